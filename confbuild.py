@@ -1,0 +1,4268 @@
+"""confbuild: turn source code into an attested build, and verify one, with the standard library alone.
+
+    python confbuild.py build DIR             build DIR here and now, watch it, get a bundle, verify it
+    python confbuild.py serve                 the build service: POST /build, GET /build/{id}/events, .../result
+    python confbuild.py build DIR --server U  the same build on a service
+    python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
+    python confbuild.py --version             the version, and the SHA-256 of this very file
+
+A *bundle* is a directory: artifacts/, provenance.json (what was built, from what, with what: in-toto and SLSA) and
+evidence.json (the attestation that binds the provenance and the client's nonce).
+
+What a verdict means.  Every check that is required ran, and passed: the artifacts are the provenance's subjects, and
+the evidence carries the digest of this provenance and this nonce.  With `simulated` evidence, the only kind that this
+version makes and verifies, nothing more: no hardware signed it, so whoever made the bundle could have made it up.  The
+verdict is then "simulated" and never "passed".  No verdict says that the source is free of malice.
+
+Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
+
+    Part I - Vocabulary
+     1. Names and limits
+     2. Errors
+     3. Bytes and JSON
+     4. Records
+    Part II - Verifier: bytes in, verdict out
+     5. SEV-SNP report
+     6. Statement
+     7. Verdict
+    Part III - Builder: a source directory in, a bundle out
+     8. Logging and processes
+     9. Source
+    10. Toolchains
+    11. Attester
+    12. Bundle
+    13. Pipeline
+    Part IV - Service
+    14. Event log
+    15. Event streams
+    16. Jobs
+    17. VMs
+    18. HTTP API
+    19. Agent
+    20. Client
+    Part V - Command line
+    21. Rendering
+    22. Command line
+
+Specifications
+
+    [CONTRACT]  HTTP API, formats, command line and exit codes of this project: README.md
+    [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.57
+    [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
+    [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
+    [SSE]       WHATWG HTML, 9.2 Server-sent events
+    [GIT]       git object format: gitformat-pack(5), git-hash-object(1), git-mktree(1)
+    [RFC8259]   JSON      [RFC9110] HTTP semantics      [RFC9112] HTTP/1.1      [RFC9457] problem details
+    [RFC4648]   base64    [RFC9530] Repr-Digest         [RFC6750] bearer tokens
+
+Stable: the HTTP API, the files, the JSON, the command line and its exit codes.  Python names are not.
+"""
+# SPDX-License-Identifier: MIT
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  # before anything that an older Python could stumble over
+    sys.stderr.write("confbuild: error: Python 3.11 or later is needed, this is %d.%d\n" % sys.version_info[:2])  # noqa: UP031
+    sys.exit(2)
+
+# Part I and II: what a verifier may use (no file, clock, process, thread or randomness).
+import base64  # noqa: I001  # a group for each Part
+import binascii
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+# Part III to V; what only some commands use comes when it is first used.
+import os
+import stat
+import time
+from array import array
+from collections import deque
+from itertools import accumulate
+
+if TYPE_CHECKING:
+    import argparse
+    import ctypes
+    import fcntl
+    import gzip
+    import hmac
+    import http.client
+    import http.server
+    import io
+    import ipaddress
+    import logging
+    import mmap
+    import resource
+    import secrets
+    import selectors
+    import shutil
+    import signal
+    import socket
+    import ssl
+    import subprocess
+    import tarfile
+    import tempfile
+    import threading
+    import tomllib
+    import unicodedata
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+    import uuid
+    import weakref
+    import zipfile
+    from email.message import Message
+else:
+    class _Lazy:
+        """A module that is imported when it is first used, so that --version and --help never pay for a server."""
+
+        def __init__(self, name, *submodules):
+            self._names = (name, *submodules)
+
+        def __getattr__(self, attribute):
+            for name in self._names:
+                __import__(name)
+            globals()[self._names[0]] = sys.modules[self._names[0]]
+            return getattr(sys.modules[self._names[0]], attribute)
+
+    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, selectors, shutil, signal, socket, ssl,
+     subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile) = map(_Lazy, (
+         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "mmap", "resource", "secrets", "selectors",
+         "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
+         "weakref", "zipfile"))
+    http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
+
+__version__ = "0.1.0"
+__all__ = ["BundleFiles", "Check", "ConfbuildError", "Expectations", "Verdict", "main", "verify_bundle"]
+
+# ==============================================================================
+# region 1. Names and limits                                      [uses nothing]
+# ==============================================================================
+# What more than one section shares.  Sizes in bytes, times in seconds.
+
+EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_SIMULATED, EXIT_SERVER, EXIT_UNVERIFIED, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+BLOCK = 256 * KIB  # one read of a pipe or a file
+NONCE_SIZE = 16
+MAX_JSON = 4 * MIB  # provenance.json, evidence.json; the largest seen in the field has 300 KiB
+MAX_ARCHIVE = 64 * MIB  # the uploaded archive [CONTRACT 1]
+MAX_UNPACKED = 4 * GIB
+MAX_MEMBERS = 100_000
+MAX_DEPTH = 64  # folders inside each other; also keeps recursion on paths far from Python's limit
+MAX_LINE = 64 * KIB  # of build output in one event [CONTRACT 1]
+BOOT_TIMEOUT_S, BUILD_TIMEOUT_S = 30.0, 30 * 60.0
+MAX_ATTEMPTS = 3  # of a job whose server died under it
+
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
+SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
+SIMULATED_NOTICE = ("Simulated evidence: no confidential VM, no hardware signature. "
+                    "It proves nothing about where or by whom this was built.")
+
+# The phases of a build in their order, which never runs backwards; each is also the `type` of its events [CONTRACT 1].
+PHASES = ("queued", "vm", "detect", "init", "build", "provenance", "attest", "complete")
+# The `error_type` of a `complete` event [CONTRACT 1].
+FAILURES = frozenset((
+    "BuildError", "UnsupportedToolchainError", "SourceError", "LimitError", "TimeoutError", "Cancelled", "NoArtifacts",
+    "ProvenanceError", "AttestationError", "VmError", "InternalError"))
+
+# endregion 1
+# ==============================================================================
+# region 2. Errors                                                [uses nothing]
+# ==============================================================================
+# Whatever a caller may be told is a ConfbuildError; anything else is a bug and keeps its traceback.  The two edges, main
+# and the HTTP handler, translate by the class attributes.
+
+
+class ConfbuildError(Exception):
+    """Something that a caller may be told in one sentence. hint: what to do about it, or empty."""
+
+    exit_code = EXIT_NO
+    hint = ""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(ConfbuildError):
+    """The command line, or an input that it names, is wrong."""
+
+    exit_code = EXIT_USAGE
+
+
+class Malformed(ConfbuildError, ValueError):
+    """Bytes that do not have the form that their specification gives them. structure: the name of that form."""
+
+    def __init__(self, structure: str, message: str) -> None:
+        super().__init__(f"{structure}: {message}")
+        self.structure = structure
+
+
+class BuildFailed(ConfbuildError):
+    """A build that ends in `complete` with status `failed`. error_type: one of FAILURES."""
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(" ".join(message.split()) or error_type)
+        self.error_type = error_type
+
+
+class Refused(ConfbuildError):
+    """A request that is answered with problem details [RFC9457]. status: of HTTP; error_type: the stable word."""
+
+    def __init__(self, status: int, error_type: str, message: str, headers: "Mapping[str, str] | None" = None) -> None:
+        super().__init__(" ".join(message.split()))
+        self.status, self.error_type, self.headers = status, error_type, dict(headers or {})
+
+
+class RemoteError(ConfbuildError):
+    """The server said no, could not be reached, or broke the protocol. status: of HTTP, or 0."""
+
+    exit_code = EXIT_SERVER
+
+    def __init__(self, message: str, status: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint)
+        self.status = status
+
+# endregion 2
+# ==============================================================================
+# region 3. Bytes and JSON                                        [uses nothing]
+# ==============================================================================
+
+# A string also ends with the document, so that no input is scanned twice.
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+
+
+def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10 ** 20 - 1) -> Any:
+    """The value of one JSON document [RFC8259]. Strict: at most MAX_JSON bytes of UTF-8 without a BOM, no duplicate names,
+    NaN, Infinity or lone surrogates, integers of at most max_integer, arrays and objects at most max_depth deep.
+
+    what: names the document in errors. Raises Malformed for everything else, whatever the bytes."""
+    def reject_constant(text: str) -> NoReturn:
+        raise Malformed(what, f"{text} is not JSON")
+
+    def integer(text: str) -> int:
+        if len(text) > 21 or abs(int(text)) > max_integer:  # the length first: Python refuses to convert thousands of digits
+            raise Malformed(what, f"an integer beyond {max_integer}")
+        return int(text)
+
+    def fraction(text: str) -> float:
+        if len(text) > 32 or float(text) in (float("inf"), float("-inf")):
+            raise Malformed(what, "a number with too many digits or too large")
+        return float(text)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise Malformed(what, f"the name {name[:80]!r} occurs twice in one object")
+            found[name] = value
+        return found
+
+    if len(data) > MAX_JSON:
+        raise Malformed(what, f"{len(data)} bytes, more than {MAX_JSON}")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise Malformed(what, f"not UTF-8 at byte {e.start}") from None
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):  # before json, whose own limit is Python's stack
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if depth > max_depth:
+            raise Malformed(what, f"nested deeper than {max_depth}")
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant, parse_int=integer,
+                           parse_float=fraction)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise Malformed(what, "a lone surrogate is no character") from None
+    except json.JSONDecodeError as e:
+        raise Malformed(what, f"not JSON: {e}") from None
+    return value
+
+
+def compact_json(value: Any) -> str:
+    """One line of ASCII, as events and answers carry it."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def is_nonce(text: Any) -> bool:
+    """Whether text is NONCE_SIZE bytes in hexadecimal digits of either case."""
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-fA-F]{32}", text) is not None
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 of data, 64 lower-case digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def merkle_root(entries: Sequence[str]) -> str:
+    """The root over entries: leaf = SHA-256 of the UTF-8 entry, parent = SHA-256(left || right), an unpaired node moves up
+    unchanged [CONTRACT 3]. Raises ValueError where there is no entry."""
+    level = [hashlib.sha256(entry.encode("utf-8")).digest() for entry in entries]
+    if not level:
+        raise ValueError("a Merkle tree needs a leaf")
+    while len(level) > 1:
+        level = [hashlib.sha256(b"".join(level[i:i + 2])).digest() if i + 1 < len(level) else level[i]
+                 for i in range(0, len(level), 2)]
+    return level[0].hex()
+
+# endregion 3
+# ==============================================================================
+# region 4. Records                                               [uses nothing]
+# ==============================================================================
+
+
+class Check(NamedTuple):
+    """One thing that was, or was not, compared. status: "passed", "failed" or "not checked"."""
+
+    name: str
+    status: str
+    expected: str = ""
+    actual: str = ""
+    detail: str = ""
+
+
+class Verdict(NamedTuple):
+    """What verify_bundle found. verdict: "passed", "failed" or "simulated"; claims: what the evidence says, authenticated
+    only as far as the verdict goes."""
+
+    verdict: str
+    platform: str
+    claims: Mapping[str, Any]
+    checks: Sequence[Check]
+
+    def to_wire(self) -> dict[str, Any]:
+        """The JSON object of `verify --format json` [CONTRACT 5]."""
+        return {"verdict": self.verdict, "platform": self.platform, "claims": dict(self.claims),
+                "checks": [check._asdict() for check in self.checks]}
+
+
+class BundleFiles(NamedTuple):
+    """A bundle as the verifier sees it. artifacts: name in artifacts/ -> SHA-256 in hexadecimal, or a reason in words why
+    the entry is none that can be hashed ("a symbolic link")."""
+
+    provenance: bytes
+    evidence: bytes
+    artifacts: Mapping[str, str]
+
+
+class Expectations(NamedTuple):
+    """What the caller knows and wants compared; None = not asked for."""
+
+    nonce: str | None = None
+    measurements: Sequence[str] = ()
+    source_uri: str | None = None
+    source_commit: str | None = None
+    source_tree: str | None = None
+    lockfile_sha256: str | None = None
+    dependencies: Sequence[str] | None = None
+    builder_id: str | None = None
+    build_log_sha256: str | None = None
+    require_tee: bool = False
+
+
+class Digest(NamedTuple):
+    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
+
+    version: str
+    sha256: str
+
+    def to_wire(self) -> dict[str, Any]:
+        """As the provenance holds it."""
+        return {"digest": {"sha256": self.sha256}, "version": self.version}
+
+# endregion 4
+# ==============================================================================
+# region 5. SEV-SNP report                                        [uses nothing]
+# ==============================================================================
+# The layout of ATTESTATION_REPORT [SNP-ABI 7.3]: integers are little-endian, offsets in bytes.  Simulated evidence uses
+# the same layout with the fields that only hardware can fill left zero.
+
+REPORT_SIZE = 1184
+SIGNED_SIZE = 0x2A0  # the signature follows, over the bytes before it
+# (offset, size, name) of what this version reads or writes.
+REPORT_FIELDS = (
+    (0x000, 4, "version"), (0x034, 4, "signature_algo"), (0x050, 64, "report_data"), (0x090, 48, "measurement"),
+    (0x1A0, 64, "chip_id"), (0x2A0, 512, "signature"))
+
+
+class ReportError(Malformed):
+    """Not an ATTESTATION_REPORT."""
+
+
+class Report(NamedTuple):
+    """The fields of an ATTESTATION_REPORT, as read: nothing here has been authenticated."""
+
+    version: int
+    report_data: bytes
+    measurement: bytes
+    chip_id: bytes
+    signature: bytes
+
+
+def parse_report(data: bytes) -> Report:
+    """The report in data, which must be REPORT_SIZE bytes. Raises ReportError. [SNP-ABI 7.3]"""
+    if len(data) != REPORT_SIZE:
+        raise ReportError("attestation_report", f"{len(data)} bytes, not {REPORT_SIZE}")
+    field = {name: data[offset:offset + size] for offset, size, name in REPORT_FIELDS}
+    return Report(int.from_bytes(field["version"], "little"), field["report_data"], field["measurement"], field["chip_id"],
+                  field["signature"])
+
+
+def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
+    """REPORT_SIZE bytes in the layout of a version 3 report, without chip_id and signature. report_data: 64 bytes,
+    measurement: 48 bytes."""
+    values = {"version": (3).to_bytes(4, "little"), "report_data": report_data, "measurement": measurement}
+    report = bytearray(REPORT_SIZE)
+    for offset, size, name in REPORT_FIELDS:
+        if name in values:
+            if len(values[name]) != size:
+                raise ValueError(f"{name} has {len(values[name])} bytes, not {size}")
+            report[offset:offset + size] = values[name]
+    return bytes(report)
+
+# endregion 5
+# ==============================================================================
+# region 6. Statement                                             [uses nothing]
+# ==============================================================================
+# provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA], in the exact shape that
+# [CONTRACT 3] gives it.  The shape is data: a schema is a constant (equal), a compiled pattern (a string that matches), a
+# type, a dict (an object with exactly these names in this order, `?` = optional), a list of one schema (an array), or a
+# tuple of alternatives.
+
+_HEX40, _HEX64, _TEXT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}"), re.compile(r".*", re.DOTALL)
+_WORD = re.compile(r"[^\x00-\x1f\x7f]+")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(\+00:00|Z)")
+_SHA256 = {"sha256": _HEX64}
+_PROGRAM = {"digest": _SHA256, "version": _WORD}
+# Kettle writes a nix hash in base64, and one of any algorithm under the name sha256.
+_DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(r"[0-9a-f]{128}")},
+           {"gitCommit": re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
+# The build types, and the toolchain that an older one names [CONTRACT 3]. The older generation is read, not written.
+BUILD_TYPES = {BUILD_TYPE: "", "https://lunal.dev/kettle/cargo@v1": "cargo", "https://lunal.dev/kettle/nix@v1": "nix",
+               "https://lunal.dev/kettle/pnpm@v1": "pnpm"}
+_STATEMENT = {
+    "_type": STATEMENT_TYPE,
+    "predicate": {
+        "buildDefinition": {
+            "buildType": tuple(BUILD_TYPES),
+            "externalParameters": {
+                "buildCommand": _WORD,
+                "source": {"digest": {"gitCommit": re.compile(r"([0-9a-f]{40})?"), "gitTree": _HEX40}, "uri": _TEXT}},
+            "internalParameters": {
+                "evaluation?": {"derivationCount": int, "fetchCount": int},
+                "flakeInputs?": [{"name": _WORD, "narHash": _WORD}],
+                "lockfileHash": _SHA256,
+                "toolchain": ({"nix": _PROGRAM, "kettle": _PROGRAM}, {"cargo": _PROGRAM, "rustc": _PROGRAM, "kettle": _PROGRAM},
+                              {"pnpm": _PROGRAM, "node": _PROGRAM, "kettle": _PROGRAM})},
+            "resolvedDependencies": [{
+                "annotations?": {"drvPath": _WORD, "outputHashMode?": _WORD, "url?": _TEXT, "urls?": _TEXT},
+                "digest": _DIGEST, "name": _WORD, "uri": _WORD}]},
+        "runDetails": {
+            "builder": {"id": _WORD},
+            "byproducts": [{"digest": _SHA256, "name": _WORD}],
+            "metadata": {"invocationId": re.compile(r"build-\d{8}-\d{6}-[0-9a-f]{8}"), "startedOn": _TIME,
+                         "finishedOn": (_TIME, None)}}},
+    "predicateType": PREDICATE_TYPE,
+    "subject": [{"digest": _SHA256, "name": _WORD}],
+}
+
+
+def _mismatch(value: Any, schema: Any, path: str) -> str:
+    """Empty where value has the shape of schema; else where and how it has not."""
+    if isinstance(schema, tuple):
+        found = [_mismatch(value, alternative, path) for alternative in schema]
+        # The deepest complaint belongs to the alternative that was meant.
+        return "" if "" in found else max(found, key=lambda text: text.partition(":")[0].count("."))
+    if isinstance(schema, re.Pattern):
+        if isinstance(value, str) and schema.fullmatch(value):
+            return ""
+        return f"{path}: {json.dumps(value)[:80]} is not {'text' if schema in (_WORD, _TEXT) else 'of the form ' + schema.pattern}"
+    if isinstance(schema, type):
+        return "" if type(value) is schema else f"{path}: not an integer"
+    if isinstance(schema, list):
+        if not isinstance(value, list):
+            return f"{path}: not an array"
+        return next(filter(None, (_mismatch(item, schema[0], f"{path}[{i}]") for i, item in enumerate(value))), "")
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            return f"{path}: not an object"
+        wanted = [name.rstrip("?") for name in schema if not name.endswith("?") or name[:-1] in value]
+        if list(value) != wanted:
+            return f"{path}: has the names {', '.join(value) or 'none'}, not {', '.join(wanted)} in this order"
+        return next(filter(None, (_mismatch(value[name.rstrip("?")], inner, f"{path}.{name.rstrip('?')}")
+                                  for name, inner in schema.items() if name.rstrip("?") in value)), "")
+    return "" if value == schema and type(value) is type(schema) else f"{path}: {json.dumps(value)[:80]}, not {json.dumps(schema)}"
+
+
+def check_statement(doc: Any) -> None:
+    """Raise Malformed unless doc has exactly the shape of provenance.json, either generation. [CONTRACT 3]"""
+    complaint = _mismatch(doc, _STATEMENT, "provenance")
+    if complaint:
+        raise Malformed("provenance schema", complaint)
+    tools = doc["predicate"]["buildDefinition"]
+    named = BUILD_TYPES[tools["buildType"]]
+    if named and named not in tools["internalParameters"]["toolchain"]:
+        raise Malformed("provenance schema", f"buildType {tools['buildType']} with another toolchain")
+    names = [byproduct["name"] for byproduct in doc["predicate"]["runDetails"]["byproducts"]]
+    if len(set(names)) != len(names):
+        raise Malformed("provenance schema", "a byproduct occurs twice")
+
+
+def to_canonical(doc: Any) -> bytes:
+    """The one form in which provenance.json is written and signed. [CONTRACT 3]"""
+    return json.dumps(doc, indent=2, ensure_ascii=False).encode("utf-8")
+
+
+def merkle_entries(doc: Any) -> list[str]:
+    """The inputs that the byproduct input_merkle_root binds, in their order. doc: of the right shape. [CONTRACT 3]"""
+    definition = doc["predicate"]["buildDefinition"]
+    source = definition["externalParameters"]["source"]["digest"]
+    parameters = definition["internalParameters"]
+    tools, lock = parameters["toolchain"], parameters["lockfileHash"]["sha256"]
+    dependencies = definition["resolvedDependencies"]
+    entries = [source["gitCommit"], source["gitTree"]]
+    if "nix" in tools:
+        fetches = ["fetch:" + d["name"] + ":" + d["uri"].partition("?hash=")[2] for d in dependencies]
+        return [*entries, lock, *fetches, tools["nix"]["digest"]["sha256"], tools["nix"]["version"]]
+    for name in ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm"):
+        entries += [tools[name]["digest"]["sha256"], tools[name]["version"]]
+    return [*entries, lock, *(d["uri"] for d in dependencies)]
+
+
+def byproduct(doc: Any, name: str) -> str | None:
+    """The SHA-256 of the byproduct called name, or None. doc: of the right shape."""
+    found = [b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name]
+    return found[0] if found else None
+
+# endregion 6
+# ==============================================================================
+# region 7. Verdict                                                  [uses 5, 6]
+# ==============================================================================
+# Evidence, provenance and what the caller expects -> checks -> verdict.  Every check runs and is shown, also after a
+# failure; a check that could not run because an earlier one failed is shown as "not checked".  The verdict is a set
+# inclusion: every required name is among those that passed, and none failed.
+
+# What must have run and passed, whatever the caller expects.
+REQUIRED = frozenset((
+    "evidence form", "provenance form", "canonical form", "provenance schema", "platform", "report form", "simulated report",
+    "provenance digest", "report data tail", "input Merkle root", "subjects", "artifacts", "unlisted files"))
+PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]+")
+
+
+class _Checks:
+    """The checks of one bundle as they are made."""
+
+    def __init__(self) -> None:
+        self.made: list[Check] = []
+
+    def compare(self, name: str, expected: Any, actual: Any, detail: str = "") -> None:
+        """One check that holds where the two are equal. Public values: plain equality, in no constant time."""
+        self.made.append(Check(name, "passed" if expected == actual else "failed", str(expected), str(actual), detail))
+
+    def expect(self, name: str, expected: Any, actual: Any) -> None:
+        """A comparison that the caller may ask for: None is shown as not checked."""
+        if expected is None:
+            self.made.append(Check(name, "not checked", "", str(actual), "no expectation given"))
+        else:
+            self.compare(name, expected, actual)
+
+    def attempt(self, name: str, parse: Callable[..., Any], *arguments: Any) -> Any:
+        """What parse returns, and a passed check; or None, and a failed one that says why."""
+        try:
+            value = parse(*arguments)
+        except Malformed as e:
+            self.made.append(Check(name, "failed", detail=str(e)))
+            return None
+        self.made.append(Check(name, "passed"))
+        return value
+
+    def skip(self, *names: str) -> None:
+        """What cannot be looked at since what it needs has failed."""
+        self.made.extend(Check(name, "not checked", detail="needs a check that failed") for name in names)
+
+
+def _simulated_evidence(evidence: Any) -> Report:
+    """The report in the value of `evidence` of platform `simulated` [CONTRACT 4]. Raises Malformed."""
+    if not isinstance(evidence, dict) or set(evidence) != {"version", "notice", "attestation_report"}:
+        raise Malformed("simulated evidence", "not an object of version, notice and attestation_report")
+    if evidence["version"] != 1 or type(evidence["version"]) is not int:
+        raise Malformed("simulated evidence", "version is not 1")
+    text = evidence["attestation_report"]
+    if not isinstance(evidence["notice"], str) or not isinstance(text, str):
+        raise Malformed("simulated evidence", "notice and attestation_report are text")
+    try:
+        data = base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError) as e:
+        raise Malformed("simulated evidence", f"attestation_report is not base64: {e}") from None
+    if base64.b64encode(data).decode("ascii") != text:
+        raise Malformed("simulated evidence", "attestation_report is not canonical base64")
+    return parse_report(data)
+
+
+def _check_evidence(checks: _Checks, data: bytes, provenance: bytes, expected: Expectations) -> tuple[str, dict[str, Any]]:
+    """The platform and its claims."""
+    claims: dict[str, Any] = {"report_data": None, "measurement": None, "nonce": None, "chip_id": None}
+    doc = checks.attempt("evidence form", parse_json, data, "evidence")
+    platform = doc.get("platform") if isinstance(doc, dict) else None
+    known = platform == "simulated" and isinstance(doc, dict) and set(doc) == {"platform", "evidence"}
+    checks.made.append(Check("platform", "passed" if known else "failed", "simulated", json.dumps(platform),
+                             "" if known else "this version verifies no other evidence"))
+    report = checks.attempt("report form", _simulated_evidence, doc["evidence"]) if known else None
+    if not known:
+        checks.skip("report form")
+    if report is None:
+        checks.skip("simulated report", "provenance digest", "report data tail", "nonce", "measurement")
+        return str(platform), claims
+    signed = report.report_data
+    # A simulated report must not look like one that hardware made.
+    checks.compare("simulated report", "version 3, no chip_id, no signature", ", ".join((
+        f"version {report.version}", "a chip_id" if any(report.chip_id) else "no chip_id", "a signature" if any(report.signature) else "no signature")))
+    checks.compare("provenance digest", sha256_hex(provenance), signed[:32].hex(), "report_data[0:32] is the SHA-256 of provenance.json")
+    checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "report_data[48:64] is zero")
+    nonce = None if expected.nonce is None else expected.nonce.lower()
+    checks.expect("nonce", nonce, signed[32:48].hex())
+    if nonce is not None:
+        checks.compare("nonce is fresh", "not all zero", "all zero" if nonce == bytes(NONCE_SIZE).hex() else "not all zero",
+                       "an all-zero nonce proves no freshness")
+    if expected.measurements:
+        actual = report.measurement.hex()
+        checks.compare("measurement", actual if actual in [m.lower() for m in expected.measurements] else " or ".join(expected.measurements), actual)
+    else:
+        checks.expect("measurement", None, report.measurement.hex())
+    claims.update(report_data=signed.hex(), measurement=report.measurement.hex(), nonce=signed[32:48].hex(), chip_id=report.chip_id.hex())
+    return "simulated", claims
+
+
+def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> Any:
+    """The Statement, or None where it has not the shape of one."""
+    doc = checks.attempt("provenance form", parse_json, data, "provenance")
+    if doc is None:
+        checks.skip("canonical form", "provenance schema")
+        return None
+    checks.compare("canonical form", sha256_hex(to_canonical(doc)), sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
+    before = len(checks.made)
+    checks.attempt("provenance schema", check_statement, doc)
+    if checks.made[before].status == "failed":
+        return None
+    checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), str(byproduct(doc, "input_merkle_root")))
+    definition = doc["predicate"]["buildDefinition"]
+    source = definition["externalParameters"]["source"]
+    checks.expect("source uri", expected.source_uri, source["uri"])
+    checks.expect("source commit", expected.source_commit, source["digest"]["gitCommit"])
+    checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
+    checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
+    checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies),
+                  "\n".join(d["uri"] for d in definition["resolvedDependencies"]))
+    checks.expect("builder id", expected.builder_id, doc["predicate"]["runDetails"]["builder"]["id"])
+    checks.expect("build log", expected.build_log_sha256, str(byproduct(doc, "build_log")))
+    return doc
+
+
+def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
+    """Subjects against the files in artifacts/, both ways."""
+    subjects = doc["subject"]
+    names = [subject["name"] for subject in subjects]
+    odd = [name for name in names if not PLAIN_NAME.fullmatch(name)] + sorted({name for name in names if names.count(name) > 1})
+    checks.compare("subjects", "at least one, unique, plain file names",
+                   "at least one, unique, plain file names" if names and not odd else f"odd: {odd[:5]}" if odd else "none")
+    wrong = []
+    for subject in subjects:
+        actual = bundle.artifacts.get(subject["name"], "missing")
+        checks.compare(f"artifact {subject['name']}", subject["digest"]["sha256"], actual)
+        if actual != subject["digest"]["sha256"]:
+            wrong.append(subject["name"])
+    checks.compare("artifacts", "every subject is there and equal", "every subject is there and equal" if names and not wrong else f"not: {wrong[:5]}")
+    extra = sorted(set(bundle.artifacts) - set(names))
+    checks.compare("unlisted files", "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
+
+
+def verify_bundle(bundle: BundleFiles, expected: Expectations) -> Verdict:
+    """The verdict over bundle: every check with expected and actual value. Never raises for what the bundle contains.
+
+    "passed" needs evidence that hardware signed, which this version does not verify; the best verdict is "simulated"."""
+    checks = _Checks()
+    platform, claims = _check_evidence(checks, bundle.evidence, bundle.provenance, expected)
+    doc = _check_provenance(checks, bundle.provenance, expected)
+    if doc is None:
+        checks.skip("input Merkle root", "subjects", "artifacts", "unlisted files", "source uri", "source commit", "source tree",
+                    "lock file", "dependencies", "builder id", "build log")
+    else:
+        _check_artifacts(checks, doc, bundle)
+        claims["builder_id"] = doc["predicate"]["runDetails"]["builder"]["id"]
+        claims["source"] = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        if platform == "simulated":  # neither half may claim more than the other
+            checks.compare("simulated builder", SIMULATED_BUILDER, claims["builder_id"])
+    if expected.require_tee:
+        checks.compare("hardware evidence", True, platform != "simulated", "--require-tee")
+    asked = {name for name, value in (
+        ("nonce", expected.nonce), ("nonce is fresh", expected.nonce), ("source uri", expected.source_uri), ("source commit", expected.source_commit),
+        ("source tree", expected.source_tree), ("lock file", expected.lockfile_sha256), ("dependencies", expected.dependencies),
+        ("builder id", expected.builder_id), ("build log", expected.build_log_sha256)) if value is not None}
+    asked |= {"measurement"} if expected.measurements else set()
+    passed = {check.name for check in checks.made if check.status == "passed"}
+    failed = any(check.status == "failed" for check in checks.made)
+    good = not failed and REQUIRED | asked <= passed
+    return Verdict("failed" if not good else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+
+# endregion 7
+# ---- End of the verifier. Everything above is bytes in, verdict out. ---------
+# ==============================================================================
+# region 8. Logging and processes                                 [uses nothing]
+# ==============================================================================
+# Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
+# (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
+# than on Linux only the process group is reached.
+
+Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
+
+PIPE_GRACE_S = 5.0  # how long what a tool has left behind may hold its pipe open [CONTRACT 1]
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
+
+
+def logger() -> "logging.Logger":
+    """The one logger. Build output, secrets and request bodies never go there."""
+    return logging.getLogger("confbuild")
+
+
+def guard_process() -> bool:
+    """Become a child subreaper, and hide memory and environment from other processes of this user (not from root). False
+    where the system has no such thing."""
+    if sys.platform != "linux":
+        return False
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl")
+    return True
+
+
+def descendants(root: int) -> list[int]:
+    """The living processes below root, parents first; empty where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc") if sys.platform == "linux" else []:
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as f:
+                    state, parent = f.read().rpartition(b")")[2].split()[:2]  # the name before it may contain anything
+            except OSError:
+                continue  # it has ended
+            if state not in (b"Z", b"X"):
+                children.setdefault(int(parent), []).append(int(entry))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[1:]
+
+
+def kill_all(find: Callable[[], list[int]]) -> None:
+    """Kill what find() names until it names nothing, for at most two seconds: what forks meanwhile is found again."""
+    deadline = time.monotonic() + 2
+    pids = find()
+    while pids and time.monotonic() < deadline:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass  # it has ended
+        time.sleep(0.005)
+        pids = find()
+
+
+class LineSplitter:
+    """Bytes in, lines of text out. LF, CR LF and a lone CR end a line; UTF-8 with replacement; a line of more than MAX_LINE
+    bytes goes on in the next one, cut between characters. [CONTRACT 1]"""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """The lines that data ends."""
+        data = self._rest + data
+        if b"\r" in data:
+            held = data[-1:] if data.endswith(b"\r") else b""  # an LF may follow
+            data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
+        end = data.rfind(b"\n") + 1
+        complete, self._rest = data[:end], data[end:]
+        if len(complete) <= MAX_LINE:
+            lines = complete.decode("utf-8", "replace").split("\n")[:-1]
+        else:
+            lines = self._split_long(complete)
+        while len(self._rest) > MAX_LINE + 1:  # + 1: a held CR is no part of the line
+            piece = self._piece(self._rest)
+            lines.append(piece.decode("utf-8", "replace"))
+            self._rest = self._rest[len(piece):]
+        return lines
+
+    def end(self) -> list[str]:
+        """The last line, where nothing ended it."""
+        rest, self._rest = self._rest, b""
+        return self.feed(rest.removesuffix(b"\r") + b"\n") if rest else []
+
+    @staticmethod
+    def _piece(line: bytes) -> bytes:
+        """The first MAX_LINE bytes of a longer line, fewer where that would cut a character."""
+        cut = MAX_LINE
+        while cut > MAX_LINE - 4 and line[cut] & 0xC0 == 0x80:  # a continuation octet
+            cut -= 1
+        return line[:cut] if cut > MAX_LINE - 4 else line[:MAX_LINE]
+
+    def _split_long(self, complete: bytes) -> list[str]:
+        """complete, which ends with LF, in lines. Most blocks have no long line: the longest gap between LFs tells."""
+        raw = complete.split(b"\n")[:-1]
+        if max(map(len, raw)) > MAX_LINE:
+            pieces: list[bytes] = []
+            for line in raw:
+                while len(line) > MAX_LINE:
+                    pieces.append(self._piece(line))
+                    line = line[len(pieces[-1]):]
+                pieces.append(line)
+            raw = pieces
+        try:
+            return b"\n".join(raw).decode("utf-8").split("\n")
+        except UnicodeDecodeError:
+            return [line.decode("utf-8", "replace") for line in raw]
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    """stream, which was asked for and is there; for the type checker."""
+    if stream is None:
+        raise OSError("no pipe")
+    return stream
+
+
+def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, **options: Any) -> tuple[int, bytes, str]:
+    """(exit status, stdout, the last lines of stderr) of a program that answers a question. For its output's size: raises
+    BuildFailed LimitError."""
+    with tempfile.TemporaryFile() as errors:
+        child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                                 start_new_session=True, **options)
+        with _pipe(child.stdout) as pipe:
+            output = pipe.read(max_bytes + 1)
+        if len(output) > max_bytes:
+            os.killpg(child.pid, signal.SIGKILL)
+        status = child.wait()
+        if len(output) > max_bytes:
+            raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
+        errors.seek(max(0, errors.tell() - 4096))
+        return status, output, errors.read().decode("utf-8", "replace").strip()
+
+
+def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: Callable[[list[str]], None],
+             keep_stdout: bool = False) -> tuple[int, bytes]:
+    """Run a build tool, hand its lines on as they come, and return (exit status, stdout where it was asked for).
+
+    stdout and stderr are one stream, in the order in which they were written; with keep_stdout, stdout is kept and its lines
+    follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so."""
+    with tempfile.TemporaryFile() as kept:
+        child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
+                                 stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True,
+                                 pipesize=MIB if sys.platform == "linux" else -1)
+        splitter, ended_at = LineSplitter(), None
+        with _pipe(child.stderr if keep_stdout else child.stdout) as pipe, selectors.DefaultSelector() as selector:
+            selector.register(pipe, selectors.EVENT_READ)
+            while True:
+                if selector.select(0.25):
+                    block = os.read(pipe.fileno(), BLOCK)
+                    if not block:
+                        break
+                    lines_out(splitter.feed(block))
+                if ended_at is None and child.poll() is not None:
+                    ended_at = time.monotonic()
+                elif ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
+                    lines_out([*splitter.end(), (f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for "
+                                                 f"{PIPE_GRACE_S:.0f} s after its end, and is killed")])
+                    break
+        lines_out(splitter.end())
+        status = child.wait()
+        kill_all(lambda: descendants(os.getpid()))
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except OSError:
+            pass  # nothing is left of it
+        if not keep_stdout:
+            return status, b""
+        kept.seek(0)
+        output = kept.read(64 * MIB)
+        lines_out(splitter.feed(output) + splitter.end())
+        return status, output
+
+
+def file_sha256(path: str) -> str:
+    """SHA-256 of a file, 64 digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_durably(path: str, data: bytes) -> None:
+    """path holds data, whole, also after a crash of the machine; before that what it held earlier."""
+    with open(path + ".tmp", "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+    sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path: str) -> None:
+    """The names in the directory path survive a crash of the machine."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def remove_tree(path: str) -> None:
+    """path is gone, also where a build has taken its own permissions away. A link is removed, never followed."""
+    def retry(function: Callable[..., Any], name: str, _: Any) -> None:
+        parent = os.path.dirname(name)
+        os.chmod(parent, 0o700)
+        if not os.path.islink(name) and os.path.isdir(name):
+            os.chmod(name, 0o700)
+            shutil.rmtree(name, ignore_errors=True)
+        else:
+            os.unlink(name)
+
+    if os.path.islink(path) or os.path.isfile(path):
+        os.unlink(path)
+    elif os.path.exists(path):
+        shutil.rmtree(path, onerror=retry)
+
+
+def own_source() -> bytes:
+    """The bytes of this very file, also out of a zipapp."""
+    return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
+
+
+def own_program() -> list[str]:
+    """The argument vector that runs this file again, isolated from the environment and the current directory."""
+    path = os.path.abspath(__file__)
+    while not os.path.isfile(path):  # inside of a zipapp
+        path = os.path.dirname(path)
+    return [sys.executable, "-I", path]
+
+# endregion 8
+# ==============================================================================
+# region 9. Source                                                      [uses 8]
+# ==============================================================================
+# Where the bytes that are compiled come from: an archive or a git URL, both hostile.  What git says of them is believed
+# only where hashing the files themselves gives the same.
+
+MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs about 5:1, zeros 1000:1
+IGNORED = frozenset(("__MACOSX", ".DS_Store"))
+SCHEMES = ("https", "http")
+_REF = re.compile(r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\]{1,255}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def source_error(message: str) -> BuildFailed:
+    """The error of a source that cannot be used."""
+    return BuildFailed("SourceError", message)
+
+
+def limit_error(message: str) -> BuildFailed:
+    """The error of a source beyond a limit."""
+    return BuildFailed("LimitError", message)
+
+
+def is_archive(head: bytes) -> bool:
+    """Whether head begins a ZIP file (also an empty one) or a gzip stream with deflate [RFC1952 2.3.1]."""
+    return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b\x08"))
+
+
+def plain_name(name: str) -> str:
+    """name reduced to [A-Za-z0-9._-], never empty, `.` or `..`: safe as a directory's name."""
+    reduced = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
+    return reduced if reduced.strip(".") else "build"
+
+
+class _Member(NamedTuple):
+    """One entry of an archive. kind: "file", "directory", "symlink" or "hardlink"."""
+
+    name: str
+    kind: str
+    executable: bool
+    target: str
+    open: Callable[[], Any]
+
+
+class _Unpacker:
+    """Writes the members of one archive below root. Nothing is ever written through a link: symbolic links are made last."""
+
+    def __init__(self, root: str, packed_size: int, max_bytes: int) -> None:
+        self._root, self._max_bytes = root, min(max_bytes, max(64 * MIB, MAX_RATIO * packed_size))
+        self._seen: dict[str, tuple[str, str]] = {}  # folded name -> (name, kind)
+        self._files: set[str] = set()
+        self._links: list[tuple[str, str]] = []
+        self._bytes = self._members = 0
+
+    def add(self, member: _Member) -> None:
+        """Write one member. Raises BuildFailed SourceError or LimitError."""
+        self._members += 1
+        if self._members > MAX_MEMBERS:
+            raise limit_error(f"the archive has more than {MAX_MEMBERS} members")
+        parts = self._parts(member.name)
+        if not parts or IGNORED & set(parts):
+            return
+        target = "/".join(self._parts(member.target)) if member.kind == "hardlink" else ""
+        if target and self._seen.get(self._key(target)) != (target, "file"):
+            raise source_error(f"{member.name!r} is a link to {member.target!r}, which is no earlier file of the archive")
+        for depth in range(1, len(parts) + 1):
+            kind = "directory" if depth < len(parts) else "file" if target else member.kind
+            self._claim("/".join(parts[:depth]), kind)
+        path = os.path.join(self._root, *parts)
+        os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
+        if target:
+            os.link(os.path.join(self._root, target), path)
+        elif member.kind == "file":
+            self._write(path, member)
+        elif member.kind == "symlink":
+            self._links.append(("/".join(parts), member.target))
+
+    def finish(self) -> None:
+        """Make the symbolic links. Raises BuildFailed SourceError where one leaves the tree."""
+        for name, target in self._links:
+            try:
+                os.symlink(target, os.path.join(self._root, name))
+            except (OSError, ValueError) as e:
+                raise source_error(f"{name!r}: no link can point to {target[:80]!r}: {e}") from None
+        root = os.path.realpath(self._root)
+        for name, target in self._links:
+            real = os.path.realpath(os.path.join(root, name))
+            if target.startswith("/") or os.path.commonpath((root, real)) != root:
+                raise source_error(f"{name!r} is a link to {target[:80]!r}, outside of the archive")
+
+    @staticmethod
+    def _key(name: str) -> str:
+        """Equal for names that some file system takes for the same."""
+        return unicodedata.normalize("NFC", name).casefold()
+
+    def _parts(self, name: str) -> list[str]:
+        """The components of a safe relative name."""
+        if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+            raise source_error(f"{name[:80]!r} is an absolute path")
+        parts = [part for part in name.rstrip("/").split("/") if part != "."]
+        if ".." in parts or "" in parts and name.strip("./"):
+            raise source_error(f"{name[:80]!r} is not a plain relative path")
+        if re.search(r"[\x00-\x1f\x7f\\]", name):
+            raise source_error(f"{name[:80]!r} has a control character or a backslash")
+        if len(parts) > MAX_DEPTH:
+            raise limit_error(f"{name[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        try:
+            if any(len(part.encode("utf-8")) > 255 for part in parts):
+                raise limit_error(f"{name[:80]!r} has a component of more than 255 bytes")
+        except UnicodeEncodeError:
+            raise source_error(f"{name[:80]!r} is not UTF-8") from None
+        return [part for part in parts if part]
+
+    def _claim(self, name: str, kind: str) -> None:
+        """name is of this kind and nobody else's; only a directory may be named again."""
+        known, known_kind = self._seen.setdefault(self._key(name), (name, kind))
+        if known != name:
+            raise source_error(f"{name[:80]!r} and {known[:80]!r} differ only in case")
+        if known_kind != kind or kind != "directory" and name in self._files:
+            raise source_error(f"{name[:80]!r} occurs twice")
+        if kind != "directory":
+            self._files.add(name)
+
+    def _write(self, path: str, member: _Member) -> None:
+        """Copy a file's bytes, counting those that really come, not those announced."""
+        with member.open() as packed, open(path, "xb") as f:
+            for block in iter(lambda: packed.read(BLOCK), b""):
+                self._bytes += len(block)
+                if self._bytes > self._max_bytes:
+                    raise limit_error(f"the archive unpacks to more than {self._max_bytes} bytes")
+                f.write(block)
+        os.chmod(path, 0o755 if member.executable else 0o644)
+
+
+def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
+    """The members of the ZIP or gzip tarball at path are below the empty directory root. Raises BuildFailed SourceError or
+    LimitError; what is below root is then of no use."""
+    unpacker = _Unpacker(root, os.path.getsize(path), max_bytes)
+    try:
+        with open(path, "rb") as f:
+            zipped = f.read(2) == b"PK"
+            f.seek(0)
+            for member in _zip_members(f) if zipped else _tar_members(f):
+                unpacker.add(member)
+    except BuildFailed:
+        raise
+    except OSError as e:
+        if e.errno is not None:  # of the system; gzip and bz2 raise OSError without a number for bad bytes
+            raise
+        raise source_error(f"the archive is damaged: {e}") from None
+    except Exception as e:  # noqa: BLE001  # zipfile, tarfile and zlib raise a dozen kinds for hostile bytes
+        raise source_error(f"the archive is damaged: {type(e).__name__}: {str(e)[:200]}") from None
+    unpacker.finish()
+
+
+def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
+    """The members of a ZIP file [APPNOTE.TXT]."""
+    with zipfile.ZipFile(f) as archive:
+        for info in archive.infolist():
+            mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: made on Unix
+            if info.flag_bits & 1:
+                raise source_error(f"{info.filename[:80]!r} is encrypted")
+            kind = "directory" if info.is_dir() else "symlink" if stat.S_ISLNK(mode) else "file"
+            if stat.S_IFMT(mode) not in (0, stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK):
+                raise source_error(f"{info.filename[:80]!r} is a device or a pipe")
+            target = ""
+            if kind == "symlink":
+                with archive.open(info) as link:
+                    target = link.read(4097).decode("utf-8")
+            # orig_filename: zipfile cuts the other at a NUL.
+            yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, lambda info=info: archive.open(info))  # type: ignore[misc]
+
+
+class _SmallReads:
+    """A stream for tarfile, whose headers may announce gigabytes that it would read at once."""
+
+    def __init__(self, stream: "gzip.GzipFile") -> None:
+        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+
+    def read(self, size: int = -1) -> bytes:
+        """size bytes, at most MIB of them."""
+        if not 0 <= size <= MIB:
+            raise limit_error("the archive has a header of more than 1 MiB")
+        return self._read(size)
+
+
+def _tar_members(f: IO[bytes]) -> Iterator[_Member]:
+    """The members of a gzip tarball, in one pass."""
+    with gzip.GzipFile(fileobj=f) as stream, tarfile.open(fileobj=_SmallReads(stream), mode="r:") as archive:  # type: ignore[call-overload]
+        for info in archive:
+            kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
+                    "file" if info.isfile() else "")
+            if not kind:
+                raise source_error(f"{info.name[:80]!r} is a device or a pipe")
+            archive.members = []  # tarfile would keep them all
+            yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
+
+
+def find_project(root: str, source_name: str) -> tuple[str, str]:
+    """(directory, name) of the project in an unpacked source: the single top-level directory, else root with the archive's
+    own name without its suffix. [CONTRACT 1]"""
+    entries = os.listdir(root)
+    if len(entries) == 1 and stat.S_ISDIR(os.lstat(os.path.join(root, entries[0])).st_mode):
+        return os.path.join(root, entries[0]), plain_name(entries[0])
+    base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", os.path.basename(source_name.replace("\\", "/")))
+    return root, plain_name(base or "build")
+
+
+def walk_files(root: str) -> list[str]:
+    """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
+    found: list[str] = []
+    for directory, folders, files in os.walk(root):
+        if directory == root:
+            folders[:] = [name for name in folders if name != ".git"]
+            files = [name for name in files if name != ".git"]
+        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+        found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
+    return found
+
+
+def git_tree(root: str, files: Iterable[str]) -> str:
+    """The object name of the tree that git would make of these files (relative paths) below root, 40 digits. [GIT]
+
+    Raises BuildFailed SourceError for what git has no mode for."""
+    top: dict[bytes, Any] = {}
+    for name in files:
+        *folders, last = os.fsencode(name).split(b"/")
+        node = top
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        path = os.path.join(root, name)
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            target = os.fsencode(os.readlink(path))
+            node[last] = b"120000", _git_object(b"blob", len(target), [target])
+        elif stat.S_ISREG(mode):
+            with open(path, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                blocks = iter(lambda: f.read(BLOCK), b"")  # consumed before the next round
+                node[last] = b"100755" if mode & 0o100 else b"100644", _git_object(b"blob", size, blocks)
+        else:
+            raise source_error(f"{name!r} is neither a file nor a link")
+
+    def tree(node: dict[bytes, Any]) -> bytes:
+        # A folder sorts as if its name ended with a slash.
+        rows = sorted((name + b"/", b"40000", name, tree(entry)) if isinstance(entry, dict) else (name, entry[0], name, entry[1])
+                      for name, entry in node.items())
+        body = b"".join(mode + b" " + name + b"\0" + digest for _, mode, name, digest in rows)
+        return _git_object(b"tree", len(body), [body])
+
+    return tree(top).hex()
+
+
+def _git_object(kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
+    """The name of an object: SHA-1 over its header and contents. SHA-1 is what git has; the artifacts' digests are SHA-256."""
+    digest = hashlib.sha1(b"%s %d\0" % (kind, size), usedforsecurity=False)
+    for block in blocks:
+        digest.update(block)
+    return digest.digest()
+
+
+def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str, str]:
+    """env for git without anybody's configuration, prompts or helpers. env: with a HOME that holds nothing."""
+    return {**env, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true",
+            "GIT_ALLOW_PROTOCOL": ":".join(schemes), "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+
+
+_GIT_OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "credential.helper=", "-c", "core.fsmonitor=false", "-c", "http.followRedirects=false",
+                "-c", "http.lowSpeedLimit=100", "-c", "http.lowSpeedTime=60", "-c", "protocol.version=2", "-c", "gc.auto=0",
+                "-c", "advice.detachedHead=false", "-c", "core.symlinks=true", "-c", "submodule.recurse=false")
+
+
+def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> bytes:
+    """What git prints. Raises BuildFailed SourceError with git's own last words."""
+    try:
+        status, output, errors = capture(["git", *_GIT_OPTIONS, *arguments], cwd, env)
+    except FileNotFoundError:
+        raise source_error("git is not installed here") from None
+    if status != 0:
+        raise source_error((errors.splitlines() or [f"git ended with status {status}"])[-1])
+    return output
+
+
+def check_ref(ref: str) -> None:
+    """Raise Refused InvalidRef unless ref can name a branch, a tag, a full ref or a commit (git-check-ref-format(1))."""
+    if ref and not _REF.fullmatch(ref):
+        raise Refused(400, "InvalidRef", f"{ref[:80]!r} is no branch, tag or commit")
+
+
+def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
+    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal address that
+    is neither link-local, unspecified nor multicast, nor loopback unless that is allowed. Names are looked up by fetch_git."""
+    def forbid(reason: str) -> NoReturn:
+        raise Refused(400, "ForbiddenUrl", f"repo_url: {reason}")
+
+    if not re.fullmatch(r"[\x21-\x7e]{1,2048}", url) or "\\" in url:
+        forbid("not a URL in plain ASCII of at most 2048 characters")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        forbid(str(e))
+    if parts.scheme not in schemes:
+        forbid(f"the scheme must be one of {', '.join(schemes)}")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        forbid("credentials, queries and fragments are not accepted")
+    if parts.scheme == "file":
+        if host or not parts.path.startswith("/"):
+            forbid("a file URL has no host and an absolute path")
+        return
+    if not host or port == 0 or not parts.path.strip("/"):
+        forbid("a host and a path are needed")
+    try:  # also 2130706433 and 0x7f.1, which resolvers take for addresses
+        literals = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        literals = []
+    for literal in literals:
+        complaint = _forbidden_address(str(literal[4][0]), loopback)
+        if complaint:
+            forbid(complaint)
+    if (host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost")) and not loopback:
+        forbid("loopback addresses are not accepted by this server")
+
+
+def _forbidden_address(text: str, loopback: bool) -> str:
+    """Why the address must not be fetched from, or empty."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    for kind in ("link_local", "unspecified", "multicast", "loopback"):
+        if getattr(address, "is_" + kind) and not (kind == "loopback" and loopback):
+            return f"{kind.replace('_', '-')} addresses are not accepted by this server"
+    return ""
+
+
+def _pinned_address(url: str, loopback: bool) -> list[str]:
+    """Options that make git connect to the addresses that were checked, not to what the name says a moment later."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in SCHEMES:
+        return []
+    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    try:
+        found = sorted({str(row[4][0]) for row in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
+    except (OSError, UnicodeError) as e:
+        raise source_error(f"{parts.hostname}: {e}") from None
+    for address in found:
+        complaint = _forbidden_address(address, loopback)
+        if complaint:
+            raise source_error(f"{parts.hostname} is {address}: {complaint}")
+    # git 2.37 and later; an older one ignores it, and resolves the name itself.
+    return ["-c", f"http.curloptResolve={parts.hostname}:{port}:{','.join(found)}"]
+
+
+def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Sequence[str] = SCHEMES, loopback: bool = False) -> None:
+    """The commit that ref names (a branch, tag, full ref or commit; empty: the default branch) is checked out in the new
+    directory root, bytes as they are in the repository, with a depth-1 history. url and ref: checked by check_url, check_ref.
+
+    Raises BuildFailed SourceError."""
+    env = git_environment(env, schemes)
+    os.mkdir(root)
+    _git(["init", "-q", "--template=", "."], root, env)
+    os.makedirs(os.path.join(root, ".git", "info"), exist_ok=True)
+    with open(os.path.join(root, ".git", "info", "attributes"), "w", encoding="ascii") as f:
+        f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # the bytes that the tree hash covers
+    pinned = _pinned_address(url, loopback)
+    _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, ref or "HEAD"], root, env)
+    _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env)
+    if os.path.lexists(os.path.join(root, ".gitmodules")):
+        raise source_error("the repository has submodules, which are not fetched")
+    _git(["config", "remote.origin.url", url], root, env)
+
+
+def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
+    """(commit, origin's URL) of project's own `.git` where its HEAD's tree is tree, the hash of the files that are there: so
+    nothing is untracked or modified. The URL has lost its credentials, and is only what the history's owner says.
+
+    Raises BuildFailed SourceError with the reason where history cannot be believed. The configuration of that `.git` is never
+    obeyed: its objects are read through an empty repository of our own, and the commit is hashed again here."""
+    git = os.path.join(project, ".git")
+    if not os.path.isdir(os.path.join(git, "objects")) or os.path.islink(git):
+        raise source_error("there is no history")
+    head = _read_ref(git, "HEAD")
+    link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
+    commit = _read_ref(git, link[1]) if link and _REF.fullmatch(link[1]) else head
+    if not _COMMIT.fullmatch(commit):
+        raise source_error("HEAD names no commit")
+    env = git_environment(env, ())
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(project)) as empty:
+        _git(["init", "-q", "--bare", "--template=", "."], empty, env)
+        env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = '"' + re.sub(r'(["\\])', r"\\\1", os.path.join(git, "objects")) + '"'
+        body = _git(["cat-file", "commit", commit], empty, env)
+        if _git_object(b"commit", len(body), [body]).hex() != commit:
+            raise source_error("the commit is not what its name says")
+        if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
+            raise source_error("the files differ from the tree of HEAD")
+        try:
+            url = _git(["config", "--file", os.path.join(git, "config"), "--no-includes", "--get", "remote.origin.url"], empty, env)
+        except BuildFailed:
+            url = b""
+    return commit, without_credentials(url.decode("utf-8", "replace").strip())
+
+
+def _read_ref(git: str, name: str) -> str:
+    """What the ref called name holds, loose or packed; empty where there is none."""
+    try:
+        with open(os.path.join(git, name), encoding="utf-8", errors="replace") as f:
+            return f.read(4096).strip()
+    except OSError:
+        pass
+    try:
+        with open(os.path.join(git, "packed-refs"), encoding="utf-8", errors="replace") as f:
+            return next((line[:40] for line in f if line[40:].strip() == name), "")
+    except OSError:
+        return ""
+
+
+def without_credentials(url: str) -> str:
+    """url without user, password, query and fragment; empty where it is not one that may be shown."""
+    scp = re.fullmatch(r"(?:[^@/]*@)?([A-Za-z0-9.-]+:(?!//)[^\x00-\x20\x7f?#]+)", url)
+    if scp:  # user@host:path
+        return scp[1]
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#].*)?", url)
+    return match[1] + match[2] if match else ""
+
+# endregion 9
+# ==============================================================================
+# region 10. Toolchains                                              [uses 8, 9]
+# ==============================================================================
+# One table: how a toolchain is recognised, and how its inputs are found out before anything is built.  A program is
+# resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
+
+_NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experimental-features", "flakes")
+_HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
+# What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
+_OUTSIDE = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
+
+
+class Plan(NamedTuple):
+    """What a toolchain will do to a project, and from what. argv runs in the project's directory with env; programs: in the
+    provenance's order; parameters: what internalParameters holds before lockfileHash; collect: stdout of the build -> (name,
+    path) of each artifact, by name; keep_stdout: whether collect needs it."""
+
+    argv: Sequence[str]
+    command: str
+    env: Mapping[str, str]
+    programs: Mapping[str, Digest]
+    lockfile_sha256: str
+    dependencies: Sequence[Mapping[str, Any]]
+    parameters: Mapping[str, Any]
+    collect: Callable[[bytes], list[tuple[str, str]]]
+    keep_stdout: bool
+
+
+class Toolchain(NamedTuple):
+    """marker: the file that makes it the project's; outputs: the directories that are removed before the build."""
+
+    name: str
+    marker: str
+    outputs: Sequence[str]
+    plan: Callable[[str, Mapping[str, str]], Plan]
+
+
+def detect_toolchain(project: str) -> Toolchain:
+    """The first of TOOLCHAINS whose marker is a regular file of project. Raises BuildFailed UnsupportedToolchainError."""
+    for toolchain in TOOLCHAINS:
+        path = os.path.join(project, toolchain.marker)
+        if os.path.isfile(path) and not os.path.islink(path):
+            return toolchain
+    raise BuildFailed("UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project")
+
+
+def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
+    """The file that runs when name is called in project: a rustup shim is asked what it stands for there."""
+    found = shutil.which(name, path=env.get("PATH", os.defpath))
+    if found is None:
+        raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
+    shim = os.path.join(os.path.dirname(found), "rustup")
+    if not os.path.exists(shim) or not os.path.samefile(shim, found):
+        return os.path.realpath(found)
+    status, output, errors = capture([shim, "which", name], project, env)
+    path = output.decode("utf-8", "replace").strip()
+    if status != 0 or not os.path.isfile(path):
+        raise BuildFailed("UnsupportedToolchainError", f"rustup which {name}: {(errors.splitlines() or ['no answer'])[-1]}")
+    return os.path.realpath(path)
+
+
+def describe_program(path: str, project: str, env: Mapping[str, str]) -> Digest:
+    """What the program at path says its version is, and the SHA-256 of its file."""
+    status, output, errors = capture([path, "--version"], project, env, max_bytes=64 * KIB)
+    version = output.decode("utf-8", "replace").strip().partition("\n")[0]
+    if status != 0 or not version.isprintable() or not version:
+        raise BuildFailed("UnsupportedToolchainError", f"{path} --version: {(errors.splitlines() or [f'status {status}'])[-1]}")
+    return Digest(version, file_sha256(path))
+
+
+def refuse_outside_influence(project: str) -> None:
+    """Raise BuildFailed SourceError where a folder above project holds a file that would change the build unseen."""
+    folder = os.path.dirname(os.path.realpath(project))
+    while True:
+        for name in _OUTSIDE:
+            if os.path.lexists(os.path.join(folder, name)):
+                raise source_error(f"{os.path.join(folder, name)}, outside of the source, would change the build")
+        if folder == os.path.dirname(folder):
+            return
+        folder = os.path.dirname(folder)
+
+
+def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
+    """The plan of `cargo build --locked --release`. Raises BuildFailed."""
+    cargo, rustc = resolve_program("cargo", project, env), resolve_program("rustc", project, env)
+    lock = read_lockfile(os.path.join(project, "Cargo.lock"))
+    release = os.path.join(project, "target", "release")
+    # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so that the compiler that is hashed runs.
+    env = {**env, "PATH": os.path.dirname(cargo) + os.pathsep + env.get("PATH", os.defpath), "RUSTC": rustc,
+           "CARGO_TARGET_DIR": os.path.join(project, "target")}
+    programs = {"cargo": describe_program(cargo, project, env), "rustc": describe_program(rustc, project, env)}
+    arguments = ("build", "--locked", "--release")
+    return Plan((cargo, *arguments), " ".join(("cargo", *arguments)), env, programs, sha256_hex(lock), cargo_dependencies(lock, project), {},
+                lambda _: _executables(release), False)
+
+
+def read_lockfile(path: str) -> bytes:
+    """The bytes of a lock file, none where there is no such file. Raises BuildFailed SourceError for other things."""
+    if not os.path.lexists(path):
+        return b""
+    if not stat.S_ISREG(os.lstat(path).st_mode) or os.path.getsize(path) > 64 * MIB:
+        raise source_error(f"{os.path.basename(path)} is no regular file of at most 64 MiB")
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def _executables(folder: str) -> list[tuple[str, str]]:
+    """(name, path) of the executables in target/release: no extension or .exe. [CONTRACT 2]"""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    paths = {name: os.path.join(folder, name) for name in names if not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")}
+    modes = {name: os.lstat(path).st_mode for name, path in paths.items()}
+    return [(name, path) for name, path in paths.items() if stat.S_ISREG(modes[name]) and modes[name] & 0o111]
+
+
+def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
+    """The resolvedDependencies of a Cargo.lock, by uri: every entry is recorded, or is a package inside project, which the tree
+    hash covers, or the build is refused with the entry's name: BuildFailed ProvenanceError. [CONTRACT 3]"""
+    try:
+        doc = tomllib.loads(lock.decode("utf-8"))
+        packages, metadata = doc.get("package", []), doc.get("metadata", {})
+        rows = [(p["name"], p["version"], p.get("source"), p.get("checksum")) for p in packages]
+        if not all(isinstance(text, str) or text is None for row in rows for text in row) or not isinstance(metadata, dict):
+            raise ValueError("a name, version, source or checksum is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise source_error(f"Cargo.lock: {type(e).__name__}: {e}") from None
+    found, local = [], None
+    for name, version, source, checksum in rows:
+        if source is None:
+            local = _local_packages(project) if local is None else local
+            if name not in local:
+                raise BuildFailed("ProvenanceError", f"Cargo.lock: {name} {version} has no source and is no package inside the project")
+            continue
+        # Before version 2 of the format the checksums stood in a table of their own.
+        checksum = checksum or metadata.get(f"checksum {name} {version} ({source})")
+        found.append(_cargo_dependency(name, version, source, checksum))
+    return sorted(found, key=lambda dependency: str(dependency["uri"]))
+
+
+def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> dict[str, Any]:
+    """One entry of resolvedDependencies. Raises BuildFailed ProvenanceError, naming the entry."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[0-9A-Za-z.+-]+", version):
+        raise BuildFailed("ProvenanceError", f"Cargo.lock: {name[:80]!r} {version[:80]!r} is no name and version")
+    kind, _, rest = source.partition("+")
+    if kind in ("registry", "sparse") and isinstance(checksum, str) and re.fullmatch(r"[0-9a-f]{64}", checksum):
+        return {"digest": {"sha256": checksum}, "name": name, "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}"}
+    url, _, commit = rest.rpartition("#")
+    if kind == "git" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit) and re.fullmatch(r"[\x21-\x7e]+", url):
+        url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # credentials
+        for character, escape in (("?", "%3F"), ("#", "%23"), ("&", "%26"), (" ", "%20")):
+            url = url.replace(character, escape)
+        return {"digest": {"gitCommit": commit}, "name": name, "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}"}
+    reason = "has no checksum" if kind in ("registry", "sparse") else "has no commit" if kind == "git" else f"has the unknown source {source[:80]!r}"
+    raise BuildFailed("ProvenanceError", f"Cargo.lock: {name} {version} {reason}")
+
+
+def _local_packages(project: str) -> set[str]:
+    """The names of the packages whose Cargo.toml lies inside project."""
+    names = set()
+    for name in walk_files(project):
+        path = os.path.join(project, name)
+        if os.path.basename(name) == "Cargo.toml" and os.path.isfile(path) and os.path.getsize(path) < MIB:
+            try:
+                with open(path, "rb") as f:
+                    package = tomllib.load(f).get("package", {})
+                names.add(str(package.get("name")))
+            except (ValueError, AttributeError, RecursionError):
+                continue  # a test's fixture, perhaps: cargo will tell if it matters
+    return names
+
+
+def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
+    """The plan of `nix build` of the flake in project. Raises BuildFailed.
+
+    History is set aside: nix would otherwise build what git knows, not the files that were hashed, and refuses a depth-1
+    history. A flake without inputs needs no flake.lock; its hash is then that of no bytes."""
+    nix = resolve_program("nix", project, env)
+    program = describe_program(nix, project, env)
+    match = re.search(r"(\d+)\.(\d+)", program.version.rpartition(")")[2])
+    release = (int(match[1]), int(match[2])) if match else (99, 0)
+    if os.path.lexists(os.path.join(project, ".git")):
+        os.rename(os.path.join(project, ".git"), os.path.join(os.path.dirname(project), "history-set-aside"))
+    lock_path = os.path.join(project, "flake.lock")
+    lock = read_lockfile(lock_path)
+    show = ("derivation", "show") if release >= (2, 15) else ("show-derivation",)
+    status, output, errors = capture([nix, *show, "--recursive", *_NIX_FEATURES], project, env, max_bytes=GIB)
+    if status != 0:
+        raise BuildFailed("BuildError", "nix " + " ".join(show) + ": " + _nix_error(errors))
+    if read_lockfile(lock_path) != lock:
+        raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
+    count, fetches = parse_derivations(output)
+    inputs = flake_inputs(lock)
+    parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
+    if inputs:
+        parameters["flakeInputs"] = inputs
+    arguments = ("build", "--no-link", "--print-out-paths" if release >= (2, 9) else "--json", *_NIX_FEATURES)
+    return Plan((nix, *arguments), " ".join(("nix", *arguments)), env, {"nix": program}, sha256_hex(lock), fetches, parameters,
+                _nix_executables, True)
+
+
+def _nix_error(errors: str) -> str:
+    """The last error that nix told, in one line."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no message")
+
+
+def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
+    """(number of derivations, the fixed-output ones as resolvedDependencies, by name) in the output of `nix derivation show
+    --recursive`, in all its shapes since nix 2.8. Hashes become hexadecimal. Raises BuildFailed ProvenanceError."""
+    try:
+        doc = json.loads(data)
+        doc = doc.get("derivations", doc)  # 2.33 and later wrap the table
+        fetches = []
+        for path, derivation in doc.items():
+            outputs = [output for _, output in sorted(derivation["outputs"].items()) if output.get("hash")]
+            if outputs:
+                fetches.append(_fetch(path, derivation, outputs[0]))
+        return len(doc), sorted(fetches, key=lambda fetch: (fetch["name"], fetch["annotations"]["drvPath"]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BuildFailed("ProvenanceError", f"nix derivation show: {type(e).__name__}: {e}") from None
+
+
+def _fetch(path: str, derivation: Any, output: Any) -> dict[str, Any]:
+    """One fixed-output derivation as an entry of resolvedDependencies. Raises ValueError and the like for another shape."""
+    env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
+    name = derivation.get("name") or env.get("name") or re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
+    recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before 2.23
+    algorithm, digest = _nix_hash(output["hash"], algorithm)
+    annotations = {"drvPath": path, "outputHashMode": output.get("method") or ("nar" if recursive == "r" else "flat")}
+    for key in ("url", "urls"):
+        value = env.get(key)
+        value = value.get("value") if isinstance(value, dict) else value
+        if value:
+            annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
+    return {"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"}
+
+
+def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
+    """(algorithm, hexadecimal digest) of hexadecimal digits, an SRI string, or an object of the two. Raises ValueError."""
+    if isinstance(value, dict):
+        algorithm, value = value["algorithm"], value["hash"]
+    if "-" in value:
+        algorithm, _, value = value.partition("-")
+    size = _HASH_BYTES[algorithm]
+    raw = bytes.fromhex(value) if len(value) == 2 * size else base64.b64decode(value, validate=True)
+    if len(raw) != size:
+        raise ValueError(f"{value[:100]!r} is no {algorithm} digest")
+    return algorithm, raw.hex()
+
+
+def flake_inputs(lock: bytes) -> list[dict[str, str]]:
+    """name and narHash of the flake's own inputs in flake.lock, by name. Raises BuildFailed SourceError."""
+    if not lock:
+        return []
+    try:
+        doc = json.loads(lock)
+        nodes = doc["nodes"]
+        direct = {name: node for name, node in nodes[doc["root"]].get("inputs", {}).items() if isinstance(node, str)}
+        locked = {name: nodes[node].get("locked", {}).get("narHash") for name, node in sorted(direct.items())}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise source_error(f"flake.lock: {type(e).__name__}: {e}") from None
+    return [{"name": name, "narHash": str(digest)} for name, digest in locked.items() if digest]
+
+
+def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
+    """(name, path) of the executables in bin/ of each output that nix printed, as lines or as JSON. [CONTRACT 2]"""
+    text = stdout.decode("utf-8", "replace").strip()
+    outputs = [path for row in json.loads(text) for path in row["outputs"].values()] if text.startswith("[") else text.split("\n")
+    found: dict[str, str] = {}
+    for output in filter(None, outputs):
+        folder = os.path.join(output, "bin")
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+            path = os.path.realpath(os.path.join(folder, name))
+            if not path.startswith(os.path.dirname(output) + "/"):
+                continue  # a link out of the store
+            if os.path.isfile(path) and os.stat(path).st_mode & 0o111:
+                if name in found and file_sha256(found[name]) != file_sha256(path):
+                    raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
+                found[name] = path
+    return sorted(found.items())
+
+
+TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix), Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
+
+# endregion 10
+# ==============================================================================
+# region 11. Attester                                             [uses 5, 6, 8]
+# ==============================================================================
+# Evidence for a provenance.  This version has one Attester, and it says what it is.
+
+
+def report_data(provenance: bytes, nonce: str) -> bytes:
+    """The 64 bytes that evidence signs: SHA-256 of provenance.json, the nonce, 16 zero bytes. [CONTRACT 4]"""
+    return hashlib.sha256(provenance).digest() + bytes.fromhex(nonce) + bytes(16)
+
+
+def simulated_measurement() -> bytes:
+    """What stands in for a launch digest: SHA-384 of this file. [CONTRACT 4]"""
+    return hashlib.sha384(own_source()).digest()
+
+
+def simulated_evidence(provenance: bytes, nonce: str) -> bytes:
+    """evidence.json of platform `simulated`. provenance: the bytes of provenance.json; nonce: hexadecimal. [CONTRACT 4]"""
+    report = simulated_report(report_data(provenance, nonce), simulated_measurement())
+    return to_canonical({"platform": "simulated", "evidence": {
+        "version": 1, "notice": SIMULATED_NOTICE, "attestation_report": base64.b64encode(report).decode("ascii")}})
+
+# endregion 11
+# ==============================================================================
+# region 12. Bundle                                                   [uses 8, 9]
+# ==============================================================================
+# The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
+# the archive itself.  Files are hashed in blocks, never held.
+
+
+def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, artifacts: Sequence[tuple[str, str]]) -> None:
+    """path is the gzip tarball of the bundle: sorted, times 0, owners 0, modes 0644 or 0755. artifacts: (name, file), by name.
+    The same inputs give the same bytes. [CONTRACT 1]"""
+    def entry(name: str, size: int, mode: int, kind: bytes = b"0") -> "tarfile.TarInfo":
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.type = size, mode, kind
+        return info
+
+    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, tarfile.open(
+            fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        archive.addfile(entry(project, 0, 0o755, tarfile.DIRTYPE))
+        archive.addfile(entry(f"{project}/artifacts", 0, 0o755, tarfile.DIRTYPE))
+        for name, artifact in artifacts:
+            with open(artifact, "rb") as content:
+                archive.addfile(entry(f"{project}/artifacts/{name}", os.path.getsize(artifact), 0o755), content)
+        for name, data in (("evidence.json", evidence), ("provenance.json", provenance)):
+            archive.addfile(entry(f"{project}/{name}", len(data), 0o644), io.BytesIO(data))
+
+
+def read_bundle(path: str) -> BundleFiles:
+    """The bundle in the directory or archive at path. Raises UsageError where there is none."""
+    try:
+        if not os.path.isdir(path):
+            return _read_archive(path)
+        artifacts = {}
+        folder = os.path.join(path, "artifacts")
+        for name in os.listdir(folder) if os.path.lexists(folder) else []:
+            mode = os.lstat(os.path.join(folder, name)).st_mode
+            artifacts[name] = file_sha256(os.path.join(folder, name)) if stat.S_ISREG(mode) else "no regular file"
+        documents = []
+        for name in ("provenance.json", "evidence.json"):
+            with open(os.path.join(path, name), "rb") as f:
+                documents.append(f.read(MAX_JSON + 1))
+        return BundleFiles(documents[0], documents[1], artifacts)
+    except OSError as e:
+        raise UsageError(f"{path}: {e.strerror or e}") from None
+
+
+def _read_archive(path: str) -> BundleFiles:
+    """The bundle in a gzip tarball, read once and unpacked nowhere. Raises UsageError, OSError."""
+    documents: dict[str, bytes] = {}
+    artifacts: dict[str, str] = {}
+    try:
+        with open(path, "rb") as f:
+            for member in _tar_members(f):
+                project, _, name = member.name.partition("/")
+                if member.kind == "directory" and name in ("", "artifacts"):
+                    continue
+                if member.kind != "file" or name in documents or name.removeprefix("artifacts/") in artifacts or project in ("", ".", ".."):
+                    raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
+                with member.open() as content:
+                    if name in ("provenance.json", "evidence.json"):
+                        documents[name] = content.read(MAX_JSON + 1)
+                    elif name.startswith("artifacts/"):
+                        digest = hashlib.sha256()
+                        for block in iter(lambda: content.read(BLOCK), b""):
+                            digest.update(block)
+                        artifacts[name.removeprefix("artifacts/")] = digest.hexdigest()
+                    else:
+                        raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
+    except (UsageError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as e:  # noqa: BLE001  # gzip, zlib and tarfile raise a dozen kinds for hostile bytes
+        raise UsageError(f"{path}: neither a bundle nor its archive: {e}") from None
+    if set(documents) != {"provenance.json", "evidence.json"}:
+        raise UsageError(f"{path}: provenance.json or evidence.json is missing")
+    return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
+
+# endregion 12
+# ==============================================================================
+# region 13. Pipeline                                  [uses 6, 7, 8, 9, 10, 11, 12]
+# ==============================================================================
+# Source -> build -> provenance -> evidence -> archive, in one process that does nothing else and is thrown away.
+
+# What of the server's environment a build may see; --env adds to it. Everything else, and so every secret, stays outside.
+ALLOWED_ENVIRONMENT = (
+    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "CURL_CA_BUNDLE",
+    "CARGO_HTTP_CAINFO", "CARGO_NET_OFFLINE", "RUSTUP_HOME", "RUSTUP_AUTO_INSTALL", "RUSTUP_DIST_SERVER", "NIX_CONF_DIR", "NIX_REMOTE",
+    "NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR", "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY",
+    "NO_PROXY", "ALL_PROXY")
+
+
+class BuildRequest(NamedTuple):
+    """What POST /build asked for, checked. Either repo_url, with repo_ref perhaps empty, or an archive called source_name."""
+
+    nonce: str
+    repo_url: str = ""
+    repo_ref: str = ""
+    source_name: str = ""
+
+
+class SourcePolicy(NamedTuple):
+    """What a server lets in. max_archive, max_unpacked: bytes."""
+
+    schemes: Sequence[str] = SCHEMES
+    loopback: bool = True
+    max_archive: int = MAX_ARCHIVE
+    max_unpacked: int = MAX_UNPACKED
+
+
+def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequence[str]) -> dict[str, str]:
+    """The environment of a build: the allowed names of environ, and folders in workspace for everything that is written."""
+    env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
+    for name in [name for name in env if name.lower().endswith("_proxy") and "@" in env[name] and name not in extra]:
+        del env[name]  # a proxy's password
+    rustup = os.path.join(environ.get("HOME", "/nonexistent"), ".rustup")
+    if os.path.isdir(rustup):
+        env.setdefault("RUSTUP_HOME", rustup)
+    env.setdefault("PATH", os.defpath)
+    return {**env, "HOME": os.path.join(workspace, "home"), "TMPDIR": os.path.join(workspace, "tmp"),
+            "CARGO_HOME": os.path.join(workspace, "cargo")}
+
+
+class _LogDigest:
+    """Build lines on their way to emit, hashed as [CONTRACT 3] says: UTF-8, each with LF."""
+
+    def __init__(self, emit: Emit) -> None:
+        self._emit, self._digest, self.cause = emit, hashlib.sha256(), ""
+
+    def __call__(self, lines: list[str]) -> None:
+        if lines:
+            text = "\n".join(lines) + "\n"
+            self._digest.update(text.encode("utf-8"))
+            if not self.cause and "error" in text:  # what later errors follow from
+                self.cause = next((line.strip() for line in lines if re.match(r"\s*error(\[\w+\])?:", line)), "")
+            self._emit("build", lines)
+
+    def hexdigest(self) -> str:
+        """SHA-256 of the lines so far."""
+        return self._digest.hexdigest()
+
+
+def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, emit: Emit) -> str:
+    """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
+
+    archive: the uploaded source, or None for a repo_url; workspace: an empty directory. When it returns, no process that the
+    build has started is alive."""
+    started = utc_now()
+    project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
+    toolchain = detect_toolchain(project)
+    emit("detect", [toolchain.name])
+    emit("init", ["Verifying build inputs"])
+    refuse_outside_influence(project)
+    for output in toolchain.outputs:
+        remove_tree(os.path.join(project, output))
+    tree = git_tree(project, walk_files(project))
+    try:
+        commit, uri = believe_history(project, tree, env)
+    except BuildFailed as e:
+        if os.path.lexists(os.path.join(project, ".git")):
+            emit("init", [f"Commit not recorded: {e}"])
+            remove_tree(os.path.join(project, ".git"))  # nothing vouches for it
+        commit, uri = "", ""
+    plan = toolchain.plan(project, env)
+    log = _LogDigest(emit)
+    status, stdout = run_tool(plan.argv, project, plan.env, log, plan.keep_stdout)
+    if status != 0:
+        ending = f"status {status}" if status > 0 else f"signal {-status}"
+        raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
+    emit("provenance", ["Generating provenance"])
+    artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+    statement = _make_statement(plan, tree, commit, uri, log.hexdigest(), {n: digest for n, _, digest in artifacts}, started)
+    emit("attest", ["Generating attestation"])
+    evidence = simulated_evidence(statement, request.nonce)
+    path = os.path.join(workspace, "result.tar.gz")
+    write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
+    return path
+
+
+def _get_source(request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy) -> tuple[str, str]:
+    """(directory, name) of the project. root: made here."""
+    if archive is None:
+        fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback)
+        return root, plain_name(request.repo_url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
+    os.mkdir(root)
+    unpack_archive(archive, root, policy.max_unpacked)
+    return find_project(root, request.source_name)
+
+
+def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> list[tuple[str, str, str]]:
+    """(name, path of our copy, SHA-256) of each artifact. Raises BuildFailed NoArtifacts, ProvenanceError."""
+    if not found:
+        raise BuildFailed("NoArtifacts", "the build succeeded and left no executable")
+    os.mkdir(folder)
+    taken = []
+    for name, path in found:
+        if not PLAIN_NAME.fullmatch(name) or not name.isprintable():
+            raise BuildFailed("ProvenanceError", f"an artifact is called {name!r}")
+        copy = os.path.join(folder, name)
+        shutil.copyfile(path, copy, follow_symlinks=False)
+        taken.append((name, copy, file_sha256(copy)))
+    return taken
+
+
+def utc_now() -> str:
+    """The time in UTC with microseconds, as the provenance writes it."""
+    now = time.time_ns() // 1000
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10 ** 6)) + f".{now % 10 ** 6:06d}+00:00"
+
+
+def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: str, subjects: Mapping[str, str], started: str) -> bytes:
+    """The bytes of provenance.json. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
+    tool = Digest(f"confbuild {__version__}", sha256_hex(own_source()))
+    toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
+    root: dict[str, Any] = {"digest": {"sha256": ""}, "name": "input_merkle_root"}
+    invocation = f"build-{re.sub('[-:]', '', started[:10])}-{re.sub(':', '', started[11:19])}-{secrets.token_hex(4)}"
+    doc = {
+        "_type": STATEMENT_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": {"buildCommand": plan.command,
+                                       "source": {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}},
+                "internalParameters": {**plan.parameters, "lockfileHash": {"sha256": plan.lockfile_sha256}, "toolchain": toolchain},
+                "resolvedDependencies": list(plan.dependencies)},
+            "runDetails": {
+                "builder": {"id": SIMULATED_BUILDER},
+                "byproducts": [root, {"digest": {"sha256": log_sha256}, "name": "build_log"}],
+                "metadata": {"invocationId": invocation, "startedOn": started, "finishedOn": utc_now()}}},
+        "predicateType": PREDICATE_TYPE,
+        "subject": [{"digest": {"sha256": digest}, "name": name} for name, digest in sorted(subjects.items())],
+    }
+    root["digest"]["sha256"] = merkle_root(merkle_entries(doc))
+    try:
+        data = to_canonical(doc)
+        check_statement(parse_json(data, "provenance"))
+    except (Malformed, UnicodeEncodeError) as e:
+        raise BuildFailed("ProvenanceError", str(e)) from None
+    return data
+
+# endregion 13
+# ==============================================================================
+# region 14. Event log                                            [uses nothing]
+# ==============================================================================
+# A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
+# the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
+# so nobody reads a torn one; what a crash has torn is cut when the log is opened.  In memory: one offset for STRIDE events.
+
+STRIDE = 64
+
+
+def build_payloads(lines: Sequence[str]) -> list[str]:
+    """The JSON objects of `build` events, as compact_json would give them, a block at a time."""
+    joined = "".join(lines)
+    if joined.isascii() and joined.isprintable() and '"' not in joined and "\\" not in joined:
+        return [f'{{"type":"build","msg":"{line}"}}' for line in lines]
+    return [f'{{"type":"build","msg":{quoted}}}' for quoted in map(json.encoder.encode_basestring_ascii, lines)]
+
+
+def phase_payloads(phase: str, messages: Sequence[str]) -> list[str]:
+    """The JSON objects of events of one phase."""
+    return build_payloads(messages) if phase == "build" else [compact_json({"type": phase, "msg": message}) for message in messages]
+
+
+class EventLog:
+    """The log in the file at path, which is made where there is none. on_append is called after each append, by its thread."""
+
+    def __init__(self, path: str, on_append: "Callable[[EventLog], None] | None" = None) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        weakref.finalize(self, os.close, self.fd)
+        self._on_append = on_append
+        self._lock = threading.Lock()
+        self._index = array("Q")  # guarded by _lock; the offset of every STRIDE-th event
+        self.size = self.count = 0  # written under _lock, size last; a reader may see them without
+        self.finished = False  # a `complete` event is the last one; set after size
+        self._recover_locked()
+
+    def _recover_locked(self) -> None:
+        """Caller must hold _lock, or be the only one who knows the log. Cut a torn frame and rebuild the index. What a crashed machine has lost of a file ends the log before it."""
+        if os.fstat(self.fd).st_size == 0:
+            return
+        with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as data:
+            end = data.rfind(b"\n\n") + 2 if data.rfind(b"\n\n") >= 0 else 0
+            offset = 0 if data[:6] == b"id: 1\n" else -1
+            while 0 <= offset < end:
+                self._index.append(offset)
+                offset = data.find(b"\n\nid: %d\n" % (len(self._index) * STRIDE + 1), offset, end) + 2
+                if offset < 2:
+                    break
+            start = self._index[-1] if self._index else 0
+            frames = data[start:end].split(b"\n\n")[:-1]
+            first = (len(self._index) - 1) * STRIDE + 1
+            good = 0
+            while good < len(frames) and frames[good].startswith(b"id: %d\ndata: {" % (first + good)) and good < STRIDE:
+                good += 1
+            self.size = start + sum(len(frame) + 2 for frame in frames[:good])
+            self.count = first + good - 1 if self._index else 0
+            self.finished = good > 0 and b'\ndata: {"type":"complete",' in frames[good - 1]
+        os.ftruncate(self.fd, self.size)
+
+    def append(self, payloads: Sequence[str]) -> None:
+        """Emit events. payloads: one line of ASCII JSON each. Raises OSError, and nothing was emitted then."""
+        if not payloads:
+            return
+        with self._lock:
+            if self.finished:
+                raise ValueError("the log is complete")
+            frames = [f"id: {n}\ndata: {payload}\n\n" for n, payload in enumerate(payloads, self.count + 1)]
+            starts = list(accumulate(map(len, frames), initial=self.size))
+            data = memoryview("".join(frames).encode("ascii"))
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.pwrite(self.fd, data[written:], self.size + written)
+            except OSError:
+                os.ftruncate(self.fd, self.size)
+                raise
+            self._index.extend(starts[-self.count % STRIDE:-1:STRIDE])
+            self.count += len(frames)
+            self.size = starts[-1]
+            self.finished = payloads[-1].startswith('{"type":"complete",')
+        if self._on_append is not None:
+            self._on_append(self)
+
+    def offset_of(self, count: int) -> int:
+        """Where the event after the first count ones begins; count: at most self.count. Reads at most STRIDE events."""
+        with self._lock:
+            if count >= self.count:
+                return self.size
+            offset = self._index[count // STRIDE]
+        block = b""
+        for _ in range(count % STRIDE):
+            while b"\n\n" not in block:
+                block += os.pread(self.fd, BLOCK, offset + len(block))
+            length = block.index(b"\n\n") + 2
+            offset, block = offset + length, block[length:]
+        return offset
+
+    def last(self) -> dict[str, Any]:
+        """The last event, or an empty object."""
+        offset = self.offset_of(max(0, self.count - 1))
+        frame = os.pread(self.fd, self.size - offset, offset)
+        return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
+
+# endregion 14
+# ==============================================================================
+# region 15. Event streams                                             [uses 14]
+# ==============================================================================
+# One thread serves every watcher of every job.  A request thread hands over a socket whose headers are written; from then on
+# it is non-blocking, owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112
+# 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once, from one read.
+# Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
+#
+# Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
+
+KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
+_SMALL = 64 * KIB
+_TURN = 4 * MIB  # what one watcher gets before the next one's turn
+
+
+class Watcher:
+    """A client's end of an event stream. start: how many events it has; greeting: bytes to send first."""
+
+    __slots__ = ("chunked", "deaf", "ending", "idle_since", "left", "log", "mask", "pending", "position", "sock", "start", "tls")
+
+    def __init__(self, sock: "socket.socket", log: EventLog, start: int, chunked: bool, tls: bool, greeting: bytes) -> None:
+        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
+        self.position = -1  # in the log; unknown until it has `start` events
+        self.pending = self.frame(greeting) if greeting else b""
+        self.left = 0  # bytes of the log still to be sent of the chunk at hand
+        self.ending = self.deaf = False  # deaf: the peer has closed its half
+        self.mask = 0  # what the selector waits for
+        self.idle_since = 0.0
+
+    def frame(self, data: bytes) -> bytes:
+        """data as one chunk, where the stream is chunked."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+
+class Streamer:
+    """The thread that serves watchers. keepalive_s: silence after which a comment is sent."""
+
+    def __init__(self, keepalive_s: float = KEEPALIVE_S) -> None:
+        self._keepalive_s = keepalive_s
+        self._selector = selectors.DefaultSelector()
+        self._sleeper, self._waker = socket.socketpair()
+        self._sleeper.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._sleeper, selectors.EVENT_READ)
+        self._notes: deque[EventLog | Watcher | None] = deque()  # from other threads: a log has grown, a watcher is new, stop
+        self._asleep = False
+        self._waiting: dict[EventLog, set[Watcher]] = {}  # who has everything there is
+        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
+        self.watchers = 0
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
+        self._thread.start()
+
+    def grown(self, log: EventLog) -> None:
+        """log has new events. Any thread; never waits."""
+        self._tell(log)
+
+    def add(self, watcher: Watcher) -> None:
+        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
+        self._tell(watcher)
+
+    def stop(self) -> None:
+        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
+        self._tell(None)
+        self._thread.join()
+
+    def _tell(self, note: "EventLog | Watcher | None") -> None:
+        self._notes.append(note)
+        if self._asleep:  # set before the notes are looked at for the last time: no note is slept over
+            self._asleep = False
+            try:
+                self._waker.send(b"\0")
+            except BlockingIOError:
+                pass  # it is awake enough
+
+    def _run(self) -> None:
+        scan_at = time.monotonic() + 1
+        while True:
+            self._asleep = True
+            events = self._selector.select(0 if self._notes else max(0.0, scan_at - time.monotonic()))
+            self._asleep = False
+            if not self._take_notes():
+                break
+            for key, mask in events:
+                if key.data is None:
+                    self._sleeper.recv(4096)
+                    continue
+                if mask & key.data.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
+                    self._hear(key.data)
+                if mask & key.data.mask & selectors.EVENT_WRITE:
+                    self._pump(key.data)
+            if time.monotonic() >= scan_at:
+                scan_at = time.monotonic() + 1
+                self._keep_alive(scan_at - 1 - self._keepalive_s)
+        for key in list(self._selector.get_map().values()):
+            if key.data is not None:
+                self._drop(key.data)
+        for watcher in [w for waiting in self._waiting.values() for w in waiting]:
+            self._drop(watcher)
+        self._selector.close()
+        self._sleeper.close()
+        self._waker.close()
+
+    def _take_notes(self) -> bool:
+        """Act on what other threads have said. False: stop."""
+        grown: dict[EventLog, None] = {}
+        while self._notes:
+            note = self._notes.popleft()
+            if note is None:
+                return False
+            if isinstance(note, EventLog):
+                grown[note] = None
+            else:
+                note.sock.setblocking(False)
+                self.watchers += 1
+                self._want(note, selectors.EVENT_READ)
+                self._pump(note)
+        for log in grown:
+            for watcher in self._waiting.pop(log, ()):
+                self._pump(watcher)
+        return True
+
+    def _want(self, watcher: Watcher, mask: int) -> None:
+        """Wait for these events of watcher's socket."""
+        if watcher.deaf:
+            mask &= selectors.EVENT_WRITE  # it would be readable for ever
+        if mask == watcher.mask:
+            return
+        if mask and watcher.mask:
+            self._selector.modify(watcher.sock, mask, watcher)
+        elif mask:
+            self._selector.register(watcher.sock, mask, watcher)
+        else:
+            self._selector.unregister(watcher.sock)
+        watcher.mask = mask
+
+    def _hear(self, watcher: Watcher) -> None:
+        """The peer has sent something, which nobody needs, or has closed its half."""
+        try:
+            said = watcher.sock.recv(_SMALL)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as e:
+            if not (watcher.tls and isinstance(e, (ssl.SSLWantReadError, ssl.SSLWantWriteError))):
+                self._drop(watcher)
+            return
+        if not said:
+            # Perhaps it is gone, perhaps it only has nothing more to say: a comment will tell.
+            watcher.deaf = True
+            self._want(watcher, watcher.mask)
+            if watcher in self._waiting.get(watcher.log, ()):
+                self._comment(watcher)
+
+    def _comment(self, watcher: Watcher) -> None:
+        """Send a comment to one who waits, which shows whether the peer is still there."""
+        self._forget(watcher)
+        watcher.pending = watcher.frame(b": keepalive\n\n")
+        self._pump(watcher)
+
+    def _keep_alive(self, before: float) -> None:
+        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.idle_since <= before]:
+            self._comment(watcher)
+
+    def _pump(self, watcher: Watcher) -> None:
+        """Send what there is, until there is no more, the socket is full, or the turn is over."""
+        turn = _TURN
+        try:
+            while turn > 0:
+                if watcher.pending:
+                    more = socket.MSG_MORE if watcher.left and not watcher.tls and hasattr(socket, "MSG_MORE") else 0
+                    sent = watcher.sock.send(watcher.pending, more)
+                    watcher.pending = watcher.pending[sent:]
+                elif watcher.left:
+                    sent = os.sendfile(watcher.sock.fileno(), watcher.log.fd, watcher.position, min(watcher.left, MIB))
+                    if sent == 0:
+                        raise OSError("the log has shrunk")
+                    watcher.position += sent
+                    watcher.left -= sent
+                    if not watcher.left and watcher.chunked:
+                        watcher.pending = b"\r\n"
+                elif not self._next(watcher):
+                    return
+                else:
+                    sent = 0
+                turn -= sent
+            self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        except BlockingIOError:
+            self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
+        except OSError as e:
+            if watcher.tls and isinstance(e, ssl.SSLWantWriteError):
+                self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            elif not (watcher.tls and isinstance(e, ssl.SSLWantReadError)):
+                self._drop(watcher)
+
+    def _next(self, watcher: Watcher) -> bool:
+        """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
+        log = watcher.log
+        finished = log.finished  # before size: what was there when the log was complete is then seen
+        if watcher.position < 0 and (finished or log.count >= watcher.start):
+            watcher.position = log.offset_of(watcher.start)
+        size = log.size
+        if 0 <= watcher.position < size:
+            if watcher.tls or size - watcher.position <= _SMALL:
+                length = min(size - watcher.position, _SMALL)
+                watcher.pending = watcher.frame(self._read(log, watcher.position, length))
+                watcher.position += length
+            else:
+                watcher.left = size - watcher.position
+                watcher.pending = b"%x\r\n" % watcher.left if watcher.chunked else b""
+            return True
+        if finished and watcher.chunked and not watcher.ending:
+            watcher.ending, watcher.pending = True, b"0\r\n\r\n"
+            return True
+        if finished:
+            self._drop(watcher)
+            return False
+        watcher.idle_since = time.monotonic()
+        self._waiting.setdefault(log, set()).add(watcher)
+        self._want(watcher, selectors.EVENT_READ)
+        return False
+
+    def _read(self, log: EventLog, position: int, length: int) -> bytes:
+        """A range of the log, read once for all who ask for the same one after another."""
+        if self._block[:3] != (log, position, length):
+            self._block = (log, position, length, os.pread(log.fd, length, position))
+        return self._block[3]
+
+    def _forget(self, watcher: Watcher) -> None:
+        waiting = self._waiting.get(watcher.log)
+        if waiting is not None:
+            waiting.discard(watcher)
+            if not waiting:
+                del self._waiting[watcher.log]
+
+    def _drop(self, watcher: Watcher) -> None:
+        """Close watcher's socket and forget it."""
+        self._forget(watcher)
+        self._want(watcher, 0)
+        if self._block[0] is watcher.log:
+            self._block = (None, 0, 0, b"")
+        self.watchers -= 1
+        try:
+            watcher.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer was faster
+        watcher.sock.close()
+
+# endregion 15
+# ==============================================================================
+# region 16. Jobs                                                 [uses 8, 13, 14]
+# ==============================================================================
+# The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
+# (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
+#
+# Threads "slot N": started by Jobs.start, each runs one job at a time; they end by Jobs.stop.  Lock order: Jobs._changed, then
+# an EventLog's own lock.
+
+# From each state, where a job can go. [CONTRACT 1: every stream ends with exactly one `complete`]
+JOB_STATES = {
+    "queued": ("running", "failed"),  # failed: cancelled, or its server died MAX_ATTEMPTS times
+    "running": ("queued", "ok", "failed"),  # queued: the server stopped or died
+    "ok": (),
+    "failed": (),
+}
+
+
+class Job:
+    """One build. Its fields change only in Jobs, under its lock; the log has its own."""
+
+    def __init__(self, job_id: str, folder: str, seq: int, request: BuildRequest) -> None:
+        self.id, self.folder, self.seq, self.request = job_id, folder, seq, request
+        self.state = "queued"
+        self.attempts = 0
+        self.position = -1  # the last one emitted
+        self.submitted_at, self.started_at, self.finished_at = utc_now(), "", ""
+        self.result: dict[str, Any] | None = None  # size and sha256 of the archive
+        self.failure: dict[str, str] | None = None  # error and error_type
+        self.halted: tuple[str, str] | None = None  # (error_type, error): why the build must stop
+        self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
+        self.log: EventLog | None = None  # kept while the job can still emit
+
+    @property
+    def source(self) -> str | None:
+        """The uploaded archive, or None for a repo_url."""
+        return None if self.request.repo_url else os.path.join(self.folder, "source")
+
+    @property
+    def result_path(self) -> str:
+        """The archive that clients get."""
+        return os.path.join(self.folder, "result.tar.gz")
+
+    def save(self) -> None:
+        """job.json is durable. Caller must hold the lock of Jobs, or be the only one who knows the job."""
+        doc = {"seq": self.seq, "request": self.request._asdict(), "attempts": self.attempts, "state": self.state,
+               "submitted_at": self.submitted_at, "started_at": self.started_at, "finished_at": self.finished_at,
+               "result": self.result, "failure": self.failure}
+        write_durably(os.path.join(self.folder, "job.json"), compact_json(doc).encode("ascii"))
+
+    @classmethod
+    def load(cls, job_id: str, folder: str) -> "Job":
+        """The job that save has written. Raises OSError, Malformed or KeyError for anything else."""
+        with open(os.path.join(folder, "job.json"), "rb") as f:
+            doc = parse_json(f.read(), "job.json")
+        job = cls(job_id, folder, doc["seq"], BuildRequest(**doc["request"]))
+        for name in ("attempts", "state", "submitted_at", "started_at", "finished_at", "result", "failure"):
+            setattr(job, name, doc[name])
+        return job
+
+
+class Jobs:
+    """All jobs of one server. run: builds one job and returns the path of its archive, which is moved away, or raises
+    BuildFailed; it appends to job.log and sets job.on_halt. grown: is told of each log that has grown."""
+
+    def __init__(self, state: str, run: "Callable[[Jobs, Job], str]", grown: Callable[[EventLog], None], slots: int = 1,
+                 max_queue: int = 1000, single_use: bool = False) -> None:
+        self._folder = os.path.join(state, "jobs")
+        self._run, self._grown, self._slots, self._max_queue, self._single_use = run, grown, slots, max_queue, single_use
+        self._changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}  # guarded by _changed
+        self._queue: list[Job] = []  # guarded by _changed; in the order of seq
+        self._running: set[Job] = set()  # guarded by _changed
+        self._seq = 0  # guarded by _changed
+        self._stopping = False  # guarded by _changed
+        self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed
+        self._threads: list[threading.Thread] = []
+        self.incoming = os.path.join(state, "incoming")
+        remove_tree(self.incoming)
+        for folder in (self._folder, self.incoming):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+
+    def start(self) -> None:
+        """Take up what an earlier server has left, and begin to build."""
+        with self._changed:
+            found = []
+            for name in os.listdir(self._folder):
+                folder = os.path.join(self._folder, name)
+                if not os.path.exists(os.path.join(folder, "job.json")):
+                    remove_tree(folder)  # never accepted
+                    continue
+                try:
+                    found.append(Job.load(name, folder))
+                except (OSError, Malformed, KeyError, TypeError) as e:
+                    logger().error("%s is not read: %s", folder, e)
+            for job in sorted(found, key=lambda job: job.seq):
+                self._resume_locked(job)
+            self._announce_locked()
+        for number in range(self._slots):
+            self._threads.append(threading.Thread(target=self._work, name=f"slot {number}", daemon=True))
+            self._threads[-1].start()
+
+    def _resume_locked(self, job: Job) -> None:
+        """Caller must hold _changed. Put a job of an earlier server where it belongs."""
+        self._jobs[job.id] = job
+        self._seq = max(self._seq, job.seq)
+        log = self._open_locked(job)
+        last = log.last()
+        if log.finished:
+            failed = last["result"]["status"] != "ok"
+            job.state, job.failure = "failed" if failed else "ok", {k: last["result"][k] for k in ("error", "error_type")} if failed else None
+        elif job.result is not None:  # the server died between the archive and the event
+            self._complete_locked(job, None)
+        elif job.state == "running" and job.attempts >= MAX_ATTEMPTS:
+            self._complete_locked(job, BuildFailed("InternalError", f"the server ended {job.attempts} times during this build"))
+        else:
+            job.log, job.position = log, last.get("position", -1) if job.state == "queued" else -1
+            job.state = "queued"
+            self._queue.append(job)
+
+    def _open_locked(self, job: Job) -> EventLog:
+        """Caller must hold _changed. The log of a job; closed when nobody refers to it any more."""
+        log = self._logs.get(job.id)
+        if log is None:
+            log = self._logs[job.id] = EventLog(os.path.join(job.folder, "events"), self._grown)
+        return log
+
+    def check_open(self) -> None:
+        """Raise Refused where no build can be accepted now: 409, 429 or 503. [CONTRACT 1]"""
+        with self._changed:
+            self._check_open_locked()
+
+    def _check_open_locked(self) -> None:
+        """Caller must hold _changed."""
+        if self._single_use and self._jobs:
+            raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
+        if self._stopping:
+            raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
+        if len(self._queue) >= self._max_queue:
+            raise Refused(429, "QueueFull", f"{len(self._queue)} builds are waiting", {"Retry-After": "60"})
+
+    def submit(self, request: BuildRequest, archive: str | None) -> Job:
+        """Accept a build, which survives the server from here on. archive: the uploaded source, which is moved away. Raises
+        Refused."""
+        job_id = str(uuid.uuid4())
+        folder = os.path.join(self._folder, job_id)
+        if archive is not None:
+            with open(archive, "rb") as f:
+                os.fsync(f.fileno())
+        with self._changed:
+            self._check_open_locked()
+            self._seq += 1
+            job = Job(job_id, folder, self._seq, request)
+            os.mkdir(folder, 0o700)
+            if archive is not None:
+                os.rename(archive, os.path.join(folder, "source"))
+            job.save()
+            sync_directory(self._folder)
+            job.log = self._open_locked(job)
+            self._jobs[job_id] = job
+            self._queue.append(job)
+            self._announce_locked()
+            self._changed.notify()
+        return job
+
+    def _announce_locked(self) -> None:
+        """Caller must hold _changed. Tell each waiting job its place, where that has changed."""
+        for position, job in enumerate(self._queue):
+            if job.position != position and job.log is not None:
+                job.position = position
+                job.log.append([compact_json({"type": "queued", "position": position})])
+
+    def get(self, job_id: str) -> Job:
+        """The job. Raises Refused 404."""
+        with self._changed:
+            if job_id not in self._jobs:
+                raise Refused(404, "NotFound", "no such build")
+            return self._jobs[job_id]
+
+    def log_of(self, job: Job) -> EventLog:
+        """The log of any job, opened where it is not."""
+        with self._changed:
+            return self._open_locked(job)
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """The status that GET /build/{id} answers."""
+        with self._changed:
+            source = ({"repo_url": job.request.repo_url, "repo_ref": job.request.repo_ref} if job.request.repo_url
+                      else {"source_name": job.request.source_name})
+            place = {"position": self._queue.index(job)} if job in self._queue else {}
+            return {"job_id": job.id, "status": job.state, **place, **source, "nonce": job.request.nonce, "attempts": job.attempts,
+                    "submitted_at": job.submitted_at, "started_at": job.started_at or None, "finished_at": job.finished_at or None,
+                    "result": job.result if job.state == "ok" else None, **(job.failure or {})}
+
+    def newest(self) -> list[Job]:
+        """Every job, newest first."""
+        with self._changed:
+            return sorted(self._jobs.values(), key=lambda job: -job.seq)
+
+    def cancel(self, job: Job) -> None:
+        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended."""
+        with self._changed:
+            if job in self._queue:
+                self._queue.remove(job)
+                self._complete_locked(job, BuildFailed("Cancelled", "cancelled before it was started"))
+                self._announce_locked()
+                return
+        self.halt(job, "Cancelled", "cancelled")
+
+    def halt(self, job: Job, error_type: str, message: str) -> None:
+        """A running build stops soon, for this reason; the first one counts."""
+        with self._changed:
+            if job.state != "running" or job.halted is not None:
+                return
+            job.halted = (error_type, message)
+            stop = job.on_halt
+        if stop is not None:
+            stop()
+
+    def when_halted(self, job: Job, stop: Callable[[], None]) -> None:
+        """stop is called once when the job is halted; now, where it is already. For run()."""
+        with self._changed:
+            job.on_halt = stop
+            halted = job.halted is not None
+        if halted:
+            stop()
+
+    def _work(self) -> None:
+        """A slot: one job after the other."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._stopping)
+                if self._stopping:
+                    return
+                job = self._queue.pop(0)
+                job.state, job.started_at, job.halted, job.on_halt = "running", utc_now(), None, None
+                job.attempts += 1
+                self._running.add(job)
+                job.save()
+                self._announce_locked()
+            failure: BuildFailed | None = None
+            try:
+                archive = self._run(self, job)
+                result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
+                shutil.move(archive, job.result_path)
+                with open(job.result_path, "rb") as f:
+                    os.fsync(f.fileno())
+            except BuildFailed as e:
+                failure = e
+            except Exception:  # noqa: BLE001  # a bug of ours must not take the slot with it
+                logger().exception("job %s", job.id)
+                failure = BuildFailed("InternalError", "the server failed; its log tells more")
+            self._end(job, failure, None if failure else result)
+
+    def _end(self, job: Job, failure: BuildFailed | None, result: dict[str, Any] | None) -> None:
+        """A run is over: the job is complete, or waits again where the server stops."""
+        with self._changed:
+            self._running.discard(job)
+            if failure is not None and job.halted is not None:
+                failure = BuildFailed(*job.halted)
+            if failure is not None and failure.error_type == "Parked":
+                job.state, job.position, job.attempts = "queued", -1, job.attempts - 1
+                job.save()
+            else:
+                job.result = result
+                try:
+                    self._complete_locked(job, failure)
+                except OSError:  # a full disk, perhaps: the job is run again by the next server
+                    logger().exception("job %s", job.id)
+            self._changed.notify_all()
+
+    def _complete_locked(self, job: Job, failure: BuildFailed | None) -> None:
+        """Caller must hold _changed. The last event, when all that it promises is durable."""
+        job.state, job.finished_at = "failed" if failure else "ok", utc_now()
+        job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
+        job.save()
+        outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
+        self._open_locked(job).append([compact_json({"type": "complete", "result": outcome})])
+        job.log = None
+
+    def stop(self, grace_s: float) -> None:
+        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._running, grace_s)
+            left = list(self._running)
+        for job in left:
+            self.halt(job, "Parked", "the server was stopped")
+        for thread in self._threads:
+            thread.join(10)
+
+# endregion 16
+# ==============================================================================
+# region 17. VMs                                        [uses 7, 8, 12, 13, 14, 16]
+# ==============================================================================
+# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 18 as a single-use agent, and is
+# destroyed.  This version has one kind, the simulated VM: a child process of this same file in a session and a workspace of its
+# own.  It keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
+#
+# Timers: one per running build, for its time limit; ends with it.
+
+MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
+MAX_RESULT = 4 * GIB
+_PLAIN_EVENT = re.compile(
+    r'id: \d+\ndata: (\{"type":"build","msg":"[ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-f]{4})[ !#-\[\]-~]*)*"\})\n\n')
+
+
+class SimulatedVm:
+    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see."""
+
+    platform = "simulated"
+
+    def __init__(self, policy: SourcePolicy, env: Sequence[str] = ()) -> None:
+        self.token = secrets.token_urlsafe(32)
+        self.port = 0  # of the loopback interface, once it is ready
+        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
+        self._policy, self._env = policy, build_environment(self._workspace, os.environ, env)
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._gone = False  # guarded by _lock
+
+    def spawn(self) -> int:
+        """The process id of the VM, which begins to boot. Raises BuildFailed VmError."""
+        with self._lock:
+            if self._gone:
+                raise BuildFailed("VmError", "the VM was destroyed before it was started")
+            for folder in ("home", "tmp", "cargo"):
+                os.mkdir(os.path.join(self._workspace, folder), 0o700)
+            self._child = subprocess.Popen([*own_program(), "agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           cwd=self._workspace, env=self._env, start_new_session=True)
+            config = {"token": self.token, "workspace": self._workspace, "policy": self._policy._asdict()}
+            stdin = _pipe(self._child.stdin)  # stays open: its end tells the agent that the server is dead
+            stdin.write(compact_json(config).encode("ascii") + b"\n")
+            stdin.flush()
+            return self._child.pid
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """The agent answers on port. Raises BuildFailed VmError."""
+        with self._lock:
+            child = self._child
+        if child is None:
+            raise BuildFailed("VmError", "the VM is gone")
+        with selectors.DefaultSelector() as selector:
+            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+            line = _pipe(child.stdout).readline(64) if selector.select(timeout_s) else b""
+        if not re.fullmatch(rb"\d{1,5}\n", line):
+            raise BuildFailed("VmError", "the VM ended while it booted" if child.poll() is not None or line
+                              else f"the VM did not boot within {timeout_s:g} s")
+        self.port = int(line)
+
+    def destroy(self) -> None:
+        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times."""
+        with self._lock:
+            self._gone = True
+            child, self._child = self._child, None
+        if child is not None:
+            os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
+            kill_all(lambda: descendants(child.pid))
+            child.kill()
+            child.wait()
+            for stream in (child.stdin, child.stdout):
+                _pipe(stream).close()
+        remove_tree(self._workspace)
+
+
+class VmHost:
+    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; reap: this process is a child subreaper
+    that has no children but VMs, so any other is what a VM has left behind."""
+
+    def __init__(self, make_vm: Callable[[], SimulatedVm], boot_timeout_s: float = BOOT_TIMEOUT_S, build_timeout_s: float = BUILD_TIMEOUT_S,
+                 max_log: int = MAX_LOG, reap: bool = False) -> None:
+        self._make_vm, self._boot_timeout_s, self._build_timeout_s = make_vm, boot_timeout_s, build_timeout_s
+        self._max_log, self._reap = max_log, reap
+        self._spawning = threading.Lock()
+        self._alive: set[int] = set()  # guarded by _spawning; the process ids of VMs
+
+    def run(self, jobs: Jobs, job: Job) -> str:
+        """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
+        vm = self._make_vm()
+        jobs.when_halted(job, vm.destroy)
+        seconds = self._build_timeout_s
+        timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
+        timer.daemon = True
+        pid = 0
+        try:
+            with self._spawning:
+                pid = vm.spawn()
+                self._alive.add(pid)
+            vm.wait_ready(self._boot_timeout_s)
+            timer.start()
+            return self._drive(vm, job)
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            raise BuildFailed("VmError", f"the VM went away: {e or type(e).__name__}") from None
+        finally:
+            timer.cancel()
+            vm.destroy()
+            if self._reap:
+                self._kill_strays()
+            with self._spawning:
+                self._alive.discard(pid)
+
+    def _kill_strays(self) -> None:
+        """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
+        def strays() -> list[int]:
+            with self._spawning:
+                known = {pid for vm in self._alive for pid in (vm, *descendants(vm))}
+                return [pid for pid in descendants(os.getpid()) if pid not in known]
+
+        found = strays()
+        kill_all(strays)
+        for pid in found:
+            try:
+                os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass  # not our child: its own parent reaps it
+
+    def _drive(self, vm: SimulatedVm, job: Job) -> str:
+        """Submit the job to the agent, relay its events, fetch and verify its archive."""
+        headers = {"Authorization": f"Bearer {vm.token}"}
+        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
+        try:
+            body, size = request_body(job.request, job.source)
+            connection.request("POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)})
+            answer = connection.getresponse()
+            doc = parse_json(answer.read(MIB), "answer of the VM")
+            if answer.status != 200:
+                raise BuildFailed("VmError", f"the VM refused the build: {doc.get('detail')}")
+            path = f"/build/{doc['job_id']}"
+            connection.request("GET", path + "/events", headers=headers)
+            failure = relay_events(connection.getresponse(), job.log, self._max_log) if job.log is not None else None
+            connection.close()
+            if failure is not None:
+                raise failure
+            connection.request("GET", path + "/result", headers=headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise BuildFailed("VmError", f"the VM has no result: status {answer.status}")
+            return _fetch_result(answer, job)
+        finally:
+            connection.close()
+
+
+def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[bytes], int]:
+    """The body of POST /build, in blocks, and its size: the archive at source is never held as a whole."""
+    fields = {"nonce": request.nonce}
+    if request.repo_url:
+        fields.update(repo_url=request.repo_url, repo_ref=request.repo_ref)
+    else:
+        fields.update(source_name=request.source_name, source_data="")
+    text = compact_json(fields).encode("ascii")
+    if source is None:
+        return iter([text]), len(text)
+    path = source
+
+    def blocks() -> Iterator[bytes]:
+        yield text[:-2]
+        with open(path, "rb") as f:
+            for block in iter(lambda: f.read(3 * BLOCK), b""):
+                yield base64.b64encode(block)
+        yield text[-2:]
+
+    return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
+
+
+def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: int) -> BuildFailed | None:
+    """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
+
+    What comes is checked, not believed: known phases that never run backwards, exactly their keys. `queued` is the host's to
+    say. Raises BuildFailed VmError for a stream that breaks off or is none, LimitError beyond max_log bytes."""
+    text, reached = "", PHASES.index("vm")
+    while True:
+        block = response.read1(BLOCK)
+        if not block:
+            raise BuildFailed("VmError", "the VM ended in the middle of the build")
+        text += block.decode("ascii")
+        end = text.rfind("\n\n") + 2
+        if len(text) - end > 2 * MIB:
+            raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+        if end < 2:
+            continue
+        if log.size + end > max_log:
+            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
+        frames, text = text[:end], text[end:]
+        plain = _PLAIN_EVENT.findall(frames)
+        if reached <= PHASES.index("build") and len(plain) == frames.count("\n\n"):  # as nearly every block is
+            reached = PHASES.index("build")
+            log.append(plain)
+            continue
+        for frame in frames.split("\n\n")[:-1]:
+            if frame.startswith(":"):
+                continue
+            event = parse_json(frame.rpartition("data: ")[2].encode("ascii"), "event of the VM", 32)
+            if event.get("type") == "complete":
+                return _told_failure(event)
+            if event.get("type") == "queued":
+                continue
+            if set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
+                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
+            reached = PHASES.index(event["type"])
+            log.append(phase_payloads(event["type"], [event["msg"]]))
+
+
+def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
+    """What a `complete` event tells."""
+    outcome = event.get("result")
+    if outcome == {"status": "ok"}:
+        return None
+    if not isinstance(outcome, dict) or outcome.get("error_type") not in FAILURES or not isinstance(outcome.get("error"), str):
+        raise BuildFailed("VmError", "the VM ended the build with a result that is none")
+    return BuildFailed(outcome["error_type"], outcome["error"][:4096])
+
+
+def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
+    """The path of the archive in answer, once it is a bundle that verifies with the job's nonce. Raises BuildFailed."""
+    path = os.path.join(job.folder, "result.tmp")
+    size = 0
+    with open(path, "wb") as f:
+        for block in iter(lambda: answer.read1(BLOCK), b""):
+            size += len(block)
+            if size > MAX_RESULT:
+                raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes")
+            f.write(block)
+    try:
+        verdict = verify_bundle(read_bundle(path), Expectations(nonce=job.request.nonce))
+    except UsageError as e:
+        raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
+    failed = [check.name for check in verdict.checks if check.status == "failed"]
+    if verdict.verdict == "failed":
+        raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
+    return path
+
+# endregion 17
+# ==============================================================================
+# region 18. HTTP API                                   [uses 8, 9, 13, 14, 15, 16]
+# ==============================================================================
+# One route table; each route is a function of a request that returns a response or raises Refused.  http.server parses, in a
+# thread per request; it knows nothing of builds, and the functions nothing of sockets.  An event stream's socket goes to the
+# streamer when its headers are written, and its thread ends.
+
+MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
+MAX_REQUESTS = 256  # threads at a time
+REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a request
+
+
+class Request(NamedTuple):
+    """A request as a route's function sees it. headers: names in any case; read: up to n bytes of the body."""
+
+    method: str
+    arguments: Sequence[str]
+    query: Mapping[str, str]
+    headers: "Message"
+    read: Callable[[int], bytes]
+
+
+class Response(NamedTuple):
+    """An answer. One of: body; path with (first, length), a range of a file; log with start, an event stream."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    path: str = ""
+    span: tuple[int, int] = (0, 0)
+    log: EventLog | None = None
+    start: int = 0
+
+
+class Route(NamedTuple):
+    """One row of the API. path: with {id}; answers: status -> what it means, for the OpenAPI document."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    media_type: str
+    answers: Mapping[int, str]
+
+
+ROUTES = (
+    Route("GET", "/health", "health", "Whether the server answers", "text/plain", {200: "ok"}),
+    Route("POST", "/build", "submit", "Submit a build", "application/json",
+          {200: "accepted: {\"job_id\": UUID}", 400: "not JSON; nonce, source, URL, ref or archive refused", 409: "single-use, and used",
+           411: "no Content-Length", 413: "body too large", 415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
+           503: "shutting down"}),
+    Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live", "text/event-stream",
+          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build"}),
+    Route("GET", "/build/{id}/result", "result", "Download the bundle", "application/gzip",
+          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range"}),
+    Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
+    Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build"}),
+    Route("GET", "/builds", "list_builds", "All builds, newest first", "application/json", {200: "an array of status"}),
+    Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
+    Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
+)
+REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
+           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
+           414: "URI Too Long", 415: "Unsupported Media Type", 416: "Range Not Satisfiable", 421: "Misdirected Request",
+           422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
+           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+
+
+def problem(refused: Refused) -> Response:
+    """Problem details [RFC9457] with the two names of the `complete` event."""
+    doc = {"type": "about:blank", "title": REASONS.get(refused.status, "Error"), "status": refused.status, "detail": str(refused),
+           "error": str(refused), "error_type": refused.error_type}
+    return Response(refused.status, {"Content-Type": "application/problem+json", **refused.headers}, compact_json(doc).encode("ascii"))
+
+
+def json_response(value: Any) -> Response:
+    """200 with JSON."""
+    return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, compact_json(value).encode("ascii") + b"\n")
+
+
+class Base64File:
+    """Base64 [RFC4648 4] as it stands in a JSON string, in pieces, decoded to a file. Raises Refused for what is none, or more
+    than max_bytes."""
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  # closed by close or abandon
+        self._max_bytes, self.size, self.head = max_bytes, 0, b""
+        self._escaped = self._quad = b""
+        self._padded = False
+
+    def feed(self, piece: bytes) -> None:
+        """The next piece."""
+        piece = self._escaped + piece
+        self._escaped = b""
+        if b"\\" in piece:  # \/ or \u002b, which some encoders write
+            cut = piece.rfind(b"\\", len(piece) - 5)
+            if cut >= 0 and not (piece[cut + 1:cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
+                piece, self._escaped = piece[:cut], piece[cut:]
+            try:
+                piece = json.loads(b'"' + piece + b'"').encode("ascii")
+            except ValueError:
+                raise self._bad() from None
+        piece = self._quad + piece
+        end = len(piece) & ~3
+        self._quad = piece[end:]
+        self._decode(piece[:end])
+
+    def _decode(self, quads: bytes) -> None:
+        if not quads:
+            return
+        try:
+            data = binascii.a2b_base64(quads, strict_mode=True)
+        except binascii.Error:
+            raise self._bad() from None
+        if self._padded:  # there was something after the end
+            raise self._bad()
+        self._padded = quads.endswith(b"=")
+        self.size += len(data)
+        if self.size > self._max_bytes:
+            raise Refused(413, "PayloadTooLarge", f"the archive has more than {self._max_bytes} bytes")
+        self.head = (self.head + data[:4])[:4]
+        self._file.write(data)
+
+    def close(self) -> None:
+        """The file is whole. Raises Refused where the end is missing or it is no archive."""
+        self._file.close()
+        if self._quad or self._escaped:
+            raise self._bad()
+        if not is_archive(self.head):
+            raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
+
+    def abandon(self) -> None:
+        """Close without a check."""
+        self._file.close()
+
+    @staticmethod
+    def _bad() -> Refused:
+        return Refused(400, "InvalidSource", "source_data is not standard base64 without line breaks")
+
+
+class BodyReader:
+    """The JSON object of POST /build, read in blocks: source_data goes to a file, the rest is kept. A small automaton finds
+    the member; that the rest is JSON, parse_json decides afterwards."""
+
+    _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]:,]'), re.compile(rb'["\\]')
+
+    def __init__(self, sink: Base64File) -> None:
+        self._sink, self.captured = sink, False
+        self.kept = bytearray()  # the body with an empty source_data
+        self._depth = 0
+        self._state = "outside"  # of strings; or "inside" of one, "escape" after a backslash, "capture" in source_data
+        self._string = bytearray()  # the last one, at depth 1
+        self._after_colon = False
+
+    def feed(self, block: bytes) -> None:
+        """The next block of the body. Raises Refused."""
+        at = 0
+        while at < len(block):
+            at = getattr(self, "_" + self._state)(block, at)
+            if len(self.kept) > MAX_FIELDS:
+                raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
+
+    def _outside(self, block: bytes, at: int) -> int:
+        match = self._OUTSIDE.search(block, at)
+        end = match.end() if match else len(block)
+        self.kept += block[at:end]
+        sign = match[0] if match else b""
+        if sign == b'"':
+            wanted = self._depth == 1 and self._after_colon and self._string == b"source_data" and not self.captured
+            self._state, self.captured = ("capture", True) if wanted else ("inside", self.captured)
+            self._string.clear()
+        elif sign:
+            self._depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(sign, 0)
+            self._after_colon = sign == b":"
+        return end
+
+    def _inside(self, block: bytes, at: int) -> int:
+        match = self._INSIDE.search(block, at)
+        end = match.end() if match else len(block)
+        self.kept += block[at:end]
+        self._string += block[at:match.start() if match else end]
+        if match:
+            self._state = "outside" if match[0] == b'"' else "escape"
+        return end
+
+    def _escape(self, block: bytes, at: int) -> int:
+        self.kept += block[at:at + 1]
+        self._string += b"\\"  # a name with an escape is not ours
+        self._state = "inside"
+        return at + 1
+
+    def _capture(self, block: bytes, at: int) -> int:
+        end = block.find(b'"', at)
+        self._sink.feed(block[at:end] if end >= 0 else block[at:])
+        if end < 0:
+            return len(block)
+        self.kept += b'"'
+        self._state = "outside"
+        return end + 1
+
+
+class Api:
+    """The functions behind ROUTES. config: what GET /config answers; greeting: the comment that begins every event stream."""
+
+    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], greeting: bytes = b"") -> None:
+        self.jobs, self.policy, self.greeting, self._config = jobs, policy, greeting, config
+        self._openapi = openapi_document()
+
+    def health(self, _: Request) -> Response:
+        """200 `ok`."""
+        return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"ok")
+
+    def config(self, _: Request) -> Response:
+        """What runs here."""
+        return json_response(self._config)
+
+    def openapi(self, _: Request) -> Response:
+        """The OpenAPI document of ROUTES."""
+        return json_response(self._openapi)
+
+    def list_builds(self, _: Request) -> Response:
+        """All builds, newest first."""
+        return json_response([self.jobs.describe(job) for job in self.jobs.newest()])
+
+    def status(self, request: Request) -> Response:
+        """One build."""
+        job = self.jobs.get(request.arguments[0])
+        return json_response({**self.jobs.describe(job), "events": self.jobs.log_of(job).count})
+
+    def cancel(self, request: Request) -> Response:
+        """Cancel one build, and tell its status, which a running one takes a moment to reach."""
+        self.jobs.cancel(self.jobs.get(request.arguments[0]))
+        return self.status(request)
+
+    def events(self, request: Request) -> Response:
+        """The event stream."""
+        job = self.jobs.get(request.arguments[0])
+        text = request.query.get("from", request.headers.get("Last-Event-ID") or "0")
+        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+            raise Refused(400, "InvalidFrom", "from is not a number of events")
+        log, start = self.jobs.log_of(job), int(text)
+        if log.finished and start >= log.count:
+            return Response(204, {"Cache-Control": "no-store"})
+        return Response(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}, log=log, start=start)
+
+    def result(self, request: Request) -> Response:
+        """The archive, or a range of it [RFC9110 14]."""
+        job = self.jobs.get(request.arguments[0])
+        status = self.jobs.describe(job)
+        if status["status"] == "failed":
+            raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
+        if status["result"] is None:
+            raise Refused(404, "NotReady", "the build has not ended")
+        size, digest = int(status["result"]["size"]), str(status["result"]["sha256"])
+        headers = {"Content-Type": "application/gzip", "ETag": f'"{digest}"', "Accept-Ranges": "bytes",
+                   "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
+                   "Cache-Control": "private, max-age=31536000, immutable",
+                   "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"'}
+        if request.headers.get("If-None-Match") in (headers["ETag"], "*"):
+            return Response(304, headers)
+        asked = request.headers.get("Range", "")
+        if request.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
+            asked = ""
+        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
+        if not match or match[1] + match[2] == "" or match[1] and match[2] and int(match[1]) > int(match[2]):
+            return Response(200, headers, path=job.result_path, span=(0, size))  # also several ranges: a server may ignore them
+        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+        if first > last:
+            raise Refused(416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"})
+        return Response(206, {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}, path=job.result_path, span=(first, last - first + 1))
+
+    def submit(self, request: Request) -> Response:
+        """Accept a build."""
+        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
+        length = request.headers.get("Content-Length", "")
+        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise Refused(411, "LengthRequired", "a Content-Length is needed")
+        if int(length) > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
+            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
+        self.jobs.check_open()
+        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
+        sink = Base64File(archive, self.policy.max_archive)
+        try:
+            build, uploaded = self._read_request(request, int(length), sink)
+            job = self.jobs.submit(build, archive if uploaded else None)
+        finally:
+            sink.abandon()
+            if os.path.exists(archive):
+                os.unlink(archive)
+        return json_response({"job_id": job.id})
+
+    def _read_request(self, request: Request, length: int, sink: Base64File) -> tuple[BuildRequest, bool]:
+        """(the build, whether an archive was uploaded). Raises Refused."""
+        reader = BodyReader(sink)
+        while length:
+            block = request.read(min(length, BLOCK))
+            if not block:
+                raise Refused(400, "InvalidJson", "the body ended early")
+            reader.feed(block)
+            length -= len(block)
+        try:
+            doc = parse_json(bytes(reader.kept), "body", 32, 2 ** 53)
+        except Malformed as e:
+            raise Refused(400, "InvalidJson", str(e)) from None
+        if not isinstance(doc, dict):
+            raise Refused(422, "InvalidRequest", "the body is not an object")
+        fields = {name: doc.get(name) for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
+        for name, value in fields.items():
+            if not isinstance(value, str) and (value is not None or name == "nonce"):
+                raise Refused(422, "InvalidRequest", f"{name} is {'missing' if name not in doc else 'not a string'}")
+        source = fields["source_data"]
+        if source is not None and not reader.captured:  # its name was written with an escape
+            sink.feed(source.encode("utf-8"))
+        return self._check_request(fields, sink), source is not None
+
+    def _check_request(self, fields: Mapping[str, Any], sink: Base64File) -> BuildRequest:
+        """The build that the fields, text or None, ask for. Raises Refused."""
+        if not is_nonce(fields["nonce"]):
+            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal, 32 digits")
+        url, ref = fields["repo_url"], fields["repo_ref"] or ""
+        if (url is None) == (fields["source_data"] is None):
+            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
+        if url is None:
+            if ref:
+                raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
+            sink.close()
+            return BuildRequest(fields["nonce"].lower(), source_name=(fields["source_name"] or "")[:255])
+        check_url(url, self.policy.schemes, self.policy.loopback)
+        check_ref(ref)
+        return BuildRequest(fields["nonce"].lower(), url, ref)
+
+
+def openapi_document() -> dict[str, Any]:
+    """OpenAPI 3.1, made from ROUTES."""
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        parameters = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}] if "{id}" in route.path else []
+        if route.name == "events":
+            parameters.append({"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}})
+        operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters, "responses": {
+            str(status): {"description": text, "content": {
+                route.media_type if status < 300 else "application/problem+json": {}}} if status not in (204, 304) else {"description": text}
+            for status, text in route.answers.items()}}
+        if route.name == "submit":
+            fields = {name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
+            fields["nonce"]["pattern"] = "^[0-9a-fA-F]{32}$"
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
+                "type": "object", "required": ["nonce"], "properties": fields,
+                "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}]}}}}
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
+
+
+def find_route(method: str, path: str) -> tuple[Route, list[str]]:
+    """The route of a request and its arguments. HEAD goes where GET does. Raises Refused 404 or 405."""
+    allowed = []
+    for route in ROUTES:
+        match = re.fullmatch(re.escape(route.path).replace(r"\{id\}", "([^/]+)"), path)
+        if match:
+            if route.method == ("GET" if method == "HEAD" else method):
+                return route, list(match.groups())
+            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+    if allowed:
+        raise Refused(405, "MethodNotAllowed", f"{method} is not allowed here", {"Allow": ", ".join(sorted(allowed))})
+    raise Refused(404, "NotFound", "no such path")
+
+
+class Gate(NamedTuple):
+    """Who may ask. tokens: bearer tokens, empty = none is needed; hosts: names that the Host header may carry, lower case."""
+
+    tokens: Sequence[str]
+    hosts: Sequence[str]
+
+    def check(self, headers: "Message", path: str, local_address: str) -> None:
+        """Raise Refused 421 for another host's name (DNS rebinding), 401 without a token. Liveness needs no token."""
+        host = re.sub(r":\d*$", "", headers.get("Host", "localhost").strip().lower())  # none: HTTP/1.0
+        if host.strip("[]") not in (*self.hosts, "localhost", local_address):
+            raise Refused(421, "MisdirectedRequest", "the Host header names another host; see --public-host")
+        if not self.tokens or path == "/health":
+            return
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        given = token.strip().encode("utf-8", "replace")
+        # Every token is compared, each in constant time.
+        if scheme.lower() != "bearer" or not any([hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]):  # noqa: C419
+            raise Refused(401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'})
+
+
+# The classes of http.server are imported, and become bases, when a server is made, not when --help is printed.
+if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler as _HandlerBase
+    from http.server import ThreadingHTTPServer as _ServerBase
+else:
+    _HandlerBase = _ServerBase = object
+
+
+class Handler(_HandlerBase):
+    """Turns http.server's view of a request into ours, and back."""
+
+    api: Api
+    gate: Gate
+
+    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", f"confbuild/{__version__}", "", REQUEST_TIMEOUT_S
+    wbufsize = 0
+    stream: Response | None = None
+    unread = 0
+
+    def answer(self) -> None:
+        """One request."""
+        self.request_id = self.headers.get("X-Request-Id", "")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_id):
+            self.request_id = uuid.uuid4().hex
+        length = self.headers.get("Content-Length", "0")
+        self.unread = int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
+        try:
+            response = self.respond()
+        except Refused as refused:
+            response = problem(refused)
+        except Exception:  # noqa: BLE001  # a bug of ours
+            logger().exception("%s %s", self.command, self.path)
+            response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
+        self.send(response)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = answer
+
+    def respond(self) -> Response:
+        """What the API says. Raises Refused."""
+        path, _, query = self.path.partition("?")
+        self.gate.check(self.headers, path, self.connection.getsockname()[0])
+        if "Transfer-Encoding" in self.headers or len(self.headers.get_all("Content-Length", [])) > 1:
+            self.close_connection = True  # where it ends is not known
+            raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
+        route, arguments = find_route(self.command, path)
+        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
+        return getattr(self.api, route.name)(Request(self.command, arguments, fields, self.headers, self.read_body))  # type: ignore[no-any-return]
+
+    def handle_expect_100(self) -> bool:
+        return True  # 100 is sent when the body is wanted, not before it may be refused
+
+    def read_body(self, size: int) -> bytes:
+        """Up to size bytes of the body."""
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            del self.headers["Expect"]
+            self.send_response_only(100)
+            self.end_headers()
+        block = self.rfile.read(min(size, self.unread))
+        self.unread -= len(block)
+        return block
+
+    def send(self, response: Response) -> None:
+        """Write an answer, or its head where the rest is the streamer's."""
+        self.close_connection = self.close_connection or response.log is not None or self.unread > 0
+        chunked = response.log is not None and self.request_version == "HTTP/1.1"
+        self.send_response(response.status, REASONS.get(response.status))
+        headers = {**response.headers, "X-Request-Id": self.request_id, "X-Content-Type-Options": "nosniff"}
+        if chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        elif response.log is None and response.status not in (204, 304):
+            headers["Content-Length"] = str(response.span[1] if response.path else len(response.body))
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD" or response.status in (204, 304):
+            return
+        if response.log is not None:
+            self.stream = response
+        elif response.path:
+            with open(response.path, "rb") as f:
+                self.connection.sendfile(f, *response.span)
+        else:
+            self.wfile.write(response.body)
+        self.drain()
+
+    def drain(self) -> None:
+        """Read on what a refused client still sends, for a moment: closing at once would take the answer away from it."""
+        deadline = time.monotonic() + 5
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            return
+        while self.unread > 0 and time.monotonic() < deadline:
+            block = self.rfile.read(min(self.unread, BLOCK))
+            if not block:
+                return
+            self.unread -= len(block)
+
+    def send_error(self, code: int, message: "str | None" = None, explain: "str | None" = None) -> None:
+        """http.server's own refusals, in our form."""
+        self.close_connection, self.unread = True, 0
+        self.request_id = uuid.uuid4().hex
+        self.command = self.command if isinstance(getattr(self, "command", None), str) else "GET"
+        self.request_version = "HTTP/1.1"
+        self.send(problem(Refused(code, "BadRequest" if code != 501 else "MethodNotAllowed", message or explain or REASONS.get(code, "Error"))))
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        logger().info("%s %s", self.address_string(), re.sub(r"[^\x20-\x7e]", "?", format % arguments))
+
+
+class Server(_ServerBase):
+    """A thread per request, MAX_REQUESTS of them; a socket whose request was for events stays open."""
+
+    request_queue_size, daemon_threads, allow_reuse_address = 4096, True, True
+    streamer: Streamer
+    tls: "ssl.SSLContext | None"
+    seats: "threading.BoundedSemaphore"
+
+    def server_bind(self) -> None:
+        """Without the look-up of a host name that http.server does, which can take seconds."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self.seats.acquire(timeout=1):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        watcher = None
+        try:
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.tls is not None:
+                request.settimeout(REQUEST_TIMEOUT_S)
+                request = self.tls.wrap_socket(request, server_side=True)
+            handler = self.RequestHandlerClass(request, client_address, self)
+            stream = handler.stream
+            if stream is not None and stream.log is not None:
+                watcher = Watcher(request, stream.log, stream.start, handler.request_version == "HTTP/1.1", self.tls is not None, handler.api.greeting)
+        except Exception as e:  # noqa: BLE001  # a client that went away, in one of many ways
+            logger().debug("%s: %r", client_address, e)
+        finally:
+            if watcher is None:
+                self.shutdown_request(request)
+            else:
+                self.streamer.add(watcher)
+            self.seats.release()
+
+
+def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None) -> Server:
+    """A server that listens on address; its serve_forever runs until shutdown. Raises OSError."""
+    handler = type("Handler", (Handler, http.server.BaseHTTPRequestHandler), {"api": api, "gate": gate})
+    server = type("Server", (Server, http.server.ThreadingHTTPServer), {
+        "streamer": streamer, "tls": tls, "seats": threading.BoundedSemaphore(MAX_REQUESTS),
+        "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET})
+    return server(address, handler)  # type: ignore[no-any-return]
+
+# endregion 18
+# ==============================================================================
+# region 19. Agent                                      [uses 8, 13, 14, 15, 16, 18]
+# ==============================================================================
+# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input.
+#
+# Thread "lifeline": started by run_agent, ends the process.
+
+
+def run_agent() -> NoReturn:
+    """Read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything that the
+    build has started is dead, and the workspace gone."""
+    guard_process()
+    config = json.loads(sys.stdin.buffer.readline())
+    workspace, policy = config["workspace"], SourcePolicy(**config["policy"])
+    streamer = Streamer()
+
+    def build(_: Jobs, job: Job) -> str:
+        log = job.log
+        if log is None:
+            raise ValueError("a running job has a log")
+        return run_pipeline(job.request, job.source, workspace, os.environ, policy, lambda phase, messages: log.append(phase_payloads(phase, messages)))
+
+    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
+    server = make_http_server(("127.0.0.1", 0), Api(jobs, policy, {}), Gate([config["token"]], []), streamer)
+
+    def follow() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        kill_all(lambda: descendants(os.getpid()))
+        remove_tree(workspace)
+        os._exit(0)
+
+    threading.Thread(target=follow, name="lifeline", daemon=True).start()
+    jobs.start()
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
+    server.serve_forever()
+    raise SystemExit(0)
+
+# endregion 19
+# ==============================================================================
+# region 20. Client                                           [uses 8, 9, 10, 13, 17]
+# ==============================================================================
+# The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
+
+RECONNECT_S = 300.0  # how long a lost server is looked for
+READ_TIMEOUT_S = 60.0  # four keepalives
+
+
+class StreamEvent(NamedTuple):
+    """One event of an event stream. id: the last event id, empty = none yet."""
+
+    data: str
+    id: str
+
+
+class EventStreamParser:
+    """Bytes of an event stream in, events out, by the rules of [SSE 9.2.6]. retry_s: what the server asked for, or None."""
+
+    def __init__(self) -> None:
+        self._rest, self._data, self._id = b"", list[str](), ""
+        self._begun = self._after_cr = False
+        self.retry_s: float | None = None
+
+    def feed(self, block: bytes) -> list[StreamEvent]:
+        """The events that block ends. An event that is not ended by an empty line never comes."""
+        self._rest += block
+        if not self._begun:
+            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
+                return []
+            self._begun, self._rest = True, self._rest.removeprefix(b"\xef\xbb\xbf")
+        if self._after_cr and self._rest:  # CR LF is one end
+            self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
+        if self._rest.endswith(b"\r"):
+            self._after_cr = True
+        lines = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = lines.pop()
+        events = []
+        for line in lines:
+            if line:
+                self._field(line.decode("utf-8", "replace"))
+            elif self._data:
+                events.append(StreamEvent("\n".join(self._data), self._id))
+                self._data = []
+        return events
+
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and re.fullmatch("[0-9]{1,9}", value):
+            self.retry_s = int(value) / 1000
+
+
+class Service:
+    """A server of the API. Raises RemoteError for whatever goes wrong with it. told: hears what a user should know."""
+
+    def __init__(self, url: str, token: str = "", told: Callable[[str], None] = lambda _: None) -> None:
+        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"{url!r} is no http or https URL")
+        self._url, self._token, self._told = parts.geturl().rstrip("/"), token, told
+
+        class NoRedirect(urllib.request.HTTPRedirectHandler):
+            """urllib would take the token along to another host."""
+
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
+        self._opener = urllib.request.build_opener(NoRedirect, *([urllib.request.ProxyHandler({})] if loopback else []))
+
+    def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+        """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
+        request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
+        if self._token:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        try:
+            return self._opener.open(request, timeout=READ_TIMEOUT_S)
+        except urllib.error.HTTPError as e:
+            with e:
+                try:
+                    detail = str(parse_json(e.read(MIB), "answer")["detail"])
+                except (Malformed, KeyError, TypeError, OSError, http.client.HTTPException):
+                    detail = f"{method} {path}: {e.reason}"
+            raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
+        except (OSError, http.client.HTTPException) as e:
+            raise RemoteError(f"{self._url}: {getattr(e, 'reason', e)}") from None
+
+    def json(self, method: str, path: str) -> Any:
+        """The JSON of an answer."""
+        with self.open(method, path) as answer:
+            try:
+                return parse_json(answer.read(MAX_JSON + 1), "answer")
+            except (Malformed, OSError, http.client.HTTPException) as e:
+                raise RemoteError(f"the server broke the protocol: {e}") from None
+
+    def submit(self, request: BuildRequest, archive: str | None) -> str:
+        """The id of the accepted job."""
+        body, size = request_body(request, archive)
+        with self.open("POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}) as answer:
+            try:
+                job_id = parse_json(answer.read(MIB), "answer")["job_id"]
+            except (Malformed, KeyError, TypeError):
+                job_id = None
+        if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
+            raise RemoteError("the server broke the protocol: no job_id")
+        return job_id
+
+    def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The events after the first start ones, each once, to `complete`, over lost connections: after one the stream is taken
+        up where it broke, with exponential back-off and jitter, for RECONNECT_S."""
+        position, delay, lost_at, base = start, 0.0, None, 0.25
+        while True:
+            try:
+                with self.open("GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}) as stream:
+                    if stream.status == 204:
+                        return
+                    if stream.headers.get_content_type() != "text/event-stream":
+                        raise RemoteError("the server broke the protocol: no event stream")
+                    parser = EventStreamParser()
+                    for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
+                        for event in parser.feed(block):
+                            position, doc = _next_event(event, position)
+                            delay, lost_at = 0.0, None
+                            yield doc
+                            if doc["type"] == "complete":
+                                return
+                        base = parser.retry_s or base
+            except RemoteError as e:
+                if 0 < e.status < 500 or "protocol" in str(e):
+                    raise
+            except (OSError, http.client.HTTPException):
+                pass  # the connection broke
+            now = time.monotonic()
+            if lost_at is None:
+                lost_at = now
+                self._told(f"the connection was lost after {position} events; resuming")
+            if now - lost_at > RECONNECT_S:
+                raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after {position} events")
+            delay = min(30.0, max(base, 2 * delay))
+            time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
+
+    def download(self, job_id: str, path: str) -> None:
+        """path is the archive of a finished build, whole."""
+        with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
+            digest = hashlib.sha256()
+            size, announced = 0, answer.headers.get("Content-Length")
+            try:
+                for block in iter(lambda: answer.read1(BLOCK), b""):
+                    f.write(block)
+                    digest.update(block)
+                    size += len(block)
+            except (OSError, http.client.HTTPException) as e:
+                raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
+            wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+        if announced is not None and size != int(announced) or wanted and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]:
+            raise RemoteError("the download is not what the server announced")
+
+
+def _next_event(event: StreamEvent, position: int) -> tuple[int, dict[str, Any]]:
+    """(events so far, the object) of an event. A server without ids (Kettle's) is counted, one with ids is checked."""
+    try:
+        doc = parse_json(event.data.encode("utf-8"), "event", 32)
+    except (Malformed, UnicodeEncodeError) as e:
+        raise RemoteError(f"the server broke the protocol: {e}") from None
+    if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
+        raise RemoteError("the server broke the protocol: an event without a type")
+    if event.id not in ("", str(position + 1)):
+        raise RemoteError(f"the server broke the protocol: event {event.id[:20]} after event {position}")
+    return position + 1, doc
+
+
+class Packed(NamedTuple):
+    """A packed source. note: what was packed, for the user; tree: its git tree; commit: empty without history."""
+
+    note: str
+    tree: str
+    commit: str
+
+
+def pack_directory(directory: str, archive: str, workspace: str) -> Packed:
+    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified or untracked;
+    else the files as they are, without those that git ignores. workspace: an empty directory for scratch. Raises UsageError."""
+    name = plain_name(os.path.basename(os.path.realpath(directory)))
+    why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
+    root, files, commit = os.path.realpath(directory), None, ""
+    if why != "there is no git" and _ask_git(directory, "rev-parse", "--show-toplevel") is not None:
+        files = list_source(directory)
+        why = _why_not_clean(root)
+        if not why:
+            try:
+                commit = _ask_git(root, "rev-parse", "HEAD") or ""
+                env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
+                fetch_git("file://" + urllib.parse.quote(root), commit, os.path.join(workspace, name), env, ("file",))
+                origin = without_credentials(_ask_git(root, "config", "--get", "remote.origin.url") or "")
+                root, files = os.path.join(workspace, name), None
+                _ask_git(root, "config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url")))
+            except BuildFailed as e:
+                why, commit = f"its history cannot be packed ({e})", ""
+    files = walk_files(root) if files is None else files
+    if why in ("there is no git", "it is no git work tree"):
+        files = [file for file in files if file.split(os.sep)[0] not in {output for t in TOOLCHAINS for output in t.outputs}]
+    if not files:
+        raise UsageError(f"{directory}: there is nothing to build")
+    _write_source(archive, root, name, files, bool(commit))
+    note = f"commit {commit} as git has it" if commit else f"{len(files)} files as they are, without history: {why}"
+    return Packed(note, git_tree(root, files), commit)
+
+
+def list_source(directory: str) -> list[str]:
+    """The files of directory that belong to a source: those that git tracks or would track, or all where it is no work tree."""
+    listed = _ask_git(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate", raw=True)
+    if listed is None:
+        return walk_files(directory)
+    found = []
+    for name in filter(None, listed.split("\0")):
+        path = os.path.join(directory, name)
+        if os.path.isdir(path) and not os.path.islink(path):  # a submodule
+            found += [os.path.join(name, inner) for inner in walk_files(path)]
+        elif os.path.lexists(path):  # else it was deleted
+            found.append(name)
+    return found
+
+
+def _ask_git(directory: str, *arguments: str, raw: bool = False) -> str | None:
+    """What the user's own git says about the user's own directory, or None."""
+    try:
+        status, output, _ = capture(["git", *arguments], directory, {**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    except OSError:
+        return None
+    text = os.fsdecode(output)
+    return None if status != 0 else text if raw else text.strip()
+
+
+def _why_not_clean(root: str) -> str:
+    """Empty where the work tree at root is exactly its HEAD."""
+    if os.path.realpath(_ask_git(root, "rev-parse", "--show-toplevel") or "/") != root:
+        return "it is a folder inside a git work tree"
+    if _ask_git(root, "rev-parse", "--verify", "HEAD") is None:
+        return "git has no commit"
+    return "git has modified or untracked files" if _ask_git(root, "status", "--porcelain") != "" else ""
+
+
+def _write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
+    """The tarball of a source: owners and times say nothing."""
+    def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
+        info.uid = info.gid = info.mtime = 0
+        info.uname = info.gname = ""
+        return info
+
+    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.PAX_FORMAT) as tar:
+        for file in sorted(files):
+            tar.add(os.path.join(root, file), f"{name}/{file}", recursive=False, filter=forget)
+        if history:
+            tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
+
+# endregion 20
+# ==============================================================================
+# region 21. Rendering                                            [uses nothing]
+# ==============================================================================
+# Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+TAIL = 40  # lines shown of a failed build
+
+
+def plain_text(text: str) -> str:
+    """text without ANSI sequences and control characters; tabs become blanks."""
+    return _CONTROL.sub("", text).expandtabs()
+
+
+def render_verdict(verdict: Verdict, color: bool) -> str:
+    """The checks, aligned, and one sentence that says what is proven and what is not."""
+    width = max(len(check.name) for check in verdict.checks)
+    marks = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}
+    rows = []
+    for check in verdict.checks:
+        mark, sgr = marks[check.status]
+        shown = check.actual if check.status != "failed" or not check.expected else ""
+        shown = shown if len(shown) <= 100 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
+        notes = [check.detail] if check.detail and check.status != "passed" else []
+        rows.append(_paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip())
+        if check.status == "failed" and check.expected:
+            rows += [f"     {'':{width}}expected {plain_text(check.expected[:1000])}", f"     {'':{width}}actual   {plain_text(check.actual[:1000])}"]
+    return "\n".join([*rows, _sentence(verdict, color)])
+
+
+def _sentence(verdict: Verdict, color: bool) -> str:
+    """The last line of a verdict."""
+    if verdict.verdict == "failed":
+        names = [check.name for check in verdict.checks if check.status == "failed"]
+        return _paint("FAILED", "31;1", color) + f": {len(names)} of {len(verdict.checks)} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
+            ", ...)" if len(names) > 4 else ")") + ": nothing is proven about these artifacts"
+    if verdict.verdict == "simulated":
+        return _paint("SIMULATED", "33;1", color) + (": artifacts, provenance and evidence agree, but no hardware signed the evidence: "
+                                                     "it does not prove where or by whom this was built")
+    return _paint("PASSED", "32;1", color) + ": these artifacts are what the provenance says"
+
+
+def _paint(text: str, sgr: str, color: bool) -> str:
+    return f"\x1b[{sgr}m{text}\x1b[0m" if color else text
+
+
+class Display:
+    """The talk about one build, on stderr. live: a terminal: a line for each phase with its time, the latest lines of the build
+    below it; else every event is a line. A failed build's last TAIL lines are shown where they were not."""
+
+    def __init__(self, stream: IO[str], live: bool, color: bool) -> None:
+        self._stream, self._live, self._color = stream, live, color
+        self._phase, self._began, self._lines = "", time.monotonic(), 0
+        self._tail: deque[str] = deque(maxlen=TAIL)
+        self._drawn, self._drawn_at = 0, 0.0
+
+    def note(self, text: str) -> None:
+        """A line of our own."""
+        self._erase()
+        self._stream.write(f"confbuild: {plain_text(text)}\n")
+        self._stream.flush()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """One event of the stream; also of a type that is not known."""
+        kind = plain_text(str(event["type"]))[:20]
+        text = str(event["msg"]) if "msg" in event else "" if kind == "complete" else compact_json({k: v for k, v in event.items() if k != "type"})
+        if kind == "queued" and set(event) == {"type", "position"}:
+            text = "next" if event["position"] == 0 else f"{event['position']} builds before this one"
+        text = plain_text(text)
+        if not self._live:
+            if kind != "complete":
+                self._stream.write(f"{kind:10} {text}\n")
+            return
+        if kind != self._phase:
+            self._end_phase()
+            self._phase, self._began, self._lines = kind, time.monotonic(), 0
+            self._tail.clear()
+        self._lines += 1
+        self._tail.append(text)
+        if time.monotonic() - self._drawn_at > 0.05:
+            self._draw()
+
+    def end(self, failure: Mapping[str, Any] | None) -> None:
+        """The build is over. failure: the result of `complete`, where it failed."""
+        if self._live:
+            self._end_phase()
+            if failure is not None and self._phase == "build":
+                self._stream.write("".join(f"  {line}\n" for line in self._tail))
+        if failure is not None:
+            error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
+            self._stream.write(_paint("failed", "31;1", self._color) + f"     {error}\n")
+        self._stream.flush()
+
+    def _erase(self) -> None:
+        if self._drawn:
+            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
+            self._drawn = 0
+
+    def _head(self) -> str:
+        """The line of the phase at hand."""
+        said = f"{self._lines} lines" if self._phase == "build" else self._tail[-1] if self._tail else ""
+        return f"{self._phase:10} {time.monotonic() - self._began:6.1f} s  {said}"
+
+    def _end_phase(self) -> None:
+        """The phase's line stays, with its whole time."""
+        self._erase()
+        if self._phase and self._phase != "complete":
+            self._stream.write(self._head()[:self._width()] + "\n")
+            self._stream.flush()
+
+    def _draw(self) -> None:
+        self._drawn_at = time.monotonic()
+        self._erase()
+        rows = [self._head()] + ["  " + line for line in list(self._tail)[-8:] if self._phase == "build"]
+        self._stream.write("".join(row[:self._width()] + "\n" for row in rows))
+        self._drawn = len(rows)
+        self._stream.flush()
+
+    @staticmethod
+    def _width() -> int:
+        return shutil.get_terminal_size().columns - 1
+
+# endregion 21
+# ==============================================================================
+# region 22. Command line          [uses 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19, 20, 21]
+# ==============================================================================
+# Where the sections are wired together.  stdout is the answer, stderr is the talk.
+
+
+def _colored(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
+def _parse_address(text: str) -> tuple[str, int]:
+    """HOST:PORT, also [::1]:PORT."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"--listen {text}: not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether host can only be reached from this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class Running(NamedTuple):
+    """A server that runs in this process, with what stops it."""
+
+    url: str
+    jobs: Jobs
+    stop: Callable[[float], None]
+
+
+def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str]) -> Running:
+    """A server with simulated VMs on options.listen, its state below state. Raises UsageError, OSError."""
+    host, port = _parse_address(options.listen)
+    tls = None
+    if options.tls_cert or options.tls_key:
+        if not (options.tls_cert and options.tls_key):
+            raise UsageError("--tls-cert and --tls-key go together")
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(options.tls_cert, options.tls_key)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a watcher is a file
+    sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise UsageError(f"{state} is in use by another server") from None
+    policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
+    vms = VmHost(lambda: SimulatedVm(policy, options.env), options.boot_timeout, options.build_timeout, reap=guard_process())
+    streamer = Streamer()
+    jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
+    gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
+    api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n")
+    server = make_http_server((host, port), api, gate, streamer, tls)
+    jobs.start()
+    thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
+    thread.start()
+
+    def stop(grace_s: float) -> None:
+        jobs.stop(grace_s)
+        server.shutdown()
+        server.server_close()
+        streamer.stop()
+        os.close(lock)
+
+    shown = f"[{host}]" if ":" in host else host
+    return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
+
+
+def _describe_server(options: "argparse.Namespace") -> dict[str, Any]:
+    """What GET /config answers."""
+    return {
+        "platform": SimulatedVm.platform, "confidential": False, "notice": SIMULATED_NOTICE, "image": None, "measurement": simulated_measurement().hex(),
+        "limits": {"archive_bytes": options.max_archive * MIB, "unpacked_bytes": MAX_UNPACKED, "members": MAX_MEMBERS, "queue": options.queue,
+                   "slots": options.slots, "boot_s": options.boot_timeout, "build_s": options.build_timeout, "single_use": options.single_use},
+        "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS},
+        "isolation": "none: a build is a process of the server's user with an environment and folders of its own",
+        "version": __version__}
+
+
+def cmd_serve(options: "argparse.Namespace") -> int:
+    """The build service, until a signal."""
+    tokens = []
+    if options.token_file:
+        with open(options.token_file, encoding="utf-8") as f:
+            tokens = f.read().split()
+        if not tokens:
+            raise UsageError(f"{options.token_file}: no token in it")
+    host = _parse_address(options.listen)[0]
+    if not _is_loopback(host) and not tokens and not options.insecure:
+        raise UsageError(f"--listen {options.listen}: other machines can reach that", "give --token-file FILE, or --insecure to let everybody build")
+    stopped = threading.Event()
+
+    def stop(*_: Any) -> None:
+        if stopped.is_set():
+            os._exit(EXIT_INTERRUPTED)  # the second time: the VMs end with this process, the jobs are run again by the next
+        stopped.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    running = start_server(options, options.state or _default_state(), tokens)
+    sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: simulated VMs: builds are not confidential, and run as this user\n")
+    sys.stderr.flush()
+    while not stopped.wait(3600):
+        pass
+    sys.stderr.write(f"confbuild: stopping; running builds have {options.grace:g} s\n")
+    running.stop(options.grace)
+    return EXIT_OK
+
+
+def _default_state() -> str:
+    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
+
+
+def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> Service:
+    """The server that the options name."""
+    token = ""
+    if options.token_file:
+        with open(options.token_file, encoding="utf-8") as f:
+            token = (f.read().split() or [""])[0]
+    return Service(options.server, token, told)
+
+
+def cmd_build(options: "argparse.Namespace") -> int:
+    """Submit, follow, download and verify one build; without --server on a private server that lives as long."""
+    is_url = "://" in options.source
+    if not is_url and not os.path.isdir(options.source):
+        raise UsageError(f"{options.source}: no directory, and no URL")
+    if options.ref and not is_url:
+        raise UsageError("--ref goes with a URL")
+    nonce = secrets.token_hex(NONCE_SIZE) if options.nonce is None else options.nonce.lower()
+    if not is_nonce(nonce):
+        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    base = options.source.rstrip("/").rpartition("/")[2].removesuffix(".git") if is_url else os.path.basename(os.path.realpath(options.source))
+    bundle = options.output_dir or plain_name(base) + "-build"
+    _check_target(bundle)
+    display = _display(options)
+    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
+        packed = running = None
+        archive = os.path.join(scratch, "source.tar.gz")
+        if not is_url:
+            os.mkdir(os.path.join(scratch, "pack"))
+            packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"))
+            _note(display, f"packed {packed.note}")
+        if options.server:
+            service = _service(options, lambda text: _note(display, text))
+        else:
+            token = secrets.token_urlsafe(32)
+            running = start_server(options, os.path.join(scratch, "state"), [token])
+            service = Service(running.url, token, lambda text: _note(display, text))
+            _note(display, "simulated VM on this machine: not confidential, its evidence is signed by no hardware")
+        try:
+            request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive))))
+            expected = Expectations(nonce=nonce, source_tree=packed.tree if packed else None, source_commit=packed.commit if packed else None)
+            job_id = service.submit(request, None if is_url else archive)
+            return _follow_and_fetch(options, service, job_id, 0, bundle, expected, display, cancel=True)
+        finally:
+            if running is not None:
+                running.stop(0.0)
+
+
+def _note(display: Display | None, text: str) -> None:
+    if display is not None:
+        display.note(text)
+
+
+def _display(options: "argparse.Namespace") -> Display | None:
+    """The talk that --output asks for; None: none."""
+    if options.output in ("quiet", "json"):
+        return None
+    return Display(sys.stderr, options.output == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb", _colored(sys.stderr))
+
+
+def _check_target(path: str) -> None:
+    """Raise UsageError where path is something else than a bundle that may be replaced."""
+    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {"artifacts", "provenance.json", "evidence.json"}):
+        raise UsageError(f"{path} is there, and is no bundle", "name another directory with -o")
+
+
+def _follow(options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None) -> tuple[Mapping[str, Any] | None, str]:
+    """(result of `complete`, or None where the stream has ended before start; SHA-256 of the build lines)."""
+    digest = hashlib.sha256()
+    for event in service.events(job_id, start):
+        if event["type"] == "build" and isinstance(event.get("msg"), str):
+            digest.update((event["msg"] + "\n").encode("utf-8", "replace"))
+        if options.output == "json":
+            sys.stdout.write(compact_json(event) + "\n")
+            sys.stdout.flush()
+        if display is not None:
+            display.event(event)
+        if event["type"] == "complete":
+            result = event.get("result")
+            if not isinstance(result, dict) or result.get("status") not in ("ok", "failed"):
+                raise RemoteError("the server broke the protocol: a `complete` without a result")
+            if display is not None:
+                display.end(result if result["status"] == "failed" else None)
+            return result, digest.hexdigest()
+    return None, digest.hexdigest()
+
+
+def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, start: int, bundle: str, expected: Expectations,
+                      display: Display | None, cancel: bool) -> int:
+    """Follow a job to its end, and hold a verified bundle."""
+    try:
+        result, log_sha256 = _follow(options, service, job_id, start, display)
+    except KeyboardInterrupt:
+        if cancel:
+            service.json("DELETE", f"/build/{job_id}")
+            _note(display, f"interrupted; job {job_id} is cancelled")
+        raise
+    if result is not None and result["status"] == "failed":
+        if display is None and options.output == "quiet":
+            sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
+        return EXIT_NO
+    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256 if start == 0 else None), display)
+
+
+def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None) -> int:
+    """Download, unpack and verify; print the answer."""
+    _check_target(bundle)
+    parent = os.path.dirname(os.path.abspath(bundle))
+    os.makedirs(parent, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
+        archive, root = os.path.join(scratch, "result.tar.gz"), os.path.join(scratch, "bundle")
+        service.download(job_id, archive)
+        os.mkdir(root)
+        try:
+            unpack_archive(archive, root, MAX_RESULT)
+        except BuildFailed as e:
+            raise RemoteError(f"the server broke the protocol: {e}") from None
+        project, _ = find_project(root, "")
+        verdict = verify_bundle(read_bundle(project), expected)
+        remove_tree(bundle)
+        os.rename(project, bundle)
+    good = verdict.verdict != "failed"
+    if options.output == "json":
+        sys.stdout.write(compact_json({"type": "bundle", "path": bundle, "nonce": expected.nonce, **verdict.to_wire()}) + "\n")
+    else:
+        if display is not None:
+            shown = render_verdict(verdict, _colored(sys.stderr))
+            sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
+            command = f"python {os.path.basename(sys.argv[0])} verify {bundle}" + (f" --nonce {expected.nonce}" if expected.nonce else "")
+            display.note(f"verify it again, offline: {command}")
+        sys.stdout.write(bundle + "\n")
+    sys.stdout.flush()
+    return EXIT_OK if good else EXIT_UNVERIFIED
+
+
+def cmd_watch(options: "argparse.Namespace") -> int:
+    """Follow a job."""
+    display = _display(options)
+    result, _ = _follow(options, _service(options, lambda text: _note(display, text)), options.job, options.start, display)
+    return EXIT_OK if result is None or result["status"] == "ok" else EXIT_NO
+
+
+def cmd_list(options: "argparse.Namespace") -> int:
+    """The jobs of a server, newest first."""
+    for job in _service(options).json("GET", "/builds"):
+        if options.output == "json":
+            sys.stdout.write(compact_json(job) + "\n")
+        else:
+            source = job.get("repo_url") or job.get("source_name") or ""
+            sys.stdout.write(plain_text(f"{job['job_id']}  {job['status']:8} {job['submitted_at'][:19]}  {source}") + "\n")
+    return EXIT_OK
+
+
+def cmd_cancel(options: "argparse.Namespace") -> int:
+    """Cancel a job."""
+    job = _service(options).json("DELETE", f"/build/{options.job}")
+    sys.stdout.write(compact_json(job) + "\n" if options.output == "json" else f"{job['job_id']}  {job['status']}\n")
+    return EXIT_OK
+
+
+def cmd_fetch(options: "argparse.Namespace") -> int:
+    """Download and verify the bundle of a finished job."""
+    service = _service(options)
+    job = service.json("GET", f"/build/{options.job}")
+    nonce = str(options.nonce or (job.get("nonce") if isinstance(job, dict) else None))
+    if not is_nonce(nonce):
+        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    bundle = options.output_dir or plain_name(options.job) + "-build"
+    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=nonce.lower()), _display(options))
+
+
+def cmd_verify(options: "argparse.Namespace") -> int:
+    """The verdict over a bundle. Opens no socket."""
+    for name, size in (("nonce", 32), ("source_commit", 40), ("source_tree", 40)):
+        value = getattr(options, name)
+        if value is not None and not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", value):
+            raise UsageError(f"--{name.replace('_', '-')}: {size} hexadecimal digits are needed")
+    if not all(re.fullmatch(r"[0-9a-fA-F]{96}", measurement) for measurement in options.measurement):
+        raise UsageError("--measurement: 96 hexadecimal digits are needed")
+    expected = Expectations(
+        nonce=options.nonce, measurements=options.measurement, source_uri=options.source_uri,
+        source_commit=options.source_commit and options.source_commit.lower(), source_tree=options.source_tree and options.source_tree.lower(),
+        builder_id=options.builder_id, require_tee=options.require_tee)
+    if options.source:
+        expected = _expect_source(options.source, expected)
+    verdict = verify_bundle(read_bundle(options.bundle), expected)
+    if options.format == "json":
+        sys.stdout.write(json.dumps(verdict.to_wire(), indent=2) + "\n")
+    else:
+        sys.stdout.write(render_verdict(verdict, _colored(sys.stdout)) + "\n")
+    return {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED}[verdict.verdict]
+
+
+def _expect_source(directory: str, expected: Expectations) -> Expectations:
+    """expected, with what a checkout of the source says: its tree, its lock file and the dependencies of that."""
+    if not os.path.isdir(directory):
+        raise UsageError(f"--source {directory}: no directory")
+    try:
+        toolchain = detect_toolchain(directory)
+        files = [name for name in list_source(directory) if name.split(os.sep)[0] not in toolchain.outputs]
+        tree = git_tree(directory, files)
+        lock = read_lockfile(os.path.join(directory, "flake.lock" if toolchain.name == "nix" else toolchain.marker))
+        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if toolchain.name == "cargo" else None
+    except BuildFailed as e:
+        raise UsageError(f"--source {directory}: {e}") from None
+    if expected.source_tree not in (None, tree):
+        raise UsageError(f"--source {directory} has the tree {tree}, which --source-tree contradicts")
+    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(lock), dependencies=dependencies)
+
+
+def cmd_agent(_: "argparse.Namespace") -> int:
+    """Inside of a VM; not for people."""
+    run_agent()
+
+
+def _positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) == 0:
+        raise ValueError(text)
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """A time above zero, for argparse."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text, re.ASCII):
+        raise ValueError(text)
+    return float(text)
+
+
+_positive.__name__, _seconds.__name__ = "number", "number of seconds"  # as argparse names them in errors
+
+
+def build_parser() -> "argparse.ArgumentParser":
+    """The command line [CONTRACT 5]."""
+    class Version(argparse.Action):
+        """The digest is made only where it is asked for."""
+
+        def __call__(self, *_: Any) -> NoReturn:
+            sys.stdout.write(f"confbuild {__version__} sha256:{sha256_hex(own_source())}\n")
+            raise SystemExit(0)
+
+    parser = argparse.ArgumentParser(
+        prog="confbuild", description="Turn source code into an attested build, and verify one.", allow_abbrev=False,
+        epilog="This version builds in simulated VMs only: nothing is confidential, and the evidence is signed by no hardware.")
+    parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_build, _add_serve, _add_verify, _add_watch, _add_list, _add_cancel, _add_fetch):
+        add(commands)
+    commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
+    return parser
+
+
+def _add_command(commands: Any, name: str, run: Callable[["argparse.Namespace"], int], text: str) -> "argparse.ArgumentParser":
+    """One command."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_output(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument("--output", choices=("auto", "plain", "json", "quiet"), default="auto", help="how to talk about it (default: auto)")
+
+
+def _add_server(parser: "argparse.ArgumentParser", required: bool = True) -> None:
+    parser.add_argument("--server", metavar="URL", required=required, help="the server" + ("" if required else "; without it, a private one builds here"))
+    parser.add_argument("--token-file", metavar="FILE", help="a file with a bearer token")
+
+
+def _add_limits(parser: "argparse.ArgumentParser") -> None:
+    """What a server that builds here needs to know, private or not."""
+    parser.add_argument("--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment")
+    parser.add_argument("--boot-timeout", type=_seconds, default=BOOT_TIMEOUT_S, metavar="S", help="limit for the start of a VM (default: %(default)g)")
+    parser.add_argument("--build-timeout", type=_seconds, default=BUILD_TIMEOUT_S, metavar="S", help="limit for a build (default: %(default)g)")
+    parser.add_argument("--max-archive", type=_positive, default=MAX_ARCHIVE // MIB, metavar="MIB", help="limit for an uploaded archive (default: %(default)s)")
+
+
+def _add_build(commands: Any) -> None:
+    parser = _add_command(commands, "build", cmd_build, "build a directory or a git URL, watch it, hold a verified bundle")
+    parser.add_argument("source", metavar="DIR|URL")
+    _add_server(parser, required=False)
+    parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
+    parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: NAME-build)")
+    parser.add_argument("--nonce", metavar="HEX", help="32 hexadecimal digits (default: random)")
+    _add_output(parser)
+    _add_limits(parser)
+    parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None)
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _add_command(commands, "serve", cmd_serve, "run the build service")
+    parser.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where to listen (default: %(default)s; port 0: any free one)")
+    parser.add_argument("--state", metavar="DIR", help="where jobs are kept (default: a directory of this user)")
+    parser.add_argument("--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)")
+    parser.add_argument("--queue", type=_positive, default=1000, metavar="N", help="builds that may wait (default: %(default)s)")
+    parser.add_argument("--single-use", action="store_true", help="accept one build, ever")
+    parser.add_argument("--token-file", metavar="FILE", help="bearer tokens, one a line, of which a client needs one")
+    parser.add_argument("--insecure", action="store_true", help="let other machines build without a token")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
+    parser.add_argument("--public-host", action="append", default=[], metavar="NAME", help="a name by which clients reach this server")
+    parser.add_argument("--grace", type=_seconds, default=30.0, metavar="S", help="what running builds get when the server is stopped (default: %(default)g)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log requests")
+    _add_limits(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(commands, "verify", cmd_verify, "verify a bundle, offline")
+    parser.add_argument("bundle", metavar="BUNDLE", help="its directory or archive")
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--measurement", action="append", default=[], metavar="HEX", help="what the VM may have been (repeatable)")
+    parser.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
+    parser.add_argument("--source-uri", metavar="URI")
+    parser.add_argument("--source-commit", metavar="HEX")
+    parser.add_argument("--source-tree", metavar="HEX")
+    parser.add_argument("--builder-id", metavar="ID")
+    parser.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
+    parser.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
+
+
+def _add_watch(commands: Any) -> None:
+    parser = _add_command(commands, "watch", cmd_watch, "follow a build")
+    parser.add_argument("job", metavar="JOB")
+    _add_server(parser)
+    parser.add_argument("--from", dest="start", type=int, default=0, metavar="N", help="leave out the first N events")
+    _add_output(parser)
+
+
+def _add_list(commands: Any) -> None:
+    parser = _add_command(commands, "list", cmd_list, "list the builds of a server, newest first")
+    _add_server(parser)
+    _add_output(parser)
+
+
+def _add_cancel(commands: Any) -> None:
+    parser = _add_command(commands, "cancel", cmd_cancel, "cancel a build")
+    parser.add_argument("job", metavar="JOB")
+    _add_server(parser)
+    _add_output(parser)
+
+
+def _add_fetch(commands: Any) -> None:
+    parser = _add_command(commands, "fetch", cmd_fetch, "download and verify the bundle of a finished build")
+    parser.add_argument("job", metavar="JOB")
+    _add_server(parser)
+    parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose (default: what the server says it was)")
+    _add_output(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, and return the exit status [CONTRACT 5]."""
+    options = build_parser().parse_args(argv)
+    if options.run is not cmd_verify:
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+                            format="confbuild: %(levelname)s: %(message)s")
+    try:
+        return int(options.run(options))
+    except ConfbuildError as e:
+        sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
+        return e.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read the answer has gone; nothing more can be said
+        return EXIT_NO
+    except OSError as e:
+        sys.stderr.write(f"confbuild: error: {e.filename + ': ' if e.filename else ''}{e.strerror or e}\n")
+        return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+# endregion 22
