@@ -734,7 +734,10 @@ def guard_process() -> bool:
     where the system has no such thing."""
     if sys.platform != "linux":
         return False
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # the compiler has left 10 MB of holes behind
+    prctl = libc.prctl
     if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
     return True
@@ -935,15 +938,30 @@ def remove_tree(path: str) -> None:
 
 def own_source() -> bytes:
     """The bytes of this very file, also out of a zipapp."""
+    if os.path.isfile(__file__):
+        with open(__file__, "rb") as f:
+            return f.read()
     return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
 
 
+# Runs the file named after it as `python FILE` would, which for its whole life would keep the file's syntax tree, 10 MB.
+_RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
 def own_program() -> list[str]:
-    """The argument vector that runs this file again, isolated from the environment and the current directory."""
+    """The argument vector that runs this file again, isolated from the environment, the current directory and site-packages."""
     path = os.path.abspath(__file__)
     while not os.path.isfile(path):  # inside of a zipapp
         path = os.path.dirname(path)
-    return [sys.executable, "-I", path]
+    return [sys.executable, "-I", "-S", "-c", _RUN, path]
+
+
+def shed_syntax_tree() -> None:
+    """Replace a process that was started as `python FILE ...` by one of the same options without the syntax tree."""
+    options = len(sys.orig_argv) - len(sys.argv)
+    if __name__ == "__main__" and sys.orig_argv[options:options + 1] == sys.argv[:1] and "-c" not in sys.orig_argv[:options]:
+        # -P: with -c, Python would look for modules in the current directory.
+        os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
 
 # endregion 8
 # ==============================================================================
@@ -3302,6 +3320,7 @@ class Server(_ServerBase):
     """A thread per request, MAX_REQUESTS of them; a socket whose request was for events stays open."""
 
     request_queue_size, daemon_threads, allow_reuse_address = 4096, True, True
+    handler: type[Handler]
     streamer: Streamer
     tls: "ssl.SSLContext | None"
     seats: "threading.BoundedSemaphore"
@@ -3325,7 +3344,7 @@ class Server(_ServerBase):
             if self.tls is not None:
                 request.settimeout(REQUEST_TIMEOUT_S)
                 request = self.tls.wrap_socket(request, server_side=True)
-            handler = self.RequestHandlerClass(request, client_address, self)
+            handler = self.handler(request, client_address, self)
             stream = handler.stream
             if stream is not None and stream.log is not None:
                 watcher = Watcher(request, stream.log, stream.start, handler.request_version == "HTTP/1.1", self.tls is not None, handler.api.greeting)
@@ -3343,7 +3362,7 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
     """A server that listens on address; its serve_forever runs until shutdown. Raises OSError."""
     handler = type("Handler", (Handler, http.server.BaseHTTPRequestHandler), {"api": api, "gate": gate})
     server = type("Server", (Server, http.server.ThreadingHTTPServer), {
-        "streamer": streamer, "tls": tls, "seats": threading.BoundedSemaphore(MAX_REQUESTS),
+        "handler": handler, "streamer": streamer, "tls": tls, "seats": threading.BoundedSemaphore(MAX_REQUESTS),
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET})
     return server(address, handler)  # type: ignore[no-any-return]
 
@@ -3860,6 +3879,7 @@ def _describe_server(options: "argparse.Namespace") -> dict[str, Any]:
 
 def cmd_serve(options: "argparse.Namespace") -> int:
     """The build service, until a signal."""
+    shed_syntax_tree()
     tokens = []
     if options.token_file:
         with open(options.token_file, encoding="utf-8") as f:
