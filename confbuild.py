@@ -792,7 +792,8 @@ class LineSplitter:
         complete, self._rest = data[:end], data[end:]
         lines = complete.decode("utf-8", "replace").split("\n")
         lines.pop()
-        if lines and 4 * max(map(len, lines)) > MAX_LINE:  # a character has at most four bytes
+        window = MAX_LINE // 2  # a line of more than MAX_LINE has one of these without an LF
+        if any(complete.find(b"\n", at, at + window) < 0 for at in range(0, end, window)):
             lines = [piece.decode("utf-8", "replace") for line in complete.split(b"\n")[:-1] for piece in self._pieces(line)]
         if len(self._rest) > MAX_LINE:
             body = self._rest.removesuffix(b"\r")  # a held CR is no part of the line
@@ -1934,17 +1935,26 @@ STRIDE = 64
 PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
 
 
-def build_payloads(lines: Sequence[str]) -> list[str]:
-    """The JSON objects of `build` events, as compact_json would give them, a block at a time."""
-    joined = "".join(lines)
-    if joined.isascii() and not joined.encode("ascii").translate(None, PLAIN):
-        return [f'{{"type":"build","msg":"{line}"}}' for line in lines]
-    return [f'{{"type":"build","msg":{quoted}}}' for quoted in map(json.encoder.encode_basestring_ascii, lines)]
+class Payloads(NamedTuple):
+    """The JSON objects of some events, one line of ASCII each: every one of parts, between before and after."""
+
+    parts: Sequence[str]
+    before: str = ""
+    after: str = ""
 
 
-def phase_payloads(phase: str, messages: Sequence[str]) -> list[str]:
-    """The JSON objects of events of one phase."""
-    return build_payloads(messages) if phase == "build" else [compact_json({"type": phase, "msg": message}) for message in messages]
+def to_payloads(phase: str, messages: Sequence[str]) -> Payloads:
+    """The events of one phase, as compact_json would write them, quickly where a block is plain."""
+    if phase in PHASES:
+        joined = "".join(messages)
+        if joined.isascii() and not joined.encode("ascii").translate(None, PLAIN):
+            return Payloads(messages, f'{{"type":"{phase}","msg":"', '"}')
+    return Payloads(list(map(json.encoder.encode_basestring_ascii, messages)), f'{{"type":"{phase}","msg":', "}")
+
+
+def to_payload(event: Mapping[str, Any]) -> Payloads:
+    """One event."""
+    return Payloads([compact_json(event)])
 
 
 class EventLog:
@@ -1983,14 +1993,15 @@ class EventLog:
             self.finished = good > 0 and b'\ndata: {"type":"complete",' in frames[good - 1]
         os.ftruncate(self.fd, self.size)
 
-    def append(self, payloads: Sequence[str]) -> None:
-        """Emit events. payloads: one line of ASCII JSON each. Raises OSError, and nothing was emitted then."""
-        if not payloads:
+    def append(self, payloads: Payloads) -> None:
+        """Emit events. Raises OSError, and nothing was emitted then."""
+        if not payloads.parts:
             return
+        before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
         with self._lock:
             if self.finished:
                 raise ValueError("the log is complete")
-            frames = [f"id: {n}\ndata: {payload}\n\n" for n, payload in enumerate(payloads, self.count + 1)]
+            frames = [f"id: {n}{before}{part}{after}" for n, part in enumerate(payloads.parts, self.count + 1)]
             cuts = range(-self.count % STRIDE, len(frames), STRIDE)  # the frames that the index names
             pieces = ["".join(frames[:cuts.start]), *("".join(frames[cut:cut + STRIDE]) for cut in cuts)]
             *starts, end = accumulate(map(len, pieces), initial=self.size)
@@ -2005,7 +2016,7 @@ class EventLog:
             self._index.extend(starts[1:])
             self.count += len(frames)
             self.size = end
-            self.finished = payloads[-1].startswith('{"type":"complete",')
+            self.finished = frames[-1].startswith('{"type":"complete",', len(f"id: {self.count}\ndata: "))
         if self._on_append is not None:
             self._on_append(self)
 
@@ -2454,7 +2465,7 @@ class Jobs:
         for position, job in enumerate(self._queue):
             if job.position != position and job.log is not None:
                 job.position = position
-                job.log.append([compact_json({"type": "queued", "position": position})])
+                job.log.append(to_payload({"type": "queued", "position": position}))
 
     def get(self, job_id: str) -> Job:
         """The job. Raises Refused 404."""
@@ -2561,7 +2572,7 @@ class Jobs:
         job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
         job.save()
         outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
-        self._open_locked(job).append([compact_json({"type": "complete", "result": outcome})])
+        self._open_locked(job).append(to_payload({"type": "complete", "result": outcome}))
         job.log = None
 
     def stop(self, grace_s: float) -> None:
@@ -2589,9 +2600,9 @@ class Jobs:
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
 # A `build` event: of plain characters only, which was looked at before, or with escapes.
-_PLAIN_EVENT = re.compile(r'id: \d+\ndata: (\{"type":"build","msg":"[^"]*"\})\n\n')
+_PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: (\{"type":"build","msg":"[ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-f]{4})[ !#-\[\]-~]*)*"\})\n\n')
+    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-f]{4})[ !#-\[\]-~]*)*)"\}\n\n')
 
 
 class SimulatedVm:
@@ -2771,10 +2782,10 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
             raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
         frames, text = text[:end], text[end:]
         plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
-        payloads = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
-        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(payloads):  # nearly every block is all build events
+        messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
+        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):  # nearly every block is all build events
             reached = PHASES.index("build")
-            log.append(payloads)
+            log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
             continue
         for frame in frames.split("\n\n")[:-1]:
             if frame.startswith(":"):
@@ -2787,7 +2798,7 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
             if set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
                 raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
             reached = PHASES.index(event["type"])
-            log.append(phase_payloads(event["type"], [event["msg"]]))
+            log.append(to_payloads(event["type"], [event["msg"]]))
 
 
 def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
@@ -3390,7 +3401,7 @@ def run_agent() -> NoReturn:
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
-        return run_pipeline(job.request, job.source, workspace, os.environ, policy, lambda phase, messages: log.append(phase_payloads(phase, messages)))
+        return run_pipeline(job.request, job.source, workspace, os.environ, policy, lambda phase, messages: log.append(to_payloads(phase, messages)))
 
     jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
     server = make_http_server(("127.0.0.1", 0), Api(jobs, policy, {}), Gate([config["token"]], []), streamer)
