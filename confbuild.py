@@ -853,10 +853,13 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
     follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so."""
     with tempfile.TemporaryFile() as kept:
         child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
-                                 stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True,
-                                 pipesize=MIB if sys.platform == "linux" else -1)
+                                 stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
         splitter, ended_at = LineSplitter(), None
         with _pipe(child.stderr if keep_stdout else child.stdout) as pipe, selectors.DefaultSelector() as selector:
+            try:
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
+            except (OSError, AttributeError):
+                pass  # another system, or a limit
             selector.register(pipe, selectors.EVENT_READ)
             while True:
                 if selector.select(0.25):
@@ -2040,6 +2043,13 @@ class EventLog:
         frame = os.pread(self.fd, self.size - offset, offset)
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
+def has_ended(path: str) -> bool:
+    """Whether the last event of the log at path is `complete`; without reading the rest of it."""
+    with open(path, "rb") as f:
+        f.seek(max(0, os.path.getsize(path) - 64 * KIB))
+        tail = f.read()
+    return tail.endswith(b"\n\n") and b'\ndata: {"type":"complete",' in tail[:-2].rpartition(b"\n\n")[2]
+
 # endregion 14
 # ==============================================================================
 # region 15. Event streams                                             [uses 14]
@@ -2371,6 +2381,7 @@ class Jobs:
         self._seq = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
         self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed
+        self._recent: deque[EventLog] = deque(maxlen=16)  # guarded by _changed; not to be opened again for every request
         self._threads: list[threading.Thread] = []
         self.incoming = os.path.join(state, "incoming")
         remove_tree(self.incoming)
@@ -2401,13 +2412,14 @@ class Jobs:
         """Caller must hold _changed. Put a job of an earlier server where it belongs."""
         self._jobs[job.id] = job
         self._seq = max(self._seq, job.seq)
+        if job.state in ("ok", "failed") and has_ended(os.path.join(job.folder, "events")):
+            return
         log = self._open_locked(job)
         last = log.last()
-        if log.finished:
-            failed = last["result"]["status"] != "ok"
-            job.state, job.failure = "failed" if failed else "ok", {k: last["result"][k] for k in ("error", "error_type")} if failed else None
-        elif job.result is not None:  # the server died between the archive and the event
-            self._complete_locked(job, None)
+        if job.failure is not None:  # the server died between job.json and the event
+            self._complete_locked(job, BuildFailed(job.failure["error_type"], job.failure["error"]))
+        elif job.result is not None:
+            self._complete_locked(job, None)  # likewise
         elif job.state == "running" and job.attempts >= MAX_ATTEMPTS:
             self._complete_locked(job, BuildFailed("InternalError", f"the server ended {job.attempts} times during this build"))
         else:
@@ -2420,6 +2432,8 @@ class Jobs:
         log = self._logs.get(job.id)
         if log is None:
             log = self._logs[job.id] = EventLog(os.path.join(job.folder, "events"), self._grown)
+        if log not in self._recent:
+            self._recent.append(log)
         return log
 
     def check_open(self) -> None:
@@ -2574,6 +2588,8 @@ class Jobs:
         outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
         self._open_locked(job).append(to_payload({"type": "complete", "result": outcome}))
         job.log = None
+        if job.source is not None:
+            os.unlink(job.source)  # nobody needs it any more
 
     def stop(self, grace_s: float) -> None:
         """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server."""
@@ -2883,7 +2899,7 @@ ROUTES = (
            411: "no Content-Length", 413: "body too large", 415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
            503: "shutting down"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live", "text/event-stream",
-          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build"}),
+          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build", 503: "too many streams"}),
     Route("GET", "/build/{id}/result", "result", "Download the bundle", "application/gzip",
           {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range"}),
     Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
@@ -3033,10 +3049,12 @@ class BodyReader:
 
 
 class Api:
-    """The functions behind ROUTES. config: what GET /config answers; greeting: the comment that begins every event stream."""
+    """The functions behind ROUTES. config: what GET /config answers; greeting: the comment that begins every event stream; crowded:
+    whether no further stream can be served."""
 
-    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], greeting: bytes = b"") -> None:
-        self.jobs, self.policy, self.greeting, self._config = jobs, policy, greeting, config
+    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], greeting: bytes = b"",
+                 crowded: Callable[[], bool] = lambda: False) -> None:
+        self.jobs, self.policy, self.greeting, self.crowded, self._config = jobs, policy, greeting, crowded, config
         self._openapi = openapi_document()
 
     def health(self, _: Request) -> Response:
@@ -3058,7 +3076,7 @@ class Api:
     def status(self, request: Request) -> Response:
         """One build."""
         job = self.jobs.get(request.arguments[0])
-        return json_response({**self.jobs.describe(job), "events": self.jobs.log_of(job).count})
+        return json_response(self.jobs.describe(job))
 
     def cancel(self, request: Request) -> Response:
         """Cancel one build, and tell its status, which a running one takes a moment to reach."""
@@ -3071,6 +3089,8 @@ class Api:
         text = request.query.get("from", request.headers.get("Last-Event-ID") or "0")
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
             raise Refused(400, "InvalidFrom", "from is not a number of events")
+        if self.crowded():
+            raise Refused(503, "TooManyWatchers", "too many event streams are open", {"Retry-After": "10"})
         log, start = self.jobs.log_of(job), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
@@ -3250,6 +3270,9 @@ class Handler(_HandlerBase):
             response = self.respond()
         except Refused as refused:
             response = problem(refused)
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True  # the client is gone, or says nothing any more
+            return
         except Exception:  # noqa: BLE001  # a bug of ours
             logger().exception("%s %s", self.command, self.path)
             response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
@@ -3267,6 +3290,9 @@ class Handler(_HandlerBase):
         route, arguments = find_route(self.command, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
         return getattr(self.api, route.name)(Request(self.command, arguments, fields, self.headers, self.read_body))  # type: ignore[no-any-return]
+
+    def version_string(self) -> str:
+        return self.server_version
 
     def handle_expect_100(self) -> bool:
         return True  # 100 is sent when the body is wanted, not before it may be refused
@@ -3344,6 +3370,13 @@ class Server(_ServerBase):
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError:
+            time.sleep(0.05)  # out of files, perhaps: serve_forever would spin
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.seats.acquire(timeout=1):
@@ -3863,7 +3896,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
-    api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n")
+    api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
+              lambda: streamer.watchers > hard - 512)  # the rest is for requests, jobs and VMs
     server = make_http_server((host, port), api, gate, streamer, tls)
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
@@ -3949,6 +3983,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     bundle = options.output_dir or plain_name(base) + "-build"
     _check_target(bundle)
     display = _display(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         packed = running = None
         archive = os.path.join(scratch, "source.tar.gz")
