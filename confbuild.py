@@ -2045,9 +2045,12 @@ class EventLog:
 
 def has_ended(path: str) -> bool:
     """Whether the last event of the log at path is `complete`; without reading the rest of it."""
-    with open(path, "rb") as f:
-        f.seek(max(0, os.path.getsize(path) - 64 * KIB))
-        tail = f.read()
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.path.getsize(path) - 64 * KIB))
+            tail = f.read()
+    except OSError:
+        return False
     return tail.endswith(b"\n\n") and b'\ndata: {"type":"complete",' in tail[:-2].rpartition(b"\n\n")[2]
 
 # endregion 14
@@ -2644,7 +2647,7 @@ class SimulatedVm:
                 os.mkdir(os.path.join(self._workspace, folder), 0o700)
             self._child = subprocess.Popen([*own_program(), "agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            cwd=self._workspace, env=self._env, start_new_session=True)
-            config = {"token": self.token, "workspace": self._workspace, "policy": self._policy._asdict()}
+            config = {"token": self.token, "policy": self._policy._asdict()}
             stdin = _pipe(self._child.stdin)  # stays open: its end tells the agent that the server is dead
             stdin.write(compact_json(config).encode("ascii") + b"\n")
             stdin.flush()
@@ -3422,36 +3425,41 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
 # Thread "lifeline": started by run_agent, ends the process.
 
 
-def run_agent() -> NoReturn:
+def run_agent() -> None:
     """Read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything that the
-    build has started is dead, and the workspace gone."""
+    build has started is dead, and this process becomes one that removes the workspace, its current directory."""
+    workspace = os.getcwd()
     guard_process()
-    config = json.loads(sys.stdin.buffer.readline())
-    workspace, policy = config["workspace"], SourcePolicy(**config["policy"])
-    streamer = Streamer()
 
-    def build(_: Jobs, job: Job) -> str:
-        log = job.log
-        if log is None:
-            raise ValueError("a running job has a log")
-        return run_pipeline(job.request, job.source, workspace, os.environ, policy, lambda phase, messages: log.append(to_payloads(phase, messages)))
-
-    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
-    server = make_http_server(("127.0.0.1", 0), Api(jobs, policy, {}), Gate([config["token"]], []), streamer)
+    def end() -> NoReturn:
+        kill_all(lambda: descendants(os.getpid()))
+        os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
 
     def follow() -> None:
         while sys.stdin.buffer.read(1):
             pass
-        kill_all(lambda: descendants(os.getpid()))
-        remove_tree(workspace)
-        os._exit(0)
+        end()
 
-    threading.Thread(target=follow, name="lifeline", daemon=True).start()
-    jobs.start()
-    sys.stdout.write(f"{server.server_address[1]}\n")
-    sys.stdout.flush()
-    server.serve_forever()
-    raise SystemExit(0)
+    try:
+        config = json.loads(sys.stdin.buffer.readline())
+        threading.Thread(target=follow, name="lifeline", daemon=True).start()
+        policy, streamer = SourcePolicy(**config["policy"]), Streamer()
+
+        def build(_: Jobs, job: Job) -> str:
+            log = job.log
+            if log is None:
+                raise ValueError("a running job has a log")
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy,
+                                lambda phase, messages: log.append(to_payloads(phase, messages)))
+
+        jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
+        server = make_http_server(("127.0.0.1", 0), Api(jobs, policy, {}), Gate([config["token"]], []), streamer)
+        jobs.start()
+        sys.stdout.write(f"{server.server_address[1]}\n")
+        sys.stdout.flush()
+        server.serve_forever()
+    finally:
+        end()
 
 # endregion 19
 # ==============================================================================
@@ -4173,6 +4181,14 @@ def _expect_source(directory: str, expected: Expectations) -> Expectations:
 def cmd_agent(_: "argparse.Namespace") -> int:
     """Inside of a VM; not for people."""
     run_agent()
+    return EXIT_OK
+
+
+def cmd_sweep(options: "argparse.Namespace") -> int:
+    """Remove what a VM leaves behind; not for people."""
+    os.chdir("/")
+    remove_tree(options.workspace)
+    return EXIT_OK
 
 
 def _positive(text: str) -> int:
@@ -4209,6 +4225,9 @@ def build_parser() -> "argparse.ArgumentParser":
     for add in (_add_build, _add_serve, _add_verify, _add_watch, _add_list, _add_cancel, _add_fetch):
         add(commands)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
+    sweep = commands.add_parser("sweep")
+    sweep.add_argument("workspace")
+    sweep.set_defaults(run=cmd_sweep)
     return parser
 
 
