@@ -2055,7 +2055,7 @@ def has_ended(path: str) -> bool:
 
 # endregion 14
 # ==============================================================================
-# region 15. Event streams                                             [uses 14]
+# region 15. Event streams                                          [uses 8, 14]
 # ==============================================================================
 # One thread serves every watcher of every job.  A request thread hands over a socket whose headers are written; from then on
 # it is non-blocking, owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112
@@ -2253,6 +2253,9 @@ class Streamer:
                 self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
             elif not (watcher.tls and isinstance(e, ssl.SSLWantReadError)):
                 self._drop(watcher)
+        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's stream
+            logger().exception("stream")
+            self._drop(watcher)
 
     def _next(self, watcher: Watcher) -> bool:
         """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
@@ -2858,7 +2861,7 @@ def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
 # streamer when its headers are written, and its thread ends.
 
 MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
-MAX_REQUESTS = 256  # threads at a time
+MAX_REQUESTS = 1024  # threads at a time; an idle connection has one
 REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a request
 
 
@@ -3286,7 +3289,7 @@ class Handler(_HandlerBase):
     def respond(self) -> Response:
         """What the API says. Raises Refused."""
         path, _, query = self.path.partition("?")
-        self.gate.check(self.headers, path, self.connection.getsockname()[0])
+        self.gate.check(self.headers, path, self.connection.getsockname()[0].removeprefix("::ffff:"))
         if "Transfer-Encoding" in self.headers or len(self.headers.get_all("Content-Length", [])) > 1:
             self.close_connection = True  # where it ends is not known
             raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
@@ -3339,7 +3342,7 @@ class Handler(_HandlerBase):
     def drain(self) -> None:
         """Read on what a refused client still sends, for a moment: closing at once would take the answer away from it."""
         deadline = time.monotonic() + 5
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        if self.unread == 0 or self.headers.get("Expect", "").lower() == "100-continue":
             return
         while self.unread > 0 and time.monotonic() < deadline:
             block = self.rfile.read(min(self.unread, BLOCK))
@@ -4191,9 +4194,16 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
+def _count(text: str) -> int:
+    """A whole number, for argparse."""
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise ValueError(text)
+    return int(text)
+
+
 def _positive(text: str) -> int:
     """A whole number above zero, for argparse."""
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) == 0:
+    if _count(text) == 0:
         raise ValueError(text)
     return int(text)
 
@@ -4205,7 +4215,7 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-_positive.__name__, _seconds.__name__ = "number", "number of seconds"  # as argparse names them in errors
+_count.__name__, _positive.__name__, _seconds.__name__ = "number", "number above zero", "number of seconds"  # as argparse names them in errors
 
 
 def build_parser() -> "argparse.ArgumentParser":
@@ -4304,7 +4314,7 @@ def _add_watch(commands: Any) -> None:
     parser = _add_command(commands, "watch", cmd_watch, "follow a build")
     parser.add_argument("job", metavar="JOB")
     _add_server(parser)
-    parser.add_argument("--from", dest="start", type=int, default=0, metavar="N", help="leave out the first N events")
+    parser.add_argument("--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events")
     _add_output(parser)
 
 
