@@ -383,7 +383,6 @@ class Digest(NamedTuple):
 # the same layout with the fields that only hardware can fill left zero.
 
 REPORT_SIZE = 1184
-SIGNED_SIZE = 0x2A0  # the signature follows, over the bytes before it
 # (offset, size, name) of what this version reads or writes.
 REPORT_FIELDS = (
     (0x000, 4, "version"), (0x034, 4, "signature_algo"), (0x050, 64, "report_data"), (0x090, 48, "measurement"),
@@ -2354,6 +2353,12 @@ class Job:
         """The archive that clients get."""
         return os.path.join(self.folder, "result.tar.gz")
 
+    def move(self, state: str) -> None:
+        """Go to another state. Caller must hold the lock of Jobs. Raises ValueError for a step that JOB_STATES does not have."""
+        if state not in JOB_STATES[self.state]:
+            raise ValueError(f"a job that is {self.state} cannot become {state}")
+        self.state = state
+
     def save(self) -> None:
         """job.json is durable. Caller must hold the lock of Jobs, or be the only one who knows the job."""
         doc = {"seq": self.seq, "request": self.request._asdict(), "attempts": self.attempts, "state": self.state,
@@ -2422,15 +2427,19 @@ class Jobs:
             return
         log = self._open_locked(job)
         last = log.last()
-        if job.failure is not None:  # the server died between job.json and the event
+        was_running = job.state != "queued"
+        if job.state in ("ok", "failed"):
+            job.state = "running"  # the server died between job.json and the event
+        if job.failure is not None:
             self._complete_locked(job, BuildFailed(job.failure["error_type"], job.failure["error"]))
         elif job.result is not None:
-            self._complete_locked(job, None)  # likewise
-        elif job.state == "running" and job.attempts >= MAX_ATTEMPTS:
+            self._complete_locked(job, None)
+        elif was_running and job.attempts >= MAX_ATTEMPTS:
             self._complete_locked(job, BuildFailed("InternalError", f"the server ended {job.attempts} times during this build"))
         else:
-            job.log, job.position = log, last.get("position", -1) if job.state == "queued" else -1
-            job.state = "queued"
+            job.log, job.position = log, -1 if was_running else last.get("position", -1)
+            if was_running:
+                job.move("queued")
             self._queue.append(job)
 
     def _open_locked(self, job: Job) -> EventLog:
@@ -2550,7 +2559,8 @@ class Jobs:
                 if self._stopping:
                     return
                 job = self._queue.pop(0)
-                job.state, job.started_at, job.halted, job.on_halt = "running", utc_now(), None, None
+                job.move("running")
+                job.started_at, job.halted, job.on_halt = utc_now(), None, None
                 job.attempts += 1
                 self._running.add(job)
                 job.save()
@@ -2576,7 +2586,8 @@ class Jobs:
             if failure is not None and job.halted is not None:
                 failure = BuildFailed(*job.halted)
             if failure is not None and failure.error_type == "Parked":
-                job.state, job.position, job.attempts = "queued", -1, job.attempts - 1
+                job.move("queued")
+                job.position, job.attempts = -1, job.attempts - 1
                 job.save()
             else:
                 job.result = result
@@ -2588,7 +2599,8 @@ class Jobs:
 
     def _complete_locked(self, job: Job, failure: BuildFailed | None) -> None:
         """Caller must hold _changed. The last event, when all that it promises is durable."""
-        job.state, job.finished_at = "failed" if failure else "ok", utc_now()
+        job.move("failed" if failure else "ok")
+        job.finished_at = utc_now()
         job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
         job.save()
         outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
