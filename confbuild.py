@@ -206,7 +206,7 @@ class BuildFailed(ConfbuildError):
     """A build that ends in `complete` with status `failed`. error_type: one of FAILURES."""
 
     def __init__(self, error_type: str, message: str) -> None:
-        super().__init__(" ".join(message.split()) or error_type)
+        super().__init__(" ".join(message[:4096].split()) or error_type)  # one line, and no more than a reader can bear
         self.error_type = error_type
 
 
@@ -1432,9 +1432,11 @@ def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
     found = shutil.which(name, path=env.get("PATH", os.defpath))
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
-    shim = os.path.join(os.path.dirname(found), "rustup")
-    if not os.path.exists(shim) or not os.path.samefile(shim, found):
-        return os.path.realpath(found)
+    real = os.path.realpath(found)
+    beside = [os.path.join(os.path.dirname(path), "rustup") for path in (found, real)]  # a shim is a link to it, soft or hard
+    shim = next((path for path in beside if os.path.exists(path) and os.path.samefile(path, real)), None)
+    if shim is None:
+        return real
     status, output, errors = capture([shim, "which", name], project, env)
     path = output.decode("utf-8", "replace").strip()
     if status != 0 or not os.path.isfile(path):
@@ -1444,7 +1446,10 @@ def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
 
 def describe_program(path: str, project: str, env: Mapping[str, str]) -> Digest:
     """What the program at path says its version is, and the SHA-256 of its file."""
-    status, output, errors = capture([path, "--version"], project, env, max_bytes=64 * KIB)
+    try:
+        status, output, errors = capture([path, "--version"], project, env, max_bytes=64 * KIB)
+    except OSError as e:
+        raise BuildFailed("UnsupportedToolchainError", f"{path}: {e.strerror}") from None
     version = output.decode("utf-8", "replace").strip().partition("\n")[0]
     if status != 0 or not version.isprintable() or not version:
         raise BuildFailed("UnsupportedToolchainError", f"{path} --version: {(errors.splitlines() or [f'status {status}'])[-1]}")
@@ -1511,7 +1516,7 @@ def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
         if source is None:
             local = _local_packages(project) if local is None else local
             if name not in local:
-                raise BuildFailed("ProvenanceError", f"Cargo.lock: {name} {version} has no source and is no package inside the project")
+                raise BuildFailed("ProvenanceError", f"Cargo.lock: {name[:80]} {version[:80]} has no source and is no package inside the project")
             continue
         # Before version 2 of the format the checksums stood in a table of their own.
         checksum = checksum or metadata.get(f"checksum {name} {version} ({source})")
@@ -1537,18 +1542,34 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
 
 
 def _local_packages(project: str) -> set[str]:
-    """The names of the packages whose Cargo.toml lies inside project."""
-    names = set()
+    """The names of the packages whose Cargo.toml lies inside project, and which no manifest or configuration takes from outside."""
+    inside, outside = set(), set()
+    root = os.path.realpath(project) + os.sep
     for name in walk_files(project):
         path = os.path.join(project, name)
-        if os.path.basename(name) == "Cargo.toml" and os.path.isfile(path) and os.path.getsize(path) < MIB:
-            try:
-                with open(path, "rb") as f:
-                    package = tomllib.load(f).get("package", {})
-                names.add(str(package.get("name")))
-            except (ValueError, AttributeError, RecursionError):
-                continue  # a test's fixture, perhaps: cargo will tell if it matters
-    return names
+        manifest = os.path.basename(name) == "Cargo.toml"
+        if not (manifest or re.search(r"(^|/)\.cargo/config(\.toml)?$", name)) or not os.path.isfile(path) or os.path.getsize(path) > MIB:
+            continue
+        try:
+            with open(path, "rb") as f:
+                doc = tomllib.load(f)
+        except (ValueError, RecursionError):
+            continue  # a test's fixture, perhaps: cargo will tell if it matters
+        package = doc.get("package", doc.get("project"))  # cargo still knows the older name
+        if manifest and isinstance(package, dict) and isinstance(package.get("name"), str):
+            inside.add(package["name"])
+        base = os.path.dirname(path) if manifest else os.path.dirname(os.path.dirname(path))
+        outside |= {name for name, target in _path_dependencies(doc) if not (os.path.realpath(os.path.join(base, target)) + os.sep).startswith(root)}
+    return inside - outside
+
+
+def _path_dependencies(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(package, path) of each `{ path = ... }` anywhere in a manifest: dependencies, patches, replacements."""
+    for name, value in table.items():
+        if isinstance(value, dict):
+            if isinstance(value.get("path"), str):
+                yield str(value.get("package", name)), value["path"]
+            yield from _path_dependencies(value)
 
 
 def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
@@ -1606,6 +1627,8 @@ def _fetch(path: str, derivation: Any, output: Any) -> dict[str, Any]:
     """One fixed-output derivation as an entry of resolvedDependencies. Raises ValueError and the like for another shape."""
     env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
     name = derivation.get("name") or env.get("name") or re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
+    if not isinstance(name, str) or not isinstance(output.get("method", ""), str):
+        raise TypeError("a name or a method is no text")
     recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before 2.23
     algorithm, digest = _nix_hash(output["hash"], algorithm)
     annotations = {"drvPath": path, "outputHashMode": output.get("method") or ("nar" if recursive == "r" else "flat")}
@@ -1819,7 +1842,8 @@ class _LogDigest:
             text = "\n".join(lines) + "\n"
             self._digest.update(text.encode("utf-8"))
             if not self.cause and "error" in text:  # what later errors follow from
-                self.cause = next((line.strip() for line in lines if re.match(r"\s*error(\[\w+\])?:", line)), "")
+                plain = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
+                self.cause = next((line.strip() for line in plain if re.match(r"\s*error(\[\w+\])?:", line)), "")
             self._emit("build", lines)
 
     def hexdigest(self) -> str:
@@ -1855,7 +1879,10 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         ending = f"status {status}" if status > 0 else f"signal {-status}"
         raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
     emit("provenance", ["Generating provenance"])
-    artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+    try:
+        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+    except PermissionError as e:  # the build can take them away
+        raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
     statement = _make_statement(plan, tree, commit, uri, log.hexdigest(), {n: digest for n, _, digest in artifacts}, started)
     emit("attest", ["Generating attestation"])
     evidence = simulated_evidence(statement, request.nonce)
@@ -1885,6 +1912,8 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> list[tuple
             raise BuildFailed("ProvenanceError", f"an artifact is called {name!r}")
         copy = os.path.join(folder, name)
         shutil.copyfile(path, copy, follow_symlinks=False)
+        if os.path.islink(copy):
+            raise BuildFailed("ProvenanceError", f"the artifact {name} has become a link")
         taken.append((name, copy, file_sha256(copy)))
     return taken
 
@@ -1899,7 +1928,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
     """The bytes of provenance.json. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
     tool = Digest(f"confbuild {__version__}", sha256_hex(own_source()))
     toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
-    root: dict[str, Any] = {"digest": {"sha256": ""}, "name": "input_merkle_root"}
+    root: dict[str, Any] = {"digest": {"sha256": "0" * 64}, "name": "input_merkle_root"}
     invocation = f"build-{re.sub('[-:]', '', started[:10])}-{re.sub(':', '', started[11:19])}-{secrets.token_hex(4)}"
     doc = {
         "_type": STATEMENT_TYPE,
@@ -1917,8 +1946,9 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
         "predicateType": PREDICATE_TYPE,
         "subject": [{"digest": {"sha256": digest}, "name": name} for name, digest in sorted(subjects.items())],
     }
-    root["digest"]["sha256"] = merkle_root(merkle_entries(doc))
     try:
+        check_statement(doc)
+        root["digest"]["sha256"] = merkle_root(merkle_entries(doc))
         data = to_canonical(doc)
         check_statement(parse_json(data, "provenance"))
     except (Malformed, UnicodeEncodeError) as e:
@@ -3681,8 +3711,12 @@ def pack_directory(directory: str, archive: str, workspace: str) -> Packed:
             except BuildFailed as e:
                 why, commit = f"its history cannot be packed ({e})", ""
     files = walk_files(root) if files is None else files
-    if why in ("there is no git", "it is no git work tree"):
-        files = [file for file in files if file.split(os.sep)[0] not in {output for t in TOOLCHAINS for output in t.outputs}]
+    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
+    outputs = next((t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ())
+    kept = [file for file in files if file.split(os.sep)[0] not in outputs]
+    if commit and len(kept) < len(files):
+        why, commit = f"git tracks {' and '.join(outputs)}, which is removed before a build", ""
+    files = kept
     if not files:
         raise UsageError(f"{directory}: there is nothing to build")
     _write_source(archive, root, name, files, bool(commit))
