@@ -827,21 +827,43 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
+def _read_pipe(child: "subprocess.Popen[bytes]", pipe: IO[bytes]) -> Iterator[bytes]:
+    """The blocks that come through pipe. An empty one is the last: child ended PIPE_GRACE_S ago, and others hold the pipe."""
+    ended_at = None
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if selector.select(0.25):
+                block = os.read(pipe.fileno(), BLOCK)
+                if not block:
+                    return
+                yield block
+            if ended_at is None and child.poll() is not None:
+                ended_at = time.monotonic()
+            elif ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
+                yield b""
+                return
+
+
 def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, **options: Any) -> tuple[int, bytes, str]:
     """(exit status, stdout, the last lines of stderr) of a program that answers a question. For its output's size: raises
     BuildFailed LimitError."""
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
                                  start_new_session=True, **options)
+        output = bytearray()
         with _pipe(child.stdout) as pipe:
-            output = pipe.read(max_bytes + 1)
-        if len(output) > max_bytes:
+            for block in _read_pipe(child, pipe):
+                output += block
+                if len(output) > max_bytes:
+                    break
+        if len(output) > max_bytes and child.returncode is None:
             os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
         if len(output) > max_bytes:
             raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
         errors.seek(max(0, errors.tell() - 4096))
-        return status, output, errors.read().decode("utf-8", "replace").strip()
+        return status, bytes(output), errors.read().decode("utf-8", "replace").strip()
 
 
 def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: Callable[[list[str]], None],
@@ -853,25 +875,16 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
     with tempfile.TemporaryFile() as kept:
         child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
                                  stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
-        splitter, ended_at = LineSplitter(), None
-        with _pipe(child.stderr if keep_stdout else child.stdout) as pipe, selectors.DefaultSelector() as selector:
+        splitter = LineSplitter()
+        with _pipe(child.stderr if keep_stdout else child.stdout) as pipe:
             try:
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
             except (OSError, AttributeError):
                 pass  # another system, or a limit
-            selector.register(pipe, selectors.EVENT_READ)
-            while True:
-                if selector.select(0.25):
-                    block = os.read(pipe.fileno(), BLOCK)
-                    if not block:
-                        break
-                    lines_out(splitter.feed(block))
-                if ended_at is None and child.poll() is not None:
-                    ended_at = time.monotonic()
-                elif ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
-                    lines_out([*splitter.end(), (f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for "
-                                                 f"{PIPE_GRACE_S:.0f} s after its end, and is killed")])
-                    break
+            for block in _read_pipe(child, pipe):
+                lines_out(splitter.feed(block) if block else [*splitter.end(), (
+                    f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
+                    "end, and is killed")])
         lines_out(splitter.end())
         status = child.wait()
         kill_all(lambda: descendants(os.getpid()))
@@ -913,20 +926,31 @@ def sync_directory(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """path is gone, also where a build has taken its own permissions away. A link is removed, never followed."""
-    def retry(function: Callable[..., Any], name: str, _: Any) -> None:
-        parent = os.path.dirname(name)
-        os.chmod(parent, 0o700)
-        if not os.path.islink(name) and os.path.isdir(name):
-            os.chmod(name, 0o700)
-            shutil.rmtree(name, ignore_errors=True)
-        else:
-            os.unlink(name)
-
-    if os.path.islink(path) or os.path.isfile(path):
-        os.unlink(path)
-    elif os.path.exists(path):
-        shutil.rmtree(path, onerror=retry)
+    """path is gone, however deep it is, also where a build has taken its own permissions away. A link is removed, never followed.
+    Nothing outside of path is touched: folders are moved up inside of it before they are emptied, so that none is too deep."""
+    if os.path.islink(path) or not os.path.isdir(path):
+        if os.path.lexists(path):
+            os.unlink(path)
+        return
+    os.chmod(path, 0o700)
+    heap = tempfile.mkdtemp(dir=path)
+    folders, moved = [path], 0
+    while folders:
+        folder = folders.pop()
+        for entry in list(os.scandir(folder)):
+            if entry.path == heap:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                os.chmod(entry.path, 0o700)
+                moved += 1
+                folders.append(os.path.join(heap, str(moved)))
+                os.rename(entry.path, folders[-1])
+            else:
+                os.unlink(entry.path)
+        if folder != path:
+            os.rmdir(folder)
+    os.rmdir(heap)
+    os.rmdir(path)
 
 
 def own_source() -> bytes:
@@ -966,7 +990,7 @@ def shed_syntax_tree() -> None:
 MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs about 5:1, zeros 1000:1
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
 SCHEMES = ("https", "http")
-_REF = re.compile(r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\]{1,255}")
+_REF = re.compile(r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -1020,7 +1044,7 @@ class _Unpacker:
         if not parts or IGNORED & set(parts):
             return
         target = "/".join(self._parts(member.target)) if member.kind == "hardlink" else ""
-        if target and self._seen.get(self._key(target)) != (target, "file"):
+        if member.kind == "hardlink" and self._seen.get(self._key(target)) != (target, "file"):
             raise source_error(f"{member.name!r} is a link to {member.target!r}, which is no earlier file of the archive")
         for depth in range(1, len(parts) + 1):
             kind = "directory" if depth < len(parts) else "file" if target else member.kind
@@ -1028,7 +1052,10 @@ class _Unpacker:
         path = os.path.join(self._root, *parts)
         os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
         if target:
-            os.link(os.path.join(self._root, target), path)
+            try:
+                os.link(os.path.join(self._root, target), path)
+            except OSError as e:  # a file has only so many names
+                raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
         elif member.kind == "file":
             self._write(path, member)
         elif member.kind == "symlink":
@@ -1043,7 +1070,10 @@ class _Unpacker:
                 raise source_error(f"{name!r}: no link can point to {target[:80]!r}: {e}") from None
         root = os.path.realpath(self._root)
         for name, target in self._links:
-            real = os.path.realpath(os.path.join(root, name))
+            try:
+                real = os.path.realpath(os.path.join(root, name))
+            except RecursionError:
+                raise source_error(f"{name!r} is a link through too many links") from None
             if target.startswith("/") or os.path.commonpath((root, real)) != root:
                 raise source_error(f"{name!r} is a link to {target[:80]!r}, outside of the archive")
 
@@ -1066,6 +1096,8 @@ class _Unpacker:
         try:
             if any(len(part.encode("utf-8")) > 255 for part in parts):
                 raise limit_error(f"{name[:80]!r} has a component of more than 255 bytes")
+            if len(name.encode("utf-8")) > 2048:
+                raise limit_error(f"{name[:80]!r} is longer than 2048 bytes")
         except UnicodeEncodeError:
             raise source_error(f"{name[:80]!r} is not UTF-8") from None
         return [part for part in parts if part]
@@ -1113,12 +1145,20 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
 
 
 def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
-    """The members of a ZIP file [APPNOTE.TXT]."""
+    """The members of a ZIP file [APPNOTE.TXT 4.3.16]."""
+    f.seek(max(0, os.fstat(f.fileno()).st_size - 65557))  # the end record is at most that far from the end
+    tail = f.read()
+    end = tail.rfind(b"PK\5\6")
+    # zipfile would hold a directory of any size; ZIP64, which could announce one, is not needed below 4 GiB.
+    if int.from_bytes(tail[end + 12:end + 16], "little") > 8 * MIB or tail[max(0, end - 20):end].startswith(b"PK\6\7"):
+        raise limit_error("the archive's directory has more than 8 MiB")
     with zipfile.ZipFile(f) as archive:
         for info in archive.infolist():
             mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: made on Unix
             if info.flag_bits & 1:
                 raise source_error(f"{info.filename[:80]!r} is encrypted")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
+                raise source_error(f"{info.filename[:80]!r} has a compression other than deflate")
             kind = "directory" if info.is_dir() else "symlink" if stat.S_ISLNK(mode) else "file"
             if stat.S_IFMT(mode) not in (0, stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK):
                 raise source_error(f"{info.filename[:80]!r} is a device or a pipe")
@@ -1131,28 +1171,39 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
 
 
 class _SmallReads:
-    """A stream for tarfile, whose headers may announce gigabytes that it would read at once."""
+    """A stream for tarfile, whose headers may announce gigabytes that it would read at once. left: bytes that may be read."""
 
     def __init__(self, stream: "gzip.GzipFile") -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+        self.left = MIB
 
     def read(self, size: int = -1) -> bytes:
-        """size bytes, at most MIB of them."""
-        if not 0 <= size <= MIB:
+        """size bytes."""
+        if not 0 <= size <= self.left:
             raise limit_error("the archive has a header of more than 1 MiB")
+        self.left -= size
         return self._read(size)
 
 
 def _tar_members(f: IO[bytes]) -> Iterator[_Member]:
     """The members of a gzip tarball, in one pass."""
-    with gzip.GzipFile(fileobj=f) as stream, tarfile.open(fileobj=_SmallReads(stream), mode="r:") as archive:  # type: ignore[call-overload]
+    with gzip.GzipFile(fileobj=f) as stream:
+        reads = _SmallReads(stream)
+        archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
         for info in archive:
             kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
                     "file" if info.isfile() else "")
             if not kind:
                 raise source_error(f"{info.name[:80]!r} is a device or a pipe")
-            archive.members = []  # tarfile would keep them all
+            archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
+            reads.left = sys.maxsize  # the unpacker counts the contents
             yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
+            reads.left = MIB
+        after = 0
+        for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which is behind tar's end
+            after += len(block)
+            if after > 16 * MIB:
+                raise limit_error("the archive goes on for more than 16 MiB after its last member")
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
@@ -1169,6 +1220,8 @@ def walk_files(root: str) -> list[str]:
     """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
     found: list[str] = []
     for directory, folders, files in os.walk(root):
+        if directory[len(root):].count(os.sep) > MAX_DEPTH:
+            raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
         if directory == root:
             folders[:] = [name for name in folders if name != ".git"]
             files = [name for name in files if name != ".git"]
@@ -1269,6 +1322,8 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         return
     if not host or port == 0 or not parts.path.strip("/"):
         forbid("a host and a path are needed")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", host):  # what curl would decode, or take for an instruction
+        forbid("the host is no plain name or address")
     try:  # also 2130706433 and 0x7f.1, which resolvers take for addresses
         literals = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
@@ -1305,6 +1360,8 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
         complaint = _forbidden_address(address, loopback)
         if complaint:
             raise source_error(f"{parts.hostname} is {address}: {complaint}")
+    if parts.hostname in found:
+        return []  # an address needs no look-up
     # git 2.37 and later; an older one ignores it, and resolves the name itself.
     return ["-c", f"http.curloptResolve={parts.hostname}:{port}:{','.join(found)}"]
 
@@ -1321,7 +1378,7 @@ def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Se
     with open(os.path.join(root, ".git", "info", "attributes"), "w", encoding="ascii") as f:
         f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # the bytes that the tree hash covers
     pinned = _pinned_address(url, loopback)
-    _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, ref or "HEAD"], root, env)
+    _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, "+" + (ref or "HEAD")], root, env)
     _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env)
     if os.path.lexists(os.path.join(root, ".gitmodules")):
         raise source_error("the repository has submodules, which are not fetched")
@@ -1374,10 +1431,10 @@ def _read_ref(git: str, name: str) -> str:
 
 def without_credentials(url: str) -> str:
     """url without user, password, query and fragment; empty where it is not one that may be shown."""
-    scp = re.fullmatch(r"(?:[^@/]*@)?([A-Za-z0-9.-]+:(?!//)[^\x00-\x20\x7f?#]+)", url)
+    scp = re.fullmatch(r"(?:[^@/]*@)?([A-Za-z0-9.-]+:(?!//)[^\x00-\x20\x7f@?#]+)", url)
     if scp:  # user@host:path
         return scp[1]
-    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#].*)?", url)
+    match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#][^@]*)?", url)
     return match[1] + match[2] if match else ""
 
 # endregion 9
@@ -2724,7 +2781,10 @@ class SimulatedVm:
             child.wait()
             for stream in (child.stdin, child.stdout):
                 _pipe(stream).close()
-        remove_tree(self._workspace)
+        try:
+            remove_tree(self._workspace)
+        except OSError as e:
+            logger().error("%s is not removed: %s", self._workspace, e)
 
 
 class VmHost:
