@@ -746,8 +746,8 @@ def guard_process() -> bool:
     return True
 
 
-def descendants(root: int) -> list[int]:
-    """The living processes below root, parents first; empty where there is no /proc."""
+def descendants(root: int, dead: bool = False) -> list[int]:
+    """The processes below root, parents first; dead: also those that nobody has reaped. Empty where there is no /proc."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc") if sys.platform == "linux" else []:
         if entry.isdigit():
@@ -756,7 +756,7 @@ def descendants(root: int) -> list[int]:
                     state, parent = f.read().rpartition(b")")[2].split()[:2]  # the name before it may contain anything
             except OSError:
                 continue  # it has ended
-            if state not in (b"Z", b"X"):
+            if dead or state not in (b"Z", b"X"):
                 children.setdefault(int(parent), []).append(int(entry))
     found = [root]
     for pid in found:
@@ -2113,7 +2113,9 @@ class EventLog:
         if os.fstat(self.fd).st_size == 0:
             return
         with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as data:
-            end = data.rfind(b"\n\n") + 2 if data.rfind(b"\n\n") >= 0 else 0
+            lost = data.find(b"\0")  # JSON has none; a file system fills with them what it has lost
+            end = data.rfind(b"\n\n", 0, len(data) if lost < 0 else lost) + 2
+            end = end if end >= 2 else 0
             offset = 0 if data[:6] == b"id: 1\n" else -1
             while 0 <= offset < end:
                 self._index.append(offset)
@@ -2167,7 +2169,10 @@ class EventLog:
         block = b""
         for _ in range(count % STRIDE):
             while b"\n\n" not in block:
-                block += os.pread(self.fd, BLOCK, offset + len(block))
+                more = os.pread(self.fd, BLOCK, offset + len(block))
+                if not more:
+                    raise OSError("the log has shrunk")
+                block += more
             length = block.index(b"\n\n") + 2
             offset, block = offset + length, block[length:]
         return offset
@@ -2298,11 +2303,12 @@ class Streamer:
     def _take_notes(self) -> bool:
         """Act on what other threads have said. False: stop."""
         grown: dict[EventLog, None] = {}
+        going = True
         while self._notes:
             note = self._notes.popleft()
             if note is None:
-                return False
-            if isinstance(note, EventLog):
+                going = False
+            elif isinstance(note, EventLog):
                 grown[note] = None
             else:
                 note.sock.setblocking(False)
@@ -2312,7 +2318,7 @@ class Streamer:
         for log in grown:
             for watcher in self._waiting.pop(log, ()):
                 self._pump(watcher)
-        return True
+        return going
 
     def _want(self, watcher: Watcher, mask: int) -> None:
         """Wait for these events of watcher's socket."""
@@ -2812,10 +2818,10 @@ class SimulatedVm:
             raise BuildFailed("VmError", "the VM is gone")
         with selectors.DefaultSelector() as selector:
             selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            line = _pipe(child.stdout).readline(64) if selector.select(timeout_s) else b""
+            spoke = bool(selector.select(timeout_s))
+            line = _pipe(child.stdout).readline(64) if spoke else b""
         if not re.fullmatch(rb"\d{1,5}\n", line):
-            raise BuildFailed("VmError", "the VM ended while it booted" if child.poll() is not None or line
-                              else f"the VM did not boot within {timeout_s:g} s")
+            raise BuildFailed("VmError", "the VM ended while it booted" if spoke else f"the VM did not boot within {timeout_s:g} s")
         self.port = int(line)
 
     def destroy(self) -> None:
@@ -2823,17 +2829,17 @@ class SimulatedVm:
         with self._lock:
             self._gone = True
             child, self._child = self._child, None
-        if child is not None:
-            os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
-            kill_all(lambda: descendants(child.pid))
-            child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                _pipe(stream).close()
-        try:
-            remove_tree(self._workspace)
-        except OSError as e:
-            logger().error("%s is not removed: %s", self._workspace, e)
+            if child is not None:
+                os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
+                kill_all(lambda: descendants(child.pid))
+                child.kill()
+                child.wait()
+                for stream in (child.stdin, child.stdout):
+                    _pipe(stream).close()
+            try:
+                remove_tree(self._workspace)
+            except OSError as e:
+                logger().error("%s is not removed: %s", self._workspace, e)
 
 
 class VmHost:
@@ -2879,13 +2885,14 @@ class VmHost:
                 known = {pid for vm in self._alive for pid in (vm, *descendants(vm))}
                 return [pid for pid in descendants(os.getpid()) if pid not in known]
 
-        found = strays()
         kill_all(strays)
-        for pid in found:
-            try:
-                os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass  # not our child: its own parent reaps it
+        with self._spawning:  # what was killed here, or lost its parent before, is our child now
+            for pid in descendants(os.getpid(), dead=True):
+                try:
+                    if pid not in self._alive:
+                        os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass  # its own parent reaps it
 
     def _drive(self, vm: SimulatedVm, job: Job) -> str:
         """Submit the job to the agent, relay its events, fetch and verify its archive."""
@@ -2896,8 +2903,8 @@ class VmHost:
             connection.request("POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)})
             answer = connection.getresponse()
             doc = parse_json(answer.read(MIB), "answer of the VM")
-            if answer.status != 200:
-                raise BuildFailed("VmError", f"the VM refused the build: {doc.get('detail')}")
+            if answer.status != 200 or not isinstance(doc, dict) or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id"))):
+                raise BuildFailed("VmError", f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}")
             path = f"/build/{doc['job_id']}"
             connection.request("GET", path + "/events", headers=headers)
             failure = relay_events(connection.getresponse(), job.log, self._max_log) if job.log is not None else None
@@ -2963,7 +2970,9 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
         for frame in frames.split("\n\n")[:-1]:
             if frame.startswith(":"):
                 continue
-            event = parse_json(frame.rpartition("data: ")[2].encode("ascii"), "event of the VM", 32)
+            event = parse_json(frame.partition("\ndata: ")[2].encode("ascii"), "event of the VM", 32)
+            if not isinstance(event, dict):
+                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
             if event.get("type") == "complete":
                 return _told_failure(event)
             if event.get("type") == "queued":
@@ -2976,12 +2985,14 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
 
 def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
     """What a `complete` event tells."""
-    outcome = event.get("result")
-    if outcome == {"status": "ok"}:
+    if event == {"type": "complete", "result": {"status": "ok"}}:
         return None
-    if not isinstance(outcome, dict) or outcome.get("error_type") not in FAILURES or not isinstance(outcome.get("error"), str):
+    outcome = event.get("result")
+    if set(event) != {"type", "result"} or not isinstance(outcome, dict) or set(outcome) != {"status", "error", "error_type"} or not (
+            outcome["status"] == "failed" and isinstance(outcome["error"], str) and isinstance(outcome["error_type"], str)) or (
+            outcome["error_type"] not in FAILURES):
         raise BuildFailed("VmError", "the VM ended the build with a result that is none")
-    return BuildFailed(outcome["error_type"], outcome["error"][:4096])
+    return BuildFailed(outcome["error_type"], outcome["error"])
 
 
 def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
@@ -2994,6 +3005,8 @@ def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
             if size > MAX_RESULT:
                 raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes")
             f.write(block)
+    if str(size) != answer.headers.get("Content-Length"):
+        raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
     try:
         verdict = verify_bundle(read_bundle(path), Expectations(nonce=job.request.nonce))
     except UsageError as e:
@@ -3099,7 +3112,7 @@ class Base64File:
         piece = self._escaped + piece
         self._escaped = b""
         if b"\\" in piece:  # \/ or \u002b, which some encoders write
-            cut = piece.rfind(b"\\", len(piece) - 5)
+            cut = piece.rfind(b"\\", max(0, len(piece) - 5))
             if cut >= 0 and not (piece[cut + 1:cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
                 piece, self._escaped = piece[:cut], piece[cut:]
             try:
@@ -3266,7 +3279,8 @@ class Api:
                    "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
                    "Cache-Control": "private, max-age=31536000, immutable",
                    "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"'}
-        if request.headers.get("If-None-Match") in (headers["ETag"], "*"):
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+        if headers["ETag"] in known or "*" in known:
             return Response(304, headers)
         asked = request.headers.get("Range", "")
         if request.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
@@ -3418,6 +3432,7 @@ class Handler(_HandlerBase):
 
     def answer(self) -> None:
         """One request."""
+        self.close_connection = self.close_connection or self.request_version < "HTTP/1.1"
         self.request_id = self.headers.get("X-Request-Id", "")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_id):
             self.request_id = uuid.uuid4().hex
@@ -3435,7 +3450,10 @@ class Handler(_HandlerBase):
             response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
         self.send(response)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_TRACE = answer
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # of whatever method: the route table decides
+            return self.answer
+        raise AttributeError(name)
 
     def respond(self) -> Response:
         """What the API says. Raises Refused."""
@@ -4110,13 +4128,16 @@ def cmd_serve(options: "argparse.Namespace") -> int:
             os._exit(EXIT_INTERRUPTED)  # the second time: the VMs end with this process, the jobs are run again by the next
         stopped.set()
 
+    sleeper, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     running = start_server(options, options.state or _default_state(), tokens)
     sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: simulated VMs: builds are not confidential, and run as this user\n")
     sys.stderr.flush()
-    while not stopped.wait(3600):
-        pass
+    while not stopped.is_set():
+        sleeper.recv(1)  # a signal that another thread received would not wake an Event
     sys.stderr.write(f"confbuild: stopping; running builds have {options.grace:g} s\n")
     running.stop(options.grace)
     return EXIT_OK
