@@ -75,6 +75,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 # Part III to V; what only some commands use comes when it is first used.
+import errno
 import os
 import stat
 import time
@@ -1140,7 +1141,7 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
     except BuildFailed:
         raise
     except OSError as e:
-        if e.errno is not None:  # of the system; gzip and bz2 raise OSError without a number for bad bytes
+        if e.errno not in (None, errno.EINVAL):  # of the system; bad bytes make gzip raise one without a number, zipfile seek before 0
             raise
         raise source_error(f"the archive is damaged: {e}") from None
     except Exception as e:  # noqa: BLE001  # zipfile, tarfile and zlib raise a dozen kinds for hostile bytes
@@ -3643,6 +3644,13 @@ RECONNECT_S = 300.0  # how long a lost server is looked for
 READ_TIMEOUT_S = 60.0  # four keepalives
 
 
+class BrokenProtocol(RemoteError):
+    """The server says what no server of the API says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"the server broke the protocol: {message}")
+
+
 class StreamEvent(NamedTuple):
     """One event of an event stream. id: the last event id, empty = none yet."""
 
@@ -3669,6 +3677,8 @@ class EventStreamParser:
             self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
         if self._rest.endswith(b"\r"):
             self._after_cr = True
+        if len(self._rest) > MAX_JSON + BLOCK:
+            raise BrokenProtocol("an endless line")
         lines = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = lines.pop()
         events = []
@@ -3695,8 +3705,12 @@ class Service:
     """A server of the API. Raises RemoteError for whatever goes wrong with it. told: hears what a user should know."""
 
     def __init__(self, url: str, token: str = "", told: Callable[[str], None] = lambda _: None) -> None:
-        parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+            good = url.isascii() and parts.scheme in ("http", "https") and parts.port != 0
+        except ValueError:  # brackets, or a port that is none
+            good = False
+        if not good or not parts.hostname:
             raise UsageError(f"{url!r} is no http or https URL")
         self._url, self._token, self._told = parts.geturl().rstrip("/"), token, told
 
@@ -3723,7 +3737,7 @@ class Service:
                 except (Malformed, KeyError, TypeError, OSError, http.client.HTTPException):
                     detail = f"{method} {path}: {e.reason}"
             raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
-        except (OSError, http.client.HTTPException) as e:
+        except (OSError, http.client.HTTPException, UnicodeError) as e:
             raise RemoteError(f"{self._url}: {getattr(e, 'reason', e)}") from None
 
     def json(self, method: str, path: str) -> Any:
@@ -3732,7 +3746,16 @@ class Service:
             try:
                 return parse_json(answer.read(MAX_JSON + 1), "answer")
             except (Malformed, OSError, http.client.HTTPException) as e:
-                raise RemoteError(f"the server broke the protocol: {e}") from None
+                raise BrokenProtocol(f"{e}") from None
+
+    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
+        """The status of one job, or of several."""
+        answer = self.json(method, path)
+        found = answer if several and isinstance(answer, list) else [answer]
+        for job in found:
+            if not isinstance(job, dict) or not all(isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")):
+                raise BrokenProtocol("a status that is none")
+        return found
 
     def submit(self, request: BuildRequest, archive: str | None) -> str:
         """The id of the accepted job."""
@@ -3740,10 +3763,10 @@ class Service:
         with self.open("POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}) as answer:
             try:
                 job_id = parse_json(answer.read(MIB), "answer")["job_id"]
-            except (Malformed, KeyError, TypeError):
+            except (Malformed, KeyError, TypeError, OSError, http.client.HTTPException):
                 job_id = None
         if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
-            raise RemoteError("the server broke the protocol: no job_id")
+            raise BrokenProtocol("no job_id")
         return job_id
 
     def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -3756,7 +3779,7 @@ class Service:
                     if stream.status == 204:
                         return
                     if stream.headers.get_content_type() != "text/event-stream":
-                        raise RemoteError("the server broke the protocol: no event stream")
+                        raise BrokenProtocol("no event stream")
                     parser = EventStreamParser()
                     for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
                         for event in parser.feed(block):
@@ -3767,7 +3790,7 @@ class Service:
                                 return
                         base = parser.retry_s or base
             except RemoteError as e:
-                if 0 < e.status < 500 or "protocol" in str(e):
+                if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
                     raise
             except (OSError, http.client.HTTPException):
                 pass  # the connection broke
@@ -3793,7 +3816,7 @@ class Service:
             except (OSError, http.client.HTTPException) as e:
                 raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
             wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-        if announced is not None and size != int(announced) or wanted and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]:
+        if announced is not None and str(size) != announced or wanted and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]:
             raise RemoteError("the download is not what the server announced")
 
 
@@ -3802,11 +3825,11 @@ def _next_event(event: StreamEvent, position: int) -> tuple[int, dict[str, Any]]
     try:
         doc = parse_json(event.data.encode("utf-8"), "event", 32)
     except (Malformed, UnicodeEncodeError) as e:
-        raise RemoteError(f"the server broke the protocol: {e}") from None
+        raise BrokenProtocol(f"{e}") from None
     if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
-        raise RemoteError("the server broke the protocol: an event without a type")
+        raise BrokenProtocol("an event without a type")
     if event.id not in ("", str(position + 1)):
-        raise RemoteError(f"the server broke the protocol: event {event.id[:20]} after event {position}")
+        raise BrokenProtocol(f"event {event.id[:20]} after event {position}")
     return position + 1, doc
 
 
@@ -3834,10 +3857,12 @@ def pack_directory(directory: str, archive: str, workspace: str) -> Packed:
                 fetch_git("file://" + urllib.parse.quote(root), commit, os.path.join(workspace, name), env, ("file",))
                 origin = without_credentials(_ask_git(root, "config", "--get", "remote.origin.url") or "")
                 root, files = os.path.join(workspace, name), None
+                os.unlink(os.path.join(root, ".git", "FETCH_HEAD"))  # it names the directory
                 _ask_git(root, "config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url")))
             except BuildFailed as e:
                 why, commit = f"its history cannot be packed ({e})", ""
-    files = walk_files(root) if files is None else files
+    if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
+        files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
     # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
     outputs = next((t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ())
     kept = [file for file in files if file.split(os.sep)[0] not in outputs]
@@ -3866,10 +3891,14 @@ def list_source(directory: str) -> list[str]:
     return found
 
 
+_GIT_ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
+
+
 def _ask_git(directory: str, *arguments: str, raw: bool = False) -> str | None:
     """What the user's own git says about the user's own directory, or None."""
+    env = {name: value for name, value in os.environ.items() if name not in _GIT_ELSEWHERE} | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
-        status, output, _ = capture(["git", *arguments], directory, {**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+        status, output, _ = capture(["git", *arguments], directory, env)
     except OSError:
         return None
     text = os.fsdecode(output)
@@ -3904,7 +3933,7 @@ def _write_source(archive: str, root: str, name: str, files: Sequence[str], hist
 # ==============================================================================
 # Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
 
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\ud800-\udfff]|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 TAIL = 40  # lines shown of a failed build
 
 
@@ -3972,6 +4001,8 @@ class Display:
             if kind != "complete":
                 self._stream.write(f"{kind:10} {text}\n")
             return
+        if kind == "complete":
+            return  # end() comes, and needs the phase that was the last
         if kind != self._phase:
             self._end_phase()
             self._phase, self._began, self._lines = kind, time.monotonic(), 0
@@ -4005,7 +4036,7 @@ class Display:
     def _end_phase(self) -> None:
         """The phase's line stays, with its whole time."""
         self._erase()
-        if self._phase and self._phase != "complete":
+        if self._phase:
             self._stream.write(self._head()[:self._width()] + "\n")
             self._stream.flush()
 
@@ -4017,9 +4048,11 @@ class Display:
         self._drawn = len(rows)
         self._stream.flush()
 
-    @staticmethod
-    def _width() -> int:
-        return shutil.get_terminal_size().columns - 1
+    def _width(self) -> int:
+        try:  # of the terminal that is drawn on: stdout may be a pipe
+            return os.get_terminal_size(self._stream.fileno()).columns - 1
+        except OSError:
+            return shutil.get_terminal_size().columns - 1
 
 # endregion 21
 # ==============================================================================
@@ -4109,15 +4142,21 @@ def _describe_server(options: "argparse.Namespace") -> dict[str, Any]:
         "version": __version__}
 
 
+def _read_tokens(path: str) -> list[str]:
+    """The bearer tokens in a file. Raises UsageError, OSError."""
+    with open(path, "rb") as f:
+        data = f.read(MIB)
+    if not data.isascii():
+        raise UsageError(f"{path}: tokens are plain ASCII")
+    return data.decode("ascii").split()
+
+
 def cmd_serve(options: "argparse.Namespace") -> int:
     """The build service, until a signal."""
     shed_syntax_tree()
-    tokens = []
-    if options.token_file:
-        with open(options.token_file, encoding="utf-8") as f:
-            tokens = f.read().split()
-        if not tokens:
-            raise UsageError(f"{options.token_file}: no token in it")
+    tokens = _read_tokens(options.token_file) if options.token_file else []
+    if options.token_file and not tokens:
+        raise UsageError(f"{options.token_file}: no token in it")
     host = _parse_address(options.listen)[0]
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(f"--listen {options.listen}: other machines can reach that", "give --token-file FILE, or --insecure to let everybody build")
@@ -4149,10 +4188,7 @@ def _default_state() -> str:
 
 def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> Service:
     """The server that the options name."""
-    token = ""
-    if options.token_file:
-        with open(options.token_file, encoding="utf-8") as f:
-            token = (f.read().split() or [""])[0]
+    token = (_read_tokens(options.token_file) or [""])[0] if options.token_file else ""
     return Service(options.server, token, told)
 
 
@@ -4227,7 +4263,7 @@ def _follow(options: "argparse.Namespace", service: Service, job_id: str, start:
         if event["type"] == "complete":
             result = event.get("result")
             if not isinstance(result, dict) or result.get("status") not in ("ok", "failed"):
-                raise RemoteError("the server broke the protocol: a `complete` without a result")
+                raise BrokenProtocol("a `complete` without a result")
             if display is not None:
                 display.end(result if result["status"] == "failed" else None)
             return result, digest.hexdigest()
@@ -4241,8 +4277,11 @@ def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: s
         result, log_sha256 = _follow(options, service, job_id, start, display)
     except KeyboardInterrupt:
         if cancel:
-            service.json("DELETE", f"/build/{job_id}")
-            _note(display, f"interrupted; job {job_id} is cancelled")
+            try:
+                service.jobs("DELETE", f"/build/{job_id}")
+                _note(display, f"interrupted; job {job_id} is cancelled")
+            except RemoteError as e:
+                _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
         raise
     if result is not None and result["status"] == "failed":
         if display is None and options.output == "quiet":
@@ -4263,9 +4302,12 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
         try:
             unpack_archive(archive, root, MAX_RESULT)
         except BuildFailed as e:
-            raise RemoteError(f"the server broke the protocol: {e}") from None
+            raise BrokenProtocol(f"{e}") from None
         project, _ = find_project(root, "")
-        verdict = verify_bundle(read_bundle(project), expected)
+        try:
+            verdict = verify_bundle(read_bundle(project), expected)
+        except UsageError:
+            raise BrokenProtocol("what it handed out is no bundle") from None
         remove_tree(bundle)
         os.rename(project, bundle)
     good = verdict.verdict != "failed"
@@ -4291,7 +4333,7 @@ def cmd_watch(options: "argparse.Namespace") -> int:
 
 def cmd_list(options: "argparse.Namespace") -> int:
     """The jobs of a server, newest first."""
-    for job in _service(options).json("GET", "/builds"):
+    for job in _service(options).jobs("GET", "/builds", several=True):
         if options.output == "json":
             sys.stdout.write(compact_json(job) + "\n")
         else:
@@ -4302,7 +4344,7 @@ def cmd_list(options: "argparse.Namespace") -> int:
 
 def cmd_cancel(options: "argparse.Namespace") -> int:
     """Cancel a job."""
-    job = _service(options).json("DELETE", f"/build/{options.job}")
+    [job] = _service(options).jobs("DELETE", f"/build/{options.job}")
     sys.stdout.write(compact_json(job) + "\n" if options.output == "json" else f"{job['job_id']}  {job['status']}\n")
     return EXIT_OK
 
@@ -4310,8 +4352,8 @@ def cmd_cancel(options: "argparse.Namespace") -> int:
 def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     service = _service(options)
-    job = service.json("GET", f"/build/{options.job}")
-    nonce = str(options.nonce or (job.get("nonce") if isinstance(job, dict) else None))
+    [job] = service.jobs("GET", f"/build/{options.job}")
+    nonce = str(options.nonce or job.get("nonce"))
     if not is_nonce(nonce):
         raise UsageError("--nonce: 32 hexadecimal digits are needed")
     bundle = options.output_dir or plain_name(options.job) + "-build"
@@ -4377,6 +4419,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _job_id(text: str) -> str:
+    """What can be the id of a job, for argparse."""
+    if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", text):
+        raise ValueError(text)
+    return text
+
+
 def _positive(text: str) -> int:
     """A whole number above zero, for argparse."""
     if _count(text) == 0:
@@ -4391,7 +4440,7 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-_count.__name__, _positive.__name__, _seconds.__name__ = "number", "number above zero", "number of seconds"  # as argparse names them in errors
+_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"  # as argparse names them in errors
 
 
 def build_parser() -> "argparse.ArgumentParser":
@@ -4401,6 +4450,7 @@ def build_parser() -> "argparse.ArgumentParser":
 
         def __call__(self, *_: Any) -> NoReturn:
             sys.stdout.write(f"confbuild {__version__} sha256:{sha256_hex(own_source())}\n")
+            sys.stdout.flush()
             raise SystemExit(0)
 
     parser = argparse.ArgumentParser(
@@ -4475,20 +4525,20 @@ def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", cmd_verify, "verify a bundle, offline")
     parser.add_argument("bundle", metavar="BUNDLE", help="its directory or archive")
     parser.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
-    parser.add_argument("--format", choices=("text", "json"), default="text")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
     parser.add_argument("--measurement", action="append", default=[], metavar="HEX", help="what the VM may have been (repeatable)")
     parser.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
-    parser.add_argument("--source-uri", metavar="URI")
-    parser.add_argument("--source-commit", metavar="HEX")
-    parser.add_argument("--source-tree", metavar="HEX")
-    parser.add_argument("--builder-id", metavar="ID")
+    parser.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
+    parser.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
+    parser.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
+    parser.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
     parser.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
     parser.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
 
 
 def _add_watch(commands: Any) -> None:
     parser = _add_command(commands, "watch", cmd_watch, "follow a build")
-    parser.add_argument("job", metavar="JOB")
+    parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events")
     _add_output(parser)
@@ -4502,14 +4552,14 @@ def _add_list(commands: Any) -> None:
 
 def _add_cancel(commands: Any) -> None:
     parser = _add_command(commands, "cancel", cmd_cancel, "cancel a build")
-    parser.add_argument("job", metavar="JOB")
+    parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     _add_output(parser)
 
 
 def _add_fetch(commands: Any) -> None:
     parser = _add_command(commands, "fetch", cmd_fetch, "download and verify the bundle of a finished build")
-    parser.add_argument("job", metavar="JOB")
+    parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
     parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose (default: what the server says it was)")
@@ -4517,7 +4567,21 @@ def _add_fetch(commands: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit status [CONTRACT 5]."""
+    """Run a command, and return the exit status [CONTRACT 5]. Without argv, as the whole program: raises SystemExit with it, since
+    a zipapp's own start file drops what this returns."""
+    try:
+        status = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read the answer has gone; nothing more can be said
+        status = EXIT_NO
+    if argv is None:
+        raise SystemExit(status)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
     options = build_parser().parse_args(argv)
     if options.run is not cmd_verify:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
@@ -4530,8 +4594,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read the answer has gone; nothing more can be said
-        return EXIT_NO
+        raise
     except OSError as e:
         sys.stderr.write(f"confbuild: error: {e.filename + ': ' if e.filename else ''}{e.strerror or e}\n")
         return EXIT_USAGE

@@ -1,0 +1,5378 @@
+"""Tests of confbuild, section by section: known answers first, then properties, then the real thing."""
+import ast
+import base64
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import http.client
+import http.server
+import io
+import itertools
+import json
+import math
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import symtable
+import sys
+import tarfile
+import tempfile
+import termios
+import threading
+import time
+import tracemalloc
+import types
+import zipapp
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import example, given, settings
+
+import confbuild
+
+# ==============================================================================
+# region 0. Builders and fixtures
+# ==============================================================================
+
+settings.register_profile("confbuild", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("confbuild")
+
+FILE = Path(confbuild.__file__).resolve()
+SHARED = FILE.parent.parent / "shared"
+NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
+           "openssl": "apt-get install openssl"}
+
+
+def needs(tool: str) -> pytest.MarkDecorator:
+    """Skip, with the command that installs what is missing."""
+    return pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is missing: {INSTALL[tool]}")
+
+
+def tarball(files: Mapping[str, str | bytes], top: str = "demo") -> bytes:
+    """A gzip tarball of regular files; those called *.sh are executable."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as tar:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(f"{top}/{name}" if top else name)
+            info.size, info.mode = len(data), 0o755 if name.endswith(".sh") else 0o644
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+LOCK = 'version = 4\n\n[[package]]\nname = "demo"\nversion = "0.1.0"\n'
+MANIFEST = '[package]\nname = "demo"\nversion = "0.1.0"\nedition = "2021"\n'
+# What the stub cargo runs: a build in a few milliseconds.
+QUICK = "mkdir -p target/release; echo built > target/release/demo; chmod +x target/release/demo\n"
+
+
+def project(build: str = QUICK, **more: str) -> dict[str, str | bytes]:
+    """The files of a project that the stub cargo builds by running build.sh."""
+    return {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, "src/main.rs": "fn main() {}\n", "build.sh": build, **more}
+
+
+ORACLE_ENV = {"PATH": os.environ["PATH"], "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "HOME": "/nonexistent", "LC_ALL": "C",
+              **{f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
+                 for what, value in (("NAME", "n"), ("EMAIL", "e@example.org"), ("DATE", "1700000000 +0000"))}}
+
+
+def git(folder: Path | str, *arguments: str) -> str:
+    options = ("-c", "core.autocrlf=false", "-c", "core.protectNTFS=false", "-c", "protocol.file.allow=always", "-c", "init.defaultBranch=main")
+    return subprocess.run(["git", *options, *arguments], cwd=folder, env=ORACLE_ENV, check=True, capture_output=True).stdout.decode().strip()
+
+
+@pytest.fixture(scope="session")
+def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH whose cargo runs the project's build.sh, so that a test decides what a build does."""
+    folder = tmp_path_factory.mktemp("stub")
+    for name, version in (("cargo", "cargo 1.90.0 (840b83a10 2025-07-30)"), ("rustc", "rustc 1.90.0 (1159e78c4 2025-09-14)")):
+        (folder / name).write_text(f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\nexec sh ./build.sh\n')
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+class Server:
+    """A real `serve` in its own process and session, with a fixed port, which can be killed and started again."""
+
+    def __init__(self, state: Path, path: str, *options: str, env: Mapping[str, str] | None = None) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.state, self.options, self.env = state, options, {**os.environ, "PATH": path, **(env or {})}
+        self.headers: dict[str, str] = {}
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> "Server":
+        command = [sys.executable, str(FILE), "serve", "--listen", f"127.0.0.1:{self.port}", "--state", str(self.state), *self.options]
+        self.process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stderr is not None
+        line = self.process.stderr.readline()
+        assert line.startswith("confbuild: serving on "), line
+        return self
+
+    def stop(self, sign: int = signal.SIGTERM) -> str:
+        """End the server; what it said on stderr."""
+        assert self.process is not None
+        self.process.send_signal(sign)
+        _, errors = self.process.communicate(timeout=60)
+        return errors
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
+        """(status, headers, body); names of headers with `_` for `-`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            named = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
+            if isinstance(body, dict):
+                body, named = json.dumps(body), {"Content-Type": "application/json", **named}
+            connection.request(method, path, body, named)
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def submit(self, files: Mapping[str, str | bytes] | None = None, **fields: Any) -> str:
+        """The id of an accepted job; without fields, an archive of files."""
+        archive = base64.b64encode(tarball(project() if files is None else files)).decode()
+        body = {"nonce": NONCE, **(fields or {"source_data": archive, "source_name": "demo.tar.gz"})}
+        status, _, answer = self.request("POST", "/build", body)
+        assert status == 200, answer
+        return str(json.loads(answer)["job_id"])
+
+    def events(self, job: str, start: int = 0) -> list[dict[str, Any]]:
+        """The events after the first start ones, to the end of the stream."""
+        status, _, body = self.request("GET", f"/build/{job}/events?from={start}")
+        assert status in (200, 204)
+        return [json.loads(line[6:]) for line in body.decode().split("\n") if line.startswith("data: ")]
+
+    def status(self, job: str) -> Any:
+        return json.loads(self.request("GET", f"/build/{job}")[2])
+
+
+@pytest.fixture
+def server(tmp_path: Path, stub_path: str) -> Iterator[Callable[..., Server]]:
+    """Starts servers, and ends them with whatever they have started."""
+    made: list[Server] = []
+
+    def make(*options: str, **keywords: Any) -> Server:
+        made.append(Server(tmp_path / f"state{len(made)}", stub_path, *options, **keywords))
+        return made[-1].start()
+
+    yield make
+    for one in made:
+        if one.process is not None and one.process.poll() is None:
+            one.process.kill()
+            one.process.communicate()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """What condition returns when it is true at last."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError("it did not happen in time")
+
+
+def statement(**changes: Any) -> dict[str, Any]:
+    """A provenance that verifies: changes replace what `a__b` names in it, from the predicate's buildDefinition or runDetails."""
+    digest = {"sha256": "ab" * 32}
+    doc: dict[str, Any] = {
+        "_type": confbuild.STATEMENT_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": confbuild.BUILD_TYPE,
+                "externalParameters": {"buildCommand": "cargo build --locked --release",
+                                       "source": {"digest": {"gitCommit": "", "gitTree": "12" * 20}, "uri": ""}},
+                "internalParameters": {"lockfileHash": digest, "toolchain": {
+                    name: {"digest": digest, "version": f"{name} 1"} for name in ("cargo", "rustc", "kettle")}},
+                "resolvedDependencies": []},
+            "runDetails": {"builder": {"id": confbuild.SIMULATED_BUILDER}, "byproducts": [], "metadata": {
+                "invocationId": "build-20261123-000000-00000000", "startedOn": "2026-11-23T00:00:00.000000+00:00",
+                "finishedOn": "2026-11-23T00:00:01.000000+00:00"}}},
+        "predicateType": confbuild.PREDICATE_TYPE,
+        "subject": [{"digest": {"sha256": hashlib.sha256(b"artifact").hexdigest()}, "name": "demo"}]}
+    for path, value in changes.items():
+        *folders, last = path.split("__")
+        node: Any = doc
+        for name in folders:
+            node = node[name]
+        node[last] = value
+    details = doc["predicate"]["runDetails"]
+    if not details["byproducts"]:
+        details["byproducts"] = [{"digest": {"sha256": confbuild.merkle_root(confbuild.merkle_entries(doc))}, "name": "input_merkle_root"}]
+    return doc
+
+
+def bundle(doc: Any = None, nonce: str = NONCE, provenance: bytes | None = None) -> confbuild.BundleFiles:
+    """A simulated bundle of doc, with one artifact called demo."""
+    data = confbuild.to_canonical(statement() if doc is None else doc) if provenance is None else provenance
+    return confbuild.BundleFiles(data, confbuild.simulated_evidence(data, nonce), {"demo": hashlib.sha256(b"artifact").hexdigest()})
+
+
+def status_of(verdict: confbuild.Verdict, name: str) -> str:
+    """The status of a check."""
+    return next(check.status for check in verdict.checks if check.name == name)
+
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises where a hostile input keeps the verifier busy; a generous deadline, no measurement."""
+    def late(*_: object) -> None:
+        pytest.fail(f"still busy after {seconds} s")  # no Exception, which the code under test would catch
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every node below value."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from nodes(inner, (*path, key))
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """A copy of value with another node at path."""
+    copy = json.loads(json.dumps(value))
+    if not path:
+        return new
+    at(copy, path[:-1])[path[-1]] = new
+    return copy
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-10 ** 20 + 1, 10 ** 20 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4), max_leaves=12)
+
+# endregion 0
+# ==============================================================================
+# region 1. Names and limits
+# ==============================================================================
+
+
+class TestNames:
+    def test_contract(self) -> None:
+        """Transcribed from CONTRACT.md, sections 1 and 5, not from the code."""
+        assert (confbuild.EXIT_OK, confbuild.EXIT_NO, confbuild.EXIT_USAGE, confbuild.EXIT_SIMULATED, confbuild.EXIT_SERVER,
+                confbuild.EXIT_UNVERIFIED, confbuild.EXIT_INTERRUPTED) == (0, 1, 2, 3, 4, 5, 130)
+        assert confbuild.PHASES == ("queued", "vm", "detect", "init", "build", "provenance", "attest", "complete")
+        assert set(confbuild.FAILURES) == {
+            "BuildError", "UnsupportedToolchainError", "SourceError", "LimitError", "TimeoutError", "Cancelled", "NoArtifacts", "ProvenanceError",
+            "AttestationError", "VmError", "InternalError"}
+        assert (confbuild.MAX_ARCHIVE, confbuild.MAX_LINE) == (64 << 20, 64 << 10)
+
+# endregion 1
+# ==============================================================================
+# region 2. Errors
+# ==============================================================================
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("error", "code", "text"), [
+        (confbuild.ConfbuildError("a", "do b"), 1, "a"),
+        (confbuild.UsageError("a"), 2, "a"),
+        (confbuild.Malformed("form", "a"), 1, "form: a"),
+        (confbuild.BuildFailed("BuildError", " two\n lines "), 1, "two lines"),
+        (confbuild.BuildFailed("BuildError", " \n"), 1, "BuildError"),
+        (confbuild.Refused(400, "InvalidJson", "two\nlines"), 1, "two lines"),
+        (confbuild.RemoteError("a", 503), 4, "a")])
+    def test_exit_code_and_one_sentence(self, error: confbuild.ConfbuildError, code: int, text: str) -> None:
+        assert (error.exit_code, str(error)) == (code, text)
+
+    def test_attributes(self) -> None:
+        assert confbuild.ConfbuildError("a", "do b").hint == "do b" and confbuild.RemoteError("a", 503, "later").hint == "later"
+        assert confbuild.Malformed("form", "a").structure == "form" and isinstance(confbuild.Malformed("form", "a"), ValueError)
+        refused = confbuild.Refused(429, "QueueFull", "full", {"Retry-After": "1"})
+        assert (refused.status, refused.error_type, refused.headers) == (429, "QueueFull", {"Retry-After": "1"})
+        assert confbuild.RemoteError("a").status == 0 and confbuild.BuildFailed("Cancelled", "x").error_type == "Cancelled"
+
+# endregion 2
+# ==============================================================================
+# region 3. Bytes and JSON
+# ==============================================================================
+
+
+class TestJson:
+    @pytest.mark.parametrize(("data", "message"), [
+        (b"", "not JSON: Expecting value"), (b" ", "not JSON: Expecting value"), (b"tru", "not JSON: Expecting value"),
+        (b"\xef\xbb\xbf{}", "not JSON: Unexpected UTF-8 BOM"), (b"\xff", "not UTF-8 at byte 0"), (b'{"\xed\xa0\x80":1}', "not UTF-8 at byte 2"),
+        (b'"\xc0\x80"', "not UTF-8 at byte 1"), (b'"\xf4\x90\x80\x80"', "not UTF-8 at byte 1"), (b"{\x00}", "not JSON"),
+        (b'"\\ud800"', "lone surrogate"),
+        (b'{"\\udc00":1}', "lone surrogate"), (b'"\\udc00\\ud800"', "lone surrogate"), (b'{"a":1,"a":2}', "the name 'a' occurs twice in one object"),
+        (b'{"a":1,"\\u0061":2}', "the name 'a' occurs twice"), (b'[{"x":{"b":0,"b":0}}]', "the name 'b' occurs twice"),
+        (b'{"\\ud800":1,"\\ud800":2}', r"the name '\ud800' occurs twice"), (b"NaN", "NaN is not JSON"), (b"[Infinity]", "Infinity is not JSON"),
+        (b"[-Infinity]", "-Infinity is not JSON"), (b"100000000000000000000", f"an integer beyond {10 ** 20 - 1}"),
+        (b"-100000000000000000000", "an integer beyond"), (b"[" + b"9" * 10_000 + b"]", "an integer beyond"),
+        (b"1e999", "too many digits or too large"),
+        (b"-1e999", "too many digits or too large"), (b"0." + b"1" * 31, "too many digits or too large"),
+        (b"[" * 128 + b"]" * 128, "nested deeper than 127"),
+        (b'{"a":' * 128 + b"1" + b"}" * 128, "nested deeper than 127"), (b"{} x", "not JSON: Extra data"), (b"1 2", "not JSON: Extra data"),
+        (b"01", "not JSON: Extra data"), (b"+1", "not JSON"), (b".5", "not JSON"), (b"1.", "not JSON"), (b"0x1", "not JSON"), (b"'a'", "not JSON"),
+        (b"[1,]", "not JSON"), (b'{"a":1,}', "not JSON"), (b"{a:1}", "not JSON"), (b"[1]//", "not JSON: Extra data"), (b"[}", "not JSON"),
+        (b'"\n"', "not JSON: Invalid control character"), (b'"\\x"', "not JSON: Invalid \\escape"), (b'"\\u12"', "not JSON: Invalid \\uXXXX escape"),
+        (b'"', "not JSON: Unterminated string"), (b'"\\', "not JSON: Unterminated string"), (b"\xc2\xa01", "not JSON"), (b"[1\x0b]", "not JSON")])
+    def test_every_rule_is_strict(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=f"^name: .*{re.escape(message)}") as caught:
+            confbuild.parse_json(data, "name")
+        assert caught.value.structure == "name"
+
+    @pytest.mark.parametrize(("data", "value"), [
+        (b" \t\r\n{ } ", {}), (b"99999999999999999999", 10 ** 20 - 1), (b"-99999999999999999999", -10 ** 20 + 1), (b"-0", 0), (b"1e2", 100.0),
+        (b'"\\ud83d\\ude00\\u0000\\/"', "\U0001f600\0/"), (b'"' + b"[{" * 200 + b'"', "[{" * 200), (b'["\\"[", "\\\\", "]"]', ['"[', "\\", "]"]),
+        (b'{"a":{"a":1},"b":{"a":1}}', {"a": {"a": 1}, "b": {"a": 1}}), (b"[[],[]]", [[], []]), (b"1.0e-5", 1e-05)])
+    def test_the_edge_of_every_rule(self, data: bytes, value: Any) -> None:
+        assert confbuild.parse_json(data, "name") == value
+
+    def test_limits_of_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a request may hold: 2^53 and a depth of 32 [CONTRACT 1]."""
+        for data, most in ((b"[" * 32 + b"]" * 32, None), (b"[" * 33 + b"]" * 33, "nested deeper than 32"), (b"9007199254740992", None),
+                           (b"9007199254740993", "an integer beyond 9007199254740992"), (b"-9007199254740993", "an integer beyond")):
+            with contextlib.nullcontext() if most is None else pytest.raises(confbuild.Malformed, match=most):
+                confbuild.parse_json(data, "body", 32, 2 ** 53)
+        assert confbuild.parse_json(b"[" * 127 + b"]" * 127, "name")
+        monkeypatch.setattr(confbuild, "MAX_JSON", 4)
+        assert confbuild.parse_json(b"1234", "name") == 1234
+        with pytest.raises(confbuild.Malformed, match="^name: 5 bytes, more than 4$"):
+            confbuild.parse_json(b"12345", "name")
+
+    @given(value=JSON_VALUES, ascii_only=st.booleans(), indent=st.sampled_from([None, 0, 2]))
+    def test_what_json_writes_comes_back(self, value: Any, ascii_only: bool, indent: int | None) -> None:
+        assert confbuild.parse_json(json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode(), "name") == value
+        line = confbuild.compact_json(value)
+        assert line.isascii() and "\n" not in line and confbuild.parse_json(line.encode(), "name") == value
+
+    @given(st.binary(max_size=40) | st.lists(st.sampled_from([b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u", b"d800", b",", b":", b"1", b"e9", b"-",
+                                                              b".", b" ",
+                                                             b"\xff", b"\xc3\xa9", b"null", b"NaN", b'"a":', b"\n"]), max_size=12).map(b"".join))
+    @example(b'"\\')
+    def test_any_bytes_give_a_value_or_malformed(self, data: bytes) -> None:
+        with contextlib.suppress(confbuild.Malformed):
+            assert confbuild.parse_json(data, "name") == json.loads(data)
+
+    @pytest.mark.parametrize("data", [
+        b'"' + b'\\"' * 1_000_000, b'["' + b"\\" * 1_000_001, b'"a' * 500_000, b"[" * 1_000_000, b'{"a":' * 200_000, b"9" * 1_000_000,
+        b"-" * 1_000_000,
+        b"1." + b"0" * 1_000_000, b'"' + b"[" * 1_000_000, b" " * 1_000_000, b"[" + b"0," * 300_000, b'"' + b"\\ud800" * 150_000 + b'"'],
+        ids=lambda data: f"{bytes(data[:8])!r}x{len(data)}")
+    def test_hostile_documents_take_linear_time(self, data: bytes) -> None:
+        with within(20), pytest.raises(confbuild.Malformed):
+            confbuild.parse_json(data, "name")
+
+    @pytest.mark.parametrize(("text", "good"), [(NONCE, True), (NONCE.upper(), True), (NONCE[:-1], False), (NONCE + "0", False),
+                                                (NONCE[:-1] + "g", False), ("", False),
+                                                (NONCE + "\n", False), ("0x" + NONCE[2:], False), (NONCE[:-1] + "\u0665", False), (None, False),
+                                                (1, False), (NONCE.encode(), False)])
+    def test_is_nonce(self, text: Any, good: bool) -> None:
+        assert confbuild.is_nonce(text) is good
+
+    def test_sha256_of_fips_180(self) -> None:
+        assert confbuild.sha256_hex(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+    def test_merkle_roots_by_hand(self) -> None:
+        """leaf = SHA-256(entry), parent = SHA-256(left || right), an unpaired node moves up unchanged [CONTRACT 3]."""
+        def h(*parts: bytes) -> bytes:
+            return hashlib.sha256(b"".join(parts)).digest()
+
+        entries = ["", "b", "\u00e9", "d", "e", "f", "g"]
+        a, b, c, d, e, f, g = (h(entry.encode()) for entry in entries)
+        roots = {1: a, 2: h(a, b), 3: h(h(a, b), c), 4: h(h(a, b), h(c, d)), 5: h(h(h(a, b), h(c, d)), e), 6: h(h(h(a, b), h(c, d)), h(e, f)),
+                 7: h(h(h(a, b), h(c, d)), h(h(e, f), g))}
+        assert {n: confbuild.merkle_root(entries[:n]) for n in roots} == {n: root.hex() for n, root in roots.items()}
+        assert confbuild.merkle_root([""]) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+        with pytest.raises(ValueError, match="a Merkle tree needs a leaf"):
+            confbuild.merkle_root([])
+
+# endregion 3
+# ==============================================================================
+# region 4. Records
+# ==============================================================================
+
+
+class TestRecords:
+    def test_wire_forms(self) -> None:
+        verdict = confbuild.Verdict("failed", "snp", {"nonce": None},
+                                    [confbuild.Check("a", "failed", "1", "2", "why"), confbuild.Check("b", "not checked")])
+        assert json.loads(confbuild.compact_json(verdict.to_wire())) == {
+            "verdict": "failed", "platform": "snp", "claims": {"nonce": None}, "checks": [
+                {"name": "a", "status": "failed", "expected": "1", "actual": "2", "detail": "why"},
+                {"name": "b", "status": "not checked", "expected": "", "actual": "", "detail": ""}]}
+        assert confbuild.Digest("v 1", "ab").to_wire() == {"digest": {"sha256": "ab"}, "version": "v 1"}
+
+# endregion 4
+# ==============================================================================
+# region 5. SEV-SNP report
+# ==============================================================================
+
+
+class TestReport:
+    def test_offsets_of_the_specification(self) -> None:
+        """SEV-SNP ABI, table "ATTESTATION_REPORT": VERSION 0h, REPORT_DATA 50h, MEASUREMENT 90h, CHIP_ID 1A0h, SIGNATURE 2A0h."""
+        data = bytearray(b"\xee" * 1184)
+        data[:4], data[0x50:0x90], data[0x90:0xC0] = b"\5\0\0\1", bytes(range(64)), b"m" * 48
+        data[0x1A0:0x1E0], data[0x2A0:] = b"c" * 64, b"s" * 512
+        assert confbuild.parse_report(bytes(data)) == confbuild.Report(0x01000005, bytes(range(64)), b"m" * 48, b"c" * 64, bytes(data))
+
+    def test_a_simulated_report_is_zero_elsewhere(self) -> None:
+        report = confbuild.simulated_report(b"d" * 64, b"m" * 48)
+        assert report == b"\3" + bytes(0x4F) + b"d" * 64 + b"m" * 48 + bytes(1184 - 0xC0)
+        assert confbuild.parse_report(report) == confbuild.Report(3, b"d" * 64, b"m" * 48, bytes(64), report)
+
+    @pytest.mark.parametrize("size", [0, 1, 1183, 1185, 2368])
+    def test_no_other_length_is_a_report(self, size: int) -> None:
+        with pytest.raises(confbuild.ReportError, match=f"^attestation_report: {size} bytes, not 1184$"):
+            confbuild.parse_report(bytes(size))
+
+    @pytest.mark.parametrize(("sizes", "message"), [((63, 48), "report_data has 63 bytes, not 64"), ((64, 49), "measurement has 49 bytes, not 48")])
+    def test_a_field_is_never_cut_or_shifted(self, sizes: tuple[int, int], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            confbuild.simulated_report(bytes(sizes[0]), bytes(sizes[1]))
+
+# endregion 5
+# ==============================================================================
+# region 6. Statement
+# ==============================================================================
+
+
+LOCKED = {"sha256": "ab" * 32}
+TOOLS = {name: {"digest": {"sha256": str(i) * 64}, "version": f"{name} {i}"} for i,
+         name in enumerate(("nix", "cargo", "rustc", "pnpm", "node", "kettle"), 1)}
+DEFINITION = "predicate__buildDefinition__"
+
+
+def parameters(*tools: str, **more: Any) -> dict[str, Any]:
+    return {**more, "lockfileHash": LOCKED, "toolchain": {name: TOOLS[name] for name in (*tools, "kettle")}}
+
+
+def dependency(name: str, uri: str, **digest: str) -> dict[str, Any]:
+    return {"digest": digest or {"sha256": "cd" * 32}, "name": name, "uri": uri}
+
+
+NIX_DEPENDENCY = {"annotations": {"drvPath": "/nix/store/a.drv", "outputHashMode": "recursive", "url": "u", "urls": "[u]"},
+                  **dependency("a", "pkg:nix-fetch/a?hash=sha256:00ff", sha256="47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=")}
+# Everything optional is there.
+FULL = statement(**{
+    DEFINITION + "internalParameters": parameters("nix", evaluation={"derivationCount": 3, "fetchCount": 1},
+                                                  flakeInputs=[{"name": "nixpkgs", "narHash": "sha256-x="}]),
+    DEFINITION + "resolvedDependencies": [NIX_DEPENDENCY]})
+REAL = ("bundle-ripgrep-2026-07-noartifact", "bundle-ripgrep-legacy-compact-a", "bundle-ripgrep-snp-siena-no-vcek", "neg-bundle-artifact-renamed")
+
+
+def real_bundle(name: str) -> Path:
+    """A bundle that Kettle made on real hardware."""
+    folder = SHARED / "vectors" / "vectors" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing: it is no part of the repository")
+    return folder
+
+
+class TestStatement:
+    @pytest.mark.parametrize("name", REAL)
+    def test_real_statements(self, name: str) -> None:
+        """Both generations; the Merkle root is the one that Kettle computed, and the one that expect.json's author did."""
+        folder = real_bundle(name)
+        data = (folder / "provenance.json").read_bytes()
+        doc = confbuild.parse_json(data, "provenance")
+        confbuild.check_statement(doc)
+        assert confbuild.to_canonical(doc) == data
+        root = confbuild.merkle_root(confbuild.merkle_entries(doc))
+        if "merkle_root" in (expect := json.loads((folder / "expect.json").read_text())):
+            assert root == expect["merkle_root"]
+        assert root == confbuild.byproduct(doc, "input_merkle_root") and confbuild.byproduct(doc, "build_log") is None
+
+    @pytest.mark.parametrize("name", REAL)
+    def test_real_bundles_fail_for_their_platform(self, name: str) -> None:
+        verdict = confbuild.verify_bundle(confbuild.read_bundle(str(real_bundle(name))), confbuild.Expectations())
+        good = ("evidence form", "provenance form", "canonical form", "provenance schema", "input Merkle root", "subjects")
+        assert {check: status_of(verdict, check) for check in good} == dict.fromkeys(good, "passed")
+        assert verdict.verdict == "failed" and status_of(verdict, "platform") == "failed" and verdict.platform in ("az-snp", "snp")
+
+    @pytest.mark.parametrize(("build_type", "tools"), [
+        (confbuild.BUILD_TYPE, ("nix",)), (confbuild.BUILD_TYPE, ("cargo", "rustc")), (confbuild.BUILD_TYPE, ("pnpm", "node")),
+        ("https://lunal.dev/kettle/nix@v1", ("nix",)), ("https://lunal.dev/kettle/cargo@v1", ("cargo", "rustc")),
+        ("https://lunal.dev/kettle/pnpm@v1", ("pnpm", "node"))])
+    def test_both_generations_and_no_mixture(self, build_type: str, tools: tuple[str, ...]) -> None:
+        confbuild.check_statement(statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": parameters(*tools)}))
+        if build_type != confbuild.BUILD_TYPE:
+            other = parameters("nix") if "nix" not in tools else parameters("cargo", "rustc")
+            with pytest.raises(confbuild.Malformed, match=f"^provenance schema: buildType {re.escape(build_type)} with another toolchain$"):
+                confbuild.check_statement(statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": other}))
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"_type": "https://in-toto.io/Statement/v0.1"},
+         'provenance._type: "https://in-toto.io/Statement/v0.1", not "https://in-toto.io/Statement/v1"'),
+        ({"predicateType": 1}, "provenance.predicateType: 1, not"), ({DEFINITION + "buildType": "https://lunal.dev/kettle/go@v1"}, "buildType: "),
+        ({DEFINITION + "externalParameters__buildCommand": ""}, 'buildCommand: "" is not text'),
+        ({DEFINITION + "externalParameters__buildCommand": "a\nb"}, "is not text"),
+        ({DEFINITION + "externalParameters__source__uri": None}, "source.uri: null is not text"),
+        ({DEFINITION + "externalParameters__source__digest__gitCommit": "12" * 16},
+         'gitCommit: "12121212121212121212121212121212" is not of the form'),
+        ({DEFINITION + "externalParameters__source__digest__gitTree": ""}, 'gitTree: "" is not of the form [0-9a-f]{40}'),
+        ({DEFINITION + "externalParameters__source__digest__gitTree": "12" * 20 + "\n"}, "gitTree: "),
+        ({DEFINITION + "internalParameters__lockfileHash": {"sha256": "AB" * 32}}, "lockfileHash.sha256: "),
+        ({DEFINITION + "internalParameters": parameters("cargo", "rustc", evaluation={"derivationCount": True, "fetchCount": 0})},
+         "derivationCount: not an integer"),
+        ({DEFINITION + "internalParameters": parameters("cargo", "rustc", flakeInputs={})}, "flakeInputs: not an array"),
+        ({DEFINITION + "internalParameters": parameters("cargo", "rustc", extra=1)},
+         "has the names extra, lockfileHash, toolchain, not lockfileHash, toolchain in this order"),
+        ({DEFINITION + "internalParameters": parameters("rustc", "cargo")}, "has the names rustc, cargo, kettle, not"),
+        ({DEFINITION + "internalParameters": 1}, "not an object"),
+        ({DEFINITION + "internalParameters": parameters("cargo")}, "has the names cargo, kettle, not"),
+        ({DEFINITION + "internalParameters": {}}, "has the names none, not lockfileHash"),
+        ({DEFINITION + "resolvedDependencies": [dependency("a", "u", sha512="ab" * 32)]}, "resolvedDependencies[0].digest.sha512: "),
+        ({DEFINITION + "resolvedDependencies": [dependency("a", "u", sha3="ab" * 32)]}, "resolvedDependencies[0].digest: has the names sha3"),
+        ({DEFINITION + "resolvedDependencies": [dependency("a", "u"), dependency("", "u")]}, 'resolvedDependencies[1].name: "" is not text'),
+        ({DEFINITION + "resolvedDependencies": [{"annotations": {"url": "u"}, **dependency("a", "u")}]},
+         "annotations: has the names url, not drvPath, url in this order"),
+        ({"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}] * 2}, "a byproduct occurs twice"),
+        ({"predicate__runDetails__metadata__invocationId": "build-20261123-000000-0000000"}, "invocationId: "),
+        ({"predicate__runDetails__metadata__startedOn": "2026-11-23T00:00:00+01:00"}, "startedOn: "),
+        ({"predicate__runDetails__metadata__startedOn": None}, "startedOn: null is not of the form"),
+        ({"predicate__runDetails__metadata__startedOn": "\u0662026-11-23T00:00:00+00:00"}, "startedOn: "),
+        ({"predicate__runDetails__metadata__invocationId": "build-\u06620261123-000000-00000000"}, "invocationId: "),
+        ({"subject": None}, "provenance.subject: not an array"),
+        ({"subject": [{"digest": LOCKED}]}, "provenance.subject[0]: has the names digest, not digest, name in this order"),
+        ({"subject": [{"digest": {"sha256": "AB" * 32}, "name": "demo"}]}, "provenance.subject[0].digest.sha256: "),
+        ({"subject": [{"digest": LOCKED, "name": "a\x1b"}]}, "is not text")])
+    def test_each_rule_broken_once(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=r"^provenance schema: .*" + re.escape(message)):
+            confbuild.check_statement(statement(**{"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}], **changes}))
+
+    def test_no_node_may_be_anything_else(self) -> None:
+        """Every node of a full statement replaced by every kind of value, every name dropped, doubled, or out of its order."""
+        confbuild.check_statement(FULL)
+        inner = "resolvedDependencies", "byproducts", "subject", "flakeInputs"
+        free: dict[str, list[Any]] = {"finishedOn": [None], "derivationCount": [7], "fetchCount": [7], "uri": ["\0"], "url": ["\0"], "urls": ["\0"],
+                                      **{name: [[]] for name in inner}}
+        wrong: list[tuple[Any, ...]] = []
+        values: list[Any] = [None, True, 7, 1.5, "\0", [], [[]], {}, {"": 1}]
+        for path in ((), *nodes(FULL)):
+            for value in values:
+                # A dependency's uri is one word, the source's may be any text.
+                allowed = path and value in free.get(path[-1],
+                                                     []) and type(value) is not bool and not ("uri" in path and "resolvedDependencies" in path)
+                try:
+                    confbuild.check_statement(replaced(FULL, path, value))
+                except confbuild.Malformed:
+                    wrong += [(path, value, "refused")] if allowed else []
+                else:
+                    wrong += [] if allowed else [(path, value, "accepted")]
+            node = at(FULL, path)
+            for name in node if isinstance(node, dict) else ():
+                for other in ({k: v for k, v in node.items() if k != name}, {**node, "extra": 1},
+                              {name: node[name], **node} if name != next(iter(node)) else {"": 1, **node}):
+                    optional = name in ("evaluation", "flakeInputs", "annotations", "outputHashMode", "url", "urls") and name not in other
+                    try:
+                        confbuild.check_statement(replaced(FULL, path, other))
+                    except confbuild.Malformed:
+                        wrong += [(path, list(other), "refused")] if optional else []
+                    else:
+                        wrong += [] if optional else [(path, list(other), "accepted")]
+        assert wrong == []
+
+    def test_the_inputs_that_the_root_binds(self) -> None:
+        """The three orders, word for word from [CONTRACT 3]."""
+        def entries(*tools: str) -> list[str]:
+            return confbuild.merkle_entries(statement(**{
+                DEFINITION + "internalParameters": parameters(*tools), DEFINITION + "externalParameters__source__digest__gitCommit": "c" * 40,
+                DEFINITION + "resolvedDependencies": [dependency("x", "pkg:x@1?checksum=sha256:00"),
+                                                      dependency("y", "pkg:nix-fetch/y?hash=sha1:11?hash=2")]}))
+
+        start, lock, uris = ["c" * 40, "12" * 20], "ab" * 32, ["pkg:x@1?checksum=sha256:00", "pkg:nix-fetch/y?hash=sha1:11?hash=2"]
+        assert entries("cargo", "rustc") == [*start, "3" * 64, "rustc 3", "2" * 64, "cargo 2", lock, *uris]
+        assert entries("nix") == [*start, lock, "fetch:x:", "fetch:y:sha1:11?hash=2", "1" * 64, "nix 1"]
+        assert entries("pnpm", "node") == [*start, "5" * 64, "node 5", "4" * 64, "pnpm 4", lock, *uris]
+
+    def test_canonical_form(self) -> None:
+        assert confbuild.to_canonical({"b": ["\u00e9"], "a": {}}) == '{\n  "b": [\n    "\u00e9"\n  ],\n  "a": {}\n}'.encode()
+
+# endregion 6
+# ==============================================================================
+# region 7. Verdict
+# ==============================================================================
+
+
+GOOD_BUNDLE = bundle()
+DEMO_SHA256 = hashlib.sha256(b"artifact").hexdigest()
+REPORT = confbuild.simulated_report(confbuild.report_data(GOOD_BUNDLE.provenance, NONCE), confbuild.simulated_measurement())
+
+
+def evidence(report: bytes | str | None = REPORT, extra: Mapping[str, Any] | None = None, **changes: Any) -> confbuild.BundleFiles:
+    """The good bundle with evidence of another report or other keys."""
+    text = base64.b64encode(report).decode() if isinstance(report, bytes) else report
+    inner = {"version": 1, "notice": "n", "attestation_report": text, **changes}
+    return GOOD_BUNDLE._replace(evidence=json.dumps({"platform": "simulated", "evidence": inner, **(extra or {})}).encode())
+
+
+def report_with(offset: int, data: bytes) -> confbuild.BundleFiles:
+    return evidence(REPORT[:offset] + data + REPORT[offset + len(data):])
+
+
+def named(*names: str) -> confbuild.BundleFiles:
+    """A bundle whose subjects have these names, all there."""
+    made = bundle(statement(subject=[{"digest": {"sha256": DEMO_SHA256}, "name": name} for name in names]))
+    return made._replace(artifacts=dict.fromkeys(names, DEMO_SHA256))
+
+
+DOC = statement()
+COMPLETE = statement(**{DEFINITION + "externalParameters__source": {"digest": {"gitCommit": "34" * 20, "gitTree": "12" * 20}, "uri": "https://a/b"},
+                        DEFINITION + "resolvedDependencies": [dependency("x", "pkg:x"), dependency("y", "pkg:y")]})
+COMPLETE["predicate"]["runDetails"]["byproducts"].append({"digest": {"sha256": "56" * 32}, "name": "build_log"})
+ENCODED = base64.b64encode(REPORT).decode()  # 1184 = 3 * 394 + 2 bytes: ends with one "=" after two spare bits
+OPTIONAL = {"nonce": "nonce", "measurements": "measurement", "source_uri": "source uri", "source_commit": "source commit",
+            "source_tree": "source tree", "lockfile_sha256": "lock file",
+            "dependencies": "dependencies", "builder_id": "builder id", "build_log_sha256": "build log"}
+RIGHT: dict[str, Any] = {
+    "nonce": NONCE.upper(), "measurements": ["00" * 48, confbuild.simulated_measurement().hex().upper()], "source_uri": "https://a/b",
+    "source_commit": "34" * 20,
+    "source_tree": "12" * 20, "lockfile_sha256": "ab" * 32, "dependencies": ["pkg:x", "pkg:y"], "builder_id": confbuild.SIMULATED_BUILDER,
+    "build_log_sha256": "56" * 32}
+WRONG: dict[str, Sequence[Any]] = {
+    "nonce": ["ff" * 16], "measurements": [["00" * 48], ["", "00"]], "source_uri": ["https://a/b/", ""], "source_commit": ["34" * 19, ""],
+    "source_tree": [""], "lockfile_sha256": ["00" * 32],
+    "dependencies": [[], ["pkg:x"], ["pkg:y", "pkg:x"]], "builder_id": ["urn:confbuild:builder:sev-snp:v1", ""],
+    "build_log_sha256": ["00" * 32, "None"]}
+Tampering = tuple[str, confbuild.BundleFiles, confbuild.Expectations, set[str]]
+ANY = confbuild.Expectations(nonce=NONCE)
+TAMPERINGS: list[Tampering] = [
+    ("nonce", bundle(nonce="ff" * 16), ANY, {"nonce"}),
+    ("zero nonce", bundle(nonce="00" * 16), confbuild.Expectations(nonce="00" * 16), {"nonce is fresh"}),
+    ("report data tail, first byte", report_with(0x80, b"\1"), ANY, {"report data tail"}),
+    ("report data tail, last byte", report_with(0x8F, b"\1"), ANY, {"report data tail"}),
+    ("provenance byte", GOOD_BUNDLE._replace(provenance=GOOD_BUNDLE.provenance.replace(b"--release", b"--releasf")), ANY, {"provenance digest"}),
+    ("report data", report_with(0x50, b"\0"), ANY, {"provenance digest"}),
+    ("reordered keys", bundle({key: DOC[key] for key in sorted(DOC, reverse=True)}), ANY, {"provenance schema"}),
+    ("extra key", bundle({**DOC, "extra": 1}), ANY, {"provenance schema"}),
+    ("compact", bundle(provenance=json.dumps(DOC, separators=(",", ":")).encode()), ANY, {"canonical form"}),
+    ("another indentation", bundle(provenance=json.dumps(DOC, indent=4).encode()), ANY, {"canonical form"}),
+    ("final newline", bundle(provenance=GOOD_BUNDLE.provenance + b"\n"), ANY, {"canonical form"}),
+    ("CRLF", bundle(provenance=GOOD_BUNDLE.provenance.replace(b"\n", b"\r\n")), ANY, {"canonical form"}),
+    ("escaped character", bundle(provenance=GOOD_BUNDLE.provenance.replace(b"demo", b"dem\\u006f")), ANY, {"canonical form"}),
+    ("not JSON", bundle(provenance=b"{"), ANY, {"provenance form"}), ("nested", bundle(provenance=b"[" * 100 + b"]" * 100), ANY, {"provenance form"}),
+    ("two names", bundle(provenance=b'{"a":1,"a":1}'), ANY, {"provenance form"}), ("null", bundle(provenance=b"null"), ANY, {"provenance schema"}),
+    ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
+    ("extra file in other letters", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "Demo": DEMO_SHA256}), ANY, {"unlisted files"}),
+    ("missing artifact", GOOD_BUNDLE._replace(artifacts={}), ANY, {"artifact demo", "artifacts"}),
+    ("changed artifact", GOOD_BUNDLE._replace(artifacts={"demo": "0" * 64}), ANY, {"artifact demo", "artifacts"}),
+    ("digest in capitals", GOOD_BUNDLE._replace(artifacts={"demo": DEMO_SHA256.upper()}), ANY, {"artifact demo", "artifacts"}),
+    ("linked artifact", GOOD_BUNDLE._replace(artifacts={"demo": "no regular file"}), ANY, {"artifact demo", "artifacts"}),
+    ("renamed artifact", GOOD_BUNDLE._replace(artifacts={"Demo": DEMO_SHA256}), ANY, {"artifact demo", "artifacts", "unlisted files"}),
+    ("duplicate subject", named("demo", "demo"), ANY, {"subjects"}), ("no subject", named(), ANY, {"subjects", "artifacts"}),
+    *[(f"subject {name!r:.20}", named("demo", name), ANY, {"subjects"}) for name in ("../demo", "a/b", "/demo", "demo/", ".", "..", "a\\b",
+                                                                                     "x" * 256)],
+    ("subject with a control character", named("demo\n"), ANY, {"provenance schema"}),
+    ("subject without a name", named(""), ANY, {"provenance schema"}),
+    ("Merkle root", bundle(statement(predicate__runDetails__byproducts=[{"digest": LOCKED, "name": "input_merkle_root"}])), ANY,
+     {"input Merkle root"}),
+    ("no Merkle root", bundle(statement(predicate__runDetails__byproducts=[{"digest": LOCKED, "name": "other"}])), ANY, {"input Merkle root"}),
+    ("builder of hardware", bundle(statement(predicate__runDetails__builder__id="urn:confbuild:builder:sev-snp:v1")), ANY, {"simulated builder"}),
+    ("signature, first byte", report_with(0x2A0, b"\1"), ANY, {"simulated report"}),
+    ("signature, last byte", report_with(1183, b"\1"), ANY, {"simulated report"}),
+    ("chip_id, first byte", report_with(0x1A0, b"\1"), ANY, {"simulated report"}),
+    ("chip_id, last byte", report_with(0x1DF, b"\1"), ANY, {"simulated report"}),
+    ("report version 2", report_with(0, b"\2"), ANY, {"simulated report"}), ("report version 5", report_with(0, b"\5"), ANY, {"simulated report"}),
+    ("short report", evidence(REPORT[:-1]), ANY, {"report form"}), ("long report", evidence(REPORT + b"\0"), ANY, {"report form"}),
+    ("no report", evidence(b""), ANY, {"report form"}),
+    ("spare bits of base64", evidence(ENCODED[:-2] + "B="), ANY, {"report form"}),
+    ("no padding", evidence(ENCODED.rstrip("=")), ANY, {"report form"}),
+    ("base64 with a newline", evidence(ENCODED + "\n"), ANY, {"report form"}), ("base64 with a blank", evidence(" " + ENCODED), ANY, {"report form"}),
+    ("base64 twice", evidence(ENCODED + ENCODED), ANY, {"report form"}), ("not ASCII", evidence("\u00e9" + ENCODED[1:]), ANY, {"report form"}),
+    ("URL-safe base64", evidence("-" + ENCODED[1:]), ANY, {"report form"}), ("null report", evidence(None), ANY, {"report form"}),
+    ("notice", evidence(notice=1), ANY, {"report form"}),
+    ("evidence version 2", evidence(version=2), ANY, {"report form"}), ("evidence version true", evidence(version=True), ANY, {"report form"}),
+    ("evidence version 1.0", evidence(version=1.0), ANY, {"report form"}), ("extra key of evidence", evidence(more=1), ANY, {"report form"}),
+    ("evidence list", evidence(extra={"evidence": []}), ANY, {"report form"}), ("extra key", evidence(extra={"more": 1}), ANY, {"platform"}),
+    ("platform snp", evidence(extra={"platform": "snp"}), ANY, {"platform"}),
+    ("platform object", evidence(extra={"platform": {"simulated": 1}}), ANY, {"platform"}),
+    ("no evidence", GOOD_BUNDLE._replace(evidence=b'{"platform":"simulated"}'), ANY, {"platform"}),
+    ("evidence is a list", GOOD_BUNDLE._replace(evidence=b"[]"), ANY, {"platform"}),
+    ("evidence is not JSON", GOOD_BUNDLE._replace(evidence=b"\xff"), ANY, {"evidence form", "platform"}),
+    ("evidence twice", GOOD_BUNDLE._replace(evidence=b'{"platform":"snp",' + GOOD_BUNDLE.evidence[1:]), ANY, {"evidence form", "platform"}),
+    ("require_tee", GOOD_BUNDLE, confbuild.Expectations(nonce=NONCE, require_tee=True), {"hardware evidence"}),
+    ("require_tee of an unknown platform", evidence(extra={"platform": "snp"}), confbuild.Expectations(require_tee=True),
+     {"platform", "hardware evidence"}),
+    *[(f"expected {key} {i}", bundle(COMPLETE), confbuild.Expectations(**{key: value}), {OPTIONAL[key]}) for key, values in WRONG.items() for i,
+      value in enumerate(values)]]
+
+
+def reports_are_equal_where_it_counts(doc: Any) -> bool:
+    """Whether evidence still says the same: all but its notice."""
+    good = json.loads(GOOD_BUNDLE.evidence)
+    if isinstance(doc, dict) and isinstance(doc.get("evidence"), dict) and isinstance(doc["evidence"].get("notice"), str):
+        good["evidence"]["notice"] = doc["evidence"]["notice"]
+    return bool(doc == good and type(doc["evidence"]["version"]) is int)
+
+
+class TestVerdict:
+    def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
+        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
+        assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
+        assert {check.status for check in verdict.checks} == {"passed"}
+        assert confbuild.REQUIRED | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
+        assert verdict.claims == {
+            "report_data": hashlib.sha256(bundle(COMPLETE).provenance).hexdigest() + NONCE + "00" * 16,
+            "measurement": hashlib.sha384(FILE.read_bytes()).hexdigest(), "nonce": NONCE,
+            "chip_id": "00" * 64, "builder_id": confbuild.SIMULATED_BUILDER,
+            "source": {"digest": {"gitCommit": "34" * 20, "gitTree": "12" * 20}, "uri": "https://a/b"}}
+
+    def test_what_nobody_asks_for_is_shown_as_not_checked(self) -> None:
+        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations())
+        assert verdict.verdict == "simulated"
+        assert {check.name for check in verdict.checks if check.status == "not checked"} == set(OPTIONAL.values())
+        assert next(check for check in verdict.checks if check.name == "nonce") == confbuild.Check("nonce", "not checked", "", NONCE,
+                                                                                                   "no expectation given")
+
+    @pytest.mark.parametrize("key", OPTIONAL)
+    def test_each_expectation_alone(self, key: str) -> None:
+        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations(**{key: RIGHT[key]}))
+        assert (verdict.verdict, status_of(verdict, OPTIONAL[key])) == ("simulated", "passed")
+
+    @pytest.mark.parametrize(("files", "expected", "failed"), [row[1:] for row in TAMPERINGS], ids=[row[0] for row in TAMPERINGS])
+    def test_tampering_fails_the_check_that_is_about_it(self, files: confbuild.BundleFiles, expected: confbuild.Expectations,
+                                                        failed: set[str]) -> None:
+        verdict = confbuild.verify_bundle(files, expected)
+        assert verdict.verdict == "failed" and {check.name for check in verdict.checks if check.status == "failed"} == failed
+        assert all(check.expected != check.actual or check.detail for check in verdict.checks if check.status == "failed")
+        # Every check is shown, whatever fails.
+        assert confbuild.REQUIRED | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
+
+    @pytest.mark.parametrize(("files", "name", "detail"), [
+        (evidence(more=1), "report form", "not an object of version, notice and attestation_report"),
+        (evidence(version=2), "report form", "version is not 1"),
+        (evidence(notice=1), "report form", "notice and attestation_report are text"),
+        (evidence("=" + ENCODED[1:]), "report form", "attestation_report is not base64"),
+        (evidence("\u00e9"), "report form", "attestation_report is not base64"),
+        (evidence(ENCODED[:-2] + "B="), "report form", "attestation_report is not canonical base64"),
+        (evidence(REPORT[1:]), "report form", "attestation_report: 1183 bytes, not 1184"),
+        (GOOD_BUNDLE._replace(evidence=b"{"), "evidence form", "evidence: not JSON"),
+        (GOOD_BUNDLE._replace(evidence=b"{"), "simulated report", "needs a check that failed"),
+        (bundle(provenance=b"{"), "artifacts", "needs a check that failed"),
+        (evidence(extra={"platform": "snp"}), "platform", "this version verifies no other evidence"),
+        (bundle(provenance=b"{"), "provenance form", "provenance: not JSON"),
+        (bundle(provenance=b"[" * 17 + b"]" * 17), "provenance form", "nested deeper than 16")])
+    def test_reasons(self, files: confbuild.BundleFiles, name: str, detail: str) -> None:
+        assert detail in next(check for check in confbuild.verify_bundle(files, ANY).checks if check.name == name).detail
+
+    def test_every_required_check_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The verdict is a set inclusion: a required name that nothing has made fails it."""
+        monkeypatch.setattr(confbuild, "REQUIRED", confbuild.REQUIRED | {"another"})
+        assert confbuild.verify_bundle(GOOD_BUNDLE, ANY).verdict == "failed"
+
+    EXPECTED = confbuild.Expectations(nonce=NONCE, measurements=[confbuild.simulated_measurement().hex()])
+
+    def check_change(self, files: confbuild.BundleFiles) -> None:
+        """Not one bit of the provenance may change. Of the evidence: blanks between its tokens and the text of its notice."""
+        verdict = confbuild.verify_bundle(files, self.EXPECTED)
+        try:
+            same = files.provenance == GOOD_BUNDLE.provenance and reports_are_equal_where_it_counts(json.loads(files.evidence.decode()))
+        except ValueError:
+            same = False
+        assert verdict.verdict == ("simulated" if same else "failed")
+
+    def test_flipped_bits(self) -> None:
+        for i, byte in list(enumerate(GOOD_BUNDLE.provenance))[::19]:
+            self.check_change(GOOD_BUNDLE._replace(provenance=GOOD_BUNDLE.provenance[:i] + bytes([byte ^ 1 << i % 8]) + GOOD_BUNDLE.provenance[i + 1:]))
+        for i, byte in list(enumerate(GOOD_BUNDLE.evidence))[::5]:
+            self.check_change(GOOD_BUNDLE._replace(evidence=GOOD_BUNDLE.evidence[:i] + bytes([byte ^ 1 << i % 8]) + GOOD_BUNDLE.evidence[i + 1:]))
+
+    @settings(max_examples=200)
+    @given(part=st.sampled_from(["provenance", "evidence"]), where=st.floats(0, 1, exclude_max=True), old=st.integers(0, 3),
+           new=st.binary(max_size=3) | st.sampled_from([b" ", b"\n", b"\\"]))
+    def test_other_bytes_anywhere(self, part: str, where: float, old: int, new: bytes) -> None:
+        data: bytes = getattr(GOOD_BUNDLE, part)
+        i = math.floor(where * len(data))
+        changes: dict[str, Any] = {part: data[:i] + new + data[i + old:]}
+        self.check_change(GOOD_BUNDLE._replace(**changes))
+
+    def test_every_proper_prefix_fails(self) -> None:
+        for part in ("provenance", "evidence"):
+            data: bytes = getattr(GOOD_BUNDLE, part)
+            some = {*range(0, len(data), 9), *range(len(data) - 20, len(data))}
+            cut: list[dict[str, Any]] = [{part: data[:n]} for n in some]
+            assert {confbuild.verify_bundle(GOOD_BUNDLE._replace(**changes), ANY).verdict for changes in cut} == {"failed"}
+
+    @given(st.binary(max_size=60), st.binary(max_size=60), st.dictionaries(st.text(st.characters(), max_size=6), st.text(max_size=6), max_size=3))
+    def test_arbitrary_bytes_fail_and_never_raise(self, provenance: bytes, other: bytes, artifacts: dict[str, str]) -> None:
+        for files in (confbuild.BundleFiles(provenance, other, artifacts), GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "\udcff": "", **artifacts})):
+            wire = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, require_tee=True)).to_wire()
+            assert wire["verdict"] == "failed" and json.loads(confbuild.compact_json(wire))["verdict"] == "failed"
+
+    @given(doc=st.sampled_from([FULL, COMPLETE, json.loads(GOOD_BUNDLE.evidence)]), where=st.integers(0, 10 ** 6), value=JSON_VALUES)
+    def test_any_value_at_any_place_never_raises(self, doc: Any, where: int, value: Any) -> None:
+        """The provenance is signed again, so that what remains is the shape."""
+        paths = list(nodes(doc))
+        data = confbuild.to_canonical(replaced(doc, paths[where % len(paths)], value))
+        verdict = confbuild.verify_bundle(GOOD_BUNDLE._replace(evidence=data) if "platform" in doc else bundle(provenance=data), confbuild.Expectations())
+        assert verdict.verdict in ("failed", "simulated") and (verdict.verdict == "failed") == any(check.status == "failed"
+                                                                                                   for check in verdict.checks)
+
+    @pytest.mark.parametrize("data", [
+        confbuild.compact_json(statement(subject=[{"digest": LOCKED, "name": str(i % 30_000)} for i in range(38_000)])).encode(),
+        confbuild.compact_json({str(i): 0 for i in range(100_000)}).encode(), b"[" * 126 + b"1," * 1_900_000 + b"1" + b"]" * 126],
+        ids=["many subjects", "many names", "wide and deep"])
+    def test_hostile_provenance_takes_bounded_time(self, data: bytes) -> None:
+        files = bundle(provenance=data)
+        with within(6):
+            verdict = confbuild.verify_bundle(files, ANY)
+        assert verdict.verdict == "failed" and max(len(check.name) for check in verdict.checks) < 300
+
+    def test_the_cut_verifier_stands_alone(self) -> None:
+        """The file up to `End of the verifier`, without this process's modules, under -O as well, says the same of every tampering."""
+        cases = [[base64.b64encode(files.provenance).decode(), base64.b64encode(files.evidence).decode(), dict(files.artifacts), expected._asdict()]
+                 for _, files, expected, _ in [*TAMPERINGS, ("good", bundle(COMPLETE), confbuild.Expectations(**RIGHT), set())]]
+        script = ("import sys, json, base64\ncases = json.load(sys.stdin)\n"
+                  "with open(sys.argv[1], encoding='utf-8') as f: text = f.read()\n"
+                  "head, cut, _ = text.partition('\\n# ---- End of the verifier.')\nif not cut: sys.exit('no cut')\n"
+                  "space = {'__name__': 'verifier'}\nexec(compile(head, 'verifier', 'exec'), space)\n"
+                  "print(json.dumps(["
+                  "space['verify_bundle'](space['BundleFiles'](base64.b64decode(p), base64.b64decode(e), a), "
+                  "space['Expectations'](**x)).to_wire() for p, e, a, x in cases]))")
+        expected = [confbuild.verify_bundle(files, wanted).to_wire() for _, files, wanted, _ in TAMPERINGS]
+        for options in (["-I", "-W", "error"], ["-I", "-O", "-W", "error"]):
+            done = subprocess.run([sys.executable, *options, "-c", script, str(FILE)], input=json.dumps(cases), capture_output=True, text=True,
+                                  timeout=60, check=True)
+            answers = json.loads(done.stdout)
+            assert answers[:-1] == json.loads(json.dumps(expected)) and answers[-1]["verdict"] == "simulated" and done.stderr == ""
+
+    def test_the_verifier_uses_no_impure_name(self) -> None:
+        """Sections 1 to 7 use their own names, five modules without effects, and builtins that neither open, print, import nor run."""
+        head, _, part = FILE.read_text("utf-8").partition("\n# region 1. ")
+        tree = ast.parse("# " + part.partition("\n# ---- End of the verifier.")[0])
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        own |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+        own |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
+        pure = {alias.asname or alias.name for node in ast.parse("#" + head.partition("# Part I and II")[2].partition("# Part III")[0]).body
+                if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names} - {"IO", "TYPE_CHECKING"}
+        assert {"base64", "hashlib", "json", "re"} <= pure and not pure & {"os", "sys", "time", "random", "secrets", "socket", "subprocess",
+                                                                           "threading", "io"}
+        builtin = {"ConfbuildError", "Exception", "KeyError", "TypeError", "UnicodeDecodeError", "UnicodeEncodeError", "ValueError", "abs", "all",
+                   "any", "bool", "bytearray", "bytes",
+                   "dict", "enumerate", "filter", "float", "frozenset", "int", "isinstance", "iter", "len", "list", "map", "max", "min", "next",
+                   "range", "reversed", "set", "sorted", "str",
+                   "sum", "super", "tuple", "type", "zip"}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert used - own - pure - builtin == set()
+        assert not [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom | ast.Global | ast.Await)]
+
+    def test_no_assert_that_dash_o_would_drop(self) -> None:
+        assert [node.lineno for node in ast.walk(ast.parse(FILE.read_text("utf-8"))) if isinstance(node, ast.Assert)] == []
+
+# endregion 7
+# ==============================================================================
+# region 8. Logging and processes
+# ==============================================================================
+
+
+DRIVER = """
+import json, os, shutil, subprocess, sys, tempfile, time
+sys.path.insert(0, sys.argv[1])
+import confbuild
+def answer(value): print(json.dumps(value))
+"""
+RUN = """
+confbuild.guard_process()
+confbuild.PIPE_GRACE_S = 0.2
+lines = []
+status, kept = confbuild.run_tool(["sh", "-c", sys.argv[2]], "/", dict(os.environ), lines.extend, sys.argv[3] == "keep")
+answer([status, kept.decode(), lines[:9] + lines[-1:] if len(lines) > 9 else lines, len(confbuild.descendants(os.getpid()))])
+"""
+HELD = "confbuild: what sh left behind held its output open for 0 s after its end, and is killed"
+
+
+def drive(code: str, *arguments: str, **environ: str) -> Any:
+    """What code answers in a process of its own: run_tool kills all that descends from its caller."""
+    done = subprocess.run([sys.executable, "-c", DRIVER + code, str(FILE.parent), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def marked(mark: str) -> list[str]:
+    """The living processes with mark in their environment: not what confbuild itself takes for its descendants."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            found += [path.parent.name] if mark.encode() in path.read_bytes() else []
+    return found
+
+
+def lines_of(*blocks: bytes) -> list[str]:
+    splitter = confbuild.LineSplitter()
+    return [line for block in blocks for line in splitter.feed(block)] + splitter.end()
+
+
+class TestLineSplitter:
+    X = b"x" * confbuild.MAX_LINE
+
+    @pytest.mark.parametrize("blocks, lines", [
+        ([], []), ([b""], []), ([b"\n"], [""]), ([b"\r"], [""]), ([b"\r\n"], [""]), ([b"\r", b"\n"], [""]), ([b"\n\r"], ["", ""]),
+        ([b"a\nb\r\nc\rd"], ["a", "b", "c", "d"]), ([b"a\n\n\nb\n"], ["a", "", "", "b"]), ([b"a\r\r\nb"], ["a", "", "b"]),
+        ([b"a\r", b"\nb\n"], ["a", "b"]), ([b"a\r", b"b\n"], ["a", "b"]), ([b"a\r", b""], ["a"]), ([b"a", b"\r", b"\r", b"\n"], ["a", ""]),
+        ([b"\xff\xc3\n"], ["\ufffd\ufffd"]), ([b"\xc3", b"\xa9\n"], ["\u00e9"]), ([b"a\x1b[31m\0\x0b\x0c\x85\n"], ["a\x1b[31m\0\x0b\x0c\ufffd"]),
+        (["\u2028\x85\n".encode()], ["\u2028\x85"]),  # str.splitlines would end lines there
+        ([X], [X.decode()]), ([X + b"\r\n"], [X.decode()]), ([X + b"\r", b"\n"], [X.decode()]), ([X, b"\r", b"y"], [X.decode(), "y"]),
+        ([X + b"y\n"], [X.decode(), "y"]), ([X, b"\n\n"], [X.decode(), ""]), ([X * 2 + b"\n"], [X.decode()] * 2),
+        ([X[1:] + "\u00e9".encode() + b"\n"], [X[1:].decode(), "\u00e9"]), ([X[3:] + "\U0001f600".encode()], [X[3:].decode(), "\U0001f600"]),
+        ([X[4:] + "\U0001f600".encode()], [X[4:].decode() + "\U0001f600"])])
+    def test_known_answers(self, blocks: list[bytes], lines: list[str]) -> None:
+        assert lines_of(*blocks) == lines
+
+    @staticmethod
+    def expected(data: bytes, limit: int) -> list[str]:
+        """The same, slowly: character by character. Only for UTF-8."""
+        lines = []
+        ended = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().split("\n")
+        for line in ended[:-1] if ended[-1] == "" else ended:
+            piece = ""
+            for character in line:
+                if len((piece + character).encode()) > limit:
+                    lines.append(piece)
+                    piece = ""
+                piece += character
+            lines.append(piece)
+        return lines
+
+    @given(st.lists(st.sampled_from([b"\r", b"\n", b"a", b"xxxxxxx", "\u00e9".encode(), "\U0001f600".encode() * 5, b"\xff\x80"]), max_size=40),
+           st.lists(st.integers(0, 300), max_size=12))
+    def test_blocks_do_not_matter(self, tokens: list[bytes], cuts: list[int]) -> None:
+        data = b"".join(tokens)
+        at = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(confbuild, "MAX_LINE", 16)
+            whole = lines_of(data)
+            assert lines_of(*(data[a:b] for a, b in itertools.pairwise(at))) == whole
+            assert lines_of(*(data[i:i + 1] for i in range(len(data)))) == whole
+            if b"\xff" not in data:
+                assert whole == self.expected(data, 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has /proc and subreapers")
+class TestProcesses:
+    @pytest.mark.parametrize("script, keep, status, kept, lines", [
+        ("echo 1; echo 2 >&2; echo 3; echo 4 >&2", "", 0, "", ["1", "2", "3", "4"]),
+        ("echo out; echo err >&2; echo out", "keep", 0, "out\nout\n", ["err", "out", "out"]),
+        ("printf 'a\\r\\nb'; exit 3", "", 3, "", ["a", "b"]),
+        ("echo a; kill -9 $$", "", -9, "", ["a"]),
+        ("cat; pwd", "", 0, "", ["/"]),
+        ("sleep 60 & echo done", "", 0, "", ["done", HELD]),
+        ("setsid sleep 60 & echo done", "", 0, "", ["done", HELD]),
+        ("sleep 60 >&2 & echo done", "keep", 0, "done\n", [HELD, "done"]),
+        ("setsid sh -c 'setsid sleep 60 & exec sleep 60' >/dev/null 2>&1 & echo done", "", 0, "", ["done"])])
+    def test_run_tool(self, script: str, keep: str, status: int, kept: str, lines: list[str]) -> None:
+        mark = f"mark-{os.urandom(8).hex()}"
+        assert drive(RUN, script, keep, MARK=mark) == [status, kept, lines, 0]
+        assert marked(mark) == []
+
+    @pytest.mark.parametrize("how", ["", "setsid "])
+    def test_a_flood_from_a_grandchild_ends(self, how: str) -> None:
+        mark = f"mark-{os.urandom(8).hex()}"
+        status, _, lines, left = drive(RUN, f"{how}sh -c 'while :; do echo flood; done' & exit 0", "", MARK=mark)
+        assert (status, set(lines[:-1]), lines[-1], left, marked(mark)) == (0, {"flood"}, HELD, 0, [])
+
+    def test_capture(self) -> None:
+        call = "confbuild.PIPE_GRACE_S = 0.2\nanswer([*map(str, confbuild.capture(['sh', '-c', sys.argv[2]], '/', dict(os.environ)))])"
+        assert drive(call, "echo out; echo err >&2; exit 4") == ["4", "b'out\\n'", "err"]
+        assert drive(call, "head -c 9000 /dev/zero | tr '\\0' e >&2; echo last >&2") == ["0", "b''", "e" * 4091 + "last"]
+        assert drive(call, "cat; kill -15 $$") == ["-15", "b''", ""]
+        assert drive(call, "(sleep 3; echo late) & echo soon") == ["0", "b'soon\\n'", ""], "it waited for what a program left behind"
+
+    def test_capture_has_a_limit(self) -> None:
+        for size, expected in ((100, [0, 100]), (101, ["LimitError", "sh printed more than 100 bytes"])):
+            assert drive("""
+try:
+    status, output, _ = confbuild.capture(["sh", "-c", f"head -c {sys.argv[2]} /dev/zero"], "/", dict(os.environ), max_bytes=100)
+    answer([status, len(output)])
+except confbuild.BuildFailed as e:
+    answer([e.error_type, str(e)])""", str(size)) == expected
+
+    def test_kill_all_ends_a_chain_of_forks(self, tmp_path: Path) -> None:
+        """Fifty generations, each in a session of its own, of which some are born while the first ones die."""
+        (tmp_path / "fork").write_text('[ "$1" -gt 0 ] && setsid sh "$0" $(($1 - 1)) &\nsleep 60\n')
+        mark = f"mark-{os.urandom(8).hex()}"
+        drive("""
+confbuild.guard_process()
+subprocess.Popen(["sh", sys.argv[2], "50"])
+while len(confbuild.descendants(os.getpid())) < 8:
+    pass
+confbuild.kill_all(lambda: confbuild.descendants(os.getpid()))
+answer(None)
+os._exit(0)""", str(tmp_path / "fork"), MARK=mark)
+        assert marked(mark) == []
+
+    def test_kill_all_gives_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What cannot be killed holds nobody up for more than two seconds; a process id that is gone is no error."""
+        now, gone = [0.0], 0x7fffffff
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
+        confbuild.kill_all(lambda: [gone])
+        assert 2 <= now[0] < 2.1
+
+    def test_descendants_with_a_hostile_name(self, tmp_path: Path) -> None:
+        program = tmp_path / ") Z 1 ("
+        shutil.copy(shutil.which("sleep") or "", program)
+        with subprocess.Popen([str(program), "60"]) as child:
+            try:
+                wait_for(lambda: Path(f"/proc/{child.pid}/comm").read_text().strip() == program.name)
+                assert child.pid in confbuild.descendants(os.getpid())
+                assert confbuild.descendants(child.pid) == []
+            finally:
+                child.kill()
+
+
+class TestFiles:
+    def test_write_durably(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, calls = tmp_path / "f", list[str]()
+        fsync, replace = os.fsync, os.replace
+
+        def traced_fsync(fd: int) -> None:
+            calls.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+            fsync(fd)
+
+        def traced_replace(a: str, b: str) -> None:
+            calls.append("replace")
+            replace(a, b)
+        monkeypatch.setattr(os, "fsync", traced_fsync)
+        monkeypatch.setattr(os, "replace", traced_replace)
+        for data in (b"one", b""):
+            confbuild.write_durably(str(path), data)
+            assert path.read_bytes() == data
+        assert calls == ["f.tmp", "replace", tmp_path.name] * 2, "the file, its name, the directory"
+        assert os.listdir(tmp_path) == ["f"]
+
+    def test_a_failed_write_keeps_what_was_there(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        confbuild.write_durably(str(tmp_path / "f"), b"old")
+
+        def full(_: int) -> None:
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            confbuild.write_durably(str(tmp_path / "f"), b"new")
+        assert (tmp_path / "f").read_bytes() == b"old"
+
+    def test_file_sha256(self, tmp_path: Path) -> None:
+        (tmp_path / "f").write_bytes(b"abc")  # FIPS 180-2, B.1
+        assert confbuild.file_sha256(str(tmp_path / "f")) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+    def test_remove_tree_follows_no_link(self, tmp_path: Path) -> None:
+        kept = tmp_path / "kept"
+        kept.mkdir()
+        (kept / "file").write_text("kept")
+        tree = tmp_path / "tree"
+        (tree / "a/b").mkdir(parents=True)
+        (tree / "a/b/link").symlink_to(kept)
+        (tree / "a/file").symlink_to(kept / "file")
+        (tree / "link").symlink_to(kept)
+        os.mkfifo(tree / "pipe")
+        (tmp_path / "single").symlink_to(kept)
+        (tmp_path / "dangling").symlink_to("nowhere")
+        (tmp_path / "plain").write_text("")
+        for name in ("tree", "single", "dangling", "plain", "missing"):
+            confbuild.remove_tree(str(tmp_path / name))
+        assert os.listdir(tmp_path) == ["kept"] and (kept / "file").read_text() == "kept"
+
+    def test_remove_tree_of_folders_that_were_closed(self) -> None:
+        """As another user: root's permissions do not bind. The folder above keeps its own mode."""
+        assert drive("""
+top = tempfile.mkdtemp()
+try:
+    for name in ("tree", "tree/a", "tree/a/b", "tree/a/b/c", "tree/open"):
+        os.mkdir(os.path.join(top, name))
+    open(top + "/tree/a/b/c/file", "w").close()
+    paths = [path for path, _, _ in os.walk(top, topdown=False)]
+    if os.geteuid() == 0:
+        for path in [top + "/tree/a/b/c/file", *paths]:
+            os.chown(path, 65534, 65534)
+    for path in paths[:-1]:
+        os.chmod(path, 0)
+    os.chmod(top, 0o755)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    confbuild.remove_tree(top + "/tree")
+    answer([os.listdir(top), os.stat(top).st_mode & 0o7777])
+finally:
+    os.seteuid(os.getuid())
+    subprocess.run(["rm", "-rf", top])""") == [[], 0o755]
+
+    def test_remove_tree_of_a_deep_tree(self, tmp_path: Path) -> None:
+        """Deeper than Python's stack and longer than PATH_MAX, as a build can make it."""
+        drive("""
+os.chdir(sys.argv[2])
+for _ in range(1500):
+    os.mkdir("dddd")
+    os.chdir("dddd")
+open("file", "w").close()
+answer(None)""", str(tmp_path))
+        try:
+            confbuild.remove_tree(str(tmp_path / "dddd"))
+            assert os.listdir(tmp_path) == []
+        finally:
+            subprocess.run(["rm", "-rf", str(tmp_path / "dddd")], check=True)
+
+    def test_remove_tree_leaves_the_folder_above_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where a live process keeps filling the tree, root must not change the mode of what may be /tmp."""
+        (tmp_path / "above/tree").mkdir(parents=True)
+        (tmp_path / "above").chmod(0o1777)
+
+        def busy(path: Any, *_: Any, **__: Any) -> None:
+            raise OSError(39, "Directory not empty", path)
+        monkeypatch.setattr(os, "rmdir", busy)
+        with contextlib.suppress(OSError):
+            confbuild.remove_tree(str(tmp_path / "above/tree"))
+        assert (tmp_path / "above").stat().st_mode & 0o7777 == 0o1777
+
+    def test_own_program(self, tmp_path: Path) -> None:
+        """Neither the current directory nor PYTHON* reach it."""
+        for name in ("json.py", "re.py", "sitecustomize.py", "runpy.py"):
+            (tmp_path / name).write_text("print('hostile')\n")
+        program = confbuild.own_program()
+        done = subprocess.run([*program, "--version"], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PYTHONINSPECT": "1"},
+                              capture_output=True, text=True, timeout=60, check=False)
+        assert program[0] == sys.executable and done.stdout.startswith(f"confbuild {confbuild.__version__}"), done
+        assert hashlib.sha256(confbuild.own_source()).hexdigest() in done.stdout and confbuild.own_source() == FILE.read_bytes()
+
+    def test_logger(self) -> None:
+        assert confbuild.logger().name == "confbuild"
+
+# endregion 8
+# ==============================================================================
+# region 9. Source
+# ==============================================================================
+
+
+Member = tuple[str, str, str]  # (name, "file", "exec", "dir", "link", "hard", "fifo" or "char", contents or target)
+TAR_TYPES = {"file": tarfile.REGTYPE, "exec": tarfile.REGTYPE, "dir": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE,
+             "fifo": tarfile.FIFOTYPE, "char": tarfile.CHRTYPE}
+ZIP_MODES = {"file": 0o100644, "exec": 0o100755, "dir": 0o40755, "link": 0o120777, "fifo": 0o10644, "char": 0o20644}
+
+
+def tar_bytes(*members: Member, form: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar file, not compressed. A NUL cannot stand in the name field, but in a pax record."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name, kind, content in members:
+            info = tarfile.TarInfo(name.replace("\0", "_"))
+            info.pax_headers = {"path": name} if "\0" in name else {}
+            data = content.encode() if kind in ("file", "exec") else b""
+            info.type, info.size, info.mode = TAR_TYPES[kind], len(data), 0o755 if kind == "exec" else 0o644
+            info.linkname = content if kind in ("link", "hard") else ""
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def zip_bytes(*members: Member, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    """A ZIP file as Unix makes it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", lambda *_, **__: None)  # of duplicates
+        for name, kind, content in members:
+            info = zipfile.ZipInfo(name.replace("\0", "\x01") + "/" * (kind == "dir"))
+            info.create_system, info.external_attr, info.compress_type = 3, ZIP_MODES[kind] << 16, method
+            archive.writestr(info, content)
+    return out.getvalue().replace(b"\x01NUL", b"\0NUL")
+
+
+def pack(form: str, *members: Member) -> bytes:
+    return zip_bytes(*members) if form == "zip" else gzip.compress(tar_bytes(*members), 1)
+
+
+def unpack(folder: Path, data: bytes, **limits: int) -> dict[str, str]:
+    """What an archive becomes: the mode and the contents or target of each path."""
+    (folder / "archive").write_bytes(data)
+    (folder / "root").mkdir()
+    confbuild.unpack_archive(str(folder / "archive"), str(folder / "root"), **limits)
+    found = {}
+    for path in sorted((folder / "root").rglob("*")):
+        mode = path.lstat().st_mode
+        content = f"-> {os.readlink(path)}" if path.is_symlink() else "" if path.is_dir() else path.read_text(errors="replace")
+        found[str(path.relative_to(folder / "root"))] = f"{mode if not path.is_symlink() else 0o120777:o} {content}".strip()
+    return found
+
+
+def refused(folder: Path, data: bytes, error_type: str, fragment: str, **limits: int) -> None:
+    with pytest.raises(confbuild.BuildFailed, match=re.escape(fragment)) as caught:
+        unpack(folder, data, **limits)
+    assert caught.value.error_type == error_type, caught.value
+
+
+def files(*names: str) -> tuple[Member, ...]:
+    return tuple((name, "file", "x") for name in names)
+
+
+PATHS: list[tuple[tuple[Member, ...], str, str]] = [
+    (files("/etc/x"), "SourceError", "'/etc/x' is an absolute path"), (files("C:/x"), "SourceError", "is an absolute path"),
+    (files("c:x"), "SourceError", "is an absolute path"), (files("../x"), "SourceError", "'../x' is not a plain relative path"),
+    (files("a/../../x"), "SourceError", "not a plain relative path"), (files("a/b/.."), "SourceError", "not a plain relative path"),
+    ((("..", "dir", ""),), "SourceError", "not a plain relative path"), (files("a//b"), "SourceError", "not a plain relative path"),
+    (files("a\\..\\b"), "SourceError", "has a control character or a backslash"), (files("a\nb"), "SourceError", "has a control character"),
+    (files("a\x7f"), "SourceError", "has a control character"), (files("a\0NUL"), "SourceError", "has a control character"),
+    (files("a", "a"), "SourceError", "'a' occurs twice"), (files("a", "./a"), "SourceError", "'a' occurs twice"),
+    (files("a", "a/b"), "SourceError", "'a' occurs twice"), (files("a/b", "a"), "SourceError", "'a' occurs twice"),
+    ((("a", "dir", ""), *files("a")), "SourceError", "'a' occurs twice"), ((*files("a"), ("a", "link", "b")), "SourceError", "'a' occurs twice"),
+    (files("a", "A"), "SourceError", "'A' and 'a' differ only in case"), (files("d/x", "D/y"), "SourceError", "'D' and 'd' differ only in case"),
+    (files("stra\u00dfe", "STRASSE"), "SourceError", "differ only in case"), (files("\u00e9", "e\u0301"), "SourceError", "differ only in case"),
+    (files("x" * 256), "LimitError", "has a component of more than 255 bytes"), (files("\u00e9" * 128), "LimitError", "more than 255 bytes"),
+    (files("/".join("x" * confbuild.MAX_DEPTH) + "/f"), "LimitError", f"lies deeper than {confbuild.MAX_DEPTH} folders"),
+    (files("/".join(["x" * 250] * 20)), "LimitError", "long"),
+    ((("l", "link", "/etc/passwd"),), "SourceError", "'l' is a link to '/etc/passwd', outside of the archive"),
+    ((("l", "link", "../x"),), "SourceError", "outside of the archive"), ((("d/l", "link", "../../x"),), "SourceError", "outside of the archive"),
+    ((("d", "dir", ""), ("a", "link", "d/.."), ("b", "link", "a/../x")), "SourceError", "'b' is a link to 'a/../x', outside"),
+    ((("a", "link", "missing/../../x"),), "SourceError", "outside"), ((("a", "link", "a/../../x"),), "SourceError", "outside"),
+    ((("a", "link", ""),), "SourceError", "'a': no link can point to ''"), ((("a", "link", "x" * 4096),), "SourceError", "'a': no link can point"),
+    ((("l", "link", "/tmp"), *files("l/x")), "SourceError", "'l' occurs twice"),
+    (tuple((f"l{i}", "link", f"l{i + 1}") for i in range(1100)), "SourceError", "link"),
+    ((("p", "fifo", ""),), "SourceError", "'p' is a device"), ((("c", "char", ""),), "SourceError", "'c' is a device")]
+HARD: list[tuple[tuple[Member, ...], str, str]] = [
+    ((("h", "hard", "/etc/passwd"),), "SourceError", "'/etc/passwd' is an absolute path"),
+    ((("h", "hard", "../x"),), "SourceError", "'../x' is not a plain relative path"),
+    ((("h", "hard", "f"), *files("f")), "SourceError", "'h' is a link to 'f', which is no earlier file of the archive"),
+    ((("h", "hard", "missing"),), "SourceError", "no earlier file"), ((("h", "hard", "h"),), "SourceError", "no earlier file"),
+    ((("l", "link", "f"), *files("f"), ("h", "hard", "l")), "SourceError", "no earlier file"),
+    ((("d", "dir", ""), ("h", "hard", "d")), "SourceError", "no earlier file"), ((*files("a"), ("h", "hard", "A")), "SourceError", "no earlier file"),
+    ((*files("a"), ("a", "hard", "a")), "SourceError", "'a' occurs twice"), ((*files(".DS_Store"),
+    ("h", "hard", ".DS_Store")), "SourceError", "no earlier"),
+    ((("h", "hard", ""),), "SourceError", "no earlier file")]
+GOOD_MEMBERS = (("p", "dir", ""), ("p/a", "file", "A"), ("p/run", "exec", "#!"), ("p/d/b", "file", "B"), ("p/l", "link", "d/../a"), ("p/up", "link", ".."))
+
+
+def patched(data: bytes, at: int, value: bytes) -> bytes:
+    at %= len(data)
+    return data[:at] + value + data[at + len(value):]
+
+
+def central(data: bytes, offset: int, value: bytes) -> bytes:
+    """A ZIP file with a field of its first central header changed."""
+    return patched(data, data.index(b"PK\x01\x02") + offset, value)
+
+
+def sparse_tar(blocks: int) -> bytes:
+    """A file with so many blocks of sparse map, each of which is 21 more tuples for tarfile."""
+    info = tarfile.TarInfo("s")
+    info.type = tarfile.GNUTYPE_SPARSE
+    head = patched(info.tobuf(tarfile.GNU_FORMAT), 482, b"\1")
+    head = patched(head, 148, b" " * 8)
+    head = patched(head, 148, b"%06o\0" % sum(head))
+    row = (b"%011o\0" % 1 * 2) * 21
+    return gzip.compress(head + (row + b"\1" + bytes(7)) * blocks + row + bytes(8 + 1024), 1)
+
+
+def global_tar(members: int) -> bytes:
+    """Folders, with a thousand global pax records before each, which tarfile remembers."""
+    out = b""
+    for i in range(members):
+        info = tarfile.TarInfo("pax")
+        body = b"".join(b"16 k%05d%04d=v\n" % (i, j) for j in range(5000))
+        info.type, info.size = tarfile.XGLTYPE, len(body)
+        folder = tarfile.TarInfo(f"d{i}")
+        folder.type = tarfile.DIRTYPE
+        out += info.tobuf() + body + bytes(-len(body) % 512) + folder.tobuf()
+    return gzip.compress(out + bytes(1024), 1)
+
+
+class TestArchives:
+    @pytest.mark.parametrize("form, members, error_type, fragment", [
+        *((form, *row) for form in ("zip", "tar") for row in PATHS), *(("tar", *row) for row in HARD)])
+    def test_hostile_members(self, tmp_path: Path, form: str, members: tuple[Member, ...], error_type: str, fragment: str) -> None:
+        refused(tmp_path, pack(form, *members), error_type, fragment)
+        assert sorted(os.listdir(tmp_path)) == ["archive", "root"]
+
+    @pytest.mark.parametrize("form", ["zip", "tar"])
+    def test_limits(self, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_MEMBERS", 3)
+        monkeypatch.setattr(confbuild, "MIB", 1 << 18)
+        cases = [(files("a", "b", "__MACOSX/c", "d"), {}, "the archive has more than 3 members"),
+                 ((("a", "file", "12345678901"),), {"max_bytes": 10}, "the archive unpacks to more than 10 bytes"),
+                 ((("a", "file", "123456"), ("b", "file", "78901")), {"max_bytes": 10}, "the archive unpacks to more than 10 bytes"),
+                 ((("a", "file", "\0" * (17 << 20)),), {}, f"the archive unpacks to more than {16 << 20} bytes")]
+        for number, (members, limits, message) in enumerate(cases):
+            (tmp_path / str(number)).mkdir()
+            refused(tmp_path / str(number), pack(form, *members), "LimitError", message, **limits)
+        (tmp_path / "most").mkdir()
+        assert len(unpack(tmp_path / "most", pack(form, *files("a", "b", "c")), max_bytes=3)) == 3, "a limit itself is allowed"
+
+    @pytest.mark.parametrize("data, error_type, fragment", [
+        (central(zip_bytes(*files("a")), 8, b"\1"), "SourceError", "'a' is encrypted"),
+        (central(zip_bytes(*files("a")), 10, b"\x63"), "SourceError", "compression"),
+        (central(zip_bytes(("a", "file", "abc")), 16, b"\0\0\0\0"), "SourceError", "the archive is damaged: BadZipFile: Bad CRC-32"),
+        (central(zip_bytes(("a", "file", "abc" * 99)), 24, b"\1\0\0\0"), "SourceError", "the archive is damaged: BadZipFile: Bad CRC-32"),
+        (central(zip_bytes(("a", "file", "abc"), method=0), 20, b"\xff\xff\xff\x7f\xff\xff\xff\x7f"), "SourceError", "the archive is damaged"),
+        (central(zip_bytes(*files("a")), 46, b"b"), "SourceError", "the archive is damaged: BadZipFile: File name in directory"),
+        (zip_bytes(*files("a"))[:-5], "SourceError", "the archive is damaged: BadZipFile: File is not a zip file"),
+        (b"PK\x03\x04", "SourceError", "the archive is damaged"),
+        (zip_bytes(("l", "link", "")).replace(b"l", b"l"), "SourceError", "'l': no link can point to ''"),
+        (b"\x1f\x8b\x08", "SourceError", "the archive is damaged: EOFError"),
+        (pack("tar", *GOOD_MEMBERS)[:60], "SourceError", "the archive is damaged: EOFError"),
+        (pack("tar", *GOOD_MEMBERS)[:-8], "SourceError", "the archive is damaged: EOFError"),
+        (patched(pack("tar", *GOOD_MEMBERS), -8, b"\0\0\0\0"), "SourceError", "the archive is damaged: CRC check failed"),
+        (patched(pack("tar", *GOOD_MEMBERS), -4, b"\0\0\0\0"), "SourceError", "the archive is damaged: Incorrect length of data"),
+        (gzip.compress(b"this is no tarball" * 99), "SourceError", "the archive is damaged: ReadError"),
+        (gzip.compress(b""), "SourceError", "the archive is damaged: ReadError: empty file"),
+        (gzip.compress(patched(tar_bytes(*files("a")), 124, b"77777777777\0")), "SourceError", "the archive is damaged"),
+        (gzip.compress(tar_bytes(("a", "file", "x" * 600))[:1024]), "SourceError", "the archive is damaged: ReadError: unexpected end of data"),
+        (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)))), "LimitError", "the archive has a header of more than 1 MiB"),
+        (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)), form=tarfile.GNU_FORMAT)), "LimitError", "a header of more than 1 MiB"),
+        (gzip.compress(tar_bytes(*files("a\udcff"), form=tarfile.GNU_FORMAT)), "SourceError", "'a\\udcff' is not UTF-8")])
+    def test_damaged(self, tmp_path: Path, data: bytes, error_type: str, fragment: str) -> None:
+        refused(tmp_path, data, error_type, fragment)
+
+    @pytest.mark.parametrize("make", [
+        lambda: zip_bytes(("a", "file", "\0" * (48 << 20)), method=zipfile.ZIP_BZIP2),  # 150 bytes of it are decompressed at once
+        lambda: sparse_tar(8192), lambda: global_tar(16)], ids=["bzip2", "sparse", "global"])
+    def test_memory_does_not_follow_the_archive(self, tmp_path: Path, make: Callable[[], bytes]) -> None:
+        data = make()
+        tracemalloc.start()
+        try:
+            with contextlib.suppress(confbuild.BuildFailed):
+                unpack(tmp_path, data, max_bytes=1 << 20)
+            assert tracemalloc.get_traced_memory()[1] < 10 << 20, f"from an archive of {len(data)} bytes"
+        finally:
+            tracemalloc.stop()
+
+    def test_a_file_has_only_so_many_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """65,000 on ext4, fewer than MAX_MEMBERS."""
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError(31, "Too many links")
+        monkeypatch.setattr(os, "link", full)
+        refused(tmp_path, pack("tar", *files("a"), ("h", "hard", "a")), "LimitError", "Too many links")
+
+    @pytest.mark.parametrize("form", ["zip", "tar", "gnu"])
+    def test_good(self, tmp_path: Path, form: str) -> None:
+        long, members = "n" * 90 + "/" + "o" * 200, [
+            *GOOD_MEMBERS, *files("__MACOSX/._a", "p/__MACOSX/x", "p/.DS_Store", "./q", "\u00e9"), ("./", "dir", ""), ("p", "dir", ""), ("e/", "dir", "")]
+        members += [(long, "file", "long"), ("t", "link", long)]
+        members += [] if form == "zip" else [("h", "hard", "p/run"), ("h2", "hard", "./h")]
+        data = gzip.compress(tar_bytes(*members, form=tarfile.GNU_FORMAT)) if form == "gnu" else pack(form, *members)
+        hard = {} if form == "zip" else {"h": "100755 #!", "h2": "100755 #!"}
+        found = unpack(tmp_path, data)
+        folders = {name for name, what in found.items() if what.startswith("40")}
+        assert folders == {"p", "p/d", "e", "n" * 90}
+        assert {name: what for name, what in found.items() if name not in folders} == {
+            "p/a": "100644 A", "p/run": "100755 #!", "p/d/b": "100644 B", "p/l": "120777 -> d/../a", "p/up": "120777 -> ..", "q": "100644 x",
+            "\u00e9": "100644 x", long: "100644 long", "t": f"120777 -> {long}", **hard}
+
+    @pytest.mark.parametrize("data", [zip_bytes(), pack("tar"), pack("zip", *files("__MACOSX/a")), pack("tar", *files(".DS_Store"))])
+    def test_empty(self, tmp_path: Path, data: bytes) -> None:
+        assert unpack(tmp_path, data) == {}
+
+    @pytest.mark.parametrize("head, expected", [
+        (zip_bytes()[:4], True), (pack("zip", *GOOD_MEMBERS)[:4], True), (pack("tar")[:4], True), (b"", False), (b"PK", False), (b"BZh9", False),
+        (b"\x1f\x8b\x07", False), (tar_bytes(*GOOD_MEMBERS)[:4], False), (b"PK\x07\x08", False)])
+    def test_is_archive(self, head: bytes, expected: bool) -> None:
+        assert confbuild.is_archive(head) is expected
+
+    @given(st.sampled_from(["zip", "tar", "header"]), st.integers(0, 1 << 16), st.integers(1, 255), st.booleans())
+    @settings(max_examples=100)
+    def test_damage_stays_inside(self, tmp_path_factory: pytest.TempPathFactory, form: str, position: int, flip: int, cut: bool) -> None:
+        """A flipped byte (in a tar header with its checksum made right again) or a missing end: a tree inside, or BuildFailed."""
+        data = {"zip": zip_bytes(*GOOD_MEMBERS, method=0), "tar": pack("tar", *GOOD_MEMBERS)}.get(form) or tar_bytes(*GOOD_MEMBERS, ("h", "hard", "p/a"))[:9 * 512]
+        at = position % len(data)
+        data = data[:at] if cut else patched(data, at, bytes([data[at] ^ flip]))
+        if form == "header":
+            start = at // 512 * 512
+            block = patched(data[start:start + 512].ljust(512, b"\0"), 148, b" " * 8)
+            data = gzip.compress(data[:start] + patched(block, 148, b"%06o\0" % sum(block)) + data[start + 512:] + bytes(1024), 1)
+        folder = tmp_path_factory.mktemp("damage")
+        (folder / "outside").mkdir()
+        (folder / "outside/file").write_text("kept")
+        with contextlib.suppress(confbuild.BuildFailed):
+            unpack(folder, data)
+            root = os.path.realpath(folder / "root")
+            for path in (folder / "root").rglob("*"):
+                assert os.path.commonpath((root, os.path.realpath(path))) == root
+        assert sorted(os.listdir(folder)) == ["archive", "outside", "root"]
+        assert os.listdir(folder / "outside") == ["file"] and (folder / "outside/file").read_text() == "kept"
+        shutil.rmtree(folder)
+
+
+class TestProject:
+    @pytest.mark.parametrize("entries, source_name, folder, name", [
+        (["demo/"], "other.zip", "demo", "demo"), (["my demo\u00e9/"], "", "my demo\u00e9", "my_demo_"), (["a/", "b"], "demo.tar.gz", "", "demo"),
+        (["a"], "demo.tgz", "", "demo"), (["a"], "x/y/Demo.ZIP", "", "Demo"), (["a"], "C:\\x\\demo.zip", "", "demo"), (["a"], "", "", "build"),
+        (["a"], ".tar.gz", "", "build"), (["a"], "..", "", "build"), (["a"], "../..", "", "build"), (["a"], "demo", "", "demo"),
+        ([], "a b.gz", "", "a_b"), (["link@"], "demo.zip", "", "demo"), (["../"], "...zip", "", "build")])
+    def test_find_project(self, tmp_path: Path, entries: list[str], source_name: str, folder: str, name: str) -> None:
+        for entry in entries:
+            if entry.endswith("@"):
+                (tmp_path / entry).symlink_to("/")
+            elif entry.endswith("/"):
+                (tmp_path / entry).mkdir(exist_ok=True)
+            else:
+                (tmp_path / entry).touch()
+        assert confbuild.find_project(str(tmp_path), source_name) == (os.path.join(tmp_path, folder) if folder else str(tmp_path), name)
+
+    @given(st.text() | st.text("./\\ \0-a", max_size=6))
+    @example("..")
+    @example("")
+    @example("a" * 300)
+    @example("a\n")
+    def test_plain_name(self, name: str) -> None:
+        plain = confbuild.plain_name(name)
+        assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", plain) and plain not in (".", "..")
+        assert confbuild.plain_name(plain) == plain
+
+
+# git that obeys nobody's configuration: the oracle.
+NODE = st.one_of(st.tuples(st.sampled_from(["file", "exec"]), st.binary(max_size=8)), st.tuples(st.just("link"),
+                 st.sampled_from([b"a", b"../x", b"\xff"])))
+ODD = [b"a", b"a.b", b"a0", b"a-", b"a b", b"a/", b"A", b"\xc3\xa9", b"\xff\xfe", b"-x", b"~", b"a\\b", b'"q"', b"a\nb", b"\x01"]
+TREES = st.recursive(NODE, lambda inner: st.dictionaries(st.sampled_from([name for name in ODD if b"/" not in name]), inner, max_size=7),
+                     max_leaves=14)
+
+
+def make_tree(path: bytes, node: Any) -> None:
+    if isinstance(node, dict):
+        os.makedirs(path, exist_ok=True)
+        for name, inner in node.items():
+            make_tree(path + b"/" + name, inner)
+    elif node[0] == "link":
+        os.symlink(node[1], path)
+    else:
+        with open(path, "wb") as f:
+            f.write(node[1])
+        os.chmod(path, 0o755 if node[0] == "exec" else 0o644)
+
+
+class TestGitTree:
+    def test_known_answers(self, tmp_path: Path) -> None:
+        """Pro Git 10.2: the tree of test.txt with `version 1`; and the empty tree that git has built in."""
+        assert confbuild.git_tree(str(tmp_path), []) == "4b825dc642cb6eb9a060e54bf8d69288fbee4904"
+        (tmp_path / ".git").mkdir()
+        (tmp_path / ".git/HEAD").touch()
+        (tmp_path / "empty/folder").mkdir(parents=True)
+        (tmp_path / "test.txt").write_text("version 1\n")
+        assert confbuild.walk_files(str(tmp_path)) == ["test.txt"]
+        assert confbuild.git_tree(str(tmp_path), ["test.txt"]) == "d8329fc1cc938780ffdd9f94e0d364e0ea74f579"
+
+    @needs("git")
+    @given(st.lists(st.dictionaries(st.sampled_from([name for name in ODD if b"/" not in name]), TREES, max_size=7), min_size=1, max_size=1))
+    @settings(max_examples=15)
+    @example([{b"a": {b"b": ("file", b"")}, b"a.b": ("file", b"1"), b"a0": ("exec", b"2"), b"a-": {b"x": ("link", b"\xff")}, b"\xff\xfe": {}}])
+    def test_as_git(self, tmp_path_factory: pytest.TempPathFactory, trees: list[Any]) -> None:
+        folder = tmp_path_factory.mktemp("tree")
+        git(folder, "init", "-q")
+        for tree in trees:
+            shutil.rmtree(folder / "w", ignore_errors=True)
+            make_tree(os.fsencode(folder / "w"), tree)
+            git(folder, "add", "-A", "-f", ".")
+            whole = git(folder, "write-tree")
+            assert confbuild.git_tree(str(folder), confbuild.walk_files(str(folder))) == whole
+
+    def test_what_git_has_no_mode_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(confbuild.BuildFailed, match="'pipe' is neither a file nor a link") as caught:
+            confbuild.git_tree(str(tmp_path), confbuild.walk_files(str(tmp_path)))
+        assert caught.value.error_type == "SourceError"
+
+    def test_a_deep_repository(self, tmp_path: Path) -> None:
+        """A fetched one, which no archive's limit has seen: no RecursionError."""
+        subprocess.run(["mkdir", "-p", "/".join("d" * 1200)], cwd=tmp_path, check=True)  # os.makedirs is recursive as well
+        (tmp_path / "/".join("d" * 1200) / "f").touch()
+        try:
+            with pytest.raises(confbuild.BuildFailed, match="deeper") as caught:
+                confbuild.git_tree(str(tmp_path), confbuild.walk_files(str(tmp_path)))
+            assert caught.value.error_type == "LimitError"
+        finally:
+            subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)
+
+
+class TestChecks:
+    @pytest.mark.parametrize("ref", ["", "main", "feature/x-1.2", "refs/heads/main", "refs/tags/v1", "a" * 40, "HEAD", "v1.0+build", "\u00e9",
+                             "a@b", "a" * 255,
+                                     "x.lock.y", "a{b}"])
+    def test_refs_accepted(self, ref: str) -> None:
+        confbuild.check_ref(ref)
+
+    @pytest.mark.parametrize("ref", ["-x", "--upload-pack=x", "a b", "a\nb", "main\n", "\0", "\x7f", "a..b", "a:b", "^a", "a~1", "a?", "a*", "a[b",
+                             "a\\b",
+                                     "a@{1}", "a.lock", "a.lock/b", "a//b", "/a", "a/", ".a", "a/.b", "a.", "a" * 256, "..", "main\ud800"])
+    def test_refs_refused(self, ref: str) -> None:
+        with pytest.raises(confbuild.Refused, match="is no branch, tag or commit") as caught:
+            confbuild.check_ref(ref)
+        assert (caught.value.status, caught.value.error_type) == (400, "InvalidRef")
+
+    @pytest.mark.parametrize("url, schemes, loopback", [
+        ("https://github.com/a/b.git", "https http", False), ("http://10.0.0.1/x", "https http", False),
+        ("https://192.168.1.1:8443/x", "https", False),
+        ("http://[fd00::1]/x", "http", False), ("http://127.0.0.1:8080/x", "http", True), ("http://localhost/x", "http", True),
+        ("http://[::1]:9/x", "http", True),
+        ("file:///srv/x", "file", False), ("ssh://host/x", "ssh", False), ("https://example.org/a%20b", "https", False)])
+    def test_urls_accepted(self, url: str, schemes: str, loopback: bool) -> None:
+        confbuild.check_url(url, schemes.split(), loopback)
+
+    @pytest.mark.parametrize("url, fragment", [
+        ("", "not a URL in plain ASCII"), ("https://a/ b", "not a URL in plain ASCII"), ("https://a/\n", "not a URL"),
+        ("https://\u00e9/x", "not a URL"),
+        ("https://a\\b/x", "not a URL"), ("https://a/" + "x" * 2048, "at most 2048 characters"), ("https://[::1/x", "repo_url: "),
+        ("https://h:99999/x", "ort"),
+        ("https://h:x/x", "ort"), ("ssh://h/x", "the scheme must be one of https, http"), ("file:///x", "the scheme must be"),
+        ("git@h:x", "the scheme must be"),
+        ("ext::sh", "the scheme must be"), ("-x", "the scheme must be"), ("//h/x", "the scheme must be"),
+        ("https://u:p@h/x", "credentials, queries and fragments"),
+        ("https://u@h/x", "credentials"), ("https://@h/x", "credentials"), ("https://h/x?token=1", "credentials"), ("https://h/x#y", "credentials"),
+        ("https:///x", "a host and a path are needed"), ("https://h", "a host and a path"), ("https://h//", "a host and a path"),
+        ("https://h:0/x", "a host and"),
+        ("http://169.254.169.254/x", "link-local addresses are not accepted"), ("http://[fe80::1]/x", "link-local"),
+        ("http://2852039166/x", "link-local"),
+        ("http://[::ffff:169.254.169.254]/x", "link-local"), ("http://0/x", "unspecified"), ("http://0.0.0.0/x", "unspecified"),
+        ("http://[::]/x", "unspecified"),
+        ("http://[::ffff:0:0]/x", "unspecified"), ("http://224.0.0.1/x", "multicast"), ("http://[ff02::1]/x", "multicast"),
+        ("http://127.0.0.1/x", "loopback"),
+        ("http://127.1/x", "loopback"), ("http://2130706433/x", "loopback"), ("http://0x7f.1/x", "loopback"), ("http://0177.0.0.1/x", "loopback"),
+        ("http://[::1]/x", "loopback"), ("http://[::ffff:127.0.0.1]/x", "loopback"), ("http://localhost/x", "loopback"),
+        ("http://LOCALHOST./x", "loopback"),
+        ("http://a.localhost/x", "loopback"),
+        # What curl decodes, or reads as an instruction, is not the name that was looked up and pinned.
+        ("http://%31%32%37.0.0.1/x", "host"), ("http://-x.example.org/x", "host"), ("http://+x.example.org/x", "host"), ("http://*/x", "host"),
+        ("http://a,b/x", "host")])
+    def test_urls_refused(self, url: str, fragment: str) -> None:
+        with pytest.raises(confbuild.Refused, match=re.escape(fragment)) as caught:
+            confbuild.check_url(url, ("https", "http"), False)
+        assert (caught.value.status, caught.value.error_type) == (400, "ForbiddenUrl")
+
+    def test_file_urls(self) -> None:
+        for url in ("file://host/x", "file:x", "file://localhost/x"):
+            with pytest.raises(confbuild.Refused, match="a file URL has no host and an absolute path"):
+                confbuild.check_url(url, ("file",), True)
+
+    @pytest.mark.parametrize("addresses, loopback, fragment", [
+        (["10.0.0.1", "169.254.169.254"], True, "h is 169.254.169.254: link-local"), (["127.0.0.1"], False, "h is 127.0.0.1: loopback"),
+        (["::1"], False, "loopback"), (["::ffff:127.0.0.1"], False, "loopback"), (["0.0.0.0"], True, "unspecified"),
+        (["ff02::1%eth0"], True, "multicast"),
+        (["fe80::1%2"], True, "link-local"), ([], True, "h: [Errno -2] unknown")])
+    def test_names_that_lead_elsewhere(self, addresses: list[str], loopback: bool, fragment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", self.resolver(addresses))
+        with pytest.raises(confbuild.BuildFailed, match=re.escape(fragment)) as caught:
+            confbuild._pinned_address("https://h/x", loopback)
+        assert caught.value.error_type == "SourceError"
+
+    @staticmethod
+    def resolver(addresses: list[str]) -> Callable[..., list[Any]]:
+        def resolve(host: str, *_: Any, **__: Any) -> list[Any]:
+            if not addresses:
+                raise socket.gaierror(-2, "unknown")
+            return [(2, 1, 6, "", (address, 443)) for address in addresses]
+        return resolve
+
+    def test_pinned(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(socket, "getaddrinfo", self.resolver(["10.0.0.2", "10.0.0.1", "10.0.0.1"]))
+        assert confbuild._pinned_address("https://h/x", False)[-1] == "http.curloptResolve=h:443:10.0.0.1,10.0.0.2"
+        assert confbuild._pinned_address("http://h:81/x", False)[-1] == "http.curloptResolve=h:81:10.0.0.1,10.0.0.2"
+        assert confbuild._pinned_address("file:///x", False) == []
+
+    @pytest.mark.parametrize("url, shown", [
+        ("https://h/x.git", "https://h/x.git"), ("https://u:p@h:8443/x", "https://h:8443/x"), ("https://token@h/x", "https://h/x"),
+        ("https://u:@h/x", "https://h/x"),
+        ("https://h/x?private_token=s", "https://h/x"), ("https://h/x#s", "https://h/x"), ("ssh://git@h:22/x", "ssh://h:22/x"),
+        ("git@h:a/b.git", "h:a/b.git"),
+        ("u:p@h:a", "h:a"), ("h:a?token=s", ""), ("file:///srv/x", "file:///srv/x"), ("https://u:p%40@h/x", "https://h/x"),
+        ("https://u:p@q@h/x", "https://h/x"),
+        ("https://u:p/q@h/x", ""), ("https://u:p#q@h/x", ""), ("https://u:p?q@h/x", ""), ("", ""), ("/srv/x", ""), ("../x", ""),
+        ("https://h/x\ny", ""), ("a b", "")])
+    def test_without_credentials(self, url: str, shown: str) -> None:
+        assert confbuild.without_credentials(url) == shown
+
+    @given(st.sampled_from(["https://", "ssh://", "", "http://h/", "u@"]),
+           *[st.text("ab:@#?%[]\\", max_size=3)] * 3, st.sampled_from(["@h/x", "@h:x", "@h"]))
+    def test_no_credential_is_shown(self, scheme: str, user: str, before: str, after: str, host: str) -> None:
+        assert "SECRET" not in confbuild.without_credentials(f"{scheme}{user}:{before}SECRET{after}{host}")
+
+
+BACKEND = Path(subprocess.check_output(["git", "--exec-path"], text=True).strip() if shutil.which("git") else "/") / "git-http-backend"
+needs_backend = pytest.mark.skipif(not BACKEND.is_file(), reason="git http-backend is missing: apt-get install git")
+
+
+REQUESTS: list[str] = []  # the paths that GitHandler was asked for
+
+
+class GitHandler(http.server.BaseHTTPRequestHandler):
+    """git http-backend as a CGI program; below /moved everything is elsewhere, below /secret a password is wanted."""
+
+    root = ""
+
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        REQUESTS.append(path)
+        status, headers, rest = 200, dict[str, str](), b""
+        if path.startswith("/moved"):
+            status, headers = 302, {"Location": self.path.replace("/moved", "")}
+        elif path.startswith("/secret"):
+            status, headers = 401, {"WWW-Authenticate": 'Basic realm="r"'}
+        else:
+            out = subprocess.run([str(BACKEND)], input=body, capture_output=True, check=False, env={
+                **ORACLE_ENV, "GIT_PROJECT_ROOT": self.root, "GIT_HTTP_EXPORT_ALL": "1", "PATH_INFO": path, "QUERY_STRING": query,
+                "REQUEST_METHOD": self.command, "CONTENT_TYPE": self.headers.get("Content-Type", ""),
+                "GIT_PROTOCOL": self.headers.get("Git-Protocol", ""),
+                "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding", "")}).stdout
+            head, _, rest = out.partition(b"\r\n\r\n")
+            headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+            status = int(headers.pop("Status", "200").split()[0])
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(rest))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(rest)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Ipv6Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A folder of repositories, what they hold, and where they are served: demo (branches main, side and tag; tags v1 and light), modules."""
+    root = tmp_path_factory.mktemp("origin")
+    demo, facts = root / "demo", {"root": str(root)}
+    demo.mkdir()
+    git(demo, "init", "-q")
+    (demo / "lf.txt").write_bytes(b"one\ntwo\n$Id$\n")
+    (demo / "crlf.txt").write_bytes(b"one\r\ntwo\r\n")
+    (demo / "run.sh").write_bytes(b"#!/bin/sh\n")
+    (demo / "run.sh").chmod(0o755)
+    (demo / "sub").mkdir()
+    (demo / "sub/link").symlink_to("../lf.txt")
+    git(demo, "add", "-A")
+    (demo / ".gitattributes").write_text("*.txt text eol=crlf ident filter=evil working-tree-encoding=UTF-16\n")
+    (demo / "sub/.gitattributes").write_text("* text eol=crlf\n")
+    git(demo, "-c", "filter.evil.clean=cat", "add", ".gitattributes", "sub/.gitattributes")
+    git(demo, "commit", "-q", "-m", "one")
+    facts["light"] = facts["v1"] = facts["first"] = git(demo, "rev-parse", "HEAD")
+    git(demo, "tag", "-a", "-m", "v1", "v1")
+    git(demo, "tag", "light")
+    for name in ("side", "main"):
+        git(demo, "checkout", "-q", "-B", name, facts["first"])
+        git(demo, "commit", "-q", "--allow-empty", "-m", name)
+        facts[name] = git(demo, "rev-parse", "HEAD")
+    git(demo, "branch", "tag", "side")
+    facts["tag"] = facts["side"]
+    modules = root / "modules"
+    modules.mkdir()
+    git(modules, "init", "-q")
+    git(modules, "submodule", "--quiet", "add", str(demo), "sub")
+    git(modules, "commit", "-q", "-m", "modules")
+    handler = type("Handler", (GitHandler,), {"root": str(root)})
+    servers = []
+    for name, kind, host in (("http", http.server.ThreadingHTTPServer, "127.0.0.1"), ("ipv6", Ipv6Server, "::1")):
+        with contextlib.suppress(OSError):  # no IPv6 here
+            servers.append(kind((host, 0), handler))
+            facts[name] = f"http://{f'[{host}]' if ':' in host else host}:{servers[-1].server_port}"
+            threading.Thread(target=servers[-1].serve_forever, args=(0.01,), daemon=True).start()
+    facts["file"] = f"file://{root}"
+    yield facts
+    for one in servers:
+        one.shutdown()
+        one.server_close()
+
+
+def fetch(folder: Path, url: str, ref: str = "", schemes: tuple[str, ...] = ("http", "file"), **environ: str) -> Path:
+    (folder / "home").mkdir(exist_ok=True)
+    confbuild.fetch_git(url, ref, str(folder / "got"), {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), **environ}, schemes, True)
+    return folder / "got"
+
+
+@needs("git")
+class TestFetch:
+    @needs_backend
+    @pytest.mark.parametrize("where, ref, name", [
+        ("http", "", "main"), ("http", "side", "side"), ("http", "v1", "v1"), ("http", "refs/heads/side", "side"), ("http", "refs/tags/v1", "v1"),
+        ("http", "COMMIT", "first"), ("ipv6", "", "main"), ("file", "", "main"), ("file", "light", "light"), ("file", "COMMIT", "first"),
+        ("file", "tag", "tag")])
+    def test_refs(self, tmp_path: Path, origin: dict[str, str], where: str, ref: str, name: str) -> None:
+        if where not in origin:
+            pytest.skip("there is no IPv6 here")
+        url = f"{origin[where]}/demo/.git"
+        got = fetch(tmp_path, url, origin[name] if ref == "COMMIT" else ref)
+        assert git(got, "rev-parse", "HEAD") == origin[name]
+        assert git(got, "rev-list", "HEAD") == origin[name], "a history of one commit"
+        assert (got / "lf.txt").read_bytes() == b"one\ntwo\n$Id$\n" and (got / "crlf.txt").read_bytes() == b"one\r\ntwo\r\n"
+        assert os.access(got / "run.sh", os.X_OK) and os.readlink(got / "sub/link") == "../lf.txt"
+        tree = confbuild.git_tree(str(got), confbuild.walk_files(str(got)))
+        assert tree == git(got, "rev-parse", "HEAD^{tree}")
+        assert confbuild.believe_history(str(got), tree, ORACLE_ENV) == (origin[name], url)
+
+    @needs_backend
+    @pytest.mark.parametrize("url, ref, schemes, fragment", [
+        ("{http}/demo/.git", "missing", "http", "couldn't find remote ref missing"), ("{http}/demo/.git", "0" * 39 + "1", "http", "not our ref"),
+        ("{http}/none", "", "http", "repository '{http}/none/' not found"),
+        ("{http}/moved/demo/.git", "", "http", "unable to access '{http}/moved/demo/.git/'"),
+        ("{http}/secret/x", "", "http", "Authentication failed for '{http}/secret/x/'"),
+        ("{http}/demo/.git", "", "https", "transport 'http' not allowed"),
+        ("{file}/demo", "", "https http", "transport 'file' not allowed"),
+        ("{file}/none", "", "file", "the remote end hung up|does not appear|repository exists"),
+        ("{file}/modules", "", "file", "the repository has submodules, which are not fetched")])
+    def test_refused(self, tmp_path: Path, origin: dict[str, str], url: str, ref: str, schemes: str, fragment: str) -> None:
+        REQUESTS.clear()
+        wanted = "|".join(re.escape(part) for part in fragment.format(**origin).split("|"))
+        with pytest.raises(confbuild.BuildFailed, match=wanted) as caught:
+            fetch(tmp_path, url.format(**origin), ref, tuple(schemes.split()))
+        assert caught.value.error_type == "SourceError"
+        assert not any(path.startswith("/demo") for path in REQUESTS) or "/demo" in url and "/moved" not in url, "a redirect was followed"
+
+    def test_nobody_answers(self, tmp_path: Path) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            with pytest.raises(confbuild.BuildFailed, match="(?i)(failed|could ?n.t) (to )?connect"):
+                fetch(tmp_path, f"http://127.0.0.1:{s.getsockname()[1]}/x")
+
+    def test_without_git(self, tmp_path: Path) -> None:
+        with pytest.raises(confbuild.BuildFailed, match="git is not installed here") as caught:
+            fetch(tmp_path, "http://127.0.0.1/x", PATH=str(tmp_path))
+        assert caught.value.error_type == "SourceError"
+
+    @needs_backend
+    def test_the_name_is_looked_up_once(self, tmp_path: Path, origin: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """git connects to the address that was checked: nobody else knows this name."""
+        monkeypatch.setattr(socket, "getaddrinfo", TestChecks.resolver(["127.0.0.1"]))
+        got = fetch(tmp_path, origin["http"].replace("127.0.0.1", "demo.invalid") + "/demo/.git")
+        assert git(got, "rev-parse", "HEAD") == origin["main"]
+        (tmp_path / "b").mkdir()
+        monkeypatch.setattr(socket, "getaddrinfo", TestChecks.resolver(["169.254.169.254"]))
+        with pytest.raises(confbuild.BuildFailed, match="demo.invalid is 169.254.169.254: link-local"):
+            fetch(tmp_path / "b", "http://demo.invalid/x")
+
+    def test_foreign_configuration_is_ignored(self, tmp_path: Path, origin: dict[str, str]) -> None:
+        """Hooks, templates, filters and rewritten URLs of a home, and git's own variables."""
+        evil = tmp_path / "evil"
+        (evil / "hooks").mkdir(parents=True)
+        for hook in ("post-checkout", "reference-transaction", "post-index-change"):
+            (evil / "hooks" / hook).write_text(f"#!/bin/sh\ntouch {tmp_path}/touched\n")
+            (evil / "hooks" / hook).chmod(0o755)
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/.gitconfig").write_text(
+            f'[core]\nhooksPath={evil}/hooks\nfsmonitor="touch {tmp_path}/touched"\n[init]\ntemplateDir={evil}\n'
+            f'[filter "evil"]\nsmudge="touch {tmp_path}/touched"\n[url "file:///nonexistent/"]\ninsteadOf=file:///\n')
+        got = fetch(tmp_path, f"{origin['file']}/demo", GIT_TEMPLATE_DIR=str(evil))
+        assert not (got / ".git/hooks").exists() and not (tmp_path / "touched").exists()
+        assert git(got, "config", "remote.origin.url") == f"{origin['file']}/demo"
+
+
+def forge(clone: Path, body: bytes, name: str) -> None:
+    """A loose commit under a name that it does not hash to; HEAD is it."""
+    path = clone / ".git/objects" / name[:2] / name[2:]
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(zlib.compress(b"commit %d\0" % len(body) + body))
+    (clone / ".git/HEAD").write_text(name + "\n")
+
+
+def hostile_config(clone: Path) -> None:
+    touch = f"touch {clone.parent}/touched"
+    (clone / "included").write_text('[remote "origin"]\nurl = https://included/\n')
+    with open(clone / ".git/config", "a") as f:
+        f.write(f'[core]\nfsmonitor = "{touch}"\nhooksPath = hooks\nsshCommand = "{touch}"\npager = "{touch}"\nalternateRefsCommand = "{touch}"\n'
+                f'[alias]\ncat-file = "!{touch}"\nconfig = "!{touch}"\n[include]\npath = ../included\n[extensions]\npartialClone = origin\n')
+    os.unlink(clone / "included")
+
+
+def replaced_object(clone: Path) -> None:
+    git(clone, "replace", "HEAD", git(clone, "commit-tree", "-m", "other", git(clone, "mktree")))
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def moved_away(clone: Path) -> Path:
+    (clone / ".git").rename(clone.parent / "g")
+    return clone / ".git"
+
+
+HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("clean", lambda clone: None, ""),
+    ("packed refs", lambda clone: git(clone, "pack-refs", "--all"), ""),
+    ("packed objects", lambda clone: git(clone, "repack", "-adq"), ""),
+    ("detached", lambda clone: git(clone, "checkout", "-q", "--detach"), ""),
+    ("hostile configuration", hostile_config, ""),
+    ("replaced_object", replaced_object, ""),
+    ("modified", lambda clone: (clone / "lf.txt").write_bytes(b"x"), "the files differ from the tree of HEAD"),
+    ("untracked", lambda clone: (clone / "new").touch(), "the files differ from the tree of HEAD"),
+    ("ignored", lambda clone: write(clone, {".git/info/exclude": "new\n", "new": ""}), "the files differ from the tree of HEAD"),
+    ("assumed unchanged", lambda clone: write(clone, {"lf.txt": git(clone, "update-index", "--assume-unchanged", "lf.txt") + "x"}),
+    "the files differ"),
+    ("deleted", lambda clone: (clone / "lf.txt").unlink(), "the files differ"),
+    ("mode", lambda clone: (clone / "run.sh").chmod(0o644), "the files differ from the tree of HEAD"),
+    ("no .git", lambda clone: shutil.rmtree(clone / ".git"), "there is no history"),
+    ("link", lambda clone: moved_away(clone).symlink_to("../g"), "there is no history"),
+    ("file", lambda clone: moved_away(clone).write_text("gitdir: ../g\n"), "there is no history"),
+    ("HEAD", lambda clone: (clone / ".git/HEAD").write_text("x"), "HEAD names no commit"),
+    ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "HEAD names no commit"),
+    ("branch", lambda clone: (clone / ".git/HEAD").write_text("ref: refs/heads/none\n"), "HEAD names no commit"),
+    ("outside", lambda clone: write(clone, {"../o": "1" * 40, ".git/HEAD": "ref: refs/../../../o\n"}), "HEAD names no commit"),
+    ("missing", lambda clone: (clone / ".git/HEAD").write_text("1" * 40), "1111111"),
+    ("a tree", lambda clone: (clone / ".git/HEAD").write_text(git(clone, "rev-parse", "HEAD^{tree}")), "fatal: git cat-file"),
+    ("forged", lambda clone: forge(clone, b"tree %s\n" % git(clone, "rev-parse", "HEAD^{tree}").encode(), "ab" * 20),
+     "the commit is not what its name says|mismatch"),
+    ("replacement", lambda clone: forge(clone, git(clone, "cat-file", "commit", "HEAD").encode() + b"\nmore", "ab" * 20),
+     "the commit is not what its name says|mismatch")]
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory, origin: dict[str, str]) -> Path:
+    """A clean clone on a branch, whose origin has credentials."""
+    clone = fetch(tmp_path_factory.mktemp("pristine"), f"{origin['file']}/demo")
+    git(clone, "checkout", "-q", "-b", "main")
+    git(clone, "config", "remote.origin.url", "https://user:secret@example.org/demo.git?token=secret")
+    return clone
+
+
+@needs("git")
+class TestHistory:
+    @pytest.mark.parametrize("name, change, complaint", HISTORIES, ids=[row[0] for row in HISTORIES])
+    def test_belief(self, tmp_path: Path, origin: dict[str, str], pristine: Path, name: str, change: Callable[[Path], Any], complaint: str) -> None:
+        clone = tmp_path / "source" / 'a "clone"'
+        shutil.copytree(pristine, clone, symlinks=True)
+        change(clone)
+        tree = confbuild.git_tree(str(clone), confbuild.walk_files(str(clone)))
+        before = sorted(os.listdir(clone.parent))
+        if complaint:
+            with pytest.raises(confbuild.BuildFailed, match=complaint):
+                confbuild.believe_history(str(clone), tree, ORACLE_ENV)
+        else:
+            assert confbuild.believe_history(str(clone), tree, ORACLE_ENV) == (origin["main"], "https://example.org/demo.git")
+        assert sorted(os.listdir(clone.parent)) == before, "nothing ran, nothing is left"
+
+    def test_sha256_repository(self, tmp_path: Path) -> None:
+        clone = tmp_path / "clone"
+        clone.mkdir()
+        git(clone, "init", "-q", "--object-format=sha256")
+        git(clone, "commit", "-q", "--allow-empty", "-m", "x")
+        with pytest.raises(confbuild.BuildFailed, match="HEAD names no commit"):
+            confbuild.believe_history(str(clone), confbuild.git_tree(str(clone), []), ORACLE_ENV)
+
+    def test_no_origin(self, tmp_path: Path, origin: dict[str, str]) -> None:
+        clone = fetch(tmp_path, f"{origin['file']}/demo")
+        git(clone, "config", "--unset", "remote.origin.url")
+        assert confbuild.believe_history(str(clone), git(clone, "rev-parse", "HEAD^{tree}"), ORACLE_ENV) == (origin["main"], "")
+
+# endregion 9
+# ==============================================================================
+# region 10. Toolchains
+# ==============================================================================
+
+
+REGISTRY = "registry+https://github.com/rust-lang/crates.io-index"
+SHA, COMMIT = "ab" * 32, "c0ffee" + "0" * 34
+
+
+def script(path: Path, body: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + body)
+    path.chmod(0o755)
+    return path
+
+
+def on_path(*folders: Path) -> dict[str, str]:
+    """An environment with these folders first."""
+    return {**os.environ, "PATH": ":".join((*map(str, folders), os.environ["PATH"]))}
+
+
+def failure(call: Callable[[], Any]) -> tuple[str, str]:
+    """The (error_type, message) of the BuildFailed that call raises."""
+    with pytest.raises(confbuild.BuildFailed) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return caught.value.error_type, str(caught.value)
+
+
+class TestDetect:
+    @pytest.mark.parametrize(("markers", "name"), [
+        (["flake.nix", "Cargo.lock"], "nix"), (["flake.nix"], "nix"), (["Cargo.lock", "Cargo.toml"], "cargo")])
+    def test_order(self, tmp_path: Path, markers: list[str], name: str) -> None:
+        for marker in markers:
+            (tmp_path / marker).touch()
+        assert confbuild.detect_toolchain(str(tmp_path)).name == name
+
+    def test_a_marker_is_a_regular_file(self, tmp_path: Path) -> None:
+        (tmp_path / "flake.nix").mkdir()
+        (tmp_path / "other").touch()
+        (tmp_path / "Cargo.lock").symlink_to("other")
+        kind, message = failure(lambda: confbuild.detect_toolchain(str(tmp_path)))
+        assert (kind, message) == ("UnsupportedToolchainError", "no flake.nix and no Cargo.lock in the project")
+        (tmp_path / "Cargo.lock").unlink()
+        os.mkfifo(tmp_path / "Cargo.lock")
+        assert failure(lambda: confbuild.detect_toolchain(str(tmp_path)))[0] == "UnsupportedToolchainError"
+
+
+# As rustup: what it stands for depends on the directory in which it is asked.
+RUSTUP = """[ "${0##*/}" = rustup ] && [ "$1" = which ] || { echo "rustup was run as ${0##*/} $1"; exit 0; }
+[ -f rust-toolchain ] || { echo "info: looking" >&2; echo "error: no default toolchain" >&2; exit 1; }
+echo "@/$(cat rust-toolchain)/bin/$2"
+"""
+
+
+class TestPrograms:
+    @pytest.fixture
+    def rustup(self, tmp_path: Path) -> Path:
+        """A folder whose cargo is a link to rustup, with the toolchains old and new."""
+        script(tmp_path / "bin" / "rustup", RUSTUP.replace("@", str(tmp_path)))
+        (tmp_path / "bin" / "cargo").symlink_to("rustup")
+        for name in ("old", "new"):
+            script(tmp_path / name / "bin" / "cargo", f"echo cargo {name}\n")
+            (tmp_path / ("project-" + name)).mkdir()
+            (tmp_path / ("project-" + name) / "rust-toolchain").write_text(name)
+        return tmp_path / "bin"
+
+    def test_a_shim_is_asked_inside_of_the_project(self, tmp_path: Path, rustup: Path) -> None:
+        for name in ("old", "new"):
+            project_path = str(tmp_path / ("project-" + name))
+            found = confbuild.resolve_program("cargo", project_path, on_path(rustup))
+            assert found == str(tmp_path / name / "bin" / "cargo")
+            digest = hashlib.sha256((tmp_path / name / "bin" / "cargo").read_bytes()).hexdigest()
+            assert confbuild.describe_program(found, project_path, on_path(rustup)) == confbuild.Digest(f"cargo {name}", digest)
+
+    def test_a_shim_by_hard_link_or_by_a_chain_of_links(self, tmp_path: Path, rustup: Path) -> None:
+        """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the file at its end is rustup, which is no cargo."""
+        (tmp_path / "hard").mkdir()
+        os.link(rustup / "rustup", tmp_path / "hard" / "rustup")
+        os.link(rustup / "rustup", tmp_path / "hard" / "cargo")
+        (tmp_path / "local").mkdir()
+        (tmp_path / "local" / "cargo").symlink_to(rustup / "cargo")
+        for folder in ("hard", "local"):
+            found = confbuild.resolve_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder))
+            assert found == str(tmp_path / "old" / "bin" / "cargo"), folder
+
+    def test_what_rustup_has_not(self, tmp_path: Path, rustup: Path) -> None:
+        def ask() -> str:
+            return confbuild.resolve_program("cargo", str(tmp_path), on_path(rustup))
+        assert failure(ask) == ("UnsupportedToolchainError", "rustup which cargo: error: no default toolchain")
+        (tmp_path / "rust-toolchain").write_text("gone")  # rustup says where, and there is nothing
+        assert failure(ask) == ("UnsupportedToolchainError", "rustup which cargo: no answer")
+
+    def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
+        script(tmp_path / "real", "echo cargo 1\n")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "cargo").symlink_to(tmp_path / "real")
+        script(tmp_path / "bin" / "rustup", "echo /bin/false\n")
+        assert confbuild.resolve_program("cargo", str(tmp_path), on_path(tmp_path / "bin")) == str(tmp_path / "real")
+
+    @pytest.mark.parametrize("name", ["cargo", "rustc", "nix"])
+    def test_not_installed(self, tmp_path: Path, name: str) -> None:
+        assert failure(lambda: confbuild.resolve_program(name, str(tmp_path), {"PATH": str(tmp_path)})) == (
+            "UnsupportedToolchainError", f"{name} is not installed on the builder")
+
+    @pytest.mark.parametrize(("body", "kind", "fragment"), [
+        ("echo one >&2; echo 'two words' >&2; exit 3", "UnsupportedToolchainError", "--version: two words"),
+        ("exit 3", "UnsupportedToolchainError", "--version: status 3"),
+        ("", "UnsupportedToolchainError", "--version: "),
+        ("printf 'cargo \\033[31m1'", "UnsupportedToolchainError", "--version: "),
+        ("printf 'cargo \\0001'", "UnsupportedToolchainError", "--version: "),
+        ("yes", "LimitError", "printed more than 65536 bytes"),
+        ("kill -9 $$", "UnsupportedToolchainError", "--version: status -9"),
+    ])
+    def test_a_program_that_does_not_tell_its_version(self, tmp_path: Path, body: str, kind: str, fragment: str) -> None:
+        path = str(script(tmp_path / "cargo", body + "\n"))
+        found = failure(lambda: confbuild.describe_program(path, str(tmp_path), dict(os.environ)))
+        assert found[0] == kind and fragment in found[1]
+
+    def test_the_version_is_the_first_line(self, tmp_path: Path) -> None:
+        path = script(tmp_path / "nix", "pwd; echo nix\n")
+        assert confbuild.describe_program(str(path), str(tmp_path), dict(os.environ)).version == str(tmp_path)
+
+
+class TestOutsideInfluence:
+    NAMES = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_each_name_above_the_project(self, tmp_path: Path, name: str) -> None:
+        inside = tmp_path / "a" / "b" / "project"
+        (inside / name).parent.mkdir(parents=True)
+        (inside / name).touch()
+        confbuild.refuse_outside_influence(str(inside))  # its own files are part of the source
+        for folder, make in ((tmp_path / "a" / "b", Path.touch), (tmp_path, lambda path: path.symlink_to("nowhere"))):
+            (folder / name).parent.mkdir(exist_ok=True)
+            make(folder / name)
+            assert failure(lambda: confbuild.refuse_outside_influence(str(inside))) == (
+                "SourceError", f"{folder / name}, outside of the source, would change the build")
+            (folder / name).unlink()
+
+    def test_through_a_link(self, tmp_path: Path) -> None:
+        """cargo looks above the real directory."""
+        (tmp_path / "real" / "project").mkdir(parents=True)
+        (tmp_path / "real" / "Cargo.toml").touch()
+        (tmp_path / "link").symlink_to("real/project")
+        assert "real/Cargo.toml" in failure(lambda: confbuild.refuse_outside_influence(str(tmp_path / "link")))[1]
+
+
+class TestLockfile:
+    def test_none_and_some(self, tmp_path: Path) -> None:
+        assert confbuild.read_lockfile(str(tmp_path / "flake.lock")) == b""
+        (tmp_path / "flake.lock").write_bytes(b"\xff\0")
+        assert confbuild.read_lockfile(str(tmp_path / "flake.lock")) == b"\xff\0"
+
+    @pytest.mark.parametrize("make", [lambda p: p.mkdir(), lambda p: p.symlink_to("/etc/passwd"), lambda p: p.symlink_to("nowhere"), os.mkfifo,
+                                      lambda p: subprocess.run(["truncate", "-s", str((64 << 20) + 1), p], check=True)],
+                             ids=["folder", "link", "dangling", "pipe", "large"])
+    def test_other_things(self, tmp_path: Path, make: Callable[[Path], Any]) -> None:
+        make(tmp_path / "Cargo.lock")
+        assert failure(lambda: confbuild.read_lockfile(str(tmp_path / "Cargo.lock"))) == (
+            "SourceError", "Cargo.lock is no regular file of at most 64 MiB")
+
+
+def entry(name: str = "libc", version: str = "0.2.1", **more: str) -> str:
+    """One [[package]] of a Cargo.lock."""
+    return "[[package]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in {"name": name, "version": version, **more}.items())
+
+
+def vcs(version: str, url: str) -> dict[str, Any]:
+    return {"digest": {"gitCommit": COMMIT}, "name": "usize", "uri": f"pkg:cargo/usize@{version}?vcs_url=git+{url}@{COMMIT}"}
+
+
+LIBC = {"digest": {"sha256": SHA}, "name": "libc", "uri": f"pkg:cargo/libc@0.2.1?checksum=sha256:{SHA}"}
+
+
+class TestCargoDependencies:
+    @pytest.mark.parametrize(("lock", "expected"), [
+        ("", []),
+        ("version = 4\n", []),
+        # Version 1: checksums in a table of their own; no `version` key [cargo, core/resolver/encode.rs].
+        (entry(source=REGISTRY) + f'[metadata]\n"checksum libc 0.2.1 ({REGISTRY})" = "{SHA}"\n', [LIBC]),
+        ("version = 3\n" + entry(source=REGISTRY, checksum=SHA), [LIBC]),
+        ("version = 4\n" + entry(source="sparse+https://index.crates.io/", checksum=SHA), [LIBC]),
+        ("version = 4\n" + entry(source="registry+ssh://git@example.org/index", checksum=SHA), [LIBC]),
+        # The encoding of Kettle's own fixture: the query stays, and only ? # & and the space are escaped.
+        (entry("usize", "1.0.0", source=f"git+https://github.com/o/rs?branch=usize#{COMMIT}"),
+         [vcs("1.0.0", "https://github.com/o/rs%3Fbranch=usize")]),
+        (entry("usize", "1.0.0+b", source=f"git+https://h/r?branch=a%20b&rev=c#d#{COMMIT}"),
+         [vcs("1.0.0+b", "https://h/r%3Fbranch=a%20b%26rev=c%23d")]),
+        (entry("usize", "1.0.0", source=f"git+https://user:se@cret@h/r@2#{COMMIT}"), [vcs("1.0.0", "https://h/r@2")]),
+        (entry("usize", "1.0.0", source=f"git+ssh://git@h/r.git#{COMMIT}"), [vcs("1.0.0", "ssh://h/r.git")]),
+        # One name in two versions; by uri, bytewise.
+        (entry("b", "2.0.0", source=REGISTRY, checksum=SHA) + entry("a", "10.0.0", source=REGISTRY, checksum=SHA)
+         + entry("b", "10.0.0", source=REGISTRY, checksum=SHA),
+         [{"digest": {"sha256": SHA}, "name": n, "uri": f"pkg:cargo/{n}@{v}?checksum=sha256:{SHA}"}
+          for n, v in (("a", "10.0.0"), ("b", "10.0.0"), ("b", "2.0.0"))]),
+        # A workspace member and the root: inside, so the tree's hash covers them.
+        (entry("demo", "0.1.0") + entry("member", "9.9.9"), []),
+    ])
+    def test_what_is_recorded(self, tmp_path: Path, lock: str, expected: list[dict[str, Any]]) -> None:
+        (tmp_path / "Cargo.toml").write_text(MANIFEST)
+        (tmp_path / "crates" / "x").mkdir(parents=True)
+        (tmp_path / "crates" / "x" / "Cargo.toml").write_text('[package]\nname = "member"\n')
+        assert confbuild.cargo_dependencies(lock.encode(), str(tmp_path)) == expected
+
+    @pytest.mark.parametrize(("file", "text"), [
+        ("Cargo.toml", MANIFEST + '[dependencies]\nevil = { path = "../evil" }\n'), ("Cargo.toml", MANIFEST + '[dependencies]\nx = { package = "evil", path = "/evil" }\n'),
+        ("Cargo.toml", MANIFEST + '[target."cfg(unix)".build-dependencies.evil]\npath = "link"\n'),
+        ("Cargo.toml", '[workspace.dependencies]\nevil = { path = ".." }\n'), (".cargo/config.toml", '[patch.crates-io]\nevil = { path = "../evil" }\n'),
+        ("crates/x/Cargo.toml", '[dependencies]\nevil = { path = "../../../evil" }\n')])
+    def test_nothing_from_outside(self, tmp_path: Path, file: str, text: str) -> None:
+        """A package outside of the project is refused by name, also where a namesake inside would excuse it."""
+        make(tmp_path / "demo", {"fixture/Cargo.toml": '[package]\nname = "evil"\n', "inner/Cargo.toml": '[package]\nname = "inner"\n',
+                                 "y/Cargo.toml": '[dependencies]\ninner = { path = "../inner" }\n', file: text})
+        (tmp_path / "demo" / "link").symlink_to(tmp_path)
+        assert confbuild.cargo_dependencies(entry("inner").encode(), str(tmp_path / "demo")) == []
+        kind, message = failure(lambda: confbuild.cargo_dependencies(entry("evil").encode(), str(tmp_path / "demo")))
+        assert kind == "ProvenanceError" and "evil" in message and "no package inside the project" in message
+
+    @pytest.mark.parametrize(("lock", "kind", "fragment"), [
+        (entry("other", "1.0.0"), "ProvenanceError", "other 1.0.0 has no source and is no package inside the project"),
+        (entry("None", "1.0.0"), "ProvenanceError", "None 1.0.0 has no source"),  # a virtual workspace has no [package]
+        (entry("large", "1.0.0"), "ProvenanceError", "large 1.0.0 has no source"),
+        (entry("broken", "1.0.0"), "ProvenanceError", "broken 1.0.0 has no source"),
+        (entry("fetched", "1.0.0"), "ProvenanceError", "fetched 1.0.0 has no source"),  # a manifest below .git
+        (entry(source=REGISTRY), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source="sparse+https://i/"), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source=REGISTRY, checksum=""), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source=REGISTRY, checksum="AB" * 32), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source=REGISTRY, checksum=SHA + "\n"), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source=REGISTRY) + f'[metadata]\n"checksum libc 0.2.1 ({REGISTRY})" = "<none>"\n', "ProvenanceError", "libc 0.2.1 has no checksum"),
+        (entry(source="git+https://h/r"), "ProvenanceError", "libc 0.2.1 has no commit"),
+        (entry(source="git+https://h/r#main"), "ProvenanceError", "libc 0.2.1 has no commit"),
+        (entry(source=f"git+https://h/\u00e9#{COMMIT}"), "ProvenanceError", "libc 0.2.1 has no commit"),
+        (entry(source="path+file:///x"), "ProvenanceError", "libc 0.2.1 has the unknown source 'path+file:///x'"),
+        (entry(source="" + "x" * 200), "ProvenanceError", "has the unknown source '" + "x" * 80 + "'"),
+        (entry(source=""), "ProvenanceError", "libc 0.2.1 has the unknown source ''"),
+        (entry("a b", source=REGISTRY, checksum=SHA), "ProvenanceError", "'a b' '0.2.1' is no name and version"),
+        (entry("a/../b", source=REGISTRY, checksum=SHA), "ProvenanceError", "is no name and version"),
+        (entry("a", "1?x=1", source=REGISTRY, checksum=SHA), "ProvenanceError", "'a' '1?x=1' is no name and version"),
+        ("[[package]", "SourceError", "Cargo.lock: TOMLDecodeError: "),
+        ("version = 4\nversion = 4\n", "SourceError", "Cargo.lock: TOMLDecodeError: "),
+        ("[[package]]\nname = 'a'\n", "SourceError", "Cargo.lock: KeyError: 'version'"),
+        ("[[package]]\nname = 1\nversion = '1'\n", "SourceError", "a name, version, source or checksum is no text"),
+        ("[[package]]\nname = 'a'\nversion = '1'\nsource = ['x']\n", "SourceError", "a name, version, source or checksum is no text"),
+        ("metadata = 3\n", "SourceError", "a name, version, source or checksum is no text"),
+        ("package = 3\n", "SourceError", "Cargo.lock: TypeError: "),
+        ("package = ['x']\n", "SourceError", "Cargo.lock: TypeError: "),
+        ("[package]\nname = 'a'\n", "SourceError", "Cargo.lock: TypeError: "),
+        ("x = " + "[" * 5000, "SourceError", "Cargo.lock: RecursionError: "),
+        ("\udcff", "SourceError", "Cargo.lock: UnicodeDecodeError: "),
+    ], ids=lambda value: value[-30:])
+    def test_what_is_refused(self, tmp_path: Path, lock: str, kind: str, fragment: str) -> None:
+        for folder, text in ((".", "[workspace]\nmembers = []\n"), ("large", '[package]\nname = "large"\n#' + "x" * (1 << 20)),
+                             ("broken", '[package]\nname = "broken"\n['), (".git/x", '[package]\nname = "fetched"\n'), ("odd", "package = 3\n")):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "Cargo.toml").write_text(text)
+        found = failure(lambda: confbuild.cargo_dependencies(lock.encode(errors="surrogateescape"), str(tmp_path)))
+        assert found[0] == kind and fragment in found[1]
+
+    WORD = st.sampled_from(["[[package]]\n", "[metadata]\n", "name", "version", "source", "checksum", "package", " = ", '"', "'", "\n", REGISTRY,
+                            SHA, "git+",
+                            "https://u:p@h/r", "#" + COMMIT, "libc", "1.0", "[", "]", "{", "}", ",", "1979-05-27", "\\u00e9", "\x1b", "=", "."])
+
+    @given(st.one_of(st.binary(max_size=60), st.lists(WORD, max_size=25).map(lambda words: "".join(words).encode()),
+                     st.lists(st.builds(lambda *v: entry(**dict(zip(("name", "version", "source", "checksum"), v, strict=True))),
+                                        *[st.one_of(st.text(max_size=5), st.lists(WORD, max_size=3).map("".join))] * 4), max_size=3)
+                     .map(lambda rows: "".join(rows).encode())))
+    @settings(max_examples=200)
+    @example(b"package = [{name = '', version = ''}]")
+    def test_any_bytes(self, lock: bytes) -> None:
+        """Whatever stands there: a list that the statement's schema takes, or BuildFailed."""
+        try:
+            found = confbuild.cargo_dependencies(lock, str(SHARED / "nowhere"))
+        except confbuild.BuildFailed as e:
+            assert e.error_type in ("SourceError", "ProvenanceError")
+            return
+        assert [d["uri"] for d in found] == sorted(d["uri"] for d in found)
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=found))
+        assert all("@" not in d["uri"].partition("vcs_url=")[2].rpartition("@")[0].partition("://")[2].partition("/")[0] for d in found)
+
+
+class TestPlanCargo:
+    def test_the_plan(self, tmp_path: Path, stub_path: str) -> None:
+        (tmp_path / "Cargo.lock").write_text(LOCK + entry(source=REGISTRY, checksum=SHA))
+        (tmp_path / "Cargo.toml").write_text(MANIFEST)
+        stub = stub_path.partition(":")[0]
+        plan = confbuild.plan_cargo(str(tmp_path), {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"})
+        assert plan.argv == (f"{stub}/cargo", "build", "--locked", "--release") and plan.command == "cargo build --locked --release"
+        assert list(plan.programs.items()) == [
+            (name, confbuild.Digest(version, hashlib.sha256(Path(stub, name).read_bytes()).hexdigest()))
+            for name, version in (("cargo", "cargo 1.90.0 (840b83a10 2025-07-30)"), ("rustc", "rustc 1.90.0 (1159e78c4 2025-09-14)"))]
+        assert plan.env == {"PATH": f"{stub}:{stub_path}", "RUSTC": f"{stub}/rustc", "CARGO_TARGET_DIR": str(tmp_path / "target")}
+        assert plan.lockfile_sha256 == hashlib.sha256((tmp_path / "Cargo.lock").read_bytes()).hexdigest()
+        assert (plan.dependencies, plan.parameters, plan.keep_stdout) == ([LIBC], {}, False)
+        assert plan.collect(b"") == []  # no target/release at all
+        release = tmp_path / "target" / "release"
+        (release / "deps").mkdir(parents=True)
+        for name, mode in (("b", 0o755), ("a.exe", 0o100), ("demo.d", 0o755), ("lib-x.so", 0o755), ("plain", 0o644), (".hidden", 0o755),
+                           ("v-1.2", 0o755)):
+            (release / name).touch()
+            (release / name).chmod(mode)
+        (release / "link").symlink_to("b")
+        (release / "dangling").symlink_to("nowhere")
+        os.mkfifo(release / "pipe", 0o755)
+        assert plan.collect(b"") == [("a.exe", str(release / "a.exe")), ("b", str(release / "b"))]
+
+
+# Known answers: printf 'known content\\n' hashed, as nix 2.8.0 writes it in hexadecimal and newer ones as SRI.
+KNOWN_DIGESTS = {name: hashlib.new(name, b"known content\n", usedforsecurity=False).hexdigest() for name in ("md5", "sha1", "sha256", "sha512")}
+SRI = {name: f"{name}-" + base64.b64encode(bytes.fromhex(digest)).decode() for name, digest in KNOWN_DIGESTS.items()}
+DATA, HELLO = "988sb856nlf2qw174hxxfrsj3rv810dj-data-1.0.txt.drv", "gayfz6wm0hv029frwg0iwh8xbbzb986b-hello-1.0.drv"
+
+
+def shape(output: Any, store: str = "/nix/store/", name: Any = "data-1.0.txt", version: int = 0, env: Any = None, **more: Any) -> bytes:
+    """`nix derivation show --recursive` of a program and the one file that it fetches. version: that of the format."""
+    env = {"name": "data-1.0.txt", "url": "https://h/d", "urls": "https://h/d"} if env is None else env
+    data = {"outputs": {"out": output}, "env": env, **({"name": name} if name else {}), **more}
+    table = {store + DATA: data, store + HELLO: {"outputs": {"out": {"path": "/nix/store/bn0l-hello-1.0"}, "dev": {}}, "env": {"name": "hello-1.0"}}}
+    return json.dumps({"derivations": table, "version": version} if version >= 4 else table).encode()
+
+
+SHAPES = {
+    "2.8": (shape({"path": "/nix/store/x", "hashAlgo": "sha256", "hash": KNOWN_DIGESTS["sha256"]}, name=None), "/nix/store/", "flat", "sha256"),
+    "2.8 recursive": (shape({"path": "/nix/store/x", "hashAlgo": "r:sha256", "hash": KNOWN_DIGESTS["sha256"]}, name=None), "/nix/store/", "nar", "sha256"),
+    "2.15": (shape({"path": "/nix/store/x", "hashAlgo": "sha256", "hash": KNOWN_DIGESTS["sha256"]}), "/nix/store/", "flat", "sha256"),
+    "2.23": (shape({"method": "nar", "hashAlgo": "sha256", "hash": KNOWN_DIGESTS["sha256"]}), "/nix/store/", "nar", "sha256"),
+    "2.32": (shape({"method": "flat", "hashAlgo": "sha256", "hash": KNOWN_DIGESTS["sha256"]}, "", version=3), "", "flat", "sha256"),
+    "2.33": (shape({"method": "flat", "hash": SRI["sha256"]}, "", version=4), "", "flat", "sha256"),
+    "2.33 pre": (shape({"method": "nar", "hash": {"algorithm": "sha256", "format": "base64", "hash": SRI["sha256"][7:]}}, "", version=4), "", "nar",
+                 "sha256"),
+    "master": (shape({"method": "text", "hash": SRI["sha256"]}, "", version=5,
+                     env={"url": {"value": "https://h/d"}, "urls": {"value": "https://h/d"}}),
+               "", "text", "sha256"),
+    "structured": (shape({"method": "flat", "hash": SRI["sha256"]}, "", version=4, env={},
+                         structuredAttrs={"url": "https://h/d", "urls": ["https://h/d"]}),
+                   "", "flat", "sha256"),
+    "nameless": (shape({"method": "flat", "hash": SRI["sha256"]}, name=None, env={"url": "https://h/d", "urls": "https://h/d"}),
+                 "/nix/store/", "flat", "sha256"),
+    **{f"{name} {form}": (shape({"hashAlgo": algorithm, "hash": digest[name]}), "/nix/store/", mode, name) for name in ("md5", "sha1", "sha512")
+       for form, digest, algorithm, mode in (("hex", KNOWN_DIGESTS, name, "flat"), ("r:hex", KNOWN_DIGESTS, "r:" + name, "nar"), ("SRI", SRI, "", "flat"))},
+}
+
+
+FIELDS = st.sampled_from(["outputs", "out", "hash", "hashAlgo", "method", "name", "env", "url", "urls", "value", "x.drv"])
+
+
+class TestNixDerivations:
+    def test_the_vector(self) -> None:
+        """What nix 2.8.0 printed, and the SRI in the flake that it was given."""
+        assert KNOWN_DIGESTS["sha256"] == "a5e29604a88ef9dace3ea3de21aa0cfb09946846146070b9a9fe17f2f9701212"
+        assert SRI["sha256"] == "sha256-peKWBKiO+drOPqPeIaoM+wmUaEYUYHC5qf4X8vlwEhI="
+
+    @pytest.mark.parametrize("name", SHAPES)
+    def test_every_shape_gives_the_same(self, name: str) -> None:
+        """Kettle counts the two names of the wrapper since 2.33, and writes base64 there."""
+        data, store, mode, algorithm = SHAPES[name]
+        count, fetches = confbuild.parse_derivations(data)
+        assert count == 2
+        assert fetches == [{
+            "annotations": {"drvPath": store + DATA, "outputHashMode": mode, "url": "https://h/d", "urls": "https://h/d"},
+            "digest": {algorithm: KNOWN_DIGESTS[algorithm]}, "name": "data-1.0.txt", "uri": f"pkg:nix-fetch/data-1.0.txt?hash={algorithm}:{KNOWN_DIGESTS[algorithm]}"}]
+        assert list(fetches[0]) == ["annotations", "digest", "name", "uri"] and list(fetches[0]["annotations"])[:2] == ["drvPath", "outputHashMode"]
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=fetches))
+
+    def test_three_are_three_and_sorted_by_name(self) -> None:
+        row = {"outputs": {"out": {"method": "nar", "hash": SRI["sha256"]}}}
+        table = {f"{i:032}-{name}.drv": {**row, "name": name, "env": {"urls": ["https://a/", "https://b/"]}} for i, name in enumerate("cabb")}
+        count, fetches = confbuild.parse_derivations(json.dumps({"version": 4, "derivations": table}).encode())
+        assert count == 4 and [f["name"] for f in fetches] == ["a", "b", "b", "c"]
+        assert fetches[1]["annotations"] == {"drvPath": f"{2:032}-b.drv", "outputHashMode": "nar", "urls": "https://a/,https://b/"}
+        assert confbuild.parse_derivations(b'{"derivations":{},"version":4}') == (0, [])
+
+    @pytest.mark.parametrize("data", [
+        b"", b"[]", b"nix", b"\xff", b"[" * 100_000, b'{"version":4}', b'{"derivations":null}', b'{"a":{}}', b'{"a":{"outputs":[]}}',
+        b'{"a":{"outputs":{"o":"x"}}}',
+        shape({"hash": SRI["sha256"]}, env=[]), shape({"hash": SRI["sha256"]}, structuredAttrs="x"), shape({"hash": SRI["sha256"]}, name=["x"]),
+        *(shape({"hashAlgo": algorithm, "hash": value}) for algorithm, value in (
+            ("sha256", 5), ("sha256", ["x"]), ("sha256", KNOWN_DIGESTS["sha256"][:-2]), ("sha256", KNOWN_DIGESTS["sha512"]), ("sha512", KNOWN_DIGESTS["sha256"]),
+            ("sha256", "zz" * 32), ("", KNOWN_DIGESTS["sha256"]),
+            ("blake3", KNOWN_DIGESTS["sha256"]), (5, KNOWN_DIGESTS["sha256"]), ("sha256", "sha256-"), ("sha256", SRI["sha256"] + "!"),
+            ("sha256", "blake3-" + SRI["sha256"][7:]),
+            ("sha256", "04wy2fws4gyib9hmdzyg8v8s4a2c2wrnya0d7cpgvvk8p0wx7pc5"), ("sha256", {"hash": "x"}),
+            ("sha256", {"algorithm": [], "hash": "x"}))),
+    ], ids=range(28))
+    def test_other_shapes(self, data: bytes) -> None:
+        kind, message = failure(lambda: confbuild.parse_derivations(data))
+        assert kind == "ProvenanceError" and message.startswith("nix derivation show: ")
+
+    JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.sampled_from(["", "x", "sha256", SRI["sha256"], KNOWN_DIGESTS["md5"]]),
+                        lambda inner: st.lists(inner, max_size=2) | st.dictionaries(FIELDS, inner, max_size=4))
+
+    @given(JSON, JSON, JSON)
+    @settings(max_examples=200)
+    @example({"hash": SRI["sha256"]}, 5, {})
+    @example({"hash": SRI["sha256"], "method": ["x"]}, "a", {})
+    def test_any_json(self, output: Any, name: Any, env: Any) -> None:
+        """Whatever it is: entries that the statement's schema takes, or BuildFailed."""
+        data = shape(output, name=name, env=env)
+        try:
+            _, fetches = confbuild.parse_derivations(data)
+        except confbuild.BuildFailed as e:
+            assert e.error_type == "ProvenanceError"
+        else:
+            confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=fetches))
+
+
+def flake_lock(inputs: Any, root: str = "root", /, **nodes: Any) -> bytes:
+    return json.dumps({"nodes": {**nodes, root: {"inputs": inputs}}, "root": root, "version": 7}).encode()
+
+
+class TestFlakeInputs:
+    @pytest.mark.parametrize(("lock", "expected"), [
+        (b"", []),
+        (json.dumps({"nodes": {"root": {}}, "root": "root"}).encode(), []),
+        # The name is the input's, not the node's; one that follows another has no node; relative paths have no narHash since 2.26.
+        (flake_lock({"z": "n_2", "a": "n", "f": ["z", "a"], "rel": "r", "bare": "b"}, n_2={"locked": {"narHash": "sha256-Z="}},
+                    n={"locked": {"narHash": "sha256-A="}},
+                    r={"locked": {"path": "./x"}}, b={}, unused={"locked": {"narHash": "sha256-U="}}),
+         [{"name": "a", "narHash": "sha256-A="}, {"name": "z", "narHash": "sha256-Z="}]),
+        (flake_lock({"a": "root"}, "top", root={"locked": {"narHash": "sha256-A="}}), [{"name": "a", "narHash": "sha256-A="}]),
+    ])
+    def test_known(self, lock: bytes, expected: list[dict[str, str]]) -> None:
+        assert confbuild.flake_inputs(lock) == expected
+
+    @pytest.mark.parametrize(("lock", "fragment"), [
+        (b"{", "JSONDecodeError"), (b"\xff", "UnicodeDecodeError"), (b"[]", "TypeError"), (b"{}", "KeyError: 'nodes'"),
+        (b'{"nodes":{}}', "KeyError: 'root'"),
+        (b'{"nodes":{},"root":"r"}', "KeyError: 'r'"), (b'{"nodes":{},"root":[]}', "TypeError"), (flake_lock([]), "AttributeError"),
+        (flake_lock({"a": "b"}), "KeyError: 'b'"),
+        (flake_lock({"a": "b"}, b={"locked": 5}), "AttributeError"), (b"[" * 100_000, "RecursionError")])
+    def test_broken(self, lock: bytes, fragment: str) -> None:
+        kind, message = failure(lambda: confbuild.flake_inputs(lock))
+        assert kind == "SourceError" and message.startswith("flake.lock: " + fragment)
+
+
+# A nix that notes how it was called, and answers what the test has put beside it.
+NIX = """here="${0%/*}"; printf '%s\\n' "$*" >> "$here/calls"
+case "$1" in
+--version) cat "$here/version" ;;
+build) cat "$here/stdout"; echo building >&2 ;;
+*) [ -e .git ] && { echo "error: nix would ask git" >&2; exit 1; }
+   [ -f "$here/lock" ] && cp "$here/lock" flake.lock
+   [ -f "$here/error" ] && { cat "$here/error" >&2; exit 1; }
+   cat "$here/derivations" ;;
+esac
+"""
+FEATURES = "--extra-experimental-features nix-command --extra-experimental-features flakes"
+
+
+@pytest.fixture
+def nix(tmp_path: Path) -> Path:
+    """The folder of a fake nix 2.34.7 and its answers; the flake without inputs beside it is the project."""
+    folder = script(tmp_path / "nix" / "nix", NIX).parent
+    (folder / "version").write_text("nix (Nix) 2.34.7\n")
+    (folder / "derivations").write_bytes(SHAPES["2.33"][0])
+    (folder / "stdout").touch()
+    (tmp_path / "source" / "flake").mkdir(parents=True)
+    (tmp_path / "source" / "flake" / "flake.nix").write_text("{ outputs = _: { }; }\n")
+    return folder
+
+
+class TestPlanNix:
+    @pytest.mark.parametrize(("version", "show", "printing"), [
+        ("nix (Nix) 2.8.0", "show-derivation", "--json"), ("nix (Nix) 2.9.0", "show-derivation", "--print-out-paths"),
+        ("nix (Nix) 2.14.1", "show-derivation", "--print-out-paths"), ("nix (Nix) 2.15.0pre2", "derivation show", "--print-out-paths"),
+        ("nix (Nix) 2.34.7", "derivation show", "--print-out-paths"), ("nix (Lix, like Nix) 2.91.1", "derivation show", "--print-out-paths"),
+        ("nix (Determinate Nix 3.0.0) 2.26.1", "derivation show", "--print-out-paths"), ("nix of tomorrow", "derivation show", "--print-out-paths")])
+    def test_each_version_in_its_own_words(self, tmp_path: Path, nix: Path, version: str, show: str, printing: str) -> None:
+        (nix / "version").write_text(version + "\n")
+        (nix / "derivations").write_bytes(SHAPES["2.8" if printing == "--json" else "2.33"][0])
+        plan = confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        assert (nix / "calls").read_text().splitlines() == ["--version", f"{show} --recursive {FEATURES}"]
+        assert plan.command == f"nix build --no-link {printing} {FEATURES}"
+        assert [*plan.argv] == [str(nix / "nix"), *plan.command.split()[1:]] and plan.keep_stdout
+        assert plan.programs == {"nix": confbuild.Digest(version, hashlib.sha256((nix / "nix").read_bytes()).hexdigest())}
+        assert plan.parameters == {"evaluation": {"derivationCount": 2, "fetchCount": 1}}
+        assert plan.dependencies[0]["digest"] == {"sha256": KNOWN_DIGESTS["sha256"]}
+        assert plan.lockfile_sha256 == hashlib.sha256(b"").hexdigest()
+
+    def test_inputs_and_lock(self, tmp_path: Path, nix: Path) -> None:
+        lock = flake_lock({"dep": "d"}, d={"locked": {"narHash": "sha256-A="}})
+        (tmp_path / "source" / "flake" / "flake.lock").write_bytes(lock)
+        plan = confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        assert list(plan.parameters) == ["evaluation", "flakeInputs"] and plan.parameters["flakeInputs"] == [{"name": "dep", "narHash": "sha256-A="}]
+        assert plan.lockfile_sha256 == hashlib.sha256(lock).hexdigest()
+
+    def test_history_is_set_aside(self, tmp_path: Path, nix: Path) -> None:
+        """The fake nix fails where it finds a .git, as the real one would read only what git knows."""
+        (tmp_path / "source" / "flake" / ".git").mkdir()
+        (tmp_path / "source" / "flake" / ".git" / "HEAD").touch()
+        confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        assert [*tmp_path.glob("source/*/HEAD")] == [tmp_path / "source" / "history-set-aside" / "HEAD"]
+
+    @pytest.mark.parametrize(("files", "kind", "message"), [
+        ({"lock": "{}"}, "ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it"),
+        ({"error": "error: first\nwarning: x\n\n       error: attribute 'x'\n   missing\n"}, "BuildError",
+         "nix derivation show: error: attribute 'x'"),
+        ({"error": "Segmentation\nfault\n"}, "BuildError", "nix derivation show: fault"),
+        ({"error": "\n"}, "BuildError", "nix derivation show: no message"),
+        ({"derivations": "[]"}, "ProvenanceError", "nix derivation show: AttributeError: 'list' object has no attribute 'get'"),
+        ({"derivations": "x" * 2000}, "LimitError", "@/nix printed more than 1000 bytes")])
+    def test_errors(self, tmp_path: Path, nix: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], kind: str, message: str) -> None:
+        monkeypatch.setattr(confbuild, "GIB", 1000)
+        for name, text in files.items():
+            (nix / name).write_text(text)
+        assert failure(lambda: confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))) == (kind, message.replace("@", str(nix)))
+
+    def test_artifacts(self, tmp_path: Path) -> None:
+        """Executables in bin/ of each output, also those that lie in another output; nothing that a link takes out of the store."""
+        store = tmp_path / "store"
+        tool = script(store / "b-tool" / "libexec" / "tool", "echo tool\n")
+        hello = script(store / "a-hello" / "bin" / "hello", "echo hello\n")
+        hidden = script(store / "a-hello" / "bin" / ".hello-wrapped", "")
+        (store / "a-hello" / "bin" / "readme").touch(0o644)
+        (store / "a-hello" / "bin" / "folder").mkdir()
+        for name, target in (("tool", "../../b-tool/libexec/tool"), ("sh", "/bin/sh"), ("up", "../../../outside"), ("dangling", "nothing"),
+                             ("sibling", str(tmp_path / "store-evil"))):
+            (store / "a-hello" / "bin" / name).symlink_to(target)
+        script(tmp_path / "outside", "")
+        script(tmp_path / "store-evil", "")
+        (store / "c-empty").mkdir()
+        (store / "d-linked").mkdir()
+        (store / "d-linked" / "bin").symlink_to("/bin")
+        (store / "e-file").touch()
+        paths = [str(store / name) for name in ("a-hello", "c-empty", "d-linked", "e-file", "f-gone")]
+        expected = [(".hello-wrapped", str(hidden)), ("hello", str(hello)), ("tool", str(tool))]
+        collect = confbuild._nix_executables
+
+        rows = [{"drvPath": "x", "outputs": {"out": paths[0], "doc": None}}, {"drvPath": "y", "outputs": dict(enumerate(paths[1:]))}]
+        assert collect(("\n".join(paths) + "\n").encode()) == collect(json.dumps(rows).encode()) == expected
+        assert collect(b"") == collect(b"[]\n") == []
+        other = script(store / "g-other" / "bin" / "hello", "echo hello\n")
+        assert collect(f"{paths[0]}\n{store}/g-other\n".encode())[1] == ("hello", str(other))  # the same bytes
+        other.write_text("#!/bin/sh\nrm -rf /\n")
+        assert failure(lambda: collect(f"{paths[0]}\n{store}/g-other\n".encode())) == (
+            "ProvenanceError", "two outputs have different executables called hello")
+
+# endregion 10
+# ==============================================================================
+# region 11. Attester
+# ==============================================================================
+
+
+class TestAttester:
+    def test_report_data(self) -> None:
+        """[CONTRACT 4], with the digest of "abc" from FIPS 180-2."""
+        expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" + NONCE + "00" * 16
+        assert confbuild.report_data(b"abc", NONCE).hex() == expected == confbuild.report_data(b"abc", NONCE.upper()).hex()
+
+    def test_evidence_says_what_it_is(self) -> None:
+        doc = json.loads(confbuild.simulated_evidence(b"abc", NONCE))
+        assert list(doc) == ["platform", "evidence"] and doc["platform"] == "simulated"
+        assert list(doc["evidence"]) == ["version", "notice", "attestation_report"] and "no hardware signature" in doc["evidence"]["notice"]
+        report = base64.b64decode(doc["evidence"]["attestation_report"], validate=True)
+        assert report == b"\3" + bytes(0x4F) + confbuild.report_data(b"abc", NONCE) + hashlib.sha384(FILE.read_bytes()).digest() + bytes(1184 - 0xC0)
+
+# endregion 11
+# ==============================================================================
+# region 12. Bundle
+# ==============================================================================
+
+
+TarEntry = tuple[str, bytes | str, bytes] | bytes
+
+
+def tar_of(*members: TarEntry) -> bytes:
+    """A tarball, not yet compressed: (name, content or target, type), or raw blocks."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member in members:
+            if isinstance(member, bytes):
+                out.write(member)
+                tar.offset += len(member)
+                continue
+            info = tarfile.TarInfo(member[0])
+            info.type = member[2]
+            if isinstance(member[1], bytes):
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+            else:
+                info.linkname = member[1]
+                tar.addfile(info)
+    return out.getvalue()
+
+
+def header(name: str, kind: bytes, size: int, fields: Mapping[int, bytes] | None = None, content: bytes = b"") -> bytes:
+    """Raw blocks of a member that tarfile would not write."""
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, max(size, 0)
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT)[:512])
+    for offset, data in {**({124: (256 ** 12 + size).to_bytes(12, "big")} if size < 0 else {}), **(fields or {})}.items():
+        block[offset:offset + len(data)] = data
+    block[148:156] = b"%06o\0 " % sum(block[:148] + b" " * 8 + block[156:512])
+    return bytes(block) + content + bytes(-len(content) % 512)
+
+
+FILE_TYPE, LINK, SYMLINK, DEVICE, FOLDER, FIFO = b"0", b"1", b"2", b"3", b"5", b"6"
+DEMO: TarEntry = ("demo/artifacts/demo", b"artifact", FILE_TYPE)
+EVIDENCE: TarEntry = ("demo/evidence.json", GOOD_BUNDLE.evidence, FILE_TYPE)
+PROVENANCE: TarEntry = ("demo/provenance.json", GOOD_BUNDLE.provenance, FILE_TYPE)
+WHOLE: tuple[TarEntry, ...] = (("demo", "", FOLDER), ("demo/artifacts", "", FOLDER), DEMO, EVIDENCE, PROVENANCE)
+SPARSE = header("demo/artifacts/hole", b"S", 0, {386: b"00000000000\0" * 2, 482: b"\0", 483: b"\x80" + (1 << 50).to_bytes(11, "big")})
+DIGITS = b"1" * (1 << 20)
+
+
+def folder_of(root: Path, files: confbuild.BundleFiles, artifacts: Mapping[str, bytes]) -> Path:
+    """A bundle as a directory."""
+    (root / "artifacts").mkdir(parents=True)
+    for name, content in artifacts.items():
+        (root / "artifacts" / name).write_bytes(content)
+    (root / "provenance.json").write_bytes(files.provenance)
+    (root / "evidence.json").write_bytes(files.evidence)
+    return root
+
+
+def archive_of(folder: Path, project_name: str = "demo") -> bytes:
+    """What write_archive makes of a bundle's directory."""
+    files = sorted((path.name, str(path)) for path in (folder / "artifacts").iterdir())
+    target = folder.parent / f"{folder.name}.archive"
+    confbuild.write_archive(str(target), project_name, (folder / "provenance.json").read_bytes(), (folder / "evidence.json").read_bytes(), files)
+    return target.read_bytes()
+
+
+def packed(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+class TestBundle:
+    def test_the_archive_is_deterministic(self, tmp_path: Path) -> None:
+        """Whatever the files' times, modes, owner, folder, or the archive's own name are."""
+        contents = {"a.sh": b"1", "demo": b"artifact", "n" * 150: b"", "\u00e9": b"\0" * 70_000}
+        one, two = folder_of(tmp_path / "one", GOOD_BUNDLE, contents), folder_of(tmp_path / "other" / "two", GOOD_BUNDLE, dict(reversed(contents.items())))
+        for path in (two / "artifacts").iterdir():
+            os.utime(path, (1, 2))
+            path.chmod(0o400)
+        data = archive_of(one)
+        assert data == archive_of(one) == archive_of(two)
+        assert data[:10] == b"\x1f\x8b\x08\x00\x00\x00\x00\x00" + data[8:10]  # no name, no time [RFC 1952]
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = tar.getmembers()
+        assert [(info.name, info.mode, info.isdir()) for info in members] == [
+            ("demo", 0o755, True), ("demo/artifacts", 0o755, True), *((f"demo/artifacts/{name}", 0o755, False) for name in sorted(contents)),
+            ("demo/evidence.json", 0o644, False), ("demo/provenance.json", 0o644, False)]
+        assert {(info.mtime, info.uid, info.gid, info.uname, info.gname) for info in members} == {(0, 0, 0, "", "")}
+
+    @settings(max_examples=20)
+    @given(st.dictionaries(st.from_regex(r"[a-z. \u00e9-]{1,12}", fullmatch=True).filter(lambda name: name not in (".", "..")) | st.just("x" * 200),
+                           st.binary(max_size=600), max_size=4))
+    @example({"evidence.json": b"1", "provenance.json": b"2"})
+    def test_archive_and_directory_are_the_same_bundle(self, tmp_path_factory: pytest.TempPathFactory, artifacts: dict[str, bytes]) -> None:
+        root = tmp_path_factory.mktemp("bundle")
+        folder = folder_of(root / "made", GOOD_BUNDLE, artifacts)
+        archive = packed(root / "a.tar.gz", archive_of(folder))
+        with tarfile.open(archive) as tar:
+            tar.extractall(root / "unpacked", filter="data")
+        expected = GOOD_BUNDLE._replace(artifacts={name: hashlib.sha256(content).hexdigest() for name, content in artifacts.items()})
+        found = confbuild.read_bundle(archive)
+        assert found == confbuild.read_bundle(str(folder)) == confbuild.read_bundle(str(root / "unpacked" / "demo")) == expected
+
+    @pytest.mark.parametrize("size", [(1 << 20) + 1, confbuild.MAX_JSON, confbuild.MAX_JSON + 1, confbuild.MAX_JSON + 2_000_000])
+    def test_large_documents(self, tmp_path: Path, size: int) -> None:
+        """Read to one byte more than a document may have, and then refused by the verifier."""
+        files = GOOD_BUNDLE._replace(provenance=b" " * size)
+        folder = folder_of(tmp_path / "made", files, {"demo": b"artifact"})
+        found = confbuild.read_bundle(str(folder))
+        assert found == confbuild.read_bundle(packed(tmp_path / "a", archive_of(folder)))
+        assert len(found.provenance) == min(size, confbuild.MAX_JSON + 1)
+
+    @pytest.mark.parametrize(("members", "message"), [
+        ((DEMO, PROVENANCE), "provenance.json or evidence.json is missing"), ((EVIDENCE, DEMO), "provenance.json or evidence.json is missing"),
+        ((), "provenance.json or evidence.json is missing"),
+        ((*WHOLE, DEMO), "'demo/artifacts/demo' is out of place"), ((*WHOLE, PROVENANCE), "'demo/provenance.json' is out of place"),
+        ((*WHOLE, ("demo/extra", b"", FILE_TYPE)), "'demo/extra' is out of place"),
+        ((*WHOLE, ("demo/more", "", FOLDER)), "'demo/more' is out of place"),
+        ((*WHOLE, ("demo/artifacts/sub", "", FOLDER)), "'demo/artifacts/sub' is out of place"),
+        ((*WHOLE, ("demo/demo/provenance.json", b"", FILE_TYPE)), "is out of place"),
+        ((*WHOLE, ("demo/artifacts/link", "demo", SYMLINK)), "'demo/artifacts/link' is out of place"),
+        ((*WHOLE, ("demo/artifacts/link", "demo/artifacts/demo", LINK)), "is out of place"),
+        ((("demo", "/", SYMLINK), *WHOLE[1:]), "'demo' is out of place"),
+        ((*WHOLE, ("demo/artifacts/dev", "", DEVICE)), "'demo/artifacts/dev' is a device"),
+        ((*WHOLE, ("demo/artifacts/pipe", "", FIFO)), "'demo/artifacts/pipe' is a device"),
+        ((("provenance.json", b"", FILE_TYPE),), "'provenance.json' is out of place"),
+        ((("/provenance.json", b"", FILE_TYPE),), "'/provenance.json' is out of place"),
+        ((("./provenance.json", b"", FILE_TYPE),), "'./provenance.json' is out of place"),
+        ((("../provenance.json", b"", FILE_TYPE),), "'../provenance.json' is out of place"),
+        ((("demo/./provenance.json", b"", FILE_TYPE),), "is out of place"),
+        ((*WHOLE, ("demo/../demo/artifacts/demo", b"", FILE_TYPE)), "is out of place"),
+        ((DEMO, EVIDENCE, ("other/provenance.json", GOOD_BUNDLE.provenance, FILE_TYPE)), "'other/provenance.json' is out of place"),
+        ((*WHOLE, ("other", "", FOLDER)), "'other' is out of place"), ((*WHOLE, ("other/artifacts/demo2", b"", FILE_TYPE)), "is out of place"),
+        ((*WHOLE, header("demo/artifacts/x", b"0", -1024)), "neither a bundle nor its archive"),
+        ((*WHOLE, header("x", b"x", -1024)), "a header of more than"),
+        ((*WHOLE, header("x", b"x", 1 << 40)), "a header of more than"), ((*WHOLE, header("x", b"L", 1 << 40)), "a header of more than"),
+        ((*WHOLE, SPARSE), "neither a bundle nor its archive"),
+        ((*WHOLE, header("x", b"x", len(DIGITS), content=DIGITS)), "neither a bundle nor its archive"),
+        ((*WHOLE, header("x", b"x", 50_000, content=DIGITS[:50_000])), "damaged pax header"),
+        ((*WHOLE, header("x", b"x", 50_000, content=b"50000 a=" + DIGITS[:49_991] + b"\n")), "damaged pax header"),
+        ((*WHOLE, *[header("x", b"x", 7, content=b"7 a=bb\n")] * 2000), "neither a bundle nor its archive"),
+        # What another reader would unpack over what has been verified.
+        ((*WHOLE, b"\1" * 512, ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive"),
+        ((*WHOLE, bytes(1024), ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive")])
+    def test_odd_archives(self, tmp_path: Path, members: tuple[TarEntry, ...], message: str) -> None:
+        path = packed(tmp_path / "a.tar.gz", gzip.compress(tar_of(*members), 1))
+        with within(10), pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: .*{re.escape(message)}"):
+            confbuild.read_bundle(path)
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (b"", "neither a bundle nor its archive: empty file"), (b"hello", "neither a bundle nor its archive: Not a gzipped file"),
+        (b"PK\3\4", "neither a bundle nor its archive: Not a gzipped file"),
+        (gzip.compress(b""), "neither a bundle nor its archive: empty file"), (gzip.compress(b"hello" * 300), "neither a bundle nor its archive"),
+        (gzip.compress(tar_of(*WHOLE))[:-9], "neither a bundle nor its archive"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\0\xff\xff", "neither a bundle nor its archive"),
+        (gzip.compress(tar_of(*WHOLE))[:-5] + b"\0" * 5, "neither a bundle nor its archive: CRC check failed")])
+    def test_bytes_that_are_no_archive(self, tmp_path: Path, data: bytes, message: str) -> None:
+        path = packed(tmp_path / "a", data)
+        with pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: {re.escape(message)}"):
+            confbuild.read_bundle(path)
+
+    def test_an_archive_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = packed(tmp_path / "a", gzip.compress(tar_of(*WHOLE, ("demo/artifacts/zeros", bytes(3_000_000), FILE_TYPE)), 1))
+        assert confbuild.read_bundle(path).artifacts["zeros"] == hashlib.sha256(bytes(3_000_000)).hexdigest()
+        with monkeypatch.context() as patched:
+            patched.setattr(confbuild, "MAX_UNPACKED", 3_000_000)
+            with pytest.raises(confbuild.UsageError, match="unpacks to more than 3000000 bytes"):
+                confbuild.read_bundle(path)
+        monkeypatch.setattr(confbuild, "MAX_MEMBERS", 6)
+        assert confbuild.read_bundle(path).provenance == GOOD_BUNDLE.provenance
+        monkeypatch.setattr(confbuild, "MAX_MEMBERS", 5)
+        with pytest.raises(confbuild.UsageError, match="more than 5 members"):
+            confbuild.read_bundle(path)
+
+    @given(where=st.floats(0, 1, exclude_max=True), change=st.integers(1, 255) | st.none())
+    def test_a_damaged_archive_is_refused_or_the_same(self, tmp_path_factory: pytest.TempPathFactory, where: float, change: int | None) -> None:
+        """Both at the level of gzip and, compressed again, at that of tar, where a header's checksum hides nothing that matters."""
+        raw = tar_of(*WHOLE)
+        for data, pack in ((gzip.compress(raw), bytes), (raw, gzip.compress)):
+            i = math.floor(where * len(data))
+            broken = data[:i] if change is None else data[:i] + bytes([data[i] ^ change]) + data[i + 1:]
+            try:
+                found = confbuild.read_bundle(packed(tmp_path_factory.mktemp("a") / "a", pack(broken)))
+            except confbuild.UsageError:
+                continue
+            assert pack is gzip.compress or found == GOOD_BUNDLE
+            assert found == GOOD_BUNDLE or confbuild.verify_bundle(found, ANY).verdict == "failed" or found.evidence != GOOD_BUNDLE.evidence
+
+    def test_odd_directories(self, tmp_path: Path) -> None:
+        def made(name: str) -> Path:
+            return folder_of(tmp_path / name, GOOD_BUNDLE, {"demo": b"artifact"})
+
+        odd = made("odd")
+        (odd / "artifacts" / "link").symlink_to("demo")
+        (odd / "artifacts" / "dangling").symlink_to("nowhere")
+        (odd / "artifacts" / "sub").mkdir()
+        os.mkfifo(odd / "artifacts" / "pipe")
+        (odd / "README").write_text("beside a bundle, and no part of it")
+        found = confbuild.read_bundle(str(odd))
+        assert found == GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, **dict.fromkeys(("link", "dangling", "sub", "pipe"), "no regular file")})
+        assert status_of(confbuild.verify_bundle(found, ANY), "unlisted files") == "failed"
+        bare = made("bare")
+        shutil.rmtree(bare / "artifacts")
+        assert confbuild.read_bundle(str(bare)) == GOOD_BUNDLE._replace(artifacts={})
+
+    @pytest.mark.parametrize(("steps", "message"), [
+        ([shutil.rmtree], "No such file or directory"),
+        ([lambda root: (root / "provenance.json").unlink()], "No such file or directory"),
+        ([lambda root: (root / "evidence.json").unlink()], "No such file or directory"),
+        ([lambda root: shutil.rmtree(root / "artifacts"), lambda root: (root / "artifacts").write_text("")], "Not a directory"),
+        ([lambda root: (root / "provenance.json").unlink(), lambda root: (root / "provenance.json").mkdir()], "regular file|Is a directory"),
+        # A link of the whole folder is none of a file in it.
+        ([lambda root: (root / "artifacts").rename(root.parent / "other"), lambda root: (root / "artifacts").symlink_to("../other")], "link"),
+        ([lambda root: (root / "evidence.json").unlink(), lambda root: os.mkfifo(root / "evidence.json")], "no regular file")],
+        ids=["nothing", "no provenance", "no evidence", "artifacts is a file", "provenance is a folder", "artifacts is a link", "evidence is a pipe"])
+    def test_directories_that_are_no_bundle(self, tmp_path: Path, steps: Sequence[Callable[[Path], Any]], message: str) -> None:
+        root = folder_of(tmp_path / "bundle", GOOD_BUNDLE, {"demo": b"artifact"})
+        for step in steps:
+            step(root)
+        with within(3), pytest.raises(confbuild.UsageError, match=message):
+            confbuild.read_bundle(str(root))
+
+# endregion 12
+# ==============================================================================
+# region 13. Pipeline
+# ==============================================================================
+
+
+class Built:
+    """What `python confbuild.py build` left behind. events: by type."""
+
+    def __init__(self, source: Path, out: Path, *options: str, **env: str) -> None:
+        command = [sys.executable, str(FILE), "build", str(source), "-o", str(out), "--output", "json", "--nonce", NONCE, *options]
+        run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
+        self.status, self.errors, self.out = run.returncode, run.stderr, out
+        self.rows = [json.loads(line) for line in run.stdout.splitlines()]
+        self.result = next((row["result"] for row in self.rows if row["type"] == "complete"), None)
+
+    def told(self, phase: str) -> list[str]:
+        return [row["msg"] for row in self.rows if row["type"] == phase]
+
+    def provenance(self) -> Any:
+        """The provenance of a bundle that verifies."""
+        assert self.status == 0, (self.errors, self.rows)
+        data = (self.out / "provenance.json").read_bytes()
+
+        log = "".join(line + "\n" for line in self.told("build"))
+        assert confbuild.byproduct(json.loads(data), "build_log") == hashlib.sha256(log.encode()).hexdigest()
+
+        assert confbuild.main(["verify", str(self.out), "--nonce", NONCE, "--allow-simulated"]) == 0
+        return json.loads(data)["predicate"]
+
+
+def make(folder: Path, files: Mapping[str, str | bytes]) -> Path:
+    """folder with files."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def commit_all(folder: Path) -> Path:
+    git(folder, "init", "-q", ".")
+    git(folder, "add", "-A", "-f")
+    git(folder, "commit", "-q", "-m", "all")
+    git(folder, "remote", "add", "origin", "https://user:secret@example.org/demo.git")
+    return folder
+
+
+class TestBuildEnvironment:
+    def test_what_passes(self, tmp_path: Path) -> None:
+        (tmp_path / ".rustup").mkdir()
+        environ = {"PATH": "/bin", "LANG": "C", "HOME": str(tmp_path), "TMPDIR": "/t", "CARGO_HOME": "/c", "AWS_SECRET": "s",
+                   "CARGO_REGISTRY_TOKEN": "s", "NIX_CONFIG": "s",
+                   "SSH_AUTH_SOCK": "s", "RUSTC_WRAPPER": "s", "RUSTFLAGS": "s", "LD_PRELOAD": "s", "PYTHONPATH": "s", "GIT_DIR": "s",
+                   "GREETING": "hi", "NIX_CONF_DIR": "/n",
+                   "http_proxy": "http://h:1", "HTTPS_PROXY": "http://u:secret@h:1", "all_proxy": "http://u@h", "no_proxy": "h"}
+        own = {"HOME": "/w/home", "TMPDIR": "/w/tmp", "CARGO_HOME": "/w/cargo"}
+        expected = {"PATH": "/bin", "LANG": "C", "NIX_CONF_DIR": "/n", "http_proxy": "http://h:1", "no_proxy": "h",
+                    "RUSTUP_HOME": str(tmp_path / ".rustup"), **own}
+        assert confbuild.build_environment("/w", environ, ()) == expected
+        more = confbuild.build_environment("/w", environ, ("GREETING", "HTTPS_PROXY", "HOME", "ABSENT"))  # --env adds; the folders stay ours
+        assert more == {**expected, "GREETING": "hi", "HTTPS_PROXY": "http://u:secret@h:1"}
+        assert confbuild.build_environment("/w", {**environ, "RUSTUP_HOME": "/r"}, ())["RUSTUP_HOME"] == "/r"
+        assert confbuild.build_environment("/w", {}, ()) == {"PATH": os.defpath, **own}
+
+    def test_no_allowed_name_sounds_like_a_secret(self) -> None:
+
+        secret = re.compile("TOKEN|SECRET|PASS|KEY|AUTH|CRED|WRAPPER|FLAGS|PRELOAD", re.IGNORECASE)
+        assert not [name for name in confbuild.ALLOWED_ENVIRONMENT if secret.search(name)]
+
+
+class TestLogDigest:
+    def test_lines_and_cause(self) -> None:
+        got: list[tuple[str, list[str]]] = []
+        log = confbuild._LogDigest(lambda phase, lines: got.append((phase, [*lines])))
+        assert log.hexdigest() == hashlib.sha256(b"").hexdigest()
+        blocks = [["warning: an error: x", ""], [], ["\u00e9\ufffd"], ["  error[E0425]: cannot find  ", "error: later"], ["error: last"]]
+        for block in blocks:
+            log(block)
+        assert got == [("build", block) for block in blocks if block]  # nothing is emitted for nothing
+        assert log.hexdigest() == hashlib.sha256("".join(line + "\n" for block in blocks for line in block).encode()).hexdigest()
+        assert log.cause == "error[E0425]: cannot find"
+
+    @pytest.mark.parametrize(("line", "cause"), [
+        ("error: x", "error: x"), ("   error[E0001]: x ", "error[E0001]: x"), ("errors: x", ""), ("the error: x", ""), ("error x", ""),
+        ("error[]: x", ""),
+        ("\x1b[1m\x1b[91merror\x1b[0m\x1b[1m: x\x1b[0m", "error: x")])  # cargo's config.toml may have term.color = "always"
+    def test_cause(self, line: str, cause: str) -> None:
+        log = confbuild._LogDigest(lambda *_: None)
+        log([line])
+        assert log.cause == cause
+
+    @given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n")), max_size=3), max_size=5))
+    def test_blocks_do_not_matter(self, blocks: list[list[str]]) -> None:
+        whole, parts = confbuild._LogDigest(lambda *_: None), confbuild._LogDigest(lambda *_: None)
+        whole([line for block in blocks for line in block])
+        for block in blocks:
+            parts(block)
+        assert whole.hexdigest() == parts.hexdigest()
+
+
+class TestTakeArtifacts:
+    def test_copies(self, tmp_path: Path) -> None:
+        (tmp_path / "x").write_bytes(b"artifact")
+        taken = confbuild._take_artifacts([("a b", str(tmp_path / "x")), ("\u00e9", str(tmp_path / "x"))], str(tmp_path / "copies"))
+        digest = hashlib.sha256(b"artifact").hexdigest()
+        assert taken == [(name, str(tmp_path / "copies" / name), digest) for name in ("a b", "\u00e9")]
+        assert (tmp_path / "copies" / "a b").read_bytes() == b"artifact"
+        assert failure(lambda: confbuild._take_artifacts([], str(tmp_path / "none"))) == ("NoArtifacts", "the build succeeded and left no executable")
+
+    @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "..", ".", "", "a/b", "a\\b", "\udcff", "\u202e", "\x7f"])
+    def test_odd_names(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / "x").touch()
+        assert failure(lambda: confbuild._take_artifacts([(name, str(tmp_path / "x"))], str(tmp_path / "copies"))) == (
+            "ProvenanceError", f"an artifact is called {name!r}")
+
+    def test_a_link_is_never_followed(self, tmp_path: Path) -> None:
+        """What is a file when it is found and a link when it is copied must not bring in what it points to."""
+        (tmp_path / "link").symlink_to("/etc/passwd")
+        assert failure(lambda: confbuild._take_artifacts([("demo", str(tmp_path / "link"))], str(tmp_path / "copies")))[0] == "ProvenanceError"
+
+
+def plan(**changes: Any) -> confbuild.Plan:
+    """A plan of cargo."""
+    digest = confbuild.Digest("tool 1", SHA)
+
+    made = confbuild.Plan((), "cargo build --locked --release", {}, {"cargo": digest, "rustc": digest}, SHA, [LIBC], {}, lambda _: [], False)
+    return made._replace(**changes)
+
+
+class TestMakeStatement:
+    STARTED = "2026-11-23T20:21:22.000001+00:00"
+
+    def make(self, made: confbuild.Plan, commit: str = COMMIT, uri: str = "https://h/r") -> bytes:
+        return confbuild._make_statement(made, "12" * 20, commit, uri, "34" * 32, {"b": SHA, "a": SHA}, self.STARTED)
+
+    def test_known(self) -> None:
+        data = self.make(plan())
+        doc = json.loads(data)
+        assert data == json.dumps(doc, indent=2, ensure_ascii=False).encode()
+        run = doc["predicate"]["runDetails"]
+        assert re.fullmatch(r"build-20261123-202122-[0-9a-f]{8}", run["metadata"]["invocationId"])
+        assert run["metadata"]["startedOn"] == self.STARTED and list(run["metadata"]) == ["invocationId", "startedOn", "finishedOn"]
+        kettle = {"digest": {"sha256": hashlib.sha256(FILE.read_bytes()).hexdigest()}, "version": f"confbuild {confbuild.__version__}"}
+        tool = {"digest": {"sha256": SHA}, "version": "tool 1"}
+        assert doc["predicate"]["buildDefinition"] == {
+            "buildType": "https://confidential.ai/attested-builds/v1",
+            "externalParameters": {"buildCommand": "cargo build --locked --release",
+                                   "source": {"digest": {"gitCommit": COMMIT, "gitTree": "12" * 20}, "uri": "https://h/r"}},
+            "internalParameters": {"lockfileHash": {"sha256": SHA}, "toolchain": {"cargo": tool, "rustc": tool, "kettle": kettle}},
+            "resolvedDependencies": [LIBC]}
+        # The tree of CONTRACT 3, by hand: commit, tree, rustc hash and version, cargo hash and version, lock file, uris.
+        level = [hashlib.sha256(text.encode()).digest() for text in (COMMIT, "12" * 20, SHA, "tool 1", SHA, "tool 1", SHA, str(LIBC["uri"]))]
+        while len(level) > 1:
+            level = [hashlib.sha256(level[i] + level[i + 1]).digest() for i in range(0, len(level), 2)]
+
+        assert run["byproducts"] == [{"digest": {"sha256": level[0].hex()}, "name": "input_merkle_root"},
+                                     {"digest": {"sha256": "34" * 32}, "name": "build_log"}]
+        assert doc["subject"] == [{"digest": {"sha256": SHA}, "name": "a"}, {"digest": {"sha256": SHA}, "name": "b"}]
+        assert run["builder"] == {"id": "urn:confbuild:builder:simulated:v1"}
+
+    @pytest.mark.parametrize(("changes", "fragment"), [
+        ({"command": "cargo\tbuild"}, "buildCommand"), ({"lockfile_sha256": ""}, "lockfileHash"),
+        ({"parameters": {"extra": 1}}, "internalParameters"),
+        ({"programs": {"nix": confbuild.Digest("nix 1", "x")}}, "toolchain"), ({"dependencies": [{**LIBC, "extra": 1}]}, "resolvedDependencies[0]"),
+        ({"dependencies": [{**LIBC, "name": "\ud800"}]}, ""), ({"dependencies": [{**LIBC, "uri": "\ud800"}]}, ""),
+        ({"dependencies": [{**LIBC, "uri": 5}]}, ""),
+        ({"dependencies": [LIBC] * 20_000}, "")],  # more than MAX_JSON, which the verifier would not read
+        ids=["command", "lock", "parameters", "tools", "names", "surrogate", "surrogate in uri", "type", "size"])
+    def test_what_our_own_verifier_would_not_take(self, changes: dict[str, Any], fragment: str) -> None:
+        kind, message = failure(lambda: self.make(plan(**changes)))
+        assert kind == "ProvenanceError" and fragment in message
+
+    def test_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(time, "time_ns", lambda: 1_795_465_282_000_001_999)
+        assert confbuild.utc_now() == time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(1_795_465_282)) + ".000001+00:00"
+
+
+INTO_RELEASE = "mkdir -p target/release; cd target/release; "
+
+
+class TestPipeline:
+    FAILURES: tuple[tuple[Mapping[str, str | bytes], str, str], ...] = (
+        ({"README": "x"}, "UnsupportedToolchainError", "no flake.nix and no Cargo.lock in the project"),
+        (project("exit 7"), "BuildError", "cargo build --locked --release ended with status 7"),
+        (project("kill -9 $$"), "BuildError", "cargo build --locked --release ended with signal 9"),
+        (project("echo 'error[E1]: cause' >&2; echo error: after; exit 1"), "BuildError",
+         "cargo build --locked --release ended with status 1: error[E1]: cause"),
+        (project(f"printf 'error: %02000d' 1; {QUICK} exit 1"), "BuildError",
+         "cargo build --locked --release ended with status 1: error: " + "0" * 993),
+        (project("true"), "NoArtifacts", "the build succeeded and left no executable"),
+        (project(INTO_RELEASE + "ln -s /bin/sh demo; ln -s /etc/passwd x; touch plain; mkdir dir"), "NoArtifacts",
+         "the build succeeded and left no executable"),
+        (project("mkdir target; ln -s /nowhere target/release"), "NoArtifacts", "the build succeeded and left no executable"),
+        (project(INTO_RELEASE + "f=$(printf 'a\\033b'); touch \"$f\"; chmod +x \"$f\""), "ProvenanceError", r"an artifact is called 'a\x1bb'"),
+        (project(INTO_RELEASE + "f=$(printf 'a\\377b'); touch \"$f\"; chmod +x \"$f\""), "ProvenanceError", r"an artifact is called 'a\udcffb'"),
+        ({**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")}, "ProvenanceError",
+         "Cargo.lock: gone 1.0.0 has no source and is no package inside the project"),
+        # of a length that fits in an event
+        ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
+        ({**project(), "Cargo.lock": "["}, "SourceError", "Cargo.lock: TOMLDecodeError: "),
+    )
+
+    def test_failures(self, server: Callable[..., Server]) -> None:
+        running = server()
+        jobs = [running.submit(files) for files, _, _ in self.FAILURES]
+        for job, (_, kind, message) in zip(jobs, self.FAILURES, strict=True):
+            last = running.events(job)[-1]
+            assert last["type"] == "complete" and last["result"]["error_type"] == kind, last
+
+            error = last["result"]["error"]
+            assert error == message or message.endswith((": ", "nnn")) and error.startswith(message) and len(error) < 5000
+            assert running.request("GET", f"/build/{job}/result")[0] == 404
+
+    def test_a_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Its events; no secret in its environment; a history that proves nothing is told and gone; what was planted is gone."""
+
+        environ = {"AWS_SECRET": "s3cret", "http_proxy": "http://u:s3cret@h", "GREETING": "hi", "RUSTC_WRAPPER": "s3cret"}
+        running = server("--env", "GREETING", "--env", "ABSENT", env=environ)
+        build = ('test -e .git && exit 9; test -e target && exit 8; env; echo "$PWD $HOME $TMPDIR $CARGO_HOME"; echo odd >&2; '
+                 'printf "\\377\\r\\nlast"\n' + QUICK + "chmod +x target/release/*\n")
+        job = running.submit({**project(build), ".git/HEAD": "ref: refs/heads/main\n", "target/release/evil": "x", "target/evil": "x"})
+        events = running.events(job)
+        order = [confbuild.PHASES.index(event["type"]) for event in events]
+        assert order == sorted(order) and events[-1] == {"type": "complete", "result": {"status": "ok"}}
+        told = {phase: [event["msg"] for event in events if event["type"] == phase] for phase in ("detect", "init", "build", "provenance", "attest")}
+        assert told["detect"] == ["cargo"] and told["init"] == ["Verifying build inputs", "Commit not recorded: there is no history"]
+        assert "GREETING=hi" in told["build"] and not [line for line in told["build"] if "s3cret" in line]
+        cwd, *folders = next(line for line in told["build"] if line.startswith("/")).split()
+        assert [os.path.relpath(folder, cwd) for folder in folders] == ["../../home", "../../tmp", "../../cargo"] and not os.path.exists(cwd)
+        assert told["build"][-3:] == ["odd", "\ufffd", "last"]
+        (tmp_path / "result").write_bytes(running.request("GET", f"/build/{job}/result")[2])
+        found = confbuild.read_bundle(str(tmp_path / "result"))
+        assert found.artifacts == {"demo": hashlib.sha256(b"built\n").hexdigest()}
+        assert confbuild.verify_bundle(found, confbuild.Expectations(nonce=NONCE)).verdict == "simulated"
+        doc = json.loads(found.provenance)
+        source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        assert source["digest"]["gitCommit"] == source["uri"] == "" and b"s3cret" not in found.provenance
+        assert confbuild.byproduct(doc, "build_log") == hashlib.sha256("".join(line + "\n" for line in told["build"]).encode()).hexdigest()
+
+    @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
+    @needs("git")
+    def test_a_planted_output(self, tmp_path: Path, stub_path: str, history: str) -> None:
+        """A target directory of earlier builds, whatever git thinks of it, is no part of the source; and what is built verifies."""
+        demo = make(tmp_path / "demo", project(QUICK + "chmod +x target/release/*\n"))
+        if history == "untracked":
+            commit_all(demo)
+        make(demo, {"target/release/evil": "#!/bin/sh\n"})
+        if history == "committed":
+            commit_all(demo)
+        built = Built(demo, tmp_path / "out", PATH=stub_path)
+        source = built.provenance()["buildDefinition"]["externalParameters"]["source"]
+        assert os.listdir(tmp_path / "out" / "artifacts") == ["demo"]
+        assert source["digest"]["gitCommit"] == source["uri"] == ""
+
+    def test_a_nix_project_may_have_a_folder_called_target(self, tmp_path: Path, nix: Path) -> None:
+        """Only the output folders of the toolchain that builds are left out."""
+        script(tmp_path / "store" / "a-demo" / "bin" / "demo", "echo demo\n")
+        (nix / "stdout").write_text(f"{tmp_path}/store/a-demo\n")
+        demo = make(tmp_path / "demo", {"flake.nix": "{ }", "Cargo.lock": LOCK, "target/linux/Makefile": "all:\n"})
+        built = Built(demo, tmp_path / "out", PATH=on_path(nix)["PATH"])
+        definition = built.provenance()["buildDefinition"]
+        assert built.told("detect") == ["nix"] and built.told("build") == ["building", f"{tmp_path}/store/a-demo"]
+        assert definition["internalParameters"]["evaluation"] == {"derivationCount": 2, "fetchCount": 1}
+
+        tree = confbuild.git_tree(str(demo), ["flake.nix", "Cargo.lock", "target/linux/Makefile"])
+        assert definition["externalParameters"]["source"]["digest"]["gitTree"] == tree
+
+
+WORKSPACE = {
+    ".gitignore": "/target\n", "Cargo.toml": '[workspace]\nmembers = ["app", "part"]\nresolver = "2"\n',
+    "app/Cargo.toml": '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n[dependencies]\npart = { path = "../part" }\ntiny = "1"\n',
+    "app/build.rs": 'fn main() { eprintln!("to stderr"); println!("cargo:warning=from build.rs"); }\n',
+    "app/src/main.rs": 'fn main() { println!("{} {}", part::name(), tiny::name()); }\n',
+    "part/Cargo.toml": '[package]\nname = "part"\nversion = "0.2.0"\nedition = "2021"\n',
+    "part/src/lib.rs": 'pub fn name() -> &\'static str { "part" }\n',
+    "vendor/tiny/Cargo.toml": '[package]\nname = "tiny"\nversion = "1.0.0"\nedition = "2021"\n',
+    "vendor/tiny/src/lib.rs": 'pub fn name() -> &\'static str { "tiny" }\n',
+    "vendor/tiny/.cargo-checksum.json": json.dumps({"files": {}, "package": SHA}),
+    ".cargo/config.toml": '[source.crates-io]\nreplace-with = "vendored"\n[source.vendored]\ndirectory = "vendor"\n'
+                          '[build]\nrustc = "/evil"\ntarget-dir = "elsewhere"\n',
+    "Cargo.lock": ('version = 3\n' + entry("app", "0.1.0") + 'dependencies = ["part", "tiny"]\n' + entry("part", "0.2.0")
+                   + entry("tiny", "1.0.0", source=REGISTRY, checksum=SHA))}
+
+
+class TestRealCargo:
+    @needs("cargo")
+    @needs("git")
+    def test_a_clean_checkout(self, tmp_path: Path) -> None:
+        demo = commit_all(make(tmp_path / "demo", WORKSPACE))
+        script(demo / "target" / "release" / "evil", "")  # which git ignores
+        built = Built(demo, tmp_path / "out", AWS_SECRET="s3cret")
+        predicate = built.provenance()
+        definition = predicate["buildDefinition"]
+        assert definition["externalParameters"] == {"buildCommand": "cargo build --locked --release", "source": {
+            "digest": {"gitCommit": git(demo, "rev-parse", "HEAD"), "gitTree": git(demo, "rev-parse", "HEAD^{tree}")},
+            "uri": "https://example.org/demo.git"}}
+        assert definition["resolvedDependencies"] == [{"digest": {"sha256": SHA}, "name": "tiny",
+                                                       "uri": f"pkg:cargo/tiny@1.0.0?checksum=sha256:{SHA}"}]
+        assert definition["internalParameters"]["lockfileHash"]["sha256"] == hashlib.sha256((demo / "Cargo.lock").read_bytes()).hexdigest()
+        tools = definition["internalParameters"]["toolchain"]
+        assert list(tools) == ["cargo", "rustc", "kettle"]
+        for name in ("cargo", "rustc"):
+
+            which = ["rustup", "which", name] if shutil.which("rustup") else ["which", name]
+            asked = subprocess.run(which, capture_output=True, text=True, check=True).stdout.strip()
+            assert tools[name]["digest"]["sha256"] == hashlib.sha256(Path(asked).resolve().read_bytes()).hexdigest()
+            assert tools[name]["version"] == subprocess.run([asked, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+        assert [line for line in built.told("build") if line.endswith("app@0.1.0: from build.rs")] and "Finished" in built.told("build")[-1]
+
+        subjects = json.loads((tmp_path / "out" / "provenance.json").read_bytes())["subject"]
+        assert os.listdir(tmp_path / "out" / "artifacts") == ["app"] == [subject["name"] for subject in subjects]
+        assert subprocess.run([tmp_path / "out" / "artifacts" / "app"], capture_output=True, text=True, check=True).stdout == "part tiny\n"
+        assert not [path for path in (tmp_path / "out").rglob("*.json") if b"secret" in path.read_bytes()]
+        assert not (demo / "elsewhere").exists() and git(demo, "status", "--porcelain") == ""
+
+    @needs("cargo")
+    @pytest.mark.parametrize(("files", "kind", "cause"), [
+        ({"src/main.rs": 'fn main() { let unused = 1; }\nfn other() -> u8 { "x" }\n'}, "BuildError", r"error\[E0308\]: mismatched types"),
+        ({"src/lib.rs": "pub fn nothing() {}\n"}, "NoArtifacts", "the build succeeded and left no executable"),
+        ({"src/main.rs": "fn main() {}\n", "Cargo.toml": MANIFEST.replace("0.1.0", "0.2.0")}, "BuildError", r"error: .*--locked.*"),
+    ], ids=["compile error", "library", "old lock"])
+    def test_failures(self, tmp_path: Path, files: dict[str, str], kind: str, cause: str) -> None:
+        built = Built(make(tmp_path / "demo", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **files}), tmp_path / "out")
+        assert built.status == 1 and built.result is not None and built.result["error_type"] == kind and not (tmp_path / "out").exists()
+        prefix = "cargo build --locked --release ended with status 101: " if kind == "BuildError" else ""
+        assert re.fullmatch(re.escape(prefix) + cause, built.result["error"]), built.result
+        first = next((line for line in built.told("build") if line.startswith("error")), "")
+        assert kind == "NoArtifacts" or built.result["error"] == prefix + first
+
+    @needs("git")
+    def test_a_dirty_tree(self, tmp_path: Path, stub_path: str) -> None:
+        demo = commit_all(make(tmp_path / "demo", project()))
+        make(demo, {"src/main.rs": "fn main() { evil() }\n", "new": ""})
+        said = subprocess.run([sys.executable, str(FILE), "build", str(demo), "-o", str(tmp_path / "out")], env={**os.environ, "PATH": stub_path},
+                              capture_output=True, text=True, timeout=60, check=True).stderr
+        assert "packed 5 files as they are, without history: git has modified or untracked files" in said
+        git(demo, "add", "-A")
+
+        source = json.loads((tmp_path / "out" / "provenance.json").read_bytes())["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        assert source == {"digest": {"gitCommit": "", "gitTree": git(demo, "write-tree")}, "uri": ""}
+
+
+FLAKE = """{ outputs = { self }: let
+  system = "@-linux";
+  base = { inherit system; builder = "/bin/sh"; PATH = "/usr/bin:/bin"; };
+  data = derivation (base // { name = "data-1.0.txt"; args = [ "-c" "printf 'known content\\\\n' > $out" ]; url = "https://example.org/data-1.0.txt";
+    outputHashMode = "flat"; outputHashAlgo = "sha256"; outputHash = "@SRI"; });
+in { packages.${system}.default = derivation (base // { name = "hello-1.0"; args = [ "-c" ''
+  echo to the log >&2; mkdir -p $out/bin; { echo '#!/bin/sh'; echo "echo $(cat ${data})"; } > $out/bin/hello
+  chmod 755 $out/bin/hello; ln -s /bin/sh $out/bin/out '' ]; });
+}; }
+"""
+
+
+class TestRealNix:
+    @needs("nix")
+    @needs("git")
+    def test_a_flake(self, tmp_path: Path) -> None:
+        """No nixpkgs, no network: one fixed-output derivation, in a store of its own."""
+        conf = "sandbox = false\nsubstituters =\nbuild-users-group =\nexperimental-features = nix-command flakes\n"
+        make(tmp_path / "conf", {"nix.conf": conf})
+        flake = FLAKE.replace("@SRI", SRI["sha256"]).replace("@", os.uname().machine)
+        demo = commit_all(make(tmp_path / "demo", {"flake.nix": flake, "target/kept": "x"}))
+        try:
+            built = Built(demo, tmp_path / "out", NIX_CONF_DIR=str(tmp_path / "conf"), NIX_STORE_DIR=str(tmp_path / "store"),
+                          NIX_STATE_DIR=str(tmp_path / "state"), NIX_LOG_DIR=str(tmp_path / "log"))
+            definition = built.provenance()["buildDefinition"]
+            command = definition["externalParameters"]["buildCommand"]
+            program = Path(shutil.which("nix") or "").resolve()
+            version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.strip()
+            assert definition["internalParameters"] == {
+                "evaluation": {"derivationCount": 2, "fetchCount": 1}, "lockfileHash": {"sha256": hashlib.sha256(b"").hexdigest()},
+                "toolchain": {"nix": {"digest": {"sha256": hashlib.sha256(program.read_bytes()).hexdigest()}, "version": version},
+                              "kettle": definition["internalParameters"]["toolchain"]["kettle"]}}
+            fetch, = definition["resolvedDependencies"]
+            assert re.search(r"[0-9a-z]{32}-data-1\.0\.txt\.drv$", fetch["annotations"].pop("drvPath"))
+            assert fetch == {"annotations": {"outputHashMode": "flat", "url": "https://example.org/data-1.0.txt"},
+                             "digest": {"sha256": KNOWN_DIGESTS["sha256"]},
+                             "name": "data-1.0.txt", "uri": f"pkg:nix-fetch/data-1.0.txt?hash=sha256:{KNOWN_DIGESTS['sha256']}"}
+            assert definition["externalParameters"]["source"] == {
+                "digest": {"gitCommit": git(demo, "rev-parse", "HEAD"), "gitTree": git(demo, "rev-parse", "HEAD^{tree}")},
+                "uri": "https://example.org/demo.git"}
+            # The command was really run: nix itself, given it again, names the output whose program is the artifact.
+            assert re.fullmatch(rf"nix build --no-link (--json|--print-out-paths) {FEATURES}", command)
+            assert "hello-1.0" in built.told("build")[-1] and str(tmp_path / "store") in built.told("build")[-1]
+            assert os.listdir(tmp_path / "out" / "artifacts") == ["hello"]
+            assert subprocess.run([tmp_path / "out" / "artifacts" / "hello"], capture_output=True, text=True, check=True).stdout == "known content\n"
+        finally:  # the store is read-only
+            subprocess.run(["chmod", "-R", "u+w", str(tmp_path)], check=False)
+
+# endregion 13
+# ==============================================================================
+# region 14. Event log
+# ==============================================================================
+
+
+def sent(payloads: confbuild.Payloads) -> list[str]:
+    """The JSON texts that payloads stands for."""
+    return [payloads.before + part + payloads.after for part in payloads.parts]
+
+
+def frames(texts: list[str], first: int = 1) -> list[bytes]:
+    """The frames of CONTRACT 1, written independently: id, data, an empty line."""
+    return [f"id: {n}\ndata: {text}\n\n".encode() for n, text in enumerate(texts, first)]
+
+
+def filled(path: Path, count: int, size: int = 0) -> tuple[confbuild.EventLog, list[bytes]]:
+    """A log of count build lines of about size bytes, and its frames."""
+    log = confbuild.EventLog(str(path))
+    payloads = confbuild.to_payloads("build", [f"{n} " + "x" * size for n in range(count)])
+    log.append(payloads)
+    return log, frames(sent(payloads))
+
+
+COMPLETE_EVENT = confbuild.to_payload({"type": "complete", "result": {"status": "ok"}})
+
+
+class TestEventLog:
+    def test_known_bytes(self, tmp_path: Path) -> None:
+        """Source: the example in CONTRACT.md, section 1."""
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        log.append(confbuild.to_payload({"type": "queued", "position": 0}))
+        log.append(confbuild.to_payloads("detect", ["cargo"]))
+        log.append(confbuild.to_payloads("build", ["a\tb", "é\"\\\x7f"]))
+        log.append(confbuild.to_payloads("build", []))
+        assert (tmp_path / "log").read_bytes() == (
+            b'id: 1\ndata: {"type":"queued","position":0}\n\nid: 2\ndata: {"type":"detect","msg":"cargo"}\n\n'
+            b'id: 3\ndata: {"type":"build","msg":"a\\tb"}\n\nid: 4\ndata: {"type":"build","msg":"\\u00e9\\"\\\\\\u007f"}\n\n')
+        assert (log.count, log.finished, log.last()) == (4, False, {"type": "build", "msg": "é\"\\\x7f"})
+
+    @given(st.sampled_from(confbuild.PHASES), st.lists(st.text()), st.lists(st.text(st.characters(min_codepoint=32, max_codepoint=126)), min_size=1))
+    def test_payloads(self, phase: str, texts: list[str], plain: list[str]) -> None:
+        for messages in (texts, plain, [text.replace('"', "").replace("\\", "") for text in plain]):
+            payloads = confbuild.to_payloads(phase, messages)
+            assert sent(payloads) == [confbuild.compact_json({"type": phase, "msg": message}) for message in messages]
+        assert payloads.before.endswith(':"')  # the quick path
+
+    @settings(max_examples=25)
+    @given(st.lists(st.tuples(st.integers(1, 150), st.integers(0, 400), st.booleans()), max_size=6))
+    def test_offsets(self, appends: list[tuple[int, int, bool]]) -> None:
+        """Offsets are those of the bytes, whatever was appended at once, also by the next process."""
+        with tempfile.TemporaryDirectory() as folder:
+            told: list[int] = []
+            path, naive = f"{folder}/log", [0]
+            log = confbuild.EventLog(path, lambda log: told.append(log.count))
+            for number, size, reopen in appends:
+                payloads = confbuild.to_payloads("build", ["y" * (size * n % 401) + "é" * (n % 2) for n in range(number)])
+                for frame in frames(sent(payloads), len(naive)):
+                    naive.append(naive[-1] + len(frame))
+                log.append(payloads)
+                if reopen:
+                    log = confbuild.EventLog(path, lambda log: told.append(log.count))
+                assert (log.size, log.count, told[-1]) == (naive[-1], len(naive) - 1, log.count)
+                assert [log.offset_of(n) for n in range(log.count + 2)] == [*naive, naive[-1]]
+                assert log._index.itemsize == 8 and len(log._index) <= log.count // confbuild.STRIDE + 1
+            assert len(told) == len(appends)
+
+    @pytest.mark.parametrize("count", [1, 2, 64, 65, 129])
+    def test_torn(self, tmp_path: Path, count: int) -> None:
+        """Whatever is missing of the last frame, the others are there, and the log goes on after them."""
+        _, whole = filled(tmp_path / "log", count)
+        for cut in range(len(whole[-1])):
+            (tmp_path / "log").write_bytes(b"".join(whole)[:-len(whole[-1])] + whole[-1][:cut])
+            log = confbuild.EventLog(str(tmp_path / "log"))
+            assert (log.count, log.size, log.finished) == (count - 1, sum(map(len, whole[:-1])), False)
+            log.append(COMPLETE_EVENT)
+            assert (tmp_path / "log").read_bytes() == b"".join(whole[:-1]) + frames(sent(COMPLETE_EVENT), count)[0]
+            assert confbuild.EventLog(str(tmp_path / "log")).finished
+
+    @pytest.mark.parametrize("data", [b"\0" * 5000, b"hello\n\n", b"id: 2\ndata: {}\n\n", b"\n\n", b"id: 1\nretry: 5\n\n", b"id: 11\ndata: {}\n\n"])
+    def test_garbage(self, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "log").write_bytes(data)
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        assert (log.count, log.size, log.last(), log.offset_of(0)) == (0, 0, {}, 0)
+        log.append(COMPLETE_EVENT)
+        assert (tmp_path / "log").read_bytes() == frames(sent(COMPLETE_EVENT))[0]
+
+    @pytest.mark.parametrize("lost", [1, 2, 30, 64, 65, 66, 128, 129, 130, 200])
+    def test_damaged(self, tmp_path: Path, lost: int) -> None:
+        """A frame whose bytes a crashed machine has lost, which are then zero, ends the log before it."""
+        _, whole = filled(tmp_path / "log", 200)
+        whole[lost - 1] = bytes(len(whole[lost - 1]))
+        (tmp_path / "log").write_bytes(b"".join(whole))
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        assert (log.count, log.size) == (lost - 1, sum(map(len, whole[:lost - 1])))
+
+    def test_failed_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A disk that fills up in the middle of an append: nothing was emitted, nobody was told."""
+        told: list[int] = []
+        log = confbuild.EventLog(str(tmp_path / "log"), lambda log: told.append(log.count))
+        log.append(confbuild.to_payloads("build", ["first"]))
+        before, pwrite, calls = (tmp_path / "log").read_bytes(), os.pwrite, []
+
+        def full(fd: int, data: memoryview, offset: int) -> int:
+            calls.append(offset)
+            if len(calls) > 2:
+                raise OSError(28, "No space left on device")
+            return pwrite(fd, data[:1000], offset)
+
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.append(confbuild.to_payloads("build", ["z" * 90] * 100))
+        monkeypatch.undo()
+        assert (log.count, log.size, told, (tmp_path / "log").read_bytes(), len(calls)) == (1, len(before), [1], before, 3)
+        log.append(COMPLETE_EVENT)
+        assert (tmp_path / "log").read_bytes() == before + frames(sent(COMPLETE_EVENT), 2)[0]
+
+    def test_complete(self, tmp_path: Path) -> None:
+        """Only a real `complete` finishes a log; nothing comes after it."""
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        log.append(confbuild.to_payloads("build", ['{"type":"complete",', '\ndata: {"type":"complete",']))
+        assert not log.finished and not confbuild.EventLog(str(tmp_path / "log")).finished
+        log.append(COMPLETE_EVENT)
+        for one in (log, confbuild.EventLog(str(tmp_path / "log"))):
+            assert one.finished and one.last()["result"] == {"status": "ok"}
+            with pytest.raises(ValueError, match="the log is complete"):
+                one.append(COMPLETE_EVENT)
+
+# endregion 14
+# ==============================================================================
+# region 15. Event streams
+# ==============================================================================
+
+
+def dechunk(data: bytes) -> bytes:
+    """The content of a chunked body [RFC9112 7.1] which must have ended properly."""
+    out, at = b"", 0
+    while True:
+        end = data.index(b"\r\n", at)
+        size = int(data[at:end], 16)
+        out, at = out + data[end + 2:end + 2 + size], end + 2 + size
+        assert data[at:at + 2] == b"\r\n"
+        if size == 0:
+            assert at + 2 == len(data)
+            return out
+        at += 2
+
+
+def read_all(sock: socket.socket, seconds: float = 30) -> bytes:
+    """Everything to the end."""
+    sock.settimeout(seconds)
+    return b"".join(iter(lambda: sock.recv(1 << 20), b""))
+
+
+def keep(bodies: dict[int, bytes], n: int, sock: socket.socket) -> None:
+    """For a thread: what sock gives."""
+    bodies[n] = read_all(sock)
+
+
+class Desk:
+    """A streamer with one log and the sockets of its watchers."""
+
+    def __init__(self, path: Path, keepalive_s: float = 15) -> None:
+        self.streamer = confbuild.Streamer(keepalive_s)
+        self.path = path
+        self.log = confbuild.EventLog(str(path), self.streamer.grown)
+        self.ends: list[socket.socket] = []
+
+    def watch(self, start: int = 0, chunked: bool = True, kind: str = "tcp", rcvbuf: int = 0) -> tuple[socket.socket, confbuild.Watcher]:
+        if kind == "pair":
+            ours, theirs = socket.socketpair()
+        else:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                ours = socket.socket()
+                if rcvbuf:
+                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
+                ours.connect(listener.getsockname())
+                theirs = listener.accept()[0]
+        watcher = confbuild.Watcher(theirs, self.log, start, chunked, False, b"")
+        self.streamer.add(watcher)
+        self.ends.append(ours)
+        return ours, watcher
+
+    def append(self, *lines: str) -> None:
+        self.log.append(confbuild.to_payloads("build", lines))
+
+    def finish(self) -> bytes:
+        """The bytes of the log, which is complete now."""
+        self.log.append(COMPLETE_EVENT)
+        return self.path.read_bytes()
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
+    made: list[Desk] = []
+
+    def make(**keywords: Any) -> Desk:
+        made.append(Desk(tmp_path / f"log{len(made)}", **keywords))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.streamer.stop()
+        for sock in one.ends:
+            sock.close()
+
+
+class TestStreamer:
+    @pytest.mark.parametrize("chunked", [True, False])
+    @pytest.mark.parametrize(("kind", "size"), [("tcp", 5), ("pair", 5), ("tcp", 60_000), ("pair", 60_000)])
+    def test_replay_then_live(self, desk: Callable[..., Desk], chunked: bool, kind: str, size: int) -> None:
+        """The same bytes whether they were there or come, little ones and some MiB of them."""
+        d = desk()
+        d.append(*(f"{n}" * size for n in range(9)))
+        sock, watcher = d.watch(2, chunked, kind)
+        wait_for(lambda: sock.recv(1, socket.MSG_PEEK))
+        d.append(*("live" * size for _ in range(70)))
+        data, got = d.finish(), read_all(sock)
+        assert (dechunk(got) if chunked else got) == data[d.log.offset_of(2):]
+        assert wait_for(lambda: watcher.sock.fileno() == -1) and d.streamer.watchers == 0
+
+    def test_slow_reader(self, desk: Callable[..., Desk]) -> None:
+        """One who does not read holds up neither the appender nor others, and gets all in the end."""
+        d = desk()
+        slow = [d.watch(rcvbuf=4096, chunked=chunked)[0] for chunked in (True, False)]
+        fast, _ = d.watch()
+        for _ in range(40):
+            d.append(*["s" * 4000] * 64)
+        data = d.finish()
+        assert dechunk(read_all(fast)) == data and d.streamer.watchers == 2
+        assert dechunk(read_all(slow[0])) == data == read_all(slow[1])
+
+    def test_keepalive_and_departures(self, desk: Callable[..., Desk]) -> None:
+        """Silence is broken by comments, which also find out who has gone; one who only says no more is served on."""
+        d = desk(keepalive_s=0.2)
+        d.append("one")
+        (stays, _), (closed, closing), (reset, resetting), (half, _) = (d.watch(start) for start in (0, 0, 1, 1))
+        d.append("two")
+        for sock in (stays, closed, reset, half):
+            sock.settimeout(10)
+            assert sock.recv(1, socket.MSG_PEEK)
+        closed.close()
+        reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        reset.close()
+        half.shutdown(socket.SHUT_WR)
+        wait_for(lambda: closing.sock.fileno() == resetting.sock.fileno() == -1)
+        assert d.streamer.watchers == 2
+        got = b""
+        while got.count(b": keepalive\n\n") < 2:
+            got += stays.recv(4096)
+        data = d.finish()
+        assert dechunk(got + read_all(stays)).replace(b": keepalive\n\n", b"") == data
+        assert dechunk(read_all(half)).replace(b": keepalive\n\n", b"") == data[d.log.offset_of(1):]
+
+    def test_beyond_the_end(self, desk: Callable[..., Desk]) -> None:
+        d = desk()
+        d.append("a", "b", "c")
+        sock, _ = d.watch(10)
+        probe, _ = d.watch(3)  # served after it: when this one has the event, the other one has been looked at
+        d.append(*"defghij")
+        probe.settimeout(10)
+        assert probe.recv(1)
+        sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        d.append("k", "l")
+        sock.setblocking(True)
+        data = d.finish()
+        assert dechunk(read_all(sock)) == data[d.log.offset_of(10):]
+        late, _ = d.watch(99)
+        assert dechunk(read_all(late)) == b""
+
+    def test_stop(self, desk: Callable[..., Desk]) -> None:
+        """The idle, the one in the middle of much, and the one who waits for what never came: all are closed."""
+        d = desk()
+        d.append(*["m" * 9000] * 500)
+        socks = [d.watch(500)[0], d.watch(0, rcvbuf=4096)[0], d.watch(900)[0]]
+        wait_for(lambda: d.streamer.watchers == 3 and socks[1].recv(1, socket.MSG_PEEK))
+        d.streamer.stop()
+        assert d.streamer.watchers == 0 and read_all(socks[0]) == read_all(socks[2]) == b""
+        assert len(read_all(socks[1])) < d.log.size
+
+    def test_random_readers(self, desk: Callable[..., Desk]) -> None:
+        """Readers come at any time and begin anywhere; each gets the bytes from its start, and nothing else."""
+        for seed in range(8):
+            rng, d = random.Random(seed), desk()
+            readers: list[tuple[int, bool, socket.socket]] = []
+            for _ in range(12):
+                for _ in range(rng.randrange(3)):
+                    start, chunked = rng.randrange(d.log.count + 40), rng.random() < 0.5
+                    readers.append((start, chunked, d.watch(start, chunked, rng.choice(("tcp", "pair")), rng.choice((0, 4096)))[0]))
+                d.append(*("r" * rng.choice((0, 10, 1000, 50_000)) for _ in range(rng.randrange(80))))
+            bodies: dict[int, bytes] = {}
+            threads = [threading.Thread(target=keep, args=(bodies, n, sock)) for n, (_, _, sock) in enumerate(readers)]
+            for thread in threads:
+                thread.start()
+            data = d.finish()
+            for n, (start, chunked, _) in enumerate(readers):
+                threads[n].join(30)
+                assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start):], (seed, n)
+
+# endregion 15
+# ==============================================================================
+# region 16. Jobs
+# ==============================================================================
+
+
+def living(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def gated(gate: Path, then: str = QUICK) -> str:
+    """A build.sh that waits for a file."""
+    return f"echo waiting; while [ ! -e {gate} ]; do sleep 0.02; done\n{then}"
+
+
+def until(server: Server, job: str, kind: str = "build") -> dict[str, Any]:
+    """The first event of a kind, as soon as it is there."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        connection.request("GET", f"/build/{job}/events")
+        answer = connection.getresponse()
+        while line := answer.readline():
+            if line.startswith(b"data: ") and (event := json.loads(line[6:]))["type"] == kind:
+                return dict(event)
+        raise AssertionError(f"no {kind}")
+    finally:
+        connection.close()
+
+
+class Follower(threading.Thread):
+    """A client that resumes with from=N whenever the connection is lost, to the end."""
+
+    def __init__(self, server: Server, job: str) -> None:
+        super().__init__(daemon=True)
+        self.server, self.job, self.frames, self.losses = server, job, list[bytes](), 0
+
+    def run(self) -> None:
+        while True:
+            connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+            try:
+                connection.request("GET", f"/build/{self.job}/events?from={len(self.frames)}")
+                answer = connection.getresponse()
+                if answer.status == 204:
+                    return
+                frame = b""
+                while line := answer.readline():
+                    frame += line
+                    if line == b"\n":
+                        self.frames += [frame] if frame.startswith(b"id: ") else []
+                        frame = b""
+            except (OSError, http.client.HTTPException):
+                self.losses += 1
+                time.sleep(0.02)  # the server is away
+            finally:
+                connection.close()
+
+
+def has_finished(log: confbuild.EventLog) -> Callable[[], bool]:
+    """For wait_for: whether log has its `complete`."""
+    return lambda: log.finished
+
+
+class TestJobs:
+    def test_example_stream(self, server: Callable[..., Server]) -> None:
+        """Source: the example of the public documentation, in CONTRACT.md; and what it says of from, HEAD and the end."""
+        s = server()
+        job = s.submit(project("echo one; echo two >&2; echo 'some data: x'\n" + QUICK))
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", job)
+        url = f"/build/{job}/events"
+        status, headers, body = s.request("GET", url)
+        comment, _, stream = body.decode("ascii").partition("\n\n")
+        assert status == 200 and re.match(r": .*simulated", comment) and "\r" not in stream
+        assert {name: headers[name] for name in ("Content-Type", "Cache-Control", "X-Accel-Buffering", "Content-Encoding")} == {
+            "Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no", "Content-Encoding": None}
+        texts = ['{"type":"queued","position":0}', '{"type":"detect","msg":"cargo"}', '{"type":"init","msg":"Verifying build inputs"}',
+                 '{"type":"build","msg":"one"}', '{"type":"build","msg":"two"}', '{"type":"build","msg":"some data: x"}',
+                 '{"type":"provenance","msg":"Generating provenance"}',
+                 '{"type":"attest","msg":"Generating attestation"}', '{"type":"complete","result":{"status":"ok"}}']
+        lines = stream.split("\n\n")[:-1]
+        assert [line for line in lines if '"type":"vm"' not in line] == [line for line in lines if line.partition("data: ")[2] in texts]
+        assert [text for text in (line.partition("data: ")[2] for line in lines) if '"type":"vm"' not in text] == texts
+        assert [line.partition("\n")[0] for line in lines] == [f"id: {n}" for n in range(1, len(lines) + 1)]
+        for n in range(len(lines)):
+            for path, more in ((f"{url}?from={n}", {}), (url, {"Last_Event_ID": str(n)}), (f"{url}?from={n}", {"Last_Event_ID": "3"})):
+                got = s.request("GET", path, **more)[2].decode()
+                assert got == comment + "\n\n" + "".join(line + "\n\n" for line in lines[n:])
+        for path, more in ((f"{url}?from={len(lines)}", {}), (f"{url}?from=999", {}), (url, {"Last_Event_ID": str(len(lines))})):
+            assert s.request("GET", path, **more)[::2] == (204, b"") == s.request("HEAD", path, **more)[::2]
+        for bad in ("-1", "x", "", "1.5", "%D9%A1", "1" * 19):
+            status, headers, body = s.request("GET", f"{url}?from={bad}")
+            assert (status, json.loads(body)["error_type"]) == (400, "InvalidFrom"), bad
+
+    def test_failures(self, server: Callable[..., Server]) -> None:
+        """Each error_type that a build can bring about, end to end; a slot outlives them all."""
+        s = server("--slots", "2", "--build-timeout", "2")
+        depth = "a/" * 70 + "x"
+        bad = base64.b64encode(b"\x1f\x8b\x08 and no more").decode()
+        lock = LOCK + '\n[[package]]\nname = "lost"\nversion = "1.0.0"\n'
+        table: list[tuple[str, str, Any, dict[str, str]]] = [
+            ("BuildError", "ended with status 3: error[E0425]: no value", project("echo 'error[E0425]: no value'; exit 3"), {}),
+            ("BuildError", "ended with signal 9", project("kill -9 $$"), {}),
+            ("UnsupportedToolchainError", "", {"README": "hello"}, {}),
+            ("SourceError", "damaged", None, {"source_data": bad}),
+            ("LimitError", "deeper than 64", {depth: "x"}, {}),
+            ("TimeoutError", "the build took longer than 2 s", project("sleep 60"), {}),
+            ("NoArtifacts", "no executable", project("true"), {}),
+            ("ProvenanceError", "lost 1.0.0", {**project(), "Cargo.lock": lock}, {}),
+            ("VmError", "the VM ", project("kill -9 $PPID; sleep 60"), {}),
+        ]
+        jobs = [s.submit(files, **fields) for _, _, files, fields in table]
+        for (error_type, fragment, _, _), job in zip(table, jobs, strict=True):
+            event = s.events(job)[-1]
+            assert (event["type"], list(event["result"])) == ("complete", ["status", "error", "error_type"])
+            assert (event["result"]["status"], event["result"]["error_type"]) == ("failed", error_type), event
+            assert fragment in event["result"]["error"] and "\n" not in event["result"]["error"], event
+            status, _, body = s.request("GET", f"/build/{job}/result")
+            assert (status, json.loads(body)["error_type"]) == (404, "BuildFailed")
+            assert s.status(job).items() >= {"status": "failed", "error_type": error_type, "error": event["result"]["error"]}.items()
+        assert s.events(s.submit())[-1]["result"] == {"status": "ok"}
+        assert "Traceback" not in s.stop()
+
+    def test_boot_timeout(self, server: Callable[..., Server]) -> None:
+        s = server("--boot-timeout", "0.001")
+        assert s.events(s.submit())[-1]["result"] == {"status": "failed", "error": "the VM did not boot within 0.001 s", "error_type": "VmError"}
+
+    def test_order(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """First in, first out; each waiting job hears of its place on entry and on every change, also by a cancelled one."""
+        s = server()
+        jobs = []
+        for n in range(5):
+            jobs.append(s.submit(project(gated(tmp_path / f"gate{n}"))))
+            until(s, jobs[0])
+        assert [s.status(job).get("position") for job in jobs] == [None, 0, 1, 2, 3]
+        listed = json.loads(s.request("GET", "/builds")[2])
+        assert [one["job_id"] for one in listed] == jobs[::-1] and [one["status"] for one in listed] == ["queued"] * 4 + ["running"]
+        assert s.request("GET", f"/build/{jobs[1]}/result")[0] == 404
+        assert json.loads(s.request("DELETE", f"/build/{jobs[2]}")[2])["status"] == "failed"
+        for n in range(5):
+            (tmp_path / f"gate{n}").touch()
+        streams = [s.events(job) for job in jobs]
+        assert [[e["position"] for e in stream if e["type"] == "queued"] for stream in streams] == [[0], [0], [1], [2, 1, 0], [3, 2, 1, 0]]
+        outcome = {"status": "failed", "error": "cancelled before it was started", "error_type": "Cancelled"}
+        assert streams[2][1:] == [{"type": "complete", "result": outcome}]
+        ends = [s.status(jobs[n])[key] for n in (0, 1, 3, 4) for key in ("started_at", "finished_at")]
+        assert ends == sorted(ends)
+        assert s.request("DELETE", f"/build/{jobs[0]}")[0] == 200 and s.status(jobs[0])["status"] == "ok"
+
+    def test_slots(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Two builds at once: each waits for the other. Neither has the other's files in its workspace, nor a secret of the server."""
+        s = server("--slots", "2", "--env", "ALLOWED",
+                   env={"SECRET_TOKEN": "hunter2", "ALLOWED": "seen", "http_proxy": "http://u:hunter2@127.0.0.1:9"})
+        jobs = [s.submit(project(f"touch marker-{a} {tmp_path}/{a}\nwhile [ ! -e {tmp_path}/{b} ]; do sleep 0.02; done\n"
+                                 f"env\nfind ../.. -name 'marker-*'\n{QUICK}")) for a, b in (("a", "b"), ("b", "a"))]
+        for name, other, job in (("a", "b", jobs[0]), ("b", "a", jobs[1])):
+            events = s.events(job)
+            text = "\n".join(event["msg"] for event in events if event["type"] == "build")
+            assert events[-1]["result"] == {"status": "ok"}, events
+            assert f"marker-{name}" in text and f"marker-{other}" not in text
+            assert "ALLOWED=seen" in text and "hunter2" not in text and "SECRET" not in text
+            home = re.search(r"^HOME=(.*)$", text, re.MULTILINE)
+            assert home and not os.path.exists(home[1])  # the VM is gone, and its workspace
+
+    def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """kill -9 at four moments of two builds of 10,000 lines: the client ends with every event once, and the job is complete."""
+        s, rng = server(), random.Random(4)
+        build = f"echo $$ >> {tmp_path}/pids\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
+        for _ in range(2):
+            job = s.submit(project(build))
+            follower = Follower(s, job)
+            follower.start()
+            for _ in range(2):
+                time.sleep(rng.uniform(0.05, 1.2))  # the moment is the point
+                s.stop(signal.SIGKILL)
+                s.start()
+            follower.join(60)
+            assert not follower.is_alive() and follower.losses
+            assert [frame.split(b"\n")[0] for frame in follower.frames] == [b"id: %d" % n for n in range(1, len(follower.frames) + 1)]
+            body = s.request("GET", f"/build/{job}/events")[2]
+            assert body.partition(b"\n\n")[2] == b"".join(follower.frames)
+            events = [json.loads(frame.partition(b"data: ")[2]) for frame in follower.frames]
+            lines = [event["msg"] for event in events if event["type"] == "build"]
+            assert lines[-10_000:] == [str(n) for n in range(1, 10_001)]
+            assert [event for event in events if event["type"] == "complete"] == [events[-1]] == [OK_EVENT]
+            assert s.request("GET", f"/build/{job}/result")[0] == 200 and s.status(job)["attempts"] <= 3
+        wait_for(lambda: not any(living(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
+
+    def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """A build under which the server dies three times has failed; what waits keeps its order, what is finished its bytes."""
+        s = server()
+        done = s.submit()
+        s.events(done)
+        before = [s.request("GET", f"/build/{done}/{name}")[2] for name in ("events", "result")] + [s.status(done)]
+        fatal = s.submit(project(f"echo $$ >> {tmp_path}/pids; {gated(tmp_path / 'never')}"))
+        waiting, pids = [s.submit() for _ in range(3)], tmp_path / "pids"
+        for attempt in range(1, 4):
+            wait_for(pids.exists)
+            deadline = time.monotonic() + 20
+            while len(pids.read_text().split()) < attempt:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert s.status(fatal)["attempts"] == attempt
+            s.stop(signal.SIGKILL)
+            s.start()
+        events = s.events(fatal)
+        assert events[-1]["result"] == {"status": "failed", "error": "the server ended 3 times during this build", "error_type": "InternalError"}
+        assert [event["type"] for event in events].count("queued") == 3
+        for job in waiting:
+            assert s.events(job)[-1]["result"] == {"status": "ok"}
+        starts = [s.status(job)["started_at"] for job in waiting]
+        assert starts == sorted(starts)
+        assert [s.request("GET", f"/build/{done}/{name}")[2] for name in ("events", "result")] + [s.status(done)] == before
+        assert [job["job_id"] for job in json.loads(s.request("GET", "/builds")[2])] == [*waiting[::-1], fatal, done]
+        wait_for(lambda: not any(living(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
+
+    def test_grace(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """SIGTERM: nothing more is accepted, the running build finishes, the waiting one waits for the next server."""
+        s = server("--grace", "30")
+        first, second = s.submit(project(gated(tmp_path / "gate"))), s.submit()
+        until(s, first)
+        assert s.process is not None
+        s.process.send_signal(signal.SIGTERM)
+        refused = wait_for(lambda: [answer for answer in [s.request("POST", "/build", {})] if answer[0] != 422])[0]  # {}: never accepted
+        assert refused[0] == 503 and json.loads(refused[2])["error_type"] == "ShuttingDown" and int(refused[1]["Retry-After"]) > 0
+        (tmp_path / "gate").touch()
+        assert "Traceback" not in s.process.communicate(timeout=20)[1] and s.process.returncode == 0
+        s.start()
+        assert s.status(first).items() >= {"status": "ok", "attempts": 1}.items()
+        assert s.events(second)[-1]["result"] == {"status": "ok"}
+
+    def test_parked(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """A build that the grace did not suffice for is run by the next server, at no cost; one server at a time has the state."""
+        s = server("--grace", "0.1")
+        job = s.submit(project(f"echo $$ > {tmp_path}/pid; {gated(tmp_path / 'gate')}"))
+        until(s, job)
+        second = subprocess.run([sys.executable, str(FILE), "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True,
+                                text=True,
+                                timeout=30, check=False)
+        assert (second.returncode, second.stderr) == (2, f"confbuild: error: {s.state} is in use by another server\n")
+        assert "Traceback" not in s.stop()
+        assert not living(int((tmp_path / "pid").read_text()))
+        stored = json.loads((s.state / "jobs" / job / "job.json").read_text())
+        assert (stored["state"], stored["attempts"]) == ("queued", 0)
+        s.start()
+        (tmp_path / "gate").touch()
+        events = s.events(job)
+        assert [event["type"] for event in events].count("queued") == 2 and events[-1]["result"] == {"status": "ok"}
+        assert s.status(job)["attempts"] == 1
+
+    def test_unexpected(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A bug of ours ends its job with InternalError, is logged, and leaves the slot alive; so does a directory that is no job."""
+        (tmp_path / "jobs" / "junk").mkdir(parents=True)
+        (tmp_path / "jobs" / "bad").mkdir()
+        (tmp_path / "jobs" / "bad" / "job.json").write_text("[]")
+
+        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+            raise RuntimeError("a bug")
+
+        jobs = confbuild.Jobs(str(tmp_path), run, lambda log: None)
+        jobs.start()
+        assert not (tmp_path / "jobs" / "junk").exists() and (tmp_path / "jobs" / "bad").exists() and "bad is not read" in caplog.text
+        for _ in range(2):
+            log = jobs.log_of(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
+            wait_for(has_finished(log))
+            assert log.last()["result"] == {"status": "failed", "error": "the server failed; its log tells more", "error_type": "InternalError"}
+        assert "a bug" in caplog.text
+        jobs.stop(0)
+        with pytest.raises(confbuild.Refused, match="shutting down") as refused:
+            jobs.check_open()
+        assert refused.value.status == 503
+
+# endregion 16
+# ==============================================================================
+# region 17. VMs
+# ==============================================================================
+
+
+class Blocks:
+    """What relay_events reads, in blocks of our choice."""
+
+    def __init__(self, *blocks: bytes) -> None:
+        self.blocks = [block for block in blocks if block]
+        self.headers = {"Content-Length": str(sum(map(len, blocks)))}
+
+    def read1(self, _: int) -> bytes:
+        return self.blocks.pop(0) if self.blocks else b""
+
+
+def relayed(tmp: Path, *blocks: bytes, max_log: int = 1 << 30) -> tuple[confbuild.BuildFailed | None, list[Any]]:
+    """(what relay_events returns, the events of the log)."""
+    with tempfile.TemporaryDirectory(dir=tmp) as folder:
+        log = confbuild.EventLog(f"{folder}/log")
+        failure = confbuild.relay_events(Blocks(*blocks), log, max_log)  # type: ignore[arg-type]
+        return failure, [json.loads(frame.partition("data: ")[2]) for frame in Path(f"{folder}/log").read_text().split("\n\n")[:-1]]
+
+
+def ev(kind: str, msg: str = "m") -> dict[str, Any]:
+    return {"type": kind, "msg": msg}
+
+
+def wire(*events: Any) -> bytes:
+    return b"".join(frames([event if isinstance(event, str) else confbuild.compact_json(event) for event in events]))
+
+
+OK_EVENT = {"type": "complete", "result": {"status": "ok"}}
+
+
+def failed_event(error: Any, error_type: Any) -> dict[str, Any]:
+    return {"type": "complete", "result": {"status": "failed", "error": error, "error_type": error_type}}
+
+
+class TestVm:
+    @pytest.mark.parametrize(("blocks", "error", "fragment"), [
+        ([wire(ev("build"), ev("init"))], confbuild.BuildFailed, "event that is none"),
+        ([wire(ev("attest"), ev("build"))], confbuild.BuildFailed, "event that is none"),
+        ([wire(ev("cheese"))], confbuild.BuildFailed, "event that is none"),
+        ([wire({**ev("build"), "x": 1})], confbuild.BuildFailed, "event that is none"),
+        ([wire({"type": "build", "msg": 1})], confbuild.BuildFailed, "event that is none"),
+        ([wire({"type": ["build"], "msg": ""})], confbuild.BuildFailed, "event that is none"),
+        ([wire({"type": "build"})], confbuild.BuildFailed, "event that is none"),
+        ([wire("[1]")], confbuild.BuildFailed, "event that is none"),
+        ([wire(ev("detect"))], confbuild.BuildFailed, "ended in the middle"),
+        ([wire(OK_EVENT)[:-1]], confbuild.BuildFailed, "ended in the middle"),
+        ([], confbuild.BuildFailed, "ended in the middle"),
+        ([b"id: 1\ndata: " + b"x" * (1 << 20)] * 3, confbuild.BuildFailed, "more than 2 MiB"),
+        ([wire("{")], ValueError, "not JSON"),
+        ([b"\n\n"], ValueError, "not JSON"),
+        ([wire('{"type":"build","type":"build"}')], ValueError, "occurs twice"),
+        ([wire(ev("build")).replace(b'"m"', '"é"'.encode())], ValueError, "ascii"),
+        ([wire({"type": "complete", "result": {"status": "great"}})], confbuild.BuildFailed, "a result that is none"),
+        ([wire({"type": "complete", "result": ["ok"]})], confbuild.BuildFailed, "a result that is none"),
+        ([wire({"type": "complete"})], confbuild.BuildFailed, "a result that is none"),
+        ([wire(failed_event("e", "Parked"))], confbuild.BuildFailed, "a result that is none"),
+        ([wire(failed_event(1, "BuildError"))], confbuild.BuildFailed, "a result that is none"),
+        ([wire(failed_event("e", ["BuildError"]))], confbuild.BuildFailed, "a result that is none"),
+        ([wire({**OK_EVENT, "msg": "extra"})], confbuild.BuildFailed, "none"),
+    ])
+    def test_bad_streams(self, tmp_path: Path, blocks: list[bytes], error: type[Exception], fragment: str) -> None:
+        """What a VM says is checked; VmHost turns the ValueErrors into VmError as well."""
+        with pytest.raises(error, match=fragment) as caught:
+            relayed(tmp_path, *blocks)
+        assert getattr(caught.value, "error_type", "VmError") == "VmError"
+
+    @pytest.mark.parametrize(("size", "limit", "error"), [(100, 1 << 20, ""), (100, 3000, "more than 3000 bytes")])
+    def test_max_log(self, tmp_path: Path, size: int, limit: int, error: str) -> None:
+        data = wire(*[ev("build", "x" * size)] * 50, OK_EVENT)
+        with pytest.raises(confbuild.BuildFailed, match=error) if error else contextlib.nullcontext() as caught:
+            assert relayed(tmp_path, data, max_log=limit)[0] is None
+        assert caught is None or caught.value.error_type == "LimitError"
+
+    @pytest.mark.parametrize("error_type", sorted(confbuild.FAILURES))
+    def test_told(self, tmp_path: Path, error_type: str) -> None:
+        failure, events = relayed(tmp_path, wire(ev("detect"), failed_event("two\nlines\té", error_type), ev("build")))
+        assert failure is not None and (failure.error_type, str(failure), events) == (error_type, "two lines é", [ev("detect")])
+
+    @example([(2, "x"), (3, "data: x"), (4, "id: 1"), (4, "\ndata: {}\n\n"), (5, "data: ")], [], False)  # what a message may say
+    @given(st.lists(st.tuples(st.integers(1, 6), st.text(max_size=20)), max_size=12), st.lists(st.integers(0, 2000), max_size=8), st.booleans())
+    def test_any_split(self, tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, str]], cuts: list[int], comments: bool) -> None:
+        """The same log however the stream is cut into blocks: `queued` and comments are left out, all else is taken over."""
+        events = [ev(confbuild.PHASES[phase], text) for phase, text in sorted(drawn, key=lambda pair: pair[0])]
+        whole = [{"type": "queued", "position": 0}, *events, OK_EVENT]
+        comment = b": keepalive\n\n" * comments
+        data = comment + b"".join(frame + comment for frame in frames([confbuild.compact_json(event) for event in whole]))
+        at = sorted({0, len(data), *(cut % len(data) for cut in cuts)})
+        for blocks in ([data], [data[a:b] for a, b in itertools.pairwise(at)], [data[n:n + 1] for n in range(len(data))]):
+            failure, got = relayed(tmp_path_factory.getbasetemp(), *blocks)
+            assert failure is None and got == events
+
+    @pytest.mark.parametrize("size", [0, 1, 2, 3, 786_431, 786_432, 786_433])
+    def test_request_body(self, tmp_path: Path, size: int) -> None:
+        data = random.Random(size).randbytes(size)
+        (tmp_path / "source").write_bytes(data)
+        blocks, length = confbuild.request_body(confbuild.BuildRequest(NONCE, source_name="é.zip"), str(tmp_path / "source"))
+        body = b"".join(blocks)
+        assert len(body) == length and json.loads(body) == {"nonce": NONCE, "source_name": "é.zip", "source_data": base64.b64encode(data).decode()}
+        blocks, length = confbuild.request_body(confbuild.BuildRequest(NONCE, "https://x/y", "main"), None)
+        assert json.loads(b"".join(blocks)) == {"nonce": NONCE, "repo_url": "https://x/y", "repo_ref": "main"}
+
+    @pytest.mark.parametrize(("made", "cut", "error_type", "fragment"), [
+        (bundle(), None, "", ""), (bundle(nonce="ff" * 16), None, "AttestationError", "does not verify"),
+        (bundle(), 40, "AttestationError", "the result: "), (bundle(), 0, "AttestationError", "the result: "),
+        (None, None, "LimitError", "more than 10 bytes")])
+    def test_result(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: confbuild.BundleFiles | None, cut: int | None,
+                    error_type: str, fragment: str) -> None:
+        """A bundle of another nonce, or none at all, never becomes a result."""
+        (tmp_path / "demo").write_bytes(b"artifact")
+        files = made or bundle()
+        confbuild.write_archive(str(tmp_path / "a"), "demo", files.provenance, files.evidence, [("demo", str(tmp_path / "demo"))])
+        data = (tmp_path / "a").read_bytes()[:cut]
+        if made is None:
+            monkeypatch.setattr(confbuild, "MAX_RESULT", 10)
+        job = confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE))
+        with pytest.raises(confbuild.BuildFailed, match=fragment) if error_type else contextlib.nullcontext() as caught:
+            assert Path(confbuild._fetch_result(Blocks(data), job)).read_bytes() == data  # type: ignore[arg-type]
+        assert caught is None or caught.value.error_type == error_type and str(tmp_path) not in str(caught.value)
+
+    def test_a_result_that_breaks_off(self, tmp_path: Path) -> None:
+        answer = Blocks(b"some")
+        answer.headers["Content-Length"] = "5"
+        with pytest.raises(confbuild.BuildFailed, match="broke off after 4 bytes") as caught:
+            confbuild._fetch_result(answer, confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE)))  # type: ignore[arg-type]
+        assert caught.value.error_type == "VmError"
+
+    @pytest.mark.parametrize(("program", "fragment"), [
+        (["false"], "ended while it booted|went away"), (["sh", "-c", "read x; exit 1"], "ended while it booted"),
+        (["sh", "-c", "read x; echo hello; sleep 60"], "ended while it booted"),
+        (["sh", "-c", "read x; sleep 60"], "did not boot within 0.3 s"), (["sh", "-c", "read x; echo 1; sleep 60"], "went away")])
+    def test_no_vm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: list[str], fragment: str) -> None:
+        """A VM that does not boot, or that does not answer, is VmError, and nothing of it is left."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: program)
+        made: list[confbuild.SimulatedVm] = []
+
+        def make() -> confbuild.SimulatedVm:
+            made.append(confbuild.SimulatedVm(confbuild.SourcePolicy()))
+            return made[-1]
+
+        jobs = confbuild.Jobs(str(tmp_path), confbuild.VmHost(make, boot_timeout_s=0.3).run, lambda log: None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
+            confbuild.VmHost(make, boot_timeout_s=0.3).run(jobs, job)
+        assert caught.value.error_type == "VmError" and not os.path.exists(made[0]._workspace)
+        made[0].destroy()
+        for call in (made[0].spawn, lambda: made[0].wait_ready(1)):
+            with pytest.raises(confbuild.BuildFailed, match="destroyed before it was started|the VM is gone"):
+                call()
+
+    @pytest.mark.parametrize("how", ["delete", "murder"])
+    def test_everything_dies(self, server: Callable[..., Server], tmp_path: Path, how: str) -> None:
+        """A cancelled build, and one that kills its own agent: all that it started is dead within two seconds, daemons too, reaped
+        as well, and so is the workspace; the server then builds on."""
+        s = server()
+        pids = tmp_path / "pids"
+        daemon = f"setsid sh -c 'echo $$ >> {pids}; setsid sh -c \"echo \\$\\$ >> {pids}; sleep 300\" & sleep 300' &\n"
+        last = "kill -9 $PPID; sleep 300" if how == "murder" else "sleep 300"
+        many = "mkdir -p m; cd m; for i in $(seq 1500); do : > $i; done\n"
+        told = f"pwd > {tmp_path}/where.tmp; mv {tmp_path}/where.tmp {tmp_path}/where"
+        job = s.submit(project(f"{many}echo $$ >> {pids}; {daemon}while [ $(wc -l < {pids}) -lt 3 ]; do sleep 0.01; done; {told}; {last}"))
+        workspace = wait_for(lambda: (tmp_path / "where").exists() and (tmp_path / "where").read_text().strip())
+        if how == "delete":
+            answer = s.request("DELETE", f"/build/{job}")
+            assert answer[0] == 200, answer
+        wait_for(lambda: not any(living(int(pid)) for pid in pids.read_text().split()), 2)
+        result = s.events(job)[-1]["result"]
+        assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids.read_text().split()) == 3
+        assert not os.path.exists(workspace)
+        assert s.events(s.submit())[-1]["result"] == {"status": "ok"}
+        assert s.process is not None
+        assert Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text() == ""  # no zombie either
+        assert "Traceback" not in s.stop()
+
+# endregion 17
+# ==============================================================================
+# region 18. HTTP API
+# ==============================================================================
+
+
+GZIP = base64.b64encode(gzip.compress(b"any")).decode()
+GOOD_REQUEST = {"nonce": NONCE, "source_data": GZIP, "source_name": "x.tgz"}
+URL = {"nonce": NONCE, "repo_url": "http://127.0.0.1/x.git"}
+
+
+class Site:
+    """The API on a real socket in this process. Its builds wait for the gate, and then have a result."""
+
+    def __init__(self, folder: Path, tokens: tuple[str, ...] = (), max_archive: int = 1 << 20, crowded: bool = False, **options: Any) -> None:
+        self.gate = threading.Event()
+        self.streamer = confbuild.Streamer()
+        self.folder = folder
+        (folder / "demo").write_bytes(b"artifact")
+        self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
+        policy = confbuild.SourcePolicy(max_archive=max_archive)
+        api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, b": hello\n\n", lambda: crowded)
+        self.server = confbuild.make_http_server(("127.0.0.1", 0), api, confbuild.Gate(tokens, ["127.0.0.1", "build.example"]), self.streamer)
+        self.port = self.server.server_address[1]
+        self.jobs.start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def build(self, jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        assert self.gate.wait(30) and job.log
+        job.log.append(confbuild.to_payloads("build", ["é", "two"]))
+        files = bundle()
+        confbuild.write_archive(str(self.folder / "made"), "demo", files.provenance, files.evidence, [("demo", str(self.folder / "demo"))])
+        return str(self.folder / "made")
+
+    def raw(self, data: bytes, method: str = "GET") -> tuple[int, Any, bytes]:
+        """One answer to these bytes."""
+        with socket.create_connection(("127.0.0.1", self.port), 30) as sock:
+            sock.sendall(data)
+            answer = http.client.HTTPResponse(sock, method=method)
+            answer.begin()
+            return answer.status, answer.headers, answer.read()
+
+    def ask(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
+        """One request, with exactly these headers beside Host and Content-Length; a dict goes as JSON."""
+        named = {"Host": f"127.0.0.1:{self.port}", **({} if body is None else {"Content-Type": "application/json"})}
+        named.update({name.replace("_", "-"): value for name, value in headers.items()})
+        data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        if body is not None:
+            named.setdefault("Content-Length", str(len(data)))
+        head = "".join(f"{name}: {value}\r\n" for name, value in named.items() if value != "-")
+        return self.raw(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + data, method)
+
+    def finished(self) -> str:
+        """The id of a build with a result."""
+        job = str(json.loads(self.ask("POST", "/build", GOOD_REQUEST)[2])["job_id"])
+        self.gate.set()
+        wait_for(lambda: self.jobs.get(job).state == "ok")
+        return job
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
+    made: list[Site] = []
+
+    def make(**options: Any) -> Site:
+        folder = tmp_path / f"site{len(made)}"
+        folder.mkdir()
+        made.append(Site(folder, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.gate.set()
+        one.jobs.stop(10)
+        one.server.shutdown()
+        one.server.server_close()
+        one.streamer.stop()
+
+
+def is_problem(answer: tuple[int, Any, bytes], status: int, error_type: str, fragment: str = "") -> None:
+    """answer is problem details [RFC9457], with the two names of `complete`."""
+    assert answer[0] == status, answer
+    assert answer[1]["Content-Type"] == "application/problem+json" and re.fullmatch(r"[A-Za-z0-9._-]+", answer[1]["X-Request-Id"])
+    doc = json.loads(answer[2])
+    assert set(doc) == {"type", "title", "status", "detail", "error", "error_type"} and doc["status"] == status and doc["title"], doc
+    assert doc["error_type"] == error_type and doc["error"] and fragment in doc["error"], doc
+
+
+def jsonish(text: str) -> bytes:
+    """A body whose keys beside the nonce are text."""
+    return f'{{"nonce": "{NONCE}", {text}}}'.encode()
+
+
+BODIES: list[tuple[Any, int, str, str]] = [
+    (b"", 400, "InvalidJson", "not JSON"), (b"{", 400, "InvalidJson", "not JSON"), (b"\xff", 400, "InvalidJson", "not UTF-8"),
+    (jsonish('"a": 1, "a": 2'), 400, "InvalidJson", "occurs twice"),
+    (jsonish(f'"source_data": "{GZIP}", "source_data": "{GZIP}"'), 400, "InvalidJson", "occurs twice"),
+    (jsonish('"a": NaN'), 400, "InvalidJson", "NaN"), (jsonish('"a": -Infinity'), 400, "InvalidJson", "Infinity"),
+    (jsonish(f'"a": {2 ** 53 + 1}'), 400, "InvalidJson", "an integer beyond"),
+    (jsonish(f'"a": {-2 ** 53 - 1}'), 400, "InvalidJson", "an integer beyond"),
+    (jsonish('"a": ' + "[" * 32 + "]" * 32), 400, "InvalidJson", "nested deeper than 32"),
+    (b"[]", 422, "InvalidRequest", "not an object"), (b"{}", 422, "InvalidRequest", "nonce is missing"),
+    ({"nonce": 1}, 422, "InvalidRequest", "nonce is not a string"),
+    ({"nonce": None}, 422, "InvalidRequest", "nonce is not a string"), ({**URL, "repo_ref": 1}, 422, "InvalidRequest", "repo_ref is not a string"),
+    ({**GOOD_REQUEST, "source_data": 5}, 422, "InvalidRequest", "source_data is not a string"),
+    ({**GOOD_REQUEST, "source_name": []}, 422, "InvalidRequest", "source_name is not a string"),
+    *(({**URL, "nonce": nonce}, 400, "InvalidNonce", "32 digits") for nonce in ("", "ab", "g" * 32, NONCE + "00", NONCE[:-1] + "\u0661",
+                                                                                NONCE + "\n")),
+    ({"nonce": NONCE}, 400, "InvalidSource", "exactly one"), ({**URL, **GOOD_REQUEST}, 400, "InvalidSource", "exactly one"),
+    ({"nonce": NONCE, "source_data": ""}, 400, "InvalidSource", "neither a ZIP"),
+    ({"nonce": NONCE, "source_data": "aGVsbG8="}, 400, "InvalidSource", "neither a ZIP"),
+    *(({"nonce": NONCE, "source_data": text}, 400, "InvalidSource", "not standard base64") for text in (
+        GZIP[:-1], GZIP + "AAAA" if GZIP.endswith("=") else GZIP + "A", "H4s=" + GZIP, GZIP[:8] + "\n" + GZIP[8:], GZIP[:8] + "-_" + GZIP[10:],
+        GZIP[:4] + "é" + GZIP[4:], "H4sI\\")),
+    ({"nonce": NONCE, "repo_url": "ftp://x/y"}, 400, "ForbiddenUrl", ""), ({"nonce": NONCE, "repo_url": "https://u:p@x/y"}, 400, "ForbiddenUrl", ""),
+    ({"nonce": NONCE, "repo_url": ""}, 400, "ForbiddenUrl", ""), ({"nonce": NONCE, "repo_url": "http://169.254.169.254/x"}, 400, "ForbiddenUrl", ""),
+    ({**URL, "repo_ref": "--upload-pack=x"}, 400, "InvalidRef", ""), ({**GOOD_REQUEST, "repo_ref": "main"}, 400, "InvalidRef", "with repo_url only"),
+    (jsonish('"a": "' + "x" * (64 << 10) + '"'), 413, "PayloadTooLarge", "beside source_data"),
+    ({"nonce": NONCE, "source_data": base64.b64encode(gzip.compress(random.Random(1).randbytes(1 << 20))).decode()}, 413, "PayloadTooLarge",
+     "more than 1048576"),
+    (b" " * (2 << 20), 413, "PayloadTooLarge", "may have 1048576"),
+]
+
+
+class TestBody:
+    """The body of POST /build, in blocks."""
+
+    TRICKS = (lambda t: t, lambda t: t.replace("/", "\\/"), lambda t: "".join(f"\\u{ord(c):04x}" if c in "+/=" else c for c in t),
+              lambda t: "".join(f"\\u{ord(c):04X}" for c in t))
+
+    @example(b"\xff\xef\xbe" * 3, 3, [], False)  # all escaped
+    @given(st.binary(max_size=60), st.integers(0, 3), st.lists(st.integers(0, 10 ** 6), max_size=9), st.booleans())
+    def test_any_split(self, tmp_path_factory: pytest.TempPathFactory, data: bytes, trick: int, cuts: list[int], late: bool) -> None:
+        """However JSON writes the same string, and however it is cut: the same file, and the rest of the object is kept."""
+        text = self.TRICKS[trick](base64.b64encode(b"\x1f\x8b\x08" + data).decode())
+        other = '"x": {"source_data": ["source_data", "a\\"b"]}, "nonce": "source_data"'
+        body = ("{" + (f'{other}, "source_data" : "{text}"' if late else f'"source_data":"{text}", {other}') + "}").encode()
+        path = tmp_path_factory.getbasetemp() / "sink"
+        at = sorted({0, len(body), *(cut % len(body) for cut in cuts)})
+        for blocks in ([body[a:b] for a, b in itertools.pairwise(at)], [body[n:n + 1] for n in range(len(body))]):
+            sink = confbuild.Base64File(str(path), 1000)
+            reader = confbuild.BodyReader(sink)
+            for block in blocks:
+                reader.feed(block)
+            sink.close()
+            assert path.read_bytes() == b"\x1f\x8b\x08" + data and reader.captured
+            assert json.loads(reader.kept) == {**json.loads(body), "source_data": ""}
+
+    @pytest.mark.parametrize("pieces",
+                             [["H4sI", "AA=="] + ["AAAA"], ["H4sIAA=", "=AAAA"], ["H4sI", "A"], ["H4sI", "A A="], ["H4s=I"], ["H4sI", "====", "AAAA"],
+                                        ["H4sI\\u00"], ["H4sI\\x41AAA"], ["H4sI\\u00e9AAA"], ["H4sI\r\nAAAA"], ["H4sI-_AA"]])
+    def test_bad_base64(self, tmp_path: Path, pieces: list[str]) -> None:
+        for parts in (pieces, list("".join(pieces))):
+            sink = confbuild.Base64File(str(tmp_path / "sink"), 1000)
+            with pytest.raises(confbuild.Refused, match="not standard base64") as caught:
+                for piece in parts:
+                    sink.feed(piece.encode())
+                sink.close()
+            sink.abandon()
+            assert (caught.value.status, caught.value.error_type) == (400, "InvalidSource")
+
+
+class TestHttp:
+    def test_bodies(self, site: Callable[..., Site]) -> None:
+        """Every row of the first table of CONTRACT 1 that a body can bring about. None of them uses up a single-use server."""
+        s = site(single_use=True)
+        for body, status, error_type, fragment in BODIES:
+            is_problem(s.ask("POST", "/build", body), status, error_type, fragment)
+        assert os.listdir(s.jobs.incoming) == []
+        status, headers, answer = s.ask("POST", "/build", {**GOOD_REQUEST, "nonce": NONCE.upper(), "unknown": [{"key": 1.5}], "repo_url": None, "a": 2 ** 53})
+        assert status == 200 and headers["Content-Type"] == "application/json" and list(json.loads(answer)) == ["job_id"]
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted", "accepts one build")
+        assert [job.request.nonce for job in s.jobs.newest()] == [NONCE]
+
+    def test_escaped_name(self, site: Callable[..., Site]) -> None:
+        """The same JSON, the same build: with escapes in the name, or in the value."""
+        s = site()
+        escaped = GZIP.replace("/", "\\/").replace("+", "\\u002b")
+        for text in (f'"source_data": "{escaped}"', f'"source\\u005fdata": "{escaped}"', f'"source\\u005fdata": "\\u{ord(GZIP[0]):04x}{GZIP[1:]}"'):
+            answer = s.ask("POST", "/build", jsonish(text))
+            assert answer[0] == 200, (text, answer)
+            source = s.jobs.newest()[0].source
+            assert source and Path(source).read_bytes() == base64.b64decode(GZIP)
+
+    @pytest.mark.parametrize(("method", "path", "body", "headers", "status", "error_type", "more"), [
+        ("POST", "/build", URL, {"Content_Type": "text/plain"}, 415, "UnsupportedMediaType", {}),
+        ("POST", "/build", URL, {"Content_Type": "-"}, 415, "UnsupportedMediaType", {}),
+        ("POST", "/build", URL, {"Content_Type": "application/x-www-form-urlencoded"}, 415, "UnsupportedMediaType", {}),
+        ("POST", "/build", URL, {"Content_Length": "-"}, 411, "LengthRequired", {}),
+        ("POST", "/build", URL, {"Content_Length": "-5"}, 411, "LengthRequired", {}),
+        ("POST", "/build", URL, {"Content_Length": "+5"}, 411, "LengthRequired", {}),
+        ("POST", "/build", b"0\r\n\r\n", {"Content_Length": "-", "Transfer_Encoding": "chunked"}, 411, "LengthRequired", {"Connection": "close"}),
+        ("GET", "/health", None, {"Transfer_Encoding": "identity"}, 411, "LengthRequired", {"Connection": "close"}),
+        ("GET", "/builds", None, {"Host": "evil.example"}, 421, "MisdirectedRequest", {}),
+        ("GET", "/builds", None, {"Host": "127.0.0.1.evil.example:80"}, 421, "MisdirectedRequest", {}),
+        ("POST", "/build", URL, {"Host": "evil.example:8080"}, 421, "MisdirectedRequest", {}),
+        ("PUT", "/build", None, {}, 405, "MethodNotAllowed", {"Allow": "POST"}),
+        ("GET", "/build", None, {}, 405, "MethodNotAllowed", {"Allow": "POST"}),
+        ("HEAD", "/build", None, {}, 405, "", {"Allow": "POST"}),
+        ("POST", "/health", None, {}, 405, "MethodNotAllowed", {"Allow": "GET, HEAD"}),
+        ("PATCH", "/build/x", None, {}, 405, "MethodNotAllowed", {"Allow": "DELETE, GET, HEAD"}),
+        ("OPTIONS", "/builds", None, {}, 405, "MethodNotAllowed", {"Allow": "GET, HEAD"}),
+        ("BREW", "/builds", None, {}, 405, "MethodNotAllowed", {"Allow": "GET, HEAD"}),
+        ("GET", "/nothing", None, {}, 404, "NotFound", {}), ("GET", "/v1/health", None, {}, 404, "NotFound", {}),
+        ("GET", "/health/", None, {}, 404, "NotFound", {}),
+        *((method, path, None, {}, 404, "NotFound", {}) for method, path in (
+            ("GET", "/build/x"), ("DELETE", "/build/x"), ("GET", "/build/x/events"), ("GET", "/build/x/result"), ("GET", "/build/../x"),
+            ("GET", "/build/%2e%2e/result"))),
+    ])
+    def test_refusals(self, site: Callable[..., Site], method: str, path: str, body: Any, headers: dict[str, str], status: int,
+                      error_type: str, more: dict[str, str]) -> None:
+        s = site(single_use=True)
+        answer = s.ask(method, path, body, **headers)
+        if method == "HEAD":
+            assert (answer[0], answer[2]) == (status, b"")
+        else:
+            is_problem(answer, status, error_type)
+        assert {name: answer[1][name] for name in more} == more
+        assert s.ask("POST", "/build", URL)[0] == 200  # it is not used up
+
+    @pytest.mark.parametrize(("data", "status"), [
+        (b"HELLO\r\n\r\n", 400), (b"GET /health HTTP/x.y\r\n\r\n", 400), (b"GET / b c HTTP/1.1\r\n\r\n", 400), (b"GET /health HTTP/3.0\r\n\r\n", 505),
+        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
+        (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431)])
+    def test_malformed(self, site: Callable[..., Site], data: bytes, status: int) -> None:
+        """What http.server refuses by itself has our form as well."""
+        is_problem(site().raw(data), status, "BadRequest")
+
+    def test_connections(self, site: Callable[..., Site]) -> None:
+        """Pipelined, kept alive, with 100-continue, cut off, HTTP/1.0: who may go on, goes on; who may not is told so."""
+        s = site()
+        host = b"Host: localhost\r\n"
+        body = json.dumps(URL).encode()
+        post = b"POST /build HTTP/1.1\r\n" + host + b"Content-Type: application/json; charset=utf-8\r\nContent-Length: %d\r\n" % len(body)
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\n" + host + b"X-Request-Id: mine-1\r\n\r\n" + post + b"\r\n" + body
+                         + b"GET /nope HTTP/1.1\r\n" + host + b"X-Request-Id: bad id\r\n\r\n"
+                         + b"GET /health HTTP/1.1\r\nConnection: close\r\n" + host + b"\r\n")
+            got = read_all(sock)
+        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"200", b"200", b"404", b"200"] and got.endswith(b"\r\n\r\nok")
+        ids = re.findall(rb"X-Request-Id: (.*)\r\n", got)
+        assert ids[0] == b"mine-1" and b"bad id" not in ids and len(set(ids)) == 4
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(post + b"Expect: 100-continue\r\n\r\n")
+            assert sock.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            sock.sendall(body)
+            assert sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:  # refused: the body is never asked for
+            sock.sendall(post.replace(b"application/json", b"text/plain") + b"Expect: 100-continue\r\n\r\n")
+            got = read_all(sock)
+        assert got.startswith(b"HTTP/1.1 415") and b"\r\nConnection: close\r\n" in got
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(post + b"\r\n" + body[:-1])
+            sock.shutdown(socket.SHUT_WR)
+            assert b'"detail":"the body ended early"' in read_all(sock)
+        for line in (b"", b"Connection: keep-alive\r\n"):
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+                sock.sendall(b"GET /health HTTP/1.0\r\n" + line + b"\r\n")
+                got = read_all(sock, 5)
+            assert got.startswith(b"HTTP/1.1 200") and b"\r\nConnection: close\r\n" in got
+        job = s.finished()
+        start = s.jobs.log_of(s.jobs.get(job)).count - 3
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(f"GET /build/{job}/events?from={start} HTTP/1.0\r\n\r\n".encode())
+            head, _, stream = read_all(sock).partition(b"\r\n\r\n")
+        assert b"chunked" not in head and b"Connection: close" in head
+        assert stream == b": hello\n\n" + b"".join(frames([
+            '{"type":"build","msg":"\\u00e9"}', '{"type":"build","msg":"two"}', sent(COMPLETE_EVENT)[0]], start + 1))
+
+    def test_tokens(self, site: Callable[..., Site]) -> None:
+        s = site(tokens=("alpha", "bêta"))
+        assert s.ask("GET", "/health")[0] == 200
+        for given_token in ("-", "Bearer", "Bearer gamma", "Basic alpha", "Bearer alphaa", "alpha", "Bearer alpha bêta"):
+            answer = s.ask("GET", "/builds", Authorization=given_token)
+            is_problem(answer, 401, "Unauthorized")
+            assert answer[1]["WWW-Authenticate"].startswith("Bearer")
+        is_problem(s.ask("GET", "/nothing"), 401, "Unauthorized")
+        assert [s.ask("GET", "/builds", Authorization=text)[0] for text in ("Bearer alpha", "bearer  alpha")] == [200, 200]
+
+    def test_hosts(self, site: Callable[..., Site]) -> None:
+        s = site()
+        for host in ("localhost", "LOCALHOST:99", "127.0.0.1", "build.example", "Build.Example:443"):
+            assert s.ask("GET", "/builds", Host=host)[0] == 200, host
+
+    def test_full(self, site: Callable[..., Site]) -> None:
+        """429 with one build running and one waiting; 503 where streams are too many, and while stopping."""
+        s = site(max_queue=1, crowded=True)
+        first = json.loads(s.ask("POST", "/build", URL)[2])["job_id"]
+        wait_for(lambda: s.jobs.get(first).state == "running")
+        assert s.ask("POST", "/build", URL)[0] == 200
+        for path, body, status, error_type in (("/build", URL, 429, "QueueFull"), (f"/build/{first}/events", None, 503, "TooManyWatchers")):
+            answer = s.ask("POST" if body else "GET", path, body)
+            is_problem(answer, status, error_type)
+            assert int(answer[1]["Retry-After"]) > 0
+        is_problem(s.ask("GET", f"/build/{first}/result"), 404, "NotReady")
+        s.gate.set()
+        s.jobs.stop(10)
+        answer = s.ask("POST", "/build", URL)
+        is_problem(answer, 503, "ShuttingDown")
+        assert int(answer[1]["Retry-After"]) > 0
+
+    def test_bug(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        monkeypatch.setattr(confbuild.Api, "health", lambda self, request: 1 / 0)
+        is_problem(site().ask("GET", "/health"), 500, "InternalError", "its log tells more")
+        assert "ZeroDivisionError" in caplog.text
+
+    def test_result(self, site: Callable[..., Site]) -> None:
+        """Headers, ranges [RFC9110 14] and the archive itself, deterministic."""
+        s = site()
+        job = s.finished()
+        url = f"/build/{job}/result"
+        status, headers, data = s.ask("GET", url)
+        etag = headers["ETag"]
+        assert status == 200 and etag == f'"{hashlib.sha256(data).hexdigest()}"' and int(headers["Content-Length"]) == len(data)
+        assert (headers["Content-Type"], headers["Accept-Ranges"]) == ("application/gzip", "bytes") and "attachment" in headers["Content-Disposition"]
+        assert headers["Repr-Digest"] == "sha-256=:" + base64.b64encode(hashlib.sha256(data).digest()).decode() + ":"
+        n = len(data)
+        for asked, expected in (("bytes=0-0", (0, 1)), ("bytes=5-", (5, n)), ("bytes=-7", (n - 7, n)), (f"bytes=-{n + 5}", (0, n)),
+                                (f"bytes=3-{n + 99}", (3, n)),
+                                (f"bytes={n - 1}-", (n - 1, n))):
+            status, headers, part = s.ask("GET", url, Range=asked)
+            assert (status, part) == (206, data[slice(*expected)]) and headers["Content-Range"] == f"bytes {expected[0]}-{expected[1] - 1}/{n}", asked
+        for asked in ("bytes=5-2", "bytes=-", "bytes=a-b", "lines=0-1", "bytes=0-1,3-4", "bytes=0"):
+            assert s.ask("GET", url, Range=asked)[::2] == (200, data), asked
+        for asked in (f"bytes={n}-", f"bytes={n + 7}-{n + 9}", "bytes=-0"):
+            answer = s.ask("GET", url, Range=asked)
+            is_problem(answer, 416, "RangeNotSatisfiable", f"{n} bytes")
+            assert answer[1]["Content-Range"] == f"bytes */{n}"
+        assert s.ask("GET", url, Range="bytes=0-0", If_Range=etag)[0] == 206
+        assert s.ask("GET", url, Range="bytes=0-0", If_Range='"x"')[::2] == (200, data)
+        for tag in (etag, "*", f'"x", {etag}', f"W/{etag}"):
+            status, headers, body = s.ask("GET", url, If_None_Match=tag)
+            assert (status, headers["ETag"], body) == (304, etag, b""), tag
+        assert s.ask("GET", url, If_None_Match='"x"')[::2] == (200, data)
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            assert [(m.name, m.mode, m.isdir(), m.mtime, m.uid, m.gid, m.uname, m.gname) for m in archive] == [
+                ("demo", 0o755, True, 0, 0, 0, "", ""), ("demo/artifacts", 0o755, True, 0, 0, 0, "", ""),
+                ("demo/artifacts/demo", 0o755, False, 0, 0, 0, "", ""),
+                ("demo/evidence.json", 0o644, False, 0, 0, 0, "", ""), ("demo/provenance.json", 0o644, False, 0, 0, 0, "", "")]
+        again = s.finished()
+        assert s.ask("GET", f"/build/{again}/result")[2] == data and data[4:8] == bytes(4)
+
+    def test_every_get(self, site: Callable[..., Site]) -> None:
+        """HEAD wherever GET works, with the same headers and no body; and the OpenAPI document tells of every route."""
+        s = site()
+        job = s.finished()
+        doc = json.loads(s.ask("GET", "/openapi.json")[2])
+        assert doc["openapi"].startswith("3.1.") and doc["info"]["version"] == confbuild.__version__
+        listed = {(method.upper(), path) for path, methods in doc["paths"].items() for method in methods}
+        assert listed == {(route.method, route.path) for route in confbuild.ROUTES}
+        names = []
+        for path, methods in doc["paths"].items():
+            for method, operation in methods.items():
+                names.append(operation["operationId"])
+                assert operation["responses"]
+                assert all(re.fullmatch(r"\d{3}", code) and answer["description"] for code, answer in operation["responses"].items())
+                assert {p["name"] for p in operation["parameters"] if p["in"] == "path"} == set(re.findall(r"\{(\w+)\}", path))
+                if method == "get":
+                    get, head = (s.ask(verb, path.replace("{id}", job)) for verb in ("GET", "HEAD"))
+                    for answer in (get, head):
+                        for name in ("Date", "X-Request-Id"):
+                            del answer[1][name]
+                    assert (get[0], sorted(get[1].items())) == (head[0], sorted(head[1].items())) and get[2] and not head[2]
+                    assert str(get[0]) in operation["responses"]
+                    assert get[1]["Content-Type"].partition(";")[0] in operation["responses"]["200"]["content"]
+        assert len(set(names)) == len(names)
+        assert s.ask("GET", "/health")[2] == b"ok" and json.loads(s.ask("GET", "/config")[2]) == {"platform": "simulated"}
+
+    def test_options(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """What the command line promises of the tables: --max-archive, --token-file, --queue, --single-use; /config says so."""
+        (tmp_path / "tokens").write_text("t0\nt1\n")
+        s = server("--max-archive", "1", "--token-file", str(tmp_path / "tokens"), "--queue", "1", "--public-host", "Build.Example")
+        assert s.request("GET", "/config")[0] == 401
+        s.headers = {"Authorization": "Bearer t1"}
+        config = json.loads(s.request("GET", "/config", Host="build.example")[2])
+        assert set(config) >= {"platform", "image", "measurement", "limits", "toolchains", "isolation", "version"}
+        assert config["platform"] == "simulated"
+        assert config["limits"].items() >= {"archive_bytes": 1 << 20, "queue": 1, "slots": 1}.items() and config["toolchains"]["cargo"] is True
+        big = {**GOOD_REQUEST, "source_data": base64.b64encode(gzip.compress(random.Random(2).randbytes(2 << 20))).decode()}
+        is_problem(s.request("POST", "/build", big), 413, "PayloadTooLarge")
+        jobs = [s.submit(project(gated(tmp_path / "gate")))]
+        status = wait_for(lambda: [x for x in [s.status(jobs[0])] if x["status"] == "running"])[0]
+        assert status["nonce"] == NONCE and status["source_name"] == "demo.tar.gz" and status["finished_at"] is None
+        jobs.append(s.submit())
+        is_problem(s.request("POST", "/build", URL), 429, "QueueFull")
+        (tmp_path / "gate").touch()
+        assert [s.events(job)[-1]["result"] for job in jobs] == [{"status": "ok"}] * 2
+        verdict = confbuild.verify_bundle(*self.unpacked(s, jobs[0], tmp_path))
+        assert verdict.verdict == "simulated"
+
+    @staticmethod
+    def unpacked(s: Server, job: str, folder: Path) -> tuple[confbuild.BundleFiles, confbuild.Expectations]:
+        (folder / "result.tar.gz").write_bytes(s.request("GET", f"/build/{job}/result")[2])
+        return confbuild.read_bundle(str(folder / "result.tar.gz")), confbuild.Expectations(nonce=NONCE)
+
+    @needs("openssl")
+    def test_tls(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Events, of 2 MiB, and the result over TLS are those of the files; a client without TLS gets nothing and hurts nobody."""
+        cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                        "/CN=localhost",
+                        "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
+        s = server("--tls-cert", str(cert), "--tls-key", str(key))
+        context = ssl.create_default_context(cafile=str(cert))
+
+        def ask(method: str, path: str, body: str | None = None) -> bytes:
+            connection = http.client.HTTPSConnection("127.0.0.1", s.port, timeout=30, context=context)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            with connection.getresponse() as answer:
+                assert answer.status == 200
+                data = answer.read()
+            connection.close()
+            return data
+
+        with socket.create_connection(("127.0.0.1", s.port), 10) as plain:
+            plain.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                assert b"HTTP/1.1" not in read_all(plain)
+        lines = "seq 1000000 1050000; sleep 0.3; seq 2000000 2003000\n"
+        archive = base64.b64encode(tarball(project(lines + QUICK))).decode()
+        job = json.loads(ask("POST", "/build", json.dumps({**GOOD_REQUEST, "source_data": archive})))["job_id"]
+        live = ask("GET", f"/build/{job}/events")
+        assert len(live) > 2 << 20 and live == ask("GET", f"/build/{job}/events")
+        assert live.partition(b"\n\n")[2] == (s.state / "jobs" / job / "events").read_bytes()
+        assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
+
+# endregion 18
+# ==============================================================================
+# region 19. Agent
+# ==============================================================================
+
+
+class TestAgent:
+    def test_lifeline(self, tmp_path: Path, stub_path: str) -> None:
+        """The API of one build, for whoever has the token; when stdin ends, whatever it has started and its workspace are gone."""
+        workspace = tmp_path / "vm"
+        for name in ("home", "tmp", "cargo"):
+            (workspace / name).mkdir(parents=True)
+        env = confbuild.build_environment(str(workspace), {"PATH": stub_path}, ())
+        with subprocess.Popen([*confbuild.own_program(), "agent"], cwd=workspace, env=env, start_new_session=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE) as agent:
+            assert agent.stdin and agent.stdout
+            agent.stdin.write(json.dumps({"token": "once", "policy": confbuild.SourcePolicy()._asdict()}).encode() + b"\n")
+            agent.stdin.flush()
+            s = Server(tmp_path / "none", stub_path)
+            s.port = int(agent.stdout.readline())
+            is_problem(s.request("GET", "/builds"), 401, "Unauthorized")
+            s.headers = {"Authorization": "Bearer once"}
+            script = (f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
+                      f"echo $$ > {tmp_path}/tool; echo up; sleep 300")
+            job = s.submit(project(script))
+            connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=30)
+            connection.request("GET", f"/build/{job}/events", headers=s.headers)
+            answer = connection.getresponse()
+            while b'"up"' not in answer.readline():
+                assert not answer.isclosed()
+            connection.close()
+            is_problem(s.request("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted")
+            agent.stdin.close()
+            assert agent.wait(20) == 0
+        pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
+        assert not any(map(living, pids)) and not workspace.exists()
+
+# endregion 19
+# ==============================================================================
+# region 20. Client
+# ==============================================================================
+
+
+Answer = tuple[int, Mapping[str, str], bytes]
+SSE = {"Content-Type": "text/event-stream"}
+PROBLEM = {"Content-Type": "application/problem+json"}
+CHUNKED = {"Transfer-Encoding": "chunked"}  # the bodies below then break off inside of a chunk
+
+
+def frame(n: int, kind: str = "build", more: str = '"msg":"x"') -> bytes:
+    """An event as the contract frames it."""
+    return b'id: %d\ndata: {"type":"%s",%s}\n\n' % (n, kind.encode(), more.encode())
+
+
+END = '"result":{"status":"ok"}'
+
+
+class StandIn:
+    """A small server that gives the next of answers to each request, the last one for ever, and closes the connection."""
+
+    def __init__(self, *answers: Answer | Callable[[str, str], Answer]) -> None:
+        self.seen: list[tuple[str, str, Mapping[str, str]]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                outer.seen.append((self.command, self.path, dict(self.headers)))
+                chosen = answers[min(len(outer.seen), len(answers)) - 1]
+                status, headers, body = chosen(self.command, self.path) if callable(chosen) else chosen
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Connection", "close")
+                self.end_headers()
+                self.wfile.write(body)
+                self.close_connection = True
+
+            do_GET = do_POST = do_DELETE = answer
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def parsed(*blocks: bytes) -> list[tuple[str, str]]:
+    """(data, id) of each event."""
+    parser = confbuild.EventStreamParser()
+    return [(event.data, event.id) for block in blocks for event in parser.feed(block)]
+
+
+def standard_events(stream: bytes) -> list[tuple[str, str]]:
+    """The same by the algorithm of HTML 9.2.6, step by step, over the whole stream."""
+    text = stream.decode("utf-8", "replace").removeprefix("\ufeff")
+    *lines, _ = re.split("\r\n|\r|\n", text)
+    data, last_id, found = "", "", []
+    for line in lines:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            if data:  # "if the data buffer is an empty string ... return"; a line of empty data has left an LF there
+                found.append((data[:-1], last_id))
+            data = ""
+        elif name == "data":
+            data += value + "\n"
+        elif name == "id" and "\0" not in value:
+            last_id = value
+    return found
+
+
+class TestEventStream:
+    # WHATWG HTML, 9.2.6 "Interpreting an event stream": the four examples at its end, with what the text says of each.
+    STANDARD = (
+        (b"data: YHOO\ndata: +2\ndata: 10\n\n", [("YHOO\n+2\n10", "")]),
+        (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+         [("first event", "1"), ("second event", ""), (" third event", "")]),
+        (b"data\n\ndata\ndata\n\ndata:", [("", ""), ("\n", "")]),
+        (b"data:test\n\ndata: test\n\n", [("test", ""), ("test", "")]))
+    RULES: tuple[tuple[bytes, list[tuple[str, str]]], ...] = (  # the same section's grammar and steps
+        (b"data: a\r\rdata: b\r\n\r\ndata: c\n\ndata: d\r\n\rdata: e\n\r\n", [("a", ""), ("b", ""), ("c", ""), ("d", ""), ("e", "")]),
+        (b"\xef\xbb\xbfdata: bom\n\n", [("bom", "")]),
+        (b"\xef\xbb\xbf\xef\xbb\xbfdata: two\n\ndata: b\n\n", [("b", "")]),  # the second one belongs to the field's name
+        (b"\n\xef\xbb\xbfdata: late\n\n", []),
+        (b"data:   x \n\ndata:\tx\n\n", [("  x ", ""), ("\tx", "")]),
+        (b"data:\n\n", [("", "")]), (b"data: \n\n", [("", "")]), (b"\n\n\n", []),
+        (b"id: 7\n\ndata: a\n\ndata: b\n\n", [("a", "7"), ("b", "7")]),  # persists, also over a block without data
+        (b"id: 7\nid: 8\0\ndata: a\n\n", [("a", "7")]),
+        (b"event: odd\ndata: a\nfoo: bar\nDATA: b\n data: c\n:data: d\n\n", [("a", "")]),
+        (b"data: whole\n\ndata: half\n", [("whole", "")]), (b"data: half", []),
+        (b"data: \xff\xe2\x82\n\n", [("\ufffd\ufffd", "")]))
+
+    @pytest.mark.parametrize("stream, events", STANDARD + RULES)
+    def test_known_answers(self, stream: bytes, events: list[tuple[str, str]]) -> None:
+        assert parsed(stream) == parsed(*(stream[i:i + 1] for i in range(len(stream)))) == standard_events(stream) == events
+
+    @pytest.mark.parametrize("value, seconds", [
+        (b"1500", 1.5), (b"0", 0.0), (b"", None), (b"-1", None), (b"1.5", None), (b"1_0", None), (b" 5", None), (b"\xd9\xa3", None)])
+    def test_retry(self, value: bytes, seconds: float | None) -> None:
+        """ASCII digits only; `\\d` and int() would take more."""
+        parser = confbuild.EventStreamParser()
+        assert parser.feed(b"retry: " + value + b"\n") == []
+        assert parser.retry_s == seconds
+
+    @given(st.lists(st.sampled_from([b"data", b"id", b"retry", b":", b" ", b"\r", b"\n", b"\r\n", b"\n\n", b"x", b"\0", b"\xc3", b"\xa9", b"\xef\xbb\xbf"]),
+                    max_size=60).map(b"".join), st.lists(st.integers(0, 200), max_size=12))
+    @example(b"\xef\xbb\xbfdata\n\n", [1, 2])
+    @example(b"data: a\r\n\r\n", [8, 9, 10])
+    def test_any_split(self, stream: bytes, cuts: list[int]) -> None:
+        ends = [0, *sorted(min(cut, len(stream)) for cut in cuts), len(stream)]
+        assert parsed(*(stream[a:b] for a, b in itertools.pairwise(ends))) == standard_events(stream)
+
+    @settings(max_examples=30)
+    @given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), max_size=5), max_size=5), st.integers(1, 40))
+    @example([["\u2028\r\n\x85\0", "plain", "\x1b[1m"]], 3)
+    def test_frames_of_the_server(self, tmp_path_factory: pytest.TempPathFactory, blocks: list[list[str]], size: int) -> None:
+        log = confbuild.EventLog(str(tmp_path_factory.mktemp("log") / "events"))
+        for messages in blocks:
+            log.append(confbuild.to_payloads("build", messages))
+        sent = os.pread(log.fd, log.size, 0)
+        events = parsed(*(sent[i:i + size] for i in range(0, len(sent), size)))
+        assert [json.loads(data)["msg"] for data, _ in events] == list(itertools.chain.from_iterable(blocks))
+        assert [n for _, n in events] == [str(i + 1) for i in range(log.count)]
+
+    def test_endless_line(self) -> None:
+        """A server that never ends a line costs neither unlimited memory nor quadratic time."""
+        parser = confbuild.EventStreamParser()
+        with pytest.raises(confbuild.ConfbuildError):
+            for _ in range(24):
+                parser.feed(bytes(1 << 20))
+
+
+class TestService:
+    @pytest.fixture
+    def naps(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        """How long the client would have slept."""
+        taken: list[float] = []
+        monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
+        return taken
+
+    def follow(self, *answers: Answer, start: int = 0) -> tuple[list[str], list[str], list[str]]:
+        """(types of the events, what the user was told, paths asked for)."""
+        told: list[str] = []
+        with StandIn(*answers) as server:
+            kinds = [event["type"] for event in confbuild.Service(server.url, "secret", told.append).events("j", start)]
+            return kinds, told, [path for _, path, _ in server.seen]
+
+    @pytest.mark.parametrize("broken", [
+        (200, SSE, frame(1) + frame(2) + b'id: 3\ndata: {"type":"bu'),  # an unfinished event never was
+        (200, {**SSE, **CHUNKED}, b"%x\r\n%s\r\n" % (len(frame(1)), frame(1)) + b"100\r\n" + frame(2)),
+        (200, {**SSE, "Content-Length": "9999"}, frame(1) + frame(2))])
+    def test_resumes(self, naps: list[float], broken: Answer) -> None:
+        kinds, told, paths = self.follow(broken, (503, PROBLEM, b'{"detail":"I am busy"}'), (502, {}, b""),
+                                         (200, SSE, frame(3) + frame(4, "complete", END)))
+        assert kinds == ["build"] * 3 + ["complete"]
+        assert paths == ["/build/j/events?from=0"] + ["/build/j/events?from=2"] * 3
+        assert told == ["the connection was lost after 2 events; resuming"]
+        assert all(low <= nap < 2 * low for nap, low in zip(naps, (0.125, 0.25, 0.5), strict=True))  # exponential, with jitter
+
+    def test_words_decide_nothing(self, naps: list[float]) -> None:
+        """A busy server is waited for, whatever words it uses."""
+        assert self.follow((503, PROBLEM, b'{"detail":"switching the protocol"}'), (200, SSE, frame(1, "complete", END)))[0] == ["complete"]
+
+    def test_each_loss_is_told(self, naps: list[float]) -> None:
+        """And the server's wish for a pause is heard, within reason."""
+        _, told, paths = self.follow((200, SSE, b"retry: 4000\n" + frame(6)), (200, SSE, frame(7)), (200, SSE, frame(8, "complete", END)), start=5)
+        assert paths == [f"/build/j/events?from={n}" for n in (5, 6, 7)]
+        assert told == [f"the connection was lost after {n} events; resuming" for n in (6, 7)]
+        assert [2 <= nap < 4 for nap in naps] == [True, True]
+
+    def test_ends(self) -> None:
+        assert self.follow((204, {}, b""), start=9) == ([], [], ["/build/j/events?from=9"])
+        assert self.follow((200, SSE, frame(1, "complete", END) + frame(2)))[0] == ["complete"], "nothing comes after complete"
+
+    def test_without_ids(self, naps: list[float]) -> None:
+        """Kettle's server numbers nothing: its events are counted."""
+        plain = b'data: {"type":"build","msg":"x"}\n\n'
+        kinds, _, paths = self.follow((200, SSE, plain * 3), (200, SSE, b'data: {"type":"complete",' + END.encode() + b"}\n\n"))
+        assert (kinds, paths[1]) == (["build"] * 3 + ["complete"], "/build/j/events?from=3")
+
+    @pytest.mark.parametrize("answer, message", [
+        ((200, SSE, frame(2)), "the server broke the protocol: event 2 after event 0"),
+        ((200, SSE, frame(1) + frame(1)), "the server broke the protocol: event 1 after event 1"),
+        ((200, SSE, frame(1) + frame(3)), "the server broke the protocol: event 3 after event 1"),
+        ((200, SSE, b"data: nope\n\n"), "the server broke the protocol: event: not JSON"),
+        ((200, SSE, b"data: " + b"[" * 33 + b"\n\n"), "nested deeper than 32"),
+        ((200, SSE, b"data: [1]\n\n"), "an event without a type"), ((200, SSE, b'data: {"type":1}\n\n'), "an event without a type"),
+        ((200, {"Content-Type": "text/html"}, b"<p>"), "the server broke the protocol: no event stream"),
+        ((401, PROBLEM, b'{"detail":"who are you?"}'), "the server said 401: who are you?"),
+        ((404, PROBLEM, b"[]"), "the server said 404: GET /build/j/events?from=0: Not Found"),
+        ((302, {"Location": "/elsewhere"}, b""), "the server said 302: ")])
+    def test_refused(self, answer: Answer, message: str) -> None:
+        with pytest.raises(confbuild.RemoteError) as e:
+            self.follow(answer)
+        assert message in str(e.value) and e.value.exit_code == 4 and (e.value.status or 200) == answer[0]
+
+    def test_gone(self, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
+        monkeypatch.setattr(confbuild, "RECONNECT_S", 0.0)
+        with pytest.raises(confbuild.RemoteError, match="lost for 0 s, after 1 events") as e:
+            self.follow((200, SSE, frame(1)), (503, {}, b""))
+        assert e.value.exit_code == 4
+        with StandIn() as server:
+            url = server.url
+        with pytest.raises(confbuild.RemoteError, match="refused"):
+            confbuild.Service(url).json("GET", "/builds")
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_no_redirect(self, status: int) -> None:
+        """The token goes to the server that it is for, and nowhere else."""
+        with StandIn((200, {}, b"{}")) as other, StandIn((status, {"Location": other.url + "/builds"}, b"")) as server:
+            service = confbuild.Service(server.url, "secret")
+            for method in ("GET", "POST", "DELETE"):
+                with pytest.raises(confbuild.RemoteError, match=f"the server said {status}"):
+                    service.open(method, "/builds")
+            assert [headers["Authorization"] for _, _, headers in server.seen] == ["Bearer secret"] * 3
+            assert other.seen == []
+
+    @pytest.mark.parametrize("headers, body, message", [
+        ({}, b"whole", ""), ({"Content-Length": "5"}, b"whole", ""), ({"Repr-Digest": "md5=:AA==:"}, b"whole", ""),
+        ({"Repr-Digest": f"sha-256=:{base64.b64encode(hashlib.sha256(b'whole').digest()).decode()}:"}, b"whole", ""),
+        ({"Repr-Digest": f"sha-256=:{base64.b64encode(hashlib.sha256(b'other').digest()).decode()}:"}, b"whole", "not what the server announced"),
+        ({"Content-Length": "6"}, b"whole", "not what the server announced"), (CHUNKED, b"100\r\nwho", "broke off after"),
+        ({"Content-Length": "many"}, b"whole", "not what the server announced")])
+    def test_download(self, tmp_path: Path, headers: Mapping[str, str], body: bytes, message: str) -> None:
+        with StandIn((200, headers, body)) as server, contextlib.ExitStack() as stack:
+            if message:
+                stack.enter_context(pytest.raises(confbuild.RemoteError, match=message))
+            confbuild.Service(server.url).download("j", str(tmp_path / "file"))
+        assert message or (tmp_path / "file").read_bytes() == body
+
+    @pytest.mark.parametrize("headers, body", [({}, b"nope"), ({}, b"[]"), ({}, b"{}"), ({}, b'{"job_id":5}'), ({}, b'{"job_id":"../x"}'), ({}, b""),
+                                               (CHUNKED, b'100\r\n{"job'), ({"Content-Length": "99"}, b'{"job')])
+    def test_submit_and_json_of_garbage(self, headers: Mapping[str, str], body: bytes) -> None:
+        request = confbuild.BuildRequest(NONCE, "https://example.com/x", "")
+        with StandIn((200, headers, body)) as server:
+            with pytest.raises(confbuild.RemoteError, match="broke"):
+                confbuild.Service(server.url).submit(request, None)
+            if not body.endswith((b"]", b"}")):
+                with pytest.raises(confbuild.RemoteError, match="the server broke the protocol"):
+                    confbuild.Service(server.url).json("GET", "/builds")
+
+    def test_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A proxy of the environment is for other hosts, never for this machine."""
+        with StandIn((200, {}, b'"ok"')) as server:
+            monkeypatch.delenv("no_proxy", raising=False)
+            monkeypatch.delenv("NO_PROXY", raising=False)
+            monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+            for host in ("127.0.0.1", "localhost"):
+                assert confbuild.Service(server.url.replace("127.0.0.1", host)).json("GET", "/builds") == "ok"
+            monkeypatch.setenv("http_proxy", server.url)
+            assert confbuild.Service("http://builds.invalid").json("GET", "/x") == "ok"
+            assert server.seen[-1][1] == "http://builds.invalid/x"
+
+    @pytest.mark.parametrize("url", ["ftp://x", "http://", "file:///etc", "http://[::1", "http://h:x/", "http://h:99999/"])
+    def test_bad_url(self, url: str) -> None:
+        with pytest.raises(confbuild.UsageError, match="is no http or https URL"):
+            confbuild.Service(url)
+
+
+@pytest.fixture
+def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """git with nobody's configuration."""
+    for name, value in {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.com",
+                        "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.com"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def write_files(folder: Path, files: Mapping[str, str | bytes], commit: bool = False) -> Path:
+    """folder holds files; commit: in a new repository."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if commit:
+        git(folder, "init", "-q", "-b", "main")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "one")
+    return folder
+
+
+@needs("git")
+@pytest.mark.usefixtures("plain_git")
+class TestPackDirectory:
+    BASE: Mapping[str, str] = {".gitignore": "ignored\ntarget\n", "a.txt": "a", "sub/b.txt": "b", "run.sh": "x"}
+
+    @staticmethod
+    def repository(tmp_path: Path) -> Path:
+        root = write_files(tmp_path / "demo", TestPackDirectory.BASE)
+        (root / "run.sh").chmod(0o755)
+        (root / "link").symlink_to("a.txt")
+        write_files(root, {}, commit=True)
+        return write_files(root, {"ignored": "no", "target/x": "no"})
+
+    def pack(self, directory: Path, tmp_path: Path) -> tuple[confbuild.Packed, dict[str, tarfile.TarInfo], bytes]:
+        """What was packed, the members, and all their bytes."""
+        scratch = tmp_path / "scratch"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        packed = confbuild.pack_directory(str(directory), str(tmp_path / "packed.tar.gz"), str(scratch))
+        with tarfile.open(tmp_path / "packed.tar.gz") as tar:
+            members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
+            assert {m.name.partition("/")[0] for m in members.values()} == {"demo"}
+            assert {(m.uid, m.gid, m.uname, m.gname, m.mtime) for m in members.values()} == {(0, 0, "", "", 0)}
+            return packed, members, b"\n".join(f.read() for m in members.values() if m.isreg() and (f := tar.extractfile(m)))
+
+    @pytest.mark.parametrize("origin, kept", [
+        ("", ""), ("https://user:hunter2@example.com/x.git", "https://example.com/x.git"), ("https://hunter2@example.com/x?token=hunter2", "https://example.com/x"),
+        ("git@example.com:x.git", "example.com:x.git")], ids=["none", "password", "token", "scp"])
+    def test_clean(self, tmp_path: Path, origin: str, kept: str) -> None:
+        root = self.repository(tmp_path)
+        git(root, "commit", "-q", "--allow-empty", "-m", "two")
+        if origin:
+            git(root, "remote", "add", "origin", origin)
+        git(root, "config", "http.extraHeader", "Authorization: hunter2")
+        packed, members, everything = self.pack(root, tmp_path)
+        head = git(root, "rev-parse", "HEAD")
+        assert packed == confbuild.Packed(f"commit {head} as git has it", git(root, "rev-parse", "HEAD^{tree}"), head)
+        assert {n for n in members if not n.startswith(".git/") and n != ".git"} == {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link"}
+        assert members["link"].issym() and members["run.sh"].mode & 0o100 and not members["a.txt"].mode & 0o111
+        assert b"hunter2" not in everything
+        with tarfile.open(tmp_path / "packed.tar.gz") as tar:
+            tar.extractall(tmp_path / "out", filter="fully_trusted")
+        out = tmp_path / "out/demo"
+        assert git(out, "log", "--format=%H") == head, "the history has depth 1"
+        assert git(out, "status", "--porcelain") == ""
+        assert subprocess.run(["git", "config", "--get", "remote.origin.url"], cwd=out, capture_output=True, text=True, check=False).stdout.strip() == kept
+        assert confbuild.believe_history(str(out), packed.tree, dict(os.environ)) == (head, kept)
+
+    @pytest.mark.parametrize("change, why, gone, new", [
+        (lambda r: (r / "a.txt").write_text("b"), "git has modified or untracked files", "", ""),
+        (lambda r: (r / "new").write_text("b"), "git has modified or untracked files", "", "new"),
+        (lambda r: (r / "a.txt").unlink(), "git has modified or untracked files", "a.txt", ""),
+        (lambda r: git(r, "rm", "-q", "a.txt"), "git has modified or untracked files", "a.txt", ""),
+        (lambda r: git(r, "update-ref", "-d", "HEAD"), "git has no commit", "", "")])
+    def test_as_they_are(self, tmp_path: Path, change: Callable[[Path], Any], why: str, gone: str, new: str) -> None:
+        root = self.repository(tmp_path)
+        git(root, "remote", "add", "origin", "https://user:hunter2@example.com/x.git")
+        change(root)
+        packed, members, everything = self.pack(root, tmp_path)
+        wanted = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", new} - {gone, ""}
+        assert (packed.note, packed.commit) == (f"{len(wanted)} files as they are, without history: {why}", "")
+        assert set(members) == wanted and b"hunter2" not in everything
+        git(root, "add", "-A")
+        assert packed.tree == git(root, "write-tree"), "git is the oracle for what git would track"
+
+    def test_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = self.repository(tmp_path)
+        inner = write_files(root / "demo", {"Cargo.toml": "", "target/y": "no"})
+        packed, members, _ = self.pack(inner, tmp_path)
+        assert (set(members), packed.commit) == ({"Cargo.toml"}, "") and "a folder inside a git work tree" in packed.note
+        shutil.rmtree(inner)
+        everything = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", "ignored", "target/x"}
+        with monkeypatch.context() as m:
+            m.setenv("PATH", str(tmp_path))
+            packed, members, _ = self.pack(root, tmp_path)
+        assert set(members) == everything and "there is no git" in packed.note
+        shutil.rmtree(root / ".git")
+        os.link(root / "a.txt", root / "twin")
+        packed, members, _ = self.pack(root, tmp_path)
+        assert set(members) == everything | {"twin"} and "it is no git work tree" in packed.note
+        os.makedirs(tmp_path / "unpacked")
+        confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(tmp_path / "unpacked"))
+        project = str(tmp_path / "unpacked/demo")
+        assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.tree
+
+    def test_nothing_of_this_machine(self, tmp_path: Path) -> None:
+        """A name of a folder here is nobody's business, nor are the credentials of a repository inside of the directory."""
+        assert str(tmp_path).encode() not in self.pack(self.repository(tmp_path), tmp_path)[2]
+
+    def test_inner_repository(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "demo", {"a": "a"})
+        git(write_files(root / "vendor/dep", {"x": "y"}, commit=True), "remote", "add", "origin", "https://hunter2@example.com/")
+        _, members, everything = self.pack(root, tmp_path)
+        assert {"a", "vendor/dep/x"} <= set(members) and b"hunter2" not in everything
+
+    def test_submodule(self, tmp_path: Path) -> None:
+        library = write_files(tmp_path / "library", {"lib.rs": "x"}, commit=True)
+        root = self.repository(tmp_path)
+        git(root, "submodule", "-q", "add", str(library), "vendor")
+        git(root, "commit", "-qm", "two")
+        packed, members, _ = self.pack(root, tmp_path)
+        assert "vendor/lib.rs" in members and "vendor/.git" not in members and packed.commit == ""
+        assert "its history cannot be packed (the repository has submodules" in packed.note
+
+    def test_nothing(self, tmp_path: Path) -> None:
+        for folder in (tmp_path / "demo", write_files(tmp_path / "other" / "demo", {".git/x": ""})):
+            folder.mkdir(exist_ok=True)
+            with pytest.raises(confbuild.UsageError, match="there is nothing to build"):
+                self.pack(folder, tmp_path)
+
+    def test_other_repository_of_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in a hook of git, which sets GIT_DIR: the directory that was named is what is packed."""
+        root = self.repository(tmp_path)
+        other = write_files(tmp_path / "other", {"secret": "x"}, commit=True)
+        head = git(root, "rev-parse", "HEAD")
+        monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+        packed, members, _ = self.pack(root, tmp_path)
+        assert packed.commit == head and "secret" not in members
+
+# endregion 20
+# ==============================================================================
+# region 21. Rendering
+# ==============================================================================
+
+
+def screen(text: str, width: int = 10_000) -> list[str]:
+    """What a terminal of that width shows at last: LF, cursor up to the start of a line, erase below, and nothing else."""
+    rows, at = [""], 0
+    for part in re.findall(r"\x1b\[\d+F|\x1b\[J|\n|\r|[^\x1b\n\r]+", re.sub(r"\x1b\[[\d;]*m", "", text)):
+        if part == "\n":
+            at += 1
+            rows += [""] * (at + 1 - len(rows))
+        elif part.endswith("F") and part[0] == "\x1b":
+            at = max(0, at - int(part[2:-1]))
+        elif part == "\x1b[J":
+            rows[at:] = [""]
+        elif part != "\r":  # (that of a pty's CR LF)
+            for start in range(0, len(part), width):
+                if start:
+                    at += 1
+                rows[at:at + 1] = [part[start:start + width]]
+    return [row for row in rows if row]
+
+
+class TestRendering:
+    @pytest.mark.parametrize("text, plain", [
+        ("plain \u00e9\u4e2d", "plain \u00e9\u4e2d"), ("\x1b[1;31mred\x1b[0m", "red"), ("\x1b[2J\x1b[1;1Hx\x1b[?25l", "x"), ("\x1b]0;title\x07x", "x"),
+        ("\x1b]8;;http://e\x1b\\x\x1b]8;;\x1b\\", "x"), ("\x1bPq\x1b\\", "q"), ("a\x1bcb", "ab"), ("\x1b", ""), ("\x1b]0;never ended", "0;never ended"),
+        ("a\rb\nc\x08\x00\x7f", "abc"), ("\x9b31mx\x85", "31mx"), ("\u202eevil\u202c\u2066x\u2069", "evilx"), ("a\tb", "a       b"), ("\x1b\x1b[31mx", "[31mx")])
+    def test_plain_text(self, text: str, plain: str) -> None:
+        assert confbuild.plain_text(text) == plain
+
+    @given(st.text(st.sampled_from("\x1b[]m;0?\x07\\a\n\r\t\x9b\x9d\u202e\u2067"), max_size=30))
+    def test_nothing_steers_a_terminal(self, text: str) -> None:
+        shown = confbuild.plain_text(text)
+        assert not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown) and confbuild.plain_text(shown) == shown
+
+    CHECKS = (confbuild.Check("short", "passed", "a", "a", "why it is so"), confbuild.Check("long", "passed", "x", "y" * 101),
+              confbuild.Check("third one", "not checked", "", "v", "no expectation given"))
+    GOLDEN = (
+        ("passed", CHECKS, ("ok   short      a\nok   long       " + "y" * 60 + " ...\n--   third one  v  no expectation given\n"
+                           "PASSED: these artifacts are what the provenance says")),
+        ("simulated", CHECKS[:1], ("ok   short  a\nSIMULATED: artifacts, provenance and evidence agree, but no hardware signed the evidence: "
+                                  "it does not prove where or by whom this was built")),
+        ("failed", (*CHECKS[:1], confbuild.Check("longer", "failed", "\x1b[1mx", "y\nz", "why"), confbuild.Check("form", "failed", detail="not \x1b]0;\x07JSON")),
+         ("ok   short   a\nFAIL longer  why\n           expected x\n           actual   yz\nFAIL form    not JSON\n"
+         "FAILED: 2 of 3 checks failed (longer, form): nothing is proven about these artifacts")),
+        ("failed", tuple(confbuild.Check(f"n{i}", "failed") for i in range(5)),
+         "".join(f"FAIL n{i}\n" for i in range(5)) + "FAILED: 5 of 5 checks failed (n0, n1, n2, n3, ...): nothing is proven about these artifacts"))
+
+    @pytest.mark.parametrize("verdict, checks, text", GOLDEN)
+    def test_verdict(self, verdict: str, checks: tuple[confbuild.Check, ...], text: str) -> None:
+        record = confbuild.Verdict(verdict, "simulated", {}, checks)
+        assert confbuild.render_verdict(record, False) == text
+        colored = confbuild.render_verdict(record, True)
+        assert re.sub(r"\x1b\[[\d;]+m", "", colored) == text
+        marks = {"passed": "\x1b[32mok  \x1b[0m", "failed": "\x1b[31;1mFAIL\x1b[0m", "not checked": "\x1b[33m--  \x1b[0m"}
+        marked = [row for row in colored.split("\n") if row[:1] == "\x1b"][:-1]
+        assert all(row.startswith(marks[check.status]) for row, check in zip(marked, checks, strict=True))
+        last = {"passed": "\x1b[32;1mPASSED", "simulated": "\x1b[33;1mSIMULATED", "failed": "\x1b[31;1mFAILED"}[verdict]
+        assert colored.rpartition("\n")[2].startswith(last + "\x1b[0m")
+
+    EVENTS: tuple[Mapping[str, Any], ...] = (
+        {"type": "queued", "position": 2}, {"type": "queued", "position": 0}, {"type": "vm", "msg": "boot\x1b[2J"},
+        *({"type": "build", "msg": f"line {n} " + "x" * 90} for n in range(50)))
+    FAILED: Mapping[str, str] = {"status": "failed", "error": "no \x1b[31mluck", "error_type": "BuildError"}
+
+    @staticmethod
+    def shown(monkeypatch: pytest.MonkeyPatch, live: bool, *events: Mapping[str, Any], end: bool = False) -> str:
+        """What a display writes for events, a second apart, as `build` and `watch` call it."""
+        out, clock = io.StringIO(), itertools.count()
+        monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
+        monkeypatch.setenv("COLUMNS", "40")
+        display = confbuild.Display(out, live, False)
+        for event in events:
+            display.event(event)
+            if event["type"] == "complete":
+                display.end(event["result"] if event["result"]["status"] == "failed" else None)
+        if end:
+            display.note("a\x1b[2J note")
+        return out.getvalue()
+
+    def test_live(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = self.shown(monkeypatch, True, *self.EVENTS)
+        rows = screen(text)
+        assert [row[:10].rstrip() for row in rows[:3]] == ["queued", "vm", "build"]
+        assert rows[0].endswith(" s  next") and rows[1].endswith(" s  boot") and rows[2].endswith(" s  50 lines")
+        assert all(re.fullmatch(r" +\d+\.\d s", row[10:19]) for row in rows[:3])
+        assert rows[3:] == [f"  line {n} ".ljust(39, "x") for n in range(42, 50)], "the latest eight, cut to the terminal"
+        assert len(screen(text, 40)) == len(rows), "no row wraps, which would spoil the erasing"
+        done = screen(self.shown(monkeypatch, True, *self.EVENTS, {"type": "complete", "result": {"status": "ok"}}, end=True))
+        assert [row[:10].rstrip() for row in done] == ["queued", "vm", "build", "confbuild:"] and done[-1] == "confbuild: a note"
+
+    def test_live_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rows = screen(self.shown(monkeypatch, True, *self.EVENTS, {"type": "complete", "result": self.FAILED}))
+        assert rows[-1] == "failed     BuildError: no luck"
+        assert [row.split()[1] for row in rows[3:-1]] == [str(n) for n in range(10, 50)], "the last 40 lines and the root cause"
+
+    def test_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = self.shown(monkeypatch, False, *self.EVENTS[:4], {"type": "complete", "result": self.FAILED}, end=True)
+        assert text == ("queued     2 builds before this one\nqueued     next\nvm         boot\nbuild      line 0 " + "x" * 90 + "\n"
+                        "failed     BuildError: no luck\nconfbuild: a note\n")
+
+    @pytest.mark.parametrize("live", [False, True])
+    @pytest.mark.parametrize("event, text", [
+        ({"type": "novel\x1b[2J", "msg": "hello"}, "hello"), ({"type": "novel", "size": 5, "of": [1]}, '{"size":5,"of":[1]}'), ({"type": "novel"}, "{}"),
+        ({"type": "queued", "position": "soon"}, "soon builds before this one"), ({"type": "build", "msg": 5, "more": 1}, "5")])
+    def test_unknown_events(self, monkeypatch: pytest.MonkeyPatch, event: Mapping[str, Any], text: str, live: bool) -> None:
+        """Clients ignore unknown keys and show an unknown type as text [CONTRACT 1]."""
+        shown = self.shown(monkeypatch, live, event)
+        assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
+
+# endregion 21
+# ==============================================================================
+# region 22. Command line
+# ==============================================================================
+
+
+Shell = Callable[..., "subprocess.CompletedProcess[str]"]
+PASSABLE = "SIMULATED: artifacts, provenance and evidence agree"
+LONG = project('echo $$ > "$MARK"; setsid sleep 600 & echo $! >> "$MARK"; echo started >> "$MARK"; sleep 600\n')
+
+
+@pytest.fixture
+def shell(tmp_path: Path, stub_path: str) -> Shell:
+    """Runs confbuild in tmp_path, which holds the project `demo`, with a TMPDIR that must be empty afterwards."""
+    write_files(tmp_path / "demo", project())
+    (tmp_path / "tmp").mkdir()
+
+    def run(*arguments: str | Path, how: Sequence[str] = (str(FILE),), **env: str) -> "subprocess.CompletedProcess[str]":
+        everything = {**os.environ, "PATH": stub_path, "TMPDIR": str(tmp_path / "tmp"), **env}
+        done = subprocess.run([sys.executable, *how, *map(str, arguments)], cwd=tmp_path, env=everything, text=True, capture_output=True, timeout=60,
+                              errors="replace", check=False)
+        assert "Traceback" not in done.stderr, done.stderr
+        assert list((tmp_path / "tmp").iterdir()) == [] and not [p for p in tmp_path.iterdir() if p.name.startswith(".confbuild-")]
+        return done
+
+    return run
+
+
+def write_bundle(folder: Path, files: confbuild.BundleFiles) -> Path:
+    """The bundle of `bundle()` as a directory."""
+    return write_files(folder, {"artifacts/demo": b"artifact", "provenance.json": files.provenance, "evidence.json": files.evidence})
+
+
+def result_archive(files: confbuild.BundleFiles) -> bytes:
+    """The same as a server hands it out."""
+    return tarball({"artifacts/demo": b"artifact", "provenance.json": files.provenance, "evidence.json": files.evidence})
+
+
+def agreeing(nonce: str = NONCE) -> confbuild.BundleFiles:
+    """What a server would hand out for the project `demo`, whose tree and (empty) log it has seen."""
+    files = {name: content for name, content in project().items() if isinstance(content, str)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), files)
+        doc = statement(predicate__buildDefinition__externalParameters__source__digest__gitTree=confbuild.git_tree(folder, files))
+    root = {"digest": {"sha256": confbuild.merkle_root(confbuild.merkle_entries(doc))}, "name": "input_merkle_root"}
+    doc["predicate"]["runDetails"]["byproducts"] = [root, {"digest": {"sha256": hashlib.sha256(b"").hexdigest()}, "name": "build_log"}]
+    return bundle(doc, nonce)
+
+
+def gone(pid: int) -> bool:
+    """Whether no such process lives."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+class TestUsage:
+    @pytest.mark.parametrize("line, status, message", [
+        ("", 2, "the following arguments are required: COMMAND"), ("build", 2, "required: DIR|URL"), ("no-such", 2, "invalid choice"),
+        ("build demo --outpu json", 2, "unrecognized arguments"), ("build nowhere", 2, "nowhere: no directory, and no URL"),
+        ("build demo --ref x", 2, "--ref goes with a URL"), ("build demo --nonce 00", 2, "--nonce: 32 hexadecimal digits are needed"),
+        ("build demo -o demo", 2, "demo is there, and is no bundle"), ("build demo -o demo/Cargo.toml", 2, "is there, and is no bundle"),
+        ("build empty", 2, "empty: there is nothing to build"), ("build demo --build-timeout soon", 2, "invalid number of seconds value"),
+        ("build demo --max-archive 0", 2, "argument --max-archive: invalid number above zero"), ("build https://u:p@example.com/x", 4, "credentials, queries and fragments are not accepted"),
+        ("serve --listen 0.0.0.0:0", 2, "other machines can reach that\nconfbuild: hint: give --token-file FILE, or --insecure"),
+        ("serve --listen [::]:0", 2, "other machines can reach that"), ("serve --listen example.com:0", 2, "other machines can reach that"),
+        ("serve --listen nonsense", 2, "--listen nonsense: not HOST:PORT"), ("serve --listen 127.0.0.1:70000", 2, "not HOST:PORT"),
+        ("serve --slots 0", 2, "argument --slots: invalid number above zero"), ("serve --token-file empty/../blank", 2, "no token in it"),
+        ("serve --token-file nowhere", 2, "nowhere: No such file or directory"), ("serve --token-file binary", 2, "binary"),
+        ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
+        ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "error: "),
+        ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"), ("list", 2, "required: --server"),
+        ("list --server ftp://x", 2, "is no http or https URL"), ("list --server http://127.0.0.1:1", 4, "refused"),
+        ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"), ("watch j --server http://127.0.0.1:1 --from -1", 2, "--from"),
+        ("watch \u00e9 --server http://127.0.0.1:1", 2, "invalid job value"), ("verify nowhere", 2, "nowhere: No such file"), ("verify demo", 2, "demo/provenance.json: No such file"),
+        ("verify blank", 2, "blank: neither a bundle nor its archive"), ("verify b --nonce 1", 2, "--nonce: 32 hexadecimal digits"),
+        ("verify b --source-commit 1", 2, "--source-commit: 40 hex"), ("verify b --source-tree 1", 2, "--source-tree: 40 hex"),
+        ("verify b --measurement 1", 2, "--measurement: 96 hex"), ("verify b --source nowhere", 2, "--source nowhere: no directory"),
+        ("verify b --source empty", 2, "--source empty: "), (f"verify b --source demo --source-tree {'0' * 40}", 2, "which --source-tree contradicts"),
+        ("verify b --format xml", 2, "invalid choice")])
+    def test_messages(self, shell: Shell, tmp_path: Path, line: str, status: int, message: str) -> None:
+        (tmp_path / "empty").mkdir()
+        write_files(tmp_path, {"blank": "", "binary": b"\xff\xfe"})
+        write_bundle(tmp_path / "b", bundle())
+        done = shell(*line.split(), NO_PROXY="*")
+        assert (done.returncode, done.stdout) == (status, "") and message in done.stderr, done.stderr
+
+    def test_state_in_use(self, shell: Shell, server: Callable[..., Server]) -> None:
+        one = server()
+        done = shell("serve", "--listen", "127.0.0.1:0", "--state", one.state)
+        assert done.returncode == 2 and "is in use by another server" in done.stderr
+        done = shell("serve", "--listen", f"127.0.0.1:{one.port}", "--state", "other")
+        assert done.returncode == 2 and "Address already in use" in done.stderr
+
+    def test_help(self, shell: Shell) -> None:
+        commands = next(a for a in confbuild.build_parser()._actions if isinstance(a.choices, dict)).choices
+        assert isinstance(commands, dict)
+        top = shell("--help").stdout
+        for name in sorted(set(commands) - {"agent", "sweep"}):
+            text = shell(name, "--help").stdout
+            assert re.search(rf"^ +{name} ", top, re.MULTILINE)
+            for action in commands[name]._actions:
+                assert all(re.search(rf"(^|[\s\[]){option}\b", text) for option in action.option_strings), (name, action.option_strings)
+                assert action.help or not action.option_strings or action.choices, f"{name} {action.option_strings} says nothing"
+
+    def test_broken_pipe(self, shell: Shell, tmp_path: Path) -> None:
+        """Who reads the answer may go away: no noise."""
+        write_bundle(tmp_path / "b", bundle())
+        noise: list[tuple[list[str], bytes]] = []
+        for arguments in (["verify", "b"], ["verify", "b", "--format", "json"], ["--version"], ["verify", "--help"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            done = subprocess.run([sys.executable, str(FILE), *arguments], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False)
+            os.close(writer)
+            noise += [(arguments, done.stderr)] if done.stderr else []
+            assert done.returncode != 3, "what nobody could read is no verdict"
+        assert noise == []
+
+    def test_old_pythons(self) -> None:
+        found = [p for p in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python")) if int(p.parts[-3].split(".")[1]) < 11]
+        found += [Path(path) for n in range(6, 11) if (path := shutil.which(f"python3.{n}")) and "shims" not in path]
+        if not found:
+            pytest.skip("no Python older than 3.11: pyenv install 3.10")
+        for python in found:
+            for arguments in (["--version"], ["verify", "x"]):
+                done = subprocess.run([python, str(FILE), *arguments], capture_output=True, text=True, timeout=30, check=False)
+                assert (done.returncode, done.stdout) == (2, "")
+                assert re.fullmatch(r"confbuild: error: Python 3\.11 or later is needed, this is 3\.\d+\n", done.stderr), (python, done.stderr)
+
+    def test_imports(self) -> None:
+        errors = subprocess.run([sys.executable, "-I", "-S", "-X", "importtime", str(FILE), "--version"], capture_output=True, text=True, check=True).stderr
+        imported = {line.rpartition("|")[2].strip() for line in errors.splitlines()}
+        assert "hashlib" in imported and not imported & {"http", "http.client", "tarfile", "subprocess", "ssl", "socket", "threading", "urllib", "logging"}
+
+
+class TestVerify:
+    ZERO = "0" * 32
+
+    @pytest.mark.parametrize("options, status, check", [
+        ("", 3, ""), ("--allow-simulated", 0, ""), (f"--nonce {NONCE}", 3, ""), (f"--nonce {NONCE.upper()} --allow-simulated", 0, ""),
+        (f"--nonce {'1' * 32}", 1, "nonce"), (f"--nonce {ZERO}", 1, "nonce is fresh"), ("--require-tee --allow-simulated", 1, "hardware evidence"),
+        ("--measurement {m}", 3, ""), ("--measurement {M} --measurement " + "0" * 96, 3, ""), ("--measurement " + "0" * 96, 1, "measurement"),
+        ("--source-uri https://x", 1, "source uri"), ("--source-commit " + "1" * 40, 1, "source commit"), ("--source-tree " + "12" * 20, 3, ""),
+        ("--source-tree " + "13" * 20, 1, "source tree"), ("--builder-id x", 1, "builder id"), ("--builder-id urn:confbuild:builder:simulated:v1", 3, "")])
+    def test_flags(self, shell: Shell, tmp_path: Path, options: str, status: int, check: str, capsys: pytest.CaptureFixture[str]) -> None:
+        """Of the directory in words, and of the archive as JSON."""
+        measurement = confbuild.simulated_measurement().hex()
+        options = options.format(m=measurement, M=measurement.upper())
+        write_bundle(tmp_path / "b", bundle())
+        (tmp_path / "b.tar.gz").write_bytes(result_archive(bundle()))
+        assert confbuild.main(["verify", str(tmp_path / "b"), *options.split()]) == status
+        assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED" if check else PASSABLE)
+        done = shell("verify", "b.tar.gz", "--format", "json", *options.split())
+        doc = json.loads(done.stdout)
+        assert (done.returncode, doc["verdict"], doc["platform"]) == (status, "failed" if check else "simulated", "simulated")
+        assert [c["name"] for c in doc["checks"] if c["status"] == "failed" and c["name"] not in {check} - {""}] in ([], ["nonce"])
+        assert not check or {c["name"]: c["status"] for c in doc["checks"]}[check] == "failed"
+        assert list(doc) == ["verdict", "platform", "claims", "checks"] and {"measurement", "report_data", "nonce", "chip_id"} <= set(doc["claims"])
+        assert all(list(c) == ["name", "status", "expected", "actual", "detail"] for c in doc["checks"])
+        assert doc["claims"]["nonce"] == NONCE and doc["claims"]["measurement"] == measurement
+
+    @pytest.mark.parametrize("name, content, message", [
+        ("artifacts/demo", b"other", "artifact demo"), ("artifacts/extra", b"", "unlisted files"), ("provenance.json", b"{", "provenance form"),
+        ("evidence.json", b'{"platform":"snp"}', "platform"), (os.fsdecode(b"artifacts/\xff\x1b[2J"), b"", "unlisted files")])
+    def test_tampered(self, shell: Shell, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+        write_files(write_bundle(tmp_path / "b", bundle()), {name: content})
+        done = shell("verify", "b", "--allow-simulated")
+        assert done.returncode == 1 and re.search(rf"^FAIL {message}", done.stdout, re.MULTILINE) and "\x1b" not in done.stdout
+
+    def test_no_socket(self, shell: Shell, tmp_path: Path) -> None:
+        """Python's own audit events, raised at any use of a socket."""
+        write_bundle(tmp_path / "b", bundle())
+        (tmp_path / "b.tar.gz").write_bytes(result_archive(bundle()))
+        watched = ("import sys\ndef hook(event, arguments):\n    if event.startswith('socket.'): raise SystemExit('a socket: ' + event)\n"
+                   f"sys.addaudithook(hook); sys.path.insert(0, {str(FILE.parent)!r}); import confbuild; sys.exit(confbuild.main(sys.argv[1:]))")
+        for path in ("b", "b.tar.gz"):
+            done = shell("verify", path, "--source", "demo", "--format", "json", how=("-c", watched))
+            assert (done.returncode, done.stderr) == (1, "") and '"name": "source tree",\n      "status": "failed"' in done.stdout
+        assert "a socket: " in shell("list", "--server", "http://127.0.0.1:1", how=("-c", watched)).stderr, "the watch watches"
+
+    def test_color(self, tmp_path: Path) -> None:
+        """On a terminal only, and NO_COLOR counts."""
+        write_bundle(tmp_path / "b", bundle())
+        for env, colored in (({}, True), ({"NO_COLOR": "1"}, False)):
+            master, slave = pty.openpty()
+            base = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+            subprocess.run([sys.executable, str(FILE), "verify", "b"], cwd=tmp_path, stdout=slave, env={**base, "TERM": "xterm", **env}, check=False)
+            os.close(slave)
+            text = os.read(master, 65536)
+            os.close(master)
+            assert b"ok" in text and (b"\x1b[32m" in text) == colored
+
+
+class TestBuild:
+    def test_private_server(self, shell: Shell, tmp_path: Path) -> None:
+        """stdout is the answer, stderr is the talk; an old bundle is replaced."""
+        done = shell("build", "demo")
+        assert (done.returncode, done.stdout) == (0, "demo-build\n")
+        assert done.stderr.startswith("confbuild: packed 4 files as they are, without history: it is no git work tree\nconfbuild: simulated VM on this machine")
+        assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
+        again = re.search(r"verify it again, offline: python confbuild.py (verify demo-build --nonce [0-9a-f]{32})\n", done.stderr)
+        assert again and shell(*again[1].split(), "--source", "demo", "--allow-simulated").returncode == 0
+        write_files(tmp_path, {"demo/src/main.rs": "fn changed() {}"})
+        assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
+        assert (tmp_path / "demo-build/artifacts/demo").read_text() == "built\n"
+        write_files(tmp_path, {"demo-build/artifacts/stale": "old"})
+        done = shell("build", "demo", "--output", "json", "--nonce", NONCE.upper(), "-o", "demo-build")
+        docs = [json.loads(line) for line in done.stdout.splitlines()]
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [d["type"] for d in docs] == ["queued", "detect", "init", "provenance", "attest", "complete", "bundle"]
+        assert (docs[-1]["path"], docs[-1]["nonce"], docs[-1]["verdict"]) == ("demo-build", NONCE, "simulated")
+        assert sorted(p.name for p in (tmp_path / "demo-build").rglob("*")) == ["artifacts", "demo", "evidence.json", "provenance.json"]
+        done = shell("build", "demo/", "--output", "quiet", "-o", "deep/er")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "deep/er\n", "")
+
+    def test_failed(self, shell: Shell, tmp_path: Path) -> None:
+        write_files(tmp_path / "demo", {"build.sh": "echo one; echo two >&2; exit 3"})
+        done = shell("build", "demo")
+        assert (done.returncode, done.stdout) == (1, "") and "\nbuild      one\nbuild      two\nfailed     BuildError: " in done.stderr
+        done = shell("build", "demo", "--output", "quiet")
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.startswith("confbuild: error: ") and done.stderr.count("\n") == 1
+        assert not (tmp_path / "demo-build").exists()
+
+    def test_too_large(self, shell: Shell, tmp_path: Path) -> None:
+        """The server's reason arrives, although it does not read what it refuses."""
+        write_files(tmp_path / "demo", {"big": random.Random(1).randbytes(8 << 20)})
+        done = shell("build", "demo", "--max-archive", "1")
+        assert done.returncode == 4 and "413" in done.stderr
+
+    @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+    @pytest.mark.parametrize("remote", [False, True])
+    def test_interrupted(self, tmp_path: Path, stub_path: str, server: Callable[..., Server], remote: bool) -> None:
+        """By itself, and on a server that goes on: the job is cancelled, and nothing of it is left."""
+        write_files(tmp_path / "demo", LONG)
+        (tmp_path / "tmp").mkdir()
+        mark = tmp_path / "mark"
+        env = {**os.environ, "PATH": stub_path, "MARK": str(mark), "TMPDIR": str(tmp_path / "tmp")}
+        one = server("--env", "MARK", env={"MARK": str(mark)}) if remote else None
+        where = ["--server", f"http://127.0.0.1:{one.port}"] if one else ["--env", "MARK"]
+        child = subprocess.Popen([sys.executable, str(FILE), "build", "demo", *where], cwd=tmp_path, env=env, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: mark.exists() and "started" in mark.read_text())
+        child.send_signal(signal.SIGINT)
+        out, errors = child.communicate(timeout=20)
+        assert (child.returncode, out) == (130, "") and "is cancelled" in errors and "Traceback" not in errors, errors
+        pids = [int(line) for line in mark.read_text().split()[:2]]
+        wait_for(lambda: all(map(gone, pids)), 5)
+        assert list((tmp_path / "tmp").iterdir()) == []
+        if one:
+            job, = json.loads(one.request("GET", "/builds")[2])
+            assert one.events(job["job_id"])[-1]["result"]["error_type"] == "Cancelled"
+
+    def test_interrupted_elsewhere(self, tmp_path: Path, stub_path: str) -> None:
+        """A server that cannot cancel, such as Kettle's, is no reason for another status."""
+        reached = threading.Event()
+
+        def answer(method: str, path: str) -> Answer:
+            if method == "GET":
+                reached.set()
+                return 503, {}, b""
+            return (200, {}, b'{"job_id":"j"}') if method == "POST" else (405, {}, b"")
+
+        write_files(tmp_path / "demo", project())
+        with StandIn(answer) as one:
+            child = subprocess.Popen([sys.executable, str(FILE), "build", "demo", "--server", one.url], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+            assert reached.wait(20)
+            time.sleep(0.2)
+            child.send_signal(signal.SIGINT)
+            _, errors = child.communicate(timeout=20)
+            assert child.returncode == 130 and "DELETE" in [method for method, _, _ in one.seen], errors
+
+    OK = (200, SSE, frame(1, "complete", END))
+
+    @pytest.mark.parametrize("result, status, message", [
+        ((200, {}, result_archive(agreeing(nonce="f" * 32))), 5, "FAILED: 1 of 25 checks failed (nonce)"), ((200, {}, result_archive(agreeing())), 0, PASSABLE),
+        ((200, {}, tarball({"../evil": "x"})), 4, "broke the protocol"), ((200, {}, tarball({"evidence.json": "{}"})), 4, "broke the protocol"),
+        ((200, {}, b"junk"), 4, "broke the protocol"), ((404, {}, b""), 4, "the server said 404")])
+    def test_what_a_server_hands_out(self, shell: Shell, tmp_path: Path, result: Answer, status: int, message: str) -> None:
+        with StandIn((200, {}, b'{"job_id":"j"}'), self.OK, result) as one:
+            done = shell("build", "demo", "--server", one.url, "--nonce", NONCE)
+            submitted = one.seen[0]
+        assert done.returncode == status and message in done.stderr, done.stderr
+        assert done.stdout == ("demo-build\n" if status in (0, 5) else "") and submitted[:2] == ("POST", "/build")
+        assert (tmp_path / "demo-build").exists() == bool(done.stdout) and not (tmp_path / "evil").exists()
+
+    @pytest.mark.parametrize("command", ["list", "cancel j", "watch j", "fetch j", "fetch j --nonce " + NONCE, "list --output json"])
+    @pytest.mark.parametrize("answer", [b"[5]", b'[{"job_id":"x"}]', b'{"a":1}', b"5"])
+    def test_servers_that_talk_nonsense(self, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str, answer: bytes) -> None:
+        with StandIn((200, {"Content-Type": "application/json"}, answer)) as one:
+            status = confbuild.main([*command.split(), "--server", one.url, *(["-o", str(tmp_path / "b")] if "fetch" in command else [])])
+        assert status == 4, capsys.readouterr().err
+
+    @needs("git")
+    @pytest.mark.usefixtures("plain_git")
+    def test_url(self, shell: Shell, tmp_path: Path) -> None:
+        repository = write_files(tmp_path / "origin", project(), commit=True)
+        git(repository, "tag", "v1")
+        commit = git(repository, "rev-parse", "HEAD")
+        git(repository, "commit", "-q", "--allow-empty", "-m", "two")
+        url = f"file://{repository}"
+        done = shell("build", url, "--allow-scheme", "file", "--ref", "v1", "--output", "quiet")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "origin-build\n", "")
+        done = shell("verify", "origin-build", "--source-commit", commit, "--source-uri", url, "--source", repository, "--allow-simulated")
+        assert done.returncode == 0, done.stdout
+        done = shell("build", url)
+        assert done.returncode == 4 and "the scheme must be one of https, http" in done.stderr
+
+    @needs("git")
+    @pytest.mark.usefixtures("plain_git")
+    def test_service(self, shell: Shell, tmp_path: Path, server: Callable[..., Server]) -> None:
+        """One server, every command of a client."""
+        (tmp_path / "tokens").write_text("secret other\n")
+        one = server("--token-file", str(tmp_path / "tokens"), "--env", "MARK", env={"MARK": str(tmp_path / "mark")})
+        one.headers = {"Authorization": "Bearer other"}
+        to = ("--server", f"127.0.0.1:{one.port}", "--token-file", "tokens")
+        write_files(tmp_path / "demo", {"build.sh": QUICK + "echo '\x1b[1mhello'\n"})
+        commit = git(write_files(tmp_path / "demo", {}, commit=True), "rev-parse", "HEAD")
+        done = shell("build", "demo", *to)
+        assert (done.returncode, done.stdout) == (0, "demo-build\n") and f"packed commit {commit}" in done.stderr and "\nbuild      hello\n" in done.stderr
+        done = shell("build", "demo", "--server", to[1])
+        assert done.returncode == 4 and "the server said 401" in done.stderr
+        job = json.loads(shell("list", *to, "--output", "json").stdout)["job_id"]
+        assert re.fullmatch(rf"{job}  \w+ +\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d  source.tar.gz\n", shell("list", *to).stdout)
+        done = shell("watch", job, *to, "--from", "2", "--output", "json")
+        assert [json.loads(line) for line in done.stdout.splitlines()] == one.events(job, 2)
+        assert (done.returncode, done.stderr) == (0, "")
+        done = shell("watch", job, *to, "--from", str(len(one.events(job))))
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        done = shell("fetch", job, *to, "-o", "fetched")
+        assert (done.returncode, done.stdout) == (0, "fetched\n")
+        assert all((tmp_path / "fetched" / name).read_bytes() == (tmp_path / "demo-build" / name).read_bytes()
+                   for name in ("provenance.json", "evidence.json", "artifacts/demo"))
+        assert shell("fetch", job, *to, "-o", "fetched", "--nonce", NONCE).returncode == 5
+        done = shell("fetch", job, *to, "-o", "demo")
+        assert done.returncode == 2 and "is no bundle" in done.stderr
+        long = one.submit(LONG)
+        wait_for((tmp_path / "mark").exists)
+        assert shell("fetch", long, *to).returncode == 4
+        done = shell("cancel", long, *to)
+        assert done.returncode == 0 and done.stdout.startswith(f"{long}  ")
+        done = shell("watch", long, *to)
+        assert (done.returncode, done.stdout) == (1, "") and "failed     Cancelled: " in done.stderr
+        done = shell("cancel", "00000000-0000-4000-8000-000000000000", *to)
+        assert done.returncode == 4 and "the server said 404" in done.stderr
+
+    LAUNCHERS = (("-m", "confbuild"), ("demo.pyz",), ("-c", "import sys, confbuild; sys.exit(confbuild.main())"), ("-I", "-O", "-W", "error", str(FILE)))
+
+    @pytest.mark.parametrize("how", LAUNCHERS, ids=["module", "zipapp", "console script", "isolated, optimised"])
+    def test_launchers(self, shell: Shell, tmp_path: Path, how: tuple[str, ...]) -> None:
+        """All the same: what they say, what they build, and above all their exit status."""
+        if how == ("demo.pyz",):
+            (tmp_path / "app").mkdir()
+            shutil.copy(FILE, tmp_path / "app")
+            zipapp.create_archive(tmp_path / "app", tmp_path / "demo.pyz", main="confbuild:main")
+        env = {} if how[0] in ("-I", "demo.pyz") else {"PYTHONPATH": str(FILE.parent)}
+        done = shell("--version", how=how, **env)
+        assert done.stdout == f"confbuild {confbuild.__version__} sha256:{hashlib.sha256(FILE.read_bytes()).hexdigest()}\n"
+        done = shell("build", "demo", how=how, **env)
+        assert (done.returncode, done.stdout) == (0, "demo-build\n"), done.stderr
+        toolchain = json.loads((tmp_path / "demo-build/provenance.json").read_text())["predicate"]["buildDefinition"]["internalParameters"]["toolchain"]
+        assert toolchain["kettle"]["digest"]["sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest()
+        assert [shell("verify", *more, how=how, **env).returncode for more in (
+            ("demo-build",), ("demo-build", "--nonce", NONCE), ("nowhere",))] == [3, 1, 2], "above all, a bundle that does not verify is no success"
+
+    @pytest.mark.parametrize("flags", [("-O",), ("-OO",), ("-I",), ("-W", "error"), ("-S",)])
+    def test_flags(self, shell: Shell, flags: tuple[str, ...]) -> None:
+        done = shell("--version", how=(*flags, str(FILE)))
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("confbuild ")
+
+    def test_terminal(self, tmp_path: Path, stub_path: str) -> None:
+        """A narrow terminal, and stdout in a pipe as in `path=$(confbuild build demo)`: what was drawn is erased."""
+        write_files(tmp_path / "demo", project(QUICK + "for n in 1 2 3 4 5; do echo " + "x" * 70 + "; sleep 0.1; done\n"))
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+        env = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "NO_COLOR")}
+        with subprocess.Popen([sys.executable, str(FILE), "build", "demo"], cwd=tmp_path, env={**env, "PATH": stub_path, "TERM": "xterm"},
+                              stdout=subprocess.PIPE, stderr=slave) as child:
+            os.close(slave)
+            text = b""
+            with contextlib.suppress(OSError):  # EIO: the other end is closed
+                while block := os.read(master, 65536):
+                    text += block
+            assert child.stdout is not None and child.stdout.read() == b"demo-build\n"
+        os.close(master)
+        assert child.returncode == 0 and b"\x1b[J" in text
+        assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
+
+# endregion 22
+# ==============================================================================
+# region 23. Layout and README
+# ==============================================================================
+
+
+BANNER = re.compile(r"^# region (\d+)\. (.+?)(?: +\[uses ([\d, ]+|nothing)\])?$")
+
+
+class Region:
+    """One section: its number, title, what its banner says it uses, its first and last line."""
+
+    def __init__(self, number: int, title: str, uses: str | None, first: int) -> None:
+        self.number, self.title, self.first, self.last = number, title, first, 0
+        self.uses = {int(n) for n in re.findall(r"\d+", uses or "")}
+
+
+def regions_of(source: str) -> list[Region]:
+    """The sections of a file, each opened and closed in turn."""
+    found: list[Region] = []
+    for n, line in enumerate(source.splitlines(), 1):
+        if match := BANNER.match(line):
+            assert not found or found[-1].last, f"line {n} opens a section inside another"
+            found.append(Region(int(match[1]), match[2], match[3], n))
+        elif match := re.match(r"^# endregion (\d+)$", line):
+            assert found and not found[-1].last and found[-1].number == int(match[1]), f"line {n} closes nothing"
+            found[-1].last = n
+        else:
+            assert not line.startswith(("# region", "# endregion")), f"line {n}: {line}"
+    assert found[-1].last
+    return found
+
+
+def defined(tree: ast.Module) -> dict[str, int]:
+    """Each name that the module defines, and its line."""
+    found: dict[str, int] = {}
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.setdefault(node.name, node.lineno)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                found.update({n.id: node.lineno for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)})
+    return found
+
+
+def names_read(source: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of each global that is read, strings of annotations included; the line is that of a function for what it contains."""
+    def inside(table: symtable.SymbolTable) -> Iterator[tuple[int, str]]:
+        for child in table.get_children():
+            yield from ((child.get_lineno(), s.get_name()) for s in child.get_symbols() if s.is_referenced() and s.is_global())
+            yield from inside(child)
+
+    yield from inside(symtable.symtable(source, "confbuild", "exec"))
+    for node in ast.walk(tree := ast.parse(source)):
+        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+            if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                yield from ((part.lineno, n.id) for n in ast.walk(ast.parse(part.value)) if isinstance(n, ast.Name))
+    pending: list[ast.AST] = [tree]  # what is read when the file is imported: bases, defaults, decorators, tables
+    for node in pending:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield node.lineno, node.id
+        skipped = node.body if isinstance(node, ast.FunctionDef) else [node.body] if isinstance(node, ast.Lambda) else []
+        pending += [child for child in ast.iter_child_nodes(node) if child not in skipped]
+
+
+def unguarded(source: str) -> list[str]:
+    """Where what is `# guarded by` a lock is touched without it, or a *_locked method is called without any. Lexically:
+    each method but __init__ holds what its `with self.lock:` names; *_locked methods, and only they, begin with all of them."""
+    lines, bad = source.splitlines(), []
+    for cls in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
+        notes = (re.search(r"self\.(\w+)\b.*#\s*guarded by (\w+)", line) for line in lines[cls.lineno - 1:cls.end_lineno])
+        locks = {note[1]: note[2] for note in notes if note}
+
+        def visit(node: ast.AST, held: frozenset[str], where: str, locks: dict[str, str] = locks) -> None:
+            inner = held
+            if isinstance(node, ast.With):
+                inner = held | {i.context_expr.attr for i in node.items if isinstance(i.context_expr, ast.Attribute)}
+            elif isinstance(node, ast.Lambda | ast.FunctionDef):
+                inner = frozenset()  # it may be called later
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                if locks.get(node.attr, "") not in {"", *held}:
+                    bad.append(f"{node.lineno}: {where} touches {node.attr} without {locks[node.attr]}")
+                if node.attr.endswith("_locked") and not held & set(locks.values()):
+                    bad.append(f"{node.lineno}: {where} calls {node.attr} without a lock")
+            for child in ast.iter_child_nodes(node):
+                waits = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "wait_for"
+                visit(child.body if waits and isinstance(child, ast.Lambda) else child, inner, where)
+
+        for method in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name != "__init__"):
+            for statement_ in method.body if locks else []:
+                visit(statement_, frozenset(locks.values()) if method.name.endswith("_locked") else frozenset(), f"{cls.name}.{method.name}")
+    return bad
+
+
+class TestLayout:
+    SOURCE = FILE.read_text(encoding="utf-8")
+    TREE = ast.parse(SOURCE)
+    REGIONS = regions_of(SOURCE)
+    FREE = 4  # the vocabulary, which a banner need not name
+    CUT = SOURCE[:SOURCE.index("# ---- End of the verifier.")].count("\n") + 1
+
+    def region(self, line: int) -> Region | None:
+        return next((r for r in self.REGIONS if r.first <= line <= r.last), None)
+
+    def test_contents(self) -> None:
+        titles = [(r.number, r.title) for r in self.REGIONS]
+        assert [n for n, _ in titles] == list(range(1, len(titles) + 1))
+        assert [(int(n), t) for n, t in re.findall(r"^ +(\d+)\. (.+)$", ast.get_docstring(self.TREE, clean=False) or "", re.MULTILINE)] == titles
+        mine = [(r.number, r.title) for r in regions_of(Path(__file__).read_text(encoding="utf-8"))]
+        assert mine[0][0] == 0 and mine[-1] == (23, "Layout and README") and len(set(mine)) == len(mine)
+        rest = iter(titles)
+        assert all(one in rest for one in mine[1:-1]), "the tests' sections are the file's, in its order"
+
+    def test_top_down(self) -> None:
+        names, reached = defined(self.TREE), {r.number: set[int]() for r in self.REGIONS}
+        for line, name in names_read(self.SOURCE):
+            here, there = self.region(line), self.region(names.get(name, 0))
+            if here and there and here is not there:
+                assert there.number < here.number, f"line {line} uses {name} of the later section {there.number}"
+                assert there.number <= self.FREE or there.number in here.uses, f"line {line} uses {name} of section {there.number}, unlike its banner"
+                reached[here.number].add(there.number)
+        assert {r.number: r.uses - reached[r.number] for r in self.REGIONS if r.uses - reached[r.number]} == {}, "banners that promise too much"
+        for node in self.TREE.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.lineno > self.REGIONS[0].first:
+                assert self.region(node.lineno), f"{node.name} lies outside of every section"
+
+    def test_pure_half(self) -> None:
+        """Bytes in, verdict out: no file, clock, process, thread or randomness; and the half is a program by itself."""
+        names = defined(self.TREE)
+        impure = {"open", "print", "input", "exec", "eval", "__import__"} | {
+            alias.asname or alias.name.partition(".")[0] for node in ast.walk(self.TREE) if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names} - {"base64", "binascii", "hashlib", "json", "re", "Callable", "Iterable", "Iterator", "Mapping", "Sequence",
+                                        "IO", "TYPE_CHECKING", "Any", "NamedTuple", "NoReturn", "Counter"}
+        assert {"os", "time", "socket", "subprocess", "threading", "secrets"} <= impure
+        begin = self.REGIONS[0].first
+        assert [(line, name) for line, name in names_read(self.SOURCE) if begin < line < self.CUT and name in impure and name not in names] == []
+        assert self.region(self.CUT - 1) is self.REGIONS[6] and self.region(self.CUT + 2) is self.REGIONS[7]
+        half: dict[str, Any] = {"__name__": "half", "__file__": "half"}
+        exec(compile("\n".join(self.SOURCE.splitlines()[:self.CUT]), "half", "exec"), half)  # noqa: S102
+        files = bundle()
+        assert half["verify_bundle"](half["BundleFiles"](*files), half["Expectations"](nonce=NONCE)).verdict == "simulated"
+
+    def test_habits(self) -> None:
+        long: list[str] = []
+        for node in ast.walk(self.TREE):
+            assert not isinstance(node, ast.Assert), f"line {node.lineno}: assert is gone under -O"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                length, limit = (node.end_lineno or 0) - node.lineno + 1, 250 if isinstance(node, ast.ClassDef) else 60
+                long += [f"{node.name} has {length} lines"] if length > limit else []
+                assert not re.search(r"(?i)todo|fixme|xxx", ast.get_docstring(node) or "")
+        for top in self.TREE.body:
+            if isinstance(top, ast.FunctionDef | ast.ClassDef) and not top.name.startswith("_"):
+                assert ast.get_docstring(top), f"line {top.lineno}: {top.name} says nothing about itself"
+        assert long == []
+
+    def test_guards(self) -> None:
+        """And the check itself finds what is planted."""
+        assert unguarded(self.SOURCE) == [] and len(re.findall(r"# guarded by _\w+", self.SOURCE)) >= 5
+        demo = ("class Job:\n def __init__(self):\n  self._log = []  # guarded by _changed\n def add(self):\n  with self._changed:\n   self._add_locked()\n"
+                " def _add_locked(self):\n  self._log.append(1)\n def wait(self):\n  with self._changed:\n   self._changed.wait_for(lambda: self._log)\n")
+        assert unguarded(demo) == []
+        assert unguarded(demo + " def bad(self):\n  return self._log\n") == ["13: Job.bad touches _log without _changed"]
+        assert unguarded(demo + " def bad(self):\n  self._add_locked()\n") == ["13: Job.bad calls _add_locked without a lock"]
+        assert len(unguarded(demo + " def bad(self):\n  with self._changed:\n   return lambda: self._log\n")) == 1
+
+    def test_standard_library_alone(self) -> None:
+        imported = {name.partition(".")[0] for node in ast.walk(self.TREE) for name in (
+            [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else [])}
+        lazy = set(re.findall(r'"(\w+)"', self.SOURCE[self.SOURCE.index("map(_Lazy"):self.SOURCE.index("__version__ =")]))
+        assert "tarfile" in lazy and imported | lazy <= set(sys.stdlib_module_names) | {"http"}
+
+
+class TestReadme:
+    TEXT = (FILE.parent / "README.md").read_text(encoding="utf-8")
+
+    def test_commands(self) -> None:
+        assert re.search(r"^    (\$ )?python confbuild\.py build \S+$", self.TEXT, re.MULTILINE) and re.search(r"^    python -m pytest$", self.TEXT, re.MULTILINE)
+        commands = next(a for a in confbuild.build_parser()._actions if isinstance(a.choices, dict)).choices
+        assert isinstance(commands, dict)
+        for name in set(commands) - {"agent", "sweep"}:
+            row = re.search(rf"^\| `{name}\b.*$", self.TEXT, re.MULTILINE)
+            assert row, f"README does not name {name}"
+            for option in (max(a.option_strings, key=len) for a in commands[name]._actions if a.option_strings and a.dest != "help"):
+                assert re.search(rf"`{option}[ `]", row[0] if f"`{option}`" in row[0] else self.TEXT), f"README does not name {name} {option}"
+        known = {o for parser in commands.values() for a in parser._actions for o in a.option_strings} | {"--version"}
+        table = "\n".join(line for line in self.TEXT.splitlines() if re.match(r"\| `(build|serve|verify|watch|list|cancel|fetch)\b", line))
+        assert set(re.findall(r"`(--?[a-z-]+)`", table)) <= known, "README names what does not exist"
+
+    def test_routes(self) -> None:
+        listed = re.findall(r"^\| `(GET|POST|DELETE|PUT|HEAD) (/[^`]*)` \|", self.TEXT, re.MULTILINE)
+        assert sorted(listed) == sorted((route.method, route.path) for route in confbuild.ROUTES)
+
+    def test_words(self) -> None:
+        """Statuses, failures and verdicts are all there."""
+        assert set(re.findall(r"^\| (\d+) \|", self.TEXT, re.MULTILINE)) == {"0", "1", "2", "3", "4", "5", "130"}
+        assert [word for word in (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED") if f"`{word}`" not in self.TEXT] == []
+
+# endregion 23
