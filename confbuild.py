@@ -918,11 +918,11 @@ def write_durably(path: str, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-    sync_directory(os.path.dirname(path))
+    sync(os.path.dirname(path))
 
 
-def sync_directory(path: str) -> None:
-    """The names in the directory path survive a crash of the machine."""
+def sync(path: str) -> None:
+    """The contents of a file, or the names in a directory, survive a crash of the machine."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -2482,7 +2482,7 @@ class Job:
         self.submitted_at, self.started_at, self.finished_at = utc_now(), "", ""
         self.result: dict[str, Any] | None = None  # size and sha256 of the archive
         self.failure: dict[str, str] | None = None  # error and error_type
-        self.halted: tuple[str, str] | None = None  # (error_type, error): why the build must stop
+        self.halted: tuple[str, str] | None = None  # (error_type, error): why the build must stop; "Parked": it will go on
         self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
         self.log: EventLog | None = None  # kept while the job can still emit
 
@@ -2495,6 +2495,14 @@ class Job:
     def result_path(self) -> str:
         """The archive that clients get."""
         return os.path.join(self.folder, "result.tar.gz")
+
+    def to_wire(self) -> dict[str, Any]:
+        """The status that clients get. Caller must hold the lock of Jobs."""
+        source = {"repo_url": self.request.repo_url, "repo_ref": self.request.repo_ref} if self.request.repo_url else {
+            "source_name": self.request.source_name}
+        return {"job_id": self.id, "status": self.state, **source, "nonce": self.request.nonce, "attempts": self.attempts,
+                "submitted_at": self.submitted_at, "started_at": self.started_at or None, "finished_at": self.finished_at or None,
+                "result": self.result if self.state == "ok" else None, **(self.failure or {})}
 
     def move(self, state: str) -> None:
         """Go to another state. Caller must hold the lock of Jobs. Raises ValueError for a step that JOB_STATES does not have."""
@@ -2556,7 +2564,10 @@ class Jobs:
                 except (OSError, Malformed, KeyError, TypeError) as e:
                     logger().error("%s is not read: %s", folder, e)
             for job in sorted(found, key=lambda job: job.seq):
-                self._resume_locked(job)
+                try:
+                    self._resume_locked(job)
+                except OSError as e:
+                    logger().error("%s is not taken up: %s", job.folder, e)
             self._announce_locked()
         for number in range(self._slots):
             self._threads.append(threading.Thread(target=self._work, name=f"slot {number}", daemon=True))
@@ -2614,18 +2625,21 @@ class Jobs:
         job_id = str(uuid.uuid4())
         folder = os.path.join(self._folder, job_id)
         if archive is not None:
-            with open(archive, "rb") as f:
-                os.fsync(f.fileno())
+            sync(archive)
         with self._changed:
             self._check_open_locked()
             self._seq += 1
             job = Job(job_id, folder, self._seq, request)
             os.mkdir(folder, 0o700)
-            if archive is not None:
-                os.rename(archive, os.path.join(folder, "source"))
-            job.save()
-            sync_directory(self._folder)
-            job.log = self._open_locked(job)
+            try:
+                if archive is not None:
+                    os.rename(archive, os.path.join(folder, "source"))
+                job.log = self._open_locked(job)
+                job.save()
+                sync(self._folder)
+            except OSError:
+                remove_tree(folder)
+                raise
             self._jobs[job_id] = job
             self._queue.append(job)
             self._announce_locked()
@@ -2636,8 +2650,11 @@ class Jobs:
         """Caller must hold _changed. Tell each waiting job its place, where that has changed."""
         for position, job in enumerate(self._queue):
             if job.position != position and job.log is not None:
-                job.position = position
-                job.log.append(to_payload({"type": "queued", "position": position}))
+                try:
+                    job.log.append(to_payload({"type": "queued", "position": position}))
+                    job.position = position
+                except OSError:  # a full disk, perhaps: it is told the next time
+                    logger().exception("job %s", job.id)
 
     def get(self, job_id: str) -> Job:
         """The job. Raises Refused 404."""
@@ -2654,12 +2671,7 @@ class Jobs:
     def describe(self, job: Job) -> dict[str, Any]:
         """The status that GET /build/{id} answers."""
         with self._changed:
-            source = ({"repo_url": job.request.repo_url, "repo_ref": job.request.repo_ref} if job.request.repo_url
-                      else {"source_name": job.request.source_name})
-            place = {"position": self._queue.index(job)} if job in self._queue else {}
-            return {"job_id": job.id, "status": job.state, **place, **source, "nonce": job.request.nonce, "attempts": job.attempts,
-                    "submitted_at": job.submitted_at, "started_at": job.started_at or None, "finished_at": job.finished_at or None,
-                    "result": job.result if job.state == "ok" else None, **(job.failure or {})}
+            return job.to_wire() | ({"position": self._queue.index(job)} if job in self._queue else {})
 
     def newest(self) -> list[Job]:
         """Every job, newest first."""
@@ -2706,15 +2718,15 @@ class Jobs:
                 job.started_at, job.halted, job.on_halt = utc_now(), None, None
                 job.attempts += 1
                 self._running.add(job)
-                job.save()
                 self._announce_locked()
             failure: BuildFailed | None = None
             try:
+                with self._changed:
+                    job.save()
                 archive = self._run(self, job)
                 result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
                 shutil.move(archive, job.result_path)
-                with open(job.result_path, "rb") as f:
-                    os.fsync(f.fileno())
+                sync(job.result_path)
             except BuildFailed as e:
                 failure = e
             except Exception:  # noqa: BLE001  # a bug of ours must not take the slot with it
@@ -2749,7 +2761,7 @@ class Jobs:
         outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
         self._open_locked(job).append(to_payload({"type": "complete", "result": outcome}))
         job.log = None
-        if job.source is not None:
+        if job.source is not None and os.path.exists(job.source):
             os.unlink(job.source)  # nobody needs it any more
 
     def stop(self, grace_s: float) -> None:
@@ -3813,6 +3825,8 @@ class Service:
                     f.write(block)
                     digest.update(block)
                     size += len(block)
+                    if size > MAX_RESULT:
+                        raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
             except (OSError, http.client.HTTPException) as e:
                 raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
             wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
@@ -3932,6 +3946,8 @@ def _write_source(archive: str, root: str, name: str, files: Sequence[str], hist
 # region 21. Rendering                                            [uses nothing]
 # ==============================================================================
 # Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
+#
+# Thread "clock": started by a live Display, draws while nothing comes, ends with the build.
 
 _CONTROL = re.compile(r"[\ud800-\udfff]|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 TAIL = 40  # lines shown of a failed build
@@ -3940,6 +3956,12 @@ TAIL = 40  # lines shown of a failed build
 def plain_text(text: str) -> str:
     """text without ANSI sequences and control characters; tabs become blanks."""
     return _CONTROL.sub("", text).expandtabs()
+
+
+def cut_to_cells(text: str, width: int) -> str:
+    """The beginning of text that fills at most width cells of a terminal."""
+    cells = accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    return text[:sum(1 for filled in cells if filled <= width)]
 
 
 def render_verdict(verdict: Verdict, color: bool) -> str:
@@ -3983,15 +4005,30 @@ class Display:
         self._phase, self._began, self._lines = "", time.monotonic(), 0
         self._tail: deque[str] = deque(maxlen=TAIL)
         self._drawn, self._drawn_at = 0, 0.0
+        self._lock = threading.RLock()  # whoever writes to the stream holds it
+        self._over = threading.Event()
+        if live:
+            threading.Thread(target=self._tick, name="clock", daemon=True).start()
+
+    def _tick(self) -> None:
+        while not self._over.wait(0.25):
+            with self._lock:
+                if self._phase and time.monotonic() - self._drawn_at > 0.2:
+                    self._draw()
 
     def note(self, text: str) -> None:
         """A line of our own."""
-        self._erase()
-        self._stream.write(f"confbuild: {plain_text(text)}\n")
-        self._stream.flush()
+        with self._lock:
+            self._erase()
+            self._stream.write(f"confbuild: {plain_text(text)}\n")
+            self._stream.flush()
 
     def event(self, event: Mapping[str, Any]) -> None:
         """One event of the stream; also of a type that is not known."""
+        with self._lock:
+            self._event(event)
+
+    def _event(self, event: Mapping[str, Any]) -> None:
         kind = plain_text(str(event["type"]))[:20]
         text = str(event["msg"]) if "msg" in event else "" if kind == "complete" else compact_json({k: v for k, v in event.items() if k != "type"})
         if kind == "queued" and set(event) == {"type", "position"}:
@@ -4014,14 +4051,17 @@ class Display:
 
     def end(self, failure: Mapping[str, Any] | None) -> None:
         """The build is over. failure: the result of `complete`, where it failed."""
-        if self._live:
-            self._end_phase()
-            if failure is not None and self._phase == "build":
-                self._stream.write("".join(f"  {line}\n" for line in self._tail))
-        if failure is not None:
-            error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
-            self._stream.write(_paint("failed", "31;1", self._color) + f"     {error}\n")
-        self._stream.flush()
+        self._over.set()
+        with self._lock:
+            if self._live:
+                self._end_phase()
+                if failure is not None and self._phase == "build":
+                    self._stream.write("".join(f"  {line}\n" for line in self._tail))
+            if failure is not None:
+                error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
+                self._stream.write(_paint("failed", "31;1", self._color) + f"     {error}\n")
+            self._phase = ""
+            self._stream.flush()
 
     def _erase(self) -> None:
         if self._drawn:
@@ -4037,14 +4077,14 @@ class Display:
         """The phase's line stays, with its whole time."""
         self._erase()
         if self._phase:
-            self._stream.write(self._head()[:self._width()] + "\n")
+            self._stream.write(cut_to_cells(self._head(), self._width()) + "\n")
             self._stream.flush()
 
     def _draw(self) -> None:
         self._drawn_at = time.monotonic()
         self._erase()
         rows = [self._head()] + ["  " + line for line in list(self._tail)[-8:] if self._phase == "build"]
-        self._stream.write("".join(row[:self._width()] + "\n" for row in rows))
+        self._stream.write("".join(cut_to_cells(row, self._width()) + "\n" for row in rows))
         self._drawn = len(rows)
         self._stream.flush()
 
@@ -4245,6 +4285,8 @@ def _display(options: "argparse.Namespace") -> Display | None:
 
 def _check_target(path: str) -> None:
     """Raise UsageError where path is something else than a bundle that may be replaced."""
+    if os.path.realpath(path) == os.path.realpath("."):
+        raise UsageError(f"{path} is the current directory, which cannot be replaced", "name another directory with -o")
     if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {"artifacts", "provenance.json", "evidence.json"}):
         raise UsageError(f"{path} is there, and is no bundle", "name another directory with -o")
 
@@ -4308,9 +4350,11 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
             verdict = verify_bundle(read_bundle(project), expected)
         except UsageError:
             raise BrokenProtocol("what it handed out is no bundle") from None
+        good = verdict.verdict != "failed"
+        if not good:  # and takes no good one's place
+            bundle += ".unverified"
         remove_tree(bundle)
         os.rename(project, bundle)
-    good = verdict.verdict != "failed"
     if options.output == "json":
         sys.stdout.write(compact_json({"type": "bundle", "path": bundle, "nonce": expected.nonce, **verdict.to_wire()}) + "\n")
     else:
@@ -4569,6 +4613,11 @@ def _add_fetch(commands: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit status [CONTRACT 5]. Without argv, as the whole program: raises SystemExit with it, since
     a zipapp's own start file drops what this returns."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(getattr(sys, name), "reconfigure"):  # a name that the locale has no letters for must not end a build
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         status = _run(argv)
         sys.stdout.flush()

@@ -4703,6 +4703,21 @@ def screen(text: str, width: int = 10_000) -> list[str]:
 
 
 class TestRendering:
+    def test_cells(self) -> None:
+        """UAX 11: a wide character fills two cells."""
+        assert [confbuild.cut_to_cells("a\u4e2db\uff21", n) for n in range(7)] == ["", "a", "a", "a\u4e2d", "a\u4e2db", "a\u4e2db", "a\u4e2db\uff21"]
+
+    def test_the_clock_goes_on(self) -> None:
+        """In the silence of a long link step the last lines and the time are still drawn."""
+        stream = io.StringIO()
+        display = confbuild.Display(stream, True, False)
+        for n in range(3):
+            display.event({"type": "build", "msg": f"line {n}"})
+        wait_for(lambda: "line 2" in stream.getvalue() and re.search(r"build +0\.[3-9] s", stream.getvalue()))
+        display.end(None)
+        shown = stream.getvalue()
+        assert shown.rstrip().endswith("3 lines")
+
     @pytest.mark.parametrize("text, plain", [
         ("plain \u00e9\u4e2d", "plain \u00e9\u4e2d"), ("\x1b[1;31mred\x1b[0m", "red"), ("\x1b[2J\x1b[1;1Hx\x1b[?25l", "x"), ("\x1b]0;title\x07x", "x"),
         ("\x1b]8;;http://e\x1b\\x\x1b]8;;\x1b\\", "x"), ("\x1bPq\x1b\\", "q"), ("a\x1bcb", "ab"), ("\x1b", ""), ("\x1b]0;never ended", "0;never ended"),
@@ -5073,8 +5088,25 @@ class TestBuild:
             done = shell("build", "demo", "--server", one.url, "--nonce", NONCE)
             submitted = one.seen[0]
         assert done.returncode == status and message in done.stderr, done.stderr
-        assert done.stdout == ("demo-build\n" if status in (0, 5) else "") and submitted[:2] == ("POST", "/build")
-        assert (tmp_path / "demo-build").exists() == bool(done.stdout) and not (tmp_path / "evil").exists()
+        assert done.stdout == {0: "demo-build\n", 5: "demo-build.unverified\n"}.get(status, "") and submitted[:2] == ("POST", "/build")
+        assert sorted(p.name for p in tmp_path.glob("demo-build*")) == done.stdout.split() and not (tmp_path / "evil").exists()
+
+    def test_a_good_bundle_stays(self, shell: Shell, tmp_path: Path) -> None:
+        """What does not verify takes no good bundle's place, nor does a bundle take the current directory's."""
+        for nonce, status in ((NONCE, 0), ("f" * 32, 5)):
+            with StandIn((200, {}, b'{"job_id":"j"}'), self.OK, (200, {}, result_archive(agreeing(nonce=nonce)))) as one:
+                assert shell("build", "demo", "--server", one.url, "--nonce", NONCE).returncode == status
+        assert shell("verify", "demo-build", "--nonce", NONCE).returncode == 3 and shell("verify", "demo-build.unverified", "--nonce", NONCE).returncode == 1
+        done = shell("build", "demo", "-o", ".")
+        assert done.returncode == 2 and "is the current directory" in done.stderr
+
+    def test_odd_streams(self, shell: Shell, tmp_path: Path) -> None:
+        """stdout closed, or in an encoding that lacks a letter: no traceback."""
+        program = [sys.executable, str(FILE), "verify", "b\u00fc"]
+        closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+        ascii_only = subprocess.run(program, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=30, check=False)
+        for done in (closed, ascii_only):
+            assert done.returncode == 2 and done.stderr.startswith("confbuild: error: b") and "Traceback" not in done.stderr
 
     @pytest.mark.parametrize("command", ["list", "cancel j", "watch j", "fetch j", "fetch j --nonce " + NONCE, "list --output json"])
     @pytest.mark.parametrize("answer", [b"[5]", b'[{"job_id":"x"}]', b'{"a":1}', b"5"])
