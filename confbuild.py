@@ -2208,8 +2208,8 @@ def has_ended(path: str) -> bool:
 KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
 _SMALL = 64 * KIB
 # What one watcher gets before the next one's turn: alone much, for few system calls; among others little, so that all of them
-# get a range of the log while the processor's cache still holds it (8 readers: 1.4 times the speed of turns of 1 MiB).
-_TURN, _SHARED_TURN = MIB, 128 * KIB
+# get a range of the log while the processor's cache still holds it (8 readers: 1.3 times the speed of turns of 1 MiB).
+_TURN, _SHARED_TURN = MIB, 256 * KIB
 
 
 class Watcher:
