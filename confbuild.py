@@ -937,6 +937,7 @@ def remove_tree(path: str) -> None:
         if os.path.lexists(path):
             os.unlink(path)
         return
+    path = os.path.abspath(path)  # as mkdtemp's answer is, since Python 3.12
     os.chmod(path, 0o700)
     heap = tempfile.mkdtemp(dir=path)
     folders, moved = [path], 0
@@ -1075,12 +1076,15 @@ class _Unpacker:
                 raise source_error(f"{name!r}: no link can point to {target[:80]!r}: {e}") from None
         root = os.path.realpath(self._root)
         for name, target in self._links:
+            path = os.path.join(root, name)
             try:
-                real = os.path.realpath(os.path.join(root, name))
-            except RecursionError:
-                raise source_error(f"{name!r} is a link through too many links") from None
-            if target.startswith("/") or os.path.commonpath((root, real)) != root:
-                raise source_error(f"{name!r} is a link to {target[:80]!r}, outside of the archive")
+                real = os.path.realpath(path)
+                if target.startswith("/") or os.path.commonpath((root, real)) != root:
+                    raise source_error(f"{name!r} is a link to {target[:80]!r}, outside of the archive")
+                os.stat(path)
+            except (OSError, RecursionError) as e:  # that there is nothing is no harm
+                if isinstance(e, RecursionError) or e.errno == errno.ELOOP:
+                    raise source_error(f"{name!r} is a link through too many links") from None
 
     @staticmethod
     def _key(name: str) -> str:
