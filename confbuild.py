@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     import resource
     import secrets
     import selectors
+    import shlex
     import shutil
     import signal
     import socket
@@ -128,10 +129,10 @@ else:
             globals()[self._names[0]] = sys.modules[self._names[0]]
             return getattr(sys.modules[self._names[0]], attribute)
 
-    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, selectors, shutil, signal, socket, ssl,
+    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, selectors, shlex, shutil, signal, socket, ssl,
      subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile) = map(_Lazy, (
          "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "mmap", "resource", "secrets", "selectors",
-         "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
+         "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
          "weakref", "zipfile"))
     http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
 
@@ -586,7 +587,7 @@ class _Checks:
 
     def skip(self, *names: str) -> None:
         """What cannot be looked at since what it needs has failed."""
-        self.made.extend(Check(name, "not checked", detail="needs a check that failed") for name in names)
+        self.made.extend(Check(name, "not checked", detail="it needs a check that failed") for name in names)
 
 
 def _simulated_evidence(evidence: Any) -> Report:
@@ -613,8 +614,12 @@ def _check_evidence(checks: _Checks, data: bytes, provenance: bytes, expected: E
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     platform = doc.get("platform") if isinstance(doc, dict) else None
     known = platform == "simulated" and isinstance(doc, dict) and set(doc) == {"platform", "evidence"}
-    checks.made.append(Check("platform", "passed" if known else "failed", "simulated", json.dumps(platform),
-                             "" if known else "this version verifies no other evidence"))
+    shown = platform if isinstance(platform, str) else json.dumps(platform)
+    if checks.made[-1].status == "failed":
+        checks.skip("platform")
+    else:
+        checks.made.append(Check("platform", "passed" if known else "failed", "simulated", shown,
+                                 "" if known else "this version verifies no other evidence"))
     report = checks.attempt("report form", _simulated_evidence, doc["evidence"]) if known else None
     if not known:
         checks.skip("report form")
@@ -631,7 +636,7 @@ def _check_evidence(checks: _Checks, data: bytes, provenance: bytes, expected: E
     nonce = None if expected.nonce is None else expected.nonce.lower()
     checks.expect("nonce", nonce, signed[32:48].hex())
     if nonce is not None:
-        checks.compare("nonce is fresh", "not all zero", "all zero" if nonce == bytes(NONCE_SIZE).hex() else "not all zero",
+        checks.compare("nonce is not zero", "not all zero", "all zero" if nonce == bytes(NONCE_SIZE).hex() else "not all zero",
                        "an all-zero nonce proves no freshness")
     if expected.measurements:
         actual = report.measurement.hex()
@@ -702,9 +707,9 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations) -> Verdict:
         if platform == "simulated":  # neither half may claim more than the other
             checks.compare("simulated builder", SIMULATED_BUILDER, claims["builder_id"])
     if expected.require_tee:
-        checks.compare("hardware evidence", True, False, "--require-tee: this version verifies none")
+        checks.compare("hardware evidence", "signed by hardware", platform, "--require-tee: this version verifies none")
     asked = {name for name, value in (
-        ("nonce", expected.nonce), ("nonce is fresh", expected.nonce), ("source uri", expected.source_uri), ("source commit", expected.source_commit),
+        ("nonce", expected.nonce), ("nonce is not zero", expected.nonce), ("source uri", expected.source_uri), ("source commit", expected.source_commit),
         ("source tree", expected.source_tree), ("lock file", expected.lockfile_sha256), ("dependencies", expected.dependencies),
         ("builder id", expected.builder_id), ("build log", expected.build_log_sha256)) if value is not None}
     asked |= {"measurement"} if expected.measurements else set()
@@ -747,8 +752,9 @@ def guard_process() -> bool:
     return True
 
 
-def descendants(root: int, dead: bool = False) -> list[int]:
-    """The processes below root, parents first; dead: also those that nobody has reaped. Empty where there is no /proc."""
+def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[int]" = frozenset()) -> list[int]:
+    """The processes below root, parents first; dead: also those that nobody has reaped; without: not these, nor what is below
+    them. Empty where there is no /proc."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc") if sys.platform == "linux" else []:
         if entry.isdigit():
@@ -761,7 +767,7 @@ def descendants(root: int, dead: bool = False) -> list[int]:
                 children.setdefault(int(parent), []).append(int(entry))
     found = [root]
     for pid in found:
-        found += children.get(pid, [])
+        found += [child for child in children.get(pid, []) if child not in without]
     return found[1:]
 
 
@@ -939,7 +945,16 @@ def remove_tree(path: str) -> None:
         return
     path = os.path.abspath(path)  # as mkdtemp's answer is, since Python 3.12
     os.chmod(path, 0o700)
-    heap = tempfile.mkdtemp(dir=path)
+    try:
+        heap = tempfile.mkdtemp(dir=path)
+    except OSError:  # a full disk has no room for a folder: what can go without one goes first
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+        except RecursionError:
+            pass
+        if not os.path.lexists(path):
+            return
+        heap = tempfile.mkdtemp(dir=path)
     folders, moved = [path], 0
     while folders:
         folder = folders.pop()
@@ -1518,7 +1533,8 @@ def detect_toolchain(project: str) -> Toolchain:
         path = os.path.join(project, toolchain.marker)
         if os.path.isfile(path) and not os.path.islink(path):
             return toolchain
-    raise BuildFailed("UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project")
+    more = "; there is a Cargo.toml: `cargo generate-lockfile` makes the other" if os.path.isfile(os.path.join(project, "Cargo.toml")) else ""
+    raise BuildFailed("UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project" + more)
 
 
 def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
@@ -2316,9 +2332,13 @@ class Streamer:
             elif isinstance(note, EventLog):
                 grown[note] = None
             else:
-                note.sock.setblocking(False)
                 self.watchers += 1
-                self._want(note, selectors.EVENT_READ)
+                try:
+                    note.sock.setblocking(False)
+                    self._want(note, selectors.EVENT_READ)
+                except (OSError, ValueError):
+                    self._drop(note)
+                    continue
                 self._pump(note)
         for log in grown:
             for watcher in self._waiting.pop(log, ()):
@@ -2475,6 +2495,9 @@ JOB_STATES = {
 }
 
 
+RETRY_S = 5.0  # until a job that has ended says so, where a full disk forbids it
+
+
 class Job:
     """One build. Its fields change only in Jobs, under its lock; the log has its own."""
 
@@ -2546,6 +2569,7 @@ class Jobs:
         self._running: set[Job] = set()  # guarded by _changed
         self._seq = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
+        self._incomplete: dict[Job, BuildFailed | None] = {}  # guarded by _changed; ended, and the disk was full
         self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed
         self._recent: deque[EventLog] = deque(maxlen=16)  # guarded by _changed; not to be opened again for every request
         self._threads: list[threading.Thread] = []
@@ -2677,28 +2701,35 @@ class Jobs:
         with self._changed:
             return job.to_wire() | ({"position": self._queue.index(job)} if job in self._queue else {})
 
-    def newest(self) -> list[Job]:
-        """Every job, newest first."""
+    def newest(self, count: int) -> list[dict[str, Any]]:
+        """The status of the last count jobs, newest first."""
         with self._changed:
-            return sorted(self._jobs.values(), key=lambda job: -job.seq)
+            places = {job: {"position": position} for position, job in enumerate(self._queue)}
+            jobs = sorted(self._jobs.values(), key=lambda job: -job.seq)[:count]
+            return [job.to_wire() | places.get(job, {}) for job in jobs]
 
     def cancel(self, job: Job) -> None:
         """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended."""
         with self._changed:
             if job in self._queue:
                 self._queue.remove(job)
-                self._complete_locked(job, BuildFailed("Cancelled", "cancelled before it was started"))
+                self._incomplete[job] = BuildFailed("Cancelled", "cancelled before it was started")
+                self._try_complete_locked()
                 self._announce_locked()
+                self._changed.notify()  # a slot tries again
                 return
         self.halt(job, "Cancelled", "cancelled")
 
     def halt(self, job: Job, error_type: str, message: str) -> None:
         """A running build stops soon, for this reason; the first one counts."""
         with self._changed:
-            if job.state != "running" or job.halted is not None:
+            if job.state != "running" or job.halted is not None and (job.halted[0], error_type) != ("Parked", "Cancelled"):
                 return
             job.halted = (error_type, message)
             stop = job.on_halt
+            if error_type == "Cancelled":  # also where the server dies before the build does
+                job.failure = {"error": message, "error_type": error_type}
+                job.save()
         if stop is not None:
             stop()
 
@@ -2714,9 +2745,11 @@ class Jobs:
         """A slot: one job after the other."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._stopping)
+                while not self._changed.wait_for(lambda: self._queue or self._stopping, RETRY_S if self._incomplete else None):
+                    self._try_complete_locked()
                 if self._stopping:
                     return
+                self._try_complete_locked()
                 job = self._queue.pop(0)
                 job.move("running")
                 job.started_at, job.halted, job.on_halt = utc_now(), None, None
@@ -2750,35 +2783,50 @@ class Jobs:
                 job.save()
             else:
                 job.result = result
-                try:
-                    self._complete_locked(job, failure)
-                except OSError:  # a full disk, perhaps: the job is run again by the next server
-                    logger().exception("job %s", job.id)
+                self._incomplete[job] = failure
+                self._try_complete_locked()
             self._changed.notify_all()
+
+    def _try_complete_locked(self) -> None:
+        """Caller must hold _changed. Complete what has ended; what a full disk, perhaps, forbids is tried again."""
+        for job, failure in list(self._incomplete.items()):
+            try:
+                self._complete_locked(job, failure)
+            except OSError as e:
+                logger().error("job %s has ended, and cannot say so yet: %s", job.id, e)
 
     def _complete_locked(self, job: Job, failure: BuildFailed | None) -> None:
         """Caller must hold _changed. The last event, when all that it promises is durable."""
-        job.move("failed" if failure else "ok")
+        if job.state in ("queued", "running"):  # else a full disk has stopped it here before
+            job.move("failed" if failure else "ok")
         job.finished_at = utc_now()
         job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
         job.save()
         outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
         self._open_locked(job).append(to_payload({"type": "complete", "result": outcome}))
         job.log = None
-        if job.source is not None and os.path.exists(job.source):
-            os.unlink(job.source)  # nobody needs it any more
+        self._incomplete.pop(job, None)
+        try:
+            if job.source is not None:
+                os.unlink(job.source)  # nobody needs it any more
+        except OSError:
+            pass  # it is gone
 
-    def stop(self, grace_s: float) -> None:
-        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server."""
+    def stop(self, grace_s: float) -> bool:
+        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server. True
+        where one has ended meanwhile."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+            before = len(self._running)
             self._changed.wait_for(lambda: not self._running, grace_s)
+            ended = len(self._running) < before
             left = list(self._running)
         for job in left:
             self.halt(job, "Parked", "the server was stopped")
         for thread in self._threads:
             thread.join(10)
+        return ended
 
 # endregion 16
 # ==============================================================================
@@ -2852,7 +2900,10 @@ class SimulatedVm:
                 child.kill()
                 child.wait()
                 for stream in (child.stdin, child.stdout):
-                    _pipe(stream).close()
+                    try:
+                        _pipe(stream).close()
+                    except OSError:
+                        pass  # it holds a configuration that nobody has read
             try:
                 remove_tree(self._workspace)
             except OSError as e:
@@ -2869,6 +2920,7 @@ class VmHost:
         self._max_log, self._reap = max_log, reap
         self._spawning = threading.Lock()
         self._alive: set[int] = set()  # guarded by _spawning; the process ids of VMs
+        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
 
     def run(self, jobs: Jobs, job: Job) -> str:
         """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
@@ -2899,15 +2951,14 @@ class VmHost:
         """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
         def strays() -> list[int]:
             with self._spawning:
-                known = {pid for vm in self._alive for pid in (vm, *descendants(vm))}
-                return [pid for pid in descendants(os.getpid()) if pid not in known]
+                # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
+                return descendants(os.getpid(), without=self._alive | self._foreign)
 
         kill_all(strays)
         with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True):
+            for pid in descendants(os.getpid(), dead=True, without=self._alive):
                 try:
-                    if pid not in self._alive:
-                        os.waitpid(pid, os.WNOHANG)
+                    os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     pass  # its own parent reaps it
 
@@ -3015,6 +3066,15 @@ def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
 def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
     """The path of the archive in answer, once it is a bundle that verifies with the job's nonce. Raises BuildFailed."""
     path = os.path.join(job.folder, "result.tmp")
+    try:
+        return _check_result(answer, job, path)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> str:
+    """path, which holds what _fetch_result promises."""
     size = 0
     with open(path, "wb") as f:
         for block in iter(lambda: answer.read1(BLOCK), b""):
@@ -3042,8 +3102,10 @@ def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
 # streamer when its headers are written, and its thread ends.
 
 MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
+MAX_LISTED = 1000  # builds in one answer
 MAX_REQUESTS = 1024  # threads at a time; an idle connection has one
 REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a request
+MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
 
 
 class Request(NamedTuple):
@@ -3091,7 +3153,7 @@ ROUTES = (
           {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range"}),
     Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build"}),
-    Route("GET", "/builds", "list_builds", "All builds, newest first", "application/json", {200: "an array of status"}),
+    Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", "application/json", {200: "an array of status"}),
     Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
     Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
 )
@@ -3257,8 +3319,8 @@ class Api:
         return json_response(self._openapi)
 
     def list_builds(self, _: Request) -> Response:
-        """All builds, newest first."""
-        return json_response([self.jobs.describe(job) for job in self.jobs.newest()])
+        """The builds, newest first."""
+        return json_response(self.jobs.newest(MAX_LISTED))
 
     def status(self, request: Request) -> Response:
         """One build."""
@@ -3445,7 +3507,7 @@ class Handler(_HandlerBase):
     protocol_version, server_version, sys_version, timeout = "HTTP/1.1", f"confbuild/{__version__}", "", REQUEST_TIMEOUT_S
     wbufsize = 0
     stream: Response | None = None
-    unread = 0
+    unread, deadline = 0, 0.0
 
     def answer(self) -> None:
         """One request."""
@@ -3455,6 +3517,7 @@ class Handler(_HandlerBase):
             self.request_id = uuid.uuid4().hex
         length = self.headers.get("Content-Length", "0")
         self.unread = int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
+        self.deadline = time.monotonic() + 60 + self.unread / MIN_RATE
         try:
             response = self.respond()
         except Refused as refused:
@@ -3475,10 +3538,15 @@ class Handler(_HandlerBase):
     def respond(self) -> Response:
         """What the API says. Raises Refused."""
         path, _, query = self.path.partition("?")
-        self.gate.check(self.headers, path, self.connection.getsockname()[0].removeprefix("::ffff:"))
-        if "Transfer-Encoding" in self.headers or len(self.headers.get_all("Content-Length", [])) > 1:
-            self.close_connection = True  # where it ends is not known
+        lengths = self.headers.get_all("Content-Length", [])
+        # Where the request ends is not known: before anything else is said, so that what follows is never taken for a request.
+        if self.headers.defects or self.headers.get_payload():
+            self.close_connection = True
+            raise Refused(400, "BadRequest", "a line of the head is no header field")
+        if "Transfer-Encoding" in self.headers or len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", n, re.ASCII) for n in lengths):
+            self.close_connection = True
             raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
+        self.gate.check(self.headers, path, self.connection.getsockname()[0].removeprefix("::ffff:"))
         route, arguments = find_route(self.command, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
         return getattr(self.api, route.name)(Request(self.command, arguments, fields, self.headers, self.read_body))  # type: ignore[no-any-return]
@@ -3495,7 +3563,9 @@ class Handler(_HandlerBase):
             del self.headers["Expect"]
             self.send_response_only(100)
             self.end_headers()
-        block = self.rfile.read(min(size, self.unread))
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("a body that comes byte by byte")
+        block = self.rfile.read1(min(size, self.unread))
         self.unread -= len(block)
         return block
 
@@ -3531,7 +3601,7 @@ class Handler(_HandlerBase):
         if self.unread == 0 or self.headers.get("Expect", "").lower() == "100-continue":
             return
         while self.unread > 0 and time.monotonic() < deadline:
-            block = self.rfile.read(min(self.unread, BLOCK))
+            block = self.rfile.read1(min(self.unread, BLOCK))
             if not block:
                 return
             self.unread -= len(block)
@@ -3572,7 +3642,11 @@ class Server(_ServerBase):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.seats.acquire(timeout=1):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:
+                self.seats.release()  # no thread was started that would
+                raise
         else:
             self.shutdown_request(request)
 
@@ -3754,7 +3828,8 @@ class Service:
                     detail = f"{method} {path}: {e.reason}"
             raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
         except (OSError, http.client.HTTPException, UnicodeError) as e:
-            raise RemoteError(f"{self._url}: {getattr(e, 'reason', e)}") from None
+            reason = getattr(e, "reason", e)
+            raise RemoteError(f"{self._url}: {getattr(reason, 'strerror', None) or reason}", hint="is `confbuild serve` running there?") from None
 
     def json(self, method: str, path: str) -> Any:
         """The JSON of an answer."""
@@ -3788,7 +3863,7 @@ class Service:
     def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
         """The events after the first start ones, each once, to `complete`, over lost connections: after one the stream is taken
         up where it broke, with exponential back-off and jitter, for RECONNECT_S."""
-        position, delay, lost_at, base = start, 0.0, None, 0.25
+        position, delay, lost_at, base, told = start, 0.0, None, 0.25, False
         while True:
             try:
                 with self.open("GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}) as stream:
@@ -3798,9 +3873,10 @@ class Service:
                         raise BrokenProtocol("no event stream")
                     parser = EventStreamParser()
                     for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
+                        lost_at = None  # a comment is a sign of life, too
                         for event in parser.feed(block):
                             position, doc = _next_event(event, position)
-                            delay, lost_at = 0.0, None
+                            delay, told = 0.0, False
                             yield doc
                             if doc["type"] == "complete":
                                 return
@@ -3813,9 +3889,11 @@ class Service:
             now = time.monotonic()
             if lost_at is None:
                 lost_at = now
-                self._told(f"the connection was lost after {position} events; resuming")
+            if not told:
+                told = True
+                self._told(f"the connection was lost after event {position}; resuming")
             if now - lost_at > RECONNECT_S:
-                raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after {position} events")
+                raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after event {position}")
             delay = min(30.0, max(base, 2 * delay))
             time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
 
@@ -3859,15 +3937,18 @@ class Packed(NamedTuple):
     commit: str
 
 
-def pack_directory(directory: str, archive: str, workspace: str) -> Packed:
+def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "") -> Packed:
     """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified or untracked;
-    else the files as they are, without those that git ignores. workspace: an empty directory for scratch. Raises UsageError."""
+    else the files as they are, without those that git ignores. workspace: an empty directory for scratch; bundle: where the last
+    build's is and the next one's will be, which is no source. Raises UsageError."""
     name = plain_name(os.path.basename(os.path.realpath(directory)))
     why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
     root, files, commit = os.path.realpath(directory), None, ""
+    inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
+    inner = "" if inner.startswith(os.pardir) else inner
     if why != "there is no git" and _ask_git(directory, "rev-parse", "--show-toplevel") is not None:
         files = list_source(directory)
-        why = _why_not_clean(root)
+        why = _why_not_clean(root, inner)
         if not why:
             try:
                 commit = _ask_git(root, "rev-parse", "HEAD") or ""
@@ -3883,14 +3964,16 @@ def pack_directory(directory: str, archive: str, workspace: str) -> Packed:
         files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
     # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
     outputs = next((t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ())
-    kept = [file for file in files if file.split(os.sep)[0] not in outputs]
+    kept = [file for file in files if file.split(os.sep)[0] not in outputs and not (inner and not commit and file.startswith(inner + os.sep))]
     if commit and len(kept) < len(files):
         why, commit = f"git tracks {' and '.join(outputs)}, which is removed before a build", ""
     files = kept
     if not files:
         raise UsageError(f"{directory}: there is nothing to build")
     _write_source(archive, root, name, files, bool(commit))
-    note = f"commit {commit} as git has it" if commit else f"{len(files)} files as they are, without history: {why}"
+    everything = why in ("there is no git", "it is no git work tree")
+    note = f"commit {commit} as git has it" if commit else (
+        f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
     return Packed(note, git_tree(root, files), commit)
 
 
@@ -3923,13 +4006,14 @@ def _ask_git(directory: str, *arguments: str, raw: bool = False) -> str | None:
     return None if status != 0 else text if raw else text.strip()
 
 
-def _why_not_clean(root: str) -> str:
-    """Empty where the work tree at root is exactly its HEAD."""
+def _why_not_clean(root: str, inner: str) -> str:
+    """Empty where the work tree at root, but for what is below inner, is exactly its HEAD."""
     if os.path.realpath(_ask_git(root, "rev-parse", "--show-toplevel") or "/") != root:
         return "it is a folder inside a git work tree"
     if _ask_git(root, "rev-parse", "--verify", "HEAD") is None:
         return "git has no commit"
-    return "git has modified or untracked files" if _ask_git(root, "status", "--porcelain") != "" else ""
+    pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
+    return "git has modified or untracked files" if _ask_git(root, "status", "--porcelain", *pathspec) != "" else ""
 
 
 def _write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
@@ -3980,7 +4064,8 @@ def render_verdict(verdict: Verdict, color: bool) -> str:
         notes = [check.detail[:1000]] if check.detail and check.status != "passed" else []
         rows.append(_paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip())
         if check.status == "failed" and check.expected:
-            rows += [f"     {'':{width}}expected {plain_text(check.expected[:1000])}", f"     {'':{width}}actual   {plain_text(check.actual[:1000])}"]
+            rows += [f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}" for word, value in (
+                ("expected", check.expected), ("actual  ", check.actual))]
     return "\n".join([*rows, _sentence(verdict, color)])
 
 
@@ -3991,8 +4076,9 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         return _paint("FAILED", "31;1", color) + f": {len(names)} of {len(verdict.checks)} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
             ", ...)" if len(names) > 4 else ")") + ": nothing is proven about these artifacts"
     if verdict.verdict == "simulated":
+        unasked = "" if any(check.name == "nonce" and check.status == "passed" for check in verdict.checks) else "; the nonce was not checked"
         return _paint("SIMULATED", "33;1", color) + (": artifacts, provenance and evidence agree, but no hardware signed the evidence: "
-                                                     "it does not prove where or by whom this was built")
+                                                     f"it does not prove where or by whom this was built{unasked}")
     return _paint("PASSED", "32;1", color) + ": these artifacts are what the provenance says"
 
 
@@ -4036,7 +4122,7 @@ class Display:
         kind = plain_text(str(event["type"]))[:20]
         text = str(event["msg"]) if "msg" in event else "" if kind == "complete" else compact_json({k: v for k, v in event.items() if k != "type"})
         if kind == "queued" and set(event) == {"type", "position"}:
-            text = "next" if event["position"] == 0 else f"{event['position']} builds before this one"
+            text = "next" if event["position"] == 0 else f"place {event['position']} in line"
         text = plain_text(text)
         if not self._live:
             if kind != "complete":
@@ -4064,6 +4150,8 @@ class Display:
             if failure is not None:
                 error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
                 self._stream.write(_paint("failed", "31;1", self._color) + f"     {error}\n")
+            else:
+                self._stream.write(_paint("complete", "32", self._color) + "   ok\n")
             self._phase = ""
             self._stream.flush()
 
@@ -4074,7 +4162,7 @@ class Display:
 
     def _head(self) -> str:
         """The line of the phase at hand."""
-        said = f"{self._lines} lines" if self._phase == "build" else self._tail[-1] if self._tail else ""
+        said = f"{self._lines} line{'s' if self._lines != 1 else ''}" if self._phase == "build" else self._tail[-1] if self._tail else ""
         return f"{self._phase:10} {time.monotonic() - self._began:6.1f} s  {said}"
 
     def _end_phase(self) -> None:
@@ -4143,7 +4231,11 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(options.tls_cert, options.tls_key)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a watcher is a file
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a watcher is a file
+    except (OSError, ValueError):
+        pass  # a system that says there is no limit, and has one
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
     os.makedirs(state, mode=0o700, exist_ok=True)
     lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -4158,14 +4250,15 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
     api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
-              lambda: streamer.watchers > hard - 512)  # the rest is for requests, jobs and VMs
+              lambda: streamer.watchers >= max(files - MAX_REQUESTS - 512, files // 2))  # the rest is for requests, jobs and VMs
     server = make_http_server((host, port), api, gate, streamer, tls)
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     thread.start()
 
     def stop(grace_s: float) -> None:
-        jobs.stop(grace_s)
+        if jobs.stop(grace_s):
+            time.sleep(min(grace_s, 2.0))  # whoever followed that build comes for the result
         server.shutdown()
         server.server_close()
         streamer.stop()
@@ -4240,7 +4333,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     """Submit, follow, download and verify one build; without --server on a private server that lives as long."""
     is_url = "://" in options.source
     if not is_url and not os.path.isdir(options.source):
-        raise UsageError(f"{options.source}: no directory, and no URL")
+        raise UsageError(f"{options.source}: neither a directory nor a URL", "a repository has a URL like https://example.org/a/b.git" if ":" in options.source else "")
     if options.ref and not is_url:
         raise UsageError("--ref goes with a URL")
     nonce = secrets.token_hex(NONCE_SIZE) if options.nonce is None else options.nonce.lower()
@@ -4251,12 +4344,14 @@ def cmd_build(options: "argparse.Namespace") -> int:
     _check_target(bundle)
     display = _display(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         packed = running = None
         archive = os.path.join(scratch, "source.tar.gz")
         if not is_url:
             os.mkdir(os.path.join(scratch, "pack"))
-            packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"))
+            packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
             _note(display, f"packed {packed.note}")
         if options.server:
             service = _service(options, lambda text: _note(display, text))
@@ -4292,13 +4387,15 @@ def _check_target(path: str) -> None:
     if os.path.realpath(path) == os.path.realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", "name another directory with -o")
     if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {"artifacts", "provenance.json", "evidence.json"}):
-        raise UsageError(f"{path} is there, and is no bundle", "name another directory with -o")
+        raise UsageError(f"{path} exists, and is no bundle", "name another directory with -o")
 
 
 def _follow(options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None) -> tuple[Mapping[str, Any] | None, str]:
     """(result of `complete`, or None where the stream has ended before start; SHA-256 of the build lines)."""
     digest = hashlib.sha256()
     for event in service.events(job_id, start):
+        if event["type"] == "queued":
+            digest = hashlib.sha256()  # a build that its server did not survive begins again, and so does its log's digest
         if event["type"] == "build" and isinstance(event.get("msg"), str):
             digest.update((event["msg"] + "\n").encode("utf-8", "replace"))
         if options.output == "json":
@@ -4322,6 +4419,8 @@ def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: s
     try:
         result, log_sha256 = _follow(options, service, job_id, start, display)
     except KeyboardInterrupt:
+        if display is not None:
+            display.end({"error_type": "Cancelled", "error": "interrupted"})
         if cancel:
             try:
                 service.jobs("DELETE", f"/build/{job_id}")
@@ -4357,6 +4456,7 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
         good = verdict.verdict != "failed"
         if not good:  # and takes no good one's place
             bundle += ".unverified"
+            _check_target(bundle)
         remove_tree(bundle)
         os.rename(project, bundle)
     if options.output == "json":
@@ -4365,8 +4465,8 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
         if display is not None:
             shown = render_verdict(verdict, _colored(sys.stderr))
             sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
-            command = f"python {os.path.basename(sys.argv[0])} verify {bundle}" + (f" --nonce {expected.nonce}" if expected.nonce else "")
-            display.note(f"verify it again, offline: {command}")
+            start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
+            display.note("verify it again, offline: " + shlex.join([*start, "verify", bundle, "--nonce", str(expected.nonce)]))
         sys.stdout.write(bundle + "\n")
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
@@ -4375,8 +4475,12 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
 def cmd_watch(options: "argparse.Namespace") -> int:
     """Follow a job."""
     display = _display(options)
-    result, _ = _follow(options, _service(options, lambda text: _note(display, text)), options.job, options.start, display)
-    return EXIT_OK if result is None or result["status"] == "ok" else EXIT_NO
+    service = _service(options, lambda text: _note(display, text))
+    result, _ = _follow(options, service, options.job, options.start, display)
+    if result is None:  # it had ended before
+        [result] = service.jobs("GET", f"/build/{options.job}")
+        _note(display, f"there is nothing after event {options.start}; the build is {result['status']}")
+    return EXIT_OK if result["status"] == "ok" else EXIT_NO
 
 
 def cmd_list(options: "argparse.Namespace") -> int:
@@ -4392,8 +4496,13 @@ def cmd_list(options: "argparse.Namespace") -> int:
 
 def cmd_cancel(options: "argparse.Namespace") -> int:
     """Cancel a job."""
-    [job] = _service(options).jobs("DELETE", f"/build/{options.job}")
-    sys.stdout.write(compact_json(job) + "\n" if options.output == "json" else f"{job['job_id']}  {job['status']}\n")
+    service = _service(options)
+    [job] = service.jobs("DELETE", f"/build/{options.job}")
+    deadline = time.monotonic() + 5
+    while job["status"] in ("queued", "running") and time.monotonic() < deadline:  # the build takes a moment to die
+        time.sleep(0.1)
+        [job] = service.jobs("GET", f"/build/{options.job}")
+    sys.stdout.write(compact_json(job) + "\n" if options.output == "json" else plain_text(f"{job['job_id']}  {job['status']}  {job.get('error_type', '')}").rstrip() + "\n")
     return EXIT_OK
 
 
