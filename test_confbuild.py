@@ -1,4 +1,5 @@
 """Tests of confbuild, section by section: known answers first, then properties, then the real thing."""
+import argparse
 import ast
 import base64
 import contextlib
@@ -4030,6 +4031,57 @@ class TestHttp:
         """What http.server refuses by itself has our form as well."""
         is_problem(site().raw(data), status, "BadRequest")
 
+    @pytest.mark.parametrize(("head", "status"), [
+        (b"POST /build HTTP/1.1\r\nTransfer-Encoding: chunked", 411), (b"GET /health HTTP/1.1\r\nContent-Length: +%d", 411),
+        (b"GET /health HTTP/1.1\r\nContent-Length: %d, 9", 411), (b"GET /health HTTP/1.1\r\nX y: z\r\nContent-Length: %d", 400),
+        (b"GET /health HTTP/1.1\r\nTransfer-Encoding : chunked", 400), (b"GET /builds HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: %d", 411)])
+    def test_smuggling(self, site: Callable[..., Site], head: bytes, status: int) -> None:
+        """RFC 9112 11.2: where the end of a request is not certain, nothing after it is taken for another."""
+        s = site(tokens=("secret",))
+        inner = b"GET /config HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\nConnection: close\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall((head % len(inner) if b"%d" in head else head) + b"\r\nHost: localhost\r\n\r\n" + inner)
+            got = read_all(sock)
+        assert re.findall(rb"HTTP/1.1 (\d+)", got) == [b"%d" % status] and b"platform" not in got
+
+    @pytest.mark.parametrize("cancelled", [False, True])
+    def test_a_full_disk(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, cancelled: bool) -> None:
+        """A job that has ended says so when there is room again."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0.05)
+        s = site()
+        ids = [json.loads(s.ask("POST", "/build", URL)[2])["job_id"] for _ in range(2)]
+        job = s.jobs.get(ids[1 if cancelled else 0])
+        wait_for(lambda: s.jobs.describe(s.jobs.get(ids[0]))["status"] == "running")
+        log, real = s.jobs.log_of(job), confbuild.write_durably
+        full = threading.Event()
+        full.set()
+
+        def write(path: str, data: bytes) -> None:
+            if full.is_set() and job.id in path:
+                raise OSError(28, "No space left on device")
+            real(path, data)
+
+        monkeypatch.setattr(confbuild, "write_durably", write)
+        if cancelled:
+            s.jobs.cancel(job)
+        s.gate.set()
+        wait_for(lambda: job in s.jobs._incomplete)
+        assert not log.finished
+        full.clear()
+        wait_for(lambda: log.finished)
+        assert log.last()["result"]["status"] == ("failed" if cancelled else "ok")
+
+    def test_no_thread(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A connection that gets no thread gives its seat back."""
+        s = site()
+        seats = s.server.seats._value
+        with monkeypatch.context() as m:
+            m.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+            m.setattr(s.server, "handle_error", lambda *_: None)
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+                assert read_all(sock) == b""
+        assert s.server.seats._value == seats and s.ask("GET", "/health")[0] == 200
+
     def test_connections(self, site: Callable[..., Site]) -> None:
         """Pipelined, kept alive, with 100-continue, cut off, HTTP/1.0: who may go on, goes on; who may not is told so."""
         s = site()
@@ -4919,6 +4971,14 @@ class TestUsage:
             returned = e.code
         said = capsys.readouterr()
         assert (returned, said.out) == (status, "") and message in said.err, said.err
+
+    def test_the_log_of_the_last_attempt(self) -> None:
+        """A build that its server did not survive begins again: build_log covers the attempt that ended."""
+        told: list[dict[str, Any]] = [{"type": "queued", "position": 0}, {"type": "build", "msg": "old"}, {"type": "queued", "position": 0},
+                                      {"type": "build", "msg": "new"}, {"type": "complete", "result": {"status": "ok"}}]
+        service: Any = types.SimpleNamespace(events=lambda job, start: iter(told))
+        _, digest = confbuild._follow(argparse.Namespace(output="quiet"), service, "j", 0, None)
+        assert digest == hashlib.sha256(b"new\n").hexdigest()
 
     def test_state_in_use(self, shell: Shell, server: Callable[..., Server]) -> None:
         one = server()
