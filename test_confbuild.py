@@ -48,7 +48,7 @@ import confbuild
 # region 0. Builders and fixtures
 # ==============================================================================
 
-settings.register_profile("confbuild", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("confbuild", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("confbuild")
 
 FILE = Path(confbuild.__file__).resolve()
