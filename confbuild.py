@@ -4250,7 +4250,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
     api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
-              lambda: streamer.watchers >= max(files - MAX_REQUESTS - 512, files // 2))  # the rest is for requests, jobs and VMs
+              lambda: streamer.watchers >= max(files - 512, files // 2))  # the rest is for requests, jobs and VMs
     server = make_http_server((host, port), api, gate, streamer, tls)
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
