@@ -1873,7 +1873,7 @@ def read_bundle(path: str) -> BundleFiles:
 def _read_archive(path: str) -> BundleFiles:
     """The bundle in a gzip tarball, read once and unpacked nowhere. Raises UsageError, OSError."""
     documents: dict[str, bytes] = {}
-    artifacts: dict[str | None, str] = {}
+    artifacts: dict[str, str] = {}
     top: str | None = None
     members = size = 0
     try:
@@ -1911,7 +1911,7 @@ def _read_archive(path: str) -> BundleFiles:
         raise UsageError(f"{path}: neither a bundle nor its archive: {e}") from None
     if set(documents) != {"provenance.json", "evidence.json"}:
         raise UsageError(f"{path}: provenance.json or evidence.json is missing")
-    return BundleFiles(documents["provenance.json"], documents["evidence.json"], {str(name): digest for name, digest in artifacts.items()})
+    return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
 
 # endregion 12
 # ==============================================================================
@@ -2091,6 +2091,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
 # so nobody reads a torn one; what a crash has torn is cut when the log is opened.  In memory: one offset for STRIDE events.
 
 STRIDE = 64
+COMPLETE = '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
 PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
 
 
@@ -2151,7 +2152,7 @@ class EventLog:
                 good += 1
             self.size = start + sum(len(frame) + 2 for frame in frames[:good])
             self.count = first + good - 1 if self._index else 0
-            self.finished = good > 0 and b'\ndata: {"type":"complete",' in frames[good - 1]
+            self.finished = good > 0 and COMPLETE.encode() in frames[good - 1]
         os.ftruncate(self.fd, self.size)
 
     def append(self, payloads: Payloads) -> None:
@@ -2177,7 +2178,7 @@ class EventLog:
             self._index.extend(starts[1:])
             self.count += len(frames)
             self.size = end
-            self.finished = frames[-1].startswith('{"type":"complete",', len(f"id: {self.count}\ndata: "))
+            self.finished = COMPLETE in frames[-1]
         if self._on_append is not None:
             self._on_append(self)
 
@@ -2204,6 +2205,7 @@ class EventLog:
         frame = os.pread(self.fd, self.size - offset, offset)
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
+
 def has_ended(path: str) -> bool:
     """Whether the last event of the log at path is `complete`; without reading the rest of it."""
     try:
@@ -2212,7 +2214,7 @@ def has_ended(path: str) -> bool:
             tail = f.read()
     except OSError:
         return False
-    return tail.endswith(b"\n\n") and b'\ndata: {"type":"complete",' in tail[:-2].rpartition(b"\n\n")[2]
+    return tail.endswith(b"\n\n") and COMPLETE.encode() in tail[:-2].rpartition(b"\n\n")[2]
 
 # endregion 14
 # ==============================================================================
@@ -2610,9 +2612,7 @@ class Jobs:
         log = self._open_locked(job)
         last = log.last()
         was_running = job.state != "queued"
-        if job.state in ("ok", "failed"):
-            job.state = "running"  # the server died between job.json and the event
-        if job.failure is not None:
+        if job.failure is not None:  # the server died between job.json and the event
             self._complete_locked(job, BuildFailed(job.failure["error_type"], job.failure["error"]))
         elif job.result is not None:
             self._complete_locked(job, None)
@@ -2729,7 +2729,10 @@ class Jobs:
             stop = job.on_halt
             if error_type == "Cancelled":  # also where the server dies before the build does
                 job.failure = {"error": message, "error_type": error_type}
-                job.save()
+                try:
+                    job.save()
+                except OSError:  # a full disk, perhaps: it is stopped all the same
+                    logger().exception("job %s", job.id)
         if stop is not None:
             stop()
 
@@ -2797,7 +2800,7 @@ class Jobs:
 
     def _complete_locked(self, job: Job, failure: BuildFailed | None) -> None:
         """Caller must hold _changed. The last event, when all that it promises is durable."""
-        if job.state in ("queued", "running"):  # else a full disk has stopped it here before
+        if job.state in ("queued", "running"):  # else it was stopped here before, by a full disk or a crash
             job.move("failed" if failure else "ok")
         job.finished_at = utc_now()
         job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
@@ -3039,13 +3042,12 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
             if frame.startswith(":"):
                 continue
             event = parse_json(frame.partition("\ndata: ")[2].encode("ascii"), "event of the VM", 32)
-            if not isinstance(event, dict):
-                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
-            if event.get("type") == "complete":
+            kind = event.get("type") if isinstance(event, dict) else None
+            if kind == "complete":
                 return _told_failure(event)
-            if event.get("type") == "queued":
+            if kind == "queued":
                 continue
-            if set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
+            if kind is None or set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
                 raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
             reached = PHASES.index(event["type"])
             log.append(to_payloads(event["type"], [event["msg"]]))
@@ -3069,7 +3071,7 @@ def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
     try:
         return _check_result(answer, job, path)
     except BaseException:
-        os.unlink(path)
+        remove_tree(path)
         raise
 
 

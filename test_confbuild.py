@@ -4071,6 +4071,18 @@ class TestHttp:
         wait_for(lambda: log.finished)
         assert log.last()["result"]["status"] == ("failed" if cancelled else "ok")
 
+    def test_a_full_disk_stops_no_cancel(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """That a build is cancelled is told to it first of all, also where it cannot be written down."""
+        s = site()
+        job = s.jobs.get(json.loads(s.ask("POST", "/build", URL)[2])["job_id"])
+        wait_for(lambda: s.jobs.describe(job)["status"] == "running")
+        told = threading.Event()
+        s.jobs.when_halted(job, told.set)
+        with monkeypatch.context() as m:
+            m.setattr(confbuild, "write_durably", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            assert s.ask("DELETE", f"/build/{job.id}")[0] == 200 and told.is_set()
+        s.gate.set()
+
     def test_no_thread(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
         """A connection that gets no thread gives its seat back."""
         s = site()
