@@ -96,6 +96,18 @@ def git(folder: Path | str, *arguments: str) -> str:
     return subprocess.run(["git", *options, *arguments], cwd=folder, env=ORACLE_ENV, check=True, capture_output=True).stdout.decode().strip()
 
 
+def write_files(folder: Path, files: Mapping[str, str | bytes], commit: bool = False) -> Path:
+    """folder holds files; commit: in a new repository."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if commit:
+        git(folder, "init", "-q", "-b", "main")
+        git(folder, "add", "-A")
+        git(folder, "commit", "-qm", "one")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A PATH whose cargo runs the project's build.sh, so that a test decides what a build does."""
@@ -2091,7 +2103,7 @@ class TestCargoDependencies:
         ("crates/x/Cargo.toml", '[dependencies]\nevil = { path = "../../../evil" }\n')])
     def test_nothing_from_outside(self, tmp_path: Path, file: str, text: str) -> None:
         """A package outside of the project is refused by name, also where a namesake inside would excuse it."""
-        make(tmp_path / "demo", {"fixture/Cargo.toml": '[package]\nname = "evil"\n', "inner/Cargo.toml": '[package]\nname = "inner"\n',
+        write_files(tmp_path / "demo", {"fixture/Cargo.toml": '[package]\nname = "evil"\n', "inner/Cargo.toml": '[package]\nname = "inner"\n',
                                  "y/Cargo.toml": '[dependencies]\ninner = { path = "../inner" }\n', file: text})
         (tmp_path / "demo" / "link").symlink_to(tmp_path)
         assert confbuild.cargo_dependencies(entry("inner").encode(), str(tmp_path / "demo")) == []
@@ -2690,14 +2702,6 @@ class Built:
         return json.loads(data)["predicate"]
 
 
-def make(folder: Path, files: Mapping[str, str | bytes]) -> Path:
-    """folder with files."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
 def commit_all(folder: Path) -> Path:
     git(folder, "init", "-q", ".")
     git(folder, "add", "-A", "-f")
@@ -2902,10 +2906,10 @@ class TestPipeline:
     @needs("git")
     def test_a_planted_output(self, tmp_path: Path, stub_path: str, history: str) -> None:
         """A target directory of earlier builds, whatever git thinks of it, is no part of the source; and what is built verifies."""
-        demo = make(tmp_path / "demo", project(QUICK + "chmod +x target/release/*\n"))
+        demo = write_files(tmp_path / "demo", project(QUICK + "chmod +x target/release/*\n"))
         if history == "untracked":
             commit_all(demo)
-        make(demo, {"target/release/evil": "#!/bin/sh\n"})
+        write_files(demo, {"target/release/evil": "#!/bin/sh\n"})
         if history == "committed":
             commit_all(demo)
         built = Built(demo, tmp_path / "out", PATH=stub_path)
@@ -2917,7 +2921,7 @@ class TestPipeline:
         """Only the output folders of the toolchain that builds are left out."""
         script(tmp_path / "store" / "a-demo" / "bin" / "demo", "echo demo\n")
         (nix / "stdout").write_text(f"{tmp_path}/store/a-demo\n")
-        demo = make(tmp_path / "demo", {"flake.nix": "{ }", "Cargo.lock": LOCK, "target/linux/Makefile": "all:\n"})
+        demo = write_files(tmp_path / "demo", {"flake.nix": "{ }", "Cargo.lock": LOCK, "target/linux/Makefile": "all:\n"})
         built = Built(demo, tmp_path / "out", PATH=on_path(nix)["PATH"])
         definition = built.provenance()["buildDefinition"]
         assert built.told("detect") == ["nix"] and built.told("build") == ["building", f"{tmp_path}/store/a-demo"]
@@ -2947,7 +2951,7 @@ class TestRealCargo:
     @needs("cargo")
     @needs("git")
     def test_a_clean_checkout(self, tmp_path: Path) -> None:
-        demo = commit_all(make(tmp_path / "demo", WORKSPACE))
+        demo = commit_all(write_files(tmp_path / "demo", WORKSPACE))
         script(demo / "target" / "release" / "evil", "")  # which git ignores
         built = Built(demo, tmp_path / "out", AWS_SECRET="s3cret")
         predicate = built.provenance()
@@ -2981,7 +2985,7 @@ class TestRealCargo:
         ({"src/main.rs": "fn main() {}\n", "Cargo.toml": MANIFEST.replace("0.1.0", "0.2.0")}, "BuildError", r"error: .*--locked.*"),
     ], ids=["compile error", "library", "old lock"])
     def test_failures(self, tmp_path: Path, files: dict[str, str], kind: str, cause: str) -> None:
-        built = Built(make(tmp_path / "demo", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **files}), tmp_path / "out")
+        built = Built(write_files(tmp_path / "demo", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **files}), tmp_path / "out")
         assert built.status == 1 and built.result is not None and built.result["error_type"] == kind and not (tmp_path / "out").exists()
         prefix = "cargo build --locked --release ended with status 101: " if kind == "BuildError" else ""
         assert re.fullmatch(re.escape(prefix) + cause, built.result["error"]), built.result
@@ -2990,8 +2994,8 @@ class TestRealCargo:
 
     @needs("git")
     def test_a_dirty_tree(self, tmp_path: Path, stub_path: str) -> None:
-        demo = commit_all(make(tmp_path / "demo", project()))
-        make(demo, {"src/main.rs": "fn main() { evil() }\n", "new": ""})
+        demo = commit_all(write_files(tmp_path / "demo", project()))
+        write_files(demo, {"src/main.rs": "fn main() { evil() }\n", "new": ""})
         said = subprocess.run([sys.executable, str(FILE), "build", str(demo), "-o", str(tmp_path / "out")], env={**os.environ, "PATH": stub_path},
                               capture_output=True, text=True, timeout=60, check=True).stderr
         assert "packed 5 files as they are, without history: git has modified or untracked files" in said
@@ -3019,9 +3023,9 @@ class TestRealNix:
     def test_a_flake(self, tmp_path: Path) -> None:
         """No nixpkgs, no network: one fixed-output derivation, in a store of its own."""
         conf = "sandbox = false\nsubstituters =\nbuild-users-group =\nexperimental-features = nix-command flakes\n"
-        make(tmp_path / "conf", {"nix.conf": conf})
+        write_files(tmp_path / "conf", {"nix.conf": conf})
         flake = FLAKE.replace("@SRI", SRI["sha256"]).replace("@", os.uname().machine)
-        demo = commit_all(make(tmp_path / "demo", {"flake.nix": flake, "target/kept": "x"}))
+        demo = commit_all(write_files(tmp_path / "demo", {"flake.nix": flake, "target/kept": "x"}))
         try:
             built = Built(demo, tmp_path / "out", NIX_CONF_DIR=str(tmp_path / "conf"), NIX_STORE_DIR=str(tmp_path / "store"),
                           NIX_STATE_DIR=str(tmp_path / "state"), NIX_LOG_DIR=str(tmp_path / "log"))
@@ -4608,18 +4612,6 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.com",
                         "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.com"}.items():
         monkeypatch.setenv(name, value)
-
-
-def write_files(folder: Path, files: Mapping[str, str | bytes], commit: bool = False) -> Path:
-    """folder holds files; commit: in a new repository."""
-    for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    if commit:
-        git(folder, "init", "-q", "-b", "main")
-        git(folder, "add", "-A")
-        git(folder, "commit", "-qm", "one")
-    return folder
 
 
 @needs("git")
