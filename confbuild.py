@@ -22,32 +22,44 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
      3. Bytes and JSON
      4. Records
     Part II - Verifier: bytes in, verdict out
-     5. SEV-SNP report
-     6. Statement
-     7. Verdict
+     5. DER
+     6. Signatures
+     7. Certificates
+     8. SEV-SNP report
+     9. TPM quote
+    10. Statement
+    11. Verdict
     Part III - Builder: a source directory in, a bundle out
-     8. Logging and processes
-     9. Source
-    10. Toolchains
-    11. Attester
-    12. Bundle
-    13. Pipeline
+    12. Logging and processes
+    13. Source
+    14. Toolchains
+    15. Attester
+    16. Bundle
+    17. Pipeline
     Part IV - Service
-    14. Event log
-    15. Event streams
-    16. Jobs
-    17. VMs
-    18. HTTP API
-    19. Agent
-    20. Client
+    18. Event log
+    19. Event streams
+    20. Jobs
+    21. VMs
+    22. HTTP API
+    23. Agent
+    24. Client
     Part V - Command line
-    21. Rendering
-    22. Command line
+    25. Rendering
+    26. Command line
 
 Specifications
 
     [CONTRACT]  HTTP API, formats, command line and exit codes of this project: README.md
     [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.57
+    [VCEK]      AMD 57230, Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface, rev 1.00
+    [X680]      ITU-T X.680, ASN.1          [X690] ITU-T X.690, DER      [X520] ITU-T X.520, attribute types
+    [RFC5280]   X.509 certificates and revocation lists    [RFC4055], [RFC5480] their RSA and elliptic curve keys
+    [RFC8017]   PKCS #1: RSASSA-PSS, RSASSA-PKCS1-v1_5     [RFC7517] JSON Web Key     [RFC9334] RATS architecture
+    [FIPS186-5] ECDSA    [SP800-186] NIST SP 800-186, P-384    [SEC1] SEC 1, encoding of points
+    [EFD]       Explicit-Formulas Database, https://hyperelliptic.org/EFD/g1p/auto-shortw-jacobian-3.html
+    [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
+    [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     [SSE]       WHATWG HTML, 9.2 Server-sent events
@@ -274,6 +286,8 @@ def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 
     depth = 0
     for token in _JSON_TOKEN.finditer(text):  # before json, whose own limit is Python's stack
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
+        if token.end() - token.start() > MIB:
+            raise Malformed(what, f"a string of more than {MIB} characters")
         if depth > max_depth:
             raise Malformed(what, f"nested deeper than {max_depth}")
     try:
@@ -295,6 +309,36 @@ def compact_json(value: Any) -> str:
 def is_nonce(text: Any) -> bool:
     """Whether text is NONCE_SIZE bytes in hexadecimal digits of either case."""
     return isinstance(text, str) and re.fullmatch(r"[0-9a-fA-F]{32}", text) is not None
+
+
+def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
+    """The bytes of canonical base64 [RFC4648]: the standard alphabet with padding; urlsafe: the other alphabet, with padding
+    or without. what: names it in errors. Raises Malformed for everything else, also for what is no text."""
+    if not isinstance(text, str) or not text.isascii():
+        raise Malformed(what, "not base64 text")
+    encode = base64.urlsafe_b64encode if urlsafe else base64.b64encode
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4 if urlsafe else 0), b"-_" if urlsafe else None, validate=True)
+    except binascii.Error as e:
+        raise Malformed(what, f"not base64: {e}") from None
+    whole = encode(data).decode("ascii")
+    if text != whole and not (urlsafe and text == whole.rstrip("=")):
+        raise Malformed(what, "not canonical base64")
+    return data
+
+
+def decode_hex(text: Any, what: str) -> bytes:
+    """The bytes of hexadecimal digits of either case, and nothing else. Raises Malformed."""
+    if not isinstance(text, str) or not re.fullmatch(r"([0-9a-fA-F]{2})*", text):
+        raise Malformed(what, "not pairs of hexadecimal digits")
+    return bytes.fromhex(text)
+
+
+def parse_object(value: Any, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """value, which must be an object with all the required and none but the optional names beside. Raises Malformed."""
+    if not isinstance(value, dict) or not set(required) <= set(value) <= {*required, *optional}:
+        raise Malformed(what, "not an object of " + ", ".join((*required, *(f"perhaps {name}" for name in optional))))
+    return value
 
 
 def sha256_hex(data: bytes) -> str:
@@ -345,26 +389,38 @@ class Verdict(NamedTuple):
 
 
 class BundleFiles(NamedTuple):
-    """A bundle as the verifier sees it. artifacts: name in artifacts/ -> SHA-256 in hexadecimal, or a reason in words why
-    the entry is none that can be hashed ("a symbolic link")."""
+    """A bundle as the verifier sees it. provenance: None where there is none; artifacts: name in artifacts/ -> SHA-256 in
+    hexadecimal, or a reason in words why the entry is none that can be hashed ("a symbolic link")."""
 
-    provenance: bytes
+    provenance: bytes | None
     evidence: bytes
     artifacts: Mapping[str, str]
 
 
 class Expectations(NamedTuple):
-    """What the caller knows and wants compared; None = not asked for."""
+    """What the caller knows and wants compared; None, or nothing in it = not asked for. Bytes are hexadecimal, of either case."""
 
     nonce: str | None = None
-    measurements: Sequence[str] = ()
+    measurements: Sequence[str] = ()  # of which one must be the report's
+    min_tcb: Mapping[str, int] | None = None  # security patch levels that the reported TCB reaches
+    host_data: str | None = None
+    guest_svn: int | None = None
+    chip_id: str | None = None
+    family_id: str | None = None
+    image_id: str | None = None
+    allow_debug: bool = False
     source_uri: str | None = None
     source_commit: str | None = None
     source_tree: str | None = None
     lockfile_sha256: str | None = None
-    dependencies: Sequence[str] | None = None
+    dependencies: Sequence[str] | None = None  # all of them, as uris
+    packages: Sequence[str] = ()  # NAME@VERSION that must be among the dependencies
     builder_id: str | None = None
+    build_type: str | None = None
     build_log_sha256: str | None = None
+    finished: tuple[str, str] | None = None  # earliest and latest time of finishedOn, as 2026-11-23T00:00:00Z
+    allow_legacy_digest: bool = False
+    require_crl: bool = False
     require_tee: bool = False
 
 
@@ -380,15 +436,640 @@ class Digest(NamedTuple):
 
 # endregion 4
 # ==============================================================================
-# region 5. SEV-SNP report                                        [uses nothing]
+# region 5. DER                                                   [uses nothing]
+# ==============================================================================
+# Reading of the subset of DER that certificates and revocation lists are written in [X690]: one-byte tags, definite
+# lengths, everything in its one shortest form.  One bounds-checked cursor for all of it.
+
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
+UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = 0x0C, 0x13, 0x16, 0x17, 0x18  # [X690 8, X680 8.4]
+_DER_TIME = re.compile(rb"(\d{4})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z")
+
+
+class DerError(Malformed):
+    """Bytes that are not DER, or not the DER that was asked for."""
+
+
+class Der:
+    """A cursor over DER elements that lie one after the other in data. structure: names them in errors.
+
+    Every method raises DerError where the next element is not what it says, whatever the bytes."""
+
+    def __init__(self, data: bytes, structure: str) -> None:
+        self._data, self._structure, self._at = data, structure, 0
+
+    def fail(self, message: str) -> NoReturn:
+        """Raise DerError with the place that was reached."""
+        raise DerError(self._structure, f"{message} at byte {self._at}")
+
+    def peek(self) -> int:
+        """The tag of the next element, or -1 at the end."""
+        return self._data[self._at] if self._at < len(self._data) else -1
+
+    def end(self) -> None:
+        """Nothing may be left."""
+        if self._at != len(self._data):
+            self.fail("bytes are left over")
+
+    def element(self, tag: int) -> tuple[bytes, bytes]:
+        """(the whole encoding, the contents octets) of the next element, which must have this tag. [X690 8.1, 10.1]"""
+        data, start = self._data, self._at
+        if self.peek() != tag:
+            self.fail(f"tag {tag:#04x} is missing")
+        at = start + 2
+        length = data[start + 1] if start + 1 < len(data) else 0x80
+        if length >= 0x80:  # the long form: this many octets, of which none may be spared; 0x80 itself is the indefinite form
+            size = length - 0x80
+            length = int.from_bytes(data[at:at + size], "big")
+            if not 1 <= size <= 4 or at + size > len(data) or data[at] == 0 or length < 0x80:
+                self.fail("a length that is not definite and of the shortest form")
+            at += size
+        if length > len(data) - at:
+            self.fail("the element does not end")
+        self._at = at + length
+        return data[start:self._at], data[at:self._at]
+
+    def contents(self, tag: int) -> bytes:
+        """The contents octets of the next element."""
+        return self.element(tag)[1]
+
+    def enter(self, tag: int = SEQUENCE) -> "Der":
+        """A cursor inside the next element, which is constructed."""
+        return Der(self.contents(tag), self._structure)
+
+    def boolean(self) -> bool:
+        """A BOOLEAN: 00 or FF. [X690 11.1]"""
+        octets = self.contents(BOOLEAN)
+        if octets not in (b"\x00", b"\xff"):
+            self.fail("a BOOLEAN that is neither 00 nor FF")
+        return octets == b"\xff"
+
+    def integer(self) -> int:
+        """An INTEGER, two's complement, in the fewest octets. [X690 8.3]"""
+        octets = self.contents(INTEGER)
+        if not octets or (len(octets) > 1 and octets[0] in (0x00, 0xFF) and octets[0] >> 7 == octets[1] >> 7):
+            self.fail("an INTEGER that is empty or not of the fewest octets")
+        return int.from_bytes(octets, "big", signed=True)
+
+    def oid(self) -> str:
+        """An OBJECT IDENTIFIER in dotted form. [X690 8.19]"""
+        octets, arcs = self.contents(OID), [0]
+        if not octets or octets[-1] >= 0x80 or len(octets) > 64:
+            self.fail("an OBJECT IDENTIFIER that is empty, unfinished or too long")
+        for octet in octets:
+            if octet == 0x80 and arcs[-1] == 0:
+                self.fail("an OBJECT IDENTIFIER that is not of the shortest form")
+            arcs[-1] = arcs[-1] << 7 | octet & 0x7F
+            if octet < 0x80:
+                arcs.append(0)
+        first = min(arcs[0] // 40, 2)
+        return ".".join(map(str, (first, arcs[0] - 40 * first, *arcs[1:-1])))
+
+    def bit_string(self) -> bytes:
+        """A BIT STRING of whole octets. [X690 8.6]"""
+        octets = self.contents(BIT_STRING)
+        if octets[:1] != b"\x00":
+            self.fail("a BIT STRING with unused bits")
+        return octets[1:]
+
+    def text(self) -> str:
+        """A UTF8String, PrintableString or IA5String."""
+        tag = self.peek()
+        if tag not in (UTF8_STRING, PRINTABLE_STRING, IA5_STRING):
+            self.fail("no string")
+        try:
+            return self.contents(tag).decode("utf-8" if tag == UTF8_STRING else "ascii")
+        except UnicodeDecodeError:
+            self.fail("a string that is not of its alphabet")
+
+    def time(self) -> str:
+        """A UTCTime or GeneralizedTime as 2026-11-23T00:00:00Z: such times compare as text does. [RFC5280 4.1.2.5]"""
+        octets = self.contents(UTC_TIME if self.peek() == UTC_TIME else GENERALIZED_TIME)
+        if len(octets) == 13:  # UTCTime: 50 to 99 are of the last century
+            octets = (b"20" if octets < b"5" else b"19") + octets
+        match = _DER_TIME.fullmatch(octets)
+        if match is None:
+            self.fail("no time in UTC")
+        return "{}-{}-{}T{}:{}:{}Z".format(*(part.decode("ascii") for part in match.groups()))
+
+# endregion 5
+# ==============================================================================
+# region 6. Signatures                                            [uses nothing]
+# ==============================================================================
+# Verification of three signature schemes with public keys; nothing here makes a key or a signature.  Every input is public,
+# so no step needs constant time, and comparisons are plain.  Slow, and not audited by others: read it with the standards
+# beside it, whose numbered steps are the comments and whose symbols are the names.
+
+
+class BadSignature(ConfbuildError):
+    """Not the signature of this key over this message."""
+
+
+class RsaKey(NamedTuple):
+    """An RSA public key. [RFC8017 3.1]"""
+
+    n: int
+    e: int
+
+
+class Point(NamedTuple):
+    """Affine coordinates on P-384; not checked to lie on it."""
+
+    x: int
+    y: int
+
+
+# P-384 [SP800-186 3.2.1.4]: y^2 = x^3 - 3x + b over the integers modulo p; g has the prime order n, the cofactor is 1.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = int("ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff c7634d81 f4372ddf 581a0db2 48b0a77a ecec196a ccc52973".replace(" ", ""), 16)
+P384_B = int("b3312fa7 e23ee7e4 988e056b e3f82d19 181d9c6e fe814112 0314088f 5013875a c656398d 8a2ed19d 2a85c8ed d3ec2aef".replace(" ", ""), 16)
+P384_G = Point(
+    int("aa87ca22 be8b0537 8eb1c71e f320ad74 6e1d3b62 8ba79b98 59f741e0 82542a38 5502f25d bf55296c 3a545e38 72760ab7".replace(" ", ""), 16),
+    int("3617de4a 96262c6f 5d9e98bf 9292dc29 f8f41dbd 289a147c e9da3113 b5f0b8c0 0a60b1ce 1d7e819d 7a431d7c 90ea0e5f".replace(" ", ""), 16))
+# DER of DigestInfo up to the digest, for SHA-256 [RFC8017 9.2 note 1].
+_SHA256_DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
+
+
+def _rsavp1(key: RsaKey, signature: bytes) -> int:
+    """The message representative. [RFC8017 5.2.2, and step 1 and 2 of 8.1.2 and 8.2.2]"""
+    k = (key.n.bit_length() + 7) // 8
+    if len(signature) != k:  # step 1
+        raise BadSignature(f"the signature has {len(signature)} bytes, the modulus {k}")
+    s = int.from_bytes(signature, "big")
+    if s >= key.n:  # RSAVP1 step 1: else s + n would be accepted as well
+        raise BadSignature("signature representative out of range")
+    return pow(s, key.e, key.n)
+
+
+def _mgf1(seed: bytes, size: int) -> bytes:
+    """MGF1 with SHA-384. [RFC8017 B.2.1]"""
+    return b"".join(hashlib.sha384(seed + counter.to_bytes(4, "big")).digest() for counter in range((size + 47) // 48))[:size]
+
+
+def verify_rsassa_pss(key: RsaKey, message: bytes, signature: bytes) -> None:
+    """Raise BadSignature unless signature is key's RSASSA-PSS signature over message, with SHA-384, MGF1 with SHA-384, a salt
+    of 48 bytes and trailer field BC. [RFC8017 8.1.2, 9.1.2]"""
+    h_len = s_len = 48
+    m = _rsavp1(key, signature)
+    em_bits = key.n.bit_length() - 1
+    em_len = (em_bits + 7) // 8
+    if m.bit_length() > 8 * em_len:  # 8.1.2 step 2c
+        raise BadSignature("inconsistent")
+    em = m.to_bytes(em_len, "big")
+    m_hash = hashlib.sha384(message).digest()  # 9.1.2 steps 1 and 2
+    if em_len < h_len + s_len + 2:  # step 3
+        raise BadSignature("inconsistent")
+    if em[-1] != 0xBC:  # step 4
+        raise BadSignature("inconsistent")
+    masked_db, h = em[:em_len - h_len - 1], em[em_len - h_len - 1:-1]  # step 5
+    spare = 8 * em_len - em_bits
+    if masked_db[0] >> (8 - spare):  # step 6: the leftmost bits beyond em_bits are zero
+        raise BadSignature("inconsistent")
+    db_mask = _mgf1(h, len(masked_db))  # step 7
+    db = (int.from_bytes(masked_db, "big") ^ int.from_bytes(db_mask, "big")).to_bytes(len(masked_db), "big")  # step 8
+    db = bytes((db[0] & 0xFF >> spare,)) + db[1:]  # step 9
+    if db[:-s_len] != bytes(em_len - h_len - s_len - 2) + b"\x01":  # step 10
+        raise BadSignature("inconsistent")
+    salt = db[-s_len:]  # step 11
+    if h != hashlib.sha384(bytes(8) + m_hash + salt).digest():  # steps 12 to 14
+        raise BadSignature("inconsistent")
+
+
+def verify_rsassa_pkcs1_v1_5(key: RsaKey, message: bytes, signature: bytes) -> None:
+    """Raise BadSignature unless signature is key's RSASSA-PKCS1-v1_5 signature over message, with SHA-256. [RFC8017 8.2.2, 9.2]"""
+    m = _rsavp1(key, signature)  # steps 1 and 2
+    t = _SHA256_DIGEST_INFO + hashlib.sha256(message).digest()
+    # Step 3: the one encoding that is right is made and compared; nothing of what came is parsed.
+    em = b"\x00\x01" + b"\xff" * (len(signature) - len(t) - 3) + b"\x00" + t
+    if m.to_bytes(len(signature), "big") != em:  # step 4
+        raise BadSignature("inconsistent")
+
+
+def _double(x: int, y: int, z: int) -> tuple[int, int, int]:
+    """Twice a point in Jacobian coordinates; z = 0 is the point at infinity. [EFD, shortw-jacobian-3, dbl-2001-b]"""
+    delta, gamma = z * z % P384_P, y * y % P384_P
+    beta, alpha = x * gamma % P384_P, 3 * (x - delta) * (x + delta) % P384_P
+    x3 = (alpha * alpha - 8 * beta) % P384_P
+    return x3, (alpha * (4 * beta - x3) - 8 * gamma * gamma) % P384_P, 2 * y * z % P384_P
+
+
+def _add(x1: int, y1: int, z1: int, q: Point) -> tuple[int, int, int]:
+    """The sum of a point in Jacobian coordinates and an affine one. [EFD, shortw-jacobian-3, madd with Z2 = 1]"""
+    if z1 == 0:
+        return q.x, q.y, 1
+    zz = z1 * z1 % P384_P
+    h, r = (q.x * zz - x1) % P384_P, (q.y * z1 * zz - y1) % P384_P
+    if h == 0:  # the formula divides by h: the same point, or its negative
+        return _double(x1, y1, z1) if r == 0 else (1, 1, 0)
+    hh = h * h % P384_P
+    hhh, v = h * hh % P384_P, x1 * hh % P384_P
+    x3 = (r * r - hhh - 2 * v) % P384_P
+    return x3, (r * (v - x3) - y1 * hhh) % P384_P, z1 * h % P384_P
+
+
+def _affine(x: int, y: int, z: int) -> "Point | None":
+    """The affine point, or None at infinity."""
+    if z == 0:
+        return None
+    w = pow(z, -1, P384_P)
+    return Point(x * w * w % P384_P, y * w * w * w % P384_P)
+
+
+def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
+    """Raise BadSignature unless (r, s) is q's ECDSA signature over message, with P-384 and SHA-384. [FIPS186-5 6.4.2]
+
+    q, r, s: not checked before. A high s is no error: nothing in the standard forbids it, and AMD's firmware makes them."""
+    # The public key is valid [SP800-186 D.1.1]: in range and on the curve; the order follows from the cofactor 1.
+    if not (0 <= q.x < P384_P and 0 <= q.y < P384_P and (q.y * q.y - q.x ** 3 + 3 * q.x - P384_B) % P384_P == 0):
+        raise BadSignature("the public key is no point of P-384")
+    if not (0 < r < P384_N and 0 < s < P384_N):  # step 1
+        raise BadSignature("r or s is out of range")
+    e = int.from_bytes(hashlib.sha384(message).digest(), "big")  # steps 2 to 4: as long as n, so no bit is cut
+    w = pow(s, -1, P384_N)  # step 5
+    u1, u2 = e * w % P384_N, r * w % P384_N  # step 6
+    # Step 7: R = u1 * G + u2 * Q, bit by bit of both at once (Shamir's trick).
+    table = (None, P384_G, q, _affine(*_add(*P384_G, 1, q)))
+    point = (1, 1, 0)
+    for bit in range(383, -1, -1):
+        point = _double(*point)
+        term = table[(u1 >> bit & 1) + 2 * (u2 >> bit & 1)]
+        if term is not None:
+            point = _add(*point, term)
+    result = _affine(*point)
+    if result is None or result.x % P384_N != r:  # steps 8 and 9
+        raise BadSignature("inconsistent")
+
+# endregion 6
+# ==============================================================================
+# region 7. Certificates                                              [uses 5, 6]
+# ==============================================================================
+# AMD's key hierarchy [VCEK, RFC5280]: ARK -> ASK -> VCEK, or ARK -> ASVK -> VLEK.  The upper two are facts and stand below;
+# only the VEK comes with the evidence.  RSA-4096 with RSASSA-PSS above, P-384 in the VEK.
+
+# AMD's CA keys: product, role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
+# To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain, the ASK and then the ARK; vlek for
+# the ASVK):   openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
+_AMD_KEYS = (
+    ("Milan", "ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z",
+     "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
+     ("0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
+     "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
+     "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
+     "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
+     "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas=")),
+    ("Milan", "ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z",
+     "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
+     ("nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
+     "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
+     "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
+     "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
+     "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM=")),
+    ("Milan", "asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z",
+     "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
+     ("1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
+     "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
+     "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
+     "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
+     "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc=")),
+    ("Genoa", "ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z",
+     "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
+     ("3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
+     "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
+     "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
+     "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
+     "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c=")),
+    ("Genoa", "ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z",
+     "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
+     ("oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
+     "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
+     "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
+     "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
+     "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU=")),
+    ("Genoa", "asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z",
+     "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
+     ("zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
+     "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
+     "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
+     "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
+     "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8=")),
+    ("Turin", "ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z",
+     "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
+     ("waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
+     "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
+     "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
+     "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
+     "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE=")),
+    ("Turin", "ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z",
+     "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
+     ("nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
+     "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
+     "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
+     "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
+     "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU=")),
+    ("Turin", "asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z",
+     "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
+     ("pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
+     "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
+     "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
+     "HKKtp4F0UDoPnuIWw/djGDjkGXS9W5M2N3zVSbn94cJxCMzOTzILhcX/lJatooslfxvqucFH8PpS9xBMhuN4fTPlNk/oVbQ6w8pxEMibo0K8Q+gOqqzdVm6i7jotobsuYxH1Httjsc61"
+     "vSskSDT4JkPjqTWiyOmsFI+6Ob/hya/fqpe0EPy68TPk85COC7uqNMzu58xb0uAtt0beejDx29mRRbiPNL5tnwK9KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU=")),
+)
+_NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}  # [X520]
+Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the certificate's order
+# AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384, salt 48 [RFC4055 3.1]: without and with the trailer field,
+# which is the default and should be left out; AMD's older certificates have it.
+_SHA384 = "300d06096086480165030402020500"
+_PSS = "06092a864886f70d01010a 30{}a00f" + _SHA384 + "a11c301a06092a864886f70d010108" + _SHA384 + "a203020130"
+_PSS_ALGORITHMS = (bytes.fromhex("3041" + _PSS.format("34")), bytes.fromhex("3046" + _PSS.format("39") + "a303020101"))
+_RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")  # rsaEncryption [RFC4055 1.2]
+_P384_ALGORITHM = bytes.fromhex("301006072a8648ce3d020106052b81040022")  # id-ecPublicKey, secp384r1 [RFC5480 2.1]
+_BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
+# Extensions of a VEK [VCEK 3.1, table 8 and 9].
+_PRODUCT_NAME, _HWID, _SPL = "1.3.6.1.4.1.3704.1.2", "1.3.6.1.4.1.3704.1.4", "1.3.6.1.4.1.3704.1.3."
+_SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
+
+
+class CertificateError(Malformed):
+    """Not a certificate or revocation list of the kind that AMD issues."""
+
+
+class Anchor(NamedTuple):
+    """What is known of a CA that is trusted. not_before, not_after: as 2026-11-23T00:00:00Z."""
+
+    name: Name
+    serial: int
+    not_before: str
+    not_after: str
+    spki_sha256: str
+    key: RsaKey
+
+
+Anchors = Mapping[str, Mapping[str, Anchor]]  # product ("Milan", ...) -> role ("ark", "ask", "asvk") -> its key
+
+
+class Endorsements(NamedTuple):
+    """What the verifier takes from the manufacturer [RFC9334 4.3], beside the evidence. anchors: instead of AMD's pinned keys; crls: (name,
+    bytes) of each revocation list; vek: the certificate of a VCEK or VLEK, for evidence that has none. None of it is trusted before it is verified,
+    but anchors."""
+
+    anchors: Anchors | None = None
+    crls: Sequence[tuple[str, bytes]] = ()
+    vek: bytes | None = None
+
+
+class Certificate(NamedTuple):
+    """An X.509 certificate as read: nothing here has been authenticated. extensions: OID -> contents of its OCTET STRING."""
+
+    tbs_certificate: bytes
+    signature: bytes
+    serial: int
+    issuer: Name
+    not_before: str
+    not_after: str
+    subject: Name
+    subject_public_key_info: bytes
+    key: "RsaKey | Point"
+    extensions: Mapping[str, bytes]
+
+
+class RevocationList(NamedTuple):
+    """A certificate revocation list. revoked: serial numbers."""
+
+    tbs_cert_list: bytes
+    signature: bytes
+    issuer: Name
+    this_update: str
+    next_update: str
+    revoked: "frozenset[int]"
+
+
+def amd_name(common_name: str) -> Name:
+    """The name of one of AMD's keys."""
+    return (("OU", "Engineering"), ("C", "US"), ("L", "Santa Clara"), ("ST", "CA"), ("O", "Advanced Micro Devices"), ("CN", common_name))
+
+
+def amd_anchors() -> Anchors:
+    """AMD's keys, as pinned above."""
+    anchors: dict[str, dict[str, Anchor]] = {}
+    for product, role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
+        key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
+        anchors.setdefault(product, {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
+    return anchors
+
+
+def name_text(name: Name) -> str:
+    """A name for people."""
+    return ", ".join(f"{kind}={value}" for kind, value in name)
+
+
+def _parse_name(der: Der) -> Name:
+    """A Name of one attribute in each RelativeDistinguishedName. [RFC5280 4.1.2.4]"""
+    names, found = der.enter(), []
+    while names.peek() != -1:
+        attributes = names.enter(SET)
+        attribute = attributes.enter()
+        kind = attribute.oid()
+        found.append((_NAME_TYPES.get(kind, kind), attribute.text()))
+        attribute.end()
+        attributes.end()
+    return tuple(found)
+
+
+def _parse_extensions(der: Der) -> dict[str, bytes]:
+    """OID -> value. What is critical must be known here. [RFC5280 4.2]"""
+    sequence, found = der.enter(), {}
+    while sequence.peek() != -1:
+        extension = sequence.enter()
+        oid = extension.oid()
+        critical = extension.peek() == BOOLEAN and extension.boolean()
+        value = extension.contents(OCTET_STRING)
+        extension.end()
+        if oid in found:
+            der.fail(f"extension {oid} occurs twice")
+        if critical and oid not in (_BASIC_CONSTRAINTS, _KEY_USAGE):
+            der.fail(f"extension {oid} is critical, and not known here")
+        found[oid] = value
+    return found
+
+
+def _parse_public_key(data: bytes, structure: str) -> "RsaKey | Point":
+    """The key in a SubjectPublicKeyInfo: RSA with 2048 to 4096 bits and e = 65537, or uncompressed P-384. [RFC5280 4.1.2.7]"""
+    info = Der(data, structure).enter()
+    algorithm, octets = info.element(SEQUENCE)[0], info.bit_string()
+    info.end()
+    if algorithm == _P384_ALGORITHM:
+        if len(octets) != 97 or octets[0] != 4:  # [SEC1 2.3.4]
+            raise CertificateError(structure, "the public key is no uncompressed point of P-384")
+        return Point(int.from_bytes(octets[1:49], "big"), int.from_bytes(octets[49:], "big"))
+    if algorithm != _RSA_ALGORITHM:
+        raise CertificateError(structure, "the public key is neither RSA nor P-384")
+    key = Der(octets, structure)
+    numbers = key.enter()
+    n, e = numbers.integer(), numbers.integer()
+    numbers.end()
+    key.end()
+    if not 2048 <= n.bit_length() <= 4096 or n < 0 or e != 65537:
+        raise CertificateError(structure, "the RSA key has not 2048 to 4096 bits and the exponent 65537")
+    return RsaKey(n, e)
+
+
+def _parse_signed(data: bytes, structure: str) -> tuple[bytes, Der, bytes, bytes]:
+    """(tbs as signed, a cursor in it, signature, AlgorithmIdentifier) of SEQUENCE { tbs, AlgorithmIdentifier, BIT STRING }.
+    [RFC5280 4.1, 5.1]"""
+    outer = Der(data, structure)
+    signed = outer.enter()
+    outer.end()
+    tbs, contents = signed.element(SEQUENCE)
+    algorithm = signed.element(SEQUENCE)[0]
+    signature = signed.bit_string()
+    signed.end()
+    if algorithm not in _PSS_ALGORITHMS:
+        raise CertificateError(structure, "not signed with RSASSA-PSS, SHA-384, MGF1 with SHA-384 and a salt of 48 bytes")
+    return tbs, Der(contents, structure), signature, algorithm
+
+
+def parse_certificate(data: bytes, structure: str) -> Certificate:
+    """The certificate in data, version 3. structure: its name in errors. Raises DerError, CertificateError. [RFC5280 4.1]"""
+    tbs, der, signature, algorithm = _parse_signed(data, structure)
+    version = der.enter(0xA0)
+    if version.integer() != 2:
+        raise CertificateError(structure, "not of version 3")
+    version.end()
+    serial = der.integer()
+    if der.element(SEQUENCE)[0] != algorithm:
+        raise CertificateError(structure, "the signature algorithm inside is another one")
+    issuer = _parse_name(der)
+    validity = der.enter()
+    not_before, not_after = validity.time(), validity.time()
+    validity.end()
+    subject = _parse_name(der)
+    spki = der.element(SEQUENCE)[0]
+    wrapped = der.enter(0xA3)
+    extensions = _parse_extensions(wrapped)
+    wrapped.end()
+    der.end()
+    return Certificate(tbs, signature, serial, issuer, not_before, not_after, subject, spki, _parse_public_key(spki, structure), extensions)
+
+
+def parse_crl(data: bytes, structure: str) -> RevocationList:
+    """The revocation list in data, version 2. Raises DerError, CertificateError. [RFC5280 5.1]"""
+    tbs, der, signature, algorithm = _parse_signed(data, structure)
+    if der.integer() != 1:
+        raise CertificateError(structure, "not of version 2")
+    if der.element(SEQUENCE)[0] != algorithm:
+        raise CertificateError(structure, "the signature algorithm inside is another one")
+    issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
+    revoked = set()
+    entries = der.enter() if der.peek() == SEQUENCE else Der(b"", structure)
+    while entries.peek() != -1:
+        entry = entries.enter()
+        revoked.add(entry.integer())
+        entry.time()
+        if entry.peek() != -1:
+            _parse_extensions(entry)
+        entry.end()
+    if der.peek() != -1:
+        wrapped = der.enter(0xA0)
+        _parse_extensions(wrapped)
+        wrapped.end()
+    der.end()
+    return RevocationList(tbs, signature, issuer, this_update, next_update, frozenset(revoked))
+
+
+def verify_crl(data: bytes, structure: str, anchors: Anchors) -> RevocationList:
+    """The revocation list in data, signed by the ARK that it names. Raises DerError, CertificateError, BadSignature."""
+    crl = parse_crl(data, structure)
+    arks = [roles["ark"] for roles in anchors.values() if roles["ark"].name == crl.issuer]
+    if not arks:
+        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, which is no trusted ARK")
+    verify_rsassa_pss(arks[0].key, crl.tbs_cert_list, crl.signature)
+    return crl
+
+
+def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> "dict[str, Anchor]":
+    """The keys of one product from certificates that the caller trusts: the ARK signs itself, the ASK and the ASVK.
+    Raises DerError, CertificateError, BadSignature."""
+    made: dict[str, Anchor] = {}
+    for role, data in (("ark", ark), ("ask", ask), ("asvk", asvk)):
+        structure = f"{product} {role}"
+        certificate = parse_certificate(data, structure)
+        key = certificate.key
+        if not isinstance(key, RsaKey):
+            raise CertificateError(structure, "not an RSA key")
+        issuer = made.get("ark", None)
+        if certificate.issuer != (certificate.subject if issuer is None else issuer.name):
+            raise CertificateError(structure, f"issued by {name_text(certificate.issuer)}")
+        verify_rsassa_pss(key if issuer is None else issuer.key, certificate.tbs_certificate, certificate.signature)
+        made[role] = Anchor(certificate.subject, certificate.serial, certificate.not_before, certificate.not_after,
+                            sha256_hex(certificate.subject_public_key_info), key)
+    return made
+
+
+def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
+    """The security patch levels in a VEK. names: those that the product has. Raises DerError, CertificateError. [VCEK 3.1]"""
+    levels = {}
+    for name in names:
+        der = Der(vek.extensions.get(_SPL + _SPL_ARCS[name], b""), f"VEK {name} SPL")
+        levels[name] = der.integer()
+        der.end()
+        if not 0 <= levels[name] <= 255:
+            raise CertificateError(f"VEK {name} SPL", f"{levels[name]} is no byte")
+    return levels
+
+
+def vek_product(vek: Certificate) -> str:
+    """The productName in a VEK without its stepping: "Milan-B0" is Milan. Raises DerError. [VCEK 3.1]"""
+    der = Der(vek.extensions.get(_PRODUCT_NAME, b""), "VEK productName")
+    name = der.text()
+    der.end()
+    return name.partition("-")[0]
+
+
+def has_hwid(vek: Certificate) -> bool:
+    """Whether the VEK names a chip."""
+    return _HWID in vek.extensions
+
+
+def vek_chip_id(vek: Certificate) -> bytes:
+    """The chip_id that a VCEK is for, 64 bytes. Raises CertificateError. [VCEK 3.1]
+
+    Three encodings are in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and Turin's 8 bytes, which the
+    report fills up with zeros."""
+    hwid = vek.extensions.get(_HWID, b"")
+    if len(hwid) == 66 and hwid[:2] == b"\x04\x40":
+        hwid = hwid[2:]
+    if len(hwid) not in (8, 64):
+        raise CertificateError("VEK HWID", f"{len(hwid)} bytes, neither 64 nor 8")
+    return hwid.ljust(64, b"\x00")
+
+# endregion 7
+# ==============================================================================
+# region 8. SEV-SNP report                                            [uses 6, 7]
 # ==============================================================================
 # The layout of ATTESTATION_REPORT [SNP-ABI 7.3]: integers are little-endian, offsets in bytes.  Simulated evidence uses
 # the same layout with the fields that only hardware can fill left zero.
 
 REPORT_SIZE = 1184
-# (offset, size, name) of what this version reads or writes.
-REPORT_FIELDS = (
-    (0x000, 4, "version"), (0x050, 64, "report_data"), (0x090, 48, "measurement"), (0x1A0, 64, "chip_id"))
+SIGNED_SIZE = 0x2A0  # what the signature covers; 0x330 to the end is signed by nobody, and zero
+POLICY_DEBUG = 1 << 19  # of the guest policy [SNP-ABI 4.3]
+ECDSA_P384_SHA384 = 1  # of signature_algo [SNP-ABI 10, "Signature algorithms"]
+SIGNING_KEYS = {0: "VCEK", 1: "VLEK"}  # bits 4:2 of the flags; 7 = none
+# (offset, size, name, kind) of ATTESTATION_REPORT [SNP-ABI 7.3]; what is missing is reserved.
+REPORT_FIELDS: Sequence[tuple[int, int, str, type]] = (
+    (0x000, 4, "version", int), (0x004, 4, "guest_svn", int), (0x008, 8, "policy", int), (0x010, 16, "family_id", bytes),
+    (0x020, 16, "image_id", bytes), (0x030, 4, "vmpl", int), (0x034, 4, "signature_algo", int), (0x038, 8, "current_tcb", bytes),
+    (0x040, 8, "platform_info", int), (0x048, 4, "flags", int), (0x050, 64, "report_data", bytes), (0x090, 48, "measurement", bytes),
+    (0x0C0, 32, "host_data", bytes), (0x0E0, 48, "id_key_digest", bytes), (0x110, 48, "author_key_digest", bytes),
+    (0x140, 32, "report_id", bytes), (0x160, 32, "report_id_ma", bytes), (0x180, 8, "reported_tcb", bytes),
+    (0x188, 1, "cpuid_fam_id", int), (0x189, 1, "cpuid_mod_id", int), (0x18A, 1, "cpuid_step", int), (0x1A0, 64, "chip_id", bytes),
+    (0x1E0, 8, "committed_tcb", bytes), (0x1E8, 3, "current_version", bytes), (0x1EC, 3, "committed_version", bytes),
+    (0x1F0, 8, "launch_tcb", bytes), (0x1F8, 8, "launch_mit_vector", int), (0x200, 8, "current_mit_vector", int),
+    (0x2A0, 72, "r", int), (0x2E8, 72, "s", int))
+# The byte of each security patch level in TCB_VERSION [SNP-ABI 2.2]; Turin put fmc in front.
+_TCB_BEFORE_TURIN = {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7}
+TCB_LAYOUTS = {"Milan": _TCB_BEFORE_TURIN, "Genoa": _TCB_BEFORE_TURIN, "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7}}
+# (family, first model, last model) of CPUID -> product; Siena and Bergamo have Genoa's keys.
+_PRODUCTS = ((0x19, 0x00, 0x0F, "Milan"), (0x19, 0x10, 0x1F, "Genoa"), (0x19, 0xA0, 0xAF, "Genoa"), (0x1A, 0x00, 0x11, "Turin"))
 
 
 class ReportError(Malformed):
@@ -396,21 +1077,62 @@ class ReportError(Malformed):
 
 
 class Report(NamedTuple):
-    """The fields of an ATTESTATION_REPORT, as read: nothing here has been authenticated. data: all of it."""
+    """The fields of an ATTESTATION_REPORT, as read: nothing here has been authenticated. r, s: of the signature, 72 bytes each, so that
+    bits beyond the 48 that are used are no valid number; data: all of the report."""
 
     version: int
+    guest_svn: int
+    policy: int
+    family_id: bytes
+    image_id: bytes
+    vmpl: int
+    signature_algo: int
+    current_tcb: bytes
+    platform_info: int
+    flags: int
     report_data: bytes
     measurement: bytes
+    host_data: bytes
+    id_key_digest: bytes
+    author_key_digest: bytes
+    report_id: bytes
+    report_id_ma: bytes
+    reported_tcb: bytes
+    cpuid_fam_id: int
+    cpuid_mod_id: int
+    cpuid_step: int
     chip_id: bytes
+    committed_tcb: bytes
+    current_version: bytes
+    committed_version: bytes
+    launch_tcb: bytes
+    launch_mit_vector: int
+    current_mit_vector: int
+    r: int
+    s: int
     data: bytes
+
+    @property
+    def signing_key(self) -> str:
+        """The kind of key that the report says it is signed with."""
+        return SIGNING_KEYS.get(self.flags >> 2 & 7, f"key {self.flags >> 2 & 7}")
+
+    @property
+    def product(self) -> str:
+        """The product by its CPUID, which reports have since version 3; empty where it is not known."""
+        found = [product for family, first, last, product in _PRODUCTS if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last]
+        return found[0] if found and self.version >= 3 else ""
 
 
 def parse_report(data: bytes) -> Report:
     """The report in data, which must be REPORT_SIZE bytes. Raises ReportError. [SNP-ABI 7.3]"""
     if len(data) != REPORT_SIZE:
         raise ReportError("attestation_report", f"{len(data)} bytes, not {REPORT_SIZE}")
-    field = {name: data[offset:offset + size] for offset, size, name in REPORT_FIELDS}
-    return Report(int.from_bytes(field["version"], "little"), field["report_data"], field["measurement"], field["chip_id"], data)
+    fields: dict[str, Any] = {}
+    for offset, size, name, kind in REPORT_FIELDS:
+        octets = data[offset:offset + size]
+        fields[name] = octets if kind is bytes else int.from_bytes(octets, "little")
+    return Report(data=data, **fields)
 
 
 def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
@@ -418,16 +1140,149 @@ def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
     measurement: 48 bytes."""
     values = {"version": (3).to_bytes(4, "little"), "report_data": report_data, "measurement": measurement}
     report = bytearray(REPORT_SIZE)
-    for offset, size, name in REPORT_FIELDS:
+    for offset, size, name, _ in REPORT_FIELDS:
         if name in values:
             if len(values[name]) != size:
                 raise ValueError(f"{name} has {len(values[name])} bytes, not {size}")
             report[offset:offset + size] = values[name]
     return bytes(report)
 
-# endregion 5
+
+def tcb_levels(product: str, tcb: bytes) -> dict[str, int]:
+    """The security patch levels in a TCB_VERSION. [SNP-ABI 2.2]"""
+    return {name: tcb[offset] for name, offset in TCB_LAYOUTS[product].items()}
+
+
+def tcb_text(levels: Mapping[str, int]) -> str:
+    """As --min-tcb takes it."""
+    return ",".join(f"{name}={level}" for name, level in levels.items())
+
+
+def vek_url(report: Report, product: str) -> str:
+    """Where AMD's key distribution service has the VCEK of this report. [VCEK 4.1]"""
+    spl = {"bootloader": "blSPL", "tee": "teeSPL", "snp": "snpSPL", "microcode": "ucodeSPL", "fmc": "fmcSPL"}
+    query = "&".join(f"{spl[name]}={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items())
+    chip_id = report.chip_id[:8] if product == "Turin" else report.chip_id
+    return f"https://kdsintf.amd.com/vcek/v1/{product}/{chip_id.hex()}?{query}"
+
+
+def verify_report(report: Report, vek: "RsaKey | Point") -> None:
+    """Raise BadSignature unless vek signed the report. vek: the caller knows whose it is. [SNP-ABI 10]"""
+    if not isinstance(vek, Point):
+        raise BadSignature("the certificate's key is not on P-384")
+    verify_ecdsa_p384(vek, report.data[:SIGNED_SIZE], report.r, report.s)
+
+# endregion 8
 # ==============================================================================
-# region 6. Statement                                             [uses nothing]
+# region 9. TPM quote                                                    [uses 6]
+# ==============================================================================
+# Azure's confidential VMs: the hardware report binds the key of a virtual TPM [AZURE], and that key signs the caller's data and
+# the values of the platform configuration registers [TPM2-2].
+
+TPM_GENERATED_VALUE, TPM_ST_ATTEST_QUOTE, TPM_ALG_SHA256 = 0xFF544347, 0x8018, 0x000B  # [TPM2-2 6.2, 6.9, 6.3]
+PCR_COUNT, PCR_SIZE = 24, 32
+HCL_REPORT, HCL_HEADER, HCL_DATA = 0x20, 0x4C0, 0x4D4  # offsets of the report, the header of the runtime data and the data
+HCL_SNP = 2  # report type; 4 = TDX
+
+
+class QuoteError(Malformed):
+    """Not the report of an Azure VM, or not a quote of its TPM."""
+
+
+class HclReport(NamedTuple):
+    """What an Azure VM hands out. attestation_report: of the hardware; runtime_data: JSON whose SHA-256 begins its report_data."""
+
+    attestation_report: bytes
+    runtime_data: bytes
+
+
+class TpmQuote(NamedTuple):
+    """A TPMS_ATTEST of a quote, as read. pcr_select: the indexes that pcr_digest is over."""
+
+    extra_data: bytes
+    pcr_select: Sequence[int]
+    pcr_digest: bytes
+
+
+def parse_hcl_report(data: bytes) -> HclReport:
+    """The HCL report in data. Raises QuoteError. [AZURE]
+
+    Its headers are signed by nobody; every value in them that is known is asked for, so that no bit of it can be changed unseen."""
+    def number(offset: int) -> int:
+        return int.from_bytes(data[offset:offset + 4], "little")
+
+    def expect(what: str, holds: bool) -> None:
+        if not holds:
+            raise QuoteError("HCL report", what)
+
+    expect("too short", len(data) >= HCL_DATA)
+    length = number(HCL_HEADER + 16)
+    content, tail = data[HCL_DATA:HCL_DATA + length], data[HCL_DATA + length:]
+    expect("no HCLA at its begin", data[:4] == b"HCLA")
+    expect(f"version {number(4)} is not known", number(4) in (1, 2))
+    expect(f"report type {number(HCL_HEADER + 8)} is not {HCL_SNP} (SEV-SNP)", number(HCL_HEADER + 8) == HCL_SNP and number(12) == HCL_SNP)
+    expect("the runtime data does not end", len(content) == length and length > 0)
+    expect("a header that does not fit", number(HCL_HEADER) == length + 20 and number(8) == length + HCL_DATA and not any(data[16:HCL_REPORT])
+           and number(HCL_HEADER + 4) == 1 and number(HCL_HEADER + 12) == 1)
+    expect("bytes after the runtime data", not any(tail))
+    return HclReport(data[HCL_REPORT:HCL_REPORT + REPORT_SIZE], content.rstrip(b"\x00"))
+
+
+def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
+    """(the TPM's attestation key, the whole document) of the runtime data. Raises QuoteError, Malformed. [AZURE, RFC7517]"""
+    doc = parse_json(data, "runtime data")
+    keys = doc.get("keys") if isinstance(doc, dict) else None
+    found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"] if isinstance(keys, list) else []
+    if len(found) != 1 or found[0].get("kty") != "RSA":
+        raise QuoteError("runtime data", f"{len(found)} keys called HCLAkPub, not one of RSA")
+    n, e = (int.from_bytes(decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True), "big") for name in ("n", "e"))
+    if n.bit_length() != 2048 or e != 65537:
+        raise QuoteError("runtime data", "HCLAkPub has not 2048 bits and the exponent 65537")
+    return RsaKey(n, e), doc
+
+
+def parse_quote(message: bytes) -> TpmQuote:
+    """The TPMS_ATTEST of a quote over one selection of the SHA-256 bank; integers are big-endian. Raises QuoteError. [TPM2-2 10.12.12]"""
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        if size > len(message) - at:
+            raise QuoteError("TPMS_ATTEST", f"it ends at byte {len(message)}, inside a field")
+        at += size
+        return message[at - size:at]
+
+    def number(size: int) -> int:
+        return int.from_bytes(take(size), "big")
+
+    if number(4) != TPM_GENERATED_VALUE:
+        raise QuoteError("TPMS_ATTEST", "magic is not TPM_GENERATED_VALUE")
+    if number(2) != TPM_ST_ATTEST_QUOTE:
+        raise QuoteError("TPMS_ATTEST", "type is not TPM_ST_ATTEST_QUOTE")
+    take(number(2))  # qualifiedSigner
+    extra_data = take(number(2))
+    take(17 + 8)  # clockInfo, firmwareVersion
+    if number(4) != 1 or number(2) != TPM_ALG_SHA256:
+        raise QuoteError("TPMS_ATTEST", "not one selection of registers, of the SHA-256 bank")
+    bits = take(number(1))
+    pcr_select = [i for i in range(8 * len(bits)) if bits[i // 8] >> i % 8 & 1]
+    pcr_digest = take(number(2))
+    if at != len(message):
+        raise QuoteError("TPMS_ATTEST", f"{len(message) - at} bytes are left over")
+    if not pcr_select or pcr_select[-1] >= PCR_COUNT:
+        raise QuoteError("TPMS_ATTEST", f"it selects no register, or one above {PCR_COUNT - 1}")
+    if len(extra_data) > 64:
+        raise QuoteError("TPMS_ATTEST", f"extraData has {len(extra_data)} bytes, more than 64")
+    return TpmQuote(extra_data, pcr_select, pcr_digest)
+
+
+def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> bytes:
+    """SHA-256 over the selected registers, in ascending order. pcrs: PCR_COUNT values. [TPM2-1 17.6.2]"""
+    return hashlib.sha256(b"".join(pcrs[i] for i in pcr_select)).digest()
+
+# endregion 9
+# ==============================================================================
+# region 10. Statement                                            [uses nothing]
 # ==============================================================================
 # provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA], in the exact shape that
 # [CONTRACT 3] gives it.  The shape is data: a schema is a constant (equal), a compiled pattern (a string that matches), a
@@ -443,14 +1298,15 @@ _KETTLE = {"digest": {"sha256": _TEXT}, "version": _TEXT}  # the older generatio
 # Kettle writes a nix hash in base64, and one of any algorithm under the name sha256.
 _DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(r"[0-9a-f]{128}")},
            {"gitCommit": re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
-# The build types, and the toolchain that an older one names [CONTRACT 3]. The older generation is read, not written.
-BUILD_TYPES = {BUILD_TYPE: "", "https://lunal.dev/kettle/cargo@v1": "cargo", "https://lunal.dev/kettle/nix@v1": "nix",
-               "https://lunal.dev/kettle/pnpm@v1": "pnpm"}
+# The build types of the older generation, which is read and not written, and the toolchain that each names [CONTRACT 3]. Which type a
+# build has is for the caller to judge (--build-type); all have one shape.
+OLDER_BUILD_TYPES = {"https://lunal.dev/kettle/cargo@v1": "cargo", "https://lunal.dev/kettle/nix@v1": "nix",
+                     "https://lunal.dev/kettle/pnpm@v1": "pnpm"}
 _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
         "buildDefinition": {
-            "buildType": tuple(BUILD_TYPES),
+            "buildType": _WORD,
             "externalParameters": {
                 "buildCommand": _WORD,
                 "source": {"digest": {"gitCommit": re.compile(r"([0-9a-f]{40})?"), "gitTree": _HEX40}, "uri": _TEXT}},
@@ -466,7 +1322,7 @@ _STATEMENT = {
         "runDetails": {
             "builder": {"id": _WORD},
             "byproducts": [{"digest": _SHA256, "name": _WORD}],
-            "metadata": {"invocationId": re.compile(r"(?a)build-\d{8}-\d{6}-[0-9a-f]{8}"), "startedOn": _TIME,
+            "metadata": {"invocationId": re.compile(r"build-[0-9A-Za-z-]+"), "startedOn": _TIME,
                          "finishedOn": (_TIME, None)}}},
     "predicateType": PREDICATE_TYPE,
     "subject": [{"digest": _SHA256, "name": _WORD}],
@@ -506,7 +1362,7 @@ def check_statement(doc: Any) -> None:
     if complaint:
         raise Malformed("provenance schema", complaint)
     tools = doc["predicate"]["buildDefinition"]
-    named = BUILD_TYPES[tools["buildType"]]
+    named = OLDER_BUILD_TYPES.get(tools["buildType"], "")
     complaint = "" if named else _mismatch(tools["internalParameters"]["toolchain"]["kettle"], _PROGRAM, "provenance.toolchain.kettle")
     if complaint:
         raise Malformed("provenance schema", complaint)
@@ -538,24 +1394,48 @@ def merkle_entries(doc: Any) -> list[str]:
     return [*entries, lock, *(d["uri"] for d in dependencies)]
 
 
+def package_of(uri: str) -> str:
+    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. [CONTRACT 3]"""
+    return uri.partition("/")[2].partition("?")[0]
+
+
 def byproduct(doc: Any, name: str) -> str | None:
     """The SHA-256 of the byproduct called name, or None. doc: of the right shape."""
     found = [b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name]
     return found[0] if found else None
 
-# endregion 6
+# endregion 10
 # ==============================================================================
-# region 7. Verdict                                                  [uses 5, 6]
+# region 11. Verdict                                            [uses 6, 7, 8, 9, 10]
 # ==============================================================================
 # Evidence, provenance and what the caller expects -> checks -> verdict.  Every check runs and is shown, also after a
 # failure; a check that could not run because an earlier one failed is shown as "not checked".  The verdict is a set
 # inclusion: every required name is among those that passed, and none failed.
 
-# What must have run and passed, whatever the caller expects.
-REQUIRED = frozenset((
-    "evidence form", "provenance form", "canonical form", "provenance schema", "platform", "report form", "simulated report",
-    "provenance digest", "report data tail", "input Merkle root", "subjects", "artifacts", "unlisted files"))
+# What must have run and passed, whatever the caller expects: of all evidence, of each platform's, and of a bundle.
+_REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
+_REQUIRED_SNP = frozenset((
+    "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature", "VEK validity", "VEK product",
+    "VEK TCB", "VEK chip_id", "report signature", "VMPL", "debug", "unsigned bytes"))
+REQUIRED_OF_PLATFORM = {
+    "simulated": _REQUIRED_EVIDENCE | {"simulated report"},
+    "snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
+    "gcp-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
+    "az-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"}}
+REQUIRED_OF_BUNDLE = frozenset((
+    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "subjects", "artifacts",
+    "unlisted files"))
+# Evidence that is known by name, and that this version does not verify.
+_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
+# What a caller may ask for: field of Expectations -> name of its check.
+ASKED = {
+    "nonce": "nonce", "measurements": "measurement", "min_tcb": "minimum TCB", "host_data": "host_data", "guest_svn": "guest_svn",
+    "chip_id": "chip_id", "family_id": "family_id", "image_id": "image_id", "source_uri": "source uri", "source_commit": "source commit",
+    "source_tree": "source tree", "lockfile_sha256": "lock file", "dependencies": "dependencies", "packages": "packages", "builder_id": "builder id",
+    "build_type": "build type", "build_log_sha256": "build log", "finished": "age", "require_crl": "revocation", "require_tee": "hardware evidence"}
+_OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
+ALONE = "there is no provenance.json: this is evidence alone"
 
 
 class _Checks:
@@ -564,9 +1444,13 @@ class _Checks:
     def __init__(self) -> None:
         self.made: list[Check] = []
 
+    def hold(self, name: str, holds: bool, expected: Any, actual: Any, detail: str = "") -> None:
+        """One check, with what was expected and what is there in words."""
+        self.made.append(Check(name, "passed" if holds else "failed", str(expected), str(actual), detail))
+
     def compare(self, name: str, expected: Any, actual: Any, detail: str = "") -> None:
         """One check that holds where the two are equal. Public values: plain equality, in no constant time."""
-        self.made.append(Check(name, "passed" if expected == actual else "failed", str(expected), str(actual), detail))
+        self.hold(name, expected == actual, expected, actual, detail)
 
     def expect(self, name: str, expected: Any, actual: Any) -> None:
         """A comparison that the caller may ask for: None is shown as not checked."""
@@ -579,97 +1463,299 @@ class _Checks:
         """What parse returns, and a passed check; or None, and a failed one that says why."""
         try:
             value = parse(*arguments)
-        except Malformed as e:
+        except (Malformed, BadSignature) as e:
             self.made.append(Check(name, "failed", detail=str(e)))
             return None
         self.made.append(Check(name, "passed"))
         return value
 
-    def skip(self, *names: str) -> None:
-        """What cannot be looked at since what it needs has failed."""
-        self.made.extend(Check(name, "not checked", detail="it needs a check that failed") for name in names)
+    def derive(self, name: str, expected: str, actual: Callable[[], str]) -> None:
+        """A comparison with what has yet to be read; where that cannot be, a failed check that says why."""
+        try:
+            self.compare(name, expected, actual())
+        except Malformed as e:
+            self.hold(name, False, expected, "unreadable", str(e))
+
+    def has_failed(self, name: str) -> bool:
+        """Whether the check called name failed."""
+        return any(check.name == name and check.status == "failed" for check in self.made)
+
+    def skip(self, names: Iterable[str], why: str = "it needs a check that failed") -> None:
+        """What cannot be looked at; names that have been are left as they are."""
+        known = {check.name for check in self.made}
+        self.made.extend(Check(name, "not checked", detail=why) for name in names if name not in known)
 
 
-def _simulated_evidence(evidence: Any) -> Report:
-    """The report in the value of `evidence` of platform `simulated` [CONTRACT 4]. Raises Malformed."""
-    if not isinstance(evidence, dict) or set(evidence) != {"version", "notice", "attestation_report"}:
-        raise Malformed("simulated evidence", "not an object of version, notice and attestation_report")
-    if evidence["version"] != 1 or type(evidence["version"]) is not int:
-        raise Malformed("simulated evidence", "version is not 1")
-    text = evidence["attestation_report"]
-    if not isinstance(evidence["notice"], str) or not isinstance(text, str):
-        raise Malformed("simulated evidence", "notice and attestation_report are text")
-    try:
-        data = base64.b64decode(text.encode("ascii"), validate=True)
-    except (binascii.Error, UnicodeEncodeError) as e:
-        raise Malformed("simulated evidence", f"attestation_report is not base64: {e}") from None
-    if base64.b64encode(data).decode("ascii") != text:
-        raise Malformed("simulated evidence", "attestation_report is not canonical base64")
-    return parse_report(data)
+class _Evidence(NamedTuple):
+    """The value of `evidence`, decoded. report: of the hardware, or in its form; vek: DER; hcl, message, signature, pcrs: of az-snp."""
+
+    report: Report
+    vek: bytes | None = None
+    runtime_data: bytes = b""
+    message: bytes = b""
+    signature: bytes = b""
+    pcrs: Sequence[bytes] = ()
 
 
-def _check_evidence(checks: _Checks, data: bytes, provenance: bytes, expected: Expectations) -> tuple[str, dict[str, Any]]:
-    """The platform and its claims."""
+def _read_simulated(evidence: Any) -> _Evidence:
+    """The value of `evidence` of platform `simulated` [CONTRACT 4]. Raises Malformed."""
+    what = "simulated evidence"
+    parts = parse_object(evidence, what, ("version", "notice", "attestation_report"))
+    if parts["version"] != 1 or type(parts["version"]) is not int:
+        raise Malformed(what, "version is not 1")
+    if not isinstance(parts["notice"], str):
+        raise Malformed(what, "notice is no text")
+    return _Evidence(parse_report(decode_base64(parts["attestation_report"], f"{what}, attestation_report")))
+
+
+def _read_snp(evidence: Any) -> _Evidence:
+    """The value of `evidence` of platforms `snp` and `gcp-snp` [CONTRACT 4]. Raises Malformed. `ask` and `ark` are never looked at."""
+    parts = parse_object(evidence, "snp evidence", ("attestation_report",), ("cert_chain",))
+    chain, vek = parts.get("cert_chain"), None
+    if chain is not None:
+        chain = parse_object(chain, "cert_chain", ("vcek",), ("ask", "ark"))
+        vek = decode_base64(chain["vcek"], "vcek")
+    return _Evidence(parse_report(decode_base64(parts["attestation_report"], "attestation_report")), vek)
+
+
+def _read_az_snp(evidence: Any) -> _Evidence:
+    """The value of `evidence` of platform `az-snp` [CONTRACT 4]. Raises Malformed."""
+    parts = parse_object(evidence, "az-snp evidence", ("version", "tpm_quote", "hcl_report", "vcek"))
+    if parts["version"] != 1 or type(parts["version"]) is not int:
+        raise Malformed("az-snp evidence", "version is not 1")
+    quote = parse_object(parts["tpm_quote"], "tpm_quote", ("signature", "message", "pcrs"))
+    if not isinstance(quote["pcrs"], list) or len(quote["pcrs"]) != PCR_COUNT:
+        raise Malformed("tpm_quote", f"pcrs are not {PCR_COUNT} values")
+    pcrs = [decode_hex(value, f"pcr {i}") for i, value in enumerate(quote["pcrs"])]
+    if any(len(value) != PCR_SIZE for value in pcrs):
+        raise Malformed("tpm_quote", f"a register has not {PCR_SIZE} bytes")
+    hcl = parse_hcl_report(decode_base64(parts["hcl_report"], "hcl_report", urlsafe=True))
+    return _Evidence(parse_report(hcl.attestation_report), decode_base64(parts["vcek"], "vcek", urlsafe=True), hcl.runtime_data,
+                     decode_hex(quote["message"], "tpm_quote message"), decode_hex(quote["signature"], "tpm_quote signature"), pcrs)
+
+
+_READERS: Mapping[str, Callable[[Any], _Evidence]] = {
+    "simulated": _read_simulated, "snp": _read_snp, "gcp-snp": _read_snp, "az-snp": _read_az_snp}
+
+
+def _report_claims(report: Report, product: str) -> dict[str, Any]:
+    """Every field of the report, for people and programs. tcb: the reported one, which the VEK is for."""
+    claims: dict[str, Any] = {"product": product, "key_type": report.signing_key.lower(), "report_version": report.version,
+                              "policy": f"{report.policy:#x}", "debug": bool(report.policy & POLICY_DEBUG)}
+    for name in Report._fields:
+        value = getattr(report, name)
+        if name in ("data", "r", "s", "version", "policy"):
+            continue
+        if name.endswith("_tcb"):
+            value = tcb_levels(product, value) if product in TCB_LAYOUTS else value
+        elif name.endswith("_version"):
+            value = f"{value[2]}.{value[1]}.{value[0]}"  # build, minor, major
+        claims["tcb" if name == "reported_tcb" else name] = value.hex() if isinstance(value, bytes) else value
+    return claims
+
+
+def _check_simulated(checks: _Checks, evidence: _Evidence) -> bytes:
+    """What a simulated report carries. It must not look like one that hardware made."""
+    report, bare = evidence.report, "nothing but version 3, report_data and measurement"
+    rebuilt = parse_report(simulated_report(report.report_data, report.measurement))
+    checks.compare("simulated report", bare, bare if report == rebuilt else "further fields are set")
+    return report.report_data
+
+
+def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors, now: str) -> None:
+    """That vek is what AMD's ASK or ASVK certifies for the chip and the TCB of the report, now."""
+    roles, kind = anchors[product], report.signing_key
+    issuer = roles["asvk" if kind == "VLEK" else "ask"]
+    checks.compare("VEK issuer", name_text(issuer.name), name_text(vek.issuer))
+    checks.attempt("VEK signature", verify_rsassa_pss, issuer.key, vek.tbs_certificate, vek.signature)
+    first, last = (max(vek.not_before, issuer.not_before, roles["ark"].not_before), min(vek.not_after, issuer.not_after, roles["ark"].not_after))
+    checks.hold("VEK validity", first <= now <= last, f"{first} to {last}", now, "of the VEK and of those above it")
+    checks.derive("VEK product", product, lambda: vek_product(vek))
+    levels = tcb_levels(product, report.reported_tcb)
+    checks.derive("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
+    if kind == "VLEK":  # for any chip of one cloud
+        checks.compare("VEK chip_id", "none", "present" if has_hwid(vek) else "none")
+    else:
+        checks.derive("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
+    checks.attempt("report signature", verify_report, report, vek.key)
+
+
+def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str) -> str:
+    """Every check on a report of real hardware. versions: those of the report that are accepted. Returns the product, or empty."""
+    report, anchors = evidence.report, amd_anchors() if endorsements.anchors is None else endorsements.anchors
+    checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
+    checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
+    vek_data = endorsements.vek if evidence.vek is None else evidence.vek
+    product = report.product
+    vek = None
+    if vek_data is None:
+        hint = f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else ""
+        checks.hold("VEK form", False, "a certificate", "none", f"the evidence holds no certificate, and none was given (--vek){hint}")
+    else:
+        vek = checks.attempt("VEK form", parse_certificate, vek_data, "VEK")
+    if vek is not None:
+        subject = dict(vek.subject).get("CN", "none")
+        checks.hold("signing key", subject == f"SEV-{report.signing_key}" and report.signing_key in SIGNING_KEYS.values(), f"SEV-{report.signing_key}",
+                    subject, "bits 4:2 of the flags, and the certificate's name")
+        if report.version < 3:  # no CPUID in it: the product is that of the issuer
+            product = next((name for name, roles in anchors.items() if vek.issuer in (roles["ask"].name, roles["asvk"].name)), "")
+    checks.hold("product", product in anchors and product in TCB_LAYOUTS, " or ".join(anchors), product or "unknown")
+    if checks.made[-1].status == "passed" and vek is not None:
+        _check_vek(checks, report, product, vek, anchors, now)
+    checks.compare("VMPL", 0, report.vmpl)
+    checks.compare("unsigned bytes", "zero", "not zero" if any(report.data[0x330:]) else "zero", "of the report from 0x330 on")
+    _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now)
+    if endorsements.anchors is None:
+        checks.made.append(Check("trust anchors", "passed", "", "AMD's, as pinned in this file"))
+    else:
+        checks.made.append(Check("trust anchors", "not checked", "", "given by --roots", "these are not AMD's keys, unless you know better"))
+    return product
+
+
+def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors, crls: Sequence[tuple[str, bytes]], now: str) -> None:
+    """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0."""
+    lists: list[RevocationList] = []
+    for name, data in crls:
+        crl = checks.attempt(f"revocation list {name}", verify_crl, data, "revocation list", anchors)
+        if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].name:
+            lists.append(crl)
+    if not lists:
+        checks.skip(["revocation"], "no revocation list of this product's ARK was given (--crl)")
+        return
+    serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
+    revoked = any(serial in crl.revoked for crl in lists)
+    latest = max(lists, key=lambda crl: crl.this_update)
+    checks.hold("revocation", not revoked, f"serial {serial:06x} not revoked", "revoked" if revoked else "not revoked",
+                "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0")
+    current = latest.this_update <= now <= latest.next_update
+    checks.made.append(Check("revocation list age", "passed" if current else "not checked", f"{latest.this_update} to {latest.next_update}", now,
+                             "" if current else "the list is stale: a later one may revoke more"))
+
+
+def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any]) -> bytes | None:
+    """That the virtual TPM whose key the hardware report binds signed the quote. Returns its extraData, zero-extended to 64 bytes."""
+    found = checks.attempt("runtime data", parse_runtime_data, evidence.runtime_data)
+    checks.compare("runtime data digest", sha256_hex(evidence.runtime_data), evidence.report.report_data[:32].hex(),
+                   "report_data[0:32] is the SHA-256 of the runtime data, which holds the TPM's key")
+    quote = checks.attempt("TPM quote", parse_quote, evidence.message)
+    if found is not None:
+        checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], evidence.message, evidence.signature)
+        claims["vm_configuration"] = found[1].get("vm-configuration")
+    if quote is None:
+        return None
+    checks.compare("PCR digest", compute_pcr_digest(evidence.pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
+    claims["pcrs"] = {str(i): evidence.pcrs[i].hex() for i in quote.pcr_select}
+    extra_data: bytes = quote.extra_data
+    return extra_data.ljust(64, b"\x00")
+
+
+def _check_report_policy(checks: _Checks, report: Report, product: str, expected: Expectations) -> None:
+    """What the caller wants of the guest and of the platform."""
+    debug = bool(report.policy & POLICY_DEBUG)
+    checks.hold("debug", not debug or expected.allow_debug, "off, or --allow-debug" if expected.allow_debug else "off", "on" if debug else "off",
+                "the host may read and change the guest's memory" if debug else "")
+    measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements]
+    checks.expect("measurement", None if not wanted else measurement if measurement in wanted else " or ".join(wanted), measurement)
+    if expected.min_tcb is None or product not in TCB_LAYOUTS:
+        checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
+    else:
+        levels = tcb_levels(product, report.reported_tcb)
+        checks.hold("minimum TCB", all(levels.get(name, -1) >= level for name, level in expected.min_tcb.items()),
+                    "at least " + tcb_text(expected.min_tcb), tcb_text(levels))
+    for name in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
+        value, actual = getattr(expected, name), getattr(report, name)
+        checks.expect(name, value.lower() if isinstance(value, str) else value, actual.hex() if isinstance(actual, bytes) else actual)
+
+
+def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: str,
+                    endorsements: Endorsements) -> tuple[str, bytes | None, dict[str, Any]]:
+    """(platform, the 64 bytes that the attester signed or None, claims)."""
     claims: dict[str, Any] = {"report_data": None, "measurement": None, "nonce": None, "chip_id": None}
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
-    platform = doc.get("platform") if isinstance(doc, dict) else None
-    known = platform == "simulated" and isinstance(doc, dict) and set(doc) == {"platform", "evidence"}
-    shown = platform if isinstance(platform, str) else json.dumps(platform)
-    if checks.made[-1].status == "failed":
-        checks.skip("platform")
+    value = doc.get("platform") if isinstance(doc, dict) else None
+    platform = value if isinstance(value, str) else "unknown"
+    if doc is not None or not checks.has_failed("evidence form"):
+        known = platform in _READERS and "evidence" in doc
+        checks.hold("platform", known, ", ".join(_READERS), platform if isinstance(value, str) else json.dumps(value)[:80],
+                    "" if known else "this evidence is known and not supported by this version" if platform in _UNSUPPORTED else "no such evidence is known")
+        evidence = checks.attempt("report form", _READERS[platform], doc["evidence"]) if known else None
+        if evidence is not None:
+            return (platform, *_check_platform(checks, platform, evidence, expected, now, endorsements))
+    checks.skip(["platform", "report form"])
+    return platform, None, claims
+
+
+def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str,
+                    endorsements: Endorsements) -> tuple[bytes | None, dict[str, Any]]:
+    """(the 64 bytes that the attester signed or None, claims) of evidence that could be read."""
+    if platform == "simulated":
+        claims, product = _report_claims(evidence.report, ""), "Milan"  # whose layout of the TCB is the common one
+        signed: bytes | None = _check_simulated(checks, evidence)
     else:
-        checks.made.append(Check("platform", "passed" if known else "failed", "simulated", shown,
-                                 "" if known else "this version verifies no other evidence"))
-    report = checks.attempt("report form", _simulated_evidence, doc["evidence"]) if known else None
-    if not known:
-        checks.skip("report form")
-    if report is None:
-        checks.skip("simulated report", "provenance digest", "report data tail", "nonce", "measurement")
-        return platform if isinstance(platform, str) else "unknown", claims
-    signed = report.report_data
-    # A simulated report must not look like one that hardware made.
-    bare = "nothing but version 3, report_data and measurement"
-    rebuilt = parse_report(simulated_report(signed, report.measurement))
-    checks.compare("simulated report", bare, bare if report == rebuilt else "further fields are set")
-    checks.compare("provenance digest", sha256_hex(provenance), signed[:32].hex(), "report_data[0:32] is the SHA-256 of provenance.json")
-    checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "report_data[48:64] is zero")
+        product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
+        claims = _report_claims(evidence.report, product)
+        signed = _check_azure(checks, evidence, claims) if platform == "az-snp" else evidence.report.report_data
+    _check_report_policy(checks, evidence.report, product, expected)
+    if signed is not None:
+        claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
+    return signed, claims
+
+
+def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any, expected: Expectations) -> None:
+    """That what the attester signed is this provenance and this nonce. [CONTRACT 4]"""
     nonce = None if expected.nonce is None else expected.nonce.lower()
-    checks.expect("nonce", nonce, signed[32:48].hex())
     if nonce is not None:
         checks.compare("nonce is not zero", "not all zero", "all zero" if nonce == bytes(NONCE_SIZE).hex() else "not all zero",
                        "an all-zero nonce proves no freshness")
-    if expected.measurements:
-        actual = report.measurement.hex()
-        checks.compare("measurement", actual if actual in [m.lower() for m in expected.measurements] else " or ".join(expected.measurements), actual)
-    else:
-        checks.expect("measurement", None, report.measurement.hex())
-    claims.update(report_data=signed.hex(), measurement=report.measurement.hex(), nonce=signed[32:48].hex(), chip_id=report.chip_id.hex())
-    return "simulated", claims
+    if signed is None:
+        checks.skip(["provenance digest", "report data tail", "nonce"])
+        return
+    if provenance is not None:
+        digest, actual = sha256_hex(provenance), signed[:32].hex()
+        compact = None if doc is None else json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        if compact is not None and digest != actual == sha256_hex(compact):
+            checks.hold("provenance digest", expected.allow_legacy_digest, digest, actual, "legacy compact digest: a compact form of provenance.json was "
+                        "signed, as in the five oldest bundles; --allow-legacy-digest accepts it")
+        else:
+            checks.compare("provenance digest", digest, actual, "signed[0:32] is the SHA-256 of provenance.json")
+        checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
+    checks.expect("nonce", nonce, signed[32:48].hex())
 
 
 def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> Any:
-    """The Statement, or None where it has not the shape of one."""
+    """The Statement, or None where it is not JSON; with the schema failed, whatever it is."""
     doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)  # deeper, and its canonical form has gigabytes
-    if checks.made[-1].status == "failed":
-        checks.skip("canonical form", "provenance schema")
+    if checks.has_failed("provenance form"):
         return None
     checks.compare("canonical form", sha256_hex(to_canonical(doc)), sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
-    before = len(checks.made)
     checks.attempt("provenance schema", check_statement, doc)
-    if checks.made[before].status == "failed":
-        return None
+    if not checks.has_failed("provenance schema"):
+        _check_statement(checks, doc, expected)
+    return doc
+
+
+def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
+    """What the caller wants of the provenance. doc: of the right shape."""
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), str(byproduct(doc, "input_merkle_root")))
-    definition = doc["predicate"]["buildDefinition"]
+    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     source = definition["externalParameters"]["source"]
+    uris = [d["uri"] for d in definition["resolvedDependencies"]]
     checks.expect("source uri", expected.source_uri, source["uri"])
     checks.expect("source commit", expected.source_commit, source["digest"]["gitCommit"])
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
-    checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies),
-                  "\n".join(d["uri"] for d in definition["resolvedDependencies"]))
-    checks.expect("builder id", expected.builder_id, doc["predicate"]["runDetails"]["builder"]["id"])
+    checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
+    missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris})
+    checks.expect("packages", ", ".join(expected.packages) or None, ", ".join(f"{name} is missing" for name in missing) or ", ".join(expected.packages))
+    checks.expect("builder id", expected.builder_id, run["builder"]["id"])
+    checks.expect("build type", expected.build_type, definition["buildType"])
     checks.expect("build log", expected.build_log_sha256, str(byproduct(doc, "build_log")))
-    return doc
+    finished = run["metadata"]["finishedOn"]
+    if expected.finished is None:
+        checks.expect("age", None, finished)
+    else:
+        oldest, newest = expected.finished
+        checks.hold("age", finished is not None and oldest <= finished[:19] + "Z" <= newest, f"finished from {oldest} to {newest}", finished)
 
 
 def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
@@ -677,51 +1763,59 @@ def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
     subjects = doc["subject"]
     names = [subject["name"] for subject in subjects]
     odd = [name for name in names if not PLAIN_NAME.fullmatch(name)] + sorted(name for name, n in Counter(names).items() if n > 1)
-    checks.compare("subjects", "at least one, unique, plain file names",
-                   "at least one, unique, plain file names" if names and not odd else f"odd: {odd[:5]}" if odd else "none")
+    checks.hold("subjects", bool(names) and not odd, "at least one, unique, plain file names", f"odd: {odd[:5]}" if odd else f"{len(names)}")
     wrong = []
     for subject in subjects:
         actual = bundle.artifacts.get(subject["name"], "missing")
         checks.compare(f"artifact {subject['name'][:255]}", subject["digest"]["sha256"], actual)
         if actual != subject["digest"]["sha256"]:
             wrong.append(subject["name"])
-    checks.compare("artifacts", "every subject is there and equal", "every subject is there and equal" if names and not wrong else f"not: {wrong[:5]}")
+    checks.hold("artifacts", bool(names) and not wrong, "every subject is there and equal", f"not: {wrong[:5]}" if wrong else f"{len(names)} equal")
     extra = sorted(set(bundle.artifacts) - set(names))
     checks.compare("unlisted files", "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
 
 
-def verify_bundle(bundle: BundleFiles, expected: Expectations) -> Verdict:
-    """The verdict over bundle: every check with expected and actual value. Never raises for what the bundle contains.
+def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()) -> Verdict:  # noqa: B008  # immutable
+    """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
 
-    "passed" needs evidence that hardware signed, which this version does not verify; the best verdict is "simulated"."""
+    now: the time to verify at, as 2026-11-23T00:00:00Z. "passed": every required check ran and passed, and hardware signed the evidence;
+    "simulated": the same, and nothing signed it; else "failed". Without provenance and artifacts, it is about the evidence alone."""
     checks = _Checks()
-    platform, claims = _check_evidence(checks, bundle.evidence, bundle.provenance, expected)
-    doc = _check_provenance(checks, bundle.provenance, expected)
-    if doc is None:
-        checks.skip("input Merkle root", "subjects", "artifacts", "unlisted files", "source uri", "source commit", "source tree",
-                    "lock file", "dependencies", "builder id", "build log")
-    else:
+    platform, signed, claims = _check_evidence(checks, bundle.evidence, expected, now, endorsements)
+    required = set(REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE))
+    doc = None
+    if bundle.provenance is not None:
+        doc = _check_provenance(checks, bundle.provenance, expected)
+        claims["provenance_sha256"] = sha256_hex(bundle.provenance)
+    elif bundle.artifacts:
+        checks.hold("provenance form", False, "provenance.json", "missing", "artifacts without a provenance")
+    _check_binding(checks, signed, bundle.provenance, doc, expected)
+    if doc is not None and not checks.has_failed("provenance schema"):
         _check_artifacts(checks, doc, bundle)
-        claims["builder_id"] = doc["predicate"]["runDetails"]["builder"]["id"]
-        claims["source"] = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
+        claims.update(builder_id=run["builder"]["id"], build_type=definition["buildType"], source=definition["externalParameters"]["source"],
+                      finished_on=run["metadata"]["finishedOn"])
         if platform == "simulated":  # neither half may claim more than the other
             checks.compare("simulated builder", SIMULATED_BUILDER, claims["builder_id"])
+    alone = bundle.provenance is None and not bundle.artifacts
+    if not alone:
+        required |= REQUIRED_OF_BUNDLE
     if expected.require_tee:
-        checks.compare("hardware evidence", "signed by hardware", platform, "--require-tee: this version verifies none")
-    asked = {name for name, value in (
-        ("nonce", expected.nonce), ("nonce is not zero", expected.nonce), ("source uri", expected.source_uri), ("source commit", expected.source_commit),
-        ("source tree", expected.source_tree), ("lock file", expected.lockfile_sha256), ("dependencies", expected.dependencies),
-        ("builder id", expected.builder_id), ("build log", expected.build_log_sha256)) if value is not None}
-    asked |= {"measurement"} if expected.measurements else set()
+        hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
+        checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
+    checks.skip(sorted(REQUIRED_OF_PLATFORM.get(platform, frozenset())))
+    checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
+    required |= {name for field, name in ASKED.items() if getattr(expected, field) not in (None, (), [], False)}
     passed = {check.name for check in checks.made if check.status == "passed"}
-    failed = any(check.status == "failed" for check in checks.made)
-    good = not failed and REQUIRED | asked <= passed
+    if required - passed and not any(check.status == "failed" for check in checks.made):
+        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
+    good = required <= passed and not any(check.status == "failed" for check in checks.made)
     return Verdict("failed" if not good else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
 
-# endregion 7
+# endregion 11
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
 # ==============================================================================
-# region 8. Logging and processes                                 [uses nothing]
+# region 12. Logging and processes                                [uses nothing]
 # ==============================================================================
 # Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
 # (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
@@ -1001,9 +2095,9 @@ def shed_syntax_tree() -> None:
         # -P: with -c, Python would look for modules in the current directory.
         os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
 
-# endregion 8
+# endregion 12
 # ==============================================================================
-# region 9. Source                                                      [uses 8]
+# region 13. Source                                                    [uses 12]
 # ==============================================================================
 # Where the bytes that are compiled come from: an archive or a git URL, both hostile.  What git says of them is believed
 # only where hashing the files themselves gives the same.
@@ -1028,6 +2122,11 @@ def limit_error(message: str) -> BuildFailed:
 def is_archive(head: bytes) -> bool:
     """Whether head begins a ZIP file (also an empty one) or a gzip stream with deflate [RFC1952 2.3.1]."""
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b\x08"))
+
+
+def utc_time(seconds: float) -> str:
+    """Seconds since 1970 as the verifier takes a time: 2026-11-23T00:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def plain_name(name: str) -> str:
@@ -1489,9 +2588,9 @@ def without_credentials(url: str) -> str:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#][^@]*)?", url)
     return match[1] + match[2] if match else ""
 
-# endregion 9
+# endregion 13
 # ==============================================================================
-# region 10. Toolchains                                              [uses 8, 9]
+# region 14. Toolchains                                            [uses 12, 13]
 # ==============================================================================
 # One table: how a toolchain is recognised, and how its inputs are found out before anything is built.  A program is
 # resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
@@ -1797,11 +2896,22 @@ def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
 
 TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix), Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
 
-# endregion 10
+# endregion 14
 # ==============================================================================
-# region 11. Attester                                             [uses 5, 6, 8]
+# region 15. Attester                                  [uses 5, 6, 7, 8, 10, 12]
 # ==============================================================================
-# Evidence for a provenance.  This version has one Attester, and it says what it is.
+# Evidence for a provenance: of no hardware, which says what it is, or of the SEV-SNP guest that this runs in.  The host of a guest
+# is hostile: what it hands out beside the report (the certificate table) is used only where it verifies the report.
+
+TSM_REPORTS = "/sys/kernel/config/tsm/report"  # configfs-tsm, Linux 6.7 and later [TSM]
+SEV_GUEST = "/dev/sev-guest"  # [SEV-GUEST]
+SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302
+MAX_CERTIFICATES = 16 * KIB  # SEV_FW_BLOB_MAX_SIZE of the driver
+VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}  # [GHCB 4.1.8.1]
+
+
+class NoAttester(ConfbuildError):
+    """There is no hardware here that attests, or it gave no report."""
 
 
 def report_data(provenance: bytes, nonce: str) -> bytes:
@@ -1820,9 +2930,119 @@ def simulated_evidence(provenance: bytes, nonce: str) -> bytes:
     return to_canonical({"platform": "simulated", "evidence": {
         "version": 1, "notice": SIMULATED_NOTICE, "attestation_report": base64.b64encode(report).decode("ascii")}})
 
-# endregion 11
+
+def get_report(data: bytes) -> tuple[bytes, bytes]:
+    """(report, certificate table) for 64 bytes of report data, from configfs-tsm or else /dev/sev-guest. Raises NoAttester."""
+    if os.path.isdir(TSM_REPORTS):
+        return tsm_report(TSM_REPORTS, data)
+    if os.path.exists(SEV_GUEST):
+        device = os.open(SEV_GUEST, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return sev_guest_report(lambda request, argument: fcntl.ioctl(device, request, argument), data)
+        finally:
+            os.close(device)
+    raise NoAttester(f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here", "`modprobe sev-guest`, as root, where it is one")
+
+
+def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
+    """(report, certificate table or empty) from configfs-tsm at root. Raises NoAttester. [TSM]"""
+    def read(name: str) -> bytes:
+        with open(os.path.join(folder, name), "rb", buffering=0) as f:
+            return b"".join(iter(lambda: f.read(BLOCK), b""))
+
+    def generation() -> int:
+        return int(read("generation"))
+
+    folder = os.path.join(root, f"confbuild-{secrets.token_hex(8)}")
+    try:
+        os.mkdir(folder)
+        try:
+            before = generation()
+            with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
+                written = f.write(data)  # in one write: a second one would begin another request
+            report, table, provider = read("outblob"), read("auxblob"), read("provider").strip()
+            after = generation()
+        finally:
+            os.rmdir(folder)
+    except OSError as e:
+        reason = "the report is larger than the kernel takes" if e.errno == errno.EFBIG else e.strerror
+        raise NoAttester(f"{e.filename or root}: {reason}") from None
+    except ValueError:
+        raise NoAttester(f"{folder}: generation is no number") from None
+    if provider != b"sev_guest":
+        raise NoAttester(f"{root}: its provider is {provider[:40].decode('ascii', 'replace')!r}, not sev_guest")
+    if written != len(data) or after != before + 1:  # somebody else wrote between our write and our read
+        raise NoAttester(f"{folder}: {after - before} requests were made, not our one")
+    return report, table
+
+
+def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[bytes, bytes]:
+    """(report, certificate table or empty) from /dev/sev-guest. ioctl: of it, called with a request and its argument.
+    Raises NoAttester. [SEV-GUEST]"""
+    certificates = ctypes.create_string_buffer(MAX_CERTIFICATES)
+    body = data + bytes(32)  # user_data, vmpl 0, reserved
+    where = ctypes.addressof(certificates).to_bytes(8, "little") + MAX_CERTIFICATES.to_bytes(4, "little") + bytes(4)
+    failure = ""
+    for request, content in ((SNP_GET_EXT_REPORT, body + where), (SNP_GET_REPORT, body)):  # a host need not have certificates
+        question, answer = ctypes.create_string_buffer(content, len(content)), ctypes.create_string_buffer(4000)
+        argument = bytearray(b"\x01" + bytes(7) + ctypes.addressof(question).to_bytes(8, "little") + ctypes.addressof(answer).to_bytes(8, "little") + bytes(8))
+        try:
+            ioctl(request, argument)
+        except OSError as e:
+            firmware, vmm = (int.from_bytes(argument[at:at + 4], "little") for at in (24, 28))
+            failure = f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})"
+            continue
+        status, size = (int.from_bytes(answer.raw[at:at + 4], "little") for at in (0, 4))
+        if status == 0 and size == REPORT_SIZE:
+            return answer.raw[0x20:0x20 + size], certificates.raw if request == SNP_GET_EXT_REPORT else b""
+        failure = f"status {status:#x}, a report of {size} bytes"
+    raise NoAttester(f"{SEV_GUEST}: {failure}")
+
+
+def vek_in_table(table: bytes, kind: str) -> bytes | None:
+    """The certificate of kind "VCEK" or "VLEK" in a certificate table, or None; whatever the bytes. [GHCB 4.1.8.1]
+
+    Entries of GUID[16], u32 offset, u32 length, ended by a zero one. Hosts disagree about the GUID's byte order: both are taken."""
+    guid = uuid.UUID(VEK_GUIDS[kind])
+    for at in range(0, len(table) - 23, 24):
+        offset, length = (int.from_bytes(table[at + i:at + i + 4], "little") for i in (16, 20))
+        if not any(table[at:at + 24]):
+            return None
+        if table[at:at + 16] in (guid.bytes, guid.bytes_le):
+            return table[offset:offset + length]
+    return None
+
+
+def fetch_vek(url: str) -> bytes:
+    """What AMD's key distribution service answers. Raises NoAttester. [VCEK 4.1]"""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return bytes(answer.read(MAX_CERTIFICATES))
+    except OSError as e:
+        raise NoAttester(f"{url}: {e}") from None
+
+
+def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None) -> bytes:
+    """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, fetch gets it
+    from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
+    parsed = parse_report(report)
+    vek = vek_in_table(table, parsed.signing_key) if parsed.signing_key in VEK_GUIDS else None
+    if vek is None and fetch is not None:
+        if not parsed.product or parsed.signing_key != "VCEK":
+            raise NoAttester("AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
+                             f"{parsed.signing_key} of {parsed.product or 'an unknown product'}")
+        vek = fetch(vek_url(parsed, parsed.product))
+    if vek is not None:
+        try:
+            verify_report(parsed, parse_certificate(vek, "VEK").key)
+        except (Malformed, BadSignature) as e:
+            raise NoAttester(f"the certificate that came with the report does not verify it: {e}") from None
+    chain = None if vek is None else {"vcek": base64.b64encode(vek).decode("ascii"), "ask": None, "ark": None}
+    return to_canonical({"platform": platform, "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain}})
+
+# endregion 15
 # ==============================================================================
-# region 12. Bundle                                                   [uses 8, 9]
+# region 16. Bundle                                                [uses 12, 13]
 # ==============================================================================
 # The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
 # the archive itself.  Files are hashed in blocks, never held.
@@ -1848,10 +3068,15 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
 
 
 def read_bundle(path: str) -> BundleFiles:
-    """The bundle in the directory or archive at path. Raises UsageError where there is none."""
+    """The bundle in the directory or archive at path; "-" is an archive on stdin. Raises UsageError where there is none.
+
+    A directory may hold evidence.json without provenance.json: what verifies then is the evidence alone."""
     try:
+        if path == "-":
+            return _read_archive("stdin", sys.stdin.buffer)
         if not os.path.isdir(path):
-            return _read_archive(path)
+            with open(path, "rb") as f:
+                return _read_archive(path, f)
         artifacts = {}
         folder = os.path.join(path, "artifacts")
         if os.path.islink(folder):
@@ -1859,52 +3084,56 @@ def read_bundle(path: str) -> BundleFiles:
         for name in os.listdir(folder) if os.path.lexists(folder) else []:
             mode = os.lstat(os.path.join(folder, name)).st_mode
             artifacts[name] = file_sha256(os.path.join(folder, name)) if stat.S_ISREG(mode) else "no regular file"
-        documents = []
-        for name in ("provenance.json", "evidence.json"):
-            if not stat.S_ISREG(os.lstat(os.path.join(path, name)).st_mode):  # opening a pipe would wait for ever
-                raise UsageError(f"{path}: {name} is no regular file")
-            with open(os.path.join(path, name), "rb") as f:
-                documents.append(f.read(MAX_JSON + 1))
-        return BundleFiles(documents[0], documents[1], artifacts)
+        evidence = _read_document(path, "evidence.json")
+        alone = not os.path.lexists(os.path.join(path, "provenance.json"))
+        return BundleFiles(None if alone else _read_document(path, "provenance.json"), evidence, artifacts)
     except OSError as e:
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None
 
 
-def _read_archive(path: str) -> BundleFiles:
-    """The bundle in a gzip tarball, read once and unpacked nowhere. Raises UsageError, OSError."""
+def _read_document(folder: str, name: str) -> bytes:
+    """A file of a bundle, or the beginning of one that is too long. Raises UsageError, OSError."""
+    path = os.path.join(folder, name)
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would wait for ever
+        raise UsageError(f"{folder}: {name} is no regular file")
+    with open(path, "rb") as f:
+        return f.read(MAX_JSON + 1)
+
+
+def _read_archive(path: str, f: IO[bytes]) -> BundleFiles:
+    """The bundle in a gzip tarball, read once and unpacked nowhere. path: names it in errors. Raises UsageError, OSError."""
     documents: dict[str, bytes] = {}
     artifacts: dict[str, str] = {}
     top: str | None = None
     members = size = 0
     try:
-        with open(path, "rb") as f:
-            for member in _tar_members(f):
-                members += 1
-                if members > MAX_MEMBERS:
-                    raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
-                folder, _, name = member.name.partition("/")
-                top = folder if top is None else top
-                if top in ("", ".", "..") or folder != top:
-                    raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
-                if member.kind == "directory" and name in ("", "artifacts"):
-                    continue
-                artifact = name.removeprefix("artifacts/") if name.startswith("artifacts/") else None
-                if member.kind != "file" or name in documents or artifact in artifacts or (
-                        artifact is None and name not in ("provenance.json", "evidence.json")):
-                    raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
-                digest, head = hashlib.sha256(), bytearray()
-                with member.open() as content:
-                    for block in iter(lambda: content.read(BLOCK), b""):
-                        size += len(block)
-                        if size > MAX_UNPACKED:
-                            raise UsageError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes")
-                        digest.update(block)
-                        if artifact is None:
-                            head += block[:MAX_JSON + 1 - len(head)]
-                if artifact is None:
-                    documents[name] = bytes(head)
-                else:
-                    artifacts[artifact] = digest.hexdigest()
+        for member in _tar_members(f):
+            members += 1
+            if members > MAX_MEMBERS:
+                raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
+            folder, _, name = member.name.partition("/")
+            top = folder if top is None else top
+            if top in ("", ".", "..") or folder != top:
+                raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
+            if member.kind == "directory" and name in ("", "artifacts"):
+                continue
+            artifact = name.removeprefix("artifacts/") if name.startswith("artifacts/") else None
+            if member.kind != "file" or name in documents or artifact in artifacts or (
+                    artifact is None and name not in ("provenance.json", "evidence.json")):
+                raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
+            digest, head = hashlib.sha256(), bytearray()
+            with member.open() as content:
+                for block in iter(lambda: content.read(BLOCK), b""):
+                    size += len(block)
+                    if size > MAX_UNPACKED:
+                        raise UsageError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes")
+                    digest.update(block)
+                    if artifact is None:
+                        head += block[:MAX_JSON + 1 - len(head)]
+            if artifact is None:
+                documents[name] = bytes(head)
+            else:
+                artifacts[artifact] = digest.hexdigest()
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and tarfile raise a dozen kinds for hostile bytes
@@ -1913,9 +3142,9 @@ def _read_archive(path: str) -> BundleFiles:
         raise UsageError(f"{path}: provenance.json or evidence.json is missing")
     return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
 
-# endregion 12
+# endregion 16
 # ==============================================================================
-# region 13. Pipeline                                  [uses 6, 7, 8, 9, 10, 11, 12]
+# region 17. Pipeline                          [uses 10, 11, 12, 13, 14, 15, 16]
 # ==============================================================================
 # Source -> build -> provenance -> evidence -> archive, in one process that does nothing else and is thrown away.
 
@@ -2082,9 +3311,9 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
         raise BuildFailed("ProvenanceError", str(e)) from None
     return data
 
-# endregion 13
+# endregion 17
 # ==============================================================================
-# region 14. Event log                                            [uses nothing]
+# region 18. Event log                                            [uses nothing]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
 # the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
@@ -2216,9 +3445,9 @@ def has_ended(path: str) -> bool:
         return False
     return tail.endswith(b"\n\n") and COMPLETE.encode() in tail[:-2].rpartition(b"\n\n")[2]
 
-# endregion 14
+# endregion 18
 # ==============================================================================
-# region 15. Event streams                                          [uses 8, 14]
+# region 19. Event streams                                         [uses 12, 18]
 # ==============================================================================
 # One thread serves every watcher of every job.  A request thread hands over a socket whose headers are written; from then on
 # it is non-blocking, owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112
@@ -2478,9 +3707,9 @@ class Streamer:
             pass  # the peer was faster
         watcher.sock.close()
 
-# endregion 15
+# endregion 19
 # ==============================================================================
-# region 16. Jobs                                                 [uses 8, 13, 14]
+# region 20. Jobs                                              [uses 12, 17, 18]
 # ==============================================================================
 # The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
 # (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
@@ -2831,9 +4060,9 @@ class Jobs:
             thread.join(10)
         return ended
 
-# endregion 16
+# endregion 20
 # ==============================================================================
-# region 17. VMs                                        [uses 7, 8, 12, 13, 14, 16]
+# region 21. VMs                                   [uses 11, 12, 16, 17, 18, 20]
 # ==============================================================================
 # The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 18 as a single-use agent, and is
 # destroyed.  This version has one kind, the simulated VM: a child process of this same file in a session and a workspace of its
@@ -3087,7 +4316,7 @@ def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> st
     if str(size) != answer.headers.get("Content-Length"):
         raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
     try:
-        verdict = verify_bundle(read_bundle(path), Expectations(nonce=job.request.nonce))
+        verdict = verify_bundle(read_bundle(path), Expectations(nonce=job.request.nonce), utc_time(time.time()))
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
     failed = [check.name for check in verdict.checks if check.status == "failed"]
@@ -3095,9 +4324,9 @@ def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> st
         raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
     return path
 
-# endregion 17
+# endregion 21
 # ==============================================================================
-# region 18. HTTP API                                   [uses 8, 9, 13, 14, 15, 16]
+# region 22. HTTP API                              [uses 12, 13, 17, 18, 19, 20]
 # ==============================================================================
 # One route table; each route is a function of a request that returns a response or raises Refused.  http.server parses, in a
 # thread per request; it knows nothing of builds, and the functions nothing of sockets.  An event stream's socket goes to the
@@ -3681,9 +4910,9 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET})
     return server(address, handler)  # type: ignore[no-any-return]
 
-# endregion 18
+# endregion 22
 # ==============================================================================
-# region 19. Agent                                      [uses 8, 13, 14, 15, 16, 18]
+# region 23. Agent                                 [uses 12, 17, 18, 19, 20, 22]
 # ==============================================================================
 # What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input.
 #
@@ -3726,9 +4955,9 @@ def run_agent() -> None:
     finally:
         end()
 
-# endregion 19
+# endregion 23
 # ==============================================================================
-# region 20. Client                                           [uses 8, 9, 10, 13, 17]
+# region 24. Client                                    [uses 12, 13, 14, 17, 21]
 # ==============================================================================
 # The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
 
@@ -4031,9 +5260,9 @@ def _write_source(archive: str, root: str, name: str, files: Sequence[str], hist
         if history:
             tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
 
-# endregion 20
+# endregion 24
 # ==============================================================================
-# region 21. Rendering                                            [uses nothing]
+# region 25. Rendering                                            [uses nothing]
 # ==============================================================================
 # Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
 #
@@ -4055,33 +5284,50 @@ def cut_to_cells(text: str, width: int) -> str:
 
 
 def render_verdict(verdict: Verdict, color: bool) -> str:
-    """The checks, aligned, and one sentence that says what is proven and what is not."""
-    width = min(40, max(len(check.name) for check in verdict.checks))
+    """What the evidence says, the checks, aligned, and one sentence that says what is proven and what is not."""
+    width = min(40, max(len(name) for name in (*(check.name for check in verdict.checks), *verdict.claims)))
     marks = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}
-    rows = []
+    rows: list[str] = []
+    skipped: dict[str, list[str]] = {}
+    if verdict.claims.get("report_version") is not None:
+        rows += [f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}" for name, text in (
+            (name, value if isinstance(value, str) else compact_json(value)) for name, value in verdict.claims.items())]
     for check in verdict.checks:
         mark, sgr = marks[check.status]
+        if check.status == "not checked" and not check.actual:
+            skipped.setdefault(check.detail, []).append(check.name)  # one line for all that were skipped for one reason
+            continue
         shown = check.actual if check.status != "failed" or not check.expected else ""
-        shown = shown if len(shown) <= 100 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
-        notes = [check.detail[:1000]] if check.detail and check.status != "passed" else []
+        shown = shown if len(shown) <= 128 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
+        notes = [check.detail[:1000]] if check.detail and (check.status != "passed" or check.detail.startswith("legacy")) else []
         rows.append(_paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip())
         if check.status == "failed" and check.expected:
             rows += [f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}" for word, value in (
                 ("expected", check.expected), ("actual  ", check.actual))]
+    mark, sgr = marks["not checked"]
+    rows += [_paint(mark, sgr, color) + " " + plain_text(f"{', '.join(names)}: {why}") for why, names in skipped.items()]
     return "\n".join([*rows, _sentence(verdict, color)])
 
 
 def _sentence(verdict: Verdict, color: bool) -> str:
     """The last line of a verdict."""
+    passed = {check.name for check in verdict.checks if check.status == "passed"}
     if verdict.verdict == "failed":
         names = [check.name for check in verdict.checks if check.status == "failed"]
         return _paint("FAILED", "31;1", color) + f": {len(names)} of {len(verdict.checks)} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
             ", ...)" if len(names) > 4 else ")") + ": nothing is proven about these artifacts"
     if verdict.verdict == "simulated":
-        unasked = "" if any(check.name == "nonce" and check.status == "passed" for check in verdict.checks) else "; the nonce was not checked"
+        unasked = "" if "nonce" in passed else "; the nonce was not checked"
         return _paint("SIMULATED", "33;1", color) + (": artifacts, provenance and evidence agree, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
-    return _paint("PASSED", "32;1", color) + ": these artifacts are what the provenance says"
+    unasked = ", ".join(text for name, text in (
+        ("nonce", "when it was signed (--nonce)"), ("measurement", "what ran in the VM (--measurement)"),
+        ("revocation", "whether the keys are revoked (--crl)"), ("trust anchors", "whether the keys of --roots are AMD's"),
+        ("source tree" if "provenance digest" in passed else "", "what the source is (--source)")) if name and name not in passed)
+    proven = "these artifacts are those that the provenance lists, and it was signed in" if "provenance digest" in passed else (
+        "there is no provenance and no artifact; the evidence was signed in")
+    return _paint("PASSED", "32;1", color) + f": {proven} a confidential VM on an AMD {plain_text(str(verdict.claims.get('product')))} processor" + (
+        f"; not checked: {unasked}" if unasked else "")
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -4188,9 +5434,9 @@ class Display:
         except OSError:
             return shutil.get_terminal_size().columns - 1
 
-# endregion 21
+# endregion 25
 # ==============================================================================
-# region 22. Command line          [uses 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 19, 20, 21]
+# region 26. Command line  [uses 11, 12, 13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24, 25]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
@@ -4452,7 +5698,7 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
             raise BrokenProtocol(f"{e}") from None
         project, _ = find_project(root, "")
         try:
-            verdict = verify_bundle(read_bundle(project), expected)
+            verdict = verify_bundle(read_bundle(project), expected, utc_time(time.time()))
         except UsageError:
             raise BrokenProtocol("what it handed out is no bundle") from None
         good = verdict.verdict != "failed"
@@ -4519,26 +5765,127 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=nonce.lower()), _display(options))
 
 
-def cmd_verify(options: "argparse.Namespace") -> int:
-    """The verdict over a bundle. Opens no socket."""
-    for name, size in (("nonce", 32), ("source_commit", 40), ("source_tree", 40)):
+# Options of verify in hexadecimal, and how many digits they have.
+_HEX_OPTIONS = {"nonce": 32, "measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
+_PATH_OPTIONS = ("source", "crl", "vek", "roots")  # in a policy file: relative to it
+CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
+
+
+def _policy_arguments(options: "argparse.Namespace") -> list[str]:
+    """The options that a policy file [TOML] stands for. Raises UsageError, OSError."""
+    path = options.policy
+    try:
+        with open(path, "rb") as f:
+            policy = tomllib.loads(f.read(MIB).decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise UsageError(f"--policy {path}: not TOML: {e}") from None
+    known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles"}
+    arguments = []
+    for name, value in policy.items():
+        if name not in known:
+            raise UsageError(f"--policy {path}: {name!r} is unknown", "known are " + ", ".join(sorted(known)))
+        if isinstance(value, bool):
+            arguments += [f"--{name}"] if value else []
+            continue
+        if isinstance(value, dict):  # min-tcb
+            value = tcb_text(value)
+        for item in value if isinstance(value, list) else [value]:
+            if not isinstance(item, str) and type(item) is not int:
+                raise UsageError(f"--policy {path}: {name} is neither text nor a whole number, nor a list of them")
+            if name in _PATH_OPTIONS:
+                item = os.path.join(os.path.dirname(path), str(item))
+            arguments.append(f"--{name}={item}")
+    return arguments
+
+
+def _read_der(path: str) -> bytes:
+    """A certificate or revocation list, of which a PEM file may hold the DER. Raises UsageError, OSError."""
+    with open(path, "rb") as f:
+        data = f.read(MAX_JSON)
+    match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
+    if match is None:
+        return data
+    return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
+
+
+def _read_roots(directory: str) -> Anchors:
+    """The keys in <product>/{ark,ask,asvk}.der of directory. Raises UsageError, OSError."""
+    anchors = {}
+    for name in os.listdir(directory):
+        product = name.capitalize()
+        if product in TCB_LAYOUTS:
+            ark, ask, asvk = (_read_der(os.path.join(directory, name, f"{role}.der")) for role in ("ark", "ask", "asvk"))
+            anchors[product] = make_anchors(product, ark, ask, asvk)
+    if not anchors:
+        raise UsageError(f"--roots {directory}: no directory of {', '.join(name.lower() for name in TCB_LAYOUTS)} in it")
+    return anchors
+
+
+def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
+    """What --roots, --crl and --vek name. Raises UsageError, OSError."""
+    try:
+        return Endorsements(_read_roots(options.roots) if options.roots else None, [(os.path.basename(path), _read_der(path)) for path in options.crl],
+                            _read_der(options.vek) if options.vek else None)
+    except (Malformed, BadSignature) as e:
+        raise UsageError(str(e)) from None
+
+
+def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
+    """What the options ask for. Raises UsageError."""
+    for name, size in _HEX_OPTIONS.items():
         value = getattr(options, name)
-        if value is not None and not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", value):
-            raise UsageError(f"--{name.replace('_', '-')}: {size} hexadecimal digits are needed")
-    if not all(re.fullmatch(r"[0-9a-fA-F]{96}", measurement) for measurement in options.measurement):
-        raise UsageError("--measurement: 96 hexadecimal digits are needed")
+        for text in value if isinstance(value, list) else [] if value is None else [value]:
+            if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", text):
+                raise UsageError(f"--{name.replace('_', '-')}: {size} hexadecimal digits are needed")
     expected = Expectations(
-        nonce=options.nonce, measurements=options.measurement, source_uri=options.source_uri,
-        source_commit=options.source_commit and options.source_commit.lower(), source_tree=options.source_tree and options.source_tree.lower(),
-        builder_id=options.builder_id, require_tee=options.require_tee)
-    if options.source:
-        expected = _expect_source(options.source, expected)
-    verdict = verify_bundle(read_bundle(options.bundle), expected)
+        nonce=options.nonce, measurements=options.measurement, min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
+        chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, allow_debug=options.allow_debug,
+        source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
+        source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
+        build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
+        finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
+    return _expect_source(options.source, expected) if options.source else expected
+
+
+def cmd_verify(options: "argparse.Namespace") -> int:
+    """The verdicts over bundles. Opens no socket."""
+    now = time.time()
+    expected, endorsements = _read_expectations(options, now), _read_endorsements(options)
+    statuses, wires = [], []
+    for path in options.bundles:
+        shown, status = {"bundle": path}, EXIT_USAGE
+        try:
+            verdict = verify_bundle(read_bundle(path), expected, utc_time(now), endorsements)
+        except UsageError as e:
+            if len(options.bundles) == 1:
+                raise
+            sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n")
+            wires.append({**shown, "verdict": "failed", "error": str(e)})
+        else:
+            status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED}[verdict.verdict]
+            wires.append({**shown, **verdict.to_wire()})
+            if options.format == "text":
+                sys.stdout.write((plain_text(path) + "\n" if len(options.bundles) > 1 else "") + render_verdict(verdict, _colored(sys.stdout)) + "\n")
+        statuses.append(status)
     if options.format == "json":
-        sys.stdout.write(json.dumps(verdict.to_wire(), indent=2) + "\n")
-    else:
-        sys.stdout.write(render_verdict(verdict, _colored(sys.stdout)) + "\n")
-    return {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED}[verdict.verdict]
+        if len(wires) == 1:
+            del wires[0]["bundle"]
+        sys.stdout.write(json.dumps(wires if len(wires) > 1 else wires[0], indent=2) + "\n")
+    return next(status for status in (EXIT_USAGE, EXIT_NO, EXIT_SIMULATED, EXIT_OK) if status in statuses)
+
+
+def cmd_attest(options: "argparse.Namespace") -> int:
+    """Evidence for a provenance, from the hardware that this runs on."""
+    if not is_nonce(options.nonce):
+        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    with open(options.provenance, "rb") as f:
+        provenance = f.read(MAX_JSON)
+    report, table = get_report(report_data(provenance, options.nonce))
+    evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
+    if b'"cert_chain": null' in evidence:
+        sys.stderr.write("confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n")
+    sys.stdout.write(evidence.decode("ascii"))
+    return EXIT_OK
 
 
 def _expect_source(directory: str, expected: Expectations) -> Expectations:
@@ -4599,7 +5946,27 @@ def _seconds(text: str) -> float:
     return float(text)
 
 
-_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"  # as argparse names them in errors
+def _age(text: str) -> int:
+    """A time in seconds, minutes, hours or days, as 30d, for argparse. Returns seconds."""
+    if not re.fullmatch(r"[0-9]{1,6}[smhd]", text, re.ASCII):
+        raise ValueError(text)
+    return int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]]
+
+
+def _levels(text: str) -> dict[str, int]:
+    """Security patch levels, as bootloader=4,snp=24, for argparse."""
+    levels = {}
+    for part in text.split(","):
+        name, _, level = part.partition("=")
+        if name not in TCB_LAYOUTS["Turin"] or name in levels or not re.fullmatch(r"[0-9]{1,3}", level, re.ASCII) or int(level) > 255:
+            raise ValueError(text)
+        levels[name] = int(level)
+    return levels
+
+
+# As argparse names them in errors.
+_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"
+_age.__name__, _levels.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24"
 
 
 def build_parser() -> "argparse.ArgumentParser":
@@ -4614,10 +5981,10 @@ def build_parser() -> "argparse.ArgumentParser":
 
     parser = argparse.ArgumentParser(
         prog="confbuild", description="Turn source code into an attested build, and verify one.", allow_abbrev=False,
-        epilog="This version builds in simulated VMs only: nothing is confidential, and the evidence is signed by no hardware.")
+        epilog="This version builds in simulated VMs only: nothing is confidential, and their evidence is signed by no hardware. It verifies evidence of real SEV-SNP hardware.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_build, _add_serve, _add_verify, _add_watch, _add_list, _add_cancel, _add_fetch):
+    for add in (_add_build, _add_serve, _add_verify, _add_attest, _add_watch, _add_list, _add_cancel, _add_fetch):
         add(commands)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
     sweep = commands.add_parser("sweep")
@@ -4681,18 +6048,47 @@ def _add_serve(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", cmd_verify, "verify a bundle, offline")
-    parser.add_argument("bundle", metavar="BUNDLE", help="its directory or archive")
-    parser.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
+    parser = _add_command(commands, "verify", cmd_verify, "verify bundles, offline")
+    parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement a "
+                     "VM that ran anything passes, and without --nonce an old bundle does.")
+    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
-    parser.add_argument("--measurement", action="append", default=[], metavar="HEX", help="what the VM may have been (repeatable)")
-    parser.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
-    parser.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
-    parser.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
-    parser.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
-    parser.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
-    parser.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
-    parser.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
+    parser.add_argument("--policy", metavar="FILE.toml", help="a file with any of the options below, without their dashes; the command line wins")
+    group = parser.add_argument_group("what the build must have been")
+    group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
+    group.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
+    group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
+    group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
+    group.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
+    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency that it must list (repeatable)")
+    group.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
+    group.add_argument("--build-type", metavar="URI", help="the buildType that it must name")
+    group.add_argument("--max-age", type=_age, metavar="AGE", help="how old it may be: 90m, 24h, 30d")
+    group.add_argument("--allow-legacy-digest", action="store_true", help="accept the compact digest that the five oldest bundles have signed")
+    group = parser.add_argument_group("what must have run it")
+    group.add_argument("--measurement", action="append", default=[], metavar="HEX", help="the launch digest that the VM may have (repeatable)")
+    group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels, such as bootloader=4,tee=0,snp=24,microcode=219")
+    group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
+    group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
+    group.add_argument("--chip-id", metavar="HEX", help="CHIP_ID of the report")
+    group.add_argument("--family-id", metavar="HEX", help="FAMILY_ID of the report")
+    group.add_argument("--image-id", metavar="HEX", help="IMAGE_ID of the report")
+    group.add_argument("--allow-debug", action="store_true", help="accept a VM that its host may read and change")
+    group.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
+    group.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
+    group = parser.add_argument_group("what the manufacturer says")
+    group.add_argument("--crl", action="append", default=[], metavar="FILE", help="AMD's revocation list (repeatable)")
+    group.add_argument("--require-crl", action="store_true", help="fail where no list of the right key was given")
+    group.add_argument("--vek", metavar="FILE", help="the VCEK's or VLEK's certificate, where the evidence has none")
+    group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
+
+
+def _add_attest(commands: Any) -> None:
+    parser = _add_command(commands, "attest", cmd_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware")
+    parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
+    parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits")
+    parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
+    parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
 
 
 def _add_watch(commands: Any) -> None:
@@ -4746,11 +6142,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
-    options = build_parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    options = build_parser().parse_args(arguments)
     if options.run is not cmd_verify:
         logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
                             format="confbuild: %(levelname)s: %(message)s")
     try:
+        if getattr(options, "policy", None):  # as if it stood in front of what is on the command line, which so wins
+            options = build_parser().parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
         return int(options.run(options))
     except ConfbuildError as e:
         sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
@@ -4766,4 +6165,4 @@ def _run(argv: Sequence[str] | None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-# endregion 22
+# endregion 26

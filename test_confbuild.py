@@ -54,6 +54,7 @@ settings.load_profile("confbuild")
 FILE = Path(confbuild.__file__).resolve()
 SHARED = FILE.parent.parent / "shared"
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
            "openssl": "apt-get install openssl"}
 
@@ -236,6 +237,11 @@ def bundle(doc: Any = None, nonce: str = NONCE, provenance: bytes | None = None)
     """A simulated bundle of doc, with one artifact called demo."""
     data = confbuild.to_canonical(statement() if doc is None else doc) if provenance is None else provenance
     return confbuild.BundleFiles(data, confbuild.simulated_evidence(data, nonce), {"demo": hashlib.sha256(b"artifact").hexdigest()})
+
+
+def verdict_over(files: confbuild.BundleFiles, expected: confbuild.Expectations, now: str = NOW, **endorsements: Any) -> confbuild.Verdict:
+    """The verdict at a time that lies in every genuine certificate's."""
+    return confbuild.verify_bundle(files, expected, now, confbuild.Endorsements(**endorsements))
 
 
 def status_of(verdict: confbuild.Verdict, name: str) -> str:
@@ -441,7 +447,7 @@ class TestRecords:
 
 # endregion 4
 # ==============================================================================
-# region 5. SEV-SNP report
+# region 8. SEV-SNP report
 # ==============================================================================
 
 
@@ -468,9 +474,9 @@ class TestReport:
         with pytest.raises(ValueError, match=message):
             confbuild.simulated_report(bytes(sizes[0]), bytes(sizes[1]))
 
-# endregion 5
+# endregion 8
 # ==============================================================================
-# region 6. Statement
+# region 10. Statement
 # ==============================================================================
 
 
@@ -522,7 +528,7 @@ class TestStatement:
 
     @pytest.mark.parametrize("name", REAL)
     def test_real_bundles_fail_for_their_platform(self, name: str) -> None:
-        verdict = confbuild.verify_bundle(confbuild.read_bundle(str(real_bundle(name))), confbuild.Expectations())
+        verdict = verdict_over(confbuild.read_bundle(str(real_bundle(name))), confbuild.Expectations())
         good = ("evidence form", "provenance form", "canonical form", "provenance schema", "input Merkle root", "subjects")
         assert {check: status_of(verdict, check) for check in good} == dict.fromkeys(good, "passed")
         assert verdict.verdict == "failed" and status_of(verdict, "platform") == "failed" and verdict.platform in ("az-snp", "snp")
@@ -626,9 +632,9 @@ class TestStatement:
     def test_canonical_form(self) -> None:
         assert confbuild.to_canonical({"b": ["\u00e9"], "a": {}}) == '{\n  "b": [\n    "\u00e9"\n  ],\n  "a": {}\n}'.encode()
 
-# endregion 6
+# endregion 10
 # ==============================================================================
-# region 7. Verdict
+# region 11. Verdict
 # ==============================================================================
 
 
@@ -745,7 +751,7 @@ def reports_are_equal_where_it_counts(doc: Any) -> bool:
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
-        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
+        verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
         assert {check.status for check in verdict.checks} == {"passed"}
         assert confbuild.REQUIRED | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
@@ -756,7 +762,7 @@ class TestVerdict:
             "source": {"digest": {"gitCommit": "34" * 20, "gitTree": "12" * 20}, "uri": "https://a/b"}}
 
     def test_what_nobody_asks_for_is_shown_as_not_checked(self) -> None:
-        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations())
+        verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations())
         assert verdict.verdict == "simulated"
         assert {check.name for check in verdict.checks if check.status == "not checked"} == set(OPTIONAL.values())
         assert next(check for check in verdict.checks if check.name == "nonce") == confbuild.Check("nonce", "not checked", "", NONCE,
@@ -764,13 +770,13 @@ class TestVerdict:
 
     @pytest.mark.parametrize("key", OPTIONAL)
     def test_each_expectation_alone(self, key: str) -> None:
-        verdict = confbuild.verify_bundle(bundle(COMPLETE), confbuild.Expectations(**{key: RIGHT[key]}))
+        verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**{key: RIGHT[key]}))
         assert (verdict.verdict, status_of(verdict, OPTIONAL[key])) == ("simulated", "passed")
 
     @pytest.mark.parametrize(("files", "expected", "failed"), [row[1:] for row in TAMPERINGS], ids=[row[0] for row in TAMPERINGS])
     def test_tampering_fails_the_check_that_is_about_it(self, files: confbuild.BundleFiles, expected: confbuild.Expectations,
                                                         failed: set[str]) -> None:
-        verdict = confbuild.verify_bundle(files, expected)
+        verdict = verdict_over(files, expected)
         assert verdict.verdict == "failed" and {check.name for check in verdict.checks if check.status == "failed"} == failed
         assert all(check.expected != check.actual or check.detail for check in verdict.checks if check.status == "failed")
         # Every check is shown, whatever fails.
@@ -791,18 +797,18 @@ class TestVerdict:
         (bundle(provenance=b"{"), "provenance form", "provenance: not JSON"),
         (bundle(provenance=b"[" * 17 + b"]" * 17), "provenance form", "nested deeper than 16")])
     def test_reasons(self, files: confbuild.BundleFiles, name: str, detail: str) -> None:
-        assert detail in next(check for check in confbuild.verify_bundle(files, ANY).checks if check.name == name).detail
+        assert detail in next(check for check in verdict_over(files, ANY).checks if check.name == name).detail
 
     def test_every_required_check_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The verdict is a set inclusion: a required name that nothing has made fails it."""
         monkeypatch.setattr(confbuild, "REQUIRED", confbuild.REQUIRED | {"another"})
-        assert confbuild.verify_bundle(GOOD_BUNDLE, ANY).verdict == "failed"
+        assert verdict_over(GOOD_BUNDLE, ANY).verdict == "failed"
 
     EXPECTED = confbuild.Expectations(nonce=NONCE, measurements=[confbuild.simulated_measurement().hex()])
 
     def check_change(self, files: confbuild.BundleFiles) -> None:
         """Not one bit of the provenance may change. Of the evidence: blanks between its tokens and the text of its notice."""
-        verdict = confbuild.verify_bundle(files, self.EXPECTED)
+        verdict = verdict_over(files, self.EXPECTED)
         try:
             same = files.provenance == GOOD_BUNDLE.provenance and reports_are_equal_where_it_counts(json.loads(files.evidence.decode()))
         except ValueError:
@@ -829,12 +835,12 @@ class TestVerdict:
             data: bytes = getattr(GOOD_BUNDLE, part)
             some = {*range(0, len(data), 9), *range(len(data) - 20, len(data))}
             cut: list[dict[str, Any]] = [{part: data[:n]} for n in some]
-            assert {confbuild.verify_bundle(GOOD_BUNDLE._replace(**changes), ANY).verdict for changes in cut} == {"failed"}
+            assert {verdict_over(GOOD_BUNDLE._replace(**changes), ANY).verdict for changes in cut} == {"failed"}
 
     @given(st.binary(max_size=60), st.binary(max_size=60), st.dictionaries(st.text(st.characters(), max_size=6), st.text(max_size=6), max_size=3))
     def test_arbitrary_bytes_fail_and_never_raise(self, provenance: bytes, other: bytes, artifacts: dict[str, str]) -> None:
         for files in (confbuild.BundleFiles(provenance, other, artifacts), GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "\udcff": "", **artifacts})):
-            wire = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, require_tee=True)).to_wire()
+            wire = verdict_over(files, confbuild.Expectations(nonce=NONCE, require_tee=True)).to_wire()
             assert wire["verdict"] == "failed" and json.loads(confbuild.compact_json(wire))["verdict"] == "failed"
 
     @given(doc=st.sampled_from([FULL, COMPLETE, json.loads(GOOD_BUNDLE.evidence)]), where=st.integers(0, 10 ** 6), value=JSON_VALUES)
@@ -842,7 +848,7 @@ class TestVerdict:
         """The provenance is signed again, so that what remains is the shape."""
         paths = list(nodes(doc))
         data = confbuild.to_canonical(replaced(doc, paths[where % len(paths)], value))
-        verdict = confbuild.verify_bundle(GOOD_BUNDLE._replace(evidence=data) if "platform" in doc else bundle(provenance=data), confbuild.Expectations())
+        verdict = verdict_over(GOOD_BUNDLE._replace(evidence=data) if "platform" in doc else bundle(provenance=data), confbuild.Expectations())
         assert verdict.verdict in ("failed", "simulated") and (verdict.verdict == "failed") == any(check.status == "failed"
                                                                                                    for check in verdict.checks)
 
@@ -853,7 +859,7 @@ class TestVerdict:
     def test_hostile_provenance_takes_bounded_time(self, data: bytes) -> None:
         files = bundle(provenance=data)
         with within(6):
-            verdict = confbuild.verify_bundle(files, ANY)
+            verdict = verdict_over(files, ANY)
         assert verdict.verdict == "failed" and max(len(check.name) for check in verdict.checks) < 300
 
     def test_the_cut_verifier_stands_alone(self) -> None:
@@ -867,7 +873,7 @@ class TestVerdict:
                   "print(json.dumps(["
                   "space['verify_bundle'](space['BundleFiles'](base64.b64decode(p), base64.b64decode(e), a), "
                   "space['Expectations'](**x)).to_wire() for p, e, a, x in cases]))")
-        expected = [confbuild.verify_bundle(files, wanted).to_wire() for _, files, wanted, _ in TAMPERINGS]
+        expected = [verdict_over(files, wanted).to_wire() for _, files, wanted, _ in TAMPERINGS]
         for options in (["-I", "-W", "error"], ["-I", "-O", "-W", "error"]):
             done = subprocess.run([sys.executable, *options, "-c", script, str(FILE)], input=json.dumps(cases), capture_output=True, text=True,
                                   timeout=60, check=True)
@@ -898,9 +904,9 @@ class TestVerdict:
     def test_no_assert_that_dash_o_would_drop(self) -> None:
         assert [node.lineno for node in ast.walk(ast.parse(FILE.read_text("utf-8"))) if isinstance(node, ast.Assert)] == []
 
-# endregion 7
+# endregion 11
 # ==============================================================================
-# region 8. Logging and processes
+# region 12. Logging and processes
 # ==============================================================================
 
 
@@ -1174,9 +1180,9 @@ answer(None)""", str(tmp_path))
     def test_logger(self) -> None:
         assert confbuild.logger().name == "confbuild"
 
-# endregion 8
+# endregion 12
 # ==============================================================================
-# region 9. Source
+# region 13. Source
 # ==============================================================================
 
 
@@ -1889,9 +1895,9 @@ class TestHistory:
         git(clone, "config", "--unset", "remote.origin.url")
         assert confbuild.believe_history(str(clone), git(clone, "rev-parse", "HEAD^{tree}"), ORACLE_ENV) == (origin["main"], "")
 
-# endregion 9
+# endregion 13
 # ==============================================================================
-# region 10. Toolchains
+# region 14. Toolchains
 # ==============================================================================
 
 
@@ -2429,9 +2435,9 @@ class TestPlanNix:
         assert failure(lambda: collect(f"{paths[0]}\n{store}/g-other\n".encode())) == (
             "ProvenanceError", "two outputs have different executables called hello")
 
-# endregion 10
+# endregion 14
 # ==============================================================================
-# region 11. Attester
+# region 15. Attester
 # ==============================================================================
 
 
@@ -2448,9 +2454,9 @@ class TestAttester:
         report = base64.b64decode(doc["evidence"]["attestation_report"], validate=True)
         assert report == b"\3" + bytes(0x4F) + confbuild.report_data(b"abc", NONCE) + hashlib.sha384(FILE.read_bytes()).digest() + bytes(1184 - 0xC0)
 
-# endregion 11
+# endregion 15
 # ==============================================================================
-# region 12. Bundle
+# region 16. Bundle
 # ==============================================================================
 
 
@@ -2635,7 +2641,7 @@ class TestBundle:
             except confbuild.UsageError:
                 continue
             assert pack is gzip.compress or found == GOOD_BUNDLE
-            assert found == GOOD_BUNDLE or confbuild.verify_bundle(found, ANY).verdict == "failed" or found.evidence != GOOD_BUNDLE.evidence
+            assert found == GOOD_BUNDLE or verdict_over(found, ANY).verdict == "failed" or found.evidence != GOOD_BUNDLE.evidence
 
     def test_odd_directories(self, tmp_path: Path) -> None:
         def made(name: str) -> Path:
@@ -2649,7 +2655,7 @@ class TestBundle:
         (odd / "README").write_text("beside a bundle, and no part of it")
         found = confbuild.read_bundle(str(odd))
         assert found == GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, **dict.fromkeys(("link", "dangling", "sub", "pipe"), "no regular file")})
-        assert status_of(confbuild.verify_bundle(found, ANY), "unlisted files") == "failed"
+        assert status_of(verdict_over(found, ANY), "unlisted files") == "failed"
         bare = made("bare")
         shutil.rmtree(bare / "artifacts")
         assert confbuild.read_bundle(str(bare)) == GOOD_BUNDLE._replace(artifacts={})
@@ -2671,9 +2677,9 @@ class TestBundle:
         with within(3), pytest.raises(confbuild.UsageError, match=message):
             confbuild.read_bundle(str(root))
 
-# endregion 12
+# endregion 16
 # ==============================================================================
-# region 13. Pipeline
+# region 17. Pipeline
 # ==============================================================================
 
 
@@ -2896,7 +2902,7 @@ class TestPipeline:
         (tmp_path / "result").write_bytes(running.request("GET", f"/build/{job}/result")[2])
         found = confbuild.read_bundle(str(tmp_path / "result"))
         assert found.artifacts == {"demo": hashlib.sha256(b"built\n").hexdigest()}
-        assert confbuild.verify_bundle(found, confbuild.Expectations(nonce=NONCE)).verdict == "simulated"
+        assert verdict_over(found, confbuild.Expectations(nonce=NONCE)).verdict == "simulated"
         doc = json.loads(found.provenance)
         source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
         assert source["digest"]["gitCommit"] == source["uri"] == "" and b"s3cret" not in found.provenance
@@ -3053,9 +3059,9 @@ class TestRealNix:
         finally:  # the store is read-only
             subprocess.run(["chmod", "-R", "u+w", str(tmp_path)], check=False)
 
-# endregion 13
+# endregion 17
 # ==============================================================================
-# region 14. Event log
+# region 18. Event log
 # ==============================================================================
 
 
@@ -3181,9 +3187,9 @@ class TestEventLog:
             with pytest.raises(ValueError, match="the log is complete"):
                 one.append(COMPLETE_EVENT)
 
-# endregion 14
+# endregion 18
 # ==============================================================================
-# region 15. Event streams
+# region 19. Event streams
 # ==============================================================================
 
 
@@ -3354,9 +3360,9 @@ class TestStreamer:
                 threads[n].join(30)
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start):], (seed, n)
 
-# endregion 15
+# endregion 19
 # ==============================================================================
-# region 16. Jobs
+# region 20. Jobs
 # ==============================================================================
 
 
@@ -3628,9 +3634,9 @@ class TestJobs:
             jobs.check_open()
         assert refused.value.status == 503
 
-# endregion 16
+# endregion 20
 # ==============================================================================
-# region 17. VMs
+# region 21. VMs
 # ==============================================================================
 
 
@@ -3807,9 +3813,9 @@ class TestVm:
         assert Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text() == ""  # no zombie either
         assert "Traceback" not in s.stop()
 
-# endregion 17
+# endregion 21
 # ==============================================================================
-# region 18. HTTP API
+# region 22. HTTP API
 # ==============================================================================
 
 
@@ -4257,7 +4263,7 @@ class TestHttp:
         is_problem(s.request("POST", "/build", URL), 429, "QueueFull")
         (tmp_path / "gate").touch()
         assert [s.events(job)[-1]["result"] for job in jobs] == [{"status": "ok"}] * 2
-        verdict = confbuild.verify_bundle(*self.unpacked(s, jobs[0], tmp_path))
+        verdict = verdict_over(*self.unpacked(s, jobs[0], tmp_path))
         assert verdict.verdict == "simulated"
 
     @staticmethod
@@ -4296,9 +4302,9 @@ class TestHttp:
         assert live.partition(b"\n\n")[2] == (s.state / "jobs" / job / "events").read_bytes()
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
-# endregion 18
+# endregion 22
 # ==============================================================================
-# region 19. Agent
+# region 23. Agent
 # ==============================================================================
 
 
@@ -4333,9 +4339,9 @@ class TestAgent:
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
 
-# endregion 19
+# endregion 23
 # ==============================================================================
-# region 20. Client
+# region 24. Client
 # ==============================================================================
 
 
@@ -4749,9 +4755,9 @@ class TestPackDirectory:
         packed, members, _ = self.pack(root, tmp_path)
         assert packed.commit == head and "secret" not in members
 
-# endregion 20
+# endregion 24
 # ==============================================================================
-# region 21. Rendering
+# region 25. Rendering
 # ==============================================================================
 
 
@@ -4877,9 +4883,9 @@ class TestRendering:
         shown = self.shown(monkeypatch, live, event)
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
-# endregion 21
+# endregion 25
 # ==============================================================================
-# region 22. Command line
+# region 26. Command line
 # ==============================================================================
 
 
@@ -5301,9 +5307,9 @@ class TestBuild:
         assert child.returncode == 0 and b"\x1b[J" in text
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
-# endregion 22
+# endregion 26
 # ==============================================================================
-# region 23. Layout and README
+# region 27. Layout and README
 # ==============================================================================
 
 
@@ -5410,7 +5416,7 @@ class TestLayout:
         assert [n for n, _ in titles] == list(range(1, len(titles) + 1))
         assert [(int(n), t) for n, t in re.findall(r"^ +(\d+)\. (.+)$", ast.get_docstring(self.TREE, clean=False) or "", re.MULTILINE)] == titles
         mine = [(r.number, r.title) for r in regions_of(Path(__file__).read_text(encoding="utf-8"))]
-        assert mine[0][0] == 0 and mine[-1] == (23, "Layout and README") and len(set(mine)) == len(mine)
+        assert mine[0][0] == 0 and mine[-1] == (27, "Layout and README") and len(set(mine)) == len(mine)
         rest = iter(titles)
         assert all(one in rest for one in mine[1:-1]), "the tests' sections are the file's, in its order"
 
@@ -5437,11 +5443,11 @@ class TestLayout:
         assert {"os", "time", "socket", "subprocess", "threading", "secrets"} <= impure
         begin = self.REGIONS[0].first
         assert [(line, name) for line, name in names_read(self.SOURCE) if begin < line < self.CUT and name in impure and name not in names] == []
-        assert self.region(self.CUT - 1) is self.REGIONS[6] and self.region(self.CUT + 2) is self.REGIONS[7]
+        assert self.region(self.CUT - 1) is self.REGIONS[10] and self.region(self.CUT + 2) is self.REGIONS[11]
         half: dict[str, Any] = {"__name__": "half", "__file__": "half"}
         exec(compile("\n".join(self.SOURCE.splitlines()[:self.CUT]), "half", "exec"), half)  # noqa: S102
         files = bundle()
-        assert half["verify_bundle"](half["BundleFiles"](*files), half["Expectations"](nonce=NONCE)).verdict == "simulated"
+        assert half["verify_bundle"](half["BundleFiles"](*files), half["Expectations"](nonce=NONCE), NOW).verdict == "simulated"
 
     def test_habits(self) -> None:
         long: list[str] = []
@@ -5498,4 +5504,4 @@ class TestReadme:
         assert set(re.findall(r"^\| (\d+) \|", self.TEXT, re.MULTILINE)) == {"0", "1", "2", "3", "4", "5", "130"}
         assert [word for word in (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED") if f"`{word}`" not in self.TEXT] == []
 
-# endregion 23
+# endregion 27
