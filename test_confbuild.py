@@ -239,6 +239,253 @@ def bundle(doc: Any = None, nonce: str = NONCE, provenance: bytes | None = None)
     return confbuild.BundleFiles(data, confbuild.simulated_evidence(data, nonce), {"demo": hashlib.sha256(b"artifact").hexdigest()})
 
 
+# A hierarchy like AMD's, whose private keys everybody may know, and what it signs. The signer is here and nowhere else.
+
+TOY_PRIMES = tuple(int(digits, 16) for digits in (
+    ("f761f90f345d179adb53229b54e2d01d9ccbb1c79085e5813318ed93cb04dc20c0aa77dcde2cb640c7b75ce37212d97bded4a8305f273eb4e72435701ec7d0db"
+    "4e7ddc95f8a07529ea43df17edbb3530ba00ee172d0d6d6f57ad366725d808e9fb7e5cc60ad1beef25c02587dfc285944a19e849dd3a26188bf68f70b28a3af9"),
+    ("c432c8096e5778d61242d6ab23591fa46fcd1f74f61d4561862b3b9545614e533469868f623b151e8e2ab8b46cb0f0eef8d4324d75660d23eaab0c513db5b54c"
+    "470f13f2406b18952b3fcd8793e7fa1cfb2a66f40e54f57bba39b77adf11d78a0beec463bbdbaae5933f6cb1c390d86db8c51cb7e9251a93f24b183663d8423f"),
+    ("f91fda9afda8c52aa3a67e392a5215ef1a69d9beb437a2086cc5cdcf06c83ebc466178a50c77fc5a6164508dcb8312bdf04aaf21abe31260ccdd3cbfc975d5c9"
+    "008fc66ff0ade040c1998c4cfd3927b0b10889d60adb077a63c9d6e1eceb3b7bc9b6baae7b1525cd3c49e7842236f59eaa1d008fade7918b4d1f3f9255e4e6cf"),
+    ("e97be790255738604e4ff538660a669e480172ed8bf7158d164f549e4e728569a452e835a0205c9e6f9285e548d82f68662c96bcc8a8cceef4f66c0a4099fa00"
+    "08dc4c5b646c4fdb9325a4bb2f87a2a832cecf5e20b8f8eade162f1a50e1ce8ffbdb1566500faa203e2962606e3d51c74a5364aa0a722630f193858bb556f02d"),
+    ("ed038c5bf1310838d78f0475fd21a7c40e7931a8d5c2b37ea4fbd6d35eb2dcf6c7183b2b389dc23d0af69bf08a3495bd43e2618315d91d85854ac8c672019719"
+    "b8a819fa420695730d619ea76bf74df2e49c74aba3d77e4e4d768769983a778bbc7ece770baaedcf82d35287ba6d57598a5f5e86caed3127570efa7320f2045d"),
+    ("eb45c6e9b0b63773bcd0555864c07552381689bce416d618a7f208181cb0b0dcf1c7295907c2a5322bd6912aa269b70d1e45817b71a590a68d0d6b8e9724a738"
+    "0bb5808899a0eafc202151a74d8dcbeefb8ce08fb440c17d07f1bd98dca198a74fac7f1c3556fc633bbb791b60f8480bab0fe4dd595816d002c004daf514c12b"),
+    ("ec96cf1ea0d269083751e6a65fef7e88637c7d0956a57ec185127669d757b48074cb48e62ec900e41db19e1993c4f8afb70be18411ad6a1a33043acdb2b41fc8"
+    "0bce38e4fad0fd92f7c1139cc17a269cacc8067a62059f0846e5d3a1bcadddd626f99a25a52ca2431bf884bf13d9ac38f60f6219a429c31d9f3422ecfdba5aa5"),
+    ("d52285f66fe5863879618f23a0408bf3c815c3b5a1626955537314bc3759d1aa9a7f7a311d927fb42c973ae9dd2e9fce34836b15cf1ca7734661e22454f1eab5"
+    "7a41df04ce5bad1af1ccf40db097c3b923d3695eaba89e75f7af765223c1ccb0539c48643e3aa9a0f9feb8dfe722d93a8d327d8494f95802a7b94d402e03f933"),
+))
+PSS_SHA384 = bytes.fromhex("304106092a864886f70d01010a3034a00f300d06096086480165030402020500a11c301a06092a864886f70d010108300d06096086480165030402020500a203020130")
+P384_SPKI, RSA_SPKI = bytes.fromhex("301006072a8648ce3d020106052b81040022"), bytes.fromhex("300d06092a864886f70d0101010500")
+
+
+class ToyKey:
+    """An RSA key that signs. index: of its primes, 0 to 3."""
+
+    def __init__(self, index: int) -> None:
+        p, q = TOY_PRIMES[2 * index:2 * index + 2]
+        self.n, self.e, self.d = p * q, 65537, pow(65537, -1, (p - 1) * (q - 1))
+        self.public = confbuild.RsaKey(self.n, self.e)
+        self.size = (self.n.bit_length() + 7) // 8
+
+    def private(self, em: bytes) -> bytes:
+        return pow(int.from_bytes(em, "big"), self.d, self.n).to_bytes(self.size, "big")
+
+    def pss(self, message: bytes, salt: bytes = b"salt" * 12) -> bytes:
+        """[RFC8017 9.1.1]"""
+        h = hashlib.sha384(bytes(8) + hashlib.sha384(message).digest() + salt).digest()
+        size = self.size - len(h) - 1
+        mask = b"".join(hashlib.sha384(h + i.to_bytes(4, "big")).digest() for i in range(size // 48 + 1))[:size]
+        db = bytes(size - len(salt) - 1) + b"\x01" + salt
+        masked = bytes(a ^ b for a, b in zip(db, mask, strict=True))
+        return self.private(bytes((masked[0] & 0x7F,)) + masked[1:] + h + b"\xbc")
+
+    def pkcs1(self, message: bytes) -> bytes:
+        """[RFC8017 9.2]"""
+        t = bytes.fromhex("3031300d060960864801650304020105000420") + hashlib.sha256(message).digest()
+        return self.private(b"\x00\x01" + b"\xff" * (self.size - len(t) - 3) + b"\x00" + t)
+
+    def spki(self) -> bytes:
+        return seq(RSA_SPKI, bits(seq(number(self.n), number(self.e))))
+
+
+P = confbuild.P384_P
+
+
+def p384_multiply(k: int, point: tuple[int, int] | None = confbuild.P384_G) -> tuple[int, int] | None:
+    """k times a point, by the formulas of the textbook."""
+    total: tuple[int, int] | None = None
+    while k:
+        if k & 1:
+            total = p384_add(total, point)
+        point, k = p384_add(point, point), k >> 1
+    return total
+
+
+def p384_add(a: tuple[int, int] | None, b: tuple[int, int] | None) -> tuple[int, int] | None:
+    if a is None or b is None:
+        return a or b
+    if a[0] == b[0] and (a[1] + b[1]) % P == 0:
+        return None
+    slope = (3 * a[0] * a[0] - 3) * pow(2 * a[1], -1, P) if a == b else (b[1] - a[1]) * pow(b[0] - a[0], -1, P)
+    x = (slope * slope - a[0] - b[0]) % P
+    return x, (slope * (a[0] - x) - a[1]) % P
+
+
+class ToyVek:
+    """A P-384 key that signs."""
+
+    def __init__(self, d: int) -> None:
+        self.d = d
+        self.public = confbuild.Point(*(p384_multiply(d) or (0, 0)))
+
+    def sign(self, message: bytes) -> tuple[int, int]:
+        """(r, s) [FIPS186-5 6.4.1], with a k that everybody can compute."""
+        e, n = int.from_bytes(hashlib.sha384(message).digest(), "big"), confbuild.P384_N
+        k = int.from_bytes(hashlib.sha512(message).digest(), "big") % n
+        r = (p384_multiply(k) or (0, 0))[0] % n
+        return r, pow(k, -1, n) * (e + r * self.d) % n
+
+    def spki(self) -> bytes:
+        return seq(P384_SPKI, bits(b"\x04" + b"".join(c.to_bytes(48, "big") for c in self.public)))
+
+
+def tlv(tag: int, *parts: bytes) -> bytes:
+    """One DER element."""
+    body = b"".join(parts)
+    size = len(body).to_bytes((len(body).bit_length() + 7) // 8, "big")
+    return bytes((tag, len(body))) + body if len(body) < 0x80 else bytes((tag, 0x80 | len(size))) + size + body
+
+
+def seq(*parts: bytes) -> bytes:
+    return tlv(0x30, *parts)
+
+
+def number(value: int) -> bytes:
+    return tlv(0x02, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+
+
+def bits(body: bytes) -> bytes:
+    return tlv(0x03, b"\x00", body)
+
+
+def oid(text: str) -> bytes:
+    first, second, *rest = map(int, text.split("."))
+    body = b""
+    for arc in (40 * first + second, *rest):
+        octets = [arc & 0x7F]
+        while arc := arc >> 7:
+            octets.insert(0, 0x80 | arc & 0x7F)
+        body += bytes(octets)
+    return tlv(0x06, body)
+
+
+def utc(text: str) -> bytes:
+    """A UTCTime of 2026-11-23T12:00:00Z."""
+    return tlv(0x17, re.sub(r"[-:T]", "", text)[2:].encode())
+
+
+def x_name(common_name: str) -> bytes:
+    """A Name as AMD writes it."""
+    return seq(*(tlv(0x31, seq(oid(kind), tlv(0x13 if kind == "2.5.4.6" else 0x0C, text.encode()))) for kind, text in (
+        ("2.5.4.11", "Engineering"), ("2.5.4.6", "US"), ("2.5.4.7", "Santa Clara"), ("2.5.4.8", "CA"), ("2.5.4.10", "Advanced Micro Devices"),
+        ("2.5.4.3", common_name))))
+
+
+def extension(name: str, value: bytes, critical: bool = False) -> bytes:
+    return seq(oid(name), *([tlv(0x01, b"\xff")] if critical else []), tlv(0x04, value))
+
+
+def x509(subject: str, issuer: str, spki: bytes, key: ToyKey, *extensions: bytes, serial: int = 0, valid: tuple[str, str] = (
+        "2026-01-01T00:00:00Z", "2033-01-01T00:00:00Z"), algorithm: bytes = PSS_SHA384, sign: Callable[[bytes], bytes] | None = None) -> bytes:
+    """A certificate."""
+    tbs = seq(tlv(0xA0, number(2)), number(serial), algorithm, x_name(issuer), seq(*map(utc, valid)), x_name(subject), spki,
+              tlv(0xA3, seq(*extensions)))
+    return seq(tbs, algorithm, bits((sign or key.pss)(tbs)))
+
+
+def crl_of(issuer: str, key: ToyKey, *serials: int, valid: tuple[str, str] = ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z")) -> bytes:
+    """A revocation list."""
+    revoked = [seq(*(seq(number(serial), utc(valid[0])) for serial in serials))] if serials else []
+    tbs = seq(number(1), PSS_SHA384, x_name(issuer), *map(utc, valid), *revoked, tlv(0xA0, seq(extension("2.5.29.20", number(1)))))
+    return seq(tbs, PSS_SHA384, bits(key.pss(tbs)))
+
+
+TOY_ARK, TOY_ASK, TOY_ASVK, TOY_AK = map(ToyKey, range(4))
+TOY_VEK, OTHER_VEK = ToyVek(0x1234567), ToyVek(0x7654321)
+TOY_CAS = {"ark": x509("ARK-Milan", "ARK-Milan", TOY_ARK.spki(), TOY_ARK, serial=0x010000),
+           "ask": x509("SEV-Milan", "ARK-Milan", TOY_ASK.spki(), TOY_ARK, serial=0x010001),
+           "asvk": x509("SEV-VLEK-Milan", "ARK-Milan", TOY_ASVK.spki(), TOY_ARK, serial=0x010101)}
+TOY_ANCHORS = {"Milan": confbuild.make_anchors("Milan", **TOY_CAS)}
+CHIP_ID = bytes(range(64))
+MILAN_TCB = {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 219}
+
+
+def vek_of(kind: str = "VCEK", tcb: Mapping[str, int] = MILAN_TCB, hwid: bytes | None = CHIP_ID, product: str = "Milan-B0", key: ToyVek = TOY_VEK,
+           **changes: Any) -> bytes:
+    """The certificate of a VCEK or VLEK of the toy hierarchy. changes: of x509."""
+    arcs = {"bootloader": 1, "tee": 2, "snp": 3, "microcode": 8, "fmc": 9}
+    extensions = [extension("1.3.6.1.4.1.3704.1.1", number(0)), extension("1.3.6.1.4.1.3704.1.2", tlv(0x16, product.encode())),
+                  *(extension(f"1.3.6.1.4.1.3704.1.3.{arcs[name]}", number(level)) for name, level in tcb.items())]
+    if hwid is not None and kind == "VCEK":
+        extensions.append(extension("1.3.6.1.4.1.3704.1.4", hwid))
+    issuer, signer = ("SEV-Milan", TOY_ASK) if kind == "VCEK" else ("SEV-VLEK-Milan", TOY_ASVK)
+    arguments: dict[str, Any] = {"subject": f"SEV-{kind}", "issuer": issuer, "spki": key.spki(), "key": signer, **changes}
+    return x509(arguments.pop("subject"), arguments.pop("issuer"), arguments.pop("spki"), arguments.pop("key"), *extensions, **arguments)
+
+
+def snp_report(key: ToyVek = TOY_VEK, **changes: Any) -> bytes:
+    """A signed report of version 5 of a Milan. changes: of its fields, as int or bytes."""
+    tcb = bytes((4, 0, 0, 0, 0, 0, 24, 219))
+    values = {"version": 5, "policy": 0x30000, "signature_algo": 1, "reported_tcb": tcb, "current_tcb": tcb, "committed_tcb": tcb, "launch_tcb": tcb,
+              "cpuid_fam_id": 0x19, "cpuid_mod_id": 1, "cpuid_step": 1, "chip_id": CHIP_ID, "measurement": b"m" * 48,
+              "report_data": confbuild.report_data(bundle().provenance or b"", NONCE), **changes}
+    data = bytearray(confbuild.REPORT_SIZE)
+    for offset, size, name, _ in confbuild.REPORT_FIELDS:
+        value = values.get(name, 0)
+        data[offset:offset + size] = value.to_bytes(size, "little") if isinstance(value, int) else value.ljust(size, b"\0")
+    if "r" not in changes:
+        for offset, value in zip((0x2A0, 0x2E8), key.sign(bytes(data[:0x2A0])), strict=True):
+            data[offset:offset + 72] = value.to_bytes(72, "little")
+    return bytes(data)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def snp_bundle(report: bytes | None = None, vek: bytes | None = None, platform: str = "snp", **parts: Any) -> confbuild.BundleFiles:
+    """The good bundle with hardware evidence of the toy hierarchy. parts: of BundleFiles."""
+    chain = {"vcek": b64(vek_of() if vek is None else vek), "ask": None, "ark": None}
+    doc = {"platform": platform, "evidence": {"attestation_report": b64(snp_report() if report is None else report), "cert_chain": chain}}
+    return bundle()._replace(evidence=json.dumps(doc).encode(), **parts)
+
+
+def quote_of(extra_data: bytes, pcrs: Sequence[bytes], select: bytes = b"\xff\xff\xff") -> bytes:
+    """A TPMS_ATTEST of a quote."""
+    chosen = b"".join(pcrs[i] for i in range(24) if select[i // 8] >> i % 8 & 1)
+    return (bytes.fromhex("ff5443478018") + b"\x00\x02qs" + len(extra_data).to_bytes(2, "big") + extra_data + bytes(25) + bytes.fromhex("00000001000b")
+            + bytes((len(select),)) + select + b"\x00\x20" + hashlib.sha256(chosen).digest())
+
+
+def hcl_of(report: bytes, runtime_data: bytes) -> bytes:
+    """An HCL report of 2600 bytes."""
+    words = [int.from_bytes(b"HCLA", "little"), 2, 0x4D4 + len(runtime_data), 2, 0, 0, 0, 0]
+    header = [20 + len(runtime_data), 1, 2, 1, len(runtime_data)]
+    return (b"".join(w.to_bytes(4, "little") for w in words) + report + b"".join(w.to_bytes(4, "little") for w in header) + runtime_data).ljust(2600, b"\0")
+
+
+def azure_evidence(extra_data: bytes | None = None, **changes: Any) -> dict[str, Any]:
+    """The value of `evidence` of az-snp. changes: runtime_data, report, hcl, pcrs, message, signature, vek (bytes)."""
+    def url(data: bytes) -> str:
+        return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+    jwk = {"kid": "HCLAkPub", "key_ops": ["sign"], "kty": "RSA", "e": "AQAB", "n": url(TOY_AK.n.to_bytes(256, "big"))}
+    runtime = changes.get("runtime_data", json.dumps({"keys": [jwk], "vm-configuration": {"secure-boot": True}, "user-data": "00" * 64}).encode())
+    report = changes.get("report", snp_report(version=2, report_data=hashlib.sha256(runtime).digest()))
+    pcrs = changes.get("pcrs", [hashlib.sha256(bytes((i,))).digest() for i in range(24)])
+    signed = confbuild.report_data(bundle().provenance or b"", NONCE)[:50] if extra_data is None else extra_data
+    message = changes.get("message", quote_of(signed, pcrs))
+    return {"version": 1, "tpm_quote": {"signature": changes.get("signature", TOY_AK.pkcs1(message)).hex(), "message": message.hex(),
+                                        "pcrs": [value.hex() for value in pcrs]},
+            "hcl_report": url(changes.get("hcl", hcl_of(report, runtime))), "vcek": url(changes.get("vek", vek_of()))}
+
+
+def azure_bundle(extra_data: bytes | None = None, **changes: Any) -> confbuild.BundleFiles:
+    """The good bundle with az-snp evidence of the toy hierarchy."""
+    return bundle()._replace(evidence=json.dumps({"platform": "az-snp", "evidence": azure_evidence(extra_data, **changes)}).encode())
+
+
+def provenance_of(files: confbuild.BundleFiles) -> bytes:
+    """Its provenance, which is there."""
+    assert files.provenance is not None
+    return files.provenance
+
+
 def verdict_over(files: confbuild.BundleFiles, expected: confbuild.Expectations, now: str = NOW, **endorsements: Any) -> confbuild.Verdict:
     """The verdict at a time that lies in every genuine certificate's."""
     return confbuild.verify_bundle(files, expected, now, confbuild.Endorsements(**endorsements))
@@ -640,7 +887,7 @@ class TestStatement:
 
 GOOD_BUNDLE = bundle()
 DEMO_SHA256 = hashlib.sha256(b"artifact").hexdigest()
-REPORT = confbuild.simulated_report(confbuild.report_data(GOOD_BUNDLE.provenance, NONCE), confbuild.simulated_measurement())
+REPORT = confbuild.simulated_report(confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE), confbuild.simulated_measurement())
 
 
 def evidence(report: bytes | str | None = REPORT, extra: Mapping[str, Any] | None = None, **changes: Any) -> confbuild.BundleFiles:
@@ -685,15 +932,15 @@ TAMPERINGS: list[Tampering] = [
     ("zero nonce", bundle(nonce="00" * 16), confbuild.Expectations(nonce="00" * 16), {"nonce is not zero"}),
     ("report data tail, first byte", report_with(0x80, b"\1"), ANY, {"report data tail"}),
     ("report data tail, last byte", report_with(0x8F, b"\1"), ANY, {"report data tail"}),
-    ("provenance byte", GOOD_BUNDLE._replace(provenance=GOOD_BUNDLE.provenance.replace(b"--release", b"--releasf")), ANY, {"provenance digest"}),
+    ("provenance byte", GOOD_BUNDLE._replace(provenance=provenance_of(GOOD_BUNDLE).replace(b"--release", b"--releasf")), ANY, {"provenance digest"}),
     ("report data", report_with(0x50, b"\0"), ANY, {"provenance digest"}),
     ("reordered keys", bundle({key: DOC[key] for key in sorted(DOC, reverse=True)}), ANY, {"provenance schema"}),
     ("extra key", bundle({**DOC, "extra": 1}), ANY, {"provenance schema"}),
     ("compact", bundle(provenance=json.dumps(DOC, separators=(",", ":")).encode()), ANY, {"canonical form"}),
     ("another indentation", bundle(provenance=json.dumps(DOC, indent=4).encode()), ANY, {"canonical form"}),
-    ("final newline", bundle(provenance=GOOD_BUNDLE.provenance + b"\n"), ANY, {"canonical form"}),
-    ("CRLF", bundle(provenance=GOOD_BUNDLE.provenance.replace(b"\n", b"\r\n")), ANY, {"canonical form"}),
-    ("escaped character", bundle(provenance=GOOD_BUNDLE.provenance.replace(b"demo", b"dem\\u006f")), ANY, {"canonical form"}),
+    ("final newline", bundle(provenance=provenance_of(GOOD_BUNDLE) + b"\n"), ANY, {"canonical form"}),
+    ("CRLF", bundle(provenance=provenance_of(GOOD_BUNDLE).replace(b"\n", b"\r\n")), ANY, {"canonical form"}),
+    ("escaped character", bundle(provenance=provenance_of(GOOD_BUNDLE).replace(b"demo", b"dem\\u006f")), ANY, {"canonical form"}),
     ("not JSON", bundle(provenance=b"{"), ANY, {"provenance form"}), ("nested", bundle(provenance=b"[" * 100 + b"]" * 100), ANY, {"provenance form"}),
     ("two names", bundle(provenance=b'{"a":1,"a":1}'), ANY, {"provenance form"}), ("null", bundle(provenance=b"null"), ANY, {"provenance schema"}),
     ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
@@ -754,9 +1001,9 @@ class TestVerdict:
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
         assert {check.status for check in verdict.checks} == {"passed"}
-        assert confbuild.REQUIRED | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
+        assert confbuild.REQUIRED_OF_PLATFORM["simulated"] | confbuild.REQUIRED_OF_BUNDLE | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
         assert verdict.claims == {
-            "report_data": hashlib.sha256(bundle(COMPLETE).provenance).hexdigest() + NONCE + "00" * 16,
+            "report_data": hashlib.sha256(provenance_of(bundle(COMPLETE))).hexdigest() + NONCE + "00" * 16,
             "measurement": hashlib.sha384(FILE.read_bytes()).hexdigest(), "nonce": NONCE,
             "chip_id": "00" * 64, "builder_id": confbuild.SIMULATED_BUILDER,
             "source": {"digest": {"gitCommit": "34" * 20, "gitTree": "12" * 20}, "uri": "https://a/b"}}
@@ -780,7 +1027,7 @@ class TestVerdict:
         assert verdict.verdict == "failed" and {check.name for check in verdict.checks if check.status == "failed"} == failed
         assert all(check.expected != check.actual or check.detail for check in verdict.checks if check.status == "failed")
         # Every check is shown, whatever fails.
-        assert confbuild.REQUIRED | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
+        assert confbuild.REQUIRED_OF_PLATFORM["simulated"] | confbuild.REQUIRED_OF_BUNDLE | set(OPTIONAL.values()) <= {check.name for check in verdict.checks}
 
     @pytest.mark.parametrize(("files", "name", "detail"), [
         (evidence(more=1), "report form", "not an object of version, notice and attestation_report"),
@@ -816,8 +1063,8 @@ class TestVerdict:
         assert verdict.verdict == ("simulated" if same else "failed")
 
     def test_flipped_bits(self) -> None:
-        for i, byte in list(enumerate(GOOD_BUNDLE.provenance))[::19]:
-            self.check_change(GOOD_BUNDLE._replace(provenance=GOOD_BUNDLE.provenance[:i] + bytes([byte ^ 1 << i % 8]) + GOOD_BUNDLE.provenance[i + 1:]))
+        for i, byte in list(enumerate(provenance_of(GOOD_BUNDLE)))[::19]:
+            self.check_change(GOOD_BUNDLE._replace(provenance=provenance_of(GOOD_BUNDLE)[:i] + bytes([byte ^ 1 << i % 8]) + provenance_of(GOOD_BUNDLE)[i + 1:]))
         for i, byte in list(enumerate(GOOD_BUNDLE.evidence))[::5]:
             self.check_change(GOOD_BUNDLE._replace(evidence=GOOD_BUNDLE.evidence[:i] + bytes([byte ^ 1 << i % 8]) + GOOD_BUNDLE.evidence[i + 1:]))
 
@@ -864,7 +1111,7 @@ class TestVerdict:
 
     def test_the_cut_verifier_stands_alone(self) -> None:
         """The file up to `End of the verifier`, without this process's modules, under -O as well, says the same of every tampering."""
-        cases = [[base64.b64encode(files.provenance).decode(), base64.b64encode(files.evidence).decode(), dict(files.artifacts), expected._asdict()]
+        cases = [[base64.b64encode(provenance_of(files)).decode(), base64.b64encode(files.evidence).decode(), dict(files.artifacts), expected._asdict()]
                  for _, files, expected, _ in [*TAMPERINGS, ("good", bundle(COMPLETE), confbuild.Expectations(**RIGHT), set())]]
         script = ("import sys, json, base64\ncases = json.load(sys.stdin)\n"
                   "with open(sys.argv[1], encoding='utf-8') as f: text = f.read()\n"
@@ -2497,7 +2744,7 @@ def header(name: str, kind: bytes, size: int, fields: Mapping[int, bytes] | None
 FILE_TYPE, LINK, SYMLINK, DEVICE, FOLDER, FIFO = b"0", b"1", b"2", b"3", b"5", b"6"
 DEMO: TarEntry = ("demo/artifacts/demo", b"artifact", FILE_TYPE)
 EVIDENCE: TarEntry = ("demo/evidence.json", GOOD_BUNDLE.evidence, FILE_TYPE)
-PROVENANCE: TarEntry = ("demo/provenance.json", GOOD_BUNDLE.provenance, FILE_TYPE)
+PROVENANCE: TarEntry = ("demo/provenance.json", provenance_of(GOOD_BUNDLE), FILE_TYPE)
 WHOLE: tuple[TarEntry, ...] = (("demo", "", FOLDER), ("demo/artifacts", "", FOLDER), DEMO, EVIDENCE, PROVENANCE)
 SPARSE = header("demo/artifacts/hole", b"S", 0, {386: b"00000000000\0" * 2, 482: b"\0", 483: b"\x80" + (1 << 50).to_bytes(11, "big")})
 DIGITS = b"1" * (1 << 20)
@@ -2508,7 +2755,7 @@ def folder_of(root: Path, files: confbuild.BundleFiles, artifacts: Mapping[str, 
     (root / "artifacts").mkdir(parents=True)
     for name, content in artifacts.items():
         (root / "artifacts" / name).write_bytes(content)
-    (root / "provenance.json").write_bytes(files.provenance)
+    (root / "provenance.json").write_bytes(provenance_of(files))
     (root / "evidence.json").write_bytes(files.evidence)
     return root
 
@@ -2565,7 +2812,7 @@ class TestBundle:
         folder = folder_of(tmp_path / "made", files, {"demo": b"artifact"})
         found = confbuild.read_bundle(str(folder))
         assert found == confbuild.read_bundle(packed(tmp_path / "a", archive_of(folder)))
-        assert len(found.provenance) == min(size, confbuild.MAX_JSON + 1)
+        assert len(provenance_of(found)) == min(size, confbuild.MAX_JSON + 1)
 
     @pytest.mark.parametrize(("members", "message"), [
         ((DEMO, PROVENANCE), "provenance.json or evidence.json is missing"), ((EVIDENCE, DEMO), "provenance.json or evidence.json is missing"),
@@ -2903,9 +3150,9 @@ class TestPipeline:
         found = confbuild.read_bundle(str(tmp_path / "result"))
         assert found.artifacts == {"demo": hashlib.sha256(b"built\n").hexdigest()}
         assert verdict_over(found, confbuild.Expectations(nonce=NONCE)).verdict == "simulated"
-        doc = json.loads(found.provenance)
+        doc = json.loads(provenance_of(found))
         source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
-        assert source["digest"]["gitCommit"] == source["uri"] == "" and b"s3cret" not in found.provenance
+        assert source["digest"]["gitCommit"] == source["uri"] == "" and b"s3cret" not in provenance_of(found)
         assert confbuild.byproduct(doc, "build_log") == hashlib.sha256("".join(line + "\n" for line in told["build"]).encode()).hexdigest()
 
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
@@ -3750,7 +3997,7 @@ class TestVm:
         """A bundle of another nonce, or none at all, never becomes a result."""
         (tmp_path / "demo").write_bytes(b"artifact")
         files = made or bundle()
-        confbuild.write_archive(str(tmp_path / "a"), "demo", files.provenance, files.evidence, [("demo", str(tmp_path / "demo"))])
+        confbuild.write_archive(str(tmp_path / "a"), "demo", provenance_of(files), files.evidence, [("demo", str(tmp_path / "demo"))])
         data = (tmp_path / "a").read_bytes()[:cut]
         if made is None:
             monkeypatch.setattr(confbuild, "MAX_RESULT", 10)
@@ -3844,7 +4091,7 @@ class Site:
         assert self.gate.wait(30) and job.log
         job.log.append(confbuild.to_payloads("build", ["é", "two"]))
         files = bundle()
-        confbuild.write_archive(str(self.folder / "made"), "demo", files.provenance, files.evidence, [("demo", str(self.folder / "demo"))])
+        confbuild.write_archive(str(self.folder / "made"), "demo", provenance_of(files), files.evidence, [("demo", str(self.folder / "demo"))])
         return str(self.folder / "made")
 
     def raw(self, data: bytes, method: str = "GET") -> tuple[int, Any, bytes]:
@@ -4913,12 +5160,12 @@ def shell(tmp_path: Path, stub_path: str) -> Shell:
 
 def write_bundle(folder: Path, files: confbuild.BundleFiles) -> Path:
     """The bundle of `bundle()` as a directory."""
-    return write_files(folder, {"artifacts/demo": b"artifact", "provenance.json": files.provenance, "evidence.json": files.evidence})
+    return write_files(folder, {"artifacts/demo": b"artifact", "provenance.json": provenance_of(files), "evidence.json": files.evidence})
 
 
 def result_archive(files: confbuild.BundleFiles) -> bytes:
     """The same as a server hands it out."""
-    return tarball({"artifacts/demo": b"artifact", "provenance.json": files.provenance, "evidence.json": files.evidence})
+    return tarball({"artifacts/demo": b"artifact", "provenance.json": provenance_of(files), "evidence.json": files.evidence})
 
 
 def agreeing(nonce: str = NONCE) -> confbuild.BundleFiles:
