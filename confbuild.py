@@ -1044,7 +1044,7 @@ def vek_chip_id(vek: Certificate) -> bytes:
 
 # endregion 7
 # ==============================================================================
-# region 8. SEV-SNP report                                            [uses 6, 7]
+# region 8. SEV-SNP report                                               [uses 6]
 # ==============================================================================
 # The layout of ATTESTATION_REPORT [SNP-ABI 7.3]: integers are little-endian, offsets in bytes.  Simulated evidence uses
 # the same layout with the fields that only hardware can fill left zero.
@@ -2900,7 +2900,7 @@ TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix), Toolchain("cargo", "C
 
 # endregion 14
 # ==============================================================================
-# region 15. Attester                                  [uses 5, 6, 7, 8, 10, 12]
+# region 15. Attester                                     [uses 6, 7, 8, 10, 12]
 # ==============================================================================
 # Evidence for a provenance: of no hardware, which says what it is, or of the SEV-SNP guest that this runs in.  The host of a guest
 # is hostile: what it hands out beside the report (the certificate table) is used only where it verifies the report.
