@@ -4,15 +4,18 @@
     python confbuild.py serve                 the build service: POST /build, GET /build/{id}/events, .../result
     python confbuild.py build DIR --server U  the same build on a service
     python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
+    python confbuild.py attest FILE           inside of an SEV-SNP guest: evidence for a provenance
     python confbuild.py --version             the version, and the SHA-256 of this very file
 
 A *bundle* is a directory: artifacts/, provenance.json (what was built, from what, with what: in-toto and SLSA) and
 evidence.json (the attestation that binds the provenance and the client's nonce).
 
-What a verdict means.  Every check that is required ran, and passed: the artifacts are the provenance's subjects, and
-the evidence carries the digest of this provenance and this nonce.  With `simulated` evidence, the only kind that this
-version makes and verifies, nothing more: no hardware signed it, so whoever made the bundle could have made it up.  The
-verdict is then "simulated" and never "passed".  No verdict says that the source is free of malice.
+What a verdict means.  Every required check ran, and passed: the artifacts are the provenance's subjects, the evidence carries
+the digest of this provenance, and whatever the caller asked for is so.  "passed": an AMD SEV-SNP processor signed that
+evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says what
+that VM was only to a caller who gives a measurement, that it is not an old one only to one who gives a nonce, and that the
+keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
+made it up.  No verdict says that the source is free of malice.
 
 Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
 
@@ -59,6 +62,8 @@ Specifications
     [FIPS186-5] ECDSA    [SP800-186] NIST SP 800-186, P-384    [SEC1] SEC 1, encoding of points
     [EFD]       Explicit-Formulas Database, https://hyperelliptic.org/EFD/g1p/auto-shortw-jacobian-3.html
     [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
+    [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report      [SEV-GUEST] Linux, Documentation/virt/coco/sev-guest.rst
+    [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03      [TOML] https://toml.io/en/v1.0.0
     [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
@@ -5891,15 +5896,20 @@ def cmd_attest(options: "argparse.Namespace") -> int:
 
 
 def _expect_source(directory: str, expected: Expectations) -> Expectations:
-    """expected, with what a checkout of the source says: its tree, its lock file and the dependencies of that."""
+    """expected, with what a checkout of the source says: its tree, its lock file and, of cargo, the dependencies in that. nix's are known
+    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them."""
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: no directory")
     try:
-        toolchain = detect_toolchain(directory)
-        files = [name for name in list_source(directory) if name.split(os.sep)[0] not in toolchain.outputs]
-        tree = git_tree(directory, files)
-        lock = read_lockfile(os.path.join(directory, "flake.lock" if toolchain.name == "nix" else toolchain.marker))
-        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if toolchain.name == "cargo" else None
+        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS):
+            outputs: Sequence[str] = ("dist", "node_modules")
+            lock_name = "pnpm-lock.yaml"
+        else:
+            toolchain = detect_toolchain(directory)
+            outputs, lock_name = toolchain.outputs, "flake.lock" if toolchain.name == "nix" else toolchain.marker
+        tree = git_tree(directory, [name for name in list_source(directory) if name.split(os.sep)[0] not in outputs])
+        lock = read_lockfile(os.path.join(directory, lock_name))
+        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if lock_name == "Cargo.lock" else None
     except BuildFailed as e:
         raise UsageError(f"--source {directory}: {e}") from None
     if expected.source_tree not in (None, tree):
