@@ -3074,16 +3074,17 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
             archive.addfile(entry(f"{project}/{name}", len(data), 0o644), io.BytesIO(data))
 
 
-def read_bundle(path: str) -> BundleFiles:
-    """The bundle in the directory or archive at path; "-" is an archive on stdin. Raises UsageError where there is none.
+def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
+    """The bundle in the directory or archive at path; "-" is an archive on stdin. max_unpacked: bytes that are hashed of an archive.
+    Raises UsageError where there is none.
 
     A directory may hold evidence.json without provenance.json: what verifies then is the evidence alone."""
     try:
         if path == "-":
-            return _read_archive("stdin", sys.stdin.buffer)
+            return _read_archive("stdin", sys.stdin.buffer, max_unpacked)
         if not os.path.isdir(path):
             with open(path, "rb") as f:
-                return _read_archive(path, f)
+                return _read_archive(path, f, max_unpacked)
         artifacts = {}
         folder = os.path.join(path, "artifacts")
         if os.path.islink(folder):
@@ -3107,7 +3108,7 @@ def _read_document(folder: str, name: str) -> bytes:
         return f.read(MAX_JSON + 1)
 
 
-def _read_archive(path: str, f: IO[bytes]) -> BundleFiles:
+def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
     """The bundle in a gzip tarball, read once and unpacked nowhere. path: names it in errors. Raises UsageError, OSError."""
     documents: dict[str, bytes] = {}
     artifacts: dict[str, str] = {}
@@ -3132,8 +3133,8 @@ def _read_archive(path: str, f: IO[bytes]) -> BundleFiles:
             with member.open() as content:
                 for block in iter(lambda: content.read(BLOCK), b""):
                     size += len(block)
-                    if size > MAX_UNPACKED:
-                        raise UsageError(f"{path}: unpacks to more than {MAX_UNPACKED} bytes")
+                    if size > max_unpacked:
+                        raise UsageError(f"{path}: unpacks to more than {max_unpacked} bytes")
                     digest.update(block)
                     if artifact is None:
                         head += block[:MAX_JSON + 1 - len(head)]
@@ -5307,6 +5308,8 @@ def render_verdict(verdict: Verdict, color: bool) -> str:
         shown = check.actual if check.status != "failed" or not check.expected else ""
         shown = shown if len(shown) <= 128 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
         notes = [check.detail[:1000]] if check.detail and (check.status != "passed" or check.detail.startswith("legacy")) else []
+        if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
+            notes.insert(0, f"({check.expected})")  # what holds without being equal
         rows.append(_paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip())
         if check.status == "failed" and check.expected:
             rows += [f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}" for word, value in (
@@ -5775,6 +5778,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 # Options of verify in hexadecimal, and how many digits they have.
 _HEX_OPTIONS = {"nonce": 32, "measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
 _PATH_OPTIONS = ("source", "crl", "vek", "roots")  # in a policy file: relative to it
+MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
 
 
@@ -5862,7 +5866,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     for path in options.bundles:
         shown, status = {"bundle": path}, EXIT_USAGE
         try:
-            verdict = verify_bundle(read_bundle(path), expected, utc_time(now), endorsements)
+            verdict = verify_bundle(read_bundle(path, MAX_VERIFIED), expected, utc_time(now), endorsements)
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
