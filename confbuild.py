@@ -54,7 +54,7 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
 Specifications
 
     [CONTRACT]  HTTP API, formats, command line and exit codes of this project: README.md
-    [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.57
+    [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.58
     [VCEK]      AMD 57230, Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface, rev 1.00
     [X680]      ITU-T X.680, ASN.1          [X690] ITU-T X.690, DER      [X520] ITU-T X.520, attribute types
     [RFC5280]   X.509 certificates and revocation lists    [RFC4055], [RFC5480] their RSA and elliptic curve keys
@@ -252,8 +252,8 @@ class RemoteError(ConfbuildError):
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
 
-# A string also ends with the document, so that no input is scanned twice.
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.|\\\Z)*(?:"|\Z)|[\[\]{}]', re.DOTALL)
+# A string also ends with the document, so that no input is scanned twice; possessive, since re keeps 100 bytes for each step that it could take back.
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.|\\\Z)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10 ** 20 - 1) -> Any:
@@ -423,6 +423,7 @@ class Expectations(NamedTuple):
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
+    pcrs: Mapping[int, str] | None = None  # values of registers, of az-snp
     finished: tuple[str, str] | None = None  # earliest and latest time of finishedOn, as 2026-11-23T00:00:00Z
     allow_legacy_digest: bool = False
     require_crl: bool = False
@@ -549,8 +550,9 @@ class Der:
 
     def time(self) -> str:
         """A UTCTime or GeneralizedTime as 2026-11-23T00:00:00Z: such times compare as text does. [RFC5280 4.1.2.5]"""
-        octets = self.contents(UTC_TIME if self.peek() == UTC_TIME else GENERALIZED_TIME)
-        if len(octets) == 13:  # UTCTime: 50 to 99 are of the last century
+        tag = self.peek()
+        octets = self.contents(UTC_TIME if tag == UTC_TIME else GENERALIZED_TIME)
+        if tag == UTC_TIME:  # 50 to 99 are of the last century
             octets = (b"20" if octets < b"5" else b"19") + octets
         match = _DER_TIME.fullmatch(octets)
         if match is None:
@@ -689,19 +691,19 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
         raise BadSignature("the public key is no point of P-384")
     if not (0 < r < P384_N and 0 < s < P384_N):  # step 1
         raise BadSignature("r or s is out of range")
-    e = int.from_bytes(hashlib.sha384(message).digest(), "big")  # steps 2 to 4: as long as n, so no bit is cut
-    w = pow(s, -1, P384_N)  # step 5
-    u1, u2 = e * w % P384_N, r * w % P384_N  # step 6
-    # Step 7: R = u1 * G + u2 * Q, bit by bit of both at once (Shamir's trick).
+    e = int.from_bytes(hashlib.sha384(message).digest(), "big")  # steps 2 and 3: as long as n, so no bit is cut
+    s_inverse = pow(s, -1, P384_N)  # step 4
+    u, v = e * s_inverse % P384_N, r * s_inverse % P384_N  # step 5
+    # Step 6: R1 = [u]G + [v]Q, bit by bit of both at once (Shamir's trick).
     table = (None, P384_G, q, _affine(*_add(*P384_G, 1, q)))
     point = (1, 1, 0)
     for bit in range(383, -1, -1):
         point = _double(*point)
-        term = table[(u1 >> bit & 1) + 2 * (u2 >> bit & 1)]
+        term = table[(u >> bit & 1) + 2 * (v >> bit & 1)]
         if term is not None:
             point = _add(*point, term)
-    result = _affine(*point)
-    if result is None or result.x % P384_N != r:  # steps 8 and 9
+    r1 = _affine(*point)
+    if r1 is None or r1.x % P384_N != r:  # steps 6 to 8
         raise BadSignature("inconsistent")
 
 # endregion 6
@@ -845,7 +847,7 @@ class RevocationList(NamedTuple):
     issuer: Name
     this_update: str
     next_update: str
-    revoked: "frozenset[int]"
+    revoked: Sequence[int]
 
 
 def amd_name(common_name: str) -> Name:
@@ -886,7 +888,9 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
     while sequence.peek() != -1:
         extension = sequence.enter()
         oid = extension.oid()
-        critical = extension.peek() == BOOLEAN and extension.boolean()
+        critical = extension.peek() == BOOLEAN
+        if critical and not extension.boolean():
+            der.fail(f"extension {oid} says that it is not critical, which is the default [X690 11.5]")
         value = extension.contents(OCTET_STRING)
         extension.end()
         if oid in found:
@@ -964,11 +968,11 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     if der.element(SEQUENCE)[0] != algorithm:
         raise CertificateError(structure, "the signature algorithm inside is another one")
     issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
-    revoked = set()
+    revoked: list[int] = []  # no set: whoever chooses the numbers chooses their hashes
     entries = der.enter() if der.peek() == SEQUENCE else Der(b"", structure)
     while entries.peek() != -1:
         entry = entries.enter()
-        revoked.add(entry.integer())
+        revoked.append(entry.integer())
         entry.time()
         if entry.peek() != -1:
             _parse_extensions(entry)
@@ -978,7 +982,7 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
         _parse_extensions(wrapped)
         wrapped.end()
     der.end()
-    return RevocationList(tbs, signature, issuer, this_update, next_update, frozenset(revoked))
+    return RevocationList(tbs, signature, issuer, this_update, next_update, revoked)
 
 
 def verify_crl(data: bytes, structure: str, anchors: Anchors) -> RevocationList:
@@ -1018,7 +1022,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
         levels[name] = der.integer()
         der.end()
         if not 0 <= levels[name] <= 255:
-            raise CertificateError(f"VEK {name} SPL", f"{levels[name]} is no byte")
+            raise CertificateError(f"VEK {name} SPL", "not a byte")  # without the number: Python refuses to print thousands of digits
     return levels
 
 
@@ -1056,7 +1060,7 @@ def vek_chip_id(vek: Certificate) -> bytes:
 
 REPORT_SIZE = 1184
 SIGNED_SIZE = 0x2A0  # what the signature covers; 0x330 to the end is signed by nobody, and zero
-POLICY_DEBUG = 1 << 19  # of the guest policy [SNP-ABI 4.3]
+POLICY_DEBUG, POLICY_MIGRATE_MA = 1 << 19, 1 << 18  # of the guest policy [SNP-ABI 4.3]
 ECDSA_P384_SHA384 = 1  # of signature_algo [SNP-ABI 10, "Signature algorithms"]
 SIGNING_KEYS = {0: "VCEK", 1: "VLEK"}  # bits 4:2 of the flags; 7 = none
 # (offset, size, name, kind) of ATTESTATION_REPORT [SNP-ABI 7.3]; what is missing is reserved.
@@ -1188,6 +1192,7 @@ TPM_GENERATED_VALUE, TPM_ST_ATTEST_QUOTE, TPM_ALG_SHA256 = 0xFF544347, 0x8018, 0
 PCR_COUNT, PCR_SIZE = 24, 32
 HCL_REPORT, HCL_HEADER, HCL_DATA = 0x20, 0x4C0, 0x4D4  # offsets of the report, the header of the runtime data and the data
 HCL_SNP = 2  # report type; 4 = TDX
+HCL_REQUEST = 2  # what the VM asked its host for; the same for all
 
 
 class QuoteError(Malformed):
@@ -1212,7 +1217,8 @@ class TpmQuote(NamedTuple):
 def parse_hcl_report(data: bytes) -> HclReport:
     """The HCL report in data. Raises QuoteError. [AZURE]
 
-    Its headers are signed by nobody; every value in them that is known is asked for, so that no bit of it can be changed unseen."""
+    Its headers are signed by nobody; every value in them that is known is asked for, so that no single bit of it can be changed unseen.
+    The size of the zeros at its end is not."""
     def number(offset: int) -> int:
         return int.from_bytes(data[offset:offset + 4], "little")
 
@@ -1225,17 +1231,17 @@ def parse_hcl_report(data: bytes) -> HclReport:
     content, tail = data[HCL_DATA:HCL_DATA + length], data[HCL_DATA + length:]
     expect("no HCLA at its begin", data[:4] == b"HCLA")
     expect(f"version {number(4)} is not known", number(4) in (1, 2))
-    expect(f"report type {number(HCL_HEADER + 8)} is not {HCL_SNP} (SEV-SNP)", number(HCL_HEADER + 8) == HCL_SNP and number(12) == HCL_SNP)
+    expect(f"report type {number(HCL_HEADER + 8)} is not {HCL_SNP} (SEV-SNP)", number(HCL_HEADER + 8) == HCL_SNP)
     expect("the runtime data does not end", len(content) == length and length > 0)
-    expect("a header that does not fit", number(HCL_HEADER) == length + 20 and number(8) == length + HCL_DATA and not any(data[16:HCL_REPORT])
-           and number(HCL_HEADER + 4) == 1 and number(HCL_HEADER + 12) == 1)
+    expect("a header that does not fit", number(HCL_HEADER) == length + 20 and number(8) == length + HCL_DATA and number(12) == HCL_REQUEST
+           and not any(data[16:HCL_REPORT]) and number(HCL_HEADER + 4) == 1 and number(HCL_HEADER + 12) == 1)
     expect("bytes after the runtime data", not any(tail))
     return HclReport(data[HCL_REPORT:HCL_REPORT + REPORT_SIZE], content.rstrip(b"\x00"))
 
 
 def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     """(the TPM's attestation key, the whole document) of the runtime data. Raises QuoteError, Malformed. [AZURE, RFC7517]"""
-    doc = parse_json(data, "runtime data")
+    doc = parse_json(data, "runtime data", 16)  # deeper, and `--format json` has gigabytes
     keys = doc.get("keys") if isinstance(doc, dict) else None
     found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"] if isinstance(keys, list) else []
     if len(found) != 1 or found[0].get("kty") != "RSA":
@@ -1421,7 +1427,7 @@ def byproduct(doc: Any, name: str) -> str | None:
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
 _REQUIRED_SNP = frozenset((
     "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature", "VEK validity", "VEK product",
-    "VEK TCB", "VEK chip_id", "report signature", "VMPL", "debug", "unsigned bytes"))
+    "VEK TCB", "VEK chip_id", "report signature", "VMPL", "migration agent", "debug", "unsigned bytes"))
 REQUIRED_OF_PLATFORM = {
     "simulated": _REQUIRED_EVIDENCE | {"simulated report"},
     "snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
@@ -1435,7 +1441,7 @@ _UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
 # What a caller may ask for: field of Expectations -> name of its check.
 ASKED = {
     "nonce": "nonce", "measurements": "measurement", "min_tcb": "minimum TCB", "host_data": "host_data", "guest_svn": "guest_svn",
-    "chip_id": "chip_id", "family_id": "family_id", "image_id": "image_id", "source_uri": "source uri", "source_commit": "source commit",
+    "chip_id": "chip_id", "family_id": "family_id", "image_id": "image_id", "pcrs": "PCR values", "source_uri": "source uri", "source_commit": "source commit",
     "source_tree": "source tree", "lockfile_sha256": "lock file", "dependencies": "dependencies", "packages": "packages", "builder_id": "builder id",
     "build_type": "build type", "build_log_sha256": "build log", "finished": "age", "require_crl": "revocation", "require_tee": "hardware evidence"}
 _OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
@@ -1608,6 +1614,9 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
     if checks.made[-1].status == "passed" and vek is not None:
         _check_vek(checks, report, product, vek, anchors, now)
     checks.compare("VMPL", 0, report.vmpl)
+    migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
+    checks.hold("migration agent", not migrates, "none", report.report_id_ma.hex() if migrates else "none",
+                "another VM, not verified here, that may take this one's memory")
     checks.compare("unsigned bytes", "zero", "not zero" if any(report.data[0x330:]) else "zero", "of the report from 0x330 on")
     _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now)
     if endorsements.anchors is None:
@@ -1637,7 +1646,7 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
                              "" if current else "the list is stale: a later one may revoke more"))
 
 
-def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any]) -> bytes | None:
+def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any], pcrs: Mapping[int, str] | None) -> bytes | None:
     """That the virtual TPM whose key the hardware report binds signed the quote. Returns its extraData, zero-extended to 64 bytes."""
     found = checks.attempt("runtime data", parse_runtime_data, evidence.runtime_data)
     checks.compare("runtime data digest", sha256_hex(evidence.runtime_data), evidence.report.report_data[:32].hex(),
@@ -1650,6 +1659,9 @@ def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any]) -
         return None
     checks.compare("PCR digest", compute_pcr_digest(evidence.pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     claims["pcrs"] = {str(i): evidence.pcrs[i].hex() for i in quote.pcr_select}
+    if pcrs is not None:
+        checks.compare("PCR values", compact_json({i: value.lower() for i, value in sorted(pcrs.items())}),
+                       compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(pcrs)}))
     extra_data: bytes = quote.extra_data
     return extra_data.ljust(64, b"\x00")
 
@@ -1699,7 +1711,7 @@ def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expecte
     else:
         product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
         claims = _report_claims(evidence.report, product)
-        signed = _check_azure(checks, evidence, claims) if platform == "az-snp" else evidence.report.report_data
+        signed = _check_azure(checks, evidence, claims, expected.pcrs) if platform == "az-snp" else evidence.report.report_data
     _check_report_policy(checks, evidence.report, product, expected)
     if signed is not None:
         claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
@@ -1812,7 +1824,7 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     why = "it needs a check that failed" if any(check.status == "failed" for check in checks.made) else "no expectation given"
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else why)
     checks.skip((name for name in ASKED.values() if name != "hardware evidence"), why)
-    required |= {name for field, name in ASKED.items() if getattr(expected, field) not in (None, (), [], False)}
+    required |= {name for field, name in ASKED.items() if getattr(expected, field) is not False and getattr(expected, field) not in (None, (), [])}
     passed = {check.name for check in checks.made if check.status == "passed"}
     if required - passed and not any(check.status == "failed" for check in checks.made):
         checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
@@ -2300,7 +2312,7 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
             yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, lambda info=info: archive.open(info))  # type: ignore[misc]
 
 
-_PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) [^=\n\0]{1,255}=")
+_PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
 
 
 class _SmallReads:
@@ -2309,7 +2321,7 @@ class _SmallReads:
 
     def __init__(self, stream: "gzip.GzipFile") -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
-        self.left, self.in_header, self.last, self._extends = MIB, True, b"", b""
+        self.left, self.in_header, self.last, self._extends, self._announced = MIB, True, b"", b"", b""
 
     def read(self, size: int = -1) -> bytes:
         """size bytes."""
@@ -2317,25 +2329,35 @@ class _SmallReads:
             raise limit_error("the archive has a header of more than 1 MiB")
         self.left -= size
         if not self.in_header:
+            self._announced = b""
             return self._read(size)
         self.last = self._read(size)
         if self._extends:  # what the header before this one announced
             if self._extends in b"xgX":
-                self._check_pax(self.last)
+                self._check_pax(self.last, self._extends == b"g")
             self._extends = b""
         elif len(self.last) == 512 and self.last[156:157] in (b"x", b"g", b"X", b"L", b"K"):
             self._extends = self.last[156:157]
+            family = {b"X": b"x"}.get(self._extends, self._extends)
+            if family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced:
+                raise source_error("the archive has two headers for one member, of which other readers believe the other")
+            self._announced += family
+        elif len(self.last) == 512:
+            self._announced = b""
         return self.last
 
     @staticmethod
-    def _check_pax(data: bytes) -> None:
-        """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time."""
+    def _check_pax(data: bytes, is_global: bool) -> None:
+        """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time, and none that
+        other readers understand otherwise: tarfile's reset forgets what is_global, and GNU tar prefers GNU.sparse.name to path."""
         at, long_number = 0, re.search(rb"[0-9]{256}", data)
         while at < len(data) and data[at]:
             record = _PAX_RECORD.match(data, at)
             end = at + int(record[1]) if record else 0
             if long_number or not record or end <= record.end() or data[end - 1:end] != b"\n":
                 raise source_error("the archive has a damaged pax header")
+            if is_global and record[2] != b"comment" or record[2].startswith(b"GNU.sparse."):
+                raise source_error(f"the archive has the pax header {record[2][:40].decode('ascii', 'replace')!r}, which readers understand differently")
             at = end
 
 
@@ -5328,15 +5350,24 @@ def _sentence(verdict: Verdict, color: bool) -> str:
             ", ...)" if len(names) > 4 else ")") + ": nothing is proven about these artifacts"
     if verdict.verdict == "simulated":
         unasked = "" if "nonce" in passed else "; the nonce was not checked"
-        return _paint("SIMULATED", "33;1", color) + (": artifacts, provenance and evidence agree, but no hardware signed the evidence: "
+        alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
+        agree = "there is no provenance and no artifact" if alone else "artifacts, provenance and evidence agree"
+        return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
     unasked = ", ".join(text for name, text in (
-        ("nonce", "when it was signed (--nonce)"), ("measurement", "what ran in the VM (--measurement)"),
-        ("revocation", "whether the keys are revoked (--crl)"), ("trust anchors", "whether the keys of --roots are AMD's"),
+        ("nonce", "when it was signed (--nonce)"), ("measurement", "what the VM was launched with (--measurement)"),
+        ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
+        ("minimum TCB", "whether the platform's firmware is free of known holes (--min-tcb)"),
+        ("revocation", "whether the keys are revoked (--crl)"),
+        ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is stale"),
         ("source tree" if "provenance digest" in passed else "", "what the source is (--source)")) if name and name not in passed)
     proven = "these artifacts are those that the provenance lists, and it was signed in" if "provenance digest" in passed else (
         "there is no provenance and no artifact; the evidence was signed in")
-    return _paint("PASSED", "32;1", color) + f": {proven} a confidential VM on an AMD {plain_text(str(verdict.claims.get('product')))} processor" + (
+    place = "a VM in debug mode, which its host could read and change," if verdict.claims.get("debug") else "a confidential VM"
+    place += f" on an AMD {plain_text(str(verdict.claims.get('product')))} processor"
+    if "trust anchors" not in passed:
+        place += ", if the keys of --roots are AMD's"
+    return _paint("PASSED", "32;1", color) + f": {proven} {place}" + (
         f"; not checked: {unasked}" if unasked else "")
 
 
@@ -5708,7 +5739,10 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
             raise BrokenProtocol(f"{e}") from None
         project, _ = find_project(root, "")
         try:
-            verdict = verify_bundle(read_bundle(project), expected, utc_time(time.time()))
+            files = read_bundle(project)
+            if files.provenance is None:
+                raise UsageError("evidence alone")
+            verdict = verify_bundle(files, expected, utc_time(time.time()))
         except UsageError:
             raise BrokenProtocol("what it handed out is no bundle") from None
         good = verdict.verdict != "failed"
@@ -5784,10 +5818,15 @@ CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
 
 def _policy_arguments(options: "argparse.Namespace") -> list[str]:
     """The options that a policy file [TOML] stands for. Raises UsageError, OSError."""
-    path = options.policy
+    path, *others = options.policy
+    if others:
+        raise UsageError("--policy is given more than once")
     try:
         with open(path, "rb") as f:
-            policy = tomllib.loads(f.read(MIB).decode("utf-8"))
+            data = f.read(MIB + 1)
+        if len(data) > MIB:  # its end would be lost
+            raise UsageError(f"--policy {path}: more than {MIB} bytes")
+        policy = tomllib.loads(data.decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
         raise UsageError(f"--policy {path}: not TOML: {e}") from None
     known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles"}
@@ -5795,9 +5834,13 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
     for name, value in policy.items():
         if name not in known:
             raise UsageError(f"--policy {path}: {name!r} is unknown", "known are " + ", ".join(sorted(known)))
-        if isinstance(value, bool):
+        if isinstance(value, bool) and isinstance(getattr(options, name.replace("-", "_")), bool):
             arguments += [f"--{name}"] if value else []
             continue
+        if isinstance(value, list) and not value:  # would ask for nothing, where its author means that nothing is good enough
+            raise UsageError(f"--policy {path}: {name} is an empty list")
+        if name == "measurement" and options.measurement:
+            continue  # each of them would be enough: the command line wins
         if isinstance(value, dict):  # min-tcb
             value = tcb_text(value)
         for item in value if isinstance(value, list) else [value]:
@@ -5848,9 +5891,11 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
         for text in value if isinstance(value, list) else [] if value is None else [value]:
             if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", text):
                 raise UsageError(f"--{name.replace('_', '-')}: {size} hexadecimal digits are needed")
+    if len(dict(options.pcr)) != len(options.pcr):
+        raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
         nonce=options.nonce, measurements=options.measurement, min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
-        chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, allow_debug=options.allow_debug,
+        chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
         source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
         build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
@@ -5980,9 +6025,17 @@ def _levels(text: str) -> dict[str, int]:
     return levels
 
 
+def _pcr(text: str) -> tuple[int, str]:
+    """A register and its value, as 4=..., for argparse."""
+    match = re.fullmatch(r"([0-9]{1,2})=([0-9a-fA-F]{64})", text, re.ASCII)
+    if match is None or int(match[1]) >= PCR_COUNT:
+        raise ValueError(text)
+    return int(match[1]), match[2]
+
+
 # As argparse names them in errors.
 _count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"
-_age.__name__, _levels.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24"
+_age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
 
 
 def build_parser() -> "argparse.ArgumentParser":
@@ -6069,7 +6122,8 @@ def _add_verify(commands: Any) -> None:
                      "VM that ran anything passes, and without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
-    parser.add_argument("--policy", metavar="FILE.toml", help="a file with any of the options below, without their dashes; the command line wins")
+    parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
+                        help="a file with any of the options below, without their dashes; the command line wins")
     group = parser.add_argument_group("what the build must have been")
     group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
     group.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
@@ -6089,6 +6143,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--chip-id", metavar="HEX", help="CHIP_ID of the report")
     group.add_argument("--family-id", metavar="HEX", help="FAMILY_ID of the report")
     group.add_argument("--image-id", metavar="HEX", help="IMAGE_ID of the report")
+    group.add_argument("--pcr", action="append", default=[], type=_pcr, metavar="N=HEX", help="on Azure: a value of the virtual TPM's PCRs (repeatable)")
     group.add_argument("--allow-debug", action="store_true", help="accept a VM that its host may read and change")
     group.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
     group.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
