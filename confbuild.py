@@ -252,13 +252,14 @@ class RemoteError(ConfbuildError):
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
 
-# A string also ends with the document, so that no input is scanned twice; possessive, since re keeps 100 bytes for each step that it could take back.
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]++|\\.|\\\Z)*+(?:"|\Z)|[\[\]{}]', re.DOTALL)
+# A string also ends with the document, so that no input is scanned twice; possessive, since re remembers 120 bytes for each step that it could take back.
+_JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
 def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10 ** 20 - 1) -> Any:
     """The value of one JSON document [RFC8259]. Strict: at most MAX_JSON bytes of UTF-8 without a BOM, no duplicate names,
-    NaN, Infinity or lone surrogates, integers of at most max_integer, arrays and objects at most max_depth deep.
+    NaN, Infinity or lone surrogates, integers of at most max_integer, strings of at most 1 MiB as written, arrays and objects at most
+    max_depth deep.
 
     what: names the document in errors. Raises Malformed for everything else, whatever the bytes."""
     def reject_constant(text: str) -> NoReturn:
@@ -291,7 +292,7 @@ def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 
     depth = 0
     for token in _JSON_TOKEN.finditer(text):  # before json, whose own limit is Python's stack
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-        if token.end() - token.start() > MIB:
+        if token.end() - token.start() - 2 > MIB:  # without the quotes
             raise Malformed(what, f"a string of more than {MIB} characters")
         if depth > max_depth:
             raise Malformed(what, f"nested deeper than {max_depth}")
@@ -319,7 +320,7 @@ def is_nonce(text: Any) -> bool:
 def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
     """The bytes of canonical base64 [RFC4648]: the standard alphabet with padding; urlsafe: the other alphabet, with padding
     or without. what: names it in errors. Raises Malformed for everything else, also for what is no text."""
-    if not isinstance(text, str) or not text.isascii():
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9A-Za-z_-]*={0,2}" if urlsafe else r"[0-9A-Za-z+/]*={0,2}", text):
         raise Malformed(what, "not base64 text")
     encode = base64.urlsafe_b64encode if urlsafe else base64.b64encode
     try:
@@ -334,7 +335,7 @@ def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
 
 def decode_hex(text: Any, what: str) -> bytes:
     """The bytes of hexadecimal digits of either case, and nothing else. Raises Malformed."""
-    if not isinstance(text, str) or not re.fullmatch(r"([0-9a-fA-F]{2})*", text):
+    if not isinstance(text, str) or len(text) % 2 or not re.fullmatch(r"[0-9a-fA-F]*", text):
         raise Malformed(what, "not pairs of hexadecimal digits")
     return bytes.fromhex(text)
 
@@ -646,7 +647,9 @@ def verify_rsassa_pkcs1_v1_5(key: RsaKey, message: bytes, signature: bytes) -> N
     """Raise BadSignature unless signature is key's RSASSA-PKCS1-v1_5 signature over message, with SHA-256. [RFC8017 8.2.2, 9.2]"""
     m = _rsavp1(key, signature)  # steps 1 and 2
     t = _SHA256_DIGEST_INFO + hashlib.sha256(message).digest()
-    # Step 3: the one encoding that is right is made and compared; nothing of what came is parsed.
+    if len(signature) < len(t) + 11:  # step 3
+        raise BadSignature("the modulus is too short")
+    # The one encoding that is right is made and compared; nothing of what came is parsed.
     em = b"\x00\x01" + b"\xff" * (len(signature) - len(t) - 3) + b"\x00" + t
     if m.to_bytes(len(signature), "big") != em:  # step 4
         raise BadSignature("inconsistent")
@@ -847,7 +850,7 @@ class RevocationList(NamedTuple):
     issuer: Name
     this_update: str
     next_update: str
-    revoked: Sequence[int]
+    revoked: tuple[int, ...]  # no set: whoever wrote the list chooses the numbers, and could make all of them collide
 
 
 def amd_name(common_name: str) -> Name:
@@ -889,8 +892,8 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
         extension = sequence.enter()
         oid = extension.oid()
         critical = extension.peek() == BOOLEAN
-        if critical and not extension.boolean():
-            der.fail(f"extension {oid} says that it is not critical, which is the default [X690 11.5]")
+        if critical and not extension.boolean():  # [X690 11.5]
+            der.fail(f"extension {oid} spells out a default")
         value = extension.contents(OCTET_STRING)
         extension.end()
         if oid in found:
@@ -968,7 +971,7 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     if der.element(SEQUENCE)[0] != algorithm:
         raise CertificateError(structure, "the signature algorithm inside is another one")
     issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
-    revoked: list[int] = []  # no set: whoever chooses the numbers chooses their hashes
+    revoked = []
     entries = der.enter() if der.peek() == SEQUENCE else Der(b"", structure)
     while entries.peek() != -1:
         entry = entries.enter()
@@ -982,7 +985,7 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
         _parse_extensions(wrapped)
         wrapped.end()
     der.end()
-    return RevocationList(tbs, signature, issuer, this_update, next_update, revoked)
+    return RevocationList(tbs, signature, issuer, this_update, next_update, tuple(revoked))
 
 
 def verify_crl(data: bytes, structure: str, anchors: Anchors) -> RevocationList:
@@ -1022,7 +1025,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
         levels[name] = der.integer()
         der.end()
         if not 0 <= levels[name] <= 255:
-            raise CertificateError(f"VEK {name} SPL", "not a byte")  # without the number: Python refuses to print thousands of digits
+            raise CertificateError(f"VEK {name} SPL", "not in the range 0 to 255")  # without the number, which may be longer than str() bears
     return levels
 
 
@@ -1302,7 +1305,7 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 
 _HEX40, _HEX64, _TEXT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}"), re.compile(r".*", re.DOTALL)
 _WORD = re.compile(r"[^\x00-\x1f\x7f]+")
-_TIME = re.compile(r"(?a)\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(\+00:00|Z)")
+_TIME = re.compile(r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)")
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": _WORD}
 _KETTLE = {"digest": {"sha256": _TEXT}, "version": _TEXT}  # the older generation put its whole banner here; ours is looked at again
@@ -1361,7 +1364,7 @@ def _mismatch(value: Any, schema: Any, path: str) -> str:
             return f"{path}: not an object"
         wanted = [name.rstrip("?") for name in schema if not name.endswith("?") or name[:-1] in value]
         if list(value) != wanted:
-            return f"{path}: has the names {', '.join(value) or 'none'}, not {', '.join(wanted)} in this order"
+            return f"{path}: has the names {', '.join(value)[:200] or 'none'}, not {', '.join(wanted)} in this order"
         return next(filter(None, (_mismatch(value[name.rstrip("?")], inner, f"{path}.{name.rstrip('?')}")
                                   for name, inner in schema.items() if name.rstrip("?") in value)), "")
     return "" if value == schema and type(value) is type(schema) else f"{path}: {json.dumps(value)[:80]}, not {json.dumps(schema)}"
@@ -1406,8 +1409,8 @@ def merkle_entries(doc: Any) -> list[str]:
 
 
 def package_of(uri: str) -> str:
-    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. [CONTRACT 3]"""
-    return uri.partition("/")[2].partition("?")[0]
+    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name; empty for any other uri. [CONTRACT 3]"""
+    return uri.partition("/")[2].partition("?")[0] if re.match(r"pkg:[a-z-]+/", uri) else ""
 
 
 def byproduct(doc: Any, name: str) -> str | None:
@@ -1610,7 +1613,8 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
                     subject, "bits 4:2 of the flags, and the certificate's name")
         if report.version < 3:  # no CPUID in it: the product is that of the issuer
             product = next((name for name, roles in anchors.items() if vek.issuer in (roles["ask"].name, roles["asvk"].name)), "")
-    checks.hold("product", product in anchors and product in TCB_LAYOUTS, " or ".join(anchors), product or "unknown")
+    known = [name for name in TCB_LAYOUTS if name in anchors]
+    checks.hold("product", product in known, " or ".join(known) or "none, for want of keys", product or "unknown")
     if checks.made[-1].status == "passed" and vek is not None:
         _check_vek(checks, report, product, vek, anchors, now)
     checks.compare("VMPL", 0, report.vmpl)
@@ -1824,7 +1828,9 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     why = "it needs a check that failed" if any(check.status == "failed" for check in checks.made) else "no expectation given"
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else why)
     checks.skip((name for name in ASKED.values() if name != "hardware evidence"), why)
-    required |= {name for field, name in ASKED.items() if getattr(expected, field) is not False and getattr(expected, field) not in (None, (), [])}
+    asked = {field for field, value in expected._asdict().items() if value is not None and value is not False and (
+        value or field in ("dependencies", "guest_svn"))}
+    required |= {name for field, name in ASKED.items() if field in asked}
     passed = {check.name for check in checks.made if check.status == "passed"}
     if required - passed and not any(check.status == "failed" for check in checks.made):
         checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
@@ -5477,7 +5483,7 @@ class Display:
 
 # endregion 25
 # ==============================================================================
-# region 26. Command line  [uses 6, 7, 8, 11, 12, 13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24, 25]
+# region 26. Command line  [uses 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24, 25]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
