@@ -404,7 +404,8 @@ class BundleFiles(NamedTuple):
 
 
 class Expectations(NamedTuple):
-    """What the caller knows and wants compared; None, or nothing in it = not asked for. Bytes are hexadecimal, of either case."""
+    """What the caller knows and wants compared; None, or nothing in it = not asked for. Bytes are hexadecimal: those of the report
+    of either case, those of the provenance in lower case, as it has them."""
 
     nonce: str | None = None
     measurements: Sequence[str] = ()  # of which one must be the report's
@@ -420,7 +421,7 @@ class Expectations(NamedTuple):
     source_tree: str | None = None
     lockfile_sha256: str | None = None
     dependencies: Sequence[str] | None = None  # all of them, as uris
-    packages: Sequence[str] = ()  # NAME@VERSION that must be among the dependencies
+    packages: Sequence[str] = ()  # NAME@VERSION of a registry, or whole uris, that must be among the dependencies
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
@@ -1409,8 +1410,9 @@ def merkle_entries(doc: Any) -> list[str]:
 
 
 def package_of(uri: str) -> str:
-    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name; empty for any other uri. [CONTRACT 3]"""
-    return uri.partition("/")[2].partition("?")[0] if re.match(r"pkg:[a-z-]+/", uri) else ""
+    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. Empty for any other uri, and for what is from no
+    registry (vcs_url): anybody can call a fork by that name. [CONTRACT 3]"""
+    return uri.partition("/")[2].partition("?")[0] if re.match(r"pkg:[a-z-]+/", uri) and "?vcs_url=" not in uri else ""
 
 
 def byproduct(doc: Any, name: str) -> str | None:
@@ -1766,7 +1768,7 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
     checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
-    missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris})
+    missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris} - set(uris))
     checks.expect("packages", ", ".join(expected.packages) or None, ", ".join(f"{name} is missing" for name in missing) or ", ".join(expected.packages))
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
     checks.expect("build type", expected.build_type, definition["buildType"])
@@ -6136,7 +6138,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
     group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
     group.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
-    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency that it must list (repeatable)")
+    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency from a registry that it must list, or a whole pkg: uri (repeatable)")
     group.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
     group.add_argument("--build-type", metavar="URI", help="the buildType that it must name")
     group.add_argument("--max-age", type=_age, metavar="AGE", help="how old it may be: 90m, 24h, 30d")

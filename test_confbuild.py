@@ -2195,8 +2195,8 @@ class TestStatement:
 
     # The forms of [CONTRACT 3]: cargo from a registry, from git, from a folder; nix; npm, also scoped, and as a commit's tarball.
     @pytest.mark.parametrize(("uri", "package"), [
-        ("pkg:cargo/aho-corasick@1.1.3?checksum=sha256:8e60", "aho-corasick@1.1.3"), ("pkg:cargo/a@1.0.0+x?vcs_url=git+https://h/p/q%3Fr@12", "a@1.0.0+x"),
-        ("pkg:cargo/a@1?vcs_url=git+file:../b/c@12", "a@1"), ("pkg:cargo/a@1", "a@1"), ("pkg:nix-fetch/a.tar.gz?hash=sha256:0/0", "a.tar.gz"),
+        ("pkg:cargo/aho-corasick@1.1.3?checksum=sha256:8e60", "aho-corasick@1.1.3"), ("pkg:cargo/a@1.0.0+x?checksum=x", "a@1.0.0+x"), ("pkg:cargo/a@1?vcs_url=git+https://h/p/q%3Fr@12", ""),
+        ("pkg:cargo/a@1?vcs_url=git+file:../b/c@12", ""), ("pkg:cargo/a@1", "a@1"), ("pkg:nix-fetch/a.tar.gz?hash=sha256:0/0", "a.tar.gz"),
         ("pkg:npm/left-pad@1.3.0?checksum=sha512-a/b+c==", "left-pad@1.3.0"), ("pkg:npm/@scope/name@1.0.0?checksum=x", "@scope/name@1.0.0"),
         ("pkg:npm/a@1??b", "a@1"), ("https://codeload.github.com/o/r/tar.gz/12", ""),
         ("evil/a@1", ""), ("x:y/a@1?z", ""), ("/a@1", ""), ("a@1", ""), ("", ""), ("pkg:", ""),
@@ -2247,7 +2247,7 @@ OPTIONAL = {"nonce": "nonce", "measurements": "measurement", "min_tcb": "minimum
 # Of the provenance, then of the simulated report; the hardware's come with the class about it.
 RIGHT_OF_STATEMENT: dict[str, Any] = {
     "nonce": NONCE.upper(), "source_uri": "https://a/b", "source_commit": "34" * 20, "source_tree": "12" * 20, "lockfile_sha256": "ab" * 32,
-    "dependencies": ["pkg:cargo/x@1?y", "pkg:cargo/y@2"], "packages": ["y@2", "x@1"], "builder_id": confbuild.SIMULATED_BUILDER,
+    "dependencies": ["pkg:cargo/x@1?y", "pkg:cargo/y@2"], "packages": ["y@2", "x@1", "pkg:cargo/x@1?y"], "builder_id": confbuild.SIMULATED_BUILDER,
     "build_type": confbuild.BUILD_TYPE, "build_log_sha256": "56" * 32, "finished": ("2026-11-23T00:00:01Z", "2026-11-23T00:00:01Z")}
 RIGHT = {**RIGHT_OF_STATEMENT, "measurements": ["00" * 48, confbuild.simulated_measurement().hex().upper()], "min_tcb": {"snp": 0},
          "host_data": "00" * 32, "guest_svn": 0, "chip_id": "00" * 64, "family_id": "00" * 16, "image_id": "00" * 16}
