@@ -2969,16 +2969,33 @@ def simulated_evidence(provenance: bytes, nonce: str) -> bytes:
 
 
 def get_report(data: bytes) -> tuple[bytes, bytes]:
-    """(report, certificate table) for 64 bytes of report data, from configfs-tsm or else /dev/sev-guest. Raises NoAttester."""
-    if os.path.isdir(TSM_REPORTS):
-        return tsm_report(TSM_REPORTS, data)
-    if os.path.exists(SEV_GUEST):
-        device = os.open(SEV_GUEST, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            return sev_guest_report(lambda request, argument: fcntl.ioctl(device, request, argument), data)
-        finally:
-            os.close(device)
-    raise NoAttester(f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here", "`modprobe sev-guest`, as root, where it is one")
+    """(report, certificate table) for 64 bytes of report data, from configfs-tsm or, where that gives none, /dev/sev-guest. Raises NoAttester.
+
+    configfs-tsm may be there without the guest's driver (ENXIO), not for this user (EACCES), or fail for want of room for the certificates (EIO)."""
+    failures: list[str] = []
+    for path, get in ((TSM_REPORTS, tsm_report), (SEV_GUEST, _device_report)):
+        if os.path.exists(path):
+            try:
+                report, table = get(path, data)
+                if parse_report(report).report_data == data:
+                    return report, table
+                failures.append(f"{path}: its report is about other data")
+            except (NoAttester, ReportError) as e:
+                failures.append(str(e))
+    raise NoAttester("; ".join(failures) or f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here",
+                     "`modprobe sev-guest`, as root, where this is an SEV-SNP guest")
+
+
+def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
+    """(report, certificate table or empty) from the device at path. Raises NoAttester."""
+    try:
+        device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        raise NoAttester(f"{path}: {e.strerror}") from None
+    try:
+        return sev_guest_report(lambda request, argument: fcntl.ioctl(device, request, argument), data)
+    finally:
+        os.close(device)
 
 
 def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
@@ -2994,10 +3011,13 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
     try:
         os.mkdir(folder)
         try:
+            provider = read("provider").strip()
+            if provider != b"sev_guest":  # before anything is asked of it: others have no auxblob
+                raise NoAttester(f"{root}: its provider is {provider[:40].decode('ascii', 'replace')!r}, not sev_guest")
             before = generation()
             with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
-                written = f.write(data)  # in one write: a second one would begin another request
-            report, table, provider = read("outblob"), read("auxblob"), read("provider").strip()
+                written = f.write(data)  # it counts when the file is closed, which hides an error: generation then stays
+            report, table = read("outblob"), read("auxblob")
             after = generation()
         finally:
             os.rmdir(folder)
@@ -3006,8 +3026,6 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
         raise NoAttester(f"{e.filename or root}: {reason}") from None
     except ValueError:
         raise NoAttester(f"{folder}: generation is no number") from None
-    if provider != b"sev_guest":
-        raise NoAttester(f"{root}: its provider is {provider[:40].decode('ascii', 'replace')!r}, not sev_guest")
     if written != len(data) or after != before + 1:  # somebody else wrote between our write and our read
         raise NoAttester(f"{folder}: {after - before} requests were made, not our one")
     return report, table
@@ -3019,7 +3037,7 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
     certificates = ctypes.create_string_buffer(MAX_CERTIFICATES)
     body = data + bytes(32)  # user_data, vmpl 0, reserved
     where = ctypes.addressof(certificates).to_bytes(8, "little") + MAX_CERTIFICATES.to_bytes(4, "little") + bytes(4)
-    failure = ""
+    failures = []
     for request, content in ((SNP_GET_EXT_REPORT, body + where), (SNP_GET_REPORT, body)):  # a host need not have certificates
         question, answer = ctypes.create_string_buffer(content, len(content)), ctypes.create_string_buffer(4000)
         argument = bytearray(b"\x01" + bytes(7) + ctypes.addressof(question).to_bytes(8, "little") + ctypes.addressof(answer).to_bytes(8, "little") + bytes(8))
@@ -3027,13 +3045,13 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
             ioctl(request, argument)
         except OSError as e:
             firmware, vmm = (int.from_bytes(argument[at:at + 4], "little") for at in (24, 28))
-            failure = f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})"
+            failures.append(f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})")  # after the first, the driver may only say ENOTTY
             continue
         status, size = (int.from_bytes(answer.raw[at:at + 4], "little") for at in (0, 4))
         if status == 0 and size == REPORT_SIZE:
             return answer.raw[0x20:0x20 + size], certificates.raw if request == SNP_GET_EXT_REPORT else b""
-        failure = f"status {status:#x}, a report of {size} bytes"
-    raise NoAttester(f"{SEV_GUEST}: {failure}")
+        failures.append(f"status {status:#x}, a report of {size} bytes")
+    raise NoAttester(f"{SEV_GUEST}: {', then '.join(failures)}")
 
 
 def vek_in_table(table: bytes, kind: str) -> bytes | None:
@@ -3046,7 +3064,7 @@ def vek_in_table(table: bytes, kind: str) -> bytes | None:
         if not any(table[at:at + 24]):
             return None
         if table[at:at + 16] in (guid.bytes, guid.bytes_le):
-            return table[offset:offset + length]
+            return table[offset:offset + length] or None
     return None
 
 
@@ -3055,7 +3073,7 @@ def fetch_vek(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return bytes(answer.read(MAX_CERTIFICATES))
-    except OSError as e:
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: where it redirects to what is no URL
         raise NoAttester(f"{url}: {e}") from None
 
 
@@ -3111,6 +3129,8 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
     A directory may hold evidence.json without provenance.json: what verifies then is the evidence alone."""
     try:
         if path == "-":
+            if sys.stdin is None:
+                raise UsageError("stdin is closed")
             return _read_archive("stdin", sys.stdin.buffer, max_unpacked)
         if not os.path.isdir(path):
             with open(path, "rb") as f:
@@ -5835,7 +5855,7 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
         if len(data) > MIB:  # its end would be lost
             raise UsageError(f"--policy {path}: more than {MIB} bytes")
         policy = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: its own, that of UTF-8, and that of a number with thousands of digits
         raise UsageError(f"--policy {path}: not TOML: {e}") from None
     known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles"}
     arguments = []
@@ -5849,10 +5869,12 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
             raise UsageError(f"--policy {path}: {name} is an empty list")
         if name == "measurement" and options.measurement:
             continue  # each of them would be enough: the command line wins
-        if isinstance(value, dict):  # min-tcb
+        if name == "min-tcb" and isinstance(value, dict) and all(type(level) is int and 0 <= level < 256 for level in value.values()):
             value = tcb_text(value)
         for item in value if isinstance(value, list) else [value]:
-            if not isinstance(item, str) and type(item) is not int:
+            if name == "pcr" and str(item).partition("=")[0] in [str(register) for register, _ in options.pcr]:
+                continue
+            if not (isinstance(item, str) and "\0" not in item or type(item) is int and abs(item) < 1 << 63):  # [TOML] 64 bits
                 raise UsageError(f"--policy {path}: {name} is neither text nor a whole number, nor a list of them")
             if name in _PATH_OPTIONS:
                 item = os.path.join(os.path.dirname(path), str(item))
@@ -5886,8 +5908,8 @@ def _read_roots(directory: str) -> Anchors:
 def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
     """What --roots, --crl and --vek name. Raises UsageError, OSError."""
     try:
-        return Endorsements(_read_roots(options.roots) if options.roots else None, [(os.path.basename(path), _read_der(path)) for path in options.crl],
-                            _read_der(options.vek) if options.vek else None)
+        return Endorsements(None if options.roots is None else _read_roots(options.roots), [(os.path.basename(path), _read_der(path)) for path in options.crl],
+                            None if options.vek is None else _read_der(options.vek))
     except (Malformed, BadSignature) as e:
         raise UsageError(str(e)) from None
 
@@ -5908,7 +5930,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
         build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
         finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
-    return _expect_source(options.source, expected) if options.source else expected
+    return expected if options.source is None else _expect_source(options.source, expected)
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
@@ -5943,7 +5965,9 @@ def cmd_attest(options: "argparse.Namespace") -> int:
     if not is_nonce(options.nonce):
         raise UsageError("--nonce: 32 hexadecimal digits are needed")
     with open(options.provenance, "rb") as f:
-        provenance = f.read(MAX_JSON)
+        provenance = f.read(MAX_JSON + 1)
+    if len(provenance) > MAX_JSON:
+        raise UsageError(f"{options.provenance}: more than {MAX_JSON} bytes")
     report, table = get_report(report_data(provenance, options.nonce))
     evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
@@ -6238,7 +6262,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as e:
-        sys.stderr.write(f"confbuild: error: {e.filename + ': ' if e.filename else ''}{e.strerror or e}\n")
+        sys.stderr.write("confbuild: error: " + plain_text(f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}") + "\n")
         return EXIT_USAGE
 
 

@@ -3,6 +3,8 @@ import argparse
 import ast
 import base64
 import contextlib
+import ctypes
+import errno
 import fcntl
 import functools
 import gzip
@@ -32,6 +34,7 @@ import threading
 import time
 import tracemalloc
 import types
+import uuid
 import zipapp
 import zipfile
 import zlib
@@ -57,7 +60,7 @@ SHARED = FILE.parent.parent / "shared"
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
-           "openssl": "apt-get install openssl"}
+           "openssl": "apt-get install openssl", "strace": "apt-get install strace"}
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
@@ -4603,6 +4606,165 @@ class TestPlanNix:
 # ==============================================================================
 
 
+class Configfs:
+    """root becomes like /sys/kernel/config/tsm/report [TSM; drivers/virt/coco/tsm.c, fs/configfs/file.c of Linux 6.12]: mkdir makes the attributes, which only
+    rmdir removes; what is written to inblob counts when it is closed, which hides its error; the first read of outblob or auxblob makes the report.
+    fail: errno by attribute, or by "mkdir", "rmdir", "write"; generations: writes of others before an attribute is read; short: bytes that a
+    write takes; claim: that it says it took; generation: what that reads instead; other, size: of the report."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch, auxblob: bytes = b"", provider: bytes = b"sev_guest\n", fail: Mapping[str, int] | None = None,
+                 generations: Mapping[str, int] | None = None, short: int = 64, claim: int | None = None, generation: bytes | None = None, other: bool = False,
+                 size: int = 1184) -> None:
+        self.root, self.auxblob, self.provider, self.fail, self.generations = root, auxblob, provider, fail or {}, generations or {}
+        self.short, self.claim, self.said, self.other, self.size = short, claim, generation, other, size
+        self.made: list[str] = []
+        self.written, self.inblob, self.asked = 0, b"", 0
+        mkdir, rmdir = os.mkdir, os.rmdir
+
+        def make(path: str, *arguments: Any) -> None:
+            if os.path.dirname(path) != str(root):
+                return mkdir(path, *arguments)
+            self.check("mkdir", path)
+            mkdir(path)
+            self.made.append(path)
+            self.written, self.inblob = 0, b""
+            for name in ("generation", "inblob", "outblob", "privlevel", "privlevel_floor", "provider", *(["auxblob"] if provider.strip() == b"sev_guest" else [])):
+                Path(path, name).touch()
+
+        def remove(path: str, *arguments: Any, **keywords: Any) -> None:
+            if os.path.dirname(path) != str(root):
+                return rmdir(path, *arguments, **keywords)
+            self.check("rmdir", path)
+            for attribute in Path(path).iterdir():
+                attribute.unlink()
+            rmdir(path)
+
+        monkeypatch.setattr(os, "mkdir", make)
+        monkeypatch.setattr(os, "rmdir", remove)
+        monkeypatch.setattr(confbuild, "open", self.open, raising=False)
+
+    def check(self, name: str, path: str | None = None) -> None:
+        if name in self.fail:
+            raise OSError(self.fail[name], os.strerror(self.fail[name]), *([path] if path else []))
+
+    def report(self, data: bytes) -> bytes:
+        return (bytes(0x50) + (b"other" * 13)[:64] + bytes(1184) if self.other else bytes(0x50) + data + bytes(1184))[:self.size]
+
+    def open(self, path: str, mode: str, buffering: int = -1) -> Any:
+        if not path.startswith(f"{self.root}/"):
+            return open(path, mode, buffering)
+        name = os.path.basename(path)
+        if not os.path.exists(path):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        assert (mode, buffering) == ("wb" if name == "inblob" else "rb", 0), "a buffer would write and read when it likes"
+        return Attribute(self, name)
+
+
+class Attribute(io.RawIOBase):
+    """An open attribute of Configfs."""
+
+    def __init__(self, tsm: Configfs, name: str) -> None:
+        self.tsm, self.name, self.content, self.wrote = tsm, name, None if name != "inblob" else b"", False
+
+    def readable(self) -> bool:
+        return self.name != "inblob"
+
+    def writable(self) -> bool:
+        return self.name == "inblob"
+
+    def readinto(self, buffer: Any) -> int:
+        if self.content is None:
+            self.tsm.check(self.name)
+            self.tsm.written += self.tsm.generations.get(self.name, 0)
+            self.content = getattr(self, f"show_{self.name}")()
+            if len(self.content) > 1 << 15:  # TSM_OUTBLOB_MAX
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        part = self.content[:min(len(buffer), 1000)]  # a read may be short
+        buffer[:len(part)], self.content = part, self.content[len(part):]
+        return len(part)
+
+    def show_generation(self) -> bytes:
+        return b"%d\n" % self.tsm.written if self.tsm.said is None else self.tsm.said
+
+    def show_provider(self) -> bytes:
+        return self.tsm.provider
+
+    def show_outblob(self) -> bytes:
+        self.tsm.asked += 1
+        if len(self.tsm.inblob) != 64:  # sev_report_new
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return self.tsm.report(self.tsm.inblob)
+
+    def show_auxblob(self) -> bytes:
+        self.show_outblob()
+        return self.tsm.auxblob
+
+    def write(self, data: Any) -> int:
+        self.tsm.check("write")
+        if len(data) > 64:  # TSM_INBLOB_MAX
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        taken = bytes(data)[:self.tsm.short]
+        self.content, self.wrote = (self.content or b"") + taken, True
+        return len(taken) if self.tsm.claim is None else self.tsm.claim
+
+    def close(self) -> None:
+        if not self.closed and self.wrote and "inblob" not in self.tsm.fail:
+            self.tsm.inblob = self.content or b""
+            self.tsm.written += 1
+        super().close()
+
+
+class SevGuest:
+    """An ioctl of /dev/sev-guest [SEV-GUEST; drivers/virt/coco/sev-guest/sev-guest.c]. answers: to each request in turn, an errno with exitinfo2, or the 4000 bytes;
+    then it answers well."""
+
+    def __init__(self, table: bytes = b"", *answers: Any) -> None:
+        self.table, self.answers, self.requests = table, list(answers), list[int]()
+
+    @staticmethod
+    def answer(report: bytes, status: int = 0, size: int | None = None) -> bytes:
+        return struct.pack("<II24x", status, len(report) if size is None else size) + report
+
+    @staticmethod
+    def report(data: bytes) -> bytes:
+        return bytes(0x50) + data + bytes(1184 - 0x90)
+
+    def of(self, data: bytes) -> tuple[bytes, bytes]:
+        return confbuild.sev_guest_report(self, data)
+
+    def __call__(self, request: int, argument: bytearray) -> int:
+        self.requests.append(request)
+        version, question, response, exitinfo2 = struct.unpack("<B7xQQQ", argument)
+        assert (version, exitinfo2) == (1, 0) and request in (0xC0205300, 0xC0205302) and request >> 16 & 0x3FFF == len(argument) == 32
+        extended = request == 0xC0205302
+        content = ctypes.string_at(question, 112 if extended else 96)
+        assert content[64:96] == bytes(32), "VMPL 0"
+        answer = self.answers.pop(0) if self.answers else self.answer(self.report(content[:64]))
+        if isinstance(answer, tuple):
+            argument[24:32] = answer[1].to_bytes(8, "little")
+            raise OSError(answer[0], os.strerror(answer[0]))
+        if extended:
+            address, room = struct.unpack("<QI4x", content[96:])
+            assert 0 < room <= 0x4000 and room % 4096 == 0, "EINVAL of the driver"
+            ctypes.memmove(address, self.table.ljust(room, b"\0"), room)
+        ctypes.memmove(response, answer.ljust(4000, b"\0"), 4000)
+        return 0
+
+
+def table_entry(kind: str, offset: int, length: int, little: bool = False) -> bytes:
+    guid = uuid.UUID(confbuild.VEK_GUIDS[kind])
+    return (guid.bytes_le if little else guid.bytes) + offset.to_bytes(4, "little") + length.to_bytes(4, "little")
+
+
+def table_of(*certificates: tuple[str, bytes], little: bool = False) -> bytes:
+    """A certificate table [GHCB 4.1.8.1]."""
+    at = 24 * (len(certificates) + 1)
+    entries = b""
+    for i, (kind, data) in enumerate(certificates):
+        entries += table_entry(kind, at + sum(len(earlier) for _, earlier in certificates[:i]), len(data), little)
+    return entries + bytes(24) + b"".join(data for _, data in certificates)
+
+
 class TestAttester:
     def test_report_data(self) -> None:
         """[CONTRACT 4], with the digest of "abc" from FIPS 180-2."""
@@ -4615,6 +4777,162 @@ class TestAttester:
         assert list(doc["evidence"]) == ["version", "notice", "attestation_report"] and "no hardware signature" in doc["evidence"]["notice"]
         report = base64.b64decode(doc["evidence"]["attestation_report"], validate=True)
         assert report == b"\3" + bytes(0x4F) + confbuild.report_data(b"abc", NONCE) + hashlib.sha384(FILE.read_bytes()).digest() + bytes(1184 - 0xC0)
+
+    @pytest.mark.parametrize("auxblob", [b"", table_of(("VCEK", b"certificate")), bytes(1 << 15)], ids=["no certificates", "certificates", "largest"])
+    def test_configfs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auxblob: bytes) -> None:
+        """Once more in the same folder: each request has an item of its own, and none is left."""
+        tsm = Configfs(tmp_path, monkeypatch, auxblob=auxblob)
+        for data in (bytes(range(64)), bytes(64)):
+            assert confbuild.tsm_report(str(tmp_path), data) == (tsm.report(data), auxblob)
+        assert list(tmp_path.iterdir()) == [] and len(set(tsm.made)) == 2
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"fail": {"mkdir": errno.ENXIO}}, "{root}/confbuild-{id}: No such device or address"), ({"fail": {"mkdir": errno.EACCES}}, "{root}/confbuild-{id}: Permission denied"),
+        ({"fail": {"outblob": errno.EFBIG}}, "{root}: the report is larger than the kernel takes"), ({"fail": {"auxblob": errno.EFBIG}}, "{root}: the report is larger"),
+        ({"fail": {"outblob": errno.EINVAL}}, "{root}: Invalid argument"), ({"fail": {"outblob": errno.ENXIO}}, "{root}: No such device or address"),
+        ({"fail": {"outblob": errno.EIO}}, "{root}: Input/output error"), ({"fail": {"outblob": errno.ENOTTY}}, "{root}: Inappropriate ioctl for device"),
+        ({"fail": {"outblob": errno.EBUSY}}, "{root}: Device or resource busy"), ({"fail": {"provider": errno.ENOENT}}, "{root}: No such file or directory"),
+        ({"fail": {"inblob": errno.EBUSY}}, "{root}: Invalid argument"),  # which close(2) does not tell: there is nothing to report on
+        ({"fail": {"write": errno.EFBIG}}, "{root}: the report is larger"), ({"fail": {"rmdir": errno.EBUSY}}, "{root}/confbuild-{id}: Device or resource busy"),
+        ({"provider": b"tdx_guest\n"}, "{root}: its provider is 'tdx_guest', not sev_guest"), ({"provider": b""}, "its provider is '', not sev_guest"),
+        ({"provider": b"arm_cca_guest" * 9}, "its provider is 'arm_cca_guestarm_cca_guestarm_cca_guesta', not"),
+        ({"provider": b"\xff\x1b[2J"}, "its provider is '\ufffd\\x1b[2J', not"),
+        ({"generations": {"outblob": 1}}, "{root}/confbuild-{id}: 2 requests were made, not our one"), ({"generations": {"auxblob": 2}}, "3 requests were made"),
+        ({"generations": {"outblob": -1}}, "0 requests were made"), ({"short": 63}, "{root}: Invalid argument"), ({"short": 64, "claim": 32}, "1 requests were made"),
+        ({"generation": b"one\n"}, "{root}/confbuild-{id}: generation is no number"), ({"generation": b""}, "generation is no number")])
+    def test_configfs_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str) -> None:
+        tsm = Configfs(tmp_path, monkeypatch, **changes)
+        pattern = re.escape(message.format(root=tmp_path, id="ID")).replace("confbuild\\-ID", "confbuild-[0-9a-f]{16}")
+        with pytest.raises(confbuild.NoAttester, match=pattern):
+            confbuild.tsm_report(str(tmp_path), bytes(64))
+        assert "rmdir" in tsm.fail or list(tmp_path.iterdir()) == [], "what mkdir made, rmdir removes, whatever happens"
+        assert tsm.provider.strip() == b"sev_guest" or tsm.asked == 0, "no report is asked of a stranger"
+
+    @pytest.mark.parametrize("data", [bytes(63), bytes(65), b""], ids=len)
+    def test_configfs_takes_64_bytes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+        Configfs(tmp_path, monkeypatch)
+        with pytest.raises(confbuild.NoAttester, match="Invalid argument|larger than the kernel takes"):
+            confbuild.tsm_report(str(tmp_path), data)
+
+    def test_device(self) -> None:
+        """The requests as [SEV-GUEST] has them: the extended one first, with room for the certificates."""
+        device = SevGuest(table_of(("VCEK", b"certificate")))
+        report, table = confbuild.sev_guest_report(device, bytes(range(64)))
+        assert (report, table) == (device.report(bytes(range(64))), device.table.ljust(0x4000, b"\0")) and device.requests == [0xC0205302]
+        assert SevGuest().of(bytes(64))[1] == bytes(0x4000), "a host that has none"
+
+    EXTENDED = 0xC0205302
+
+    @pytest.mark.parametrize(("answers", "message"), [
+        ([(errno.EIO, 0x1_0000_0000)], ""), ([(errno.EINVAL, 0xFF)], ""), ([b""], ""), ([SevGuest.answer(b"r" * 1184, status=0x16)], ""),
+        ([(errno.EIO, 0x1_0000_0000), (errno.ENOTTY, 0xFF)],
+         "Input/output error (firmware error 0x0, VMM error 0x1), then Inappropriate ioctl for device (firmware error 0xff, VMM error 0x0)"),
+        ([(errno.EIO, 0x2_0000_0000), SevGuest.answer(b"r" * 1184, status=0x16)], "Input/output error (firmware error 0x0, VMM error 0x2), then status 0x16, a report of 1184 bytes"),
+        ([b"", b""], "status 0x0, a report of 0 bytes, then status 0x0, a report of 0 bytes"),
+        ([SevGuest.answer(b"r" * 1183)] * 2, "a report of 1183 bytes"), ([SevGuest.answer(b"r" * 1185)] * 2, "a report of 1185 bytes"),
+        ([SevGuest.answer(b"r" * 1184, size=2 ** 32 - 1)] * 2, "a report of 4294967295 bytes")])
+    def test_device_that_fails(self, answers: list[Any], message: str) -> None:
+        """Where the extended request fails, the plain one may not."""
+        device = SevGuest(b"certificates", *answers)
+        if message:
+            with pytest.raises(confbuild.NoAttester, match=re.escape(f"/dev/sev-guest: {message}") if " then " in message else message):
+                device.of(bytes(64))
+        else:
+            assert device.of(bytes(64)) == (device.report(bytes(64)), b"")
+        assert device.requests == [self.EXTENDED, 0xC0205300]
+
+    def test_a_real_ioctl(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The kernel looks at the request, not at us: of a file that is no such device, ENOTTY, and of none at all, the reason."""
+        (tmp_path / "device").write_bytes(b"")
+        monkeypatch.setattr(confbuild, "TSM_REPORTS", str(tmp_path / "none"))
+        for name, message in (("device", "ioctl for device (firmware error 0x0, VMM error 0x0), then "), ("", "Is a directory")):
+            monkeypatch.setattr(confbuild, "SEV_GUEST", str(tmp_path / name))
+            with pytest.raises(confbuild.NoAttester, match=re.escape(message)) as caught:
+                confbuild.get_report(bytes(64))
+            assert "modprobe sev-guest" in caught.value.hint
+        monkeypatch.setattr(confbuild, "SEV_GUEST", str(tmp_path / "none"))
+        with pytest.raises(confbuild.NoAttester, match=r"this is no SEV-SNP guest: neither \S+/none nor \S+/none is here"):
+            confbuild.get_report(bytes(64))
+
+    @pytest.mark.parametrize(("tsm", "device", "expected"), [
+        ({}, True, b"from configfs"), ({"fail": {"mkdir": errno.ENXIO}}, True, b"from the device"), ({"fail": {"mkdir": errno.EACCES}}, True, b"from the device"),
+        ({"fail": {"outblob": errno.EIO}}, True, b"from the device"), (None, True, b"from the device"), ({}, False, b"from configfs"),
+        ({"other": True}, False, "its report is about other data"), ({"size": 1000}, False, "attestation_report: 1000 bytes, not 1184"),
+        ({"fail": {"mkdir": errno.ENXIO}}, False, "No such device or address"), ({"provider": b"tdx_guest"}, False, "its provider is 'tdx_guest'")])
+    def test_whom_to_ask(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tsm: dict[str, Any] | None, device: bool, expected: bytes | str) -> None:
+        """configfs-tsm, else the device; and a report about anything else than was asked is none."""
+        (tmp_path / "device").write_bytes(b"")
+        monkeypatch.setattr(confbuild, "SEV_GUEST", str(tmp_path / ("device" if device else "none")))
+        monkeypatch.setattr(confbuild, "TSM_REPORTS", str(tmp_path / ("none" if tsm is None else "report")))
+        if tsm is not None:
+            (tmp_path / "report").mkdir()
+            Configfs(tmp_path / "report", monkeypatch, **{"auxblob": b"from configfs", **tsm})
+        stand_in = SevGuest(b"from the device")
+        monkeypatch.setattr(confbuild, "fcntl", types.SimpleNamespace(ioctl=lambda _, request, argument: stand_in(request, argument)))
+        if isinstance(expected, bytes):
+            report, table = confbuild.get_report(bytes(range(64)))
+            assert (confbuild.parse_report(report).report_data, table.rstrip(b"\0")) == (bytes(range(64)), expected)
+        else:
+            with pytest.raises(confbuild.NoAttester, match=expected):
+                confbuild.get_report(bytes(range(64)))
+
+    GOOD_TABLE = table_of(("VLEK", b"the vlek"), ("VCEK", b"the vcek"))
+
+    @pytest.mark.parametrize(("table", "expected"), [
+        (GOOD_TABLE, b"the vcek"), (table_of(("VCEK", b"the vcek"), little=True), b"the vcek"), (table_of(("VLEK", b"the vlek")), None), (b"", None), (bytes(0x4000), None),
+        (bytes(24) + GOOD_TABLE, None), (GOOD_TABLE[:47], None), (GOOD_TABLE[:48], None), (b"\xff" * 0x4000, None),
+        (table_of(("VCEK", b"one"), ("VCEK", b"two")), b"one"), (table_entry("VCEK", 24, 8) + b"the vcek", b"the vcek"),  # without a terminator
+        (table_entry("VCEK", 0, 16), uuid.UUID(confbuild.VEK_GUIDS["VCEK"]).bytes), (table_entry("VCEK", 20, 2 ** 32 - 1), b"\xff" * 4),
+        (table_entry("VCEK", 2 ** 32 - 1, 2 ** 32 - 1), None), (table_entry("VCEK", 24, 8), None), (table_entry("VCEK", 4, 0), None)])
+    def test_certificate_table(self, table: bytes, expected: bytes | None) -> None:
+        assert confbuild.vek_in_table(table, "VCEK") == expected
+        assert confbuild.vek_in_table(table_of(("VLEK", b"the vlek"), little=True), "VLEK") == b"the vlek"
+
+    @given(st.lists(st.sampled_from([table_entry(kind, *sizes) for kind in ("VCEK", "VLEK") for sizes in ((0, 24), (30, 7), (2 ** 31, 9))]) | st.binary(max_size=30), max_size=6))
+    def test_hostile_tables(self, parts: list[bytes]) -> None:
+        found = confbuild.vek_in_table(b"".join(parts), "VCEK")
+        assert found is None or found and found in b"".join(parts)
+
+    @staticmethod
+    def chain(evidence: bytes) -> Any:
+        return json.loads(evidence)["evidence"]["cert_chain"]
+
+    def test_evidence(self) -> None:
+        """Of a VCEK and of a VLEK: with what the host hands out, with what AMD's service has, and with nothing."""
+        for report, vek, kind in ((made(snp_report), made(vek_of), "VCEK"), (made(snp_report, **VLEK), made(vek_of, kind="VLEK", product="Milan"), "VLEK")):
+            table = table_of((kind, vek), ("VLEK" if kind == "VCEK" else "VCEK", b"other"))
+            evidence = confbuild.hardware_evidence(report, table, "gcp-snp", None)
+            assert self.chain(evidence) == {"vcek": b64(vek), "ask": None, "ark": None} and list(json.loads(evidence)) == ["platform", "evidence"]
+            assert verdict_over(GOOD_BUNDLE._replace(evidence=evidence), confbuild.Expectations(nonce=NONCE, require_tee=True), anchors=TOY_ANCHORS).verdict == "passed"
+            bare = confbuild.hardware_evidence(report, b"", "snp", None)
+            assert self.chain(bare) is None
+            assert verdict_over(GOOD_BUNDLE._replace(evidence=bare), ANY, anchors=TOY_ANCHORS, vek=vek).verdict == "passed"
+            assert verdict_over(GOOD_BUNDLE._replace(evidence=bare), ANY, anchors=TOY_ANCHORS).verdict == "failed"
+        asked: list[str] = []
+
+        def fetch(url: str) -> bytes:
+            asked.append(url)
+            return made(vek_of)
+
+        assert confbuild.hardware_evidence(made(snp_report), table_of(("VCEK", made(vek_of))), "snp", fetch) and asked == []
+        assert self.chain(confbuild.hardware_evidence(made(snp_report), b"", "snp", fetch))["vcek"] == b64(made(vek_of)) and asked == [KDS]
+        unsigned = made(snp_report, flags=7 << 2)
+        assert self.chain(confbuild.hardware_evidence(unsigned, table_of(("VCEK", b"x")), "snp", None)) is None
+
+    @pytest.mark.parametrize(("report", "table", "fetched", "message"), [
+        ({}, {"key": OTHER_VEK}, None, "the certificate that came with the report does not verify it: "), ({}, b"junk", None, "does not verify it: VEK: "),
+        ({}, TOY_CAS["ask"], None, "does not verify it: the certificate's key is not on P-384"), ({}, None, b"", "does not verify it: VEK: "),
+        ({}, None, b"<html>", "does not verify it: VEK: "), ({"version": 2}, None, b"", "this report is signed by VCEK of an unknown product"),
+        ({**VLEK}, None, b"", "this report is signed by VLEK of Milan"), ({"flags": 7 << 2}, None, b"", "this report is signed by key 7 of Milan")])
+    def test_foreign_certificates(self, report: dict[str, Any], table: Any, fetched: bytes | None, message: str) -> None:
+        certificate = made(vek_of, **table) if isinstance(table, dict) else table
+        with pytest.raises(confbuild.NoAttester, match=re.escape(message)):
+            confbuild.hardware_evidence(made(snp_report, **report), b"" if certificate is None else table_of(("VCEK", certificate)), "snp",
+                                        None if fetched is None else lambda url: fetched or b"")
+
+    def test_no_report(self) -> None:
+        with pytest.raises(confbuild.ReportError, match="attestation_report: 1183 bytes, not 1184"):
+            confbuild.hardware_evidence(bytes(1183), b"", "snp", None)
 
 # endregion 15
 # ==============================================================================
@@ -4781,10 +5099,10 @@ class TestBundle:
     def test_an_archive_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = packed(tmp_path / "a", gzip.compress(tar_of(*WHOLE, ("demo/artifacts/zeros", bytes(3_000_000), FILE_TYPE)), 1))
         assert confbuild.read_bundle(path).artifacts["zeros"] == hashlib.sha256(bytes(3_000_000)).hexdigest()
-        with monkeypatch.context() as patched:
-            patched.setattr(confbuild, "MAX_UNPACKED", 3_000_000)
-            with pytest.raises(confbuild.UsageError, match="unpacks to more than 3000000 bytes"):
-                confbuild.read_bundle(path)
+        whole = len(b"artifact") + len(GOOD_BUNDLE.evidence) + len(provenance_of(GOOD_BUNDLE)) + 3_000_000
+        assert confbuild.read_bundle(path, whole).evidence == GOOD_BUNDLE.evidence
+        with pytest.raises(confbuild.UsageError, match=f"unpacks to more than {whole - 1} bytes"):
+            confbuild.read_bundle(path, whole - 1)
         monkeypatch.setattr(confbuild, "MAX_MEMBERS", 6)
         assert confbuild.read_bundle(path).provenance == GOOD_BUNDLE.provenance
         monkeypatch.setattr(confbuild, "MAX_MEMBERS", 5)
@@ -4822,16 +5140,46 @@ class TestBundle:
         shutil.rmtree(bare / "artifacts")
         assert confbuild.read_bundle(str(bare)) == GOOD_BUNDLE._replace(artifacts={})
 
+    def test_evidence_alone(self, tmp_path: Path) -> None:
+        """A directory may hold nothing but evidence.json; whatever else is there needs a provenance, and an archive always does."""
+        root = write_files(tmp_path, {"evidence.json": GOOD_BUNDLE.evidence})
+        for step in (lambda: None, (root / "artifacts").mkdir, lambda: (root / "provenance.json.bak").write_text("")):
+            step()
+            assert confbuild.read_bundle(str(root)) == confbuild.BundleFiles(None, GOOD_BUNDLE.evidence, {})
+        for make in (lambda path: path.write_bytes(b"artifact"), lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), os.mkfifo):
+            make(root / "artifacts" / "demo")
+            found = confbuild.read_bundle(str(root))
+            assert found.provenance is None and status_of(verdict_over(found, ANY), "provenance form") == "failed" == verdict_over(found, ANY).verdict
+            (root / "artifacts" / "demo").rename(tmp_path.parent / f"{tmp_path.name}.{len(os.listdir(tmp_path.parent))}")
+        (root / "provenance.json").symlink_to("nowhere")
+        with pytest.raises(confbuild.UsageError, match="provenance.json is no regular file"):
+            confbuild.read_bundle(str(root))
+
+    def test_stdin(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        archive = gzip.compress(tar_of(*WHOLE))
+        for data, message in ((archive, ""), (archive[:-1], "stdin: neither a bundle nor its archive"), (b"", "stdin: neither a bundle nor its archive: empty file")):
+            monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO(data)))
+            if message:
+                with pytest.raises(confbuild.UsageError, match=message):
+                    confbuild.read_bundle("-")
+            else:
+                assert confbuild.read_bundle("-") == GOOD_BUNDLE
+        monkeypatch.setattr(sys, "stdin", None)
+        with pytest.raises(confbuild.UsageError, match="stdin is closed"):
+            confbuild.read_bundle("-")
+
     @pytest.mark.parametrize(("steps", "message"), [
         ([shutil.rmtree], "No such file or directory"),
-        ([lambda root: (root / "provenance.json").unlink()], "No such file or directory"),
+        ([lambda root: (root / "evidence.json").unlink(), lambda root: (root / "evidence.json").symlink_to("provenance.json")], "evidence.json is no regular file"),
+        ([lambda root: (root / "evidence.json").unlink(), lambda root: (root / "evidence.json").mkdir()], "evidence.json is no regular file"),
+        ([lambda root: (root / "provenance.json").unlink(), lambda root: (root / "provenance.json").symlink_to("evidence.json")], "provenance.json is no regular file"),
         ([lambda root: (root / "evidence.json").unlink()], "No such file or directory"),
         ([lambda root: shutil.rmtree(root / "artifacts"), lambda root: (root / "artifacts").write_text("")], "Not a directory"),
         ([lambda root: (root / "provenance.json").unlink(), lambda root: (root / "provenance.json").mkdir()], "regular file|Is a directory"),
         # A link of the whole folder is none of a file in it.
         ([lambda root: (root / "artifacts").rename(root.parent / "other"), lambda root: (root / "artifacts").symlink_to("../other")], "link"),
         ([lambda root: (root / "evidence.json").unlink(), lambda root: os.mkfifo(root / "evidence.json")], "no regular file")],
-        ids=["nothing", "no provenance", "no evidence", "artifacts is a file", "provenance is a folder", "artifacts is a link", "evidence is a pipe"])
+        ids=["nothing", "evidence is a link", "evidence is a folder", "provenance is a link", "no evidence", "artifacts is a file", "provenance is a folder", "artifacts is a link", "evidence is a pipe"])
     def test_directories_that_are_no_bundle(self, tmp_path: Path, steps: Sequence[Callable[[Path], Any]], message: str) -> None:
         root = folder_of(tmp_path / "bundle", GOOD_BUNDLE, {"demo": b"artifact"})
         for step in steps:
@@ -6973,8 +7321,9 @@ class TestRendering:
     CHECKS = (confbuild.Check("short", "passed", "a", "a", "why it is so"), confbuild.Check("long", "passed", "x", "y" * 101),
               confbuild.Check("third one", "not checked", "", "v", "no expectation given"))
     GOLDEN = (
-        ("passed", CHECKS, ("ok   short      a\nok   long       " + "y" * 60 + " ...\n--   third one  v  no expectation given\n"
-                           "PASSED: these artifacts are what the provenance says")),
+        ("simulated", (*CHECKS, confbuild.Check("longest", "passed", "x", "y" * 129), confbuild.Check("nonce", "passed", "1", "1")),
+         ("ok   short      a\nok   long       " + "y" * 101 + "  (x)\n--   third one  v  no expectation given\nok   longest    " + "y" * 60 + " ...  (x)\nok   nonce      1\n"
+          "SIMULATED: artifacts, provenance and evidence agree, but no hardware signed the evidence: it does not prove where or by whom this was built")),
         ("simulated", CHECKS[:1], ("ok   short  a\nSIMULATED: artifacts, provenance and evidence agree, but no hardware signed the evidence: "
                                   "it does not prove where or by whom this was built; the nonce was not checked")),
         ("failed", (*CHECKS[:1], confbuild.Check("longer", "failed", "\x1b[1mx", "y\nz", "why"), confbuild.Check("form", "failed", detail="not \x1b]0;\x07JSON")),
@@ -6992,8 +7341,56 @@ class TestRendering:
         marks = {"passed": "\x1b[32mok  \x1b[0m", "failed": "\x1b[31;1mFAIL\x1b[0m", "not checked": "\x1b[33m--  \x1b[0m"}
         marked = [row for row in colored.split("\n") if row[:1] == "\x1b"][:-1]
         assert all(row.startswith(marks[check.status]) for row, check in zip(marked, checks, strict=True))
-        last = {"passed": "\x1b[32;1mPASSED", "simulated": "\x1b[33;1mSIMULATED", "failed": "\x1b[31;1mFAILED"}[verdict]
+        last = {"simulated": "\x1b[33;1mSIMULATED", "failed": "\x1b[31;1mFAILED"}[verdict]
         assert colored.rpartition("\n")[2].startswith(last + "\x1b[0m")
+
+    ALL = ("provenance digest", "nonce", "measurement", "PCR values", "minimum TCB", "revocation", "revocation list age", "source tree", "trust anchors")
+    THESE = "PASSED: these artifacts are those that the provenance lists, and it was signed in a confidential VM on an AMD Milan processor"
+
+    @pytest.mark.parametrize(("platform", "missing", "claims", "text"), [
+        ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: when it was signed (--nonce)"),
+        ("snp", "measurement", {}, THESE + "; not checked: what the VM was launched with (--measurement)"),
+        ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
+        ("snp", "minimum TCB", {}, THESE + "; not checked: whether the platform's firmware is free of known holes (--min-tcb)"),
+        ("snp", "revocation", {}, THESE + "; not checked: whether the keys are revoked (--crl)"),
+        ("snp", "revocation list age", {}, THESE + "; not checked: whether the keys are revoked today: the list is stale"),
+        ("snp", "source tree", {}, THESE + "; not checked: what the source is (--source)"),
+        ("snp", "nonce,source tree", {}, THESE + "; not checked: when it was signed (--nonce), what the source is (--source)"),
+        ("snp", "trust anchors", {}, THESE + ", if the keys of --roots are AMD's"),
+        ("snp", "provenance digest,source tree", {}, THESE.replace("these artifacts are those that the provenance lists, and it was signed in",
+                                                                   "there is no provenance and no artifact; the evidence was signed in")),
+        ("snp", "", {"debug": True}, THESE.replace("a confidential VM", "a VM in debug mode, which its host could read and change,")),
+        ("snp", "", {"product": "Mi\x1b[2J\nlan"}, THESE)])
+    def test_what_is_proven(self, platform: str, missing: str, claims: Mapping[str, Any], text: str) -> None:
+        """The last line, in colour too, tells what nobody has asked for."""
+        checks = [confbuild.Check(name, "not checked" if name in missing.split(",") else "passed", "1", "1") for name in self.ALL]
+        record = confbuild.Verdict("passed", platform, {"product": "Milan", "debug": False, **claims}, checks)
+        assert confbuild.render_verdict(record, False).rpartition("\n")[2] == text
+        assert confbuild.render_verdict(record, True).rpartition("\n")[2] == "\x1b[32;1mPASSED\x1b[0m" + text[6:]
+
+    def test_skipped_checks_share_a_line(self) -> None:
+        checks = [confbuild.Check(name, "not checked", detail=why) for name, why in (("a", "x"), ("b", "y"), ("c", "x"), ("\x1b[2Jd", "z\n\x07"))]
+        rows = confbuild.render_verdict(confbuild.Verdict("simulated", "simulated", {}, [*checks, confbuild.Check("provenance digest", "not checked", detail="x")]), False)
+        assert rows.split("\n")[:-1] == ["--   a, c, provenance digest: x", "--   b: y", "--   d: z"]
+        assert rows.split("\n")[-1].startswith("SIMULATED: there is no provenance and no artifact, but no hardware signed the evidence: ")
+
+    def test_claims(self) -> None:
+        """Aligned with the checks, cut, on one line each; JSON for what is no text."""
+        claims = {"report_version": 5, "text\x1b[2J": "a\nb\u202ec", "long": "x" * 129, "just": "y" * 128, "n" * 60: {"a": ["\x1b"]}}
+        rows = confbuild.render_verdict(confbuild.Verdict("failed", "snp", claims, [confbuild.Check("check", "failed", "e" * 1001, "")]), False).split("\n")
+        pad = " " * 5
+        assert rows[:4] == [f"{pad}{'report_version':40}  5", f"{pad}{'text':40}  abc", f"{pad}{'long':40}  {'x' * 125}...", f"{pad}{'just':40}  {'y' * 128}"]
+        assert rows[4] == pad + "n" * 60 + '  {"a":["\\u001b"]}' and rows[6:8] == [f"{pad}{'':40}expected {'e' * 1000}", f"{pad}{'':40}actual   (empty)"]
+        assert "report_version" not in confbuild.render_verdict(confbuild.Verdict("failed", "snp", {"report_version": None}, [confbuild.Check("check", "failed")]), False)
+
+    @given(st.lists(st.tuples(st.text(max_size=50), st.sampled_from(["passed", "failed", "not checked"]), *[st.text(max_size=9) for _ in "123"]), min_size=1, max_size=4),
+           st.dictionaries(st.text(max_size=9), JSON_VALUES, max_size=3))
+    def test_no_verdict_steers_a_terminal(self, checks: list[tuple[str, ...]], claims: dict[str, Any]) -> None:
+        for verdict in ("passed", "failed", "simulated"):
+            record = confbuild.Verdict(verdict, "snp", {"report_version": 5, **claims}, [confbuild.Check(*check) for check in checks])
+            text = confbuild.render_verdict(record, False)
+            assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", text)
+            assert all(row[:5] in ("ok   ", "FAIL ", "--   ", " " * 5) or row in ("ok", "FAIL", "--") for row in text.split("\n")[:-1]), "one check, one line"
 
     EVENTS: tuple[Mapping[str, Any], ...] = (
         {"type": "queued", "position": 2}, {"type": "queued", "position": 0}, {"type": "vm", "msg": "boot\x1b[2J"},
@@ -7120,12 +7517,27 @@ class TestUsage:
         ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"), ("list", 2, "required: --server"),
         ("list --server ftp://x", 2, "is no http or https URL"), ("list --server http://127.0.0.1:1", 4, "refused"),
         ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"), ("watch j --server http://127.0.0.1:1 --from -1", 2, "--from"),
-        ("watch \u00e9 --server http://127.0.0.1:1", 2, "invalid job value"), ("verify nowhere", 2, "nowhere: No such file"), ("verify demo", 2, "demo/provenance.json: No such file"),
+        ("watch \u00e9 --server http://127.0.0.1:1", 2, "invalid job value"), ("verify nowhere", 2, "nowhere: No such file"), ("verify demo", 2, "demo/evidence.json: No such file"),
         ("verify blank", 2, "blank: neither a bundle nor its archive"), ("verify b --nonce 1", 2, "--nonce: 32 hexadecimal digits"),
         ("verify b --source-commit 1", 2, "--source-commit: 40 hex"), ("verify b --source-tree 1", 2, "--source-tree: 40 hex"),
         ("verify b --measurement 1", 2, "--measurement: 96 hex"), ("verify b --source nowhere", 2, "--source nowhere: no directory"),
         ("verify b --source empty", 2, "--source empty: "), (f"verify b --source demo --source-tree {'0' * 40}", 2, "which --source-tree contradicts"),
-        ("verify b --format xml", 2, "invalid choice")])
+        ("verify b --format xml", 2, "invalid choice"), ("verify", 2, "required: BUNDLE"), ("verify -", 2, "stdin: neither a bundle nor its archive: empty file"),
+        ("verify b --host-data 1", 2, "--host-data: 64 hex"), (f"verify b --chip-id {'0' * 127}", 2, "--chip-id: 128 hex"), ("verify b --family-id x", 2, "--family-id: 32 hex"),
+        (f"verify b --image-id {'g' * 32}", 2, "--image-id: 32 hex"), (f"verify b --measurement {'0' * 96} --measurement 0", 2, "--measurement: 96 hex"),
+        ("verify b --guest-svn -1", 2, "--guest-svn"), ("verify b --guest-svn 1234567890", 2, "invalid number value"), ("verify b --guest-svn \u0661", 2, "invalid number value"),
+        *[(f"verify b --min-tcb {levels}", 2, "invalid list of levels such as") for levels in (
+            "snp", "snp=", "snp=256", "snp=-1", "snp=1,snp=1", "x=1", "snp=1,", "=1", "snp=0001", "snp=\u0661")],
+        *[(f"verify b --max-age={age}", 2, "invalid age such as 30d value") for age in ("30", "d", "1.5h", "1234567d", "-1d", "1D", "\u0661d")],
+        *[(f"verify b --pcr {pcr}", 2, "invalid register such as 4=HEX value") for pcr in ("4", "24=" + "0" * 64, "4=" + "0" * 63, "4=" + "g" * 64, "x=" + "0" * 64)],
+        (f"verify b --pcr 4={'0' * 64} --pcr 4={'0' * 64}", 2, "--pcr: a register is given twice"),
+        ("verify b --crl nowhere", 2, "nowhere: No such file"), ("verify b --vek nowhere", 2, "nowhere: No such file"), ("verify b --vek demo", 2, "demo: Is a directory"),
+        ("verify b --roots nowhere", 2, "nowhere: No such file"), ("verify b --roots empty", 2, "--roots empty: no directory of milan, genoa, turin in it"),
+        ("verify b --roots blank", 2, "blank: Not a directory"), ("verify b --policy nowhere", 2, "nowhere: No such file"),
+        ("verify b --policy blank --policy blank", 2, "--policy is given more than once"), ("verify b --policy binary", 2, "--policy binary: not TOML: "),
+        ("attest", 2, "required: FILE, --nonce"), ("attest blank --nonce 1", 2, "--nonce: 32 hex"), (f"attest nowhere --nonce {NONCE}", 2, "nowhere: No such file"),
+        (f"attest demo --nonce {NONCE}", 2, "demo: Is a directory"), (f"attest blank --nonce {NONCE} --platform az-snp", 2, "invalid choice"),
+        pytest.param(f"attest blank --nonce {NONCE}", 1, "this is no SEV-SNP guest: ", marks=pytest.mark.skipif(os.path.exists(confbuild.SEV_GUEST), reason="it is one"))])
     def test_messages(self, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                       line: str, status: int, message: str) -> None:
         (tmp_path / "empty").mkdir()
@@ -7137,6 +7549,7 @@ class TestUsage:
             assert (done.returncode, done.stdout) == (status, "") and message in done.stderr, done.stderr
             return
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO()))
         try:
             returned: Any = confbuild.main(line.split())
         except SystemExit as e:  # argparse's own
@@ -7200,6 +7613,56 @@ class TestUsage:
         assert "hashlib" in imported and not imported & {"http", "http.client", "tarfile", "subprocess", "ssl", "socket", "threading", "urllib", "logging"}
 
 
+def pem(data: bytes, label: str) -> bytes:
+    """[RFC7468]"""
+    lines = re.findall(".{1,64}", b64(data))
+    return "\r\n".join([f"-----BEGIN {label}-----", *lines, f"-----END {label}-----", ""]).encode()
+
+
+def bind(path: Path) -> None:
+    """path is a socket."""
+    before = os.getcwd()
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as made_here:
+        made_here.bind(os.fsencode(path.name))
+    os.chdir(before)
+
+
+PCR_4 = hashlib.sha256(bytes((4,))).hexdigest()
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, at NOW: bundles of every kind, and what may come beside."""
+    compact = json.dumps(statement(), separators=(",", ":"), ensure_ascii=False).encode()
+    bare = snp_bundle(made(snp_report), made(vek_of))
+    for name, files in {"b": snp(), "az": azure(), "sim": bundle(COMPLETE), "debug": snp({"policy": 0x30000 | 1 << 19}),
+                        "bare": edited(bare, "evidence", "cert_chain"), "stripped": snp(), "alone": snp(),
+                        "legacy": GOOD_BUNDLE._replace(evidence=confbuild.simulated_evidence(compact, NONCE))}.items():
+        write_bundle(tmp_path / name, files)
+    (tmp_path / "b.tar.gz").write_bytes(result_archive(snp()))
+    for name in ("stripped", "alone"):
+        (tmp_path / name / "provenance.json").unlink()
+    shutil.rmtree(tmp_path / "alone/artifacts")
+    ders = {f"{role}.der": data for role, data in TOY_CAS.items()}
+    crl, revoked = made(toy_crl), made(toy_crl, serial=0x010001)
+    write_files(tmp_path, {
+        "crl.der": crl, "crl.pem": pem(crl, "X509 CRL"), "revoked.der": revoked, "vek.der": made(vek_of), "vek.pem": b"\n" + pem(made(vek_of), "CERTIFICATE"),
+        "other.der": made(vek_of, key=OTHER_VEK), "junk": b"junk", "forged.pem": b"-----BEGIN CERTIFICATE-----\nAAA\n-----END CERTIFICATE-----\n", "files/milan": b"",
+        **{f"roots/milan/{name}": data for name, data in ders.items()}, "roots/README": b"", **{f"pem/Milan/{name}": pem(data, "CERTIFICATE") for name, data in ders.items()},
+        **{f"hollow/milan/{name}": b"" for name in ders}, "partial/milan/ark.der": ders["ark.der"], "partial/milan/ask.der": ders["ask.der"],
+        **{f"swapped/milan/{name}": made(vek_of) if name == "ask.der" else data for name, data in ders.items()}})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1795435200.0)
+    return tmp_path
+
+
+def toy_crl(serial: int | None = None) -> bytes:
+    return crl_of("ARK-Milan", TOY_ARK, *([] if serial is None else [serial]))
+
+
 class TestVerify:
     ZERO = "0" * 32
 
@@ -7209,7 +7672,7 @@ class TestVerify:
         ("--measurement {m}", 3, ""), ("--measurement {M} --measurement " + "0" * 96, 3, ""), ("--measurement " + "0" * 96, 1, "measurement"),
         ("--source-uri https://x", 1, "source uri"), ("--source-commit " + "1" * 40, 1, "source commit"), ("--source-tree " + "12" * 20, 3, ""),
         ("--source-tree " + "13" * 20, 1, "source tree"), ("--builder-id x", 1, "builder id"), ("--builder-id urn:confbuild:builder:simulated:v1", 3, "")])
-    def test_flags(self, shell: Shell, tmp_path: Path, options: str, status: int, check: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_flags(self, tmp_path: Path, options: str, status: int, check: str, capsys: pytest.CaptureFixture[str]) -> None:
         """Of the directory in words, and of the archive as JSON."""
         measurement = confbuild.simulated_measurement().hex()
         options = options.format(m=measurement, M=measurement.upper())
@@ -7217,9 +7680,9 @@ class TestVerify:
         (tmp_path / "b.tar.gz").write_bytes(result_archive(bundle()))
         assert confbuild.main(["verify", str(tmp_path / "b"), *options.split()]) == status
         assert capsys.readouterr().out.splitlines()[-1].startswith("FAILED" if check else PASSABLE)
-        done = shell("verify", "b.tar.gz", "--format", "json", *options.split())
-        doc = json.loads(done.stdout)
-        assert (done.returncode, doc["verdict"], doc["platform"]) == (status, "failed" if check else "simulated", "simulated")
+        returned = confbuild.main(["verify", str(tmp_path / "b.tar.gz"), "--format", "json", *options.split()])
+        doc = json.loads(capsys.readouterr().out)
+        assert (returned, doc["verdict"], doc["platform"]) == (status, "failed" if check else "simulated", "simulated")
         assert [c["name"] for c in doc["checks"] if c["status"] == "failed" and c["name"] not in {check} - {""}] in ([], ["nonce"])
         assert not check or {c["name"]: c["status"] for c in doc["checks"]}[check] == "failed"
         assert list(doc) == ["verdict", "platform", "claims", "checks"] and {"measurement", "report_data", "nonce", "chip_id"} <= set(doc["claims"])
@@ -7256,6 +7719,289 @@ class TestVerify:
             text = os.read(master, 65536)
             os.close(master)
             assert b"ok" in text and (b"\x1b[32m" in text) == colored
+
+    @pytest.mark.parametrize("bundle_name, options, status, check", [
+        ("b", "", 1, "VEK signature"), ("b", "--roots roots", 0, ""), ("b", f"--roots roots --nonce {NONCE} --require-tee", 0, ""),
+        ("b", f"--roots roots --nonce {'1' * 32}", 1, "nonce"), ("b", "--roots pem", 0, ""), ("sim", "--require-tee", 1, "hardware evidence"),
+        ("b", f"--roots roots --measurement {'6d' * 48}", 0, ""), ("b", f"--roots roots --measurement {'6d' * 47}6e", 1, "measurement"),
+        ("b", "--roots roots --min-tcb snp=24,microcode=219", 0, ""), ("b", "--roots roots --min-tcb snp=25", 1, "minimum TCB"),
+        ("b", "--roots roots --min-tcb fmc=0", 1, "minimum TCB"), ("b", f"--roots roots --host-data {'0' * 64}", 0, ""),
+        ("b", f"--roots roots --host-data {'0' * 63}1", 1, "host_data"), ("b", "--roots roots --guest-svn 0", 0, ""), ("b", "--roots roots --guest-svn 1", 1, "guest_svn"),
+        ("b", f"--roots roots --chip-id {CHIP_ID.hex().upper()}", 0, ""), ("b", f"--roots roots --chip-id {'0' * 128}", 1, "chip_id"),
+        ("b", f"--roots roots --family-id {'0' * 32}", 0, ""), ("b", f"--roots roots --family-id {'1' * 32}", 1, "family_id"),
+        ("b", f"--roots roots --image-id {'0' * 32}", 0, ""), ("b", f"--roots roots --image-id {'1' * 32}", 1, "image_id"),
+        ("az", f"--roots roots --pcr 4={PCR_4}", 0, ""), ("az", f"--roots roots --pcr 4={'0' * 64}", 1, "PCR values"),
+        ("az", f"--roots roots --pcr 04={PCR_4.upper()} --pcr 5={'0' * 64}", 1, "PCR values"), ("b", f"--roots roots --pcr 4={PCR_4}", 1, "required checks"),
+        ("debug", "--roots roots", 1, "debug"), ("debug", "--roots roots --allow-debug", 0, ""),
+        ("b", "--roots roots --crl crl.der --require-crl", 0, ""), ("b", "--roots roots --crl crl.pem", 0, ""), ("b", "--roots roots --crl revoked.der", 1, "revocation"),
+        ("b", "--roots roots --crl crl.der --crl revoked.der", 1, "revocation"), ("b", "--roots roots --require-crl", 1, "required checks"),
+        ("b", "--roots roots --crl junk", 1, "revocation list junk"), ("b", "--roots roots --crl vek.der", 1, "revocation list vek.der"),
+        ("b", "--crl crl.der", 1, "revocation list crl.der"), ("bare", "--roots roots", 1, "VEK form"), ("bare", "--roots roots --vek vek.der", 0, ""),
+        ("bare", "--roots roots --vek vek.pem", 0, ""), ("bare", "--roots roots --vek junk", 1, "VEK form"), ("bare", "--roots roots --vek other.der", 1, "report signature"),
+        ("b", "--roots roots --max-age 12h", 0, ""), ("b", "--roots roots --max-age 719m", 1, "age"), ("b", "--roots roots --max-age 43199s", 0, ""),
+        ("b", "--roots roots --max-age 43198s", 1, "age"), ("b", f"--roots roots --build-type {confbuild.BUILD_TYPE}", 0, ""), ("b", "--roots roots --build-type x", 1, "build type"),
+        ("sim", "--dep x@1 --dep pkg:cargo/y@2", 3, ""), ("sim", "--dep x@1 --dep y@1", 1, "packages"), ("sim", "--source-uri https://a/b", 3, ""),
+        ("sim", f"--source-commit {'34' * 20}", 3, ""), ("legacy", "", 1, "provenance digest"), ("legacy", "--allow-legacy-digest", 3, ""),
+        ("alone", "--roots roots", 0, ""), ("alone", "--roots roots --build-type x", 1, "required checks"), ("alone", f"--roots roots --nonce {'1' * 32}", 1, "nonce"),
+        ("stripped", "--roots roots", 1, "provenance form")])
+    def test_options(self, bench: Path, capsys: pytest.CaptureFixture[str], bundle_name: str, options: str, status: int, check: str) -> None:
+        """Both ways, over the toy hierarchy at a fixed time."""
+        assert confbuild.main(["verify", bundle_name, "--format", "json", *options.split()]) == status
+        doc = json.loads(capsys.readouterr().out)
+        failed = {c["name"] for c in doc["checks"] if c["status"] == "failed"}
+        assert (doc["verdict"], check in failed or not check) == ("failed" if check else "simulated" if status == 3 else "passed", True), failed
+        assert not check or failed <= {check, "VEK signature", "nonce is not zero"}, failed
+
+    @pytest.mark.parametrize("options, message", [
+        ("--roots swapped", "Milan ask: not an RSA key"), ("--roots partial", "asvk.der: No such file"), ("--roots hollow", "Milan ark: "), ("--roots files", "Not a directory"),
+        ("--vek forged.pem", "forged.pem: not base64: "), ("--roots=", "No such file"), ("--vek=", "No such file"), ("--source=", "--source : no directory"),
+        ("--policy=", "No such file")])
+    def test_endorsements_that_cannot_be_used(self, bench: Path, capsys: pytest.CaptureFixture[str], options: str, message: str) -> None:
+        """An option whose shell variable is empty is not one that was left out."""
+        assert confbuild.main(["verify", "b", "--roots", "roots", *options.split()]) == 2 and message in capsys.readouterr().err
+
+    MANY = "\n".join(f'{name} = "{value}"' for name, value in (
+        ("nonce", NONCE), ("builder-id", confbuild.SIMULATED_BUILDER), ("source-tree", "12" * 20), ("build-type", confbuild.BUILD_TYPE), ("host-data", "0" * 64),
+        ("chip-id", CHIP_ID.hex()), ("family-id", "0" * 32), ("image-id", "0" * 32), ("vek", "../vek.pem"), ("roots", "../roots"), ("max-age", "12h"), ("min-tcb", "bootloader=4,snp=24"))) + """
+        guest-svn = 0
+        require-tee = true
+        require-crl = true
+        allow-debug = false
+        crl = ["../crl.der", "../crl.pem"]
+        measurement = ["{}", "{}"]""".format("00" * 48, "6d" * 48)
+
+    @pytest.mark.parametrize("toml, options, status, message", [
+        (MANY, "", 0, "PASSED"), ("", "--roots roots", 0, "PASSED"), ("# nothing", "", 1, "VEK signature"), ('roots = "../roots"', "", 0, "PASSED"),
+        ('roots = "../nowhere"', "", 2, "folder/../nowhere: No such file"), ('roots = "../nowhere"', "--roots roots", 0, "PASSED"),
+        (MANY.replace(NONCE, "1" * 32), "", 1, "nonce"), (MANY.replace(NONCE, "1" * 32), f"--nonce {NONCE}", 0, "PASSED"), (MANY, f"--nonce {'1' * 32}", 1, "(nonce)"),
+        (MANY, f"--measurement {'00' * 48}", 1, "measurement"), (MANY, f"--measurement {'6d' * 48}", 0, "PASSED"), (MANY, "--crl revoked.der", 1, "revocation"),
+        (MANY, "--min-tcb snp=25", 1, "minimum TCB"), (MANY.replace("snp=24", "snp=25"), "--min-tcb snp=24", 0, "PASSED"),
+        (MANY.replace("snp=24", "snp=25"), "", 1, "minimum TCB"), (MANY.replace("guest-svn = 0", "guest-svn = 1"), "", 1, "guest_svn"),
+        ("require-crl = true", "--roots roots", 1, "revocation"), ("require-crl = false", "--roots roots", 0, "PASSED"), ("min-tcb = { bootloader = 4, snp = 24 }", "--roots roots", 0, "PASSED"), ("min-tcb = { snp = 25 }", "--roots roots", 1, "minimum TCB"),
+        ('dep = "pkg:x"', "--roots roots", 1, "packages"), ('dep = ["pkg:x"]', "--dep pkg:y", 1, "packages"), ('builder-id = "x"', "--builder-id y", 1, "y"),
+        ('source = "../empty"', "--roots roots", 2, "--source folder/../empty: "), (f'pcr = "4={"0" * 64}"', f"--roots roots --pcr 4={PCR_4}", 0, "PASSED"),
+        (f'pcr = ["4={PCR_4}", "5={PCR_4}"]', "--roots roots", 1, "PCR values"), (f'pcr = ["4={PCR_4}", "4={PCR_4}"]', "", 2, "--pcr: a register is given twice"),
+        ("allow-simulated = true", "--roots roots", 0, "PASSED"), ('crl = "../nowhere"', "--roots roots", 2, "nowhere: No such file")])
+    def test_policy(self, bench: Path, capsys: pytest.CaptureFixture[str], toml: str, options: str, status: int, message: str) -> None:
+        (bench / "folder/policy.toml").write_text(toml)
+        assert confbuild.main(["verify", "az" if "pcr" in toml else "b", "--policy", "folder/policy.toml", *options.split()]) == status
+        said = capsys.readouterr()
+        assert message in (said.err if status == 2 else said.out.splitlines()[-1] if message == "PASSED" else said.out)
+
+    @pytest.mark.parametrize("toml, message", [
+        ("x", "not TOML: "), ("nonce = 1\nnonce = 1", "not TOML: "), ("\ufeffnonce = 1", "not TOML: "), ("x = " + "[" * 5000, "not TOML: "), ("nonce = 2026-13-45", "not TOML: "),
+        ("guest-svn = " + "1" * 5000, "not TOML: Exceeds the limit"), ("guest-svn = 0x" + "f" * 5000, "guest-svn is neither text nor a whole number"),
+        (f"guest-svn = {1 << 63}", "guest-svn is neither"), ("x = 1", "'x' is unknown\nconfbuild: hint: known are allow-debug, "), ('"\\u001b[2J" = 1', "is unknown"),
+        *[(f'{name} = "x"', f"{name!r} is unknown") for name in ("policy", "format", "bundles", "run", "source_uri", "help", "-o", "Nonce")], ("[verify]\nnonce = 1", "'verify' is unknown"),
+        *[(f"nonce = {value}", "nonce is neither text nor a whole number, nor a list of them") for value in (
+            "true", "1.5", "nan", "2026-11-23", "{a = 1}", "[[]]", "[true]", '["a", 1.5]', '"a\\u0000"')], ("crl = []", "crl is an empty list"), ("nonce = []", "nonce is an empty list"),
+        ('min-tcb = {snp = "24"}', "min-tcb is neither"), ("min-tcb = {snp = true}", "min-tcb is neither"), ("min-tcb = {snp = 256}", "min-tcb is neither"),
+        ("min-tcb = {snp = -1}", "min-tcb is neither"), ("min-tcb = {x = 1}", "argument --min-tcb: invalid list of levels"), ("min-tcb = {}", "argument --min-tcb: invalid list of levels"),
+        ('source-uri = {a = "b"}', "source-uri is neither"), ('require-tee = "yes"', "argument --require-tee: ignored explicit argument"), ("require-tee = 1", "argument --require-tee: "),
+        ("max-age = 30", "argument --max-age: invalid age"), ('nonce = "x"', "--nonce: 32 hex"), ('roots = "a\\u0000b"', "roots is neither"), ('vek = "\\u001b[2J"', "No such file")])
+    def test_policies_that_are_none(self, bench: Path, capsys: pytest.CaptureFixture[str], toml: str, message: str) -> None:
+        (bench / "p.toml").write_text(toml)
+        try:
+            status: Any = confbuild.main(["verify", "b", "--policy", "p.toml"])
+        except SystemExit as e:  # argparse's own
+            status = e.code
+        said = capsys.readouterr()
+        assert (status, said.out) == (2, "") and message in said.err and "\x1b" not in said.err, said.err
+
+    @pytest.mark.parametrize("size, status", [(1 << 20, 0), ((1 << 20) + 1, 2)])
+    def test_large_policies(self, bench: Path, capsys: pytest.CaptureFixture[str], size: int, status: int) -> None:
+        (bench / "p.toml").write_text("#" * size)
+        assert confbuild.main(["verify", "b", "--policy", "p.toml", "--roots", "roots"]) == status
+        assert status == 0 or "p.toml: more than 1048576 bytes" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("bundles, options, status", [
+        ("b b.tar.gz", "", 0), ("b sim", "", 3), ("sim b", "--allow-simulated", 0), ("b stripped", "", 1), ("sim stripped b", "", 1), ("nowhere b", "", 2),
+        ("stripped sim junk b", "", 2), ("- b", "", 0), ("b - -", "", 2), ("- -", "--allow-simulated", 2)])
+    def test_several(self, bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundles: str, options: str, status: int) -> None:
+        """The worst of all is the status: unreadable, failed, simulated, passed. Each is told, whatever the others are."""
+        verdicts = {"b": "passed", "b.tar.gz": "passed", "sim": "simulated", "-": "passed"}
+        for form in ("text", "json"):
+            monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO((bench / "b.tar.gz").read_bytes())))
+            assert confbuild.main(["verify", *bundles.split(), "--roots", "roots", "--format", form, *options.split()]) == status
+            said = capsys.readouterr()
+            names = bundles.split()
+            unreadable = [name for i, name in enumerate(names) if name in ("nowhere", "junk") or name == "-" and name in names[:i]]
+            assert said.err.count("confbuild: error: ") == len(unreadable)
+            if form == "json":
+                docs = json.loads(said.out)
+                assert [doc["bundle"] for doc in docs] == names and list(docs[0])[:2] == ["bundle", "verdict"]
+                assert [doc["verdict"] for doc in docs] == ["failed" if name == "-" and "-" in names[:i] else verdicts.get(name, "failed") for i, name in enumerate(names)]
+                assert [name for name, doc in zip(names, docs, strict=True) if "error" in doc] == unreadable
+                assert all(list(doc) == ["bundle", "verdict", "platform", "claims", "checks"] for doc in docs if "error" not in doc)
+            else:
+                readable = [name for name in names if name not in ("nowhere", "junk")][:len(names) - len(unreadable)]
+                assert [row for row in said.out.splitlines() if row in names] == readable
+                assert len(re.findall(r"^(PASSED|FAILED|SIMULATED): ", said.out, re.MULTILINE)) == len(readable)
+
+    def test_one(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """One bundle is one object, and one that cannot be read is no verdict."""
+        assert confbuild.main(["verify", "b", "--roots", "roots", "--format", "json"]) == 0
+        assert list(json.loads(capsys.readouterr().out)) == ["verdict", "platform", "claims", "checks"]
+        for form in ("json", "text"):
+            assert confbuild.main(["verify", "nowhere", "--format", form]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and said.err.startswith("confbuild: error: nowhere: ")
+
+    def test_bundles_with_odd_names(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        names = ["a\nPASSED: all", "\x1b[2Jx", os.fsdecode(b"\xff"), "--", "\u202egpj"]
+        for name in names:
+            shutil.copytree(bench / "b", bench / name)
+            shutil.copy(bench / "junk", bench / f"{name}.tar.gz")
+        paths = [f"./{name}" for name in names] + [f"./{name}.tar.gz" for name in names]
+        assert confbuild.main(["verify", "--roots", "roots", *paths]) == 2
+        said = capsys.readouterr()
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", said.out + said.err)
+        assert said.out.count("\nPASSED: ") == len(names) and said.err.count("\n") == len(names)
+
+    def test_hostile_artifacts(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """`verify DIR && DIR/artifacts/x`: whatever x is, if the statement does not list its very bytes, no."""
+        def fails(*checks: str) -> None:
+            with within(5):
+                assert confbuild.main(["verify", "b", "--roots", "roots", "--format", "json"]) == 1
+            text = capsys.readouterr().out
+            assert {c["name"] for c in json.loads(text)["checks"] if c["status"] == "failed"} == set(checks) and text.isascii()
+
+        folder = bench / "b/artifacts"
+        for name in ("x", ".hidden", "demo ", "Demo", "demo\n", "\x1b[2J", os.fsdecode(b"demo\xff"), "x" * 255, "-rf"):
+            for make in (lambda path: path.write_bytes(b"artifact"), lambda path: path.mkdir(), lambda path: path.symlink_to("demo"), os.mkfifo, bind):
+                if make is bind and len(name) > 50:
+                    continue  # an address has 107 bytes
+                make(folder / name)
+                fails("unlisted files")
+                (folder / name).rmdir() if (folder / name).is_dir() else (folder / name).unlink()
+        (folder / "demo").rename(bench / "elsewhere")
+        for make in (lambda path: path.symlink_to(bench / "elsewhere"), lambda path: path.mkdir(), os.mkfifo, lambda path: path.write_bytes(b"Artifact")):
+            make(folder / "demo")
+            fails("artifact demo", "artifacts")
+            (folder / "demo").rmdir() if (folder / "demo").is_dir() else (folder / "demo").unlink()
+        os.link(bench / "elsewhere", folder / "demo")
+        assert confbuild.main(["verify", "b", "--roots", "roots"]) == 0
+
+    def test_long_output(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        names = [f"{i:05}" + "n" * 200 for i in range(3000)]
+        doc = statement(subject=[{"digest": {"sha256": DEMO_SHA256}, "name": name} for name in names])
+        write_files(tmp_path, {"evidence.json": bundle(doc).evidence, "provenance.json": provenance_of(bundle(doc))})
+        with within(20):
+            assert confbuild.main(["verify", str(tmp_path), "--nonce", NONCE]) == 1
+        rows = capsys.readouterr().out.splitlines()
+        assert max(map(len, rows)) < 1300 and sum(row.startswith("FAIL artifact ") for row in rows) == 3000
+
+    @pytest.mark.parametrize("flags", [("-O", "-W", "error"), ("-I", "-OO", "-W", "error", "-X", "dev")], ids=" ".join)
+    def test_interpreter_flags(self, bench: Path, flags: tuple[str, ...]) -> None:
+        """Nothing rests on assert, on the environment, or on what Python only warns of."""
+        (bench / "folder/policy.toml").write_text('roots = "../roots"\ncrl = "../crl.der"\nallow-simulated = true\n')
+        done = subprocess.run([sys.executable, *flags, str(FILE), "verify", "b", "sim", "az", "bare", "stripped", "--policy", "folder/policy.toml", "--vek", "vek.pem",
+                               "--format", "json"], cwd=bench, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr) == (1, "")
+        assert [doc["verdict"] for doc in json.loads(done.stdout)] == ["passed", "simulated", "passed", "passed", "failed"]
+
+    @needs("strace")
+    @pytest.mark.parametrize("form", ["text", "json"])
+    def test_no_socket_by_the_kernel(self, bench: Path, form: str) -> None:
+        (bench / "folder/policy.toml").write_text('roots = "../roots"\ncrl = "../crl.der"\n')
+        command = [sys.executable, str(FILE), "verify", "b", "b.tar.gz", "bare", "--policy", "folder/policy.toml", "--vek", "vek.der", "--format", form]
+        done = subprocess.run(["strace", "-f", "-q", "-e", "trace=network,execve", "-o", "trace", *command], cwd=bench, capture_output=True, text=True, timeout=60, check=False)
+        if done.returncode == 1 and "ptrace" in done.stderr:
+            pytest.skip("no process may be traced here")
+        trace = (bench / "trace").read_text().splitlines()
+        assert (done.returncode, done.stderr) == (0, "") and len([row for row in trace if "execve(" in row]) == 1
+        assert [row for row in trace if "execve(" not in row and "+++" not in row and "---" not in row] == []
+
+    @pytest.mark.skipif(not (SHARED / "vectors").is_dir(), reason="shared/vectors is missing: it is no part of the repository")
+    @pytest.mark.parametrize("name, options, status", [
+        ("snp-milan-v3-oak-release", "--crl {v}/crl/amd-milan-2026-08.crl", 0), ("snp-genoa-v3-tav", "--crl {v}/crl/amd-genoa-2026-08.crl --require-crl", 0),
+        ("snp-genoa-v3-tav", "--crl {v}/crl/amd-milan-2026-08.crl --require-crl", 1), ("snp-milan-v3-oak-release", "--crl {v}/crl/neg-milan-sig.crl", 1),
+        ("snp-milan-v3-oak-release", "--roots {v}/testroots", 1), ("snp-milan-v3-oak-release", "--roots {v}/amd", 0),
+        ("bundle-ripgrep-snp-siena-no-vcek", "", 1), ("snp-turin-v5-openanolis", "--min-tcb fmc=0,snp=0", 0), ("snp-turin-v5-openanolis", "--min-tcb snp=255", 1),
+        ("az-snp-kettle-kex", f"--pcr 4={'0' * 64}", 1), ("snp-vlek-milan-v3-aws-expired", "", 1)])
+    def test_real_evidence(self, capsys: pytest.CaptureFixture[str], name: str, options: str, status: int) -> None:
+        folder = SHARED / "vectors"
+        assert confbuild.main(["verify", str(folder / "vectors" / name), *options.format(v=folder).split()]) == status, capsys.readouterr().out
+
+
+class TestAttest:
+    @pytest.mark.parametrize("options", [(), ("--platform", "gcp-snp")], ids=["snp", "gcp-snp"])
+    @pytest.mark.parametrize("host_has_it", [True, False])
+    def test_from_the_device_to_the_verdict(self, bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...],
+                                            host_has_it: bool) -> None:
+        """What `attest` writes in a guest verifies as a bundle, and with another nonce does not."""
+        root = bench / "folder/report"
+        root.mkdir()
+        tsm = Configfs(root, monkeypatch, auxblob=table_of(("VCEK", made(vek_of)), little=True) if host_has_it else b"")
+        monkeypatch.setattr(tsm, "report", lambda data: made(snp_report, report_data=data))
+        monkeypatch.setattr(confbuild, "TSM_REPORTS", str(root))
+        monkeypatch.setattr(confbuild, "fetch_vek", lambda url: made(vek_of) if url == KDS else b"")
+        arguments = ["attest", "bare/provenance.json", "--nonce", NONCE.upper(), *options]
+        for fetch in ([], ["--fetch-vek"]):
+            assert confbuild.main(arguments + fetch) == 0
+            said = capsys.readouterr()
+            known = host_has_it or bool(fetch)
+            assert (said.err == "") == known and ("verifiers will need --vek" in said.err) != known
+            (bench / "bare/evidence.json").write_text(said.out)
+            for more, status in (([], 0 if known else 1), (["--vek", "vek.pem"], 0)):
+                assert confbuild.main(["verify", "bare", "--roots", "roots", "--nonce", NONCE, "--require-tee", *more]) == status
+            capsys.readouterr()
+            assert json.loads(said.out)["platform"] == (options[-1] if options else "snp")
+        assert confbuild.main(["verify", "bare", "--roots", "roots", "--nonce", "1" * 32, "--vek", "vek.pem"]) == 1
+
+    def test_large_provenance(self, bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Never evidence about the beginning of a file."""
+        asked: list[bytes] = []
+
+        def get(data: bytes) -> tuple[bytes, bytes]:
+            asked.append(data)
+            return made(snp_report), b""
+
+        monkeypatch.setattr(confbuild, "get_report", get)
+        for size, status in ((confbuild.MAX_JSON, 0), (confbuild.MAX_JSON + 1, 2)):
+            (bench / "large").write_bytes(b" " * size)
+            assert confbuild.main(["attest", "large", "--nonce", NONCE]) == status
+        assert asked == [confbuild.report_data(b" " * confbuild.MAX_JSON, NONCE)] and "large: more than 4194304 bytes" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("answer, message", [
+        ((404, {}, b""), "HTTP Error 404"), ((429, {"Retry-After": "10"}, b""), "HTTP Error 429"), ((500, {}, b""), "HTTP Error 500"),
+        ((302, {"Location": "file:///etc/passwd"}, b""), "HTTP Error 302"), ((302, {"Location": "http://[::1"}, b""), "Invalid IPv6 URL|does not appear|netloc"),
+        ((302, {"Location": "/again"}, b""), "HTTP Error 302"), ((302, {"Location": "http://127.0.0.1:1/"}, b""), "refused"),
+        ((200, {"Content-Length": "5", "Transfer-Encoding": "chunked"}, b"zz\r\n"), "IncompleteRead|invalid literal")])
+    def test_services_that_say_no(self, monkeypatch: pytest.MonkeyPatch, answer: Answer, message: str) -> None:
+        monkeypatch.setenv("NO_PROXY", "*")
+        with StandIn(answer) as one, within(20), pytest.raises(confbuild.NoAttester, match=f"^{one.url}/vcek: .*({message})"):
+            confbuild.fetch_vek(one.url + "/vcek")
+
+    @pytest.mark.parametrize("reply", [b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 " + b"x" * 70_000, b"HTTP/1.1 999999 x\r\n\r\n", b"HTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 200 + b"\r\n"],
+                             ids=["nonsense", "nothing", "long line", "odd status", "many headers"])
+    def test_services_that_break_the_protocol(self, monkeypatch: pytest.MonkeyPatch, reply: bytes) -> None:
+        monkeypatch.setenv("NO_PROXY", "*")
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            def serve() -> None:
+                with listening.accept()[0] as connection:
+                    connection.recv(65536)
+                    connection.sendall(reply)
+
+            thread = threading.Thread(target=serve)
+            thread.start()
+            with within(20), pytest.raises(confbuild.NoAttester):
+                confbuild.fetch_vek(f"http://127.0.0.1:{listening.getsockname()[1]}/")
+            thread.join()
+
+    def test_fetch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("NO_PROXY", "*")
+        vek = made(vek_of)
+        with StandIn((302, {"Location": "/there"}, b""), (200, {"Content-Type": "application/octet-stream"}, vek), (200, {}, bytes(100_000))) as one:
+            assert self.evidence(one) == b64(vek) and one.seen[0][:2] == ("GET", KDS.partition("amd.com")[2]) and one.seen[1][:2] == ("GET", "/there")
+            assert confbuild.fetch_vek(one.url) == bytes(0x4000), "no more is read than a certificate can have"
+            with pytest.raises(confbuild.NoAttester, match="does not verify it: VEK: "):
+                self.evidence(one)
+
+    @staticmethod
+    def evidence(one: "StandIn") -> Any:
+        fetched = confbuild.hardware_evidence(made(snp_report), b"", "snp", lambda url: confbuild.fetch_vek(url.replace("https://kdsintf.amd.com", one.url)))
+        return json.loads(fetched)["evidence"]["cert_chain"]["vcek"]
 
 
 class TestBuild:
@@ -7339,7 +8085,7 @@ class TestBuild:
     OK = (200, SSE, frame(1, "complete", END))
 
     @pytest.mark.parametrize("result, status, message", [
-        ((200, {}, result_archive(agreeing(nonce="f" * 32))), 5, "FAILED: 1 of 25 checks failed (nonce)"), ((200, {}, result_archive(agreeing())), 0, PASSABLE),
+        ((200, {}, result_archive(agreeing(nonce="f" * 32))), 5, " checks failed (nonce): "), ((200, {}, result_archive(agreeing())), 0, PASSABLE),
         ((200, {}, tarball({"../evil": "x"})), 4, "broke the protocol"), ((200, {}, tarball({"evidence.json": "{}"})), 4, "broke the protocol"),
         ((200, {}, b"junk"), 4, "broke the protocol"), ((404, {}, b""), 4, "the server said 404")])
     def test_what_a_server_hands_out(self, shell: Shell, tmp_path: Path, result: Answer, status: int, message: str) -> None:
