@@ -3080,18 +3080,23 @@ def fetch_vek(url: str) -> bytes:
 def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None) -> bytes:
     """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, fetch gets it
     from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
+    def complaint(vek: bytes | None) -> str:
+        try:
+            if vek is not None:
+                verify_report(parsed, parse_certificate(vek, "VEK").key)
+        except (Malformed, BadSignature) as e:
+            return str(e)
+        return ""
+
     parsed = parse_report(report)
     vek = vek_in_table(table, parsed.signing_key) if parsed.signing_key in VEK_GUIDS else None
-    if vek is None and fetch is not None:
+    if fetch is not None and (vek is None or complaint(vek)):  # that of an older TCB has another key
         if not parsed.product or parsed.signing_key != "VCEK":
             raise NoAttester("AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
                              f"{parsed.signing_key} of {parsed.product or 'an unknown product'}")
         vek = fetch(vek_url(parsed, parsed.product))
-    if vek is not None:
-        try:
-            verify_report(parsed, parse_certificate(vek, "VEK").key)
-        except (Malformed, BadSignature) as e:
-            raise NoAttester(f"the certificate that came with the report does not verify it: {e}") from None
+    if complaint(vek):
+        raise NoAttester(f"the certificate that came with the report does not verify it: {complaint(vek)}")
     chain = None if vek is None else {"vcek": base64.b64encode(vek).decode("ascii"), "ask": None, "ark": None}
     return to_canonical({"platform": platform, "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain}})
 

@@ -4916,6 +4916,8 @@ class TestAttester:
 
         assert confbuild.hardware_evidence(made(snp_report), table_of(("VCEK", made(vek_of))), "snp", fetch) and asked == []
         assert self.chain(confbuild.hardware_evidence(made(snp_report), b"", "snp", fetch))["vcek"] == b64(made(vek_of)) and asked == [KDS]
+        for stale in (made(vek_of, key=OTHER_VEK), b"junk"):  # that of before a firmware update, which the host still hands out
+            assert self.chain(confbuild.hardware_evidence(made(snp_report), table_of(("VCEK", stale)), "snp", fetch))["vcek"] == b64(made(vek_of))
         unsigned = made(snp_report, flags=7 << 2)
         assert self.chain(confbuild.hardware_evidence(unsigned, table_of(("VCEK", b"x")), "snp", None)) is None
 
