@@ -4,7 +4,7 @@
     python confbuild.py serve                 the build service: POST /build, GET /build/{id}/events, .../result
     python confbuild.py build DIR --server U  the same build on a service
     python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
-    python confbuild.py attest FILE           inside of an SEV-SNP guest: evidence for a provenance
+    python confbuild.py attest FILE --nonce N inside of an SEV-SNP guest: evidence for a provenance
     python confbuild.py --version             the version, and the SHA-256 of this very file
 
 A *bundle* is a directory: artifacts/, provenance.json (what was built, from what, with what: in-toto and SLSA) and
@@ -13,8 +13,8 @@ evidence.json (the attestation that binds the provenance and the client's nonce)
 What a verdict means.  Every required check ran, and passed: the artifacts are the provenance's subjects, the evidence carries
 the digest of this provenance, and whatever the caller asked for is so.  "passed": an AMD SEV-SNP processor signed that
 evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says what
-that VM was only to a caller who gives a measurement, that it is not an old one only to one who gives a nonce, and that the
-keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
+that VM was only to a caller who gives a measurement (on Azure PCR values as well), that it is not an old one only to one who
+gives a nonce, and that the keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
 made it up.  No verdict says that the source is free of malice.
 
 Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
@@ -53,7 +53,7 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
 
 Specifications
 
-    [CONTRACT]  HTTP API, formats, command line and exit codes of this project: README.md
+    [CONTRACT]  of this project, by section: 1 HTTP API, 2 toolchains, 3 provenance, 4 evidence, 5 command line; README.md has its gist
     [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.58
     [VCEK]      AMD 57230, Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface, rev 1.00
     [X680]      ITU-T X.680, ASN.1          [X690] ITU-T X.690, DER      [X520] ITU-T X.520, attribute types
@@ -396,7 +396,7 @@ class Verdict(NamedTuple):
 
 class BundleFiles(NamedTuple):
     """A bundle as the verifier sees it. provenance: None where there is none; artifacts: name in artifacts/ -> SHA-256 in
-    hexadecimal, or a reason in words why the entry is none that can be hashed ("a symbolic link")."""
+    hexadecimal, or a reason in words why the entry is none that can be hashed ("no regular file")."""
 
     provenance: bytes | None
     evidence: bytes
@@ -467,7 +467,7 @@ class Der:
         self._data, self._structure, self._at = data, structure, 0
 
     def fail(self, message: str) -> NoReturn:
-        """Raise DerError with the place that was reached."""
+        """Raise DerError with the place that was reached, counted from the begin of the element that this cursor is in."""
         raise DerError(self._structure, f"{message} at byte {self._at}")
 
     def peek(self) -> int:
@@ -811,7 +811,7 @@ class Anchor(NamedTuple):
     serial: int
     not_before: str
     not_after: str
-    spki_sha256: str
+    spki_sha256: str  # for people to compare; nothing here does
     key: RsaKey
 
 
@@ -894,13 +894,13 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
         oid = extension.oid()
         critical = extension.peek() == BOOLEAN
         if critical and not extension.boolean():  # [X690 11.5]
-            der.fail(f"extension {oid} spells out a default")
+            sequence.fail(f"extension {oid} spells out a default")
         value = extension.contents(OCTET_STRING)
         extension.end()
         if oid in found:
-            der.fail(f"extension {oid} occurs twice")
+            sequence.fail(f"extension {oid} occurs twice")
         if critical and oid not in (_BASIC_CONSTRAINTS, _KEY_USAGE):
-            der.fail(f"extension {oid} is critical, and not known here")
+            sequence.fail(f"extension {oid} is critical, and not known here")
         found[oid] = value
     return found
 
@@ -1009,7 +1009,7 @@ def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> "dict[str
         key = certificate.key
         if not isinstance(key, RsaKey):
             raise CertificateError(structure, "not an RSA key")
-        issuer = made.get("ark", None)
+        issuer = made.get("ark")
         if certificate.issuer != (certificate.subject if issuer is None else issuer.name):
             raise CertificateError(structure, f"issued by {name_text(certificate.issuer)}")
         verify_rsassa_pss(key if issuer is None else issuer.key, certificate.tbs_certificate, certificate.signature)
@@ -1022,7 +1022,9 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
     """The security patch levels in a VEK. names: those that the product has. Raises DerError, CertificateError. [VCEK 3.1]"""
     levels = {}
     for name in names:
-        der = Der(vek.extensions.get(_SPL + _SPL_ARCS[name], b""), f"VEK {name} SPL")
+        if _SPL + _SPL_ARCS[name] not in vek.extensions:
+            raise CertificateError(f"VEK {name} SPL", "the extension is missing")
+        der = Der(vek.extensions[_SPL + _SPL_ARCS[name]], f"VEK {name} SPL")
         levels[name] = der.integer()
         der.end()
         if not 0 <= levels[name] <= 255:
@@ -1222,7 +1224,7 @@ def parse_hcl_report(data: bytes) -> HclReport:
     """The HCL report in data. Raises QuoteError. [AZURE]
 
     Its headers are signed by nobody; every value in them that is known is asked for, so that no single bit of it can be changed unseen.
-    The size of the zeros at its end is not."""
+    Only the number of zeros at its end is free."""
     def number(offset: int) -> int:
         return int.from_bytes(data[offset:offset + 4], "little")
 
@@ -1233,7 +1235,7 @@ def parse_hcl_report(data: bytes) -> HclReport:
     expect("too short", len(data) >= HCL_DATA)
     length = number(HCL_HEADER + 16)
     content, tail = data[HCL_DATA:HCL_DATA + length], data[HCL_DATA + length:]
-    expect("no HCLA at its begin", data[:4] == b"HCLA")
+    expect("does not begin with HCLA", data[:4] == b"HCLA")
     expect(f"version {number(4)} is not known", number(4) in (1, 2))
     expect(f"report type {number(HCL_HEADER + 8)} is not {HCL_SNP} (SEV-SNP)", number(HCL_HEADER + 8) == HCL_SNP)
     expect("the runtime data does not end", len(content) == length and length > 0)
@@ -1245,11 +1247,11 @@ def parse_hcl_report(data: bytes) -> HclReport:
 
 def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     """(the TPM's attestation key, the whole document) of the runtime data. Raises QuoteError, Malformed. [AZURE, RFC7517]"""
-    doc = parse_json(data, "runtime data", 16)  # deeper, and `--format json` has gigabytes
+    doc = parse_json(data, "runtime data", 16)  # deeper, and the indentation of --format json would take gigabytes
     keys = doc.get("keys") if isinstance(doc, dict) else None
     found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"] if isinstance(keys, list) else []
     if len(found) != 1 or found[0].get("kty") != "RSA":
-        raise QuoteError("runtime data", f"{len(found)} keys called HCLAkPub, not one of RSA")
+        raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, not exactly one, of RSA")
     n, e = (int.from_bytes(decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True), "big") for name in ("n", "e"))
     if n.bit_length() != 2048 or e != 65537:
         raise QuoteError("runtime data", "HCLAkPub has not 2048 bits and the exponent 65537")
@@ -1376,13 +1378,14 @@ def check_statement(doc: Any) -> None:
     complaint = _mismatch(doc, _STATEMENT, "provenance")
     if complaint:
         raise Malformed("provenance schema", complaint)
-    tools = doc["predicate"]["buildDefinition"]
-    named = OLDER_BUILD_TYPES.get(tools["buildType"], "")
-    complaint = "" if named else _mismatch(tools["internalParameters"]["toolchain"]["kettle"], _PROGRAM, "provenance.toolchain.kettle")
+    build_type = doc["predicate"]["buildDefinition"]["buildType"]
+    toolchain = doc["predicate"]["buildDefinition"]["internalParameters"]["toolchain"]
+    named = OLDER_BUILD_TYPES.get(build_type, "")
+    complaint = "" if named else _mismatch(toolchain["kettle"], _PROGRAM, "provenance.toolchain.kettle")
     if complaint:
         raise Malformed("provenance schema", complaint)
-    if named and named not in tools["internalParameters"]["toolchain"]:
-        raise Malformed("provenance schema", f"buildType {tools['buildType']} with another toolchain")
+    if named and named not in toolchain:
+        raise Malformed("provenance schema", f"buildType {build_type} with another toolchain")
     names = [byproduct["name"] for byproduct in doc["predicate"]["runDetails"]["byproducts"]]
     if len(set(names)) != len(names):
         raise Malformed("provenance schema", "a byproduct occurs twice")
@@ -1503,7 +1506,7 @@ class _Checks:
 
 
 class _Evidence(NamedTuple):
-    """The value of `evidence`, decoded. report: of the hardware, or in its form; vek: DER; hcl, message, signature, pcrs: of az-snp."""
+    """The value of `evidence`, decoded. report: of the hardware, or in its form; vek: DER; the rest: of az-snp."""
 
     report: Report
     vek: bytes | None = None
@@ -1605,7 +1608,8 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
     product = report.product
     vek = None
     if vek_data is None:
-        hint = f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else ""
+        hint = "; the cloud that runs the VM has its VLEK" if report.signing_key == "VLEK" else (
+            f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else "")
         checks.hold("VEK form", False, "a certificate", "none", f"the evidence holds no certificate, and none was given (--vek){hint}")
     else:
         vek = checks.attempt("VEK form", parse_certificate, vek_data, "VEK")
@@ -1636,7 +1640,7 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
     """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0."""
     lists: list[RevocationList] = []
     for name, data in crls:
-        crl = checks.attempt(f"revocation list {name}", verify_crl, data, "revocation list", anchors)
+        crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", anchors)
         if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].name:
             lists.append(crl)
     if not lists:
@@ -1678,7 +1682,8 @@ def _check_report_policy(checks: _Checks, report: Report, product: str, expected
     checks.hold("debug", not debug or expected.allow_debug, "off, or --allow-debug" if expected.allow_debug else "off", "on" if debug else "off",
                 "the host may read and change the guest's memory" if debug else "")
     measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements]
-    checks.expect("measurement", None if not wanted else measurement if measurement in wanted else " or ".join(wanted), measurement)
+    fits = measurement if measurement in wanted else " or ".join(wanted)
+    checks.expect("measurement", fits if wanted else None, measurement)
     if expected.min_tcb is None or product not in TCB_LAYOUTS:
         checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
     else:
@@ -1697,10 +1702,11 @@ def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: s
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     value = doc.get("platform") if isinstance(doc, dict) else None
     platform = value if isinstance(value, str) else "unknown"
-    if doc is not None or not checks.has_failed("evidence form"):
+    if not checks.has_failed("evidence form"):
         known = platform in _READERS and "evidence" in doc
         checks.hold("platform", known, ", ".join(_READERS), platform if isinstance(value, str) else json.dumps(value)[:80],
-                    "" if known else "this evidence is known and not supported by this version" if platform in _UNSUPPORTED else "no such evidence is known")
+                    "" if known else "the document has no `evidence`" if platform in _READERS else
+                    "this evidence is known and not supported by this version" if platform in _UNSUPPORTED else "no such evidence is known")
         evidence = checks.attempt("report form", _READERS[platform], doc["evidence"]) if known else None
         if evidence is not None:
             return (platform, *_check_platform(checks, platform, evidence, expected, now, endorsements))
@@ -1747,7 +1753,7 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
 
 def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> Any:
     """The Statement, or None where it is not JSON; with the schema failed, whatever it is."""
-    doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)  # deeper, and its canonical form has gigabytes
+    doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)  # deeper, and the indentation alone would take gigabytes
     if checks.has_failed("provenance form"):
         return None
     checks.compare("canonical form", sha256_hex(to_canonical(doc)), sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
@@ -1759,7 +1765,7 @@ def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> A
 
 def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     """What the caller wants of the provenance. doc: of the right shape."""
-    checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), str(byproduct(doc, "input_merkle_root")))
+    checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     source = definition["externalParameters"]["source"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
@@ -1769,16 +1775,17 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
     checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
     missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris} - set(uris))
-    checks.expect("packages", ", ".join(expected.packages) or None, ", ".join(f"{name} is missing" for name in missing) or ", ".join(expected.packages))
+    checks.expect("packages", ", ".join(expected.packages) if expected.packages else None,
+                  ", ".join(f"{name!r} is missing" for name in missing) or ", ".join(expected.packages))
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
     checks.expect("build type", expected.build_type, definition["buildType"])
-    checks.expect("build log", expected.build_log_sha256, str(byproduct(doc, "build_log")))
+    checks.expect("build log", expected.build_log_sha256, byproduct(doc, "build_log") or "none")
     finished = run["metadata"]["finishedOn"]
     if expected.finished is None:
-        checks.expect("age", None, finished)
+        checks.expect("age", None, finished or "none")
     else:
         oldest, newest = expected.finished
-        checks.hold("age", finished is not None and oldest <= finished[:19] + "Z" <= newest, f"finished from {oldest} to {newest}", finished)
+        checks.hold("age", finished is not None and oldest <= finished[:19] + "Z" <= newest, f"finished from {oldest} to {newest}", finished or "none")
 
 
 def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
@@ -1827,12 +1834,12 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
     checks.skip(sorted(REQUIRED_OF_PLATFORM.get(platform, frozenset())))
-    why = "it needs a check that failed" if any(check.status == "failed" for check in checks.made) else "no expectation given"
-    checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else why)
-    checks.skip((name for name in ASKED.values() if name != "hardware evidence"), why)
-    asked = {field for field, value in expected._asdict().items() if value is not None and value is not False and (
-        value or field in ("dependencies", "guest_svn"))}
-    required |= {name for field, name in ASKED.items() if field in asked}
+    asked = {ASKED[field] for field, value in expected._asdict().items() if field in ASKED and value is not None and value is not False and (
+        value or isinstance(value, (int, str)) or field == "dependencies")}  # also of nothing: an empty text is one
+    checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
+    checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
+    checks.skip((name for name in ASKED.values() if name != "hardware evidence"), "no expectation given")
+    required |= asked
     passed = {check.name for check in checks.made if check.status == "passed"}
     if required - passed and not any(check.status == "failed" for check in checks.made):
         checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
@@ -2321,6 +2328,9 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
 
 
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
+MAX_EXTENDED = 64 * MIB  # of what an archive's headers announce, of which a kilobyte unpacks to a MiB
+# What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
+_HARMLESS_PAX = frozenset((b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype"))
 
 
 class _SmallReads:
@@ -2330,6 +2340,7 @@ class _SmallReads:
     def __init__(self, stream: "gzip.GzipFile") -> None:
         self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
         self.left, self.in_header, self.last, self._extends, self._announced = MIB, True, b"", b"", b""
+        self._spare = MAX_EXTENDED
 
     def read(self, size: int = -1) -> bytes:
         """size bytes."""
@@ -2341,6 +2352,9 @@ class _SmallReads:
             return self._read(size)
         self.last = self._read(size)
         if self._extends:  # what the header before this one announced
+            self._spare -= size
+            if self._spare < 0:
+                raise limit_error(f"the archive has more than {MAX_EXTENDED} bytes of extended headers")
             if self._extends in b"xgX":
                 self._check_pax(self.last, self._extends == b"g")
             self._extends = b""
@@ -2358,13 +2372,13 @@ class _SmallReads:
     def _check_pax(data: bytes, is_global: bool) -> None:
         """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time, and none that
         other readers understand otherwise: tarfile's reset forgets what is_global, and GNU tar prefers GNU.sparse.name to path."""
-        at, long_number = 0, re.search(rb"[0-9]{256}", data)
+        at, long_number = 0, re.search(rb"(?<![0-9])[0-9]{256}", data)
         while at < len(data) and data[at]:
             record = _PAX_RECORD.match(data, at)
             end = at + int(record[1]) if record else 0
             if long_number or not record or end <= record.end() or data[end - 1:end] != b"\n":
                 raise source_error("the archive has a damaged pax header")
-            if is_global and record[2] != b"comment" or record[2].startswith(b"GNU.sparse."):
+            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(b"GNU.sparse."):
                 raise source_error(f"the archive has the pax header {record[2][:40].decode('ascii', 'replace')!r}, which readers understand differently")
             at = end
 
@@ -3147,6 +3161,10 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
         for name in os.listdir(folder) if os.path.lexists(folder) else []:
             mode = os.lstat(os.path.join(folder, name)).st_mode
             artifacts[name] = file_sha256(os.path.join(folder, name)) if stat.S_ISREG(mode) else "no regular file"
+            copy = os.path.join(path, name)  # beside artifacts/, where somebody may run it instead
+            if name not in ("artifacts", "provenance.json", "evidence.json") and os.path.lexists(copy) and not (
+                    stat.S_ISREG(os.lstat(copy).st_mode) and file_sha256(copy) == artifacts[name]):
+                artifacts[name] = "a file of this name beside artifacts/ is another one"
         evidence = _read_document(path, "evidence.json")
         alone = not os.path.lexists(os.path.join(path, "provenance.json"))
         return BundleFiles(None if alone else _read_document(path, "provenance.json"), evidence, artifacts)
@@ -3200,7 +3218,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and tarfile raise a dozen kinds for hostile bytes
-        raise UsageError(f"{path}: neither a bundle nor its archive: {e}") from None
+        raise UsageError(f"{path}: neither a bundle nor its archive: {e}", "give a directory that holds evidence.json, or a gzip tarball of a bundle") from None
     if set(documents) != {"provenance.json", "evidence.json"}:
         raise UsageError(f"{path}: provenance.json or evidence.json is missing")
     return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
@@ -5353,6 +5371,7 @@ def render_verdict(verdict: Verdict, color: bool) -> str:
     rows: list[str] = []
     skipped: dict[str, list[str]] = {}
     if verdict.claims.get("report_version") is not None:
+        rows.append("what the evidence says" + (":" if verdict.verdict == "passed" else ", and nothing proves:"))
         rows += [f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}" for name, text in (
             (name, value if isinstance(value, str) else compact_json(value)) for name, value in verdict.claims.items())]
     for check in verdict.checks:
@@ -5378,9 +5397,9 @@ def _sentence(verdict: Verdict, color: bool) -> str:
     """The last line of a verdict."""
     passed = {check.name for check in verdict.checks if check.status == "passed"}
     if verdict.verdict == "failed":
-        names = [check.name for check in verdict.checks if check.status == "failed"]
-        return _paint("FAILED", "31;1", color) + f": {len(names)} of {len(verdict.checks)} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
-            ", ...)" if len(names) > 4 else ")") + ": nothing is proven about these artifacts"
+        names, ran = [check.name for check in verdict.checks if check.status == "failed"], sum(check.status != "not checked" for check in verdict.checks)
+        return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
+            ", ...)" if len(names) > 4 else ")") + ": nothing is proven"
     if verdict.verdict == "simulated":
         unasked = "" if "nonce" in passed else "; the nonce was not checked"
         alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
@@ -5390,10 +5409,11 @@ def _sentence(verdict: Verdict, color: bool) -> str:
     unasked = ", ".join(text for name, text in (
         ("nonce", "when it was signed (--nonce)"), ("measurement", "what the VM was launched with (--measurement)"),
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
-        ("minimum TCB", "whether the platform's firmware is free of known holes (--min-tcb)"),
+        ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),
         ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is stale"),
-        ("source tree" if "provenance digest" in passed else "", "what the source is (--source)")) if name and name not in passed)
+        ("source tree" if "provenance digest" in passed and "source commit" not in passed else "", "what the source is (--source)"))
+        if name and name not in passed)
     proven = "these artifacts are those that the provenance lists, and it was signed in" if "provenance digest" in passed else (
         "there is no provenance and no artifact; the evidence was signed in")
     place = "a VM in debug mode, which its host could read and change," if verdict.claims.get("debug") else "a confidential VM"
@@ -5504,7 +5524,7 @@ class Display:
 
     def _width(self) -> int:
         try:  # of the terminal that is drawn on: stdout may be a pipe
-            return os.get_terminal_size(self._stream.fileno()).columns - 1
+            return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1  # 0: nobody has told it
         except OSError:
             return shutil.get_terminal_size().columns - 1
 
@@ -5862,14 +5882,18 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
         policy = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as e:  # ValueError: its own, that of UTF-8, and that of a number with thousands of digits
         raise UsageError(f"--policy {path}: not TOML: {e}") from None
-    known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles"}
+    known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles", "version"}
     arguments = []
     for name, value in policy.items():
         if name not in known:
             raise UsageError(f"--policy {path}: {name!r} is unknown", "known are " + ", ".join(sorted(known)))
-        if isinstance(value, bool) and isinstance(getattr(options, name.replace("-", "_")), bool):
+        if isinstance(getattr(options, name.replace("-", "_")), bool):
+            if not isinstance(value, bool):
+                raise UsageError(f"--policy {path}: {name} is neither true nor false")
             arguments += [f"--{name}"] if value else []
             continue
+        if isinstance(value, list) and not isinstance(getattr(options, name.replace("-", "_")), list):  # the last one would win, silently
+            raise UsageError(f"--policy {path}: {name} is given once, not as a list")
         if isinstance(value, list) and not value:  # would ask for nothing, where its author means that nothing is good enough
             raise UsageError(f"--policy {path}: {name} is an empty list")
         if name == "measurement" and options.measurement:
@@ -5877,7 +5901,7 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
         if name == "min-tcb" and isinstance(value, dict) and all(type(level) is int and 0 <= level < 256 for level in value.values()):
             value = tcb_text(value)
         for item in value if isinstance(value, list) else [value]:
-            if name == "pcr" and str(item).partition("=")[0] in [str(register) for register, _ in options.pcr]:
+            if name == "pcr" and (str(item).partition("=")[0].lstrip("0") or "0") in [str(register) for register, _ in options.pcr]:
                 continue
             if not (isinstance(item, str) and "\0" not in item or type(item) is int and abs(item) < 1 << 63):  # [TOML] 64 bits
                 raise UsageError(f"--policy {path}: {name} is neither text nor a whole number, nor a list of them")
@@ -5950,7 +5974,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
-            sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n")
+            sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
             wires.append({**shown, "verdict": "failed", "error": str(e)})
         else:
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED}[verdict.verdict]
@@ -6156,7 +6180,7 @@ def _add_serve(commands: Any) -> None:
 def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", cmd_verify, "verify bundles, offline")
     parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement a "
-                     "VM that ran anything passes, and without --nonce an old bundle does.")
+                     "VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
     parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
