@@ -30,26 +30,30 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
      7. Certificates
      8. SEV-SNP report
      9. TPM quote
-    10. Statement
-    11. Verdict
+    10. Launch digest
+    11. Statement
+    12. Verdict
     Part III - Builder: a source directory in, a bundle out
-    12. Logging and processes
-    13. Source
-    14. Toolchains
-    15. Attester
-    16. Bundle
-    17. Pipeline
+    13. Logging and processes
+    14. Source
+    15. Toolchains
+    16. Attester
+    17. Bundle
+    18. Pipeline
+    19. Image
     Part IV - Service
-    18. Event log
-    19. Event streams
-    20. Jobs
-    21. VMs
-    22. HTTP API
-    23. Agent
-    24. Client
+    20. Event log
+    21. Event streams
+    22. Jobs
+    23. QEMU
+    24. VMs
+    25. HTTP API
+    26. Agent
+    27. Guest
+    28. Client
     Part V - Command line
-    25. Rendering
-    26. Command line
+    29. Rendering
+    30. Command line
 
 Specifications
 
@@ -403,12 +407,24 @@ class BundleFiles(NamedTuple):
     artifacts: Mapping[str, str]
 
 
+class ImageFacts(NamedTuple):
+    """What was found in an image directory by hashing its parts. manifest_sha256: of image.json, which an SNP guest has as HOST_DATA;
+    parts, firmware: empty, or why the parts are not what image.json says, and why the firmware may boot something else than what is measured;
+    launch_digests: "EPYC-v4, 1 vCPU" -> the launch digest, recomputed, in hexadecimal."""
+
+    manifest_sha256: str
+    parts: str
+    firmware: str
+    launch_digests: Mapping[str, str]
+
+
 class Expectations(NamedTuple):
     """What the caller knows and wants compared; None, or nothing in it = not asked for. Bytes are hexadecimal: those of the report
     of either case, those of the provenance in lower case, as it has them."""
 
     nonce: str | None = None
     measurements: Sequence[str] = ()  # of which one must be the report's
+    image: ImageFacts | None = None  # which the VM must have booted
     min_tcb: Mapping[str, int] | None = None  # security patch levels that the reported TCB reaches
     host_data: str | None = None
     guest_svn: int | None = None
@@ -712,7 +728,7 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 
 # endregion 6
 # ==============================================================================
-# region 7. Certificates                                              [uses 5, 6]
+# region 7. Certificates                                             [uses 5, 6]
 # ==============================================================================
 # AMD's key hierarchy [VCEK, RFC5280]: ARK -> ASK -> VCEK, or ARK -> ASVK -> VLEK.  The upper two are facts and stand below;
 # only the VEK comes with the evidence.  RSA-4096 with RSASSA-PSS above, P-384 in the VEK.
@@ -1059,7 +1075,7 @@ def vek_chip_id(vek: Certificate) -> bytes:
 
 # endregion 7
 # ==============================================================================
-# region 8. SEV-SNP report                                               [uses 6]
+# region 8. SEV-SNP report                                              [uses 6]
 # ==============================================================================
 # The layout of ATTESTATION_REPORT [SNP-ABI 7.3]: integers are little-endian, offsets in bytes.  Simulated evidence uses
 # the same layout with the fields that only hardware can fill left zero.
@@ -1189,7 +1205,7 @@ def verify_report(report: Report, vek: "RsaKey | Point") -> None:
 
 # endregion 8
 # ==============================================================================
-# region 9. TPM quote                                                 [uses 6, 8]
+# region 9. TPM quote                                                [uses 6, 8]
 # ==============================================================================
 # Azure's confidential VMs: the hardware report binds the key of a virtual TPM [AZURE], and that key signs the caller's data and
 # the values of the platform configuration registers [TPM2-2].
@@ -1299,7 +1315,17 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 
 # endregion 9
 # ==============================================================================
-# region 10. Statement                                            [uses nothing]
+# region 10. Launch digest                                        [uses nothing]
+# ==============================================================================
+# What the processor measures when QEMU starts an SEV-SNP guest: firmware, kernel, initrd, command line and virtual processors.
+
+
+class FirmwareError(Malformed):
+    """Not a firmware that measures what it boots."""
+
+# endregion 10
+# ==============================================================================
+# region 11. Statement                                            [uses nothing]
 # ==============================================================================
 # provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA], in the exact shape that
 # [CONTRACT 3] gives it.  The shape is data: a schema is a constant (equal), a compiled pattern (a string that matches), a
@@ -1423,9 +1449,9 @@ def byproduct(doc: Any, name: str) -> str | None:
     found = [b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name]
     return found[0] if found else None
 
-# endregion 10
+# endregion 11
 # ==============================================================================
-# region 11. Verdict                                            [uses 6, 7, 8, 9, 10]
+# region 12. Verdict                                       [uses 6, 7, 8, 9, 11]
 # ==============================================================================
 # Evidence, provenance and what the caller expects -> checks -> verdict.  Every check runs and is shown, also after a
 # failure; a check that could not run because an earlier one failed is shown as "not checked".  The verdict is a set
@@ -1846,10 +1872,10 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     good = required <= passed and not any(check.status == "failed" for check in checks.made)
     return Verdict("failed" if not good else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
 
-# endregion 11
+# endregion 12
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
 # ==============================================================================
-# region 12. Logging and processes                                [uses nothing]
+# region 13. Logging and processes                                [uses nothing]
 # ==============================================================================
 # Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
 # (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
@@ -2134,9 +2160,9 @@ def shed_syntax_tree() -> None:
         # -P: with -c, Python would look for modules in the current directory.
         os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
 
-# endregion 12
+# endregion 13
 # ==============================================================================
-# region 13. Source                                                    [uses 12]
+# region 14. Source                                                    [uses 13]
 # ==============================================================================
 # Where the bytes that are compiled come from: an archive or a git URL, both hostile.  What git says of them is believed
 # only where hashing the files themselves gives the same.
@@ -2639,9 +2665,9 @@ def without_credentials(url: str) -> str:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#][^@]*)?", url)
     return match[1] + match[2] if match else ""
 
-# endregion 13
+# endregion 14
 # ==============================================================================
-# region 14. Toolchains                                            [uses 12, 13]
+# region 15. Toolchains                                            [uses 13, 14]
 # ==============================================================================
 # One table: how a toolchain is recognised, and how its inputs are found out before anything is built.  A program is
 # resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
@@ -2947,9 +2973,9 @@ def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
 
 TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix), Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
 
-# endregion 14
+# endregion 15
 # ==============================================================================
-# region 15. Attester                                     [uses 6, 7, 8, 10, 12]
+# region 16. Attester                                     [uses 6, 7, 8, 11, 13]
 # ==============================================================================
 # Evidence for a provenance: of no hardware, which says what it is, or of the SEV-SNP guest that this runs in.  The host of a guest
 # is hostile: what it hands out beside the report (the certificate table) is used only where it verifies the report.
@@ -3114,9 +3140,9 @@ def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callabl
     chain = None if vek is None else {"vcek": base64.b64encode(vek).decode("ascii"), "ask": None, "ark": None}
     return to_canonical({"platform": platform, "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain}})
 
-# endregion 15
+# endregion 16
 # ==============================================================================
-# region 16. Bundle                                                [uses 12, 13]
+# region 17. Bundle                                                [uses 13, 14]
 # ==============================================================================
 # The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
 # the archive itself.  Files are hashed in blocks, never held.
@@ -3223,9 +3249,9 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
         raise UsageError(f"{path}: provenance.json or evidence.json is missing")
     return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
 
-# endregion 16
+# endregion 17
 # ==============================================================================
-# region 17. Pipeline                          [uses 10, 11, 12, 13, 14, 15, 16]
+# region 18. Pipeline                          [uses 11, 12, 13, 14, 15, 16, 17]
 # ==============================================================================
 # Source -> build -> provenance -> evidence -> archive, in one process that does nothing else and is thrown away.
 
@@ -3392,9 +3418,19 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
         raise BuildFailed("ProvenanceError", str(e)) from None
     return data
 
-# endregion 17
+# endregion 18
 # ==============================================================================
-# region 18. Event log                                            [uses nothing]
+# region 19. Image                                                [uses nothing]
+# ==============================================================================
+# The directory that a guest is booted from.
+
+
+class ImageError(UsageError):
+    """An image directory, or what one is made of, that cannot be used."""
+
+# endregion 19
+# ==============================================================================
+# region 20. Event log                                            [uses nothing]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
 # the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
@@ -3526,9 +3562,9 @@ def has_ended(path: str) -> bool:
         return False
     return tail.endswith(b"\n\n") and COMPLETE.encode() in tail[:-2].rpartition(b"\n\n")[2]
 
-# endregion 18
+# endregion 20
 # ==============================================================================
-# region 19. Event streams                                         [uses 12, 18]
+# region 21. Event streams                                         [uses 13, 20]
 # ==============================================================================
 # One thread serves every watcher of every job.  A request thread hands over a socket whose headers are written; from then on
 # it is non-blocking, owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112
@@ -3788,9 +3824,9 @@ class Streamer:
             pass  # the peer was faster
         watcher.sock.close()
 
-# endregion 19
+# endregion 21
 # ==============================================================================
-# region 20. Jobs                                              [uses 12, 17, 18]
+# region 22. Jobs                                              [uses 13, 18, 20]
 # ==============================================================================
 # The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
 # (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
@@ -4141,11 +4177,21 @@ class Jobs:
             thread.join(10)
         return ended
 
-# endregion 20
+# endregion 22
 # ==============================================================================
-# region 21. VMs                                   [uses 11, 12, 16, 17, 18, 20]
+# region 23. QEMU                                                 [uses nothing]
 # ==============================================================================
-# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 18 as a single-use agent, and is
+# The argument vector of a guest, and what this machine needs for one.
+
+
+class QemuError(UsageError):
+    """This machine cannot run the guest that was asked for."""
+
+# endregion 23
+# ==============================================================================
+# region 24. VMs                                   [uses 12, 13, 17, 18, 20, 22]
+# ==============================================================================
+# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
 # destroyed.  This version has one kind, the simulated VM: a child process of this same file in a session and a workspace of its
 # own.  It keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
 #
@@ -4405,9 +4451,9 @@ def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> st
         raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
     return path
 
-# endregion 21
+# endregion 24
 # ==============================================================================
-# region 22. HTTP API                              [uses 12, 13, 17, 18, 19, 20]
+# region 25. HTTP API                              [uses 13, 14, 18, 20, 21, 22]
 # ==============================================================================
 # One route table; each route is a function of a request that returns a response or raises Refused.  http.server parses, in a
 # thread per request; it knows nothing of builds, and the functions nothing of sockets.  An event stream's socket goes to the
@@ -4991,9 +5037,9 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
         "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET})
     return server(address, handler)  # type: ignore[no-any-return]
 
-# endregion 22
+# endregion 25
 # ==============================================================================
-# region 23. Agent                                 [uses 12, 17, 18, 19, 20, 22]
+# region 26. Agent                                 [uses 13, 18, 20, 21, 22, 25]
 # ==============================================================================
 # What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input.
 #
@@ -5036,9 +5082,19 @@ def run_agent() -> None:
     finally:
         end()
 
-# endregion 23
+# endregion 26
 # ==============================================================================
-# region 24. Client                                    [uses 12, 13, 14, 17, 21]
+# region 27. Guest                                                [uses nothing]
+# ==============================================================================
+# The first process inside of a guest.
+
+
+class GuestError(ConfbuildError):
+    """The guest cannot go on."""
+
+# endregion 27
+# ==============================================================================
+# region 28. Client                                    [uses 13, 14, 15, 18, 24]
 # ==============================================================================
 # The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
 
@@ -5341,9 +5397,9 @@ def _write_source(archive: str, root: str, name: str, files: Sequence[str], hist
         if history:
             tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
 
-# endregion 24
+# endregion 28
 # ==============================================================================
-# region 25. Rendering                                            [uses nothing]
+# region 29. Rendering                                            [uses nothing]
 # ==============================================================================
 # Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
 #
@@ -5528,9 +5584,9 @@ class Display:
         except OSError:
             return shutil.get_terminal_size().columns - 1
 
-# endregion 25
+# endregion 29
 # ==============================================================================
-# region 26. Command line  [uses 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 20, 21, 22, 23, 24, 25]
+# region 30. Command line  [uses 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 21, 22, 24, 25, 26, 28, 29]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
@@ -6297,4 +6353,4 @@ def _run(argv: Sequence[str] | None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-# endregion 26
+# endregion 30

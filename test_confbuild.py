@@ -2013,7 +2013,7 @@ class TestTpmQuote:
 
 # endregion 9
 # ==============================================================================
-# region 10. Statement
+# region 11. Statement
 # ==============================================================================
 
 
@@ -2210,9 +2210,9 @@ class TestStatement:
     def test_canonical_form(self) -> None:
         assert confbuild.to_canonical({"b": ["\u00e9"], "a": {}}) == '{\n  "b": [\n    "\u00e9"\n  ],\n  "a": {}\n}'.encode()
 
-# endregion 10
+# endregion 11
 # ==============================================================================
-# region 11. Verdict
+# region 12. Verdict
 # ==============================================================================
 
 
@@ -2503,7 +2503,7 @@ class TestVerdict:
             assert json.loads(done.stdout) == json.loads(json.dumps(expected)) and done.stderr == ""
 
     def test_the_verifier_uses_no_impure_name(self) -> None:
-        """Sections 1 to 11 use their own names, five modules without effects, and builtins that neither open, print, import nor run."""
+        """Sections 1 to 12 use their own names, five modules without effects, and builtins that neither open, print, import nor run."""
         head, _, part = FILE.read_text("utf-8").partition("\n# region 1. ")
         tree = ast.parse("# " + part.partition("\n# ---- End of the verifier.")[0])
         own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -3071,9 +3071,9 @@ class TestVectors:
             assert (status_of(verdict, "revocation"), status_of(verdict, f"revocation list file {name}")) == (revocation, list_)
             assert verdict.verdict == ("passed" if revocation == "passed" else "failed")
 
-# endregion 11
+# endregion 12
 # ==============================================================================
-# region 12. Logging and processes
+# region 13. Logging and processes
 # ==============================================================================
 
 
@@ -3347,9 +3347,9 @@ answer(None)""", str(tmp_path))
     def test_logger(self) -> None:
         assert confbuild.logger().name == "confbuild"
 
-# endregion 12
+# endregion 13
 # ==============================================================================
-# region 13. Source
+# region 14. Source
 # ==============================================================================
 
 
@@ -4107,9 +4107,9 @@ class TestHistory:
         git(clone, "config", "--unset", "remote.origin.url")
         assert confbuild.believe_history(str(clone), git(clone, "rev-parse", "HEAD^{tree}"), ORACLE_ENV) == (origin["main"], "")
 
-# endregion 13
+# endregion 14
 # ==============================================================================
-# region 14. Toolchains
+# region 15. Toolchains
 # ==============================================================================
 
 
@@ -4647,9 +4647,9 @@ class TestPlanNix:
         assert failure(lambda: collect(f"{paths[0]}\n{store}/g-other\n".encode())) == (
             "ProvenanceError", "two outputs have different executables called hello")
 
-# endregion 14
+# endregion 15
 # ==============================================================================
-# region 15. Attester
+# region 16. Attester
 # ==============================================================================
 
 
@@ -4983,9 +4983,9 @@ class TestAttester:
         with pytest.raises(confbuild.ReportError, match="attestation_report: 1183 bytes, not 1184"):
             confbuild.hardware_evidence(bytes(1183), b"", "snp", None)
 
-# endregion 15
+# endregion 16
 # ==============================================================================
-# region 16. Bundle
+# region 17. Bundle
 # ==============================================================================
 
 
@@ -5250,9 +5250,9 @@ class TestBundle:
         with within(3), pytest.raises(confbuild.UsageError, match=message):
             confbuild.read_bundle(str(root))
 
-# endregion 16
+# endregion 17
 # ==============================================================================
-# region 17. Pipeline
+# region 18. Pipeline
 # ==============================================================================
 
 
@@ -5632,9 +5632,9 @@ class TestRealNix:
         finally:  # the store is read-only
             subprocess.run(["chmod", "-R", "u+w", str(tmp_path)], check=False)
 
-# endregion 17
+# endregion 18
 # ==============================================================================
-# region 18. Event log
+# region 20. Event log
 # ==============================================================================
 
 
@@ -5760,9 +5760,9 @@ class TestEventLog:
             with pytest.raises(ValueError, match="the log is complete"):
                 one.append(COMPLETE_EVENT)
 
-# endregion 18
+# endregion 20
 # ==============================================================================
-# region 19. Event streams
+# region 21. Event streams
 # ==============================================================================
 
 
@@ -5933,9 +5933,9 @@ class TestStreamer:
                 threads[n].join(30)
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start):], (seed, n)
 
-# endregion 19
+# endregion 21
 # ==============================================================================
-# region 20. Jobs
+# region 22. Jobs
 # ==============================================================================
 
 
@@ -6207,9 +6207,9 @@ class TestJobs:
             jobs.check_open()
         assert refused.value.status == 503
 
-# endregion 20
+# endregion 22
 # ==============================================================================
-# region 21. VMs
+# region 24. VMs
 # ==============================================================================
 
 
@@ -6386,9 +6386,9 @@ class TestVm:
         assert Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text() == ""  # no zombie either
         assert "Traceback" not in s.stop()
 
-# endregion 21
+# endregion 24
 # ==============================================================================
-# region 22. HTTP API
+# region 25. HTTP API
 # ==============================================================================
 
 
@@ -6875,9 +6875,9 @@ class TestHttp:
         assert live.partition(b"\n\n")[2] == (s.state / "jobs" / job / "events").read_bytes()
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
-# endregion 22
+# endregion 25
 # ==============================================================================
-# region 23. Agent
+# region 26. Agent
 # ==============================================================================
 
 
@@ -6912,9 +6912,9 @@ class TestAgent:
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
 
-# endregion 23
+# endregion 26
 # ==============================================================================
-# region 24. Client
+# region 28. Client
 # ==============================================================================
 
 
@@ -7328,9 +7328,9 @@ class TestPackDirectory:
         packed, members, _ = self.pack(root, tmp_path)
         assert packed.commit == head and "secret" not in members
 
-# endregion 24
+# endregion 28
 # ==============================================================================
-# region 25. Rendering
+# region 29. Rendering
 # ==============================================================================
 
 
@@ -7506,9 +7506,9 @@ class TestRendering:
         shown = self.shown(monkeypatch, live, event)
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
-# endregion 25
+# endregion 29
 # ==============================================================================
-# region 26. Command line
+# region 30. Command line
 # ==============================================================================
 
 
@@ -8283,9 +8283,9 @@ class TestBuild:
         assert child.returncode == 0 and b"\x1b[J" in text
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
-# endregion 26
+# endregion 30
 # ==============================================================================
-# region 27. Layout and README
+# region 31. Layout and README
 # ==============================================================================
 
 
@@ -8392,7 +8392,7 @@ class TestLayout:
         assert [n for n, _ in titles] == list(range(1, len(titles) + 1))
         assert [(int(n), t) for n, t in re.findall(r"^ +(\d+)\. (.+)$", ast.get_docstring(self.TREE, clean=False) or "", re.MULTILINE)] == titles
         mine = [(r.number, r.title) for r in regions_of(Path(__file__).read_text(encoding="utf-8"))]
-        assert mine[0][0] == 0 and mine[-1] == (27, "Layout and README") and len(set(mine)) == len(mine)
+        assert mine[0][0] == 0 and mine[-1] == (31, "Layout and README") and len(set(mine)) == len(mine)
         rest = iter(titles)
         assert all(one in rest for one in mine[1:-1]), "the tests' sections are the file's, in its order"
 
@@ -8419,7 +8419,7 @@ class TestLayout:
         assert {"os", "time", "socket", "subprocess", "threading", "secrets"} <= impure
         begin = self.REGIONS[0].first
         assert [(line, name) for line, name in names_read(self.SOURCE) if begin < line < self.CUT and name in impure and name not in names] == []
-        assert self.region(self.CUT - 1) is self.REGIONS[10] and self.region(self.CUT + 2) is self.REGIONS[11]
+        assert self.region(self.CUT - 1) is self.REGIONS[11] and self.region(self.CUT + 2) is self.REGIONS[12]
         half: dict[str, Any] = {"__name__": "half", "__file__": "half"}
         exec(compile("\n".join(self.SOURCE.splitlines()[:self.CUT]), "half", "exec"), half)  # noqa: S102
         files = bundle()
@@ -8493,4 +8493,4 @@ class TestReadme:
         assert set(re.findall(r"^\| (\d+) \|", self.TEXT, re.MULTILINE)) == {"0", "1", "2", "3", "4", "5", "130"}
         assert [word for word in (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED") if f"`{word}`" not in self.TEXT] == []
 
-# endregion 27
+# endregion 31
