@@ -102,6 +102,7 @@ import stat
 import time
 from array import array
 from collections import deque
+import functools
 from itertools import accumulate
 
 if TYPE_CHECKING:
@@ -118,12 +119,14 @@ if TYPE_CHECKING:
     import mmap
     import resource
     import secrets
+    import select
     import selectors
     import shlex
     import shutil
     import signal
     import socket
     import ssl
+    import struct
     import subprocess
     import tarfile
     import tempfile
@@ -150,10 +153,10 @@ else:
             globals()[self._names[0]] = sys.modules[self._names[0]]
             return getattr(sys.modules[self._names[0]], attribute)
 
-    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, selectors, shlex, shutil, signal, socket, ssl,
+    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, select, selectors, shlex, shutil, signal, socket, ssl, struct,
      subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile) = map(_Lazy, (
-         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "mmap", "resource", "secrets", "selectors",
-         "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
+         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "mmap", "resource", "secrets", "select", "selectors",
+         "shlex", "shutil", "signal", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
          "weakref", "zipfile"))
     http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
 
@@ -176,13 +179,15 @@ MAX_UNPACKED = 4 * GIB
 MAX_MEMBERS = 100_000
 MAX_DEPTH = 64  # folders inside each other; also keeps recursion on paths far from Python's limit
 MAX_LINE = 64 * KIB  # of build output in one event [CONTRACT 1]
-BOOT_TIMEOUT_S, BUILD_TIMEOUT_S = 30.0, 30 * 60.0
+BOOT_TIMEOUT_S, GUEST_BOOT_TIMEOUT_S, BUILD_TIMEOUT_S = 30.0, 120.0, 30 * 60.0
 MAX_ATTEMPTS = 3  # of a job whose server died under it
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
+QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"
+SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
 SIMULATED_NOTICE = ("Simulated evidence: no confidential VM, no hardware signature. "
                     "It proves nothing about where or by whom this was built.")
 
@@ -1992,7 +1997,7 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _read_pipe(child: "subprocess.Popen[bytes]", pipe: IO[bytes]) -> Iterator[bytes]:
+def _read_pipe(child: "subprocess.Popen[bytes] | BrokeredProcess", pipe: IO[bytes]) -> Iterator[bytes]:
     """The blocks that come through pipe. An empty one is the last: child ended PIPE_GRACE_S ago, and others hold the pipe."""
     ended_at = None
     with selectors.DefaultSelector() as selector:
@@ -2010,12 +2015,110 @@ def _read_pipe(child: "subprocess.Popen[bytes]", pipe: IO[bytes]) -> Iterator[by
                 return
 
 
-def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, **options: Any) -> tuple[int, bytes, str]:
-    """(exit status, stdout, the last lines of stderr) of a program that answers a question. For its output's size: raises
-    BuildFailed LimitError."""
+class Broker:
+    """The socket of a guest's first process, which does for the agent what needs its rights (region 27): runs programs as the user of builds,
+    kills whatever that user runs, gives files to that user, and gets hardware reports. Every method raises OSError where it will not."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
+        """A connection over which question was asked; fds: what the other side gets of ours."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(self._path)
+            socket.send_fds(connection, [compact_json(question).encode("ascii")], list(fds))
+        except OSError:
+            connection.close()
+            raise
+        return connection
+
+    @staticmethod
+    def answer(connection: "socket.socket") -> dict[str, Any]:
+        """The next answer over connection."""
+        data = connection.recv(64 * KIB)
+        doc: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE}
+        if "errno" in doc:
+            raise OSError(doc["errno"], doc.get("error") or os.strerror(doc["errno"]))
+        return doc
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to question."""
+        with self.open(question) as connection:
+            return self.answer(connection)
+
+
+class BrokeredProcess:
+    """A program that runs as the user of builds; of subprocess.Popen as much as is used here."""
+
+    def __init__(self, broker: Broker, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int, stdout: Any, stderr: Any,
+                 start_new_session: bool = True) -> None:
+        self._broker, self.returncode, given = broker, None, list[int]()
+        for name, target in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            setattr(self, name, None)
+            if target == subprocess.PIPE:
+                end, theirs = os.pipe()
+                setattr(self, name, open(end, "rb"))  # noqa: SIM115  # closed by who reads it
+            elif target == subprocess.STDOUT:
+                theirs = os.dup(given[1])
+            else:
+                theirs = os.open(os.devnull, os.O_RDWR) if target == subprocess.DEVNULL else os.dup(target.fileno())
+            given.append(theirs)
+        try:
+            self._connection = broker.open({"op": "run", "argv": list(argv), "cwd": cwd, "env": dict(env)}, given)
+        finally:
+            for fd in given:
+                os.close(fd)
+        self.pid = int(broker.answer(self._connection)["pid"])  # refused: an OSError, as Popen's
+
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        if self.returncode is None:
+            self.returncode = int(self._broker.answer(self._connection)["status"])
+            self._connection.close()
+        return self.returncode
+
+
+_brokers: list[Broker] = []  # at most one: of the guest that this process is the agent of
+
+
+def use_broker(broker: Broker) -> None:
+    """From now on, untrusted programs of this process run as the user of builds. For the agent of a guest."""
+    _brokers.append(broker)
+
+
+def give_to_build(*paths: str) -> None:
+    """The files below paths belong to the user of builds, where that is another one."""
+    for broker in _brokers:
+        broker.ask({"op": "own", "paths": paths})
+
+
+def _spawn(argv: Sequence[str], untrusted: bool, **options: Any) -> Any:
+    """subprocess.Popen, or for untrusted programs what stands in for it."""
+    if untrusted and _brokers:
+        return BrokeredProcess(_brokers[0], argv, **options)
+    return subprocess.Popen(argv, **options)
+
+
+def _kill_builds() -> None:
+    """Whatever untrusted programs have left behind is dead."""
+    if _brokers:
+        _brokers[0].ask({"op": "kill"})
+    else:
+        kill_all(lambda: descendants(os.getpid()))
+
+
+def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, untrusted: bool = False) -> tuple[int, bytes, str]:
+    """(exit status, stdout, the last lines of stderr) of a program that answers a question. untrusted: the source has a say in what it does.
+    For its output's size: raises BuildFailed LimitError."""
     with tempfile.TemporaryFile() as errors:
-        child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
-                                 start_new_session=True, **options)
+        child = _spawn(argv, untrusted, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
         output = bytearray()
         with _pipe(child.stdout) as pipe:
             for block in _read_pipe(child, pipe):
@@ -2023,7 +2126,10 @@ def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: in
                 if len(output) > max_bytes:
                     break
         if len(output) > max_bytes and child.returncode is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            if untrusted and _brokers:
+                _kill_builds()
+            else:
+                os.killpg(child.pid, signal.SIGKILL)
         status = child.wait()
         if len(output) > max_bytes:
             raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
@@ -2038,8 +2144,8 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
     stdout and stderr are one stream, in the order in which they were written; with keep_stdout, stdout is kept and its lines
     follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so."""
     with tempfile.TemporaryFile() as kept:
-        child = subprocess.Popen(argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
-                                 stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
+        child = _spawn(argv, True, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
+                       stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
         splitter = LineSplitter()
         with _pipe(child.stderr if keep_stdout else child.stdout) as pipe:
             try:
@@ -2052,9 +2158,9 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
                     "end, and is killed")])
         lines_out(splitter.end())
         status = child.wait()
-        kill_all(lambda: descendants(os.getpid()))
+        _kill_builds()
         try:
-            os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(child.pid, signal.SIGKILL)  # where there is no /proc
         except OSError:
             pass  # nothing is left of it
         if not keep_stdout:
@@ -2133,6 +2239,7 @@ def remove_tree(path: str) -> None:
     os.rmdir(path)
 
 
+@functools.cache
 def own_source() -> bytes:
     """The bytes of this very file, also out of a zipapp."""
     if os.path.isfile(__file__):
@@ -2193,6 +2300,11 @@ def plain_name(name: str) -> str:
     """name reduced to [A-Za-z0-9._-], never empty, `.` or `..`: safe as a directory's name."""
     reduced = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
     return reduced if reduced.strip(".") else "build"
+
+
+def repository_name(url: str) -> str:
+    """The name of the project at a git URL."""
+    return plain_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
 class _Member(NamedTuple):
@@ -2456,6 +2568,20 @@ def walk_files(root: str) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
         found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
     return found
+
+
+def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
+    """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory called name: owners and times say nothing."""
+    def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
+        info.uid = info.gid = info.mtime = 0
+        info.uname = info.gname = ""
+        return info
+
+    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.PAX_FORMAT) as tar:
+        for file in sorted(files):
+            tar.add(os.path.join(root, file), f"{name}/{file}", recursive=False, filter=forget)
+        if history:
+            tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
 
 
 def git_tree(root: str, files: Iterable[str]) -> str:
@@ -2723,7 +2849,7 @@ def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
     shim = next((path for path in beside if os.path.exists(path) and os.path.samefile(path, real)), None)
     if shim is None:
         return real
-    status, output, errors = capture([shim, "which", name], project, env)
+    status, output, errors = capture([shim, "which", name], project, env, untrusted=True)
     path = output.decode("utf-8", "replace").strip()
     if status != 0 or not os.path.isfile(path):
         raise BuildFailed("UnsupportedToolchainError", f"rustup which {name}: {(errors.splitlines() or ['no answer'])[-1]}")
@@ -2733,7 +2859,7 @@ def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
 def describe_program(path: str, project: str, env: Mapping[str, str]) -> Digest:
     """What the program at path says its version is, and the SHA-256 of its file."""
     try:
-        status, output, errors = capture([path, "--version"], project, env, max_bytes=64 * KIB)
+        status, output, errors = capture([path, "--version"], project, env, 64 * KIB, untrusted=True)
     except OSError as e:
         raise BuildFailed("UnsupportedToolchainError", f"{path}: {e.strerror}") from None
     version = output.decode("utf-8", "replace").strip().partition("\n")[0]
@@ -2872,7 +2998,7 @@ def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
     lock_path = os.path.join(project, "flake.lock")
     lock = read_lockfile(lock_path)
     show = ("derivation", "show") if release >= (2, 15) else ("show-derivation",)
-    status, output, errors = capture([nix, *show, "--recursive", *_NIX_FEATURES], project, env, max_bytes=GIB)
+    status, output, errors = capture([nix, *show, "--recursive", *_NIX_FEATURES], project, env, GIB, untrusted=True)
     if status != 0:
         raise BuildFailed("BuildError", "nix " + " ".join(show) + ": " + _nix_error(errors))
     if read_lockfile(lock_path) != lock:
@@ -3001,9 +3127,23 @@ def simulated_measurement() -> bytes:
     return hashlib.sha384(own_source()).digest()
 
 
-def simulated_evidence(provenance: bytes, nonce: str) -> bytes:
-    """evidence.json of platform `simulated`. provenance: the bytes of provenance.json; nonce: hexadecimal. [CONTRACT 4]"""
-    report = simulated_report(report_data(provenance, nonce), simulated_measurement())
+class Attester(NamedTuple):
+    """What makes evidence in the VM that this runs in. builder: its id in the provenance; attest: 64 bytes of report data -> evidence.json, or raises
+    NoAttester; byproducts: what it adds to the provenance, name -> SHA-256 in hexadecimal."""
+
+    builder: str
+    attest: Callable[[bytes], bytes]
+    byproducts: Mapping[str, str] = {}  # noqa: RUF012  # immutable
+
+
+def waiting_report_data(nonce: str) -> bytes:
+    """The 64 bytes that the evidence of a VM signs that has built nothing yet: those of a build, with zeros instead of a digest."""
+    return bytes(32) + bytes.fromhex(nonce) + bytes(16)
+
+
+def simulated_evidence(data: bytes) -> bytes:
+    """evidence.json of platform `simulated` for 64 bytes of report data. [CONTRACT 4]"""
+    report = simulated_report(data, simulated_measurement())
     return to_canonical({"platform": "simulated", "evidence": {
         "version": 1, "notice": SIMULATED_NOTICE, "attestation_report": base64.b64encode(report).decode("ascii")}})
 
@@ -3117,9 +3257,9 @@ def fetch_vek(url: str) -> bytes:
         raise NoAttester(f"{url}: {e}") from None
 
 
-def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None) -> bytes:
-    """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, fetch gets it
-    from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
+def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None) -> bytes:
+    """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, given, or fetch
+    gets it from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
     def complaint(vek: bytes | None) -> str:
         try:
             if vek is not None:
@@ -3130,6 +3270,7 @@ def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callabl
 
     parsed = parse_report(report)
     vek = vek_in_table(table, parsed.signing_key) if parsed.signing_key in VEK_GUIDS else None
+    vek = given if given is not None and (vek is None or complaint(vek)) else vek
     if fetch is not None and (vek is None or complaint(vek)):  # that of an older TCB has another key
         if not parsed.product or parsed.signing_key != "VCEK":
             raise NoAttester("AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
@@ -3272,6 +3413,9 @@ class BuildRequest(NamedTuple):
     source_name: str = ""
 
 
+BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes beside its source
+
+
 class SourcePolicy(NamedTuple):
     """What a server lets in. max_archive, max_unpacked: bytes."""
 
@@ -3314,7 +3458,7 @@ class _LogDigest:
         return self._digest.hexdigest()
 
 
-def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, emit: Emit) -> str:
+def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, attester: Attester, emit: Emit) -> str:
     """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
 
     archive: the uploaded source, or None for a repo_url; workspace: an empty directory. When it returns, no process that the
@@ -3337,6 +3481,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         commit, uri = "", ""
     plan = toolchain.plan(project, env)
     log = _LogDigest(emit)
+    give_to_build(project)
     status, stdout = run_tool(plan.argv, project, plan.env, log, plan.keep_stdout)
     if status != 0:
         ending = f"status {status}" if status > 0 else f"signal {-status}"
@@ -3346,9 +3491,13 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
     except PermissionError as e:  # the build can take them away
         raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
-    statement = _make_statement(plan, tree, commit, uri, log.hexdigest(), {n: digest for n, _, digest in artifacts}, started)
+    attested = {"build_log": log.hexdigest(), **attester.byproducts}
+    statement = _make_statement(plan, tree, commit, uri, attester.builder, attested, {n: digest for n, _, digest in artifacts}, started)
     emit("attest", ["Generating attestation"])
-    evidence = simulated_evidence(statement, request.nonce)
+    try:
+        evidence = attester.attest(report_data(statement, request.nonce))
+    except NoAttester as e:
+        raise BuildFailed("AttestationError", str(e)) from None
     path = os.path.join(workspace, "result.tar.gz")
     write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
     return path
@@ -3358,7 +3507,7 @@ def _get_source(request: BuildRequest, archive: str | None, root: str, env: Mapp
     """(directory, name) of the project. root: made here."""
     if archive is None:
         fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback)
-        return root, plain_name(request.repo_url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
+        return root, repository_name(request.repo_url)
     os.mkdir(root)
     unpack_archive(archive, root, policy.max_unpacked)
     return find_project(root, request.source_name)
@@ -3387,8 +3536,8 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10 ** 6)) + f".{now % 10 ** 6:06d}+00:00"
 
 
-def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: str, subjects: Mapping[str, str], started: str) -> bytes:
-    """The bytes of provenance.json. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
+def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, byproducts: Mapping[str, str], subjects: Mapping[str, str], started: str) -> bytes:
+    """The bytes of provenance.json. byproducts, subjects: name -> SHA-256. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
     tool = Digest(f"confbuild {__version__}", sha256_hex(own_source()))
     toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
     root: dict[str, Any] = {"digest": {"sha256": "0" * 64}, "name": "input_merkle_root"}
@@ -3403,8 +3552,8 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
                 "internalParameters": {**plan.parameters, "lockfileHash": {"sha256": plan.lockfile_sha256}, "toolchain": toolchain},
                 "resolvedDependencies": list(plan.dependencies)},
             "runDetails": {
-                "builder": {"id": SIMULATED_BUILDER},
-                "byproducts": [root, {"digest": {"sha256": log_sha256}, "name": "build_log"}],
+                "builder": {"id": builder},
+                "byproducts": [root, *({"digest": {"sha256": digest}, "name": name} for name, digest in byproducts.items())],
                 "metadata": {"invocationId": invocation, "startedOn": started, "finishedOn": utc_now()}}},
         "predicateType": PREDICATE_TYPE,
         "subject": [{"digest": {"sha256": digest}, "name": name} for name, digest in sorted(subjects.items())],
@@ -4192,10 +4341,11 @@ class QemuError(UsageError):
 # region 24. VMs                                   [uses 12, 13, 17, 18, 20, 22]
 # ==============================================================================
 # The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
-# destroyed.  This version has one kind, the simulated VM: a child process of this same file in a session and a workspace of its
-# own.  It keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
+# destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
+# workspace of its own, which keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
 #
-# Timers: one per running build, for its time limit; ends with it.
+# Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
+# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
@@ -4206,15 +4356,17 @@ _BUILD_EVENT = re.compile(
 
 
 class SimulatedVm:
-    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see."""
+    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
+    a child with another task than a build."""
 
-    platform = "simulated"
+    platform, networked = "simulated", True
+    label = ""  # what `vm` events call it: there are none
 
-    def __init__(self, policy: SourcePolicy, env: Sequence[str] = ()) -> None:
+    def __init__(self, policy: SourcePolicy, env: Sequence[str] = (), command: str = "agent", config: Mapping[str, Any] | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
         self.port = 0  # of the loopback interface, once it is ready
-        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
-        self._policy, self._env = policy, build_environment(self._workspace, os.environ, env)
+        self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
+        self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
@@ -4224,32 +4376,42 @@ class SimulatedVm:
         with self._lock:
             if self._gone:
                 raise BuildFailed("VmError", "the VM was destroyed before it was started")
-            for folder in ("home", "tmp", "cargo"):
-                os.mkdir(os.path.join(self._workspace, folder), 0o700)
-            self._child = subprocess.Popen([*own_program(), "agent"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           cwd=self._workspace, env=self._env, start_new_session=True)
-            config = {"token": self.token, "policy": self._policy._asdict()}
+            for folder in BUILD_FOLDERS:
+                os.mkdir(os.path.join(self.workspace, folder), 0o700)
+            self._child = subprocess.Popen([*own_program(), self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                           cwd=self.workspace, env=self._env, start_new_session=True)
+            config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
             stdin = _pipe(self._child.stdin)  # stays open: its end tells the agent that the server is dead
             stdin.write(compact_json(config).encode("ascii") + b"\n")
             stdin.flush()
             return self._child.pid
 
-    def wait_ready(self, timeout_s: float) -> None:
-        """The agent answers on port. Raises BuildFailed VmError."""
+    def read_line(self, timeout_s: float) -> bytes:
+        """The next line that the child says. Raises BuildFailed VmError."""
         with self._lock:
             child = self._child
         if child is None:
             raise BuildFailed("VmError", "the VM is gone")
         with selectors.DefaultSelector() as selector:
             selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            spoke = bool(selector.select(timeout_s))
-            line = _pipe(child.stdout).readline(64) if spoke else b""
+            if not selector.select(timeout_s):
+                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+        return _pipe(child.stdout).readline(64 * KIB)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """The agent answers on port. Raises BuildFailed VmError."""
+        line = self.read_line(timeout_s)
         if not re.fullmatch(rb"\d{1,5}\n", line):
-            raise BuildFailed("VmError", "the VM ended while it booted" if spoke else f"the VM did not boot within {timeout_s:g} s")
+            raise BuildFailed("VmError", "the VM ended while it booted")
         self.port = int(line)
 
-    def destroy(self) -> None:
-        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times."""
+    def is_alive(self) -> bool:
+        """Whether it may still answer."""
+        with self._lock:
+            return self._child is not None and self._child.poll() is None
+
+    def destroy(self, clean: bool = False) -> None:
+        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
         with self._lock:
             self._gone = True
             child, self._child = self._child, None
@@ -4264,69 +4426,205 @@ class SimulatedVm:
                     except OSError:
                         pass  # it holds a configuration that nobody has read
             try:
-                remove_tree(self._workspace)
+                remove_tree(self.workspace)
             except OSError as e:
-                logger().error("%s is not removed: %s", self._workspace, e)
+                logger().error("%s is not removed: %s", self.workspace, e)
+
+
+Vm = SimulatedVm | QemuVm
 
 
 class VmHost:
-    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; reap: this process is a child subreaper
-    that has no children but VMs, so any other is what a VM has left behind."""
+    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; make_fetcher: url and ref -> the process that fetches a repository for a
+    VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
+    many VMs wait for a build; expected: of every bundle, beside the job's nonce."""
 
-    def __init__(self, make_vm: Callable[[], SimulatedVm], boot_timeout_s: float = BOOT_TIMEOUT_S, build_timeout_s: float = BUILD_TIMEOUT_S,
-                 max_log: int = MAX_LOG, reap: bool = False) -> None:
-        self._make_vm, self._boot_timeout_s, self._build_timeout_s = make_vm, boot_timeout_s, build_timeout_s
-        self._max_log, self._reap = max_log, reap
+    def __init__(self, make_vm: Callable[[], Vm], make_fetcher: Callable[[str, str], SimulatedVm], boot_timeout_s: float = BOOT_TIMEOUT_S,
+                 build_timeout_s: float = BUILD_TIMEOUT_S, max_log: int = MAX_LOG, reap: bool = False, warm: int = 0, expected: Expectations = Expectations()) -> None:  # noqa: B008  # immutable
+        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = make_vm, make_fetcher, boot_timeout_s, build_timeout_s
+        self._max_log, self._reap, self._warm, self._expected = max_log, reap, warm, expected
         self._spawning = threading.Lock()
-        self._alive: set[int] = set()  # guarded by _spawning; the process ids of VMs
+        self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
+        self._changed = threading.Condition()
+        self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
+        self._wanted = 0  # guarded by _changed; spares that somebody waits for, beyond warm
+        self._failure = ""  # guarded by _changed; why the last spare did not boot
+        self._stopping = False  # guarded by _changed
+        self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
+
+    def start(self) -> None:
+        """Begin to keep spares."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No spare is left, and none will be."""
+        with self._changed:
+            self._stopping = True
+            spares, self._spares = self._spares, []
+            self._changed.notify_all()
+        for vm in spares:
+            self._destroy(vm)
+        self._thread.join(self._boot_timeout_s)
+
+    def _boot(self, vm: Vm) -> None:
+        """vm is ready. Raises BuildFailed VmError."""
+        with self._spawning:
+            self._alive[vm] = vm.spawn()
+        vm.wait_ready(self._boot_timeout_s)
+
+    def _destroy(self, vm: Vm, clean: bool = False) -> None:
+        """vm is gone, and what it has left behind."""
+        vm.destroy(clean)
+        if self._reap:
+            self._kill_strays()
+        with self._spawning:
+            self._alive.pop(vm, None)
+
+    def _keep_spares(self) -> None:
+        """The thread "spares"."""
+        while True:
+            with self._changed:
+                dead = [vm for vm in self._spares if not vm.is_alive()]
+                self._spares = [vm for vm in self._spares if vm not in dead]
+                if not dead:
+                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), RETRY_S)
+                if self._stopping:
+                    return
+                wanted = len(self._spares) < max(self._warm, self._wanted)
+            for vm in dead:
+                logger().warning("a VM that waited for a build has ended")
+                self._destroy(vm)
+            if wanted:
+                self._add_spare()
+
+    def _add_spare(self) -> None:
+        """One spare more, or the reason why not."""
+        vm, failure = self._make_vm(), ""
+        try:
+            self._boot(vm)
+        except (BuildFailed, OSError) as e:
+            failure = str(e)
+            logger().error("no VM waits for a build: %s", failure)
+        with self._changed:
+            ready = not failure and not self._stopping
+            if ready:
+                self._spares.append(vm)
+            self._failure = failure
+            self._wanted = 0 if failure else self._wanted
+            self._changed.notify_all()
+        if not ready:
+            self._destroy(vm)
+        if failure:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, RETRY_S)
+
+    def _take_spare(self) -> Vm | None:
+        """A VM that is ready, which nobody else gets."""
+        with self._changed:
+            self._wanted = 0
+            while self._spares:
+                vm = self._spares.pop(0)
+                self._changed.notify_all()
+                if vm.is_alive():
+                    return vm
+        return None
+
+    def attestation(self, nonce: str) -> bytes:
+        """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
+        with self._changed:
+            self._wanted, self._failure = 1, ""
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._spares or self._failure or self._stopping, self._boot_timeout_s + RETRY_S)
+            if not self._spares:
+                raise BuildFailed("VmError", self._failure or "no VM is ready")
+            vm = self._spares[0]
+        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
+        try:
+            connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
+            answer = connection.getresponse()
+            data = answer.read(MAX_JSON + 1)
+            doc = parse_json(data, "evidence of the VM")
+            if answer.status != 200:
+                raise BuildFailed("AttestationError", f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}")
+            return data
+        except (OSError, http.client.HTTPException, Malformed) as e:
+            raise BuildFailed("VmError", f"the VM does not attest: {e or type(e).__name__}") from None
+        finally:
+            connection.close()
 
     def run(self, jobs: Jobs, job: Job) -> str:
         """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
-        vm = self._make_vm()
-        jobs.when_halted(job, vm.destroy)
         seconds = self._build_timeout_s
         timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
         timer.daemon = True
-        pid = 0
+        fetcher, built = None, False
+        spare = self._take_spare()
+        vm = self._make_vm() if spare is None else spare
         try:
-            with self._spawning:
-                pid = vm.spawn()
-                self._alive.add(pid)
-            vm.wait_ready(self._boot_timeout_s)
-            timer.start()
-            return self._drive(vm, job)
+            request, source = job.request, job.source
+            if request.repo_url and not vm.networked:
+                timer.start()
+                fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
+                jobs.when_halted(job, fetcher.destroy)
+                self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
+                request, source = self._fetch(fetcher, request)
+            jobs.when_halted(job, vm.destroy)
+            if spare is None:
+                self._tell(job, vm, "booting")
+                self._boot(vm)
+            self._tell(job, vm, "ready")
+            if not timer.is_alive():
+                timer.start()
+            path = self._drive(vm, job, request, source)
+            built = True
+            return path
         except (OSError, http.client.HTTPException, ValueError) as e:
             raise BuildFailed("VmError", f"the VM went away: {e or type(e).__name__}") from None
         finally:
             timer.cancel()
-            vm.destroy()
-            if self._reap:
-                self._kill_strays()
-            with self._spawning:
-                self._alive.discard(pid)
+            for process in filter(None, (fetcher, vm)):
+                self._destroy(process, clean=built)
+
+    @staticmethod
+    def _tell(job: Job, vm: Vm, message: str) -> None:
+        """A `vm` event, of kinds of VMs that have such."""
+        if vm.label and job.log is not None:
+            job.log.append(to_payloads("vm", [f"{vm.label}: {message}"]))
+
+    def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
+        """The request for the fetched repository as an archive, and that. Raises BuildFailed."""
+        with self._spawning:
+            self._alive[fetcher] = fetcher.spawn()
+        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b"{}")
+        if "name" not in answer:
+            raise BuildFailed(answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended"))
+        archive = os.path.join(fetcher.workspace, "source.tar.gz")
+        if os.path.getsize(archive) > fetcher.policy.max_archive:
+            raise limit_error(f"the repository packs to more than {fetcher.policy.max_archive} bytes")
+        return BuildRequest(request.nonce, source_name=answer["name"] + ".tar.gz"), archive
 
     def _kill_strays(self) -> None:
         """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
         def strays() -> list[int]:
             with self._spawning:
                 # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
-                return descendants(os.getpid(), without=self._alive | self._foreign)
+                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
 
         kill_all(strays)
         with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True, without=self._alive):
+            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
                 try:
                     os.waitpid(pid, os.WNOHANG)
                 except ChildProcessError:
                     pass  # its own parent reaps it
 
-    def _drive(self, vm: SimulatedVm, job: Job) -> str:
-        """Submit the job to the agent, relay its events, fetch and verify its archive."""
+    def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
+        """Submit the request to the agent, relay its events, fetch and verify its archive."""
         headers = {"Authorization": f"Bearer {vm.token}"}
         connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
         try:
-            body, size = request_body(job.request, job.source)
+            body, size = request_body(request, source)
             connection.request("POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)})
             answer = connection.getresponse()
             doc = parse_json(answer.read(MIB), "answer of the VM")
@@ -4342,7 +4640,7 @@ class VmHost:
             answer = connection.getresponse()
             if answer.status != 200:
                 raise BuildFailed("VmError", f"the VM has no result: status {answer.status}")
-            return _fetch_result(answer, job)
+            return _fetch_result(answer, job, self._expected._replace(nonce=request.nonce))
         finally:
             connection.close()
 
@@ -4421,17 +4719,17 @@ def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
     return BuildFailed(outcome["error_type"], outcome["error"])
 
 
-def _fetch_result(answer: "http.client.HTTPResponse", job: Job) -> str:
-    """The path of the archive in answer, once it is a bundle that verifies with the job's nonce. Raises BuildFailed."""
+def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:
+    """The path of the archive in answer, once it is a bundle that is as expected. Raises BuildFailed."""
     path = os.path.join(job.folder, "result.tmp")
     try:
-        return _check_result(answer, job, path)
+        return _check_result(answer, path, expected)
     except BaseException:
         remove_tree(path)
         raise
 
 
-def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> str:
+def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expectations) -> str:
     """path, which holds what _fetch_result promises."""
     size = 0
     with open(path, "wb") as f:
@@ -4443,10 +4741,10 @@ def _check_result(answer: "http.client.HTTPResponse", job: Job, path: str) -> st
     if str(size) != answer.headers.get("Content-Length"):
         raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
     try:
-        verdict = verify_bundle(read_bundle(path), Expectations(nonce=job.request.nonce), utc_time(time.time()))
+        verdict = verify_bundle(read_bundle(path), expected, utc_time(time.time()))
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
-    failed = [check.name for check in verdict.checks if check.status == "failed"]
+    failed = [check.name + (f" ({check.detail})" if check.name == "VEK form" else "") for check in verdict.checks if check.status == "failed"]
     if verdict.verdict == "failed":
         raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
     return path
@@ -4513,6 +4811,8 @@ ROUTES = (
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build"}),
     Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", "application/json", {200: "an array of status"}),
     Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
+    Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=", "application/json",
+          {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"}),
     Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
 )
 REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
@@ -4656,12 +4956,12 @@ class BodyReader:
 
 
 class Api:
-    """The functions behind ROUTES. config: what GET /config answers; greeting: the comment that begins every event stream; crowded:
-    whether no further stream can be served."""
+    """The functions behind ROUTES. config: what GET /config answers; attest: nonce -> evidence of the VM that waits, or raises ConfbuildError;
+    greeting: the comment that begins every event stream; crowded: whether no further stream can be served."""
 
-    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], greeting: bytes = b"",
+    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], attest: Callable[[str], bytes], greeting: bytes = b"",
                  crowded: Callable[[], bool] = lambda: False) -> None:
-        self.jobs, self.policy, self.greeting, self.crowded, self._config = jobs, policy, greeting, crowded, config
+        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = jobs, policy, greeting, crowded, config, attest
         self._openapi = openapi_document()
 
     def health(self, _: Request) -> Response:
@@ -4671,6 +4971,19 @@ class Api:
     def config(self, _: Request) -> Response:
         """What runs here."""
         return json_response(self._config)
+
+    def attestation(self, request: Request) -> Response:
+        """The evidence of the VM that waits."""
+        nonce = request.query.get("nonce")
+        if not is_nonce(nonce):
+            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal, 32 digits")
+        try:
+            evidence = self._attest(str(nonce))
+        except Refused:
+            raise
+        except ConfbuildError as e:
+            raise Refused(503, "AttestationError", str(e), {"Retry-After": "30"}) from None
+        return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, evidence)
 
     def openapi(self, _: Request) -> Response:
         """The OpenAPI document of ROUTES."""
@@ -4798,6 +5111,8 @@ def openapi_document() -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in ROUTES:
         parameters = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}] if "{id}" in route.path else []
+        if route.name == "attestation":
+            parameters.append({"name": "nonce", "in": "query", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}})
         if route.name == "events":
             parameters.append({"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}})
         operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters, "responses": {
@@ -5041,14 +5356,41 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
 # ==============================================================================
 # region 26. Agent                                 [uses 13, 18, 20, 21, 22, 25]
 # ==============================================================================
-# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input.
+# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
+# its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
 #
-# Thread "lifeline": started by run_agent, ends the process.
+# Thread "lifeline": started by serve_agent, ends the process.
+
+
+def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]) -> None:
+    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
+    def follow() -> None:
+        while sys.stdin.buffer.read(1):
+            pass
+        end()
+
+    threading.Thread(target=follow, name="lifeline", daemon=True).start()
+    policy, streamer = SourcePolicy(**config["policy"]), Streamer()
+
+    def build(_: Jobs, job: Job) -> str:
+        log = job.log
+        if log is None:
+            raise ValueError("a running job has a log")
+        return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester,
+                            lambda phase, messages: log.append(to_payloads(phase, messages)))
+
+    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
+    api = Api(jobs, policy, {}, lambda nonce: attester.attest(waiting_report_data(nonce)))
+    server = make_http_server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
+    jobs.start()
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
+    server.serve_forever()
 
 
 def run_agent() -> None:
-    """Read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything that the
-    build has started is dead, and this process becomes one that removes the workspace, its current directory."""
+    """The agent of a simulated VM: read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything
+    that the build has started is dead, and this process becomes one that removes the workspace, its current directory."""
     workspace = os.getcwd()
     guard_process()
 
@@ -5056,41 +5398,410 @@ def run_agent() -> None:
         kill_all(lambda: descendants(os.getpid()))
         os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
 
+    try:
+        config = json.loads(sys.stdin.buffer.readline())
+        serve_agent(config, workspace, ("127.0.0.1", 0), Attester(SIMULATED_BUILDER, simulated_evidence), end)
+    finally:
+        end()
+
+
+def run_fetcher() -> None:
+    """What fetches a repository for a guest that has no network, on the host but in a process of its own: read the configuration and the request, a
+    line of JSON each, on stdin; print the name of the archive with its depth-1 history, or what failed, as a line of JSON on stdout."""
+    workspace = os.getcwd()
+    guard_process()
+
     def follow() -> None:
         while sys.stdin.buffer.read(1):
             pass
-        end()
+        kill_all(lambda: descendants(os.getpid()))
+        os.execv(sys.executable, [*own_program(), "sweep", workspace])
 
+    config = json.loads(sys.stdin.buffer.readline())
+    policy, url, ref = SourcePolicy(**config["policy"]), config["repo_url"], config["repo_ref"]
+    threading.Thread(target=follow, name="lifeline", daemon=True).start()
+    name = repository_name(url)
     try:
-        config = json.loads(sys.stdin.buffer.readline())
-        threading.Thread(target=follow, name="lifeline", daemon=True).start()
-        policy, streamer = SourcePolicy(**config["policy"]), Streamer()
-
-        def build(_: Jobs, job: Job) -> str:
-            log = job.log
-            if log is None:
-                raise ValueError("a running job has a log")
-            return run_pipeline(job.request, job.source, workspace, os.environ, policy,
-                                lambda phase, messages: log.append(to_payloads(phase, messages)))
-
-        jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
-        server = make_http_server(("127.0.0.1", 0), Api(jobs, policy, {}), Gate([config["token"]], []), streamer)
-        jobs.start()
-        sys.stdout.write(f"{server.server_address[1]}\n")
-        sys.stdout.flush()
-        server.serve_forever()
-    finally:
-        end()
+        root = os.path.join(workspace, name)
+        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback)
+        write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
+        answer = {"name": name}
+    except BuildFailed as e:
+        answer = {"error": str(e), "error_type": e.error_type}
+    sys.stdout.write(compact_json(answer) + "\n")
+    sys.stdout.flush()
+    threading.Event().wait()  # until the lifeline ends
 
 # endregion 26
 # ==============================================================================
 # region 27. Guest                                                [uses nothing]
 # ==============================================================================
-# The first process inside of a guest.
+# The first process inside of a guest, which the initrd's /init calls: root, and the only one.  It mounts what is measured (the tools disk, by
+# its dm-verity root hash on the kernel's command line) and what is empty, reads the agent's configuration from a virtio-serial port, and
+# starts the agent as a user without rights, in a root of its own where neither this file's memory nor /sys nor a device of the attestation is.
+# Then it answers that agent's Broker (section 13), reaps, and powers off when the agent ends.  A build runs as a third user, by default in
+# a network namespace without a way out, whatever the host does.  Everything here that ends, in whatever way, ends in reboot(2): a guest whose first
+# process exits panics.
+#
+# No threads: builds are forked from here.
+
+AGENT_UID, BUILD_UID = 1000, 1001
+GUEST_ADDRESS, GUEST_PORT = "10.0.2.15", 8080  # of QEMU's user network; its gateway is .2, its name server .3
+SYSROOT = "/sysroot"
+_GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
+_BROKER = "/run/broker/socket"  # below SYSROOT
+# Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x40000000, 0x01234567, 313, 38
+_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
+_IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
+_DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
+_DM_HEADER = 312  # bytes of struct dm_ioctl
+# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options.
+_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""), ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+           ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"))
+_SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"), ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
+                   ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
+                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%"),
+                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=80%"))
+_DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 
 
 class GuestError(ConfbuildError):
     """The guest cannot go on."""
+
+
+def _system_call(name: str, *arguments: Any) -> None:
+    """A function of the C library that returns -1 for failure. Raises OSError."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+    os.makedirs(target, exist_ok=True)
+    _system_call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+
+
+def parse_command_line(text: str) -> tuple[str, int]:
+    """(root hash, data blocks) of the tools disk, in the kernel's command line. Raises GuestError. What stands before the measured command line, as the
+    firmware's `initrd=`, is the host's word: the parameter may be there once."""
+    found = [word.partition("=")[2] for word in text.split() if word.startswith("confbuild.tools=")]
+    match = re.fullmatch(r"([0-9a-f]{64}),([1-9][0-9]{0,9})", found[0]) if len(found) == 1 else None
+    if match is None:
+        raise GuestError("the kernel's command line has not one confbuild.tools=ROOTHASH,BLOCKS")
+    return match[1], int(match[2])
+
+
+def _load_modules(group: str) -> None:
+    """The kernel modules of a group, in the order of the image's list; the kernel has what is already there, or built in."""
+    with open(os.path.join(_GUEST_FILES, "modules"), encoding="ascii") as f:
+        paths = [path for kind, path in (line.split() for line in f) if kind == group]
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _system_call("syscall", _SYS_FINIT_MODULE, fd, b"", 0)
+        except OSError as e:
+            if e.errno != errno.EEXIST:
+                sys.stderr.write(f"confbuild: module {path}: {e.strerror}\n")  # what needs it will fail by its own name
+        finally:
+            os.close(fd)
+
+
+def _await(find: Callable[[], "str | None"], what: str) -> str:
+    """What find returns, within ten seconds. Raises GuestError."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = find()
+        if found is not None:
+            return found
+        time.sleep(0.02)
+    raise GuestError(f"there is no {what}")
+
+
+def _find_channel() -> str | None:
+    """The virtio-serial port that the host has called `confbuild`."""
+    root = "/sys/class/virtio-ports"
+    for name in os.listdir(root) if os.path.isdir(root) else []:
+        with open(os.path.join(root, name, "name"), encoding="ascii", errors="replace") as f:
+            if f.read().strip() == "confbuild":
+                return os.path.join("/dev", name)
+    return None
+
+
+def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
+    """The dm_target_spec of a dm-verity device over a disk with blocks of 4096 bytes, whose tree follows the data: version 1, SHA-256, no salt.
+    [Linux, Documentation/admin-guide/device-mapper/verity.rst; linux/dm-ioctl.h]"""
+    parameters = f"1 {device} {device} 4096 4096 {blocks} {blocks} sha256 {root_hash} -".encode("ascii") + b"\0"
+    parameters += bytes(-(40 + len(parameters)) % 8)
+    return struct.pack("=QQiI16s", 0, 8 * blocks, 0, 40 + len(parameters), b"verity") + parameters
+
+
+def _device_mapper(command: int, target: bytes = b"", flags: int = 0) -> None:
+    """One request about the device `tools`. Raises OSError."""
+    request = bytearray(struct.pack("=3I2IIiIIIQ128s129s7x", 4, 0, 0, _DM_HEADER + len(target), _DM_HEADER, 1 if target else 0, 0, flags, 0, 0, 0, b"tools", b"") + target)
+    with open("/dev/mapper/control", "r+b", buffering=0) as control:
+        fcntl.ioctl(control, 3 << 30 | _DM_HEADER << 16 | 0xFD << 8 | command, request, True)
+
+
+def _mount_tools(root_hash: str, blocks: int) -> None:
+    """The tools disk, of which every block is checked when it is read, at SYSROOT, with empty file systems in it. Raises OSError, GuestError."""
+    disk = os.stat(_await(lambda: "/dev/vda" if os.path.exists("/dev/vda") else None, "tools disk")).st_rdev
+    os.makedirs("/dev/mapper", exist_ok=True)
+    if not os.path.exists("/dev/mapper/control"):
+        os.mknod("/dev/mapper/control", 0o600 | stat.S_IFCHR, os.makedev(10, 236))  # MAPPER_CTRL_MINOR
+    _device_mapper(_DM_DEV_CREATE)
+    _device_mapper(_DM_TABLE_LOAD, verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash), _DM_READONLY_FLAG)
+    _device_mapper(_DM_DEV_SUSPEND)
+    _await(lambda: "/dev/dm-0" if os.path.exists("/dev/dm-0") else None, "verified disk")
+    _mount("/dev/dm-0", SYSROOT, "erofs", _MS_RDONLY | _MS_NODEV | _MS_NOSUID, "")
+    for source, target, kind, flags, options in _SYSROOT_MOUNTS:
+        _mount(source, SYSROOT + target, kind, flags, options)
+    for name, major, minor in _DEVICES:
+        os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
+        os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
+    for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
+        os.symlink(target, f"{SYSROOT}/dev/{name}")
+    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), ("work/agent", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
+        os.mkdir(f"{SYSROOT}/{name}")
+        os.chmod(f"{SYSROOT}/{name}", mode)
+        os.chown(f"{SYSROOT}/{name}", uid, uid)
+    os.chown(f"{SYSROOT}/work", AGENT_UID, AGENT_UID)
+
+
+def _set_up_interface(name: str, address: str, netmask: str) -> None:
+    """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
+    def ifreq(content: bytes) -> bytes:
+        return struct.pack("16s24s", name.encode("ascii"), content)
+
+    def sockaddr(text: str) -> bytes:
+        return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        fcntl.ioctl(s, _SIOCSIFADDR, ifreq(sockaddr(address)))
+        fcntl.ioctl(s, _SIOCSIFNETMASK, ifreq(sockaddr(netmask)))
+        [flags] = struct.unpack_from("H", fcntl.ioctl(s, _SIOCGIFFLAGS, ifreq(b"")), 16)
+        fcntl.ioctl(s, _SIOCSIFFLAGS, ifreq(struct.pack("H", flags | _IFF_UP)))
+
+
+def _open_network() -> None:
+    """A way out, through QEMU's gateway. [struct rtentry, linux/route.h] Raises OSError."""
+    route = bytearray(120)
+    for at, address in ((8, "0.0.0.0"), (24, "10.0.2.2"), (40, "0.0.0.0")):  # noqa: S104  # destination, gateway, netmask
+        struct.pack_into("=HH4s8x", route, at, socket.AF_INET, 0, socket.inet_aton(address))
+    struct.pack_into("=H", route, 56, _RTF_UP | _RTF_GATEWAY)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        fcntl.ioctl(s, _SIOCADDRT, bytes(route))
+    with open(f"{SYSROOT}/run/resolv.conf", "w", encoding="ascii") as f:
+        f.write("nameserver 10.0.2.3\n")
+
+
+def _become(uid: int) -> None:
+    """This process is that user's, below SYSROOT, and can gain no rights. Raises OSError."""
+    os.chroot(SYSROOT)
+    os.chdir("/")
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.umask(0o022)
+
+
+def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
+    """What attests in a guest with this configuration: the hardware, or, where the host has said that this is no confidential VM, nobody. Raises
+    NoAttester where the hardware does not: there is no way from one to the other."""
+    byproducts = {"guest_network": sha256_hex(config["network"].encode("ascii"))}
+    if config["platform"] == "qemu":
+        return Attester(QEMU_BUILDER, simulated_evidence, byproducts)
+    given = None if config.get("vek") is None else decode_base64(config["vek"], "vek")
+
+    def get(data: bytes) -> tuple[bytes, bytes]:
+        try:
+            answer = broker.ask({"op": "report", "data": data.hex()})
+        except OSError as e:
+            raise NoAttester(e.strerror or str(e)) from None
+        return bytes.fromhex(answer["report"]), bytes.fromhex(answer["table"])
+
+    measurement = parse_report(get(bytes(64))[0]).measurement
+    byproducts["measurement"] = sha256_hex(measurement)
+    return Attester(SNP_BUILDER, lambda data: hardware_evidence(*get(data), "snp", None, given), byproducts)
+
+
+def _run_guest_agent(config: Mapping[str, Any]) -> None:
+    """The agent, in a process of its own."""
+    guard_process()
+    os.environ.clear()
+    os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, ()))
+    os.chdir("/work")
+    broker = Broker(_BROKER)
+    use_broker(broker)
+    serve_agent(config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0))  # noqa: S104  # the guest's one interface
+
+
+class GuestBroker:
+    """The other end of Broker. network: whether builds have one."""
+
+    def __init__(self, listener: "socket.socket", network: bool) -> None:
+        self._listener, self._network = listener, network
+        self._running: dict[int, socket.socket] = {}  # a build's process -> who waits for its end
+
+    def answer(self) -> None:
+        """Answer the next question."""
+        connection, _ = self._listener.accept()
+        data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
+        try:
+            question = json.loads(data)
+            if question["op"] == "run":
+                pid = self._run(question, fds)
+                self._running[pid] = connection
+                connection.send(compact_json({"pid": pid}).encode("ascii"))
+                return
+            connection.send(compact_json({"own": self._own, "kill": self._kill, "report": self._report}[question["op"]](question)).encode("ascii"))
+        except (OSError, NoAttester) as e:
+            text = str(e) if isinstance(e, NoAttester) else e.strerror
+            connection.send(compact_json({"errno": getattr(e, "errno", None) or errno.EIO, "error": text}).encode("ascii"))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        connection.close()
+
+    def reaped(self, pid: int, status: int) -> None:
+        """A process has ended. status: as os.waitstatus_to_exitcode has it."""
+        connection = self._running.pop(pid, None)
+        if connection is not None:
+            try:
+                connection.send(compact_json({"status": status}).encode("ascii"))
+            except OSError:
+                pass  # the agent is gone, and the guest soon
+            connection.close()
+
+    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> int:
+        """The id of the process that runs a program as the user of builds. Raises OSError."""
+        def enter() -> None:
+            if not self._network:
+                _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
+                _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
+            _become(BUILD_UID)
+            os.chdir(question["cwd"])
+
+        stdin, stdout, stderr = fds
+        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # noqa: PLW1509  # no threads
+        child.returncode = 0  # run_guest reaps all
+        return child.pid
+
+    @staticmethod
+    def _own(question: Mapping[str, Any]) -> dict[str, Any]:
+        """Files of the agent become the build's; links are not followed."""
+        for path in question["paths"]:
+            for _, folders, files, fd in os.fwalk(SYSROOT + path, follow_symlinks=False):
+                for name in (".", *folders, *files):
+                    os.chown(name, BUILD_UID, BUILD_UID, dir_fd=fd, follow_symlinks=False)
+        return {}
+
+    @staticmethod
+    def _kill(_: Mapping[str, Any]) -> dict[str, Any]:
+        """Whatever the user of builds runs is dead. As that user kill(2) reaches all of it at once, however fast it forks."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setuid(BUILD_UID)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+
+        def alive() -> list[int]:
+            return [pid for pid in descendants(1) if os.path.exists(f"/proc/{pid}") and os.stat(f"/proc/{pid}").st_uid == BUILD_UID]
+
+        kill_all(alive)  # what is killed takes a moment to end
+        return {}
+
+    @staticmethod
+    def _report(question: Mapping[str, Any]) -> dict[str, Any]:
+        """A hardware report. Raises NoAttester."""
+        report, table = get_report(bytes.fromhex(question["data"]))
+        return {"report": report.hex(), "table": table.hex()}
+
+
+def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> None:
+    """Answer and reap until the agent has ended."""
+    sleeper, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    while True:
+        pid, status = 1, 0
+        while pid:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == agent:
+                return
+            broker.reaped(pid, os.waitstatus_to_exitcode(status))
+        ready, _, _ = select.select([sleeper, listener], [], [])
+        if sleeper in ready:
+            sleeper.recv(4096)
+        if listener in ready:
+            broker.answer()
+
+
+def _start_guest() -> None:
+    """Everything that a guest does. Raises OSError, ConfbuildError."""
+    for row in _MOUNTS:
+        _mount(*row)
+    with open("/proc/cmdline", encoding="ascii", errors="replace") as f:
+        root_hash, blocks = parse_command_line(f.read())
+    _load_modules("base")
+    _mount_tools(root_hash, blocks)
+    channel = os.open(_await(_find_channel, "virtio-serial port called confbuild"), os.O_RDWR)
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        line += os.read(channel, 1) or b"\n"
+    config = json.loads(line)
+    network = config["network"] == "open"
+    _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
+    _set_up_interface("eth0", GUEST_ADDRESS, "255.255.255.0")
+    if network:
+        _open_network()
+    if config["platform"] != "qemu":
+        _load_modules("snp")
+        _mount("configfs", "/sys/kernel/config", "configfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
+    own_source()  # before the agent's root has it no more, as the modules that it will need
+    for module in (gzip, hmac, http, io, logging, secrets, select, selectors, shutil, subprocess, tarfile, tempfile, threading, tomllib, unicodedata,
+                   urllib, uuid, weakref, zipfile):
+        _ = module.__name__
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(SYSROOT + _BROKER)
+    os.chown(SYSROOT + _BROKER, AGENT_UID, AGENT_UID)
+    listener.listen(16)
+    agent = os.fork()
+    if agent == 0:
+        try:
+            listener.close()
+            os.dup2(channel, 0)
+            os.dup2(channel, 1)
+            os.close(channel)
+            _become(AGENT_UID)
+            _run_guest_agent(config)
+        except BaseException as e:  # noqa: BLE001  # told on the console; the first process goes on
+            sys.stderr.write(f"confbuild: the agent has ended: {type(e).__name__}: {e}\n")
+        finally:
+            os._exit(1)
+    os.close(channel)
+    _serve_guest(agent, GuestBroker(listener, network), listener)
+
+
+def run_guest() -> NoReturn:
+    """The first process of a guest; ends in reboot(2), which with QEMU's -no-reboot is the guest's end."""
+    try:
+        _start_guest()
+    except BaseException as e:  # noqa: BLE001
+        sys.stderr.write(f"confbuild: the guest cannot go on: {type(e).__name__}: {e}\n")
+    finally:
+        sys.stderr.flush()
+        while True:
+            ctypes.CDLL(None).reboot(_RB_AUTOBOOT)  # also where the guest has no ACPI, which powering off needs
+            time.sleep(1)
 
 # endregion 27
 # ==============================================================================
@@ -5216,6 +5927,14 @@ class Service:
                 raise BrokenProtocol("a status that is none")
         return found
 
+    def attestation(self, nonce: str) -> bytes:
+        """evidence.json of the VM that waits there. nonce: 32 hexadecimal digits."""
+        with self.open("GET", f"/attestation?nonce={nonce}") as answer:
+            try:
+                return bytes(answer.read(MAX_JSON + 1))
+            except (OSError, http.client.HTTPException) as e:
+                raise RemoteError(f"{self._url}: {e}") from None
+
     def submit(self, request: BuildRequest, archive: str | None) -> str:
         """The id of the accepted job."""
         body, size = request_body(request, archive)
@@ -5338,7 +6057,7 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
     files = kept
     if not files:
         raise UsageError(f"{directory}: there is nothing to build")
-    _write_source(archive, root, name, files, bool(commit))
+    write_source(archive, root, name, files, bool(commit))
     everything = why in ("there is no git", "it is no git work tree")
     note = f"commit {commit} as git has it" if commit else (
         f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
@@ -5382,20 +6101,6 @@ def _why_not_clean(root: str, inner: str) -> str:
         return "git has no commit"
     pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
     return "git has modified or untracked files" if _ask_git(root, "status", "--porcelain", *pathspec) != "" else ""
-
-
-def _write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
-    """The tarball of a source: owners and times say nothing."""
-    def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
-        info.uid = info.gid = info.mtime = 0
-        info.uname = info.gname = ""
-        return info
-
-    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.PAX_FORMAT) as tar:
-        for file in sorted(files):
-            tar.add(os.path.join(root, file), f"{name}/{file}", recursive=False, filter=forget)
-        if history:
-            tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
 
 # endregion 28
 # ==============================================================================
@@ -5611,6 +6316,67 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+class Machine(NamedTuple):
+    """What builds run in here. guest: None = simulated VMs; facts: of the guest's image; launch_digest: of the guest, in hexadecimal, or empty; note: in
+    words, for people."""
+
+    platform: str
+    guest: Guest | None
+    facts: ImageFacts | None
+    launch_digest: str
+    note: str
+
+
+def _prepare_machine(options: "argparse.Namespace") -> Machine:
+    """What --vm, --tee and --image ask for, once everything that it needs is here and as it should be: there is no fall-back. Raises UsageError."""
+    kind = options.vm or ("snp" if options.tee else "sim")
+    if options.tee and kind != "snp":
+        raise UsageError(f"--tee is --vm snp, not --vm {kind}")
+    if kind == "sim":
+        if options.image:
+            raise UsageError("--image goes with --tee, --vm snp or --vm qemu: a simulated VM boots nothing")
+        return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user")
+    if options.env:
+        raise UsageError("--env: a guest sees nothing of this machine's environment")
+    if not options.image:
+        raise UsageError(f"{'--tee' if options.tee else '--vm ' + kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
+    image, facts = read_image(options.image), check_image(options.image)
+    for complaint in (facts.parts, facts.firmware):
+        if complaint:
+            raise ImageError(f"{options.image}: {complaint}")
+    label = guest_label(options.vcpu_type, options.vcpus)
+    if label not in facts.launch_digests:
+        raise ImageError(f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
+                         "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one")
+    guest = Guest(kind, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
+    if kind == "snp":
+        guest = _require_snp(guest, options.print_command)
+        return Machine(kind, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
+    version = qemu_version()
+    if version is None:
+        raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
+    guest = guest._replace(firmware=version >= (10, 0))  # older ones hand the firmware another kernel than the one that was hashed
+    how = "the image's firmware, which checks kernel, initrd and command line" if guest.firmware else (
+        f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
+    return Machine(kind, guest, facts, facts.launch_digests[label],
+                   f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware")
+
+
+def _require_snp(guest: Guest, anyway: bool) -> Guest:
+    """guest with this processor's C-bit. anyway: for a look at the command line. Raises UsageError, after a table, where this machine has no SEV-SNP."""
+    cbit = c_bit_position()
+    guest = guest if cbit is None else guest._replace(cbitpos=cbit)
+    checks = [] if anyway else preflight()
+    missing = [check for check in checks if check.status != "passed"]
+    if missing:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            sys.stderr.write(plain_text(f"confbuild: {'ok  ' if check.status == 'passed' else 'MISS'} {check.name:{width}}  {check.detail}") + "\n")
+        raise UsageError(f"this machine cannot run SEV-SNP guests: {len(missing)} of {len(checks)} conditions are not met, and nothing was started",
+                         "`--vm qemu` boots the same image in a guest that is not confidential")
+    return guest
+
+
 class Running(NamedTuple):
     """A server that runs in this process, with what stops it."""
 
@@ -5619,8 +6385,8 @@ class Running(NamedTuple):
     stop: Callable[[float], None]
 
 
-def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str]) -> Running:
-    """A server with simulated VMs on options.listen, its state below state. Raises UsageError, OSError."""
+def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: Machine) -> Running:
+    """A server with VMs of machine on options.listen, its state below state. Raises UsageError, OSError."""
     host, port = _parse_address(options.listen)
     tls = None
     if options.tls_cert or options.tls_key:
@@ -5643,13 +6409,17 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         os.close(lock)
         raise UsageError(f"{state} is in use by another server") from None
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
-    vms = VmHost(lambda: SimulatedVm(policy, options.env), options.boot_timeout, options.build_timeout, reap=guard_process())
+    vms = VmHost(*_makers(options, policy, machine), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm,
+                 expected=_of_server(machine))
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
-    api = Api(jobs, policy, _describe_server(options), b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
+    greeting = {"simulated": b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
+                "qemu": b": QEMU guest: not confidential; the evidence is signed by no hardware\n\n"}.get(machine.platform, b"")
+    api = Api(jobs, policy, _describe_server(options, machine), vms.attestation, greeting,
               lambda: streamer.watchers >= max(files - 512, files // 2))  # the rest is for requests, jobs and VMs
     server = make_http_server((host, port), api, gate, streamer, tls)
+    vms.start()
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     thread.start()
@@ -5660,21 +6430,51 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         server.shutdown()
         server.server_close()
         streamer.stop()
+        vms.stop()
         os.close(lock)
 
     shown = f"[{host}]" if ":" in host else host
     return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
 
 
-def _describe_server(options: "argparse.Namespace") -> dict[str, Any]:
+def _makers(options: "argparse.Namespace", policy: SourcePolicy, machine: Machine) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
+    """What makes a VM of machine, and what makes the process that fetches a repository for one without a network."""
+    def fetcher(url: str, ref: str) -> SimulatedVm:
+        return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
+
+    guest = machine.guest
+    if guest is None:
+        return lambda: SimulatedVm(policy, options.env), fetcher
+    vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
+    return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}), fetcher
+
+
+def _boot_timeout(options: "argparse.Namespace", machine: Machine) -> float:
+    """What --boot-timeout says, or what suits the machine."""
+    asked: float | None = options.boot_timeout
+    return asked if asked is not None else BOOT_TIMEOUT_S if machine.guest is None else GUEST_BOOT_TIMEOUT_S
+
+
+def _of_server(machine: Machine) -> Expectations:
+    """What a server asks of its own VMs' bundles."""
+    return Expectations(builder_id={"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}[machine.platform],
+                        image=machine.facts if machine.platform == "snp" else None, require_tee=machine.platform == "snp")
+
+
+def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[str, Any]:
     """What GET /config answers."""
+    facts, snp = machine.facts, machine.platform == "snp"
+    isolation = "none: a build is a process of the server's user with an environment and folders of its own" if facts is None else (
+        "a guest for each build, in which it runs as a user of its own, " + ("with" if options.guest_network else "without") + " a network" +
+        ("" if snp else "; the host can read and change it"))
     return {
-        "platform": SimulatedVm.platform, "confidential": False, "notice": SIMULATED_NOTICE, "image": None, "measurement": simulated_measurement().hex(),
+        "platform": machine.platform, "confidential": snp, "notice": "" if snp else SIMULATED_NOTICE,
+        "image": None if facts is None else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
+        "measurement": machine.launch_digest or simulated_measurement().hex(),
         "limits": {"archive_bytes": options.max_archive * MIB, "unpacked_bytes": MAX_UNPACKED, "members": MAX_MEMBERS, "queue": options.queue,
-                   "slots": options.slots, "boot_s": options.boot_timeout, "build_s": options.build_timeout, "single_use": options.single_use},
-        "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS},
-        "isolation": "none: a build is a process of the server's user with an environment and folders of its own",
-        "version": __version__}
+                   "slots": options.slots, "boot_s": _boot_timeout(options, machine), "build_s": options.build_timeout, "single_use": options.single_use},
+        "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS} if facts is None else None,
+        "isolation": isolation, "version": __version__}
 
 
 def _read_tokens(path: str) -> list[str]:
@@ -5695,6 +6495,12 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     host = _parse_address(options.listen)[0]
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(f"--listen {options.listen}: other machines can reach that", "give --token-file FILE, or --insecure to let everybody build")
+    machine = _prepare_machine(options)
+    if options.print_command:
+        if machine.guest is None:
+            raise UsageError("--print-command goes with --vm qemu, --vm snp or --tee")
+        sys.stdout.write(shlex.join(qemu_argv(machine.guest, "QMP", "CONSOLE", "HASHES_PAGE")) + "\n")
+        return EXIT_OK
     stopped = threading.Event()
 
     def stop(*_: Any) -> None:
@@ -5707,8 +6513,8 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    running = start_server(options, options.state or _default_state(), tokens)
-    sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: simulated VMs: builds are not confidential, and run as this user\n")
+    running = start_server(options, options.state or _default_state(), tokens, machine)
+    sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: {machine.note}\n")
     sys.stderr.flush()
     while not stopped.is_set():
         sleeper.recv(1)  # a signal that another thread received would not wake an Event
@@ -5740,6 +6546,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
     base = options.source.rstrip("/").rpartition("/")[2].removesuffix(".git") if is_url else os.path.basename(os.path.realpath(options.source))
     bundle = options.output_dir or plain_name(base) + "-build"
     _check_target(bundle)
+    machine = None if options.server else _prepare_machine(options)
+    vm, endorsements = _expect_vm(options, machine), Endorsements(vek=None if options.vek is None else _read_der(options.vek))
     display = _display(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -5751,21 +6559,53 @@ def cmd_build(options: "argparse.Namespace") -> int:
             os.mkdir(os.path.join(scratch, "pack"))
             packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
             _note(display, f"packed {packed.note}")
-        if options.server:
+        if machine is None:
             service = _service(options, lambda text: _note(display, text))
         else:
             token = secrets.token_urlsafe(32)
-            running = start_server(options, os.path.join(scratch, "state"), [token])
+            running = start_server(options, os.path.join(scratch, "state"), [token], machine)
             service = Service(running.url, token, lambda text: _note(display, text))
-            _note(display, "simulated VM on this machine: not confidential, its evidence is signed by no hardware")
+            _note(display, "simulated VM on this machine: not confidential, its evidence is signed by no hardware" if machine.guest is None else machine.note)
         try:
             request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive))))
-            expected = Expectations(nonce=nonce, source_tree=packed.tree if packed else None, source_commit=packed.commit if packed else None)
+            expected = vm._replace(nonce=nonce, source_tree=packed.tree if packed else None, source_commit=packed.commit if packed else None)
+            if options.tee:
+                _check_waiting_vm(service, vm, endorsements, display)
             job_id = service.submit(request, None if is_url else archive)
-            return _follow_and_fetch(options, service, job_id, 0, bundle, expected, display, cancel=True)
+            return _follow_and_fetch(options, service, job_id, 0, bundle, expected, display, cancel=True, endorsements=endorsements)
         finally:
             if running is not None:
                 running.stop(0.0)
+
+
+def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
+    """What the VM must be that gets the source. Raises UsageError."""
+    if not options.tee:
+        if options.measurement:
+            raise UsageError("--measurement goes with --tee")
+        if options.server and (options.image or options.vm):
+            raise UsageError("--image goes with --tee" if options.image else "--vm: it is the server's to say")
+        return Expectations()
+    for digits in options.measurement:
+        if not re.fullmatch(r"[0-9a-fA-F]{96}", digits):
+            raise UsageError("--measurement: 96 hexadecimal digits are needed")
+    facts = machine.facts if machine is not None else check_image(options.image) if options.image else None
+    if facts is None and not options.measurement:
+        raise UsageError("--tee needs --image DIR or --measurement HEX: else a VM that runs anything would do")
+    return Expectations(measurements=options.measurement, image=facts, require_tee=True)
+
+
+def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsements, display: Display | None) -> None:
+    """Raise ConfbuildError unless the VM that waits at the server is what is expected, by evidence that was made now."""
+    nonce = secrets.token_hex(NONCE_SIZE)
+    evidence = service.attestation(nonce)
+    verdict = verify_bundle(BundleFiles(None, evidence, {}), vm._replace(nonce=nonce), utc_time(time.time()), endorsements)
+    if verdict.verdict != "passed" or verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
+        if display is not None:
+            display.note("the evidence of the VM that waits for the source:")
+            sys.stderr.write(render_verdict(verdict, _colored(sys.stderr)) + "\n")
+        raise ConfbuildError("the server's VM does not verify: no byte of the source was sent")
+    _note(display, "the VM that waits for the source verifies")
 
 
 def _note(display: Display | None, text: str) -> None:
@@ -5812,7 +6652,7 @@ def _follow(options: "argparse.Namespace", service: Service, job_id: str, start:
 
 
 def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, start: int, bundle: str, expected: Expectations,
-                      display: Display | None, cancel: bool) -> int:
+                      display: Display | None, cancel: bool, endorsements: Endorsements) -> int:
     """Follow a job to its end, and hold a verified bundle."""
     try:
         result, log_sha256 = _follow(options, service, job_id, start, display)
@@ -5830,10 +6670,11 @@ def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: s
         if display is None and options.output == "quiet":
             sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
         return EXIT_NO
-    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256 if start == 0 else None), display)
+    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256 if start == 0 else None), display, endorsements)
 
 
-def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None) -> int:
+def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
+                  endorsements: Endorsements = Endorsements()) -> int:  # noqa: B008  # immutable
     """Download, unpack and verify; print the answer."""
     _check_target(bundle)
     parent = os.path.dirname(os.path.abspath(bundle))
@@ -5851,7 +6692,7 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
             files = read_bundle(project)
             if files.provenance is None:
                 raise UsageError("evidence alone")
-            verdict = verify_bundle(files, expected, utc_time(time.time()))
+            verdict = verify_bundle(files, expected, utc_time(time.time()), endorsements)
         except UsageError:
             raise BrokenProtocol("what it handed out is no bundle") from None
         good = verdict.verdict != "failed"
@@ -6089,6 +6930,12 @@ def cmd_agent(_: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
+def cmd_fetcher(_: "argparse.Namespace") -> int:
+    """Beside a VM; not for people."""
+    run_fetcher()
+    return EXIT_OK
+
+
 def cmd_sweep(options: "argparse.Namespace") -> int:
     """Remove what a VM leaves behind; not for people."""
     os.chdir("/")
@@ -6173,6 +7020,7 @@ def build_parser() -> "argparse.ArgumentParser":
     for add in (_add_build, _add_serve, _add_verify, _add_attest, _add_watch, _add_list, _add_cancel, _add_fetch):
         add(commands)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
+    commands.add_parser("fetcher").set_defaults(run=cmd_fetcher)
     sweep = commands.add_parser("sweep")
     sweep.add_argument("workspace")
     sweep.set_defaults(run=cmd_sweep)
@@ -6199,9 +7047,22 @@ def _add_limits(parser: "argparse.ArgumentParser") -> None:
     """What a server that builds here needs to know, private or not."""
     parser.add_argument("--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too")
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment")
-    parser.add_argument("--boot-timeout", type=_seconds, default=BOOT_TIMEOUT_S, metavar="S", help="limit for the start of a VM (default: %(default)g)")
+    parser.add_argument("--boot-timeout", type=_seconds, metavar="S", help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})")
     parser.add_argument("--build-timeout", type=_seconds, default=BUILD_TIMEOUT_S, metavar="S", help="limit for a build (default: %(default)g)")
     parser.add_argument("--max-archive", type=_positive, default=MAX_ARCHIVE // MIB, metavar="MIB", help="limit for an uploaded archive (default: %(default)s)")
+
+
+def _add_machine(parser: "argparse.ArgumentParser") -> None:
+    """What builds run in, where they run here."""
+    group = parser.add_argument_group("what builds run in")
+    group.add_argument("--tee", action="store_true", help="SEV-SNP guests, or a refusal that says what is missing (the same as --vm snp)")
+    group.add_argument("--vm", choices=("sim", "qemu", "snp"), help="simulated VMs (default), QEMU guests that are not confidential, or SEV-SNP guests")
+    group.add_argument("--image", metavar="DIR", help="what guests boot, as `image` makes it")
+    group.add_argument("--vcpus", type=_positive, default=1, metavar="N", help="virtual processors of a guest, which are measured (default: %(default)s)")
+    group.add_argument("--vcpu-type", default="EPYC-v4", metavar="T", help="their kind, which is measured (default: %(default)s)")
+    group.add_argument("--memory", type=_positive, default=2048, metavar="MIB", help="memory of a guest (default: %(default)s)")
+    group.add_argument("--guest-network", action="store_true", help="let guests reach the network; the provenance says so")
+    group.add_argument("--vek", metavar="FILE", help="the certificate of this host's VCEK, which guests put into their evidence where the host's firmware has none for them")
 
 
 def _add_build(commands: Any) -> None:
@@ -6213,7 +7074,9 @@ def _add_build(commands: Any) -> None:
     parser.add_argument("--nonce", metavar="HEX", help="32 hexadecimal digits (default: random)")
     _add_output(parser)
     _add_limits(parser)
-    parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None)
+    _add_machine(parser)
+    parser.add_argument("--measurement", action="append", default=[], metavar="HEX", help="with --tee: a launch digest that the server's VM may have (repeatable)")
+    parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None, warm=0, console=False, print_command=False)
 
 
 def _add_serve(commands: Any) -> None:
@@ -6231,6 +7094,10 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--grace", type=_seconds, default=30.0, metavar="S", help="what running builds get when the server is stopped (default: %(default)g)")
     parser.add_argument("-v", "--verbose", action="store_true", help="log requests")
     _add_limits(parser)
+    _add_machine(parser)
+    parser.add_argument("--warm", type=_count, default=0, metavar="N", help="VMs that wait for a build, beyond those of --slots (default: %(default)s)")
+    parser.add_argument("--console", action="store_true", help="show what a guest says while it boots as `vm` events: the host's word")
+    parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 
 
 def _add_verify(commands: Any) -> None:

@@ -240,7 +240,7 @@ def statement(**changes: Any) -> dict[str, Any]:
 def bundle(doc: Any = None, nonce: str = NONCE, provenance: bytes | None = None) -> confbuild.BundleFiles:
     """A simulated bundle of doc, with one artifact called demo."""
     data = confbuild.to_canonical(statement() if doc is None else doc) if provenance is None else provenance
-    return confbuild.BundleFiles(data, confbuild.simulated_evidence(data, nonce), {"demo": hashlib.sha256(b"artifact").hexdigest()})
+    return confbuild.BundleFiles(data, confbuild.simulated_evidence(confbuild.report_data(data, nonce)), {"demo": hashlib.sha256(b"artifact").hexdigest()})
 
 
 # A hierarchy like AMD's, whose private keys everybody may know, and what it signs. The signer is here and nowhere else.
@@ -4819,7 +4819,7 @@ class TestAttester:
         assert confbuild.report_data(b"abc", NONCE).hex() == expected == confbuild.report_data(b"abc", NONCE.upper()).hex()
 
     def test_evidence_says_what_it_is(self) -> None:
-        doc = json.loads(confbuild.simulated_evidence(b"abc", NONCE))
+        doc = json.loads(confbuild.simulated_evidence(confbuild.report_data(b"abc", NONCE)))
         assert list(doc) == ["platform", "evidence"] and doc["platform"] == "simulated"
         assert list(doc["evidence"]) == ["version", "notice", "attestation_report"] and "no hardware signature" in doc["evidence"]["notice"]
         report = base64.b64decode(doc["evidence"]["attestation_report"], validate=True)
@@ -7702,7 +7702,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     bare = snp_bundle(made(snp_report), made(vek_of))
     for name, files in {"b": snp(), "az": azure(), "sim": bundle(COMPLETE), "debug": snp({"policy": 0x30000 | 1 << 19}),
                         "bare": edited(bare, "evidence", "cert_chain"), "stripped": snp(), "alone": snp(),
-                        "legacy": GOOD_BUNDLE._replace(evidence=confbuild.simulated_evidence(compact, NONCE))}.items():
+                        "legacy": GOOD_BUNDLE._replace(evidence=confbuild.simulated_evidence(confbuild.report_data(compact, NONCE)))}.items():
         write_bundle(tmp_path / name, files)
     (tmp_path / "b.tar.gz").write_bytes(result_archive(snp()))
     for name in ("stripped", "alone"):
