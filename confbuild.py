@@ -2053,9 +2053,12 @@ class BrokeredProcess:
 
     def __init__(self, broker: Broker, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: int, stdout: Any, stderr: Any,
                  start_new_session: bool = True) -> None:
-        self._broker, self.returncode, given = broker, None, list[int]()
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self.stderr: IO[bytes] | None = None
+        self.returncode: int | None = None
+        self._broker, given = broker, list[int]()
         for name, target in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
-            setattr(self, name, None)
             if target == subprocess.PIPE:
                 end, theirs = os.pipe()
                 setattr(self, name, open(end, "rb"))  # noqa: SIM115  # closed by who reads it
@@ -2066,10 +2069,18 @@ class BrokeredProcess:
             given.append(theirs)
         try:
             self._connection = broker.open({"op": "run", "argv": list(argv), "cwd": cwd, "env": dict(env)}, given)
+            try:
+                self.pid = int(broker.answer(self._connection)["pid"])
+            except OSError:
+                self._connection.close()
+                raise
+        except OSError:  # as Popen's, where there is no such program
+            for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+                stream.close()
+            raise
         finally:
             for fd in given:
                 os.close(fd)
-        self.pid = int(broker.answer(self._connection)["pid"])  # refused: an OSError, as Popen's
 
     def poll(self) -> int | None:
         """The exit status, or None while it runs."""
@@ -2643,7 +2654,8 @@ def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> bytes:
     except FileNotFoundError:
         raise source_error("git is not installed here") from None
     if status != 0:
-        raise source_error((errors.splitlines() or [f"git ended with status {status}"])[-1])
+        lines = errors.splitlines() or [f"git ended with status {status}"]
+        raise source_error(next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1]))  # the first is the cause
     return output
 
 
@@ -4408,7 +4420,8 @@ class SimulatedVm:
     def is_alive(self) -> bool:
         """Whether it may still answer."""
         with self._lock:
-            return self._child is not None and self._child.poll() is None
+            child = self._child  # not reaped here: its id must stay its own until destroy
+            return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def destroy(self, clean: bool = False) -> None:
         """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
@@ -4488,7 +4501,7 @@ class VmHost:
                 dead = [vm for vm in self._spares if not vm.is_alive()]
                 self._spares = [vm for vm in self._spares if vm not in dead]
                 if not dead:
-                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), RETRY_S)
+                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), 1.0)  # and look whether all still live
                 if self._stopping:
                     return
                 wanted = len(self._spares) < max(self._warm, self._wanted)

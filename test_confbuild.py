@@ -6247,6 +6247,10 @@ def failed_event(error: Any, error_type: Any) -> dict[str, Any]:
     return {"type": "complete", "result": {"status": "failed", "error": error, "error_type": error_type}}
 
 
+def no_fetcher(url: str, ref: str) -> confbuild.SimulatedVm:
+    raise AssertionError("a simulated VM fetches by itself")
+
+
 class TestVm:
     @pytest.mark.parametrize(("blocks", "error", "fragment"), [
         ([wire(ev("build"), ev("init"))], confbuild.BuildFailed, "event that is none"),
@@ -6329,14 +6333,14 @@ class TestVm:
             monkeypatch.setattr(confbuild, "MAX_RESULT", 10)
         job = confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE))
         with pytest.raises(confbuild.BuildFailed, match=fragment) if error_type else contextlib.nullcontext() as caught:
-            assert Path(confbuild._fetch_result(Blocks(data), job)).read_bytes() == data  # type: ignore[arg-type]
+            assert Path(confbuild._fetch_result(Blocks(data), job, confbuild.Expectations(nonce=NONCE))).read_bytes() == data  # type: ignore[arg-type]
         assert caught is None or caught.value.error_type == error_type and str(tmp_path) not in str(caught.value)
 
     def test_a_result_that_breaks_off(self, tmp_path: Path) -> None:
         answer = Blocks(b"some")
         answer.headers["Content-Length"] = "5"
         with pytest.raises(confbuild.BuildFailed, match="broke off after 4 bytes") as caught:
-            confbuild._fetch_result(answer, confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE)))  # type: ignore[arg-type]
+            confbuild._fetch_result(answer, confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE)), confbuild.Expectations())  # type: ignore[arg-type]
         assert caught.value.error_type == "VmError"
 
     @pytest.mark.parametrize(("program", "fragment"), [
@@ -6352,11 +6356,11 @@ class TestVm:
             made.append(confbuild.SimulatedVm(confbuild.SourcePolicy()))
             return made[-1]
 
-        jobs = confbuild.Jobs(str(tmp_path), confbuild.VmHost(make, boot_timeout_s=0.3).run, lambda log: None)
+        jobs = confbuild.Jobs(str(tmp_path), confbuild.VmHost(make, no_fetcher, boot_timeout_s=0.3).run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
         with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
-            confbuild.VmHost(make, boot_timeout_s=0.3).run(jobs, job)
-        assert caught.value.error_type == "VmError" and not os.path.exists(made[0]._workspace)
+            confbuild.VmHost(make, no_fetcher, boot_timeout_s=0.3).run(jobs, job)
+        assert caught.value.error_type == "VmError" and not os.path.exists(made[0].workspace)
         made[0].destroy()
         for call in (made[0].spawn, lambda: made[0].wait_ready(1)):
             with pytest.raises(confbuild.BuildFailed, match="destroyed before it was started|the VM is gone"):
@@ -6385,6 +6389,56 @@ class TestVm:
         assert s.process is not None
         assert Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text() == ""  # no zombie either
         assert "Traceback" not in s.stop()
+
+
+def counted(s: Server) -> int:
+    """How many agents the server has."""
+    assert s.process is not None
+    return len(confbuild.descendants(s.process.pid))
+
+
+class TestSpares:
+    def test_warm(self, server: Callable[..., Server]) -> None:
+        """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
+        s = server("--warm", "1")
+        assert s.process is not None
+        [first] = wait_for(lambda: confbuild.descendants(s.process.pid) if s.process else None)
+        answer = s.request("GET", f"/attestation?nonce={NONCE}")
+        assert answer[0] == 200 and answer[1]["Content-Type"] == "application/json"
+        verdict = confbuild.verify_bundle(confbuild.BundleFiles(None, answer[2], {}), confbuild.Expectations(nonce=NONCE), NOW)
+        assert verdict.verdict == "simulated" and verdict.claims["signed_data"] == "00" * 32 + NONCE + "00" * 16
+        os.kill(first, signal.SIGKILL)
+        [second] = wait_for(lambda: [pid for pid in confbuild.descendants(s.process.pid) if pid != first] if s.process else None)
+        wait_for(lambda: s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200)
+        seen = {}
+        job = s.submit(project(f"grep PPid /proc/$$/status; {QUICK}"))
+        for event in s.events(job):
+            seen[event["type"]] = event
+        assert seen["complete"] == OK_EVENT
+        wait_for(lambda: not living(second) and counted(s) == 1)
+        left = confbuild.descendants(s.process.pid)
+        assert second not in left and "has ended" in s.stop()
+        wait_for(lambda: not any(map(living, left)))
+
+    def test_on_demand(self, server: Callable[..., Server]) -> None:
+        """Without --warm, the question boots the one VM that answers, which then waits for the next build."""
+        s = server()
+        assert counted(s) == 0
+        assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == s.request("HEAD", f"/attestation?nonce={NONCE}")[0] == 200
+        assert counted(s) == 1
+        assert s.events(s.submit())[-1] == OK_EVENT
+        wait_for(lambda: counted(s) == 0)
+
+    def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where no VM boots, the reason is told."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["false"])
+        host = confbuild.VmHost(lambda: confbuild.SimulatedVm(confbuild.SourcePolicy()), no_fetcher, 5)
+        host.start()
+        with pytest.raises(confbuild.BuildFailed, match="ended while it booted|Broken pipe"):
+            host.attestation(NONCE)
+        host.stop()
+        with pytest.raises(confbuild.BuildFailed, match="no VM is ready"):
+            host.attestation(NONCE)
 
 # endregion 24
 # ==============================================================================
@@ -6912,7 +6966,176 @@ class TestAgent:
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
 
+
+class TestFetcher:
+    def run(self, tmp_path: Path, stub_path: str, url: str) -> tuple[Any, str]:
+        """(what it says, its workspace), which is gone afterwards."""
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy(("file",)), command="fetcher", config={"repo_url": url, "repo_ref": "main"})
+        vm.spawn()
+        try:
+            answer = json.loads(vm.read_line(30))
+            if "name" in answer:
+                shutil.copy(f"{vm.workspace}/source.tar.gz", tmp_path / "fetched")
+            return answer, vm.workspace
+        finally:
+            vm.destroy()
+
+    @needs("git")
+    def test_fetched(self, tmp_path: Path, stub_path: str) -> None:
+        """A repository as an archive, whose history a builder believes."""
+        origin = write_files(tmp_path / "hello.git", project(), commit=True)
+        answer, workspace = self.run(tmp_path, stub_path, f"file://{origin}")
+        assert answer == {"name": "hello"} and not os.path.exists(workspace)
+        (tmp_path / "s").mkdir()
+        confbuild.unpack_archive(str(tmp_path / "fetched"), str(tmp_path / "s"))
+        found, name = confbuild.find_project(str(tmp_path / "s"), "")
+        tree = confbuild.git_tree(found, confbuild.walk_files(found))
+        env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+        assert name == "hello" and confbuild.believe_history(found, tree, env) == (git(origin, "rev-parse", "HEAD"), f"file://{origin}")
+
+    @needs("git")
+    def test_nothing_there(self, tmp_path: Path, stub_path: str) -> None:
+        answer, workspace = self.run(tmp_path, stub_path, f"file://{tmp_path}/nowhere")
+        assert answer["error_type"] == "SourceError" and "nowhere" in answer["error"] and not os.path.exists(workspace)
+
 # endregion 26
+
+# ==============================================================================
+# region 27. Guest
+# ==============================================================================
+
+root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
+
+
+class TestGuest:
+    @pytest.mark.parametrize("text", ["", "confbuild.tools=", "confbuild.tools=" + "0" * 64, "confbuild.tools=" + "0" * 64 + ",0", f"confbuild.tools={'0' * 63}g,1",
+                                      f"confbuild.tools={'0' * 64},1 confbuild.tools={'1' * 64},1", f"xconfbuild.tools={'0' * 64},1"])
+    def test_bad_command_lines(self, text: str) -> None:
+        with pytest.raises(confbuild.GuestError, match="has not one confbuild.tools=ROOTHASH,BLOCKS"):
+            confbuild.parse_command_line(text)
+
+    def test_command_line(self) -> None:
+        """The firmware puts `initrd=` in front of it."""
+        assert confbuild.parse_command_line(f"initrd=initrd console=ttyS0 confbuild.tools={'0a' * 32},1234 quiet\n") == ("0a" * 32, 1234)
+
+    def test_verity_target(self) -> None:
+        """Source: struct dm_target_spec of linux/dm-ioctl.h, and the table line of the kernel's verity.rst."""
+        target = confbuild.verity_target("254:0", 1000, "ab" * 32)
+        sector, length, status, following, kind = struct.unpack_from("=QQiI16s", target)
+        assert (sector, length, status, following, kind.rstrip(b"\0")) == (0, 8000, 0, len(target), b"verity") and len(target) % 8 == 0
+        assert target[40:].rstrip(b"\0").decode() == f"1 254:0 254:0 4096 4096 1000 1000 sha256 {'ab' * 32} -"
+
+    @pytest.mark.parametrize("network", ["none", "open"])
+    def test_attester(self, network: str) -> None:
+        """What the host calls a QEMU guest never looks like hardware, and what it calls SEV-SNP never falls back."""
+        attester = confbuild.guest_attester({"platform": "qemu", "network": network}, confbuild.Broker("/nowhere"))
+        assert attester.builder == confbuild.QEMU_BUILDER and attester.byproducts == {"guest_network": hashlib.sha256(network.encode()).hexdigest()}
+        assert json.loads(attester.attest(bytes(64)))["platform"] == "simulated"
+        with pytest.raises(confbuild.NoAttester, match="No such file"):
+            confbuild.guest_attester({"platform": "snp", "network": network}, confbuild.Broker("/nowhere"))
+
+    def test_hardware_attester(self) -> None:
+        """The measurement is that of the report; the certificate may come from the host, where the firmware has none."""
+        asked: list[Any] = []
+
+        class Stand(confbuild.Broker):
+            def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+                asked.append(question)
+                return {"report": snp_report(report_data=bytes.fromhex(question["data"])).hex(), "table": ""}
+
+        vek = b64(vek_of())
+        attester = confbuild.guest_attester({"platform": "snp", "network": "none", "vek": vek}, Stand(""))
+        assert attester.builder == confbuild.SNP_BUILDER and attester.byproducts["measurement"] == hashlib.sha256(b"m" * 48).hexdigest()
+        evidence = json.loads(attester.attest(b"x" * 64))
+        assert evidence["platform"] == "snp" and evidence["evidence"]["cert_chain"]["vcek"] == vek
+        assert [question["data"] for question in asked] == ["00" * 64, "78" * 64]
+
+
+@pytest.fixture
+def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[confbuild.Broker]:
+    """A guest's first process, in a process of this machine whose SYSROOT is the machine's own root; its agent is this one."""
+    if os.geteuid() != 0:
+        pytest.skip("the first process of a guest is root")
+    monkeypatch.setattr(confbuild, "SYSROOT", "")
+    monkeypatch.setattr(confbuild, "_become", lambda uid: (os.setgroups([]), os.setgid(uid), os.setuid(uid)))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    path = tempfile.mkdtemp(prefix="broker-") + "/socket"
+    listener.bind(path)
+    listener.listen(16)
+    ready, agent = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(agent)
+            stand_in = os.fork()  # the agent that it waits for: lives until this test ends
+            if stand_in == 0:
+                os.read(ready, 1)
+                os._exit(0)
+            confbuild._serve_guest(stand_in, confbuild.GuestBroker(listener, False), listener)
+        finally:
+            os._exit(0)
+    os.close(ready)
+    listener.close()
+    found = confbuild.Broker(path)
+    monkeypatch.setattr(confbuild, "_brokers", [found])
+    yield found
+    os.close(agent)
+    os.waitpid(pid, 0)
+    shutil.rmtree(os.path.dirname(path))
+
+
+@root_only
+class TestBroker:
+    ENV = {"PATH": "/usr/bin:/bin"}
+
+    def run(self, script: str, keep_stdout: bool = False) -> tuple[int, bytes, list[str]]:
+        lines: list[str] = []
+        status, kept = confbuild.run_tool(["/bin/sh", "-c", script], "/", self.ENV, lines.extend, keep_stdout)
+        return status, kept, lines
+
+    def test_builds(self, broker: confbuild.Broker) -> None:
+        """A program of the build is another user, without groups and network; streams and status are its own."""
+        status, _, lines = self.run("id -u; id -G; ls /sys/class/net | wc -l; cut -d: -f1 /proc/net/dev | tail -n +3; echo wrong >&2; exit 7")
+        uid = str(confbuild.BUILD_UID)
+        assert (status, lines[:2], lines[-2:]) == (7, [uid, uid], ["    lo", "wrong"])
+        assert self.run("echo out; echo err >&2; kill -9 $$", keep_stdout=True) == (-9, b"out\n", ["err", "out"])
+        assert confbuild.capture(["/bin/sh", "-c", "pwd; echo e >&2"], "/usr", self.ENV, untrusted=True) == (0, b"/usr\n", "e")
+        assert confbuild.capture(["/usr/bin/id", "-u"], "/", self.ENV)[1] == b"0\n"  # git, for one, is the agent's
+
+    def test_leftovers(self, broker: confbuild.Broker, tmp_path: Path) -> None:
+        """What a build leaves behind is dead when it has ended, in whatever session."""
+        tmp = tempfile.mkdtemp()
+        os.chmod(tmp, 0o777)
+        status, _, _ = self.run(f"setsid sh -c 'echo $$ > {tmp}/a; exec sleep 300' >/dev/null 2>&1 & while [ ! -s {tmp}/a ]; do sleep 0.01; done")
+        assert status == 0 and not living(int(Path(tmp, "a").read_text()))
+        with pytest.raises(confbuild.BuildFailed, match="printed more than 1000 bytes"):
+            confbuild.capture(["/bin/sh", "-c", f"echo $$ > {tmp}/b; exec cat /dev/zero"], "/", self.ENV, 1000, untrusted=True)
+        assert not living(int(Path(tmp, "b").read_text()))
+        shutil.rmtree(tmp)
+
+    def test_refusals(self, broker: confbuild.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        for argv, number in ((["/nowhere"], errno.ENOENT), (["/"], errno.EACCES)):
+            with pytest.raises(OSError, match="No such file|Permission denied") as caught:
+                confbuild.capture(argv, "/", self.ENV, untrusted=True)
+            assert caught.value.errno == number
+        with pytest.raises(OSError, match="this is no SEV-SNP guest"):
+            broker.ask({"op": "report", "data": "00" * 64})
+        with pytest.raises(FileNotFoundError):
+            confbuild.Broker("/nowhere/socket").ask({"op": "kill"})
+
+    def test_own(self, broker: confbuild.Broker, tmp_path: Path) -> None:
+        """Files change hands, links are not followed."""
+        outside = tmp_path / "outside"
+        outside.write_bytes(b"")
+        write_files(tmp_path / "tree", {"a/b": "", "c": ""})
+        (tmp_path / "tree/a/link").symlink_to(outside)
+        (tmp_path / "tree/folder").symlink_to(tmp_path)
+        confbuild.give_to_build(str(tmp_path / "tree"))
+        owners = {path.relative_to(tmp_path).as_posix(): path.lstat().st_uid for path in tmp_path.rglob("*")}
+        assert owners.pop("outside") == 0 and tmp_path.stat().st_uid == 0
+        assert set(owners) == {"tree", "tree/a", "tree/a/b", "tree/c", "tree/a/link", "tree/folder"} and set(owners.values()) == {confbuild.BUILD_UID}
+
+# endregion 27
 # ==============================================================================
 # region 28. Client
 # ==============================================================================
