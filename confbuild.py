@@ -68,6 +68,8 @@ Specifications
     [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
     [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report      [SEV-GUEST] Linux, Documentation/virt/coco/sev-guest.rst
     [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03      [TOML] https://toml.io/en/v1.0.0
+    [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
+    [QEMU]      QEMU 10.0.2     [KVM] Linux 6.12     [EDK2] edk2-stable202502     [PI] UEFI Platform Initialization 1.8
     [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
@@ -185,6 +187,8 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
+QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # in a QEMU guest, which is not confidential
+SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
 SIMULATED_NOTICE = ("Simulated evidence: no confidential VM, no hardware signature. "
                     "It proves nothing about where or by whom this was built.")
 
@@ -1319,11 +1323,317 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 # ==============================================================================
 # region 10. Launch digest                                        [uses nothing]
 # ==============================================================================
-# What the processor measures when QEMU starts an SEV-SNP guest: firmware, kernel, initrd, command line and virtual processors.
+# What the processor measures when an SEV-SNP guest starts by QEMU's measured direct boot: the firmware, page by page, the pages that the firmware's
+# metadata asks for (one of them holds the hashes of kernel, initrd and command line), and a VMSA page for each vCPU.  It is the `measurement` of the
+# report.  Integers are little-endian, GUIDs in the mixed form of UEFI.
+#
+# Not measured: memory size, devices, disks, CPU features, and whatever else the host hands in.  And the firmware is the first link: one that starts
+# something else than the measured kernel gives the same digest (firmware_state).
+
+PAGE_SIZE = 4096
+MAX_FIRMWARE = 16 * MIB  # the most that QEMU loads [QEMU hw/i386/pc.c, max-fw-size]; Debian's has 4 MiB
+MAX_SECTIONS = 16 * MIB  # what the metadata may ask for in sum; edk2's asks for 192 KiB
+MAX_VOLUME = 64 * MIB  # of a firmware volume, decompressed; Debian's has 16 MiB
+MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
+
+# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]; contents are measured of the first two.
+PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
+# Types of the sections in the metadata [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and what QEMU makes of their pages [QEMU target/i386/sev.c].
+SNP_SEC_MEM, SNP_SECRETS, SNP_CPUID, SVSM_CAA, SNP_KERNEL_HASHES = 1, 2, 3, 4, 0x10
+SECTION_TYPES = {SNP_SEC_MEM: ("SNP_SEC_MEM", PAGE_ZERO), SNP_SECRETS: ("SNP_SECRETS", PAGE_SECRETS), SNP_CPUID: ("CPUID", PAGE_CPUID),
+                 SVSM_CAA: ("SVSM_CAA", PAGE_ZERO), SNP_KERNEL_HASHES: ("SNP_KERNEL_HASHES", PAGE_ZERO)}
+VMSA_GPA = 0xFFFFFFFFF000  # the address that every VMSA page is measured with [KVM arch/x86/kvm/svm/sev.c, snp_launch_update_vmsa]
+BSP_RESET = 0xFFFFFFF0  # where a processor starts after a reset [APM2 14.1.5]
+
+
+def _guid(text: str) -> bytes:
+    """A GUID as UEFI stores it: the first three numbers are little-endian."""
+    numbers = [bytes.fromhex(part) for part in text.split("-")]
+    return b"".join(number[::-1] for number in numbers[:3]) + b"".join(numbers[3:])
+
+
+# Entries of the table near the end of a firmware [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm].
+_TABLE_FOOTER = _guid("96b582de-1fb2-45f7-baea-a366c55a082d")
+_SEV_METADATA = _guid("dc886566-984a-4798-a75e-5585a7bf67cc")
+_HASHES_AREA = _guid("7255371f-3a3b-4b04-927b-1da6efa8d454")
+_RESET_BLOCK = _guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
+# The table of hashes and its entries [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes].
+_HASHES = _guid("9438d606-4f22-4cc9-b479-a793d411fd21")
+_HASH_OF_CMDLINE = _guid("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
+_HASH_OF_INITRD = _guid("44baf731-3a2f-4bd7-9af1-41e29169781d")
+_HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
+_HASHES_SIZE = 176  # 18 + 3 * 50, and zeros to a multiple of 16
+# The type EFI_SECTION_GUID_DEFINED, and the GUID that says LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
+_LZMA_SECTION = b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")
+# The name under which the host hands in a program that is started in the kernel's place, unmeasured; edk2-stable202502 brought it.
+SHIM_NAME = "shim\0".encode("utf-16-le")
+
+
+def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
+    """A segment register of a limit of 0xFFFF, as the 16 bytes of a VMSA."""
+    return selector | attributes << 16 | 0xFFFF << 32 | base << 64
+
+
+# (offset, size, name) of the VMSA's fields that are not zero [APM2 table B-4].
+VMSA_FIELDS = (
+    (0x000, 16, "es"), (0x010, 16, "cs"), (0x020, 16, "ss"), (0x030, 16, "ds"), (0x040, 16, "fs"), (0x050, 16, "gs"), (0x060, 16, "gdtr"), (0x070, 16, "ldtr"),
+    (0x080, 16, "idtr"), (0x090, 16, "tr"), (0x0D0, 8, "efer"), (0x148, 8, "cr4"), (0x158, 8, "cr0"), (0x160, 8, "dr7"), (0x168, 8, "dr6"),
+    (0x170, 8, "rflags"), (0x178, 8, "rip"), (0x268, 8, "g_pat"), (0x310, 8, "rdx"), (0x3B0, 8, "sev_features"), (0x3E8, 8, "xcr0"), (0x408, 4, "mxcsr"),
+    (0x410, 2, "x87_fcw"))
+# What a vCPU has after a reset [QEMU target/i386/cpu.c, x86_cpu_reset_hold], but for cs, rip, rdx and sev_features.  KVM, from Linux 6.11 on, sets SVME
+# in efer and MCE in cr4, and takes CD and NW out of cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa].
+_RESET_STATE = {
+    "es": _segment(0x93), "ss": _segment(0x93), "ds": _segment(0x93), "fs": _segment(0x93), "gs": _segment(0x93), "gdtr": _segment(0), "ldtr": _segment(0x82),
+    "idtr": _segment(0), "tr": _segment(0x8B), "efer": 0x1000, "cr4": 0x40, "cr0": 0x10, "dr7": 0x400, "dr6": 0xFFFF0FF0, "rflags": 2,
+    "g_pat": 0x0007040600070406, "xcr0": 1, "mxcsr": 0x1F80, "x87_fcw": 0x37F}
+# Where other hypervisors differ from QEMU.  No specification has it: these are the values of sev-snp-measure 0.0.13.
+_RESET_STATES: Mapping[str, Mapping[str, int]] = {
+    "QEMU": {},
+    "ec2": {"ss": _segment(0x92), "tr": _segment(0x83), "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
+    "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0}}
+VMMS = tuple(_RESET_STATES)
+
+
+def _signature(family: int, model: int, stepping: int) -> int:
+    """CPUID Fn0000_0001_EAX of a family from 15 on. [APM3 E.3.2]"""
+    return family - 15 << 20 | model >> 4 << 16 | 15 << 8 | (model & 15) << 4 | stepping
+
+
+# `-cpu` of QEMU -> what rdx is after a reset [QEMU target/i386/cpu.c, builtin_x86_defs]: (family, model, stepping), the last version in QEMU 10.1.  A
+# version changes features, which are not measured.
+CPU_SIGNATURES: Mapping[str, int] = {
+    name: _signature(*cpu) for base, cpu, last in (
+        ("EPYC", (23, 1, 2), 5), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2), ("EPYC-Turin", (26, 0, 0), 1))
+    for name in (base, *(["EPYC-IBPB"] if base == "EPYC" else []), *(f"{base}-v{version}" for version in range(1, last + 1)))}
 
 
 class FirmwareError(Malformed):
     """Not a firmware that measures what it boots."""
+
+
+class Firmware(NamedTuple):
+    """What the digest needs to know of a firmware. sections: (gpa, size, type) of each, in the metadata's order; hashes_gpa, hashes_size: the area for
+    the table of hashes, 0 where there is none; reset_eip: where every vCPU but the first starts."""
+
+    data: bytes
+    sections: Sequence[tuple[int, int, int]]
+    hashes_gpa: int
+    hashes_size: int
+    reset_eip: int
+
+
+class BootHashes(NamedTuple):
+    """SHA-256 of what a measured direct boot starts, 32 bytes each. cmdline: with the NUL behind it."""
+
+    kernel: bytes
+    initrd: bytes
+    cmdline: bytes
+
+
+def _numbers(data: bytes, at: int, *sizes: int) -> list[int]:
+    """The integers of these sizes from data[at] on. Beyond its end there are zeros."""
+    numbers = []
+    for size in sizes:
+        numbers.append(int.from_bytes(data[at:at + size], "little"))
+        at += size
+    return numbers
+
+
+def _footer_table(data: bytes) -> dict[bytes, bytes]:
+    """GUID -> data of the entries in the table that ends 32 bytes before the end and is read backwards: data || u16 size || GUID, where the size counts
+    all three. Raises FirmwareError."""
+    at = len(data) - 32 - 18
+    [size] = _numbers(data, at, 2)
+    if data[at + 2:at + 18] != _TABLE_FOOTER:
+        raise FirmwareError("firmware", "no table of GUIDs ends 32 bytes before its end: it is not OVMF")
+    start = at + 18 - size
+    if size < 18 or start < 0:
+        raise FirmwareError("firmware", f"its table of GUIDs cannot have {size} bytes")
+    table: dict[bytes, bytes] = {}
+    while at > start:
+        [size] = _numbers(data, at - 18, 2) if at - start >= 18 else [0]
+        if not 18 <= size <= at - start:
+            raise FirmwareError("firmware", f"an entry of {size} bytes where its table of GUIDs has {at - start}")
+        guid = data[at - 16:at]
+        if guid in table:  # QEMU takes the one, somebody else the other
+            raise FirmwareError("firmware", f"two entries {guid.hex()} in its table of GUIDs")
+        table[guid] = data[at - size:at - 18]
+        at -= size
+    return table
+
+
+def parse_firmware(data: bytes) -> Firmware:
+    """The firmware whose file has this data. Raises FirmwareError. [EDK2 OvmfPkg/ResetVector]"""
+    if not 0 < len(data) <= MAX_FIRMWARE or len(data) % PAGE_SIZE:
+        raise FirmwareError("firmware", f"{len(data)} bytes, not 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}")
+    table = _footer_table(data)
+
+    def entry(guid: bytes, what: str, *sizes: int) -> list[int]:
+        if len(table.get(guid, b"")) != sum(sizes):
+            raise FirmwareError("firmware", f"{what} has {len(table[guid])} bytes, not {sum(sizes)}" if guid in table else f"it has no {what}")
+        return _numbers(table[guid], 0, *sizes)
+
+    [offset] = entry(_SEV_METADATA, "SEV metadata", 4)
+    [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", 4)
+    area, area_size = entry(_HASHES_AREA, "area for hashes", 4, 4) if _HASHES_AREA in table else (0, 0)
+    if not 16 <= offset <= len(data):
+        raise FirmwareError("firmware", f"its SEV metadata cannot be {offset} bytes before its end")
+    start = len(data) - offset
+    size, version, count = _numbers(data, start + 4, 4, 4, 4)
+    if data[start:start + 4] != b"ASEV" or version != 1:
+        raise FirmwareError("firmware", "its SEV metadata does not begin with ASEV and version 1")
+    if size != 16 + 12 * count or size > offset:
+        raise FirmwareError("firmware", f"its SEV metadata of {size} bytes cannot have {count} sections")
+    sections, total = [], 0
+    for at in range(start + 16, start + size, 12):
+        gpa, length, kind = _numbers(data, at, 4, 4, 4)
+        if kind not in SECTION_TYPES:
+            raise FirmwareError("firmware", f"a section of type {kind:#x}, which is not known")
+        if gpa % PAGE_SIZE or length % PAGE_SIZE or not length:
+            raise FirmwareError("firmware", f"a section of {length:#x} bytes at {gpa:#x}, not of whole pages")
+        total += length
+        if total > MAX_SECTIONS:
+            raise FirmwareError("firmware", f"sections of more than {MAX_SECTIONS} bytes in sum")
+        sections.append((gpa, length, kind))
+    return Firmware(data, sections, area, area_size, reset_eip)
+
+
+def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
+    """The hashes that QEMU makes of `-kernel`, `-initrd` and `-append`; None where the option is not there. append: bytes that are not UTF-8 as Python
+    has them of a command line. Raises Malformed where it cannot be one. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    try:
+        cmdline = b"" if append is None else append.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise Malformed("command line", "a lone surrogate is no character") from None
+    if b"\0" in cmdline:
+        raise Malformed("command line", "it contains a NUL, which ends it")
+    return BootHashes(kernel_sha256, hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256, hashlib.sha256(cmdline + b"\0").digest())
+
+
+def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
+    """(GPA, the PAGE_SIZE bytes) of the page by which the firmware knows what it may boot. Raises FirmwareError where it has no such page: its kernel
+    would be measured by nobody. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
+    if not places:
+        raise FirmwareError("firmware", "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot")
+    if not firmware.hashes_gpa:
+        raise FirmwareError("firmware", "its area for hashes has no address: it has no measured direct boot")
+    [(gpa, size), *others] = places
+    if others or size != PAGE_SIZE:
+        raise FirmwareError("firmware", "its sections of type 0x10 (SNP_KERNEL_HASHES) are not one page")
+    offset = firmware.hashes_gpa - gpa
+    if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:  # it would look elsewhere
+        raise FirmwareError("firmware", "its area for hashes does not lie in its section of type 0x10 (SNP_KERNEL_HASHES)")
+    entries = b"".join(guid + (50).to_bytes(2, "little") + digest for guid, digest in (
+        (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)))
+    table = _HASHES + (18 + len(entries)).to_bytes(2, "little") + entries
+    return gpa, (bytes(offset) + table).ljust(PAGE_SIZE, b"\0")
+
+
+def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
+    """The page with the registers of a vCPU that starts at eip. [APM2 table B-4]"""
+    accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the first bit of an attribute
+    values = {**_RESET_STATE, "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000), "rip": eip & 0xFFFF, "rdx": signature, "sev_features": guest_features,
+              **_RESET_STATES[vmm]}
+    page = bytearray(PAGE_SIZE)
+    for offset, size, name in VMSA_FIELDS:
+        page[offset:offset + size] = values[name].to_bytes(size, "little")
+    return bytes(page)
+
+
+def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: int, signature: int, guest_features: int = 1, vmm: str = "QEMU",
+                          explain: Callable[[str, bytes], None] | None = None) -> bytes:
+    """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
+
+    hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
+    of the VMSA; vmm: one of VMMS; explain: hears each step and the digest after it. Raises Malformed."""
+    if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
+        raise Malformed("launch digest", f"there is none of {vcpus} vCPUs of signature {signature:#x} with features {guest_features:#x} on {vmm}")
+    page = b"" if hashes is None else hashes_page(firmware, hashes)[1]
+    sha384, digest = hashlib.sha384, bytes(48)
+
+    def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
+        """PAGE_INFO: digest, contents, length 0x70, page type, IMI_PAGE, three permissions, a reserved byte, address."""
+        nonlocal digest
+        digest = sha384(digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")).digest()
+
+    def done(step: str) -> None:
+        if explain is not None:
+            explain(step, digest)
+
+    base, data = (1 << 32) - len(firmware.data), firmware.data
+    for at in range(0, len(data), PAGE_SIZE):
+        update(PAGE_NORMAL, base + at, sha384(data[at:at + PAGE_SIZE]).digest())
+    done(f"firmware: {len(data):#x} bytes at {base:#x}")
+    # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
+    for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
+        name, page_type = SECTION_TYPES[kind]
+        if kind == SNP_KERNEL_HASHES and page:
+            update(PAGE_NORMAL, gpa, sha384(page).digest())
+            name += ", with the hashes of kernel, initrd and command line"
+        else:
+            for at in range(gpa, gpa + size, PAGE_SIZE):
+                update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
+        done(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}")
+    first, other = (sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip))
+    for number in range(vcpus):
+        update(PAGE_VMSA, VMSA_GPA, other if number else first)
+        done(f"VMSA: vCPU {number}")
+    return digest
+
+
+def volume_place(data: bytes) -> tuple[int, int]:
+    """(begin, end) of the compressed firmware volume in data. Raises FirmwareError unless there is one. [PI volume 3, EFI_GUID_DEFINED_SECTION]"""
+    places: list[tuple[int, int]] = []
+    at = data.find(_LZMA_SECTION, 3)
+    while at >= 0 and len(places) < 2:  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
+        [size], [offset] = _numbers(data, at - 3, 3), _numbers(data, at + 17, 2)
+        if 24 <= offset < size <= len(data) - (at - 3):
+            places.append((at - 3 + offset, at - 3 + size))
+        at = data.find(_LZMA_SECTION, at + 17)
+    if len(places) != 1:  # of two, one could hide the other
+        raise FirmwareError("firmware volume", "there is more than one compressed section" if places else "there is no compressed section")
+    return places[0]
+
+
+def _volume_blocks(data: bytes) -> Iterator[bytes]:
+    """The firmware volume that data holds in a compressed section, block by block. Raises FirmwareError."""
+    begin, end = volume_place(data)
+    packed = data[begin:end]
+    [left] = _numbers(packed, 5, 8)  # behind the properties; edk2 always writes the length
+    if not 0 < left <= MAX_VOLUME:
+        raise FirmwareError("firmware volume", f"it says that it has {left} bytes, which is not 1 to {MAX_VOLUME}")
+    try:
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * MAX_VOLUME)
+        block = decoder.decompress(packed, MIB)
+        while block:
+            left -= len(block)
+            yield block
+            block = b"" if decoder.eof or decoder.needs_input else decoder.decompress(b"", MIB)
+    except ImportError:
+        raise FirmwareError("firmware volume", "this Python has no lzma") from None
+    except lzma.LZMAError as e:
+        raise FirmwareError("firmware volume", f"it cannot be decompressed: {e}") from None
+    if left or not decoder.eof:
+        raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
+
+
+def firmware_volume(data: bytes) -> bytes:
+    """The decompressed firmware volume of a firmware, which holds the programs that it boots with. Raises FirmwareError."""
+    return b"".join(_volume_blocks(data))
+
+
+def firmware_state(data: bytes) -> str:
+    """Empty where the firmware admits no shim; else a sentence why its launch digest does not say what it boots."""
+    tail = b""
+    try:
+        for block in _volume_blocks(data):
+            if SHIM_NAME in tail + block:
+                return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
+            tail = block[1 - len(SHIM_NAME):]
+    except FirmwareError as e:
+        return f"cannot be looked into: {e}"
+    return ""
 
 # endregion 10
 # ==============================================================================
@@ -1470,7 +1780,7 @@ REQUIRED_OF_PLATFORM = {
     "gcp-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
     "az-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"}}
 REQUIRED_OF_BUNDLE = frozenset((
-    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "subjects", "artifacts",
+    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "builder", "subjects", "artifacts",
     "unlisted files"))
 # Evidence that is known by name, and that this version does not verify.
 _UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
@@ -1481,6 +1791,8 @@ ASKED = {
     "source_tree": "source tree", "lockfile_sha256": "lock file", "dependencies": "dependencies", "packages": "packages", "builder_id": "builder id",
     "build_type": "build type", "build_log_sha256": "build log", "finished": "age", "require_crl": "revocation", "require_tee": "hardware evidence"}
 _OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
+# What a caller asks for who gives an image.
+OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "there is no provenance.json: this is evidence alone"
 
@@ -1833,6 +2145,35 @@ def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
     checks.compare("unlisted files", "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
 
 
+def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
+    """That neither half claims more than the other. measurement: of the report, in hexadecimal."""
+    builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
+    open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
+    if confidential != (builder_id in open_ones):
+        checks.compare("builder", builder_id, builder_id)
+    else:
+        checks.hold("builder", False, ("none of " if confidential else "") + " or ".join(open_ones), builder_id,
+                    "it builds in no confidential VM" if confidential else "no hardware signed the evidence")
+    claimed = byproduct(doc, "measurement")
+    if confidential and (claimed is not None or builder_id == SNP_BUILDER):
+        checks.compare("measurement byproduct", sha256_hex(bytes.fromhex(measurement)), claimed or "none", "the SHA-256 of the report's measurement")
+
+
+def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
+    """That the caller's image is whole, and what the VM was launched with."""
+    checks.compare("image parts", "as image.json says", image.parts or "as image.json says")
+    checks.compare("image firmware", "admits no shim", image.firmware or "admits no shim")
+    if claims["measurement"] is None:
+        return
+    labels = [label for label, digest in image.launch_digests.items() if digest == claims["measurement"]]
+    wanted = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
+    nothing = "simulated evidence: nothing has measured that VM" if platform == "simulated" else ""
+    checks.hold("image measurement", bool(labels) and not nothing, wanted or "none: image.json asks for no launch digest",
+                claims["measurement"] + "".join(f" ({label})" for label in labels[:1]), nothing)
+    checks.hold("image host_data", claims["host_data"] == image.manifest_sha256 and not nothing, image.manifest_sha256, claims["host_data"],
+                nothing or "HOST_DATA is the SHA-256 of image.json")
+
+
 def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()) -> Verdict:  # noqa: B008  # immutable
     """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
 
@@ -1853,20 +2194,24 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
         claims.update(builder_id=run["builder"]["id"], build_type=definition["buildType"], source=definition["externalParameters"]["source"],
                       finished_on=run["metadata"]["finishedOn"])
-        if platform == "simulated":  # neither half may claim more than the other
-            checks.compare("simulated builder", SIMULATED_BUILDER, claims["builder_id"])
+        claims.update(("guest_network", word) for word in ("none", "open") if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")))
+        if claims["measurement"] is not None:
+            _check_builder(checks, platform, doc, claims["measurement"])
     alone = bundle.provenance is None and not bundle.artifacts
     if not alone:
         required |= REQUIRED_OF_BUNDLE
     if expected.require_tee:
         hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
+    if expected.image is not None:
+        _check_image(checks, platform, claims, expected.image)
     checks.skip(sorted(REQUIRED_OF_PLATFORM.get(platform, frozenset())))
     asked = {ASKED[field] for field, value in expected._asdict().items() if field in ASKED and value is not None and value is not False and (
         value or isinstance(value, (int, str)) or field == "dependencies")}  # also of nothing: an empty text is one
+    asked |= set(OF_IMAGE if expected.image is not None else ())
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
     checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
-    checks.skip((name for name in ASKED.values() if name != "hardware evidence"), "no expectation given")
+    checks.skip((name for name in (*ASKED.values(), *OF_IMAGE) if name != "hardware evidence"), "no expectation given")
     required |= asked
     passed = {check.name for check in checks.made if check.status == "passed"}
     if required - passed and not any(check.status == "failed" for check in checks.made):
@@ -3436,7 +3781,6 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, log_sha256: st
 # The input is a root file system, as a directory or as pinned Debian packages, which are unpacked without running anything of
 # theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
 
-MAX_FIRMWARE = 64 * MIB
 MAX_LAUNCH_DIGESTS = 64  # of one image
 MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
 _PARTS = ("firmware", "kernel", "initrd", "tools")
@@ -4141,8 +4485,7 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
 
 # ---- The firmware.
 
-_LZMA_SECTION = bytes.fromhex("98584eee1439594 29d6edc7bd79403cf".replace(" ", ""))  # EE4E5898-3914-4259-9D6E-DC7BD79403CF, edk2 gLzmaCustomDecompressGuid
-_SHIM, _NO_SHIM = "shim\0".encode("utf-16-le"), "\u2603him\0".encode("utf-16-le")
+_NO_SHIM = "\u2603him\0".encode("utf-16-le")
 
 
 def seal_firmware(data: bytes) -> bytes:
@@ -4151,18 +4494,16 @@ def seal_firmware(data: bytes) -> bytes:
     changed into one that is not ASCII, as the names are that a host can give. A firmware without it is returned as it is.
 
     liblzma versions compress differently: keep what this returns, and compare it with the origin unpacked. Raises ImageError."""
+    if not firmware_state(data):
+        return data
     try:
         volume = firmware_volume(data)
-        if not firmware_state(data):
-            return data
+        begin, end = volume_place(data)
     except FirmwareError as e:
         raise ImageError(f"the firmware cannot be looked into: {e}") from None
-    at = data.find(_LZMA_SECTION)
-    size, offset = int.from_bytes(data[at - 4:at - 1], "little"), int.from_bytes(data[at + 16:at + 18], "little")  # EFI_GUID_DEFINED_SECTION
-    begin, end = at - 4 + offset, at - 4 + size
     best = {"id": lzma.FILTER_LZMA1, "dict_size": int.from_bytes(data[begin + 1:begin + 5], "little"), "lc": 3, "lp": 0, "pb": 2,
             "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 1000}
-    packed = lzma.compress(volume.replace(_SHIM, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
+    packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
     packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]  # edk2 wants the length, which liblzma leaves open
     if len(packed) > end - begin:
         raise ImageError(f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there")
@@ -4263,19 +4604,19 @@ def _modules_of(tree: _Tree, release: str) -> _Tree:
     raise ImageError(f"the root file system has no modules of the kernel {release}", "name their directory with --modules")
 
 
+def vcpu_label(kind: str, count: int) -> str:
+    """As a guest's processors are shown: "EPYC-v4, 2 vCPUs"."""
+    return f"{kind}, {count} vCPU{'s' if count > 1 else ''}"
+
+
 def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -> bytes:
     """The launch digest with this many processors of this type. Raises ImageError."""
     if kind not in CPU_SIGNATURES:
         raise ImageError(f"{kind[:80]!r} is no vCPU type with a known signature: {', '.join(sorted(CPU_SIGNATURES))}")
     try:
         return compute_launch_digest(parse_firmware(firmware), hashes, count, CPU_SIGNATURES[kind])
-    except FirmwareError as e:
-        raise ImageError(f"the firmware does not measure what it boots: {e}") from None
-
-
-def vcpu_label(kind: str, count: int) -> str:
-    """As a guest's processors are shown: "EPYC-v4, 2 vCPUs"."""
-    return f"{kind}, {count} vCPU{'s' if count > 1 else ''}"
+    except Malformed as e:
+        raise ImageError(f"there is no launch digest of {vcpu_label(kind, count)}: {e}") from None
 
 
 def read_image(folder: str) -> Image:
@@ -4348,17 +4689,16 @@ def check_image(folder: str) -> ImageFacts:
     wrong += [f"{part} has another size" for part in _PARTS if os.path.getsize(getattr(image, part)) != claimed[part]["size"]]
     if not tools or root_hash != tools[1]:
         wrong.append("the command line has not the root hash of tools")
+    hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
     digests: dict[str, str] = {}
-    try:
-        state = firmware_state(firmware)
-        hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
-        for kind, count, digest in image.launch_digests:
-            label = vcpu_label(kind, count)
-            digests[label] = _launch_digest(firmware, hashes, kind, count).hex()
-            wrong += [f"the launch digest of {label} is another"] if digests[label] != digest else []
-    except (FirmwareError, ImageError) as e:
-        state = str(e)
-    return ImageFacts(image.manifest_sha256, "; ".join(wrong), state, digests)
+    for kind, count, digest in image.launch_digests:
+        try:
+            digests[vcpu_label(kind, count)] = _launch_digest(firmware, hashes, kind, count).hex()
+        except ImageError as e:
+            wrong.append(str(e))
+        else:
+            wrong += [f"the launch digest of {vcpu_label(kind, count)} is another"] if digests[vcpu_label(kind, count)] != digest else []
+    return ImageFacts(image.manifest_sha256, "; ".join(wrong), firmware_state(firmware), digests)
 
 
 def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
@@ -6404,10 +6744,13 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         unasked = "" if "nonce" in passed else "; the nonce was not checked"
         alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
         agree = "there is no provenance and no artifact" if alone else "artifacts, provenance and evidence agree"
+        if verdict.claims.get("builder_id") == QEMU_BUILDER:
+            agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
     unasked = ", ".join(text for name, text in (
-        ("nonce", "when it was signed (--nonce)"), ("measurement", "what the VM was launched with (--measurement)"),
+        ("nonce", "when it was signed (--nonce)"),
+        ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--measurement)"),
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),
@@ -6530,7 +6873,7 @@ class Display:
 
 # endregion 29
 # ==============================================================================
-# region 30. Command line  [uses 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 28, 29]
+# region 30. Command line  [uses 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 28, 29]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
@@ -6864,7 +7207,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 
 # Options of verify in hexadecimal, and how many digits they have.
 _HEX_OPTIONS = {"nonce": 32, "measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
-_PATH_OPTIONS = ("source", "crl", "vek", "roots")  # in a policy file: relative to it
+_PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
 MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
 
@@ -6953,7 +7296,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
-        nonce=options.nonce, measurements=options.measurement, min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
+        nonce=options.nonce, measurements=options.measurement, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
         chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
         source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
@@ -6987,6 +7330,36 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             del wires[0]["bundle"]
         sys.stdout.write(json.dumps(wires if len(wires) > 1 else wires[0], indent=2) + "\n")
     return next(status for status in (EXIT_USAGE, EXIT_NO, EXIT_SIMULATED, EXIT_OK) if status in statuses)
+
+
+def cmd_measure(options: "argparse.Namespace") -> int:
+    """The launch digest of what the options name."""
+    if options.kernel is None and (options.initrd is not None or options.append is not None):
+        raise UsageError("--initrd and --append go with --kernel")
+
+    def digest_of(path: str) -> bytes:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").digest()
+
+    def explain(step: str, digest: bytes) -> None:
+        sys.stdout.write(f"{digest.hex()}  {step}\n")
+
+    with open(options.firmware, "rb") as f:
+        data = f.read(MAX_FIRMWARE + 1)
+    try:
+        firmware = parse_firmware(data)
+        hashes = None if options.kernel is None else boot_hashes(
+            digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append)
+        signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
+        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain if options.explain else None)
+    except Malformed as e:
+        raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
+    state = "" if hashes is None else firmware_state(data)  # without a kernel in it, the digest is of the firmware alone
+    if state:
+        sys.stderr.write(f"confbuild: warning: {plain_text(options.firmware)}: {state}\n"
+                         "confbuild: warning: this digest proves nothing about the code that ran\n")
+    sys.stdout.write(digest.hex() + "\n")
+    return EXIT_OK
 
 
 def cmd_attest(options: "argparse.Namespace") -> int:
@@ -7077,6 +7450,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _integer(text: str) -> int:
+    """A whole number of at most 64 bits, decimal or hexadecimal with 0x, for argparse."""
+    if not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", text, re.ASCII):
+        raise ValueError(text)
+    return int(text, 16 if text[:2] == "0x" else 10)
+
+
 def _job_id(text: str) -> str:
     """What can be the id of a job, for argparse."""
     if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", text):
@@ -7126,6 +7506,7 @@ def _pcr(text: str) -> tuple[int, str]:
 
 # As argparse names them in errors.
 _count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"
+_integer.__name__ = "number such as 33 or 0x21"
 _age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
 
 
@@ -7144,7 +7525,7 @@ def build_parser() -> "argparse.ArgumentParser":
         epilog="This version builds in simulated VMs only: nothing is confidential, and their evidence is signed by no hardware. It verifies evidence of real SEV-SNP hardware.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_build, _add_serve, _add_verify, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):
+    for add in (_add_build, _add_serve, _add_verify, _add_measure, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):
         add(commands)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
     sweep = commands.add_parser("sweep")
@@ -7228,6 +7609,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--allow-legacy-digest", action="store_true", help="accept the compact digest that the five oldest bundles have signed")
     group = parser.add_argument_group("what must have run it")
     group.add_argument("--measurement", action="append", default=[], metavar="HEX", help="the launch digest that the VM may have (repeatable)")
+    group.add_argument("--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA")
     group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels, such as bootloader=4,tee=0,snp=24,microcode=219")
     group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
     group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
@@ -7243,6 +7625,21 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--require-crl", action="store_true", help="fail where no list of the right key was given")
     group.add_argument("--vek", metavar="FILE", help="the VCEK's or VLEK's certificate, where the evidence has none")
     group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
+
+
+def _add_measure(commands: Any) -> None:
+    parser = _add_command(commands, "measure", cmd_measure, "compute the SEV-SNP launch digest of a firmware and a kernel")
+    parser.add_argument("--firmware", metavar="FILE", required=True, help="OVMF, as -bios of QEMU has it")
+    parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
+    parser.add_argument("--initrd", metavar="FILE", help="-initrd")
+    parser.add_argument("--append", metavar="TEXT", help="-append, to the byte")
+    parser.add_argument("--vcpus", type=_positive, metavar="N", required=True, help="how many there are at the launch: the first number of -smp")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--vcpu-type", choices=CPU_SIGNATURES, metavar="MODEL", help="-cpu, such as EPYC-v4")
+    group.add_argument("--vcpu-sig", type=_integer, metavar="X", help="the CPUID signature of another model: EAX of Fn0000_0001")
+    parser.add_argument("--guest-features", type=_integer, default=1, metavar="X", help="SEV_FEATURES (default: %(default)s; with debug-swap 0x21)")
+    parser.add_argument("--vmm", choices=VMMS, default=VMMS[0], help="the hypervisor (default: %(default)s)")
+    parser.add_argument("--explain", action="store_true", help="print the digest after each step")
 
 
 def _add_attest(commands: Any) -> None:
