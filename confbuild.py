@@ -68,6 +68,8 @@ Specifications
     [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
     [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report      [SEV-GUEST] Linux, Documentation/virt/coco/sev-guest.rst
     [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03      [TOML] https://toml.io/en/v1.0.0
+    [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
+    [QEMU]      QEMU 10.0.2     [KVM] Linux 6.12     [EDK2] edk2-stable202502     [PI] UEFI Platform Initialization 1.8
     [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     import io
     import ipaddress
     import logging
+    import lzma
     import mmap
     import resource
     import secrets
@@ -139,6 +142,7 @@ if TYPE_CHECKING:
     import uuid
     import weakref
     import zipfile
+    import zlib
     from email.message import Message
 else:
     class _Lazy:
@@ -153,11 +157,11 @@ else:
             globals()[self._names[0]] = sys.modules[self._names[0]]
             return getattr(sys.modules[self._names[0]], attribute)
 
-    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, mmap, resource, secrets, select, selectors, shlex, shutil, signal, socket, ssl, struct,
-     subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile) = map(_Lazy, (
-         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "mmap", "resource", "secrets", "select", "selectors",
+    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, lzma, mmap, resource, secrets, select, selectors, shlex, shutil, signal, socket,
+     ssl, struct, subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile, zlib) = map(_Lazy, (
+         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "lzma", "mmap", "resource", "secrets", "select", "selectors",
          "shlex", "shutil", "signal", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
-         "weakref", "zipfile"))
+         "weakref", "zipfile", "zlib"))
     http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
 
 __version__ = "0.1.0"
@@ -186,7 +190,7 @@ STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
-QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"
+QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # in a QEMU guest, which is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
 SIMULATED_NOTICE = ("Simulated evidence: no confidential VM, no hardware signature. "
                     "It proves nothing about where or by whom this was built.")
@@ -1322,11 +1326,317 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 # ==============================================================================
 # region 10. Launch digest                                        [uses nothing]
 # ==============================================================================
-# What the processor measures when QEMU starts an SEV-SNP guest: firmware, kernel, initrd, command line and virtual processors.
+# What the processor measures when an SEV-SNP guest starts by QEMU's measured direct boot: the firmware, page by page, the pages that the firmware's
+# metadata asks for (one of them holds the hashes of kernel, initrd and command line), and a VMSA page for each vCPU.  It is the `measurement` of the
+# report.  Integers are little-endian, GUIDs in the mixed form of UEFI.
+#
+# Not measured: memory size, devices, disks, CPU features, and whatever else the host hands in.  And the firmware is the first link: one that starts
+# something else than the measured kernel gives the same digest (firmware_state).
+
+PAGE_SIZE = 4096
+MAX_FIRMWARE = 16 * MIB  # the most that QEMU loads [QEMU hw/i386/pc.c, max-fw-size]; Debian's has 4 MiB
+MAX_SECTIONS = 16 * MIB  # what the metadata may ask for in sum; edk2's asks for 192 KiB
+MAX_VOLUME = 64 * MIB  # of a firmware volume, decompressed; Debian's has 16 MiB
+MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
+
+# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]; contents are measured of the first two.
+PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
+# Types of the sections in the metadata [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and what QEMU makes of their pages [QEMU target/i386/sev.c].
+SNP_SEC_MEM, SNP_SECRETS, SNP_CPUID, SVSM_CAA, SNP_KERNEL_HASHES = 1, 2, 3, 4, 0x10
+SECTION_TYPES = {SNP_SEC_MEM: ("SNP_SEC_MEM", PAGE_ZERO), SNP_SECRETS: ("SNP_SECRETS", PAGE_SECRETS), SNP_CPUID: ("CPUID", PAGE_CPUID),
+                 SVSM_CAA: ("SVSM_CAA", PAGE_ZERO), SNP_KERNEL_HASHES: ("SNP_KERNEL_HASHES", PAGE_ZERO)}
+VMSA_GPA = 0xFFFFFFFFF000  # the address that every VMSA page is measured with [KVM arch/x86/kvm/svm/sev.c, snp_launch_update_vmsa]
+BSP_RESET = 0xFFFFFFF0  # where a processor starts after a reset [APM2 14.1.5]
+
+
+def _guid(text: str) -> bytes:
+    """A GUID as UEFI stores it: the first three numbers are little-endian."""
+    numbers = [bytes.fromhex(part) for part in text.split("-")]
+    return b"".join(number[::-1] for number in numbers[:3]) + b"".join(numbers[3:])
+
+
+# Entries of the table near the end of a firmware [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm].
+_TABLE_FOOTER = _guid("96b582de-1fb2-45f7-baea-a366c55a082d")
+_SEV_METADATA = _guid("dc886566-984a-4798-a75e-5585a7bf67cc")
+_HASHES_AREA = _guid("7255371f-3a3b-4b04-927b-1da6efa8d454")
+_RESET_BLOCK = _guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
+# The table of hashes and its entries [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes].
+_HASHES = _guid("9438d606-4f22-4cc9-b479-a793d411fd21")
+_HASH_OF_CMDLINE = _guid("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
+_HASH_OF_INITRD = _guid("44baf731-3a2f-4bd7-9af1-41e29169781d")
+_HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
+_HASHES_SIZE = 176  # 18 + 3 * 50, and zeros to a multiple of 16
+# The type EFI_SECTION_GUID_DEFINED, and the GUID that says LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
+_LZMA_SECTION = b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")
+# The name under which the host hands in a program that is started in the kernel's place, unmeasured; edk2-stable202502 brought it.
+SHIM_NAME = "shim\0".encode("utf-16-le")
+
+
+def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
+    """A segment register of a limit of 0xFFFF, as the 16 bytes of a VMSA."""
+    return selector | attributes << 16 | 0xFFFF << 32 | base << 64
+
+
+# (offset, size, name) of the VMSA's fields that are not zero [APM2 table B-4].
+VMSA_FIELDS = (
+    (0x000, 16, "es"), (0x010, 16, "cs"), (0x020, 16, "ss"), (0x030, 16, "ds"), (0x040, 16, "fs"), (0x050, 16, "gs"), (0x060, 16, "gdtr"), (0x070, 16, "ldtr"),
+    (0x080, 16, "idtr"), (0x090, 16, "tr"), (0x0D0, 8, "efer"), (0x148, 8, "cr4"), (0x158, 8, "cr0"), (0x160, 8, "dr7"), (0x168, 8, "dr6"),
+    (0x170, 8, "rflags"), (0x178, 8, "rip"), (0x268, 8, "g_pat"), (0x310, 8, "rdx"), (0x3B0, 8, "sev_features"), (0x3E8, 8, "xcr0"), (0x408, 4, "mxcsr"),
+    (0x410, 2, "x87_fcw"))
+# What a vCPU has after a reset [QEMU target/i386/cpu.c, x86_cpu_reset_hold], but for cs, rip, rdx and sev_features.  KVM, from Linux 6.11 on, sets SVME
+# in efer and MCE in cr4, and takes CD and NW out of cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa].
+_RESET_STATE = {
+    "es": _segment(0x93), "ss": _segment(0x93), "ds": _segment(0x93), "fs": _segment(0x93), "gs": _segment(0x93), "gdtr": _segment(0), "ldtr": _segment(0x82),
+    "idtr": _segment(0), "tr": _segment(0x8B), "efer": 0x1000, "cr4": 0x40, "cr0": 0x10, "dr7": 0x400, "dr6": 0xFFFF0FF0, "rflags": 2,
+    "g_pat": 0x0007040600070406, "xcr0": 1, "mxcsr": 0x1F80, "x87_fcw": 0x37F}
+# Where other hypervisors differ from QEMU.  No specification has it: these are the values of sev-snp-measure 0.0.13.
+_RESET_STATES: Mapping[str, Mapping[str, int]] = {
+    "QEMU": {},
+    "ec2": {"ss": _segment(0x92), "tr": _segment(0x83), "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
+    "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0}}
+VMMS = tuple(_RESET_STATES)
+
+
+def _signature(family: int, model: int, stepping: int) -> int:
+    """CPUID Fn0000_0001_EAX of a family from 15 on. [APM3 E.3.2]"""
+    return family - 15 << 20 | model >> 4 << 16 | 15 << 8 | (model & 15) << 4 | stepping
+
+
+# `-cpu` of QEMU -> what rdx is after a reset [QEMU target/i386/cpu.c, builtin_x86_defs]: (family, model, stepping), the last version in QEMU 10.1.  A
+# version changes features, which are not measured.
+CPU_SIGNATURES: Mapping[str, int] = {
+    name: _signature(*cpu) for base, cpu, last in (
+        ("EPYC", (23, 1, 2), 5), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2), ("EPYC-Turin", (26, 0, 0), 1))
+    for name in (base, *(["EPYC-IBPB"] if base == "EPYC" else []), *(f"{base}-v{version}" for version in range(1, last + 1)))}
 
 
 class FirmwareError(Malformed):
     """Not a firmware that measures what it boots."""
+
+
+class Firmware(NamedTuple):
+    """What the digest needs to know of a firmware. sections: (gpa, size, type) of each, in the metadata's order; hashes_gpa, hashes_size: the area for
+    the table of hashes, 0 where there is none; reset_eip: where every vCPU but the first starts."""
+
+    data: bytes
+    sections: Sequence[tuple[int, int, int]]
+    hashes_gpa: int
+    hashes_size: int
+    reset_eip: int
+
+
+class BootHashes(NamedTuple):
+    """SHA-256 of what a measured direct boot starts, 32 bytes each. cmdline: with the NUL behind it."""
+
+    kernel: bytes
+    initrd: bytes
+    cmdline: bytes
+
+
+def _numbers(data: bytes, at: int, *sizes: int) -> list[int]:
+    """The integers of these sizes from data[at] on. Beyond its end there are zeros."""
+    numbers = []
+    for size in sizes:
+        numbers.append(int.from_bytes(data[at:at + size], "little"))
+        at += size
+    return numbers
+
+
+def _footer_table(data: bytes) -> dict[bytes, bytes]:
+    """GUID -> data of the entries in the table that ends 32 bytes before the end and is read backwards: data || u16 size || GUID, where the size counts
+    all three. Raises FirmwareError."""
+    at = len(data) - 32 - 18
+    [size] = _numbers(data, at, 2)
+    if data[at + 2:at + 18] != _TABLE_FOOTER:
+        raise FirmwareError("firmware", "no table of GUIDs ends 32 bytes before its end: it is not OVMF")
+    start = at + 18 - size
+    if size < 18 or start < 0:
+        raise FirmwareError("firmware", f"its table of GUIDs cannot have {size} bytes")
+    table: dict[bytes, bytes] = {}
+    while at > start:
+        [size] = _numbers(data, at - 18, 2) if at - start >= 18 else [0]
+        if not 18 <= size <= at - start:
+            raise FirmwareError("firmware", f"an entry of {size} bytes where its table of GUIDs has {at - start}")
+        guid = data[at - 16:at]
+        if guid in table:  # QEMU takes the one, somebody else the other
+            raise FirmwareError("firmware", f"two entries {guid.hex()} in its table of GUIDs")
+        table[guid] = data[at - size:at - 18]
+        at -= size
+    return table
+
+
+def parse_firmware(data: bytes) -> Firmware:
+    """The firmware whose file has this data. Raises FirmwareError. [EDK2 OvmfPkg/ResetVector]"""
+    if not 0 < len(data) <= MAX_FIRMWARE or len(data) % PAGE_SIZE:
+        raise FirmwareError("firmware", f"{len(data)} bytes, not 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}")
+    table = _footer_table(data)
+
+    def entry(guid: bytes, what: str, *sizes: int) -> list[int]:
+        if len(table.get(guid, b"")) != sum(sizes):
+            raise FirmwareError("firmware", f"{what} has {len(table[guid])} bytes, not {sum(sizes)}" if guid in table else f"it has no {what}")
+        return _numbers(table[guid], 0, *sizes)
+
+    [offset] = entry(_SEV_METADATA, "SEV metadata", 4)
+    [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", 4)
+    area, area_size = entry(_HASHES_AREA, "area for hashes", 4, 4) if _HASHES_AREA in table else (0, 0)
+    if not 16 <= offset <= len(data):
+        raise FirmwareError("firmware", f"its SEV metadata cannot be {offset} bytes before its end")
+    start = len(data) - offset
+    size, version, count = _numbers(data, start + 4, 4, 4, 4)
+    if data[start:start + 4] != b"ASEV" or version != 1:
+        raise FirmwareError("firmware", "its SEV metadata does not begin with ASEV and version 1")
+    if size != 16 + 12 * count or size > offset:
+        raise FirmwareError("firmware", f"its SEV metadata of {size} bytes cannot have {count} sections")
+    sections, total = [], 0
+    for at in range(start + 16, start + size, 12):
+        gpa, length, kind = _numbers(data, at, 4, 4, 4)
+        if kind not in SECTION_TYPES:
+            raise FirmwareError("firmware", f"a section of type {kind:#x}, which is not known")
+        if gpa % PAGE_SIZE or length % PAGE_SIZE or not length:
+            raise FirmwareError("firmware", f"a section of {length:#x} bytes at {gpa:#x}, not of whole pages")
+        total += length
+        if total > MAX_SECTIONS:
+            raise FirmwareError("firmware", f"sections of more than {MAX_SECTIONS} bytes in sum")
+        sections.append((gpa, length, kind))
+    return Firmware(data, sections, area, area_size, reset_eip)
+
+
+def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
+    """The hashes that QEMU makes of `-kernel`, `-initrd` and `-append`; None where the option is not there. append: bytes that are not UTF-8 as Python
+    has them of a command line. Raises Malformed where it cannot be one. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    try:
+        cmdline = b"" if append is None else append.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise Malformed("command line", "a lone surrogate is no character") from None
+    if b"\0" in cmdline:
+        raise Malformed("command line", "it contains a NUL, which ends it")
+    return BootHashes(kernel_sha256, hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256, hashlib.sha256(cmdline + b"\0").digest())
+
+
+def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
+    """(GPA, the PAGE_SIZE bytes) of the page by which the firmware knows what it may boot. Raises FirmwareError where it has no such page: its kernel
+    would be measured by nobody. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
+    if not places:
+        raise FirmwareError("firmware", "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot")
+    if not firmware.hashes_gpa:
+        raise FirmwareError("firmware", "its area for hashes has no address: it has no measured direct boot")
+    [(gpa, size), *others] = places
+    if others or size != PAGE_SIZE:
+        raise FirmwareError("firmware", "its sections of type 0x10 (SNP_KERNEL_HASHES) are not one page")
+    offset = firmware.hashes_gpa - gpa
+    if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:  # it would look elsewhere
+        raise FirmwareError("firmware", "its area for hashes does not lie in its section of type 0x10 (SNP_KERNEL_HASHES)")
+    entries = b"".join(guid + (50).to_bytes(2, "little") + digest for guid, digest in (
+        (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)))
+    table = _HASHES + (18 + len(entries)).to_bytes(2, "little") + entries
+    return gpa, (bytes(offset) + table).ljust(PAGE_SIZE, b"\0")
+
+
+def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
+    """The page with the registers of a vCPU that starts at eip. [APM2 table B-4]"""
+    accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the first bit of an attribute
+    values = {**_RESET_STATE, "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000), "rip": eip & 0xFFFF, "rdx": signature, "sev_features": guest_features,
+              **_RESET_STATES[vmm]}
+    page = bytearray(PAGE_SIZE)
+    for offset, size, name in VMSA_FIELDS:
+        page[offset:offset + size] = values[name].to_bytes(size, "little")
+    return bytes(page)
+
+
+def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: int, signature: int, guest_features: int = 1, vmm: str = "QEMU",
+                          explain: Callable[[str, bytes], None] | None = None) -> bytes:
+    """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
+
+    hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
+    of the VMSA; vmm: one of VMMS; explain: hears each step and the digest after it. Raises Malformed."""
+    if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
+        raise Malformed("launch digest", f"there is none of {vcpus} vCPUs of signature {signature:#x} with features {guest_features:#x} on {vmm}")
+    page = b"" if hashes is None else hashes_page(firmware, hashes)[1]
+    sha384, digest = hashlib.sha384, bytes(48)
+
+    def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
+        """PAGE_INFO: digest, contents, length 0x70, page type, IMI_PAGE, three permissions, a reserved byte, address."""
+        nonlocal digest
+        digest = sha384(digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")).digest()
+
+    def done(step: str) -> None:
+        if explain is not None:
+            explain(step, digest)
+
+    base, data = (1 << 32) - len(firmware.data), firmware.data
+    for at in range(0, len(data), PAGE_SIZE):
+        update(PAGE_NORMAL, base + at, sha384(data[at:at + PAGE_SIZE]).digest())
+    done(f"firmware: {len(data):#x} bytes at {base:#x}")
+    # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
+    for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
+        name, page_type = SECTION_TYPES[kind]
+        if kind == SNP_KERNEL_HASHES and page:
+            update(PAGE_NORMAL, gpa, sha384(page).digest())
+            name += ", with the hashes of kernel, initrd and command line"
+        else:
+            for at in range(gpa, gpa + size, PAGE_SIZE):
+                update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
+        done(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}")
+    first, other = (sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip))
+    for number in range(vcpus):
+        update(PAGE_VMSA, VMSA_GPA, other if number else first)
+        done(f"VMSA: vCPU {number}")
+    return digest
+
+
+def volume_place(data: bytes) -> tuple[int, int]:
+    """(begin, end) of the compressed firmware volume in data. Raises FirmwareError unless there is one. [PI volume 3, EFI_GUID_DEFINED_SECTION]"""
+    places: list[tuple[int, int]] = []
+    at = data.find(_LZMA_SECTION, 3)
+    while at >= 0 and len(places) < 2:  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
+        [size], [offset] = _numbers(data, at - 3, 3), _numbers(data, at + 17, 2)
+        if 24 <= offset < size <= len(data) - (at - 3):
+            places.append((at - 3 + offset, at - 3 + size))
+        at = data.find(_LZMA_SECTION, at + 17)
+    if len(places) != 1:  # of two, one could hide the other
+        raise FirmwareError("firmware volume", "there is more than one compressed section" if places else "there is no compressed section")
+    return places[0]
+
+
+def _volume_blocks(data: bytes) -> Iterator[bytes]:
+    """The firmware volume that data holds in a compressed section, block by block. Raises FirmwareError."""
+    begin, end = volume_place(data)
+    packed = data[begin:end]
+    [left] = _numbers(packed, 5, 8)  # behind the properties; edk2 always writes the length
+    if not 0 < left <= MAX_VOLUME:
+        raise FirmwareError("firmware volume", f"it says that it has {left} bytes, which is not 1 to {MAX_VOLUME}")
+    try:
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * MAX_VOLUME)
+        block = decoder.decompress(packed, MIB)
+        while block:
+            left -= len(block)
+            yield block
+            block = b"" if decoder.eof or decoder.needs_input else decoder.decompress(b"", MIB)
+    except ImportError:
+        raise FirmwareError("firmware volume", "this Python has no lzma") from None
+    except lzma.LZMAError as e:
+        raise FirmwareError("firmware volume", f"it cannot be decompressed: {e}") from None
+    if left or not decoder.eof:
+        raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
+
+
+def firmware_volume(data: bytes) -> bytes:
+    """The decompressed firmware volume of a firmware, which holds the programs that it boots with. Raises FirmwareError."""
+    return b"".join(_volume_blocks(data))
+
+
+def firmware_state(data: bytes) -> str:
+    """Empty where the firmware admits no shim; else a sentence why its launch digest does not say what it boots."""
+    tail = b""
+    try:
+        for block in _volume_blocks(data):
+            if SHIM_NAME in tail + block:
+                return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
+            tail = block[1 - len(SHIM_NAME):]
+    except FirmwareError as e:
+        return f"cannot be looked into: {e}"
+    return ""
 
 # endregion 10
 # ==============================================================================
@@ -1473,7 +1783,7 @@ REQUIRED_OF_PLATFORM = {
     "gcp-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
     "az-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"}}
 REQUIRED_OF_BUNDLE = frozenset((
-    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "subjects", "artifacts",
+    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "builder", "subjects", "artifacts",
     "unlisted files"))
 # Evidence that is known by name, and that this version does not verify.
 _UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
@@ -1484,6 +1794,8 @@ ASKED = {
     "source_tree": "source tree", "lockfile_sha256": "lock file", "dependencies": "dependencies", "packages": "packages", "builder_id": "builder id",
     "build_type": "build type", "build_log_sha256": "build log", "finished": "age", "require_crl": "revocation", "require_tee": "hardware evidence"}
 _OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
+# What a caller asks for who gives an image.
+OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "there is no provenance.json: this is evidence alone"
 
@@ -1836,6 +2148,35 @@ def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
     checks.compare("unlisted files", "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
 
 
+def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
+    """That neither half claims more than the other. measurement: of the report, in hexadecimal."""
+    builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
+    open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
+    if confidential != (builder_id in open_ones):
+        checks.compare("builder", builder_id, builder_id)
+    else:
+        checks.hold("builder", False, ("none of " if confidential else "") + " or ".join(open_ones), builder_id,
+                    "it builds in no confidential VM" if confidential else "no hardware signed the evidence")
+    claimed = byproduct(doc, "measurement")
+    if confidential and (claimed is not None or builder_id == SNP_BUILDER):
+        checks.compare("measurement byproduct", sha256_hex(bytes.fromhex(measurement)), claimed or "none", "the SHA-256 of the report's measurement")
+
+
+def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
+    """That the caller's image is whole, and what the VM was launched with."""
+    checks.compare("image parts", "as image.json says", image.parts or "as image.json says")
+    checks.compare("image firmware", "admits no shim", image.firmware or "admits no shim")
+    if claims["measurement"] is None:
+        return
+    labels = [label for label, digest in image.launch_digests.items() if digest == claims["measurement"]]
+    wanted = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
+    nothing = "simulated evidence: nothing has measured that VM" if platform == "simulated" else ""
+    checks.hold("image measurement", bool(labels) and not nothing, wanted or "none: image.json asks for no launch digest",
+                claims["measurement"] + "".join(f" ({label})" for label in labels[:1]), nothing)
+    checks.hold("image host_data", claims["host_data"] == image.manifest_sha256 and not nothing, image.manifest_sha256, claims["host_data"],
+                nothing or "HOST_DATA is the SHA-256 of image.json")
+
+
 def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()) -> Verdict:  # noqa: B008  # immutable
     """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
 
@@ -1856,20 +2197,24 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
         claims.update(builder_id=run["builder"]["id"], build_type=definition["buildType"], source=definition["externalParameters"]["source"],
                       finished_on=run["metadata"]["finishedOn"])
-        if platform == "simulated":  # neither half may claim more than the other
-            checks.compare("simulated builder", SIMULATED_BUILDER, claims["builder_id"])
+        claims.update(("guest_network", word) for word in ("none", "open") if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")))
+        if claims["measurement"] is not None:
+            _check_builder(checks, platform, doc, claims["measurement"])
     alone = bundle.provenance is None and not bundle.artifacts
     if not alone:
         required |= REQUIRED_OF_BUNDLE
     if expected.require_tee:
         hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
+    if expected.image is not None:
+        _check_image(checks, platform, claims, expected.image)
     checks.skip(sorted(REQUIRED_OF_PLATFORM.get(platform, frozenset())))
     asked = {ASKED[field] for field, value in expected._asdict().items() if field in ASKED and value is not None and value is not False and (
         value or isinstance(value, (int, str)) or field == "dependencies")}  # also of nothing: an empty text is one
+    asked |= set(OF_IMAGE if expected.image is not None else ())
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
     checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
-    checks.skip((name for name in ASKED.values() if name != "hardware evidence"), "no expectation given")
+    checks.skip((name for name in (*ASKED.values(), *OF_IMAGE) if name != "hardware evidence"), "no expectation given")
     required |= asked
     passed = {check.name for check in checks.made if check.status == "passed"}
     if required - passed and not any(check.status == "failed" for check in checks.made):
@@ -2535,26 +2880,31 @@ class _SmallReads:
 def _tar_members(f: IO[bytes]) -> Iterator[_Member]:
     """The members of a gzip tarball, in one pass."""
     with gzip.GzipFile(fileobj=f) as stream:
-        reads = _SmallReads(stream)
-        archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
-        for info in archive:
-            kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
-                    "file" if info.isfile() and not info.issparse() else "")  # the holes of a sparse file cost nothing and have no end
-            if not kind:
-                raise source_error(f"{info.name[:80]!r} is a device, a pipe or a sparse file")
-            archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
-            reads.left, reads.in_header = sys.maxsize, False  # the unpacker counts the contents
-            yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
-            reads.left, reads.in_header = MIB, True
-        after = 0
-        for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which is behind tar's end
-            after += len(block)
-            if block.strip(b"\0"):  # another reader would go on where tarfile has stopped
-                raise source_error("the archive goes on after its end")
-            if after > 16 * MIB:
-                raise limit_error("the archive goes on for more than 16 MiB after its last member")
-        if reads.last.strip(b"\0"):  # a damaged header, which tarfile takes for the end
+        yield from _tar_stream(stream)
+
+
+def _tar_stream(stream: Any) -> Iterator[_Member]:
+    """The members of a tarball that stream unpacks, in one pass, up to its end."""
+    reads = _SmallReads(stream)
+    archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
+    for info in archive:
+        kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
+                "file" if info.isfile() and not info.issparse() else "")  # the holes of a sparse file cost nothing and have no end
+        if not kind:
+            raise source_error(f"{info.name[:80]!r} is a device, a pipe or a sparse file")
+        archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
+        reads.left, reads.in_header = sys.maxsize, False  # the unpacker counts the contents
+        yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
+        reads.left, reads.in_header = MIB, True
+    after = 0
+    for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which is behind tar's end
+        after += len(block)
+        if block.strip(b"\0"):  # another reader would go on where tarfile has stopped
             raise source_error("the archive goes on after its end")
+        if after > 16 * MIB:
+            raise limit_error("the archive goes on for more than 16 MiB after its last member")
+    if reads.last.strip(b"\0"):  # a damaged header, which tarfile takes for the end
+        raise source_error("the archive goes on after its end")
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
@@ -3581,13 +3931,945 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
 
 # endregion 18
 # ==============================================================================
-# region 19. Image                                                [uses nothing]
+# region 19. Image                                        [uses 10, 11, 13, 14]
 # ==============================================================================
-# The directory that a guest is booted from.
+# The directory that a guest is booted from: a kernel, an initrd and a firmware, which the launch digest covers, and a disk of
+# tools, whose dm-verity root hash is on the command line, which the digest covers too.  The same input gives the same bytes on
+# every machine: nothing here comes from a clock, an owner, a umask or the order of a directory.
+#
+# The input is a root file system, as a directory or as pinned Debian packages, which are unpacked without running anything of
+# theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
+
+MAX_LAUNCH_DIGESTS = 64  # of one image
+MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
+_PARTS = ("firmware", "kernel", "initrd", "tools")
+_AGENT = "usr/lib/confbuild"  # where both file systems have this file
+
+# What no guest needs, of any root file system.  What is variable is empty on a read-only disk.
+_DROPPED = re.compile(
+    r"(dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+"
+    r"|usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+"
+    r"|usr/libexec/gcc/.+/(lto1|lto-dump)|usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?"
+    r"|usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+)|usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]"
+    r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?")
+# Of the standard library, what the agent does not need beside; extension modules bring shared libraries with them.
+_NOT_IN_INITRD = re.compile(
+    r"(config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv|_pyrepl|pdb|doctest|pydoc|turtle|antigravity)"
+    r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)")
+_LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")  # where ld.so(8) looks
+# Modules of the kernel, each with what it depends on.  Those of _OPTIONAL are what sev-guest asks the crypto API for without saying
+# so; newer kernels have it inside.
+_MODULES = {"base": ("virtio_net", "virtio_blk", "dm_verity", "erofs", "overlay"), "snp": ("crypto_null", "gf128mul", "ghash_generic", "gcm", "sev_guest")}
+_OPTIONAL = frozenset(("crypto_null", "gf128mul", "ghash_generic", "gcm"))
+
+# PID 1: whatever happens, the machine ends (with -no-reboot); if PID 1 did, the kernel would panic.
+_INIT = b"""#!/usr/bin/python3 -IS
+import sys
+try:
+    sys.path.insert(0, "/usr/lib/confbuild")
+    import confbuild
+    confbuild.main(["guest"])
+except BaseException as error:
+    sys.stderr.write(f"init: {error!r}\\n")
+finally:
+    import ctypes
+    ctypes.CDLL(None).reboot(0x01234567)  # RB_AUTOBOOT
+"""
+# Runs in the Python of the image. The names that the .pyc files show are those that they have in a guest.
+_COMPILE = """import json, py_compile, sys
+for source, target, shown in json.load(open(sys.argv[1])):
+    py_compile.compile(source, target, shown, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+"""
+_ACCOUNTS = (("root", 0, "/root"), ("agent", 1000, "/"), ("build", 1001, "/build"))
 
 
 class ImageError(UsageError):
     """An image directory, or what one is made of, that cannot be used."""
+
+
+class Image(NamedTuple):
+    """What image.json says. firmware, kernel, initrd, tools: paths; launch_digests: (vCPU type, vCPUs, hexadecimal), as claimed."""
+
+    folder: str
+    manifest_sha256: str
+    append: str
+    firmware: str
+    kernel: str
+    initrd: str
+    tools: str
+    launch_digests: Sequence[tuple[str, int, str]]
+
+
+class _Node(NamedTuple):
+    """An entry of a file system that is written. mode: as inodes have it; content: the bytes of a file, what a link points to, or the path
+    of the file that is copied; size: of the content; device: major and minor number."""
+
+    mode: int
+    content: bytes | str = b""
+    size: int = 0
+    device: tuple[int, int] = (0, 0)
+
+
+_Tree = dict[str, _Node]  # by path, relative to a root that is not in it
+_FOLDER = _Node(stat.S_IFDIR | 0o755)
+
+
+def _new_file(data: bytes, executable: bool = False) -> _Node:
+    return _Node(stat.S_IFREG | (0o755 if executable else 0o644), data, len(data))
+
+
+def _read_whole(path: str, limit: int) -> bytes:
+    """The bytes of a regular file. Raises ImageError for another thing, and for more than limit bytes; OSError."""
+    with _open_regular(path) as f:
+        data = f.read(limit + 1)
+    if len(data) > limit:
+        raise ImageError(f"{path}: more than {limit} bytes")
+    return data
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """path, which is a regular file and no link, for reading. Raises ImageError, OSError."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would wait for ever
+        raise ImageError(f"{path}: not a regular file")
+    return open(path, "rb")
+
+
+# ---- Packages.
+
+
+def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[str] = ()) -> bytes:
+    """A lock file: the packages called names and all that they depend on, sorted by name. indexes: `Packages` files, a later one for
+    what the earlier lack; without: names that are left out, with what only they need. Of `a | b`, one that is taken anyway, else the first
+    that there is; the versions that a dependency names are not compared: a release of a distribution fits together. Raises ImageError, OSError."""
+    found: dict[str, dict[str, str]] = {}
+    providers: dict[str, list[str]] = {}
+    for path in indexes:
+        fresh: dict[str, dict[str, str]] = {}
+        for stanza in _read_index(path):
+            fields = {key: value.strip() for key, _, value in (line.partition(":") for line in stanza) if key in (
+                "Package", "Version", "SHA256", "Depends", "Pre-Depends", "Provides")}
+            if not {"Package", "Version", "SHA256"} <= set(fields):
+                raise ImageError(f"{path}: a package without Package, Version or SHA256")
+            other = fresh.setdefault(fields["Package"], fields)
+            if _version_key(fields["Version"]) > _version_key(other["Version"]):
+                fresh[fields["Package"]] = fields
+        for name, fields in fresh.items():
+            if name not in found:
+                found[name] = fields
+                for virtual in fields.get("Provides", "").split(","):
+                    providers.setdefault(virtual.partition("(")[0].strip(), []).append(name)
+    chosen: dict[str, dict[str, str]] = {}
+    left_out, missing = set(without), set[str]()
+    pending = sorted(set(names))
+    for wanted in pending:  # grows
+        alternatives = [name.partition("(")[0].partition(":")[0].strip() for name in wanted.split("|")]
+        every = [*alternatives, *(name for virtual in alternatives for name in sorted(providers.get(virtual, [])))]
+        if left_out & set(alternatives) or set(every) & set(chosen):
+            continue
+        name = next((name for name in every if name in found), "")
+        if name:
+            chosen[name] = found[name]
+            pending += [part for key in ("Pre-Depends", "Depends") for part in found[name].get(key, "").split(",") if part.strip()]
+        else:
+            missing.add(" | ".join(alternatives))
+    if missing:
+        raise ImageError("no index has " + ", ".join(sorted(missing)))
+    data = "".join(f"{name} {fields['Version']} {fields['SHA256']}\n" for name, fields in sorted(chosen.items())).encode("utf-8")
+    parse_lock(data, "what the index says")
+    return data
+
+
+def _version_key(version: str) -> Any:
+    """What sorts as versions do. [Debian Policy 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
+    epoch, _, rest = version.rpartition(":")
+    upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
+    return int(epoch) if epoch.isdecimal() else 0, *([([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
+                                                      for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision))
+
+
+def _read_index(path: str) -> Iterator[list[str]]:
+    """The stanzas of a `Packages` file, perhaps compressed, by lines. Raises ImageError, OSError."""
+    with _open_regular(path) as f:
+        head = f.read(6)
+        f.seek(0)
+        stream: Any = gzip.GzipFile(fileobj=f) if head.startswith(b"\x1f\x8b") else lzma.LZMAFile(f) if head == b"\xfd7zXZ\0" else f
+        stanza: list[str] = []
+        try:
+            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+                if line.strip():
+                    stanza.append(line)
+                elif stanza:
+                    yield stanza
+                    stanza = []
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
+            raise ImageError(f"{path}: no package index: {e}") from None
+        if stanza:
+            yield stanza
+
+
+def parse_lock(data: bytes, what: str) -> list[tuple[str, str, str]]:
+    """(name, version, SHA-256) of each line of a lock file. what: names it in errors. Raises ImageError."""
+    rows: list[tuple[str, str, str]] = []
+    for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), 1):
+        text = line.partition("#")[0].strip()
+        match = re.fullmatch(r"([a-z0-9][a-z0-9+.-]*) +([0-9A-Za-z.+~:-]+) +([0-9a-f]{64})", text)
+        if text and not match:
+            raise ImageError(f"{what}: line {number} is not NAME VERSION SHA256")
+        if match:
+            rows.append((match[1], match[2], match[3]))
+    if not rows:
+        raise ImageError(f"{what}: no package in it")
+    for column, word in ((0, "package"), (2, "SHA-256")):
+        twice = sorted(value for value, count in Counter(row[column] for row in rows).items() if count > 1)
+        if twice:
+            raise ImageError(f"{what}: the {word} {twice[0]} occurs twice")
+    return rows
+
+
+def unpack_packages(lock: str, debs: str, root: str) -> list[tuple[str, str, str]]:
+    """The rows of the lock file, whose packages are unpacked below the empty directory root, with what their scripts would have
+    made. debs: a folder with the .deb files, under whatever names. Raises ImageError, OSError."""
+    rows = parse_lock(_read_whole(lock, MAX_JSON), lock)
+    paths = {}
+    for entry in os.scandir(debs):
+        if entry.is_file(follow_symlinks=False):
+            paths[file_sha256(entry.path)] = entry.path
+    missing = [f"{name} {version} {sha256}" for name, version, sha256 in rows if sha256 not in paths]
+    if missing:
+        raise ImageError(f"{debs}: no file with the SHA-256 of " + ", ".join(missing))
+    unpacker = _DebUnpacker(root)
+    for name, _, sha256 in rows:
+        unpacker.add(name, paths[sha256])
+    unpacker.finish()
+    return rows
+
+
+class _DebUnpacker:
+    """Writes the files of packages below root. Nothing is ever written through a link: links are made last, and no name is a link's and
+    something else's. /bin, /sbin, /lib and /lib64 become links, as packages of merged-/usr systems expect, of which some still have files there."""
+
+    def __init__(self, root: str) -> None:
+        self._root, self._kinds, self._links, self._bytes = root, dict[str, str](), dict[str, str](), 0
+
+    def add(self, name: str, path: str) -> None:
+        """The files of one package. name: names it in errors. Raises ImageError, OSError."""
+        with _open_regular(path) as f, tempfile.TemporaryFile() as data:
+            kind = self._find_data(name, f, data)
+            stream: Any = gzip.GzipFile(fileobj=data) if kind == "gz" else lzma.LZMAFile(data) if kind == "xz" else data
+            try:
+                for member in _tar_stream(stream):
+                    self._add_member(member)
+            except ConfbuildError as e:
+                raise ImageError(f"{name}: {e}") from None
+            except OSError as e:
+                if e.errno is not None:
+                    raise
+                raise ImageError(f"{name}: damaged: {e}") from None
+            except Exception as e:  # noqa: BLE001  # tarfile, zlib and lzma raise a dozen kinds for hostile bytes
+                raise ImageError(f"{name}: damaged: {type(e).__name__}: {str(e)[:200]}") from None
+
+    @staticmethod
+    def _find_data(name: str, f: IO[bytes], data: IO[bytes]) -> str:
+        """How the data of a .deb (deb(5): an archive of ar(5)) is compressed; the bytes are in the file data."""
+        if f.read(8) != b"!<arch>\n":
+            raise ImageError(f"{name}: not a .deb file")
+        while True:
+            header = f.read(60)
+            if not re.fullmatch(rb"[^\0]{16}[0-9 ]{32}([0-9]{1,10}) *`\n", header) or len(header) != 60:
+                raise ImageError(f"{name}: not a .deb file, or one without data.tar")
+            member, size = header[:16].rstrip(b" /").decode("ascii", "replace"), int(header[48:58])
+            if member.startswith("data.tar"):
+                kind = member[9:]
+                if kind not in ("", "gz", "xz"):
+                    raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
+                                     "use the packages of a distribution that compresses with xz, such as Debian")
+                while size > 0 and (block := f.read(min(BLOCK, size))):
+                    data.write(block)
+                    size -= len(block)
+                if size:
+                    raise ImageError(f"{name}: {member} is cut off")
+                data.seek(0)
+                return kind
+            f.seek(size + size % 2, os.SEEK_CUR)
+
+    def _add_member(self, member: _Member) -> None:
+        """Write one member. Raises ImageError, OSError."""
+        parts = [part for part in member.name.split("/") if part not in ("", ".")]
+        parts = _merged(parts)
+        name = "/".join(parts)
+        if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH:
+            raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
+        if not parts or _DROPPED.fullmatch(name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
+            return
+        for depth in range(1, len(parts)):
+            if self._kinds.setdefault("/".join(parts[:depth]), "directory") != "directory":
+                raise ImageError(f"{name[:80]!r} lies in what is no directory")
+        if self._kinds.setdefault(name, member.kind) != member.kind or name in self._links or os.path.isfile(os.path.join(self._root, name)):
+            raise ImageError(f"{name[:80]!r} occurs twice")
+        path = os.path.join(self._root, name)
+        os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
+        if member.kind == "symlink":
+            self._links[name] = member.target
+        elif member.kind == "hardlink":
+            target = "/".join(_merged([part for part in member.target.split("/") if part not in ("", ".")]))
+            if self._kinds.get(target) not in ("file", "hardlink"):
+                raise ImageError(f"{name[:80]!r} is a link to {member.target[:80]!r}, which is no earlier file")
+            os.link(os.path.join(self._root, target), path)
+        elif member.kind == "file":
+            self._write(path, member)
+
+    def _write(self, path: str, member: _Member) -> None:
+        with member.open() as packed, open(path, "xb") as f:
+            for block in iter(lambda: packed.read(BLOCK), b""):
+                self._bytes += len(block)
+                if self._bytes > MAX_UNPACKED:
+                    raise ImageError(f"the packages unpack to more than {MAX_UNPACKED} bytes")
+                f.write(block)
+        os.chmod(path, 0o755 if member.executable else 0o644)
+
+    def finish(self) -> None:
+        """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
+        for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
+            if f"usr/bin/{name}" not in self._kinds and f"usr/bin/{target}" in self._kinds:
+                self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, io.BytesIO))
+        authorities = sorted(name for name, kind in self._kinds.items() if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name))
+        for name, data in (
+                ("etc/passwd", "".join(f"{user}:x:{number}:{number}::{home}:/bin/sh\n" for user, number, home in _ACCOUNTS).encode("ascii")),
+                ("etc/group", "".join(f"{user}:x:{number}:\n" for user, number, _ in _ACCOUNTS).encode("ascii")),
+                ("etc/hosts", b"127.0.0.1 localhost\n"),
+                ("etc/ssl/certs/ca-certificates.crt", b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities))):
+            if data and name not in self._kinds:
+                self._add_member(_Member(name, "file", False, "", lambda data=data: io.BytesIO(data)))  # type: ignore[misc]
+        for name in ("bin", "sbin", "lib", "lib64"):
+            self._links[name] = f"usr/{name}"
+            os.makedirs(os.path.join(self._root, "usr", name), exist_ok=True)
+        for name, target in self._links.items():
+            os.symlink(target, os.path.join(self._root, name))
+
+
+def _merged(parts: list[str]) -> list[str]:
+    """Where a system with merged /usr has the file of this path."""
+    return ["usr", *parts] if parts[:1] in (["bin"], ["sbin"], ["lib"], ["lib64"]) else parts
+
+
+# ---- Trees: what is written to an image, before it is.
+
+
+def scan_tree(root: str) -> _Tree:
+    """The files, links and folders below root, without what no guest needs. Permissions are reduced to 0755 and 0644, so that no umask
+    shows and nothing is setuid. Raises ImageError for what is neither, OSError."""
+    tree: _Tree = {}
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        if folder.count("/") > MAX_DEPTH:
+            raise ImageError(f"{root}: {folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        for entry in os.scandir(os.path.join(root, folder)):
+            name = folder + entry.name
+            info = entry.stat(follow_symlinks=False)
+            if _DROPPED.fullmatch(name):
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                tree[name] = _FOLDER
+                pending.append(name + "/")
+            elif stat.S_ISLNK(info.st_mode):
+                target = os.fsencode(os.readlink(entry.path))
+                tree[name] = _Node(stat.S_IFLNK | 0o777, target, len(target))
+            elif stat.S_ISREG(info.st_mode):
+                tree[name] = _Node(stat.S_IFREG | (0o755 if info.st_mode & 0o100 else 0o644), entry.path, info.st_size)
+            else:
+                raise ImageError(f"{entry.path}: neither a file nor a folder nor a link")
+    return tree
+
+
+def _place(tree: _Tree, name: str, node: _Node) -> None:
+    """node is in tree under this name, in folders. Raises ImageError where something else has the name of one."""
+    for at in (match.start() for match in re.finditer("/", name)):
+        if not stat.S_ISDIR(tree.setdefault(name[:at], _FOLDER).mode):
+            raise ImageError(f"the root file system's {name[:at]} is no folder")
+    tree[name] = node
+
+
+def _resolve(tree: _Tree, name: str) -> list[str]:
+    """The paths that are passed on the way to name, links and folders, each once; the last is the file. Links lead nowhere out of tree.
+    Raises ImageError where there is none."""
+    pending, done, passed, links = name.split("/")[::-1], list[str](), list[str](), 0
+    while pending:
+        part = pending.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            del done[-1:]
+            continue
+        here = "/".join([*done, part])
+        node = tree.get(here)
+        links += node is not None and stat.S_ISLNK(node.mode)
+        if node is None or links > 40:
+            raise ImageError(f"the root file system has no {name}")
+        passed.append(here)
+        if stat.S_ISLNK(node.mode):
+            target = os.fsdecode(_content(node))
+            done = [] if target.startswith("/") else done
+            pending += target.split("/")[::-1]
+        else:
+            done.append(part)
+    return passed
+
+
+def _blocks(node: _Node) -> Iterator[bytes]:
+    """The content, exactly size bytes. Raises ImageError where a file has another size than before, OSError."""
+    if isinstance(node.content, bytes):
+        yield node.content
+        return
+    size = 0
+    with _open_regular(node.content) as f:
+        while block := f.read(BLOCK):
+            size += len(block)
+            if size <= node.size:
+                yield block
+    if size != node.size:
+        raise ImageError(f"{node.content}: has changed meanwhile")
+
+
+def _content(node: _Node) -> bytes:
+    """The content, at once."""
+    return b"".join(_blocks(node))
+
+
+def write_cpio(path: str, tree: _Tree) -> None:
+    """path is an archive of tree in the form newc (Linux, Documentation/driver-api/early-userspace/buffer-format.rst): sorted by bytes,
+    running inode numbers, times and owners 0."""
+    with open(path, "xb") as f:
+        for inode, name in enumerate([*sorted(tree, key=os.fsencode), "TRAILER!!!"], 1):
+            node = tree.get(name, _Node(0))
+            if node.size >= 1 << 32:
+                raise ImageError(f"{name[:80]!r}: more than an initrd can hold in one file")
+            inode = inode if node.mode else 0
+            fields = (inode, node.mode, 0, 0, 2 if stat.S_ISDIR(node.mode) else 1, 0, node.size, 0, 0, *node.device, len(os.fsencode(name)) + 1, 0)
+            header = b"070701" + b"".join(b"%08X" % field for field in fields) + os.fsencode(name) + b"\0"
+            f.write(header + bytes(-len(header) % 4))
+            f.writelines(_blocks(node))
+            f.write(bytes(-node.size % 4))
+        f.write(bytes(-f.tell() % 512))
+
+
+# ---- The disk of tools: EROFS, with a dm-verity tree behind it.
+
+VERITY_BLOCK = 4096
+_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
+
+
+class _VerityWriter:
+    """Writes to out, and hashes every block on the way."""
+
+    def __init__(self, out: IO[bytes]) -> None:
+        self._out, self._rest, self.digests = out, b"", bytearray()
+
+    def write(self, data: bytes) -> None:
+        """These bytes are next."""
+        self._out.write(data)
+        data = self._rest + data
+        whole = len(data) - len(data) % VERITY_BLOCK
+        self.digests += block_digests(data[:whole])
+        self._rest = data[whole:]
+
+
+def block_digests(data: bytes) -> bytes:
+    """SHA-256 of each block, one after the other."""
+    view = memoryview(data)
+    return b"".join(hashlib.sha256(view[at:at + VERITY_BLOCK]).digest() for at in range(0, len(data), VERITY_BLOCK))
+
+
+def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
+    """(the hash blocks over more than one data block of these digests, the top one first; the root hash).
+    dm-verity version 1, SHA-256, no salt. [Linux, Documentation/admin-guide/device-mapper/verity.rst]"""
+    levels: list[bytes] = []
+    while len(digests) > 32:
+        levels.insert(0, digests + bytes(-len(digests) % VERITY_BLOCK))
+        digests = block_digests(levels[0])
+    return b"".join(levels), bytes(digests)
+
+
+def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
+    """(root hash, data blocks) of the file system with a dm-verity tree that is now at path: a superblock, extended inodes of 64 bytes,
+    then the contents, not compressed. Files are copied in blocks. [Linux, Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h]"""
+    tree = {"": _FOLDER, **tree}
+    order = sorted(tree, key=os.fsencode)
+    numbers = {name: 2 * i for i, name in enumerate(order)}  # a nid counts 32 bytes
+    members: dict[str, list[str]] = {name: [] for name in order if stat.S_ISDIR(tree[name].mode)}
+    for name in order[1:]:
+        members[name.rpartition("/")[0]].append(name)
+    for name, inside in members.items():
+        data = _erofs_folder([(b".", numbers[name], 2), (b"..", numbers[name.rpartition("/")[0]], 2), *(
+            (os.fsencode(child.rpartition("/")[2]), numbers[child], _TYPES[stat.S_IFMT(tree[child].mode)]) for child in inside)])
+        tree[name] = tree[name]._replace(content=data, size=len(data))
+    inodes = bytearray()
+    block = 1 + -(-64 * len(order) // VERITY_BLOCK)
+    for i, name in enumerate(order):
+        node = tree[name]
+        links = 2 + sum(stat.S_ISDIR(tree[child].mode) for child in members[name]) if name in members else 1
+        # i_format (bit 0: extended), xattrs, mode, -, size, first block, number for stat(2), uid, gid, mtime, nsec, nlink, -
+        for value, width in ((1, 2), (0, 2), (node.mode, 2), (0, 2), (node.size, 8), (block if node.size else 0, 4), (i + 1, 4), (0, 20), (links, 4), (0, 16)):
+            inodes += value.to_bytes(width, "little")
+        block += -(-node.size // VERITY_BLOCK)
+    superblock = b"".join(value.to_bytes(width, "little") for value, width in (
+        (0xE0F5E1E2, 4), (0, 8), (12, 1), (0, 1), (numbers[""], 2), (len(order), 8), (0, 12), (block, 4), (1, 4), (0, 4)))
+    # magic, checksum and features, log2 of the block, -, root, inodes, time, blocks, first block of inodes, - ; uuid; name
+    superblock = (superblock + bytes(16) + b"confbuild").ljust(128, b"\0")
+    with open(path, "xb") as f:
+        out = _VerityWriter(f)
+        out.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0"))
+        out.write(bytes(inodes) + bytes(-len(inodes) % VERITY_BLOCK))
+        for name in order:
+            for data in _blocks(tree[name]):
+                out.write(data)
+            out.write(bytes(-tree[name].size % VERITY_BLOCK))
+        hashes, root_hash = verity_tree(bytes(out.digests))
+        f.write(hashes)
+    return root_hash.hex(), block
+
+
+def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
+    """The contents of a directory: in each block, entries (number, where the name begins, type), sorted, then their names."""
+    blocks: list[list[tuple[bytes, int, int]]] = [[]]
+    used = 0
+    for entry in sorted(entries):
+        used += 12 + len(entry[0])
+        if used > VERITY_BLOCK:
+            blocks.append([])
+            used = 12 + len(entry[0])
+        blocks[-1].append(entry)
+    data = b""
+    for block in blocks:
+        data += bytes(-len(data) % VERITY_BLOCK)
+        at = 12 * len(block)
+        for name, number, kind in block:
+            data += number.to_bytes(8, "little") + at.to_bytes(2, "little") + bytes((kind, 0))
+            at += len(name)
+        data += b"".join(name for name, _, _ in block)
+    return data
+
+
+# ---- The initrd.
+
+
+def elf_needs(data: bytes) -> tuple[str, list[str]]:
+    """(the interpreter, or empty; the shared libraries) that an ELF file for x86-64 asks for [ELF, System V ABI]. Raises Malformed."""
+    def integer(at: int, width: int) -> int:
+        if not 0 <= at <= len(data) - width:
+            raise Malformed("ELF", "cut off")
+        return int.from_bytes(data[at:at + width], "little")
+
+    def text(at: int) -> str:
+        end = data.find(b"\0", at, at + 4096)
+        if not 0 <= at < len(data) or end < 0:
+            raise Malformed("ELF", "a name without an end")
+        return os.fsdecode(data[at:end])
+
+    if data[:6] != b"\x7fELF\2\1" or integer(18, 2) != 62:  # 64 bits, little-endian, EM_X86_64
+        raise Malformed("ELF", "not a file for x86-64")
+    table, width, count = integer(32, 8), integer(54, 2), integer(56, 2)
+    headers = [tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8))) for i in range(count)]
+    interpreter, names, strings = "", list[int](), 0
+    for kind, offset, _, size in headers:
+        if kind == 3:  # PT_INTERP
+            interpreter = text(offset)
+        elif kind == 2:  # PT_DYNAMIC
+            for at in range(offset, offset + min(size, 1 << 16), 16):
+                tag, value = integer(at, 8), integer(at + 8, 8)
+                if tag == 0:
+                    break
+                names += [value] if tag == 1 else []  # DT_NEEDED
+                strings = value if tag == 5 else strings  # DT_STRTAB, an address
+    for kind, offset, address, size in headers:
+        if kind == 1 and address <= strings < address + size:  # PT_LOAD
+            return interpreter, [text(strings - address + offset + name) for name in names]
+    if names:
+        raise Malformed("ELF", "no segment holds the names")
+    return interpreter, []
+
+
+def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
+    """(paths in tree that Python needs to run, with the links and folders on the way; its program; its loader; its standard library)."""
+    program = _resolve(tree, "usr/bin/python3")[-1]
+    version = re.fullmatch(r"usr/bin/python(3\.[0-9]+)", program)
+    if not version or not stat.S_ISREG(tree[program].mode):
+        raise ImageError(f"the root file system's usr/bin/python3 is {program}, not a file usr/bin/python3.N")
+    library = f"usr/lib/python{version[1]}"
+    files = [name for name in tree if name.startswith(library + "/") and not _NOT_IN_INITRD.match(name, len(library) + 1) and stat.S_ISREG(tree[name].mode)
+             and name.endswith((".py", ".so"))]
+    pending = ["usr/bin/python3", *files, _find_library(tree, "Python", "libgcc_s.so.1")]  # glibc opens the latter where a thread is ended
+    chosen: dict[str, None] = {}
+    loader = ""
+    for name in pending:  # grows
+        passed = _resolve(tree, name)
+        if passed[-1] in chosen or not stat.S_ISREG(tree[passed[-1]].mode):
+            chosen.update(dict.fromkeys(passed))
+            continue
+        chosen.update(dict.fromkeys(passed))
+        if name.endswith(".py"):
+            continue
+        try:
+            interpreter, needed = elf_needs(_content(tree[passed[-1]]))
+        except Malformed as e:
+            raise ImageError(f"the root file system's {name}: {e}") from None
+        if interpreter:
+            loader = _resolve(tree, interpreter)[-1]
+            pending.append(interpreter)
+        pending += [_find_library(tree, name, soname) for soname in needed]
+    if not loader:
+        raise ImageError(f"the root file system's {program} is linked statically: it could load no module")
+    return list(chosen), program, loader, library
+
+
+def _find_library(tree: _Tree, wanted_by: str, soname: str) -> str:
+    """The path of a shared library. Raises ImageError where there is none."""
+    for folder in _LIBRARY_FOLDERS:
+        try:
+            _resolve(tree, f"{folder}/{soname}")
+            return f"{folder}/{soname}"
+        except ImageError:
+            pass
+    raise ImageError(f"the root file system has no {soname}, which {wanted_by} needs")
+
+
+def _compile_python(root: str, program: str, loader: str, sources: Mapping[str, tuple[_Node, str]]) -> _Tree:
+    """name of a .pyc -> it, compiled by the Python of the root file system. sources: name -> (its source, where a guest has that)."""
+    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
+        targets = {name: os.path.join(scratch, f"{i}.pyc") for i, name in enumerate(sorted(sources, key=os.fsencode))}
+        jobs = []
+        for name, target in targets.items():
+            source, shown = sources[name]
+            path = source.content if isinstance(source.content, str) else target[:-1]
+            if isinstance(source.content, bytes):
+                with open(path, "xb") as f:
+                    f.write(source.content)
+            jobs.append((path, target, shown))
+        with open(os.path.join(scratch, "jobs"), "w", encoding="ascii") as listed:
+            json.dump(jobs, listed)
+        folders = ":".join(os.path.join(root, folder) for folder in _LIBRARY_FOLDERS)
+        argv = [os.path.join(root, loader), "--library-path", folders, os.path.join(root, program), "-S", "-s", "-B", "-c", _COMPILE, listed.name]
+        try:
+            status, _, errors = capture(argv, scratch, {"PYTHONHOME": os.path.join(root, "usr"), "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
+        except OSError as e:
+            raise ImageError(f"{argv[0]} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64") from None
+        if status != 0:
+            raise ImageError(f"the root file system's Python does not run: {(errors.splitlines() or [f'status {status}'])[-1]}")
+        return {name: _new_file(_read_whole(target, 64 * MIB)) for name, target in targets.items()}
+
+
+def kernel_release(data: bytes) -> str:
+    """What `uname -r` says under the kernel in this bzImage. [Linux, Documentation/arch/x86/boot.rst] Raises ImageError."""
+    at = int.from_bytes(data[0x20E:0x210], "little") + 0x200
+    release = re.match(rb"[0-9A-Za-z.+_~-]+", data[at:at + 128])
+    if data[0x202:0x206] != b"HdrS" or not release:
+        raise ImageError("the kernel is no bzImage that says its version")
+    return release[0].decode("ascii")
+
+
+def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
+    """(group, name, bytes) of the modules that a guest loads, in an order that satisfies their dependencies. tree: of the folder of modules
+    of one kernel. Raises ImageError."""
+    files: dict[str, str] = {}
+    for name in sorted(tree):
+        module = re.fullmatch(r"(?:.*/)?([^/]+)\.ko(\.[a-z]+)?", name)
+        if module:
+            files.setdefault(module[1].replace("-", "_"), name)
+    built_in = _content(tree["modules.builtin"]).decode("utf-8", "replace") if "modules.builtin" in tree else ""
+    inside = {line.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for line in built_in.split("\n")}
+    loaded: dict[str, tuple[str, str, bytes]] = {}
+
+    def load(name: str, group: str, wanted_by: str) -> None:
+        if name in loaded or name in inside or name not in files and name in _OPTIONAL:
+            return
+        if name not in files:
+            raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
+        data = _content(tree[files[name]])
+        if files[name].endswith(".ko.xz"):
+            try:
+                data = lzma.LZMADecompressor(memlimit=256 * MIB).decompress(data, 64 * MIB)
+            except lzma.LZMAError as e:
+                raise ImageError(f"{files[name]}: {e}") from None
+        if not data.startswith(b"\x7fELF"):
+            raise ImageError(f"{files[name]}: neither a module nor one that is compressed with xz")
+        depends = re.search(rb"\0depends=([A-Za-z0-9_,-]*)\0", data)
+        loaded[name] = group, name, data  # before what it needs, so that a circle ends
+        for other in depends[1].decode("ascii").split(",") if depends else []:
+            if other:
+                load(other.replace("-", "_"), group, name)
+        loaded[name] = loaded.pop(name)  # behind what it needs
+
+    for group, names in _MODULES.items():
+        for name in names:
+            load(name, group, "a guest")
+    return list(loaded.values())
+
+
+def _agent_files(root: str, tree: _Tree, program: str, loader: str, library: str, sources: Iterable[str]) -> tuple[_Tree, _Tree]:
+    """(this file and its .pyc, as both file systems have them; the .pyc files of sources, each in place of its source)."""
+    own = _new_file(own_source())
+    tag = program.removeprefix("usr/bin/python").replace(".", "")
+    jobs = {name + "c": (tree[name], "/" + name) for name in sources}
+    compiled = f"{_AGENT}/__pycache__/confbuild.cpython-{tag}.pyc"
+    made = _compile_python(root, program, loader, {**jobs, compiled: (own, f"/{_AGENT}/confbuild.py")})
+    return {f"{_AGENT}/confbuild.py": own, compiled: made.pop(compiled)}, made
+
+
+def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
+    """(what the initrd holds, what the disk of tools holds)."""
+    names, program, loader, library = _python_files(tree)
+    sources = [name for name in names if name.startswith(library + "/") and name.endswith(".py")]
+    agent, compiled = _agent_files(root, tree, program, loader, library, sources)
+    initrd = {name: tree[name] for name in names if name not in set(sources)}
+    tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
+    for name, node in agent.items():
+        _place(initrd, name, node)
+        _place(tools, name, node)
+    lines = ""
+    for group, name, data in _kernel_modules(modules):
+        _place(initrd, f"usr/lib/modules/{name}.ko", _new_file(data))
+        lines += f"{group} /usr/lib/modules/{name}.ko\n"
+    _place(initrd, f"{_AGENT}/modules", _new_file(lines.encode("ascii")))
+    initrd.update(compiled)
+    initrd["init"] = _new_file(_INIT, executable=True)
+    for name in ("dev", "proc", "sys", "tmp", "run", "tools", "sysroot"):
+        initrd[name] = _FOLDER
+    for name in ("dev", "proc", "sys", "tmp", "run", "root", "build"):  # places to mount at: the disk itself is read-only
+        _place(tools, name, tree.get(name, _FOLDER))
+    # Before /dev is mounted: Python needs random numbers, and the kernel a console for what is said.
+    for name, device in (("dev/console", (5, 1)), ("dev/null", (1, 3)), ("dev/urandom", (1, 9))):
+        initrd[name] = _Node(stat.S_IFCHR | 0o600, device=device)
+    return initrd, tools
+
+
+# ---- The firmware.
+
+_NO_SHIM = "\u2603him\0".encode("utf-16-le")
+
+
+def seal_firmware(data: bytes) -> bytes:
+    """A firmware that starts nothing but the kernel that is measured. That of edk2 from 2025 on also starts, instead of it and not
+    measured, a file that the host names etc/boot/shim [edk2, OvmfPkg/Library/GenericQemuLoadImageLib]: the name that it looks for is
+    changed into one that is not ASCII, as the names are that a host can give. A firmware without it is returned as it is.
+
+    liblzma versions compress differently: keep what this returns, and compare it with the origin unpacked. Raises ImageError."""
+    if not firmware_state(data):
+        return data
+    try:
+        volume = firmware_volume(data)
+        begin, end = volume_place(data)
+    except FirmwareError as e:
+        raise ImageError(f"the firmware cannot be looked into: {e}") from None
+    best = {"id": lzma.FILTER_LZMA1, "dict_size": int.from_bytes(data[begin + 1:begin + 5], "little"), "lc": 3, "lp": 0, "pb": 2,
+            "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 1000}
+    packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
+    packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]  # edk2 wants the length, which liblzma leaves open
+    if len(packed) > end - begin:
+        raise ImageError(f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there")
+    sealed = data[:begin] + packed.ljust(end - begin, b"\0") + data[end:]
+    if firmware_state(sealed):
+        raise ImageError(f"the firmware cannot be sealed: {firmware_state(sealed)}")
+    return sealed
+
+
+# ---- The image.
+
+
+class ImageInput(NamedTuple):
+    """What an image is made of. rootfs: a directory, or empty for the packages of the lock file, which are in the folder debs; kernel,
+    firmware, modules: paths, or empty for those of the root file system; vcpus: (vCPU type, vCPUs) that it may be started with."""
+
+    rootfs: str = ""
+    lock: str = ""
+    debs: str = ""
+    kernel: str = ""
+    firmware: str = ""
+    modules: str = ""
+    vcpus: Sequence[tuple[str, int]] = (("EPYC-v4", 1),)
+
+
+def make_image(folder: str, given: ImageInput) -> Image:
+    """The image in the new directory folder. Raises ImageError, OSError."""
+    if os.path.lexists(folder):
+        raise ImageError(f"{folder} exists", "name another directory with -o")
+    if len(given.vcpus) > MAX_LAUNCH_DIGESTS:
+        raise ImageError(f"{len(given.vcpus)} launch digests are asked for, more than {MAX_LAUNCH_DIGESTS}")
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=".confbuild-", dir=parent)
+    try:
+        made = os.path.join(scratch, "image")
+        os.mkdir(made)
+        packages: list[tuple[str, str, str]] = []
+        root = given.rootfs
+        if not root:
+            root = os.path.join(scratch, "root")
+            os.mkdir(root)
+            packages = unpack_packages(given.lock, given.debs, root)
+        _write_image(made, root, given, packages)
+        os.chmod(made, 0o755)
+        os.rename(made, folder)
+    finally:
+        remove_tree(scratch)
+    return read_image(folder)
+
+
+def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tuple[str, str, str]]) -> None:
+    """All files of an image, in the empty directory made. Raises ImageError, OSError."""
+    tree = scan_tree(root)
+    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(tree[_only_kernel(tree)])
+    origin = _read_whole(given.firmware, MAX_FIRMWARE) if given.firmware else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
+    firmware = seal_firmware(origin)
+    initrd, tools = _make_trees(root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel)))
+    names = {part: name for part, name in zip(_PARTS, ("firmware.fd", "vmlinuz", "initrd", "tools.img"), strict=True)}
+    paths = {part: os.path.join(made, name) for part, name in names.items()}
+    for part, data in (("firmware", firmware), ("kernel", kernel)):
+        with open(paths[part], "xb") as f:
+            f.write(data)
+    write_cpio(paths["initrd"], initrd)
+    root_hash, blocks = write_erofs(paths["tools"], tools)
+    # Without ACPI the host has no tables of which the kernel would run the code; more than one processor is found by ACPI only.
+    acpi = "" if any(count > 1 for _, count in given.vcpus) else "acpi=off "
+    append = f"console=ttyS0 panic=-1 quiet rdinit=/init {acpi}confbuild.tools={root_hash},{blocks}"
+    digests = {part: file_sha256(path) for part, path in paths.items()}
+    hashes = boot_hashes(bytes.fromhex(digests["kernel"]), bytes.fromhex(digests["initrd"]), append)
+    document = {
+        "version": 1,
+        "parts": {part: {"file": names[part], "sha256": digests[part], "size": os.path.getsize(paths[part])} for part in _PARTS},
+        "firmware_origin_sha256": sha256_hex(origin), "append": append, "confbuild_sha256": sha256_hex(own_source()),
+        "packages": [{"name": name, "version": version, "sha256": sha256} for name, version, sha256 in packages],
+        "launch_digests": [{"vcpu_type": kind, "vcpus": count, "launch_digest": _launch_digest(firmware, hashes, kind, count).hex()}
+                           for kind, count in given.vcpus]}
+    with open(os.path.join(made, "image.json"), "xb") as f:
+        f.write(to_canonical(document))
+    for name in (*names.values(), "image.json"):
+        os.chmod(os.path.join(made, name), 0o644)
+
+
+def _only_kernel(tree: _Tree) -> str:
+    """The path of the kernel in a root file system. Raises ImageError unless there is exactly one."""
+    found = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
+    if len(found) != 1:
+        raise ImageError(f"the root file system has {len(found)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
+    return found[0]
+
+
+def _modules_of(tree: _Tree, release: str) -> _Tree:
+    """What a root file system has in its folder of modules of this kernel. Raises ImageError where there is none."""
+    for folder in (f"usr/lib/modules/{release}/", f"lib/modules/{release}/"):
+        found = {name.removeprefix(folder): node for name, node in tree.items() if name.startswith(folder)}
+        if found:
+            return found
+    raise ImageError(f"the root file system has no modules of the kernel {release}", "name their directory with --modules")
+
+
+def vcpu_label(kind: str, count: int) -> str:
+    """As a guest's processors are shown: "EPYC-v4, 2 vCPUs"."""
+    return f"{kind}, {count} vCPU{'s' if count > 1 else ''}"
+
+
+def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -> bytes:
+    """The launch digest with this many processors of this type. Raises ImageError."""
+    if kind not in CPU_SIGNATURES:
+        raise ImageError(f"{kind[:80]!r} is no vCPU type with a known signature: {', '.join(sorted(CPU_SIGNATURES))}")
+    try:
+        return compute_launch_digest(parse_firmware(firmware), hashes, count, CPU_SIGNATURES[kind])
+    except Malformed as e:
+        raise ImageError(f"there is no launch digest of {vcpu_label(kind, count)}: {e}") from None
+
+
+def read_image(folder: str) -> Image:
+    """The image in a directory, as its image.json claims; nothing is hashed. Raises ImageError, OSError."""
+    return _read_manifest(folder)[0]
+
+
+def _read_manifest(folder: str) -> tuple[Image, Mapping[str, Any]]:
+    """The image, and what image.json says of its parts. Raises ImageError, OSError."""
+    path = os.path.join(folder, "image.json")
+    if not os.path.lexists(path):
+        raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
+    data = _read_whole(path, MAX_JSON)
+
+    try:
+        document = _parse_manifest(data)
+    except Malformed as e:
+        raise ImageError(f"{folder}: {e}") from None
+    paths = {part: os.path.join(folder, row["file"]) for part, row in document["parts"].items()}
+    for path in paths.values():
+        if not os.path.lexists(path):
+            raise ImageError(f"{path} is missing")
+        _open_regular(path).close()
+    return Image(folder, sha256_hex(data), document["append"], paths["firmware"], paths["kernel"], paths["initrd"], paths["tools"], [
+        (row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]), document["parts"]
+
+
+def _parse_manifest(data: bytes) -> dict[str, Any]:
+    """The document in image.json, of the right shape. Raises Malformed."""
+    def expect(good: bool, what: str) -> None:
+        if not good:
+            raise Malformed("image.json", what)
+
+    document = parse_object(parse_json(data, "image.json", max_depth=4), "image.json", (
+        "version", "parts", "firmware_origin_sha256", "append", "confbuild_sha256", "packages", "launch_digests"))
+    expect(type(document["version"]) is int and document["version"] == 1, "its version is not 1")
+    for part in parse_object(document["parts"], "image.json: parts", _PARTS).values():
+        parse_object(part, "image.json: a part", ("file", "sha256", "size"))
+        expect(isinstance(part["file"], str) and plain_name(part["file"]) == part["file"], "a part is no plain file name")
+        expect(_is_hex(part["sha256"], 32) and type(part["size"]) is int, "a part has no SHA-256 or no size")
+    append = document["append"]
+    expect(isinstance(append, str) and append.isascii() and append.isprintable() and len(append) <= MAX_COMMAND_LINE,
+           f"append is not at most {MAX_COMMAND_LINE} printable characters")
+    expect(_is_hex(document["firmware_origin_sha256"], 32) and _is_hex(document["confbuild_sha256"], 32), "a SHA-256 is none")
+    for name in ("packages", "launch_digests"):
+        expect(isinstance(document[name], list), f"{name} is no list")
+    for row in document["packages"]:
+        parse_object(row, "image.json: a package", ("name", "version", "sha256"))
+        expect(isinstance(row["name"], str) and isinstance(row["version"], str) and _is_hex(row["sha256"], 32), "a package is none")
+    expect(len(document["launch_digests"]) <= MAX_LAUNCH_DIGESTS, f"more than {MAX_LAUNCH_DIGESTS} launch digests")
+    for row in document["launch_digests"]:
+        parse_object(row, "image.json: a launch digest", ("vcpu_type", "vcpus", "launch_digest"))
+        expect(isinstance(row["vcpu_type"], str) and type(row["vcpus"]) is int and _is_hex(row["launch_digest"], 48), "a launch digest is none")
+    return document
+
+
+def _is_hex(value: Any, size: int) -> bool:
+    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", value) is not None
+
+
+def check_image(folder: str) -> ImageFacts:
+    """What is really in an image directory: every part hashed, every launch digest computed from the parts, the firmware looked into, and
+    the disk of tools compared with the root hash on the command line. Raises ImageError, OSError."""
+    image, claimed = _read_manifest(folder)
+    firmware = _read_whole(image.firmware, MAX_FIRMWARE)
+    found = {"firmware": sha256_hex(firmware), "kernel": file_sha256(image.kernel), "initrd": file_sha256(image.initrd)}
+    tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
+    found["tools"], root_hash = _hash_tools(image.tools, int(tools[2]) if tools else 0)
+    wrong = [f"{part} is not the one of image.json" for part in _PARTS if found[part] != claimed[part]["sha256"]]
+    wrong += [f"{part} has another size" for part in _PARTS if os.path.getsize(getattr(image, part)) != claimed[part]["size"]]
+    if not tools or root_hash != tools[1]:
+        wrong.append("the command line has not the root hash of tools")
+    hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
+    digests: dict[str, str] = {}
+    for kind, count, digest in image.launch_digests:
+        try:
+            digests[vcpu_label(kind, count)] = _launch_digest(firmware, hashes, kind, count).hex()
+        except ImageError as e:
+            wrong.append(str(e))
+        else:
+            wrong += [f"the launch digest of {vcpu_label(kind, count)} is another"] if digests[vcpu_label(kind, count)] != digest else []
+    return ImageFacts(image.manifest_sha256, "; ".join(wrong), firmware_state(firmware), digests)
+
+
+def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
+    """(SHA-256, root hash of the dm-verity tree over the first blocks), of which there are two or more, else empty. Raises ImageError, OSError."""
+    digest, digests = hashlib.sha256(), bytearray()
+    with _open_regular(path) as f:
+        left = blocks * VERITY_BLOCK
+        while data := f.read(BLOCK):
+            digest.update(data)
+            digests += block_digests(data[:left])
+            left -= min(left, len(data))
+    return digest.hexdigest(), "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 # endregion 19
 # ==============================================================================
@@ -6178,10 +7460,13 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         unasked = "" if "nonce" in passed else "; the nonce was not checked"
         alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
         agree = "there is no provenance and no artifact" if alone else "artifacts, provenance and evidence agree"
+        if verdict.claims.get("builder_id") == QEMU_BUILDER:
+            agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
     unasked = ", ".join(text for name, text in (
-        ("nonce", "when it was signed (--nonce)"), ("measurement", "what the VM was launched with (--measurement)"),
+        ("nonce", "when it was signed (--nonce)"),
+        ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--measurement)"),
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),
@@ -6304,7 +7589,7 @@ class Display:
 
 # endregion 29
 # ==============================================================================
-# region 30. Command line  [uses 6, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 21, 22, 24, 25, 26, 28, 29]
+# region 30. Command line  [uses 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 28, 29]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
@@ -6774,7 +8059,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 
 # Options of verify in hexadecimal, and how many digits they have.
 _HEX_OPTIONS = {"nonce": 32, "measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
-_PATH_OPTIONS = ("source", "crl", "vek", "roots")  # in a policy file: relative to it
+_PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
 MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
 
@@ -6863,7 +8148,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
-        nonce=options.nonce, measurements=options.measurement, min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
+        nonce=options.nonce, measurements=options.measurement, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
         chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
         source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
@@ -6899,6 +8184,36 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     return next(status for status in (EXIT_USAGE, EXIT_NO, EXIT_SIMULATED, EXIT_OK) if status in statuses)
 
 
+def cmd_measure(options: "argparse.Namespace") -> int:
+    """The launch digest of what the options name."""
+    if options.kernel is None and (options.initrd is not None or options.append is not None):
+        raise UsageError("--initrd and --append go with --kernel")
+
+    def digest_of(path: str) -> bytes:
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").digest()
+
+    def explain(step: str, digest: bytes) -> None:
+        sys.stdout.write(f"{digest.hex()}  {step}\n")
+
+    with open(options.firmware, "rb") as f:
+        data = f.read(MAX_FIRMWARE + 1)
+    try:
+        firmware = parse_firmware(data)
+        hashes = None if options.kernel is None else boot_hashes(
+            digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append)
+        signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
+        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain if options.explain else None)
+    except Malformed as e:
+        raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
+    state = "" if hashes is None else firmware_state(data)  # without a kernel in it, the digest is of the firmware alone
+    if state:
+        sys.stderr.write(f"confbuild: warning: {plain_text(options.firmware)}: {state}\n"
+                         "confbuild: warning: this digest proves nothing about the code that ran\n")
+    sys.stdout.write(digest.hex() + "\n")
+    return EXIT_OK
+
+
 def cmd_attest(options: "argparse.Namespace") -> int:
     """Evidence for a provenance, from the hardware that this runs on."""
     if not is_nonce(options.nonce):
@@ -6912,6 +8227,36 @@ def cmd_attest(options: "argparse.Namespace") -> int:
     if b'"cert_chain": null' in evidence:
         sys.stderr.write("confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n")
     sys.stdout.write(evidence.decode("ascii"))
+    return EXIT_OK
+
+
+def cmd_image(options: "argparse.Namespace") -> int:
+    """Make an image, check one, or write the lock file of the packages that one is made of."""
+    if [options.output_dir, options.check, options.lock].count(None) != 2:
+        raise UsageError("exactly one of -o, --check and --lock is needed")
+    if options.lock is not None:
+        if not options.index or not options.names:
+            raise UsageError("--lock needs --index FILE and the names of packages")
+        data = write_lock(options.index, options.names, options.without)
+        write_durably(os.path.abspath(options.lock), data)
+        sys.stdout.write(f"{len(data.splitlines())} packages in {options.lock}\n")
+        return EXIT_OK
+    if options.names:
+        raise UsageError("the names of packages go with --lock")
+    if options.check is not None:
+        facts = check_image(options.check)
+        sys.stdout.write(f"image.json  sha256 {facts.manifest_sha256}\n"
+                         f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}\n"
+                         f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}\n"
+                         + "".join(f"measured    {label}: {digest}\n" for label, digest in facts.launch_digests.items()))
+        return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
+    if (options.rootfs is None) == (options.packages is None or options.debs is None):
+        raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
+    vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
+    image = make_image(options.output_dir, ImageInput(
+        options.rootfs or "", options.packages or "", options.debs or "", options.kernel or "", options.firmware or "", options.modules or "", vcpus))
+    sys.stdout.write(f"image.json  sha256 {image.manifest_sha256}\n" + "".join(
+        f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests))
     return EXIT_OK
 
 
@@ -6963,6 +8308,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _integer(text: str) -> int:
+    """A whole number of at most 64 bits, decimal or hexadecimal with 0x, for argparse."""
+    if not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", text, re.ASCII):
+        raise ValueError(text)
+    return int(text, 16 if text[:2] == "0x" else 10)
+
+
 def _job_id(text: str) -> str:
     """What can be the id of a job, for argparse."""
     if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", text):
@@ -7012,6 +8364,7 @@ def _pcr(text: str) -> tuple[int, str]:
 
 # As argparse names them in errors.
 _count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"
+_integer.__name__ = "number such as 33 or 0x21"
 _age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
 
 
@@ -7030,7 +8383,7 @@ def build_parser() -> "argparse.ArgumentParser":
         epilog="This version builds in simulated VMs only: nothing is confidential, and their evidence is signed by no hardware. It verifies evidence of real SEV-SNP hardware.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_build, _add_serve, _add_verify, _add_attest, _add_watch, _add_list, _add_cancel, _add_fetch):
+    for add in (_add_build, _add_serve, _add_verify, _add_measure, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):
         add(commands)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
     commands.add_parser("fetcher").set_defaults(run=cmd_fetcher)
@@ -7134,6 +8487,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--allow-legacy-digest", action="store_true", help="accept the compact digest that the five oldest bundles have signed")
     group = parser.add_argument_group("what must have run it")
     group.add_argument("--measurement", action="append", default=[], metavar="HEX", help="the launch digest that the VM may have (repeatable)")
+    group.add_argument("--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA")
     group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels, such as bootloader=4,tee=0,snp=24,microcode=219")
     group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
     group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
@@ -7151,12 +8505,52 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
 
 
+def _add_measure(commands: Any) -> None:
+    parser = _add_command(commands, "measure", cmd_measure, "compute the SEV-SNP launch digest of a firmware and a kernel")
+    parser.add_argument("--firmware", metavar="FILE", required=True, help="OVMF, as -bios of QEMU has it")
+    parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
+    parser.add_argument("--initrd", metavar="FILE", help="-initrd")
+    parser.add_argument("--append", metavar="TEXT", help="-append, to the byte")
+    parser.add_argument("--vcpus", type=_positive, metavar="N", required=True, help="how many there are at the launch: the first number of -smp")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--vcpu-type", choices=CPU_SIGNATURES, metavar="MODEL", help="-cpu, such as EPYC-v4")
+    group.add_argument("--vcpu-sig", type=_integer, metavar="X", help="the CPUID signature of another model: EAX of Fn0000_0001")
+    parser.add_argument("--guest-features", type=_integer, default=1, metavar="X", help="SEV_FEATURES (default: %(default)s; with debug-swap 0x21)")
+    parser.add_argument("--vmm", choices=VMMS, default=VMMS[0], help="the hypervisor (default: %(default)s)")
+    parser.add_argument("--explain", action="store_true", help="print the digest after each step")
+
+
 def _add_attest(commands: Any) -> None:
     parser = _add_command(commands, "attest", cmd_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware")
     parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
     parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits")
     parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
     parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
+
+
+def _add_image(commands: Any) -> None:
+    parser = _add_command(commands, "image", cmd_image, "make the image that guests are booted from, or check one")
+    parser.epilog = ("An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
+                     "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
+                     "of it. A lock file pins the SHA-256 of every package; the signature of the index is not checked: do that before, as your distribution tells.")
+    parser.add_argument("names", metavar="NAME", nargs="*", help="with --lock: a package that the lock file has, with all that it depends on")
+    group = parser.add_argument_group("to do one of")
+    group.add_argument("-o", dest="output_dir", metavar="DIR", help="make an image in this new directory")
+    group.add_argument("--check", metavar="DIR", help="hash the parts of an image, look into its firmware, compute its launch digests; exit 1 where image.json says otherwise")
+    group.add_argument("--lock", metavar="LOCK", help="write a lock file: a line NAME VERSION SHA256 for each package")
+    group = parser.add_argument_group("to make an image")
+    group.add_argument("--rootfs", metavar="DIR", help="the root file system")
+    group.add_argument("--packages", metavar="LOCK", help="or the Debian packages that are unpacked to one")
+    group.add_argument("--debs", metavar="FOLDER", help="where their .deb files are, known by SHA-256, whatever their names")
+    group.add_argument("--kernel", metavar="FILE", help="the kernel (default: boot/vmlinuz-* of the root file system)")
+    group.add_argument("--modules", metavar="DIR", help="its modules (default: those of the root file system)")
+    group.add_argument("--firmware", metavar="FILE", help="AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)")
+    group.add_argument("--vcpus", type=_positive, action="append", metavar="N", help="number of vCPUs to compute the launch digest for (repeatable; default: 1)")
+    group.add_argument("--vcpu-type", action="append", metavar="TYPE", help="type of vCPU, as of QEMU's -cpu (repeatable; default: EPYC-v4)")
+    group = parser.add_argument_group("to write a lock file")
+    group.add_argument("--index", action="append", default=[], metavar="FILE",
+                       help="a distribution's Packages file, also .gz or .xz; a later one only for what the earlier lack (repeatable)")
+    group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this package, though others depend on it (repeatable)")
 
 
 def _add_watch(commands: Any) -> None:

@@ -14,6 +14,7 @@ import http.server
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import pty
@@ -237,6 +238,14 @@ def statement(**changes: Any) -> dict[str, Any]:
     return doc
 
 
+HARDWARE_BUILDER = "https://example.test/builder"  # one whose VMs are confidential
+
+
+def attested() -> confbuild.BundleFiles:
+    """The good bundle as HARDWARE_BUILDER says it made it; its evidence is yet to come."""
+    return bundle(statement(predicate__runDetails__builder__id=HARDWARE_BUILDER))
+
+
 def bundle(doc: Any = None, nonce: str = NONCE, provenance: bytes | None = None) -> confbuild.BundleFiles:
     """A simulated bundle of doc, with one artifact called demo."""
     data = confbuild.to_canonical(statement() if doc is None else doc) if provenance is None else provenance
@@ -433,7 +442,7 @@ def snp_report(key: ToyVek = TOY_VEK, **changes: Any) -> bytes:
     tcb = bytes((4, 0, 0, 0, 0, 0, 24, 219))
     values = {"version": 5, "policy": 0x30000, "signature_algo": 1, "reported_tcb": tcb, "current_tcb": tcb, "committed_tcb": tcb, "launch_tcb": tcb,
               "cpuid_fam_id": 0x19, "cpuid_mod_id": 1, "cpuid_step": 1, "chip_id": CHIP_ID, "report_id_ma": b"\xff" * 32, "measurement": b"m" * 48,
-              "report_data": confbuild.report_data(bundle().provenance or b"", NONCE), **changes}
+              "report_data": confbuild.report_data(attested().provenance or b"", NONCE), **changes}
     data = bytearray(confbuild.REPORT_SIZE)
     for offset, size, name, _ in confbuild.REPORT_FIELDS:
         value = values.get(name, 0)
@@ -452,7 +461,7 @@ def snp_bundle(report: bytes | None = None, vek: bytes | None = None, platform: 
     """The good bundle with hardware evidence of the toy hierarchy. parts: of BundleFiles."""
     chain = {"vcek": b64(vek_of() if vek is None else vek), "ask": None, "ark": None}
     doc = {"platform": platform, "evidence": {"attestation_report": b64(snp_report() if report is None else report), "cert_chain": chain}}
-    return bundle()._replace(evidence=json.dumps(doc).encode(), **parts)
+    return attested()._replace(evidence=json.dumps(doc).encode(), **parts)
 
 
 def quote_of(extra_data: bytes, pcrs: Sequence[bytes], select: bytes = b"\xff\xff\xff") -> bytes:
@@ -478,7 +487,7 @@ def azure_evidence(extra_data: bytes | None = None, **changes: Any) -> dict[str,
     runtime = changes.get("runtime_data", json.dumps({"keys": [jwk], "vm-configuration": {"secure-boot": True}, "user-data": "00" * 64}).encode())
     report = changes.get("report", snp_report(version=2, report_data=hashlib.sha256(runtime).digest()))
     pcrs = changes.get("pcrs", [hashlib.sha256(bytes((i,))).digest() for i in range(24)])
-    signed = confbuild.report_data(bundle().provenance or b"", NONCE)[:50] if extra_data is None else extra_data
+    signed = confbuild.report_data(attested().provenance or b"", NONCE)[:50] if extra_data is None else extra_data
     message = changes.get("message", quote_of(signed, pcrs))
     return {"version": 1, "tpm_quote": {"signature": changes.get("signature", TOY_AK.pkcs1(message)).hex(), "message": message.hex(),
                                         "pcrs": [value.hex() for value in pcrs]},
@@ -487,7 +496,7 @@ def azure_evidence(extra_data: bytes | None = None, **changes: Any) -> dict[str,
 
 def azure_bundle(extra_data: bytes | None = None, **changes: Any) -> confbuild.BundleFiles:
     """The good bundle with az-snp evidence of the toy hierarchy."""
-    return bundle()._replace(evidence=json.dumps({"platform": "az-snp", "evidence": azure_evidence(extra_data, **changes)}).encode())
+    return attested()._replace(evidence=json.dumps({"platform": "az-snp", "evidence": azure_evidence(extra_data, **changes)}).encode())
 
 
 def provenance_of(files: confbuild.BundleFiles) -> bytes:
@@ -2013,6 +2022,334 @@ class TestTpmQuote:
 
 # endregion 9
 # ==============================================================================
+# region 10. Launch digest
+# ==============================================================================
+
+TOY_SECTIONS: Sequence[tuple[int, int, int]] = ((0x800000, 0x2000, 1), (0x802000, 0x1000, 2), (0x803000, 0x1000, 3), (0x804000, 0x1000, 4), (0x805000, 0x1000, 0x10))
+RESET_BLOCK, HASHES_AREA, SEV_METADATA, TABLE_FOOTER = (uuid.UUID(text).bytes_le for text in (
+    "00f771de-1a7e-4fcb-890e-68c77e2fb44e", "7255371f-3a3b-4b04-927b-1da6efa8d454", "dc886566-984a-4798-a75e-5585a7bf67cc", "96b582de-1fb2-45f7-baea-a366c55a082d"))
+TOY_ENTRIES: Mapping[bytes, bytes] = {RESET_BLOCK: struct.pack("<I", 0x80B004), HASHES_AREA: struct.pack("<II", 0x805C00, 0x400), SEV_METADATA: struct.pack("<I", 0x600)}
+
+
+def toy_firmware(sections: Sequence[tuple[int, int, int]] = TOY_SECTIONS, entries: Mapping[bytes, bytes | None] = TOY_ENTRIES,
+                 header: bytes = b"", table: bytes | None = None) -> bytes:
+    """The test firmware of shared/notes/launch-digest.md. entries: what is changed of its table, None = left out; header: other first bytes of the
+    metadata; table: another one, without its footer."""
+    size = 8192
+    data = bytearray((7 * i + (i >> 8)) & 0xFF for i in range(size))
+
+    def put(end: int, part: bytes) -> None:
+        data[end - len(part):end] = part
+
+    metadata = b"ASEV" + struct.pack("<III", 16 + 12 * len(sections), 1, len(sections)) + b"".join(struct.pack("<III", *section) for section in sections)
+    put(size - 0x600 + len(metadata), header + metadata[len(header):])
+    if table is None:
+        table = b"".join(part + struct.pack("<H", len(part) + 18) + guid for guid, part in {**TOY_ENTRIES, **entries}.items() if part is not None)
+    put(size - 32, table + struct.pack("<H", len(table) + 18) + TABLE_FOOTER)
+    return bytes(data)
+
+
+TOY_FIRMWARE = toy_firmware()
+TOY_KERNEL, TOY_INITRD, TOY_APPEND = bytes(range(256)) * 20, b"initrd\n" * 1000, "console=ttyS0 panic=-1"
+TOY_BOOT = confbuild.boot_hashes(hashlib.sha256(TOY_KERNEL).digest(), hashlib.sha256(TOY_INITRD).digest(), TOY_APPEND)
+# Of that file, computed with sev-snp-measure 0.0.13: (vCPUs, model, SEV_FEATURES, hypervisor, what boots) -> launch digest.
+TOY_DIGESTS = (
+    (1, "EPYC-v4", 1, "QEMU", "all", "09fc6f75b7c73bf90dd069b7cdf9066ec3b88b7233ea17bde4d35aa56f32ed9d9e305a40b85f14c969a8a734ac9134ce"),
+    (2, "EPYC-v4", 1, "QEMU", "all", "15cb2f852416c4c3ce1a3f422dbaac729e63a02e51aa973de45f422a940b2375b1ccc5943972b1deb575a7847436bcab"),
+    (4, "EPYC-v4", 1, "QEMU", "all", "9abc133f923697df35a91023e86a7fe0724172c5ba2fdda143e876d97f7e97afd61ec6f88ab765e17ad40725a76a689d"),
+    (64, "EPYC-v4", 1, "QEMU", "all", "50b0b47248d71533f7136e774d0e1cbe9cbe1c02fcdae31c367f287330e54cbe51545daf1ad6ae0719e5595877eb833c"),
+    (1, "EPYC-Rome", 1, "QEMU", "all", "b74fa6601e2865e4edf84f61ad89c125b645388465e671b235238290b7ddfea67c9ef080e758a0883b40ab3c237bd41b"),
+    (1, "EPYC-Milan", 1, "QEMU", "all", "67a91b5fb661902cb7763ed8dfaeed1c56fdc3ad07b34553b4b441c76bd1ca0ca4e225fcfb28fc1d0b517cdc74c12aab"),
+    (2, "EPYC-Genoa", 1, "QEMU", "all", "cccdd77edfb4d27039385d242026e716c217f9bb4151ae36858517dc6db56018254788c60f9297d18c5d77b67233aea9"),
+    (1, "EPYC-v4", 0x21, "QEMU", "all", "48cc4bb1d08928627f5dc90459e40fc7e26921178267fd18e6bd50253801d5438e3b0a7c6971a70194d2a1adcee353ac"),
+    (1, "EPYC-v4", 1, "QEMU", "nothing", "222f7b7ec5222e72a13bf1a48975940c511cf9704f3041d791dc4eb057c119f9e5b22ee41eb4a58cceb447f98fe93a6e"),
+    (1, "EPYC-v4", 1, "QEMU", "kernel", "3ac97b2c5db86240384161e483a7fd5bebae11b5c4e02d34da2577ff5a26d6edf869d84768010fc88a2c6cc2a271960c"),
+    (2, "EPYC-Milan", 1, "ec2", "all", "2171267935ce38ef54a9b0d530174b567065e0e859549c195bf63cf6dfc839d1d5aa232dfbab9eb5e70c8bdb4b8df072"),
+    (2, "EPYC-Milan", 1, "gce", "all", "2b0c4cda74534ccc54d673817b2fbb8e746524410293b1fa59193519c7307142bc081a67f6e7eaaea87f7054f7783caf"))
+TOY_BOOTS: Mapping[str, confbuild.BootHashes | None] = {
+    "all": TOY_BOOT, "nothing": None, "kernel": confbuild.boot_hashes(hashlib.sha256(TOY_KERNEL).digest(), None, None)}
+# The same file, step by step, for one vCPU of EPYC-v4.
+TOY_STEPS = (
+    ("firmware: 0x2000 bytes at 0xffffe000", "c3c0df9e8d24233b000905e8195dc131c7ce0bccc2de52d6b5ab8e13ec1024284d88ede1e785b19e1d55e9a7c4a8c712"),
+    ("section: 0x2000 bytes at 0x800000, type 0x1 SNP_SEC_MEM", "f526c91156bdf030be41157708b45a87bfd608735a1c63bc7b53239ae5d948286612f491598b696391be6d749350ac41"),
+    ("section: 0x1000 bytes at 0x802000, type 0x2 SNP_SECRETS", "49c7ac4a1cc40c970b4cedf5337f8b9db5b2e5ca0cfc08f008928165477267ea0bf8ac37b20830fdc3ba0c8c0a96d20c"),
+    ("section: 0x1000 bytes at 0x803000, type 0x3 CPUID", "bf7b665a053c76d40ca701bbe4ab090b2014cd55bd88b9f27602202d41fa1391241885c3368bba9686f437a1d45bcf30"),
+    ("section: 0x1000 bytes at 0x804000, type 0x4 SVSM_CAA", "ea1901026138605ae2588d36982836543dd252a91cd36dac0f3d11aa0d4e490ef3859d4a435517ed9e2207e6b80851b6"),
+    ("section: 0x1000 bytes at 0x805000, type 0x10 SNP_KERNEL_HASHES, with the hashes of kernel, initrd and command line",
+     "abd08e12330de5d7aa5be56af89d3c8b3b7f0aab3b68dfe3ab41bcff656e0ce303cc543e263c3652f85abba946b135c4"),
+    ("VMSA: vCPU 0", TOY_DIGESTS[0][-1]))
+LZMA_GUID = uuid.UUID("ee4e5898-3914-4259-9d6e-dc7bd79403cf").bytes_le
+SHIM = "shim\0".encode("utf-16-le")
+
+
+def lzma_section(volume: bytes, length: int | None = None, cut: int = 0, properties: bytes = b"") -> bytes:
+    """A compressed section as edk2 makes one. length: what it says; cut: bytes that are missing at its end; properties: other first bytes."""
+    packed = lzma.compress(volume, lzma.FORMAT_ALONE, filters=[{"id": lzma.FILTER_LZMA1, "dict_size": 1 << 16, "mode": lzma.MODE_FAST, "mf": lzma.MF_HC3}])
+    packed = packed[:5] + struct.pack("<Q", len(volume) if length is None else length) + packed[13:]
+    packed = properties + packed[len(properties):len(packed) - cut]
+    return (len(packed) + 24).to_bytes(3, "little") + b"\2" + LZMA_GUID + struct.pack("<HH", 24, 1) + packed
+
+
+def toy_volume(*sections: bytes) -> bytes:
+    """The test firmware with such sections in front."""
+    front = b"".join(section + bytes(-len(section) % 16) for section in sections)
+    return front + bytes(-len(front) % 4096) + TOY_FIRMWARE
+
+
+ADMITS = "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
+
+
+def short_id(value: object) -> str:
+    """For pytest, in place of megabytes."""
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)[:60]
+
+
+def firmware_file(name: str) -> Path:
+    """A firmware of the vectors, of the very version."""
+    wanted = json.loads((vectors() / "launch_digests.json").read_text())["firmware"][name]
+    named = os.environ.get("CONFBUILD_TEST_FIRMWARE", "/nonexistent")
+    for path in (Path(named), Path(named).with_name(name), Path("/usr/share/ovmf", name), Path("/var/lib/confbuild-test", name)):
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == wanted["sha256"]:
+            return path
+    pytest.skip("ovmf-amdsev is missing: .ci/run fetches it" if name == "OVMF.amdsev.fd" else f"the firmware of {wanted['debian_package']} is not here")
+
+
+class TestLaunchDigest:
+    def test_known_pages(self) -> None:
+        """Of shared/notes/launch-digest.md."""
+        assert hashlib.sha256(TOY_FIRMWARE).hexdigest() == "1ad9b93a9c0b0ace002bb73e3cf8fb085667dba4829199d379c02d86325b8943"
+        assert [digest.hex() for digest in TOY_BOOT] == [
+            "4345361085c730756d843f13849c50a996fe2f1fac3a7ac05fb063bb743a423e", "99e6a67bad2589ea8c3a38084be75372955cc409f033dd733c6bd7cf2f6c8437",
+            "00be93b6c394121fedd2af6d5a11855ab20e05f560fe582cc6c91c706f5e957d"]
+        gpa, page = confbuild.hashes_page(confbuild.parse_firmware(TOY_FIRMWARE), TOY_BOOT)
+        assert (gpa, len(page), page.strip(b"\0")) == (0x805000, 4096, page[0xC00:0xC00 + 168].rstrip(b"\0"))
+        assert hashlib.sha256(page[0xC00:0xC00 + 176]).hexdigest() == "f4317fa717751b93ecc0e58275cd05c458b388b60ee8c3f57d8ca70869adde88"
+        for eip, signature, digest in (
+                (0xFFFFFFF0, 0x800F12, "77920c4c629ff47e90c0e174fc1ad0eb6fa664f88cd4739488058a8c6cb1a77b3856f55378e9518d0da99452d51c553a"),
+                (0x80B004, 0x800F12, "8413b852790765a310d95867a8b00bfca3a802b5a80830044b45e253fe96222657e11e53fcf63eb0e0afd722385bf7b4"),
+                (0xFFFFFFF0, 0xA10F10, "7d39672d1b8a3e38353a8eef23af9a14a850be7b9c80bd29898aff5cd2386719e5ce72ad660a022def56b15e5e0f899e")):
+            assert hashlib.sha384(confbuild.vmsa_page(eip, signature, 1, "QEMU")).hexdigest() == digest
+
+    def test_fields(self) -> None:
+        """No two fields of the VMSA overlap, and each has a value."""
+        rows = sorted(confbuild.VMSA_FIELDS)
+        assert all(a[0] + a[1] <= b[0] for a, b in itertools.pairwise(rows)) and rows[-1][0] + rows[-1][1] <= 4096
+        assert confbuild.parse_firmware(TOY_FIRMWARE) == (TOY_FIRMWARE, list(TOY_SECTIONS), 0x805C00, 0x400, 0x80B004)
+
+    def test_signatures(self) -> None:
+        """[QEMU target/i386/cpu.c]; each version is the same."""
+        known = {"EPYC": 0x800F12, "EPYC-Rome": 0x830F10, "EPYC-Milan": 0xA00F11, "EPYC-Genoa": 0xA10F10, "EPYC-Turin": 0xB00F00}
+        assert {name: confbuild.CPU_SIGNATURES[name] for name in known} == known and confbuild.CPU_SIGNATURES["EPYC-IBPB"] == 0x800F12
+        assert {name: known[re.sub(r"-v\d$|-IBPB$", "", name)] for name in confbuild.CPU_SIGNATURES} == confbuild.CPU_SIGNATURES
+        assert len(confbuild.CPU_SIGNATURES) == 5 + 1 + 5 + 5 + 3 + 2 + 1
+
+    @pytest.mark.parametrize(("vcpus", "model", "features", "vmm", "boots", "digest"), TOY_DIGESTS)
+    def test_known_digests(self, vcpus: int, model: str, features: int, vmm: str, boots: str, digest: str) -> None:
+        firmware = confbuild.parse_firmware(TOY_FIRMWARE)
+        assert confbuild.compute_launch_digest(firmware, TOY_BOOTS[boots], vcpus, confbuild.CPU_SIGNATURES[model], features, vmm).hex() == digest
+
+    def test_explain(self) -> None:
+        steps: list[tuple[str, str]] = []
+        confbuild.compute_launch_digest(confbuild.parse_firmware(TOY_FIRMWARE), TOY_BOOT, 1, 0x800F12, explain=lambda step, digest: steps.append((step, digest.hex())))
+        assert tuple(steps) == TOY_STEPS
+        steps.clear()
+        digest = confbuild.compute_launch_digest(confbuild.parse_firmware(TOY_FIRMWARE), None, 2, 0x800F12, 1, "ec2", lambda step, digest: steps.append((step, digest.hex())))
+        assert [step.rpartition(" ")[2] for step, _ in steps[1:]] == ["SNP_SEC_MEM", "SNP_SECRETS", "SVSM_CAA", "SNP_KERNEL_HASHES", "CPUID", "0", "1"]
+        assert steps[-1][1] == digest.hex()
+
+    @pytest.mark.parametrize("name", ["OVMF.amdsev.fd", "OVMF.fd"])
+    def test_vectors(self, name: str) -> None:
+        doc = json.loads((vectors() / "launch_digests.json").read_text())
+        firmware = confbuild.parse_firmware(firmware_file(name).read_bytes())
+        hashes = {}
+        for file, of_file in doc["files"].items():
+            seed, length = of_file["seed"].encode(), of_file["length"]
+            stream = b"".join(hashlib.sha256(seed + i.to_bytes(8, "big")).digest() for i in range(length // 32 + 1))[:length]
+            hashes[file] = hashlib.sha256(stream).digest()
+        rows = [row for row in doc["rows"] if row["firmware"] == name]
+        for row in rows:
+            boots = None if row["kernel"] is None else confbuild.boot_hashes(
+                hashes[row["kernel"]], row["initrd"] and hashes[row["initrd"]], row["append"] and doc["appends"][row["append"]])
+            assert row["vcpu_type"] is None or confbuild.CPU_SIGNATURES[row["vcpu_type"]] == row["vcpu_sig"]
+            arguments = (firmware, boots, row["vcpus"], row["vcpu_sig"], row["guest_features"], row["vmm"])
+            if row["launch_digest"] is None:
+                with pytest.raises(confbuild.FirmwareError, match="no section of type 0x10"):
+                    confbuild.compute_launch_digest(*arguments)
+            else:
+                assert confbuild.compute_launch_digest(*arguments).hex() == row["launch_digest"], row
+        assert len(rows) >= 20
+
+    def test_step_by_step_of_a_real_one(self) -> None:
+        """Of shared/notes/launch-digest.md."""
+        steps: list[str] = []
+        firmware = confbuild.parse_firmware(firmware_file("OVMF.amdsev.fd").read_bytes())
+        digests = [confbuild.compute_launch_digest(firmware, TOY_BOOT, n, confbuild.CPU_SIGNATURES[model], explain=lambda _, digest: steps.append(digest.hex())).hex()
+                   for n, model in ((1, "EPYC-v4"), (2, "EPYC-v4"), (4, "EPYC-v4"), (2, "EPYC-Genoa"))]
+        assert steps[0] == "9d0dd8be18c86e3fe3bf0038ed75ebf5340bee69fd2632c8ff9409964575960ae1f7e84be387d2e3467bc3508d1e4806" and digests == [
+            "3c575312d0351b449b91172ed20a4ab24ef0b49a9ce2c3b4c218c2ced9ea4feb31741f8b23a3ed2104af123468e88f71",
+            "a954cf381dce90968f8b23dbe39376a81651af9a2520261057effb4bc8ab93b91d2fd91c6ff15e7b7778e6de19775e5b",
+            "3a94e8b9e6c026863be4991f83fa0883eab32116fcc76f665d3feda8cded186f6b44e101e353fe30e78d2a6236c33528",
+            "86942c08671ff268fdf66520a23386dfd33f46a3709da392b6ccb625475bd3e646d32ca8b6ce4078a7e71f9ff8b20770"]
+
+    ENTRY = struct.pack("<I", 0x600) + struct.pack("<H", 22) + SEV_METADATA
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (b"", "0 bytes, not 1 to 4096 pages of 4096"), (TOY_FIRMWARE[:-1], "8191 bytes, not 1 to"), (TOY_FIRMWARE + bytes(16 << 20), "16785408 bytes, not 1 to"),
+        (TOY_FIRMWARE[:4096], "no table of GUIDs ends 32 bytes before its end: it is not OVMF"), (bytes(4096), "it is not OVMF"),
+        (TOY_FIRMWARE[:-50] + b"\x11\0" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 17 bytes"),
+        (TOY_FIRMWARE[:-50] + b"\xf1\x1f" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 8177 bytes"),
+        (TOY_FIRMWARE[:-50] + b"\x59\0" + TOY_FIRMWARE[-48:], "an entry of 0 bytes where its table of GUIDs has 1"),
+        (toy_firmware(table=b"\0" * 17), "an entry of 0 bytes where its table of GUIDs has 17"), (toy_firmware(table=b"\0" * 18), "an entry of 0 bytes where its table of GUIDs has 18"),
+        (toy_firmware(table=b"\x11\0" + bytes(16)), "an entry of 17 bytes where its table of GUIDs has 18"),
+        (toy_firmware(table=b"\x13\0" + bytes(16)), "an entry of 19 bytes where its table of GUIDs has 18"),
+        (toy_firmware(table=ENTRY + ENTRY), f"two entries {SEV_METADATA.hex()} in its table of GUIDs"), (toy_firmware(table=b""), "it has no SEV metadata"),
+        (toy_firmware(entries={SEV_METADATA: None}), "it has no SEV metadata"), (toy_firmware(entries={RESET_BLOCK: None}), "it has no SEV-ES reset block"),
+        (toy_firmware(entries={SEV_METADATA: bytes(3)}), "SEV metadata has 3 bytes, not 4"), (toy_firmware(entries={RESET_BLOCK: bytes(5)}), "SEV-ES reset block has 5 bytes, not 4"),
+        (toy_firmware(entries={HASHES_AREA: bytes(4)}), "area for hashes has 4 bytes, not 8"), (toy_firmware(entries={HASHES_AREA: b""}), "area for hashes has 0 bytes, not 8"),
+        (toy_firmware(entries={SEV_METADATA: bytes(4)}), "its SEV metadata cannot be 0 bytes before its end"),
+        (toy_firmware(entries={SEV_METADATA: b"\x0f\0\0\0"}), "its SEV metadata cannot be 15 bytes before its end"),
+        (toy_firmware(entries={SEV_METADATA: b"\x01\x20\0\0"}), "its SEV metadata cannot be 8193 bytes before its end"),
+        (toy_firmware(entries={SEV_METADATA: b"\xff" * 4}), "its SEV metadata cannot be 4294967295 bytes before its end"),
+        (toy_firmware(entries={SEV_METADATA: b"\x10\0\0\0"}), "its SEV metadata does not begin with ASEV and version 1"),
+        (toy_firmware(header=b"ASEW"), "does not begin with ASEV"), (toy_firmware(header=b"ASEV" + struct.pack("<II", 76, 2)), "does not begin with ASEV and version 1"),
+        (toy_firmware(header=b"ASEV" + struct.pack("<I", 75)), "its SEV metadata of 75 bytes cannot have 5 sections"),
+        (toy_firmware(header=b"ASEV" + struct.pack("<III", 76, 1, 4)), "its SEV metadata of 76 bytes cannot have 4 sections"),
+        (toy_firmware(header=b"ASEV" + struct.pack("<III", 16 + 12 * 127, 1, 127)), "its SEV metadata of 1540 bytes cannot have 127 sections"),
+        (toy_firmware(header=b"ASEV" + struct.pack("<III", 0xFFFFFFF4 + 16 & 0xFFFFFFFF, 1, 0xFFFFFFFF)), "cannot have 4294967295 sections"),
+        (toy_firmware(sections=[(0x800000, 0x1000, 5)]), "a section of type 0x5, which is not known"), (toy_firmware(sections=[(0, 0x1000, 0)]), "a section of type 0x0"),
+        (toy_firmware(sections=[(0x800001, 0x1000, 1)]), "a section of 0x1000 bytes at 0x800001, not of whole pages"),
+        (toy_firmware(sections=[(0x800000, 0x1001, 1)]), "a section of 0x1001 bytes at 0x800000, not of whole pages"),
+        (toy_firmware(sections=[(0x800000, 0, 1)]), "a section of 0x0 bytes at 0x800000, not of whole pages"),
+        (toy_firmware(sections=[(0, 0x1000, 1), (0, 0x1000000, 1)]), "sections of more than 16777216 bytes in sum"),
+        (toy_firmware(sections=[(0, 0xFFFFF000, 1)]), "sections of more than 16777216 bytes in sum")], ids=short_id)
+    def test_what_is_no_firmware(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.FirmwareError, match=f"^firmware: .*{re.escape(message)}") as caught:
+            confbuild.parse_firmware(data)
+        assert caught.value.structure == "firmware"
+
+    @pytest.mark.parametrize(("changes", "message"), [
+        ({"sections": TOY_SECTIONS[:4]}, "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot"),
+        ({"entries": {HASHES_AREA: None}}, "its area for hashes has no address: it has no measured direct boot"),
+        ({"entries": {HASHES_AREA: bytes(8)}}, "its area for hashes has no address"), ({"entries": {HASHES_AREA: struct.pack("<II", 0, 0x400)}}, "no address"),
+        ({"sections": [*TOY_SECTIONS, TOY_SECTIONS[4]]}, "are not one page"), ({"sections": [(0x805000, 0x2000, 0x10)]}, "are not one page"),
+        *[({"entries": {HASHES_AREA: struct.pack("<II", gpa, size)}}, "does not lie in its section of type 0x10")
+          for gpa, size in ((0x804FFF, 0x400), (0x806000, 0x400), (0x805F51, 0x400), (0x805C00, 175), (0x805C00, 0), (0xFFFFFFFF, 0x400))]])
+    def test_no_measured_direct_boot(self, changes: Mapping[str, Any], message: str) -> None:
+        """It has a digest, and none that says what is booted."""
+        firmware = confbuild.parse_firmware(toy_firmware(**changes))
+        assert len(confbuild.compute_launch_digest(firmware, None, 1, 0)) == 48
+        for attempt in (lambda: confbuild.hashes_page(firmware, TOY_BOOT), lambda: confbuild.compute_launch_digest(firmware, TOY_BOOT, 1, 0)):
+            with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
+                attempt()
+
+    def test_limits(self) -> None:
+        large = confbuild.parse_firmware(bytes((16 << 20) - 8192) + toy_firmware(sections=[(0x1000, 0x1000000, 1)]))
+        assert len(large.data) == 16 << 20 and len(confbuild.compute_launch_digest(large, None, 4096, 0xFFFFFFFF, 2 ** 64 - 1)) == 48
+        edge = confbuild.parse_firmware(toy_firmware(entries={HASHES_AREA: struct.pack("<II", 0x805F50, 176)}))
+        assert confbuild.hashes_page(edge, TOY_BOOT)[1][0xF50:0xF60] == uuid.UUID("9438d606-4f22-4cc9-b479-a793d411fd21").bytes_le
+        firmware = confbuild.parse_firmware(TOY_FIRMWARE)
+        for arguments in ((0, 0), (4097, 0), (1, -1), (1, 1 << 32), (1, 0, -1), (1, 0, 1 << 64), (1, 0, 1, "qemu")):
+            with pytest.raises(confbuild.Malformed, match=rf"^launch digest: there is none of {arguments[0]} vCPUs of signature "):
+                confbuild.compute_launch_digest(firmware, None, *arguments)
+
+    @pytest.mark.parametrize(("append", "message"), [("a\0b", "it contains a NUL, which ends it"), ("\ud800", "a lone surrogate is no character")])
+    def test_what_is_no_command_line(self, append: str, message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=f"^command line: {message}"):
+            confbuild.boot_hashes(bytes(32), None, append)
+
+    @given(st.binary(max_size=20).filter(lambda data: 0 not in data))
+    def test_command_lines(self, data: bytes) -> None:
+        """As the system hands them out, whatever the bytes; none is an empty one."""
+        assert confbuild.boot_hashes(bytes(32), None, data.decode("utf-8", "surrogateescape")).cmdline == hashlib.sha256(data + b"\0").digest()
+        assert confbuild.boot_hashes(b"k" * 32, None, None) == confbuild.boot_hashes(b"k" * 32, hashlib.sha256().digest(), "") == (
+            b"k" * 32, hashlib.sha256().digest(), hashlib.sha256(b"\0").digest())
+
+    @settings(max_examples=300)
+    @given(where=st.integers(0, 2 ** 16 - 1) | st.integers(8 * (8192 - 32 - 88), 8 * 8192 - 1) | st.integers(8 * (8192 - 0x600), 8 * (8192 - 0x600 + 76) - 1), cut=st.booleans())
+    def test_no_bit_can_be_changed(self, where: int, cut: bool) -> None:
+        data = bytearray(TOY_FIRMWARE[:where // 8] if cut else TOY_FIRMWARE)
+        if not cut:
+            data[where // 8] ^= 1 << where % 8
+        try:
+            digest = confbuild.compute_launch_digest(confbuild.parse_firmware(bytes(data)), TOY_BOOT, 2, 0x800F12).hex()
+        except confbuild.FirmwareError:
+            return
+        assert not cut and digest != TOY_DIGESTS[1][-1]
+
+    @given(st.dictionaries(st.sampled_from([0, 1, 4]), st.binary(min_size=32, max_size=32), min_size=1), st.binary(min_size=8, max_size=8))
+    def test_what_is_measured(self, hashes: Mapping[int, bytes], area: bytes) -> None:
+        """Another kernel, initrd or command line is another digest; any area that is taken lies in the page."""
+        firmware = confbuild.parse_firmware(TOY_FIRMWARE)
+        other = TOY_BOOT._replace(**{TOY_BOOT._fields[min(i, 2)]: digest for i, digest in hashes.items()})
+        assert confbuild.compute_launch_digest(firmware, other, 2, 0x800F12).hex() != TOY_DIGESTS[1][-1]
+        try:
+            gpa, page = confbuild.hashes_page(confbuild.parse_firmware(toy_firmware(entries={HASHES_AREA: area})), TOY_BOOT)
+        except confbuild.FirmwareError:
+            return
+        assert gpa == 0x805000 and len(page) == 4096 and TOY_BOOT.kernel in page
+
+
+class TestFirmwareState:
+    def test_the_stock_firmware(self) -> None:
+        data = firmware_file("OVMF.amdsev.fd").read_bytes()
+        volume = confbuild.firmware_volume(data)
+        assert confbuild.firmware_state(data) == ADMITS and len(volume) == 0xF50090 and volume.count(SHIM) == 2
+
+    @pytest.mark.parametrize(("volume", "state"), [
+        (b"x" * 100, ""), (SHIM, ADMITS), (b"x" + SHIM + b"y", ADMITS), ("shim".encode("utf-16-le"), ""), (b"shim\0", ""), ("\u2603him\0".encode("utf-16-le"), ""),
+        *[(bytes(n) + SHIM, ADMITS) for n in ((1 << 20) - 10, (1 << 20) - 9, (1 << 20) - 5, (1 << 20) - 1, 1 << 20, (3 << 20) - 4)],
+        (bytes(1 << 20), ""), (bytes(2 << 20), ""), ((1 << 20) * b"\1" + b"\2", "")], ids=short_id)
+    def test_names(self, volume: bytes, state: str) -> None:
+        """Wherever it lies, also across two blocks."""
+        data = toy_volume(lzma_section(volume))
+        assert (confbuild.firmware_state(data), confbuild.firmware_volume(data) == volume) == (state, True)
+
+    def test_the_guid_elsewhere(self) -> None:
+        """As it stands in code, too, and as what cannot be a section."""
+        odd = [LZMA_GUID, b"\2" + LZMA_GUID, bytes(3) + b"\2" + LZMA_GUID + bytes(4), b"\xff\xff\xff\2" + LZMA_GUID + b"\x18\0\0\0",
+               b"\x18\0\0\2" + LZMA_GUID + b"\x18\0\0\0", b"\x30\0\0\2" + LZMA_GUID + b"\x17\0\0\0"]
+        assert confbuild.firmware_volume(toy_volume(*odd, lzma_section(b"volume"))) == b"volume"
+        assert confbuild.firmware_volume(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID) == b"volume"
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (TOY_FIRMWARE, "there is no compressed section"), (b"", "there is no compressed section"),
+        (toy_volume(lzma_section(b"a"), lzma_section(b"b")), "there is more than one compressed section"),
+        (toy_volume(lzma_section(b"a", 0)), "it says that it has 0 bytes, which is not 1 to 67108864"),
+        (toy_volume(lzma_section(b"a", (64 << 20) + 1)), "it says that it has 67108865 bytes"), (toy_volume(lzma_section(b"a", 2 ** 64 - 1)), "which is not 1 to 67108864"),
+        (toy_volume(lzma_section(b"a" * 5000, cut=12)), "bytes are missing"), (toy_volume(lzma_section(b"a" * 5000, 64 << 20)), "it cannot be decompressed: Corrupt"),
+        (toy_volume(lzma_section(b"a", properties=b"\xff")), "it cannot be decompressed: Input format"),
+        (toy_volume(lzma_section(b"a", properties=b"\x5d\0\0\0\x80")), "it cannot be decompressed: Memory usage limit exceeded")], ids=short_id)
+    def test_what_cannot_be_looked_into(self, data: bytes, message: str) -> None:
+        state = confbuild.firmware_state(data)
+        assert state.startswith("cannot be looked into: firmware volume: ") and message in state
+        with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
+            confbuild.firmware_volume(data)
+
+    def test_no_lzma(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python can be built without."""
+        class Missing:
+            def __getattr__(self, name: str) -> Any:
+                raise ImportError("No module named '_lzma'")
+
+        monkeypatch.setattr(confbuild, "lzma", Missing())
+        assert confbuild.firmware_state(toy_volume(lzma_section(b"a"))) == "cannot be looked into: firmware volume: this Python has no lzma"
+
+    @settings(max_examples=100)
+    @given(st.integers(0, 10 ** 6), st.binary(max_size=4), st.integers(0, 4))
+    def test_any_bytes_inside_never_raise(self, where: int, new: bytes, old: int) -> None:
+        section = lzma_section(bytes(range(256)) * 4)
+        at = where % len(section)
+        state = confbuild.firmware_state(toy_volume(section[:at] + new + section[at + old:]))
+        assert state == "" or state.startswith("cannot be looked into: ")
+
+    def test_a_hostile_firmware_takes_bounded_time(self) -> None:
+        """All of it GUIDs of sections that are none; and what unpacks to the most."""
+        with within(10):
+            assert "no compressed section" in confbuild.firmware_state((b"\2" + LZMA_GUID) * (1 << 18))
+            assert confbuild.firmware_state(toy_volume(lzma_section(bytes(64 << 20)))) == ""
+
+# endregion 10
+# ==============================================================================
 # region 11. Statement
 # ==============================================================================
 
@@ -2217,6 +2554,7 @@ class TestStatement:
 
 
 GOOD_BUNDLE = bundle()
+ATTESTED = attested()
 DEMO_SHA256 = hashlib.sha256(b"artifact").hexdigest()
 REPORT = confbuild.simulated_report(confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE), confbuild.simulated_measurement())
 
@@ -2297,7 +2635,7 @@ TAMPERINGS: list[Tampering] = [
     ("Merkle root", bundle(statement(predicate__runDetails__byproducts=[{"digest": LOCKED, "name": "input_merkle_root"}])), ANY,
      {"input Merkle root"}),
     ("no Merkle root", bundle(statement(predicate__runDetails__byproducts=[{"digest": LOCKED, "name": "other"}])), ANY, {"input Merkle root"}),
-    ("builder of hardware", bundle(statement(predicate__runDetails__builder__id="urn:confbuild:builder:sev-snp:v1")), ANY, {"simulated builder"}),
+    *[(f"builder {name}", bundle(statement(predicate__runDetails__builder__id=name)), ANY, {"builder"}) for name in (confbuild.SNP_BUILDER, HARDWARE_BUILDER)],
     ("signature, first byte", report_with(0x2A0, b"\1"), ANY, {"simulated report"}),
     ("signature, last byte", report_with(1183, b"\1"), ANY, {"simulated report"}),
     ("chip_id, first byte", report_with(0x1A0, b"\1"), ANY, {"simulated report"}),
@@ -2352,7 +2690,7 @@ def failed_checks(verdict: confbuild.Verdict) -> set[str]:
 def shown(platform: str) -> frozenset[str]:
     """What every verdict over a bundle shows, whatever fails."""
     known = confbuild.REQUIRED_OF_PLATFORM.get(platform, frozenset(("evidence form", "platform", "report form")))
-    return known | confbuild.REQUIRED_OF_BUNDLE | {*OPTIONAL.values(), "revocation", "PCR values"}
+    return known | confbuild.REQUIRED_OF_BUNDLE | {*OPTIONAL.values(), "revocation", "PCR values", *confbuild.OF_IMAGE}
 
 
 class TestVerdict:
@@ -2360,7 +2698,7 @@ class TestVerdict:
         assert {**OPTIONAL, "pcrs": "PCR values", "require_crl": "revocation", "require_tee": "hardware evidence"} == confbuild.ASKED
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
-        assert {check.name: check.status for check in verdict.checks if check.status != "passed"} == {"revocation": "not checked", "PCR values": "not checked"}
+        assert {check.name for check in verdict.checks if check.status != "passed"} == {"revocation", "PCR values", *confbuild.OF_IMAGE}
         assert shown("simulated") <= {check.name for check in verdict.checks}
         signed = hashlib.sha256(provenance_of(bundle(COMPLETE))).hexdigest() + NONCE + "00" * 16
         wanted = {
@@ -2373,7 +2711,7 @@ class TestVerdict:
     def test_what_nobody_asks_for_is_shown_as_not_checked(self) -> None:
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations())
         assert verdict.verdict == "simulated"
-        assert {check.name for check in verdict.checks if check.status == "not checked"} == {*OPTIONAL.values(), "revocation", "PCR values"}
+        assert {check.name for check in verdict.checks if check.status == "not checked"} == {*OPTIONAL.values(), "revocation", "PCR values", *confbuild.OF_IMAGE}
         assert next(check for check in verdict.checks if check.name == "nonce") == confbuild.Check("nonce", "not checked", "", NONCE,
                                                                                                    "no expectation given")
 
@@ -2503,7 +2841,7 @@ class TestVerdict:
             assert json.loads(done.stdout) == json.loads(json.dumps(expected)) and done.stderr == ""
 
     def test_the_verifier_uses_no_impure_name(self) -> None:
-        """Sections 1 to 12 use their own names, five modules without effects, and builtins that neither open, print, import nor run."""
+        """Sections 1 to 12 use their own names, six modules without effects, and builtins that neither open, print, import nor run."""
         head, _, part = FILE.read_text("utf-8").partition("\n# region 1. ")
         tree = ast.parse("# " + part.partition("\n# ---- End of the verifier.")[0])
         own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -2514,7 +2852,8 @@ class TestVerdict:
                 if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names} - {"IO", "TYPE_CHECKING"}
         assert {"base64", "hashlib", "json", "re"} <= pure and not pure & {"os", "sys", "time", "random", "secrets", "socket", "subprocess",
                                                                            "threading", "io"}
-        builtin = {"ConfbuildError", "Exception", "KeyError", "TypeError", "UnicodeDecodeError", "UnicodeEncodeError", "ValueError", "abs", "all",
+        pure |= {"lzma"}  # bytes in, bytes out; it comes when a firmware is looked into
+        builtin = {"ConfbuildError", "Exception", "ImportError", "KeyError", "TypeError", "UnicodeDecodeError", "UnicodeEncodeError", "ValueError", "abs", "all",
                    "any", "bool", "bytearray", "bytes", "dict", "enumerate", "filter", "float", "frozenset", "getattr", "int", "isinstance", "iter", "len", "list", "map", "max", "min", "next",
                    "pow", "property", "range", "reversed", "set", "sorted", "str",
                    "sum", "super", "tuple", "type", "zip"}
@@ -2549,7 +2888,7 @@ def made(make: Callable[..., bytes], **changes: Any) -> bytes:
 
 def snp(report: Mapping[str, Any] | None = None, vek: Mapping[str, Any] | bytes | None = None, platform: str = "snp", doc: Any = None) -> confbuild.BundleFiles:
     """A bundle of doc with evidence of the toy hierarchy. report: changes of the report; vek: changes of the certificate, or the one that is there."""
-    data = provenance_of(GOOD_BUNDLE) if doc is None else confbuild.to_canonical(doc)
+    data = provenance_of(ATTESTED) if doc is None else confbuild.to_canonical(doc)
     signed = made(snp_report, **{**({} if doc is None else {"report_data": confbuild.report_data(data, NONCE)}), **(report or {})})
     return snp_bundle(signed, vek if isinstance(vek, bytes) else made(vek_of, **(vek or {})), platform, provenance=data)
 
@@ -2580,7 +2919,7 @@ def edited(files: confbuild.BundleFiles, *path: Any, new: Any = None, drop: bool
 def azure(**changes: Any) -> confbuild.BundleFiles:
     if not changes and "azure" not in MADE:
         MADE["azure"] = azure(vek=made(vek_of)).evidence
-    return GOOD_BUNDLE._replace(evidence=MADE["azure"]) if not changes else azure_bundle(**{
+    return ATTESTED._replace(evidence=MADE["azure"]) if not changes else azure_bundle(**{
         "report": made(snp_report, version=2, report_data=RUNTIME_DIGEST), "vek": made(vek_of), **changes})
 
 
@@ -2689,9 +3028,9 @@ CHANGES: list[Change] = [
     ("Turin, chip_id has a tail", lambda: turin({"chip_id": CHIP_ID[8:16] + bytes(55) + b"\1"}), {"VEK chip_id"}, {}),
     ("Turin by Milan's name", lambda: turin(issuer="SEV-Milan"), {"VEK issuer"}, {}),
     ("report data", lambda: snp({"report_data": hashlib.sha256(b"").digest() + bytes.fromhex(NONCE)}), {"provenance digest"}, {}),
-    ("report data, first byte of the tail", lambda: snp({"report_data": confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE)[:48] + b"\1"}), {"report data tail"}, {}),
-    ("report data, last byte", lambda: snp({"report_data": confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE)[:63] + b"\1"}), {"report data tail"}, {}),
-    ("provenance", lambda: snp()._replace(provenance=provenance_of(GOOD_BUNDLE).replace(b"--release", b"--releasf")), {"provenance digest"}, {}),
+    ("report data, first byte of the tail", lambda: snp({"report_data": confbuild.report_data(provenance_of(ATTESTED), NONCE)[:48] + b"\1"}), {"report data tail"}, {}),
+    ("report data, last byte", lambda: snp({"report_data": confbuild.report_data(provenance_of(ATTESTED), NONCE)[:63] + b"\1"}), {"report data tail"}, {}),
+    ("provenance", lambda: snp()._replace(provenance=provenance_of(ATTESTED).replace(b"--release", b"--releasf")), {"provenance digest"}, {}),
     ("no provenance", lambda: snp()._replace(provenance=None), {"provenance form"}, {}), ("artifact", lambda: snp()._replace(artifacts={}), {"artifact demo", "artifacts"}, {}),
     ("report short", lambda: snp_bundle(made(snp_report)[:-1], made(vek_of)), {"report form"}, {"detail": "attestation_report: 1183 bytes, not 1184"}),
     ("chain without a vcek", lambda: edited(snp(), *CHAIN, new={"ask": None}), {"report form"}, {"detail": "cert_chain: not an object of vcek, perhaps ask, perhaps ark"}),
@@ -2709,8 +3048,8 @@ CHANGES: list[Change] = [
     ("az-snp evidence version true", lambda: edited(azure(), "evidence", "version", new=True), {"report form"}, {}),
     ("az-snp evidence version 1.0", lambda: edited(azure(), "evidence", "version", new=1.0), {"report form"}, {}),
     ("extraData", lambda: azure(extra_data=bytes(50)), {"provenance digest"}, {}), ("extraData empty", lambda: azure(extra_data=b""), {"provenance digest"}, {}),
-    ("extraData of 32 bytes", lambda: azure(extra_data=confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE)[:32]), set(), {}),
-    ("extraData, tail", lambda: azure(extra_data=confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE)[:49] + b"\1"), {"report data tail"}, {}),
+    ("extraData of 32 bytes", lambda: azure(extra_data=confbuild.report_data(provenance_of(ATTESTED), NONCE)[:32]), set(), {}),
+    ("extraData, tail", lambda: azure(extra_data=confbuild.report_data(provenance_of(ATTESTED), NONCE)[:49] + b"\1"), {"report data tail"}, {}),
     ("extraData of 65 bytes", lambda: azure(extra_data=bytes(65)), {"TPM quote"}, {"detail": "extraData has 65 bytes, more than 64"}),
     ("the report's own data", lambda: azure(report=made(snp_report)), {"runtime data digest"}, {}),
     ("value of a register", lambda: edited(azure(), "evidence", "tpm_quote", "pcrs", 5, new="00" * 32), {"PCR digest"}, {}),
@@ -2767,7 +3106,7 @@ class TestHardwareVerdict:
         assert (verdict.verdict, failed_checks(verdict)) == ("passed", set())
         names = [check.name for check in verdict.checks]
         assert len(names) == len(set(names)) and shown(verdict.platform) | {"hardware evidence", "trust anchors"} <= set(names)
-        digest, other = hashlib.sha256(provenance_of(GOOD_BUNDLE)).hexdigest(), make is azure
+        digest, other = hashlib.sha256(provenance_of(ATTESTED)).hexdigest(), make is azure
         signed = digest + NONCE + "00" * 16
         wanted = {"nonce": NONCE, "signed_data": signed, "provenance_sha256": digest, "product": "Turin" if make is turin else "Milan", "vmpl": 0,
                   "report_data": RUNTIME_DIGEST.hex() + "00" * 32 if other else signed, "measurement": b"m".hex() * 48, "debug": False, "policy": "0x30000",
@@ -2777,7 +3116,7 @@ class TestHardwareVerdict:
         if other:
             assert verdict.claims["vm_configuration"] == {"secure-boot": True} and len(verdict.claims["pcrs"]) == 24
 
-    COMPLETE_RIGHT: Mapping[str, Any] = {**RIGHT_OF_STATEMENT, "measurements": ["00" * 48, "6D" * 48], "min_tcb": MILAN_TCB, "host_data": "AB" + "00" * 31,
+    COMPLETE_RIGHT: Mapping[str, Any] = {**RIGHT_OF_STATEMENT, "builder_id": HARDWARE_BUILDER, "measurements": ["00" * 48, "6D" * 48], "min_tcb": MILAN_TCB, "host_data": "AB" + "00" * 31,
                                          "guest_svn": 7, "chip_id": CHIP_ID.hex().upper(), "family_id": "cd" + "00" * 15, "image_id": "EF" + "00" * 15}
     COMPLETE_WRONG: Mapping[str, Sequence[Any]] = {
         **WRONG_OF_STATEMENT, "measurements": [["00" * 48], ["6d" * 47], [""]], "host_data": ["00" * 32, "ab", ""], "guest_svn": [0, 8],
@@ -2786,7 +3125,7 @@ class TestHardwareVerdict:
 
     def complete(self) -> confbuild.BundleFiles:
         fields = {"host_data": b"\xab", "guest_svn": 7, "family_id": b"\xcd", "image_id": b"\xef"}
-        return snp(fields, doc=COMPLETE)
+        return snp(fields, doc=replaced(COMPLETE, ("predicate", "runDetails", "builder", "id"), HARDWARE_BUILDER))
 
     def test_every_expectation_both_ways(self, monkeypatch: pytest.MonkeyPatch) -> None:
         schemes = Perfect(monkeypatch)
@@ -2807,9 +3146,9 @@ class TestHardwareVerdict:
 
     @pytest.mark.parametrize(("nonce", "files", "failed"), [
         (NONCE, snp, set()), (NONCE.upper(), azure, set()), ("ff" * 16, snp, {"nonce"}), ("00" * 16, snp, {"nonce", "nonce is not zero"}),
-        ("00" * 16, lambda: snp({"report_data": hashlib.sha256(provenance_of(GOOD_BUNDLE)).digest()}), {"nonce is not zero"}),
-        ("ffeeddccbbaa99887766554433220000", lambda: azure(extra_data=confbuild.report_data(provenance_of(GOOD_BUNDLE), "ffeeddccbbaa99887766554433220000")[:46]), set()),
-        (NONCE, lambda: azure(extra_data=confbuild.report_data(provenance_of(GOOD_BUNDLE), NONCE)[:32]), {"nonce"}),
+        ("00" * 16, lambda: snp({"report_data": hashlib.sha256(provenance_of(ATTESTED)).digest()}), {"nonce is not zero"}),
+        ("ffeeddccbbaa99887766554433220000", lambda: azure(extra_data=confbuild.report_data(provenance_of(ATTESTED), "ffeeddccbbaa99887766554433220000")[:46]), set()),
+        (NONCE, lambda: azure(extra_data=confbuild.report_data(provenance_of(ATTESTED), NONCE)[:32]), {"nonce"}),
         (NONCE, lambda: azure(message=b""), {"TPM quote"})])
     def test_nonce(self, nonce: str, files: Callable[[], confbuild.BundleFiles], failed: set[str]) -> None:
         """The same of a bundle and of its evidence alone."""
@@ -2827,8 +3166,8 @@ class TestHardwareVerdict:
         ("good", True, set()), ("good", False, set()), ("compact", True, set()), ("compact", False, {"provenance digest"}),
         ("other", True, {"provenance digest"}), ("not JSON", True, {"provenance form", "provenance digest"}), ("null", True, {"provenance schema", "provenance digest"})])
     def test_legacy_digest(self, files: str, allow: bool, failed: set[str]) -> None:
-        doc = provenance_of(GOOD_BUNDLE)
-        data = {"compact": json.dumps(statement(), separators=(",", ":")).encode(), "good": doc}.get(files, b"x")
+        doc = provenance_of(ATTESTED)
+        data = {"compact": json.dumps(json.loads(doc), separators=(",", ":")).encode(), "good": doc}.get(files, b"x")
         bundle_ = snp({"report_data": confbuild.report_data(data, NONCE)})._replace(provenance={"not JSON": b"{", "null": b"null"}.get(files, doc))
         verdict = verdict_over(bundle_, confbuild.Expectations(nonce=NONCE, allow_legacy_digest=allow), anchors=TOY_ANCHORS)
         assert (failed_checks(verdict), verdict.verdict) == (failed, "failed" if failed else "passed")
@@ -2866,6 +3205,58 @@ class TestHardwareVerdict:
             assert [check.status for check in verdict.checks if check.name == "revocation list age"] == ([age] if age else [])
         if missing:
             assert verdict.checks[-1].actual == "not checked: revocation"
+
+    DIGEST = hashlib.sha256(b"m" * 48).hexdigest()
+
+    @pytest.mark.parametrize(("builder", "claimed", "failed"), [
+        (HARDWARE_BUILDER, None, set()), (HARDWARE_BUILDER, DIGEST, set()), (HARDWARE_BUILDER, "00" * 32, {"measurement byproduct"}),
+        (confbuild.SNP_BUILDER, DIGEST, set()), (confbuild.SNP_BUILDER, None, {"measurement byproduct"}), (confbuild.SNP_BUILDER, "00" * 32, {"measurement byproduct"}),
+        (confbuild.SIMULATED_BUILDER, None, {"builder"}), (confbuild.QEMU_BUILDER, DIGEST, {"builder"}), (confbuild.QEMU_BUILDER, "00" * 32, {"builder", "measurement byproduct"})])
+    def test_neither_half_claims_more_than_the_other(self, builder: str, claimed: str | None, failed: set[str]) -> None:
+        """And what the evidence of a simulation says is no measurement, so that no byproduct is compared with it."""
+        doc = statement(predicate__runDetails__builder__id=builder)
+        doc["predicate"]["runDetails"]["byproducts"] += [] if claimed is None else [{"digest": {"sha256": claimed}, "name": "measurement"}]
+        for make, other in ((snp, False), (bundle, True)):
+            verdict = verdict_over(make(doc=doc), ANY, anchors=TOY_ANCHORS)
+            wanted = failed if not other else set() if builder in (confbuild.SIMULATED_BUILDER, confbuild.QEMU_BUILDER) else {"builder"}
+            assert (failed_checks(verdict), verdict.verdict) == (wanted, "failed" if wanted else "simulated" if other else "passed")
+        unread = verdict_over(snp(doc=doc)._replace(evidence=b"{}"), ANY, anchors=TOY_ANCHORS)
+        assert status_of(unread, "builder") == "not checked" and unread.verdict == "failed"
+
+    @pytest.mark.parametrize(("word", "claim"), [(b"none", "none"), (b"open", "open"), (b"ajar", None), (None, None)])
+    def test_what_the_guest_could_reach(self, word: bytes | None, claim: str | None) -> None:
+        doc = statement()
+        doc["predicate"]["runDetails"]["byproducts"] += [{"digest": {"sha256": hashlib.sha256(word).hexdigest()}, "name": "guest_network"}] if word else []
+        assert verdict_over(bundle(doc), ANY).claims.get("guest_network") == claim
+
+    IMAGE = confbuild.ImageFacts("ab" * 32, "", "", {"EPYC-v4, 1 vCPU": "00" * 48, "EPYC-v4, 2 vCPUs": "6d" * 48})
+    BOOTED: Mapping[str, Any] = {"host_data": b"\xab" * 32}
+
+    @pytest.mark.parametrize(("report", "changes", "failed", "said"), [
+        (BOOTED, {}, set(), ""), ({}, {}, {"image host_data"}, "HOST_DATA is the SHA-256 of image.json"),
+        (BOOTED, {"parts": "kernel: another file"}, {"image parts"}, "kernel: another file"), (BOOTED, {"firmware": "it admits"}, {"image firmware"}, "it admits"),
+        (BOOTED, {"manifest_sha256": "00" * 32}, {"image host_data"}, "00" * 32), (BOOTED, {"launch_digests": {}}, {"image measurement"}, "none: image.json asks for no"),
+        (BOOTED, {"launch_digests": {"EPYC-v4, 1 vCPU": "00" * 48}}, {"image measurement"}, "00" * 48 + " (EPYC-v4, 1 vCPU)"),
+        ({"measurement": b"n" * 48}, {"parts": "x", "firmware": "y"}, set(confbuild.OF_IMAGE), "x")])
+    def test_image(self, report: Mapping[str, Any], changes: Mapping[str, Any], failed: set[str], said: str) -> None:
+        facts = self.IMAGE._replace(**changes)
+        verdict = verdict_over(snp(report), confbuild.Expectations(image=facts), anchors=TOY_ANCHORS)
+        assert (failed_checks(verdict), verdict.verdict) == (failed, "failed" if failed else "passed")
+        checks = {check.name: check for check in verdict.checks}
+        assert set(confbuild.OF_IMAGE) <= set(checks) and any(said in "".join(check) for check in checks.values() if check.status == "failed") == bool(failed)
+        assert failed or checks["image measurement"] == confbuild.Check(
+            "image measurement", "passed", "00" * 48 + " (EPYC-v4, 1 vCPU) or " + "6d" * 48 + " (EPYC-v4, 2 vCPUs)", "6d" * 48 + " (EPYC-v4, 2 vCPUs)")
+
+    def test_image_of_what_nothing_has_measured(self) -> None:
+        """Also where the simulation says what the image's measurement is, and where the evidence cannot be read."""
+        facts = confbuild.ImageFacts("00" * 32, "", "", {"EPYC-v4, 1 vCPU": confbuild.simulated_measurement().hex()})
+        verdict = verdict_over(GOOD_BUNDLE, confbuild.Expectations(image=facts))
+        assert failed_checks(verdict) == {"image measurement", "image host_data"}
+        assert {check.detail for check in verdict.checks if check.status == "failed"} == {"simulated evidence: nothing has measured that VM"}
+        verdict = verdict_over(GOOD_BUNDLE._replace(evidence=b"{"), confbuild.Expectations(image=facts))
+        assert [status_of(verdict, name) for name in confbuild.OF_IMAGE] == ["passed", "passed", "not checked", "not checked"]
+        verdict = verdict_over(snp(self.BOOTED)._replace(provenance=None, artifacts={}), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
+        assert verdict.verdict == "passed", "of evidence alone as well"
 
     def test_a_hostile_list_takes_linear_time(self) -> None:
         """Nobody signed it: numbers of one hash, which for Python are the multiples of 2^61 - 1."""
@@ -8638,7 +9029,7 @@ class TestLayout:
         impure = {"open", "print", "input", "exec", "eval", "__import__"} | {
             alias.asname or alias.name.partition(".")[0] for node in ast.walk(self.TREE) if isinstance(node, (ast.Import, ast.ImportFrom))
             for alias in node.names} - {"base64", "binascii", "hashlib", "json", "re", "Callable", "Iterable", "Iterator", "Mapping", "Sequence",
-                                        "IO", "TYPE_CHECKING", "Any", "NamedTuple", "NoReturn", "Counter"}
+                                        "IO", "TYPE_CHECKING", "Any", "NamedTuple", "NoReturn", "Counter", "lzma"}
         assert {"os", "time", "socket", "subprocess", "threading", "secrets"} <= impure
         begin = self.REGIONS[0].first
         assert [(line, name) for line, name in names_read(self.SOURCE) if begin < line < self.CUT and name in impure and name not in names] == []
