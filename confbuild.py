@@ -5758,7 +5758,7 @@ def _run_cpuid(leaf: int) -> bytes:
     return bytes(registers)
 
 
-def preflight(guest: Guest, host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
+def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
     """What an SEV-SNP guest needs of this machine: each Check has in `actual` what is wrong and in `detail` what to do about it. Starts nothing but a QEMU
     that prints its version and its help."""
     def check(name: str, problem: str, remedy: str) -> Check:
@@ -5767,15 +5767,14 @@ def preflight(guest: Guest, host: Host = Host()) -> list[Check]:  # noqa: B008  
     version = qemu_version()
     found = f"{QEMU} is {version[0]}.{version[1]}" if version else f"there is no {QEMU} in PATH"
     knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
-    eax, ebx = sev_cpuid(host.cpuid)
+    eax, _ = sev_cpuid(host.cpuid)
     return [
         check("QEMU", "" if knows else f"{found}, and has no sev-snp-guest", "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
         check("KVM", _kvm_problem(host), "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
               "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER"),
         check("kvm_amd", _parameter_problem(host.sev_snp), "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off"),
         check("/dev/sev", _open_problem(host.sev), 'load ccp, and open the device to this user, by a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"'),
-        check("processor", "CPUID 0x8000001F has no SEV-SNP" if not eax >> 4 & 1 else "" if ebx & 63 == guest.cbitpos else (
-              f"its C-bit is {ebx & 63}, not {guest.cbitpos}"), "run on an AMD EPYC 7003 or later, not inside of another VM, with its own C-bit")]
+        check("processor", "" if eax >> 4 & 1 else "CPUID 0x8000001F has no SEV-SNP", "run on an AMD EPYC 7003 or later, not inside of another VM")]
 
 
 def _open_problem(path: str) -> str:
@@ -8086,8 +8085,10 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user")
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
+    if kind == "snp" and not options.print_command:
+        _require_snp(options.image)
     if not options.image:
-        raise UsageError(f"{'--tee' if options.tee else '--vm ' + kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
+        raise UsageError(f"--vm {kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
     image, facts = read_image(options.image), check_image(options.image)
     for complaint in (facts.parts, facts.firmware):
         if complaint:
@@ -8098,7 +8099,8 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
                          "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one")
     guest = Guest(kind, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
     if kind == "snp":
-        guest = _require_snp(guest, options.print_command)
+        eax, ebx = sev_cpuid()
+        guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 else guest
         return Machine(kind, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
     version = qemu_version()
     if version is None:
@@ -8110,19 +8112,16 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
                    f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware")
 
 
-def _require_snp(guest: Guest, anyway: bool) -> Guest:
-    """guest with this processor's C-bit. anyway: for a look at the command line. Raises UsageError, after a table, where this machine has no SEV-SNP."""
-    eax, ebx = sev_cpuid()
-    guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 else guest
-    checks = [] if anyway else preflight(guest)
+def _require_snp(image: str | None) -> None:
+    """Raise UsageError, after a table, where something is missing that an SEV-SNP guest needs."""
+    checks = [*preflight(), Check("image", "passed" if image else "failed", actual="none is named", detail="`confbuild image` makes one, --image DIR names it")]
     missing = sum(check.status != "passed" for check in checks)
+    for check in checks if missing else []:
+        rows = [f"ok    {check.name}"] if check.status == "passed" else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
+        sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
     if missing:
-        for check in checks:
-            mark, rows = ("ok  ", [""]) if check.status == "passed" else ("MISS", [check.actual, "-> " + check.detail])
-            sys.stderr.write("".join(plain_text(f"confbuild: {mark if n == 0 else '    '} {check.name if n == 0 else '':9}  {row}").rstrip() + "\n" for n, row in enumerate(rows)))
         raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
                          "`--vm qemu` boots the same image in a guest that is not confidential")
-    return guest
 
 
 class Running(NamedTuple):
