@@ -5463,13 +5463,427 @@ class Jobs:
 
 # endregion 22
 # ==============================================================================
-# region 23. QEMU                                                 [uses nothing]
+# region 23. QEMU                                               [uses 10, 13, 19]
 # ==============================================================================
-# The argument vector of a guest, and what this machine needs for one.
+# A guest as a child process: QEMU's argument vector (a pure function), what this machine needs for it, and its life.
+#
+# Nothing here makes a guest confidential: the processor does, and only the agent's evidence shows it.  The host, this section
+# with it, can read and change whatever a guest says or hears.
+#
+# The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console and QEMU's own words
+# come through QEMU's standard error: bytes of a guest that nobody trusts, so always read and never kept without a bound.
+#
+# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU says; ends with QEMU.
+
+QEMU = "qemu-system-x86_64"
+GUEST_PORT = 8080  # of the agent, inside of the guest
+MAX_CONSOLE = MIB  # of a guest's console, kept in its workspace
+POWER_OFF_S = 5.0  # for a guest whose standard input has ended; a prototype needed 0.2
+LAST_LINES = 8  # of the console, in an error message
+FIRMWARE_QEMU = (10, 0)  # the first that hands the kernel's file to the firmware as it is (fw_cfg etc/boot/kernel), so that its hash can fit
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MAX_SOCKET_PATH = 107  # unix(7): sun_path has 108 bytes with the NUL
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+# Modern virtio through the guest's DMA API: under SNP by pages that it shares with its host.
+_VIRTIO = "disable-legacy=on,iommu_platform=on"
+_SNP_POLICY = 0x30000  # bit 17 is always 1, bit 16 allows SMT; no debugging, no migration [SNP-ABI 4.3 GUEST_POLICY]
+_KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES, _KVM_X86_SNP_VM = 0xAE03, 235, 4  # linux/kvm.h, asm/kvm.h
+_SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
+# void f(uint32_t out[4], uint32_t leaf): push rbx; mov r8, rdi; mov eax, esi; xor ecx, ecx; cpuid; mov [r8], eax; mov [r8+4], ebx;
+# mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
+_CPUID = bytes.fromhex("53 4989f8 89f0 31c9 0fa2 418900 41895804 41894808 4189500c 5b c3")
+_CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]")  # terminal sequences, and whatever else could steer a terminal
 
 
-class QemuError(UsageError):
-    """This machine cannot run the guest that was asked for."""
+class Guest(NamedTuple):
+    """A virtual machine for QEMU. mode: "snp", or "qemu": emulated, and not confidential; network: the guest reaches the network, and with it
+    its host's loopback interface; cbitpos: of this machine's processor, see sev_cpuid; firmware: False where QEMU boots the kernel itself
+    and nothing measures it, only in mode "qemu"."""
+
+    mode: str
+    image: Image
+    vcpus: int = 1
+    vcpu_type: str = "EPYC-v4"
+    memory_mib: int = 2048
+    network: bool = False
+    cbitpos: int = 51
+    firmware: bool = True
+
+
+def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashes_gpa: int = 0) -> list[str]:
+    """The argument vector of guest, with the agent at standard input and output. Pure. qmp: the path of QEMU's monitor, a unix socket;
+    console: the file that gets what the guest prints; hashes_page, hashes_gpa: a file, and where in mode "qemu" QEMU puts it for the firmware
+    to compare kernel, initrd and command line with. In mode "snp" QEMU makes that page itself."""
+    def quoted(path: str) -> str:
+        return path.replace(",", ",,")  # a single one separates QEMU's options
+
+    image, memory = guest.image, f"{guest.memory_mib}M"
+    argv = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", _SANDBOX]
+    if guest.mode == "snp":
+        host_data = base64.b64encode(bytes.fromhex(image.manifest_sha256)).decode("ascii")
+        argv += ["-accel", "kvm", "-machine", "q35,confidential-guest-support=sev0,memory-backend=ram0,kernel-irqchip=split,vmport=off,smm=off",
+                 "-object", f"memory-backend-memfd,id=ram0,size={memory},share=on,prealloc=off",
+                 "-object", (f"sev-snp-guest,id=sev0,cbitpos={guest.cbitpos},reduced-phys-bits=1,policy={_SNP_POLICY:#x},kernel-hashes=on,"
+                             f"host-data={host_data}"), "-bios", image.firmware]
+    else:
+        argv += ["-accel", "tcg", "-machine", "q35,vmport=off"]
+        if guest.firmware:
+            argv += ["-bios", image.firmware, "-device", f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on"]
+    return [*argv, "-cpu", guest.vcpu_type, "-smp", str(guest.vcpus), "-m", memory,
+            "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.append,
+            "-blockdev", f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
+            "-device", f"virtio-blk-pci,drive=tools,{_VIRTIO}",
+            "-netdev", f"user,id=net,restrict={'off' if guest.network else 'on'},hostfwd=tcp:127.0.0.1:0-10.0.2.15:{GUEST_PORT}",
+            "-device", f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
+            "-device", f"virtio-rng-pci,{_VIRTIO}",
+            "-chardev", "stdio,id=agent,signal=off", "-device", f"virtio-serial-pci,{_VIRTIO}", "-device", "virtserialport,chardev=agent,name=confbuild",
+            "-chardev", f"file,id=console,path={quoted(console)}", "-serial", "chardev:console",
+            "-qmp", f"unix:{quoted(qmp)},server=on,wait=off"]
+
+
+def _ask_qemu(*arguments: str) -> tuple[int, bytes]:
+    """(exit status, stdout) of a QEMU that runs no guest; (-1, b"") where there is none."""
+    try:
+        return capture([QEMU, *arguments], "/", {"PATH": os.environ.get("PATH", os.defpath)}, MIB)[:2]
+    except OSError:
+        return -1, b""
+
+
+def qemu_version() -> tuple[int, int] | None:
+    """Major and minor version of the QEMU in PATH, or None."""
+    found = re.match(rb"QEMU emulator version (\d{1,4})\.(\d{1,4})", _ask_qemu("--version")[1])
+    return (int(found[1]), int(found[2])) if found else None
+
+
+class Host(NamedTuple):
+    """Where this machine says what it can do; ioctl: (descriptor, request, argument) -> answer, or OSError."""
+
+    kvm: str = "/dev/kvm"
+    sev_snp: str = "/sys/module/kvm_amd/parameters/sev_snp"
+    sev: str = "/dev/sev"
+    cpuid: str = "/dev/cpu/0/cpuid"
+    ioctl: Callable[[int, int, int], int] = lambda fd, request, argument: fcntl.ioctl(fd, request, argument)
+
+
+def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
+    """(EAX, EBX) of the leaf that tells of encrypted memory, both 0 where the processor has none: EAX bit 4 is SEV-SNP, EBX[5:0] the
+    C-bit's position. From the kernel's file at path, or, since that is root's, from the processor itself."""
+    def ask(leaf: int) -> tuple[int, int]:
+        try:
+            with open(path, "rb", buffering=0) as f:
+                registers = os.pread(f.fileno(), 16, leaf)
+        except OSError:
+            registers = _run_cpuid(leaf)
+        return int.from_bytes(registers[:4], "little"), int.from_bytes(registers[4:8], "little")
+
+    return ask(_SEV_LEAF) if ask(0x80000000)[0] >= _SEV_LEAF else (0, 0)  # beyond the last leaf others answer with anything
+
+
+def _run_cpuid(leaf: int) -> bytes:
+    """EAX, EBX, ECX and EDX, or nothing on a machine that is no x86-64 or forbids to run what was written."""
+    if os.uname().machine != "x86_64":
+        return b""
+    try:
+        code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    except OSError:
+        return b""
+    code.write(_CPUID)
+    registers = (ctypes.c_uint32 * 4)()
+    anchor = ctypes.c_char.from_buffer(code)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32)(ctypes.addressof(anchor))(ctypes.addressof(registers), leaf)
+    del anchor  # or the map cannot be closed
+    code.close()
+    return bytes(registers)
+
+
+def preflight(guest: Guest, image_problem: str = "", host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
+    """What guest needs of this machine: each Check has in `actual` what is wrong and in `detail` what to do about it. image_problem: why the
+    image is not to be booted, or empty. Starts nothing but a QEMU that prints its version and its help."""
+    def check(name: str, problem: str, remedy: str) -> Check:
+        return Check(name, "failed" if problem else "passed", actual=problem, detail=remedy if problem else "")
+
+    version = qemu_version()
+    found = f"{QEMU} is {version[0]}.{version[1]}" if version else f"there is no {QEMU} in PATH"
+    image = check("image", image_problem, "make it anew with `confbuild.py image`")
+    if guest.mode != "snp":
+        fits = version is not None and (version >= FIRMWARE_QEMU or not guest.firmware)
+        return [check("QEMU", "" if fits else found, "install QEMU 10.0 or later: apt-get install qemu-system-x86"), image]
+    knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
+    eax, ebx = sev_cpuid(host.cpuid)
+    return [
+        check("QEMU", "" if knows else f"{found}, and has no sev-snp-guest", "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
+        check("KVM", _kvm_problem(host), "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
+              "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER"),
+        check("kvm_amd", _parameter_problem(host.sev_snp), "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off"),
+        check("/dev/sev", _open_problem(host.sev), 'load ccp, and open the device to this user, by a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"'),
+        check("processor", "CPUID 0x8000001F has no SEV-SNP" if not eax >> 4 & 1 else "" if ebx & 63 == guest.cbitpos else (
+              f"its C-bit is {ebx & 63}, not {guest.cbitpos}"), "run on an AMD EPYC 7003 or later, not inside of another VM, with its own C-bit"),
+        image]
+
+
+def _open_problem(path: str) -> str:
+    """Why path cannot be read and written, or nothing."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as e:
+        return f"{path}: {e.strerror}"
+    return ""
+
+
+def _kvm_problem(host: Host) -> str:
+    """Why KVM makes no SEV-SNP guests, or nothing. This is the decisive test: KVM answers for kernel, processor and BIOS."""
+    problem = _open_problem(host.kvm)
+    if problem:
+        return problem
+    fd = os.open(host.kvm, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        types = host.ioctl(fd, _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES)
+    except OSError as e:
+        return f"{host.kvm}: {e.strerror}"
+    finally:
+        os.close(fd)
+    return "" if types >> _KVM_X86_SNP_VM & 1 else f"{host.kvm} offers the VM types {types:#x}, without bit 4, SEV-SNP"
+
+
+def _parameter_problem(path: str) -> str:
+    """Why kvm_amd runs without SEV-SNP, or nothing."""
+    try:
+        with open(path, "rb") as f:
+            value = f.read(16).strip()
+    except OSError as e:
+        return f"{path}: {e.strerror}"
+    return "" if value in (b"Y", b"1") else f"{path} is {value.decode('ascii', 'replace')!r}"
+
+
+def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> Any:
+    """What a command returns at QEMU's monitor, the unix socket at path. Raises BuildFailed VmError: refused, not QMP, or not within timeout_s.
+    [QEMU docs/interop/qmp-spec.rst]"""
+    deadline, rest = time.monotonic() + timeout_s, b""
+
+    def read() -> dict[str, Any]:
+        nonlocal rest
+        while b"\n" not in rest:
+            if len(rest) > MAX_LINE:
+                raise ValueError(f"a line of more than {MAX_LINE} bytes")
+            monitor.settimeout(max(deadline - time.monotonic(), 0.001))
+            block = monitor.recv(BLOCK)
+            if not block:
+                raise ValueError("it was closed")
+            rest += block
+        line, _, rest = rest.partition(b"\n")
+        message = parse_json(line, "message", 32)
+        if not isinstance(message, dict):
+            raise Malformed("message", "not an object")
+        return message
+
+    try:
+        with socket.socket(socket.AF_UNIX) as monitor:
+            monitor.settimeout(timeout_s)
+            monitor.connect(path)
+            if "QMP" not in read():
+                raise ValueError("it did not greet")
+            for name, values in (("qmp_capabilities", {}), (command, arguments)):
+                monitor.sendall(compact_json({"execute": name, "arguments": values}).encode("ascii") + b"\n")
+                answer = read()
+                while "event" in answer:
+                    answer = read()
+                if "return" not in answer:
+                    raise ValueError(f"{name}: {compact_json(answer)[:500]}")
+            return answer["return"]
+    except (OSError, ValueError) as e:
+        raise BuildFailed("VmError", f"QEMU's monitor: {e}") from None
+
+
+def forwarded_port(usernet: Any) -> int:
+    """The port of this machine that leads to the agent, out of what QEMU prints for `info usernet`. Raises BuildFailed VmError."""
+    found = re.findall(rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} ", str(usernet), re.MULTILINE)
+    if len(found) != 1:
+        raise BuildFailed("VmError", "QEMU does not say which port it forwards")
+    return int(found[0])
+
+
+def _bound_to_parent() -> Callable[[], None]:
+    """What a child does between fork and exec: it dies with the thread that forked it, and leaves no memory behind in a core file.  All is
+    looked up here, before the fork; after it a lock of another thread would stay locked."""
+    prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
+    parent, kill = os.getpid(), int(signal.SIGKILL)
+
+    def bind() -> None:
+        set_limit(core, (0, 0))
+        prctl(_PR_SET_PDEATHSIG, kill, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return bind
+
+
+class QemuVm:
+    """A guest of QEMU that is used once, with the interface of SimulatedVm. policy: what its agent is told of a SourcePolicy; console: is
+    given the lines that the guest or QEMU prints, by the thread "console", without control characters, as fast as they come."""
+
+    def __init__(self, guest: Guest, policy: Mapping[str, Any], console: Callable[[str], None] | None = None) -> None:
+        self.token = secrets.token_urlsafe(32)
+        self.platform = guest.mode
+        self.port = 0  # of the loopback interface, once it is ready
+        self._guest, self._policy, self._console = guest, policy, console
+        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
+        self._monitor = os.path.join(self._workspace, "qmp")
+        self._spoken = threading.Event()  # _answer holds the agent's first line, or QEMU has ended
+        self._answer = b""  # written by "console" before _spoken
+        self._last: Sequence[str] = ()  # replaced, never changed, by "console"
+        self._reader: threading.Thread | None = None  # set once, by spawn
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._gone = False  # guarded by _lock
+
+    def spawn(self) -> int:
+        """The process id of QEMU, whose guest begins to boot. Only for a thread that lives as long as the VM may: the kernel kills QEMU with the
+        *thread* that started it (prctl(2), PR_SET_PDEATHSIG). Raises BuildFailed VmError."""
+        with self._lock:
+            if self._gone:
+                raise BuildFailed("VmError", "the VM was destroyed before it was started")
+            if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
+                raise BuildFailed("VmError", f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name")
+            try:
+                argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
+                kept = open(os.path.join(self._workspace, "console"), "wb", buffering=0)  # noqa: SIM115  # "console" closes it
+                try:
+                    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self._workspace,
+                                             env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace}, start_new_session=True,
+                                             preexec_fn=_bound_to_parent())
+                except OSError:
+                    kept.close()
+                    raise
+            except (OSError, Malformed) as e:
+                raise BuildFailed("VmError", f"QEMU cannot be started: {e}") from None
+            self._child = child
+            self._reader = threading.Thread(target=self._read_all, args=(_pipe(child.stdout), _pipe(child.stderr), kept), name="console", daemon=True)
+            self._reader.start()
+            config = {"token": self.token, "policy": dict(self._policy), "platform": self.platform,
+                      "network": "open" if self._guest.network else "none"}
+            try:
+                _pipe(child.stdin).write(compact_json(config).encode("ascii") + b"\n")
+                _pipe(child.stdin).flush()  # stays open: its end tells the guest to power off
+            except BrokenPipeError:
+                pass  # QEMU has ended, and wait_ready tells its last words
+            return child.pid
+
+    def _write_hashes(self) -> tuple[str, int]:
+        """(path, address) of the page that SNP would measure, for an emulated guest with firmware."""
+        image = self._guest.image
+        if self._guest.mode == "snp" or not self._guest.firmware:
+            return "", 0
+        with open(image.firmware, "rb") as f:
+            firmware = parse_firmware(f.read())
+        gpa, page = hashes_page(firmware, boot_hashes(bytes.fromhex(file_sha256(image.kernel)), bytes.fromhex(file_sha256(image.initrd)), image.append))
+        path = os.path.join(self._workspace, "hashes")
+        with open(path, "wb") as out:
+            out.write(page)
+        return path, gpa
+
+    def _read_all(self, agent: IO[bytes], console: IO[bytes], kept: IO[bytes]) -> None:
+        """All that QEMU says, until it ends."""
+        splitter, room = LineSplitter(), MAX_CONSOLE
+        with agent, console, kept, selectors.DefaultSelector() as selector:
+            selector.register(agent, selectors.EVENT_READ)
+            selector.register(console, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    block = os.read(key.fd, BLOCK)
+                    if key.fileobj is agent:
+                        self._answer += block[:64]
+                        if not block or b"\n" in block or len(self._answer) > 16:  # what the agent says later, nobody reads
+                            selector.unregister(agent)
+                            self._spoken.set()
+                        continue
+                    if not block:
+                        selector.unregister(console)
+                    try:
+                        room -= kept.write(block[:room]) or 0
+                    except OSError:
+                        room = 0  # a full disk; the guest goes on
+                    self._tell(splitter.feed(block) if block else splitter.end())
+        self._spoken.set()
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        """The last lines are remembered, and all handed on."""
+        self._last = [*self._last, *lines][-LAST_LINES:]
+        if self._console is not None:
+            for text in filter(None, map(console_text, lines)):
+                self._console(text)
+
+    def _failure(self, what: str) -> BuildFailed:
+        """VmError, with the last words of QEMU and its guest."""
+        words = " | ".join(filter(None, map(console_text, self._last)))
+        return BuildFailed("VmError", what + (f"; its last words: {words}" if words else ""))
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """The agent answers on port. Raises BuildFailed VmError."""
+        with self._lock:
+            child = self._child
+        if child is None:
+            raise BuildFailed("VmError", "the VM is gone")
+        if not self._spoken.wait(timeout_s):
+            raise self._failure(f"the VM did not boot within {timeout_s:g} s")
+        if not self._answer:
+            self._join(1)  # QEMU's last words may still be on their way
+            raise self._failure("the VM ended while it booted")
+        if self._answer != b"%d\n" % GUEST_PORT:
+            raise self._failure(f"the agent said {self._answer[:16]!r}, not its port")
+        try:
+            self.port = forwarded_port(ask_monitor(self._monitor, "human-monitor-command", timeout_s, **{"command-line": "info usernet"}))
+        except BuildFailed as e:
+            raise self._failure(str(e)) from None
+
+    def destroy(self, clean: bool = False) -> None:
+        """QEMU and its workspace are gone, and its console has told all. clean: the guest may power itself off first, for POWER_OFF_S. Any thread
+        but the console's, any number of times; one without clean puts an end to the waiting of another."""
+        with self._lock:
+            self._gone = True
+            child = self._child
+        if clean and child is not None:
+            self._power_off(child)
+        with self._lock:
+            child, self._child = self._child, None
+            if child is not None:
+                child.kill()  # not reaped yet, so the id is still its own
+                child.wait()
+                _close(child)
+            try:
+                remove_tree(self._workspace)
+            except OSError as e:
+                logger().error("%s is not removed: %s", self._workspace, e)
+        self._join(POWER_OFF_S)
+
+    def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
+        """QEMU has ended, or heeds neither its guest nor its monitor."""
+        _close(child)
+        if not self._join(POWER_OFF_S):
+            try:
+                ask_monitor(self._monitor, "quit", 1)
+            except BuildFailed:
+                return  # nothing but the kill is left
+            self._join(1)
+
+    def _join(self, timeout_s: float) -> bool:
+        """Whether all that QEMU says has been read within timeout_s, which is when it has ended."""
+        if self._reader is not None:
+            self._reader.join(timeout_s)
+        return self._reader is None or not self._reader.is_alive()
+
+
+def _close(child: "subprocess.Popen[bytes]") -> None:
+    """child's standard input has ended."""
+    try:
+        _pipe(child.stdin).close()
+    except OSError:
+        pass  # it holds what nobody has read
+
+
+def console_text(line: str) -> str:
+    """A line of a guest's console as it may be shown: printable ASCII, at most 400 characters."""
+    return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
 
 # endregion 23
 # ==============================================================================
