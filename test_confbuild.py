@@ -16,14 +16,18 @@ import itertools
 import json
 import lzma
 import math
+import mmap
 import os
 import pty
 import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
 import ssl
+import stat
 import struct
 import subprocess
 import symtable
@@ -61,7 +65,8 @@ SHARED = FILE.parent.parent / "shared"
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
-           "openssl": "apt-get install openssl", "strace": "apt-get install strace"}
+           "openssl": "apt-get install openssl", "strace": "apt-get install strace",
+           "qemu-system-x86_64": "apt-get install qemu-system-x86", "cc": "apt-get install gcc"}
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
@@ -6599,6 +6604,556 @@ class TestJobs:
         assert refused.value.status == 503
 
 # endregion 22
+# ==============================================================================
+# region 23. QEMU
+# ==============================================================================
+
+# A QEMU in Python: it boots by running what a test gives it, with the agent's streams and the monitor that the argument vector names.
+QEMU_STAND_IN = '''#!%s -IS
+import json, os, select, signal, socket, sys
+def say(text):
+    os.write(2, text.encode())
+def agent(text):
+    os.write(1, text.encode())
+def monitor():
+    """One conversation; returns the command that it was about."""
+    peer, _ = listener.accept()
+    with peer, peer.makefile("rwb", 0) as stream:
+        stream.write(b'{"QMP": {"version": {}, "capabilities": ["oob"]}}\\r\\n')
+        for line in stream:
+            name = json.loads(line)["execute"]
+            stream.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESUME"}\\r\\n')
+            stream.write(json.dumps({"return": USERNET if name == "human-monitor-command" else {}}).encode() + b"\\r\\n")
+            if name != "qmp_capabilities":
+                return name
+def wait(*heeded):
+    """Until one of what is heeded happens: stdin, quit."""
+    while True:
+        ready = select.select([listener, *([0] if "stdin" in heeded else [])], [], [])[0]
+        if 0 in ready and not os.read(0, 4096) or listener in ready and monitor() in heeded:
+            return
+USERNET = "Hub -1 (net):\\r\\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\\r\\n" \\
+    "  TCP[HOST_FORWARD]  14       127.0.0.1 40261       10.0.2.15  8080     0     0\\r\\n"
+path = sys.argv[sys.argv.index("-qmp") + 1].removeprefix("unix:").removesuffix(",server=on,wait=off")
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+%s
+'''
+BOOTED = 'config = os.read(0, 4096); open(os.path.join(os.path.dirname(sys.argv[0]), "told"), "wb").write(config)\nagent("8080\\n")\n'
+SNP_CPUID = (0x80000021, 0x1F | 1 << 4, 51)  # the last leaf, EAX and EBX of 0x8000001F
+
+
+def guest_image(folder: str = "/image") -> confbuild.Image:
+    return confbuild.Image(folder, "5a" * 32, "console=ttyS0 panic=-1", f"{folder}/firmware.fd", f"{folder}/vmlinuz", f"{folder}/initrd", f"{folder}/tools", [])
+
+
+def small_image(folder: Path) -> confbuild.Image:
+    """An image whose parts QEMU loads; nothing would run."""
+    kernel = bytearray(8192)  # the header of a bzImage: Linux, Documentation/arch/x86/boot.rst
+    kernel[0x1F1], kernel[0x1FE:0x200], kernel[0x202:0x206], kernel[0x206:0x208], kernel[0x211] = 1, b"\x55\xaa", b"HdrS", b"\x0c\x02", 1
+    kernel[0x22C:0x230] = b"\xff\xff\xff\x7f"
+    write_files(folder, {"firmware.fd": bytes(0x10000 - len(TOY_FIRMWARE)) + TOY_FIRMWARE, "vmlinuz": bytes(kernel), "initrd": TOY_INITRD, "tools": bytes(1 << 16)})
+    return guest_image(str(folder))
+
+
+class TestQemuArgv:
+    HEAD = ("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
+            "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+    TAIL = ("-kernel", "/image/vmlinuz", "-initrd", "/image/initrd", "-append", "console=ttyS0 panic=-1",
+            "-blockdev", "driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename=/image/tools",
+            "-device", "virtio-blk-pci,drive=tools,disable-legacy=on,iommu_platform=on",
+            "-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-10.0.2.15:8080",
+            "-device", "virtio-net-pci,netdev=net,romfile=,disable-legacy=on,iommu_platform=on",
+            "-device", "virtio-rng-pci,disable-legacy=on,iommu_platform=on",
+            "-chardev", "stdio,id=agent,signal=off", "-device", "virtio-serial-pci,disable-legacy=on,iommu_platform=on",
+            "-device", "virtserialport,chardev=agent,name=confbuild",
+            "-chardev", "file,id=console,path=/dev/stderr", "-serial", "chardev:console", "-qmp", "unix:/w/qmp,server=on,wait=off")
+
+    def test_emulated(self) -> None:
+        tcg = [*self.HEAD, "-accel", "tcg", "-machine", "q35,vmport=off"]
+        sizes = ["-cpu", "EPYC-v4", "-smp", "1", "-m", "2048M"]
+        assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image()), "/w/qmp", "/dev/stderr", "/w/hashes", 0x810000) == [
+            *tcg, "-bios", "/image/firmware.fd", "-device", "loader,file=/w/hashes,addr=0x810000,force-raw=on", *sizes, *self.TAIL]
+        assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image(), firmware=False), "/w/qmp", "/dev/stderr") == [*tcg, *sizes, *self.TAIL]
+
+    def test_snp(self) -> None:
+        """kernel-hashes is off by default; host-data is the digest of image.json."""
+        guest = confbuild.Guest("snp", guest_image(), vcpus=4, vcpu_type="EPYC-Genoa", memory_mib=4096, cbitpos=47)
+        assert confbuild.qemu_argv(guest, "/w/qmp", "/dev/stderr") == [
+            *self.HEAD, "-accel", "kvm",
+            "-machine", "q35,confidential-guest-support=sev0,memory-backend=ram0,kernel-irqchip=split,vmport=off,smm=off",
+            "-object", "memory-backend-memfd,id=ram0,size=4096M,share=on,prealloc=off",
+            "-object", ("sev-snp-guest,id=sev0,cbitpos=47,reduced-phys-bits=1,policy=0x30000,kernel-hashes=on,"
+                        "host-data=WlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlpaWlo="),
+            "-bios", "/image/firmware.fd", "-cpu", "EPYC-Genoa", "-smp", "4", "-m", "4096M", *self.TAIL]
+        assert confbuild.qemu_argv(guest._replace(firmware=False), "/w/qmp", "/dev/stderr") == confbuild.qemu_argv(guest, "/w/qmp", "/dev/stderr")
+
+    @pytest.mark.parametrize("mode", ["qemu", "snp"])
+    def test_network(self, mode: str) -> None:
+        closed = confbuild.qemu_argv(confbuild.Guest(mode, guest_image()), "q", "c", "h", 1)
+        opened = confbuild.qemu_argv(confbuild.Guest(mode, guest_image(), network=True), "q", "c", "h", 1)
+        assert opened == [argument.replace("restrict=on", "restrict=off") for argument in closed] != closed
+
+    def test_commas(self) -> None:
+        """In an option of QEMU a comma is doubled; what is an argument of its own goes as it is."""
+        argv = confbuild.qemu_argv(confbuild.Guest("qemu", guest_image("/a,b")), "/c,d/qmp", "/e,f", "/g,h", 1)
+        assert [a for a in argv if "/" in a] == [
+            "/a,b/firmware.fd", "loader,file=/g,,h,addr=0x1,force-raw=on", "/a,b/vmlinuz", "/a,b/initrd",
+            "driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename=/a,,b/tools", "file,id=console,path=/e,,f",
+            "unix:/c,,d/qmp,server=on,wait=off"]
+
+
+class TestPreflight:
+    @staticmethod
+    def stub(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = "QEMU emulator version 10.0.2 (Debian)", status: int = 0) -> None:
+        """The QEMU in PATH, and no other."""
+        (folder / "qemu-system-x86_64").write_text(f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\n'
+                                                   f'[ "$*" = "-object sev-snp-guest,help" ] || exit 9\nexit {status}\n')
+        (folder / "qemu-system-x86_64").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+    @staticmethod
+    def host(folder: Path, cpuid: tuple[int, int, int] = SNP_CPUID, parameter: str = "Y\n", types: int | OSError = 0b10001) -> confbuild.Host:
+        def ioctl(fd: int, request: int, argument: int) -> int:
+            assert os.readlink(f"/proc/self/fd/{fd}") == str(folder / "kvm") and (request, argument) == (0xAE03, 235)
+            if isinstance(types, OSError):
+                raise types
+            return types
+
+        write_files(folder, {"kvm": "", "sev": "", "sev_snp": parameter})
+        with open(folder / "cpuid", "wb") as f:  # sparse: each leaf at its own number
+            os.pwrite(f.fileno(), struct.pack("<IIII", cpuid[0], 1, 2, 3), 0x80000000)
+            os.pwrite(f.fileno(), struct.pack("<IIII", cpuid[1], cpuid[2] | 0x140, 2, 3), 0x8000001F)
+        kvm, sev_snp, sev, leaves = (str(folder / name) for name in ("kvm", "sev_snp", "sev", "cpuid"))
+        return confbuild.Host(kvm, sev_snp, sev, leaves, ioctl)
+
+    @staticmethod
+    def failed(checks: Sequence[confbuild.Check]) -> list[tuple[str, str]]:
+        """(name, what is wrong) of each that failed; a check says what to do if and only if it failed."""
+        for check in checks:
+            assert check.status in ("passed", "failed") and bool(check.detail) == bool(check.actual) == (check.status == "failed")
+        return [(check.name, check.actual) for check in checks if check.status == "failed"]
+
+    def test_all_good(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stub(tmp_path, monkeypatch)
+        checks = confbuild.preflight(confbuild.Guest("snp", guest_image()), "", self.host(tmp_path))
+        assert self.failed(checks) == [] and [check.name for check in checks] == ["QEMU", "KVM", "kvm_amd", "/dev/sev", "processor", "image"]
+
+    @pytest.mark.parametrize(("change", "name", "fragment"), [
+        ({"types": 0b1}, "KVM", "kvm offers the VM types 0x1, without bit 4, SEV-SNP"),
+        ({"types": OSError(errno.EINVAL, "Invalid argument")}, "KVM", "kvm: Invalid argument"),
+        ({"parameter": "N\n"}, "kvm_amd", "sev_snp is 'N'"),
+        ({"parameter": "\xff"}, "kvm_amd", "sev_snp is"),
+        ({"cpuid": (0x80000008, 0x1F, 51)}, "processor", "CPUID 0x8000001F has no SEV-SNP"),
+        ({"cpuid": (0x80000021, 0xF, 51)}, "processor", "CPUID 0x8000001F has no SEV-SNP"),
+        ({"cpuid": (0x80000021, 0x1F, 47)}, "processor", "its C-bit is 47, not 51"),
+    ])
+    def test_one_is_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], name: str, fragment: str) -> None:
+        self.stub(tmp_path, monkeypatch)
+        [(which, problem)] = self.failed(confbuild.preflight(confbuild.Guest("snp", guest_image()), "", self.host(tmp_path, **change)))
+        assert which == name and fragment in problem
+
+    @pytest.mark.parametrize(("file", "name"), [("kvm", "KVM"), ("sev_snp", "kvm_amd"), ("sev", "/dev/sev")])
+    def test_no_such_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str) -> None:
+        self.stub(tmp_path, monkeypatch)
+        host = self.host(tmp_path)
+        (tmp_path / file).unlink()
+        assert self.failed(confbuild.preflight(confbuild.Guest("snp", guest_image()), "", host)) == [
+            (name, f"{tmp_path / file}: No such file or directory")]
+
+    def test_image(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stub(tmp_path, monkeypatch)
+        for mode in ("snp", "qemu"):
+            checks = confbuild.preflight(confbuild.Guest(mode, guest_image()), "initrd is another file", self.host(tmp_path))
+            assert self.failed(checks) == [("image", "initrd is another file")]
+
+    @pytest.mark.parametrize(("version", "status", "mode", "firmware", "problem"), [
+        ("QEMU emulator version 8.2.0", 1, "snp", True, "qemu-system-x86_64 is 8.2, and has no sev-snp-guest"),
+        ("QEMU emulator version 9.2.1", 0, "snp", True, ""), ("QEMU emulator version 9.2.1", 0, "qemu", False, ""),
+        ("QEMU emulator version 9.2.1", 0, "qemu", True, "qemu-system-x86_64 is 9.2"), ("QEMU emulator version 10.0.0", 1, "qemu", True, ""),
+        ("cheese", 0, "qemu", False, "there is no qemu-system-x86_64 in PATH"),
+        (None, 0, "qemu", False, "there is no qemu-system-x86_64 in PATH"),
+        (None, 0, "snp", True, "there is no qemu-system-x86_64 in PATH, and has no sev-snp-guest"),
+    ])
+    def test_qemu(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, status: int, mode: str, firmware: bool, problem: str) -> None:
+        if version is None:
+            monkeypatch.setenv("PATH", str(tmp_path))
+        else:
+            self.stub(tmp_path, monkeypatch, version, status)
+        checks = confbuild.preflight(confbuild.Guest(mode, guest_image(), firmware=firmware), "", self.host(tmp_path))
+        assert self.failed(checks) == ([("QEMU", problem)] if problem else [])
+
+    def test_cpuid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From the processor itself: its vendor in EBX, EDX, ECX of leaf 0, as /proc/cpuinfo has it."""
+        assert confbuild.sev_cpuid(self.host(tmp_path).cpuid) == (0x1F, 51 | 0x140)
+        monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(machine="riscv64"))
+        assert confbuild.sev_cpuid("/nonexistent") == (0, 0)
+        monkeypatch.undo()
+        if os.uname().machine == "x86_64":
+            registers = confbuild._run_cpuid(0)
+            vendor = (registers[4:8] + registers[12:16] + registers[8:12]).decode()
+            assert re.search(rf"^vendor_id\s*: {vendor}$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+            monkeypatch.setattr(mmap, "mmap", raising(PermissionError(errno.EACCES, "no")))
+            assert confbuild._run_cpuid(0) == b""
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+    return fail
+
+
+class TestMonitor:
+    GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}\r\n'
+    OK = b'{"return": {}}\r\n'
+    EVENT = b'{"timestamp": {"seconds": 1764000000, "microseconds": 5}, "event": "NIC_RX_FILTER_CHANGED", "data": {"name": "x"}}\r\n'
+
+    def ask(self, folder: Path, *blocks: bytes, timeout_s: float = 20) -> tuple[Any, list[Any]]:
+        """What ask_monitor returns from a monitor that sends the blocks, a command before each but the first; and the commands."""
+        asked: list[Any] = []
+
+        def serve() -> None:
+            peer, _ = listener.accept()
+            with peer, peer.makefile("rwb") as stream, contextlib.suppress(OSError):
+                for n, block in enumerate(blocks):
+                    if n:
+                        asked.append(json.loads(stream.readline()))
+                    stream.write(block)
+                    stream.flush()
+                if timeout_s < 1:
+                    stream.readline()  # until the other side has had enough
+
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "qmp"))
+            listener.listen()
+            thread = threading.Thread(target=serve)
+            thread.start()
+            try:
+                return confbuild.ask_monitor(str(folder / "qmp"), "human-monitor-command", timeout_s, **{"command-line": "info usernet"}), asked
+            finally:
+                thread.join()
+
+    @pytest.mark.parametrize("blocks", [(GREETING, OK, b'{"return": "text"}\r\n'), (GREETING, EVENT + OK, EVENT * 3 + b'{"return": "text"}\n' + EVENT)])
+    def test_conversation(self, tmp_path: Path, blocks: Sequence[bytes]) -> None:
+        assert self.ask(tmp_path, *blocks) == ("text", [
+            {"execute": "qmp_capabilities", "arguments": {}},
+            {"execute": "human-monitor-command", "arguments": {"command-line": "info usernet"}}])
+
+    @pytest.mark.parametrize(("blocks", "message"), [
+        ((b"",), "QEMU's monitor: it was closed"),
+        ((OK,), "QEMU's monitor: it did not greet"),
+        ((b"hello\n",), "QEMU's monitor: message: not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ((b"\xff\n",), "QEMU's monitor: message: not UTF-8 at byte 0"),
+        ((b'["QMP"]\n',), "QEMU's monitor: message: not an object"),
+        ((b'{"QMP":1,"QMP":1}\n',), "QEMU's monitor: message: the name 'QMP' occurs twice in one object"),
+        ((b"[" * 40 + b"\n",), "QEMU's monitor: message: nested deeper than 32"),
+        ((b" " * (1 << 17),), "QEMU's monitor: a line of more than 65536 bytes"),
+        ((GREETING, b'{"error": {"class": "GenericError", "desc": "no"}}\n'),
+         'QEMU\'s monitor: qmp_capabilities: {"error":{"class":"GenericError","desc":"no"}}'),
+        ((GREETING, OK, b'{"error": {"class": "CommandNotFound"}}\n'), 'QEMU\'s monitor: human-monitor-command: {"error":{"class":"CommandNotFound"}}'),
+        ((GREETING, OK, b'{"cheese": 1}\n'), 'QEMU\'s monitor: human-monitor-command: {"cheese":1}'),
+        ((GREETING, OK, EVENT), "QEMU's monitor: it was closed"),
+    ])
+    def test_refused(self, tmp_path: Path, blocks: Sequence[bytes], message: str) -> None:
+        with pytest.raises(confbuild.BuildFailed) as caught:
+            self.ask(tmp_path, *blocks)
+        assert (caught.value.error_type, str(caught.value)) == ("VmError", message)
+
+    def test_out_of_reach(self, tmp_path: Path) -> None:
+        with pytest.raises(confbuild.BuildFailed, match="^QEMU's monitor: timed out$"):
+            self.ask(tmp_path, self.GREETING, self.EVENT, timeout_s=0.05)
+        (tmp_path / "qmp").unlink()
+        with pytest.raises(confbuild.BuildFailed, match="No such file"):
+            confbuild.ask_monitor(str(tmp_path / "qmp"), "quit", 1)
+
+    def test_forwarded_port(self) -> None:
+        """As QEMU 10.0.2 prints it, with a connection that goes through it."""
+        text = ("Hub -1 (net):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n"
+                "  TCP[ESTABLISHED]   20       127.0.0.1 33333       10.0.2.15  8080     0     0\r\n"
+                "  TCP[HOST_FORWARD]  14       127.0.0.1 40261       10.0.2.15  8080     0     0\r\n")
+        assert confbuild.forwarded_port(text) == 40261
+        for bad in ("", None, text.replace("8080", "80"), text.replace("127.0.0.1", "0.0.0.0"), text * 2):
+            with pytest.raises(confbuild.BuildFailed, match="QEMU does not say which port it forwards"):
+                confbuild.forwarded_port(bad)
+
+    @pytest.mark.parametrize(("line", "shown"), [
+        ("[    0.000000] Linux version 6.12", "[    0.000000] Linux version 6.12"), ("\x1b[2J\x1b[001;001H\x1b[=3h", ""), ("a\tb\x00\x9b\u202ec é\x1b]0;t\x07", "a bc ]0;t"),
+        ("x" * 500, "x" * 400), ("", "")])
+    def test_console_text(self, line: str, shown: str) -> None:
+        assert confbuild.console_text(line) == shown
+
+
+class TestQemuVm:
+    @pytest.fixture
+    def vm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., confbuild.QemuVm]]:
+        """A guest of the stand-in that boots by running code; afterwards neither process nor folder is left of any."""
+        made: list[tuple[confbuild.QemuVm, Path]] = []
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+        def make(code: str, **options: Any) -> confbuild.QemuVm:
+            (tmp_path / "qemu-system-x86_64").write_text(QEMU_STAND_IN % (sys.executable, code))
+            (tmp_path / "qemu-system-x86_64").chmod(0o755)
+            monkeypatch.setenv("PATH", str(tmp_path))
+            image = options.pop("image", guest_image())
+            guest = confbuild.Guest("qemu", image, firmware=options.pop("firmware", False), **options.pop("guest", {}))
+            vm = confbuild.QemuVm(guest, {"max_archive": 5}, **options)
+            made.append((vm, Path(vm._workspace)))
+            return vm
+
+        yield make
+        for one, workspace in made:
+            one.destroy()
+            assert not workspace.exists() and one._child is None and (one._reader is None or not one._reader.is_alive())
+        assert list((tmp_path / "tmp").iterdir()) == [] and confbuild.descendants(os.getpid(), dead=True) == []
+
+    def test_life(self, tmp_path: Path, vm: Callable[..., confbuild.QemuVm]) -> None:
+        """Configured at its standard input, ready with the port that the monitor tells, and powered off when the input ends."""
+        lines: list[str] = []
+        one = vm(BOOTED + 'wait("stdin"); say("reboot: Power down\\n")', console=lines.append)
+        assert stat.S_IMODE(os.stat(one._workspace).st_mode) == 0o700
+        pid = one.spawn()
+        assert os.getsid(pid) == pid and resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
+        one.wait_ready(20)
+        assert (one.platform, one.port) == ("qemu", 40261)
+        assert json.loads((tmp_path / "told").read_text()) == {"token": one.token, "policy": {"max_archive": 5}, "platform": "qemu", "network": "none"}
+        one.destroy(clean=True)
+        assert lines == ["reboot: Power down"] and not living(pid)
+        one.destroy()
+        with pytest.raises(confbuild.BuildFailed, match="the VM is gone"):
+            one.wait_ready(1)
+
+    def test_network_is_told(self, tmp_path: Path, vm: Callable[..., confbuild.QemuVm]) -> None:
+        one = vm(BOOTED + 'wait("stdin")', guest={"network": True})
+        one.spawn()
+        one.wait_ready(20)
+        assert json.loads((tmp_path / "told").read_text())["network"] == "open"
+
+    def test_cancelled(self, vm: Callable[..., confbuild.QemuVm]) -> None:
+        """Killed at once, though the guest would not power off; while it boots, too."""
+        one = vm(BOOTED + "monitor(); signal.pause()")
+        pid = one.spawn()
+        one.wait_ready(20)
+        one.destroy()
+        assert not living(pid)
+        two: confbuild.QemuVm = vm("say('booting\\n'); signal.pause()", console=lambda _: threading.Thread(target=two.destroy).start())
+        pid = two.spawn()
+        with pytest.raises(confbuild.BuildFailed, match="the VM ended while it booted; its last words: booting"):
+            two.wait_ready(20)
+        two.destroy()
+        assert not living(pid)
+
+    @pytest.mark.parametrize("heeded", ["quit", "nothing"])
+    def test_will_not_power_off(self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch, heeded: str) -> None:
+        """A guest that ignores the end of its input is ended by the monitor, and one whose monitor does nothing is killed."""
+        monkeypatch.setattr(confbuild, "POWER_OFF_S", 0.05)
+        asked: list[str] = []
+        ask = confbuild.ask_monitor
+        one = vm(BOOTED + f'wait("{heeded}"); say("quit\\n")' if heeded == "quit" else BOOTED + "monitor(); listener.close(); signal.pause()")
+        pid = one.spawn()
+        one.wait_ready(20)
+
+        def hear(path: str, command: str, timeout_s: float) -> Any:
+            asked.append(command)
+            return ask(path, command, timeout_s)
+
+        monkeypatch.setattr(confbuild, "ask_monitor", hear)
+        one.destroy(clean=True)
+        assert asked == ["quit"] and not living(pid) and list(one._last) == (["quit"] if heeded == "quit" else [])
+
+    def test_impatient(self, vm: Callable[..., confbuild.QemuVm]) -> None:
+        """A destroy without clean ends the waiting of one with it."""
+        one: confbuild.QemuVm = vm(BOOTED + "monitor()\nwhile os.read(0, 100): pass\nsay('ignored\\n'); signal.pause()", console=lambda _: threading.Thread(target=one.destroy).start())
+        one.spawn()
+        one.wait_ready(20)
+        one.destroy(clean=True)
+        assert list(one._last) == ["ignored"]
+
+    @pytest.mark.parametrize(("code", "timeout_s", "message"), [
+        (r"say('qemu-system-x86_64: bad option\n\x1b[2J\n')", 20, "the VM ended while it booted; its last words: qemu-system-x86_64: bad option"),
+        ("", 20, "the VM ended while it booted"),
+        ("say('Linux version\\n' * 3); signal.pause()", 0.5, "the VM did not boot within 0.5 s"),
+        ("agent('80'); signal.pause()", 0.1, "the VM did not boot within 0.1 s"),
+        ("agent('22\\n'); signal.pause()", 20, r"the agent said b'22\n', not its port"),
+        ("agent('8080'); say('x')", 20, "the agent said b'8080', not its port; its last words: x"),
+        ("agent('x' * 100000); signal.pause()", 20, f"the agent said b'{'x' * 16}', not its port"),
+        ("listener.close(); agent('8080\\n'); signal.pause()", 20, "QEMU's monitor: [Errno 111] Connection refused"),
+        ("USERNET = 'none'\n" + BOOTED + "monitor(); signal.pause()", 20, "QEMU does not say which port it forwards"),
+    ])
+    def test_will_not_boot(self, vm: Callable[..., confbuild.QemuVm], code: str, timeout_s: float, message: str) -> None:
+        one = vm(code)
+        one.spawn()
+        with pytest.raises(confbuild.BuildFailed) as caught:
+            one.wait_ready(timeout_s)
+        assert caught.value.error_type == "VmError" and str(caught.value).partition("; its last words: Linux")[0] == message
+
+    def test_flood(self, vm: Callable[..., confbuild.QemuVm]) -> None:
+        """A guest's console is always read, and never kept without a bound."""
+        count = [0]
+        one = vm("say(('y' * 99 + '\\n') * 30000)\n" + BOOTED + 'wait("stdin")', console=lambda line: count.__setitem__(0, count[0] + (line == "y" * 99)))
+        one.spawn()
+        one.wait_ready(20)
+        workspace = Path(one._workspace)
+        assert (workspace / "console").stat().st_size == confbuild.MAX_CONSOLE
+        one.destroy(clean=True)
+        assert count == [30000] and len(one._last) == confbuild.LAST_LINES
+
+    def test_full_disk(self, vm: Callable[..., confbuild.QemuVm]) -> None:
+        """The console is still read, and told."""
+        lines: list[str] = []
+        one = vm(BOOTED + "say('one\\n'); wait('stdin'); say('two')", console=lines.append)
+        os.symlink("/dev/full", os.path.join(one._workspace, "console"))
+        one.spawn()
+        one.wait_ready(20)
+        one.destroy(clean=True)
+        assert lines == ["one", "two"]
+
+    def test_not_started(self, vm: Callable[..., confbuild.QemuVm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        one = vm("")
+        with pytest.raises(confbuild.BuildFailed, match="the VM is gone"):
+            one.wait_ready(1)
+        one.destroy(clean=True)
+        with pytest.raises(confbuild.BuildFailed, match="the VM was destroyed before it was started"):
+            one.spawn()
+        two: confbuild.QemuVm = vm("")
+        monkeypatch.setenv("PATH", "/nonexistent")
+        with pytest.raises(confbuild.BuildFailed, match="^QEMU cannot be started: .Errno 2. No such file or directory: 'qemu-system-x86_64'$"):
+            two.spawn()
+        with pytest.raises(confbuild.BuildFailed, match="^QEMU cannot be started: .Errno 2. No such file or directory: '/image/firmware.fd'$"):
+            vm("", firmware=True).spawn()
+        with pytest.raises(confbuild.BuildFailed, match="^QEMU cannot be started: firmware: "):
+            vm("", firmware=True, image=guest_image()._replace(firmware=os.devnull)).spawn()
+        long = tmp_path / "tmp" / ("d" * 100)
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        three = vm("")
+        with pytest.raises(confbuild.BuildFailed, match="is too long for a socket: set TMPDIR to a folder with a shorter name"):
+            three.spawn()
+        three.destroy()
+        long.rmdir()
+
+    def test_hashes(self, vm: Callable[..., confbuild.QemuVm], tmp_path: Path) -> None:
+        """Through the firmware, an emulated guest gets the page that SNP would measure."""
+        image = small_image(tmp_path / "image")
+        one = vm(BOOTED + 'open(os.path.dirname(sys.argv[0]) + "/argv", "w").write("\\n".join(sys.argv)); wait("stdin")', image=image, firmware=True)
+        one.spawn()
+        one.wait_ready(20)
+        [loader] = [a for a in (tmp_path / "argv").read_text().split("\n") if a.startswith("loader,")]
+        assert loader == f"loader,file={one._workspace}/hashes,addr=0x805000,force-raw=on"
+        page = (Path(one._workspace) / "hashes").read_bytes()
+        for part in ("vmlinuz", "initrd"):
+            assert hashlib.sha256((tmp_path / "image" / part).read_bytes()).digest() in page
+        assert len(page) == 4096 and hashlib.sha256(image.append.encode() + b"\0").digest() in page
+
+    def test_dies_with_the_server(self, vm: Callable[..., confbuild.QemuVm], tmp_path: Path) -> None:
+        """No signal is caught: the kernel kills QEMU."""
+        vm("signal.pause()")
+        code = ("import sys; sys.path.insert(0, sys.argv[1])\nimport confbuild, signal\n"
+                "vm = confbuild.QemuVm(confbuild.Guest('qemu', confbuild.Image('', '', '', '', '', '', '', []), firmware=False), {})\n"
+                "print(vm.spawn(), vm._workspace, flush=True)\nsignal.pause()\n")
+        server = subprocess.Popen([sys.executable, "-c", code, str(FILE.parent)], stdout=subprocess.PIPE, text=True,
+                                  env={"PATH": str(tmp_path), "TMPDIR": str(tmp_path / "tmp")})
+        assert server.stdout is not None
+        with server.stdout:
+            pid, workspace = server.stdout.readline().split()
+        fd = os.pidfd_open(int(pid))
+        try:
+            server.kill()
+            server.wait()
+            assert select.select([fd], [], [], 20)[0] == [fd]
+        finally:
+            os.close(fd)
+        confbuild.remove_tree(workspace)
+
+
+def measured(record: bytes, reset_eip: int, signature: int) -> str:
+    """The launch digest over what QEMU had measured, as tools/fakesnp.c recorded it, and the VMSA of each vCPU, which KVM adds."""
+    digest, at, items = bytes(48), 0, []
+    while at < len(record):
+        size = int.from_bytes(record[at + 1:at + 5], "little")
+        items.append((record[at:at + 1], record[at + 5:at + 5 + size]))
+        at += 5 + size
+
+    def extend(contents: bytes, kind: int, gpa: int) -> None:
+        nonlocal digest
+        digest = hashlib.sha384(digest + contents + struct.pack("<HB5xQ", 112, kind, gpa)).digest()
+
+    for n, (tag, data) in enumerate(items):
+        if tag == b"U":
+            gpa, size, kind = struct.unpack("<QQQ", data)
+            for start in range(0, size, 4096):
+                extend(hashlib.sha384(items[n + 1][1][start:start + 4096]).digest() if kind == 1 else bytes(48), kind, gpa + start)
+    for n, data in enumerate(data for tag, data in items if tag == b"r"):
+        registers = struct.unpack("<18Q", data)  # struct kvm_regs: RDX is the fourth, RIP the seventeenth
+        assert registers[3] == signature and registers[16] == (0xFFF0 if n == 0 else reset_eip & 0xFFFF)
+        extend(hashlib.sha384(confbuild.vmsa_page(0xFFFFFFF0 if n == 0 else reset_eip, signature, 1, "QEMU")).digest(), 2, 0xFFFFFFFFF000)
+    return digest.hex()
+
+
+@needs("qemu-system-x86_64")
+class TestRealQemu:
+    @staticmethod
+    def run(argv: Sequence[str], **env: str) -> tuple[int, str]:
+        done = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
+                              env={**os.environ, **env})
+        return done.returncode, done.stdout.decode()
+
+    def test_emulated(self, tmp_path: Path) -> None:
+        """QEMU takes the whole argument vector, and its monitor says what we expect of it."""
+        (tmp_path / "a,b").mkdir()
+        guest = confbuild.Guest("qemu", small_image(tmp_path / "a,b"), memory_mib=64, firmware=False)
+        child = subprocess.Popen([*confbuild.qemu_argv(guest, str(tmp_path / "q,mp"), "/dev/stderr"), "-S"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT)
+        usernet = None
+        try:
+            while usernet is None:
+                assert child.poll() is None, child.communicate()
+                try:
+                    usernet = confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", 20, **{"command-line": "info usernet"})
+                except confbuild.BuildFailed as e:
+                    assert re.search("No such file|refused", str(e))  # it does not listen yet
+            assert 0 < confbuild.forwarded_port(usernet) < 65536
+            with pytest.raises(confbuild.BuildFailed, match="human-monitor-command.*command-line"):
+                confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", 20)
+            confbuild.ask_monitor(str(tmp_path / "q,mp"), "quit", 20)
+            assert child.wait(20) == 0
+        finally:
+            child.kill()
+            child.communicate()
+
+    def test_snp_is_refused(self, tmp_path: Path) -> None:
+        """Where there is no SNP: all of sev-snp-guest is parsed, and nothing is started."""
+        guest = confbuild.Guest("snp", small_image(tmp_path), memory_mib=64)
+        if confbuild.preflight(guest)[1].status == "passed":
+            pytest.skip("this machine has SEV-SNP")
+        argv = confbuild.qemu_argv(guest, str(tmp_path / "qmp"), "/dev/stderr")
+        status, output = self.run(argv)
+        assert status == 1 and re.search("vm-type SEV-SNP not supported by KVM|Could not access KVM kernel module", output)
+        for old, new, complaint in [("host-data=Wlpa", "host-data=", "length of 29 not equal to 32"), ("kernel-hashes=on", "kernel-hashes=perhaps", "kernel-hashes"),
+                                    ("cbitpos", "seabitpos", "seabitpos")]:
+            status, output = self.run([a.replace(old, new) for a in argv])
+            assert status == 1 and complaint in output and "not supported by KVM" not in output
+
+    @needs("cc")
+    @pytest.mark.skipif(not (SHARED / "tools/fakesnp.c").exists(), reason="the shared folder is missing")
+    @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing: modprobe kvm_amd or kvm_intel, usermod -aG kvm USER")
+    @pytest.mark.parametrize(("vcpus", "vcpu_type"), [(1, "EPYC-v4"), (2, "EPYC-Genoa")])
+    def test_what_snp_would_measure(self, tmp_path: Path, vcpus: int, vcpu_type: str) -> None:
+        """QEMU's own launch sequence for the production argument vector, against an imitation of KVM's SNP ioctls: its pages give our digest."""
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "fakesnp.so", SHARED / "tools/fakesnp.c", "-ldl"], check=True, timeout=60)
+        guest = confbuild.Guest("snp", small_image(tmp_path), vcpus, vcpu_type, memory_mib=64, cbitpos=0)  # QEMU wants this processor's own
+        status, output = self.run(confbuild.qemu_argv(guest, str(tmp_path / "qmp"), "/dev/stderr"), LD_PRELOAD=str(tmp_path / "fakesnp.so"),
+                                  FAKESNP_OUT=str(tmp_path / "record"))
+        assert status == 0 and f"host_data {'5a' * 32} vcpus {vcpus}" in output and "LAUNCH_START policy 0x30000" in output, output
+        firmware = confbuild.parse_firmware((tmp_path / "firmware.fd").read_bytes())
+        kernel, initrd = (hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("vmlinuz", "initrd"))
+        signature = confbuild.CPU_SIGNATURES[vcpu_type]
+        ours = confbuild.compute_launch_digest(firmware, confbuild.boot_hashes(kernel, initrd, guest.image.append), vcpus, signature)
+        assert measured((tmp_path / "record").read_bytes(), 0x80B004, signature) == ours.hex()
+
+# endregion 23
+
 # ==============================================================================
 # region 24. VMs
 # ==============================================================================
