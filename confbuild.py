@@ -3496,7 +3496,7 @@ class Attester(NamedTuple):
 
     builder: str
     attest: Callable[[bytes], bytes]
-    byproducts: Mapping[str, str] = {}  # noqa: RUF012  # immutable
+    byproducts: Mapping[str, str] = {}  # immutable
 
 
 def waiting_report_data(nonce: str) -> bytes:
@@ -3932,7 +3932,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
 
 # endregion 18
 # ==============================================================================
-# region 19. Image                                        [uses 10, 11, 13, 14]
+# region 19. Image                                         [uses 10, 11, 13, 14]
 # ==============================================================================
 # The directory that a guest is booted from: a kernel, an initrd and a firmware, which the launch digest covers, and a disk of
 # tools, whose dm-verity root hash is on the command line, which the digest covers too.  The same input gives the same bytes on
@@ -5624,7 +5624,7 @@ class Jobs:
 
 # endregion 22
 # ==============================================================================
-# region 23. QEMU                                               [uses 10, 13, 19]
+# region 23. QEMU                                              [uses 10, 13, 19]
 # ==============================================================================
 # A guest as a child process: QEMU's argument vector (a pure function), what this machine needs for it, and its life.
 #
@@ -5765,11 +5765,11 @@ def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
         return Check(name, "failed" if problem else "passed", actual=problem, detail=remedy if problem else "")
 
     version = qemu_version()
-    found = f"{QEMU} is {version[0]}.{version[1]}" if version else f"there is no {QEMU} in PATH"
+    found = f"{QEMU} is {version[0]}.{version[1]}, and has no sev-snp-guest" if version else f"there is no {QEMU} in PATH"
     knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
     eax, _ = sev_cpuid(host.cpuid)
     return [
-        check("QEMU", "" if knows else f"{found}, and has no sev-snp-guest", "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
+        check("QEMU", "" if knows else found, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
         check("KVM", _kvm_problem(host), "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
               "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER"),
         check("kvm_amd", _parameter_problem(host.sev_snp), "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off"),
@@ -6057,7 +6057,7 @@ def console_text(line: str) -> str:
 
 # endregion 23
 # ==============================================================================
-# region 24. VMs                                   [uses 12, 13, 17, 18, 20, 22]
+# region 24. VMs                           [uses 12, 13, 14, 17, 18, 20, 22, 23]
 # ==============================================================================
 # The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
 # destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
@@ -7098,7 +7098,7 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
 
 # endregion 25
 # ==============================================================================
-# region 26. Agent                                 [uses 13, 18, 20, 21, 22, 25]
+# region 26. Agent                         [uses 13, 14, 16, 18, 20, 21, 22, 25]
 # ==============================================================================
 # What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
 # its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
@@ -7178,7 +7178,7 @@ def run_fetcher() -> None:
 
 # endregion 26
 # ==============================================================================
-# region 27. Guest                                                [uses nothing]
+# region 27. Guest                                  [uses 8, 13, 16, 18, 23, 26]
 # ==============================================================================
 # The first process inside of a guest, which the initrd's /init calls: root, and the only one.  It mounts what is measured (the tools disk, by
 # its dm-verity root hash on the kernel's command line) and what is empty, reads the agent's configuration from a virtio-serial port, and
@@ -7330,7 +7330,7 @@ def _set_up_interface(name: str, address: str, netmask: str) -> None:
 def _open_network() -> None:
     """A way out, through QEMU's gateway. [struct rtentry, linux/route.h] Raises OSError."""
     route = bytearray(120)
-    for at, address in ((8, "0.0.0.0"), (24, "10.0.2.2"), (40, "0.0.0.0")):  # noqa: S104  # destination, gateway, netmask
+    for at, address in ((8, "0.0.0.0"), (24, "10.0.2.2"), (40, "0.0.0.0")):  # destination, gateway, netmask
         struct.pack_into("=HH4s8x", route, at, socket.AF_INET, 0, socket.inet_aton(address))
     struct.pack_into("=H", route, 56, _RTF_UP | _RTF_GATEWAY)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
@@ -7378,7 +7378,7 @@ def _run_guest_agent(config: Mapping[str, Any]) -> None:
     os.chdir("/work")
     broker = Broker(_BROKER)
     use_broker(broker)
-    serve_agent(config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0))  # noqa: S104  # the guest's one interface
+    serve_agent(config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0))  # the guest's one interface
 
 
 class GuestBroker:
@@ -7428,7 +7428,7 @@ class GuestBroker:
             os.chdir(question["cwd"])
 
         stdin, stdout, stderr = fds
-        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # noqa: PLW1509  # no threads
+        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
         child.returncode = 0  # run_guest reaps all
         return child.pid
 
@@ -8038,7 +8038,7 @@ class Display:
 
 # endregion 29
 # ==============================================================================
-# region 30. Command line  [uses 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 24, 25, 26, 28, 29]
+# region 30. Command line  [uses 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 23, 24, 25, 26, 28, 29]
 # ==============================================================================
 # Where the sections are wired together.  stdout is the answer, stderr is the talk.
 
