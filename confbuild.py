@@ -4,6 +4,7 @@
     python confbuild.py serve                 the build service: POST /build, GET /build/{id}/events, .../result
     python confbuild.py build DIR --server U  the same build on a service
     python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
+    python confbuild.py measure --firmware F  the SEV-SNP launch digest of a firmware, a kernel, an initrd and a command line
     python confbuild.py attest FILE --nonce N inside of an SEV-SNP guest: evidence for a provenance
     python confbuild.py --version             the version, and the SHA-256 of this very file
 
@@ -13,7 +14,7 @@ evidence.json (the attestation that binds the provenance and the client's nonce)
 What a verdict means.  Every required check ran, and passed: the artifacts are the provenance's subjects, the evidence carries
 the digest of this provenance, and whatever the caller asked for is so.  "passed": an AMD SEV-SNP processor signed that
 evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says what
-that VM was only to a caller who gives a measurement (on Azure PCR values as well), that it is not an old one only to one who
+that VM was only to a caller who gives a measurement or an image (on Azure PCR values as well), that it is not an old one only to one who
 gives a nonce, and that the keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
 made it up.  No verdict says that the source is free of malice.
 
@@ -8917,8 +8918,8 @@ def _add_serve(commands: Any) -> None:
 
 def _add_verify(commands: Any) -> None:
     parser = _add_command(commands, "verify", cmd_verify, "verify bundles, offline")
-    parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement a "
-                     "VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
+    parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
+                     "or --image a VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
     parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
@@ -9055,7 +9056,7 @@ def _run(argv: Sequence[str] | None) -> int:
     """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = build_parser().parse_args(arguments)
-    if options.run is not cmd_verify:
+    if options.run not in (cmd_verify, cmd_measure):
         logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
                             format="confbuild: %(levelname)s: %(message)s")
     try:

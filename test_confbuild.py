@@ -5346,11 +5346,11 @@ class TestAttester:
             table = table_of((kind, vek), ("VLEK" if kind == "VCEK" else "VCEK", b"other"))
             evidence = confbuild.hardware_evidence(report, table, "gcp-snp", None)
             assert self.chain(evidence) == {"vcek": b64(vek), "ask": None, "ark": None} and list(json.loads(evidence)) == ["platform", "evidence"]
-            assert verdict_over(GOOD_BUNDLE._replace(evidence=evidence), confbuild.Expectations(nonce=NONCE, require_tee=True), anchors=TOY_ANCHORS).verdict == "passed"
+            assert verdict_over(ATTESTED._replace(evidence=evidence), confbuild.Expectations(nonce=NONCE, require_tee=True), anchors=TOY_ANCHORS).verdict == "passed"
             bare = confbuild.hardware_evidence(report, b"", "snp", None)
             assert self.chain(bare) is None
-            assert verdict_over(GOOD_BUNDLE._replace(evidence=bare), ANY, anchors=TOY_ANCHORS, vek=vek).verdict == "passed"
-            assert verdict_over(GOOD_BUNDLE._replace(evidence=bare), ANY, anchors=TOY_ANCHORS).verdict == "failed"
+            assert verdict_over(ATTESTED._replace(evidence=bare), ANY, anchors=TOY_ANCHORS, vek=vek).verdict == "passed"
+            assert verdict_over(ATTESTED._replace(evidence=bare), ANY, anchors=TOY_ANCHORS).verdict == "failed"
         asked: list[str] = []
 
         def fetch(url: str) -> bytes:
@@ -8578,12 +8578,13 @@ class TestRendering:
         last = {"simulated": "\x1b[33;1mSIMULATED", "failed": "\x1b[31;1mFAILED"}[verdict]
         assert colored.rpartition("\n")[2].startswith(last + "\x1b[0m")
 
-    ALL = ("provenance digest", "nonce", "measurement", "PCR values", "minimum TCB", "revocation", "revocation list age", "source tree", "trust anchors")
+    ALL = ("provenance digest", "nonce", "measurement", "image measurement", "PCR values", "minimum TCB", "revocation", "revocation list age", "source tree", "trust anchors")
     THESE = "PASSED: these artifacts are those that the provenance lists, and it was signed in a confidential VM on an AMD Milan processor"
 
     @pytest.mark.parametrize(("platform", "missing", "claims", "text"), [
         ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: when it was signed (--nonce)"),
-        ("snp", "measurement", {}, THESE + "; not checked: what the VM was launched with (--measurement)"),
+        ("snp", "measurement,image measurement", {}, THESE + "; not checked: what the VM was launched with (--measurement)"),
+        ("snp", "measurement", {}, THESE), ("snp", "image measurement", {}, THESE),
         ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
         ("snp", "minimum TCB", {}, THESE + "; not checked: how old the processor's firmware is (--min-tcb)"),
         ("snp", "revocation", {}, THESE + "; not checked: whether the keys are revoked (--crl)"),
@@ -8601,6 +8602,13 @@ class TestRendering:
         record = confbuild.Verdict("passed", platform, {"product": "Milan", "debug": False, **claims}, checks)
         assert confbuild.render_verdict(record, False).rpartition("\n")[2] == text
         assert confbuild.render_verdict(record, True).rpartition("\n")[2] == "\x1b[32;1mPASSED\x1b[0m" + text[6:]
+
+    @pytest.mark.parametrize(("builder", "guest"), [
+        (confbuild.SIMULATED_BUILDER, ""), (confbuild.QEMU_BUILDER, " that this was built in a QEMU guest, which is not confidential")])
+    def test_what_a_guest_is(self, builder: str, guest: str) -> None:
+        verdict = verdict_over(bundle(statement(predicate__runDetails__builder__id=builder)), ANY)
+        assert confbuild.render_verdict(verdict, False).rpartition("\n")[2] == (
+            f"SIMULATED: artifacts, provenance and evidence agree{guest}, but no hardware signed the evidence: it does not prove where or by whom this was built")
 
     def test_skipped_checks_share_a_line(self) -> None:
         checks = [confbuild.Check(name, "not checked", detail=why) for name, why in (("a", "x"), ("b", "y"), ("c", "x"), ("\x1b[2Jd", "z\n\x07"))]
@@ -8769,6 +8777,16 @@ class TestUsage:
         ("verify b --crl nowhere", 2, "nowhere: No such file"), ("verify b --vek nowhere", 2, "nowhere: No such file"), ("verify b --vek demo", 2, "demo: Is a directory"),
         ("verify b --roots nowhere", 2, "nowhere: No such file"), ("verify b --roots empty", 2, "--roots empty: no directory of milan, genoa, turin in it"),
         ("verify b --roots blank", 2, "blank: Not a directory"), ("verify b --policy nowhere", 2, "nowhere: No such file"),
+        ("verify b --image nowhere", 2, "nowhere"), ("measure", 2, "required: --firmware, --vcpus"), ("measure --firmware f --vcpus 1", 2, "one of the arguments --vcpu-type --vcpu-sig"),
+        ("measure --firmware f --vcpus 1 --vcpu-type EPYC-v4 --vcpu-sig 1", 2, "--vcpu-sig: not allowed with argument --vcpu-type"),
+        ("measure --firmware f --vcpus 0 --vcpu-type EPYC-v4", 2, "--vcpus: invalid number above zero"), ("measure --firmware f --vcpus 1 --vcpu-type EPYC-v6", 2, "--vcpu-type: invalid choice"),
+        ("measure --firmware f --vcpus 1 --vcpu-sig 0 --vmm xen", 2, "--vmm: invalid choice"),
+        *[(f"measure --firmware f --vcpus 1 --vcpu-sig={text}", 2, "--vcpu-sig: invalid number such as 33 or 0x21 value") for text in (
+            "", "-1", "0x", "x1", "1_0", "0X1", "0x" + "1" * 17, "1" * 21, "\u0661")],
+        ("measure --firmware f --vcpus 1 --vcpu-sig 0 --initrd x", 2, "--initrd and --append go with --kernel"),
+        ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--initrd and --append go with --kernel"),
+        ("measure --firmware nowhere --vcpus 1 --vcpu-sig 0", 2, "nowhere: No such file"), ("measure --firmware empty --vcpus 1 --vcpu-sig 0", 2, "empty: Is a directory"),
+        ("measure --firmware binary --vcpus 1 --vcpu-sig 0", 2, "error: binary: firmware: 2 bytes, not 1 to 4096 pages"),
         ("verify b --policy blank --policy blank", 2, "--policy is given more than once"), ("verify b --policy binary", 2, "--policy binary: not TOML: "),
         ("attest", 2, "required: FILE, --nonce"), ("attest blank --nonce 1", 2, "--nonce: 32 hex"), (f"attest nowhere --nonce {NONCE}", 2, "nowhere: No such file"),
         (f"attest demo --nonce {NONCE}", 2, "demo: Is a directory"), (f"attest blank --nonce {NONCE} --platform az-snp", 2, "invalid choice"),
@@ -8987,6 +9005,24 @@ class TestVerify:
         assert (doc["verdict"], check in failed or not check) == ("failed" if check else "simulated" if status == 3 else "passed", True), failed
         assert not check or failed <= {check, "VEK signature", "nonce is not zero"}, failed
 
+    def test_image(self, bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is found in the directory is compared; of a policy, it is relative to that."""
+        write_bundle(bench / "booted", snp({"host_data": b"\xab" * 32}))
+        (bench / "folder/policy.toml").write_text('image = "../image"')
+        folders: list[str] = []
+
+        def check(folder: str) -> confbuild.ImageFacts:
+            folders.append(folder)
+            return TestHardwareVerdict.IMAGE
+
+        monkeypatch.setattr(confbuild, "check_image", check)
+        for name, options, status in (("booted", "--image image", 0), ("b", "--image image", 1), ("booted", "--policy folder/policy.toml", 0),
+                                      ("booted", "--policy folder/policy.toml --image other", 0), ("booted", "--image=", 0), ("sim", "--image image", 1)):
+            assert confbuild.main(["verify", name, "--roots", "roots", *options.split()]) == status
+            said = capsys.readouterr().out
+            assert ("FAIL image host_data" in said) == bool(status) and ("launched with" in said) == (status == 0 and "image measurement" not in said)
+        assert folders == ["image", "image", "folder/../image", "other", "", "image"]
+
     @pytest.mark.parametrize("options, message", [
         ("--roots swapped", "Milan ask: not an RSA key"), ("--roots partial", "asvk.der: No such file"), ("--roots hollow", "Milan ark: "), ("--roots files", "Not a directory"),
         ("--vek forged.pem", "forged.pem: not base64: "), ("--roots=", "No such file"), ("--vek=", "No such file"), ("--source=", "--source : no directory"),
@@ -8996,7 +9032,7 @@ class TestVerify:
         assert confbuild.main(["verify", "b", "--roots", "roots", *options.split()]) == 2 and message in capsys.readouterr().err
 
     MANY = "\n".join(f'{name} = "{value}"' for name, value in (
-        ("nonce", NONCE), ("builder-id", confbuild.SIMULATED_BUILDER), ("source-tree", "12" * 20), ("build-type", confbuild.BUILD_TYPE), ("host-data", "0" * 64),
+        ("nonce", NONCE), ("builder-id", HARDWARE_BUILDER), ("source-tree", "12" * 20), ("build-type", confbuild.BUILD_TYPE), ("host-data", "0" * 64),
         ("chip-id", CHIP_ID.hex()), ("family-id", "0" * 32), ("image-id", "0" * 32), ("vek", "../vek.pem"), ("roots", "../roots"), ("max-age", "12h"), ("min-tcb", "bootloader=4,snp=24"))) + """
         guest-svn = 0
         require-tee = true
@@ -9159,6 +9195,76 @@ class TestVerify:
     def test_real_evidence(self, capsys: pytest.CaptureFixture[str], name: str, options: str, status: int) -> None:
         folder = SHARED / "vectors"
         assert confbuild.main(["verify", str(folder / "vectors" / name), *options.format(v=folder).split()]) == status, capsys.readouterr().out
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with a firmware and what it boots."""
+    write_files(tmp_path, {"fw": TOY_FIRMWARE, "volume": toy_volume(lzma_section(b"none")), "shim": toy_volume(lzma_section(SHIM)), "bare": toy_firmware(sections=TOY_SECTIONS[:4]),
+                           "kernel": TOY_KERNEL, "initrd": TOY_INITRD, "large": TOY_FIRMWARE + bytes(16 << 20)})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+class TestMeasure:
+    BOOT = ("--kernel", "kernel", "--initrd", "initrd", "--append", TOY_APPEND)
+    WARNING = "confbuild: warning: {}: {}\nconfbuild: warning: this digest proves nothing about the code that ran\n"
+
+    @pytest.mark.parametrize("row", TOY_DIGESTS)
+    def test_known_digests(self, machine: Path, capsys: pytest.CaptureFixture[str], row: tuple[int, str, int, str, str, str]) -> None:
+        vcpus, model, features, vmm, boots, digest = row
+        options = ["--firmware", "fw", "--vcpus", str(vcpus), *{"all": self.BOOT, "kernel": self.BOOT[:2], "nothing": ()}[boots], "--vmm", vmm]
+        for more in (["--vcpu-type", model, "--guest-features", hex(features)], ["--vcpu-sig", str(confbuild.CPU_SIGNATURES[model]), "--guest-features", str(features)]):
+            assert confbuild.main(["measure", *options, *more]) == 0
+            said = capsys.readouterr()
+            assert said.out == digest + "\n" and ("no compressed section" in said.err) == (boots != "nothing")
+        assert confbuild.main(["measure", *options, "--vcpu-sig", "0x0", "--vmm", "QEMU"]) == 0 and digest not in capsys.readouterr().out
+
+    def test_explain(self, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert confbuild.main(["measure", "--firmware", "fw", *self.BOOT, "--vcpus", "1", "--vcpu-type", "EPYC-v4", "--explain"]) == 0
+        assert capsys.readouterr().out == "".join(f"{digest}  {step}\n" for step, digest in TOY_STEPS) + TOY_STEPS[-1][1] + "\n"
+
+    @pytest.mark.parametrize("name, state", [("volume", ""), ("shim", ADMITS), ("fw", "cannot be looked into: firmware volume: there is no compressed section")])
+    def test_what_the_firmware_admits(self, machine: Path, capsys: pytest.CaptureFixture[str], name: str, state: str) -> None:
+        for boots in (self.BOOT, ()):
+            assert confbuild.main(["measure", "--firmware", name, *boots, "--vcpus", "1", "--vcpu-sig", "0x800f12"]) == 0
+            said = capsys.readouterr()
+            assert said.err == (self.WARNING.format(name, state) if state and boots else "") and re.fullmatch(r"[0-9a-f]{96}\n", said.out)
+
+    @pytest.mark.parametrize("name, options, message", [
+        ("bare", (), "bare: firmware: it has no section of type 0x10 (SNP_KERNEL_HASHES)"), ("large", (), "large: firmware: 16777217 bytes, not 1 to"),
+        ("fw", ("--vcpus", "4097"), "launch digest: there is none of 4097 vCPUs"), ("fw", ("--vcpu-sig", "0x100000000"), "launch digest: there is none of 1 vCPUs"),
+        ("fw", ("--append", "\udcff\ud800"), "command line: a lone surrogate"), ("fw", ("--kernel", "nowhere"), "nowhere: No such file"), ("fw", ("--initrd", "."), ".: Is a directory")])
+    def test_what_has_no_digest(self, machine: Path, capsys: pytest.CaptureFixture[str], name: str, options: tuple[str, ...], message: str) -> None:
+        assert confbuild.main(["measure", "--firmware", name, *self.BOOT, "--vcpus", "1", "--vcpu-sig", "1", *options]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith(f"confbuild: error: {message}")
+
+    def test_memory(self, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A kernel and an initrd are never held."""
+        with open("kernel", "r+b") as f:
+            f.truncate(64 << 20)
+        tracemalloc.start()
+        try:
+            assert confbuild.main(["measure", "--firmware", "volume", *self.BOOT, "--vcpus", "1", "--vcpu-type", "EPYC-v4"]) == 0
+            assert tracemalloc.get_traced_memory()[1] < 32 << 20  # a read asks for as much as a firmware may have
+        finally:
+            tracemalloc.stop()
+
+    def test_bytes_of_the_command_line(self, machine: Path) -> None:
+        """As the system hands them over, whatever the locale."""
+        for locale in ("C", "C.UTF-8"):
+            done = subprocess.run([os.fsencode(sys.executable), os.fsencode(FILE), b"measure", b"--firmware", b"fw", b"--kernel", b"kernel", b"--append", b"caf\xc3\xa9 \xff",
+                                   b"--vcpus", b"1", b"--vcpu-type", b"EPYC-v4"], capture_output=True, env={**os.environ, "LC_ALL": locale}, check=True)
+            boots = confbuild.BootHashes(TOY_BOOT.kernel, hashlib.sha256().digest(), hashlib.sha256(b"caf\xc3\xa9 \xff\0").digest())
+            assert done.stdout.decode().strip() == confbuild.compute_launch_digest(confbuild.parse_firmware(TOY_FIRMWARE), boots, 1, 0x800F12).hex()
+
+    def test_imports(self, machine: Path) -> None:
+        """Who measures waits for no server."""
+        command = [sys.executable, "-I", "-S", "-X", "importtime", str(FILE), "measure", "--firmware", "fw", "--vcpus", "1", "--vcpu-type", "EPYC-v4"]
+        errors = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        imported = {line.rpartition("|")[2].strip() for line in errors.splitlines()}
+        assert "hashlib" in imported and not imported & {"http", "tarfile", "subprocess", "ssl", "socket", "threading", "urllib", "logging"}
 
 
 class TestAttest:
