@@ -8169,7 +8169,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     server = make_http_server((host, port), api, gate, streamer, tls)
     vms.start()
     jobs.start()
-    thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="accept", daemon=True)  # how long a stop waits for it
     thread.start()
 
     def stop(grace_s: float) -> None:

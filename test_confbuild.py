@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import http.client
@@ -15,6 +16,7 @@ import io
 import itertools
 import json
 import lzma
+import marshal
 import math
 import mmap
 import os
@@ -57,11 +59,19 @@ import confbuild
 # region 0. Builders and fixtures
 # ==============================================================================
 
+gc.set_threshold(100_000, 50, 50)  # thousands of tests are no garbage, and looking through them is a tenth of the time
 settings.register_profile("confbuild", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("confbuild")
 
 FILE = Path(confbuild.__file__).resolve()
 SHARED = FILE.parent.parent / "shared"
+# Python with this file, like confbuild.own_program(), but without the tenth of a second that compiling it takes, for the hundred processes that we start.
+# What the first line of a real start does is for the tests that name FILE.
+CODE = tempfile.NamedTemporaryFile(prefix="confbuild-test-")  # noqa: SIM115  # as long as the tests run
+CODE.write(marshal.dumps(compile(FILE.read_bytes(), FILE, "exec")))
+CODE.flush()
+LOAD = f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(marshal.load(open({CODE.name!r}, 'rb')))"
+PROGRAM = (sys.executable, "-I", "-S", "-c", LOAD, str(FILE))
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
@@ -132,16 +142,16 @@ def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Server:
     """A real `serve` in its own process and session, with a fixed port, which can be killed and started again."""
 
-    def __init__(self, state: Path, path: str, *options: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, state: Path, path: str, *options: str, env: Mapping[str, str] | None = None, program: Sequence[str] = PROGRAM) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
-        self.state, self.options, self.env = state, options, {**os.environ, "PATH": path, **(env or {})}
+        self.program, self.state, self.options, self.env = program, state, options, {**os.environ, "PATH": path, **(env or {})}
         self.headers: dict[str, str] = {}
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> "Server":
-        command = [sys.executable, str(FILE), "serve", "--listen", f"127.0.0.1:{self.port}", "--state", str(self.state), *self.options]
+        command = [*self.program, "serve", "--listen", f"127.0.0.1:{self.port}", "--state", str(self.state), *self.options]
         self.process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, text=True, start_new_session=True)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
@@ -3473,10 +3483,11 @@ class TestVectors:
 # ==============================================================================
 
 
-DRIVER = """
-import json, os, shutil, subprocess, sys, tempfile, time
-sys.path.insert(0, sys.argv[1])
-import confbuild
+DRIVER = f"""
+import json, marshal, os, shutil, subprocess, sys, tempfile, time, types
+confbuild = sys.modules["confbuild"] = types.ModuleType("confbuild")
+confbuild.__file__ = sys.argv[1]
+exec(marshal.load(open({CODE.name!r}, "rb")), confbuild.__dict__)
 def answer(value): print(json.dumps(value))
 """
 RUN = """
@@ -3491,7 +3502,7 @@ HELD = "confbuild: what sh left behind held its output open for 0 s after its en
 
 def drive(code: str, *arguments: str, **environ: str) -> Any:
     """What code answers in a process of its own: run_tool kills all that descends from its caller."""
-    done = subprocess.run([sys.executable, "-c", DRIVER + code, str(FILE.parent), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
+    done = subprocess.run([sys.executable, "-S", "-c", DRIVER + code, str(FILE), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -5653,10 +5664,10 @@ class TestBundle:
 
 
 class Built:
-    """What `python confbuild.py build` left behind. events: by type."""
+    """What `confbuild build` left behind. events: by type."""
 
     def __init__(self, source: Path, out: Path, *options: str, **env: str) -> None:
-        command = [sys.executable, str(FILE), "build", str(source), "-o", str(out), "--output", "json", "--nonce", NONCE, *options]
+        command = [*PROGRAM, "build", str(source), "-o", str(out), "--output", "json", "--nonce", NONCE, *options]
         run = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False)
         self.status, self.errors, self.out = run.returncode, run.stderr, out
         self.rows = [json.loads(line) for line in run.stdout.splitlines()]
@@ -5841,7 +5852,7 @@ class TestPipeline:
     )
 
     def test_failures(self, server: Callable[..., Server]) -> None:
-        running = server()
+        running = server("--slots", "2")
         jobs = [running.submit(files) for files, _, _ in self.FAILURES]
         for job, (_, kind, message) in zip(jobs, self.FAILURES, strict=True):
             last = running.events(job)[-1]
@@ -5971,7 +5982,7 @@ class TestRealCargo:
     def test_a_dirty_tree(self, tmp_path: Path, stub_path: str) -> None:
         demo = commit_all(write_files(tmp_path / "demo", project()))
         write_files(demo, {"src/main.rs": "fn main() { evil() }\n", "new": ""})
-        said = subprocess.run([sys.executable, str(FILE), "build", str(demo), "-o", str(tmp_path / "out")], env={**os.environ, "PATH": stub_path},
+        said = subprocess.run([*PROGRAM, "build", str(demo), "-o", str(tmp_path / "out")], env={**os.environ, "PATH": stub_path},
                               capture_output=True, text=True, timeout=60, check=True).stderr
         assert "packed 5 files as they are, without history: git has modified or untracked files" in said
         git(demo, "add", "-A")
@@ -6496,27 +6507,27 @@ class TestJobs:
             assert home and not os.path.exists(home[1])  # the VM is gone, and its workspace
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """kill -9 at four moments of two builds of 10,000 lines: the client ends with every event once, and the job is complete."""
-        s, rng = server(), random.Random(4)
+        """kill -9 at two moments of two builds of 10,000 lines: each client ends with every event once, and each job is complete."""
+        s, rng = server("--slots", "2"), random.Random(4)
         build = f"echo $$ >> {tmp_path}/pids\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
-        for _ in range(2):
-            job = s.submit(project(build))
-            follower = Follower(s, job)
+        followers = [Follower(s, s.submit(project(build))) for _ in range(2)]
+        for follower in followers:
             follower.start()
-            for _ in range(2):
-                time.sleep(rng.uniform(0.05, 1.2))  # the moment is the point
-                s.stop(signal.SIGKILL)
-                s.start()
+        for _ in range(2):
+            time.sleep(rng.uniform(0.05, 1.2))  # the moment is the point
+            s.stop(signal.SIGKILL)
+            s.start()
+        for follower in followers:
             follower.join(60)
             assert not follower.is_alive() and follower.losses
             assert [frame.split(b"\n")[0] for frame in follower.frames] == [b"id: %d" % n for n in range(1, len(follower.frames) + 1)]
-            body = s.request("GET", f"/build/{job}/events")[2]
+            body = s.request("GET", f"/build/{follower.job}/events")[2]
             assert body.partition(b"\n\n")[2] == b"".join(follower.frames)
             events = [json.loads(frame.partition(b"data: ")[2]) for frame in follower.frames]
             lines = [event["msg"] for event in events if event["type"] == "build"]
             assert lines[-10_000:] == [str(n) for n in range(1, 10_001)]
             assert [event for event in events if event["type"] == "complete"] == [events[-1]] == [OK_EVENT]
-            assert s.request("GET", f"/build/{job}/result")[0] == 200 and s.status(job)["attempts"] <= 3
+            assert s.request("GET", f"/build/{follower.job}/result")[0] == 200 and s.status(follower.job)["attempts"] <= 3
         wait_for(lambda: not any(living(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
 
     def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
@@ -6567,9 +6578,7 @@ class TestJobs:
         s = server("--grace", "0.1")
         job = s.submit(project(f"echo $$ > {tmp_path}/pid; {gated(tmp_path / 'gate')}"))
         until(s, job)
-        second = subprocess.run([sys.executable, str(FILE), "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True,
-                                text=True,
-                                timeout=30, check=False)
+        second = subprocess.run([*PROGRAM, "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True, text=True, timeout=30, check=False)
         assert (second.returncode, second.stderr) == (2, f"confbuild: error: {s.state} is in use by another server\n")
         assert "Traceback" not in s.stop()
         assert not living(int((tmp_path / "pid").read_text()))
@@ -8702,7 +8711,7 @@ def shell(tmp_path: Path, stub_path: str) -> Shell:
     write_files(tmp_path / "demo", project())
     (tmp_path / "tmp").mkdir()
 
-    def run(*arguments: str | Path, how: Sequence[str] = (str(FILE),), **env: str) -> "subprocess.CompletedProcess[str]":
+    def run(*arguments: str | Path, how: Sequence[str] = PROGRAM[1:], **env: str) -> "subprocess.CompletedProcess[str]":
         everything = {**os.environ, "PATH": stub_path, "TMPDIR": str(tmp_path / "tmp"), **env}
         done = subprocess.run([sys.executable, *how, *map(str, arguments)], cwd=tmp_path, env=everything, text=True, capture_output=True, timeout=60,
                               errors="replace", check=False)
@@ -8742,22 +8751,53 @@ def gone(pid: int) -> bool:
         return True
 
 
+BUILD_AND_SERVE = (
+    ("build", 2, "required: DIR|URL"),
+    ("build demo --outpu json", 2, "unrecognized arguments"), ("build nowhere", 2, "nowhere: neither a directory nor a URL"),
+    ("build demo --ref x", 2, "--ref goes with a URL"), ("build demo --nonce 00", 2, "--nonce: 32 hexadecimal digits are needed"),
+    ("build demo -o demo", 2, "demo exists, and is no bundle"), ("build demo -o demo/Cargo.toml", 2, "exists, and is no bundle"),
+    ("build empty", 2, "empty: there is nothing to build"), ("build demo --build-timeout soon", 2, "invalid number of seconds value"),
+    ("build demo --max-archive 0", 2, "argument --max-archive: invalid number above zero"), ("build https://u:p@example.com/x", 4, "credentials, queries and fragments are not accepted"),
+    ("serve --listen 0.0.0.0:0", 2, "other machines can reach that\nconfbuild: hint: give --token-file FILE, or --insecure"),
+    ("serve --listen [::]:0", 2, "other machines can reach that"), ("serve --listen example.com:0", 2, "other machines can reach that"),
+    ("serve --listen nonsense", 2, "--listen nonsense: not HOST:PORT"), ("serve --listen 127.0.0.1:70000", 2, "not HOST:PORT"),
+    ("serve --slots 0", 2, "argument --slots: invalid number above zero"), ("serve --token-file empty/../blank", 2, "no token in it"),
+    ("serve --token-file nowhere", 2, "nowhere: No such file or directory"), ("serve --token-file binary", 2, "binary"),
+    ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
+    ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "error: "),
+    ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"))
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """[status, stdout, stderr] of each of BUILD_AND_SERVE, which change the process that they run in: a fork each, and one start of Python for all."""
+    folder = tmp_path_factory.mktemp("messages")
+    write_files(folder, {"blank": "", "binary": b"\xff\xfe", "tmp/out": "", "tmp/err": "", **{f"demo/{name}": content for name, content in project().items()}})
+    (folder / "empty").mkdir()
+    found = drive("""
+os.chdir(sys.argv[2])
+found = {}
+for line in sys.argv[3:]:
+    child = os.fork()
+    if child == 0:
+        for fd, name in ((1, "tmp/out"), (2, "tmp/err")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_TRUNC), fd)
+        try:
+            status = confbuild.main(line.split())
+        except SystemExit as e:  # argparse's own
+            status = e.code
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found[line] = [status, *(open(f"tmp/{name}", encoding="utf-8").read() for name in ("out", "err"))]
+answer(found)""", str(folder), *[line for line, _, _ in BUILD_AND_SERVE], TMPDIR=str(folder / "tmp"), NO_PROXY="*")
+    assert sorted(os.listdir(folder / "tmp")) == ["err", "out"] and not list(folder.glob(".confbuild-*"))
+    return dict(found)
+
+
 class TestUsage:
     @pytest.mark.parametrize("line, status, message", [
-        ("", 2, "the following arguments are required: COMMAND"), ("build", 2, "required: DIR|URL"), ("no-such", 2, "invalid choice"),
-        ("build demo --outpu json", 2, "unrecognized arguments"), ("build nowhere", 2, "nowhere: neither a directory nor a URL"),
-        ("build demo --ref x", 2, "--ref goes with a URL"), ("build demo --nonce 00", 2, "--nonce: 32 hexadecimal digits are needed"),
-        ("build demo -o demo", 2, "demo exists, and is no bundle"), ("build demo -o demo/Cargo.toml", 2, "exists, and is no bundle"),
-        ("build empty", 2, "empty: there is nothing to build"), ("build demo --build-timeout soon", 2, "invalid number of seconds value"),
-        ("build demo --max-archive 0", 2, "argument --max-archive: invalid number above zero"), ("build https://u:p@example.com/x", 4, "credentials, queries and fragments are not accepted"),
-        ("serve --listen 0.0.0.0:0", 2, "other machines can reach that\nconfbuild: hint: give --token-file FILE, or --insecure"),
-        ("serve --listen [::]:0", 2, "other machines can reach that"), ("serve --listen example.com:0", 2, "other machines can reach that"),
-        ("serve --listen nonsense", 2, "--listen nonsense: not HOST:PORT"), ("serve --listen 127.0.0.1:70000", 2, "not HOST:PORT"),
-        ("serve --slots 0", 2, "argument --slots: invalid number above zero"), ("serve --token-file empty/../blank", 2, "no token in it"),
-        ("serve --token-file nowhere", 2, "nowhere: No such file or directory"), ("serve --token-file binary", 2, "binary"),
-        ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
-        ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "error: "),
-        ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"), ("list", 2, "required: --server"),
+        ("", 2, "the following arguments are required: COMMAND"), ("no-such", 2, "invalid choice"), ("list", 2, "required: --server"),
         ("list --server ftp://x", 2, "is no http or https URL"), ("list --server http://127.0.0.1:1", 4, "refused"),
         ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"), ("watch j --server http://127.0.0.1:1 --from -1", 2, "--from"),
         ("watch \u00e9 --server http://127.0.0.1:1", 2, "invalid job value"), ("verify nowhere", 2, "nowhere: No such file"), ("verify demo", 2, "demo/evidence.json: No such file"),
@@ -8791,16 +8831,11 @@ class TestUsage:
         ("attest", 2, "required: FILE, --nonce"), ("attest blank --nonce 1", 2, "--nonce: 32 hex"), (f"attest nowhere --nonce {NONCE}", 2, "nowhere: No such file"),
         (f"attest demo --nonce {NONCE}", 2, "demo: Is a directory"), (f"attest blank --nonce {NONCE} --platform az-snp", 2, "invalid choice"),
         pytest.param(f"attest blank --nonce {NONCE}", 1, "this is no SEV-SNP guest: ", marks=pytest.mark.skipif(os.path.exists(confbuild.SEV_GUEST), reason="it is one"))])
-    def test_messages(self, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-                      line: str, status: int, message: str) -> None:
+    def test_messages(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, status: int, message: str) -> None:
         (tmp_path / "empty").mkdir()
-        write_files(tmp_path, {"blank": "", "binary": b"\xff\xfe"})
+        write_files(tmp_path, {"blank": "", "binary": b"\xff\xfe", **{f"demo/{name}": content for name, content in project().items()}})
         write_bundle(tmp_path / "b", bundle())
         monkeypatch.setenv("NO_PROXY", "*")
-        if line.startswith(("build", "serve")):  # these change the process that they run in
-            done = shell(*line.split())
-            assert (done.returncode, done.stdout) == (status, "") and message in done.stderr, done.stderr
-            return
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO()))
         try:
@@ -8809,6 +8844,11 @@ class TestUsage:
             returned = e.code
         said = capsys.readouterr()
         assert (returned, said.out) == (status, "") and message in said.err, said.err
+
+    @pytest.mark.parametrize("line, status, message", BUILD_AND_SERVE)
+    def test_messages_of_build_and_serve(self, elsewhere: Mapping[str, Any], line: str, status: int, message: str) -> None:
+        returned, out, errors = elsewhere[line]
+        assert (returned, out) == (status, "") and message in errors and "Traceback" not in errors, errors
 
     def test_the_log_of_the_last_attempt(self) -> None:
         """A build that its server did not survive begins again: build_log covers the attempt that ended."""
@@ -8884,29 +8924,37 @@ def bind(path: Path) -> None:
 PCR_4 = hashlib.sha256(bytes((4,))).hexdigest()
 
 
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current directory, at NOW: bundles of every kind, and what may come beside."""
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Bundles of every kind, and what may come beside: for bench alone."""
+    folder = tmp_path_factory.mktemp("workshop")
     compact = json.dumps(statement(), separators=(",", ":"), ensure_ascii=False).encode()
     bare = snp_bundle(made(snp_report), made(vek_of))
     for name, files in {"b": snp(), "az": azure(), "sim": bundle(COMPLETE), "debug": snp({"policy": 0x30000 | 1 << 19}),
                         "bare": edited(bare, "evidence", "cert_chain"), "stripped": snp(), "alone": snp(),
                         "legacy": GOOD_BUNDLE._replace(evidence=confbuild.simulated_evidence(confbuild.report_data(compact, NONCE)))}.items():
-        write_bundle(tmp_path / name, files)
-    (tmp_path / "b.tar.gz").write_bytes(result_archive(snp()))
+        write_bundle(folder / name, files)
+    (folder / "b.tar.gz").write_bytes(result_archive(snp()))
     for name in ("stripped", "alone"):
-        (tmp_path / name / "provenance.json").unlink()
-    shutil.rmtree(tmp_path / "alone/artifacts")
+        (folder / name / "provenance.json").unlink()
+    shutil.rmtree(folder / "alone/artifacts")
     ders = {f"{role}.der": data for role, data in TOY_CAS.items()}
     crl, revoked = made(toy_crl), made(toy_crl, serial=0x010001)
-    write_files(tmp_path, {
+    write_files(folder, {
         "crl.der": crl, "crl.pem": pem(crl, "X509 CRL"), "revoked.der": revoked, "vek.der": made(vek_of), "vek.pem": b"\n" + pem(made(vek_of), "CERTIFICATE"),
         "other.der": made(vek_of, key=OTHER_VEK), "junk": b"junk", "forged.pem": b"-----BEGIN CERTIFICATE-----\nAAA\n-----END CERTIFICATE-----\n", "files/milan": b"",
         **{f"roots/milan/{name}": data for name, data in ders.items()}, "roots/README": b"", **{f"pem/Milan/{name}": pem(data, "CERTIFICATE") for name, data in ders.items()},
         **{f"hollow/milan/{name}": b"" for name in ders}, "partial/milan/ark.der": ders["ark.der"], "partial/milan/ask.der": ders["ask.der"],
         **{f"swapped/milan/{name}": made(vek_of) if name == "ask.der" else data for name, data in ders.items()}})
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "empty").mkdir()
+    (folder / "folder").mkdir()
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def bench(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, at NOW: a copy of workshop."""
+    shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "time", lambda: 1795435200.0)
     return tmp_path
@@ -9483,7 +9531,8 @@ class TestBuild:
     def test_service(self, shell: Shell, tmp_path: Path, server: Callable[..., Server]) -> None:
         """One server, every command of a client."""
         (tmp_path / "tokens").write_text("secret other\n")
-        one = server("--token-file", str(tmp_path / "tokens"), "--env", "MARK", env={"MARK": str(tmp_path / "mark")})
+        one = server("--token-file", str(tmp_path / "tokens"), "--env", "MARK", env={"MARK": str(tmp_path / "mark")}, program=(sys.executable, str(FILE)))
+        assert one.process is not None and confbuild._RUN.encode() in Path(f"/proc/{one.process.pid}/cmdline").read_bytes()  # it has shed its syntax tree
         one.headers = {"Authorization": "Bearer other"}
         to = ("--server", f"127.0.0.1:{one.port}", "--token-file", "tokens")
         write_files(tmp_path / "demo", {"build.sh": QUICK + "echo '\x1b[1mhello'\n"})
