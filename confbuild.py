@@ -4085,8 +4085,9 @@ def _version_key(version: str) -> Any:
     """What sorts as versions do. [Debian Policy 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
     epoch, _, rest = version.rpartition(":")
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
-    return int(epoch) if epoch.isdecimal() else 0, *([([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
-                                                      for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision))
+    parts = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
+              for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
+    return (int(epoch) if epoch.isdecimal() else 0, *parts)
 
 
 def _read_index(path: str) -> Iterator[list[str]]:
@@ -4185,7 +4186,7 @@ class _DebUnpacker:
                 if kind not in ("", "gz", "xz"):
                     raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
                                      "use the packages of a distribution that compresses with xz, such as Debian")
-                while size > 0 and (block := f.read(min(BLOCK, size))):
+                for block in iter(lambda: f.read(min(BLOCK, size)), b""):
                     data.write(block)
                     size -= len(block)
                 if size:
@@ -4325,7 +4326,7 @@ def _blocks(node: _Node) -> Iterator[bytes]:
         return
     size = 0
     with _open_regular(node.content) as f:
-        while block := f.read(BLOCK):
+        for block in iter(lambda: f.read(BLOCK), b""):
             size += len(block)
             if size <= node.size:
                 yield block
@@ -4868,7 +4869,7 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
     digest, digests = hashlib.sha256(), bytearray()
     with _open_regular(path) as f:
         left = blocks * VERITY_BLOCK
-        while data := f.read(BLOCK):
+        for data in iter(lambda: f.read(BLOCK), b""):
             digest.update(data)
             digests += block_digests(data[:left])
             left -= min(left, len(data))

@@ -7797,6 +7797,17 @@ class TestHttp:
         again = s.finished()
         assert s.ask("GET", f"/build/{again}/result")[2] == data and data[4:8] == bytes(4)
 
+    def test_attestation(self, site: Callable[..., Site]) -> None:
+        """The evidence as it is; the nonce is the asker's; a VM that does not attest is told of."""
+        s = site()
+        status, headers, body = s.ask("GET", f"/attestation?nonce={NONCE}")
+        assert (status, headers["Content-Type"], headers["Cache-Control"], body) == (200, "application/json", "no-store", b"{}")
+        for query in ("", "?nonce=", "?nonce=00", f"?nonce={NONCE}0", "?Nonce=" + NONCE):
+            is_problem(s.ask("GET", "/attestation" + query), 400, "InvalidNonce")
+        tired = s.ask("GET", "/attestation?nonce=" + "0" * 32)
+        is_problem(tired, 503, "AttestationError")
+        assert json.loads(tired[2])["detail"] == "it is tired" and tired[1]["Retry-After"] == "30"
+
     def test_every_get(self, site: Callable[..., Site]) -> None:
         """HEAD wherever GET works, with the same headers and no body; and the OpenAPI document tells of every route."""
         s = site()
@@ -7813,7 +7824,7 @@ class TestHttp:
                 assert all(re.fullmatch(r"\d{3}", code) and answer["description"] for code, answer in operation["responses"].items())
                 assert {p["name"] for p in operation["parameters"] if p["in"] == "path"} == set(re.findall(r"\{(\w+)\}", path))
                 if method == "get":
-                    get, head = (s.ask(verb, path.replace("{id}", job)) for verb in ("GET", "HEAD"))
+                    get, head = (s.ask(verb, path.replace("{id}", job) + (f"?nonce={NONCE}" if path == "/attestation" else "")) for verb in ("GET", "HEAD"))
                     for answer in (get, head):
                         for name in ("Date", "X-Request-Id"):
                             del answer[1][name]
@@ -8869,7 +8880,7 @@ class TestUsage:
         commands = next(a for a in confbuild.build_parser()._actions if isinstance(a.choices, dict)).choices
         assert isinstance(commands, dict)
         top = shell("--help").stdout
-        for name in sorted(set(commands) - {"agent", "sweep"}):
+        for name in sorted(set(commands) - {"agent", "fetcher", "sweep"}):
             text = shell(name, "--help").stdout
             assert re.search(rf"^ +{name} ", top, re.MULTILINE)
             for action in commands[name]._actions:
@@ -9801,7 +9812,7 @@ class TestReadme:
         assert re.search(r"^    (\$ )?python confbuild\.py build \S+$", self.TEXT, re.MULTILINE) and re.search(r"^    python -m pytest$", self.TEXT, re.MULTILINE)
         commands = next(a for a in confbuild.build_parser()._actions if isinstance(a.choices, dict)).choices
         assert isinstance(commands, dict)
-        for name in set(commands) - {"agent", "sweep"}:
+        for name in set(commands) - {"agent", "fetcher", "sweep"}:
             row = re.search(rf"^\| `{name}\b.*$", self.TEXT, re.MULTILINE)
             assert row, f"README does not name {name}"
             for option in (max(a.option_strings, key=len) for a in commands[name]._actions if a.option_strings and a.dest != "help"):
