@@ -5656,6 +5656,7 @@ _SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
 # void f(uint32_t out[4], uint32_t leaf): push rbx; mov r8, rdi; mov eax, esi; xor ecx, ecx; cpuid; mov [r8], eax; mov [r8+4], ebx;
 # mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
 _CPUID = bytes.fromhex("53 4989f8 89f0 31c9 0fa2 418900 41895804 41894808 4189500c 5b c3")
+_TCG_WARNING = f"{QEMU}: warning: TCG doesn't support requested feature"  # a dozen for each emulated guest
 _CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]")  # terminal sequences, and whatever else could steer a terminal
 
 
@@ -5876,11 +5877,11 @@ def _bound_to_parent() -> Callable[[], None]:
 
 
 class QemuVm:
-    """A guest of QEMU that is used once, with the interface of SimulatedVm. config: what its agent is told besides: `policy`, `vek`. label: what `vm`
-    events call it; console: is given the lines that the guest or QEMU prints, by the thread "console", without control characters, as fast as they
-    come."""
+    """A guest of QEMU that is used once, with the interface of SimulatedVm. config: what its agent is told besides: `policy`, `vek`; folder: where its
+    workspace is made, which stays there if this process is killed. label: what `vm` events call it; console: is given the lines that the guest or
+    QEMU prints, by the thread "console", without control characters, as fast as they come."""
 
-    def __init__(self, guest: Guest, config: Mapping[str, Any]) -> None:
+    def __init__(self, guest: Guest, config: Mapping[str, Any], folder: str | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
         self.platform, self.networked = guest.mode, guest.network
         self.label = "SEV-SNP guest" if guest.mode == "snp" else "QEMU guest, not confidential"
@@ -5888,7 +5889,7 @@ class QemuVm:
         self._telling = threading.Lock()
         self.port = 0  # of the loopback interface, once it is ready
         self._guest, self._config = guest, config
-        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
+        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-", dir=folder))
         self._monitor = os.path.join(self._workspace, "qmp")
         self._spoken = threading.Event()  # _answer holds the agent's first line, or QEMU has ended
         self._answer = b""  # written by "console" before _spoken
@@ -5968,6 +5969,7 @@ class QemuVm:
 
     def _tell(self, lines: Sequence[str]) -> None:
         """The last lines are remembered, and all handed on."""
+        lines = [line for line in lines if not line.startswith(_TCG_WARNING)]
         self._last = [*self._last, *lines][-LAST_LINES:]
         with self._telling:
             for text in filter(None, map(console_text, lines)):
@@ -8158,7 +8160,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         os.close(lock)
         raise UsageError(f"{state} is in use by another server") from None
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
-    vms = VmHost(*_makers(options, policy, machine), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
+    vms = VmHost(*_makers(options, state, policy, machine), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
                  expected=_of_server(machine))
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
@@ -8186,7 +8188,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
 
 
-def _makers(options: "argparse.Namespace", policy: SourcePolicy, machine: Machine) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
+def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
     """What makes a VM of machine, and what makes the process that fetches a repository for one without a network."""
     def fetcher(url: str, ref: str) -> SimulatedVm:
         return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
@@ -8195,7 +8197,10 @@ def _makers(options: "argparse.Namespace", policy: SourcePolicy, machine: Machin
     if guest is None:
         return lambda: SimulatedVm(policy, options.env), fetcher
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
-    return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}), fetcher
+    folder = os.path.join(state, "guests")
+    remove_tree(folder)  # of guests whose server was killed, and they with it
+    os.mkdir(folder, 0o700)
+    return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}, folder), fetcher
 
 
 def _boot_timeout(options: "argparse.Namespace", machine: Machine) -> float:
