@@ -1618,7 +1618,7 @@ def _volume_blocks(data: bytes) -> Iterator[bytes]:
         raise FirmwareError("firmware volume", "this Python has no lzma") from None
     except lzma.LZMAError as e:
         raise FirmwareError("firmware volume", f"it cannot be decompressed: {e}") from None
-    if left or not decoder.eof:
+    if left:
         raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
 
 

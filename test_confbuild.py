@@ -2212,7 +2212,7 @@ class TestLaunchDigest:
         (b"", "0 bytes, not 1 to 4096 pages of 4096"), (TOY_FIRMWARE[:-1], "8191 bytes, not 1 to"), (TOY_FIRMWARE + bytes(16 << 20), "16785408 bytes, not 1 to"),
         (TOY_FIRMWARE[:4096], "no table of GUIDs ends 32 bytes before its end: it is not OVMF"), (bytes(4096), "it is not OVMF"),
         (TOY_FIRMWARE[:-50] + b"\x11\0" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 17 bytes"),
-        (TOY_FIRMWARE[:-50] + b"\xf1\x1f" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 8177 bytes"),
+        (TOY_FIRMWARE[:-50] + b"\xe1\x1f" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 8161 bytes"),
         (TOY_FIRMWARE[:-50] + b"\x59\0" + TOY_FIRMWARE[-48:], "an entry of 0 bytes where its table of GUIDs has 1"),
         (toy_firmware(table=b"\0" * 17), "an entry of 0 bytes where its table of GUIDs has 17"), (toy_firmware(table=b"\0" * 18), "an entry of 0 bytes where its table of GUIDs has 18"),
         (toy_firmware(table=b"\x11\0" + bytes(16)), "an entry of 17 bytes where its table of GUIDs has 18"),
@@ -3262,7 +3262,7 @@ class TestHardwareVerdict:
         assert failed or checks["image measurement"] == confbuild.Check(
             "image measurement", "passed", "00" * 48 + " (EPYC-v4, 1 vCPU) or " + "6d" * 48 + " (EPYC-v4, 2 vCPUs)", "6d" * 48 + " (EPYC-v4, 2 vCPUs)")
 
-    def test_image_of_what_nothing_has_measured(self) -> None:
+    def test_image_of_what_nothing_has_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where the simulation says what the image's measurement is, and where the evidence cannot be read."""
         facts = confbuild.ImageFacts("00" * 32, "", "", {"EPYC-v4, 1 vCPU": confbuild.simulated_measurement().hex()})
         verdict = verdict_over(GOOD_BUNDLE, confbuild.Expectations(image=facts))
@@ -3270,8 +3270,12 @@ class TestHardwareVerdict:
         assert {check.detail for check in verdict.checks if check.status == "failed"} == {"simulated evidence: nothing has measured that VM"}
         verdict = verdict_over(GOOD_BUNDLE._replace(evidence=b"{"), confbuild.Expectations(image=facts))
         assert [status_of(verdict, name) for name in confbuild.OF_IMAGE] == ["passed", "passed", "not checked", "not checked"]
+        assert "no expectation" not in "".join(check.detail for check in verdict.checks if check.name in confbuild.OF_IMAGE)
         verdict = verdict_over(snp(self.BOOTED)._replace(provenance=None, artifacts={}), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
         assert verdict.verdict == "passed", "of evidence alone as well"
+        monkeypatch.setattr(confbuild, "_check_image", lambda *_: None)
+        verdict = verdict_over(snp(self.BOOTED), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
+        assert failed_checks(verdict) == {"required checks"} and verdict.checks[-1].actual == "not checked: " + ", ".join(sorted(confbuild.OF_IMAGE))
 
     def test_a_hostile_list_takes_linear_time(self) -> None:
         """Nobody signed it: numbers of one hash, which for Python are the multiples of 2^61 - 1."""
@@ -6896,7 +6900,7 @@ class TestQemuVm:
             monkeypatch.setenv("PATH", str(tmp_path))
             image = options.pop("image", guest_image())
             guest = confbuild.Guest("qemu", image, firmware=options.pop("firmware", False), **options.pop("guest", {}))
-            vm = confbuild.QemuVm(guest, {"policy": {"max_archive": 5}})
+            vm = confbuild.QemuVm(guest, {"policy": {"max_archive": 5}}, options.pop("folder", None))
             vm.console = options.pop("console", None)
             assert not options
             made.append((vm, Path(vm._workspace)))
@@ -8101,6 +8105,119 @@ class TestBroker:
         owners = {path.relative_to(tmp_path).as_posix(): path.lstat().st_uid for path in tmp_path.rglob("*")}
         assert owners.pop("outside") == 0 and tmp_path.stat().st_uid == 0
         assert set(owners) == {"tree", "tree/a", "tree/a/b", "tree/c", "tree/a/link", "tree/folder"} and set(owners.values()) == {confbuild.BUILD_UID}
+
+
+IMAGE = Path(os.environ.get("CONFBUILD_TEST_IMAGE", "/var/cache/confbuild-test/image"))
+needs_image = pytest.mark.skipif(not (IMAGE / "image.json").is_file(), reason="a guest image is missing: .ci/run makes one")
+# What the compiler's wrapper finds out before it compiles for the first time: it runs as the build, and leaves what it saw as an artifact.
+SPY = """#!/bin/sh
+report=target/release/report
+if [ ! -e $report ]; then
+  mkdir -p target/release
+  {
+    echo user $(id -u) $(id -G)
+    echo devices $(ls /dev)
+    echo interfaces $(tail -n +3 /proc/net/dev | cut -d: -f1)
+    echo others $(ls /proc | grep '^[0-9]' | while read pid; do [ ! -e /proc/$pid ] || [ -O /proc/$pid ] || echo $pid; done)
+    for file in /run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow; do [ -r $file ] && echo reads $file; done
+    for folder in / /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp; do [ -w $folder ] && echo writes $folder; done
+    python3 -c 'import socket
+for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
+    try: socket.create_connection(address, 5); print("reaches", address)
+    except OSError as e: print(e.strerror)'
+    grep NoNewPrivs /proc/self/status
+    python3 -c 'import os; [os.fork() for _ in range(3)]; os.setsid() if os.getpgrp() != os.getpid() else 0; os.close(1); os.close(2); import time; time.sleep(300)' &
+  } > $report 2>&1
+  chmod +x $report
+fi
+exec "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def guests(tmp_path_factory: pytest.TempPathFactory, stub_path: str) -> Iterator[Server]:
+    """A server with real QEMU guests, of which one waits."""
+    folder = tmp_path_factory.mktemp("guests")
+    s = Server(folder / "state", os.environ["PATH"], "--vm", "qemu", "--image", str(IMAGE), "--warm", "1", "--allow-scheme", "file", "--memory", "1536")
+    s.start()
+    yield s
+    assert s.process is not None
+    left = confbuild.descendants(s.process.pid)
+    s.stop()
+    assert not any(map(living, left)) and list((folder / "state/guests").iterdir()) == []
+
+
+@needs("qemu-system-x86_64")
+@needs_image
+class TestRealGuest:
+    @needs("git")
+    def test_build(self, guests: Server, tmp_path: Path) -> None:
+        """A repository, fetched by the host, is built in a guest that booted through the firmware: by a user who reaches neither the network nor the agent,
+        the attestation or the other files of the guest; what it leaves behind is dead; and the bundle says what it is."""
+        config = json.loads(guests.request("GET", "/config")[2])
+        assert config["platform"] == "qemu" and config["confidential"] is False and "no hardware" in config["notice"]
+        image = confbuild.read_image(str(IMAGE))
+        assert (config["image"]["manifest_sha256"], config["measurement"]) == (image.manifest_sha256, image.launch_digests[0][2])
+        origin = write_files(tmp_path / "spy.git", {**project(), ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n', "spy.sh": SPY})
+        (origin / "spy.sh").chmod(0o755)
+        write_files(origin, {}, commit=True)
+        answer = guests.request("GET", f"/attestation?nonce={NONCE}")
+        assert answer[0] == 200 and json.loads(answer[2])["platform"] == "simulated"
+        job = guests.submit(repo_url=f"file://{origin}")
+        events = guests.events(job)
+        assert events[-1] == OK_EVENT, events
+        vm = [event["msg"] for event in events if event["type"] == "vm"]
+        assert vm == [f"QEMU guest, not confidential: {text}" for text in (f"fetching file://{origin}: the guest has no network", "ready")]
+        (tmp_path / "result").write_bytes(guests.request("GET", f"/build/{job}/result")[2])
+        (tmp_path / "unpacked").mkdir()
+        confbuild.unpack_archive(str(tmp_path / "result"), str(tmp_path / "unpacked"))
+        files = confbuild.read_bundle(str(tmp_path / "unpacked/spy"))
+        doc = json.loads(provenance_of(files))
+        source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        assert source == {"digest": {"gitCommit": git(origin, "rev-parse", "HEAD"), "gitTree": git(origin, "rev-parse", "HEAD^{tree}")}, "uri": f"file://{origin}"}
+        verdict = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, builder_id=confbuild.QEMU_BUILDER), confbuild.utc_time(time.time()))
+        assert verdict.verdict == "simulated" and verdict.claims["guest_network"] == "none"
+        assert "QEMU guest, which is not confidential" in confbuild.render_verdict(verdict, False)
+        report = (tmp_path / "unpacked/spy/artifacts/report").read_text().split("\n")
+        assert report == ["user 1001 1001", "devices fd full null random stderr stdin stdout tty urandom zero", "interfaces lo", "others",
+                          "writes /work/home", "writes /tmp", "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", ""]
+        with_image = confbuild.verify_bundle(files, confbuild.Expectations(image=confbuild.check_image(str(IMAGE))), NOW)
+        assert with_image.verdict == "failed" and status_of(with_image, "image parts") == status_of(with_image, "image firmware") == "passed"
+
+    def boot(self, folder: Path, image: confbuild.Image, *options: str) -> tuple[str, str]:
+        """(what the agent says within 25 s of QEMU's start or empty, the console)."""
+        config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
+        vm = confbuild.QemuVm(confbuild.Guest("qemu", image, memory_mib=1024), config, str(folder))
+        path, gpa = vm._write_hashes()
+        honest = confbuild.Guest("qemu", confbuild.read_image(str(IMAGE)), memory_mib=1024)
+        original = confbuild.QemuVm(honest, config, str(folder))
+        path, gpa = original._write_hashes()  # what the processor has measured is the honest image
+        argv = [*confbuild.qemu_argv(confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", path, gpa), *options]
+        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            assert child.stdin and child.stdout
+            child.stdin.write(json.dumps({"platform": "qemu", "network": "none", **config}).encode() + b"\n")
+            child.stdin.flush()
+            said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 25)[0] else ""
+        finally:
+            child.kill()
+            console = child.communicate()[1].decode("utf-8", "replace")
+            vm.destroy()
+            original.destroy()
+        return said, console
+
+    def test_shim(self, tmp_path: Path) -> None:
+        """The firmware of an image boots the measured kernel, whatever file the host offers in its place."""
+        (tmp_path / "shim.efi").write_bytes(b"MZ" + bytes(4094))
+        said, console = self.boot(tmp_path, confbuild.read_image(str(IMAGE)), "-shim", str(tmp_path / "shim.efi"))
+        assert said == "8080\n", console
+
+    def test_another_kernel(self, tmp_path: Path) -> None:
+        """Nothing comes up where the kernel is not the one that was measured."""
+        image = confbuild.read_image(str(IMAGE))
+        (tmp_path / "vmlinuz").write_bytes(Path(image.kernel).read_bytes() + b"\0")
+        said, console = self.boot(tmp_path, image._replace(kernel=str(tmp_path / "vmlinuz")))
+        assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 # endregion 27
 # ==============================================================================
