@@ -4186,7 +4186,10 @@ class _DebUnpacker:
                 if kind not in ("", "gz", "xz"):
                     raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
                                      "use the packages of a distribution that compresses with xz, such as Debian")
-                for block in iter(lambda: f.read(min(BLOCK, size)), b""):
+                while size > 0:
+                    block = f.read(min(BLOCK, size))
+                    if not block:
+                        break
                     data.write(block)
                     size -= len(block)
                 if size:

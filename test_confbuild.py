@@ -47,7 +47,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import hypothesis.strategies as st
 import pytest
@@ -8134,89 +8134,127 @@ exec "$@"
 """
 
 
-@pytest.fixture(scope="module")
-def guests(tmp_path_factory: pytest.TempPathFactory, stub_path: str) -> Iterator[Server]:
-    """A server with real QEMU guests, of which one waits."""
-    folder = tmp_path_factory.mktemp("guests")
-    s = Server(folder / "state", os.environ["PATH"], "--vm", "qemu", "--image", str(IMAGE), "--warm", "1", "--allow-scheme", "file", "--memory", "1536")
-    s.start()
-    yield s
+class GuestRuns(NamedTuple):
+    """What guest_runs found. shim, other_kernel: (what the agent said, or nothing; the console)."""
+
+    config: Any
+    attestation: Any
+    events: Sequence[Any]
+    result: str
+    left: Sequence[int]
+    folders: Sequence[str]
+    shim: tuple[str, str]
+    other_kernel: tuple[str, str]
+
+
+def guest_runs(folder: Path) -> GuestRuns:
+    """Real QEMU guests: a build of origin.git by a server with one that waits, and two that a hostile host boots with other files."""
+    s = Server(folder / "state", os.environ["PATH"], "--vm", "qemu", "--image", str(IMAGE), "--warm", "1", "--allow-scheme", "file", "--memory", "1536").start()
+    config = json.loads(s.request("GET", "/config")[2])
+    attestation = json.loads(s.request("GET", f"/attestation?nonce={NONCE}")[2])
+    job = s.submit(repo_url=f"file://{folder}/spy.git")
+    events = s.events(job)
+    (folder / "result").write_bytes(s.request("GET", f"/build/{job}/result")[2])
     assert s.process is not None
     left = confbuild.descendants(s.process.pid)
     s.stop()
-    assert not any(map(living, left)) and list((folder / "state/guests").iterdir()) == []
+    folders = os.listdir(folder / "state/guests")
+    (folder / "shim.efi").write_bytes(b"MZ" + bytes(4094))
+    image = confbuild.read_image(str(IMAGE))
+    (folder / "vmlinuz").write_bytes(Path(image.kernel).read_bytes() + b"\0")
+    shim = boot_as_measured(folder, image, "-shim", str(folder / "shim.efi"))
+    other = boot_as_measured(folder, image._replace(kernel=str(folder / "vmlinuz")))
+    return GuestRuns(config, attestation, events, str(folder / "result"), [pid for pid in left if living(pid)], folders, shim, other)
+
+
+def boot_as_measured(folder: Path, image: confbuild.Image, *options: str) -> tuple[str, str]:
+    """(what the agent says within 15 seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
+    config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
+    honest = confbuild.QemuVm(confbuild.Guest("qemu", confbuild.read_image(str(IMAGE))), config, str(folder))
+    argv = confbuild.qemu_argv(confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", *honest._write_hashes())
+    child = subprocess.Popen([*argv, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps({"platform": "qemu", "network": "none", **config}).encode() + b"\n")
+        child.stdin.flush()
+        said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 15)[0] else ""
+    finally:
+        child.kill()
+        console = child.communicate()[1].decode("utf-8", "replace")
+        honest.destroy()
+    return said, console
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], GuestRuns]]:
+    """guest_runs, in a process of its own beside all the other tests: emulation takes most of a minute, and a second processor has nothing to do."""
+    if not any(getattr(item, "cls", None) is TestRealGuest for item in request.session.items) or shutil.which("qemu-system-x86_64") is None or (
+            shutil.which("git") is None or not (IMAGE / "image.json").is_file()):
+        yield lambda: pytest.fail("nothing was started")
+        return
+    folder = tmp_path_factory.mktemp("guests")
+    origin = write_files(folder / "spy.git", {**project(), ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n', "spy.sh": SPY})
+    (origin / "spy.sh").chmod(0o755)
+    write_files(origin, {}, commit=True)
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); from test_confbuild import *; print(json.dumps(guest_runs(Path(sys.argv[2]))))"
+    with open(folder / "errors", "wb") as errors:
+        child = subprocess.Popen([sys.executable, "-c", code, str(FILE.parent), str(folder)], stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+
+    @functools.cache
+    def collect() -> GuestRuns:
+        output = child.communicate(timeout=300)[0]
+        assert child.returncode == 0, (folder / "errors").read_text()
+        return GuestRuns(*json.loads(output))
+
+    yield collect
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
 
 
 @needs("qemu-system-x86_64")
+@needs("git")
 @needs_image
 class TestRealGuest:
-    @needs("git")
-    def test_build(self, guests: Server, tmp_path: Path) -> None:
-        """A repository, fetched by the host, is built in a guest that booted through the firmware: by a user who reaches neither the network nor the agent,
-        the attestation or the other files of the guest; what it leaves behind is dead; and the bundle says what it is."""
-        config = json.loads(guests.request("GET", "/config")[2])
-        assert config["platform"] == "qemu" and config["confidential"] is False and "no hardware" in config["notice"]
-        image = confbuild.read_image(str(IMAGE))
-        assert (config["image"]["manifest_sha256"], config["measurement"]) == (image.manifest_sha256, image.launch_digests[0][2])
-        origin = write_files(tmp_path / "spy.git", {**project(), ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n', "spy.sh": SPY})
-        (origin / "spy.sh").chmod(0o755)
-        write_files(origin, {}, commit=True)
-        answer = guests.request("GET", f"/attestation?nonce={NONCE}")
-        assert answer[0] == 200 and json.loads(answer[2])["platform"] == "simulated"
-        job = guests.submit(repo_url=f"file://{origin}")
-        events = guests.events(job)
-        assert events[-1] == OK_EVENT, events
-        vm = [event["msg"] for event in events if event["type"] == "vm"]
-        assert vm == [f"QEMU guest, not confidential: {text}" for text in (f"fetching file://{origin}: the guest has no network", "ready")]
-        (tmp_path / "result").write_bytes(guests.request("GET", f"/build/{job}/result")[2])
-        (tmp_path / "unpacked").mkdir()
-        confbuild.unpack_archive(str(tmp_path / "result"), str(tmp_path / "unpacked"))
-        files = confbuild.read_bundle(str(tmp_path / "unpacked/spy"))
-        doc = json.loads(provenance_of(files))
-        source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
+    def test_config(self, guests: Callable[[], GuestRuns]) -> None:
+        """What a server of guests says before anything is built."""
+        runs, image = guests(), confbuild.read_image(str(IMAGE))
+        assert runs.config["platform"] == "qemu" and runs.config["confidential"] is False and "no hardware" in runs.config["notice"]
+        assert (runs.config["image"]["manifest_sha256"], runs.config["measurement"]) == (image.manifest_sha256, image.launch_digests[0][2])
+        assert runs.attestation["platform"] == "simulated"
+
+    def test_events(self, guests: Callable[[], GuestRuns]) -> None:
+        """A repository, fetched by the host, in a guest that waited; and nothing of any guest is left."""
+        runs = guests()
+        assert runs.events[-1] == OK_EVENT, runs.events
+        vm = [event["msg"].partition(" file:")[0] for event in runs.events if event["type"] == "vm"]
+        assert vm == ["QEMU guest, not confidential: fetching", "QEMU guest, not confidential: ready"]
+        assert (runs.left, runs.folders) == ([], [])
+
+    def test_bundle(self, guests: Callable[[], GuestRuns], tmp_path: Path) -> None:
+        """Built by a user who reaches neither the network nor the agent, the attestation or the guest's other files; the bundle says what it is."""
+        result = Path(guests().result)
+        confbuild.unpack_archive(str(result), str(tmp_path))
+        files = confbuild.read_bundle(str(tmp_path / "spy"))
+        origin = result.parent / "spy.git"
+        source = json.loads(provenance_of(files))["predicate"]["buildDefinition"]["externalParameters"]["source"]
         assert source == {"digest": {"gitCommit": git(origin, "rev-parse", "HEAD"), "gitTree": git(origin, "rev-parse", "HEAD^{tree}")}, "uri": f"file://{origin}"}
-        verdict = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, builder_id=confbuild.QEMU_BUILDER), confbuild.utc_time(time.time()))
+        verdict = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, builder_id=confbuild.QEMU_BUILDER), NOW)
         assert verdict.verdict == "simulated" and verdict.claims["guest_network"] == "none"
         assert "QEMU guest, which is not confidential" in confbuild.render_verdict(verdict, False)
-        report = (tmp_path / "unpacked/spy/artifacts/report").read_text().split("\n")
-        assert report == ["user 1001 1001", "devices fd full null random stderr stdin stdout tty urandom zero", "interfaces lo", "others",
-                          "writes /work/home", "writes /tmp", "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", ""]
+        assert (tmp_path / "spy/artifacts/report").read_text().split("\n") == [
+            "user 1001 1001", "devices fd full null random stderr stdin stdout tty urandom zero", "interfaces lo", "others", "writes /work/home", "writes /tmp",
+            "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", ""]
         with_image = confbuild.verify_bundle(files, confbuild.Expectations(image=confbuild.check_image(str(IMAGE))), NOW)
         assert with_image.verdict == "failed" and status_of(with_image, "image parts") == status_of(with_image, "image firmware") == "passed"
 
-    def boot(self, folder: Path, image: confbuild.Image, *options: str) -> tuple[str, str]:
-        """(what the agent says within 25 s of QEMU's start or empty, the console)."""
-        config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
-        vm = confbuild.QemuVm(confbuild.Guest("qemu", image, memory_mib=1024), config, str(folder))
-        path, gpa = vm._write_hashes()
-        honest = confbuild.Guest("qemu", confbuild.read_image(str(IMAGE)), memory_mib=1024)
-        original = confbuild.QemuVm(honest, config, str(folder))
-        path, gpa = original._write_hashes()  # what the processor has measured is the honest image
-        argv = [*confbuild.qemu_argv(confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", path, gpa), *options]
-        child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            assert child.stdin and child.stdout
-            child.stdin.write(json.dumps({"platform": "qemu", "network": "none", **config}).encode() + b"\n")
-            child.stdin.flush()
-            said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 25)[0] else ""
-        finally:
-            child.kill()
-            console = child.communicate()[1].decode("utf-8", "replace")
-            vm.destroy()
-            original.destroy()
-        return said, console
-
-    def test_shim(self, tmp_path: Path) -> None:
+    def test_shim(self, guests: Callable[[], GuestRuns]) -> None:
         """The firmware of an image boots the measured kernel, whatever file the host offers in its place."""
-        (tmp_path / "shim.efi").write_bytes(b"MZ" + bytes(4094))
-        said, console = self.boot(tmp_path, confbuild.read_image(str(IMAGE)), "-shim", str(tmp_path / "shim.efi"))
-        assert said == "8080\n", console
+        assert guests().shim[0] == "8080\n", guests().shim[1]
 
-    def test_another_kernel(self, tmp_path: Path) -> None:
+    def test_another_kernel(self, guests: Callable[[], GuestRuns]) -> None:
         """Nothing comes up where the kernel is not the one that was measured."""
-        image = confbuild.read_image(str(IMAGE))
-        (tmp_path / "vmlinuz").write_bytes(Path(image.kernel).read_bytes() + b"\0")
-        said, console = self.boot(tmp_path, image._replace(kernel=str(tmp_path / "vmlinuz")))
+        said, console = guests().other_kernel
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 # endregion 27
