@@ -7217,6 +7217,9 @@ _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
                    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
                    ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%"),
                    ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=80%"))
+# No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
+_SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
+MAX_PROCESSES = 4096  # of a build
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
 
 
@@ -7269,6 +7272,24 @@ def _await(find: Callable[[], "str | None"], what: str) -> str:
             return found
         time.sleep(0.02)
     raise GuestError(f"there is no {what}")
+
+
+def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
+    """The agent's configuration, a line of JSON: token, policy, platform ("qemu" or "snp"), network ("none" or "open"), perhaps vek. read: the next byte,
+    which the host chooses. Raises GuestError."""
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = read()
+        line += byte
+        if not byte or len(line) > 64 * KIB:
+            raise GuestError("the configuration does not end")
+    try:
+        config = parse_object(parse_json(bytes(line), "configuration", 8), "configuration", ("token", "policy", "platform", "network"), ("vek",))
+    except Malformed as e:
+        raise GuestError(str(e)) from None
+    if config["platform"] not in ("qemu", "snp") or config["network"] not in ("none", "open"):
+        raise GuestError("the configuration's platform or network is none")
+    return config
 
 
 def _find_channel() -> str | None:
@@ -7430,6 +7451,9 @@ class GuestBroker:
     def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> int:
         """The id of the process that runs a program as the user of builds. Raises OSError."""
         def enter() -> None:
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+                f.write("1000")  # where memory ends, the build ends first
+            resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
             if not self._network:
                 _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -7507,21 +7531,22 @@ def _start_guest() -> None:
     _load_modules("base")
     _mount_tools(root_hash, blocks)
     channel = os.open(_await(_find_channel, "virtio-serial port called confbuild"), os.O_RDWR)
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        line += os.read(channel, 1) or b"\n"
-    config = json.loads(line)
+    config = read_config(lambda: os.read(channel, 1))
     network = config["network"] == "open"
     _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
     _set_up_interface("eth0", GUEST_ADDRESS, "255.255.255.0")
     if network:
         _open_network()
-    if config["platform"] != "qemu":
+    if config["platform"] == "snp":
         _load_modules("snp")
         _mount("configfs", "/sys/kernel/config", "configfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
+    for name, value in _SYSCTL:
+        if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without what it turns off
+            with open(f"/proc/sys/{name}", "w", encoding="ascii") as f:
+                f.write(value)
     own_source()  # before the agent's root has it no more, as the modules that it will need
-    for module in (gzip, hmac, http, io, logging, secrets, select, selectors, shutil, subprocess, tarfile, tempfile, threading, tomllib, unicodedata,
-                   urllib, uuid, weakref, zipfile):
+    for module in (gzip, hmac, http, io, logging, resource, secrets, select, selectors, shutil, subprocess, tarfile, tempfile, threading, tomllib,
+                   unicodedata, urllib, uuid, weakref, zipfile):
         _ = module.__name__
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(SYSROOT + _BROKER)

@@ -7991,6 +7991,21 @@ class TestGuest:
         assert (sector, length, status, following, kind.rstrip(b"\0")) == (0, 8000, 0, len(target), b"verity") and len(target) % 8 == 0
         assert target[40:].rstrip(b"\0").decode() == f"1 254:0 254:0 4096 4096 1000 1000 sha256 {'ab' * 32} -"
 
+    @pytest.mark.parametrize(("line", "message"), [
+        (b"", "the configuration does not end"), (b"{}", "the configuration does not end"), (b" " * 70_000, "the configuration does not end"),
+        (b"{\n", "configuration: not JSON"), (b"[]\n", "configuration: not an object of token, policy, platform, network, perhaps vek"),
+        (b'{"token":"t","policy":{},"platform":"snp","network":"none","more":1}\n', "not an object of"),
+        (b'{"token":"t","policy":{},"platform":"tdx","network":"none"}\n', "platform or network is none"),
+        (b'{"token":"t","policy":{},"platform":"qemu","network":[]}\n', "platform or network is none")])
+    def test_bad_configurations(self, line: bytes, message: str) -> None:
+        """The host writes it."""
+        with pytest.raises(confbuild.GuestError, match=message):
+            confbuild.read_config(functools.partial(io.BytesIO(line).read, 1))
+
+    def test_configuration(self) -> None:
+        given: dict[str, Any] = {"token": "t", "policy": {}, "platform": "snp", "network": "open", "vek": None}
+        assert confbuild.read_config(functools.partial(io.BytesIO(json.dumps(given).encode() + b"\nmore").read, 1)) == given
+
     @pytest.mark.parametrize("network", ["none", "open"])
     def test_attester(self, network: str) -> None:
         """What the host calls a QEMU guest never looks like hardware, and what it calls SEV-SNP never falls back."""
