@@ -3945,6 +3945,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
 # theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
 
 MAX_LAUNCH_DIGESTS = 64  # of one image
+MAX_MODULE = 64 * MIB  # a module of the kernel, unpacked
 MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
 _PARTS = ("firmware", "kernel", "initrd", "tools")
 _AGENT = "usr/lib/confbuild"  # where both file systems have this file
@@ -4043,8 +4044,8 @@ def _open_regular(path: str) -> IO[bytes]:
 
 def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[str] = ()) -> bytes:
     """A lock file: the packages called names and all that they depend on, sorted by name. indexes: `Packages` files, a later one for
-    what the earlier lack; without: names that are left out, with what only they need. Of `a | b`, one that is taken anyway, else the first
-    that there is; the versions that a dependency names are not compared: a release of a distribution fits together. Raises ImageError, OSError."""
+    what the earlier lack; without: names that are left out, with what only they need. Of `a | b`, one that is taken already, else the first that
+    there is, else the first that provides one; versions that a dependency names are not compared: a release fits together. Raises ImageError, OSError."""
     found: dict[str, dict[str, str]] = {}
     providers: dict[str, list[str]] = {}
     for path in indexes:
@@ -4067,10 +4068,13 @@ def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[s
     pending = sorted(set(names))
     for wanted in pending:  # grows
         alternatives = [name.partition("(")[0].partition(":")[0].strip() for name in wanted.split("|")]
-        every = [*alternatives, *(name for virtual in alternatives for name in sorted(providers.get(virtual, [])))]
-        if left_out & set(alternatives) or set(every) & set(chosen):
+        if left_out & set(alternatives) or set(alternatives) & set(chosen):
             continue
-        name = next((name for name in every if name in found), "")
+        real = [name for name in alternatives if name in found]
+        provided = [] if real else sorted(name for alternative in alternatives for name in providers.get(alternative, []))
+        if set(provided) & set(chosen):
+            continue
+        name = next(iter(real + provided), "")
         if name:
             chosen[name] = found[name]
             pending += [part for key in ("Pre-Depends", "Depends") for part in found[name].get(key, "").split(",") if part.strip()]
@@ -4087,9 +4091,9 @@ def _version_key(version: str) -> Any:
     """What sorts as versions do. [Debian Policy 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
     epoch, _, rest = version.rpartition(":")
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
-    parts = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
-              for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
-    return (int(epoch) if epoch.isdecimal() else 0, *parts)
+    rows = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
+             for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
+    return int(epoch) if epoch.isdecimal() else 0, rows
 
 
 def _read_index(path: str) -> Iterator[list[str]]:
@@ -4100,9 +4104,9 @@ def _read_index(path: str) -> Iterator[list[str]]:
         stream: Any = gzip.GzipFile(fileobj=f) if head.startswith(b"\x1f\x8b") else lzma.LZMAFile(f) if head == b"\xfd7zXZ\0" else f
         stanza: list[str] = []
         try:
-            for line in io.TextIOWrapper(stream, encoding="utf-8"):
+            for line in stream:
                 if line.strip():
-                    stanza.append(line)
+                    stanza.append(line.decode("utf-8"))
                 elif stanza:
                     yield stanza
                     stanza = []
@@ -4136,7 +4140,7 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[tuple[str, str, str
     made. debs: a folder with the .deb files, under whatever names. Raises ImageError, OSError."""
     rows = parse_lock(_read_whole(lock, MAX_JSON), lock)
     paths = {}
-    for entry in os.scandir(debs):
+    for entry in list(os.scandir(debs)):
         if entry.is_file(follow_symlinks=False):
             paths[file_sha256(entry.path)] = entry.path
     missing = [f"{name} {version} {sha256}" for name, version, sha256 in rows if sha256 not in paths]
@@ -4188,14 +4192,12 @@ class _DebUnpacker:
                 if kind not in ("", "gz", "xz"):
                     raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
                                      "use the packages of a distribution that compresses with xz, such as Debian")
-                while size > 0:
+                while size:
                     block = f.read(min(BLOCK, size))
                     if not block:
-                        break
+                        raise ImageError(f"{name}: {member} is cut off")
                     data.write(block)
                     size -= len(block)
-                if size:
-                    raise ImageError(f"{name}: {member} is cut off")
                 data.seek(0)
                 return kind
             f.seek(size + size % 2, os.SEEK_CUR)
@@ -4205,7 +4207,7 @@ class _DebUnpacker:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
         parts = _merged(parts)
         name = "/".join(parts)
-        if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH:
+        if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH or "\0" in member.name + member.target:
             raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
         if not parts or _DROPPED.fullmatch(name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
             return
@@ -4214,6 +4216,8 @@ class _DebUnpacker:
                 raise ImageError(f"{name[:80]!r} lies in what is no directory")
         if self._kinds.setdefault(name, member.kind) != member.kind or name in self._links or os.path.isfile(os.path.join(self._root, name)):
             raise ImageError(f"{name[:80]!r} occurs twice")
+        if len(self._kinds) > MAX_MEMBERS:
+            raise ImageError(f"the packages have more than {MAX_MEMBERS} files")
         path = os.path.join(self._root, name)
         os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
         if member.kind == "symlink":
@@ -4272,7 +4276,7 @@ def scan_tree(root: str) -> _Tree:
         folder = pending.pop()
         if folder.count("/") > MAX_DEPTH:
             raise ImageError(f"{root}: {folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
-        for entry in os.scandir(os.path.join(root, folder)):
+        for entry in list(os.scandir(os.path.join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
             if _DROPPED.fullmatch(name):
@@ -4555,12 +4559,12 @@ def _compile_python(root: str, program: str, loader: str, sources: Mapping[str, 
             jobs.append((path, target, shown))
         with open(os.path.join(scratch, "jobs"), "w", encoding="ascii") as listed:
             json.dump(jobs, listed)
-        folders = ":".join(os.path.join(root, folder) for folder in _LIBRARY_FOLDERS)
-        argv = [os.path.join(root, loader), "--library-path", folders, os.path.join(root, program), "-S", "-s", "-B", "-c", _COMPILE, listed.name]
+        # Relative paths: the loader and Python split theirs at colons, and nothing in a .pyc comes to depend on where it was made.
+        argv = [f"./{loader}", "--library-path", ":".join(_LIBRARY_FOLDERS), f"./{program}", "-S", "-s", "-B", "-c", _COMPILE, listed.name]
         try:
-            status, _, errors = capture(argv, scratch, {"PYTHONHOME": os.path.join(root, "usr"), "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
+            status, _, errors = capture(argv, root, {"PYTHONHOME": "usr", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
         except OSError as e:
-            raise ImageError(f"{argv[0]} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64") from None
+            raise ImageError(f"{root}: {loader} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64") from None
         if status != 0:
             raise ImageError(f"the root file system's Python does not run: {(errors.splitlines() or [f'status {status}'])[-1]}")
         return {name: _new_file(_read_whole(target, 64 * MIB)) for name, target in targets.items()}
@@ -4594,10 +4598,13 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
             raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
         data = _content(tree[files[name]])
         if files[name].endswith(".ko.xz"):
+            unpacker = lzma.LZMADecompressor(memlimit=256 * MIB)
             try:
-                data = lzma.LZMADecompressor(memlimit=256 * MIB).decompress(data, 64 * MIB)
+                data = unpacker.decompress(data, MAX_MODULE)
             except lzma.LZMAError as e:
                 raise ImageError(f"{files[name]}: {e}") from None
+            if not unpacker.eof:
+                raise ImageError(f"{files[name]}: cut off, or more than {MAX_MODULE} bytes")
         if not data.startswith(b"\x7fELF"):
             raise ImageError(f"{files[name]}: neither a module nor one that is compressed with xz")
         depends = re.search(rb"\0depends=([A-Za-z0-9_,-]*)\0", data)
@@ -4710,8 +4717,8 @@ def make_image(folder: str, given: ImageInput) -> Image:
         made = os.path.join(scratch, "image")
         os.mkdir(made)
         packages: list[tuple[str, str, str]] = []
-        root = given.rootfs
-        if not root:
+        root = os.path.abspath(given.rootfs)
+        if not given.rootfs:
             root = os.path.join(scratch, "root")
             os.mkdir(root)
             packages = unpack_packages(given.lock, given.debs, root)

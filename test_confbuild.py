@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import http.client
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -76,7 +77,8 @@ NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
            "openssl": "apt-get install openssl", "strace": "apt-get install strace",
-           "qemu-system-x86_64": "apt-get install qemu-system-x86", "cc": "apt-get install gcc"}
+           "cpio": "apt-get install cpio", "fsck.erofs": "apt-get install erofs-utils",
+           "veritysetup": "apt-get install cryptsetup-bin", "qemu-system-x86_64": "apt-get install qemu-system-x86", "cc": "apt-get install gcc"}
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
@@ -6045,6 +6047,703 @@ class TestRealNix:
 
 # endregion 18
 # ==============================================================================
+# region 19. Image
+# ==============================================================================
+
+
+def elf(interpreter: str = "", needed: Sequence[str] = (), address: int = 0x400000) -> bytes:
+    """A file for x86-64 that asks for these, and does nothing."""
+    strings, names = b"\0", []
+    for name in needed:
+        names.append(len(strings))
+        strings += name.encode() + b"\0"
+    begin = 64 + 3 * 56
+    interp = interpreter.encode() + b"\0"
+    at = begin + len(interp) + len(strings)
+    dynamic = b"".join(struct.pack("<QQ", *row) for row in (*((1, name) for name in names), (5, address + begin + len(interp)), (0, 0)))
+    rows = [(1, 0, address, at + len(dynamic)), (2, at, address + at, len(dynamic))] + ([(3, begin, 0, len(interp))] if interpreter else [])
+    headers = b"".join(struct.pack("<IIQQQQQQ", kind, 0, offset, where, 0, size, size, 0) for kind, offset, where, size in rows).ljust(3 * 56, b"\0")
+    return struct.pack("<6s10xHHIQQQIHHHHHH", b"\x7fELF\2\1", 3, 62, 1, 0, 64, 0, 0, 64, 56, len(rows), 0, 0, 0) + headers + interp + strings + dynamic
+
+
+def bzimage(release: str = "6.1.0-toy") -> bytes:
+    data = bytearray(1024)
+    data[0x202:0x206], data[0x20E:0x210] = b"HdrS", struct.pack("<H", 0x40)
+    return bytes(data[:0x240]) + release.encode() + b" (nobody@nowhere) #1 SMP\0" + bytes(512)
+
+
+def module_file(depends: str = "") -> bytes:
+    return b"\x7fELF module\0license=GPL\0depends=" + depends.encode() + b"\0name=x\0"
+
+
+MODULES: Mapping[str, bytes] = {
+    "net/virtio_net.ko": module_file("net_failover"), "net/net_failover.ko": module_file("failover"), "net/failover.ko": module_file(),
+    "block/virtio_blk.ko": module_file(), "md/dm-verity.ko.xz": lzma.compress(module_file("dm-bufio,dm-mod")), "md/dm-mod.ko": module_file(),
+    "md/dm-bufio.ko": module_file("dm-mod"), "fs/overlay.ko": module_file(), "virt/sev-guest.ko": module_file("tsm"), "virt/tsm.ko": module_file(),
+    "crypto/gcm.ko": module_file("gf128mul"), "crypto/gf128mul.ko": module_file("gcm"), "modules.builtin": b"kernel/fs/erofs/erofs.ko\n"}
+TOY_AMDSEV = toy_volume(lzma_section(b"volume " * 300 + b"\0" + SHIM + b"between" + SHIM + random.Random(1).randbytes(500)))
+PYTHON = "usr/lib/python3.13"
+ROOT_FILES: Mapping[str, str | bytes] = {
+    "usr/bin/python3.13": elf("/lib64/ld-linux-x86-64.so.2", ["libm.so.6", "libc.so.6"]), "usr/lib/x86_64-linux-gnu/libc.so.6": elf(needed=["ld-linux-x86-64.so.2"]),
+    "usr/lib/x86_64-linux-gnu/libm.so.6.1": elf(needed=["libc.so.6"]), "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2": elf(),
+    "usr/lib/x86_64-linux-gnu/libgcc_s.so.1": elf(needed=["libc.so.6"]), "usr/lib/x86_64-linux-gnu/libffi.so.8": elf(), "usr/lib/x86_64-linux-gnu/libunused.so": elf(),
+    f"{PYTHON}/os.py": "import x\n", f"{PYTHON}/json/decoder.py": "pass\n", f"{PYTHON}/test/test_os.py": "pass\n", f"{PYTHON}/unittest/case.py": "pass\n",
+    f"{PYTHON}/lib-dynload/_ctypes.so": elf(needed=["libffi.so.8"]), f"{PYTHON}/lib-dynload/_sqlite3.so": elf(needed=["libsqlite3.so.0"]),
+    f"{PYTHON}/__pycache__/os.pyc": b"stale", "usr/bin/gcc.sh": b"#!/bin/sh\n" * 1000, "usr/share/doc/gcc/README": b"dropped", "usr/share/ovmf/OVMF.amdsev.fd": TOY_AMDSEV,
+    "var/lib/dpkg/status": b"dropped", "boot/vmlinuz-6.1.0-toy": bzimage(), "etc/empty": b"", "etc/\udce9": b"no UTF-8",
+    **{f"usr/lib/modules/6.1.0-toy/kernel/{name}" if "/" in name else f"usr/lib/modules/6.1.0-toy/{name}": data for name, data in MODULES.items()}}
+ROOT_LINKS: Mapping[str, str] = {
+    "lib": "usr/lib", "lib64": "usr/lib64", "bin": "usr/bin", "usr/bin/python3": "python3.13", "usr/lib64/ld-linux-x86-64.so.2": "../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+    "usr/lib/x86_64-linux-gnu/libm.so.6": "libm.so.6.1", "etc/loop": "loop", "etc/away": "/nowhere/" + "x" * 100}
+
+
+def toy_root(folder: Path, changes: Mapping[str, str | bytes | None] | None = None, links: Mapping[str, str] | None = None, backwards: bool = False) -> Path:
+    """A root file system of which no program runs. changes: files that are other, None = that are not there."""
+    files = {name: data for name, data in {**ROOT_FILES, **(changes or {})}.items() if data is not None}
+    order = sorted(files, reverse=backwards)
+    folder.mkdir()
+    write_files(folder, {name: files[name] for name in order})
+    for name, target in {**ROOT_LINKS, **(links or {})}.items():
+        if name not in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(target)
+    for path in folder.rglob("*.sh"):
+        path.chmod(0o4755)
+    return folder
+
+
+def toy_compiler(argv: Sequence[str], cwd: str, env: Mapping[str, str], **_: Any) -> tuple[int, bytes, str]:
+    """In place of the Python of a toy root, which does not run."""
+    assert argv[0] == "./usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2" and argv[3] == "./usr/bin/python3.13" and env["PYTHONHASHSEED"] == "0"
+    for source, target, shown in json.loads(Path(argv[-1]).read_text()):
+        Path(target).write_bytes(b"compiled " + shown.encode() + b" " + hashlib.sha256(Path(source).read_bytes()).digest())
+    return 0, b"", ""
+
+
+@pytest.fixture
+def toy_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(confbuild, "capture", toy_compiler)
+
+
+def read_cpio(data: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
+    """name -> (mode, content, device) of an archive in the form newc, in its order."""
+    found: dict[str, tuple[int, bytes, tuple[int, int]]] = {}
+    at = 0
+    while True:
+        assert data[at:at + 6] == b"070701" and at % 4 == 0
+        inode, mode, uid, gid, _, mtime, size, _, _, major, minor, length, check = (int(data[at + 6 + 8 * i:at + 14 + 8 * i], 16) for i in range(13))
+        name = data[at + 110:at + 110 + length]
+        begin = at + 110 + length + -(110 + length) % 4
+        at = begin + size + -size % 4
+        assert name.endswith(b"\0") and uid == gid == mtime == check == 0
+        if name == b"TRAILER!!!\0":
+            assert len(data) % 512 == 0 and not data[at:].strip(b"\0") and len(data) - at < 512
+            return found
+        assert inode == len(found) + 1
+        found[os.fsdecode(name[:-1])] = mode, data[begin:begin + size], (major, minor)
+
+
+def read_erofs(data: bytes) -> dict[str, tuple[int, bytes]]:
+    """path -> (mode, content) of a file system that is not compressed."""
+    magic, _, _, bits, _, root, inodes, _, _, blocks, meta = struct.unpack_from("<IIIBBHQQIII", data, 1024)
+    assert (magic, bits, meta) == (0xE0F5E1E2, 12, 1) and len(data) >= blocks << 12
+    found: dict[str, tuple[int, bytes]] = {}
+
+    def visit(path: str, number: int, parent: int) -> None:
+        layout, _, mode, _, size, block, _, uid, gid, mtime, nsec, _ = struct.unpack_from("<HHHHQIIIIQII", data, 4096 + 32 * number)
+        content = data[block << 12:(block << 12) + size]
+        assert layout == 1 and uid == gid == mtime == nsec == 0 and len(content) == size and path not in found
+        found[path] = mode, content
+        if not mode & 0o40000:
+            return
+        names: list[bytes] = []
+        for at in range(0, size, 4096):
+            part = content[at:at + 4096]
+            rows = [struct.unpack_from("<QHBB", part, i) for i in range(0, struct.unpack_from("<H", part, 8)[0], 12)]
+            ends = [row[1] for row in rows[1:]] + [len(part.rstrip(b"\0")) if at + 4096 < size else len(part)]
+            for (child, begin, _, _), end in zip(rows, ends, strict=True):
+                names.append(part[begin:end])
+                if names[-1] in (b".", b".."):
+                    assert child == (number if names[-1] == b"." else parent)
+                else:
+                    visit(f"{path}/{os.fsdecode(names[-1])}".lstrip("/"), child, number)
+        assert names == sorted(names)
+
+    visit("", root, root)
+    assert len(found) == inodes
+    return found
+
+
+def deb_of(data: bytes, name: str = "data.tar.xz") -> bytes:
+    """A .deb file with this data."""
+    def member(name: str, content: bytes) -> bytes:
+        return f"{name:16}{0:<12}{0:<6}{0:<6}{'100644':8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+    return b"!<arch>\n" + member("debian-binary", b"2.0\n") + member("control.tar.xz", b"odd") + member(name, data)
+
+
+def deb(*members: TarEntry) -> bytes:
+    return deb_of(lzma.compress(tar_of(*members), preset=0))
+
+
+def unpack_debs(folder: Path, *debs: bytes) -> Path:
+    """The root file system that these packages make."""
+    (folder / "debs").mkdir()
+    lines = []
+    for i, data in enumerate(debs):
+        (folder / "debs" / f"{len(debs) - i}.bin").write_bytes(data)
+        lines.append(f"p{i} 1.0 {hashlib.sha256(data).hexdigest()}")
+    (folder / "lock").write_text("# a comment\n\n" + "\n".join(lines) + "  # the last\n")
+    (folder / "root").mkdir()
+    rows = confbuild.unpack_packages(str(folder / "lock"), str(folder / "debs"), str(folder / "root"))
+    assert [row[0] for row in rows] == [f"p{i}" for i in range(len(debs))]
+    return folder / "root"
+
+
+def index_of(*packages: Mapping[str, str]) -> str:
+    return "\n".join("".join(f"{key}: {value}\n" for key, value in {
+        "Version": "1.0", "SHA256": hashlib.sha256(repr(sorted(package.items())).encode()).hexdigest(), **package}.items()) + "Description: x\n more: y\n" for package in packages)
+
+
+class TestLock:
+    INDEX = "\n\n" + index_of(
+        {"Package": "git", "Depends": "libc6 (>= 2.38), perl:any, editor | pager", "Pre-Depends": "awk"}, {"Package": "libc6", "Depends": "libgcc-s1"},
+        {"Package": "libgcc-s1", "Version": "14.2.0-19"}, {"Package": "perl", "Version": "5.9-1"}, {"Package": "perl", "Version": "5.40~rc1-1"}, {"Package": "perl", "Version": "5.10-1"},
+        {"Package": "mawk", "Provides": "awk"}, {"Package": "gawk", "Provides": "awk (= 1), y"}, {"Package": "pager", "Depends": "absent | kmod, kmod, z | libc6"}, {"Package": "kmod"})
+
+    def lock(self, tmp_path: Path, names: Sequence[str], *indexes: str | bytes, without: Sequence[str] = ()) -> list[str]:
+        paths = []
+        for i, index in enumerate(indexes or [self.INDEX]):
+            paths.append(str(tmp_path / f"Packages{i}"))
+            Path(paths[-1]).write_bytes(index.encode() if isinstance(index, str) else index)
+        rows = confbuild.parse_lock(confbuild.write_lock(paths, names, without), "lock")
+        return [f"{name} {version}" for name, version, _ in rows]
+
+    def test_closure(self, tmp_path: Path) -> None:
+        """Alternatives, virtual packages, the newest version; sorted by name."""
+        everything = ["gawk 1.0", "git 1.0", "kmod 1.0", "libc6 1.0", "libgcc-s1 14.2.0-19", "pager 1.0", "perl 5.40~rc1-1"]
+        assert self.lock(tmp_path, ["git"]) == everything == self.lock(tmp_path, ["git"], gzip.compress(self.INDEX.encode())) == self.lock(
+            tmp_path, ["git"], lzma.compress(self.INDEX.encode()))
+        assert self.lock(tmp_path, ["git", "mawk"]) == [*everything[1:5], "mawk 1.0", *everything[5:]], "awk is there already"
+        assert self.lock(tmp_path, ["git"], without=["kmod", "awk"]) == [everything[1], *everything[3:]]
+        assert self.lock(tmp_path, ["y"]) == ["gawk 1.0"]
+
+    def test_second_index(self, tmp_path: Path) -> None:
+        later = index_of({"Package": "libc6", "Version": "9"}, {"Package": "ovmf", "Depends": "libc6"})
+        assert self.lock(tmp_path, ["ovmf"], self.INDEX, later) == ["libc6 1.0", "libgcc-s1 14.2.0-19", "ovmf 1.0"]
+
+    @pytest.mark.parametrize(("names", "index", "message"), [
+        (["git", "b", "a"], INDEX, "no index has a, b"), (["x"], index_of({"Package": "x", "Depends": "p | q"}), r"no index has p \| q"),
+        (["x"], "Package: x\nVersion: 1\n", "Packages0: a package without Package, Version or SHA256"), (["x"], b"\xff\n", "Packages0: no package index: 'utf-8' codec"),
+        (["x"], gzip.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\x1f\x8b" + b"x" * 30, "no package index: Unknown compression method"),
+        (["x"], lzma.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\xfd7zXZ\0xxxxxxxxxxxxxxxx", "no package index: "),
+        (["x"], gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "no package index: Error -3"),
+        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")])
+    def test_no_lock(self, tmp_path: Path, names: Sequence[str], index: str | bytes, message: str) -> None:
+        with pytest.raises(confbuild.ImageError, match=message):
+            self.lock(tmp_path, names, index)
+
+    def test_no_file(self, tmp_path: Path) -> None:
+        with pytest.raises(confbuild.ImageError, match="not a regular file"):
+            confbuild.write_lock([str(tmp_path)], ["x"])
+
+    @pytest.mark.parametrize(("text", "message"), [
+        ("a 1 " + "0" * 63, "line 1 is not NAME"), ("\n#\na 1 " + "0" * 64 + " x", "line 3 is not NAME"), ("# nothing", "no package in it"), ("A 1 " + "0" * 64, "line 1"),
+        (f"a 1 {'0' * 64}\na 2 {'1' * 64}", "the package a occurs twice"), (f"a 1 {'0' * 64}\nb 2 {'0' * 64}", "the SHA-256 0000000000000000000000000000000000000000000000000000000000000000 occurs twice")])
+    def test_no_rows(self, text: str, message: str) -> None:
+        with pytest.raises(confbuild.ImageError, match=f"^L: {message}"):
+            confbuild.parse_lock(text.encode(), "L")
+
+    def test_versions(self) -> None:
+        """In the order of deb-version(7)."""
+        order = ["0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
+        assert sorted(random.Random(1).sample(order, len(order)), key=confbuild._version_key) == order
+
+
+class TestDebs:
+    TREE: tuple[TarEntry, ...] = (
+        ("./", "", FOLDER), ("./usr/bin/", "", FOLDER), ("./usr/bin/gcc", b"gcc", FILE_TYPE), ("./usr/bin/gcc-14", "./usr/bin/gcc", LINK), ("./bin/mawk", b"mawk", FILE_TYPE),
+        ("./bin/sh", "dash", SYMLINK), ("./usr/lib/ld.so", "/lib/x.so", SYMLINK), ("./usr/share/doc/gcc/README", b"dropped", FILE_TYPE), ("./lib", "usr/lib", SYMLINK),
+        ("./usr/share/ca-certificates/b.crt", b"B\n", FILE_TYPE), ("./usr/share/ca-certificates/a.crt", b"A\n", FILE_TYPE), ("./var/lib/x", b"dropped", FILE_TYPE))
+
+    @pytest.mark.parametrize("compress", [("data.tar.xz", lzma.compress), ("data.tar.gz", gzip.compress), ("data.tar", bytes), ("data.tar/", bytes)], ids=lambda c: c[0])
+    def test_unpack(self, tmp_path: Path, compress: tuple[str, Callable[[bytes], bytes]]) -> None:
+        """What is there afterwards, by whatever umask."""
+        before = os.umask(0o077)
+        try:
+            root = unpack_debs(tmp_path, deb_of(compress[1](tar_of(*self.TREE)), compress[0]), deb(("./usr/bin/dash", b"dash", FILE_TYPE)))
+        finally:
+            os.umask(before)
+        found = {str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in root.rglob("*") if path.is_symlink() or path.is_file()}
+        assert found == {
+            "bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64", "usr/bin/gcc": b"gcc", "usr/bin/gcc-14": b"gcc", "usr/bin/mawk": b"mawk",
+            "usr/bin/dash": b"dash", "usr/bin/sh": "dash", "usr/lib/ld.so": "/lib/x.so", "usr/bin/cc": "gcc", "usr/bin/awk": "mawk",
+            "usr/share/ca-certificates/a.crt": b"A\n", "usr/share/ca-certificates/b.crt": b"B\n", "etc/ssl/certs/ca-certificates.crt": b"A\nB\n", "etc/hosts": b"127.0.0.1 localhost\n",
+            "etc/passwd": b"root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/:/bin/sh\nbuild:x:1001:1001::/build:/bin/sh\n", "etc/group": b"root:x:0:\nagent:x:1000:\nbuild:x:1001:\n"}
+        assert (root / "usr/bin/gcc").stat().st_mode & 0o777 == 0o644 and not list((root / "var").iterdir() if (root / "var").exists() else [])
+
+    def test_own_files_win(self, tmp_path: Path) -> None:
+        root = unpack_debs(tmp_path, deb(("usr/bin/gcc", b"", FILE_TYPE), ("usr/bin/cc", b"mine", FILE_TYPE), ("etc/passwd", b"mine", FILE_TYPE)))
+        assert (root / "usr/bin/cc").read_bytes() == (root / "etc/passwd").read_bytes() == b"mine" and not (root / "etc/ssl").exists()
+
+    def test_missing(self, tmp_path: Path) -> None:
+        """All at once; a link to a file is none."""
+        (tmp_path / "debs").mkdir()
+        (tmp_path / "debs/x.deb").symlink_to("/etc/passwd")
+        (tmp_path / "lock").write_text(f"a 1 {'a' * 64}\nb 2 {'b' * 64}\n")
+        with pytest.raises(confbuild.ImageError, match=f"debs: no file with the SHA-256 of a 1 {'a' * 64}, b 2 {'b' * 64}$"):
+            confbuild.unpack_packages(str(tmp_path / "lock"), str(tmp_path / "debs"), str(tmp_path))
+
+    @pytest.mark.parametrize(("members", "message"), [
+        ([("../x", b"", FILE_TYPE)], "'../x' is not a plain relative path"), ([("/x", b"", FILE_TYPE)], "'/x' is not a plain relative path"),
+        ([("usr/../../x", b"", FILE_TYPE)], "is not a plain relative path"), ([("a/" * 70 + "x", b"", FILE_TYPE)], "is not a plain relative path"),
+        ([("etc", "/tmp", SYMLINK), ("etc/x", b"", FILE_TYPE)], "'etc/x' lies in what is no directory"), ([("etc", "/tmp", SYMLINK)], "'etc/passwd' lies in what is no directory"),
+        ([("a", b"", FILE_TYPE), ("a/x", b"", FILE_TYPE)], "'a/x' lies in what is no directory"), ([("bin/x", "/tmp", SYMLINK), ("usr/bin/x/y", b"", FILE_TYPE)], "lies in what is no directory"),
+        ([("x", "/tmp/y", SYMLINK), ("x", b"", FILE_TYPE)], "'x' occurs twice"), ([("x", b"", FILE_TYPE), ("./x", b"", FILE_TYPE)], "'x' occurs twice"),
+        ([("x", "a", SYMLINK), ("x", "b", SYMLINK)], "'x' occurs twice"), ([("x", b"", FILE_TYPE), ("x", "", FOLDER)], "'x' occurs twice"),
+        ([("bin/x", b"", FILE_TYPE), ("usr/bin/x", b"", FILE_TYPE)], "'usr/bin/x' occurs twice"), ([("y", b"", FILE_TYPE), ("x", "y", LINK), ("x", "y", LINK)], "'x' occurs twice"),
+        ([("x", "../../etc/passwd", LINK)], "'x' is a link to '../../etc/passwd', which is no earlier file"), ([("x", "y", LINK)], "which is no earlier file"),
+        ([("y", "/etc/passwd", SYMLINK), ("x", "y", LINK)], "which is no earlier file"), ([("usr/bin", b"", FILE_TYPE)], "File exists|Not a directory"), ([("x" * 300, b"", FILE_TYPE)], "File name too long"),
+        ([("x", "", DEVICE)], "'x' is a device, a pipe or a sparse file"), ([("x", "", FIFO)], "'x' is a device, a pipe or a sparse file"), ([SPARSE], "is a device, a pipe or a sparse file")])
+    def test_hostile_members(self, tmp_path: Path, members: Sequence[TarEntry], message: str) -> None:
+        """Nothing outside of the root is touched, and nothing through a link."""
+        with pytest.raises((confbuild.ImageError, OSError), match=message):
+            unpack_debs(tmp_path, deb(*members))
+        assert {path.name for path in tmp_path.iterdir()} == {"debs", "lock", "root"} and not Path("/tmp/x").exists()
+
+    def test_names_with_a_nul(self, tmp_path: Path) -> None:
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            info = tarfile.TarInfo("x")
+            info.type, info.pax_headers = SYMLINK, {"linkpath": "a\0b"}
+            tar.addfile(info)
+        with pytest.raises(confbuild.ImageError, match="'x' is not a plain relative path"):
+            unpack_debs(tmp_path, deb_of(data.getvalue(), "data.tar"))
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (b"", "p0: not a .deb file"), (b"PK\3\4", "p0: not a .deb file"), (b"!<arch>\n", "p0: not a .deb file, or one without data.tar"),
+        (deb_of(b"")[:150], "p0: not a .deb file, or one without"), (deb_of(b"", "other.tar.xz"), "or one without data.tar"), (deb_of(b"").replace(b"`", b"'"), "or one without data.tar"),
+        (deb_of(b"x", "data.tar.zst"), "p0: data.tar.zst cannot be read: only .gz and .xz can"), (deb_of(b"x" * 1000)[:-500], "p0: data.tar.xz is cut off"),
+        (deb_of(b"x" * 1000), "p0: damaged: LZMAError"), (deb_of(b"x" * 1000, "data.tar.gz"), "p0: damaged: Not a gzipped file"), (deb_of(b"x" * 1000, "data.tar"), "p0: damaged: ReadError"),
+        (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)))[:-20]), "p0: damaged: EOFError"), (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)) + b"more")), "goes on after its end")], ids=short_id)
+    def test_damaged(self, tmp_path: Path, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.ImageError, match=message):
+            unpack_debs(tmp_path, data)
+
+    def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_UNPACKED", 1000)
+        with pytest.raises(confbuild.ImageError, match="p1: the packages unpack to more than 1000 bytes"):
+            unpack_debs(tmp_path, deb(("x", b"x" * 600, FILE_TYPE)), deb(("y", b"y" * 401, FILE_TYPE)))
+        monkeypatch.setattr(confbuild, "MAX_MEMBERS", 3)
+        with pytest.raises(confbuild.ImageError, match="p0: the packages have more than 3 files"):
+            (tmp_path / "more").mkdir()
+            unpack_debs(tmp_path / "more", deb(*((str(i), b"", FILE_TYPE) for i in range(4))))
+
+    @settings(max_examples=40)
+    @given(st.integers(0, 10 ** 6), st.integers(0, 255), st.booleans())
+    def test_any_damage(self, at: int, value: int, cut: bool) -> None:
+        whole = deb_of(tar_of(("x/y", b"content", FILE_TYPE), ("z", "x", SYMLINK)), "data.tar")
+        data = whole[:at % len(whole)] if cut else whole[:at % len(whole)] + bytes((value,)) + whole[at % len(whole) + 1:]
+        with tempfile.TemporaryDirectory() as folder, contextlib.suppress(confbuild.ImageError):
+            unpack_debs(Path(folder), data)
+
+
+class TestElf:
+    def test_needs(self) -> None:
+        assert confbuild.elf_needs(elf("/lib64/ld.so", ["liba.so", "b.so.1"])) == ("/lib64/ld.so", ["liba.so", "b.so.1"]) and confbuild.elf_needs(elf()) == ("", [])
+
+    def test_this_python(self) -> None:
+        data = Path(os.path.realpath(sys.executable)).read_bytes()
+        if sys.platform != "linux" or data[:4] != b"\x7fELF" or data[18] != 62:
+            pytest.skip("this Python is not for Linux on x86-64")
+        interpreter, needed = confbuild.elf_needs(data)
+        assert "libc.so.6" in needed and Path(interpreter).is_file()
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (b"", "not a file for x86-64"), (b"#!/bin/sh\n", "not a file"), (elf()[:19], "cut off"), (elf()[:40], "cut off"), (elf()[:100], "cut off"),
+        (elf()[:18] + b"\3" + elf()[19:], "not a file for x86-64"), (elf("/x", ["y"])[:-40], "cut off"), (elf(needed=["y"]).replace(struct.pack("<QQ", 5, 0x400000 + 233), bytes((5,)) + bytes(15)),
+                                                                                                      "no segment holds the names"),
+        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end")], ids=short_id)
+    def test_damaged(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=f"^ELF: {message}"):
+            confbuild.elf_needs(data)
+
+    @settings(max_examples=200)
+    @given(st.data())
+    def test_any_damage(self, data: st.DataObject) -> None:
+        whole = elf("/lib64/ld.so", ["liba.so"])
+        at = data.draw(st.integers(0, len(whole) - 1))
+        with contextlib.suppress(confbuild.Malformed):
+            confbuild.elf_needs(whole[:at] if data.draw(st.booleans()) else whole[:at] + data.draw(st.binary(min_size=1, max_size=8)) + whole[at + 1:])
+
+
+class TestFileSystems:
+    TREE: confbuild._Tree = {  # noqa: RUF012
+        "a": confbuild._FOLDER, "a/b": confbuild._new_file(b"x" * 5000, True), "a-b": confbuild._new_file(b""), "a/link": confbuild._Node(0o120777, b"b", 1),
+        **{f"a/{i:060}": confbuild._new_file(b"%d" % i) for i in range(300)}, "a/\udcff": confbuild._new_file(b"y"), "z": confbuild._FOLDER}
+
+    @needs("cpio")
+    def test_cpio(self, tmp_path: Path) -> None:
+        device = confbuild._Node(0o20600, device=(1, 3))
+        tree = {**self.TREE, "null": device}
+        confbuild.write_cpio(str(tmp_path / "x"), tree)
+        data = (tmp_path / "x").read_bytes()
+        names = subprocess.run(["cpio", "-t", "--quiet"], input=data, capture_output=True, check=True).stdout.split(b"\n")[:-1]
+        assert names == sorted(map(os.fsencode, tree))
+        assert read_cpio(data) == {name: (tree[name].mode, tree[name].content, tree[name].device) for name in map(os.fsdecode, names)}
+
+    def test_cpio_limit(self, tmp_path: Path) -> None:
+        with pytest.raises(confbuild.ImageError, match="'big': more than an initrd can hold in one file"):
+            confbuild.write_cpio(str(tmp_path / "x"), {"big": confbuild._Node(0o100644, "nowhere", 1 << 32)})
+
+    def test_erofs(self, tmp_path: Path) -> None:
+        root_hash, blocks = confbuild.write_erofs(str(tmp_path / "x"), self.TREE)
+        data = (tmp_path / "x").read_bytes()
+        found = read_erofs(data)
+        assert {name: node for name, node in found.items() if not node[0] & 0o40000} == {
+            name: (node.mode, node.content) for name, node in self.TREE.items() if node is not confbuild._FOLDER}
+        assert set(found) == {"", *self.TREE} and root_hash == verity_root(data, blocks)
+
+    @needs("fsck.erofs")
+    @needs("veritysetup")
+    def test_their_tools(self, tmp_path: Path) -> None:
+        """fsck.erofs and veritysetup take it; a changed byte they do not."""
+        big = {**self.TREE, "big": confbuild._new_file(random.Random(1).randbytes(1 << 20))}  # two levels of hashes
+        root_hash, blocks = confbuild.write_erofs(str(tmp_path / "x"), big)
+        data = (tmp_path / "x").read_bytes()
+        assert subprocess.run(["fsck.erofs", str(tmp_path / "x")], capture_output=True, check=False).returncode == 0
+        (tmp_path / "hashes").write_bytes(data[blocks * 4096:])
+        for change, status in ((b"", 0), (b"\1", 1)):
+            (tmp_path / "data").write_bytes(data[:blocks * 4096 - len(change)] + change)
+            done = subprocess.run(["veritysetup", "verify", "--no-superblock", f"--data-blocks={blocks}", "--hash=sha256", "--salt=-", str(tmp_path / "data"), str(tmp_path / "hashes"),
+                                   root_hash], capture_output=True, check=False)
+            assert (done.returncode == 0) == (status == 0), done.stderr
+
+    def test_files_that_change(self, tmp_path: Path) -> None:
+        (tmp_path / "f").write_bytes(b"abc")
+        for size in (2, 4):
+            with pytest.raises(confbuild.ImageError, match="f: has changed meanwhile"):
+                confbuild.write_erofs(str(tmp_path / str(size)), {"f": confbuild._Node(0o100644, str(tmp_path / "f"), size)})
+
+    def test_scan(self, tmp_path: Path) -> None:
+        """What is dropped, and what no image holds."""
+        root = toy_root(tmp_path / "root")
+        tree = confbuild.scan_tree(str(root))
+        assert {"usr/share/doc", "var", "usr/bin/gcc.sh", "bin", f"{PYTHON}/os.py"} <= set(tree)
+        assert not {"usr/share/doc/gcc", "var/lib", f"{PYTHON}/test/test_os.py", f"{PYTHON}/__pycache__"} & set(tree) and tree["usr/bin/gcc.sh"].mode == 0o100755
+        os.mkfifo(root / "etc/pipe")
+        with pytest.raises(confbuild.ImageError, match="etc/pipe: neither a file nor a folder nor a link"):
+            confbuild.scan_tree(str(root))
+        (root / "etc/pipe").unlink()
+        (root / ("d/" * 66)).mkdir(parents=True)
+        with pytest.raises(confbuild.ImageError, match="lies deeper than 64 folders"):
+            confbuild.scan_tree(str(root))
+
+
+def verity_root(data: bytes, blocks: int) -> str:
+    """The root hash, level by level, and that the levels are where the kernel looks for them."""
+    level, at = data[:blocks * 4096], len(data)
+    while True:
+        level = b"".join(hashlib.sha256(level[i:i + 4096]).digest() for i in range(0, len(level), 4096))
+        if len(level) == 32:
+            assert at == blocks * 4096
+            return level.hex()
+        level += bytes(-len(level) % 4096)
+        assert data[at - len(level):at] == level
+        at -= len(level)
+
+
+class TestSealing:
+    def test_sealed(self) -> None:
+        sealed = confbuild.seal_firmware(TOY_AMDSEV)
+        assert confbuild.firmware_state(TOY_AMDSEV) == ADMITS and confbuild.firmware_state(sealed) == "" and len(sealed) == len(TOY_AMDSEV)
+        volume, before = confbuild.firmware_volume(sealed), confbuild.firmware_volume(TOY_AMDSEV)
+        assert volume == before.replace(SHIM, "\u2603him\0".encode("utf-16-le")) and volume.count(b"\x03\x26h\0i\0m\0\0\0") == 2
+        begin, end = confbuild.volume_place(TOY_AMDSEV)
+        assert sealed[:begin] == TOY_AMDSEV[:begin] and sealed[end:] == TOY_AMDSEV[end:]
+        assert struct.unpack_from("<Q", sealed, begin + 5)[0] == len(volume) and confbuild.seal_firmware(sealed) is sealed
+
+    @pytest.mark.parametrize(("data", "message"), [
+        (TOY_FIRMWARE, "the firmware cannot be looked into: firmware volume: there is no compressed section"), (b"", "cannot be looked into"),
+        (toy_volume(lzma_section(SHIM + random.Random(1).randbytes(3000), cut=500)), "cannot be looked into: firmware volume: its last"),
+        (toy_volume(lzma_section(b"a"), lzma_section(SHIM)), "cannot be looked into: firmware volume: there is more than one")], ids=short_id)
+    def test_not_looked_into(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.ImageError, match=message):
+            confbuild.seal_firmware(data)
+
+    def test_no_room(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compress = lzma.compress
+        monkeypatch.setattr(lzma, "compress", lambda *given, **named: compress(*given, **named) + bytes(5000))
+        with pytest.raises(confbuild.ImageError, match=r"the firmware has no room for its volume without a shim: \d+ bytes, \d+ are there"):
+            confbuild.seal_firmware(TOY_AMDSEV)
+
+    def test_not_sealed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "firmware_state", lambda data: "it is odd")
+        with pytest.raises(confbuild.ImageError, match="the firmware cannot be sealed: it is odd"):
+            confbuild.seal_firmware(TOY_AMDSEV)
+
+    def test_a_real_one(self) -> None:
+        data = firmware_file("OVMF.amdsev.fd").read_bytes()
+        sealed = confbuild.seal_firmware(data)
+        assert confbuild.firmware_state(data) == ADMITS and confbuild.firmware_state(sealed) == "" and len(sealed) == len(data)
+
+
+@pytest.mark.usefixtures("toy_python")
+class TestImage:
+    def make(self, tmp_path: Path, name: str = "image", root: Path | None = None, **given: Any) -> confbuild.Image:
+        return confbuild.make_image(str(tmp_path / name), confbuild.ImageInput(str(root or toy_root(tmp_path / (name + "-root"))), **given))
+
+    def test_image(self, tmp_path: Path) -> None:
+        image = self.make(tmp_path)
+        assert sorted(os.listdir(image.folder)) == ["firmware.fd", "image.json", "initrd", "tools.img", "vmlinuz"] and sorted(os.listdir(tmp_path)) == ["image", "image-root"]
+        assert {stat.S_IMODE(path.stat().st_mode) for path in Path(image.folder).iterdir()} == {0o644}
+        text = (tmp_path / "image/image.json").read_bytes()
+        document = json.loads(text)
+        assert list(document) == ["version", "parts", "firmware_origin_sha256", "append", "confbuild_sha256", "packages", "launch_digests"]
+        assert text == json.dumps(document, indent=2, ensure_ascii=False).encode() and list(document["parts"]) == ["firmware", "kernel", "initrd", "tools"]
+        for part in document["parts"].values():
+            data = (tmp_path / "image" / part["file"]).read_bytes()
+            assert list(part) == ["file", "sha256", "size"] and part["sha256"] == hashlib.sha256(data).hexdigest() and part["size"] == len(data)
+        assert document["confbuild_sha256"] == hashlib.sha256(FILE.read_bytes()).hexdigest() and document["packages"] == []
+        assert document["firmware_origin_sha256"] == hashlib.sha256(TOY_AMDSEV).hexdigest() and image.manifest_sha256 == hashlib.sha256(text).hexdigest()
+        tools = Path(image.tools).read_bytes()
+        match = re.fullmatch(r"console=ttyS0 panic=-1 quiet rdinit=/init acpi=off confbuild\.tools=([0-9a-f]{64}),(\d+)", image.append)
+        assert match and verity_root(tools, int(match[2])) == match[1] and Path(image.kernel).read_bytes() == bzimage()
+        kernel, initrd = (hashlib.sha256(Path(path).read_bytes()).digest() for path in (image.kernel, image.initrd))
+        boots = confbuild.boot_hashes(kernel, initrd, image.append)
+        digest = confbuild.compute_launch_digest(confbuild.parse_firmware(Path(image.firmware).read_bytes()), boots, 1, 0x800F12).hex()
+        assert image.launch_digests == [("EPYC-v4", 1, digest)] == [tuple(row.values()) for row in document["launch_digests"]]
+        assert confbuild.check_image(image.folder) == (image.manifest_sha256, "", "", {"EPYC-v4, 1 vCPU": digest}) and confbuild.read_image(image.folder) == image
+
+    def test_initrd(self, tmp_path: Path) -> None:
+        """Python and what it needs, and nothing else; sources only of this file."""
+        found = read_cpio(Path(self.make(tmp_path).initrd).read_bytes())
+        lib, here = "usr/lib/x86_64-linux-gnu", "usr/lib/confbuild"
+        base, snp_ = ("failover", "net_failover", "virtio_net", "virtio_blk", "dm_mod", "dm_bufio", "dm_verity", "overlay"), ("gcm", "gf128mul", "tsm", "sev_guest")
+        files = {name for name, node in found.items() if node[0] & 0o170000 in (0o100000, 0o120000)}
+        assert files == {
+            "init", "lib", "lib64", "usr/bin/python3", "usr/bin/python3.13", f"{lib}/libc.so.6", f"{lib}/libm.so.6", f"{lib}/libm.so.6.1", f"{lib}/libffi.so.8", f"{lib}/libgcc_s.so.1",
+            f"{lib}/ld-linux-x86-64.so.2", "usr/lib64/ld-linux-x86-64.so.2", f"{PYTHON}/os.pyc", f"{PYTHON}/json/decoder.pyc", f"{PYTHON}/lib-dynload/_ctypes.so",
+            f"{here}/confbuild.py", f"{here}/__pycache__/confbuild.cpython-313.pyc", f"{here}/modules", *(f"usr/lib/modules/{name}.ko" for name in base + snp_)}
+        lines = found[f"{here}/modules"][1].decode().splitlines()
+        assert lines == [f"base /usr/lib/modules/{name}.ko" for name in base] + [f"snp /usr/lib/modules/{name}.ko" for name in snp_]
+        assert found["usr/lib/modules/dm_verity.ko"][1] == module_file("dm-bufio,dm-mod") and found[f"{here}/confbuild.py"][1] == FILE.read_bytes()
+        assert found[f"{PYTHON}/os.pyc"][1] == b"compiled /usr/lib/python3.13/os.py " + hashlib.sha256(b"import x\n").digest()
+        assert {name for name, node in found.items() if "/" not in name and node[0] == 0o40755} == {"dev", "proc", "run", "sys", "sysroot", "tmp", "tools", "usr"}
+        assert [found[f"dev/{name}"] for name in ("console", "null", "urandom")] == [(0o20600, b"", (5, 1)), (0o20600, b"", (1, 3)), (0o20600, b"", (1, 9))]
+        mode, init, _ = found["init"]
+        assert mode == 0o100755 and init.startswith(b"#!/usr/bin/python3 -IS\n") and compile(init, "init", "exec")
+
+    def test_init_never_ends(self, tmp_path: Path) -> None:
+        """Whatever confbuild does, reboot is called; elsewhere than in a guest it is refused to a user that is nobody."""
+        for body in ("def main(argv): print(argv)", "def main(argv): raise SystemExit(2)", "raise KeyboardInterrupt", "syntax error"):
+            (tmp_path / "confbuild.py").write_text(body)
+            stub = confbuild._INIT.decode().replace("/usr/lib/confbuild", str(tmp_path)).replace("ctypes.CDLL(None).reboot(0x01234567)", "print('reboot', 0x01234567)")
+            done = subprocess.run([sys.executable, "-IS", "-B", "-c", stub], capture_output=True, text=True, check=False)
+            assert done.stdout.endswith("reboot 19088743\n") and done.returncode == 0 and ("['guest']" in done.stdout or "init: " in done.stderr), done
+
+    def test_tools(self, tmp_path: Path) -> None:
+        """All that the root has, but the kernel, and nothing setuid."""
+        root = toy_root(tmp_path / "root")
+        found = read_erofs(Path(self.make(tmp_path, root=root).tools).read_bytes())
+        assert found["usr/bin/gcc.sh"] == (0o100755, ROOT_FILES["usr/bin/gcc.sh"]) and found["usr/bin/python3"] == (0o120777, b"python3.13")
+        assert found["etc/\udce9"][1] == b"no UTF-8" and found["etc/empty"] == (0o100644, b"") and found["usr/lib/confbuild/confbuild.py"][1] == FILE.read_bytes()
+        assert {"dev", "proc", "sys", "tmp", "run", "root", "build", "usr/lib/confbuild/__pycache__/confbuild.cpython-313.pyc"} <= set(found)
+        assert not [name for name in found if name.startswith(("boot", "usr/lib/modules", "var/", "usr/share/doc/"))]
+
+    def test_same_bytes(self, tmp_path: Path) -> None:
+        """Whatever the folder, the umask, the times and the order in which files were made."""
+        before = os.umask(0o077)
+        try:
+            one = self.make(tmp_path, "one", toy_root(tmp_path / "a", backwards=True))
+        finally:
+            os.umask(before)
+        (tmp_path / "deeper").mkdir()
+        two = self.make(tmp_path, "deeper/two", toy_root(tmp_path / "deeper/b"))
+        for name in os.listdir(one.folder):
+            assert Path(one.folder, name).read_bytes() == Path(two.folder, name).read_bytes(), name
+        assert one.manifest_sha256 == two.manifest_sha256
+
+    def test_from_packages(self, tmp_path: Path) -> None:
+        """A file of one package and one of another, and what they are called in image.json."""
+        entries: list[TarEntry] = [(name, data if isinstance(data, bytes) else data.encode(), FILE_TYPE) for name, data in ROOT_FILES.items() if "\udce9" not in name and "etc/" not in name]
+        links: list[TarEntry] = [(name, target, SYMLINK) for name, target in ROOT_LINKS.items()]
+        (tmp_path / "debs").mkdir()
+        lines = []
+        for name, data in (("a", deb(*entries)), ("b", deb(*links))):
+            (tmp_path / "debs" / name).write_bytes(data)
+            lines.append(f"{name} 1:2.3-4 {hashlib.sha256(data).hexdigest()}\n")
+        (tmp_path / "lock").write_text("".join(lines))
+        image = confbuild.make_image(str(tmp_path / "image"), confbuild.ImageInput(lock=str(tmp_path / "lock"), debs=str(tmp_path / "debs")))
+        packages = json.loads((tmp_path / "image/image.json").read_text())["packages"]
+        assert packages == [{"name": line.split()[0], "version": "1:2.3-4", "sha256": line.split()[2]} for line in lines]
+        assert read_erofs(Path(image.tools).read_bytes())["etc/hosts"][1] == b"127.0.0.1 localhost\n" and confbuild.check_image(image.folder).parts == ""
+
+    def test_more_processors(self, tmp_path: Path) -> None:
+        """They are found by ACPI only."""
+        image = self.make(tmp_path, vcpus=[("EPYC-v4", 1), ("EPYC-Genoa", 2)])
+        assert image.append.startswith("console=ttyS0 panic=-1 quiet rdinit=/init confbuild.tools=")
+        assert [row[:2] for row in image.launch_digests] == [("EPYC-v4", 1), ("EPYC-Genoa", 2)] and list(confbuild.check_image(image.folder).launch_digests) == [
+            "EPYC-v4, 1 vCPU", "EPYC-Genoa, 2 vCPUs"]
+
+    def test_named_parts(self, tmp_path: Path) -> None:
+        """A kernel, its modules and a firmware from elsewhere."""
+        sealed = confbuild.seal_firmware(TOY_AMDSEV)
+        write_files(tmp_path, {"k": bzimage("7.0"), "f": sealed, "m/x/virtio_net.ko": module_file(), **{f"m/{name}": data for name, data in MODULES.items() if "virtio_net" not in name}})
+        root = toy_root(tmp_path / "root", {"boot/vmlinuz-6.1.0-toy": None, "usr/share/ovmf/OVMF.amdsev.fd": None})
+        image = self.make(tmp_path, root=root, kernel=str(tmp_path / "k"), firmware=str(tmp_path / "f"), modules=str(tmp_path / "m"))
+        assert Path(image.firmware).read_bytes() == sealed and Path(image.kernel).read_bytes() == bzimage("7.0")
+        assert "usr/lib/modules/net_failover.ko" not in read_cpio(Path(image.initrd).read_bytes())
+
+    @pytest.mark.parametrize(("changes", "links", "message"), [
+        ({"usr/bin/python3.13": None}, {}, "the root file system has no usr/bin/python3"), ({}, {"usr/bin/python3": "/etc/loop"}, "the root file system has no usr/bin/python3"),
+        ({"usr/bin/pypy": b""}, {"usr/bin/python3": "../../usr/./bin/pypy"}, "usr/bin/python3 is usr/bin/pypy, not a file usr/bin/python3.N"),
+        ({"usr/bin/python3.13": b"#!"}, {}, "usr/bin/python3: ELF: not a file for x86-64"), ({"usr/bin/python3.13": elf(needed=["libc.so.6"])}, {}, "usr/bin/python3.13 is linked statically"),
+        ({f"{PYTHON}/lib-dynload/_ctypes.so": elf(needed=["liby.so"])}, {}, f"no liby.so, which {PYTHON}/lib-dynload/_ctypes.so needs"),
+        ({"usr/lib/x86_64-linux-gnu/libgcc_s.so.1": None}, {}, "no libgcc_s.so.1, which Python needs"), ({"boot/vmlinuz-6.1.0-toy": None}, {}, "has 0 kernels boot/vmlinuz-"),
+        ({"boot/vmlinuz-7": b""}, {}, "has 2 kernels boot/vmlinuz-"), ({"boot/vmlinuz-6.1.0-toy": b"MZ"}, {}, "the kernel is no bzImage that says its version"),
+        ({"boot/vmlinuz-6.1.0-toy": bzimage("")}, {}, "the kernel is no bzImage"), ({"boot/vmlinuz-6.1.0-toy": bzimage("9")}, {}, "has no modules of the kernel 9"),
+        ({"usr/share/ovmf/OVMF.amdsev.fd": None}, {}, "the root file system has no usr/share/ovmf/OVMF.amdsev.fd"), ({"usr/share/ovmf/OVMF.amdsev.fd": b"x"}, {}, "firmware cannot be looked into"),
+        ({"usr/share/ovmf/OVMF.amdsev.fd": lzma_section(b"x") + bytes(9000)}, {}, "no launch digest of EPYC-v4, 1 vCPU: firmware: "), ({"usr/lib/confbuild": b""}, {}, "usr/lib/confbuild is no folder"),
+        ({"usr/lib/modules/6.1.0-toy/kernel/fs/overlay.ko": None}, {}, "the kernel has no module overlay, which a guest needs"),
+        ({"usr/lib/modules/6.1.0-toy/kernel/virt/tsm.ko": None}, {}, "the kernel has no module tsm, which sev_guest needs"),
+        ({"usr/lib/modules/6.1.0-toy/modules.builtin": None}, {}, "the kernel has no module erofs, which a guest needs"),
+        ({"usr/lib/modules/6.1.0-toy/kernel/fs/overlay.ko": None, "usr/lib/modules/6.1.0-toy/kernel/fs/overlay.ko.zst": b"(\xb5/\xfd"}, {}, "overlay.ko.zst: neither a module nor one that"),
+        ({"usr/lib/modules/6.1.0-toy/kernel/md/dm-verity.ko.xz": b"x"}, {}, "dm-verity.ko.xz: Input format not supported"),
+        ({"usr/lib/modules/6.1.0-toy/kernel/md/dm-verity.ko.xz": MODULES["md/dm-verity.ko.xz"][:-9]}, {}, "dm-verity.ko.xz: cut off, or more than 67108864 bytes")])
+    def test_what_makes_no_image(self, tmp_path: Path, changes: Mapping[str, bytes | None], links: Mapping[str, str], message: str) -> None:
+        """And nothing is left of the attempt."""
+        root = toy_root(tmp_path / "root", changes, links)
+        with pytest.raises(confbuild.ImageError, match=re.escape(message)):
+            self.make(tmp_path, root=root)
+        assert os.listdir(tmp_path) == ["root"]
+
+    def test_its_python_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = toy_root(tmp_path / "root")
+        monkeypatch.setattr(confbuild, "capture", lambda *_: (1, b"", "one\ntwo"))
+        with pytest.raises(confbuild.ImageError, match="the root file system's Python does not run: two"):
+            self.make(tmp_path, root=root)
+        monkeypatch.undo()
+        with pytest.raises(confbuild.ImageError, match=r"ld-linux-x86-64\.so\.2 cannot be run here: "):
+            self.make(tmp_path, root=root)
+
+    def test_large_modules(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_MODULE", len(module_file("dm-bufio,dm-mod")) - 1)
+        with pytest.raises(confbuild.ImageError, match=r"dm-verity\.ko\.xz: cut off, or more than 54 bytes"):
+            self.make(tmp_path)
+
+    def test_other_refusals(self, tmp_path: Path) -> None:
+        (tmp_path / "there").mkdir()
+        with pytest.raises(confbuild.ImageError, match="there exists"):
+            confbuild.make_image(str(tmp_path / "there"), confbuild.ImageInput())
+        with pytest.raises(confbuild.ImageError, match="65 launch digests are asked for, more than 64"):
+            confbuild.make_image(str(tmp_path / "new"), confbuild.ImageInput(vcpus=[("EPYC", 1)] * 65))
+        root = toy_root(tmp_path / "root")
+        with pytest.raises(confbuild.ImageError, match="'host' is no vCPU type with a known signature: EPYC, EPYC-"):
+            self.make(tmp_path, root=root, vcpus=[("host", 1)])
+        with pytest.raises(confbuild.ImageError, match="no launch digest of EPYC, 9999 vCPUs: launch digest: there is none of 9999 vCPUs"):
+            self.make(tmp_path, root=root, vcpus=[("EPYC", 9999)])
+        with pytest.raises(confbuild.ImageError, match=f"more than {confbuild.MAX_FIRMWARE} bytes"):
+            (tmp_path / "f").write_bytes(bytes(confbuild.MAX_FIRMWARE + 1))
+            self.make(tmp_path, root=root, firmware=str(tmp_path / "f"))
+
+    @pytest.mark.parametrize(("part", "words"), [
+        ("firmware.fd", "firmware is not the one of image.json; the launch digest of EPYC-v4, 1 vCPU is another"), ("vmlinuz", "kernel is not the one of image.json; the launch digest"),
+        ("initrd", "initrd is not the one of image.json; the launch digest"), ("tools.img", "tools is not the one of image.json; the command line has not the root hash of tools")])
+    def test_damaged_parts(self, tmp_path: Path, part: str, words: str) -> None:
+        """A bit, and a missing byte."""
+        image = self.make(tmp_path)
+        path = Path(image.folder, part)
+        data = path.read_bytes()
+        path.write_bytes(data[:4] + bytes((data[4] ^ 1,)) + data[5:])
+        facts = confbuild.check_image(image.folder)
+        assert facts.parts.startswith(words) and facts.manifest_sha256 == image.manifest_sha256
+        assert (facts.launch_digests["EPYC-v4, 1 vCPU"] == image.launch_digests[0][2]) == (part == "tools.img")
+        path.write_bytes(data[:-1])
+        assert f"{words.partition(' ')[0]} has another size" in confbuild.check_image(image.folder).parts
+        path.unlink()
+        for attempt in (confbuild.check_image, confbuild.read_image):
+            with pytest.raises(confbuild.ImageError, match=f"{part} is missing"):
+                attempt(image.folder)
+        path.symlink_to("/dev/zero")
+        with pytest.raises(confbuild.ImageError, match=f"{part}: not a regular file"):
+            confbuild.read_image(image.folder)
+
+    def test_another_disk(self, tmp_path: Path) -> None:
+        """image.json fits together, but the machine takes another disk than the one that lies there; or a firmware with a shim."""
+        image = self.make(tmp_path)
+        manifest = Path(image.folder, "image.json")
+        document = json.loads(manifest.read_text())
+        other = re.sub("tools=.{8}", "tools=00000000", image.append)
+        for append in (other, image.append + "9", image.append[:-1], "quiet", image.append.replace(" confbuild", "confbuild"), image.append.partition(",")[0] + ",1"):
+            manifest.write_text(json.dumps({**document, "append": append, "launch_digests": []}))
+            assert confbuild.check_image(image.folder).parts == "the command line has not the root hash of tools", append
+        manifest.write_text(json.dumps({**document, "launch_digests": [{"vcpu_type": "host", "vcpus": 0, "launch_digest": "00" * 48}]}))
+        assert "'host' is no vCPU type" in confbuild.check_image(image.folder).parts
+        Path(image.firmware).write_bytes(TOY_AMDSEV)
+        facts = confbuild.check_image(image.folder)
+        assert facts.firmware == ADMITS and "firmware is not the one" in facts.parts and facts.launch_digests == {}
+
+    @pytest.mark.parametrize(("change", "message"), [
+        ({"version": 2}, "its version is not 1"), ({"version": True}, "its version is not 1"), ({"more": 1}, "not an object of version, parts"), ({"parts": []}, "image.json: parts: not an object of"),
+        ({"parts.kernel": 1}, "a part: not an object of file, sha256, size"), ({"parts.kernel.file": "../vmlinuz"}, "a part is no plain file name"), ({"parts.kernel.file": "a/b"}, "plain file name"),
+        ({"parts.kernel.file": ".."}, "plain file name"), ({"parts.kernel.file": 1}, "plain file name"), ({"parts.tools.sha256": "0" * 63}, "a part has no SHA-256"), ({"parts.tools.size": True}, "or no size"),
+        ({"append": 1}, "append is not at most 2047 printable"), ({"append": "a\nb"}, "append is not at most 2047"), ({"append": "\u00e9"}, "append is not"), ({"append": "x" * 2048}, "append is not"),
+        ({"firmware_origin_sha256": ""}, "a SHA-256 is none"), ({"confbuild_sha256": "A" * 64}, "a SHA-256 is none"), ({"packages": {}}, "packages is no list"), ({"launch_digests": 1}, "launch_digests is no list"),
+        ({"packages": [1]}, "a package: not an object of name"), ({"packages": [{"name": 1, "version": "", "sha256": "0" * 64}]}, "a package is none"),
+        ({"launch_digests": [{}]}, "a launch digest: not an object of vcpu_type"), ({"launch_digests": [{"vcpu_type": "EPYC", "vcpus": "1", "launch_digest": "0" * 96}]}, "a launch digest is none"),
+        ({"launch_digests": [{"vcpu_type": "EPYC", "vcpus": 1, "launch_digest": "0" * 96}] * 65}, "more than 64 launch digests")])
+    def test_bad_manifests(self, tmp_path: Path, change: Mapping[str, Any], message: str) -> None:
+        digest = {"file": "x", "sha256": "0" * 64, "size": 1}
+        document: dict[str, Any] = {"version": 1, "parts": {part: dict(digest) for part in ("firmware", "kernel", "initrd", "tools")}, "firmware_origin_sha256": "0" * 64, "append": "",
+                                    "confbuild_sha256": "0" * 64, "packages": [], "launch_digests": []}
+        (tmp_path / "x").write_bytes(b"")
+        (tmp_path / "image.json").write_text(json.dumps(document))
+        assert confbuild.read_image(str(tmp_path)).kernel == str(tmp_path / "x")
+        for path, value in change.items():
+            *folders, last = path.split(".")
+            place = document
+            for folder in folders:
+                place = place[folder]
+            place[last] = value
+        (tmp_path / "image.json").write_text(json.dumps(document))
+        with pytest.raises(confbuild.ImageError, match=re.escape(message)):
+            confbuild.read_image(str(tmp_path))
+
+    def test_no_manifest(self, tmp_path: Path) -> None:
+        for data, message in ((None, "no image.json in it"), (b"{", "image.json: not JSON"), (b"x" * (confbuild.MAX_JSON + 1), "image.json: more than 4194304 bytes")):
+            if data is not None:
+                (tmp_path / "image.json").write_bytes(data)
+            with pytest.raises(confbuild.ImageError, match=message):
+                confbuild.check_image(str(tmp_path))
+
+
+def test_a_real_python(tmp_path: Path) -> None:
+    """The Python that runs this makes the .pyc files of an image of itself, twice the same."""
+    program = os.path.realpath(sys.executable)
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=False) if sys.platform == "linux" and shutil.which("ldd") else None
+    if listed is None or listed.returncode or "libc.so.6" not in listed.stdout or "ld-linux-x86-64" not in listed.stdout:
+        pytest.skip("this Python is not one for glibc on x86-64")
+    version = "{}.{}".format(*sys.version_info)
+    loaded = subprocess.run([program, "-IS", "-c", "import json, py_compile, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"],
+                            capture_output=True, text=True, check=True).stdout.split()
+    library = os.path.dirname(os.__file__)
+    root = toy_root(tmp_path / "root", {name: None for name in ROOT_FILES if name.startswith(("usr/lib/python", "usr/bin/python", "usr/lib/x86_64-linux-gnu/"))}, {"usr/bin/python3": f"python{version}"})
+    copies = {f"usr/lib/python{version}/{os.path.relpath(path, library)}": path for path in loaded if path.startswith(library)}
+    copies.update({f"usr/lib/x86_64-linux-gnu/{os.path.basename(path)}": path for path in re.findall(r"(/\S+) \(0x", listed.stdout) if "ld-linux" not in path})
+    copies.update({"usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2": "/lib64/ld-linux-x86-64.so.2", f"usr/bin/python{version}": program})
+    for name, path in copies.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / name)
+    if not (root / "usr/lib/x86_64-linux-gnu/libgcc_s.so.1").exists():
+        (root / "usr/lib/x86_64-linux-gnu/libgcc_s.so.1").write_bytes(elf())
+    found = [read_cpio(Path(confbuild.make_image(str(tmp_path / name), confbuild.ImageInput(str(root))).initrd).read_bytes()) for name in ("one", "two")]
+    assert found[0] == found[1]
+    code = found[0][f"usr/lib/confbuild/__pycache__/confbuild.cpython-{version.replace('.', '')}.pyc"][1]
+    assert code[:8] == importlib.util.MAGIC_NUMBER + b"\1\0\0\0" and marshal.loads(code[16:]).co_filename == "/usr/lib/confbuild/confbuild.py"
+    assert f"usr/lib/python{version}/json/decoder.pyc" in found[0] and f"usr/lib/python{version}/json/decoder.py" not in found[0]
+
+# endregion 19
+# ==============================================================================
 # region 20. Event log
 # ==============================================================================
 
@@ -9007,6 +9706,15 @@ class TestUsage:
         ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--initrd and --append go with --kernel"),
         ("measure --firmware nowhere --vcpus 1 --vcpu-sig 0", 2, "nowhere: No such file"), ("measure --firmware empty --vcpus 1 --vcpu-sig 0", 2, "empty: Is a directory"),
         ("measure --firmware binary --vcpus 1 --vcpu-sig 0", 2, "error: binary: firmware: 2 bytes, not 1 to 4096 pages"),
+        *[(f"image {options}", 2, "exactly one of -o, --check and --lock is needed") for options in ("", "name", "-o i --check i", "-o i --lock l --index blank x", "--check i --lock l")],
+        *[(f"image --lock l {options}", 2, "--lock needs --index FILE and the names of packages") for options in ("", "x", "--index blank")],
+        ("image -o i x", 2, "the names of packages go with --lock"), ("image --check b x", 2, "the names of packages go with --lock"),
+        *[(f"image -o i {options}", 2, "either --rootfs DIR or --packages LOCK and --debs FOLDER is needed") for options in (
+            "", "--packages blank", "--debs empty", "--rootfs empty --packages blank --debs empty")],
+        ("image -o i --rootfs empty --vcpus 0", 2, "--vcpus: invalid number above zero"), ("image -o i --rootfs nowhere", 2, "nowhere/: No such file"),
+        ("image -o i --rootfs empty", 2, "has 0 kernels boot/vmlinuz-*, not one\nconfbuild: hint: name one with --kernel"), ("image -o empty --rootfs empty", 2, "empty exists"),
+        ("image -o i --packages blank --debs empty", 2, "blank: no package in it"), ("image --check nowhere", 2, "nowhere: no image.json in it"),
+        ("image --lock l --index blank x", 2, "no index has x"), ("image --lock l --index nowhere x", 2, "nowhere: No such file"), ("image --lock no/l --index blank x", 2, "no index has x"),
         ("verify b --policy blank --policy blank", 2, "--policy is given more than once"), ("verify b --policy binary", 2, "--policy binary: not TOML: "),
         ("attest", 2, "required: FILE, --nonce"), ("attest blank --nonce 1", 2, "--nonce: 32 hex"), (f"attest nowhere --nonce {NONCE}", 2, "nowhere: No such file"),
         (f"attest demo --nonce {NONCE}", 2, "demo: Is a directory"), (f"attest blank --nonce {NONCE} --platform az-snp", 2, "invalid choice"),
@@ -9432,6 +10140,37 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                            "kernel": TOY_KERNEL, "initrd": TOY_INITRD, "large": TOY_FIRMWARE + bytes(16 << 20)})
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.usefixtures("toy_python")
+class TestImageCommand:
+    def test_from_the_lock_to_the_check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """An index, its lock file, an image of that, and what is said of it, whole and damaged."""
+        monkeypatch.chdir(tmp_path)
+        files: list[TarEntry] = [(name, data if isinstance(data, bytes) else data.encode(), FILE_TYPE) for name, data in ROOT_FILES.items() if "etc/" not in name]
+        package = deb(*files, *((name, target, SYMLINK) for name, target in ROOT_LINKS.items()))
+        write_files(tmp_path, {"debs/any": package, "Packages": index_of({"Package": "all", "SHA256": hashlib.sha256(package).hexdigest(), "Depends": "none"})})
+        assert confbuild.main(["image", "--lock", "lock", "--index", "Packages", "--without", "none", "all"]) == 0
+        assert capsys.readouterr().out == "1 packages in lock\n" and Path("lock").read_text() == f"all 1.0 {hashlib.sha256(package).hexdigest()}\n"
+        assert confbuild.main(["image", "-o", "image", "--packages", "lock", "--debs", "debs", "--vcpus", "1", "--vcpus", "2", "--vcpu-type", "EPYC-v4", "--vcpu-type", "EPYC-Milan"]) == 0
+        said = capsys.readouterr().out
+        first = f"image.json  sha256 {hashlib.sha256(Path('image/image.json').read_bytes()).hexdigest()}\n"
+        assert re.fullmatch(first + "".join(rf"measured    {label}: [0-9a-f]{{96}}\n" for label in (
+            "EPYC-v4, 1 vCPU", "EPYC-v4, 2 vCPUs", "EPYC-Milan, 1 vCPU", "EPYC-Milan, 2 vCPUs")), said)
+        assert confbuild.main(["image", "--check", "image"]) == 0
+        assert capsys.readouterr().out == said.replace("measured", "parts       ok: those of image.json\nfirmware    ok: starts nothing but the kernel that is measured\nmeasured", 1)
+        Path("image/firmware.fd").write_bytes(TOY_AMDSEV)
+        assert confbuild.main(["image", "--check", "image"]) == 1
+        said = capsys.readouterr().out
+        assert "\nparts       firmware is not the one of image.json; the launch digest" in said and f"\nfirmware    {ADMITS}\n" in said
+
+    def test_root_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Also by a relative path, and with parts from elsewhere."""
+        monkeypatch.chdir(tmp_path)
+        toy_root(tmp_path / "root", {"boot/vmlinuz-6.1.0-toy": None})
+        write_files(tmp_path, {"k": bzimage(), "f": confbuild.seal_firmware(TOY_AMDSEV)})
+        assert confbuild.main(["image", "-o", "deep/image", "--rootfs", "root", "--kernel", "k", "--firmware", "f", "--modules", "root/usr/lib/modules/6.1.0-toy"]) == 0
+        assert capsys.readouterr().out.count("\n") == 2 and confbuild.check_image("deep/image").parts == ""
 
 
 class TestMeasure:
