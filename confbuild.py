@@ -5100,7 +5100,8 @@ class Streamer:
                 pass  # it is awake enough
 
     def _run(self) -> None:
-        scan_at = time.monotonic() + 1
+        every = min(1.0, self._keepalive_s)
+        scan_at = time.monotonic() + every
         while True:
             self._asleep = True
             events = self._selector.select(0 if self._notes else max(0.0, scan_at - time.monotonic()))
@@ -5117,8 +5118,8 @@ class Streamer:
                 if mask & key.data.mask & selectors.EVENT_WRITE:
                     self._pump(key.data)
             if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + 1
-                self._keep_alive(scan_at - 1 - self._keepalive_s)
+                scan_at = time.monotonic() + every
+                self._keep_alive(scan_at - every - self._keepalive_s)
         for key in list(self._selector.get_map().values()):
             if key.data is not None:
                 self._drop(key.data)
@@ -9086,8 +9087,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif hasattr(getattr(sys, name), "reconfigure"):  # a name that the locale has no letters for must not end a build
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
-        status = _run(argv)
-        sys.stdout.flush()
+        try:
+            status = _run(argv)
+        finally:  # --help raises
+            sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read the answer has gone; nothing more can be said
         status = EXIT_NO

@@ -1,13 +1,13 @@
 """Tests of confbuild, section by section: known answers first, then properties, then the real thing."""
 import argparse
 import ast
+import atexit
 import base64
 import contextlib
 import ctypes
 import errno
 import fcntl
 import functools
-import gc
 import gzip
 import hashlib
 import http.client
@@ -17,11 +17,11 @@ import io
 import itertools
 import json
 import lzma
-import marshal
 import math
 import mmap
 import os
 import pty
+import py_compile
 import random
 import re
 import resource
@@ -60,19 +60,17 @@ import confbuild
 # region 0. Builders and fixtures
 # ==============================================================================
 
-gc.set_threshold(100_000, 50, 50)  # thousands of tests are no garbage, and looking through them is a tenth of the time
 settings.register_profile("confbuild", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("confbuild")
 
 FILE = Path(confbuild.__file__).resolve()
 SHARED = FILE.parent.parent / "shared"
-# Python with this file, like confbuild.own_program(), but without the tenth of a second that compiling it takes, for the hundred processes that we start.
-# What the first line of a real start does is for the tests that name FILE.
-CODE = tempfile.NamedTemporaryFile(prefix="confbuild-test-")  # noqa: SIM115  # as long as the tests run
-CODE.write(marshal.dumps(compile(FILE.read_bytes(), FILE, "exec")))
-CODE.flush()
-LOAD = f"import marshal, sys; del sys.argv[0]; __file__ = sys.argv[0]; exec(marshal.load(open({CODE.name!r}, 'rb')))"
-PROGRAM = (sys.executable, "-I", "-S", "-c", LOAD, str(FILE))
+# confbuild.own_program() of the compiled file: a start of Python, of a server, of each of its VMs and of what sweeps up behind it takes half the time. What
+# the first lines of a real start do is for the tests that name FILE.
+COMPILED = Path(tempfile.mkdtemp(prefix="confbuild-test-"), "confbuild.pyc")
+atexit.register(shutil.rmtree, COMPILED.parent)
+py_compile.compile(str(FILE), str(COMPILED), doraise=True)
+PROGRAM = (*confbuild.own_program()[:-1], str(COMPILED))
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
@@ -3489,12 +3487,11 @@ class TestVectors:
 # ==============================================================================
 
 
-DRIVER = f"""
-import json, marshal, os, shutil, subprocess, sys, tempfile, time, types
-confbuild = sys.modules["confbuild"] = types.ModuleType("confbuild")
-confbuild.__file__ = sys.argv[1]
-exec(marshal.load(open({CODE.name!r}, "rb")), confbuild.__dict__)
-def answer(value): print(json.dumps(value))
+DRIVER = """
+import json, os, shutil, subprocess, sys, tempfile, time
+sys.path.insert(0, sys.argv[1])
+import confbuild
+def answer(value): print(json.dumps(value), flush=True)
 """
 RUN = """
 confbuild.guard_process()
@@ -3508,7 +3505,7 @@ HELD = "confbuild: what sh left behind held its output open for 0 s after its en
 
 def drive(code: str, *arguments: str, **environ: str) -> Any:
     """What code answers in a process of its own: run_tool kills all that descends from its caller."""
-    done = subprocess.run([sys.executable, "-S", "-c", DRIVER + code, str(FILE), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
+    done = subprocess.run([sys.executable, "-S", "-c", DRIVER + code, str(COMPILED.parent), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -5495,7 +5492,8 @@ class TestBundle:
         folder = folder_of(root / "made", GOOD_BUNDLE, artifacts)
         archive = packed(root / "a.tar.gz", archive_of(folder))
         with tarfile.open(archive) as tar:
-            tar.extractall(root / "unpacked", filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian 12's Python has no filters
+            tar.extractall(root / "unpacked")
         expected = GOOD_BUNDLE._replace(artifacts={name: hashlib.sha256(content).hexdigest() for name, content in artifacts.items()})
         found = confbuild.read_bundle(archive)
         assert found == confbuild.read_bundle(str(folder)) == confbuild.read_bundle(str(root / "unpacked" / "demo")) == expected
@@ -5531,7 +5529,7 @@ class TestBundle:
         ((DEMO, EVIDENCE, ("other/provenance.json", GOOD_BUNDLE.provenance, FILE_TYPE)), "'other/provenance.json' is out of place"),
         ((*WHOLE, ("other", "", FOLDER)), "'other' is out of place"), ((*WHOLE, ("other/artifacts/demo2", b"", FILE_TYPE)), "is out of place"),
         ((*WHOLE, header("demo/artifacts/x", b"0", -1024)), "neither a bundle nor its archive"),
-        ((*WHOLE, header("x", b"x", -1024)), "a header of more than"),
+        ((*WHOLE, header("x", b"x", -1024)), "a header of more than|the archive goes on after its end"),  # the latter of Debian 12's Python
         ((*WHOLE, header("x", b"x", 1 << 40)), "a header of more than"), ((*WHOLE, header("x", b"L", 1 << 40)), "a header of more than"),
         ((*WHOLE, SPARSE), "neither a bundle nor its archive"),
         ((*WHOLE, header("x", b"x", len(DIGITS), content=DIGITS)), "neither a bundle nor its archive"),
@@ -5543,7 +5541,7 @@ class TestBundle:
         ((*WHOLE, bytes(1024), ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive")])
     def test_odd_archives(self, tmp_path: Path, members: tuple[TarEntry, ...], message: str) -> None:
         path = packed(tmp_path / "a.tar.gz", gzip.compress(tar_of(*members), 1))
-        with within(10), pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: .*{re.escape(message)}"):
+        with within(10), pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: .*({'|'.join(map(re.escape, message.split('|')))})"):
             confbuild.read_bundle(path)
 
     @pytest.mark.parametrize(("data", "message"), [
@@ -5962,7 +5960,8 @@ class TestRealCargo:
             asked = subprocess.run(which, capture_output=True, text=True, check=True).stdout.strip()
             assert tools[name]["digest"]["sha256"] == hashlib.sha256(Path(asked).resolve().read_bytes()).hexdigest()
             assert tools[name]["version"] == subprocess.run([asked, "--version"], capture_output=True, text=True, check=True).stdout.strip()
-        assert [line for line in built.told("build") if line.endswith("app@0.1.0: from build.rs")] and "Finished" in built.told("build")[-1]
+        # Debian 12's cargo does not say of which package.
+        assert [line for line in built.told("build") if re.fullmatch(r"warning: (app@0\.1\.0: )?from build\.rs", line)] and "Finished" in built.told("build")[-1]
 
         subjects = json.loads((tmp_path / "out" / "provenance.json").read_bytes())["subject"]
         assert os.listdir(tmp_path / "out" / "artifacts") == ["app"] == [subject["name"] for subject in subjects]
@@ -5977,7 +5976,7 @@ class TestRealCargo:
         ({"src/main.rs": "fn main() {}\n", "Cargo.toml": MANIFEST.replace("0.1.0", "0.2.0")}, "BuildError", r"error: .*--locked.*"),
     ], ids=["compile error", "library", "old lock"])
     def test_failures(self, tmp_path: Path, files: dict[str, str], kind: str, cause: str) -> None:
-        built = Built(write_files(tmp_path / "demo", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **files}), tmp_path / "out")
+        built = Built(write_files(tmp_path / "demo", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK.replace("version = 4", "version = 3"), **files}), tmp_path / "out")
         assert built.status == 1 and built.result is not None and built.result["error_type"] == kind and not (tmp_path / "out").exists()
         prefix = "cargo build --locked --release ended with status 101: " if kind == "BuildError" else ""
         assert re.fullmatch(re.escape(prefix) + cause, built.result["error"]), built.result
@@ -9293,7 +9292,8 @@ class TestPackDirectory:
         assert members["link"].issym() and members["run.sh"].mode & 0o100 and not members["a.txt"].mode & 0o111
         assert b"hunter2" not in everything
         with tarfile.open(tmp_path / "packed.tar.gz") as tar:
-            tar.extractall(tmp_path / "out", filter="fully_trusted")
+            tar.extraction_filter = getattr(tarfile, "fully_trusted_filter", None)  # Debian 12's Python has no filters
+            tar.extractall(tmp_path / "out")
         out = tmp_path / "out/demo"
         assert git(out, "log", "--format=%H") == head, "the history has depth 1"
         assert git(out, "status", "--porcelain") == ""
@@ -9771,7 +9771,7 @@ class TestUsage:
         for arguments in (["verify", "b"], ["verify", "b", "--format", "json"], ["--version"], ["verify", "--help"]):
             reader, writer = os.pipe()
             os.close(reader)
-            done = subprocess.run([sys.executable, str(FILE), *arguments], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False)
+            done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False)
             os.close(writer)
             noise += [(arguments, done.stderr)] if done.stderr else []
             assert done.returncode != 3, "what nobody could read is no verdict"
@@ -10317,7 +10317,7 @@ class TestAttest:
 class TestBuild:
     def test_private_server(self, shell: Shell, tmp_path: Path) -> None:
         """stdout is the answer, stderr is the talk; an old bundle is replaced."""
-        done = shell("build", "demo")
+        done = shell("build", "demo", how=(str(FILE),))
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith("confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\nconfbuild: simulated VM on this machine")
         assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
@@ -10417,7 +10417,7 @@ class TestBuild:
 
     def test_odd_streams(self, shell: Shell, tmp_path: Path) -> None:
         """stdout closed, or in an encoding that lacks a letter: no traceback."""
-        program = [sys.executable, str(FILE), "verify", "b\u00fc"]
+        program = [sys.executable, str(COMPILED), "verify", "b\u00fc"]
         closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
         ascii_only = subprocess.run(program, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=30, check=False)
         for done in (closed, ascii_only):
