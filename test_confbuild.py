@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import lzma
+import marshal
 import math
 import mmap
 import os
