@@ -2827,6 +2827,8 @@ _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
 MAX_EXTENDED = 64 * MIB  # of what an archive's headers announce, of which a kilobyte unpacks to a MiB
 # What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
 _HARMLESS_PAX = frozenset((b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype"))
+_SPARSE_PAX = (b"GNU.sparse.", b"SCHILY.realsize", b"SUN.holesdata")
+_TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].{11}", re.DOTALL)  # the second is base-256, of files of more than 8 GiB
 
 
 class _SmallReads:
@@ -2854,27 +2856,38 @@ class _SmallReads:
             if self._extends in b"xgX":
                 self._check_pax(self.last, self._extends == b"g")
             self._extends = b""
-        elif len(self.last) == 512 and self.last[156:157] in (b"x", b"g", b"X", b"L", b"K"):
-            self._extends = self.last[156:157]
-            family = {b"X": b"x"}.get(self._extends, self._extends)
-            if family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced:
-                raise source_error("the archive has two headers for one member, of which other readers believe the other")
-            self._announced += family
         elif len(self.last) == 512:
-            self._announced = b""
+            self._check_header(self.last)
+            kind = self.last[156:157]
+            self._extends = kind if kind in (b"x", b"g", b"X", b"L", b"K") else b""
+            family = {b"X": b"x"}.get(kind, kind)
+            if self._extends and (family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced):
+                raise source_error("the archive has two headers for one member, of which other readers believe the other")
+            self._announced = self._announced + family if self._extends else b""
         return self.last
+
+    @staticmethod
+    def _check_header(block: bytes) -> None:
+        """Raise where tarfile reads a size or a name that other readers do not: Python's int() takes `1_0` and `0o10`, of which libarchive
+        reads the beginning, and tarfile puts a prefix before the name in GNU's format too, which has other fields there."""
+        if not _TAR_SIZE.fullmatch(block, 124, 136):
+            raise source_error("the archive is no tarball, or has a size that is no octal number")
+        if block[345:346] != b"\0" and block[257:263] != b"ustar\0":
+            raise source_error("the archive has a prefix in a header that is not of POSIX's format")
 
     @staticmethod
     def _check_pax(data: bytes, is_global: bool) -> None:
         """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time, and none that
-        other readers understand otherwise: tarfile's reset forgets what is_global, and GNU tar prefers GNU.sparse.name to path."""
+        other readers understand otherwise: tarfile's reset forgets what is_global, GNU tar prefers GNU.sparse.name to path, libarchive makes
+        holes for star and Solaris, and int() takes `1_0`."""
         at, long_number = 0, re.search(rb"(?<![0-9])[0-9]{256}", data)
         while at < len(data) and data[at]:
             record = _PAX_RECORD.match(data, at)
             end = at + int(record[1]) if record else 0
             if long_number or not record or end <= record.end() or data[end - 1:end] != b"\n":
                 raise source_error("the archive has a damaged pax header")
-            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(b"GNU.sparse."):
+            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(_SPARSE_PAX) or (
+                    record[2] == b"size" and not data[record.end():end - 1].isdigit()):
                 raise source_error(f"the archive has the pax header {record[2][:40].decode('ascii', 'replace')!r}, which readers understand differently")
             at = end
 

@@ -3970,7 +3970,7 @@ class TestArchives:
         (pack("tar", *GOOD_MEMBERS)[:-8], "SourceError", "the archive is damaged: EOFError"),
         (patched(pack("tar", *GOOD_MEMBERS), -8, b"\0\0\0\0"), "SourceError", "the archive is damaged: CRC check failed"),
         (patched(pack("tar", *GOOD_MEMBERS), -4, b"\0\0\0\0"), "SourceError", "the archive is damaged: Incorrect length of data"),
-        (gzip.compress(b"this is no tarball" * 99), "SourceError", "the archive is damaged: ReadError"),
+        (gzip.compress(b"this is no tarball" * 99), "SourceError", "the archive is no tarball, or has a size that is no octal number"),
         (gzip.compress(b""), "SourceError", "the archive is damaged: ReadError: empty file"),
         (gzip.compress(patched(tar_bytes(*files("a")), 124, b"77777777777\0")), "SourceError", "the archive is damaged"),
         (gzip.compress(tar_bytes(("a", "file", "x" * 600))[:1024]), "SourceError", "the archive is damaged: ReadError: unexpected end of data"),
@@ -5532,6 +5532,14 @@ class TestBundle:
         ((*WHOLE, header("x", b"x", 50_000, content=DIGITS[:50_000])), "damaged pax header"),
         ((*WHOLE, header("x", b"x", 50_000, content=b"50000 a=" + DIGITS[:49_991] + b"\n")), "damaged pax header"),
         ((*WHOLE, *[header("x", b"x", 7, content=b"7 a=bb\n")] * 2000), "neither a bundle nor its archive"),
+        # What libarchive reads as another size, with other holes, and GNU tar under another name.
+        *(((*WHOLE[:2], header("demo/artifacts/demo", b"0", 8, {124: size}, b"artifact"), *WHOLE[3:]), "a size that is no octal number")
+          for size in (b"00000001_0\0\0", b"00000000o10\0", b"+0000000010\0", b"-0000000010\0", b"10\0000000000")),
+        *(((*WHOLE[:2], header("x", b"x", len(record), content=record), *WHOLE[2:]), f"the pax header '{name}', which readers understand differently")
+          for name, record in (("size", b"12 size=0_8\n"), ("size", b"11 size=+8\n"), ("SCHILY.realsize", b"21 SCHILY.realsize=4\n"),
+                               ("SUN.holesdata", b"24 SUN.holesdata= 0 4 8\n"), ("GNU.sparse.name", b"21 GNU.sparse.name=x\n"))),
+        *(((*WHOLE[:2], header("demo", b"0", 8, {257: magic, 345: b"demo/artifacts"}, b"artifact"), *WHOLE[3:]), "a prefix in a header that is not of POSIX's format")
+          for magic in (b"ustar  \0", bytes(8))),
         # What another reader would unpack over what has been verified.
         ((*WHOLE, b"\1" * 512, ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive"),
         ((*WHOLE, bytes(1024), ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive")])
@@ -5551,6 +5559,13 @@ class TestBundle:
         path = packed(tmp_path / "a", data)
         with pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: {re.escape(message)}"):
             confbuild.read_bundle(path)
+
+    @pytest.mark.parametrize("fields", [{124: b"         10 "}, {124: b"00000000010 "}, {124: b"\x80" + bytes(10) + b"\x08"}, {257: b"ustar\00000", 345: b"demo"}])
+    def test_archives_of_other_writers(self, tmp_path: Path, fields: dict[int, bytes]) -> None:
+        """Numbers with blanks, in base-256, and a name in two fields."""
+        name = "artifacts/demo" if 345 in fields else "demo/artifacts/demo"
+        data = tar_of(*WHOLE[:2], header(name, b"0", 8, fields, b"artifact"), *WHOLE[3:])
+        assert confbuild.read_bundle(packed(tmp_path / "a.tar.gz", gzip.compress(data))) == GOOD_BUNDLE
 
     def test_an_archive_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = packed(tmp_path / "a", gzip.compress(tar_of(*WHOLE, ("demo/artifacts/zeros", bytes(3_000_000), FILE_TYPE)), 1))
