@@ -2118,7 +2118,7 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
     checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
-    missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris} - set(uris))
+    missing = sorted(set(expected.packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     checks.expect("packages", ", ".join(expected.packages) if expected.packages else None,
                   ", ".join(f"{name!r} is missing" for name in missing) or ", ".join(expected.packages))
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
@@ -2904,9 +2904,10 @@ def _tar_stream(stream: Any) -> Iterator[_Member]:
     archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
     for info in archive:
         kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
-                "file" if info.isfile() and not info.issparse() else "")  # the holes of a sparse file cost nothing and have no end
+                "file" if info.isfile() and not info.issparse()  # the holes of a sparse file cost nothing and have no end
+                and not info.pax_headers.get("path", "").endswith("/") else "")  # tarfile drops that slash, others make a directory
         if not kind:
-            raise source_error(f"{info.name[:80]!r} is a device, a pipe or a sparse file")
+            raise source_error(f"{info.name[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
         archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
         reads.left, reads.in_header = sys.maxsize, False  # the unpacker counts the contents
         yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
@@ -3689,7 +3690,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
     """The bundle in the directory or archive at path; "-" is an archive on stdin. max_unpacked: bytes that are hashed of an archive.
     Raises UsageError where there is none.
 
-    A directory may hold evidence.json without provenance.json: what verifies then is the evidence alone."""
+    A directory may hold evidence.json and neither provenance.json nor artifacts/: what verifies then is the evidence alone."""
     try:
         if path == "-":
             if sys.stdin is None:
@@ -3710,7 +3711,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
                     stat.S_ISREG(os.lstat(copy).st_mode) and file_sha256(copy) == artifacts[name]):
                 artifacts[name] = "a file of this name beside artifacts/ is another one"
         evidence = _read_document(path, "evidence.json")
-        alone = not os.path.lexists(os.path.join(path, "provenance.json"))
+        alone = not os.path.lexists(os.path.join(path, "provenance.json")) and (bool(artifacts) or not os.path.lexists(folder))  # an empty one was a bundle's
         return BundleFiles(None if alone else _read_document(path, "provenance.json"), evidence, artifacts)
     except OSError as e:
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None

@@ -2635,6 +2635,8 @@ TAMPERINGS: list[Tampering] = [
     ("no provenance", GOOD_BUNDLE._replace(provenance=None), ANY, {"provenance form"}),
     ("not JSON", bundle(provenance=b"{"), ANY, {"provenance form"}), ("nested", bundle(provenance=b"[" * 100 + b"]" * 100), ANY, {"provenance form"}),
     ("two names", bundle(provenance=b'{"a":1,"a":1}'), ANY, {"provenance form"}), ("null", bundle(provenance=b"null"), ANY, {"provenance schema"}),
+    ("a package without a name, beside a fork", bundle(statement(**{DEFINITION + "resolvedDependencies": [dependency("x", "pkg:cargo/x@1?vcs_url=git+https://h/x@12")]})),
+     confbuild.Expectations(packages=[""]), {"packages"}),
     ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
     ("extra file in other letters", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "Demo": DEMO_SHA256}), ANY, {"unlisted files"}),
     ("missing artifact", GOOD_BUNDLE._replace(artifacts={}), ANY, {"artifact demo", "artifacts"}),
@@ -5538,6 +5540,7 @@ class TestBundle:
         *(((*WHOLE[:2], header("x", b"x", len(record), content=record), *WHOLE[2:]), f"the pax header '{name}', which readers understand differently")
           for name, record in (("size", b"12 size=0_8\n"), ("size", b"11 size=+8\n"), ("SCHILY.realsize", b"21 SCHILY.realsize=4\n"),
                                ("SUN.holesdata", b"24 SUN.holesdata= 0 4 8\n"), ("GNU.sparse.name", b"21 GNU.sparse.name=x\n"))),
+        ((*WHOLE[:2], header("x", b"x", 29, content=b"29 path=demo/artifacts/demo/\n"), *WHOLE[2:]), "'demo/artifacts/demo' is a device, a pipe, a sparse file, or a file with a"),
         *(((*WHOLE[:2], header("demo", b"0", 8, {257: magic, 345: b"demo/artifacts"}, b"artifact"), *WHOLE[3:]), "a prefix in a header that is not of POSIX's format")
           for magic in (b"ustar  \0", bytes(8))),
         # What another reader would unpack over what has been verified.
@@ -5628,9 +5631,12 @@ class TestBundle:
     def test_evidence_alone(self, tmp_path: Path) -> None:
         """A directory may hold nothing but evidence.json; whatever else is there needs a provenance, and an archive always does."""
         root = write_files(tmp_path, {"evidence.json": GOOD_BUNDLE.evidence})
-        for step in (lambda: None, (root / "artifacts").mkdir, lambda: (root / "provenance.json.bak").write_text("")):
+        for step in (lambda: None, lambda: (root / "provenance.json.bak").write_text("")):
             step()
             assert confbuild.read_bundle(str(root)) == confbuild.BundleFiles(None, GOOD_BUNDLE.evidence, {})
+        (root / "artifacts").mkdir()  # a bundle once, which somebody emptied
+        with pytest.raises(confbuild.UsageError, match="provenance.json: No such file or directory"):
+            confbuild.read_bundle(str(root))
         for make in (lambda path: path.write_bytes(b"artifact"), lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), os.mkfifo):
             make(root / "artifacts" / "demo")
             found = confbuild.read_bundle(str(root))
