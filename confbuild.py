@@ -5,6 +5,8 @@
     python confbuild.py build DIR --server U  the same build on a service
     python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
     python confbuild.py measure --firmware F  the SEV-SNP launch digest of a firmware, a kernel, an initrd and a command line
+    python confbuild.py image -o DIR ...      what a confidential guest boots, byte for byte reproducible
+    python confbuild.py serve --tee --image D each build in a fresh SEV-SNP guest of QEMU
     python confbuild.py attest FILE --nonce N inside of an SEV-SNP guest: evidence for a provenance
     python confbuild.py --version             the version, and the SHA-256 of this very file
 
@@ -1618,7 +1620,7 @@ def _volume_blocks(data: bytes) -> Iterator[bytes]:
         raise FirmwareError("firmware volume", "this Python has no lzma") from None
     except lzma.LZMAError as e:
         raise FirmwareError("firmware volume", f"it cannot be decompressed: {e}") from None
-    if left or not decoder.eof:
+    if left:
         raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
 
 
@@ -4200,7 +4202,10 @@ class _DebUnpacker:
                 if kind not in ("", "gz", "xz"):
                     raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
                                      "use the packages of a distribution that compresses with xz, such as Debian")
-                for block in iter(lambda: f.read(min(BLOCK, size)), b""):
+                while size > 0:
+                    block = f.read(min(BLOCK, size))
+                    if not block:
+                        break
                     data.write(block)
                     size -= len(block)
                 if size:
@@ -8850,7 +8855,8 @@ def build_parser() -> "argparse.ArgumentParser":
 
     parser = argparse.ArgumentParser(
         prog="confbuild", description="Turn source code into an attested build, and verify one.", allow_abbrev=False,
-        epilog="This version builds in simulated VMs only: nothing is confidential, and their evidence is signed by no hardware. It verifies evidence of real SEV-SNP hardware.")
+        epilog="Without --tee, builds run in simulated VMs, which are not confidential, and whose evidence no hardware signs. Firmware that starts a file of the host instead of "
+               "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_build, _add_serve, _add_verify, _add_measure, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):

@@ -47,7 +47,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import hypothesis.strategies as st
 import pytest
@@ -2212,7 +2212,7 @@ class TestLaunchDigest:
         (b"", "0 bytes, not 1 to 4096 pages of 4096"), (TOY_FIRMWARE[:-1], "8191 bytes, not 1 to"), (TOY_FIRMWARE + bytes(16 << 20), "16785408 bytes, not 1 to"),
         (TOY_FIRMWARE[:4096], "no table of GUIDs ends 32 bytes before its end: it is not OVMF"), (bytes(4096), "it is not OVMF"),
         (TOY_FIRMWARE[:-50] + b"\x11\0" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 17 bytes"),
-        (TOY_FIRMWARE[:-50] + b"\xf1\x1f" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 8177 bytes"),
+        (TOY_FIRMWARE[:-50] + b"\xe1\x1f" + TOY_FIRMWARE[-48:], "its table of GUIDs cannot have 8161 bytes"),
         (TOY_FIRMWARE[:-50] + b"\x59\0" + TOY_FIRMWARE[-48:], "an entry of 0 bytes where its table of GUIDs has 1"),
         (toy_firmware(table=b"\0" * 17), "an entry of 0 bytes where its table of GUIDs has 17"), (toy_firmware(table=b"\0" * 18), "an entry of 0 bytes where its table of GUIDs has 18"),
         (toy_firmware(table=b"\x11\0" + bytes(16)), "an entry of 17 bytes where its table of GUIDs has 18"),
@@ -3264,7 +3264,7 @@ class TestHardwareVerdict:
         assert failed or checks["image measurement"] == confbuild.Check(
             "image measurement", "passed", "00" * 48 + " (EPYC-v4, 1 vCPU) or " + "6d" * 48 + " (EPYC-v4, 2 vCPUs)", "6d" * 48 + " (EPYC-v4, 2 vCPUs)")
 
-    def test_image_of_what_nothing_has_measured(self) -> None:
+    def test_image_of_what_nothing_has_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where the simulation says what the image's measurement is, and where the evidence cannot be read."""
         facts = confbuild.ImageFacts("00" * 32, "", "", {"EPYC-v4, 1 vCPU": confbuild.simulated_measurement().hex()})
         verdict = verdict_over(GOOD_BUNDLE, confbuild.Expectations(image=facts))
@@ -3272,8 +3272,12 @@ class TestHardwareVerdict:
         assert {check.detail for check in verdict.checks if check.status == "failed"} == {"simulated evidence: nothing has measured that VM"}
         verdict = verdict_over(GOOD_BUNDLE._replace(evidence=b"{"), confbuild.Expectations(image=facts))
         assert [status_of(verdict, name) for name in confbuild.OF_IMAGE] == ["passed", "passed", "not checked", "not checked"]
+        assert "no expectation" not in "".join(check.detail for check in verdict.checks if check.name in confbuild.OF_IMAGE)
         verdict = verdict_over(snp(self.BOOTED)._replace(provenance=None, artifacts={}), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
         assert verdict.verdict == "passed", "of evidence alone as well"
+        monkeypatch.setattr(confbuild, "_check_image", lambda *_: None)
+        verdict = verdict_over(snp(self.BOOTED), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
+        assert failed_checks(verdict) == {"required checks"} and verdict.checks[-1].actual == "not checked: " + ", ".join(sorted(confbuild.OF_IMAGE))
 
     def test_a_hostile_list_takes_linear_time(self) -> None:
         """Nobody signed it: numbers of one hash, which for Python are the multiples of 2^61 - 1."""
@@ -6917,7 +6921,7 @@ class TestQemuVm:
             monkeypatch.setenv("PATH", str(tmp_path))
             image = options.pop("image", guest_image())
             guest = confbuild.Guest("qemu", image, firmware=options.pop("firmware", False), **options.pop("guest", {}))
-            vm = confbuild.QemuVm(guest, {"policy": {"max_archive": 5}})
+            vm = confbuild.QemuVm(guest, {"policy": {"max_archive": 5}}, options.pop("folder", None))
             vm.console = options.pop("console", None)
             assert not options
             made.append((vm, Path(vm._workspace)))
@@ -8122,6 +8126,157 @@ class TestBroker:
         owners = {path.relative_to(tmp_path).as_posix(): path.lstat().st_uid for path in tmp_path.rglob("*")}
         assert owners.pop("outside") == 0 and tmp_path.stat().st_uid == 0
         assert set(owners) == {"tree", "tree/a", "tree/a/b", "tree/c", "tree/a/link", "tree/folder"} and set(owners.values()) == {confbuild.BUILD_UID}
+
+
+IMAGE = Path(os.environ.get("CONFBUILD_TEST_IMAGE", "/var/cache/confbuild-test/image"))
+needs_image = pytest.mark.skipif(not (IMAGE / "image.json").is_file(), reason="a guest image is missing: .ci/run makes one")
+# What the compiler's wrapper finds out before it compiles for the first time: it runs as the build, and leaves what it saw as an artifact.
+SPY = """#!/bin/sh
+report=target/release/report
+if [ ! -e $report ]; then
+  mkdir -p target/release
+  {
+    echo user $(id -u) $(id -G)
+    echo devices $(ls /dev)
+    echo interfaces $(tail -n +3 /proc/net/dev | cut -d: -f1)
+    echo others $(ls /proc | grep '^[0-9]' | while read pid; do [ ! -e /proc/$pid ] || [ -O /proc/$pid ] || echo $pid; done)
+    for file in /run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow; do [ -r $file ] && echo reads $file; done
+    for folder in / /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp; do [ -w $folder ] && echo writes $folder; done
+    python3 -c 'import socket
+for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
+    try: socket.create_connection(address, 5); print("reaches", address)
+    except OSError as e: print(e.strerror)'
+    grep NoNewPrivs /proc/self/status
+    python3 -c 'import os; [os.fork() for _ in range(3)]; os.setsid() if os.getpgrp() != os.getpid() else 0; os.close(1); os.close(2); import time; time.sleep(300)' &
+  } > $report 2>&1
+  chmod +x $report
+fi
+exec "$@"
+"""
+
+
+class GuestRuns(NamedTuple):
+    """What guest_runs found. shim, other_kernel: (what the agent said, or nothing; the console)."""
+
+    config: Any
+    attestation: Any
+    events: Sequence[Any]
+    result: str
+    left: Sequence[int]
+    folders: Sequence[str]
+    shim: tuple[str, str]
+    other_kernel: tuple[str, str]
+
+
+def guest_runs(folder: Path) -> GuestRuns:
+    """Real QEMU guests: a build of origin.git by a server with one that waits, and two that a hostile host boots with other files."""
+    s = Server(folder / "state", os.environ["PATH"], "--vm", "qemu", "--image", str(IMAGE), "--warm", "1", "--allow-scheme", "file", "--memory", "1536").start()
+    config = json.loads(s.request("GET", "/config")[2])
+    attestation = json.loads(s.request("GET", f"/attestation?nonce={NONCE}")[2])
+    job = s.submit(repo_url=f"file://{folder}/spy.git")
+    events = s.events(job)
+    (folder / "result").write_bytes(s.request("GET", f"/build/{job}/result")[2])
+    assert s.process is not None
+    left = confbuild.descendants(s.process.pid)
+    s.stop()
+    folders = os.listdir(folder / "state/guests")
+    (folder / "shim.efi").write_bytes(b"MZ" + bytes(4094))
+    image = confbuild.read_image(str(IMAGE))
+    (folder / "vmlinuz").write_bytes(Path(image.kernel).read_bytes() + b"\0")
+    shim = boot_as_measured(folder, image, "-shim", str(folder / "shim.efi"))
+    other = boot_as_measured(folder, image._replace(kernel=str(folder / "vmlinuz")))
+    return GuestRuns(config, attestation, events, str(folder / "result"), [pid for pid in left if living(pid)], folders, shim, other)
+
+
+def boot_as_measured(folder: Path, image: confbuild.Image, *options: str) -> tuple[str, str]:
+    """(what the agent says within 15 seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
+    config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
+    honest = confbuild.QemuVm(confbuild.Guest("qemu", confbuild.read_image(str(IMAGE))), config, str(folder))
+    argv = confbuild.qemu_argv(confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", *honest._write_hashes())
+    child = subprocess.Popen([*argv, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert child.stdin and child.stdout
+        child.stdin.write(json.dumps({"platform": "qemu", "network": "none", **config}).encode() + b"\n")
+        child.stdin.flush()
+        said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 15)[0] else ""
+    finally:
+        child.kill()
+        console = child.communicate()[1].decode("utf-8", "replace")
+        honest.destroy()
+    return said, console
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], GuestRuns]]:
+    """guest_runs, in a process of its own beside all the other tests: emulation takes most of a minute, and a second processor has nothing to do."""
+    if not any(getattr(item, "cls", None) is TestRealGuest for item in request.session.items) or shutil.which("qemu-system-x86_64") is None or (
+            shutil.which("git") is None or not (IMAGE / "image.json").is_file()):
+        yield lambda: pytest.fail("nothing was started")
+        return
+    folder = tmp_path_factory.mktemp("guests")
+    origin = write_files(folder / "spy.git", {**project(), ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n', "spy.sh": SPY})
+    (origin / "spy.sh").chmod(0o755)
+    write_files(origin, {}, commit=True)
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); from test_confbuild import *; print(json.dumps(guest_runs(Path(sys.argv[2]))))"
+    with open(folder / "errors", "wb") as errors:
+        child = subprocess.Popen([sys.executable, "-c", code, str(FILE.parent), str(folder)], stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
+
+    @functools.cache
+    def collect() -> GuestRuns:
+        output = child.communicate(timeout=300)[0]
+        assert child.returncode == 0, (folder / "errors").read_text()
+        return GuestRuns(*json.loads(output))
+
+    yield collect
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+
+
+@needs("qemu-system-x86_64")
+@needs("git")
+@needs_image
+class TestRealGuest:
+    def test_config(self, guests: Callable[[], GuestRuns]) -> None:
+        """What a server of guests says before anything is built."""
+        runs, image = guests(), confbuild.read_image(str(IMAGE))
+        assert runs.config["platform"] == "qemu" and runs.config["confidential"] is False and "no hardware" in runs.config["notice"]
+        assert (runs.config["image"]["manifest_sha256"], runs.config["measurement"]) == (image.manifest_sha256, image.launch_digests[0][2])
+        assert runs.attestation["platform"] == "simulated"
+
+    def test_events(self, guests: Callable[[], GuestRuns]) -> None:
+        """A repository, fetched by the host, in a guest that waited; and nothing of any guest is left."""
+        runs = guests()
+        assert runs.events[-1] == OK_EVENT, runs.events
+        vm = [event["msg"].partition(" file:")[0] for event in runs.events if event["type"] == "vm"]
+        assert vm == ["QEMU guest, not confidential: fetching", "QEMU guest, not confidential: ready"]
+        assert (runs.left, runs.folders) == ([], [])
+
+    def test_bundle(self, guests: Callable[[], GuestRuns], tmp_path: Path) -> None:
+        """Built by a user who reaches neither the network nor the agent, the attestation or the guest's other files; the bundle says what it is."""
+        result = Path(guests().result)
+        confbuild.unpack_archive(str(result), str(tmp_path))
+        files = confbuild.read_bundle(str(tmp_path / "spy"))
+        origin = result.parent / "spy.git"
+        source = json.loads(provenance_of(files))["predicate"]["buildDefinition"]["externalParameters"]["source"]
+        assert source == {"digest": {"gitCommit": git(origin, "rev-parse", "HEAD"), "gitTree": git(origin, "rev-parse", "HEAD^{tree}")}, "uri": f"file://{origin}"}
+        verdict = confbuild.verify_bundle(files, confbuild.Expectations(nonce=NONCE, builder_id=confbuild.QEMU_BUILDER), NOW)
+        assert verdict.verdict == "simulated" and verdict.claims["guest_network"] == "none"
+        assert "QEMU guest, which is not confidential" in confbuild.render_verdict(verdict, False)
+        assert (tmp_path / "spy/artifacts/report").read_text().split("\n") == [
+            "user 1001 1001", "devices fd full null random stderr stdin stdout tty urandom zero", "interfaces lo", "others", "writes /work/home", "writes /tmp",
+            "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", ""]
+        with_image = confbuild.verify_bundle(files, confbuild.Expectations(image=confbuild.check_image(str(IMAGE))), NOW)
+        assert with_image.verdict == "failed" and status_of(with_image, "image parts") == status_of(with_image, "image firmware") == "passed"
+
+    def test_shim(self, guests: Callable[[], GuestRuns]) -> None:
+        """The firmware of an image boots the measured kernel, whatever file the host offers in its place."""
+        assert guests().shim[0] == "8080\n", guests().shim[1]
+
+    def test_another_kernel(self, guests: Callable[[], GuestRuns]) -> None:
+        """Nothing comes up where the kernel is not the one that was measured."""
+        said, console = guests().other_kernel
+        assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 # endregion 27
 # ==============================================================================
