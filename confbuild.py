@@ -2120,7 +2120,7 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
     checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
-    missing = sorted(set(expected.packages) - {package_of(uri) for uri in uris} - set(uris))
+    missing = sorted(set(expected.packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     checks.expect("packages", ", ".join(expected.packages) if expected.packages else None,
                   ", ".join(f"{name!r} is missing" for name in missing) or ", ".join(expected.packages))
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
@@ -2829,6 +2829,8 @@ _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
 MAX_EXTENDED = 64 * MIB  # of what an archive's headers announce, of which a kilobyte unpacks to a MiB
 # What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
 _HARMLESS_PAX = frozenset((b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype"))
+_SPARSE_PAX = (b"GNU.sparse.", b"SCHILY.realsize", b"SUN.holesdata")
+_TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].{11}", re.DOTALL)  # the second is base-256, of files of more than 8 GiB
 
 
 class _SmallReads:
@@ -2856,27 +2858,38 @@ class _SmallReads:
             if self._extends in b"xgX":
                 self._check_pax(self.last, self._extends == b"g")
             self._extends = b""
-        elif len(self.last) == 512 and self.last[156:157] in (b"x", b"g", b"X", b"L", b"K"):
-            self._extends = self.last[156:157]
-            family = {b"X": b"x"}.get(self._extends, self._extends)
-            if family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced:
-                raise source_error("the archive has two headers for one member, of which other readers believe the other")
-            self._announced += family
         elif len(self.last) == 512:
-            self._announced = b""
+            self._check_header(self.last)
+            kind = self.last[156:157]
+            self._extends = kind if kind in (b"x", b"g", b"X", b"L", b"K") else b""
+            family = {b"X": b"x"}.get(kind, kind)
+            if self._extends and (family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced):
+                raise source_error("the archive has two headers for one member, of which other readers believe the other")
+            self._announced = self._announced + family if self._extends else b""
         return self.last
+
+    @staticmethod
+    def _check_header(block: bytes) -> None:
+        """Raise where tarfile reads a size or a name that other readers do not: Python's int() takes `1_0` and `0o10`, of which libarchive
+        reads the beginning, and tarfile puts a prefix before the name in GNU's format too, which has other fields there."""
+        if not _TAR_SIZE.fullmatch(block, 124, 136):
+            raise source_error("the archive is no tarball, or has a size that is no octal number")
+        if block[345:346] != b"\0" and block[257:263] != b"ustar\0":
+            raise source_error("the archive has a prefix in a header that is not of POSIX's format")
 
     @staticmethod
     def _check_pax(data: bytes, is_global: bool) -> None:
         """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time, and none that
-        other readers understand otherwise: tarfile's reset forgets what is_global, and GNU tar prefers GNU.sparse.name to path."""
+        other readers understand otherwise: tarfile's reset forgets what is_global, GNU tar prefers GNU.sparse.name to path, libarchive makes
+        holes for star and Solaris, and int() takes `1_0`."""
         at, long_number = 0, re.search(rb"(?<![0-9])[0-9]{256}", data)
         while at < len(data) and data[at]:
             record = _PAX_RECORD.match(data, at)
             end = at + int(record[1]) if record else 0
             if long_number or not record or end <= record.end() or data[end - 1:end] != b"\n":
                 raise source_error("the archive has a damaged pax header")
-            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(b"GNU.sparse."):
+            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(_SPARSE_PAX) or (
+                    record[2] == b"size" and not data[record.end():end - 1].isdigit()):
                 raise source_error(f"the archive has the pax header {record[2][:40].decode('ascii', 'replace')!r}, which readers understand differently")
             at = end
 
@@ -2893,9 +2906,10 @@ def _tar_stream(stream: Any) -> Iterator[_Member]:
     archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
     for info in archive:
         kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
-                "file" if info.isfile() and not info.issparse() else "")  # the holes of a sparse file cost nothing and have no end
+                "file" if info.isfile() and not info.issparse()  # the holes of a sparse file cost nothing and have no end
+                and not info.pax_headers.get("path", "").endswith("/") else "")  # tarfile drops that slash, others make a directory
         if not kind:
-            raise source_error(f"{info.name[:80]!r} is a device, a pipe or a sparse file")
+            raise source_error(f"{info.name[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
         archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
         reads.left, reads.in_header = sys.maxsize, False  # the unpacker counts the contents
         yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
@@ -3678,7 +3692,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
     """The bundle in the directory or archive at path; "-" is an archive on stdin. max_unpacked: bytes that are hashed of an archive.
     Raises UsageError where there is none.
 
-    A directory may hold evidence.json without provenance.json: what verifies then is the evidence alone."""
+    A directory may hold evidence.json and neither provenance.json nor artifacts/: what verifies then is the evidence alone."""
     try:
         if path == "-":
             if sys.stdin is None:
@@ -3699,7 +3713,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
                     stat.S_ISREG(os.lstat(copy).st_mode) and file_sha256(copy) == artifacts[name]):
                 artifacts[name] = "a file of this name beside artifacts/ is another one"
         evidence = _read_document(path, "evidence.json")
-        alone = not os.path.lexists(os.path.join(path, "provenance.json"))
+        alone = not os.path.lexists(os.path.join(path, "provenance.json")) and (bool(artifacts) or not os.path.lexists(folder))  # an empty one was a bundle's
         return BundleFiles(None if alone else _read_document(path, "provenance.json"), evidence, artifacts)
     except OSError as e:
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None

@@ -2636,6 +2636,8 @@ TAMPERINGS: list[Tampering] = [
     ("no provenance", GOOD_BUNDLE._replace(provenance=None), ANY, {"provenance form"}),
     ("not JSON", bundle(provenance=b"{"), ANY, {"provenance form"}), ("nested", bundle(provenance=b"[" * 100 + b"]" * 100), ANY, {"provenance form"}),
     ("two names", bundle(provenance=b'{"a":1,"a":1}'), ANY, {"provenance form"}), ("null", bundle(provenance=b"null"), ANY, {"provenance schema"}),
+    ("a package without a name, beside a fork", bundle(statement(**{DEFINITION + "resolvedDependencies": [dependency("x", "pkg:cargo/x@1?vcs_url=git+https://h/x@12")]})),
+     confbuild.Expectations(packages=[""]), {"packages"}),
     ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
     ("extra file in other letters", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "Demo": DEMO_SHA256}), ANY, {"unlisted files"}),
     ("missing artifact", GOOD_BUNDLE._replace(artifacts={}), ANY, {"artifact demo", "artifacts"}),
@@ -3974,7 +3976,7 @@ class TestArchives:
         (pack("tar", *GOOD_MEMBERS)[:-8], "SourceError", "the archive is damaged: EOFError"),
         (patched(pack("tar", *GOOD_MEMBERS), -8, b"\0\0\0\0"), "SourceError", "the archive is damaged: CRC check failed"),
         (patched(pack("tar", *GOOD_MEMBERS), -4, b"\0\0\0\0"), "SourceError", "the archive is damaged: Incorrect length of data"),
-        (gzip.compress(b"this is no tarball" * 99), "SourceError", "the archive is damaged: ReadError"),
+        (gzip.compress(b"this is no tarball" * 99), "SourceError", "the archive is no tarball, or has a size that is no octal number"),
         (gzip.compress(b""), "SourceError", "the archive is damaged: ReadError: empty file"),
         (gzip.compress(patched(tar_bytes(*files("a")), 124, b"77777777777\0")), "SourceError", "the archive is damaged"),
         (gzip.compress(tar_bytes(("a", "file", "x" * 600))[:1024]), "SourceError", "the archive is damaged: ReadError: unexpected end of data"),
@@ -5537,6 +5539,15 @@ class TestBundle:
         ((*WHOLE, header("x", b"x", 50_000, content=DIGITS[:50_000])), "damaged pax header"),
         ((*WHOLE, header("x", b"x", 50_000, content=b"50000 a=" + DIGITS[:49_991] + b"\n")), "damaged pax header"),
         ((*WHOLE, *[header("x", b"x", 7, content=b"7 a=bb\n")] * 2000), "neither a bundle nor its archive"),
+        # What libarchive reads as another size, with other holes, and GNU tar under another name.
+        *(((*WHOLE[:2], header("demo/artifacts/demo", b"0", 8, {124: size}, b"artifact"), *WHOLE[3:]), "a size that is no octal number")
+          for size in (b"00000001_0\0\0", b"00000000o10\0", b"+0000000010\0", b"-0000000010\0", b"10\0000000000")),
+        *(((*WHOLE[:2], header("x", b"x", len(record), content=record), *WHOLE[2:]), f"the pax header '{name}', which readers understand differently")
+          for name, record in (("size", b"12 size=0_8\n"), ("size", b"11 size=+8\n"), ("SCHILY.realsize", b"21 SCHILY.realsize=4\n"),
+                               ("SUN.holesdata", b"24 SUN.holesdata= 0 4 8\n"), ("GNU.sparse.name", b"21 GNU.sparse.name=x\n"))),
+        ((*WHOLE[:2], header("x", b"x", 29, content=b"29 path=demo/artifacts/demo/\n"), *WHOLE[2:]), "'demo/artifacts/demo' is a device, a pipe, a sparse file, or a file with a"),
+        *(((*WHOLE[:2], header("demo", b"0", 8, {257: magic, 345: b"demo/artifacts"}, b"artifact"), *WHOLE[3:]), "a prefix in a header that is not of POSIX's format")
+          for magic in (b"ustar  \0", bytes(8))),
         # What another reader would unpack over what has been verified.
         ((*WHOLE, b"\1" * 512, ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive"),
         ((*WHOLE, bytes(1024), ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive")])
@@ -5556,6 +5567,13 @@ class TestBundle:
         path = packed(tmp_path / "a", data)
         with pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: {re.escape(message)}"):
             confbuild.read_bundle(path)
+
+    @pytest.mark.parametrize("fields", [{124: b"         10 "}, {124: b"00000000010 "}, {124: b"\x80" + bytes(10) + b"\x08"}, {257: b"ustar\00000", 345: b"demo"}])
+    def test_archives_of_other_writers(self, tmp_path: Path, fields: dict[int, bytes]) -> None:
+        """Numbers with blanks, in base-256, and a name in two fields."""
+        name = "artifacts/demo" if 345 in fields else "demo/artifacts/demo"
+        data = tar_of(*WHOLE[:2], header(name, b"0", 8, fields, b"artifact"), *WHOLE[3:])
+        assert confbuild.read_bundle(packed(tmp_path / "a.tar.gz", gzip.compress(data))) == GOOD_BUNDLE
 
     def test_an_archive_bomb(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = packed(tmp_path / "a", gzip.compress(tar_of(*WHOLE, ("demo/artifacts/zeros", bytes(3_000_000), FILE_TYPE)), 1))
@@ -5618,9 +5636,12 @@ class TestBundle:
     def test_evidence_alone(self, tmp_path: Path) -> None:
         """A directory may hold nothing but evidence.json; whatever else is there needs a provenance, and an archive always does."""
         root = write_files(tmp_path, {"evidence.json": GOOD_BUNDLE.evidence})
-        for step in (lambda: None, (root / "artifacts").mkdir, lambda: (root / "provenance.json.bak").write_text("")):
+        for step in (lambda: None, lambda: (root / "provenance.json.bak").write_text("")):
             step()
             assert confbuild.read_bundle(str(root)) == confbuild.BundleFiles(None, GOOD_BUNDLE.evidence, {})
+        (root / "artifacts").mkdir()  # a bundle once, which somebody emptied
+        with pytest.raises(confbuild.UsageError, match="provenance.json: No such file or directory"):
+            confbuild.read_bundle(str(root))
         for make in (lambda path: path.write_bytes(b"artifact"), lambda path: path.mkdir(), lambda path: path.symlink_to("nowhere"), os.mkfifo):
             make(root / "artifacts" / "demo")
             found = confbuild.read_bundle(str(root))
