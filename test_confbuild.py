@@ -6549,7 +6549,7 @@ class TestImage:
         assert lines == [f"base /usr/lib/modules/{name}.ko" for name in base] + [f"snp /usr/lib/modules/{name}.ko" for name in snp_]
         assert found["usr/lib/modules/dm_verity.ko"][1] == module_file("dm-bufio,dm-mod") and found[f"{here}/confbuild.py"][1] == FILE.read_bytes()
         assert found[f"{PYTHON}/os.pyc"][1] == b"compiled /usr/lib/python3.13/os.py " + hashlib.sha256(b"import x\n").digest()
-        assert {name for name, node in found.items() if "/" not in name and node[0] == 0o40755} == {"dev", "proc", "run", "sys", "sysroot", "tmp", "tools", "usr"}
+        assert {name for name, node in found.items() if "/" not in name and node[0] == 0o40755} == {"dev", "proc", "run", "sys", "sysroot", "tmp", "usr"}
         assert [found[f"dev/{name}"] for name in ("console", "null", "urandom")] == [(0o20600, b"", (5, 1)), (0o20600, b"", (1, 3)), (0o20600, b"", (1, 9))]
         mode, init, _ = found["init"]
         assert mode == 0o100755 and init.startswith(b"#!/usr/bin/python3 -IS\n") and compile(init, "init", "exec")
