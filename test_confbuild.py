@@ -8067,6 +8067,20 @@ def counted(s: Server) -> int:
     return len(confbuild.descendants(s.process.pid))
 
 
+def test_limit_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many lines of each second, and how many are left out."""
+    now, told = [100.2], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    limited = confbuild._limit_rate(told.append)
+    for n in range(confbuild.CONSOLE_RATE + 5):
+        limited(str(n))
+    assert told == [str(n) for n in range(confbuild.CONSOLE_RATE)]
+    now[0] = 101.0
+    limited("next")
+    limited("last")
+    assert told[confbuild.CONSOLE_RATE:] == ["next (5 lines before it are left out)", "last"]
+
+
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
