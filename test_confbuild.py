@@ -5994,6 +5994,18 @@ class TestRealCargo:
         assert not (demo / "elsewhere").exists() and git(demo, "status", "--porcelain") == ""
 
     @needs("cargo")
+    def test_a_mirror(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a guest whose image has a mirror of the registry tells cargo: the lock's crate comes from there, and no other one."""
+        project_files = {name: content for name, content in WORKSPACE.items() if not name.startswith((".cargo", "vendor/"))}
+        demo = write_files(tmp_path / "demo", project_files)
+        write_files(tmp_path / "mirror/tiny-1.0.0", {name.removeprefix("vendor/tiny/"): content for name, content in WORKSPACE.items() if name.startswith("vendor/")})
+        write_files(tmp_path / "cargo", {"config.toml": confbuild.MIRROR_CONFIG.replace(confbuild.MIRROR, str(tmp_path / "mirror"))})
+        env = {**os.environ, "CARGO_HOME": str(tmp_path / "cargo"), "CARGO_TARGET_DIR": str(tmp_path / "target")}
+        done = subprocess.run(["cargo", "metadata", "--locked", "--format-version=1"], cwd=demo, env=env, capture_output=True, text=True, check=True)
+        [tiny] = [package for package in json.loads(done.stdout)["packages"] if package["name"] == "tiny"]
+        assert tiny["manifest_path"] == str(tmp_path / "mirror/tiny-1.0.0/Cargo.toml")
+
+    @needs("cargo")
     @pytest.mark.parametrize(("files", "kind", "cause"), [
         ({"src/main.rs": 'fn main() { let unused = 1; }\nfn other() -> u8 { "x" }\n'}, "BuildError", r"error\[E0308\]: mismatched types"),
         ({"src/lib.rs": "pub fn nothing() {}\n"}, "NoArtifacts", "the build succeeded and left no executable"),
