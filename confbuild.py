@@ -8151,7 +8151,7 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         _require_snp(options.image)
     if not options.image:
         raise UsageError(f"--vm {kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
-    image, facts = read_image(options.image), check_image(options.image)
+    image, facts = read_image(os.path.abspath(options.image)), check_image(options.image)  # QEMU runs in a folder of its own
     for complaint in (facts.parts, facts.firmware):
         if complaint:
             raise ImageError(f"{options.image}: {complaint}")
