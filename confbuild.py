@@ -5721,7 +5721,8 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
         argv += ["-accel", "tcg", "-machine", "q35,vmport=off"]
         if guest.firmware:
             argv += ["-bios", image.firmware, "-device", f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on"]
-    return [*argv, "-cpu", guest.vcpu_type, "-smp", str(guest.vcpus), "-m", memory,
+    kind = guest.vcpu_type if guest.mode == "snp" or guest.firmware else "max"  # which an older QEMU knows as well; nothing measures it
+    return [*argv, "-cpu", kind, "-smp", str(guest.vcpus), "-m", memory,
             "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.append,
             "-blockdev", f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
             "-device", f"virtio-blk-pci,drive=tools,{_VIRTIO}",

@@ -7422,7 +7422,7 @@ class TestQemuArgv:
         sizes = ["-cpu", "EPYC-v4", "-smp", "1", "-m", "2048M"]
         assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image()), "/w/qmp", "/dev/stderr", "/w/hashes", 0x810000) == [
             *tcg, "-bios", "/image/firmware.fd", "-device", "loader,file=/w/hashes,addr=0x810000,force-raw=on", *sizes, *self.TAIL]
-        assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image(), firmware=False), "/w/qmp", "/dev/stderr") == [*tcg, *sizes, *self.TAIL]
+        assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image(), firmware=False), "/w/qmp", "/dev/stderr") == [*tcg, "-cpu", "max", *sizes[2:], *self.TAIL]
 
     def test_snp(self) -> None:
         """kernel-hashes is off by default; host-data is the digest of image.json."""
