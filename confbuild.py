@@ -73,6 +73,9 @@ Specifications
     [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03      [TOML] https://toml.io/en/v1.0.0
     [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
     [QEMU]      QEMU 10.0.2     [KVM] Linux 6.12     [EDK2] edk2-stable202502     [PI] UEFI Platform Initialization 1.8
+    [LINUX]     Linux 6.12, by its files: of Documentation/ those on dm-verity, EROFS, the initrd (cpio newc) and the boot protocol; the headers in include/uapi/
+    [QMP]       QEMU's monitor, docs/interop/qmp-spec.rst     [ELF] System V ABI     [DEB] deb(5), ar(5)     [POLICY] Debian Policy 4.7
+    [CARGO]     The Cargo Book, https://doc.rust-lang.org/cargo
     [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
@@ -4102,7 +4105,7 @@ def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[s
 
 
 def _version_key(version: str) -> Any:
-    """What sorts as versions do. [Debian Policy 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
+    """What sorts as versions do. [POLICY 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
     epoch, _, rest = version.rpartition(":")
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
     rows = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
@@ -4193,7 +4196,7 @@ class _DebUnpacker:
 
     @staticmethod
     def _find_data(name: str, f: IO[bytes], data: IO[bytes]) -> str:
-        """How the data of a .deb (deb(5): an archive of ar(5)) is compressed; the bytes are in the file data."""
+        """How the data of a .deb ([DEB], an archive of ar(5)) is compressed; the bytes are in the file data."""
         if f.read(8) != b"!<arch>\n":
             raise ImageError(f"{name}: not a .deb file")
         while True:
@@ -4363,7 +4366,7 @@ def _content(node: _Node) -> bytes:
 
 
 def write_cpio(path: str, tree: _Tree) -> None:
-    """path is an archive of tree in the form newc (Linux, Documentation/driver-api/early-userspace/buffer-format.rst): sorted by bytes,
+    """path is an archive of tree in the form newc [LINUX Documentation/driver-api/early-userspace/buffer-format.rst]: sorted by bytes,
     running inode numbers, times and owners 0."""
     with open(path, "xb") as f:
         for inode, name in enumerate([*sorted(tree, key=os.fsencode), "TRAILER!!!"], 1):
@@ -4408,7 +4411,7 @@ def block_digests(data: bytes) -> bytes:
 
 def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
     """(the hash blocks over more than one data block of these digests, the top one first; the root hash).
-    dm-verity version 1, SHA-256, no salt. [Linux, Documentation/admin-guide/device-mapper/verity.rst]"""
+    dm-verity version 1, SHA-256, no salt. [LINUX Documentation/admin-guide/device-mapper/verity.rst]"""
     levels: list[bytes] = []
     while len(digests) > 32:
         levels.insert(0, digests + bytes(-len(digests) % VERITY_BLOCK))
@@ -4418,7 +4421,7 @@ def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
 
 def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
     """(root hash, data blocks) of the file system with a dm-verity tree that is now at path: a superblock, extended inodes of 64 bytes,
-    then the contents, not compressed. Files are copied in blocks. [Linux, Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h]"""
+    then the contents, not compressed. Files are copied in blocks. [LINUX Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h]"""
     tree = {"": _FOLDER, **tree}
     order = sorted(tree, key=os.fsencode)
     numbers = {name: 2 * i for i, name in enumerate(order)}  # a nid counts 32 bytes
@@ -4480,7 +4483,7 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
 
 
 def elf_needs(data: bytes) -> tuple[str, list[str]]:
-    """(the interpreter, or empty; the shared libraries) that an ELF file for x86-64 asks for [ELF, System V ABI]. Raises Malformed."""
+    """(the interpreter, or empty; the shared libraries) that an ELF file for x86-64 asks for [ELF]. Raises Malformed."""
     def integer(at: int, width: int) -> int:
         if not 0 <= at <= len(data) - width:
             raise Malformed("ELF", "cut off")
@@ -4585,7 +4588,7 @@ def _compile_python(root: str, program: str, loader: str, sources: Mapping[str, 
 
 
 def kernel_release(data: bytes) -> str:
-    """What `uname -r` says under the kernel in this bzImage. [Linux, Documentation/arch/x86/boot.rst] Raises ImageError."""
+    """What `uname -r` says under the kernel in this bzImage. [LINUX Documentation/arch/x86/boot.rst] Raises ImageError."""
     at = int.from_bytes(data[0x20E:0x210], "little") + 0x200
     release = re.match(rb"[0-9A-Za-z.+_~-]+", data[at:at + 128])
     if data[0x202:0x206] != b"HdrS" or not release:
@@ -5844,7 +5847,7 @@ def _parameter_problem(path: str) -> str:
 
 def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> Any:
     """What a command returns at QEMU's monitor, the unix socket at path. Raises BuildFailed VmError: refused, not QMP, or not within timeout_s.
-    [QEMU docs/interop/qmp-spec.rst]"""
+    [QMP]"""
     deadline, rest = time.monotonic() + timeout_s, b""
 
     def read() -> dict[str, Any]:
@@ -7243,7 +7246,7 @@ _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
 _SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
-# A mirror of crates.io in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [Cargo, source replacement]
+# A mirror of crates.io in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
@@ -7330,7 +7333,7 @@ def _find_channel() -> str | None:
 
 def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
     """The dm_target_spec of a dm-verity device over a disk with blocks of 4096 bytes, whose tree follows the data: version 1, SHA-256, no salt.
-    [Linux, Documentation/admin-guide/device-mapper/verity.rst; linux/dm-ioctl.h]"""
+    [LINUX Documentation/admin-guide/device-mapper/verity.rst; linux/dm-ioctl.h]"""
     parameters = f"1 {device} {device} 4096 4096 {blocks} {blocks} sha256 {root_hash} -".encode("ascii") + b"\0"
     parameters += bytes(-(40 + len(parameters)) % 8)
     return struct.pack("=QQiI16s", 0, 8 * blocks, 0, 40 + len(parameters), b"verity") + parameters
@@ -8126,6 +8129,17 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+MIN_MEMORY = 384  # MiB; with an image of 33 MB of initrd, a guest of QEMU 10.0.2 does not boot with 200, and builds with 384
+_OF_GUESTS = ("vcpus", "vcpu_type", "memory", "guest_network")  # options that say what a guest is like
+
+
+def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> None:
+    """Raise UsageError for the first of these options that was given: nothing is ignored silently."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')}{why}")
+
+
 class Machine(NamedTuple):
     """What builds run in here. guest: None = simulated VMs; facts: of the guest's image; launch_digest: of the guest, in hexadecimal, or empty; note: in
     words, for people."""
@@ -8143,8 +8157,7 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     if kind == "sim":
-        if options.image:
-            raise UsageError("--image goes with --tee, --vm snp or --vm qemu: a simulated VM boots nothing")
+        _refuse(options, ("image", *_OF_GUESTS, "vek", "console"), " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest")
         return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user")
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
@@ -8155,12 +8168,15 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     image, facts = read_image(os.path.abspath(options.image)), check_image(options.image)  # QEMU runs in a folder of its own
     for complaint in (facts.parts, facts.firmware):
         if complaint:
-            raise ImageError(f"{options.image}: {complaint}")
-    label = vcpu_label(options.vcpu_type, options.vcpus)
+            raise ImageError(f"{options.image}: {complaint}", "`confbuild image -o DIR` makes the image anew, --check DIR says what is wrong with one")
+    given = {"vcpus": options.vcpus, "vcpu_type": options.vcpu_type, "memory_mib": options.memory}
+    guest = Guest(kind, image, network=options.guest_network, **{field: value for field, value in given.items() if value is not None})
+    if guest.memory_mib < MIN_MEMORY:
+        raise UsageError(f"--memory {guest.memory_mib}: a guest needs {MIN_MEMORY} MiB to boot")
+    label = vcpu_label(guest.vcpu_type, guest.vcpus)
     if label not in facts.launch_digests:
         raise ImageError(f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
                          "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one")
-    guest = Guest(kind, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
     if kind == "snp":
         eax, ebx = sev_cpuid()
         guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 else guest
@@ -8393,11 +8409,12 @@ def cmd_build(options: "argparse.Namespace") -> int:
 
 def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
     """What the VM must be that gets the source. Raises UsageError."""
+    if options.server:
+        _refuse(options, ("vm", *_OF_GUESTS), ": that is the server's to say")
     if not options.tee:
+        _refuse(options, ("image",) if options.server else (), " goes with --tee")
         if options.measurement:
             raise UsageError("--measurement goes with --tee")
-        if options.server and (options.image or options.vm):
-            raise UsageError("--image goes with --tee" if options.image else "--vm: it is the server's to say")
         return Expectations()
     for digits in options.measurement:
         if not re.fullmatch(r"[0-9a-fA-F]{96}", digits):
@@ -8413,11 +8430,13 @@ def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsem
     nonce = secrets.token_hex(NONCE_SIZE)
     evidence = service.attestation(nonce)
     verdict = verify_bundle(BundleFiles(None, evidence, {}), vm._replace(nonce=nonce), utc_time(time.time()), endorsements)
-    if verdict.verdict != "passed" or verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
+    if verdict.verdict != "passed":
         if display is not None:
             display.note("the evidence of the VM that waits for the source:")
             sys.stderr.write(render_verdict(verdict, _colored(sys.stderr)) + "\n")
         raise ConfbuildError("the server's VM does not verify: no byte of the source was sent")
+    if verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
+        raise ConfbuildError("the server's evidence is of a VM that has built something, not of one that waits: no byte of the source was sent")
     _note(display, "the VM that waits for the source verifies")
 
 
@@ -8936,15 +8955,15 @@ def _add_limits(parser: "argparse.ArgumentParser") -> None:
 
 def _add_machine(parser: "argparse.ArgumentParser") -> None:
     """What builds run in, where they run here."""
-    group = parser.add_argument_group("what builds run in")
+    group, default = parser.add_argument_group("what builds run in"), Guest._field_defaults
     group.add_argument("--tee", action="store_true", help="SEV-SNP guests, or a refusal that says what is missing (the same as --vm snp)")
     group.add_argument("--vm", choices=("sim", "qemu", "snp"), help="simulated VMs (default), QEMU guests that are not confidential, or SEV-SNP guests")
     group.add_argument("--image", metavar="DIR", help="what guests boot, as `image` makes it")
-    group.add_argument("--vcpus", type=_positive, default=1, metavar="N", help="virtual processors of a guest, which are measured (default: %(default)s)")
-    group.add_argument("--vcpu-type", default="EPYC-v4", metavar="T", help="their kind, which is measured (default: %(default)s)")
-    group.add_argument("--memory", type=_positive, default=2048, metavar="MIB", help="memory of a guest (default: %(default)s)")
+    group.add_argument("--vcpus", type=_positive, metavar="N", help=f"virtual processors of a guest, which are measured (default: {default['vcpus']})")
+    group.add_argument("--vcpu-type", metavar="T", help=f"their kind, which is measured (default: {default['vcpu_type']})")
+    group.add_argument("--memory", type=_positive, metavar="MIB", help=f"memory of a guest (default: {default['memory_mib']})")
     group.add_argument("--guest-network", action="store_true", help="let guests reach the network; the provenance says so")
-    group.add_argument("--vek", metavar="FILE", help="the certificate of this host's VCEK, which guests put into their evidence where the host's firmware has none for them")
+    group.add_argument("--vek", metavar="FILE", help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none")
 
 
 def _add_build(commands: Any) -> None:

@@ -26,7 +26,9 @@ import py_compile
 import random
 import re
 import resource
+import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -9695,12 +9697,23 @@ BUILD_AND_SERVE = (
     ("serve --token-file nowhere", 2, "nowhere: No such file or directory"), ("serve --token-file binary", 2, "binary"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "error: "),
-    ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"))
+    ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"),
+    ("serve --tee --vm qemu", 2, "--tee is --vm snp, not --vm qemu"), ("build demo --tee", 2, "this machine cannot run SEV-SNP guests: "),
+    *[(f"serve --state new {option}", 2, f"{option.split()[0]} goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest") for option in (
+        "--image empty", "--vcpus 1", "--vcpu-type EPYC", "--memory 2048", "--guest-network", "--vek blank", "--console")],
+    ("serve --vm qemu", 2, "--vm qemu needs --image DIR: what the guest boots\nconfbuild: hint: `confbuild image` makes one"),
+    ("serve --vm qemu --image empty", 2, "empty: no image.json in it"), ("serve --vm qemu --image empty --env X", 2, "--env: a guest sees nothing of this machine's environment"),
+    ("serve --print-command", 2, "--print-command goes with --vm qemu, --vm snp or --tee"), ("build demo --measurement 0", 2, "--measurement goes with --tee"),
+    *[(f"build demo --server http://127.0.0.1:1 {options}", 2, message) for options, message in (
+        ("--image empty", "--image goes with --tee"), ("--vm sim", "--vm: that is the server's to say"), ("--tee --vcpus 2", "--vcpus: that is the server's to say"),
+        ("--tee", "--tee needs --image DIR or --measurement HEX: else a VM that runs anything would do"), ("--tee --image empty", "empty: no image.json in it"),
+        ("--tee --measurement 0", "--measurement: 96 hexadecimal digits are needed"))])
+TEE = "serve --tee --state new"
 
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """[status, stdout, stderr] of each of BUILD_AND_SERVE, which change the process that they run in: a fork each, and one start of Python for all."""
+    """[status, stdout, stderr] of TEE and each of BUILD_AND_SERVE, which change the process that they run in: a fork each, and one start of Python for all."""
     folder = tmp_path_factory.mktemp("messages")
     write_files(folder, {"blank": "", "binary": b"\xff\xfe", "tmp/out": "", "tmp/err": "", **{f"demo/{name}": content for name, content in project().items()}})
     (folder / "empty").mkdir()
@@ -9720,8 +9733,8 @@ for line in sys.argv[3:]:
         os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     found[line] = [status, *(open(f"tmp/{name}", encoding="utf-8").read() for name in ("out", "err"))]
-answer(found)""", str(folder), *[line for line, _, _ in BUILD_AND_SERVE], TMPDIR=str(folder / "tmp"), NO_PROXY="*")
-    assert sorted(os.listdir(folder / "tmp")) == ["err", "out"] and not list(folder.glob(".confbuild-*"))
+answer(found)""", str(folder), TEE, *[line for line, _, _ in BUILD_AND_SERVE], TMPDIR=str(folder / "tmp"), NO_PROXY="*")
+    assert sorted(os.listdir(folder / "tmp")) == ["err", "out"] and not list(folder.glob(".confbuild-*")) and not (folder / "new").exists()
     return dict(found)
 
 
@@ -9901,6 +9914,109 @@ def bench(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def toy_crl(serial: int | None = None) -> bytes:
     return crl_of("ARK-Milan", TOY_ARK, *([] if serial is None else [serial]))
+
+
+class TestMachine:
+    """What --tee and --vm are answered with; the guests themselves are in 23 and 27."""
+
+    def test_no_snp_here(self, elsewhere: Mapping[str, Any]) -> None:
+        """One screen that says what is missing and what to do about each; nothing was started."""
+        status, out, errors = elsewhere[TEE]
+        rows = errors.splitlines()
+        found = re.findall(r"^confbuild: (ok   |MISS ) (QEMU|KVM|kvm_amd|/dev/sev|processor|image)(?:: .+)?$", errors, re.MULTILINE)
+        missing = [name for word, name in found if word == "MISS "]
+        assert (status, out, len(found)) == (2, "", 6) and missing[-1] == "image" and len(rows) == 6 + len(missing) + 2 < 24
+        assert [n for n, row in enumerate(rows) if " MISS " in row] == [n - 1 for n, row in enumerate(rows) if row.startswith("confbuild:       -> ")]
+        assert rows[-2:] == [f"confbuild: error: this machine cannot run SEV-SNP guests: {len(missing)} of 6 conditions are not met, and nothing was started",
+                             "confbuild: hint: `--vm qemu` boots the same image in a guest that is not confidential"]
+
+    @pytest.fixture
+    def image(self, toy_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> confbuild.Image:
+        """An image, on a machine that can do everything."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(confbuild, "preflight", list)
+        monkeypatch.setattr(confbuild, "qemu_version", lambda: (10, 0))
+        monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (1 << 4, 7 << 6 | 47))
+        monkeypatch.setattr(confbuild, "shed_syntax_tree", lambda: None)
+        toy_root(tmp_path / "root")
+        confbuild.make_image("image", confbuild.ImageInput("root", firmware=str(write_files(tmp_path, {"f": TOY_AMDSEV}) / "f"), vcpus=[("EPYC-v4", 1), ("EPYC-Milan", 2)]))
+        return confbuild.read_image(str(tmp_path / "image"))
+
+    @staticmethod
+    def prepare(*options: str) -> confbuild.Machine:
+        return confbuild._prepare_machine(confbuild.build_parser().parse_args(["serve", "--image", "image", *options]))
+
+    def test_what_is_asked_for(self, image: confbuild.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+        """QEMU runs in a folder of its own, so that paths are absolute."""
+        digests = {(kind, count): digest for kind, count, digest in image.launch_digests}
+        plain, other = self.prepare("--tee"), self.prepare("--vm", "snp", "--vcpus", "2", "--vcpu-type", "EPYC-Milan", "--memory", "4096", "--guest-network")
+        assert plain[:2] + plain[3:] == ("snp", confbuild.Guest("snp", image, cbitpos=47), digests["EPYC-v4", 1], "SEV-SNP guests") and plain.facts is not None
+        assert plain.facts.manifest_sha256 == image.manifest_sha256
+        assert other.guest == confbuild.Guest("snp", image, 2, "EPYC-Milan", 4096, True, 47) and other.launch_digest == digests["EPYC-Milan", 2]
+        monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (0, 0))
+        assert self.prepare("--tee", "--print-command").guest == confbuild.Guest("snp", image)
+        emulated = self.prepare("--vm", "qemu")
+        assert emulated.guest == confbuild.Guest("qemu", image) and "the image's firmware, which checks kernel" in emulated.note and "not confidential" in emulated.note
+        monkeypatch.setattr(confbuild, "qemu_version", lambda: (9, 2))
+        emulated = self.prepare("--vm", "qemu")
+        assert emulated.guest == confbuild.Guest("qemu", image, firmware=False) and "QEMU 9.2 itself, without the image's firmware: that takes QEMU 10" in emulated.note
+
+    @pytest.mark.usefixtures("image")
+    def test_what_cannot_be(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for options, message in (("--vcpus 2", "image is made for EPYC-v4, 1 vCPU, EPYC-Milan, 2 vCPUs, not for EPYC-v4, 2 vCPUs"),
+                                 ("--vcpu-type host", ", not for host, 1 vCPU"), ("--memory 383", "--memory 383: a guest needs 384 MiB to boot")):
+            with pytest.raises(confbuild.UsageError, match=re.escape(message)):
+                self.prepare("--vm", "qemu", *options.split())
+        monkeypatch.setattr(confbuild, "qemu_version", lambda: None)
+        with pytest.raises(confbuild.UsageError, match="qemu-system-x86_64 is not installed"):
+            self.prepare("--vm", "qemu")
+        Path("image/initrd").write_bytes(b"another")
+        with pytest.raises(confbuild.ImageError, match="image: initrd is not the one of image.json") as e:
+            self.prepare("--tee")
+        assert "makes the image anew" in e.value.hint
+
+    def test_print_command(self, image: confbuild.Image, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """To be pasted into a shell; also where nothing could run it."""
+        monkeypatch.setattr(confbuild, "preflight", raising(AssertionError("asked")))
+        for options, guest in ((("--tee",), confbuild.Guest("snp", image, cbitpos=47)), (("--vm", "qemu"), confbuild.Guest("qemu", image))):
+            assert confbuild.main(["serve", "--image", "image", "--print-command", *options]) == 0
+            assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "QMP", "CONSOLE", "HASHES_PAGE")
+
+
+class TestBeforeTheSource:
+    """`build --tee`: what the waiting VM's evidence must be before a byte of the source is sent."""
+
+    BOOTED = confbuild.Expectations(measurements=["6d" * 48], require_tee=True)
+
+    @staticmethod
+    def waiting(nonce: str = NONCE, **report: Any) -> bytes:
+        return snp({"report_data": confbuild.waiting_report_data(nonce), **report}).evidence
+
+    @pytest.mark.parametrize(("evidence", "failed", "message"), [
+        (lambda: TestBeforeTheSource.waiting(), "", ""), (lambda: TestBeforeTheSource.waiting("ab" * 16), "nonce", "does not verify"),
+        (lambda: TestBeforeTheSource.waiting(measurement=b"x" * 48), "measurement", "does not verify"),
+        (lambda: TestBeforeTheSource.waiting(policy=0xB0000), "debug", "does not verify"),
+        (lambda: confbuild.simulated_evidence(confbuild.waiting_report_data(NONCE)), "hardware evidence", "does not verify"),
+        (lambda: snp().evidence, "", "is of a VM that has built something, not of one that waits")])
+    def test_evidence(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], evidence: Callable[[], bytes], failed: str, message: str) -> None:
+        monkeypatch.setattr(confbuild, "utc_time", lambda _: NOW)
+        monkeypatch.setattr(secrets, "token_hex", lambda _: NONCE)
+        service: Any = types.SimpleNamespace(attestation=lambda nonce: evidence() if nonce == NONCE else b"")
+        with pytest.raises(confbuild.ConfbuildError, match=message + ".*: no byte of the source was sent$") if message else contextlib.nullcontext():
+            confbuild._check_waiting_vm(service, self.BOOTED, confbuild.Endorsements(THREE), confbuild._display(argparse.Namespace(output="plain")))
+        said = capsys.readouterr().err
+        assert (f"\nFAIL {failed}" in said) == bool(failed) and ("the VM that waits for the source verifies" in said) == (not message)
+
+    def test_on_the_wire(self, shell: Shell) -> None:
+        """A server whose VM is simulated is asked for evidence, and told nothing else."""
+        def attest(_: str, path: str) -> Answer:
+            return 200, {}, confbuild.simulated_evidence(confbuild.waiting_report_data(path.rpartition("=")[2]))
+
+        with StandIn(attest) as server:
+            done = shell("build", "demo", "--server", server.url, "--tee", "--measurement", "6d" * 48)
+        assert (done.returncode, done.stdout) == (1, "") and done.stderr.endswith("error: the server's VM does not verify: no byte of the source was sent\n")
+        assert "\nFAIL hardware evidence   --require-tee\n" in done.stderr
+        assert [request[:2] for request in server.seen] == [("GET", server.seen[0][1])] and re.fullmatch("/attestation\\?nonce=[0-9a-f]{32}", server.seen[0][1])
 
 
 class TestVerify:
