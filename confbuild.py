@@ -2267,11 +2267,12 @@ def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[in
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat", "rb") as f:
-                    state, parent = f.read().rpartition(b")")[2].split()[:2]  # the name before it may contain anything
+                    fields = f.read().rpartition(b")")[2].split()  # the name before it may contain anything
             except OSError:
                 continue  # it has ended
-            if dead or state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
+            # Threads outlive the first one, which then is a zombie: num_threads is more than one. [proc_pid_stat(5)]
+            if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
+                children.setdefault(int(fields[1]), []).append(int(entry))
     found = [root]
     for pid in found:
         found += [child for child in children.get(pid, []) if child not in without]

@@ -3634,6 +3634,20 @@ os._exit(0)""", str(tmp_path / "fork"), MARK=mark)
         confbuild.kill_all(lambda: [gone])
         assert 2 <= now[0] < 2.1
 
+    def test_descendants_without_a_first_thread(self) -> None:
+        """A process whose first thread has ended is a zombie in /proc, and lives, with all that is below it."""
+        code = ("import ctypes, subprocess, threading, time; subprocess.Popen(['sleep', '300']); threading.Thread(target=lambda: time.sleep(300)).start(); "
+                "ctypes.CDLL(None).syscall(60, 0)")
+        with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as child:
+            try:
+                wait_for(lambda: ") Z " in Path(f"/proc/{child.pid}/stat").read_text())
+                found = confbuild.descendants(child.pid)
+                assert child.pid in confbuild.descendants(os.getpid()) and len(found) == 1
+                confbuild.kill_all(lambda: confbuild.descendants(child.pid))
+                wait_for(lambda: not living(found[0]))
+            finally:
+                os.killpg(child.pid, signal.SIGKILL)
+
     def test_descendants_with_a_hostile_name(self, tmp_path: Path) -> None:
         program = tmp_path / ") Z 1 ("
         shutil.copy(shutil.which("sleep") or "", program)
