@@ -3842,9 +3842,10 @@ class _LogDigest:
 def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, attester: Attester, emit: Emit) -> str:
     """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
 
-    archive: the uploaded source, or None for a repo_url; workspace: an empty directory. When it returns, no process that the
-    build has started is alive."""
-    started = utc_now()
+    archive: the uploaded source, or None for a repo_url; workspace: a directory that is empty but for `agent`, where what a build has no say
+    in is kept. When it returns, no process that the build has started is alive."""
+    started, own = utc_now(), os.path.join(workspace, "agent")
+    os.makedirs(own, exist_ok=True)
     project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
     toolchain = detect_toolchain(project)
     emit("detect", [toolchain.name])
@@ -3869,7 +3870,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
     emit("provenance", ["Generating provenance"])
     try:
-        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
     except PermissionError as e:  # the build can take them away
         raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
     attested = {"build_log": log.hexdigest(), **attester.byproducts}
@@ -3879,7 +3880,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         evidence = attester.attest(report_data(statement, request.nonce))
     except NoAttester as e:
         raise BuildFailed("AttestationError", str(e)) from None
-    path = os.path.join(workspace, "result.tar.gz")
+    path = os.path.join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
     return path
 
@@ -7152,11 +7153,30 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
-        return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester,
-                            lambda phase, messages: log.append(to_payloads(phase, messages)))
+        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
 
-    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
-    api = Api(jobs, policy, {}, lambda nonce: attester.attest(waiting_report_data(nonce)))
+        def emit(phase: str, messages: Sequence[str]) -> None:
+            if log.size > max_log:
+                raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM")
+            log.append(to_payloads(phase, messages))
+
+        try:
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            for name in ("artifacts", "result.tar.gz"):
+                remove_tree(os.path.join(own, name))  # or there is no room to say so
+            raise BuildFailed("LimitError", "the disk of the VM, which is memory in a guest, is full") from None
+
+    def attest(nonce: str) -> bytes:
+        evidence = attester.attest(waiting_report_data(nonce))
+        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
+        return evidence
+
+    own = os.path.join(workspace, "agent")
+    jobs = Jobs(own, build, streamer.grown, single_use=True)
+    api = Api(jobs, policy, {}, attest)
     server = make_http_server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
     sys.stdout.write(f"{server.server_address[1]}\n")
@@ -7228,18 +7248,20 @@ _GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
 _BROKER = "/run/broker/socket"  # below SYSROOT
 # Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x40000000, 0x01234567, 313, 38
+_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x08000000, 0x40000000, 0x01234567, 313, 38
 _SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
 _IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
 _DM_HEADER = 312  # bytes of struct dm_ioctl
-# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options.
+# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
+# fill leaves memory for the agent's log and result, for the kernel and for both our processes, which then still say what has happened.
 _MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""), ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
            ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"))
 _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"), ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
                    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
-                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%"),
-                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=80%"))
+                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
+                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
+                   ("agent", "/work/agent", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"))
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
 _SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
@@ -7358,7 +7380,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
     for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
         os.symlink(target, f"{SYSROOT}/dev/{name}")
-    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), ("work/agent", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
+    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
         os.mkdir(f"{SYSROOT}/{name}")
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
@@ -7477,6 +7499,7 @@ class GuestBroker:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+            _system_call("unshare", _CLONE_NEWIPC)  # shared memory of System V would outlive its processes, and no mount's size bounds it
             if not self._network:
                 _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -7484,7 +7507,10 @@ class GuestBroker:
             os.chdir(question["cwd"])
 
         stdin, stdout, stderr = fds
-        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        try:
+            child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        except subprocess.SubprocessError:
+            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
         child.returncode = 0  # run_guest reaps all
         return child.pid
 
@@ -7510,7 +7536,14 @@ class GuestBroker:
         os.waitpid(pid, 0)
 
         def alive() -> list[int]:
-            return [pid for pid in descendants(1) if os.path.exists(f"/proc/{pid}") and os.stat(f"/proc/{pid}").st_uid == BUILD_UID]
+            return [pid for pid in descendants(1) if is_of_build(pid)]
+
+        def is_of_build(pid: int) -> bool:
+            try:
+                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
+                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
+            except OSError:
+                return False  # it has ended
 
         kill_all(alive)  # what is killed takes a moment to end
         return {}

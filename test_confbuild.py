@@ -8652,6 +8652,7 @@ class TestAgent:
             s.port = int(agent.stdout.readline())
             is_problem(s.request("GET", "/builds"), 401, "Unauthorized")
             s.headers = {"Authorization": "Bearer once"}
+            assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200
             script = (f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
                       f"echo $$ > {tmp_path}/tool; echo up; sleep 300")
             job = s.submit(project(script))
@@ -8662,10 +8663,46 @@ class TestAgent:
                 assert not answer.isclosed()
             connection.close()
             is_problem(s.request("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted")
+            is_problem(s.request("GET", f"/attestation?nonce={NONCE}"), 409, "AlreadyAccepted")  # it waits for no build any more
             agent.stdin.close()
             assert agent.wait(20) == 0
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
+
+
+    @pytest.mark.parametrize(("error", "room", "error_type", "fragment"), [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 20, "LimitError", "disk of the VM"), (OSError(errno.EIO, "I/O error"), 1 << 20, "InternalError", "its log"),
+        (None, 100, "LimitError", "more than 50 bytes, half of the room")])
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None, room: int, error_type: str, fragment: str) -> None:
+        """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
+        def pipeline(*arguments: Any) -> str:
+            (tmp_path / "agent/artifacts").mkdir()
+            if error is not None:
+                raise error
+            for _ in range(20):
+                arguments[-1]("build", ["x" * 20])
+            raise AssertionError("the log has no limit")
+
+        made: list[Any] = []
+
+        class Api(confbuild.Api):
+            def __init__(self, jobs: confbuild.Jobs, *arguments: Any) -> None:
+                made.append(jobs)
+                super().__init__(jobs, *arguments)
+
+        served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
+        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("make_http_server", lambda *_: served)):
+            monkeypatch.setattr(confbuild, name, value)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda _: threading.Event().wait(0))))
+        confbuild.serve_agent({"token": "t", "policy": confbuild.SourcePolicy()._asdict()}, str(tmp_path), ("", 0),
+                              confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence), lambda: None)
+        job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        wait_for(lambda: made[0].describe(job)["status"] == "failed")
+        status = made[0].describe(job)
+        assert status["error_type"] == error_type and fragment in status["error"]
+        assert (tmp_path / "agent/artifacts").exists() == (fragment != "disk of the VM")
+        made[0].stop(0)
 
 
 class TestFetcher:
@@ -8834,11 +8871,25 @@ class TestBroker:
         assert not living(int(Path(tmp, "b").read_text()))
         shutil.rmtree(tmp)
 
+    @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3")  # a build cannot read /root
+    def test_hidden_leftovers(self, broker: confbuild.Broker) -> None:
+        """What hides its memory, and so has files of root in /proc, is dead as well; shared memory of System V goes with who made it."""
+        tmp = tempfile.mkdtemp()
+        os.chmod(tmp, 0o777)
+        code = (f"import ctypes, os, time; libc = ctypes.CDLL(None); libc.shmget(0, 4096, 0o1600)\nif os.fork(): os._exit(0)\nos.setsid(); libc.prctl(4, 0)\n"
+                f"open('{tmp}/pid', 'w').write(str(os.getpid())); os.close(1); os.close(2); time.sleep(300)")
+        before = Path("/proc/sysvipc/shm").read_text()
+        assert self.run(f"/usr/bin/python3 -c \"{code}\" && while [ ! -s {tmp}/pid ]; do sleep 0.01; done")[0] == 0
+        assert not living(int(Path(tmp, "pid").read_text())) and Path("/proc/sysvipc/shm").read_text() == before
+        shutil.rmtree(tmp)
+
     def test_refusals(self, broker: confbuild.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         for argv, number in ((["/nowhere"], errno.ENOENT), (["/"], errno.EACCES)):
             with pytest.raises(OSError, match="No such file|Permission denied") as caught:
                 confbuild.capture(argv, "/", self.ENV, untrusted=True)
             assert caught.value.errno == number
+        with pytest.raises(OSError, match="cannot be entered"):
+            confbuild.capture(["/bin/true"], "/nowhere", self.ENV, untrusted=True)
         with pytest.raises(OSError, match="this is no SEV-SNP guest"):
             broker.ask({"op": "report", "data": "00" * 64})
         with pytest.raises(FileNotFoundError):
