@@ -6058,6 +6058,7 @@ class QemuVm:
             except OSError as e:
                 logger().error("%s is not removed: %s", self._workspace, e)
         self._join(POWER_OFF_S)
+        self.hush()  # where it is still reading
 
     def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
         """QEMU has ended, or heeds neither its guest nor its monitor."""
@@ -6120,6 +6121,7 @@ class SimulatedVm:
         self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # its holder reads what the child says: a file that is closed meanwhile would never wake it
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
 
@@ -6140,15 +6142,16 @@ class SimulatedVm:
 
     def read_line(self, timeout_s: float) -> bytes:
         """The next line that the child says. Raises BuildFailed VmError."""
-        with self._lock:
-            child = self._child
-        if child is None:
-            raise BuildFailed("VmError", "the VM is gone")
-        with selectors.DefaultSelector() as selector:
-            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-        return _pipe(child.stdout).readline(64 * KIB)
+        with self._reading:
+            with self._lock:
+                child = self._child
+            if child is None:
+                raise BuildFailed("VmError", "the VM is gone")
+            with selectors.DefaultSelector() as selector:
+                selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+                if not selector.select(timeout_s):
+                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+            return _pipe(child.stdout).readline(64 * KIB)
 
     def wait_ready(self, timeout_s: float) -> None:
         """The agent answers on port. Raises BuildFailed VmError."""
@@ -6173,11 +6176,9 @@ class SimulatedVm:
                 kill_all(lambda: descendants(child.pid))
                 child.kill()
                 child.wait()
-                for stream in (child.stdin, child.stdout):
-                    try:
-                        _pipe(stream).close()
-                    except OSError:
-                        pass  # it holds a configuration that nobody has read
+                _close(child)
+                with self._reading:
+                    _pipe(child.stdout).close()
             try:
                 remove_tree(self.workspace)
             except OSError as e:
@@ -6186,6 +6187,7 @@ class SimulatedVm:
 
 Vm = SimulatedVm | QemuVm
 CONSOLE_RATE = 20  # lines a second that become events
+MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
 
 
 def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
@@ -6220,8 +6222,9 @@ class VmHost:
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
-        self._wanted = 0  # guarded by _changed; spares that somebody waits for, beyond warm
-        self._failure = ""  # guarded by _changed; why the last spare did not boot
+        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
+        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
+        self._failures, self._failure = 0, ""  # guarded by _changed; how many spares did not boot, and why the last did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -6233,7 +6236,7 @@ class VmHost:
         """No spare is left, and none will be."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = self._spares, []
+            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
             self._changed.notify_all()
         for vm in spares:
             self._destroy(vm)
@@ -6253,6 +6256,10 @@ class VmHost:
         with self._spawning:
             self._alive.pop(vm, None)
 
+    def _lacks_spares_locked(self) -> bool:
+        """Caller must hold _changed."""
+        return len(self._spares) < max(self._warm, min(self._waiting, 1))
+
     def _keep_spares(self) -> None:
         """The thread "spares"."""
         while True:
@@ -6260,57 +6267,81 @@ class VmHost:
                 dead = [vm for vm in self._spares if not vm.is_alive()]
                 self._spares = [vm for vm in self._spares if vm not in dead]
                 if not dead:
-                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), 1.0)  # and look whether all still live
+                    self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
                 if self._stopping:
                     return
-                wanted = len(self._spares) < max(self._warm, self._wanted)
-            for vm in dead:
-                logger().warning("a VM that waited for a build has ended")
-                self._destroy(vm)
-            if wanted:
-                self._add_spare()
+                wanted = self._lacks_spares_locked()
+            try:
+                for vm in dead:
+                    logger().warning("a VM that waited for a build has ended")
+                    self._destroy(vm)
+                if wanted:
+                    self._add_spare()
+            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
+                with self._changed:
+                    if self._stopping:
+                        return
+                    logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
     def _add_spare(self) -> None:
-        """One spare more, or the reason why not."""
-        vm, failure = self._make_vm(), ""
+        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
+        vm, ready = self._make_vm(), False
         try:
-            self._boot(vm)
-        except (BuildFailed, OSError) as e:
-            failure = str(e)
-            logger().error("no VM waits for a build: %s", failure)
-        with self._changed:
-            ready = not failure and not self._stopping
-            if ready:
-                self._spares.append(vm)
-            self._failure = failure
-            self._wanted = 0 if failure else self._wanted
-            self._changed.notify_all()
-        if not ready:
-            self._destroy(vm)
-        if failure:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                if self._stopping:
+                    return
+                self._booting = vm
+            self._boot(vm)
+            with self._changed:
+                ready = not self._stopping
+                if ready:
+                    self._spares.append(vm)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._booting = None
+            if not ready:
+                self._destroy(vm)
 
     def _take_spare(self) -> Vm | None:
         """A VM that is ready, which nobody else gets."""
         with self._changed:
-            self._wanted = 0
-            while self._spares:
-                vm = self._spares.pop(0)
-                self._changed.notify_all()
-                if vm.is_alive():
-                    return vm
-        return None
+            vm = self._spares.pop(0) if self._spares else None
+            self._changed.notify_all()
+        return vm
+
+    def _await_spare(self) -> Vm:
+        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
+        with self._changed:
+            if self._waiting == MAX_WAITING:
+                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
+            before, self._waiting = self._failures, self._waiting + 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
+            finally:
+                self._waiting -= 1
+            if not self._spares:
+                raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
+            return self._spares[0]
 
     def attestation(self, nonce: str) -> bytes:
         """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
-        with self._changed:
-            self._wanted, self._failure = 1, ""
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._spares or self._failure or self._stopping, self._boot_timeout_s + RETRY_S)
-            if not self._spares:
-                raise BuildFailed("VmError", self._failure or "no VM is ready")
-            vm = self._spares[0]
+        while True:
+            vm = self._await_spare()
+            try:
+                return self._ask_evidence(vm, nonce)
+            except BuildFailed:
+                with self._changed:
+                    if vm in self._spares or self._stopping:
+                        raise  # else a build has taken it meanwhile
+
+    @staticmethod
+    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
+        """evidence.json of vm. Raises BuildFailed."""
         connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
         try:
             connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
@@ -6331,8 +6362,7 @@ class VmHost:
         timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
         timer.daemon = True
         fetcher, built = None, False
-        spare = self._take_spare()
-        vm = self._make_vm() if spare is None else spare
+        vm = self._take_spare() or self._make_vm()
         try:
             request, source = job.request, job.source
             if request.repo_url and not vm.networked:
@@ -6342,7 +6372,11 @@ class VmHost:
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
             jobs.when_halted(job, vm.destroy)
-            if spare is None:
+            if vm.port and not vm.is_alive():  # a spare that has died meanwhile: the build was accepted, and gets another VM
+                self._destroy(vm)
+                vm = self._make_vm()
+                jobs.when_halted(job, vm.destroy)
+            if not vm.port:
                 self._tell(job, vm, "booting")
                 if self._console and isinstance(vm, QemuVm):
                     vm.console = _limit_rate(lambda line: self._tell(job, vm, f"console, which is the host's word: {line}"))
@@ -6350,7 +6384,7 @@ class VmHost:
                 if isinstance(vm, QemuVm):
                     vm.hush()  # of later phases no `vm` event may come
             self._tell(job, vm, "ready")
-            if not timer.is_alive():
+            if fetcher is None:
                 timer.start()
             path = self._drive(vm, job, request, source)
             built = True
@@ -6455,7 +6489,7 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
         if not block:
             raise BuildFailed("VmError", "the VM ended in the middle of the build")
         text += block.decode("ascii")
-        end = text.rfind("\n\n") + 2
+        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
         if len(text) - end > 2 * MIB:
             raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
         if end < 2:

@@ -3,6 +3,7 @@ import argparse
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -8081,6 +8082,40 @@ def counted(s: Server) -> int:
     return len(confbuild.descendants(s.process.pid))
 
 
+class StandInVm:
+    """A VM that is ready at once."""
+
+    platform, networked, label, port, token, alive, destroyed = "simulated", True, "", 0, "", True, False
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def spawn(self) -> int:
+        return -1
+
+    def wait_ready(self, timeout_s: float) -> None:
+        self.port = 1
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def destroy(self, clean: bool = False) -> None:
+        self.destroyed = True
+        self.gone.set()
+
+
+def stand_in_host(tmp: Path, *failures: Exception) -> confbuild.VmHost:
+    """A host of VMs that are none; the first ones cannot be made."""
+    left = list(failures)
+
+    def make() -> Any:
+        if left:
+            raise left.pop(0)
+        return StandInVm()
+
+    return confbuild.VmHost(make, no_fetcher, 30)
+
+
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
@@ -8112,6 +8147,90 @@ class TestSpares:
         assert counted(s) == 1
         assert s.events(s.submit())[-1] == OK_EVENT
         wait_for(lambda: counted(s) == 0)
+
+    def test_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A VM that a build takes while it is asked is no answer: the next one is asked. One that stays, and fails, is."""
+        host, asked = stand_in_host(tmp_path), []
+
+        def ask(vm: Any, nonce: str) -> bytes:
+            asked.append(vm)
+            if len(asked) == 1:
+                host._take_spare()
+            if len(asked) in (1, 3):
+                raise confbuild.BuildFailed("AttestationError", "accepts one build, and has accepted it")
+            return b"{}"
+
+        monkeypatch.setattr(host, "_ask_evidence", ask)
+        host.start()
+        assert host.attestation(NONCE) == b"{}" and asked[0] is not asked[1]
+        with pytest.raises(confbuild.BuildFailed, match="accepts one build"):
+            host.attestation(NONCE)
+        host.stop()
+        assert asked[1].destroyed and not host._alive.keys() - {asked[0]}
+
+    def test_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """Whatever keeps a spare from being made, the next is tried."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0)
+        host = stand_in_host(tmp_path, OSError(errno.ENOSPC, "No space left on device"), ValueError("closed file"), RuntimeError("can't start new thread"))
+        host._warm = 1
+        host.start()
+        wait_for(lambda: host._spares)
+        assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
+        host.stop()
+
+    def test_stop_while_one_boots(self, tmp_path: Path) -> None:
+        """A stop does not wait until a VM has booted."""
+        host = stand_in_host(tmp_path)
+        host._warm, made = 1, []
+
+        class Slow(StandInVm):
+            def wait_ready(self, timeout_s: float) -> None:
+                made.append(self)
+                assert self.gone.wait(60)
+                raise confbuild.BuildFailed("VmError", "the VM ended while it booted")
+
+        host._make_vm = Slow  # type: ignore[assignment]
+        host.start()
+        wait_for(lambda: made)
+        host.stop()
+        assert not host._thread.is_alive() and made[0].destroyed and not host._alive
+
+    def test_dead_before_the_build(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A build whose spare has died gets another VM."""
+        host, driven = stand_in_host(tmp_path), list[Any]()
+
+        def drive(vm: Any, *_: Any) -> str:
+            driven.append(vm)
+            return "path"
+
+        monkeypatch.setattr(host, "_drive", drive)
+        dead = StandInVm()
+        dead.port, dead.alive = 1, False
+        host._spares.append(dead)  # type: ignore[arg-type]
+        jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
+        assert host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)) == "path"
+        assert dead.destroyed and driven[0] is not dead and driven[0].destroyed
+
+    def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_WAITING", 0)
+        with pytest.raises(confbuild.BuildFailed, match="0 others wait for a VM"):
+            stand_in_host(tmp_path).attestation(NONCE)
+
+    def test_destroyed_while_read(self) -> None:
+        """Who waits for a VM's word learns at once that it is gone."""
+        for _ in range(5):
+            vm = confbuild.SimulatedVm(confbuild.SourcePolicy(), command="fetcher")
+            vm._config = {}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+                vm.spawn()
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                said = pool.submit(vm.read_line, 60)
+                vm.destroy()
+                try:
+                    assert said.result(30) == b""
+                except confbuild.BuildFailed as e:
+                    assert str(e) == "the VM is gone"  # it was destroyed before it was asked
 
     def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no VM boots, the reason is told."""
