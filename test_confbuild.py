@@ -7953,6 +7953,8 @@ class TestVm:
         ([wire("{")], ValueError, "not JSON"),
         ([b"\n\n"], ValueError, "not JSON"),
         ([wire('{"type":"build","type":"build"}')], ValueError, "occurs twice"),
+        ([wire(r'{"type":"build","msg":"\ud83d\ude00 \ud83d"}')], ValueError, "lone surrogate"),
+        ([wire(r'{"type":"build","msg":"\ude00"}')], ValueError, "lone surrogate"),
         ([wire(ev("build")).replace(b'"m"', '"é"'.encode())], ValueError, "ascii"),
         ([wire({"type": "complete", "result": {"status": "great"}})], confbuild.BuildFailed, "a result that is none"),
         ([wire({"type": "complete", "result": ["ok"]})], confbuild.BuildFailed, "a result that is none"),
