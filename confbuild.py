@@ -6256,9 +6256,13 @@ class VmHost:
         with self._spawning:
             self._alive.pop(vm, None)
 
+    def _living_locked(self) -> list[Vm]:
+        """Caller must hold _changed. The spares that still live."""
+        return [vm for vm in self._spares if vm.is_alive()]
+
     def _lacks_spares_locked(self) -> bool:
         """Caller must hold _changed."""
-        return len(self._spares) < max(self._warm, min(self._waiting, 1))
+        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
 
     def _keep_spares(self) -> None:
         """The thread "spares"."""
@@ -6309,7 +6313,9 @@ class VmHost:
     def _take_spare(self) -> Vm | None:
         """A VM that is ready, which nobody else gets."""
         with self._changed:
-            vm = self._spares.pop(0) if self._spares else None
+            vm = next(iter(self._living_locked()), None)
+            if vm is not None:
+                self._spares.remove(vm)
             self._changed.notify_all()
         return vm
 
@@ -6321,12 +6327,12 @@ class VmHost:
             before, self._waiting = self._failures, self._waiting + 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
+                self._changed.wait_for(lambda: self._living_locked() or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
             finally:
                 self._waiting -= 1
-            if not self._spares:
-                raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
-            return self._spares[0]
+            for vm in self._living_locked():
+                return vm
+            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
         """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
@@ -6336,8 +6342,8 @@ class VmHost:
                 return self._ask_evidence(vm, nonce)
             except BuildFailed:
                 with self._changed:
-                    if vm in self._spares or self._stopping:
-                        raise  # else a build has taken it meanwhile
+                    if vm in self._living_locked() or self._stopping:
+                        raise  # else a build has taken it meanwhile, or it has died
 
     @staticmethod
     def _ask_evidence(vm: Vm, nonce: str) -> bytes:

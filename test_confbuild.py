@@ -8206,8 +8206,14 @@ class TestSpares:
             return "path"
 
         monkeypatch.setattr(host, "_drive", drive)
-        dead = StandInVm()
-        dead.port, dead.alive = 1, False
+
+        class Dying(StandInVm):
+            def is_alive(self) -> bool:
+                self.alive, alive = False, self.alive
+                return alive
+
+        dead = Dying()
+        dead.port = 1
         host._spares.append(dead)  # type: ignore[arg-type]
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         assert host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)) == "path"
