@@ -2267,11 +2267,12 @@ def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[in
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat", "rb") as f:
-                    state, parent = f.read().rpartition(b")")[2].split()[:2]  # the name before it may contain anything
+                    fields = f.read().rpartition(b")")[2].split()  # the name before it may contain anything
             except OSError:
                 continue  # it has ended
-            if dead or state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
+            # Threads outlive the first one, which then is a zombie: num_threads is more than one. [proc_pid_stat(5)]
+            if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
+                children.setdefault(int(fields[1]), []).append(int(entry))
     found = [root]
     for pid in found:
         found += [child for child in children.get(pid, []) if child not in without]
@@ -3841,9 +3842,10 @@ class _LogDigest:
 def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, attester: Attester, emit: Emit) -> str:
     """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
 
-    archive: the uploaded source, or None for a repo_url; workspace: an empty directory. When it returns, no process that the
-    build has started is alive."""
-    started = utc_now()
+    archive: the uploaded source, or None for a repo_url; workspace: a directory that is empty but for `agent`, where what a build has no say
+    in is kept. When it returns, no process that the build has started is alive."""
+    started, own = utc_now(), os.path.join(workspace, "agent")
+    os.makedirs(own, exist_ok=True)
     project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
     toolchain = detect_toolchain(project)
     emit("detect", [toolchain.name])
@@ -3868,7 +3870,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
     emit("provenance", ["Generating provenance"])
     try:
-        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
     except PermissionError as e:  # the build can take them away
         raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
     attested = {"build_log": log.hexdigest(), **attester.byproducts}
@@ -3878,7 +3880,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         evidence = attester.attest(report_data(statement, request.nonce))
     except NoAttester as e:
         raise BuildFailed("AttestationError", str(e)) from None
-    path = os.path.join(workspace, "result.tar.gz")
+    path = os.path.join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
     return path
 
@@ -6057,6 +6059,7 @@ class QemuVm:
             except OSError as e:
                 logger().error("%s is not removed: %s", self._workspace, e)
         self._join(POWER_OFF_S)
+        self.hush()  # where it is still reading
 
     def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
         """QEMU has ended, or heeds neither its guest nor its monitor."""
@@ -6100,10 +6103,10 @@ def console_text(line: str) -> str:
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
-# A `build` event: of plain characters only, which was looked at before, or with escapes.
+# A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
 _PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-f]{4})[ !#-\[\]-~]*)*)"\}\n\n')
+    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n')
 
 
 class SimulatedVm:
@@ -6119,6 +6122,7 @@ class SimulatedVm:
         self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # its holder reads what the child says: a file that is closed meanwhile would never wake it
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
 
@@ -6139,15 +6143,16 @@ class SimulatedVm:
 
     def read_line(self, timeout_s: float) -> bytes:
         """The next line that the child says. Raises BuildFailed VmError."""
-        with self._lock:
-            child = self._child
-        if child is None:
-            raise BuildFailed("VmError", "the VM is gone")
-        with selectors.DefaultSelector() as selector:
-            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-        return _pipe(child.stdout).readline(64 * KIB)
+        with self._reading:
+            with self._lock:
+                child = self._child
+            if child is None:
+                raise BuildFailed("VmError", "the VM is gone")
+            with selectors.DefaultSelector() as selector:
+                selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+                if not selector.select(timeout_s):
+                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+            return _pipe(child.stdout).readline(64 * KIB)
 
     def wait_ready(self, timeout_s: float) -> None:
         """The agent answers on port. Raises BuildFailed VmError."""
@@ -6172,11 +6177,9 @@ class SimulatedVm:
                 kill_all(lambda: descendants(child.pid))
                 child.kill()
                 child.wait()
-                for stream in (child.stdin, child.stdout):
-                    try:
-                        _pipe(stream).close()
-                    except OSError:
-                        pass  # it holds a configuration that nobody has read
+                _close(child)
+                with self._reading:
+                    _pipe(child.stdout).close()
             try:
                 remove_tree(self.workspace)
             except OSError as e:
@@ -6185,6 +6188,7 @@ class SimulatedVm:
 
 Vm = SimulatedVm | QemuVm
 CONSOLE_RATE = 20  # lines a second that become events
+MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
 
 
 def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
@@ -6219,8 +6223,9 @@ class VmHost:
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
-        self._wanted = 0  # guarded by _changed; spares that somebody waits for, beyond warm
-        self._failure = ""  # guarded by _changed; why the last spare did not boot
+        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
+        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
+        self._failures, self._failure = 0, ""  # guarded by _changed; how many spares did not boot, and why the last did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -6232,7 +6237,7 @@ class VmHost:
         """No spare is left, and none will be."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = self._spares, []
+            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
             self._changed.notify_all()
         for vm in spares:
             self._destroy(vm)
@@ -6252,6 +6257,14 @@ class VmHost:
         with self._spawning:
             self._alive.pop(vm, None)
 
+    def _living_locked(self) -> list[Vm]:
+        """Caller must hold _changed. The spares that still live."""
+        return [vm for vm in self._spares if vm.is_alive()]
+
+    def _lacks_spares_locked(self) -> bool:
+        """Caller must hold _changed."""
+        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
+
     def _keep_spares(self) -> None:
         """The thread "spares"."""
         while True:
@@ -6259,57 +6272,83 @@ class VmHost:
                 dead = [vm for vm in self._spares if not vm.is_alive()]
                 self._spares = [vm for vm in self._spares if vm not in dead]
                 if not dead:
-                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), 1.0)  # and look whether all still live
+                    self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
                 if self._stopping:
                     return
-                wanted = len(self._spares) < max(self._warm, self._wanted)
-            for vm in dead:
-                logger().warning("a VM that waited for a build has ended")
-                self._destroy(vm)
-            if wanted:
-                self._add_spare()
+                wanted = self._lacks_spares_locked()
+            try:
+                for vm in dead:
+                    logger().warning("a VM that waited for a build has ended")
+                    self._destroy(vm)
+                if wanted:
+                    self._add_spare()
+            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
+                with self._changed:
+                    if self._stopping:
+                        return
+                    logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
     def _add_spare(self) -> None:
-        """One spare more, or the reason why not."""
-        vm, failure = self._make_vm(), ""
+        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
+        vm, ready = self._make_vm(), False
         try:
-            self._boot(vm)
-        except (BuildFailed, OSError) as e:
-            failure = str(e)
-            logger().error("no VM waits for a build: %s", failure)
-        with self._changed:
-            ready = not failure and not self._stopping
-            if ready:
-                self._spares.append(vm)
-            self._failure = failure
-            self._wanted = 0 if failure else self._wanted
-            self._changed.notify_all()
-        if not ready:
-            self._destroy(vm)
-        if failure:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                if self._stopping:
+                    return
+                self._booting = vm
+            self._boot(vm)
+            with self._changed:
+                ready = not self._stopping
+                if ready:
+                    self._spares.append(vm)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._booting = None
+            if not ready:
+                self._destroy(vm)
 
     def _take_spare(self) -> Vm | None:
         """A VM that is ready, which nobody else gets."""
         with self._changed:
-            self._wanted = 0
-            while self._spares:
-                vm = self._spares.pop(0)
-                self._changed.notify_all()
-                if vm.is_alive():
-                    return vm
-        return None
+            vm = next(iter(self._living_locked()), None)
+            if vm is not None:
+                self._spares.remove(vm)
+            self._changed.notify_all()
+        return vm
+
+    def _await_spare(self) -> Vm:
+        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
+        with self._changed:
+            if self._waiting == MAX_WAITING:
+                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
+            before, self._waiting = self._failures, self._waiting + 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._living_locked() or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
+            finally:
+                self._waiting -= 1
+            for vm in self._living_locked():
+                return vm
+            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
         """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
-        with self._changed:
-            self._wanted, self._failure = 1, ""
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._spares or self._failure or self._stopping, self._boot_timeout_s + RETRY_S)
-            if not self._spares:
-                raise BuildFailed("VmError", self._failure or "no VM is ready")
-            vm = self._spares[0]
+        while True:
+            vm = self._await_spare()
+            try:
+                return self._ask_evidence(vm, nonce)
+            except BuildFailed:
+                with self._changed:
+                    if vm in self._living_locked() or self._stopping:
+                        raise  # else a build has taken it meanwhile, or it has died
+
+    @staticmethod
+    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
+        """evidence.json of vm. Raises BuildFailed."""
         connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
         try:
             connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
@@ -6330,8 +6369,7 @@ class VmHost:
         timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
         timer.daemon = True
         fetcher, built = None, False
-        spare = self._take_spare()
-        vm = self._make_vm() if spare is None else spare
+        vm = self._take_spare() or self._make_vm()
         try:
             request, source = job.request, job.source
             if request.repo_url and not vm.networked:
@@ -6341,7 +6379,11 @@ class VmHost:
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
             jobs.when_halted(job, vm.destroy)
-            if spare is None:
+            if vm.port and not vm.is_alive():  # a spare that has died meanwhile: the build was accepted, and gets another VM
+                self._destroy(vm)
+                vm = self._make_vm()
+                jobs.when_halted(job, vm.destroy)
+            if not vm.port:
                 self._tell(job, vm, "booting")
                 if self._console and isinstance(vm, QemuVm):
                     vm.console = _limit_rate(lambda line: self._tell(job, vm, f"console, which is the host's word: {line}"))
@@ -6349,7 +6391,7 @@ class VmHost:
                 if isinstance(vm, QemuVm):
                     vm.hush()  # of later phases no `vm` event may come
             self._tell(job, vm, "ready")
-            if not timer.is_alive():
+            if fetcher is None:
                 timer.start()
             path = self._drive(vm, job, request, source)
             built = True
@@ -6454,7 +6496,7 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
         if not block:
             raise BuildFailed("VmError", "the VM ended in the middle of the build")
         text += block.decode("ascii")
-        end = text.rfind("\n\n") + 2
+        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
         if len(text) - end > 2 * MIB:
             raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
         if end < 2:
@@ -7152,11 +7194,30 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
-        return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester,
-                            lambda phase, messages: log.append(to_payloads(phase, messages)))
+        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
 
-    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
-    api = Api(jobs, policy, {}, lambda nonce: attester.attest(waiting_report_data(nonce)))
+        def emit(phase: str, messages: Sequence[str]) -> None:
+            if log.size > max_log:
+                raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM")
+            log.append(to_payloads(phase, messages))
+
+        try:
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            for name in ("artifacts", "result.tar.gz"):
+                remove_tree(os.path.join(own, name))  # or there is no room to say so
+            raise BuildFailed("LimitError", "the disk of the VM, which is memory in a guest, is full") from None
+
+    def attest(nonce: str) -> bytes:
+        evidence = attester.attest(waiting_report_data(nonce))
+        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
+        return evidence
+
+    own = os.path.join(workspace, "agent")
+    jobs = Jobs(own, build, streamer.grown, single_use=True)
+    api = Api(jobs, policy, {}, attest)
     server = make_http_server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
     sys.stdout.write(f"{server.server_address[1]}\n")
@@ -7228,18 +7289,20 @@ _GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
 _BROKER = "/run/broker/socket"  # below SYSROOT
 # Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x40000000, 0x01234567, 313, 38
+_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x08000000, 0x40000000, 0x01234567, 313, 38
 _SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
 _IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
 _DM_HEADER = 312  # bytes of struct dm_ioctl
-# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options.
+# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
+# fill leaves memory for the agent's log and result, for the kernel and for both our processes, which then still say what has happened.
 _MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""), ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
            ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"))
 _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"), ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
                    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
-                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%"),
-                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=80%"))
+                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
+                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
+                   ("agent", "/work/agent", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"))
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
 _SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
@@ -7361,7 +7424,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
     for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
         os.symlink(target, f"{SYSROOT}/dev/{name}")
-    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), ("work/agent", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
+    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
         os.mkdir(f"{SYSROOT}/{name}")
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
@@ -7483,6 +7546,7 @@ class GuestBroker:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+            _system_call("unshare", _CLONE_NEWIPC)  # shared memory of System V would outlive its processes, and no mount's size bounds it
             if not self._network:
                 _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -7490,7 +7554,10 @@ class GuestBroker:
             os.chdir(question["cwd"])
 
         stdin, stdout, stderr = fds
-        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        try:
+            child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        except subprocess.SubprocessError:
+            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
         child.returncode = 0  # run_guest reaps all
         return child.pid
 
@@ -7516,7 +7583,14 @@ class GuestBroker:
         os.waitpid(pid, 0)
 
         def alive() -> list[int]:
-            return [pid for pid in descendants(1) if os.path.exists(f"/proc/{pid}") and os.stat(f"/proc/{pid}").st_uid == BUILD_UID]
+            return [pid for pid in descendants(1) if is_of_build(pid)]
+
+        def is_of_build(pid: int) -> bool:
+            try:
+                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
+                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
+            except OSError:
+                return False  # it has ended
 
         kill_all(alive)  # what is killed takes a moment to end
         return {}

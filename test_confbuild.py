@@ -3,6 +3,7 @@ import argparse
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -3635,6 +3636,20 @@ os._exit(0)""", str(tmp_path / "fork"), MARK=mark)
         monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
         confbuild.kill_all(lambda: [gone])
         assert 2 <= now[0] < 2.1
+
+    def test_descendants_without_a_first_thread(self) -> None:
+        """A process whose first thread has ended is a zombie in /proc, and lives, with all that is below it."""
+        code = ("import ctypes, subprocess, threading, time; subprocess.Popen(['sleep', '300']); threading.Thread(target=lambda: time.sleep(300)).start(); "
+                "ctypes.CDLL(None).syscall(60, 0)")
+        with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as child:
+            try:
+                wait_for(lambda: ") Z " in Path(f"/proc/{child.pid}/stat").read_text())
+                found = confbuild.descendants(child.pid)
+                assert child.pid in confbuild.descendants(os.getpid()) and len(found) == 1
+                confbuild.kill_all(lambda: confbuild.descendants(child.pid))
+                wait_for(lambda: not living(found[0]))
+            finally:
+                os.killpg(child.pid, signal.SIGKILL)
 
     def test_descendants_with_a_hostile_name(self, tmp_path: Path) -> None:
         program = tmp_path / ") Z 1 ("
@@ -7952,6 +7967,8 @@ class TestVm:
         ([wire("{")], ValueError, "not JSON"),
         ([b"\n\n"], ValueError, "not JSON"),
         ([wire('{"type":"build","type":"build"}')], ValueError, "occurs twice"),
+        ([wire(r'{"type":"build","msg":"\ud83d\ude00 \ud83d"}')], ValueError, "lone surrogate"),
+        ([wire(r'{"type":"build","msg":"\ude00"}')], ValueError, "lone surrogate"),
         ([wire(ev("build")).replace(b'"m"', '"é"'.encode())], ValueError, "ascii"),
         ([wire({"type": "complete", "result": {"status": "great"}})], confbuild.BuildFailed, "a result that is none"),
         ([wire({"type": "complete", "result": ["ok"]})], confbuild.BuildFailed, "a result that is none"),
@@ -8095,6 +8112,40 @@ def test_limit_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[confbuild.CONSOLE_RATE:] == ["next (5 lines before it are left out)", "last"]
 
 
+class StandInVm:
+    """A VM that is ready at once."""
+
+    platform, networked, label, port, token, alive, destroyed = "simulated", True, "", 0, "", True, False
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def spawn(self) -> int:
+        return -1
+
+    def wait_ready(self, timeout_s: float) -> None:
+        self.port = 1
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def destroy(self, clean: bool = False) -> None:
+        self.destroyed = True
+        self.gone.set()
+
+
+def stand_in_host(tmp: Path, *failures: Exception) -> confbuild.VmHost:
+    """A host of VMs that are none; the first ones cannot be made."""
+    left = list(failures)
+
+    def make() -> Any:
+        if left:
+            raise left.pop(0)
+        return StandInVm()
+
+    return confbuild.VmHost(make, no_fetcher, 30)
+
+
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
@@ -8126,6 +8177,96 @@ class TestSpares:
         assert counted(s) == 1
         assert s.events(s.submit())[-1] == OK_EVENT
         wait_for(lambda: counted(s) == 0)
+
+    def test_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A VM that a build takes while it is asked is no answer: the next one is asked. One that stays, and fails, is."""
+        host, asked = stand_in_host(tmp_path), []
+
+        def ask(vm: Any, nonce: str) -> bytes:
+            asked.append(vm)
+            if len(asked) == 1:
+                host._take_spare()
+            if len(asked) in (1, 3):
+                raise confbuild.BuildFailed("AttestationError", "accepts one build, and has accepted it")
+            return b"{}"
+
+        monkeypatch.setattr(host, "_ask_evidence", ask)
+        host.start()
+        assert host.attestation(NONCE) == b"{}" and asked[0] is not asked[1]
+        with pytest.raises(confbuild.BuildFailed, match="accepts one build"):
+            host.attestation(NONCE)
+        host.stop()
+        assert asked[1].destroyed and not host._alive.keys() - {asked[0]}
+
+    def test_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """Whatever keeps a spare from being made, the next is tried."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0)
+        host = stand_in_host(tmp_path, OSError(errno.ENOSPC, "No space left on device"), ValueError("closed file"), RuntimeError("can't start new thread"))
+        host._warm = 1
+        host.start()
+        wait_for(lambda: host._spares)
+        assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
+        host.stop()
+
+    def test_stop_while_one_boots(self, tmp_path: Path) -> None:
+        """A stop does not wait until a VM has booted."""
+        host = stand_in_host(tmp_path)
+        host._warm, made = 1, []
+
+        class Slow(StandInVm):
+            def wait_ready(self, timeout_s: float) -> None:
+                made.append(self)
+                assert self.gone.wait(60)
+                raise confbuild.BuildFailed("VmError", "the VM ended while it booted")
+
+        host._make_vm = Slow  # type: ignore[assignment]
+        host.start()
+        wait_for(lambda: made)
+        host.stop()
+        assert not host._thread.is_alive() and made[0].destroyed and not host._alive
+
+    def test_dead_before_the_build(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A build whose spare has died gets another VM."""
+        host, driven = stand_in_host(tmp_path), list[Any]()
+
+        def drive(vm: Any, *_: Any) -> str:
+            driven.append(vm)
+            return "path"
+
+        monkeypatch.setattr(host, "_drive", drive)
+
+        class Dying(StandInVm):
+            def is_alive(self) -> bool:
+                self.alive, alive = False, self.alive
+                return alive
+
+        dead = Dying()
+        dead.port = 1
+        host._spares.append(dead)  # type: ignore[arg-type]
+        jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
+        assert host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)) == "path"
+        assert dead.destroyed and driven[0] is not dead and driven[0].destroyed
+
+    def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_WAITING", 0)
+        with pytest.raises(confbuild.BuildFailed, match="0 others wait for a VM"):
+            stand_in_host(tmp_path).attestation(NONCE)
+
+    def test_destroyed_while_read(self) -> None:
+        """Who waits for a VM's word learns at once that it is gone."""
+        for _ in range(5):
+            vm = confbuild.SimulatedVm(confbuild.SourcePolicy(), command="fetcher")
+            vm._config = {}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+                vm.spawn()
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                said = pool.submit(vm.read_line, 60)
+                vm.destroy()
+                try:
+                    assert said.result(30) == b""
+                except confbuild.BuildFailed as e:
+                    assert str(e) == "the VM is gone"  # it was destroyed before it was asked
 
     def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no VM boots, the reason is told."""
@@ -8666,6 +8807,7 @@ class TestAgent:
             s.port = int(agent.stdout.readline())
             is_problem(s.request("GET", "/builds"), 401, "Unauthorized")
             s.headers = {"Authorization": "Bearer once"}
+            assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200
             script = (f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
                       f"echo $$ > {tmp_path}/tool; echo up; sleep 300")
             job = s.submit(project(script))
@@ -8676,10 +8818,46 @@ class TestAgent:
                 assert not answer.isclosed()
             connection.close()
             is_problem(s.request("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted")
+            is_problem(s.request("GET", f"/attestation?nonce={NONCE}"), 409, "AlreadyAccepted")  # it waits for no build any more
             agent.stdin.close()
             assert agent.wait(20) == 0
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
+
+
+    @pytest.mark.parametrize(("error", "room", "error_type", "fragment"), [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 20, "LimitError", "disk of the VM"), (OSError(errno.EIO, "I/O error"), 1 << 20, "InternalError", "its log"),
+        (None, 100, "LimitError", "more than 50 bytes, half of the room")])
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None, room: int, error_type: str, fragment: str) -> None:
+        """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
+        def pipeline(*arguments: Any) -> str:
+            (tmp_path / "agent/artifacts").mkdir()
+            if error is not None:
+                raise error
+            for _ in range(20):
+                arguments[-1]("build", ["x" * 20])
+            raise AssertionError("the log has no limit")
+
+        made: list[Any] = []
+
+        class Api(confbuild.Api):
+            def __init__(self, jobs: confbuild.Jobs, *arguments: Any) -> None:
+                made.append(jobs)
+                super().__init__(jobs, *arguments)
+
+        served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
+        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("make_http_server", lambda *_: served)):
+            monkeypatch.setattr(confbuild, name, value)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda _: threading.Event().wait(0))))
+        confbuild.serve_agent({"token": "t", "policy": confbuild.SourcePolicy()._asdict()}, str(tmp_path), ("", 0),
+                              confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence), lambda: None)
+        job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        wait_for(lambda: made[0].describe(job)["status"] == "failed")
+        status = made[0].describe(job)
+        assert status["error_type"] == error_type and fragment in status["error"]
+        assert (tmp_path / "agent/artifacts").exists() == (fragment != "disk of the VM")
+        made[0].stop(0)
 
 
 class TestFetcher:
@@ -8848,11 +9026,25 @@ class TestBroker:
         assert not living(int(Path(tmp, "b").read_text()))
         shutil.rmtree(tmp)
 
+    @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3")  # a build cannot read /root
+    def test_hidden_leftovers(self, broker: confbuild.Broker) -> None:
+        """What hides its memory, and so has files of root in /proc, is dead as well; shared memory of System V goes with who made it."""
+        tmp = tempfile.mkdtemp()
+        os.chmod(tmp, 0o777)
+        code = (f"import ctypes, os, time; libc = ctypes.CDLL(None); libc.shmget(0, 4096, 0o1600)\nif os.fork(): os._exit(0)\nos.setsid(); libc.prctl(4, 0)\n"
+                f"open('{tmp}/pid', 'w').write(str(os.getpid())); os.close(1); os.close(2); time.sleep(300)")
+        before = Path("/proc/sysvipc/shm").read_text()
+        assert self.run(f"/usr/bin/python3 -c \"{code}\" && while [ ! -s {tmp}/pid ]; do sleep 0.01; done")[0] == 0
+        assert not living(int(Path(tmp, "pid").read_text())) and Path("/proc/sysvipc/shm").read_text() == before
+        shutil.rmtree(tmp)
+
     def test_refusals(self, broker: confbuild.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         for argv, number in ((["/nowhere"], errno.ENOENT), (["/"], errno.EACCES)):
             with pytest.raises(OSError, match="No such file|Permission denied") as caught:
                 confbuild.capture(argv, "/", self.ENV, untrusted=True)
             assert caught.value.errno == number
+        with pytest.raises(OSError, match="cannot be entered"):
+            confbuild.capture(["/bin/true"], "/nowhere", self.ENV, untrusted=True)
         with pytest.raises(OSError, match="this is no SEV-SNP guest"):
             broker.ask({"op": "report", "data": "00" * 64})
         with pytest.raises(FileNotFoundError):
