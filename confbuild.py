@@ -3965,14 +3965,14 @@ _PARTS = ("firmware", "kernel", "initrd", "tools")
 _AGENT = "usr/lib/confbuild"  # where both file systems have this file
 
 # What no guest needs, of any root file system.  What is variable is empty on a read-only disk.
-_DROPPED = re.compile(
+_DROPPED = (
     r"(dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+"
     r"|usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+"
     r"|usr/libexec/gcc/.+/(lto1|lto-dump)|usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?"
     r"|usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+)|usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]"
     r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?")
 # Of the standard library, what the agent does not need beside; extension modules bring shared libraries with them.
-_NOT_IN_INITRD = re.compile(
+_NOT_IN_INITRD = (
     r"(config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv|_pyrepl|pdb|doctest|pydoc|turtle|antigravity)"
     r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)")
 _LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")  # where ld.so(8) looks
@@ -4223,7 +4223,7 @@ class _DebUnpacker:
         name = "/".join(parts)
         if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH or "\0" in member.name + member.target:
             raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
-        if not parts or _DROPPED.fullmatch(name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
+        if not parts or re.fullmatch(_DROPPED, name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
             return
         for depth in range(1, len(parts)):
             if self._kinds.setdefault("/".join(parts[:depth]), "directory") != "directory":
@@ -4293,7 +4293,7 @@ def scan_tree(root: str) -> _Tree:
         for entry in list(os.scandir(os.path.join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
-            if _DROPPED.fullmatch(name):
+            if re.fullmatch(_DROPPED, name):
                 continue
             if stat.S_ISDIR(info.st_mode):
                 tree[name] = _FOLDER
@@ -4522,7 +4522,7 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
     if not version or not stat.S_ISREG(tree[program].mode):
         raise ImageError(f"the root file system's usr/bin/python3 is {program}, not a file usr/bin/python3.N")
     library = f"usr/lib/python{version[1]}"
-    files = [name for name in tree if name.startswith(library + "/") and not _NOT_IN_INITRD.match(name, len(library) + 1) and stat.S_ISREG(tree[name].mode)
+    files = [name for name in tree if name.startswith(library + "/") and not re.match(_NOT_IN_INITRD, name[len(library) + 1:]) and stat.S_ISREG(tree[name].mode)
              and name.endswith((".py", ".so"))]
     pending = ["usr/bin/python3", *files, _find_library(tree, "Python", "libgcc_s.so.1")]  # glibc opens the latter where a thread is ended
     chosen: dict[str, None] = {}
@@ -8876,8 +8876,8 @@ _integer.__name__ = "number such as 33 or 0x21"
 _age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
 
 
-def build_parser() -> "argparse.ArgumentParser":
-    """The command line [CONTRACT 5]."""
+def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentParser":
+    """The command line [CONTRACT 5]. arguments: what it is for; a command that they cannot mean has no options, which saves their time."""
     class Version(argparse.Action):
         """The digest is made only where it is asked for."""
 
@@ -8892,20 +8892,26 @@ def build_parser() -> "argparse.ArgumentParser":
                "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_build, _add_serve, _add_verify, _add_measure, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):
-        add(commands)
+    for name, run, add, text in (
+            ("build", cmd_build, _add_build, "build a directory or a git URL, watch it, hold a verified bundle"),
+            ("serve", cmd_serve, _add_serve, "run the build service"),
+            ("verify", cmd_verify, _add_verify, "verify bundles, offline"),
+            ("measure", cmd_measure, _add_measure, "compute the SEV-SNP launch digest of a firmware and a kernel"),
+            ("attest", cmd_attest, _add_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware"),
+            ("image", cmd_image, _add_image, "make the image that guests are booted from, or check one"),
+            ("watch", cmd_watch, _add_watch, "follow a build"),
+            ("list", cmd_list, _add_list, "list the builds of a server, newest first"),
+            ("cancel", cmd_cancel, _add_cancel, "cancel a build"),
+            ("fetch", cmd_fetch, _add_fetch, "download and verify the bundle of a finished build")):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        command.set_defaults(run=run)
+        if arguments is None or name in arguments:
+            add(command)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
     commands.add_parser("fetcher").set_defaults(run=cmd_fetcher)
     sweep = commands.add_parser("sweep")
     sweep.add_argument("workspace")
     sweep.set_defaults(run=cmd_sweep)
-    return parser
-
-
-def _add_command(commands: Any, name: str, run: Callable[["argparse.Namespace"], int], text: str) -> "argparse.ArgumentParser":
-    """One command."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -8940,8 +8946,7 @@ def _add_machine(parser: "argparse.ArgumentParser") -> None:
     group.add_argument("--vek", metavar="FILE", help="the certificate of this host's VCEK, which guests put into their evidence where the host's firmware has none for them")
 
 
-def _add_build(commands: Any) -> None:
-    parser = _add_command(commands, "build", cmd_build, "build a directory or a git URL, watch it, hold a verified bundle")
+def _add_build(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("source", metavar="DIR|URL")
     _add_server(parser, required=False)
     parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
@@ -8954,8 +8959,7 @@ def _add_build(commands: Any) -> None:
     parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None, warm=0, console=False, print_command=False)
 
 
-def _add_serve(commands: Any) -> None:
-    parser = _add_command(commands, "serve", cmd_serve, "run the build service")
+def _add_serve(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where to listen (default: %(default)s; port 0: any free one)")
     parser.add_argument("--state", metavar="DIR", help="where jobs are kept (default: a directory of this user)")
     parser.add_argument("--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)")
@@ -8975,8 +8979,7 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 
 
-def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", cmd_verify, "verify bundles, offline")
+def _add_verify(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
                      "or --image a VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
@@ -9014,8 +9017,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
 
 
-def _add_measure(commands: Any) -> None:
-    parser = _add_command(commands, "measure", cmd_measure, "compute the SEV-SNP launch digest of a firmware and a kernel")
+def _add_measure(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--firmware", metavar="FILE", required=True, help="OVMF, as -bios of QEMU has it")
     parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
     parser.add_argument("--initrd", metavar="FILE", help="-initrd")
@@ -9029,16 +9031,14 @@ def _add_measure(commands: Any) -> None:
     parser.add_argument("--explain", action="store_true", help="print the digest after each step")
 
 
-def _add_attest(commands: Any) -> None:
-    parser = _add_command(commands, "attest", cmd_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware")
+def _add_attest(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
     parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits")
     parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
     parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
 
 
-def _add_image(commands: Any) -> None:
-    parser = _add_command(commands, "image", cmd_image, "make the image that guests are booted from, or check one")
+def _add_image(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
                      "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
                      "of it. A lock file pins the SHA-256 of every package; the signature of the index is not checked: do that before, as your distribution tells.")
@@ -9062,29 +9062,25 @@ def _add_image(commands: Any) -> None:
     group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this package, though others depend on it (repeatable)")
 
 
-def _add_watch(commands: Any) -> None:
-    parser = _add_command(commands, "watch", cmd_watch, "follow a build")
+def _add_watch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events")
     _add_output(parser)
 
 
-def _add_list(commands: Any) -> None:
-    parser = _add_command(commands, "list", cmd_list, "list the builds of a server, newest first")
+def _add_list(parser: "argparse.ArgumentParser") -> None:
     _add_server(parser)
     _add_output(parser)
 
 
-def _add_cancel(commands: Any) -> None:
-    parser = _add_command(commands, "cancel", cmd_cancel, "cancel a build")
+def _add_cancel(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     _add_output(parser)
 
 
-def _add_fetch(commands: Any) -> None:
-    parser = _add_command(commands, "fetch", cmd_fetch, "download and verify the bundle of a finished build")
+def _add_fetch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
@@ -9116,13 +9112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = build_parser().parse_args(arguments)
+    options = build_parser(arguments).parse_args(arguments)
     if options.run not in (cmd_verify, cmd_measure):
         logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
                             format="confbuild: %(levelname)s: %(message)s")
     try:
         if getattr(options, "policy", None):  # as if it stood in front of what is on the command line, which so wins
-            options = build_parser().parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
+            options = build_parser(arguments).parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
         return int(options.run(options))
     except ConfbuildError as e:
         sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
