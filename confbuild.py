@@ -745,68 +745,59 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 # AMD's key hierarchy [VCEK, RFC5280]: ARK -> ASK -> VCEK, or ARK -> ASVK -> VLEK.  The upper two are facts and stand below;
 # only the VEK comes with the evidence.  RSA-4096 with RSASSA-PSS above, P-384 in the VEK.
 
-# AMD's CA keys: product, role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
+# AMD's CA keys: role, common name (with the product), serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain, the ASK and then the ARK; vlek for
 # the ASVK):   openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
 _AMD_KEYS = (
-    ("Milan", "ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z",
-     "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
+    ("ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z", "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
      ("0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
      "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
      "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
      "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
      "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas=")),
-    ("Milan", "ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z",
-     "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
+    ("ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z", "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
      ("nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
      "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
      "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
      "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
      "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM=")),
-    ("Milan", "asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z",
-     "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
+    ("asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z", "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
      ("1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
      "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
      "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
      "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
      "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc=")),
-    ("Genoa", "ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z",
-     "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
+    ("ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z", "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
      ("3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
      "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
      "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
      "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
      "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c=")),
-    ("Genoa", "ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z",
-     "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
+    ("ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z", "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
      ("oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
      "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
      "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
      "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
      "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU=")),
-    ("Genoa", "asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z",
-     "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
+    ("asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z", "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
      ("zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
      "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
      "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
      "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
      "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8=")),
-    ("Turin", "ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z",
-     "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
+    ("ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z", "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
      ("waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
      "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
      "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
      "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
      "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE=")),
-    ("Turin", "ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z",
-     "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
+    ("ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z", "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
      ("nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
      "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
      "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
      "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
      "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU=")),
-    ("Turin", "asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z",
-     "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
+    ("asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z", "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
      ("pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
      "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
      "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
@@ -890,9 +881,9 @@ def amd_name(common_name: str) -> Name:
 def amd_anchors() -> Anchors:
     """AMD's keys, as pinned above."""
     anchors: dict[str, dict[str, Anchor]] = {}
-    for product, role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
+    for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
-        anchors.setdefault(product, {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
+        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
     return anchors
 
 
@@ -1409,8 +1400,9 @@ def _signature(family: int, model: int, stepping: int) -> int:
 # version changes features, which are not measured.
 CPU_SIGNATURES: Mapping[str, int] = {
     name: _signature(*cpu) for base, cpu, last in (
-        ("EPYC", (23, 1, 2), 5), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2), ("EPYC-Turin", (26, 0, 0), 1))
-    for name in (base, *(["EPYC-IBPB"] if base == "EPYC" else []), *(f"{base}-v{version}" for version in range(1, last + 1)))}
+        ("EPYC", (23, 1, 2), 5), ("EPYC-IBPB", (23, 1, 2), 0), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2),
+        ("EPYC-Turin", (26, 0, 0), 1))
+    for name in (base, *(f"{base}-v{version}" for version in range(1, last + 1)))}
 
 
 class FirmwareError(Malformed):
@@ -1548,7 +1540,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
 
 
 def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: int, signature: int, guest_features: int = 1, vmm: str = "QEMU",
-                          explain: Callable[[str, bytes], None] | None = None) -> bytes:
+                          explain: Callable[[str, bytes], None] = lambda step, digest: None) -> bytes:
     """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
 
     hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
@@ -1563,14 +1555,10 @@ def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: 
         nonlocal digest
         digest = sha384(digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")).digest()
 
-    def done(step: str) -> None:
-        if explain is not None:
-            explain(step, digest)
-
     base, data = (1 << 32) - len(firmware.data), firmware.data
     for at in range(0, len(data), PAGE_SIZE):
         update(PAGE_NORMAL, base + at, sha384(data[at:at + PAGE_SIZE]).digest())
-    done(f"firmware: {len(data):#x} bytes at {base:#x}")
+    explain(f"firmware: {len(data):#x} bytes at {base:#x}", digest)
     # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
         name, page_type = SECTION_TYPES[kind]
@@ -1580,11 +1568,11 @@ def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: 
         else:
             for at in range(gpa, gpa + size, PAGE_SIZE):
                 update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
-        done(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}")
+        explain(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", digest)
     first, other = (sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip))
     for number in range(vcpus):
         update(PAGE_VMSA, VMSA_GPA, other if number else first)
-        done(f"VMSA: vCPU {number}")
+        explain(f"VMSA: vCPU {number}", digest)
     return digest
 
 
@@ -1602,8 +1590,8 @@ def volume_place(data: bytes) -> tuple[int, int]:
     return places[0]
 
 
-def _volume_blocks(data: bytes) -> Iterator[bytes]:
-    """The firmware volume that data holds in a compressed section, block by block. Raises FirmwareError."""
+def volume_blocks(data: bytes) -> Iterator[bytes]:
+    """The decompressed firmware volume of a firmware, which holds the programs that it boots with, block by block. Raises FirmwareError."""
     begin, end = volume_place(data)
     packed = data[begin:end]
     [left] = _numbers(packed, 5, 8)  # behind the properties; edk2 always writes the length
@@ -1624,16 +1612,11 @@ def _volume_blocks(data: bytes) -> Iterator[bytes]:
         raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
 
 
-def firmware_volume(data: bytes) -> bytes:
-    """The decompressed firmware volume of a firmware, which holds the programs that it boots with. Raises FirmwareError."""
-    return b"".join(_volume_blocks(data))
-
-
 def firmware_state(data: bytes) -> str:
     """Empty where the firmware admits no shim; else a sentence why its launch digest does not say what it boots."""
     tail = b""
     try:
-        for block in _volume_blocks(data):
+        for block in volume_blocks(data):
             if SHIM_NAME in tail + block:
                 return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
             tail = block[1 - len(SHIM_NAME):]
@@ -4686,7 +4669,7 @@ def seal_firmware(data: bytes) -> bytes:
     if not firmware_state(data):
         return data
     try:
-        volume = firmware_volume(data)
+        volume = b"".join(volume_blocks(data))
         begin, end = volume_place(data)
     except FirmwareError as e:
         raise ImageError(f"the firmware cannot be looked into: {e}") from None
@@ -8702,7 +8685,8 @@ def cmd_measure(options: "argparse.Namespace") -> int:
             return hashlib.file_digest(f, "sha256").digest()
 
     def explain(step: str, digest: bytes) -> None:
-        sys.stdout.write(f"{digest.hex()}  {step}\n")
+        if options.explain:
+            sys.stdout.write(f"{digest.hex()}  {step}\n")
 
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
@@ -8711,7 +8695,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         hashes = None if options.kernel is None else boot_hashes(
             digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append)
         signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
-        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain if options.explain else None)
+        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
         raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
     state = "" if hashes is None else firmware_state(data)  # without a kernel in it, the digest is of the firmware alone

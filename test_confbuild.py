@@ -2308,7 +2308,7 @@ class TestLaunchDigest:
 class TestFirmwareState:
     def test_the_stock_firmware(self) -> None:
         data = firmware_file("OVMF.amdsev.fd").read_bytes()
-        volume = confbuild.firmware_volume(data)
+        volume = b"".join(confbuild.volume_blocks(data))
         assert confbuild.firmware_state(data) == ADMITS and len(volume) == 0xF50090 and volume.count(SHIM) == 2
 
     @pytest.mark.parametrize(("volume", "state"), [
@@ -2318,14 +2318,14 @@ class TestFirmwareState:
     def test_names(self, volume: bytes, state: str) -> None:
         """Wherever it lies, also across two blocks."""
         data = toy_volume(lzma_section(volume))
-        assert (confbuild.firmware_state(data), confbuild.firmware_volume(data) == volume) == (state, True)
+        assert (confbuild.firmware_state(data), b"".join(confbuild.volume_blocks(data)) == volume) == (state, True)
 
     def test_the_guid_elsewhere(self) -> None:
         """As it stands in code, too, and as what cannot be a section."""
         odd = [LZMA_GUID, b"\2" + LZMA_GUID, bytes(3) + b"\2" + LZMA_GUID + bytes(4), b"\xff\xff\xff\2" + LZMA_GUID + b"\x18\0\0\0",
                b"\x18\0\0\2" + LZMA_GUID + b"\x18\0\0\0", b"\x30\0\0\2" + LZMA_GUID + b"\x17\0\0\0"]
-        assert confbuild.firmware_volume(toy_volume(*odd, lzma_section(b"volume"))) == b"volume"
-        assert confbuild.firmware_volume(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(*odd, lzma_section(b"volume")))) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID)) == b"volume"
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "there is no compressed section"), (b"", "there is no compressed section"),
@@ -2339,7 +2339,7 @@ class TestFirmwareState:
         state = confbuild.firmware_state(data)
         assert state.startswith("cannot be looked into: firmware volume: ") and message in state
         with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
-            confbuild.firmware_volume(data)
+            b"".join(confbuild.volume_blocks(data))
 
     def test_no_lzma(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Python can be built without."""
@@ -6477,7 +6477,7 @@ class TestSealing:
     def test_sealed(self) -> None:
         sealed = confbuild.seal_firmware(TOY_AMDSEV)
         assert confbuild.firmware_state(TOY_AMDSEV) == ADMITS and confbuild.firmware_state(sealed) == "" and len(sealed) == len(TOY_AMDSEV)
-        volume, before = confbuild.firmware_volume(sealed), confbuild.firmware_volume(TOY_AMDSEV)
+        volume, before = b"".join(confbuild.volume_blocks(sealed)), b"".join(confbuild.volume_blocks(TOY_AMDSEV))
         assert volume == before.replace(SHIM, "\u2603him\0".encode("utf-16-le")) and volume.count(b"\x03\x26h\0i\0m\0\0\0") == 2
         begin, end = confbuild.volume_place(TOY_AMDSEV)
         assert sealed[:begin] == TOY_AMDSEV[:begin] and sealed[end:] == TOY_AMDSEV[end:]
