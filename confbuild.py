@@ -3942,7 +3942,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
 # theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
 
 MAX_LAUNCH_DIGESTS = 64  # of one image
-MAX_MODULE = 64 * MIB  # a module of the kernel, unpacked
+MAX_MODULE, MAX_MODULES = 64 * MIB, 64  # a module of the kernel, unpacked, and how many of them a guest loads
 MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
 _PARTS = ("firmware", "kernel", "initrd", "tools")
 _AGENT = "usr/lib/confbuild"  # where both file systems have this file
@@ -4065,18 +4065,12 @@ def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[s
     pending = sorted(set(names))
     for wanted in pending:  # grows
         alternatives = [name.partition("(")[0].partition(":")[0].strip() for name in wanted.split("|")]
-        if left_out & set(alternatives) or set(alternatives) & set(chosen):
-            continue
-        real = [name for name in alternatives if name in found]
-        provided = [] if real else sorted(name for alternative in alternatives for name in providers.get(alternative, []))
-        if set(provided) & set(chosen):
-            continue
-        name = next(iter(real + provided), "")
-        if name:
-            chosen[name] = found[name]
-            pending += [part for key in ("Pre-Depends", "Depends") for part in found[name].get(key, "").split(",") if part.strip()]
-        else:
+        good = [name for name in alternatives if name in found] or sorted(name for virtual in alternatives for name in providers.get(virtual, []))
+        if not good and not left_out & set(alternatives):
             missing.add(" | ".join(alternatives))
+        elif not left_out & set(alternatives) and not {*alternatives, *good} & set(chosen):
+            chosen[good[0]] = found[good[0]]
+            pending += [part for key in ("Pre-Depends", "Depends") for part in found[good[0]].get(key, "").split(",") if part.strip()]
     if missing:
         raise ImageError("no index has " + ", ".join(sorted(missing)))
     data = "".join(f"{name} {fields['Version']} {fields['SHA256']}\n" for name, fields in sorted(chosen.items())).encode("utf-8")
@@ -4368,21 +4362,6 @@ VERITY_BLOCK = 4096
 _TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
 
 
-class _VerityWriter:
-    """Writes to out, and hashes every block on the way."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        self._out, self._rest, self.digests = out, b"", bytearray()
-
-    def write(self, data: bytes) -> None:
-        """These bytes are next."""
-        self._out.write(data)
-        data = self._rest + data
-        whole = len(data) - len(data) % VERITY_BLOCK
-        self.digests += block_digests(data[:whole])
-        self._rest = data[whole:]
-
-
 def block_digests(data: bytes) -> bytes:
     """SHA-256 of each block, one after the other."""
     view = memoryview(data)
@@ -4425,15 +4404,13 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
         (0xE0F5E1E2, 4), (0, 8), (12, 1), (0, 1), (numbers[""], 2), (len(order), 8), (0, 12), (block, 4), (1, 4), (0, 4)))
     # magic, checksum and features, log2 of the block, -, root, inodes, time, blocks, first block of inodes, - ; uuid; name
     superblock = (superblock + bytes(16) + b"confbuild").ljust(128, b"\0")
-    with open(path, "xb") as f:
-        out = _VerityWriter(f)
-        out.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0"))
-        out.write(bytes(inodes) + bytes(-len(inodes) % VERITY_BLOCK))
+    with open(path, "x+b") as f:
+        f.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0") + inodes + bytes(-len(inodes) % VERITY_BLOCK))
         for name in order:
-            for data in _blocks(tree[name]):
-                out.write(data)
-            out.write(bytes(-tree[name].size % VERITY_BLOCK))
-        hashes, root_hash = verity_tree(bytes(out.digests))
+            f.writelines(_blocks(tree[name]))
+            f.write(bytes(-tree[name].size % VERITY_BLOCK))
+        f.seek(0)
+        hashes, root_hash = verity_tree(b"".join(map(block_digests, iter(lambda: f.read(BLOCK), b""))))
         f.write(hashes)
     return root_hash.hex(), block
 
@@ -4478,6 +4455,8 @@ def elf_needs(data: bytes) -> tuple[str, list[str]]:
     if data[:6] != b"\x7fELF\2\1" or integer(18, 2) != 62:  # 64 bits, little-endian, EM_X86_64
         raise Malformed("ELF", "not a file for x86-64")
     table, width, count = integer(32, 8), integer(54, 2), integer(56, 2)
+    if width != 56 or count > 64:  # each may lead to thousands of entries
+        raise Malformed("ELF", f"{count} program headers of {width} bytes, not at most 64 of 56")
     headers = [tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8))) for i in range(count)]
     interpreter, names, strings = "", list[int](), 0
     for kind, offset, _, size in headers:
@@ -4512,11 +4491,9 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
     loader = ""
     for name in pending:  # grows
         passed = _resolve(tree, name)
-        if passed[-1] in chosen or not stat.S_ISREG(tree[passed[-1]].mode):
-            chosen.update(dict.fromkeys(passed))
-            continue
+        done = passed[-1] in chosen or name.endswith(".py") or not stat.S_ISREG(tree[passed[-1]].mode)
         chosen.update(dict.fromkeys(passed))
-        if name.endswith(".py"):
+        if done:
             continue
         try:
             interpreter, needed = elf_needs(_content(tree[passed[-1]]))
@@ -4593,6 +4570,8 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
             return
         if name not in files:
             raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
+        if len(loaded) == MAX_MODULES:  # which also bounds how deep this calls itself
+            raise ImageError(f"a guest would need more than {MAX_MODULES} modules")
         data = _content(tree[files[name]])
         if files[name].endswith(".ko.xz"):
             unpacker = lzma.LZMADecompressor(memlimit=256 * MIB)
@@ -4617,24 +4596,15 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
     return list(loaded.values())
 
 
-def _agent_files(root: str, tree: _Tree, program: str, loader: str, library: str, sources: Iterable[str]) -> tuple[_Tree, _Tree]:
-    """(this file and its .pyc, as both file systems have them; the .pyc files of sources, each in place of its source)."""
-    own = _new_file(own_source())
-    tag = program.removeprefix("usr/bin/python").replace(".", "")
-    jobs = {name + "c": (tree[name], "/" + name) for name in sources}
-    compiled = f"{_AGENT}/__pycache__/confbuild.cpython-{tag}.pyc"
-    made = _compile_python(root, program, loader, {**jobs, compiled: (own, f"/{_AGENT}/confbuild.py")})
-    return {f"{_AGENT}/confbuild.py": own, compiled: made.pop(compiled)}, made
-
-
 def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     """(what the initrd holds, what the disk of tools holds)."""
     names, program, loader, library = _python_files(tree)
-    sources = [name for name in names if name.startswith(library + "/") and name.endswith(".py")]
-    agent, compiled = _agent_files(root, tree, program, loader, library, sources)
-    initrd = {name: tree[name] for name in names if name not in set(sources)}
+    sources = {name: (tree[name], f"/{name}") for name in names if name.startswith(library + "/") and name.endswith(".py")}
+    own, own_compiled = _new_file(own_source()), f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc"
+    compiled = _compile_python(root, program, loader, {**{name + "c": source for name, source in sources.items()}, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
+    initrd = {name: tree[name] for name in names if name not in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
-    for name, node in agent.items():
+    for name, node in ((f"{_AGENT}/confbuild.py", own), (own_compiled, compiled.pop(own_compiled))):
         _place(initrd, name, node)
         _place(tools, name, node)
     lines = ""
@@ -4680,8 +4650,9 @@ def seal_firmware(data: bytes) -> bytes:
     if len(packed) > end - begin:
         raise ImageError(f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there")
     sealed = data[:begin] + packed.ljust(end - begin, b"\0") + data[end:]
-    if firmware_state(sealed):
-        raise ImageError(f"the firmware cannot be sealed: {firmware_state(sealed)}")
+    state = firmware_state(sealed)
+    if state:
+        raise ImageError(f"the firmware cannot be sealed: {state}")
     return sealed
 
 
@@ -4730,7 +4701,10 @@ def make_image(folder: str, given: ImageInput) -> Image:
 def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tuple[str, str, str]]) -> None:
     """All files of an image, in the empty directory made. Raises ImageError, OSError."""
     tree = scan_tree(root)
-    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(tree[_only_kernel(tree)])
+    kernels = [node for name, node in tree.items() if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
+    if not given.kernel and len(kernels) != 1:
+        raise ImageError(f"the root file system has {len(kernels)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
+    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(kernels[0])
     origin = _read_whole(given.firmware, MAX_FIRMWARE) if given.firmware else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
     firmware = seal_firmware(origin)
     initrd, tools = _make_trees(root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel)))
@@ -4757,14 +4731,6 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tup
         f.write(to_canonical(document))
     for name in (*names.values(), "image.json"):
         os.chmod(os.path.join(made, name), 0o644)
-
-
-def _only_kernel(tree: _Tree) -> str:
-    """The path of the kernel in a root file system. Raises ImageError unless there is exactly one."""
-    found = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
-    if len(found) != 1:
-        raise ImageError(f"the root file system has {len(found)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
-    return found[0]
 
 
 def _modules_of(tree: _Tree, release: str) -> _Tree:
@@ -4802,7 +4768,6 @@ def _read_manifest(folder: str) -> tuple[Image, Mapping[str, Any]]:
     if not os.path.lexists(path):
         raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
     data = _read_whole(path, MAX_JSON)
-
     try:
         document = _parse_manifest(data)
     except Malformed as e:
@@ -6017,8 +5982,7 @@ class QemuVm:
     def is_alive(self) -> bool:
         """Whether it may still answer."""
         with self._lock:
-            child = self._child  # not reaped here: its id must stay its own until destroy
-            return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            return _is_running(self._child)
 
     def destroy(self, clean: bool = False) -> None:
         """QEMU and its workspace are gone, and its console has told all. clean: the guest may power itself off first, for POWER_OFF_S. Any thread
@@ -6055,6 +6019,11 @@ class QemuVm:
         if self._reader is not None:
             self._reader.join(timeout_s)
         return self._reader is None or not self._reader.is_alive()
+
+
+def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
+    return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _close(child: "subprocess.Popen[bytes]") -> None:
@@ -6141,8 +6110,7 @@ class SimulatedVm:
     def is_alive(self) -> bool:
         """Whether it may still answer."""
         with self._lock:
-            child = self._child  # not reaped here: its id must stay its own until destroy
-            return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            return _is_running(self._child)
 
     def destroy(self, clean: bool = False) -> None:
         """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
@@ -6154,11 +6122,8 @@ class SimulatedVm:
                 kill_all(lambda: descendants(child.pid))
                 child.kill()
                 child.wait()
-                for stream in (child.stdin, child.stdout):
-                    try:
-                        _pipe(stream).close()
-                    except OSError:
-                        pass  # it holds a configuration that nobody has read
+                _close(child)
+                _pipe(child.stdout).close()
             try:
                 remove_tree(self.workspace)
             except OSError as e:

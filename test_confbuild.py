@@ -6383,7 +6383,8 @@ class TestElf:
         (b"", "not a file for x86-64"), (b"#!/bin/sh\n", "not a file"), (elf()[:19], "cut off"), (elf()[:40], "cut off"), (elf()[:100], "cut off"),
         (elf()[:18] + b"\3" + elf()[19:], "not a file for x86-64"), (elf("/x", ["y"])[:-40], "cut off"), (elf(needed=["y"]).replace(struct.pack("<QQ", 5, 0x400000 + 233), bytes((5,)) + bytes(15)),
                                                                                                       "no segment holds the names"),
-        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end")], ids=short_id)
+        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end"),
+        (elf()[:54] + b"\0\0\2\0" + elf()[58:], "2 program headers of 0 bytes, not at most 64 of 56"), (elf()[:56] + b"\x41\0" + elf()[58:], "65 program headers of 56 bytes")], ids=short_id)
     def test_damaged(self, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.Malformed, match=f"^ELF: {message}"):
             confbuild.elf_needs(data)
@@ -6651,6 +6652,15 @@ class TestImage:
         monkeypatch.setattr(confbuild, "MAX_MODULE", len(module_file("dm-bufio,dm-mod")) - 1)
         with pytest.raises(confbuild.ImageError, match=r"dm-verity\.ko\.xz: cut off, or more than 54 bytes"):
             self.make(tmp_path)
+
+    @pytest.mark.parametrize(("count", "message"), [
+        (53, "the kernel has no module m53, which m52 needs"), (54, "a guest would need more than 64 modules"), (2000, "a guest would need more than 64 modules")])
+    def test_many_modules(self, tmp_path: Path, count: int, message: str) -> None:
+        """A chain of them is no deep recursion. Eleven are loaded before it, and its last is missing."""
+        chain = {f"usr/lib/modules/6.1.0-toy/kernel/virt/m{i}.ko": module_file(f"m{i + 1}") for i in range(count)}
+        root = toy_root(tmp_path / "root", {**chain, "usr/lib/modules/6.1.0-toy/kernel/virt/tsm.ko": module_file("m0")})
+        with pytest.raises(confbuild.ImageError, match=message):
+            self.make(tmp_path, root=root)
 
     def test_other_refusals(self, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
