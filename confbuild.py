@@ -459,17 +459,6 @@ class Expectations(NamedTuple):
     require_crl: bool = False
     require_tee: bool = False
 
-
-class Digest(NamedTuple):
-    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
-
-    version: str
-    sha256: str
-
-    def to_wire(self) -> dict[str, Any]:
-        """As the provenance holds it."""
-        return {"digest": {"sha256": self.sha256}, "version": self.version}
-
 # endregion 4
 # ==============================================================================
 # region 5. DER                                                   [uses nothing]
@@ -1902,14 +1891,6 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
     return claims
 
 
-def _check_simulated(checks: _Checks, evidence: _Evidence) -> bytes:
-    """What a simulated report carries. It must not look like one that hardware made."""
-    report, bare = evidence.report, "nothing but version 3, report_data and measurement"
-    rebuilt = parse_report(simulated_report(report.report_data, report.measurement))
-    checks.compare("simulated report", bare, bare if report == rebuilt else "further fields are set")
-    return report.report_data
-
-
 def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors, now: str) -> None:
     """That vek is what AMD's ASK or ASVK certifies for the chip and the TCB of the report, now."""
     roles, kind = anchors[product], report.signing_key
@@ -2046,14 +2027,18 @@ def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: s
 def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str,
                     endorsements: Endorsements) -> tuple[bytes | None, dict[str, Any]]:
     """(the 64 bytes that the attester signed or None, claims) of evidence that could be read."""
+    report = evidence.report
+    signed: bytes | None = report.report_data
     if platform == "simulated":
-        claims, product = _report_claims(evidence.report, ""), "Milan"  # whose layout of the TCB is the common one
-        signed: bytes | None = _check_simulated(checks, evidence)
+        claims, product = _report_claims(report, ""), "Milan"  # whose layout of the TCB is the common one
+        bare, alike = "nothing but version 3, report_data and measurement", parse_report(simulated_report(report.report_data, report.measurement)) == report
+        checks.compare("simulated report", bare, bare if alike else "further fields are set")  # it must not look like one that hardware made
     else:
         product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
-        claims = _report_claims(evidence.report, product)
-        signed = _check_azure(checks, evidence, claims, expected.pcrs) if platform == "az-snp" else evidence.report.report_data
-    _check_report_policy(checks, evidence.report, product, expected)
+        claims = _report_claims(report, product)
+        if platform == "az-snp":
+            signed = _check_azure(checks, evidence, claims, expected.pcrs)
+    _check_report_policy(checks, report, product, expected)
     if signed is not None:
         claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
     return signed, claims
@@ -2202,11 +2187,11 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
     checks.skip((name for name in (*ASKED.values(), *OF_IMAGE) if name != "hardware evidence"), "no expectation given")
     required |= asked
-    passed = {check.name for check in checks.made if check.status == "passed"}
-    if required - passed and not any(check.status == "failed" for check in checks.made):
-        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
-    good = required <= passed and not any(check.status == "failed" for check in checks.made)
-    return Verdict("failed" if not good else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+    missing = required - {check.name for check in checks.made if check.status == "passed"}
+    failed = any(check.status == "failed" for check in checks.made)
+    if missing and not failed:
+        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(missing)))
+    return Verdict("failed" if missing or failed else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
 
 # endregion 12
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
@@ -3165,6 +3150,17 @@ _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experi
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 # What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
 _OUTSIDE = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
+
+
+class Digest(NamedTuple):
+    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
+
+    version: str
+    sha256: str
+
+    def to_wire(self) -> dict[str, Any]:
+        """As the provenance holds it."""
+        return {"digest": {"sha256": self.sha256}, "version": self.version}
 
 
 class Plan(NamedTuple):
@@ -4599,10 +4595,10 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
 def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     """(what the initrd holds, what the disk of tools holds)."""
     names, program, loader, library = _python_files(tree)
-    sources = {name: (tree[name], f"/{name}") for name in names if name.startswith(library + "/") and name.endswith(".py")}
+    sources = {name + "c": (tree[name], f"/{name}") for name in names if name.startswith(library + "/") and name.endswith(".py")}
     own, own_compiled = _new_file(own_source()), f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc"
-    compiled = _compile_python(root, program, loader, {**{name + "c": source for name, source in sources.items()}, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
-    initrd = {name: tree[name] for name in names if name not in sources}
+    compiled = _compile_python(root, program, loader, {**sources, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
+    initrd = {name: tree[name] for name in names if name + "c" not in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
     for name, node in ((f"{_AGENT}/confbuild.py", own), (own_compiled, compiled.pop(own_compiled))):
         _place(initrd, name, node)
@@ -8326,7 +8322,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             if options.tee:
                 _check_waiting_vm(service, vm, endorsements, display)
             job_id = service.submit(request, None if is_url else archive)
-            return _follow_and_fetch(options, service, job_id, 0, bundle, expected, display, cancel=True, endorsements=endorsements)
+            return _follow_and_fetch(options, service, job_id, bundle, expected, display, endorsements)
         finally:
             if running is not None:
                 running.stop(0.0)
@@ -8405,26 +8401,25 @@ def _follow(options: "argparse.Namespace", service: Service, job_id: str, start:
     return None, digest.hexdigest()
 
 
-def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, start: int, bundle: str, expected: Expectations,
-                      display: Display | None, cancel: bool, endorsements: Endorsements) -> int:
-    """Follow a job to its end, and hold a verified bundle."""
+def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
+                      endorsements: Endorsements) -> int:
+    """Follow a job to its end, and hold a verified bundle. An interrupt cancels the job."""
     try:
-        result, log_sha256 = _follow(options, service, job_id, start, display)
+        result, log_sha256 = _follow(options, service, job_id, 0, display)
     except KeyboardInterrupt:
         if display is not None:
             display.end({"error_type": "Cancelled", "error": "interrupted"})
-        if cancel:
-            try:
-                service.jobs("DELETE", f"/build/{job_id}")
-                _note(display, f"interrupted; job {job_id} is cancelled")
-            except RemoteError as e:
-                _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
+        try:
+            service.jobs("DELETE", f"/build/{job_id}")
+            _note(display, f"interrupted; job {job_id} is cancelled")
+        except RemoteError as e:
+            _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
         raise
     if result is not None and result["status"] == "failed":
         if display is None and options.output == "quiet":
             sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
         return EXIT_NO
-    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256 if start == 0 else None), display, endorsements)
+    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256), display, endorsements)
 
 
 def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
