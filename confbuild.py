@@ -2677,7 +2677,7 @@ class _Unpacker:
             except OSError as e:  # a file has only so many names
                 raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
         elif member.kind == "file":
-            self._write(path, member)
+            self._bytes = _write_member(path, member, self._bytes, self._max_bytes, "the archive unpacks")
         elif member.kind == "symlink":
             self._links.append(("/".join(parts), member.target))
 
@@ -2735,15 +2735,17 @@ class _Unpacker:
         if kind != "directory":
             self._files.add(name)
 
-    def _write(self, path: str, member: _Member) -> None:
-        """Copy a file's bytes, counting those that really come, not those announced."""
-        with member.open() as packed, open(path, "xb") as f:
-            for block in iter(lambda: packed.read(BLOCK), b""):
-                self._bytes += len(block)
-                if self._bytes > self._max_bytes:
-                    raise limit_error(f"the archive unpacks to more than {self._max_bytes} bytes")
-                f.write(block)
-        os.chmod(path, 0o755 if member.executable else 0o644)
+
+def _write_member(path: str, member: _Member, before: int, limit: int, what: str) -> int:
+    """before, and the bytes that are now in the new file at path: those that really come, not those announced. Raises BuildFailed LimitError."""
+    with member.open() as packed, open(path, "xb") as f:
+        for block in iter(lambda: packed.read(BLOCK), b""):
+            before += len(block)
+            if before > limit:
+                raise limit_error(f"{what} to more than {limit} bytes")
+            f.write(block)
+    os.chmod(path, 0o755 if member.executable else 0o644)
+    return before
 
 
 def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
@@ -4215,16 +4217,7 @@ class _DebUnpacker:
                 raise ImageError(f"{name[:80]!r} is a link to {member.target[:80]!r}, which is no earlier file")
             os.link(os.path.join(self._root, target), path)
         elif member.kind == "file":
-            self._write(path, member)
-
-    def _write(self, path: str, member: _Member) -> None:
-        with member.open() as packed, open(path, "xb") as f:
-            for block in iter(lambda: packed.read(BLOCK), b""):
-                self._bytes += len(block)
-                if self._bytes > MAX_UNPACKED:
-                    raise ImageError(f"the packages unpack to more than {MAX_UNPACKED} bytes")
-                f.write(block)
-        os.chmod(path, 0o755 if member.executable else 0o644)
+            self._bytes = _write_member(path, member, self._bytes, MAX_UNPACKED, "the packages unpack")
 
     def finish(self) -> None:
         """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
