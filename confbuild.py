@@ -4082,7 +4082,7 @@ def _version_key(version: str) -> Any:
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
     rows = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
              for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
-    return int(epoch) if epoch.isdecimal() else 0, rows
+    return int(epoch) if re.fullmatch("[0-9]{1,18}", epoch) else 0, rows
 
 
 def _read_index(path: str) -> Iterator[list[str]]:
@@ -4093,7 +4093,9 @@ def _read_index(path: str) -> Iterator[list[str]]:
         stream: Any = gzip.GzipFile(fileobj=f) if head.startswith(b"\x1f\x8b") else lzma.LZMAFile(f) if head == b"\xfd7zXZ\0" else f
         stanza: list[str] = []
         try:
-            for line in stream:
+            for line in iter(lambda: stream.readline(MIB), b""):
+                if len(line) == MIB:
+                    raise ImageError(f"{path}: no package index: a line of {MIB} bytes")
                 if line.strip():
                     stanza.append(line.decode("utf-8"))
                 elif stanza:
@@ -4632,7 +4634,8 @@ def seal_firmware(data: bytes) -> bytes:
         begin, end = volume_place(data)
     except FirmwareError as e:
         raise ImageError(f"the firmware cannot be looked into: {e}") from None
-    best = {"id": lzma.FILTER_LZMA1, "dict_size": int.from_bytes(data[begin + 1:begin + 5], "little"), "lc": 3, "lp": 0, "pb": 2,
+    dict_size = max(int.from_bytes(data[begin + 1:begin + 5], "little"), 4096)  # liblzma makes none with less, and reads them
+    best = {"id": lzma.FILTER_LZMA1, "dict_size": dict_size, "lc": 3, "lp": 0, "pb": 2,
             "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 1000}
     packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
     packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]  # edk2 wants the length, which liblzma leaves open

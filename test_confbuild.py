@@ -6258,7 +6258,8 @@ class TestLock:
         (["x"], gzip.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\x1f\x8b" + b"x" * 30, "no package index: Unknown compression method"),
         (["x"], lzma.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\xfd7zXZ\0xxxxxxxxxxxxxxxx", "no package index: "),
         (["x"], gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "no package index: Error -3"),
-        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")])
+        (["x"], gzip.compress(b"x" * (1 << 20)), "no package index: a line of 1048576 bytes"), (["x"], gzip.compress(b"x" * ((1 << 20) - 2) + b"\n"), "a package without Package"),
+        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")], ids=short_id)
     def test_no_lock(self, tmp_path: Path, names: Sequence[str], index: str | bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
             self.lock(tmp_path, names, index)
@@ -6276,7 +6277,7 @@ class TestLock:
 
     def test_versions(self) -> None:
         """In the order of deb-version(7)."""
-        order = ["0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
+        order = ["9" * 5000 + ":0.1", "0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
         assert sorted(random.Random(1).sample(order, len(order)), key=confbuild._version_key) == order
 
 
@@ -6483,6 +6484,12 @@ class TestSealing:
         begin, end = confbuild.volume_place(TOY_AMDSEV)
         assert sealed[:begin] == TOY_AMDSEV[:begin] and sealed[end:] == TOY_AMDSEV[end:]
         assert struct.unpack_from("<Q", sealed, begin + 5)[0] == len(volume) and confbuild.seal_firmware(sealed) is sealed
+
+    @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5000])
+    def test_small_dictionaries(self, size: int) -> None:
+        """Which liblzma reads, and from 4096 on makes."""
+        data = toy_volume(lzma_section(b"x" * 100 + SHIM + b"y" * 30000 + bytes(range(256)) * 10, properties=b"\x5d" + struct.pack("<I", size)))
+        assert confbuild.firmware_state(data) == ADMITS and confbuild.firmware_state(confbuild.seal_firmware(data)) == ""
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "the firmware cannot be looked into: firmware volume: there is no compressed section"), (b"", "cannot be looked into"),
