@@ -8112,12 +8112,13 @@ def _require_snp(image: str | None) -> None:
     """Raise UsageError, after a table, where something is missing that an SEV-SNP guest needs."""
     checks = [*preflight(), Check("image", "passed" if image else "failed", actual="none is named", detail="`confbuild image` makes one, --image DIR names it")]
     missing = sum(check.status != "passed" for check in checks)
-    for check in checks if missing else []:
+    if not missing:
+        return
+    for check in checks:
         rows = [f"ok    {check.name}"] if check.status == "passed" else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
         sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
-    if missing:
-        raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
-                         "`--vm qemu` boots the same image in a guest that is not confidential")
+    raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
+                     "`--vm qemu` boots the same image in a guest that is not confidential")
 
 
 class Running(NamedTuple):
@@ -8259,7 +8260,8 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    running = start_server(options, options.state or _default_state(), tokens, machine)
+    state = options.state or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
+    running = start_server(options, state, tokens, machine)
     sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: {machine.note}\n")
     sys.stderr.flush()
     while not stopped.is_set():
@@ -8267,10 +8269,6 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     sys.stderr.write(f"confbuild: stopping; running builds have {options.grace:g} s\n")
     running.stop(options.grace)
     return EXIT_OK
-
-
-def _default_state() -> str:
-    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
 
 
 def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> Service:
