@@ -820,7 +820,6 @@ class TestRecords:
             "verdict": "failed", "platform": "snp", "claims": {"nonce": None}, "checks": [
                 {"name": "a", "status": "failed", "expected": "1", "actual": "2", "detail": "why"},
                 {"name": "b", "status": "not checked", "expected": "", "actual": "", "detail": ""}]}
-        assert confbuild.Digest("v 1", "ab").to_wire() == {"digest": {"sha256": "ab"}, "version": "v 1"}
 
 # endregion 4
 # ==============================================================================
@@ -2311,7 +2310,7 @@ class TestLaunchDigest:
 class TestFirmwareState:
     def test_the_stock_firmware(self) -> None:
         data = firmware_file("OVMF.amdsev.fd").read_bytes()
-        volume = confbuild.firmware_volume(data)
+        volume = b"".join(confbuild.volume_blocks(data))
         assert confbuild.firmware_state(data) == ADMITS and len(volume) == 0xF50090 and volume.count(SHIM) == 2
 
     @pytest.mark.parametrize(("volume", "state"), [
@@ -2321,14 +2320,14 @@ class TestFirmwareState:
     def test_names(self, volume: bytes, state: str) -> None:
         """Wherever it lies, also across two blocks."""
         data = toy_volume(lzma_section(volume))
-        assert (confbuild.firmware_state(data), confbuild.firmware_volume(data) == volume) == (state, True)
+        assert (confbuild.firmware_state(data), b"".join(confbuild.volume_blocks(data)) == volume) == (state, True)
 
     def test_the_guid_elsewhere(self) -> None:
         """As it stands in code, too, and as what cannot be a section."""
         odd = [LZMA_GUID, b"\2" + LZMA_GUID, bytes(3) + b"\2" + LZMA_GUID + bytes(4), b"\xff\xff\xff\2" + LZMA_GUID + b"\x18\0\0\0",
                b"\x18\0\0\2" + LZMA_GUID + b"\x18\0\0\0", b"\x30\0\0\2" + LZMA_GUID + b"\x17\0\0\0"]
-        assert confbuild.firmware_volume(toy_volume(*odd, lzma_section(b"volume"))) == b"volume"
-        assert confbuild.firmware_volume(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(*odd, lzma_section(b"volume")))) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID)) == b"volume"
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "there is no compressed section"), (b"", "there is no compressed section"),
@@ -2342,7 +2341,7 @@ class TestFirmwareState:
         state = confbuild.firmware_state(data)
         assert state.startswith("cannot be looked into: firmware volume: ") and message in state
         with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
-            confbuild.firmware_volume(data)
+            b"".join(confbuild.volume_blocks(data))
 
     def test_no_lzma(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Python can be built without."""
@@ -4613,6 +4612,7 @@ class TestPrograms:
             assert found == str(tmp_path / name / "bin" / "cargo")
             digest = hashlib.sha256((tmp_path / name / "bin" / "cargo").read_bytes()).hexdigest()
             assert confbuild.describe_program(found, project_path, on_path(rustup)) == confbuild.Digest(f"cargo {name}", digest)
+            assert confbuild.Digest(f"cargo {name}", digest).to_wire() == {"digest": {"sha256": digest}, "version": f"cargo {name}"}
 
     def test_a_shim_by_hard_link_or_by_a_chain_of_links(self, tmp_path: Path, rustup: Path) -> None:
         """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the file at its end is rustup, which is no cargo."""
@@ -6287,7 +6287,8 @@ class TestLock:
         (["x"], gzip.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\x1f\x8b" + b"x" * 30, "no package index: Unknown compression method"),
         (["x"], lzma.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\xfd7zXZ\0xxxxxxxxxxxxxxxx", "no package index: "),
         (["x"], gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "no package index: Error -3"),
-        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")])
+        (["x"], gzip.compress(b"x" * (1 << 20)), "no package index: a line of 1048576 bytes"), (["x"], gzip.compress(b"x" * ((1 << 20) - 2) + b"\n"), "a package without Package"),
+        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")], ids=short_id)
     def test_no_lock(self, tmp_path: Path, names: Sequence[str], index: str | bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
             self.lock(tmp_path, names, index)
@@ -6305,7 +6306,7 @@ class TestLock:
 
     def test_versions(self) -> None:
         """In the order of deb-version(7)."""
-        order = ["0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
+        order = ["9" * 5000 + ":0.1", "0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
         assert sorted(random.Random(1).sample(order, len(order)), key=confbuild._version_key) == order
 
 
@@ -6412,7 +6413,8 @@ class TestElf:
         (b"", "not a file for x86-64"), (b"#!/bin/sh\n", "not a file"), (elf()[:19], "cut off"), (elf()[:40], "cut off"), (elf()[:100], "cut off"),
         (elf()[:18] + b"\3" + elf()[19:], "not a file for x86-64"), (elf("/x", ["y"])[:-40], "cut off"), (elf(needed=["y"]).replace(struct.pack("<QQ", 5, 0x400000 + 233), bytes((5,)) + bytes(15)),
                                                                                                       "no segment holds the names"),
-        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end")], ids=short_id)
+        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end"),
+        (elf()[:54] + b"\0\0\2\0" + elf()[58:], "2 program headers of 0 bytes, not at most 64 of 56"), (elf()[:56] + b"\x41\0" + elf()[58:], "65 program headers of 56 bytes")], ids=short_id)
     def test_damaged(self, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.Malformed, match=f"^ELF: {message}"):
             confbuild.elf_needs(data)
@@ -6506,11 +6508,17 @@ class TestSealing:
     def test_sealed(self) -> None:
         sealed = confbuild.seal_firmware(TOY_AMDSEV)
         assert confbuild.firmware_state(TOY_AMDSEV) == ADMITS and confbuild.firmware_state(sealed) == "" and len(sealed) == len(TOY_AMDSEV)
-        volume, before = confbuild.firmware_volume(sealed), confbuild.firmware_volume(TOY_AMDSEV)
+        volume, before = b"".join(confbuild.volume_blocks(sealed)), b"".join(confbuild.volume_blocks(TOY_AMDSEV))
         assert volume == before.replace(SHIM, "\u2603him\0".encode("utf-16-le")) and volume.count(b"\x03\x26h\0i\0m\0\0\0") == 2
         begin, end = confbuild.volume_place(TOY_AMDSEV)
         assert sealed[:begin] == TOY_AMDSEV[:begin] and sealed[end:] == TOY_AMDSEV[end:]
         assert struct.unpack_from("<Q", sealed, begin + 5)[0] == len(volume) and confbuild.seal_firmware(sealed) is sealed
+
+    @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5000])
+    def test_small_dictionaries(self, size: int) -> None:
+        """Which liblzma reads, and from 4096 on makes."""
+        data = toy_volume(lzma_section(b"x" * 100 + SHIM + b"y" * 30000 + bytes(range(256)) * 10, properties=b"\x5d" + struct.pack("<I", size)))
+        assert confbuild.firmware_state(data) == ADMITS and confbuild.firmware_state(confbuild.seal_firmware(data)) == ""
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "the firmware cannot be looked into: firmware volume: there is no compressed section"), (b"", "cannot be looked into"),
@@ -6680,6 +6688,15 @@ class TestImage:
         monkeypatch.setattr(confbuild, "MAX_MODULE", len(module_file("dm-bufio,dm-mod")) - 1)
         with pytest.raises(confbuild.ImageError, match=r"dm-verity\.ko\.xz: cut off, or more than 54 bytes"):
             self.make(tmp_path)
+
+    @pytest.mark.parametrize(("count", "message"), [
+        (53, "the kernel has no module m53, which m52 needs"), (54, "a guest would need more than 64 modules"), (2000, "a guest would need more than 64 modules")])
+    def test_many_modules(self, tmp_path: Path, count: int, message: str) -> None:
+        """A chain of them is no deep recursion. Eleven are loaded before it, and its last is missing."""
+        chain = {f"usr/lib/modules/6.1.0-toy/kernel/virt/m{i}.ko": module_file(f"m{i + 1}") for i in range(count)}
+        root = toy_root(tmp_path / "root", {**chain, "usr/lib/modules/6.1.0-toy/kernel/virt/tsm.ko": module_file("m0")})
+        with pytest.raises(confbuild.ImageError, match=message):
+            self.make(tmp_path, root=root)
 
     def test_other_refusals(self, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
