@@ -2757,7 +2757,7 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            for member in _zip_members(f) if zipped else _tar_members(f):
+            for member in _zip_members(f) if zipped else _tar_members(f, max_bytes):
                 unpacker.add(member)
     except BuildFailed:
         raise
@@ -2806,12 +2806,18 @@ _TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].{11}", re.DOTALL)  # the sec
 
 class _SmallReads:
     """A stream for tarfile, whose headers may announce gigabytes that it would read at once, and whose parser takes quadratic time for
-    hostile pax headers (CVE-2024-6232). left: bytes that may be read; in_header: what is read is no content; last: of the headers."""
+    hostile pax headers (CVE-2024-6232). limit: of all contents; left: bytes that may be read; in_header: what is read is no content; last: of the headers."""
 
-    def __init__(self, stream: "gzip.GzipFile") -> None:
-        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+    def __init__(self, stream: "gzip.GzipFile", limit: int) -> None:
+        self._seek, self.tell, self._read, self._limit = stream.seek, stream.tell, stream.read, limit
         self.left, self.in_header, self.last, self._extends, self._announced = MIB, True, b"", b"", b""
         self._spare = MAX_EXTENDED
+
+    def seek(self, offset: int) -> int:
+        """The next byte is that at offset, which tarfile passes over all contents to that nobody reads."""
+        if offset > self._limit + GIB:  # more than contents, headers and padding can be
+            raise limit_error(f"the archive unpacks to more than {self._limit} bytes")
+        return self._seek(offset)
 
     def read(self, size: int = -1) -> bytes:
         """size bytes."""
@@ -2865,15 +2871,15 @@ class _SmallReads:
             at = end
 
 
-def _tar_members(f: IO[bytes]) -> Iterator[_Member]:
-    """The members of a gzip tarball, in one pass."""
+def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
+    """The members of a gzip tarball, in one pass. limit: of all contents, also of those that nobody reads."""
     with gzip.GzipFile(fileobj=f) as stream:
-        yield from _tar_stream(stream)
+        yield from _tar_stream(stream, limit)
 
 
-def _tar_stream(stream: Any) -> Iterator[_Member]:
+def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
     """The members of a tarball that stream unpacks, in one pass, up to its end."""
-    reads = _SmallReads(stream)
+    reads = _SmallReads(stream, limit)
     archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
     for info in archive:
         kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
@@ -3717,7 +3723,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
     top: str | None = None
     members = size = 0
     try:
-        for member in _tar_members(f):
+        for member in _tar_members(f, max_unpacked):
             members += 1
             if members > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
@@ -4159,7 +4165,7 @@ class _DebUnpacker:
             kind = self._find_data(name, f, data)
             stream: Any = gzip.GzipFile(fileobj=data) if kind == "gz" else lzma.LZMAFile(data) if kind == "xz" else data
             try:
-                for member in _tar_stream(stream):
+                for member in _tar_stream(stream, MAX_UNPACKED):
                     self._add_member(member)
             except ConfbuildError as e:
                 raise ImageError(f"{name}: {e}") from None

@@ -3927,6 +3927,13 @@ def pax(name: str, value: str) -> bytes:
     return next(f"{size}{rest}".encode() for size in range(len(rest) + 1, len(rest) + 9) if len(f"{size}{rest}") == size)
 
 
+def large_member(name: str) -> bytes:
+    """The header of a file of 6 GiB, which nobody unpacks."""
+    info = tarfile.TarInfo(name)
+    info.size = 6 << 30
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
 class TestArchives:
     READ_DIFFERENTLY = "which readers understand differently"
 
@@ -3997,6 +4004,7 @@ class TestArchives:
         (gzip.compress(patched(tar_bytes(*files("a")), 124, b"77777777777\0")), "SourceError", "the archive is damaged"),
         (gzip.compress(tar_bytes(("a", "file", "x" * 600))[:1024]), "SourceError", "the archive is damaged: ReadError: unexpected end of data"),
         (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)))), "LimitError", "the archive has a header of more than 1 MiB"),
+        (gzip.compress(large_member(".DS_Store")), "LimitError", "the archive unpacks to more than 4294967296 bytes"),
         (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)), form=tarfile.GNU_FORMAT)), "LimitError", "a header of more than 1 MiB"),
         (gzip.compress(tar_bytes(*files("a\udcff"), form=tarfile.GNU_FORMAT)), "SourceError", "'a\\udcff' is not UTF-8")])
     def test_damaged(self, tmp_path: Path, data: bytes, error_type: str, fragment: str) -> None:
@@ -6375,6 +6383,7 @@ class TestDebs:
         (deb_of(b"")[:150], "p0: not a .deb file, or one without"), (deb_of(b"", "other.tar.xz"), "or one without data.tar"), (deb_of(b"").replace(b"`", b"'"), "or one without data.tar"),
         (deb_of(b"x", "data.tar.zst"), "p0: data.tar.zst cannot be read: only .gz and .xz can"), (deb_of(b"x" * 1000)[:-500], "p0: data.tar.xz is cut off"),
         (deb_of(b"x" * 1000), "p0: damaged: LZMAError"), (deb_of(b"x" * 1000, "data.tar.gz"), "p0: damaged: Not a gzipped file"), (deb_of(b"x" * 1000, "data.tar"), "p0: the archive is no tarball"),
+        (deb_of(lzma.compress(large_member("usr/share/doc/x"))), "p0: the archive unpacks to more than 4294967296 bytes"),
         (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)))[:-20]), "p0: damaged: EOFError"), (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)) + b"more")), "goes on after its end")], ids=short_id)
     def test_damaged(self, tmp_path: Path, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
