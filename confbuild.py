@@ -462,17 +462,6 @@ class Expectations(NamedTuple):
     require_crl: bool = False
     require_tee: bool = False
 
-
-class Digest(NamedTuple):
-    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
-
-    version: str
-    sha256: str
-
-    def to_wire(self) -> dict[str, Any]:
-        """As the provenance holds it."""
-        return {"digest": {"sha256": self.sha256}, "version": self.version}
-
 # endregion 4
 # ==============================================================================
 # region 5. DER                                                   [uses nothing]
@@ -748,68 +737,59 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 # AMD's key hierarchy [VCEK, RFC5280]: ARK -> ASK -> VCEK, or ARK -> ASVK -> VLEK.  The upper two are facts and stand below;
 # only the VEK comes with the evidence.  RSA-4096 with RSASSA-PSS above, P-384 in the VEK.
 
-# AMD's CA keys: product, role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
+# AMD's CA keys: role, common name (with the product), serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain, the ASK and then the ARK; vlek for
 # the ASVK):   openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
 _AMD_KEYS = (
-    ("Milan", "ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z",
-     "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
+    ("ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z", "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
      ("0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
      "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
      "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
      "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
      "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas=")),
-    ("Milan", "ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z",
-     "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
+    ("ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z", "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
      ("nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
      "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
      "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
      "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
      "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM=")),
-    ("Milan", "asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z",
-     "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
+    ("asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z", "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
      ("1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
      "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
      "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
      "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
      "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc=")),
-    ("Genoa", "ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z",
-     "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
+    ("ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z", "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
      ("3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
      "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
      "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
      "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
      "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c=")),
-    ("Genoa", "ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z",
-     "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
+    ("ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z", "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
      ("oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
      "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
      "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
      "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
      "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU=")),
-    ("Genoa", "asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z",
-     "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
+    ("asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z", "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
      ("zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
      "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
      "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
      "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
      "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8=")),
-    ("Turin", "ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z",
-     "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
+    ("ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z", "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
      ("waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
      "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
      "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
      "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
      "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE=")),
-    ("Turin", "ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z",
-     "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
+    ("ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z", "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
      ("nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
      "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
      "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
      "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
      "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU=")),
-    ("Turin", "asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z",
-     "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
+    ("asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z", "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
      ("pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
      "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
      "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
@@ -893,9 +873,9 @@ def amd_name(common_name: str) -> Name:
 def amd_anchors() -> Anchors:
     """AMD's keys, as pinned above."""
     anchors: dict[str, dict[str, Anchor]] = {}
-    for product, role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
+    for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
-        anchors.setdefault(product, {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
+        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
     return anchors
 
 
@@ -1412,8 +1392,9 @@ def _signature(family: int, model: int, stepping: int) -> int:
 # version changes features, which are not measured.
 CPU_SIGNATURES: Mapping[str, int] = {
     name: _signature(*cpu) for base, cpu, last in (
-        ("EPYC", (23, 1, 2), 5), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2), ("EPYC-Turin", (26, 0, 0), 1))
-    for name in (base, *(["EPYC-IBPB"] if base == "EPYC" else []), *(f"{base}-v{version}" for version in range(1, last + 1)))}
+        ("EPYC", (23, 1, 2), 5), ("EPYC-IBPB", (23, 1, 2), 0), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2),
+        ("EPYC-Turin", (26, 0, 0), 1))
+    for name in (base, *(f"{base}-v{version}" for version in range(1, last + 1)))}
 
 
 class FirmwareError(Malformed):
@@ -1551,7 +1532,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
 
 
 def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: int, signature: int, guest_features: int = 1, vmm: str = "QEMU",
-                          explain: Callable[[str, bytes], None] | None = None) -> bytes:
+                          explain: Callable[[str, bytes], None] = lambda step, digest: None) -> bytes:
     """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
 
     hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
@@ -1566,14 +1547,10 @@ def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: 
         nonlocal digest
         digest = sha384(digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")).digest()
 
-    def done(step: str) -> None:
-        if explain is not None:
-            explain(step, digest)
-
     base, data = (1 << 32) - len(firmware.data), firmware.data
     for at in range(0, len(data), PAGE_SIZE):
         update(PAGE_NORMAL, base + at, sha384(data[at:at + PAGE_SIZE]).digest())
-    done(f"firmware: {len(data):#x} bytes at {base:#x}")
+    explain(f"firmware: {len(data):#x} bytes at {base:#x}", digest)
     # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
         name, page_type = SECTION_TYPES[kind]
@@ -1583,11 +1560,11 @@ def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: 
         else:
             for at in range(gpa, gpa + size, PAGE_SIZE):
                 update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
-        done(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}")
+        explain(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", digest)
     first, other = (sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip))
     for number in range(vcpus):
         update(PAGE_VMSA, VMSA_GPA, other if number else first)
-        done(f"VMSA: vCPU {number}")
+        explain(f"VMSA: vCPU {number}", digest)
     return digest
 
 
@@ -1605,8 +1582,8 @@ def volume_place(data: bytes) -> tuple[int, int]:
     return places[0]
 
 
-def _volume_blocks(data: bytes) -> Iterator[bytes]:
-    """The firmware volume that data holds in a compressed section, block by block. Raises FirmwareError."""
+def volume_blocks(data: bytes) -> Iterator[bytes]:
+    """The decompressed firmware volume of a firmware, which holds the programs that it boots with, block by block. Raises FirmwareError."""
     begin, end = volume_place(data)
     packed = data[begin:end]
     [left] = _numbers(packed, 5, 8)  # behind the properties; edk2 always writes the length
@@ -1627,16 +1604,11 @@ def _volume_blocks(data: bytes) -> Iterator[bytes]:
         raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
 
 
-def firmware_volume(data: bytes) -> bytes:
-    """The decompressed firmware volume of a firmware, which holds the programs that it boots with. Raises FirmwareError."""
-    return b"".join(_volume_blocks(data))
-
-
 def firmware_state(data: bytes) -> str:
     """Empty where the firmware admits no shim; else a sentence why its launch digest does not say what it boots."""
     tail = b""
     try:
-        for block in _volume_blocks(data):
+        for block in volume_blocks(data):
             if SHIM_NAME in tail + block:
                 return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
             tail = block[1 - len(SHIM_NAME):]
@@ -1922,14 +1894,6 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
     return claims
 
 
-def _check_simulated(checks: _Checks, evidence: _Evidence) -> bytes:
-    """What a simulated report carries. It must not look like one that hardware made."""
-    report, bare = evidence.report, "nothing but version 3, report_data and measurement"
-    rebuilt = parse_report(simulated_report(report.report_data, report.measurement))
-    checks.compare("simulated report", bare, bare if report == rebuilt else "further fields are set")
-    return report.report_data
-
-
 def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors, now: str) -> None:
     """That vek is what AMD's ASK or ASVK certifies for the chip and the TCB of the report, now."""
     roles, kind = anchors[product], report.signing_key
@@ -2066,14 +2030,18 @@ def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: s
 def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str,
                     endorsements: Endorsements) -> tuple[bytes | None, dict[str, Any]]:
     """(the 64 bytes that the attester signed or None, claims) of evidence that could be read."""
+    report = evidence.report
+    signed: bytes | None = report.report_data
     if platform == "simulated":
-        claims, product = _report_claims(evidence.report, ""), "Milan"  # whose layout of the TCB is the common one
-        signed: bytes | None = _check_simulated(checks, evidence)
+        claims, product = _report_claims(report, ""), "Milan"  # whose layout of the TCB is the common one
+        bare, alike = "nothing but version 3, report_data and measurement", parse_report(simulated_report(report.report_data, report.measurement)) == report
+        checks.compare("simulated report", bare, bare if alike else "further fields are set")  # it must not look like one that hardware made
     else:
         product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
-        claims = _report_claims(evidence.report, product)
-        signed = _check_azure(checks, evidence, claims, expected.pcrs) if platform == "az-snp" else evidence.report.report_data
-    _check_report_policy(checks, evidence.report, product, expected)
+        claims = _report_claims(report, product)
+        if platform == "az-snp":
+            signed = _check_azure(checks, evidence, claims, expected.pcrs)
+    _check_report_policy(checks, report, product, expected)
     if signed is not None:
         claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
     return signed, claims
@@ -2222,11 +2190,11 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
     checks.skip((name for name in (*ASKED.values(), *OF_IMAGE) if name != "hardware evidence"), "no expectation given")
     required |= asked
-    passed = {check.name for check in checks.made if check.status == "passed"}
-    if required - passed and not any(check.status == "failed" for check in checks.made):
-        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
-    good = required <= passed and not any(check.status == "failed" for check in checks.made)
-    return Verdict("failed" if not good else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+    missing = required - {check.name for check in checks.made if check.status == "passed"}
+    failed = any(check.status == "failed" for check in checks.made)
+    if missing and not failed:
+        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(missing)))
+    return Verdict("failed" if missing or failed else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
 
 # endregion 12
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
@@ -2270,11 +2238,12 @@ def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[in
         if entry.isdigit():
             try:
                 with open(f"/proc/{entry}/stat", "rb") as f:
-                    state, parent = f.read().rpartition(b")")[2].split()[:2]  # the name before it may contain anything
+                    fields = f.read().rpartition(b")")[2].split()  # the name before it may contain anything
             except OSError:
                 continue  # it has ended
-            if dead or state not in (b"Z", b"X"):
-                children.setdefault(int(parent), []).append(int(entry))
+            # Threads outlive the first one, which then is a zombie: num_threads is more than one. [proc_pid_stat(5)]
+            if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
+                children.setdefault(int(fields[1]), []).append(int(entry))
     found = [root]
     for pid in found:
         found += [child for child in children.get(pid, []) if child not in without]
@@ -2712,7 +2681,7 @@ class _Unpacker:
             except OSError as e:  # a file has only so many names
                 raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
         elif member.kind == "file":
-            self._write(path, member)
+            self._bytes = _write_member(path, member, self._bytes, self._max_bytes, "the archive unpacks")
         elif member.kind == "symlink":
             self._links.append(("/".join(parts), member.target))
 
@@ -2770,15 +2739,17 @@ class _Unpacker:
         if kind != "directory":
             self._files.add(name)
 
-    def _write(self, path: str, member: _Member) -> None:
-        """Copy a file's bytes, counting those that really come, not those announced."""
-        with member.open() as packed, open(path, "xb") as f:
-            for block in iter(lambda: packed.read(BLOCK), b""):
-                self._bytes += len(block)
-                if self._bytes > self._max_bytes:
-                    raise limit_error(f"the archive unpacks to more than {self._max_bytes} bytes")
-                f.write(block)
-        os.chmod(path, 0o755 if member.executable else 0o644)
+
+def _write_member(path: str, member: _Member, before: int, limit: int, what: str) -> int:
+    """before, and the bytes that are now in the new file at path: those that really come, not those announced. Raises BuildFailed LimitError."""
+    with member.open() as packed, open(path, "xb") as f:
+        for block in iter(lambda: packed.read(BLOCK), b""):
+            before += len(block)
+            if before > limit:
+                raise limit_error(f"{what} to more than {limit} bytes")
+            f.write(block)
+    os.chmod(path, 0o755 if member.executable else 0o644)
+    return before
 
 
 def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
@@ -2789,7 +2760,7 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            for member in _zip_members(f) if zipped else _tar_members(f):
+            for member in _zip_members(f) if zipped else _tar_members(f, max_bytes):
                 unpacker.add(member)
     except BuildFailed:
         raise
@@ -2838,12 +2809,18 @@ _TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].{11}", re.DOTALL)  # the sec
 
 class _SmallReads:
     """A stream for tarfile, whose headers may announce gigabytes that it would read at once, and whose parser takes quadratic time for
-    hostile pax headers (CVE-2024-6232). left: bytes that may be read; in_header: what is read is no content; last: of the headers."""
+    hostile pax headers (CVE-2024-6232). limit: of all contents; left: bytes that may be read; in_header: what is read is no content; last: of the headers."""
 
-    def __init__(self, stream: "gzip.GzipFile") -> None:
-        self.seek, self.tell, self._read = stream.seek, stream.tell, stream.read
+    def __init__(self, stream: "gzip.GzipFile", limit: int) -> None:
+        self._seek, self.tell, self._read, self._limit = stream.seek, stream.tell, stream.read, limit
         self.left, self.in_header, self.last, self._extends, self._announced = MIB, True, b"", b"", b""
         self._spare = MAX_EXTENDED
+
+    def seek(self, offset: int) -> int:
+        """The next byte is that at offset, which tarfile passes over all contents to that nobody reads."""
+        if offset > self._limit + GIB:  # more than contents, headers and padding can be
+            raise limit_error(f"the archive unpacks to more than {self._limit} bytes")
+        return self._seek(offset)
 
     def read(self, size: int = -1) -> bytes:
         """size bytes."""
@@ -2897,15 +2874,15 @@ class _SmallReads:
             at = end
 
 
-def _tar_members(f: IO[bytes]) -> Iterator[_Member]:
-    """The members of a gzip tarball, in one pass."""
+def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
+    """The members of a gzip tarball, in one pass. limit: of all contents, also of those that nobody reads."""
     with gzip.GzipFile(fileobj=f) as stream:
-        yield from _tar_stream(stream)
+        yield from _tar_stream(stream, limit)
 
 
-def _tar_stream(stream: Any) -> Iterator[_Member]:
+def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
     """The members of a tarball that stream unpacks, in one pass, up to its end."""
-    reads = _SmallReads(stream)
+    reads = _SmallReads(stream, limit)
     archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
     for info in archive:
         kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
@@ -3185,6 +3162,17 @@ _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experi
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 # What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
 _OUTSIDE = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
+
+
+class Digest(NamedTuple):
+    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
+
+    version: str
+    sha256: str
+
+    def to_wire(self) -> dict[str, Any]:
+        """As the provenance holds it."""
+        return {"digest": {"sha256": self.sha256}, "version": self.version}
 
 
 class Plan(NamedTuple):
@@ -3738,7 +3726,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
     top: str | None = None
     members = size = 0
     try:
-        for member in _tar_members(f):
+        for member in _tar_members(f, max_unpacked):
             members += 1
             if members > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
@@ -3844,9 +3832,10 @@ class _LogDigest:
 def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, attester: Attester, emit: Emit) -> str:
     """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
 
-    archive: the uploaded source, or None for a repo_url; workspace: an empty directory. When it returns, no process that the
-    build has started is alive."""
-    started = utc_now()
+    archive: the uploaded source, or None for a repo_url; workspace: a directory that is empty but for `agent`, where what a build has no say
+    in is kept. When it returns, no process that the build has started is alive."""
+    started, own = utc_now(), os.path.join(workspace, "agent")
+    os.makedirs(own, exist_ok=True)
     project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
     toolchain = detect_toolchain(project)
     emit("detect", [toolchain.name])
@@ -3871,7 +3860,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
     emit("provenance", ["Generating provenance"])
     try:
-        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(workspace, "artifacts"))
+        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
     except PermissionError as e:  # the build can take them away
         raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
     attested = {"build_log": log.hexdigest(), **attester.byproducts}
@@ -3881,7 +3870,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
         evidence = attester.attest(report_data(statement, request.nonce))
     except NoAttester as e:
         raise BuildFailed("AttestationError", str(e)) from None
-    path = os.path.join(workspace, "result.tar.gz")
+    path = os.path.join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
     return path
 
@@ -3962,20 +3951,20 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
 # theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
 
 MAX_LAUNCH_DIGESTS = 64  # of one image
-MAX_MODULE = 64 * MIB  # a module of the kernel, unpacked
+MAX_MODULE, MAX_MODULES = 64 * MIB, 64  # a module of the kernel, unpacked, and how many of them a guest loads
 MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
 _PARTS = ("firmware", "kernel", "initrd", "tools")
 _AGENT = "usr/lib/confbuild"  # where both file systems have this file
 
 # What no guest needs, of any root file system.  What is variable is empty on a read-only disk.
-_DROPPED = re.compile(
+_DROPPED = (
     r"(dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+"
     r"|usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+"
     r"|usr/libexec/gcc/.+/(lto1|lto-dump)|usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?"
     r"|usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+)|usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]"
     r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?")
 # Of the standard library, what the agent does not need beside; extension modules bring shared libraries with them.
-_NOT_IN_INITRD = re.compile(
+_NOT_IN_INITRD = (
     r"(config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv|_pyrepl|pdb|doctest|pydoc|turtle|antigravity)"
     r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)")
 _LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")  # where ld.so(8) looks
@@ -4085,18 +4074,12 @@ def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[s
     pending = sorted(set(names))
     for wanted in pending:  # grows
         alternatives = [name.partition("(")[0].partition(":")[0].strip() for name in wanted.split("|")]
-        if left_out & set(alternatives) or set(alternatives) & set(chosen):
-            continue
-        real = [name for name in alternatives if name in found]
-        provided = [] if real else sorted(name for alternative in alternatives for name in providers.get(alternative, []))
-        if set(provided) & set(chosen):
-            continue
-        name = next(iter(real + provided), "")
-        if name:
-            chosen[name] = found[name]
-            pending += [part for key in ("Pre-Depends", "Depends") for part in found[name].get(key, "").split(",") if part.strip()]
-        else:
+        good = [name for name in alternatives if name in found] or sorted(name for virtual in alternatives for name in providers.get(virtual, []))
+        if not good and not left_out & set(alternatives):
             missing.add(" | ".join(alternatives))
+        elif not left_out & set(alternatives) and not {*alternatives, *good} & set(chosen):
+            chosen[good[0]] = found[good[0]]
+            pending += [part for key in ("Pre-Depends", "Depends") for part in found[good[0]].get(key, "").split(",") if part.strip()]
     if missing:
         raise ImageError("no index has " + ", ".join(sorted(missing)))
     data = "".join(f"{name} {fields['Version']} {fields['SHA256']}\n" for name, fields in sorted(chosen.items())).encode("utf-8")
@@ -4110,7 +4093,7 @@ def _version_key(version: str) -> Any:
     upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
     rows = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
              for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
-    return int(epoch) if epoch.isdecimal() else 0, rows
+    return int(epoch) if re.fullmatch("[0-9]{1,18}", epoch) else 0, rows
 
 
 def _read_index(path: str) -> Iterator[list[str]]:
@@ -4121,7 +4104,9 @@ def _read_index(path: str) -> Iterator[list[str]]:
         stream: Any = gzip.GzipFile(fileobj=f) if head.startswith(b"\x1f\x8b") else lzma.LZMAFile(f) if head == b"\xfd7zXZ\0" else f
         stanza: list[str] = []
         try:
-            for line in stream:
+            for line in iter(lambda: stream.readline(MIB), b""):
+                if len(line) == MIB:
+                    raise ImageError(f"{path}: no package index: a line of {MIB} bytes")
                 if line.strip():
                     stanza.append(line.decode("utf-8"))
                 elif stanza:
@@ -4183,7 +4168,7 @@ class _DebUnpacker:
             kind = self._find_data(name, f, data)
             stream: Any = gzip.GzipFile(fileobj=data) if kind == "gz" else lzma.LZMAFile(data) if kind == "xz" else data
             try:
-                for member in _tar_stream(stream):
+                for member in _tar_stream(stream, MAX_UNPACKED):
                     self._add_member(member)
             except ConfbuildError as e:
                 raise ImageError(f"{name}: {e}") from None
@@ -4226,7 +4211,7 @@ class _DebUnpacker:
         name = "/".join(parts)
         if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH or "\0" in member.name + member.target:
             raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
-        if not parts or _DROPPED.fullmatch(name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
+        if not parts or re.fullmatch(_DROPPED, name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
             return
         for depth in range(1, len(parts)):
             if self._kinds.setdefault("/".join(parts[:depth]), "directory") != "directory":
@@ -4245,16 +4230,7 @@ class _DebUnpacker:
                 raise ImageError(f"{name[:80]!r} is a link to {member.target[:80]!r}, which is no earlier file")
             os.link(os.path.join(self._root, target), path)
         elif member.kind == "file":
-            self._write(path, member)
-
-    def _write(self, path: str, member: _Member) -> None:
-        with member.open() as packed, open(path, "xb") as f:
-            for block in iter(lambda: packed.read(BLOCK), b""):
-                self._bytes += len(block)
-                if self._bytes > MAX_UNPACKED:
-                    raise ImageError(f"the packages unpack to more than {MAX_UNPACKED} bytes")
-                f.write(block)
-        os.chmod(path, 0o755 if member.executable else 0o644)
+            self._bytes = _write_member(path, member, self._bytes, MAX_UNPACKED, "the packages unpack")
 
     def finish(self) -> None:
         """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
@@ -4296,7 +4272,7 @@ def scan_tree(root: str) -> _Tree:
         for entry in list(os.scandir(os.path.join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
-            if _DROPPED.fullmatch(name):
+            if re.fullmatch(_DROPPED, name):
                 continue
             if stat.S_ISDIR(info.st_mode):
                 tree[name] = _FOLDER
@@ -4388,21 +4364,6 @@ VERITY_BLOCK = 4096
 _TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
 
 
-class _VerityWriter:
-    """Writes to out, and hashes every block on the way."""
-
-    def __init__(self, out: IO[bytes]) -> None:
-        self._out, self._rest, self.digests = out, b"", bytearray()
-
-    def write(self, data: bytes) -> None:
-        """These bytes are next."""
-        self._out.write(data)
-        data = self._rest + data
-        whole = len(data) - len(data) % VERITY_BLOCK
-        self.digests += block_digests(data[:whole])
-        self._rest = data[whole:]
-
-
 def block_digests(data: bytes) -> bytes:
     """SHA-256 of each block, one after the other."""
     view = memoryview(data)
@@ -4445,15 +4406,13 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
         (0xE0F5E1E2, 4), (0, 8), (12, 1), (0, 1), (numbers[""], 2), (len(order), 8), (0, 12), (block, 4), (1, 4), (0, 4)))
     # magic, checksum and features, log2 of the block, -, root, inodes, time, blocks, first block of inodes, - ; uuid; name
     superblock = (superblock + bytes(16) + b"confbuild").ljust(128, b"\0")
-    with open(path, "xb") as f:
-        out = _VerityWriter(f)
-        out.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0"))
-        out.write(bytes(inodes) + bytes(-len(inodes) % VERITY_BLOCK))
+    with open(path, "x+b") as f:
+        f.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0") + inodes + bytes(-len(inodes) % VERITY_BLOCK))
         for name in order:
-            for data in _blocks(tree[name]):
-                out.write(data)
-            out.write(bytes(-tree[name].size % VERITY_BLOCK))
-        hashes, root_hash = verity_tree(bytes(out.digests))
+            f.writelines(_blocks(tree[name]))
+            f.write(bytes(-tree[name].size % VERITY_BLOCK))
+        f.seek(0)
+        hashes, root_hash = verity_tree(b"".join(map(block_digests, iter(lambda: f.read(BLOCK), b""))))
         f.write(hashes)
     return root_hash.hex(), block
 
@@ -4498,6 +4457,8 @@ def elf_needs(data: bytes) -> tuple[str, list[str]]:
     if data[:6] != b"\x7fELF\2\1" or integer(18, 2) != 62:  # 64 bits, little-endian, EM_X86_64
         raise Malformed("ELF", "not a file for x86-64")
     table, width, count = integer(32, 8), integer(54, 2), integer(56, 2)
+    if width != 56 or count > 64:  # each may lead to thousands of entries
+        raise Malformed("ELF", f"{count} program headers of {width} bytes, not at most 64 of 56")
     headers = [tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8))) for i in range(count)]
     interpreter, names, strings = "", list[int](), 0
     for kind, offset, _, size in headers:
@@ -4525,18 +4486,16 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
     if not version or not stat.S_ISREG(tree[program].mode):
         raise ImageError(f"the root file system's usr/bin/python3 is {program}, not a file usr/bin/python3.N")
     library = f"usr/lib/python{version[1]}"
-    files = [name for name in tree if name.startswith(library + "/") and not _NOT_IN_INITRD.match(name, len(library) + 1) and stat.S_ISREG(tree[name].mode)
+    files = [name for name in tree if name.startswith(library + "/") and not re.match(_NOT_IN_INITRD, name[len(library) + 1:]) and stat.S_ISREG(tree[name].mode)
              and name.endswith((".py", ".so"))]
     pending = ["usr/bin/python3", *files, _find_library(tree, "Python", "libgcc_s.so.1")]  # glibc opens the latter where a thread is ended
     chosen: dict[str, None] = {}
     loader = ""
     for name in pending:  # grows
         passed = _resolve(tree, name)
-        if passed[-1] in chosen or not stat.S_ISREG(tree[passed[-1]].mode):
-            chosen.update(dict.fromkeys(passed))
-            continue
+        done = passed[-1] in chosen or name.endswith(".py") or not stat.S_ISREG(tree[passed[-1]].mode)
         chosen.update(dict.fromkeys(passed))
-        if name.endswith(".py"):
+        if done:
             continue
         try:
             interpreter, needed = elf_needs(_content(tree[passed[-1]]))
@@ -4613,6 +4572,8 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
             return
         if name not in files:
             raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
+        if len(loaded) == MAX_MODULES:  # which also bounds how deep this calls itself
+            raise ImageError(f"a guest would need more than {MAX_MODULES} modules")
         data = _content(tree[files[name]])
         if files[name].endswith(".ko.xz"):
             unpacker = lzma.LZMADecompressor(memlimit=256 * MIB)
@@ -4637,24 +4598,15 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
     return list(loaded.values())
 
 
-def _agent_files(root: str, tree: _Tree, program: str, loader: str, library: str, sources: Iterable[str]) -> tuple[_Tree, _Tree]:
-    """(this file and its .pyc, as both file systems have them; the .pyc files of sources, each in place of its source)."""
-    own = _new_file(own_source())
-    tag = program.removeprefix("usr/bin/python").replace(".", "")
-    jobs = {name + "c": (tree[name], "/" + name) for name in sources}
-    compiled = f"{_AGENT}/__pycache__/confbuild.cpython-{tag}.pyc"
-    made = _compile_python(root, program, loader, {**jobs, compiled: (own, f"/{_AGENT}/confbuild.py")})
-    return {f"{_AGENT}/confbuild.py": own, compiled: made.pop(compiled)}, made
-
-
 def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     """(what the initrd holds, what the disk of tools holds)."""
     names, program, loader, library = _python_files(tree)
-    sources = [name for name in names if name.startswith(library + "/") and name.endswith(".py")]
-    agent, compiled = _agent_files(root, tree, program, loader, library, sources)
-    initrd = {name: tree[name] for name in names if name not in set(sources)}
+    sources = {name + "c": (tree[name], f"/{name}") for name in names if name.startswith(library + "/") and name.endswith(".py")}
+    own, own_compiled = _new_file(own_source()), f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc"
+    compiled = _compile_python(root, program, loader, {**sources, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
+    initrd = {name: tree[name] for name in names if name + "c" not in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
-    for name, node in agent.items():
+    for name, node in ((f"{_AGENT}/confbuild.py", own), (own_compiled, compiled.pop(own_compiled))):
         _place(initrd, name, node)
         _place(tools, name, node)
     lines = ""
@@ -4689,19 +4641,21 @@ def seal_firmware(data: bytes) -> bytes:
     if not firmware_state(data):
         return data
     try:
-        volume = firmware_volume(data)
+        volume = b"".join(volume_blocks(data))
         begin, end = volume_place(data)
     except FirmwareError as e:
         raise ImageError(f"the firmware cannot be looked into: {e}") from None
-    best = {"id": lzma.FILTER_LZMA1, "dict_size": int.from_bytes(data[begin + 1:begin + 5], "little"), "lc": 3, "lp": 0, "pb": 2,
+    dict_size = max(int.from_bytes(data[begin + 1:begin + 5], "little"), 4096)  # liblzma makes none with less, and reads them
+    best = {"id": lzma.FILTER_LZMA1, "dict_size": dict_size, "lc": 3, "lp": 0, "pb": 2,
             "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 1000}
     packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
     packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]  # edk2 wants the length, which liblzma leaves open
     if len(packed) > end - begin:
         raise ImageError(f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there")
     sealed = data[:begin] + packed.ljust(end - begin, b"\0") + data[end:]
-    if firmware_state(sealed):
-        raise ImageError(f"the firmware cannot be sealed: {firmware_state(sealed)}")
+    state = firmware_state(sealed)
+    if state:
+        raise ImageError(f"the firmware cannot be sealed: {state}")
     return sealed
 
 
@@ -4750,7 +4704,10 @@ def make_image(folder: str, given: ImageInput) -> Image:
 def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tuple[str, str, str]]) -> None:
     """All files of an image, in the empty directory made. Raises ImageError, OSError."""
     tree = scan_tree(root)
-    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(tree[_only_kernel(tree)])
+    kernels = [node for name, node in tree.items() if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
+    if not given.kernel and len(kernels) != 1:
+        raise ImageError(f"the root file system has {len(kernels)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
+    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(kernels[0])
     origin = _read_whole(given.firmware, MAX_FIRMWARE) if given.firmware else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
     firmware = seal_firmware(origin)
     initrd, tools = _make_trees(root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel)))
@@ -4777,14 +4734,6 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tup
         f.write(to_canonical(document))
     for name in (*names.values(), "image.json"):
         os.chmod(os.path.join(made, name), 0o644)
-
-
-def _only_kernel(tree: _Tree) -> str:
-    """The path of the kernel in a root file system. Raises ImageError unless there is exactly one."""
-    found = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
-    if len(found) != 1:
-        raise ImageError(f"the root file system has {len(found)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
-    return found[0]
 
 
 def _modules_of(tree: _Tree, release: str) -> _Tree:
@@ -4822,7 +4771,6 @@ def _read_manifest(folder: str) -> tuple[Image, Mapping[str, Any]]:
     if not os.path.lexists(path):
         raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
     data = _read_whole(path, MAX_JSON)
-
     try:
         document = _parse_manifest(data)
     except Malformed as e:
@@ -6038,8 +5986,7 @@ class QemuVm:
     def is_alive(self) -> bool:
         """Whether it may still answer."""
         with self._lock:
-            child = self._child  # not reaped here: its id must stay its own until destroy
-            return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            return _is_running(self._child)
 
     def destroy(self, clean: bool = False) -> None:
         """QEMU and its workspace are gone, and its console has told all. clean: the guest may power itself off first, for POWER_OFF_S. Any thread
@@ -6060,6 +6007,7 @@ class QemuVm:
             except OSError as e:
                 logger().error("%s is not removed: %s", self._workspace, e)
         self._join(POWER_OFF_S)
+        self.hush()  # where it is still reading
 
     def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
         """QEMU has ended, or heeds neither its guest nor its monitor."""
@@ -6076,6 +6024,11 @@ class QemuVm:
         if self._reader is not None:
             self._reader.join(timeout_s)
         return self._reader is None or not self._reader.is_alive()
+
+
+def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
+    return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _close(child: "subprocess.Popen[bytes]") -> None:
@@ -6103,10 +6056,10 @@ def console_text(line: str) -> str:
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
-# A `build` event: of plain characters only, which was looked at before, or with escapes.
+# A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
 _PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-f]{4})[ !#-\[\]-~]*)*)"\}\n\n')
+    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n')
 
 
 class SimulatedVm:
@@ -6122,6 +6075,7 @@ class SimulatedVm:
         self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # its holder reads what the child says: a file that is closed meanwhile would never wake it
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
 
@@ -6142,15 +6096,16 @@ class SimulatedVm:
 
     def read_line(self, timeout_s: float) -> bytes:
         """The next line that the child says. Raises BuildFailed VmError."""
-        with self._lock:
-            child = self._child
-        if child is None:
-            raise BuildFailed("VmError", "the VM is gone")
-        with selectors.DefaultSelector() as selector:
-            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            if not selector.select(timeout_s):
-                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-        return _pipe(child.stdout).readline(64 * KIB)
+        with self._reading:
+            with self._lock:
+                child = self._child
+            if child is None:
+                raise BuildFailed("VmError", "the VM is gone")
+            with selectors.DefaultSelector() as selector:
+                selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+                if not selector.select(timeout_s):
+                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+            return _pipe(child.stdout).readline(64 * KIB)
 
     def wait_ready(self, timeout_s: float) -> None:
         """The agent answers on port. Raises BuildFailed VmError."""
@@ -6162,8 +6117,7 @@ class SimulatedVm:
     def is_alive(self) -> bool:
         """Whether it may still answer."""
         with self._lock:
-            child = self._child  # not reaped here: its id must stay its own until destroy
-            return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            return _is_running(self._child)
 
     def destroy(self, clean: bool = False) -> None:
         """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
@@ -6175,11 +6129,9 @@ class SimulatedVm:
                 kill_all(lambda: descendants(child.pid))
                 child.kill()
                 child.wait()
-                for stream in (child.stdin, child.stdout):
-                    try:
-                        _pipe(stream).close()
-                    except OSError:
-                        pass  # it holds a configuration that nobody has read
+                _close(child)
+                with self._reading:
+                    _pipe(child.stdout).close()
             try:
                 remove_tree(self.workspace)
             except OSError as e:
@@ -6188,6 +6140,7 @@ class SimulatedVm:
 
 Vm = SimulatedVm | QemuVm
 CONSOLE_RATE = 20  # lines a second that become events
+MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
 
 
 def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
@@ -6222,8 +6175,9 @@ class VmHost:
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
-        self._wanted = 0  # guarded by _changed; spares that somebody waits for, beyond warm
-        self._failure = ""  # guarded by _changed; why the last spare did not boot
+        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
+        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
+        self._failures, self._failure = 0, ""  # guarded by _changed; how many spares did not boot, and why the last did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -6235,7 +6189,7 @@ class VmHost:
         """No spare is left, and none will be."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = self._spares, []
+            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
             self._changed.notify_all()
         for vm in spares:
             self._destroy(vm)
@@ -6255,6 +6209,14 @@ class VmHost:
         with self._spawning:
             self._alive.pop(vm, None)
 
+    def _living_locked(self) -> list[Vm]:
+        """Caller must hold _changed. The spares that still live."""
+        return [vm for vm in self._spares if vm.is_alive()]
+
+    def _lacks_spares_locked(self) -> bool:
+        """Caller must hold _changed."""
+        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
+
     def _keep_spares(self) -> None:
         """The thread "spares"."""
         while True:
@@ -6262,57 +6224,83 @@ class VmHost:
                 dead = [vm for vm in self._spares if not vm.is_alive()]
                 self._spares = [vm for vm in self._spares if vm not in dead]
                 if not dead:
-                    self._changed.wait_for(lambda: self._stopping or len(self._spares) < max(self._warm, self._wanted), 1.0)  # and look whether all still live
+                    self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
                 if self._stopping:
                     return
-                wanted = len(self._spares) < max(self._warm, self._wanted)
-            for vm in dead:
-                logger().warning("a VM that waited for a build has ended")
-                self._destroy(vm)
-            if wanted:
-                self._add_spare()
+                wanted = self._lacks_spares_locked()
+            try:
+                for vm in dead:
+                    logger().warning("a VM that waited for a build has ended")
+                    self._destroy(vm)
+                if wanted:
+                    self._add_spare()
+            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
+                with self._changed:
+                    if self._stopping:
+                        return
+                    logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
     def _add_spare(self) -> None:
-        """One spare more, or the reason why not."""
-        vm, failure = self._make_vm(), ""
+        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
+        vm, ready = self._make_vm(), False
         try:
-            self._boot(vm)
-        except (BuildFailed, OSError) as e:
-            failure = str(e)
-            logger().error("no VM waits for a build: %s", failure)
-        with self._changed:
-            ready = not failure and not self._stopping
-            if ready:
-                self._spares.append(vm)
-            self._failure = failure
-            self._wanted = 0 if failure else self._wanted
-            self._changed.notify_all()
-        if not ready:
-            self._destroy(vm)
-        if failure:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                if self._stopping:
+                    return
+                self._booting = vm
+            self._boot(vm)
+            with self._changed:
+                ready = not self._stopping
+                if ready:
+                    self._spares.append(vm)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._booting = None
+            if not ready:
+                self._destroy(vm)
 
     def _take_spare(self) -> Vm | None:
         """A VM that is ready, which nobody else gets."""
         with self._changed:
-            self._wanted = 0
-            while self._spares:
-                vm = self._spares.pop(0)
-                self._changed.notify_all()
-                if vm.is_alive():
-                    return vm
-        return None
+            vm = next(iter(self._living_locked()), None)
+            if vm is not None:
+                self._spares.remove(vm)
+            self._changed.notify_all()
+        return vm
+
+    def _await_spare(self) -> Vm:
+        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
+        with self._changed:
+            if self._waiting == MAX_WAITING:
+                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
+            before, self._waiting = self._failures, self._waiting + 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(lambda: self._living_locked() or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
+            finally:
+                self._waiting -= 1
+            for vm in self._living_locked():
+                return vm
+            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
         """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
-        with self._changed:
-            self._wanted, self._failure = 1, ""
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._spares or self._failure or self._stopping, self._boot_timeout_s + RETRY_S)
-            if not self._spares:
-                raise BuildFailed("VmError", self._failure or "no VM is ready")
-            vm = self._spares[0]
+        while True:
+            vm = self._await_spare()
+            try:
+                return self._ask_evidence(vm, nonce)
+            except BuildFailed:
+                with self._changed:
+                    if vm in self._living_locked() or self._stopping:
+                        raise  # else a build has taken it meanwhile, or it has died
+
+    @staticmethod
+    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
+        """evidence.json of vm. Raises BuildFailed."""
         connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
         try:
             connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
@@ -6333,8 +6321,7 @@ class VmHost:
         timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
         timer.daemon = True
         fetcher, built = None, False
-        spare = self._take_spare()
-        vm = self._make_vm() if spare is None else spare
+        vm = self._take_spare() or self._make_vm()
         try:
             request, source = job.request, job.source
             if request.repo_url and not vm.networked:
@@ -6344,7 +6331,11 @@ class VmHost:
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
             jobs.when_halted(job, vm.destroy)
-            if spare is None:
+            if vm.port and not vm.is_alive():  # a spare that has died meanwhile: the build was accepted, and gets another VM
+                self._destroy(vm)
+                vm = self._make_vm()
+                jobs.when_halted(job, vm.destroy)
+            if not vm.port:
                 self._tell(job, vm, "booting")
                 if self._console and isinstance(vm, QemuVm):
                     vm.console = _limit_rate(lambda line: self._tell(job, vm, f"console, which is the host's word: {line}"))
@@ -6352,7 +6343,7 @@ class VmHost:
                 if isinstance(vm, QemuVm):
                     vm.hush()  # of later phases no `vm` event may come
             self._tell(job, vm, "ready")
-            if not timer.is_alive():
+            if fetcher is None:
                 timer.start()
             path = self._drive(vm, job, request, source)
             built = True
@@ -6457,7 +6448,7 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
         if not block:
             raise BuildFailed("VmError", "the VM ended in the middle of the build")
         text += block.decode("ascii")
-        end = text.rfind("\n\n") + 2
+        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
         if len(text) - end > 2 * MIB:
             raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
         if end < 2:
@@ -7155,11 +7146,30 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
-        return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester,
-                            lambda phase, messages: log.append(to_payloads(phase, messages)))
+        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
 
-    jobs = Jobs(os.path.join(workspace, "agent"), build, streamer.grown, single_use=True)
-    api = Api(jobs, policy, {}, lambda nonce: attester.attest(waiting_report_data(nonce)))
+        def emit(phase: str, messages: Sequence[str]) -> None:
+            if log.size > max_log:
+                raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM")
+            log.append(to_payloads(phase, messages))
+
+        try:
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            for name in ("artifacts", "result.tar.gz"):
+                remove_tree(os.path.join(own, name))  # or there is no room to say so
+            raise BuildFailed("LimitError", "the disk of the VM, which is memory in a guest, is full") from None
+
+    def attest(nonce: str) -> bytes:
+        evidence = attester.attest(waiting_report_data(nonce))
+        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
+        return evidence
+
+    own = os.path.join(workspace, "agent")
+    jobs = Jobs(own, build, streamer.grown, single_use=True)
+    api = Api(jobs, policy, {}, attest)
     server = make_http_server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
     sys.stdout.write(f"{server.server_address[1]}\n")
@@ -7231,18 +7241,20 @@ _GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
 _BROKER = "/run/broker/socket"  # below SYSROOT
 # Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x40000000, 0x01234567, 313, 38
+_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x08000000, 0x40000000, 0x01234567, 313, 38
 _SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
 _IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
 _DM_HEADER = 312  # bytes of struct dm_ioctl
-# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options.
+# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
+# fill leaves memory for the agent's log and result, for the kernel and for both our processes, which then still say what has happened.
 _MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""), ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
            ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"))
 _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"), ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
                    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
-                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=50%"),
-                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=80%"))
+                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
+                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
+                   ("agent", "/work/agent", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"))
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
 _SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
@@ -7364,7 +7376,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
     for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
         os.symlink(target, f"{SYSROOT}/dev/{name}")
-    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), ("work/agent", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
+    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
         os.mkdir(f"{SYSROOT}/{name}")
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
@@ -7486,6 +7498,7 @@ class GuestBroker:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+            _system_call("unshare", _CLONE_NEWIPC)  # shared memory of System V would outlive its processes, and no mount's size bounds it
             if not self._network:
                 _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -7493,7 +7506,10 @@ class GuestBroker:
             os.chdir(question["cwd"])
 
         stdin, stdout, stderr = fds
-        child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        try:
+            child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+        except subprocess.SubprocessError:
+            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
         child.returncode = 0  # run_guest reaps all
         return child.pid
 
@@ -7519,7 +7535,14 @@ class GuestBroker:
         os.waitpid(pid, 0)
 
         def alive() -> list[int]:
-            return [pid for pid in descendants(1) if os.path.exists(f"/proc/{pid}") and os.stat(f"/proc/{pid}").st_uid == BUILD_UID]
+            return [pid for pid in descendants(1) if is_of_build(pid)]
+
+        def is_of_build(pid: int) -> bool:
+            try:
+                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
+                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
+            except OSError:
+                return False  # it has ended
 
         kill_all(alive)  # what is killed takes a moment to end
         return {}
@@ -8195,12 +8218,13 @@ def _require_snp(image: str | None) -> None:
     """Raise UsageError, after a table, where something is missing that an SEV-SNP guest needs."""
     checks = [*preflight(), Check("image", "passed" if image else "failed", actual="none is named", detail="`confbuild image` makes one, --image DIR names it")]
     missing = sum(check.status != "passed" for check in checks)
-    for check in checks if missing else []:
+    if not missing:
+        return
+    for check in checks:
         rows = [f"ok    {check.name}"] if check.status == "passed" else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
         sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
-    if missing:
-        raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
-                         "`--vm qemu` boots the same image in a guest that is not confidential")
+    raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
+                     "`--vm qemu` boots the same image in a guest that is not confidential")
 
 
 class Running(NamedTuple):
@@ -8342,7 +8366,8 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    running = start_server(options, options.state or _default_state(), tokens, machine)
+    state = options.state or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
+    running = start_server(options, state, tokens, machine)
     sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: {machine.note}\n")
     sys.stderr.flush()
     while not stopped.is_set():
@@ -8350,10 +8375,6 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     sys.stderr.write(f"confbuild: stopping; running builds have {options.grace:g} s\n")
     running.stop(options.grace)
     return EXIT_OK
-
-
-def _default_state() -> str:
-    return os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
 
 
 def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> Service:
@@ -8401,7 +8422,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             if options.tee:
                 _check_waiting_vm(service, vm, endorsements, display)
             job_id = service.submit(request, None if is_url else archive)
-            return _follow_and_fetch(options, service, job_id, 0, bundle, expected, display, cancel=True, endorsements=endorsements)
+            return _follow_and_fetch(options, service, job_id, bundle, expected, display, endorsements)
         finally:
             if running is not None:
                 running.stop(0.0)
@@ -8483,26 +8504,25 @@ def _follow(options: "argparse.Namespace", service: Service, job_id: str, start:
     return None, digest.hexdigest()
 
 
-def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, start: int, bundle: str, expected: Expectations,
-                      display: Display | None, cancel: bool, endorsements: Endorsements) -> int:
-    """Follow a job to its end, and hold a verified bundle."""
+def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
+                      endorsements: Endorsements) -> int:
+    """Follow a job to its end, and hold a verified bundle. An interrupt cancels the job."""
     try:
-        result, log_sha256 = _follow(options, service, job_id, start, display)
+        result, log_sha256 = _follow(options, service, job_id, 0, display)
     except KeyboardInterrupt:
         if display is not None:
             display.end({"error_type": "Cancelled", "error": "interrupted"})
-        if cancel:
-            try:
-                service.jobs("DELETE", f"/build/{job_id}")
-                _note(display, f"interrupted; job {job_id} is cancelled")
-            except RemoteError as e:
-                _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
+        try:
+            service.jobs("DELETE", f"/build/{job_id}")
+            _note(display, f"interrupted; job {job_id} is cancelled")
+        except RemoteError as e:
+            _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
         raise
     if result is not None and result["status"] == "failed":
         if display is None and options.output == "quiet":
             sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
         return EXIT_NO
-    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256 if start == 0 else None), display, endorsements)
+    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256), display, endorsements)
 
 
 def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
@@ -8728,7 +8748,8 @@ def cmd_measure(options: "argparse.Namespace") -> int:
             return hashlib.file_digest(f, "sha256").digest()
 
     def explain(step: str, digest: bytes) -> None:
-        sys.stdout.write(f"{digest.hex()}  {step}\n")
+        if options.explain:
+            sys.stdout.write(f"{digest.hex()}  {step}\n")
 
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
@@ -8737,7 +8758,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         hashes = None if options.kernel is None else boot_hashes(
             digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append)
         signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
-        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain if options.explain else None)
+        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
         raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
     state = "" if hashes is None else firmware_state(data)  # without a kernel in it, the digest is of the firmware alone
@@ -8902,8 +8923,8 @@ _integer.__name__ = "number such as 33 or 0x21"
 _age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
 
 
-def build_parser() -> "argparse.ArgumentParser":
-    """The command line [CONTRACT 5]."""
+def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentParser":
+    """The command line [CONTRACT 5]. arguments: what it is for; a command that they cannot mean has no options, which saves their time."""
     class Version(argparse.Action):
         """The digest is made only where it is asked for."""
 
@@ -8918,20 +8939,26 @@ def build_parser() -> "argparse.ArgumentParser":
                "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.")
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_build, _add_serve, _add_verify, _add_measure, _add_attest, _add_image, _add_watch, _add_list, _add_cancel, _add_fetch):
-        add(commands)
+    for name, run, add, text in (
+            ("build", cmd_build, _add_build, "build a directory or a git URL, watch it, hold a verified bundle"),
+            ("serve", cmd_serve, _add_serve, "run the build service"),
+            ("verify", cmd_verify, _add_verify, "verify bundles, offline"),
+            ("measure", cmd_measure, _add_measure, "compute the SEV-SNP launch digest of a firmware and a kernel"),
+            ("attest", cmd_attest, _add_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware"),
+            ("image", cmd_image, _add_image, "make the image that guests are booted from, or check one"),
+            ("watch", cmd_watch, _add_watch, "follow a build"),
+            ("list", cmd_list, _add_list, "list the builds of a server, newest first"),
+            ("cancel", cmd_cancel, _add_cancel, "cancel a build"),
+            ("fetch", cmd_fetch, _add_fetch, "download and verify the bundle of a finished build")):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        command.set_defaults(run=run)
+        if arguments is None or name in arguments:
+            add(command)
     commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
     commands.add_parser("fetcher").set_defaults(run=cmd_fetcher)
     sweep = commands.add_parser("sweep")
     sweep.add_argument("workspace")
     sweep.set_defaults(run=cmd_sweep)
-    return parser
-
-
-def _add_command(commands: Any, name: str, run: Callable[["argparse.Namespace"], int], text: str) -> "argparse.ArgumentParser":
-    """One command."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -8966,8 +8993,7 @@ def _add_machine(parser: "argparse.ArgumentParser") -> None:
     group.add_argument("--vek", metavar="FILE", help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none")
 
 
-def _add_build(commands: Any) -> None:
-    parser = _add_command(commands, "build", cmd_build, "build a directory or a git URL, watch it, hold a verified bundle")
+def _add_build(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("source", metavar="DIR|URL")
     _add_server(parser, required=False)
     parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
@@ -8980,8 +9006,7 @@ def _add_build(commands: Any) -> None:
     parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None, warm=0, console=False, print_command=False)
 
 
-def _add_serve(commands: Any) -> None:
-    parser = _add_command(commands, "serve", cmd_serve, "run the build service")
+def _add_serve(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where to listen (default: %(default)s; port 0: any free one)")
     parser.add_argument("--state", metavar="DIR", help="where jobs are kept (default: a directory of this user)")
     parser.add_argument("--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)")
@@ -9001,8 +9026,7 @@ def _add_serve(commands: Any) -> None:
     parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 
 
-def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", cmd_verify, "verify bundles, offline")
+def _add_verify(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
                      "or --image a VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
@@ -9040,8 +9064,7 @@ def _add_verify(commands: Any) -> None:
     group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
 
 
-def _add_measure(commands: Any) -> None:
-    parser = _add_command(commands, "measure", cmd_measure, "compute the SEV-SNP launch digest of a firmware and a kernel")
+def _add_measure(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--firmware", metavar="FILE", required=True, help="OVMF, as -bios of QEMU has it")
     parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
     parser.add_argument("--initrd", metavar="FILE", help="-initrd")
@@ -9055,16 +9078,14 @@ def _add_measure(commands: Any) -> None:
     parser.add_argument("--explain", action="store_true", help="print the digest after each step")
 
 
-def _add_attest(commands: Any) -> None:
-    parser = _add_command(commands, "attest", cmd_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware")
+def _add_attest(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
     parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits")
     parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
     parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
 
 
-def _add_image(commands: Any) -> None:
-    parser = _add_command(commands, "image", cmd_image, "make the image that guests are booted from, or check one")
+def _add_image(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
                      "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
                      "of it. A lock file pins the SHA-256 of every package; the signature of the index is not checked: do that before, as your distribution tells.")
@@ -9088,29 +9109,25 @@ def _add_image(commands: Any) -> None:
     group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this package, though others depend on it (repeatable)")
 
 
-def _add_watch(commands: Any) -> None:
-    parser = _add_command(commands, "watch", cmd_watch, "follow a build")
+def _add_watch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events")
     _add_output(parser)
 
 
-def _add_list(commands: Any) -> None:
-    parser = _add_command(commands, "list", cmd_list, "list the builds of a server, newest first")
+def _add_list(parser: "argparse.ArgumentParser") -> None:
     _add_server(parser)
     _add_output(parser)
 
 
-def _add_cancel(commands: Any) -> None:
-    parser = _add_command(commands, "cancel", cmd_cancel, "cancel a build")
+def _add_cancel(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     _add_output(parser)
 
 
-def _add_fetch(commands: Any) -> None:
-    parser = _add_command(commands, "fetch", cmd_fetch, "download and verify the bundle of a finished build")
+def _add_fetch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
@@ -9142,13 +9159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = build_parser().parse_args(arguments)
+    options = build_parser(arguments).parse_args(arguments)
     if options.run not in (cmd_verify, cmd_measure):
         logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
                             format="confbuild: %(levelname)s: %(message)s")
     try:
         if getattr(options, "policy", None):  # as if it stood in front of what is on the command line, which so wins
-            options = build_parser().parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
+            options = build_parser(arguments).parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
         return int(options.run(options))
     except ConfbuildError as e:
         sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))

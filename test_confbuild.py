@@ -3,6 +3,7 @@ import argparse
 import ast
 import atexit
 import base64
+import concurrent.futures
 import contextlib
 import ctypes
 import errno
@@ -821,7 +822,6 @@ class TestRecords:
             "verdict": "failed", "platform": "snp", "claims": {"nonce": None}, "checks": [
                 {"name": "a", "status": "failed", "expected": "1", "actual": "2", "detail": "why"},
                 {"name": "b", "status": "not checked", "expected": "", "actual": "", "detail": ""}]}
-        assert confbuild.Digest("v 1", "ab").to_wire() == {"digest": {"sha256": "ab"}, "version": "v 1"}
 
 # endregion 4
 # ==============================================================================
@@ -2312,7 +2312,7 @@ class TestLaunchDigest:
 class TestFirmwareState:
     def test_the_stock_firmware(self) -> None:
         data = firmware_file("OVMF.amdsev.fd").read_bytes()
-        volume = confbuild.firmware_volume(data)
+        volume = b"".join(confbuild.volume_blocks(data))
         assert confbuild.firmware_state(data) == ADMITS and len(volume) == 0xF50090 and volume.count(SHIM) == 2
 
     @pytest.mark.parametrize(("volume", "state"), [
@@ -2322,14 +2322,14 @@ class TestFirmwareState:
     def test_names(self, volume: bytes, state: str) -> None:
         """Wherever it lies, also across two blocks."""
         data = toy_volume(lzma_section(volume))
-        assert (confbuild.firmware_state(data), confbuild.firmware_volume(data) == volume) == (state, True)
+        assert (confbuild.firmware_state(data), b"".join(confbuild.volume_blocks(data)) == volume) == (state, True)
 
     def test_the_guid_elsewhere(self) -> None:
         """As it stands in code, too, and as what cannot be a section."""
         odd = [LZMA_GUID, b"\2" + LZMA_GUID, bytes(3) + b"\2" + LZMA_GUID + bytes(4), b"\xff\xff\xff\2" + LZMA_GUID + b"\x18\0\0\0",
                b"\x18\0\0\2" + LZMA_GUID + b"\x18\0\0\0", b"\x30\0\0\2" + LZMA_GUID + b"\x17\0\0\0"]
-        assert confbuild.firmware_volume(toy_volume(*odd, lzma_section(b"volume"))) == b"volume"
-        assert confbuild.firmware_volume(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(*odd, lzma_section(b"volume")))) == b"volume"
+        assert b"".join(confbuild.volume_blocks(toy_volume(lzma_section(b"volume")) + b"\2" + LZMA_GUID)) == b"volume"
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "there is no compressed section"), (b"", "there is no compressed section"),
@@ -2343,7 +2343,7 @@ class TestFirmwareState:
         state = confbuild.firmware_state(data)
         assert state.startswith("cannot be looked into: firmware volume: ") and message in state
         with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
-            confbuild.firmware_volume(data)
+            b"".join(confbuild.volume_blocks(data))
 
     def test_no_lzma(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Python can be built without."""
@@ -3638,6 +3638,20 @@ os._exit(0)""", str(tmp_path / "fork"), MARK=mark)
         confbuild.kill_all(lambda: [gone])
         assert 2 <= now[0] < 2.1
 
+    def test_descendants_without_a_first_thread(self) -> None:
+        """A process whose first thread has ended is a zombie in /proc, and lives, with all that is below it."""
+        code = ("import ctypes, subprocess, threading, time; subprocess.Popen(['sleep', '300']); threading.Thread(target=lambda: time.sleep(300)).start(); "
+                "ctypes.CDLL(None).syscall(60, 0)")
+        with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as child:
+            try:
+                wait_for(lambda: ") Z " in Path(f"/proc/{child.pid}/stat").read_text())
+                found = confbuild.descendants(child.pid)
+                assert child.pid in confbuild.descendants(os.getpid()) and len(found) == 1
+                confbuild.kill_all(lambda: confbuild.descendants(child.pid))
+                wait_for(lambda: not living(found[0]))
+            finally:
+                os.killpg(child.pid, signal.SIGKILL)
+
     def test_descendants_with_a_hostile_name(self, tmp_path: Path) -> None:
         program = tmp_path / ") Z 1 ("
         shutil.copy(shutil.which("sleep") or "", program)
@@ -3915,6 +3929,13 @@ def pax(name: str, value: str) -> bytes:
     return next(f"{size}{rest}".encode() for size in range(len(rest) + 1, len(rest) + 9) if len(f"{size}{rest}") == size)
 
 
+def large_member(name: str) -> bytes:
+    """The header of a file of 6 GiB, which nobody unpacks."""
+    info = tarfile.TarInfo(name)
+    info.size = 6 << 30
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
 class TestArchives:
     READ_DIFFERENTLY = "which readers understand differently"
 
@@ -3985,6 +4006,7 @@ class TestArchives:
         (gzip.compress(patched(tar_bytes(*files("a")), 124, b"77777777777\0")), "SourceError", "the archive is damaged"),
         (gzip.compress(tar_bytes(("a", "file", "x" * 600))[:1024]), "SourceError", "the archive is damaged: ReadError: unexpected end of data"),
         (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)))), "LimitError", "the archive has a header of more than 1 MiB"),
+        (gzip.compress(large_member(".DS_Store")), "LimitError", "the archive unpacks to more than 4294967296 bytes"),
         (gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)), form=tarfile.GNU_FORMAT)), "LimitError", "a header of more than 1 MiB"),
         (gzip.compress(tar_bytes(*files("a\udcff"), form=tarfile.GNU_FORMAT)), "SourceError", "'a\\udcff' is not UTF-8")])
     def test_damaged(self, tmp_path: Path, data: bytes, error_type: str, fragment: str) -> None:
@@ -4600,6 +4622,7 @@ class TestPrograms:
             assert found == str(tmp_path / name / "bin" / "cargo")
             digest = hashlib.sha256((tmp_path / name / "bin" / "cargo").read_bytes()).hexdigest()
             assert confbuild.describe_program(found, project_path, on_path(rustup)) == confbuild.Digest(f"cargo {name}", digest)
+            assert confbuild.Digest(f"cargo {name}", digest).to_wire() == {"digest": {"sha256": digest}, "version": f"cargo {name}"}
 
     def test_a_shim_by_hard_link_or_by_a_chain_of_links(self, tmp_path: Path, rustup: Path) -> None:
         """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the file at its end is rustup, which is no cargo."""
@@ -6274,7 +6297,8 @@ class TestLock:
         (["x"], gzip.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\x1f\x8b" + b"x" * 30, "no package index: Unknown compression method"),
         (["x"], lzma.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\xfd7zXZ\0xxxxxxxxxxxxxxxx", "no package index: "),
         (["x"], gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "no package index: Error -3"),
-        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")])
+        (["x"], gzip.compress(b"x" * (1 << 20)), "no package index: a line of 1048576 bytes"), (["x"], gzip.compress(b"x" * ((1 << 20) - 2) + b"\n"), "a package without Package"),
+        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")], ids=short_id)
     def test_no_lock(self, tmp_path: Path, names: Sequence[str], index: str | bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
             self.lock(tmp_path, names, index)
@@ -6292,7 +6316,7 @@ class TestLock:
 
     def test_versions(self) -> None:
         """In the order of deb-version(7)."""
-        order = ["0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
+        order = ["9" * 5000 + ":0.1", "0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
         assert sorted(random.Random(1).sample(order, len(order)), key=confbuild._version_key) == order
 
 
@@ -6361,6 +6385,7 @@ class TestDebs:
         (deb_of(b"")[:150], "p0: not a .deb file, or one without"), (deb_of(b"", "other.tar.xz"), "or one without data.tar"), (deb_of(b"").replace(b"`", b"'"), "or one without data.tar"),
         (deb_of(b"x", "data.tar.zst"), "p0: data.tar.zst cannot be read: only .gz and .xz can"), (deb_of(b"x" * 1000)[:-500], "p0: data.tar.xz is cut off"),
         (deb_of(b"x" * 1000), "p0: damaged: LZMAError"), (deb_of(b"x" * 1000, "data.tar.gz"), "p0: damaged: Not a gzipped file"), (deb_of(b"x" * 1000, "data.tar"), "p0: the archive is no tarball"),
+        (deb_of(lzma.compress(large_member("usr/share/doc/x"))), "p0: the archive unpacks to more than 4294967296 bytes"),
         (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)))[:-20]), "p0: damaged: EOFError"), (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)) + b"more")), "goes on after its end")], ids=short_id)
     def test_damaged(self, tmp_path: Path, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
@@ -6399,7 +6424,8 @@ class TestElf:
         (b"", "not a file for x86-64"), (b"#!/bin/sh\n", "not a file"), (elf()[:19], "cut off"), (elf()[:40], "cut off"), (elf()[:100], "cut off"),
         (elf()[:18] + b"\3" + elf()[19:], "not a file for x86-64"), (elf("/x", ["y"])[:-40], "cut off"), (elf(needed=["y"]).replace(struct.pack("<QQ", 5, 0x400000 + 233), bytes((5,)) + bytes(15)),
                                                                                                       "no segment holds the names"),
-        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end")], ids=short_id)
+        (elf(needed=["y"]).replace(struct.pack("<QQ", 1, 1), struct.pack("<QQ", 1, 1 << 40)), "a name without an end"), (elf("x" * 5000), "a name without an end"),
+        (elf()[:54] + b"\0\0\2\0" + elf()[58:], "2 program headers of 0 bytes, not at most 64 of 56"), (elf()[:56] + b"\x41\0" + elf()[58:], "65 program headers of 56 bytes")], ids=short_id)
     def test_damaged(self, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.Malformed, match=f"^ELF: {message}"):
             confbuild.elf_needs(data)
@@ -6493,11 +6519,17 @@ class TestSealing:
     def test_sealed(self) -> None:
         sealed = confbuild.seal_firmware(TOY_AMDSEV)
         assert confbuild.firmware_state(TOY_AMDSEV) == ADMITS and confbuild.firmware_state(sealed) == "" and len(sealed) == len(TOY_AMDSEV)
-        volume, before = confbuild.firmware_volume(sealed), confbuild.firmware_volume(TOY_AMDSEV)
+        volume, before = b"".join(confbuild.volume_blocks(sealed)), b"".join(confbuild.volume_blocks(TOY_AMDSEV))
         assert volume == before.replace(SHIM, "\u2603him\0".encode("utf-16-le")) and volume.count(b"\x03\x26h\0i\0m\0\0\0") == 2
         begin, end = confbuild.volume_place(TOY_AMDSEV)
         assert sealed[:begin] == TOY_AMDSEV[:begin] and sealed[end:] == TOY_AMDSEV[end:]
         assert struct.unpack_from("<Q", sealed, begin + 5)[0] == len(volume) and confbuild.seal_firmware(sealed) is sealed
+
+    @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5000])
+    def test_small_dictionaries(self, size: int) -> None:
+        """Which liblzma reads, and from 4096 on makes."""
+        data = toy_volume(lzma_section(b"x" * 100 + SHIM + b"y" * 30000 + bytes(range(256)) * 10, properties=b"\x5d" + struct.pack("<I", size)))
+        assert confbuild.firmware_state(data) == ADMITS and confbuild.firmware_state(confbuild.seal_firmware(data)) == ""
 
     @pytest.mark.parametrize(("data", "message"), [
         (TOY_FIRMWARE, "the firmware cannot be looked into: firmware volume: there is no compressed section"), (b"", "cannot be looked into"),
@@ -6667,6 +6699,15 @@ class TestImage:
         monkeypatch.setattr(confbuild, "MAX_MODULE", len(module_file("dm-bufio,dm-mod")) - 1)
         with pytest.raises(confbuild.ImageError, match=r"dm-verity\.ko\.xz: cut off, or more than 54 bytes"):
             self.make(tmp_path)
+
+    @pytest.mark.parametrize(("count", "message"), [
+        (53, "the kernel has no module m53, which m52 needs"), (54, "a guest would need more than 64 modules"), (2000, "a guest would need more than 64 modules")])
+    def test_many_modules(self, tmp_path: Path, count: int, message: str) -> None:
+        """A chain of them is no deep recursion. Eleven are loaded before it, and its last is missing."""
+        chain = {f"usr/lib/modules/6.1.0-toy/kernel/virt/m{i}.ko": module_file(f"m{i + 1}") for i in range(count)}
+        root = toy_root(tmp_path / "root", {**chain, "usr/lib/modules/6.1.0-toy/kernel/virt/tsm.ko": module_file("m0")})
+        with pytest.raises(confbuild.ImageError, match=message):
+            self.make(tmp_path, root=root)
 
     def test_other_refusals(self, tmp_path: Path) -> None:
         (tmp_path / "there").mkdir()
@@ -7954,6 +7995,8 @@ class TestVm:
         ([wire("{")], ValueError, "not JSON"),
         ([b"\n\n"], ValueError, "not JSON"),
         ([wire('{"type":"build","type":"build"}')], ValueError, "occurs twice"),
+        ([wire(r'{"type":"build","msg":"\ud83d\ude00 \ud83d"}')], ValueError, "lone surrogate"),
+        ([wire(r'{"type":"build","msg":"\ude00"}')], ValueError, "lone surrogate"),
         ([wire(ev("build")).replace(b'"m"', '"é"'.encode())], ValueError, "ascii"),
         ([wire({"type": "complete", "result": {"status": "great"}})], confbuild.BuildFailed, "a result that is none"),
         ([wire({"type": "complete", "result": ["ok"]})], confbuild.BuildFailed, "a result that is none"),
@@ -8097,6 +8140,40 @@ def test_limit_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[confbuild.CONSOLE_RATE:] == ["next (5 lines before it are left out)", "last"]
 
 
+class StandInVm:
+    """A VM that is ready at once."""
+
+    platform, networked, label, port, token, alive, destroyed = "simulated", True, "", 0, "", True, False
+
+    def __init__(self) -> None:
+        self.gone = threading.Event()
+
+    def spawn(self) -> int:
+        return -1
+
+    def wait_ready(self, timeout_s: float) -> None:
+        self.port = 1
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def destroy(self, clean: bool = False) -> None:
+        self.destroyed = True
+        self.gone.set()
+
+
+def stand_in_host(tmp: Path, *failures: Exception) -> confbuild.VmHost:
+    """A host of VMs that are none; the first ones cannot be made."""
+    left = list(failures)
+
+    def make() -> Any:
+        if left:
+            raise left.pop(0)
+        return StandInVm()
+
+    return confbuild.VmHost(make, no_fetcher, 30)
+
+
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
@@ -8128,6 +8205,96 @@ class TestSpares:
         assert counted(s) == 1
         assert s.events(s.submit())[-1] == OK_EVENT
         wait_for(lambda: counted(s) == 0)
+
+    def test_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A VM that a build takes while it is asked is no answer: the next one is asked. One that stays, and fails, is."""
+        host, asked = stand_in_host(tmp_path), []
+
+        def ask(vm: Any, nonce: str) -> bytes:
+            asked.append(vm)
+            if len(asked) == 1:
+                host._take_spare()
+            if len(asked) in (1, 3):
+                raise confbuild.BuildFailed("AttestationError", "accepts one build, and has accepted it")
+            return b"{}"
+
+        monkeypatch.setattr(host, "_ask_evidence", ask)
+        host.start()
+        assert host.attestation(NONCE) == b"{}" and asked[0] is not asked[1]
+        with pytest.raises(confbuild.BuildFailed, match="accepts one build"):
+            host.attestation(NONCE)
+        host.stop()
+        assert asked[1].destroyed and not host._alive.keys() - {asked[0]}
+
+    def test_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """Whatever keeps a spare from being made, the next is tried."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0)
+        host = stand_in_host(tmp_path, OSError(errno.ENOSPC, "No space left on device"), ValueError("closed file"), RuntimeError("can't start new thread"))
+        host._warm = 1
+        host.start()
+        wait_for(lambda: host._spares)
+        assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
+        host.stop()
+
+    def test_stop_while_one_boots(self, tmp_path: Path) -> None:
+        """A stop does not wait until a VM has booted."""
+        host = stand_in_host(tmp_path)
+        host._warm, made = 1, []
+
+        class Slow(StandInVm):
+            def wait_ready(self, timeout_s: float) -> None:
+                made.append(self)
+                assert self.gone.wait(60)
+                raise confbuild.BuildFailed("VmError", "the VM ended while it booted")
+
+        host._make_vm = Slow  # type: ignore[assignment]
+        host.start()
+        wait_for(lambda: made)
+        host.stop()
+        assert not host._thread.is_alive() and made[0].destroyed and not host._alive
+
+    def test_dead_before_the_build(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A build whose spare has died gets another VM."""
+        host, driven = stand_in_host(tmp_path), list[Any]()
+
+        def drive(vm: Any, *_: Any) -> str:
+            driven.append(vm)
+            return "path"
+
+        monkeypatch.setattr(host, "_drive", drive)
+
+        class Dying(StandInVm):
+            def is_alive(self) -> bool:
+                self.alive, alive = False, self.alive
+                return alive
+
+        dead = Dying()
+        dead.port = 1
+        host._spares.append(dead)  # type: ignore[arg-type]
+        jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
+        assert host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)) == "path"
+        assert dead.destroyed and driven[0] is not dead and driven[0].destroyed
+
+    def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_WAITING", 0)
+        with pytest.raises(confbuild.BuildFailed, match="0 others wait for a VM"):
+            stand_in_host(tmp_path).attestation(NONCE)
+
+    def test_destroyed_while_read(self) -> None:
+        """Who waits for a VM's word learns at once that it is gone."""
+        for _ in range(5):
+            vm = confbuild.SimulatedVm(confbuild.SourcePolicy(), command="fetcher")
+            vm._config = {}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+                vm.spawn()
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                said = pool.submit(vm.read_line, 60)
+                vm.destroy()
+                try:
+                    assert said.result(30) == b""
+                except confbuild.BuildFailed as e:
+                    assert str(e) == "the VM is gone"  # it was destroyed before it was asked
 
     def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no VM boots, the reason is told."""
@@ -8668,6 +8835,7 @@ class TestAgent:
             s.port = int(agent.stdout.readline())
             is_problem(s.request("GET", "/builds"), 401, "Unauthorized")
             s.headers = {"Authorization": "Bearer once"}
+            assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200
             script = (f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
                       f"echo $$ > {tmp_path}/tool; echo up; sleep 300")
             job = s.submit(project(script))
@@ -8678,10 +8846,46 @@ class TestAgent:
                 assert not answer.isclosed()
             connection.close()
             is_problem(s.request("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted")
+            is_problem(s.request("GET", f"/attestation?nonce={NONCE}"), 409, "AlreadyAccepted")  # it waits for no build any more
             agent.stdin.close()
             assert agent.wait(20) == 0
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
+
+
+    @pytest.mark.parametrize(("error", "room", "error_type", "fragment"), [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 20, "LimitError", "disk of the VM"), (OSError(errno.EIO, "I/O error"), 1 << 20, "InternalError", "its log"),
+        (None, 100, "LimitError", "more than 50 bytes, half of the room")])
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None, room: int, error_type: str, fragment: str) -> None:
+        """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
+        def pipeline(*arguments: Any) -> str:
+            (tmp_path / "agent/artifacts").mkdir()
+            if error is not None:
+                raise error
+            for _ in range(20):
+                arguments[-1]("build", ["x" * 20])
+            raise AssertionError("the log has no limit")
+
+        made: list[Any] = []
+
+        class Api(confbuild.Api):
+            def __init__(self, jobs: confbuild.Jobs, *arguments: Any) -> None:
+                made.append(jobs)
+                super().__init__(jobs, *arguments)
+
+        served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
+        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("make_http_server", lambda *_: served)):
+            monkeypatch.setattr(confbuild, name, value)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda _: threading.Event().wait(0))))
+        confbuild.serve_agent({"token": "t", "policy": confbuild.SourcePolicy()._asdict()}, str(tmp_path), ("", 0),
+                              confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence), lambda: None)
+        job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        wait_for(lambda: made[0].describe(job)["status"] == "failed")
+        status = made[0].describe(job)
+        assert status["error_type"] == error_type and fragment in status["error"]
+        assert (tmp_path / "agent/artifacts").exists() == (fragment != "disk of the VM")
+        made[0].stop(0)
 
 
 class TestFetcher:
@@ -8850,11 +9054,25 @@ class TestBroker:
         assert not living(int(Path(tmp, "b").read_text()))
         shutil.rmtree(tmp)
 
+    @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3")  # a build cannot read /root
+    def test_hidden_leftovers(self, broker: confbuild.Broker) -> None:
+        """What hides its memory, and so has files of root in /proc, is dead as well; shared memory of System V goes with who made it."""
+        tmp = tempfile.mkdtemp()
+        os.chmod(tmp, 0o777)
+        code = (f"import ctypes, os, time; libc = ctypes.CDLL(None); libc.shmget(0, 4096, 0o1600)\nif os.fork(): os._exit(0)\nos.setsid(); libc.prctl(4, 0)\n"
+                f"open('{tmp}/pid', 'w').write(str(os.getpid())); os.close(1); os.close(2); time.sleep(300)")
+        before = Path("/proc/sysvipc/shm").read_text()
+        assert self.run(f"/usr/bin/python3 -c \"{code}\" && while [ ! -s {tmp}/pid ]; do sleep 0.01; done")[0] == 0
+        assert not living(int(Path(tmp, "pid").read_text())) and Path("/proc/sysvipc/shm").read_text() == before
+        shutil.rmtree(tmp)
+
     def test_refusals(self, broker: confbuild.Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         for argv, number in ((["/nowhere"], errno.ENOENT), (["/"], errno.EACCES)):
             with pytest.raises(OSError, match="No such file|Permission denied") as caught:
                 confbuild.capture(argv, "/", self.ENV, untrusted=True)
             assert caught.value.errno == number
+        with pytest.raises(OSError, match="cannot be entered"):
+            confbuild.capture(["/bin/true"], "/nowhere", self.ENV, untrusted=True)
         with pytest.raises(OSError, match="this is no SEV-SNP guest"):
             broker.ask({"op": "report", "data": "00" * 64})
         with pytest.raises(FileNotFoundError):
@@ -8928,13 +9146,13 @@ def guest_runs(folder: Path) -> GuestRuns:
     (folder / "shim.efi").write_bytes(b"MZ" + bytes(4094))
     image = confbuild.read_image(str(IMAGE))
     (folder / "vmlinuz").write_bytes(Path(image.kernel).read_bytes() + b"\0")
-    shim = boot_as_measured(folder, image, "-shim", str(folder / "shim.efi"))
-    other = boot_as_measured(folder, image._replace(kernel=str(folder / "vmlinuz")))
+    shim = boot_as_measured(folder, image, 90, "-shim", str(folder / "shim.efi"))
+    other = boot_as_measured(folder, image._replace(kernel=str(folder / "vmlinuz")), 15)  # twice what the right one takes
     return GuestRuns(config, attestation, events, str(folder / "result"), [pid for pid in left if living(pid)], folders, shim, other)
 
 
-def boot_as_measured(folder: Path, image: confbuild.Image, *options: str) -> tuple[str, str]:
-    """(what the agent says within 15 seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
+def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *options: str) -> tuple[str, str]:
+    """(what the agent says within so many seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
     config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
     honest = confbuild.QemuVm(confbuild.Guest("qemu", confbuild.read_image(str(IMAGE))), config, str(folder))
     argv = confbuild.qemu_argv(confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", *honest._write_hashes())
@@ -8943,7 +9161,7 @@ def boot_as_measured(folder: Path, image: confbuild.Image, *options: str) -> tup
         assert child.stdin and child.stdout
         child.stdin.write(json.dumps({"platform": "qemu", "network": "none", **config}).encode() + b"\n")
         child.stdin.flush()
-        said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 15)[0] else ""
+        said = child.stdout.readline().decode() if select.select([child.stdout], [], [], seconds)[0] else ""
     finally:
         child.kill()
         console = child.communicate()[1].decode("utf-8", "replace")
