@@ -8004,7 +8004,7 @@ def _sentence(verdict: Verdict, color: bool) -> str:
                                                      f"it does not prove where or by whom this was built{unasked}")
     unasked = ", ".join(text for name, text in (
         ("nonce", "when it was signed (--nonce)"),
-        ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--measurement)"),
+        ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--image, --measurement)"),
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),

@@ -9742,7 +9742,7 @@ class TestRendering:
 
     @pytest.mark.parametrize(("platform", "missing", "claims", "text"), [
         ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: when it was signed (--nonce)"),
-        ("snp", "measurement,image measurement", {}, THESE + "; not checked: what the VM was launched with (--measurement)"),
+        ("snp", "measurement,image measurement", {}, THESE + "; not checked: what the VM was launched with (--image, --measurement)"),
         ("snp", "measurement", {}, THESE), ("snp", "image measurement", {}, THESE),
         ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
         ("snp", "minimum TCB", {}, THESE + "; not checked: how old the processor's firmware is (--min-tcb)"),
