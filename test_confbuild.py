@@ -7461,7 +7461,7 @@ class TestQemuArgv:
             "-chardev", "file,id=console,path=/dev/stderr", "-serial", "chardev:console", "-qmp", "unix:/w/qmp,server=on,wait=off")
 
     def test_emulated(self) -> None:
-        tcg = [*self.HEAD, "-accel", "tcg", "-machine", "q35,vmport=off"]
+        tcg = [*self.HEAD, "-accel", "tcg,tb-size=64", "-machine", "q35,vmport=off"]
         sizes = ["-cpu", "EPYC-v4", "-smp", "1", "-m", "2048M"]
         assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image()), "/w/qmp", "/dev/stderr", "/w/hashes", 0x810000) == [
             *tcg, "-bios", "/image/firmware.fd", "-device", "loader,file=/w/hashes,addr=0x810000,force-raw=on", *sizes, *self.TAIL]
