@@ -7258,7 +7258,7 @@ _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
 _SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
-# A mirror of crates.io in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
+# A mirror of cargo's registry in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
