@@ -6349,7 +6349,8 @@ class VmHost:
             built = True
             return path
         except (OSError, http.client.HTTPException, ValueError) as e:
-            raise BuildFailed("VmError", f"the VM went away: {e or type(e).__name__}") from None
+            reason = "its answer broke off" if isinstance(e, http.client.IncompleteRead) else str(e) or type(e).__name__
+            raise BuildFailed("VmError", f"the VM went away: {reason}") from None
         finally:
             timer.cancel()
             if fetcher is not None:

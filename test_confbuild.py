@@ -8174,6 +8174,17 @@ def stand_in_host(tmp: Path, *failures: Exception) -> confbuild.VmHost:
     return confbuild.VmHost(make, no_fetcher, 30)
 
 
+@pytest.mark.parametrize(("error", "said"), [(http.client.IncompleteRead(b""), "its answer broke off"), (ConnectionResetError(104, "reset"), r"\[Errno 104\] reset"),
+                                             (TimeoutError(), "TimeoutError")])
+def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    """A VM that ends under a build is told of in words."""
+    host = stand_in_host(tmp_path)
+    monkeypatch.setattr(host, "_drive", raising(error))
+    jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
+    with pytest.raises(confbuild.BuildFailed, match=f"^the VM went away: {said}$"):
+        host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
+
+
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
