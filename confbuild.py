@@ -7130,17 +7130,28 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
 # What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
 # its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
 #
-# Thread "lifeline": started by serve_agent, ends the process.
+# Thread "lifeline": started by serve_agent and run_fetcher, ends the process.
 
 
-def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]) -> None:
-    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
+def _start_lifeline(end: Callable[[], None]) -> None:
+    """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
     def follow() -> None:
         while sys.stdin.buffer.read(1):
             pass
         end()
 
     threading.Thread(target=follow, name="lifeline", daemon=True).start()
+
+
+def _kill_and_sweep(workspace: str) -> NoReturn:
+    """Whatever this process has started is dead, and it becomes one that removes workspace."""
+    kill_all(lambda: descendants(os.getpid()))
+    os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
+
+
+def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]) -> None:
+    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
+    _start_lifeline(end)
     policy, streamer = SourcePolicy(**config["policy"]), Streamer()
 
     def build(_: Jobs, job: Job) -> str:
@@ -7183,16 +7194,11 @@ def run_agent() -> None:
     that the build has started is dead, and this process becomes one that removes the workspace, its current directory."""
     workspace = os.getcwd()
     guard_process()
-
-    def end() -> NoReturn:
-        kill_all(lambda: descendants(os.getpid()))
-        os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
-
     try:
         config = json.loads(sys.stdin.buffer.readline())
-        serve_agent(config, workspace, ("127.0.0.1", 0), Attester(SIMULATED_BUILDER, simulated_evidence), end)
+        serve_agent(config, workspace, ("127.0.0.1", 0), Attester(SIMULATED_BUILDER, simulated_evidence), lambda: _kill_and_sweep(workspace))
     finally:
-        end()
+        _kill_and_sweep(workspace)
 
 
 def run_fetcher() -> None:
@@ -7200,16 +7206,9 @@ def run_fetcher() -> None:
     line of JSON each, on stdin; print the name of the archive with its depth-1 history, or what failed, as a line of JSON on stdout."""
     workspace = os.getcwd()
     guard_process()
-
-    def follow() -> None:
-        while sys.stdin.buffer.read(1):
-            pass
-        kill_all(lambda: descendants(os.getpid()))
-        os.execv(sys.executable, [*own_program(), "sweep", workspace])
-
     config = json.loads(sys.stdin.buffer.readline())
     policy, url, ref = SourcePolicy(**config["policy"]), config["repo_url"], config["repo_ref"]
-    threading.Thread(target=follow, name="lifeline", daemon=True).start()
+    _start_lifeline(lambda: _kill_and_sweep(workspace))
     name = repository_name(url)
     try:
         root = os.path.join(workspace, name)
@@ -8394,8 +8393,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
     nonce = secrets.token_hex(NONCE_SIZE) if options.nonce is None else options.nonce.lower()
     if not is_nonce(nonce):
         raise UsageError("--nonce: 32 hexadecimal digits are needed")
-    base = options.source.rstrip("/").rpartition("/")[2].removesuffix(".git") if is_url else os.path.basename(os.path.realpath(options.source))
-    bundle = options.output_dir or plain_name(base) + "-build"
+    name = repository_name(options.source) if is_url else plain_name(os.path.basename(os.path.realpath(options.source)))
+    bundle = options.output_dir or name + "-build"
     _check_target(bundle)
     machine = None if options.server else _prepare_machine(options)
     vm, endorsements = _expect_vm(options, machine), Endorsements(vek=None if options.vek is None else _read_der(options.vek))
