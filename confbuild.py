@@ -6056,6 +6056,7 @@ def console_text(line: str) -> str:
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
+HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: what happens to a VM, not in it
 # A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
 _PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
@@ -6403,7 +6404,7 @@ class VmHost:
                 raise BuildFailed("VmError", f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}")
             path = f"/build/{doc['job_id']}"
             connection.request("GET", path + "/events", headers=headers)
-            failure = relay_events(connection.getresponse(), job.log, self._max_log) if job.log is not None else None
+            failure = relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
             connection.close()
             if failure is not None:
                 raise failure
@@ -6438,24 +6439,26 @@ def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[by
     return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
 
 
-def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: int) -> BuildFailed | None:
+def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
     """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
 
-    What comes is checked, not believed: known phases that never run backwards, exactly their keys. `queued` is the host's to
-    say. Raises BuildFailed VmError for a stream that breaks off or is none, LimitError beyond max_log bytes."""
-    text, reached = "", PHASES.index("vm")
+    What comes is checked, not believed: known phases that never run backwards, exactly their keys.  `queued` and `vm` are the host's to
+    say: they are dropped, and this server's log tells so once, with name, the job's.  Raises BuildFailed VmError for a stream that breaks
+    off or is none, LimitError beyond max_log bytes, those of what is dropped among them."""
+    text, reached, room, noted = "", PHASES.index("detect"), max_log - log.size, False
     while True:
         block = response.read1(BLOCK)
         if not block:
             raise BuildFailed("VmError", "the VM ended in the middle of the build")
+        room -= len(block)
+        if room < 0:
+            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
         text += block.decode("ascii")
         end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
         if len(text) - end > 2 * MIB:
             raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
         if end < 2:
             continue
-        if log.size + end > max_log:
-            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
         frames, text = text[:end], text[end:]
         plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
         messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
@@ -6470,7 +6473,10 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
             kind = event.get("type") if isinstance(event, dict) else None
             if kind == "complete":
                 return _told_failure(event)
-            if kind == "queued":
+            if kind in ("queued", "vm"):
+                if not noted and event != {"type": "queued", "position": 0}:  # which every agent says, of its own queue
+                    noted = True
+                    logger().warning("job %s: the VM said what only its host may say, which is dropped: %.200a", name, event)
                 continue
             if kind is None or set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
                 raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
@@ -6487,7 +6493,9 @@ def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
             outcome["status"] == "failed" and isinstance(outcome["error"], str) and isinstance(outcome["error_type"], str)) or (
             outcome["error_type"] not in FAILURES):
         raise BuildFailed("VmError", "the VM ended the build with a result that is none")
-    return BuildFailed(outcome["error_type"], outcome["error"])
+    if outcome["error_type"] in HOST_FAILURES:
+        raise BuildFailed("VmError", f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}")
+    return BuildFailed(outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"])
 
 
 def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:

@@ -8005,6 +8005,9 @@ class TestVm:
         ([wire(failed_event(1, "BuildError"))], confbuild.BuildFailed, "a result that is none"),
         ([wire(failed_event("e", ["BuildError"]))], confbuild.BuildFailed, "a result that is none"),
         ([wire({**OK_EVENT, "msg": "extra"})], confbuild.BuildFailed, "none"),
+        ([wire(failed_event("it ran\nout", "TimeoutError"))], confbuild.BuildFailed, "ended the build with TimeoutError, which only its host can say: it ran out$"),
+        ([wire(failed_event("", "Cancelled"))], confbuild.BuildFailed, "ended the build with Cancelled, which only its host can say"),
+        ([wire(failed_event("the VM went away", "VmError"))], confbuild.BuildFailed, "ended the build with VmError, which only its host can say"),
     ])
     def test_bad_streams(self, tmp_path: Path, blocks: list[bytes], error: type[Exception], fragment: str) -> None:
         """What a VM says is checked; VmHost turns the ValueErrors into VmError as well."""
@@ -8019,13 +8022,38 @@ class TestVm:
             assert relayed(tmp_path, data, max_log=limit)[0] is None
         assert caught is None or caught.value.error_type == "LimitError"
 
-    @pytest.mark.parametrize("error_type", sorted(confbuild.FAILURES))
+    @pytest.mark.parametrize("error_type", sorted(confbuild.FAILURES - confbuild.HOST_FAILURES))
     def test_told(self, tmp_path: Path, error_type: str) -> None:
         failure, events = relayed(tmp_path, wire(ev("detect"), failed_event("two\nlines\té", error_type), ev("build")))
-        assert failure is not None and (failure.error_type, str(failure), events) == (error_type, "two lines é", [ev("detect")])
+        told = "in the VM: two lines é" if error_type == "InternalError" else "two lines é"  # which otherwise would blame the server
+        assert failure is not None and (failure.error_type, str(failure), events) == (error_type, told, [ev("detect")])
+
+    @pytest.mark.parametrize("lie", [ev("vm", "SEV-SNP guest: ready"), {"type": "vm"}, {"type": "vm", "msg": ["ready"], "x": 1}, {"type": "queued", "position": 7},
+                                     ev("queued", "\x1b[2J\x7f"), {"type": "queued", "position": 0, "msg": ""}])
+    @pytest.mark.parametrize("before", [[], [ev("init")], [ev("attest")]])
+    def test_the_host_s_word(self, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: Any, before: list[Any]) -> None:
+        """What only the host may say is dropped wherever a guest says it, however it is cut, and the server's log tells it once."""
+        data = wire({"type": "queued", "position": 0}, *before, lie, lie, ev("attest"), OK_EVENT)
+        for blocks in ([data], [data[n:n + 1] for n in range(len(data))]):
+            caplog.clear()
+            assert relayed(tmp_path, *blocks) == (None, [*before, ev("attest")])
+            [record] = caplog.records
+            assert "said what only its host may say, which is dropped: {'type': " in record.getMessage() and record.getMessage().isprintable()
+
+    def test_an_honest_agent(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Its own queue is dropped without a word."""
+        assert relayed(tmp_path, wire({"type": "queued", "position": 0}, ev("build"), OK_EVENT)) == (None, [ev("build")])
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("idle", [b": x\n\n", wire(ev("vm")), wire({"type": "queued", "position": 0})])
+    def test_max_dropped(self, tmp_path: Path, idle: bytes) -> None:
+        """What is dropped counts as well: nothing keeps a slot busy for ever."""
+        with pytest.raises(confbuild.BuildFailed, match="^the build's log has more than 3000 bytes$") as caught:
+            relayed(tmp_path, *[idle] * 1000, max_log=3000)
+        assert caught.value.error_type == "LimitError"
 
     @example([(2, "x"), (3, "data: x"), (4, "id: 1"), (4, "\ndata: {}\n\n"), (5, "data: ")], [], False)  # what a message may say
-    @given(st.lists(st.tuples(st.integers(1, 6), st.text(max_size=20)), max_size=12), st.lists(st.integers(0, 2000), max_size=8), st.booleans())
+    @given(st.lists(st.tuples(st.integers(2, 6), st.text(max_size=20)), max_size=12), st.lists(st.integers(0, 2000), max_size=8), st.booleans())
     def test_any_split(self, tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, str]], cuts: list[int], comments: bool) -> None:
         """The same log however the stream is cut into blocks: `queued` and comments are left out, all else is taken over."""
         events = [ev(confbuild.PHASES[phase], text) for phase, text in sorted(drawn, key=lambda pair: pair[0])]
