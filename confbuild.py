@@ -331,9 +331,12 @@ def compact_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-def is_nonce(text: Any) -> bool:
-    """Whether text is NONCE_SIZE bytes in hexadecimal digits of either case."""
-    return isinstance(text, str) and re.fullmatch(r"[0-9a-fA-F]{32}", text) is not None
+NONCE_PATTERN = "[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # the second is a UUID
+
+
+def parse_nonce(text: Any) -> str:
+    """Return the nonce as 32 lower-case digits, or "" if text is neither 32 hexadecimal digits nor a UUID."""
+    return text.replace("-", "").lower() if isinstance(text, str) and re.fullmatch(NONCE_PATTERN, text) else ""
 
 
 def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
@@ -6753,11 +6756,11 @@ class Api:
 
     def attestation(self, request: Request) -> Response:
         """The evidence of the VM that waits."""
-        nonce = request.query.get("nonce")
-        if not is_nonce(nonce):
-            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal, 32 digits")
+        nonce = parse_nonce(request.query.get("nonce"))
+        if not nonce:
+            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         try:
-            evidence = self._attest(str(nonce))
+            evidence = self._attest(nonce)
         except Refused:
             raise
         except ConfbuildError as e:
@@ -6870,8 +6873,9 @@ class Api:
 
     def _check_request(self, fields: Mapping[str, Any], sink: Base64File) -> BuildRequest:
         """The build that the fields, text or None, ask for. Raises Refused."""
-        if not is_nonce(fields["nonce"]):
-            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal, 32 digits")
+        nonce = parse_nonce(fields["nonce"])
+        if not nonce:
+            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         url, ref = fields["repo_url"], fields["repo_ref"] or ""
         if (url is None) == (fields["source_data"] is None):
             raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
@@ -6879,10 +6883,10 @@ class Api:
             if ref:
                 raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
             sink.close()
-            return BuildRequest(fields["nonce"].lower(), source_name=(fields["source_name"] or "")[:255])
+            return BuildRequest(nonce, source_name=(fields["source_name"] or "")[:255])
         check_url(url, self.policy.schemes, self.policy.loopback)
         check_ref(ref)
-        return BuildRequest(fields["nonce"].lower(), url, ref)
+        return BuildRequest(nonce, url, ref)
 
 
 def openapi_document() -> dict[str, Any]:
@@ -6891,7 +6895,7 @@ def openapi_document() -> dict[str, Any]:
     for route in ROUTES:
         parameters = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}] if "{id}" in route.path else []
         if route.name == "attestation":
-            parameters.append({"name": "nonce", "in": "query", "required": True, "schema": {"type": "string", "pattern": "^[0-9a-fA-F]{32}$"}})
+            parameters.append({"name": "nonce", "in": "query", "required": True, "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}})
         if route.name == "events":
             parameters.append({"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}})
         operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters, "responses": {
@@ -6900,7 +6904,7 @@ def openapi_document() -> dict[str, Any]:
             for status, text in route.answers.items()}}
         if route.name == "submit":
             fields = {name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
-            fields["nonce"]["pattern"] = "^[0-9a-fA-F]{32}$"
+            fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
                 "type": "object", "required": ["nonce"], "properties": fields,
                 "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}]}}}}
@@ -8391,6 +8395,14 @@ def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda
     return Service(options.server, token, told)
 
 
+def _nonce(options: "argparse.Namespace") -> str | None:
+    """Return the nonce that --nonce gives as 32 digits, or None if it was not given. Raises UsageError."""
+    nonce = None if options.nonce is None else parse_nonce(options.nonce)
+    if nonce == "":
+        raise UsageError("--nonce: 32 hexadecimal digits or a UUID are needed")
+    return nonce
+
+
 def cmd_build(options: "argparse.Namespace") -> int:
     """Submit, follow, download and verify one build; without --server on a private server that lives as long."""
     is_url = "://" in options.source
@@ -8398,9 +8410,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         raise UsageError(f"{options.source}: neither a directory nor a URL", "a repository has a URL like https://example.org/a/b.git" if ":" in options.source else "")
     if options.ref and not is_url:
         raise UsageError("--ref goes with a URL")
-    nonce = secrets.token_hex(NONCE_SIZE) if options.nonce is None else options.nonce.lower()
-    if not is_nonce(nonce):
-        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    nonce = _nonce(options) or secrets.token_hex(NONCE_SIZE)
     name = repository_name(options.source) if is_url else plain_name(os.path.basename(os.path.realpath(options.source)))
     bundle = options.output_dir or name + "-build"
     _check_target(bundle)
@@ -8612,15 +8622,13 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     service = _service(options)
     [job] = service.jobs("GET", f"/build/{options.job}")
-    nonce = str(options.nonce or job.get("nonce"))
-    if not is_nonce(nonce):
-        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    nonce = _nonce(options) or parse_nonce(job.get("nonce"))
     bundle = options.output_dir or plain_name(options.job) + "-build"
-    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=nonce.lower()), _display(options))
+    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=nonce), _display(options))
 
 
 # Options of verify in hexadecimal, and how many digits they have.
-_HEX_OPTIONS = {"nonce": 32, "measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
+_HEX_OPTIONS = {"measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
 _PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
 MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
@@ -8710,7 +8718,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
-        nonce=options.nonce, measurements=options.measurement, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
+        nonce=_nonce(options), measurements=options.measurement, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
         chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
         source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
@@ -8779,13 +8787,12 @@ def cmd_measure(options: "argparse.Namespace") -> int:
 
 def cmd_attest(options: "argparse.Namespace") -> int:
     """Evidence for a provenance, from the hardware that this runs on."""
-    if not is_nonce(options.nonce):
-        raise UsageError("--nonce: 32 hexadecimal digits are needed")
+    nonce = _nonce(options) or ""
     with open(options.provenance, "rb") as f:
         provenance = f.read(MAX_JSON + 1)
     if len(provenance) > MAX_JSON:
         raise UsageError(f"{options.provenance}: more than {MAX_JSON} bytes")
-    report, table = get_report(report_data(provenance, options.nonce))
+    report, table = get_report(report_data(provenance, nonce))
     evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
         sys.stderr.write("confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n")
@@ -9006,7 +9013,7 @@ def _add_build(parser: "argparse.ArgumentParser") -> None:
     _add_server(parser, required=False)
     parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: NAME-build)")
-    parser.add_argument("--nonce", metavar="HEX", help="32 hexadecimal digits (default: random)")
+    parser.add_argument("--nonce", metavar="HEX", help="32 hexadecimal digits or a UUID (default: random)")
     _add_output(parser)
     _add_limits(parser)
     _add_machine(parser)
@@ -9042,7 +9049,7 @@ def _add_verify(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
                         help="a file with any of the options below, without their dashes; the command line wins")
     group = parser.add_argument_group("what the build must have been")
-    group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with")
+    group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with: 32 hexadecimal digits or a UUID")
     group.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
     group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
     group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
@@ -9088,7 +9095,7 @@ def _add_measure(parser: "argparse.ArgumentParser") -> None:
 
 def _add_attest(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
-    parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits")
+    parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits or a UUID")
     parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
     parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
 

@@ -76,6 +76,7 @@ atexit.register(shutil.rmtree, COMPILED.parent)
 py_compile.compile(str(FILE), str(COMPILED), doraise=True)
 PROGRAM = (*confbuild.own_program()[:-1], str(COMPILED))
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+DASHED = "0A1B2C3D-4e5f-6071-8293-a4b5c6d7e8f9"  # the same 16 bytes as a UUID [RFC 9562 4]
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
            "openssl": "apt-get install openssl", "strace": "apt-get install strace",
@@ -716,12 +717,16 @@ class TestJson:
         with within(20), pytest.raises(confbuild.Malformed):
             confbuild.parse_json(data, "name")
 
-    @pytest.mark.parametrize(("text", "good"), [(NONCE, True), (NONCE.upper(), True), (NONCE[:-1], False), (NONCE + "0", False),
-                                                (NONCE[:-1] + "g", False), ("", False),
-                                                (NONCE + "\n", False), ("0x" + NONCE[2:], False), (NONCE[:-1] + "\u0665", False), (None, False),
-                                                (1, False), (NONCE.encode(), False)])
-    def test_is_nonce(self, text: Any, good: bool) -> None:
-        assert confbuild.is_nonce(text) is good
+    @pytest.mark.parametrize("text", [NONCE, NONCE.upper(), DASHED, DASHED.lower(), str(uuid.UUID(NONCE))])
+    def test_nonce(self, text: str) -> None:
+        assert confbuild.parse_nonce(text) == NONCE and re.fullmatch(confbuild.NONCE_PATTERN, text)
+
+    @pytest.mark.parametrize("text", [
+        NONCE[:-1], NONCE + "0", NONCE[:-1] + "g", "", NONCE + "\n", "0x" + NONCE[2:], NONCE[:-1] + "\u0665", None, 1, NONCE.encode(), DASHED[:-1], DASHED + "0",
+        DASHED + "\n", "{" + DASHED + "}", "urn:uuid:" + DASHED, DASHED.replace("-", "", 1), DASHED.replace("-", "--", 1), "-" + NONCE,
+        NONCE[:16] + "-" + NONCE[16:], DASHED.replace("-", "\u2010"), DASHED[:-1] + "g", "-".join(NONCE[i:i + 4] for i in range(0, 32, 4))])
+    def test_no_nonce(self, text: Any) -> None:
+        assert confbuild.parse_nonce(text) == ""
 
     # Standard base64: RFC 4648, section 10. FB FF BF needs the two characters in which the alphabets differ.
     @pytest.mark.parametrize(("data", "standard", "urlsafe"), [
@@ -8458,8 +8463,8 @@ BODIES: list[tuple[Any, int, str, str]] = [
     ({"nonce": None}, 422, "InvalidRequest", "nonce is not a string"), ({**URL, "repo_ref": 1}, 422, "InvalidRequest", "repo_ref is not a string"),
     ({**GOOD_REQUEST, "source_data": 5}, 422, "InvalidRequest", "source_data is not a string"),
     ({**GOOD_REQUEST, "source_name": []}, 422, "InvalidRequest", "source_name is not a string"),
-    *(({**URL, "nonce": nonce}, 400, "InvalidNonce", "32 digits") for nonce in ("", "ab", "g" * 32, NONCE + "00", NONCE[:-1] + "\u0661",
-                                                                                NONCE + "\n")),
+    *(({**URL, "nonce": nonce}, 400, "InvalidNonce", "16 bytes in hexadecimal: 32 digits, or a UUID") for nonce in (
+        "", "ab", "g" * 32, NONCE + "00", NONCE[:-1] + "\u0661", NONCE + "\n", "{" + DASHED + "}", DASHED[:-1], DASHED.replace("-", "", 1))),
     ({"nonce": NONCE}, 400, "InvalidSource", "exactly one"), ({**URL, **GOOD_REQUEST}, 400, "InvalidSource", "exactly one"),
     ({"nonce": NONCE, "source_data": ""}, 400, "InvalidSource", "neither a ZIP"),
     ({"nonce": NONCE, "source_data": "aGVsbG8="}, 400, "InvalidSource", "neither a ZIP"),
@@ -8521,7 +8526,7 @@ class TestHttp:
         for body, status, error_type, fragment in BODIES:
             is_problem(s.ask("POST", "/build", body), status, error_type, fragment)
         assert os.listdir(s.jobs.incoming) == []
-        status, headers, answer = s.ask("POST", "/build", {**GOOD_REQUEST, "nonce": NONCE.upper(), "unknown": [{"key": 1.5}], "repo_url": None, "a": 2 ** 53})
+        status, headers, answer = s.ask("POST", "/build", {**GOOD_REQUEST, "nonce": DASHED, "unknown": [{"key": 1.5}], "repo_url": None, "a": 2 ** 53})
         assert status == 200 and headers["Content-Type"] == "application/json" and list(json.loads(answer)) == ["job_id"]
         is_problem(s.ask("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted", "accepts one build")
         assert [job["nonce"] for job in s.jobs.newest(2)] == [NONCE]
@@ -8762,7 +8767,9 @@ class TestHttp:
         s = site()
         status, headers, body = s.ask("GET", f"/attestation?nonce={NONCE}")
         assert (status, headers["Content-Type"], headers["Cache-Control"], body) == (200, "application/json", "no-store", b"{}")
-        for query in ("", "?nonce=", "?nonce=00", f"?nonce={NONCE}0", "?Nonce=" + NONCE):
+        for spelled in (NONCE.upper(), DASHED):
+            assert s.ask("GET", f"/attestation?nonce={spelled}")[2] == b"{}"
+        for query in ("", "?nonce=", "?nonce=00", f"?nonce={NONCE}0", "?Nonce=" + NONCE, f"?nonce={DASHED}0"):
             is_problem(s.ask("GET", "/attestation" + query), 400, "InvalidNonce")
         tired = s.ask("GET", "/attestation?nonce=" + "0" * 32)
         is_problem(tired, 503, "AttestationError")
@@ -9943,7 +9950,7 @@ def gone(pid: int) -> bool:
 BUILD_AND_SERVE = (
     ("build", 2, "required: DIR|URL"),
     ("build demo --outpu json", 2, "unrecognized arguments"), ("build nowhere", 2, "nowhere: neither a directory nor a URL"),
-    ("build demo --ref x", 2, "--ref goes with a URL"), ("build demo --nonce 00", 2, "--nonce: 32 hexadecimal digits are needed"),
+    ("build demo --ref x", 2, "--ref goes with a URL"), ("build demo --nonce 00", 2, "--nonce: 32 hexadecimal digits or a UUID are needed"),
     ("build demo -o demo", 2, "demo exists, and is no bundle"), ("build demo -o demo/Cargo.toml", 2, "exists, and is no bundle"),
     ("build empty", 2, "empty: there is nothing to build"), ("build demo --build-timeout soon", 2, "invalid number of seconds value"),
     ("build demo --max-archive 0", 2, "argument --max-archive: invalid number above zero"), ("build https://u:p@example.com/x", 4, "credentials, queries and fragments are not accepted"),
@@ -10280,7 +10287,7 @@ class TestVerify:
     ZERO = "0" * 32
 
     @pytest.mark.parametrize("options, status, check", [
-        ("", 3, ""), ("--allow-simulated", 0, ""), (f"--nonce {NONCE}", 3, ""), (f"--nonce {NONCE.upper()} --allow-simulated", 0, ""),
+        ("", 3, ""), ("--allow-simulated", 0, ""), (f"--nonce {DASHED}", 3, ""), (f"--nonce {NONCE.upper()} --allow-simulated", 0, ""),
         (f"--nonce {'1' * 32}", 1, "nonce"), (f"--nonce {ZERO}", 1, "nonce is not zero"), ("--require-tee --allow-simulated", 1, "hardware evidence"),
         ("--measurement {m}", 3, ""), ("--measurement {M} --measurement " + "0" * 96, 3, ""), ("--measurement " + "0" * 96, 1, "measurement"),
         ("--source-uri https://x", 1, "source uri"), ("--source-commit " + "1" * 40, 1, "source commit"), ("--source-tree " + "12" * 20, 3, ""),
@@ -10670,7 +10677,7 @@ class TestAttest:
         monkeypatch.setattr(tsm, "report", lambda data: made(snp_report, report_data=data))
         monkeypatch.setattr(confbuild, "TSM_REPORTS", str(root))
         monkeypatch.setattr(confbuild, "fetch_vek", lambda url: made(vek_of) if url == KDS else b"")
-        arguments = ["attest", "bare/provenance.json", "--nonce", NONCE.upper(), *options]
+        arguments = ["attest", "bare/provenance.json", "--nonce", DASHED, *options]
         for fetch in ([], ["--fetch-vek"]):
             assert confbuild.main(arguments + fetch) == 0
             said = capsys.readouterr()
@@ -10751,7 +10758,7 @@ class TestBuild:
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         assert (tmp_path / "demo-build/artifacts/demo").read_text() == "built\n"
         write_files(tmp_path, {"demo-build/artifacts/stale": "old"})
-        done = shell("build", "demo", "--output", "json", "--nonce", NONCE.upper(), "-o", "demo-build")
+        done = shell("build", "demo", "--output", "json", "--nonce", DASHED, "-o", "demo-build")
         docs = [json.loads(line) for line in done.stdout.splitlines()]
         assert (done.returncode, done.stderr) == (0, "")
         assert [d["type"] for d in docs] == ["queued", "detect", "init", "provenance", "attest", "complete", "bundle"]
