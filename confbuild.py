@@ -8007,7 +8007,7 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
             ", ...)" if len(names) > 4 else ")") + ": nothing is proven"
     if verdict.verdict == "simulated":
-        unasked = "" if "nonce" in passed else "; the nonce was not checked"
+        unasked = "" if "nonce" in passed else "; not checked: nonce (--nonce)"
         alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
         agree = "there is no provenance and no artifact" if alone else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
@@ -8015,7 +8015,7 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
     unasked = ", ".join(text for name, text in (
-        ("nonce", "when it was signed (--nonce)"),
+        ("nonce", "nonce, so it may be old (--nonce)"),
         ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--image, --measurement)"),
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
@@ -8578,7 +8578,7 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
             shown = render_verdict(verdict, _colored(sys.stderr))
             sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
             start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
-            display.note("verify it again, offline: " + shlex.join([*start, "verify", bundle, "--nonce", str(expected.nonce)]))
+            display.note("verify it again, offline: " + shlex.join([*start, "verify", bundle, *(("--nonce", expected.nonce) if expected.nonce else ())]))
         sys.stdout.write(bundle + "\n")
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
@@ -8621,10 +8621,8 @@ def cmd_cancel(options: "argparse.Namespace") -> int:
 def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     service = _service(options)
-    [job] = service.jobs("GET", f"/build/{options.job}")
-    nonce = _nonce(options) or parse_nonce(job.get("nonce"))
     bundle = options.output_dir or plain_name(options.job) + "-build"
-    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=nonce), _display(options))
+    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=_nonce(options)), _display(options))
 
 
 # Options of verify in hexadecimal, and how many digits they have.
@@ -9146,7 +9144,7 @@ def _add_fetch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
-    parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose (default: what the server says it was)")
+    parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose; without it the nonce is not checked")
     _add_output(parser)
 
 

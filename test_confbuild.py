@@ -9764,7 +9764,7 @@ class TestRendering:
          ("ok   short      a\nok   long       " + "y" * 101 + "  (x)\n--   third one  v  no expectation given\nok   longest    " + "y" * 60 + " ...  (x)\nok   nonce      1\n"
           "SIMULATED: artifacts, provenance and evidence agree, but no hardware signed the evidence: it does not prove where or by whom this was built")),
         ("simulated", CHECKS[:1], ("ok   short  a\nSIMULATED: artifacts, provenance and evidence agree, but no hardware signed the evidence: "
-                                  "it does not prove where or by whom this was built; the nonce was not checked")),
+                                  "it does not prove where or by whom this was built; not checked: nonce (--nonce)")),
         ("failed", (*CHECKS[:1], confbuild.Check("longer", "failed", "\x1b[1mx", "y\nz", "why"), confbuild.Check("form", "failed", detail="not \x1b]0;\x07JSON")),
          ("ok   short   a\nFAIL longer  why\n           expected x\n           actual   yz\nFAIL form    not JSON\n"
          "FAILED: 2 of 3 checks failed (longer, form): nothing is proven")),
@@ -9787,7 +9787,7 @@ class TestRendering:
     THESE = "PASSED: these artifacts are those that the provenance lists, and it was signed in a confidential VM on an AMD Milan processor"
 
     @pytest.mark.parametrize(("platform", "missing", "claims", "text"), [
-        ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: when it was signed (--nonce)"),
+        ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: nonce, so it may be old (--nonce)"),
         ("snp", "measurement,image measurement", {}, THESE + "; not checked: what the VM was launched with (--image, --measurement)"),
         ("snp", "measurement", {}, THESE), ("snp", "image measurement", {}, THESE),
         ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
@@ -9795,7 +9795,7 @@ class TestRendering:
         ("snp", "revocation", {}, THESE + "; not checked: whether the keys are revoked (--crl)"),
         ("snp", "revocation list age", {}, THESE + "; not checked: whether the keys are revoked today: the list is stale"),
         ("snp", "source tree", {}, THESE + "; not checked: what the source is (--source)"),
-        ("snp", "nonce,source tree", {}, THESE + "; not checked: when it was signed (--nonce), what the source is (--source)"),
+        ("snp", "nonce,source tree", {}, THESE + "; not checked: nonce, so it may be old (--nonce), what the source is (--source)"),
         ("snp", "trust anchors", {}, THESE + ", if the keys of --roots are AMD's"),
         ("snp", "provenance digest,source tree", {}, THESE.replace("these artifacts are those that the provenance lists, and it was signed in",
                                                                    "there is no provenance and no artifact; the evidence was signed in")),
@@ -10836,6 +10836,22 @@ class TestBuild:
         assert done.returncode == status and message in done.stderr, done.stderr
         assert done.stdout == {0: "demo-build\n", 5: "demo-build.unverified\n"}.get(status, "") and submitted[:2] == ("POST", "/build")
         assert sorted(p.name for p in tmp_path.glob("demo-build*")) == done.stdout.split() and not (tmp_path / "evil").exists()
+
+    def test_fetch_without_a_nonce(self, shell: Shell) -> None:
+        """The server's own nonce is no check: it is not even asked for."""
+        with StandIn((200, {}, result_archive(bundle()))) as one:
+            done = shell("fetch", "j", "--server", one.url)
+            assert (done.returncode, done.stdout) == (0, "j-build\n") and "; not checked: nonce (--nonce)\n" in done.stderr
+            assert done.stderr.endswith(" verify j-build\n"), "no nonce that nobody chose"
+            done = shell("fetch", "j", "--server", one.url, "--output", "json")
+            doc = json.loads(done.stdout)
+            assert doc["nonce"] is None and [check["status"] for check in doc["checks"] if check["name"] == "nonce"] == ["not checked"]
+            done = shell("fetch", "j", "--server", one.url, "--nonce", DASHED)
+            assert done.returncode == 0 and "not checked: nonce" not in done.stderr and done.stderr.endswith(f" verify j-build --nonce {NONCE}\n")
+            assert shell("fetch", "j", "--server", one.url, "--nonce", "f" * 32).returncode == 5
+            done = shell("fetch", "j", "--server", one.url, "--nonce", "f" * 31)
+            assert done.returncode == 2 and "--nonce: 32 hexadecimal digits or a UUID are needed" in done.stderr
+            assert [path for _, path, _ in one.seen] == ["/build/j/result"] * 4
 
     def test_a_good_bundle_stays(self, shell: Shell, tmp_path: Path) -> None:
         """What does not verify takes no good bundle's place, nor does a bundle take the current directory's."""
