@@ -4051,74 +4051,36 @@ def _open_regular(path: str) -> IO[bytes]:
 # ---- Packages.
 
 
-def write_lock(indexes: Sequence[str], names: Iterable[str], without: Iterable[str] = ()) -> bytes:
-    """A lock file: the packages called names and all that they depend on, sorted by name. indexes: `Packages` files, a later one for
-    what the earlier lack; without: names that are left out, with what only they need. Of `a | b`, one that is taken already, else the first that
-    there is, else the first that provides one; versions that a dependency names are not compared: a release fits together. Raises ImageError, OSError."""
-    found: dict[str, dict[str, str]] = {}
-    providers: dict[str, list[str]] = {}
-    for path in indexes:
-        fresh: dict[str, dict[str, str]] = {}
-        for stanza in _read_index(path):
-            fields = {key: value.strip() for key, _, value in (line.partition(":") for line in stanza) if key in (
-                "Package", "Version", "SHA256", "Depends", "Pre-Depends", "Provides")}
-            if not {"Package", "Version", "SHA256"} <= set(fields):
-                raise ImageError(f"{path}: a package without Package, Version or SHA256")
-            other = fresh.setdefault(fields["Package"], fields)
-            if _version_key(fields["Version"]) > _version_key(other["Version"]):
-                fresh[fields["Package"]] = fields
-        for name, fields in fresh.items():
-            if name not in found:
-                found[name] = fields
-                for virtual in fields.get("Provides", "").split(","):
-                    providers.setdefault(virtual.partition("(")[0].strip(), []).append(name)
-    chosen: dict[str, dict[str, str]] = {}
-    left_out, missing = set(without), set[str]()
-    pending = sorted(set(names))
-    for wanted in pending:  # grows
-        alternatives = [name.partition("(")[0].partition(":")[0].strip() for name in wanted.split("|")]
-        good = [name for name in alternatives if name in found] or sorted(name for virtual in alternatives for name in providers.get(virtual, []))
-        if not good and not left_out & set(alternatives):
-            missing.add(" | ".join(alternatives))
-        elif not left_out & set(alternatives) and not {*alternatives, *good} & set(chosen):
-            chosen[good[0]] = found[good[0]]
-            pending += [part for key in ("Pre-Depends", "Depends") for part in found[good[0]].get(key, "").split(",") if part.strip()]
-    if missing:
-        raise ImageError("no index has " + ", ".join(sorted(missing)))
-    data = "".join(f"{name} {fields['Version']} {fields['SHA256']}\n" for name, fields in sorted(chosen.items())).encode("utf-8")
-    parse_lock(data, "what the index says")
-    return data
+def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
+    """Return a lock file of the packages called names and of everything that they depend on, sorted by name.
 
-
-def _version_key(version: str) -> Any:
-    """What sorts as versions do. [POLICY 5.6.12: numbers as numbers; a tilde before the end, before letters, before the rest]"""
-    epoch, _, rest = version.rpartition(":")
-    upstream, _, revision = rest.rpartition("-") if "-" in rest else (rest, "", "")
-    rows = [[([*(-1 if c == "~" else ord(c) + (0 if c.isalpha() else 256) for c in text), 0], int(number or 0))
-             for text, number in re.findall(r"([^0-9]*)([0-9]{0,18})", part)] for part in (upstream, revision)]
-    return int(epoch) if re.fullmatch("[0-9]{1,18}", epoch) else 0, rows
-
-
-def _read_index(path: str) -> Iterator[list[str]]:
-    """The stanzas of a `Packages` file, perhaps compressed, by lines. Raises ImageError, OSError."""
-    with _open_regular(path) as f:
-        head = f.read(6)
-        f.seek(0)
-        stream: Any = gzip.GzipFile(fileobj=f) if head.startswith(b"\x1f\x8b") else lzma.LZMAFile(f) if head == b"\xfd7zXZ\0" else f
-        stanza: list[str] = []
+    apt resolves the dependencies from the sources that it is configured with (APT_CONFIG names another configuration),
+    on a system that has no package installed except those in without.
+    Raises ImageError if apt does not know a name or finds no solution, OSError."""
+    for name in (*names, *without):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):  # [POLICY 5.6.1]; else apt could take it for an option
+            raise ImageError(f"{name!r} is not the name of a package")
+    with tempfile.TemporaryDirectory(prefix="confbuild-") as folder:
+        status = os.path.join(folder, "status")
+        with open(status, "w", encoding="ascii") as f:
+            f.writelines(f"Package: {name}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n" for name in without)
+        settings = (f"Dir::State::status={status}", "Acquire::ForceHash=SHA256", "APT::Install-Recommends=false")
+        argv = ["apt-get", "-qq", *(f"-o{setting}" for setting in settings), "install", "--print-uris", *names]
         try:
-            for line in iter(lambda: stream.readline(MIB), b""):
-                if len(line) == MIB:
-                    raise ImageError(f"{path}: no package index: a line of {MIB} bytes")
-                if line.strip():
-                    stanza.append(line.decode("utf-8"))
-                elif stanza:
-                    yield stanza
-                    stanza = []
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
-            raise ImageError(f"{path}: no package index: {e}") from None
-        if stanza:
-            yield stanza
+            code, output, errors = capture(argv, folder, {**os.environ, "LC_ALL": "C"})
+        except FileNotFoundError:
+            raise ImageError("apt-get is not installed", "make the lock file on Debian or Ubuntu") from None
+    if code != 0:
+        raise ImageError("apt-get: " + "; ".join(re.findall(r"(?m)^E: (.*)", errors) or [f"ended with status {code}"]))
+    rows = []
+    for line in output.decode("utf-8", "replace").splitlines():  # 'URI' NAME_VERSION_ARCHITECTURE.deb SIZE SHA256:HEX
+        match = re.fullmatch(r"'\S+' ([^\s_]+)_([^\s_]+)_\S+ [0-9]+ SHA256:([0-9a-f]{64})", line)
+        if match is None:
+            raise ImageError(f"apt-get printed {line[:200]!r}, not the URI of a package with its SHA-256")
+        rows.append(f"{match[1]} {match[2].replace('%3a', ':')} {match[3]}\n")  # the colon after an epoch
+    data = "".join(sorted(rows)).encode("ascii")
+    parse_lock(data, "apt-get's answer")
+    return data
 
 
 def parse_lock(data: bytes, what: str) -> list[tuple[str, str, str]]:
@@ -8803,9 +8765,9 @@ def cmd_image(options: "argparse.Namespace") -> int:
     if [options.output_dir, options.check, options.lock].count(None) != 2:
         raise UsageError("exactly one of -o, --check and --lock is needed")
     if options.lock is not None:
-        if not options.index or not options.names:
-            raise UsageError("--lock needs --index FILE and the names of packages")
-        data = write_lock(options.index, options.names, options.without)
+        if not options.names:
+            raise UsageError("--lock needs the names of packages")
+        data = write_lock(options.names, options.without)
         write_durably(os.path.abspath(options.lock), data)
         sys.stdout.write(f"{len(data.splitlines())} packages in {options.lock}\n")
         return EXIT_OK
@@ -9101,7 +9063,7 @@ def _add_attest(parser: "argparse.ArgumentParser") -> None:
 def _add_image(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
                      "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
-                     "of it. A lock file pins the SHA-256 of every package; the signature of the index is not checked: do that before, as your distribution tells.")
+                     "of it. A lock file pins the SHA-256 of every package, as apt knows it.")
     parser.add_argument("names", metavar="NAME", nargs="*", help="with --lock: a package that the lock file has, with all that it depends on")
     group = parser.add_argument_group("to do one of")
     group.add_argument("-o", dest="output_dir", metavar="DIR", help="make an image in this new directory")
@@ -9117,8 +9079,6 @@ def _add_image(parser: "argparse.ArgumentParser") -> None:
     group.add_argument("--vcpus", type=_positive, action="append", metavar="N", help="number of vCPUs to compute the launch digest for (repeatable; default: 1)")
     group.add_argument("--vcpu-type", action="append", metavar="TYPE", help="type of vCPU, as of QEMU's -cpu (repeatable; default: EPYC-v4)")
     group = parser.add_argument_group("to write a lock file")
-    group.add_argument("--index", action="append", default=[], metavar="FILE",
-                       help="a distribution's Packages file, also .gz or .xz; a later one only for what the earlier lack (repeatable)")
     group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this package, though others depend on it (repeatable)")
 
 

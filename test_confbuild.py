@@ -48,6 +48,7 @@ import tracemalloc
 import types
 import uuid
 import zipapp
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6264,53 +6265,70 @@ def unpack_debs(folder: Path, *debs: bytes) -> Path:
     return folder / "root"
 
 
-def index_of(*packages: Mapping[str, str]) -> str:
-    return "\n".join("".join(f"{key}: {value}\n" for key, value in {
-        "Version": "1.0", "SHA256": hashlib.sha256(repr(sorted(package.items())).encode()).hexdigest(), **package}.items()) + "Description: x\n more: y\n" for package in packages)
+def stub_apt(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """apt-get is a shell script."""
+    write_files(folder, {"bin/apt-get": "#!/bin/sh\n" + script})
+    (folder / "bin/apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 class TestLock:
-    INDEX = "\n\n" + index_of(
-        {"Package": "git", "Depends": "libc6 (>= 2.38), perl:any, editor | pager", "Pre-Depends": "awk"}, {"Package": "libc6", "Depends": "libgcc-s1"},
-        {"Package": "libgcc-s1", "Version": "14.2.0-19"}, {"Package": "perl", "Version": "5.9-1"}, {"Package": "perl", "Version": "5.40~rc1-1"}, {"Package": "perl", "Version": "5.10-1"},
-        {"Package": "mawk", "Provides": "awk"}, {"Package": "gawk", "Provides": "awk (= 1), y"}, {"Package": "pager", "Depends": "absent | kmod, kmod, z | libc6"}, {"Package": "kmod"})
+    # The package, its version, and what it depends on.
+    PACKAGES = (("git", "1:2.47-1", "libc6 (>= 2.38), perl, editor | pager"), ("libc6", "2.41", "libgcc-s1"), ("libgcc-s1", "14.2.0-19", ""), ("perl", "5.9-1", ""),
+                ("perl", "5.40~rc1-1", ""), ("pager", "1.0", "absent | kmod, kmod, zz | libc6"), ("kmod", "1.0", "libkmod"), ("libkmod", "2.0", ""))
 
-    def lock(self, tmp_path: Path, names: Sequence[str], *indexes: str | bytes, without: Sequence[str] = ()) -> list[str]:
-        paths = []
-        for i, index in enumerate(indexes or [self.INDEX]):
-            paths.append(str(tmp_path / f"Packages{i}"))
-            Path(paths[-1]).write_bytes(index.encode() if isinstance(index, str) else index)
-        rows = confbuild.parse_lock(confbuild.write_lock(paths, names, without), "lock")
-        return [f"{name} {version}" for name, version, _ in rows]
+    @pytest.fixture
+    def archive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A package archive of our own is the one source of apt."""
+        if shutil.which("apt-get") is None:
+            pytest.skip("apt-get is missing: it comes with Debian")
+        index = "\n".join(f"Package: {name}\nVersion: {version}\nArchitecture: all\nFilename: ./{name}.deb\nSize: 1\nSHA256: {self.sha256(name, version)}\n"
+                          + (f"Depends: {depends}\n" if depends else "") for name, version, depends in self.PACKAGES)
+        root = tmp_path / "apt"
+        write_files(root, {"Packages": index, "lists/partial/x": "", "cache/archives/partial/x": "", "status": "",
+                           "sources.list": f"deb [trusted=yes] file:{urllib.parse.quote(str(root))} ./\n",
+                           "apt.conf": f'Dir::Etc::sourcelist "{root}/sources.list"; Dir::Etc::sourceparts "-"; Dir::Etc::preferencesparts "-"; Dir::State::lists "{root}/lists"; '
+                                       f'Dir::Cache "{root}/cache"; Dir::State::status "{root}/status"; APT::Sandbox::User "";'})
+        monkeypatch.setenv("APT_CONFIG", str(root / "apt.conf"))
+        subprocess.run(["apt-get", "-qq", "update"], check=True, capture_output=True)
 
-    def test_closure(self, tmp_path: Path) -> None:
-        """Alternatives, virtual packages, the newest version; sorted by name."""
-        everything = ["gawk 1.0", "git 1.0", "kmod 1.0", "libc6 1.0", "libgcc-s1 14.2.0-19", "pager 1.0", "perl 5.40~rc1-1"]
-        assert self.lock(tmp_path, ["git"]) == everything == self.lock(tmp_path, ["git"], gzip.compress(self.INDEX.encode())) == self.lock(
-            tmp_path, ["git"], lzma.compress(self.INDEX.encode()))
-        assert self.lock(tmp_path, ["git", "mawk"]) == [*everything[1:5], "mawk 1.0", *everything[5:]], "awk is there already"
-        assert self.lock(tmp_path, ["git"], without=["kmod", "awk"]) == [everything[1], *everything[3:]]
-        assert self.lock(tmp_path, ["y"]) == ["gawk 1.0"]
+    @staticmethod
+    def sha256(name: str, version: str) -> str:
+        return hashlib.sha256(f"{name} {version}".encode()).hexdigest()
 
-    def test_second_index(self, tmp_path: Path) -> None:
-        later = index_of({"Package": "libc6", "Version": "9"}, {"Package": "ovmf", "Depends": "libc6"})
-        assert self.lock(tmp_path, ["ovmf"], self.INDEX, later) == ["libc6 1.0", "libgcc-s1 14.2.0-19", "ovmf 1.0"]
+    @pytest.mark.usefixtures("archive")
+    def test_closure(self) -> None:
+        """The newest version, with its epoch; alternatives; sorted by name; nothing that only a package in without needs."""
+        everything = [("git", "1:2.47-1"), ("kmod", "1.0"), ("libc6", "2.41"), ("libgcc-s1", "14.2.0-19"), ("libkmod", "2.0"), ("pager", "1.0"), ("perl", "5.40~rc1-1")]
+        for without, names in ((), everything), (("kmod",), [row for row in everything if "kmod" not in row[0]]):
+            assert confbuild.parse_lock(confbuild.write_lock(["git"], without), "lock") == [(*row, self.sha256(*row)) for row in names]
 
-    @pytest.mark.parametrize(("names", "index", "message"), [
-        (["git", "b", "a"], INDEX, "no index has a, b"), (["x"], index_of({"Package": "x", "Depends": "p | q"}), r"no index has p \| q"),
-        (["x"], "Package: x\nVersion: 1\n", "Packages0: a package without Package, Version or SHA256"), (["x"], b"\xff\n", "Packages0: no package index: 'utf-8' codec"),
-        (["x"], gzip.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\x1f\x8b" + b"x" * 30, "no package index: Unknown compression method"),
-        (["x"], lzma.compress(b"x" * 99)[:-9], "no package index: Compressed file ended"), (["x"], b"\xfd7zXZ\0xxxxxxxxxxxxxxxx", "no package index: "),
-        (["x"], gzip.compress(b"x" * 99)[:10] + b"\xff" * 30, "no package index: Error -3"),
-        (["x"], gzip.compress(b"x" * (1 << 20)), "no package index: a line of 1048576 bytes"), (["x"], gzip.compress(b"x" * ((1 << 20) - 2) + b"\n"), "a package without Package"),
-        (["x"], index_of({"Package": "x", "Version": "1 2"}), "what the index says: line 1 is not NAME VERSION SHA256")], ids=short_id)
-    def test_no_lock(self, tmp_path: Path, names: Sequence[str], index: str | bytes, message: str) -> None:
-        with pytest.raises(confbuild.ImageError, match=message):
-            self.lock(tmp_path, names, index)
+    @pytest.mark.usefixtures("archive")
+    def test_unknown_name(self) -> None:
+        with pytest.raises(confbuild.ImageError, match="^apt-get: Unable to locate package xx; Unable to locate package yy$"):
+            confbuild.write_lock(["git", "xx", "yy"])
 
-    def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(confbuild.ImageError, match="not a regular file"):
-            confbuild.write_lock([str(tmp_path)], ["x"])
+    @pytest.mark.parametrize(("script", "message"), [
+        ("echo E: no; exit 7", "apt-get: ended with status 7"), ("echo W: a >&2; echo E: no >&2; exit 100", "apt-get: no"), ("exit 0", "apt-get's answer: no package in it"),
+        *[(f'printf "%s\n" "{line}"', "apt-get printed .*, not the URI of a package with its SHA-256") for line in (
+            "'x' a_1_all.deb 1 MD5Sum:0", f"'x' a_1.deb 1 SHA256:{SHA}", f"x aa_1_all.deb 1 SHA256:{SHA}", f"'x' aa_1_all.deb 1 SHA256:{SHA} x")],
+        (f"echo \"'x' A_1_all.deb 1 SHA256:{SHA}\"", "apt-get's answer: line 1 is not NAME VERSION SHA256")], ids=short_id)
+    def test_odd_answers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, message: str) -> None:
+        stub_apt(tmp_path, monkeypatch, script)
+        with pytest.raises(confbuild.ImageError, match=f"^{message}$"):
+            confbuild.write_lock(["git"])
+
+    def test_no_apt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(confbuild.ImageError, match="^apt-get is not installed$") as caught:
+            confbuild.write_lock(["git"])
+        assert caught.value.hint == "make the lock file on Debian or Ubuntu"
+
+    @pytest.mark.parametrize("name", ["", "-h", "A", "a", "x y", "../x", "x\ny"])
+    def test_no_option_by_name(self, name: str) -> None:
+        for names, without in ([name], []), (["git"], [name]):
+            with pytest.raises(confbuild.ImageError, match="is not the name of a package"):
+                confbuild.write_lock(names, without)
 
     @pytest.mark.parametrize(("text", "message"), [
         ("a 1 " + "0" * 63, "line 1 is not NAME"), ("\n#\na 1 " + "0" * 64 + " x", "line 3 is not NAME"), ("# nothing", "no package in it"), ("A 1 " + "0" * 64, "line 1"),
@@ -6318,11 +6336,6 @@ class TestLock:
     def test_no_rows(self, text: str, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=f"^L: {message}"):
             confbuild.parse_lock(text.encode(), "L")
-
-    def test_versions(self) -> None:
-        """In the order of deb-version(7)."""
-        order = ["9" * 5000 + ":0.1", "0.9", "1.0~~", "1.0~beta", "1.0", "1.0-1~bpo", "1.0-1", "1.0-1+b1", "1.0-2", "1.0-10", "1.0a", "1.0+x", "1.0.1", "1.9", "1.10", "1:0.1"]
-        assert sorted(random.Random(1).sample(order, len(order)), key=confbuild._version_key) == order
 
 
 class TestDebs:
@@ -10034,15 +10047,14 @@ class TestUsage:
         ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--initrd and --append go with --kernel"),
         ("measure --firmware nowhere --vcpus 1 --vcpu-sig 0", 2, "nowhere: No such file"), ("measure --firmware empty --vcpus 1 --vcpu-sig 0", 2, "empty: Is a directory"),
         ("measure --firmware binary --vcpus 1 --vcpu-sig 0", 2, "error: binary: firmware: 2 bytes, not 1 to 4096 pages"),
-        *[(f"image {options}", 2, "exactly one of -o, --check and --lock is needed") for options in ("", "name", "-o i --check i", "-o i --lock l --index blank x", "--check i --lock l")],
-        *[(f"image --lock l {options}", 2, "--lock needs --index FILE and the names of packages") for options in ("", "x", "--index blank")],
+        *[(f"image {options}", 2, "exactly one of -o, --check and --lock is needed") for options in ("", "name", "-o i --check i", "-o i --lock l x", "--check i --lock l")],
+        ("image --lock l", 2, "--lock needs the names of packages"), ("image --lock l -- -x", 2, "'-x' is not the name of a package"),
         ("image -o i x", 2, "the names of packages go with --lock"), ("image --check b x", 2, "the names of packages go with --lock"),
         *[(f"image -o i {options}", 2, "either --rootfs DIR or --packages LOCK and --debs FOLDER is needed") for options in (
             "", "--packages blank", "--debs empty", "--rootfs empty --packages blank --debs empty")],
         ("image -o i --rootfs empty --vcpus 0", 2, "--vcpus: invalid number above zero"), ("image -o i --rootfs nowhere", 2, "nowhere/: No such file"),
         ("image -o i --rootfs empty", 2, "has 0 kernels boot/vmlinuz-*, not one\nconfbuild: hint: name one with --kernel"), ("image -o empty --rootfs empty", 2, "empty exists"),
         ("image -o i --packages blank --debs empty", 2, "blank: no package in it"), ("image --check nowhere", 2, "nowhere: no image.json in it"),
-        ("image --lock l --index blank x", 2, "no index has x"), ("image --lock l --index nowhere x", 2, "nowhere: No such file"), ("image --lock no/l --index blank x", 2, "no index has x"),
         ("verify b --policy blank --policy blank", 2, "--policy is given more than once"), ("verify b --policy binary", 2, "--policy binary: not TOML: "),
         ("attest", 2, "required: FILE, --nonce"), ("attest blank --nonce 1", 2, "--nonce: 32 hex"), (f"attest nowhere --nonce {NONCE}", 2, "nowhere: No such file"),
         (f"attest demo --nonce {NONCE}", 2, "demo: Is a directory"), (f"attest blank --nonce {NONCE} --platform az-snp", 2, "invalid choice"),
@@ -10576,12 +10588,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("toy_python")
 class TestImageCommand:
     def test_from_the_lock_to_the_check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        """An index, its lock file, an image of that, and what is said of it, whole and damaged."""
+        """A lock file, an image of that, and what is said of it, whole and damaged."""
         monkeypatch.chdir(tmp_path)
         files: list[TarEntry] = [(name, data if isinstance(data, bytes) else data.encode(), FILE_TYPE) for name, data in ROOT_FILES.items() if "etc/" not in name]
         package = deb(*files, *((name, target, SYMLINK) for name, target in ROOT_LINKS.items()))
-        write_files(tmp_path, {"debs/any": package, "Packages": index_of({"Package": "all", "SHA256": hashlib.sha256(package).hexdigest(), "Depends": "none"})})
-        assert confbuild.main(["image", "--lock", "lock", "--index", "Packages", "--without", "none", "all"]) == 0
+        write_files(tmp_path, {"debs/any": package})
+        stub_apt(tmp_path, monkeypatch, f"echo \"'x' all_1.0_all.deb 1 SHA256:{hashlib.sha256(package).hexdigest()}\"\n")
+        assert confbuild.main(["image", "--lock", "lock", "--without", "none", "all"]) == 0
         assert capsys.readouterr().out == "1 packages in lock\n" and Path("lock").read_text() == f"all 1.0 {hashlib.sha256(package).hexdigest()}\n"
         assert confbuild.main(["image", "-o", "image", "--packages", "lock", "--debs", "debs", "--vcpus", "1", "--vcpus", "2", "--vcpu-type", "EPYC-v4", "--vcpu-type", "EPYC-Milan"]) == 0
         said = capsys.readouterr().out
