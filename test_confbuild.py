@@ -46,9 +46,9 @@ import threading
 import time
 import tracemalloc
 import types
+import urllib.parse
 import uuid
 import zipapp
-import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
