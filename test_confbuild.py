@@ -6318,6 +6318,11 @@ class TestLock:
         with pytest.raises(confbuild.ImageError, match=f"^{message}$"):
             confbuild.write_lock(["git"])
 
+    def test_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        stub_apt(tmp_path, monkeypatch, f"echo \"'x' all_1.0_all.deb 1 SHA256:{SHA}\"")
+        assert confbuild.main(["image", "--lock", str(tmp_path / "lock"), "--without", "none", "all"]) == 0
+        assert capsys.readouterr().out == f"1 packages in {tmp_path}/lock\n" and (tmp_path / "lock").read_text() == f"all 1.0 {SHA}\n"
+
     def test_no_apt(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(confbuild.ImageError, match="^apt-get is not installed$") as caught:
@@ -10588,14 +10593,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("toy_python")
 class TestImageCommand:
     def test_from_the_lock_to_the_check(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        """A lock file, an image of that, and what is said of it, whole and damaged."""
+        """A lock file's image, and what is said of it, whole and damaged."""
         monkeypatch.chdir(tmp_path)
         files: list[TarEntry] = [(name, data if isinstance(data, bytes) else data.encode(), FILE_TYPE) for name, data in ROOT_FILES.items() if "etc/" not in name]
         package = deb(*files, *((name, target, SYMLINK) for name, target in ROOT_LINKS.items()))
         write_files(tmp_path, {"debs/any": package})
-        stub_apt(tmp_path, monkeypatch, f"echo \"'x' all_1.0_all.deb 1 SHA256:{hashlib.sha256(package).hexdigest()}\"\n")
-        assert confbuild.main(["image", "--lock", "lock", "--without", "none", "all"]) == 0
-        assert capsys.readouterr().out == "1 packages in lock\n" and Path("lock").read_text() == f"all 1.0 {hashlib.sha256(package).hexdigest()}\n"
+        Path("lock").write_text(f"all 1.0 {hashlib.sha256(package).hexdigest()}\n")
         assert confbuild.main(["image", "-o", "image", "--packages", "lock", "--debs", "debs", "--vcpus", "1", "--vcpus", "2", "--vcpu-type", "EPYC-v4", "--vcpu-type", "EPYC-Milan"]) == 0
         said = capsys.readouterr().out
         first = f"image.json  sha256 {hashlib.sha256(Path('image/image.json').read_bytes()).hexdigest()}\n"
