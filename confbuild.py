@@ -437,11 +437,11 @@ class ImageFacts(NamedTuple):
 
 
 class Expectations(NamedTuple):
-    """What the caller knows and wants compared; None, or nothing in it = not asked for. Bytes are hexadecimal: those of the report
+    """What the caller knows and wants compared. None and False are not asked for; an empty text or list is. Bytes are hexadecimal: those of the report
     of either case, those of the provenance in lower case, as it has them."""
 
     nonce: str | None = None
-    measurements: Sequence[str] = ()  # of which one must be the report's
+    measurements: Sequence[str] | None = None  # of which one must be the report's
     image: ImageFacts | None = None  # which the VM must have booted
     min_tcb: Mapping[str, int] | None = None  # security patch levels that the reported TCB reaches
     host_data: str | None = None
@@ -455,7 +455,7 @@ class Expectations(NamedTuple):
     source_tree: str | None = None
     lockfile_sha256: str | None = None
     dependencies: Sequence[str] | None = None  # all of them, as uris
-    packages: Sequence[str] = ()  # NAME@VERSION of a registry, or whole uris, that must be among the dependencies
+    packages: Sequence[str] | None = None  # NAME@VERSION of a registry, or whole uris, that must be among the dependencies
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
@@ -1750,8 +1750,9 @@ def byproduct(doc: Any, name: str) -> str | None:
 # region 12. Verdict                                       [uses 6, 7, 8, 9, 11]
 # ==============================================================================
 # Evidence, provenance and what the caller expects -> checks -> verdict.  Every check runs and is shown, also after a
-# failure; a check that could not run because an earlier one failed is shown as "not checked".  The verdict is a set
-# inclusion: every required name is among those that passed, and none failed.
+# failure; a check that could not run because an earlier one failed is shown as "not checked".  Each compares two values
+# that come from different places.  The verdict is a set inclusion: the names that the platform requires, that a bundle
+# requires and that the caller requests are among those that passed, and none failed.
 
 # What must have run and passed, whatever the caller expects: of all evidence, of each platform's, and of a bundle.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
@@ -1768,15 +1769,16 @@ REQUIRED_OF_BUNDLE = frozenset((
     "unlisted files"))
 # Evidence that is known by name, and that this version does not verify.
 _UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
-# What a caller may ask for: field of Expectations -> name of its check.
-ASKED = {
-    "nonce": "nonce", "measurements": "measurement", "min_tcb": "minimum TCB", "host_data": "host_data", "guest_svn": "guest_svn",
-    "chip_id": "chip_id", "family_id": "family_id", "image_id": "image_id", "pcrs": "PCR values", "source_uri": "source uri", "source_commit": "source commit",
-    "source_tree": "source tree", "lockfile_sha256": "lock file", "dependencies": "dependencies", "packages": "packages", "builder_id": "builder id",
-    "build_type": "build type", "build_log_sha256": "build log", "finished": "age", "require_crl": "revocation", "require_tee": "hardware evidence"}
-_OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
-# What a caller asks for who gives an image.
+# What the caller requests: field of Expectations -> the checks that must then have run and passed.
 OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
+REQUESTED: Mapping[str, Sequence[str]] = {
+    "nonce": ("nonce",), "measurements": ("measurement",), "min_tcb": ("minimum TCB",), "host_data": ("host_data",),
+    "guest_svn": ("guest_svn",), "chip_id": ("chip_id",), "family_id": ("family_id",), "image_id": ("image_id",), "pcrs": ("PCR values",),
+    "source_uri": ("source uri",), "source_commit": ("source commit",), "source_tree": ("source tree",), "lockfile_sha256": ("lock file",),
+    "dependencies": ("dependencies",), "packages": ("packages",), "builder_id": ("builder id",), "build_type": ("build type",),
+    "build_log_sha256": ("build log",), "finished": ("age",), "require_crl": ("revocation",),
+    "require_tee": ("hardware evidence",), "image": OF_IMAGE}
+_OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "there is no provenance.json: this is evidence alone"
 
@@ -1795,12 +1797,12 @@ class _Checks:
         """One check that holds where the two are equal. Public values: plain equality, in no constant time."""
         self.hold(name, expected == actual, expected, actual, detail)
 
-    def expect(self, name: str, expected: Any, actual: Any) -> None:
-        """A comparison that the caller may ask for: None is shown as not checked."""
+    def expect(self, name: str, expected: Any, actual: Any, holds: bool | None = None) -> None:
+        """A check that the caller may request. expected: None is shown as not checked; holds: None is a comparison of the two."""
         if expected is None:
             self.made.append(Check(name, "not checked", "", str(actual), "no expectation given"))
         else:
-            self.compare(name, expected, actual)
+            self.hold(name, expected == actual if holds is None else holds, expected, actual)
 
     def attempt(self, name: str, parse: Callable[..., Any], *arguments: Any) -> Any:
         """What parse returns, and a passed check; or None, and a failed one that says why."""
@@ -1901,7 +1903,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     """That vek is what AMD's ASK or ASVK certifies for the chip and the TCB of the report, now."""
     roles, kind = anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
-    checks.compare("VEK issuer", name_text(issuer.name), name_text(vek.issuer))
+    checks.hold("VEK issuer", vek.issuer == issuer.name, name_text(issuer.name), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_rsassa_pss, issuer.key, vek.tbs_certificate, vek.signature)
     first, last = (max(vek.not_before, issuer.not_before, roles["ark"].not_before), min(vek.not_after, issuer.not_after, roles["ark"].not_after))
     checks.hold("VEK validity", first <= now <= last, f"{first} to {last}", now, "of the VEK and of those above it")
@@ -1909,7 +1911,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     levels = tcb_levels(product, report.reported_tcb)
     checks.derive("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
     if kind == "VLEK":  # for any chip of one cloud
-        checks.compare("VEK chip_id", "none", "present" if has_hwid(vek) else "none")
+        checks.hold("VEK chip_id", not has_hwid(vek), "none", "present" if has_hwid(vek) else "none")
     else:
         checks.derive("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
     checks.attempt("report signature", verify_report, report, vek.key)
@@ -1943,7 +1945,8 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
     checks.hold("migration agent", not migrates, "none", report.report_id_ma.hex() if migrates else "none",
                 "another VM, not verified here, that may take this one's memory")
-    checks.compare("unsigned bytes", "zero", "not zero" if any(report.data[0x330:]) else "zero", "of the report from 0x330 on")
+    surplus = any(report.data[0x330:])
+    checks.hold("unsigned bytes", not surplus, "zero", "not zero" if surplus else "zero", "of the report from 0x330 on")
     _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now)
     if endorsements.anchors is None:
         checks.made.append(Check("trust anchors", "passed", "", "AMD's, as pinned in this file"))
@@ -1997,9 +2000,8 @@ def _check_report_policy(checks: _Checks, report: Report, product: str, expected
     debug = bool(report.policy & POLICY_DEBUG)
     checks.hold("debug", not debug or expected.allow_debug, "off, or --allow-debug" if expected.allow_debug else "off", "on" if debug else "off",
                 "the host may read and change the guest's memory" if debug else "")
-    measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements]
-    fits = measurement if measurement in wanted else " or ".join(wanted)
-    checks.expect("measurement", fits if wanted else None, measurement)
+    measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements or ()]
+    checks.expect("measurement", None if expected.measurements is None else " or ".join(wanted), measurement, measurement in wanted)
     if expected.min_tcb is None or product not in TCB_LAYOUTS:
         checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
     else:
@@ -2037,8 +2039,8 @@ def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expecte
     signed: bytes | None = report.report_data
     if platform == "simulated":
         claims, product = _report_claims(report, ""), "Milan"  # whose layout of the TCB is the common one
-        bare, alike = "nothing but version 3, report_data and measurement", parse_report(simulated_report(report.report_data, report.measurement)) == report
-        checks.compare("simulated report", bare, bare if alike else "further fields are set")  # it must not look like one that hardware made
+        alike = report == parse_report(simulated_report(report.report_data, report.measurement))  # it must not look like one that hardware made
+        checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement", "nothing else" if alike else "further fields are set")
     else:
         product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
         claims = _report_claims(report, product)
@@ -2054,8 +2056,7 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
     """That what the attester signed is this provenance and this nonce. [CONTRACT 4]"""
     nonce = None if expected.nonce is None else expected.nonce.lower()
     if nonce is not None:
-        checks.compare("nonce is not zero", "not all zero", "all zero" if nonce == bytes(NONCE_SIZE).hex() else "not all zero",
-                       "an all-zero nonce proves no freshness")
+        checks.hold("nonce is not zero", nonce != bytes(NONCE_SIZE).hex(), "not all zero", nonce, "an all-zero nonce proves no freshness")
     if signed is None:
         checks.skip(["provenance digest", "report data tail", "nonce"])
         return
@@ -2094,18 +2095,15 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
     checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
-    missing = sorted(set(expected.packages) - {package_of(uri) or uri for uri in uris} - set(uris))
-    checks.expect("packages", ", ".join(expected.packages) if expected.packages else None,
-                  ", ".join(f"{name!r} is missing" for name in missing) or ", ".join(expected.packages))
+    missing = sorted(set(expected.packages or ()) - {package_of(uri) or uri for uri in uris} - set(uris))
+    checks.expect("packages", None if expected.packages is None else ", ".join(expected.packages),
+                  ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies", not missing)
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
     checks.expect("build type", expected.build_type, definition["buildType"])
     checks.expect("build log", expected.build_log_sha256, byproduct(doc, "build_log") or "none")
-    finished = run["metadata"]["finishedOn"]
-    if expected.finished is None:
-        checks.expect("age", None, finished or "none")
-    else:
-        oldest, newest = expected.finished
-        checks.hold("age", finished is not None and oldest <= finished[:19] + "Z" <= newest, f"finished from {oldest} to {newest}", finished or "none")
+    finished, (oldest, newest) = run["metadata"]["finishedOn"], expected.finished or ("", "")
+    checks.expect("age", None if expected.finished is None else f"finished from {oldest} to {newest}", finished or "none",
+                  finished is not None and oldest <= finished[:19] + "Z" <= newest)
 
 
 def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
@@ -2122,18 +2120,15 @@ def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
             wrong.append(subject["name"])
     checks.hold("artifacts", bool(names) and not wrong, "every subject is there and equal", f"not: {wrong[:5]}" if wrong else f"{len(names)} equal")
     extra = sorted(set(bundle.artifacts) - set(names))
-    checks.compare("unlisted files", "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
+    checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
 
 
 def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
     """That neither half claims more than the other. measurement: of the report, in hexadecimal."""
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
     open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
-    if confidential != (builder_id in open_ones):
-        checks.compare("builder", builder_id, builder_id)
-    else:
-        checks.hold("builder", False, ("none of " if confidential else "") + " or ".join(open_ones), builder_id,
-                    "it builds in no confidential VM" if confidential else "no hardware signed the evidence")
+    checks.hold("builder", (builder_id in open_ones) is not confidential, ("none of " if confidential else "") + " or ".join(open_ones), builder_id,
+                "it builds in no confidential VM" if confidential else "no hardware signed the evidence")
     claimed = byproduct(doc, "measurement")
     if confidential and (claimed is not None or builder_id == SNP_BUILDER):
         checks.compare("measurement byproduct", sha256_hex(bytes.fromhex(measurement)), claimed or "none", "the SHA-256 of the report's measurement")
@@ -2141,8 +2136,8 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -
 
 def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
     """That the caller's image is whole, and what the VM was launched with."""
-    checks.compare("image parts", "as image.json says", image.parts or "as image.json says")
-    checks.compare("image firmware", "admits no shim", image.firmware or "admits no shim")
+    checks.hold("image parts", not image.parts, "as image.json says", image.parts or "as image.json says")
+    checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or "admits no shim")
     if claims["measurement"] is None:
         return
     labels = [label for label, digest in image.launch_digests.items() if digest == claims["measurement"]]
@@ -2161,7 +2156,6 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     "simulated": the same, and nothing signed it; else "failed". Without provenance and artifacts, it is about the evidence alone."""
     checks = _Checks()
     platform, signed, claims = _check_evidence(checks, bundle.evidence, expected, now, endorsements)
-    required = set(REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE))
     doc = None
     if bundle.provenance is not None:
         doc = _check_provenance(checks, bundle.provenance, expected)
@@ -2177,27 +2171,30 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         claims.update(("guest_network", word) for word in ("none", "open") if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")))
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc, claims["measurement"])
-    alone = bundle.provenance is None and not bundle.artifacts
-    if not alone:
-        required |= REQUIRED_OF_BUNDLE
     if expected.require_tee:
         hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
     if expected.image is not None:
         _check_image(checks, platform, claims, expected.image)
-    checks.skip(sorted(REQUIRED_OF_PLATFORM.get(platform, frozenset())))
-    asked = {ASKED[field] for field, value in expected._asdict().items() if field in ASKED and value is not None and value is not False and (
-        value or isinstance(value, (int, str)) or field == "dependencies")}  # also of nothing: an empty text is one
-    asked |= set(OF_IMAGE if expected.image is not None else ())
+    alone = bundle.provenance is None and not bundle.artifacts
+    required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
+    required_of_bundle = frozenset[str]() if alone else REQUIRED_OF_BUNDLE
+    requested = {name for field, names in REQUESTED.items() if _is_requested(getattr(expected, field)) for name in names}
+    checks.skip(sorted(required_of_platform))
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
-    checks.skip(sorted(asked), "it needs a check that failed, or evidence of another platform")
-    checks.skip((name for name in (*ASKED.values(), *OF_IMAGE) if name != "hardware evidence"), "no expectation given")
-    required |= asked
-    missing = required - {check.name for check in checks.made if check.status == "passed"}
-    failed = any(check.status == "failed" for check in checks.made)
-    if missing and not failed:
-        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(missing)))
-    return Verdict("failed" if missing or failed else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+    checks.skip(sorted(requested), "it needs a check that failed, or evidence of another platform")
+    checks.skip((name for field, names in REQUESTED.items() if field != "require_tee" for name in names), "no expectation given")
+    required = required_of_platform | required_of_bundle | requested
+    passed, failed = (frozenset(check.name for check in checks.made if check.status == status) for status in ("passed", "failed"))
+    if not (failed or required <= passed):
+        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
+    holds = required <= passed and not failed
+    return Verdict("failed" if not holds else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+
+
+def _is_requested(value: Any) -> bool:
+    """Whether a field of Expectations asks for something; 0 and the empty text do."""
+    return value is not None and value is not False
 
 # endregion 12
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
@@ -8423,7 +8420,7 @@ def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expect
     facts = machine.facts if machine is not None else check_image(options.image) if options.image else None
     if facts is None and not options.measurement:
         raise UsageError("--tee needs --image DIR or --measurement HEX: else a VM that runs anything would do")
-    return Expectations(measurements=options.measurement, image=facts, require_tee=True)
+    return Expectations(measurements=options.measurement or None, image=facts, require_tee=True)
 
 
 def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsements, display: Display | None) -> None:
@@ -8678,10 +8675,10 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
-        nonce=_nonce(options), measurements=options.measurement, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
+        nonce=_nonce(options), measurements=options.measurement or None, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
         chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
         source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
-        source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep, builder_id=options.builder_id,
+        source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep or None, builder_id=options.builder_id,
         build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
         finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
     return expected if options.source is None else _expect_source(options.source, expected)

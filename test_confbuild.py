@@ -2649,6 +2649,8 @@ TAMPERINGS: list[Tampering] = [
     ("a package without a name, beside a fork", bundle(statement(**{DEFINITION + "resolvedDependencies": [dependency("x", "pkg:cargo/x@1?vcs_url=git+https://h/x@12")]})),
      confbuild.Expectations(packages=[""]), {"packages"}),
     ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
+    *[(f"extra file called {name}", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, name: DEMO_SHA256}), ANY, {"unlisted files"})
+      for name in ("none", "", "missing")],  # the first is what the check expects, in words
     ("extra file in other letters", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "Demo": DEMO_SHA256}), ANY, {"unlisted files"}),
     ("missing artifact", GOOD_BUNDLE._replace(artifacts={}), ANY, {"artifact demo", "artifacts"}),
     ("changed artifact", GOOD_BUNDLE._replace(artifacts={"demo": "0" * 64}), ANY, {"artifact demo", "artifacts"}),
@@ -2723,7 +2725,8 @@ def shown(platform: str) -> frozenset[str]:
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
-        assert {**OPTIONAL, "pcrs": "PCR values", "require_crl": "revocation", "require_tee": "hardware evidence"} == confbuild.ASKED
+        requested = {**OPTIONAL, "pcrs": "PCR values", "require_crl": "revocation", "require_tee": "hardware evidence"}
+        assert {**{field: (name,) for field, name in requested.items()}, "image": confbuild.OF_IMAGE} == confbuild.REQUESTED
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
         assert {check.name for check in verdict.checks if check.status != "passed"} == {"revocation", "PCR values", *confbuild.OF_IMAGE}
@@ -2787,6 +2790,25 @@ class TestVerdict:
                 patch.setattr(confbuild, table, changed)
                 verdict = verdict_over(GOOD_BUNDLE, ANY)
                 assert (verdict.verdict, failed_checks(verdict)) == ("failed", {"required checks"}) and "another" in verdict.checks[-1].actual
+
+    def test_each_check_compares_two_values(self) -> None:
+        """No check is given one value twice, nor words of its own as both: a file called `none` would then be as expected."""
+        class_ = next(node for node in ast.parse(FILE.read_text("utf-8")).body if isinstance(node, ast.ClassDef) and node.name == "_Checks")
+        calls = [node for top in ast.parse(FILE.read_text("utf-8")).body if top.lineno > class_.lineno for node in ast.walk(top)
+                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("compare", "expect", "derive")]
+        assert len(calls) > 20
+        for call in calls:
+            if len(call.args) == 3:
+                parts = [{ast.dump(inner) for inner in ast.walk(side)} for side in call.args[1:]]
+                assert ast.dump(call.args[1]) not in parts[1], f"line {call.lineno}: the actual value is made of the expected one"
+                assert ast.dump(call.args[2]) not in parts[0], f"line {call.lineno}: the expected value is made of the actual one"
+                assert not isinstance(call.args[1], ast.Constant) or not isinstance(call.args[1].value, str), f"line {call.lineno}: words are compared"
+
+    @pytest.mark.parametrize(("field", "value"), [("measurements", []), ("packages", []), ("dependencies", []), ("source_uri", ""), ("guest_svn", 1)])
+    def test_an_empty_expectation_is_one(self, field: str, value: Any) -> None:
+        """An empty list of measurements is met by none; no packages are all there."""
+        verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**{field: value}))
+        assert (verdict.verdict, status_of(verdict, OPTIONAL[field])) == (("simulated", "passed") if field == "packages" else ("failed", "failed"))
 
     EXPECTED = confbuild.Expectations(nonce=NONCE, measurements=[confbuild.simulated_measurement().hex()])
 
