@@ -4952,72 +4952,48 @@ def has_ended(path: str) -> bool:
 # ==============================================================================
 # region 21. Event streams                                         [uses 13, 20]
 # ==============================================================================
-# One thread serves every watcher of every job.  A request thread hands over a socket whose headers are written; from then on
-# it is non-blocking, owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112
-# 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once, from one read.
+# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of its answer; from then
+# on it is owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112 7.1] where the client
+# speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once, from one read.
 # Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
+# A client that takes nothing for STALL_S is disconnected.
 #
 # Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
 
 KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
+STALL_S = 60.0  # until a client that takes nothing of what it asked for is disconnected
 _SMALL = 64 * KIB
 # What one watcher gets before the next one's turn: alone much, for few system calls; among others little, so that all of them
 # get a range of the log while the processor's cache still holds it (8 readers: 1.3 times the speed of turns of 1 MiB).
 _TURN, _SHARED_TURN = MIB, 256 * KIB
 
 
-class Watcher:
-    """A client's end of an event stream. start: how many events it has; greeting: bytes to send first."""
+def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
+    """Return the event that a socket must wait for after its operation raised e, or 0 if the operation failed.
 
-    __slots__ = ("chunked", "deaf", "ending", "idle_since", "left", "log", "mask", "pending", "position", "sock", "start", "tls")
-
-    def __init__(self, sock: "socket.socket", log: EventLog, start: int, chunked: bool, tls: bool, greeting: bytes) -> None:
-        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
-        self.position = -1  # in the log; unknown until it has `start` events
-        self.pending = self.frame(greeting) if greeting else b""
-        self.left = 0  # bytes of the log still to be sent of the chunk at hand
-        self.ending = self.deaf = False  # deaf: the peer has closed its half
-        self.mask = 0  # what the selector waits for
-        self.idle_since = 0.0
-
-    def frame(self, data: bytes) -> bytes:
-        """data as one chunk, where the stream is chunked."""
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+    sending: whether the operation was a send.
+    """
+    if isinstance(e, BlockingIOError):
+        return selectors.EVENT_WRITE if sending else selectors.EVENT_READ
+    if tls and isinstance(e, ssl.SSLWantReadError):
+        return selectors.EVENT_READ
+    return selectors.EVENT_WRITE if tls and isinstance(e, ssl.SSLWantWriteError) else 0
 
 
-class Streamer:
-    """The thread that serves watchers. keepalive_s: silence after which a comment is sent."""
+class Mailbox:
+    """A selector for one thread, which other threads wake by posting notes. What is registered has the attributes sock and mask."""
 
-    def __init__(self, keepalive_s: float = KEEPALIVE_S) -> None:
-        self._keepalive_s = keepalive_s
+    def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._sleeper, self._waker = socket.socketpair()
         self._sleeper.setblocking(False)
         self._waker.setblocking(False)
         self._selector.register(self._sleeper, selectors.EVENT_READ)
-        self._notes: deque[EventLog | Watcher | None] = deque()  # from other threads: a log has grown, a watcher is new, stop
+        self._notes: deque[Any] = deque()
         self._asleep = False
-        self._waiting: dict[EventLog, set[Watcher]] = {}  # who has everything there is
-        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
-        self._turn = _TURN
-        self.watchers = 0
-        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
-        self._thread.start()
 
-    def grown(self, log: EventLog) -> None:
-        """log has new events. Any thread; never waits."""
-        self._tell(log)
-
-    def add(self, watcher: Watcher) -> None:
-        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
-        self._tell(watcher)
-
-    def stop(self) -> None:
-        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
-        self._tell(None)
-        self._thread.join()
-
-    def _tell(self, note: "EventLog | Watcher | None") -> None:
+    def post(self, note: Any) -> None:
+        """Leave note for the selector's thread. Any thread; never waits."""
         self._notes.append(note)
         if self._asleep:  # set before the notes are looked at for the last time: no note is slept over
             self._asleep = False
@@ -5026,48 +5002,137 @@ class Streamer:
             except BlockingIOError:
                 pass  # it is awake enough
 
-    def _run(self) -> None:
-        every = min(1.0, self._keepalive_s)
-        scan_at = time.monotonic() + every
-        while True:
-            self._asleep = True
-            events = self._selector.select(0 if self._notes else max(0.0, scan_at - time.monotonic()))
-            self._asleep = False
-            self._turn = _TURN if len(events) < 2 else _SHARED_TURN
-            if not self._take_notes():
-                break
-            for key, mask in events:
-                if key.data is None:
-                    self._sleeper.recv(4096)
-                    continue
-                if mask & key.data.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
-                    self._hear(key.data)
-                if mask & key.data.mask & selectors.EVENT_WRITE:
-                    self._pump(key.data)
-            if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + every
-                self._keep_alive(scan_at - every - self._keepalive_s)
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                self._drop(key.data)
-        for watcher in [w for waiting in self._waiting.values() for w in waiting]:
-            self._drop(watcher)
+    def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
+        """Wait for events, a note or the timeout in seconds. Return who has events, and their masks."""
+        self._asleep = True
+        events = self._selector.select(0 if self._notes else timeout)
+        self._asleep = False
+        ready = [(key.data, mask) for key, mask in events if key.data is not None]
+        if len(ready) < len(events):
+            self._sleeper.recv(4096)
+        return ready
+
+    def notes(self) -> Iterator[Any]:
+        """Yield the notes, the oldest first."""
+        while self._notes:
+            yield self._notes.popleft()
+
+    def want(self, end: Any, mask: int) -> None:
+        """Wait for these events of end.sock, or with mask 0 for none."""
+        if mask == end.mask:
+            return
+        if mask and end.mask:
+            self._selector.modify(end.sock, mask, end)
+        elif mask:
+            self._selector.register(end.sock, mask, end)
+        else:
+            self._selector.unregister(end.sock)
+        end.mask = mask
+
+    def close(self) -> None:
+        """Close the selector; notes posted from now on stay unread."""
         self._selector.close()
         self._sleeper.close()
         self._waker.close()
+
+
+class OpenFile:
+    """A file to read from, at any offset. It closes with the last reference."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO in its place must not hold up anybody
+        weakref.finalize(self, os.close, self.fd)
+        self.size = os.fstat(self.fd).st_size
+
+
+class Watcher:
+    """A client that follows a log, or downloads a range of a file.
+
+    start: how many events of log it has; greeting: bytes to send first, in the log's framing.
+    file, span: instead of log and start; first byte and length of the range.
+    then: called when the whole range is sent, instead of closing the socket.
+    """
+
+    __slots__ = ("chunked", "deaf", "ending", "file", "left", "log", "mask", "pending", "position", "since", "sock", "start", "then", "tls")
+
+    def __init__(self, sock: "socket.socket", log: EventLog | None, start: int, chunked: bool, tls: bool, greeting: bytes, file: OpenFile | None = None,
+                 span: tuple[int, int] = (-1, 0), then: "Callable[[], None] | None" = None) -> None:
+        self.sock, self.log, self.start, self.chunked, self.tls, self.file, self.then = sock, log, start, chunked, tls, file, then
+        self.position, self.left = span  # in the log or file; -1: unknown until the log has `start` events; left: still to be sent of the chunk at hand
+        self.pending = self.frame(greeting) if greeting else b""
+        self.ending = False
+        self.deaf = file is not None  # not listened to: the peer has closed its half, or its next request must stay in the socket
+        self.mask = 0  # what the selector waits for
+        self.since = time.monotonic()  # the last progress
+
+    def frame(self, data: bytes) -> bytes:
+        """data as one chunk, where the stream is chunked."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+
+class Streamer:
+    """The thread that serves watchers.
+
+    keepalive_s: silence after which a comment is sent.
+    stall_s: time without progress after which a watcher is disconnected; it can resume.
+    """
+
+    def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
+        self._keepalive_s, self._stall_s = keepalive_s, stall_s
+        self._mailbox = Mailbox()  # notes: a log has grown, a watcher is new, None: stop
+        self._served: set[Watcher] = set()
+        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # who has everything there is
+        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
+        self._turn = _TURN
+        self.files = 0  # open for watchers: a socket each, and what they download
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
+        self._thread.start()
+
+    def grown(self, log: EventLog) -> None:
+        """log has new events. Any thread; never waits."""
+        self._mailbox.post(log)
+
+    def add(self, watcher: Watcher) -> None:
+        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
+        self._mailbox.post(watcher)
+
+    def stop(self) -> None:
+        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
+        self._mailbox.post(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        every = min(1.0, self._keepalive_s, self._stall_s)
+        scan_at = time.monotonic() + every
+        while True:
+            events = self._mailbox.wait(max(0.0, scan_at - time.monotonic()))
+            self._turn = _TURN if len(events) < 2 else _SHARED_TURN
+            if not self._take_notes():
+                break
+            for watcher, mask in events:
+                if mask & watcher.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
+                    self._hear(watcher)
+                if mask & watcher.mask & selectors.EVENT_WRITE:
+                    self._pump(watcher)
+            if time.monotonic() >= scan_at:
+                scan_at = time.monotonic() + every
+                self._scan(scan_at - every)
+        for watcher in list(self._served):
+            self._drop(watcher)
+        self._mailbox.close()
 
     def _take_notes(self) -> bool:
         """Act on what other threads have said. False: stop."""
         grown: dict[EventLog, None] = {}
         going = True
-        while self._notes:
-            note = self._notes.popleft()
+        for note in self._mailbox.notes():
             if note is None:
                 going = False
             elif isinstance(note, EventLog):
                 grown[note] = None
             else:
-                self.watchers += 1
+                self._served.add(note)
+                self.files += 1 if note.file is None else 2
                 try:
                     note.sock.setblocking(False)
                     self._want(note, selectors.EVENT_READ)
@@ -5082,26 +5147,14 @@ class Streamer:
 
     def _want(self, watcher: Watcher, mask: int) -> None:
         """Wait for these events of watcher's socket."""
-        if watcher.deaf:
-            mask &= selectors.EVENT_WRITE  # it would be readable for ever
-        if mask == watcher.mask:
-            return
-        if mask and watcher.mask:
-            self._selector.modify(watcher.sock, mask, watcher)
-        elif mask:
-            self._selector.register(watcher.sock, mask, watcher)
-        else:
-            self._selector.unregister(watcher.sock)
-        watcher.mask = mask
+        self._mailbox.want(watcher, mask & selectors.EVENT_WRITE if watcher.deaf else mask)  # deaf: it would be readable for ever
 
     def _hear(self, watcher: Watcher) -> None:
         """The peer has sent something, which nobody needs, or has closed its half."""
         try:
             said = watcher.sock.recv(_SMALL)
-        except (BlockingIOError, InterruptedError):
-            return
         except OSError as e:
-            if not (watcher.tls and isinstance(e, (ssl.SSLWantReadError, ssl.SSLWantWriteError))):
+            if not wait_mask(e, False, watcher.tls):
                 self._drop(watcher)
             return
         if not said:
@@ -5117,13 +5170,20 @@ class Streamer:
         watcher.pending = watcher.frame(b": keepalive\n\n")
         self._pump(watcher)
 
-    def _keep_alive(self, before: float) -> None:
-        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.idle_since <= before]:
+    def _scan(self, now: float) -> None:
+        """Break the silence of those who wait, and disconnect those who take nothing."""
+        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
+        for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
+            try:  # what the system still holds for it goes as well
+                watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            except OSError:
+                pass  # the peer was faster
+            self._drop(watcher)
 
     def _pump(self, watcher: Watcher) -> None:
         """Send what there is, until there is no more, the socket is full, or the turn is over."""
-        turn = self._turn
+        turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
         try:
             while turn > 0:
                 if watcher.pending:
@@ -5132,42 +5192,61 @@ class Streamer:
                     watcher.pending = watcher.pending[sent:]
                 elif watcher.left:
                     asked = min(watcher.left, turn)
-                    sent = os.sendfile(watcher.sock.fileno(), watcher.log.fd, watcher.position, asked)
-                    if sent == 0:
-                        raise OSError("the log has shrunk")
-                    watcher.position += sent
-                    watcher.left -= sent
-                    if not watcher.left and watcher.chunked:
-                        watcher.pending = b"\r\n"
-                    if sent < asked:
+                    sent = self._send_range(watcher, asked)
+                    if sent < asked and not watcher.tls:
+                        turn -= sent
                         break  # the socket is full
                 elif not self._next(watcher):
                     return
                 else:
                     sent = 0
                 turn -= sent
-            self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
-        except BlockingIOError:
-            self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            self._want(watcher, mask)
         except OSError as e:
-            if watcher.tls and isinstance(e, ssl.SSLWantWriteError):
-                self._want(watcher, selectors.EVENT_READ | selectors.EVENT_WRITE)
-            elif not (watcher.tls and isinstance(e, ssl.SSLWantReadError)):
+            if wait_mask(e, True, watcher.tls):
+                self._want(watcher, mask)
+            else:
                 self._drop(watcher)
         except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's stream
             logger().exception("stream")
             self._drop(watcher)
+        finally:
+            if turn < self._turn:
+                watcher.since = time.monotonic()
+
+    def _send_range(self, watcher: Watcher, size: int) -> int:
+        """Send up to size bytes of the range at hand, or with TLS, which has no sendfile, make them pending. Return how many."""
+        source = watcher.file or watcher.log
+        if source is None:
+            raise ValueError("a range of nothing")
+        if watcher.tls:
+            watcher.pending = os.pread(source.fd, min(size, _SMALL), watcher.position)
+            size = len(watcher.pending)
+        else:
+            size = os.sendfile(watcher.sock.fileno(), source.fd, watcher.position, size)
+        if size == 0:
+            raise OSError("the file has shrunk")
+        watcher.position += size
+        watcher.left -= size
+        if not watcher.left and watcher.chunked:
+            watcher.pending += b"\r\n"
+        return size
 
     def _next(self, watcher: Watcher) -> bool:
         """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
         log = watcher.log
+        if log is None:
+            self._leave(watcher)
+            if watcher.then is not None:
+                watcher.then()
+            return False
         finished = log.finished  # before size: what was there when the log was complete is then seen
         if watcher.position < 0 and (finished or log.count >= watcher.start):
             watcher.position = log.offset_of(watcher.start)
         size = log.size
         if 0 <= watcher.position < size:
-            if watcher.tls or size - watcher.position <= _SMALL:
-                length = min(size - watcher.position, _SMALL)
+            if size - watcher.position <= _SMALL:
+                length = size - watcher.position
                 watcher.pending = watcher.frame(self._read(log, watcher.position, length))
                 watcher.position += length
             else:
@@ -5180,7 +5259,7 @@ class Streamer:
         if finished:
             self._drop(watcher)
             return False
-        watcher.idle_since = time.monotonic()
+        watcher.since = time.monotonic()
         self._waiting.setdefault(log, set()).add(watcher)
         self._want(watcher, selectors.EVENT_READ)
         return False
@@ -5198,13 +5277,18 @@ class Streamer:
             if not waiting:
                 del self._waiting[watcher.log]
 
-    def _drop(self, watcher: Watcher) -> None:
-        """Close watcher's socket and forget it."""
+    def _leave(self, watcher: Watcher) -> None:
+        """Serve watcher no more; its socket stays open."""
         self._forget(watcher)
         self._want(watcher, 0)
         if self._block[0] is watcher.log:
             self._block = (None, 0, 0, b"")
-        self.watchers -= 1
+        self._served.discard(watcher)
+        self.files -= 1 if watcher.file is None else 2
+
+    def _drop(self, watcher: Watcher) -> None:
+        """Serve watcher no more, and close its socket."""
+        self._leave(watcher)
         try:
             watcher.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -8238,7 +8322,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     greeting = {"simulated": b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
                 "qemu": b": QEMU guest: not confidential; the evidence is signed by no hardware\n\n"}.get(machine.platform, b"")
     api = Api(jobs, policy, _describe_server(options, machine), vms.attestation, greeting,
-              lambda: streamer.watchers >= max(files - 512, files // 2))  # the rest is for requests, jobs and VMs
+              lambda: streamer.files >= max(files - 1024, files // 2))  # the rest is for requests, jobs and VMs
     server = make_http_server((host, port), api, gate, streamer, tls)
     vms.start()
     jobs.start()

@@ -7027,8 +7027,8 @@ def keep(bodies: dict[int, bytes], n: int, sock: socket.socket) -> None:
 class Desk:
     """A streamer with one log and the sockets of its watchers."""
 
-    def __init__(self, path: Path, keepalive_s: float = 15) -> None:
-        self.streamer = confbuild.Streamer(keepalive_s)
+    def __init__(self, path: Path, **options: float) -> None:
+        self.streamer = confbuild.Streamer(**options)
         self.path = path
         self.log = confbuild.EventLog(str(path), self.streamer.grown)
         self.ends: list[socket.socket] = []
@@ -7084,7 +7084,7 @@ class TestStreamer:
         d.append(*("live" * size for _ in range(70)))
         data, got = d.finish(), read_all(sock)
         assert (dechunk(got) if chunked else got) == data[d.log.offset_of(2):]
-        assert wait_for(lambda: watcher.sock.fileno() == -1) and d.streamer.watchers == 0
+        assert wait_for(lambda: watcher.sock.fileno() == -1) and d.streamer.files == 0
 
     def test_slow_reader(self, desk: Callable[..., Desk]) -> None:
         """One who does not read holds up neither the appender nor others, and gets all in the end."""
@@ -7094,7 +7094,7 @@ class TestStreamer:
         for _ in range(40):
             d.append(*["s" * 4000] * 64)
         data = d.finish()
-        assert dechunk(read_all(fast)) == data and d.streamer.watchers == 2
+        assert dechunk(read_all(fast)) == data and d.streamer.files == 2
         assert dechunk(read_all(slow[0])) == data == read_all(slow[1])
 
     def test_keepalive_and_departures(self, desk: Callable[..., Desk]) -> None:
@@ -7111,13 +7111,58 @@ class TestStreamer:
         reset.close()
         half.shutdown(socket.SHUT_WR)
         wait_for(lambda: closing.sock.fileno() == resetting.sock.fileno() == -1)
-        assert d.streamer.watchers == 2
+        assert d.streamer.files == 2
         got = b""
         while got.count(b": keepalive\n\n") < 2:
             got += stays.recv(4096)
         data = d.finish()
         assert dechunk(got + read_all(stays)).replace(b": keepalive\n\n", b"") == data
         assert dechunk(read_all(half)).replace(b": keepalive\n\n", b"") == data[d.log.offset_of(1):]
+
+    def test_stalled_reader(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
+        """One who takes nothing is disconnected after a while, of a log as of a file, and can resume; one who waits for events is not."""
+        d = desk(stall_s=0.2)
+        d.append(*["s" * 500] * 20_000)
+        waits, waiting = d.watch(20_000)
+        (whole, _), _ = stuck = [d.watch(0, chunked, rcvbuf=4096) for chunked in (False, True)]
+        (tmp_path / "file").write_bytes(bytes(9 << 20))
+        ours, theirs = socket.socketpair()
+        d.ends.append(ours)
+        d.streamer.add(confbuild.Watcher(theirs, None, 0, False, False, b"", confbuild.OpenFile(str(tmp_path / "file")), (1, 8 << 20), lambda: None))
+        wait_for(lambda: theirs.fileno() == -1 and all(watcher.sock.fileno() == -1 for _, watcher in stuck))
+        assert waiting.sock.fileno() >= 0 and d.streamer.files == 1
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            for block in iter(lambda: whole.recv(1 << 20), b""):
+                got += block
+        data = d.finish()
+        resumed, _ = d.watch(got.count(b"\n\n"), False)
+        assert b"".join(got.rpartition(b"\n\n")[:2]) + read_all(resumed) == data and len(got) < len(data)
+        assert dechunk(read_all(waits)) == data[d.log.offset_of(20_000):]
+
+    def test_download(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
+        """A range of a file; then the socket belongs to somebody else, with what its client has sent meanwhile. A file that shrinks ends it."""
+        d, data = desk(), random.Random(1).randbytes(3 << 20)
+        (tmp_path / "file").write_bytes(data)
+        file = confbuild.OpenFile(str(tmp_path / "file"))
+        (tmp_path / "file").unlink()  # whoever has it open still gets it
+        for span in ((0, len(data)), (5, 1), (1 << 20, 2 << 20), (7, 0)):
+            ours, theirs = socket.socketpair()
+            ours.sendall(b"the next request")
+            done = threading.Event()
+            watcher = confbuild.Watcher(theirs, None, 0, False, False, b"head", file, span, done.set)
+            d.streamer.add(watcher)
+            ours.settimeout(20)
+            got = b""
+            while len(got) < 4 + span[1]:
+                got += ours.recv(1 << 20)
+            assert done.wait(20) and got == b"head" + data[span[0]:][:span[1]] and theirs.recv(99) == b"the next request" and d.streamer.files == 0
+            ours.close()
+            theirs.close()
+        ours, theirs = socket.socketpair()
+        d.streamer.add(confbuild.Watcher(theirs, None, 0, False, False, b"", file, (len(data) - 1, 2), lambda: None))
+        assert read_all(ours) == data[-1:]
+        ours.close()
 
     def test_beyond_the_end(self, desk: Callable[..., Desk]) -> None:
         d = desk()
@@ -7142,9 +7187,9 @@ class TestStreamer:
         d = desk()
         d.append(*["m" * 9000] * 500)
         socks = [d.watch(500)[0], d.watch(0, rcvbuf=4096)[0], d.watch(900)[0]]
-        wait_for(lambda: d.streamer.watchers == 3 and socks[1].recv(1, socket.MSG_PEEK))
+        wait_for(lambda: d.streamer.files == 3 and socks[1].recv(1, socket.MSG_PEEK))
         d.streamer.stop()
-        assert d.streamer.watchers == 0 and read_all(socks[0]) == read_all(socks[2]) == b""
+        assert d.streamer.files == 0 and read_all(socks[0]) == read_all(socks[2]) == b""
         assert len(read_all(socks[1])) < d.log.size
 
     def test_random_readers(self, desk: Callable[..., Desk]) -> None:
