@@ -7873,19 +7873,23 @@ class Service:
             time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
 
     def download(self, job_id: str, path: str) -> None:
-        """path is the archive of a finished build, whole."""
-        with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
-            digest = hashlib.sha256()
-            size, announced = 0, answer.headers.get("Content-Length")
+        """Write the archive of a finished build to path. Raises OSError if path cannot be written."""
+        digest, size = hashlib.sha256(), 0
+
+        def read() -> bytes:
             try:
-                for block in iter(lambda: answer.read1(BLOCK), b""):
-                    f.write(block)
-                    digest.update(block)
-                    size += len(block)
-                    if size > MAX_RESULT:
-                        raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
+                return bytes(answer.read1(BLOCK))
             except (OSError, http.client.HTTPException) as e:
                 raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
+
+        with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
+            announced = answer.headers.get("Content-Length")
+            for block in iter(read, b""):
+                f.write(block)
+                digest.update(block)
+                size += len(block)
+                if size > MAX_RESULT:
+                    raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
             wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
         if announced is not None and str(size) != announced or wanted and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]:
             raise RemoteError("the download is not what the server announced")
@@ -8468,7 +8472,11 @@ def cmd_build(options: "argparse.Namespace") -> int:
         archive = os.path.join(scratch, "source.tar.gz")
         if not is_url:
             os.mkdir(os.path.join(scratch, "pack"))
-            packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
+            try:
+                packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
+            except OSError as e:  # a full disk names no file
+                raise UsageError(f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
+                                 "" if e.filename else "TMPDIR names the folder of temporary files") from None
             _note(display, f"packed {packed.note}")
         if machine is None:
             service = _service(options, lambda text: _note(display, text))
@@ -8534,11 +8542,15 @@ def _display(options: "argparse.Namespace") -> Display | None:
     return Display(sys.stderr, options.output == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb", _colored(sys.stderr))
 
 
+_OF_BUNDLE = {"artifacts", "provenance.json", "evidence.json"}
+_ARCHIVE = "result.tar.gz"  # in a directory called .unverified: a result that is not unpacked
+
+
 def _check_target(path: str) -> None:
-    """Raise UsageError where path is something else than a bundle that may be replaced."""
+    """Raise UsageError unless path is free, or a directory that may be replaced, since it holds nothing but a bundle."""
     if os.path.realpath(path) == os.path.realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", "name another directory with -o")
-    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - {"artifacts", "provenance.json", "evidence.json"}):
+    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - _OF_BUNDLE - ({_ARCHIVE} if path.endswith(".unverified") else set())):
         raise UsageError(f"{path} exists, and is no bundle", "name another directory with -o")
 
 
@@ -8590,41 +8602,68 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
                   endorsements: Endorsements = Endorsements()) -> int:  # noqa: B008  # immutable
     """Download, unpack and verify; print the answer."""
     _check_target(bundle)
+    start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
+    nonce = ("--nonce", expected.nonce) if expected.nonce else ()
+    again = "the private server and its result are gone: build again"
+    if options.server:
+        token = ("--token-file", options.token_file) if options.token_file else ()
+        again = "the result stays on the server: " + shlex.join([*start, "fetch", job_id, "--server", options.server, *token, "-o", bundle, *nonce])
+    try:
+        path, verdict, why = _hold_bundle(service, job_id, bundle, expected, endorsements)
+    except OSError as e:
+        raise UsageError(f"{bundle} cannot be written: {e.strerror or e}", again) from None
+    except RemoteError as e:
+        e.hint = e.hint or ("" if e.status else again)
+        raise
+    good = verdict is not None and verdict.verdict != "failed"
+    if options.output == "json":
+        wire = {"verdict": "failed", "error": why} if verdict is None else verdict.to_wire()
+        sys.stdout.write(compact_json({"type": "bundle", "path": path, "nonce": expected.nonce, **wire}) + "\n")
+    else:
+        if verdict is None:
+            sys.stderr.write(f"confbuild: error: {plain_text(why)}: nothing is verified; it is kept as {path}\n")
+        elif display is not None or not good:
+            shown = render_verdict(verdict, _colored(sys.stderr))
+            sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
+            _note(display, "verify it again, offline: " + shlex.join([*start, "verify", path, *nonce]))
+        sys.stdout.write(path + "\n")
+    sys.stdout.flush()
+    return EXIT_OK if good else EXIT_UNVERIFIED
+
+
+def _hold_bundle(service: Service, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements) -> tuple[str, Verdict | None, str]:
+    """Download a result and return (where it is now, verdict, why there is no verdict).
+
+    bundle: replaced by a result that verifies. Any other one is kept as bundle + ".unverified": unpacked if it has nothing but files of a
+    bundle, else as the archive that came. Raises OSError, RemoteError, UsageError."""
     parent = os.path.dirname(os.path.abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
-        archive, root = os.path.join(scratch, "result.tar.gz"), os.path.join(scratch, "bundle")
-        service.download(job_id, archive)
+        packed, root = os.path.join(scratch, "packed"), os.path.join(scratch, "bundle")
+        os.mkdir(packed)
         os.mkdir(root)
+        archive = os.path.join(packed, _ARCHIVE)
+        service.download(job_id, archive)
+        verdict, why, damage = None, "", ""
         try:
             unpack_archive(archive, root, MAX_RESULT)
+            root, _ = find_project(root, "")
+            verdict = verify_bundle(read_bundle(archive, MAX_RESULT), expected, utc_time(time.time()), endorsements)
         except BuildFailed as e:
-            raise BrokenProtocol(f"{e}") from None
-        project, _ = find_project(root, "")
-        try:
-            files = read_bundle(project)
-            if files.provenance is None:
-                raise UsageError("evidence alone")
-            verdict = verify_bundle(files, expected, utc_time(time.time()), endorsements)
-        except UsageError:
-            raise BrokenProtocol("what it handed out is no bundle") from None
-        good = verdict.verdict != "failed"
-        if not good:  # and takes no good one's place
+            root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
+        except UsageError as e:
+            files, missing = walk_files(root), sorted({"provenance.json", "evidence.json"} - set(os.listdir(root)))
+            why = "the result has no " + " and no ".join(missing) if missing else str(e).replace(archive, "the result")
+            if not files or set(os.listdir(root)) - _OF_BUNDLE or any(os.path.islink(os.path.join(root, file)) for file in files):
+                root = packed
+        if verdict is None or verdict.verdict == "failed":  # it takes no good one's place
             bundle += ".unverified"
             _check_target(bundle)
         remove_tree(bundle)
-        os.rename(project, bundle)
-    if options.output == "json":
-        sys.stdout.write(compact_json({"type": "bundle", "path": bundle, "nonce": expected.nonce, **verdict.to_wire()}) + "\n")
-    else:
-        if display is not None:
-            shown = render_verdict(verdict, _colored(sys.stderr))
-            sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
-            start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
-            display.note("verify it again, offline: " + shlex.join([*start, "verify", bundle, *(("--nonce", expected.nonce) if expected.nonce else ())]))
-        sys.stdout.write(bundle + "\n")
-    sys.stdout.flush()
-    return EXIT_OK if good else EXIT_UNVERIFIED
+        os.rename(root, bundle)
+    if damage:
+        raise BrokenProtocol(damage)
+    return bundle, verdict, why
 
 
 def cmd_watch(options: "argparse.Namespace") -> int:

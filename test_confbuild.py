@@ -10910,8 +10910,7 @@ class TestBuild:
 
     @pytest.mark.parametrize("result, status, message", [
         ((200, {}, result_archive(agreeing(nonce="f" * 32))), 5, " checks failed (nonce): "), ((200, {}, result_archive(agreeing())), 0, PASSABLE),
-        ((200, {}, tarball({"../evil": "x"})), 4, "broke the protocol"), ((200, {}, tarball({"evidence.json": "{}"})), 4, "broke the protocol"),
-        ((200, {}, b"junk"), 4, "broke the protocol"), ((404, {}, b""), 4, "the server said 404")])
+        ((200, {}, tarball({"evidence.json": "{}"})), 5, "no provenance.json"), ((404, {}, b""), 4, "the server said 404")])
     def test_what_a_server_hands_out(self, shell: Shell, tmp_path: Path, result: Answer, status: int, message: str) -> None:
         with StandIn((200, {}, b'{"job_id":"j"}'), self.OK, result) as one:
             done = shell("build", "demo", "--server", one.url, "--nonce", NONCE)
@@ -10920,20 +10919,114 @@ class TestBuild:
         assert done.stdout == {0: "demo-build\n", 5: "demo-build.unverified\n"}.get(status, "") and submitted[:2] == ("POST", "/build")
         assert sorted(p.name for p in tmp_path.glob("demo-build*")) == done.stdout.split() and not (tmp_path / "evil").exists()
 
-    def test_fetch_without_a_nonce(self, shell: Shell) -> None:
+    @staticmethod
+    def fetch(answer: bytes, *options: str) -> int:
+        """Return the exit status of `fetch j -o out`, here, of a server that hands out answer."""
+        with StandIn((200, {}, answer)) as one:
+            return confbuild.main(["fetch", "j", "--server", one.url, "-o", "out", *options])
+
+    @staticmethod
+    def linked(**links: str) -> bytes:
+        """A bundle without evidence.json, but with links."""
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w:gz") as tar:
+            for name in ("demo/provenance.json", *links):
+                info = tarfile.TarInfo(name.replace("__", "/"))
+                info.type, info.linkname = tarfile.SYMTYPE if name in links else tarfile.REGTYPE, links.get(name, "")
+                tar.addfile(info, io.BytesIO())
+        return out.getvalue()
+
+    PARTS: Mapping[str, str | bytes] = {"artifacts/demo": b"artifact", "provenance.json": provenance_of(bundle())}
+
+    @pytest.mark.parametrize(("answer", "status", "message", "kept"), [
+        (tarball(PARTS), 5, "error: the result has no evidence.json: nothing is verified; it is kept as out.unverified\n", "artifacts artifacts/demo provenance.json"),
+        (tarball({"evidence.json": "{}", "artifacts/a": "x"}), 5, "the result has no provenance.json: ", "artifacts artifacts/a evidence.json"),
+        (tarball({"artifacts/a": "x"}), 5, "the result has no evidence.json and no provenance.json: ", "artifacts artifacts/a"),
+        (tarball({**PARTS, "evidence.json": "{}", "README": "x"}), 5, "error: the result: 'demo/README' is out of place in a bundle: nothing is verified", "result.tar.gz"),
+        (tarball({"evil.sh": "x"}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
+        (tarball({}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
+        # Unpacked one folder higher, this link would lead out of the folder that it is kept in.
+        (linked(demo__artifacts__x="../../other"), 5, "the result has no evidence.json: ", "result.tar.gz"),
+        (linked(demo__evidence__json="provenance.json"), 5, "the result has no evidence.json: ", "result.tar.gz"),
+        (tarball({"../evil": "x"}), 4, "error: the server broke the protocol: 'demo/../evil' is not a plain relative path; what it sent is kept as out.unverified\n", "result.tar.gz"),
+        (b"<html>", 4, "error: the server broke the protocol: the archive is damaged: ", "result.tar.gz"), (b"", 4, "the archive is damaged: ", "result.tar.gz"),
+        (tarball(PARTS)[:-9], 4, "the archive is damaged: ", "result.tar.gz"), (result_archive(bundle(nonce="f" * 32)), 5, "FAILED", "artifacts artifacts/demo evidence.json provenance.json")])
+    def test_what_does_not_verify_is_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: bytes, status: int,
+                                          message: str, kept: str) -> None:
+        """As it came, where it can do no harm, in the place of what was kept before; what verified earlier stays."""
+        monkeypatch.chdir(tmp_path)
+        assert self.fetch(result_archive(bundle())) == 0
+        for more in ([], ["--output", "quiet"], ["--output", "json"]):
+            capsys.readouterr()
+            assert self.fetch(answer, "--nonce", NONCE, *more) == status
+            said = capsys.readouterr()
+            if "json" in more and status == 5:
+                doc = json.loads(said.out)
+                assert (doc["path"], doc["verdict"], said.err) == ("out.unverified", "failed", "") and (message == "FAILED" or doc["error"] in message or message[:-2] in doc["error"])
+            else:
+                assert message in said.err and said.out == ("out.unverified\n" if status == 5 else "")
+            assert sorted(str(path.relative_to("out.unverified")) for path in Path("out.unverified").rglob("*")) == kept.split()
+        if kept == "result.tar.gz":
+            assert Path("out.unverified/result.tar.gz").read_bytes() == answer
+        assert sorted(os.listdir()) == ["out", "out.unverified"] and self.fetch(result_archive(bundle()), "--nonce", NONCE) == 0
+        write_files(tmp_path, {"out.unverified/mine": "x"})
+        assert self.fetch(answer, "--nonce", NONCE) == 2 and "error: out.unverified exists, and is no bundle" in capsys.readouterr().err
+
+    FULL = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import confbuild; full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+
+    @pytest.mark.parametrize("content", [random.Random(1).randbytes(20_000), bytes(20_000)], ids=["the download", "unpacked"])
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+        """As a limit to the size of files imitates it: the message names the path, and the command that gets the result, which is not lost."""
+        monkeypatch.chdir(tmp_path)
+        Path("token").write_text("secret")
+        monkeypatch.setattr(sys, "argv", ["confbuild"])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        with StandIn((200, {}, tarball({**self.PARTS, "artifacts/big": content}))) as one:
+            command = ["fetch", "j", "--server", one.url, "--token-file", "token", "-o", "deep/out", "--nonce", NONCE]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
+            try:
+                assert confbuild.main(command) == 2
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert capsys.readouterr().err == ("confbuild: error: deep/out cannot be written: File too large\n"
+                                               f"confbuild: hint: the result stays on the server: confbuild {shlex.join(command)}\n")
+            assert os.listdir("deep") == [] and confbuild.main(command) == 5 and Path("deep/out.unverified/artifacts/big").read_bytes() == content
+
+    def test_a_full_disk_after_a_build(self, shell: Shell) -> None:
+        """Of another server, which keeps the result, and of a private one, which does not."""
+        how = ("-c", self.FULL + "hold = confbuild._hold_bundle; confbuild._hold_bundle = lambda *a: (full(), hold(*a))[-1]; sys.exit(confbuild.main())", str(FILE.parent))
+        with StandIn((200, {}, b'{"job_id":"j"}'), self.OK, (200, {}, tarball({"artifacts/big": random.Random(1).randbytes(20_000)}))) as one:
+            said = shell("build", "demo", "--server", one.url, "--nonce", NONCE, how=how)
+            assert said.returncode == 2 and said.stderr.endswith(
+                "error: demo-build cannot be written: File too large\n"
+                f"confbuild: hint: the result stays on the server: -c fetch j --server {one.url} -o demo-build --nonce {NONCE}\n"), said.stderr
+        said = shell("build", "demo", how=(*how[:1], how[1].replace("full()", "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))"), *how[2:]))
+        assert said.returncode == 2 and said.stderr.endswith(
+            "error: demo-build cannot be written: File too large\nconfbuild: hint: the private server and its result are gone: build again\n"), said.stderr
+
+    def test_a_full_tmpdir(self, tmp_path: Path, shell: Shell) -> None:
+        write_files(tmp_path, {"large/x": random.Random(1).randbytes(20_000)})
+        said = shell("build", "large", how=("-c", self.FULL + "full(); sys.exit(confbuild.main())", str(FILE.parent)))
+        assert said.returncode == 2 and re.search(rf"error: {re.escape(str(tmp_path))}/tmp/confbuild-\w+ cannot be written: File too large\n"
+                                                  "confbuild: hint: TMPDIR names the folder of temporary files\n$", said.stderr), said.stderr
+
+    def test_fetch_without_a_nonce(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         """The server's own nonce is no check: it is not even asked for."""
+        monkeypatch.chdir(tmp_path)
         with StandIn((200, {}, result_archive(bundle()))) as one:
-            done = shell("fetch", "j", "--server", one.url)
-            assert (done.returncode, done.stdout) == (0, "j-build\n") and "; not checked: nonce (--nonce)\n" in done.stderr
-            assert done.stderr.endswith(" verify j-build\n"), "no nonce that nobody chose"
-            done = shell("fetch", "j", "--server", one.url, "--output", "json")
-            doc = json.loads(done.stdout)
+            def fetch(status: int, *options: str) -> tuple[str, str]:
+                assert confbuild.main(["fetch", "j", "--server", one.url, *options]) == status
+                return capsys.readouterr()
+
+            out, err = fetch(0)
+            assert out == "j-build\n" and "; not checked: nonce (--nonce)\n" in err
+            assert err.endswith(" verify j-build\n"), "no nonce that nobody chose"
+            doc = json.loads(fetch(0, "--output", "json")[0])
             assert doc["nonce"] is None and [check["status"] for check in doc["checks"] if check["name"] == "nonce"] == ["not checked"]
-            done = shell("fetch", "j", "--server", one.url, "--nonce", DASHED)
-            assert done.returncode == 0 and "not checked: nonce" not in done.stderr and done.stderr.endswith(f" verify j-build --nonce {NONCE}\n")
-            assert shell("fetch", "j", "--server", one.url, "--nonce", "f" * 32).returncode == 5
-            done = shell("fetch", "j", "--server", one.url, "--nonce", "f" * 31)
-            assert done.returncode == 2 and "--nonce: 32 hexadecimal digits or a UUID are needed" in done.stderr
+            _, err = fetch(0, "--nonce", DASHED)
+            assert "not checked: nonce" not in err and err.endswith(f" verify j-build --nonce {NONCE}\n")
+            assert "FAILED" in fetch(5, "--nonce", "f" * 32)[1]
+            assert "--nonce: 32 hexadecimal digits or a UUID are needed" in fetch(2, "--nonce", "f" * 31)[1]
             assert [path for _, path, _ in one.seen] == ["/build/j/result"] * 4
 
     def test_a_good_bundle_stays(self, shell: Shell, tmp_path: Path) -> None:
