@@ -3624,6 +3624,9 @@ def fetch_vek(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return bytes(answer.read(MAX_CERTIFICATES))
+    except urllib.error.HTTPError as e:
+        with e:  # it holds the answer
+            raise NoAttester(f"{url}: {e}") from None
     except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: where it redirects to what is no URL
         raise NoAttester(f"{url}: {e}") from None
 
