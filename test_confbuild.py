@@ -11197,17 +11197,19 @@ def defined(tree: ast.Module) -> dict[str, int]:
 
 
 def names_read(source: str) -> Iterator[tuple[int, str]]:
-    """(line, name) of each global that is read, strings of annotations included; the line is that of a function for what it contains."""
+    """(line, name) of each global that is read, annotations included; the line is that of a function for what it contains."""
     def inside(table: symtable.SymbolTable) -> Iterator[tuple[int, str]]:
         for child in table.get_children():
-            yield from ((child.get_lineno(), s.get_name()) for s in child.get_symbols() if s.is_referenced() and s.is_global())
-            yield from inside(child)
+            if child.get_name() != "__annotate__":  # of Python 3.14, on the line of the first annotation [PEP 649]; all of them come below
+                yield from ((child.get_lineno(), s.get_name()) for s in child.get_symbols() if s.is_referenced() and s.is_global())
+                yield from inside(child)
 
     yield from inside(symtable.symtable(source, "confbuild", "exec"))
     for node in ast.walk(tree := ast.parse(source)):
         for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                yield from ((part.lineno, n.id) for n in ast.walk(ast.parse(part.value)) if isinstance(n, ast.Name))
+            for n in ast.walk(part) if part else ():
+                quoted = ast.walk(ast.parse(n.value)) if isinstance(n, ast.Constant) and isinstance(n.value, str) else ()
+                yield from ((part.lineno, name.id) for name in (n, *quoted) if isinstance(name, ast.Name))
     pending: list[ast.AST] = [tree]  # what is read when the file is imported: bases, defaults, decorators, tables
     for node in pending:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
@@ -11263,6 +11265,17 @@ class TestLayout:
         assert mine[0][0] == 0 and mine[-1] == (31, "Layout and README") and len(set(mine)) == len(mine)
         rest = iter(titles)
         assert all(one in rest for one in mine[1:-1]), "the tests' sections are the file's, in its order"
+
+    def test_names_read(self) -> None:
+        """The same of every Python, whichever evaluates annotations and when: each on its own line, or on that of the function around it."""
+        source = ("A = B = C = D = E = F = G = H = 0\n"
+                  "x: A = 0\n\n"
+                  "class K:\n y: 'B' = 0\n"
+                  " def f(self, z: 'C | None') -> D:\n  def g(a: E) -> 'list[F]':\n   b: G = H\n   return b\n  return g\n")
+        assert {(line, name) for line, name in names_read(source) if name.isupper() and len(name) == 1} >= {
+            (2, "A"), (5, "B"), (6, "C"), (6, "D"), (7, "E"), (7, "F"), (8, "G"), (7, "H")}
+        assert {line for line, name in names_read(source) if name in "ABCD"} <= {2, 4, 5, 6}
+        assert {line for line, name in names_read(source) if name in "EFGH"} <= {6, 7, 8}
 
     def test_top_down(self) -> None:
         names, reached = defined(self.TREE), {r.number: set[int]() for r in self.REGIONS}
