@@ -6017,11 +6017,9 @@ class QemuVm:
             raise BuildFailed("VmError", "the VM is gone")
         if not self._spoken.wait(timeout_s):
             raise self._failure(f"the VM did not boot within {timeout_s:g} s")
-        if not self._answer:
-            self._join(1)  # QEMU's last words may still be on their way
-            raise self._failure("the VM ended while it booted")
         if self._answer != b"%d\n" % GUEST_PORT:
-            raise self._failure(f"the agent said {self._answer[:16]!r}, not its port")
+            self._join(5)  # QEMU's last words may still be on their way
+            raise self._failure(f"the agent said {self._answer[:16]!r}, not its port" if self._answer else "the VM ended while it booted")
         try:
             self.port = forwarded_port(ask_monitor(self._monitor, "human-monitor-command", timeout_s, **{"command-line": "info usernet"}))
         except BuildFailed as e:

@@ -76,18 +76,26 @@ COMPILED = Path(tempfile.mkdtemp(prefix="confbuild-test-"), "confbuild.pyc")
 atexit.register(shutil.rmtree, COMPILED.parent)
 py_compile.compile(str(FILE), str(COMPILED), doraise=True)
 PROGRAM = (*confbuild.own_program()[:-1], str(COMPILED))
+PATIENCE = 120  # seconds until what does not happen is a failure: a bound against hanging, also on a slow and busy machine
 NONCE = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
 DASHED = "0A1B2C3D-4e5f-6071-8293-a4b5c6d7e8f9"  # the same 16 bytes as a UUID [RFC 9562 4]
 NOW = "2026-11-23T12:00:00Z"
 INSTALL = {"cargo": "apt-get install cargo", "git": "apt-get install git", "nix": "apt-get install nix-bin", "curl": "apt-get install curl",
            "openssl": "apt-get install openssl", "strace": "apt-get install strace",
-           "cpio": "apt-get install cpio", "fsck.erofs": "apt-get install erofs-utils",
-           "veritysetup": "apt-get install cryptsetup-bin", "qemu-system-x86_64": "apt-get install qemu-system-x86", "cc": "apt-get install gcc"}
+           "python3": "apt-get install python3", "cpio": "apt-get install cpio", "fsck.erofs": "apt-get install erofs-utils",
+           "veritysetup": "apt-get install cryptsetup-bin", "qemu-system-x86_64": "apt-get install qemu-system-x86", "cc": "apt-get install gcc",
+           "QEMU 9.1": "apt-get install -t bookworm-backports qemu-system-x86", "QEMU 10.0": "apt-get install -t bookworm-backports qemu-system-x86"}
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
     """Skip, with the command that installs what is missing."""
     return pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is missing: {INSTALL[tool]}")
+
+
+def needs_qemu(major: int, minor: int) -> pytest.MarkDecorator:
+    """Skip, with the command that installs it, where QEMU is missing or older."""
+    tool = f"QEMU {major}.{minor}"
+    return pytest.mark.skipif((confbuild.qemu_version() or (0, 0)) < (major, minor), reason=f"{tool} is missing: {INSTALL[tool]}")
 
 
 def tarball(files: Mapping[str, str | bytes], top: str = "demo") -> bytes:
@@ -168,12 +176,12 @@ class Server:
         """End the server; what it said on stderr."""
         assert self.process is not None
         self.process.send_signal(sign)
-        _, errors = self.process.communicate(timeout=60)
+        _, errors = self.process.communicate(timeout=PATIENCE)
         return errors
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, bytes]:
         """(status, headers, body); names of headers with `_` for `-`."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         try:
             named = {**self.headers, **{name.replace("_", "-"): value for name, value in headers.items()}}
             if isinstance(body, dict):
@@ -218,9 +226,9 @@ def server(tmp_path: Path, stub_path: str) -> Iterator[Callable[..., Server]]:
             one.process.communicate()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def wait_for(condition: Callable[[], Any]) -> Any:
     """What condition returns when it is true at last."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         value = condition()
         if value:
@@ -539,17 +547,23 @@ def status_of(verdict: confbuild.Verdict, name: str) -> str:
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises where a hostile input keeps the verifier busy; a generous deadline, no measurement."""
-    def late(*_: object) -> None:
-        pytest.fail(f"still busy after {seconds} s")  # no Exception, which the code under test would catch
+    """Fail where a hostile input keeps the code under test busy; a generous deadline, no measurement.
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    seconds: of this process's own processor time, whatever else the machine does. What stands still fails too, after PATIENCE.
+    """
+    def late(*_: object) -> None:
+        pytest.fail(f"still busy after {seconds} s, or not moving")  # no Exception, which the code under test would catch
+
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, PATIENCE))
+    before = [signal.signal(sign, late) for sign, _, _ in timers]
+    for _, timer, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (sign, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(sign, handler)
 
 
 def nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -953,9 +967,9 @@ class TestDer:
     def test_long_input_is_no_matter(self) -> None:
         """Nothing in it recurses, and nothing takes quadratic time."""
         data = b"\x30\x80" * 20_000
-        with within(8), pytest.raises(confbuild.DerError):
+        with within(20), pytest.raises(confbuild.DerError):
             confbuild.Der(data, "x").enter()
-        with within(8):
+        with within(20):
             assert confbuild.Der(number(1 << 8_000_000), "x").integer() == 1 << 8_000_000
             der = confbuild.Der(b"\x02\x01\x01" * 20_000, "x")
             assert sum(der.integer() for _ in range(20_000)) == 20_000
@@ -1700,14 +1714,14 @@ class TestCertificates:
     def test_large_input_takes_linear_time(self) -> None:
         """What a list or certificate of a few hundred KiB can hold, and numbers that would collide in a set."""
         step = 2 ** 61 - 1  # hash() of its multiples is 0
-        with within(6):
+        with within(20):
             data = crl_raw(revoked=seq(b"".join(seq(number(i * step), utc("2026-10-01T00:00:00Z")) for i in range(1, 32_001))))
             assert len(confbuild.parse_crl(data, "list").revoked) == 32_000
         many = b"".join(extension(f"1.3.{i}", b"") for i in range(5_000))
-        with within(6):
+        with within(20):
             assert len(confbuild.parse_certificate(certificate_of(extensions=extensions_of(many)), "x").extensions) == 5_000
         names = b"".join(tlv(0x31, CN) for _ in range(5_000))
-        with within(6):
+        with within(20):
             assert len(confbuild.parse_certificate(certificate_of(subject=seq(names)), "x").subject) == 5_000
             with pytest.raises(NO_CERTIFICATE):
                 confbuild.parse_certificate(certificate_of(extensions=b"\xa3\x80" * 50_000), "x")
@@ -2370,7 +2384,7 @@ class TestFirmwareState:
 
     def test_a_hostile_firmware_takes_bounded_time(self) -> None:
         """All of it GUIDs of sections that are none; and what unpacks to the most."""
-        with within(10):
+        with within(20):
             assert "no compressed section" in confbuild.firmware_state((b"\2" + LZMA_GUID) * (1 << 18))
             assert confbuild.firmware_state(toy_volume(lzma_section(bytes(64 << 20)))) == ""
 
@@ -2864,7 +2878,7 @@ class TestVerdict:
         ids=["many subjects", "many names", "wide and deep"])
     def test_hostile_provenance_takes_bounded_time(self, data: bytes) -> None:
         files = bundle(provenance=data)
-        with within(6):
+        with within(20):
             verdict = verdict_over(files, ANY)
         assert verdict.verdict == "failed" and max(len(check.name) for check in verdict.checks) < 300
 
@@ -2886,7 +2900,7 @@ class TestVerdict:
         expected = [verdict_over(files, wanted, anchors=TOY_ANCHORS if toy else None).to_wire() for files, wanted, toy in rows]
         assert [wire["verdict"] for wire in expected[-5:]] == ["simulated", "passed", "passed", "failed", "failed"]
         for options in (["-I", "-W", "error"], ["-I", "-S", "-O", "-W", "error"]):
-            done = subprocess.run([sys.executable, *options, "-c", script, str(FILE), NOW], capture_output=True, text=True, timeout=60, check=True,
+            done = subprocess.run([sys.executable, *options, "-c", script, str(FILE), NOW], capture_output=True, text=True, timeout=PATIENCE, check=True,
                                   input=json.dumps([cases, [b64(TOY_CAS[role]) for role in ("ark", "ask", "asvk")]]))
             assert json.loads(done.stdout) == json.loads(json.dumps(expected)) and done.stderr == ""
 
@@ -3317,7 +3331,7 @@ class TestHardwareVerdict:
         when = utc(NOW)
         entries = b"".join(b"\x30" + bytes((len(one) + 17,)) + one + when + b"\x30\x00" for one in (number(i * (2 ** 61 - 1)) for i in range(40_000)))
         tbs = seq(number(1), PSS_SHA384, x_name("ARK-Milan"), when, when, seq(entries))
-        with within(8):
+        with within(20):
             verdict = verdict_over(snp(), ANY, anchors=TOY_ANCHORS, crls=[("a", seq(tbs, PSS_SHA384, bits(b"")))])
         assert failed_checks(verdict) == {"revocation list file a"}
 
@@ -3540,7 +3554,7 @@ HELD = "confbuild: what sh left behind held its output open for 0 s after its en
 
 def drive(code: str, *arguments: str, **environ: str) -> Any:
     """What code answers in a process of its own: run_tool kills all that descends from its caller."""
-    done = subprocess.run([sys.executable, "-S", "-c", DRIVER + code, str(COMPILED.parent), *arguments], env={**os.environ, **environ}, timeout=60, check=False,
+    done = subprocess.run([sys.executable, "-S", "-c", DRIVER + code, str(COMPILED.parent), *arguments], env={**os.environ, **environ}, timeout=PATIENCE, check=False,
                           stdin=subprocess.DEVNULL, capture_output=True, text=True, start_new_session=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -3799,7 +3813,7 @@ answer(None)""", str(tmp_path))
             (tmp_path / name).write_text("print('hostile')\n")
         program = confbuild.own_program()
         done = subprocess.run([*program, "--version"], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path), "PYTHONINSPECT": "1"},
-                              capture_output=True, text=True, timeout=60, check=False)
+                              capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert program[0] == sys.executable and done.stdout.startswith(f"confbuild {confbuild.__version__}"), done
         assert hashlib.sha256(confbuild.own_source()).hexdigest() in done.stdout and confbuild.own_source() == FILE.read_bytes()
 
@@ -5608,7 +5622,7 @@ class TestBundle:
         ((*WHOLE, bytes(1024), ("demo/artifacts/demo", b"evil", FILE_TYPE)), "neither a bundle nor its archive")])
     def test_odd_archives(self, tmp_path: Path, members: tuple[TarEntry, ...], message: str) -> None:
         path = packed(tmp_path / "a.tar.gz", gzip.compress(tar_of(*members), 1))
-        with within(10), pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: .*({'|'.join(map(re.escape, message.split('|')))})"):
+        with within(20), pytest.raises(confbuild.UsageError, match=f"^{re.escape(path)}: .*({'|'.join(map(re.escape, message.split('|')))})"):
             confbuild.read_bundle(path)
 
     @pytest.mark.parametrize(("data", "message"), [
@@ -5735,7 +5749,7 @@ class TestBundle:
         root = folder_of(tmp_path / "bundle", GOOD_BUNDLE, {"demo": b"artifact"})
         for step in steps:
             step(root)
-        with within(3), pytest.raises(confbuild.UsageError, match=message):
+        with within(20), pytest.raises(confbuild.UsageError, match=message):
             confbuild.read_bundle(str(root))
 
 # endregion 17
@@ -6077,7 +6091,7 @@ class TestRealCargo:
         demo = commit_all(write_files(tmp_path / "demo", project()))
         write_files(demo, {"src/main.rs": "fn main() { evil() }\n", "new": ""})
         said = subprocess.run([*PROGRAM, "build", str(demo), "-o", str(tmp_path / "out")], env={**os.environ, "PATH": stub_path},
-                              capture_output=True, text=True, timeout=60, check=True).stderr
+                              capture_output=True, text=True, timeout=PATIENCE, check=True).stderr
         assert "packed 5 files as they are, without history: git has modified or untracked files" in said
         git(demo, "add", "-A")
 
@@ -6847,12 +6861,14 @@ def test_a_real_python(tmp_path: Path) -> None:
     if listed is None or listed.returncode or "libc.so.6" not in listed.stdout or "ld-linux-x86-64" not in listed.stdout:
         pytest.skip("this Python is not one for glibc on x86-64")
     version = "{}.{}".format(*sys.version_info)
-    loaded = subprocess.run([program, "-IS", "-c", "import json, py_compile, sys; print(*(m.__file__ for m in sys.modules.values() if getattr(m, '__file__', None)), sep='\\n')"],
-                            capture_output=True, text=True, check=True).stdout.split()
+    loaded = json.loads(subprocess.run([program, "-IS", "-c", "import json, py_compile, sys; print(json.dumps([(n, getattr(m, '__file__', None)) for n, m in sys.modules.items()]))"],
+                                       capture_output=True, text=True, check=True).stdout)
     library = os.path.dirname(os.__file__)
+    # By their names too: collections.abc, for one, has replaced itself by another module.
+    files = {path for name, file in loaded for path in (file, *(os.path.join(library, name.replace(".", "/") + end) for end in (".py", "/__init__.py"))) if path and os.path.isfile(path)}
     root = toy_root(tmp_path / "root", {name: None for name in ROOT_FILES if name.startswith(("usr/lib/python", "usr/bin/python", "usr/lib/x86_64-linux-gnu/"))}, {"usr/bin/python3": f"python{version}"})
-    copies = {f"usr/lib/python{version}/{os.path.relpath(path, library)}": path for path in loaded if path.startswith(library)}
-    copies.update({f"usr/lib/x86_64-linux-gnu/{os.path.basename(path)}": path for path in re.findall(r"(/\S+) \(0x", listed.stdout) if "ld-linux" not in path})
+    copies = {f"usr/lib/python{version}/{os.path.relpath(path, library)}": path for path in files if path.startswith(library)}
+    copies.update({f"usr/lib/x86_64-linux-gnu/{os.path.basename(path)}": path for path in re.findall(r"(?:=> |^\s+)(/.+) \(0x", listed.stdout, re.MULTILINE) if "ld-linux" not in path})
     copies.update({"usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2": "/lib64/ld-linux-x86-64.so.2", f"usr/bin/python{version}": program})
     for name, path in copies.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -7208,7 +7224,7 @@ class TestStreamer:
                 thread.start()
             data = d.finish()
             for n, (start, chunked, _) in enumerate(readers):
-                threads[n].join(30)
+                threads[n].join(PATIENCE)
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start):], (seed, n)
 
 # endregion 21
@@ -7232,7 +7248,7 @@ def gated(gate: Path, then: str = QUICK) -> str:
 
 def until(server: Server, job: str, kind: str = "build") -> dict[str, Any]:
     """The first event of a kind, as soon as it is there."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     try:
         connection.request("GET", f"/build/{job}/events")
         answer = connection.getresponse()
@@ -7253,7 +7269,7 @@ class Follower(threading.Thread):
 
     def run(self) -> None:
         while True:
-            connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
             try:
                 connection.request("GET", f"/build/{self.job}/events?from={len(self.frames)}")
                 answer = connection.getresponse()
@@ -7389,7 +7405,7 @@ class TestJobs:
             s.stop(signal.SIGKILL)
             s.start()
         for follower in followers:
-            follower.join(60)
+            follower.join(PATIENCE)
             assert not follower.is_alive() and follower.losses
             assert [frame.split(b"\n")[0] for frame in follower.frames] == [b"id: %d" % n for n in range(1, len(follower.frames) + 1)]
             body = s.request("GET", f"/build/{follower.job}/events")[2]
@@ -7411,7 +7427,7 @@ class TestJobs:
         waiting, pids = [s.submit() for _ in range(3)], tmp_path / "pids"
         for attempt in range(1, 4):
             wait_for(pids.exists)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE
             while len(pids.read_text().split()) < attempt:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
@@ -7439,7 +7455,7 @@ class TestJobs:
         refused = wait_for(lambda: [answer for answer in [s.request("POST", "/build", {})] if answer[0] != 422])[0]  # {}: never accepted
         assert refused[0] == 503 and json.loads(refused[2])["error_type"] == "ShuttingDown" and int(refused[1]["Retry-After"]) > 0
         (tmp_path / "gate").touch()
-        assert "Traceback" not in s.process.communicate(timeout=20)[1] and s.process.returncode == 0
+        assert "Traceback" not in s.process.communicate(timeout=PATIENCE)[1] and s.process.returncode == 0
         s.start()
         assert s.status(first).items() >= {"status": "ok", "attempts": 1}.items()
         assert s.events(second)[-1]["result"] == {"status": "ok"}
@@ -7449,7 +7465,7 @@ class TestJobs:
         s = server("--grace", "0.1")
         job = s.submit(project(f"echo $$ > {tmp_path}/pid; {gated(tmp_path / 'gate')}"))
         until(s, job)
-        second = subprocess.run([*PROGRAM, "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True, text=True, timeout=30, check=False)
+        second = subprocess.run([*PROGRAM, "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (second.returncode, second.stderr) == (2, f"confbuild: error: {s.state} is in use by another server\n")
         assert "Traceback" not in s.stop()
         assert not living(int((tmp_path / "pid").read_text()))
@@ -7787,7 +7803,7 @@ class TestQemuVm:
         assert stat.S_IMODE(os.stat(one._workspace).st_mode) == 0o700
         pid = one.spawn()
         assert os.getsid(pid) == pid and resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         assert (one.platform, one.port) == ("qemu", 40261)
         assert json.loads((tmp_path / "told").read_text()) == {"token": one.token, "policy": {"max_archive": 5}, "platform": "qemu", "network": "none"}
         one.destroy(clean=True)
@@ -7799,20 +7815,20 @@ class TestQemuVm:
     def test_network_is_told(self, tmp_path: Path, vm: Callable[..., confbuild.QemuVm]) -> None:
         one = vm(BOOTED + 'wait("stdin")', guest={"network": True})
         one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         assert json.loads((tmp_path / "told").read_text())["network"] == "open"
 
     def test_cancelled(self, vm: Callable[..., confbuild.QemuVm]) -> None:
         """Killed at once, though the guest would not power off; while it boots, too."""
         one = vm(BOOTED + "monitor(); signal.pause()")
         pid = one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         one.destroy()
         assert not living(pid)
         two: confbuild.QemuVm = vm("say('booting\\n'); signal.pause()", console=lambda _: threading.Thread(target=two.destroy).start())
         pid = two.spawn()
         with pytest.raises(confbuild.BuildFailed, match="the VM ended while it booted; its last words: booting"):
-            two.wait_ready(20)
+            two.wait_ready(PATIENCE)
         two.destroy()
         assert not living(pid)
 
@@ -7824,7 +7840,7 @@ class TestQemuVm:
         ask = confbuild.ask_monitor
         one = vm(BOOTED + f'wait("{heeded}"); say("quit\\n")' if heeded == "quit" else BOOTED + "monitor(); listener.close(); signal.pause()")
         pid = one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
 
         def hear(path: str, command: str, timeout_s: float) -> Any:
             asked.append(command)
@@ -7838,20 +7854,20 @@ class TestQemuVm:
         """A destroy without clean ends the waiting of one with it."""
         one: confbuild.QemuVm = vm(BOOTED + "monitor()\nwhile os.read(0, 100): pass\nsay('ignored\\n'); signal.pause()", console=lambda _: threading.Thread(target=one.destroy).start())
         one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         one.destroy(clean=True)
         assert list(one._last) == ["ignored"]
 
     @pytest.mark.parametrize(("code", "timeout_s", "message"), [
-        (r"say('qemu-system-x86_64: bad option\n\x1b[2J\n')", 20, "the VM ended while it booted; its last words: qemu-system-x86_64: bad option"),
-        ("", 20, "the VM ended while it booted"),
+        (r"say('qemu-system-x86_64: bad option\n\x1b[2J\n')", PATIENCE, "the VM ended while it booted; its last words: qemu-system-x86_64: bad option"),
+        ("", PATIENCE, "the VM ended while it booted"),
         ("say('Linux version\\n' * 3); signal.pause()", 0.5, "the VM did not boot within 0.5 s"),
         ("agent('80'); signal.pause()", 0.1, "the VM did not boot within 0.1 s"),
-        ("agent('22\\n'); signal.pause()", 20, r"the agent said b'22\n', not its port"),
-        ("agent('8080'); say('x')", 20, "the agent said b'8080', not its port; its last words: x"),
-        ("agent('x' * 100000); signal.pause()", 20, f"the agent said b'{'x' * 16}', not its port"),
-        ("listener.close(); agent('8080\\n'); signal.pause()", 20, "QEMU's monitor: [Errno 111] Connection refused"),
-        ("USERNET = 'none'\n" + BOOTED + "monitor(); signal.pause()", 20, "QEMU does not say which port it forwards"),
+        ("agent('22\\n')", PATIENCE, r"the agent said b'22\n', not its port"),
+        ("agent('8080'); say('x')", PATIENCE, "the agent said b'8080', not its port; its last words: x"),
+        ("agent('x' * 100000)", PATIENCE, f"the agent said b'{'x' * 16}', not its port"),
+        ("listener.close(); agent('8080\\n'); signal.pause()", PATIENCE, "QEMU's monitor: [Errno 111] Connection refused"),
+        ("USERNET = 'none'\n" + BOOTED + "monitor(); signal.pause()", PATIENCE, "QEMU does not say which port it forwards"),
     ])
     def test_will_not_boot(self, vm: Callable[..., confbuild.QemuVm], code: str, timeout_s: float, message: str) -> None:
         one = vm(code)
@@ -7865,7 +7881,7 @@ class TestQemuVm:
         count = [0]
         one = vm("say(('y' * 99 + '\\n') * 30000)\n" + BOOTED + 'wait("stdin")', console=lambda line: count.__setitem__(0, count[0] + (line == "y" * 99)))
         one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         workspace = Path(one._workspace)
         assert (workspace / "console").stat().st_size == confbuild.MAX_CONSOLE
         one.destroy(clean=True)
@@ -7877,7 +7893,7 @@ class TestQemuVm:
         one = vm(BOOTED + "say('one\\n'); wait('stdin'); say('two')", console=lines.append)
         os.symlink("/dev/full", os.path.join(one._workspace, "console"))
         one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         one.destroy(clean=True)
         assert lines == ["one", "two"]
 
@@ -7909,7 +7925,7 @@ class TestQemuVm:
         image = small_image(tmp_path / "image")
         one = vm(BOOTED + 'open(os.path.dirname(sys.argv[0]) + "/argv", "w").write("\\n".join(sys.argv)); wait("stdin")', image=image, firmware=True)
         one.spawn()
-        one.wait_ready(20)
+        one.wait_ready(PATIENCE)
         [loader] = [a for a in (tmp_path / "argv").read_text().split("\n") if a.startswith("loader,")]
         assert loader == f"loader,file={one._workspace}/hashes,addr=0x805000,force-raw=on"
         page = (Path(one._workspace) / "hashes").read_bytes()
@@ -7966,7 +7982,7 @@ def measured(record: bytes, reset_eip: int, signature: int) -> str:
 class TestRealQemu:
     @staticmethod
     def run(argv: Sequence[str], **env: str) -> tuple[int, str]:
-        done = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60,
+        done = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=PATIENCE,
                               env={**os.environ, **env})
         return done.returncode, done.stdout.decode()
 
@@ -7980,19 +7996,18 @@ class TestRealQemu:
         try:
             while usernet is None:
                 assert child.poll() is None, child.communicate()
-                try:
-                    usernet = confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", 20, **{"command-line": "info usernet"})
-                except confbuild.BuildFailed as e:
-                    assert re.search("No such file|refused", str(e))  # it does not listen yet
+                with contextlib.suppress(confbuild.BuildFailed):  # it does not listen yet
+                    usernet = confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", PATIENCE, **{"command-line": "info usernet"})
             assert 0 < confbuild.forwarded_port(usernet) < 65536
             with pytest.raises(confbuild.BuildFailed, match="human-monitor-command.*command-line"):
-                confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", 20)
-            confbuild.ask_monitor(str(tmp_path / "q,mp"), "quit", 20)
-            assert child.wait(20) == 0
+                confbuild.ask_monitor(str(tmp_path / "q,mp"), "human-monitor-command", PATIENCE)
+            confbuild.ask_monitor(str(tmp_path / "q,mp"), "quit", PATIENCE)
+            assert child.wait(PATIENCE) == 0
         finally:
             child.kill()
             child.communicate()
 
+    @needs_qemu(9, 1)
     def test_snp_is_refused(self, tmp_path: Path) -> None:
         """Where there is no SNP: all of sev-snp-guest is parsed, and nothing is started."""
         guest = confbuild.Guest("snp", small_image(tmp_path), memory_mib=64)
@@ -8006,16 +8021,44 @@ class TestRealQemu:
             status, output = self.run([a.replace(old, new) for a in argv])
             assert status == 1 and complaint in output and "not supported by KVM" not in output
 
+    @staticmethod
+    def with_cbitpos(run: Callable[[int], tuple[int, str]]) -> tuple[int, str]:
+        """What run returns with the position of the C-bit that QEMU takes for this machine's: EBX[5:0] of CPUID leaf 0x8000001F, and where the processor
+        has no such leaf, as Intel's, any value, of each processor perhaps another one. Only QEMU knows, and says so. [QEMU target/i386/sev.c]"""
+        position = 51  # AMD's, and a wrong one wherever SEV is not
+        for _ in range(8):
+            status, output = run(position)
+            wanted = re.search(r"cbitpos check failed, host '(\d+)' requested '%d'" % position, output)
+            if wanted is None:
+                break
+            position = int(wanted[1])
+        return status, output
+
+    @pytest.mark.parametrize("hosts", [[51], [0, 0], [1, 1], [63, 63], [0, 1, 1], [1, 0, 1, 0, 0]])
+    def test_cbitpos(self, hosts: list[int]) -> None:
+        """Where the machine's is 51, where it is another one, as an Intel host's, and where processors disagree."""
+        left = list(hosts)
+
+        def run(position: int) -> tuple[int, str]:
+            host = left.pop(0)
+            return (0, "done") if host == position else (1, f"qemu: sev_common_kvm_init: cbitpos check failed, host '{host}' requested '{position}'\nqemu: failed to initialize kvm")
+
+        assert (self.with_cbitpos(run), left) == ((0, "done"), [])
+        assert self.with_cbitpos(lambda position: (1, f"cbitpos check failed, host '{position ^ 1}' requested '{position}'"))[0] == 1
+        assert self.with_cbitpos(lambda _: (1, "another error")) == (1, "another error")
+
     @needs("cc")
+    @needs_qemu(9, 1)
     @pytest.mark.skipif(not (SHARED / "tools/fakesnp.c").exists(), reason="the shared folder is missing")
-    @pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="/dev/kvm is missing: modprobe kvm_amd or kvm_intel, usermod -aG kvm USER")
+    @pytest.mark.skipif(os.uname().machine != "x86_64" or not os.access("/dev/kvm", os.R_OK | os.W_OK),
+                        reason="no KVM for x86-64 here: modprobe kvm_amd or kvm_intel, usermod -aG kvm USER")
     @pytest.mark.parametrize(("vcpus", "vcpu_type"), [(1, "EPYC-v4"), (2, "EPYC-Genoa")])
     def test_what_snp_would_measure(self, tmp_path: Path, vcpus: int, vcpu_type: str) -> None:
         """QEMU's own launch sequence for the production argument vector, against an imitation of KVM's SNP ioctls: its pages give our digest."""
-        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "fakesnp.so", SHARED / "tools/fakesnp.c", "-ldl"], check=True, timeout=60)
-        guest = confbuild.Guest("snp", small_image(tmp_path), vcpus, vcpu_type, memory_mib=64, cbitpos=0)  # QEMU wants this processor's own
-        status, output = self.run(confbuild.qemu_argv(guest, str(tmp_path / "qmp"), "/dev/stderr"), LD_PRELOAD=str(tmp_path / "fakesnp.so"),
-                                  FAKESNP_OUT=str(tmp_path / "record"))
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "fakesnp.so", SHARED / "tools/fakesnp.c", "-ldl"], check=True, timeout=PATIENCE)
+        guest = confbuild.Guest("snp", small_image(tmp_path), vcpus, vcpu_type, memory_mib=64)
+        status, output = self.with_cbitpos(lambda position: self.run(
+            confbuild.qemu_argv(guest._replace(cbitpos=position), str(tmp_path / "qmp"), "/dev/stderr"), LD_PRELOAD=str(tmp_path / "fakesnp.so"), FAKESNP_OUT=str(tmp_path / "record")))
         assert status == 0 and f"host_data {'5a' * 32} vcpus {vcpus}" in output and "LAUNCH_START policy 0x30000" in output, output
         firmware = confbuild.parse_firmware((tmp_path / "firmware.fd").read_bytes())
         kernel, initrd = (hashlib.sha256((tmp_path / name).read_bytes()).digest() for name in ("vmlinuz", "initrd"))
@@ -8228,7 +8271,7 @@ class TestVm:
         if how == "delete":
             answer = s.request("DELETE", f"/build/{job}")
             assert answer[0] == 200, answer
-        wait_for(lambda: not any(living(int(pid)) for pid in pids.read_text().split()), 2)
+        wait_for(lambda: not any(living(int(pid)) for pid in pids.read_text().split()))
         result = s.events(job)[-1]["result"]
         assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids.read_text().split()) == 3
         assert not os.path.exists(workspace)
@@ -8373,7 +8416,7 @@ class TestSpares:
         class Slow(StandInVm):
             def wait_ready(self, timeout_s: float) -> None:
                 made.append(self)
-                assert self.gone.wait(60)
+                assert self.gone.wait(PATIENCE)
                 raise confbuild.BuildFailed("VmError", "the VM ended while it booted")
 
         host._make_vm = Slow  # type: ignore[assignment]
@@ -8470,7 +8513,7 @@ class Site:
         return b"{}"
 
     def build(self, jobs: confbuild.Jobs, job: confbuild.Job) -> str:
-        assert self.gate.wait(30) and job.log
+        assert self.gate.wait(PATIENCE) and job.log
         job.log.append(confbuild.to_payloads("build", ["é", "two"]))
         files = bundle()
         confbuild.write_archive(str(self.folder / "made"), "demo", provenance_of(files), files.evidence, [("demo", str(self.folder / "demo"))])
@@ -8924,7 +8967,7 @@ class TestHttp:
         context = ssl.create_default_context(cafile=str(cert))
 
         def ask(method: str, path: str, body: str | None = None) -> bytes:
-            connection = http.client.HTTPSConnection("127.0.0.1", s.port, timeout=30, context=context)
+            connection = http.client.HTTPSConnection("127.0.0.1", s.port, timeout=PATIENCE, context=context)
             connection.request(method, path, body, {"Content-Type": "application/json"})
             with connection.getresponse() as answer:
                 assert answer.status == 200
@@ -8970,7 +9013,7 @@ class TestAgent:
             script = (f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
                       f"echo $$ > {tmp_path}/tool; echo up; sleep 300")
             job = s.submit(project(script))
-            connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=PATIENCE)
             connection.request("GET", f"/build/{job}/events", headers=s.headers)
             answer = connection.getresponse()
             while b'"up"' not in answer.readline():
@@ -8979,7 +9022,7 @@ class TestAgent:
             is_problem(s.request("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted")
             is_problem(s.request("GET", f"/attestation?nonce={NONCE}"), 409, "AlreadyAccepted")  # it waits for no build any more
             agent.stdin.close()
-            assert agent.wait(20) == 0
+            assert agent.wait(PATIENCE) == 0
         pids = [int((tmp_path / name).read_text()) for name in ("daemon", "tool")]
         assert not any(map(living, pids)) and not workspace.exists()
 
@@ -9303,7 +9346,7 @@ def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *opti
 @pytest.fixture(scope="session", autouse=True)
 def guests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], GuestRuns]]:
     """guest_runs, in a process of its own beside all the other tests: emulation takes most of a minute, and a second processor has nothing to do."""
-    if not any(getattr(item, "cls", None) is TestRealGuest for item in request.session.items) or shutil.which("qemu-system-x86_64") is None or (
+    if not any(getattr(item, "cls", None) is TestRealGuest for item in request.session.items) or (confbuild.qemu_version() or (0, 0)) < (10, 0) or (
             shutil.which("git") is None or not (IMAGE / "image.json").is_file()):
         yield lambda: pytest.fail("nothing was started")
         return
@@ -9327,7 +9370,7 @@ def guests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         child.communicate()
 
 
-@needs("qemu-system-x86_64")
+@needs_qemu(10, 0)
 @needs("git")
 @needs_image
 class TestRealGuest:
@@ -9994,7 +10037,7 @@ def shell(tmp_path: Path, stub_path: str) -> Shell:
 
     def run(*arguments: str | Path, how: Sequence[str] = PROGRAM[1:], **env: str) -> "subprocess.CompletedProcess[str]":
         everything = {**os.environ, "PATH": stub_path, "TMPDIR": str(tmp_path / "tmp"), **env}
-        done = subprocess.run([sys.executable, *how, *map(str, arguments)], cwd=tmp_path, env=everything, text=True, capture_output=True, timeout=60,
+        done = subprocess.run([sys.executable, *how, *map(str, arguments)], cwd=tmp_path, env=everything, text=True, capture_output=True, timeout=PATIENCE,
                               errors="replace", check=False)
         assert "Traceback" not in done.stderr, done.stderr
         assert list((tmp_path / "tmp").iterdir()) == [] and not [p for p in tmp_path.iterdir() if p.name.startswith(".confbuild-")]
@@ -10183,7 +10226,7 @@ class TestUsage:
         for arguments in (["verify", "b"], ["verify", "b", "--format", "json"], ["--version"], ["verify", "--help"]):
             reader, writer = os.pipe()
             os.close(reader)
-            done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=30, check=False)
+            done = subprocess.run([*PROGRAM, *arguments], cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=PATIENCE, check=False)
             os.close(writer)
             noise += [(arguments, done.stderr)] if done.stderr else []
             assert done.returncode != 3, "what nobody could read is no verdict"
@@ -10196,7 +10239,7 @@ class TestUsage:
             pytest.skip("no Python older than 3.11: pyenv install 3.10")
         for python in found:
             for arguments in (["--version"], ["verify", "x"]):
-                done = subprocess.run([python, str(FILE), *arguments], capture_output=True, text=True, timeout=30, check=False)
+                done = subprocess.run([python, str(FILE), *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
                 assert (done.returncode, done.stdout) == (2, "")
                 assert re.fullmatch(r"confbuild: error: Python 3\.11 or later is needed, this is 3\.\d+\n", done.stderr), (python, done.stderr)
 
@@ -10585,7 +10628,7 @@ class TestVerify:
     def test_hostile_artifacts(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """`verify DIR && DIR/artifacts/x`: whatever x is, if the statement does not list its very bytes, no."""
         def fails(*checks: str) -> None:
-            with within(5):
+            with within(20):
                 assert confbuild.main(["verify", "b", "--roots", "roots", "--format", "json"]) == 1
             text = capsys.readouterr().out
             assert {c["name"] for c in json.loads(text)["checks"] if c["status"] == "failed"} == set(checks) and text.isascii()
@@ -10620,7 +10663,7 @@ class TestVerify:
         """Nothing rests on assert, on the environment, or on what Python only warns of."""
         (bench / "folder/policy.toml").write_text('roots = "../roots"\ncrl = "../crl.der"\nallow-simulated = true\n')
         done = subprocess.run([sys.executable, *flags, str(FILE), "verify", "b", "sim", "az", "bare", "stripped", "--policy", "folder/policy.toml", "--vek", "vek.pem",
-                               "--format", "json"], cwd=bench, capture_output=True, text=True, timeout=60, check=False)
+                               "--format", "json"], cwd=bench, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (done.returncode, done.stderr) == (1, "")
         assert [doc["verdict"] for doc in json.loads(done.stdout)] == ["passed", "simulated", "passed", "passed", "failed"]
 
@@ -10629,7 +10672,7 @@ class TestVerify:
     def test_no_socket_by_the_kernel(self, bench: Path, form: str) -> None:
         (bench / "folder/policy.toml").write_text('roots = "../roots"\ncrl = "../crl.der"\n')
         command = [sys.executable, str(FILE), "verify", "b", "b.tar.gz", "bare", "--policy", "folder/policy.toml", "--vek", "vek.der", "--format", form]
-        done = subprocess.run(["strace", "-f", "-q", "-e", "trace=network,execve", "-o", "trace", *command], cwd=bench, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(["strace", "-f", "-q", "-e", "trace=network,execve", "-o", "trace", *command], cwd=bench, capture_output=True, text=True, timeout=PATIENCE, check=False)
         if done.returncode == 1 and "ptrace" in done.stderr:
             pytest.skip("no process may be traced here")
         trace = (bench / "trace").read_text().splitlines()
@@ -10645,7 +10688,7 @@ class TestVerify:
         ("az-snp-kettle-kex", f"--pcr 4={'0' * 64}", 1), ("snp-vlek-milan-v3-aws-expired", "", 1)])
     def test_real_evidence(self, capsys: pytest.CaptureFixture[str], name: str, options: str, status: int) -> None:
         folder = SHARED / "vectors"
-        assert confbuild.main(["verify", str(folder / "vectors" / name), *options.format(v=folder).split()]) == status, capsys.readouterr().out
+        assert confbuild.main(["verify", str(folder / "vectors" / name), *(option.format(v=folder) for option in options.split())]) == status, capsys.readouterr().out
 
 
 @pytest.fixture
@@ -10835,8 +10878,10 @@ class TestBuild:
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith("confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\nconfbuild: simulated VM on this machine")
         assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
-        again = re.search(r"verify it again, offline: python \S*confbuild.py (verify demo-build --nonce [0-9a-f]{32})\n", done.stderr)
-        assert again and shell(*again[1].split(), "--source", "demo", "--allow-simulated").returncode == 0
+        again = re.search(r"verify it again, offline: (python .*)\n", done.stderr)
+        python, program, *arguments = shlex.split(again[1]) if again else ("", "")
+        assert (python, program, arguments[:-1]) == ("python", str(FILE), ["verify", "demo-build", "--nonce"])
+        assert shell(*arguments, "--source", "demo", "--allow-simulated").returncode == 0
         write_files(tmp_path, {"demo/src/main.rs": "fn changed() {}"})
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         assert (tmp_path / "demo-build/artifacts/demo").read_text() == "built\n"
@@ -10878,10 +10923,10 @@ class TestBuild:
                                  stderr=subprocess.PIPE, text=True)
         wait_for(lambda: mark.exists() and "started" in mark.read_text())
         child.send_signal(signal.SIGINT)
-        out, errors = child.communicate(timeout=20)
+        out, errors = child.communicate(timeout=PATIENCE)
         assert (child.returncode, out) == (130, "") and "is cancelled" in errors and "Traceback" not in errors, errors
         pids = [int(line) for line in mark.read_text().split()[:2]]
-        wait_for(lambda: all(map(gone, pids)), 5)
+        wait_for(lambda: all(map(gone, pids)))
         assert list((tmp_path / "tmp").iterdir()) == []
         if one:
             job, = json.loads(one.request("GET", "/builds")[2])
@@ -10900,10 +10945,10 @@ class TestBuild:
         write_files(tmp_path / "demo", project())
         with StandIn(answer) as one:
             child = subprocess.Popen([sys.executable, str(FILE), "build", "demo", "--server", one.url], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-            assert reached.wait(20)
+            assert reached.wait(PATIENCE)
             time.sleep(0.2)
             child.send_signal(signal.SIGINT)
-            _, errors = child.communicate(timeout=20)
+            _, errors = child.communicate(timeout=PATIENCE)
             assert child.returncode == 130 and "DELETE" in [method for method, _, _ in one.seen], errors
 
     OK = (200, SSE, frame(1, "complete", END))
@@ -11041,8 +11086,8 @@ class TestBuild:
     def test_odd_streams(self, shell: Shell, tmp_path: Path) -> None:
         """stdout closed, or in an encoding that lacks a letter: no traceback."""
         program = [sys.executable, str(COMPILED), "verify", "b\u00fc"]
-        closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
-        ascii_only = subprocess.run(program, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=30, check=False)
+        closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *program], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        ascii_only = subprocess.run(program, cwd=tmp_path, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=PATIENCE, check=False)
         for done in (closed, ascii_only):
             assert done.returncode == 2 and done.stderr.startswith("confbuild: error: b") and "Traceback" not in done.stderr
 
