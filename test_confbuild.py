@@ -10233,13 +10233,14 @@ class TestUsage:
         assert noise == []
 
     def test_old_pythons(self) -> None:
-        found = [p for p in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python")) if int(p.parts[-3].split(".")[1]) < 11]
-        found += [Path(path) for n in range(6, 11) if (path := shutil.which(f"python3.{n}")) and "shims" not in path]
-        if not found:
-            pytest.skip("no Python older than 3.11: pyenv install 3.10")
+        """Those that are here, and one that is called so: an old Python reads the whole file before it runs the first line."""
+        ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 7))
+        found = [[str(p)] for p in sorted(Path.home().glob(".pyenv/versions/3.*/bin/python")) if int(p.parts[-3].split(".")[1]) < 11]
+        found += [[path] for n in range(6, 11) if (path := shutil.which(f"python3.{n}")) and "shims" not in path]
+        found.append([sys.executable, "-c", "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0); runpy.run_path(sys.argv[1], run_name='__main__')"])
         for python in found:
             for arguments in (["--version"], ["verify", "x"]):
-                done = subprocess.run([python, str(FILE), *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
+                done = subprocess.run([*python, str(FILE), *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
                 assert (done.returncode, done.stdout) == (2, "")
                 assert re.fullmatch(r"confbuild: error: Python 3\.11 or later is needed, this is 3\.\d+\n", done.stderr), (python, done.stderr)
 
@@ -11382,6 +11383,13 @@ class TestLayout:
 
 
 class TestReadme:
+    def test_what_ci_installs(self) -> None:
+        """.ci/run runs the README's command, and installs whatever a test that skips says is missing."""
+        script = (FILE.parent / ".ci/run").read_text(encoding="utf-8")
+        named = set(re.findall(r"apt-get install (?:-t [a-z-]+ )?([a-z0-9-]+)", Path(__file__).read_text(encoding="utf-8")))
+        assert named >= {"git", "gcc", "qemu-system-x86", "strace"} and {name for name in named if not re.search(rf"[ :]{name}[ ;\n]", script)} == set()
+        assert "sed -n 's/^    \\(python -m pytest.*\\)$/\\1/p' README.md" in script and "\n    python -m pytest\n" in self.TEXT
+
     TEXT = (FILE.parent / "README.md").read_text(encoding="utf-8")
 
     def test_a_real_verification(self) -> None:
