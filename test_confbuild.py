@@ -8028,7 +8028,7 @@ class TestRealQemu:
         position = 51  # AMD's, and a wrong one wherever SEV is not
         for _ in range(8):
             status, output = run(position)
-            wanted = re.search(r"cbitpos check failed, host '(\d+)' requested '%d'" % position, output)
+            wanted = re.search(rf"cbitpos check failed, host '(\d+)' requested '{position}'", output)
             if wanted is None:
                 break
             position = int(wanted[1])
