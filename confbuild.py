@@ -2646,7 +2646,7 @@ class _Member(NamedTuple):
     kind: str
     executable: bool
     target: str
-    open: Callable[[], Any]
+    contents: Iterable[bytes]
 
 
 class _Unpacker:
@@ -2680,6 +2680,9 @@ class _Unpacker:
                 os.link(os.path.join(self._root, target), path)
             except OSError as e:  # a file has only so many names
                 raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
+            self._bytes += os.path.getsize(path)  # whoever hashes or packs the tree reads it once more
+            if self._bytes > self._max_bytes:
+                raise limit_error(f"the archive unpacks to more than {self._max_bytes} bytes, with what its links repeat")
         elif member.kind == "file":
             self._bytes = _write_member(path, member, self._bytes, self._max_bytes, "the archive unpacks")
         elif member.kind == "symlink":
@@ -2734,6 +2737,8 @@ class _Unpacker:
         known, known_kind = self._seen.setdefault(self._key(name), (name, kind))
         if known != name:
             raise source_error(f"{name[:80]!r} and {known[:80]!r} differ only in case")
+        if len(self._seen) > MAX_MEMBERS:
+            raise limit_error(f"the archive has more than {MAX_MEMBERS} members, with the folders around them")
         if known_kind != kind or kind != "directory" and name in self._files:
             raise source_error(f"{name[:80]!r} occurs twice")
         if kind != "directory":
@@ -2742,8 +2747,8 @@ class _Unpacker:
 
 def _write_member(path: str, member: _Member, before: int, limit: int, what: str) -> int:
     """before, and the bytes that are now in the new file at path: those that really come, not those announced. Raises BuildFailed LimitError."""
-    with member.open() as packed, open(path, "xb") as f:
-        for block in iter(lambda: packed.read(BLOCK), b""):
+    with open(path, "xb") as f:
+        for block in member.contents:
             before += len(block)
             if before > limit:
                 raise limit_error(f"{what} to more than {limit} bytes")
@@ -2788,90 +2793,39 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
                 raise source_error(f"{info.filename[:80]!r} is encrypted")
             if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
                 raise source_error(f"{info.filename[:80]!r} has a compression other than deflate")
-            kind = "directory" if info.is_dir() else "symlink" if stat.S_ISLNK(mode) else "file"
-            if stat.S_IFMT(mode) not in (0, stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK):
+            says = {0: "", stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}.get(stat.S_IFMT(mode))
+            if says is None:
                 raise source_error(f"{info.filename[:80]!r} is a device or a pipe")
+            kind = "directory" if info.is_dir() else says or "file"
+            # Some readers believe the slash, some the mode, and some the attribute of MS-DOS.
+            if says not in ("", kind) or info.is_dir() != (kind == "directory" or bool(info.external_attr & 0x10)) or info.is_dir() and info.file_size:
+                raise source_error(f"{info.filename[:80]!r} is a file with a directory's name, or a directory with a file's")
             target = ""
             if kind == "symlink":
                 with archive.open(info) as link:
                     target = link.read(4097).decode("utf-8")
             # orig_filename: zipfile cuts the other at a NUL.
-            yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, lambda info=info: archive.open(info))  # type: ignore[misc]
+            yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, _zip_blocks(archive, info))
 
 
+def _zip_blocks(archive: "zipfile.ZipFile", info: "zipfile.ZipInfo") -> Iterator[bytes]:
+    """Yield the contents of a member in blocks."""
+    with archive.open(info) as f:
+        yield from iter(lambda: f.read(BLOCK), b"")
+
+
+MAX_EXTENDED = 64 * MIB  # of headers that extend another, of which a kilobyte unpacks to a MiB
+# Mode, uid, gid, size, mtime and checksum; and numbers of a device, if there is a magic.
+_TAR_NUMBERS = ((100, 108), (108, 116), (116, 124), (124, 136), (136, 148), (148, 156), (329, 337), (337, 345))
+# Octal, or positive in base-256. Other readers take other things for a number: int() `1_0`, GNU tar `-7`, and none the same ones.
+_TAR_NUMBER = re.compile(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", re.DOTALL)
+_TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"5": "directory"}
+_TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> what GNU's hold
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
-MAX_EXTENDED = 64 * MIB  # of what an archive's headers announce, of which a kilobyte unpacks to a MiB
 # What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
 _HARMLESS_PAX = frozenset((b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype"))
-_SPARSE_PAX = (b"GNU.sparse.", b"SCHILY.realsize", b"SUN.holesdata")
-_TAR_SIZE = re.compile(rb" *[0-7]*[ \0]*|[\x80\xff].{11}", re.DOTALL)  # the second is base-256, of files of more than 8 GiB
-
-
-class _SmallReads:
-    """A stream for tarfile, whose headers may announce gigabytes that it would read at once, and whose parser takes quadratic time for
-    hostile pax headers (CVE-2024-6232). limit: of all contents; left: bytes that may be read; in_header: what is read is no content; last: of the headers."""
-
-    def __init__(self, stream: "gzip.GzipFile", limit: int) -> None:
-        self._seek, self.tell, self._read, self._limit = stream.seek, stream.tell, stream.read, limit
-        self.left, self.in_header, self.last, self._extends, self._announced = MIB, True, b"", b"", b""
-        self._spare = MAX_EXTENDED
-
-    def seek(self, offset: int) -> int:
-        """The next byte is that at offset, which tarfile passes over all contents to that nobody reads."""
-        if offset > self._limit + GIB:  # more than contents, headers and padding can be
-            raise limit_error(f"the archive unpacks to more than {self._limit} bytes")
-        return self._seek(offset)
-
-    def read(self, size: int = -1) -> bytes:
-        """size bytes."""
-        if not 0 <= size <= self.left:
-            raise limit_error("the archive has a header of more than 1 MiB")
-        self.left -= size
-        if not self.in_header:
-            self._announced = b""
-            return self._read(size)
-        self.last = self._read(size)
-        if self._extends:  # what the header before this one announced
-            self._spare -= size
-            if self._spare < 0:
-                raise limit_error(f"the archive has more than {MAX_EXTENDED} bytes of extended headers")
-            if self._extends in b"xgX":
-                self._check_pax(self.last, self._extends == b"g")
-            self._extends = b""
-        elif len(self.last) == 512:
-            self._check_header(self.last)
-            kind = self.last[156:157]
-            self._extends = kind if kind in (b"x", b"g", b"X", b"L", b"K") else b""
-            family = {b"X": b"x"}.get(kind, kind)
-            if self._extends and (family in self._announced or family == b"x" and self._announced.strip(b"g") or family in b"LK" and b"x" in self._announced):
-                raise source_error("the archive has two headers for one member, of which other readers believe the other")
-            self._announced = self._announced + family if self._extends else b""
-        return self.last
-
-    @staticmethod
-    def _check_header(block: bytes) -> None:
-        """Raise where tarfile reads a size or a name that other readers do not: Python's int() takes `1_0` and `0o10`, of which libarchive
-        reads the beginning, and tarfile puts a prefix before the name in GNU's format too, which has other fields there."""
-        if not _TAR_SIZE.fullmatch(block, 124, 136):
-            raise source_error("the archive is no tarball, or has a size that is no octal number")
-        if block[345:346] != b"\0" and block[257:263] != b"ustar\0":
-            raise source_error("the archive has a prefix in a header that is not of POSIX's format")
-
-    @staticmethod
-    def _check_pax(data: bytes, is_global: bool) -> None:
-        """Raise unless data is records of `length name=value`, each as long as it says, which tarfile reads in linear time, and none that
-        other readers understand otherwise: tarfile's reset forgets what is_global, GNU tar prefers GNU.sparse.name to path, libarchive makes
-        holes for star and Solaris, and int() takes `1_0`."""
-        at, long_number = 0, re.search(rb"(?<![0-9])[0-9]{256}", data)
-        while at < len(data) and data[at]:
-            record = _PAX_RECORD.match(data, at)
-            end = at + int(record[1]) if record else 0
-            if long_number or not record or end <= record.end() or data[end - 1:end] != b"\n":
-                raise source_error("the archive has a damaged pax header")
-            if is_global and record[2] not in _HARMLESS_PAX or record[2].startswith(_SPARSE_PAX) or (
-                    record[2] == b"size" and not data[record.end():end - 1].isdigit()):
-                raise source_error(f"the archive has the pax header {record[2][:40].decode('ascii', 'replace')!r}, which readers understand differently")
-            at = end
+# Names, kinds, sizes and holes that only some readers believe.
+_DISPUTED_PAX = (b"GNU.sparse.", b"GNU.dumpdir", b"GNU.volume.", b"SCHILY.realsize", b"SCHILY.filetype", b"SUN.holesdata")
 
 
 def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
@@ -2880,29 +2834,100 @@ def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
         yield from _tar_stream(stream, limit)
 
 
+def _take(stream: Any, size: int) -> Iterator[bytes]:
+    """Yield the next size bytes of stream in blocks."""
+    while size:
+        block = stream.read(min(size, BLOCK))
+        if not block:
+            raise source_error("the archive is cut off")
+        size -= len(block)
+        yield block
+
+
 def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
-    """The members of a tarball that stream unpacks, in one pass, up to its end."""
-    reads = _SmallReads(stream, limit)
-    archive = tarfile.open(fileobj=reads, mode="r:")  # type: ignore[call-overload]
-    for info in archive:
-        kind = ("directory" if info.isdir() else "symlink" if info.issym() else "hardlink" if info.islnk() else
-                "file" if info.isfile() and not info.issparse()  # the holes of a sparse file cost nothing and have no end
-                and not info.pax_headers.get("path", "").endswith("/") else "")  # tarfile drops that slash, others make a directory
-        if not kind:
-            raise source_error(f"{info.name[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
-        archive.members, archive.pax_headers = [], {}  # tarfile would keep them all
-        reads.left, reads.in_header = sys.maxsize, False  # the unpacker counts the contents
-        yield _Member(info.name, kind, bool(info.mode & 0o100), info.linkname, lambda info=info: archive.extractfile(info))  # type: ignore[misc]
-        reads.left, reads.in_header = MIB, True
+    """Yield the members of a tarball that stream unpacks, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017 pax, tar(5)]
+
+    Holds one header and what extends it. Raises BuildFailed for whatever two readers understand differently."""
+    spare, total, header = MAX_EXTENDED, 0, b""
+    extended: dict[bytes, bytes] = {}  # of the next member: its path, linkpath and size, and the types of the headers that say so
+    for header in iter(lambda: stream.read(512), b""):
+        if not header.strip(b"\0"):
+            break
+        kind, (size, mode) = header[156:157], _read_tar_numbers(header)
+        contents = _take(stream, size)
+        if kind in _TAR_EXTENSIONS:
+            spare -= 512 + size
+            if size > MIB or spare < 0:
+                raise limit_error("the archive has " + ("a header of more than 1 MiB" if size > MIB else f"more than {MAX_EXTENDED} bytes of extended headers"))
+            if kind in extended or b"x" in extended or extended and kind in b"xg":
+                raise source_error("the archive has two headers for one member, of which other readers believe the other")
+            body = b"".join(contents)
+            found = _read_pax(body, kind == b"g") if kind in b"xg" else {_TAR_EXTENSIONS[kind]: body.rstrip(b"\0")}
+            extended |= {kind: b"", **found} if kind != b"g" else {}
+        else:
+            total += max(size, int(extended.get(b"size", size)))
+            if total > limit:
+                raise limit_error(f"the archive unpacks to more than {limit} bytes")
+            yield _read_tar_member(header, size, mode, extended, contents)
+            extended = {}
+        for rest in (contents, _take(stream, -size % 512)):
+            for _ in rest:  # what nobody has read
+                pass
+    if not header or extended:
+        raise source_error("the archive ends within a member" if extended else "the archive is empty")
     after = 0
     for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which is behind tar's end
         after += len(block)
-        if block.strip(b"\0"):  # another reader would go on where tarfile has stopped
+        if block.strip(b"\0"):  # another reader would go on
             raise source_error("the archive goes on after its end")
         if after > 16 * MIB:
             raise limit_error("the archive goes on for more than 16 MiB after its last member")
-    if reads.last.strip(b"\0"):  # a damaged header, which tarfile takes for the end
-        raise source_error("the archive goes on after its end")
+
+
+def _read_tar_numbers(header: bytes) -> tuple[int, int]:
+    """Return (size, mode). Raises BuildFailed unless all numbers of the header and its checksum are right."""
+    fields = [_TAR_NUMBER.fullmatch(header, start, end) for start, end in _TAR_NUMBERS[:8 if header[257:262] == b"ustar" else 6]]
+    if len(header) < 512 or None in fields:
+        raise source_error("the archive is no tarball, or has a number that is neither octal nor positive in base-256")
+    mode, _, _, size, _, checksum, *_ = (int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field)
+    if checksum != sum(header[:148]) + sum(b" " * 8) + sum(header[156:]):
+        raise source_error("the archive is damaged: a header has a wrong checksum")
+    return size, mode
+
+
+def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
+    """Return the path, linkpath and size in data, which must be records of `length name=value`, each as long as it says."""
+    found: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(data):
+        record = _PAX_RECORD.match(data, at)
+        end = at + int(record[1]) if record else 0
+        if not record or end <= record.end() or data[end - 1:end] != b"\n":
+            raise source_error("the archive has a damaged pax header")
+        name, value, at = record[2], data[record.end():end - 1], end
+        needed = name in (b"path", b"linkpath", b"size")
+        if is_global and name not in _HARMLESS_PAX or name.startswith(_DISPUTED_PAX) or needed and (name in found or not value) or (
+                name == b"size" and not re.fullmatch(rb"[0-9]{1,20}", value)):
+            raise source_error(f"the archive has the pax header {name[:40].decode('ascii', 'replace')!r}, which readers understand differently")
+        found |= {name: value} if needed else {}
+    return found
+
+
+def _read_tar_member(header: bytes, size: int, mode: int, extended: Mapping[bytes, bytes], contents: Iterator[bytes]) -> _Member:
+    """Return the member that a header and what extends it describe."""
+    name, target, prefix = (header[start:end].partition(b"\0")[0] for start, end in ((0, 100), (157, 257), (345, 500)))
+    # GNU's format has other fields there, and star's behind it.
+    if prefix and (header[257:263] != b"ustar\0" or header[500:].strip(b"\0")):
+        raise source_error("the archive has a prefix in a header that is not of POSIX's format")
+    path = extended.get(b"path", prefix + b"/" * bool(prefix) + name).decode("utf-8", "surrogateescape")
+    kind = _TAR_KINDS.get(header[156:157], "")
+    if kind == "directory":
+        path = path.rstrip("/") or path
+    elif not kind or not path or path.endswith("/"):  # of which some readers make a directory
+        raise source_error(f"{path[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
+    if int(extended.get(b"size", size)) != size or size and kind != "file":
+        raise source_error(f"{path[:80]!r} has two sizes, or contents that are no file's")
+    return _Member(path, kind, bool(mode & 0o100), extended.get(b"linkpath", target).decode("utf-8", "surrogateescape"), contents)
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
@@ -3727,7 +3752,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
     documents: dict[str, bytes] = {}
     artifacts: dict[str, str] = {}
     top: str | None = None
-    members = size = 0
+    members = 0
     try:
         for member in _tar_members(f, max_unpacked):
             members += 1
@@ -3744,14 +3769,10 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
                     artifact is None and name not in ("provenance.json", "evidence.json")):
                 raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
             digest, head = hashlib.sha256(), bytearray()
-            with member.open() as content:
-                for block in iter(lambda: content.read(BLOCK), b""):
-                    size += len(block)
-                    if size > max_unpacked:
-                        raise UsageError(f"{path}: unpacks to more than {max_unpacked} bytes")
-                    digest.update(block)
-                    if artifact is None:
-                        head += block[:MAX_JSON + 1 - len(head)]
+            for block in member.contents:
+                digest.update(block)
+                if artifact is None:
+                    head += block[:MAX_JSON + 1 - len(head)]
             if artifact is None:
                 documents[name] = bytes(head)
             else:
@@ -4201,7 +4222,7 @@ class _DebUnpacker:
         """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
         for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
             if f"usr/bin/{name}" not in self._kinds and f"usr/bin/{target}" in self._kinds:
-                self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, io.BytesIO))
+                self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
         authorities = sorted(name for name, kind in self._kinds.items() if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name))
         for name, data in (
                 ("etc/passwd", "".join(f"{user}:x:{number}:{number}::{home}:/bin/sh\n" for user, number, home in _ACCOUNTS).encode("ascii")),
@@ -4209,7 +4230,7 @@ class _DebUnpacker:
                 ("etc/hosts", b"127.0.0.1 localhost\n"),
                 ("etc/ssl/certs/ca-certificates.crt", b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities))):
             if data and name not in self._kinds:
-                self._add_member(_Member(name, "file", False, "", lambda data=data: io.BytesIO(data)))  # type: ignore[misc]
+                self._add_member(_Member(name, "file", False, "", [data]))
         for name in ("bin", "sbin", "lib", "lib64"):
             self._links[name] = f"usr/{name}"
             os.makedirs(os.path.join(self._root, "usr", name), exist_ok=True)
