@@ -99,6 +99,8 @@ import binascii
 import hashlib
 import json
 import re
+import struct
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -135,7 +137,6 @@ if TYPE_CHECKING:
     import signal
     import socket
     import ssl
-    import struct
     import subprocess
     import tarfile
     import tempfile
@@ -145,7 +146,6 @@ if TYPE_CHECKING:
     import urllib.error
     import urllib.parse
     import urllib.request
-    import uuid
     import weakref
     import zipfile
     import zlib
@@ -164,9 +164,9 @@ else:
             return getattr(sys.modules[self._names[0]], attribute)
 
     (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, lzma, mmap, resource, secrets, select, selectors, shlex, shutil, signal, socket,
-     ssl, struct, subprocess, tarfile, tempfile, threading, tomllib, unicodedata, uuid, weakref, zipfile, zlib) = map(_Lazy, (
+     ssl, subprocess, tarfile, tempfile, threading, tomllib, unicodedata, weakref, zipfile, zlib) = map(_Lazy, (
          "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "lzma", "mmap", "resource", "secrets", "select", "selectors",
-         "shlex", "shutil", "signal", "socket", "ssl", "struct", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata", "uuid",
+         "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata",
          "weakref", "zipfile", "zlib"))
     http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
 
@@ -367,6 +367,36 @@ def parse_object(value: Any, what: str, required: Sequence[str], optional: Seque
     if not isinstance(value, dict) or not set(required) <= set(value) <= {*required, *optional}:
         raise Malformed(what, "not an object of " + ", ".join((*required, *(f"perhaps {name}" for name in optional))))
     return value
+
+
+class Reader:
+    """A bounds-checked cursor over the fields of a binary structure.
+
+    error: what every method raises, with structure and a message, if data is too short or too long.
+    at: the offset of the next field, in bytes.
+    """
+
+    def __init__(self, data: bytes, error: type[Malformed], structure: str) -> None:
+        self.at = 0
+        self._data = data
+        self._error = error
+        self._structure = structure
+
+    def take(self, size: int) -> bytes:
+        """Return the next size bytes."""
+        if size > len(self._data) - self.at:
+            raise self._error(self._structure, f"ends at byte {len(self._data)}, inside a field")
+        self.at += size
+        return self._data[self.at - size : self.at]
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        """Return the next fields, in the notation of the struct module: "<" little-endian, ">" big-endian."""
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def end(self) -> None:
+        """Raise unless every byte has been read."""
+        if self.at != len(self._data):
+            raise self._error(self._structure, f"{len(self._data) - self.at} bytes are left over")
 
 
 def sha256_hex(data: bytes) -> str:
@@ -1235,28 +1265,30 @@ class TpmQuote(NamedTuple):
 
 
 def parse_hcl_report(data: bytes) -> HclReport:
-    """The HCL report in data. Raises QuoteError. [AZURE]
+    """Parse the HCL report in data.  [AZURE]
 
-    Its headers are signed by nobody; every value in them that is known is asked for, so that no single bit of it can be changed unseen.
-    Only the number of zeros at its end is free."""
-    def number(offset: int) -> int:
-        return int.from_bytes(data[offset:offset + 4], "little")
+    Nobody signs its headers.  Every value in them is known, so each is compared: no bit can be changed unseen.
+    Only the number of zeros after the runtime data is free.
+    Raises QuoteError.
+    """
 
-    def expect(what: str, holds: bool) -> None:
+    def expect(holds: bool, message: str) -> None:
         if not holds:
-            raise QuoteError("HCL report", what)
+            raise QuoteError("HCL report", message)
 
-    expect("too short", len(data) >= HCL_DATA)
-    length = number(HCL_HEADER + 16)
-    content, tail = data[HCL_DATA:HCL_DATA + length], data[HCL_DATA + length:]
-    expect("does not begin with HCLA", data[:4] == b"HCLA")
-    expect(f"version {number(4)} is not known", number(4) in (1, 2))
-    expect(f"report type {number(HCL_HEADER + 8)} is not {HCL_SNP} (SEV-SNP)", number(HCL_HEADER + 8) == HCL_SNP)
-    expect("the runtime data does not end", len(content) == length and length > 0)
-    expect("a header that does not fit", number(HCL_HEADER) == length + 20 and number(8) == length + HCL_DATA and number(12) == HCL_REQUEST
-           and not any(data[16:HCL_REPORT]) and number(HCL_HEADER + 4) == 1 and number(HCL_HEADER + 12) == 1)
-    expect("bytes after the runtime data", not any(tail))
-    return HclReport(data[HCL_REPORT:HCL_REPORT + REPORT_SIZE], content.rstrip(b"\x00"))
+    expect(len(data) >= HCL_DATA, f"{len(data)} bytes, expected at least {HCL_DATA}")
+    magic, version, size, request = struct.unpack_from("<4s3I", data)
+    whole, header_version, report_type, hash_type, length = struct.unpack_from("<5I", data, HCL_HEADER)
+    content, tail = data[HCL_DATA : HCL_DATA + length], data[HCL_DATA + length :]
+    expect(magic == b"HCLA", "does not begin with HCLA")
+    expect(version in (1, 2), f"version {version}, expected 1 or 2")
+    expect(report_type == HCL_SNP, f"report type {report_type}, expected {HCL_SNP} (SEV-SNP)")
+    expect(len(content) == length > 0, f"runtime data of {length} bytes, {len(content)} are there")
+    expect((whole, size) == (length + 20, length + HCL_DATA), "the sizes in its headers contradict each other")
+    expect((request, header_version, hash_type) == (HCL_REQUEST, 1, 1), "unknown request, header version or hash type")
+    expect(not any(data[16:HCL_REPORT]), "reserved bytes are not zero")
+    expect(not any(tail), "bytes after the runtime data")
+    return HclReport(data[HCL_REPORT : HCL_REPORT + REPORT_SIZE], content.rstrip(b"\x00"))
 
 
 def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
@@ -1273,37 +1305,30 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
 
 
 def parse_quote(message: bytes) -> TpmQuote:
-    """The TPMS_ATTEST of a quote over one selection of the SHA-256 bank; integers are big-endian. Raises QuoteError. [TPM2-2 10.12.12]"""
-    at = 0
+    """Parse the TPMS_ATTEST of a quote over one selection of the SHA-256 bank.  [TPM2-2 10.12.12]
 
-    def take(size: int) -> bytes:
-        nonlocal at
-        if size > len(message) - at:
-            raise QuoteError("TPMS_ATTEST", f"it ends at byte {len(message)}, inside a field")
-        at += size
-        return message[at - size:at]
-
-    def number(size: int) -> int:
-        return int.from_bytes(take(size), "big")
-
-    if number(4) != TPM_GENERATED_VALUE:
+    Integers are big-endian; a TPM2B field is a u16 size and that many bytes.
+    Raises QuoteError.
+    """
+    r = Reader(message, QuoteError, "TPMS_ATTEST")
+    magic, tag = r.unpack(">IH")
+    if magic != TPM_GENERATED_VALUE:
         raise QuoteError("TPMS_ATTEST", "magic is not TPM_GENERATED_VALUE")
-    if number(2) != TPM_ST_ATTEST_QUOTE:
+    if tag != TPM_ST_ATTEST_QUOTE:
         raise QuoteError("TPMS_ATTEST", "type is not TPM_ST_ATTEST_QUOTE")
-    take(number(2))  # qualifiedSigner
-    extra_data = take(number(2))
-    take(17 + 8)  # clockInfo, firmwareVersion
-    if number(4) != 1 or number(2) != TPM_ALG_SHA256:
-        raise QuoteError("TPMS_ATTEST", "not one selection of registers, of the SHA-256 bank")
-    bits = take(number(1))
+    r.take(*r.unpack(">H"))  # qualifiedSigner
+    extra_data = r.take(*r.unpack(">H"))
+    r.take(17 + 8)  # clockInfo, firmwareVersion
+    if r.unpack(">IH") != (1, TPM_ALG_SHA256):  # TPML_PCR_SELECTION: count, hash
+        raise QuoteError("TPMS_ATTEST", "expected one selection of registers, in the SHA-256 bank")
+    bits = r.take(*r.unpack(">B"))  # pcrSelect: register i is bit i % 8 of octet i // 8
     pcr_select = [i for i in range(8 * len(bits)) if bits[i // 8] >> i % 8 & 1]
-    pcr_digest = take(number(2))
-    if at != len(message):
-        raise QuoteError("TPMS_ATTEST", f"{len(message) - at} bytes are left over")
+    pcr_digest = r.take(*r.unpack(">H"))
+    r.end()
     if not pcr_select or pcr_select[-1] >= PCR_COUNT:
-        raise QuoteError("TPMS_ATTEST", f"it selects no register, or one above {PCR_COUNT - 1}")
-    if len(extra_data) > 64:
-        raise QuoteError("TPMS_ATTEST", f"extraData has {len(extra_data)} bytes, more than 64")
+        raise QuoteError("TPMS_ATTEST", f"selects no register, or one above {PCR_COUNT - 1}")
+    if len(extra_data) > 64:  # as report data
+        raise QuoteError("TPMS_ATTEST", f"extraData has {len(extra_data)} bytes, expected at most 64")
     return TpmQuote(extra_data, pcr_select, pcr_digest)
 
 
@@ -1338,25 +1363,19 @@ VMSA_GPA = 0xFFFFFFFFF000  # the address that every VMSA page is measured with [
 BSP_RESET = 0xFFFFFFF0  # where a processor starts after a reset [APM2 14.1.5]
 
 
-def _guid(text: str) -> bytes:
-    """A GUID as UEFI stores it: the first three numbers are little-endian."""
-    numbers = [bytes.fromhex(part) for part in text.split("-")]
-    return b"".join(number[::-1] for number in numbers[:3]) + b"".join(numbers[3:])
-
-
 # Entries of the table near the end of a firmware [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm].
-_TABLE_FOOTER = _guid("96b582de-1fb2-45f7-baea-a366c55a082d")
-_SEV_METADATA = _guid("dc886566-984a-4798-a75e-5585a7bf67cc")
-_HASHES_AREA = _guid("7255371f-3a3b-4b04-927b-1da6efa8d454")
-_RESET_BLOCK = _guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
+_TABLE_FOOTER = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d").bytes_le
+_SEV_METADATA = uuid.UUID("dc886566-984a-4798-a75e-5585a7bf67cc").bytes_le
+_HASHES_AREA = uuid.UUID("7255371f-3a3b-4b04-927b-1da6efa8d454").bytes_le
+_RESET_BLOCK = uuid.UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e").bytes_le
 # The table of hashes and its entries [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes].
-_HASHES = _guid("9438d606-4f22-4cc9-b479-a793d411fd21")
-_HASH_OF_CMDLINE = _guid("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
-_HASH_OF_INITRD = _guid("44baf731-3a2f-4bd7-9af1-41e29169781d")
-_HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
+_HASHES = uuid.UUID("9438d606-4f22-4cc9-b479-a793d411fd21").bytes_le
+_HASH_OF_CMDLINE = uuid.UUID("97d02dd8-bd20-4c94-aa78-e7714d36ab2a").bytes_le
+_HASH_OF_INITRD = uuid.UUID("44baf731-3a2f-4bd7-9af1-41e29169781d").bytes_le
+_HASH_OF_KERNEL = uuid.UUID("4de79437-abd2-427f-b835-d5b172d2045b").bytes_le
 _HASHES_SIZE = 176  # 18 + 3 * 50, and zeros to a multiple of 16
 # The type EFI_SECTION_GUID_DEFINED, and the GUID that says LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
-_LZMA_SECTION = b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")
+_LZMA_SECTION = b"\2" + uuid.UUID("ee4e5898-3914-4259-9d6e-dc7bd79403cf").bytes_le
 # The name under which the host hands in a program that is started in the kernel's place, unmeasured; edk2-stable202502 brought it.
 SHIM_NAME = "shim\0".encode("utf-16-le")
 
@@ -1423,71 +1442,70 @@ class BootHashes(NamedTuple):
     cmdline: bytes
 
 
-def _numbers(data: bytes, at: int, *sizes: int) -> list[int]:
-    """The integers of these sizes from data[at] on. Beyond its end there are zeros."""
-    numbers = []
-    for size in sizes:
-        numbers.append(int.from_bytes(data[at:at + size], "little"))
-        at += size
-    return numbers
-
-
 def _footer_table(data: bytes) -> dict[bytes, bytes]:
-    """GUID -> data of the entries in the table that ends 32 bytes before the end and is read backwards: data || u16 size || GUID, where the size counts
-    all three. Raises FirmwareError."""
+    """Return {GUID: data} of the table of GUIDs in a firmware.  [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm]
+
+    The table ends 32 bytes before the end of the firmware and is read backwards.  An entry is
+    data || u16 size || GUID, and size counts all three.
+    Raises FirmwareError.
+    """
     at = len(data) - 32 - 18
-    [size] = _numbers(data, at, 2)
-    if data[at + 2:at + 18] != _TABLE_FOOTER:
-        raise FirmwareError("firmware", "no table of GUIDs ends 32 bytes before its end: it is not OVMF")
+    size, guid = struct.unpack_from("<H16s", data, at)
+    if guid != _TABLE_FOOTER:
+        raise FirmwareError("firmware", "no table of GUIDs ends 32 bytes before its end: not OVMF")
     start = at + 18 - size
     if size < 18 or start < 0:
         raise FirmwareError("firmware", f"its table of GUIDs cannot have {size} bytes")
     table: dict[bytes, bytes] = {}
     while at > start:
-        [size] = _numbers(data, at - 18, 2) if at - start >= 18 else [0]
+        size, guid = struct.unpack_from("<H16s", data, at - 18) if at - start >= 18 else (0, b"")
         if not 18 <= size <= at - start:
-            raise FirmwareError("firmware", f"an entry of {size} bytes where its table of GUIDs has {at - start}")
-        guid = data[at - 16:at]
-        if guid in table:  # QEMU takes the one, somebody else the other
+            raise FirmwareError("firmware", f"entry of {size} bytes, its table of GUIDs has {at - start} left")
+        if guid in table:  # QEMU takes one, another reader takes the other
             raise FirmwareError("firmware", f"two entries {guid.hex()} in its table of GUIDs")
-        table[guid] = data[at - size:at - 18]
+        table[guid] = data[at - size : at - 18]
         at -= size
     return table
 
 
 def parse_firmware(data: bytes) -> Firmware:
-    """The firmware whose file has this data. Raises FirmwareError. [EDK2 OvmfPkg/ResetVector]"""
+    """Parse a firmware file.  [EDK2 OvmfPkg/ResetVector]
+
+    Raises FirmwareError.
+    """
     if not 0 < len(data) <= MAX_FIRMWARE or len(data) % PAGE_SIZE:
-        raise FirmwareError("firmware", f"{len(data)} bytes, not 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}")
+        raise FirmwareError(
+            "firmware", f"{len(data)} bytes, expected 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}"
+        )
     table = _footer_table(data)
 
-    def entry(guid: bytes, what: str, *sizes: int) -> list[int]:
-        if len(table.get(guid, b"")) != sum(sizes):
-            raise FirmwareError("firmware", f"{what} has {len(table[guid])} bytes, not {sum(sizes)}" if guid in table else f"it has no {what}")
-        return _numbers(table[guid], 0, *sizes)
+    def entry(guid: bytes, name: str, layout: str) -> tuple[Any, ...]:
+        if guid not in table:
+            raise FirmwareError("firmware", f"has no {name}")
+        reader = Reader(table[guid], FirmwareError, f"firmware, {name}")
+        values = reader.unpack(layout)
+        reader.end()
+        return values
 
-    [offset] = entry(_SEV_METADATA, "SEV metadata", 4)
-    [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", 4)
-    area, area_size = entry(_HASHES_AREA, "area for hashes", 4, 4) if _HASHES_AREA in table else (0, 0)
+    [offset] = entry(_SEV_METADATA, "SEV metadata", "<I")
+    [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", "<I")
+    area, area_size = entry(_HASHES_AREA, "area for hashes", "<2I") if _HASHES_AREA in table else (0, 0)
     if not 16 <= offset <= len(data):
         raise FirmwareError("firmware", f"its SEV metadata cannot be {offset} bytes before its end")
-    start = len(data) - offset
-    size, version, count = _numbers(data, start + 4, 4, 4, 4)
-    if data[start:start + 4] != b"ASEV" or version != 1:
+    metadata = data[len(data) - offset :]
+    magic, size, version, count = struct.unpack_from("<4s3I", metadata)
+    if magic != b"ASEV" or version != 1:
         raise FirmwareError("firmware", "its SEV metadata does not begin with ASEV and version 1")
     if size != 16 + 12 * count or size > offset:
         raise FirmwareError("firmware", f"its SEV metadata of {size} bytes cannot have {count} sections")
-    sections, total = [], 0
-    for at in range(start + 16, start + size, 12):
-        gpa, length, kind = _numbers(data, at, 4, 4, 4)
+    sections = list(struct.iter_unpack("<3I", metadata[16:size]))
+    for gpa, length, kind in sections:
         if kind not in SECTION_TYPES:
-            raise FirmwareError("firmware", f"a section of type {kind:#x}, which is not known")
+            raise FirmwareError("firmware", f"section of unknown type {kind:#x}")
         if gpa % PAGE_SIZE or length % PAGE_SIZE or not length:
-            raise FirmwareError("firmware", f"a section of {length:#x} bytes at {gpa:#x}, not of whole pages")
-        total += length
-        if total > MAX_SECTIONS:
-            raise FirmwareError("firmware", f"sections of more than {MAX_SECTIONS} bytes in sum")
-        sections.append((gpa, length, kind))
+            raise FirmwareError("firmware", f"section of {length:#x} bytes at {gpa:#x}, expected whole pages")
+    if sum(length for _, length, _ in sections) > MAX_SECTIONS:
+        raise FirmwareError("firmware", f"sections of more than {MAX_SECTIONS} bytes in sum")
     return Firmware(data, sections, area, area_size, reset_eip)
 
 
@@ -1576,7 +1594,8 @@ def volume_place(data: bytes) -> tuple[int, int]:
     places: list[tuple[int, int]] = []
     at = data.find(_LZMA_SECTION, 3)
     while at >= 0 and len(places) < 2:  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
-        [size], [offset] = _numbers(data, at - 3, 3), _numbers(data, at + 17, 2)
+        size = int.from_bytes(data[at - 3 : at], "little")
+        offset = int.from_bytes(data[at + 17 : at + 19], "little")
         if 24 <= offset < size <= len(data) - (at - 3):
             places.append((at - 3 + offset, at - 3 + size))
         at = data.find(_LZMA_SECTION, at + 17)
@@ -1589,7 +1608,7 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
     """The decompressed firmware volume of a firmware, which holds the programs that it boots with, block by block. Raises FirmwareError."""
     begin, end = volume_place(data)
     packed = data[begin:end]
-    [left] = _numbers(packed, 5, 8)  # behind the properties; edk2 always writes the length
+    left = int.from_bytes(packed[5:13], "little")  # after the properties; edk2 always writes the length
     if not 0 < left <= MAX_VOLUME:
         raise FirmwareError("firmware volume", f"it says that it has {left} bytes, which is not 1 to {MAX_VOLUME}")
     try:
