@@ -473,7 +473,7 @@ class Expectations(NamedTuple):
     nonce: str | None = None
     measurements: Sequence[str] | None = None  # of which one must be the report's
     image: ImageFacts | None = None  # which the VM must have booted
-    min_tcb: Mapping[str, int] | None = None  # security patch levels that the reported TCB reaches
+    min_tcb: Mapping[str, int] | None = None  # security patch levels that each TCB of the report reaches
     host_data: str | None = None
     guest_svn: int | None = None
     chip_id: str | None = None
@@ -2024,9 +2024,11 @@ def _check_report_policy(checks: _Checks, report: Report, product: str, expected
     if expected.min_tcb is None or product not in TCB_LAYOUTS:
         checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
     else:
-        levels = tcb_levels(product, report.reported_tcb)
-        checks.hold("minimum TCB", all(levels.get(name, -1) >= level for name, level in expected.min_tcb.items()),
-                    "at least " + tcb_text(expected.min_tcb), tcb_text(levels))
+        # A VM that was launched on old firmware stays suspect after an update, and the host can return to anything above the committed TCB.
+        tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in ("reported", "committed", "current", "launch")}
+        low = [f"{kind} {tcb_text(levels)}" for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in expected.min_tcb.items())]
+        checks.hold("minimum TCB", not low, "at least " + tcb_text(expected.min_tcb), "; ".join(low) or tcb_text(tcbs["reported"]),
+                    "the reported, committed, current and launch TCB must all reach it")
     for name in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
         value, actual = getattr(expected, name), getattr(report, name)
         checks.expect(name, value.lower() if isinstance(value, str) else value, actual.hex() if isinstance(actual, bytes) else actual)
@@ -9183,7 +9185,7 @@ def _add_verify(parser: "argparse.ArgumentParser") -> None:
     group = parser.add_argument_group("what must have run it")
     group.add_argument("--measurement", action="append", default=[], metavar="HEX", help="the launch digest that the VM may have (repeatable)")
     group.add_argument("--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA")
-    group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels, such as bootloader=4,tee=0,snp=24,microcode=219")
+    group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels that each TCB of the report must reach, such as bootloader=4,tee=0,snp=24,microcode=219")
     group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
     group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
     group.add_argument("--chip-id", metavar="HEX", help="CHIP_ID of the report")

@@ -3209,6 +3209,19 @@ class TestHardwareVerdict:
         verdict = verdict_over(turin(), confbuild.Expectations(min_tcb=tcb), anchors=THREE)
         assert failed_checks(verdict) == (set() if good else {"minimum TCB"})
 
+    @pytest.mark.parametrize("field", ["reported_tcb", "committed_tcb", "current_tcb", "launch_tcb"])
+    def test_minimum_tcb_of_each_kind(self, field: str) -> None:
+        """A VM launched on old firmware and updated later, or whose host may go back to the old one, is as bad as one that reports it."""
+        for low, name in ((bytes((4, 0, 0, 0, 0, 0, 23, 219)), "snp"), (bytes((4, 0, 0, 0, 0, 0, 24, 218)), "microcode"), (bytes((3, 0, 0, 0, 0, 0, 24, 219)), "bootloader")):
+            tcb = {**MILAN_TCB, name: MILAN_TCB[name] - 1}
+            files = snp({field: low}, {"tcb": tcb} if field == "reported_tcb" else None)
+            assert verdict_over(files, confbuild.Expectations(min_tcb=tcb), anchors=TOY_ANCHORS).verdict == "passed"
+            verdict = verdict_over(files, confbuild.Expectations(min_tcb={name: MILAN_TCB[name]}), anchors=TOY_ANCHORS)
+            assert failed_checks(verdict) == {"minimum TCB"}
+            check = next(check for check in verdict.checks if check.name == "minimum TCB")
+            assert check == ("minimum TCB", "failed", f"at least {name}={MILAN_TCB[name]}", f"{field[:-4]} {confbuild.tcb_text(tcb)}",
+                             "the reported, committed, current and launch TCB must all reach it")
+
     @pytest.mark.parametrize(("nonce", "files", "failed"), [
         (NONCE, snp, set()), (NONCE.upper(), azure, set()), ("ff" * 16, snp, {"nonce"}), ("00" * 16, snp, {"nonce", "nonce is not zero"}),
         ("00" * 16, lambda: snp({"report_data": hashlib.sha256(provenance_of(ATTESTED)).digest()}), {"nonce is not zero"}),
