@@ -1795,7 +1795,7 @@ REQUESTED: Mapping[str, Sequence[str]] = {
     "guest_svn": ("guest_svn",), "chip_id": ("chip_id",), "family_id": ("family_id",), "image_id": ("image_id",), "pcrs": ("PCR values",),
     "source_uri": ("source uri",), "source_commit": ("source commit",), "source_tree": ("source tree",), "lockfile_sha256": ("lock file",),
     "dependencies": ("dependencies",), "packages": ("packages",), "builder_id": ("builder id",), "build_type": ("build type",),
-    "build_log_sha256": ("build log",), "finished": ("age",), "require_crl": ("revocation",),
+    "build_log_sha256": ("build log",), "finished": ("age",), "require_crl": ("revocation", "revocation list age"),
     "require_tee": ("hardware evidence",), "image": OF_IMAGE}
 _OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
@@ -1936,7 +1936,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
-def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str) -> str:
+def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str, require_crl: bool) -> str:
     """Every check on a report of real hardware. versions: those of the report that are accepted. Returns the product, or empty."""
     report, anchors = evidence.report, amd_anchors() if endorsements.anchors is None else endorsements.anchors
     checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
@@ -1966,7 +1966,7 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
                 "another VM, not verified here, that may take this one's memory")
     surplus = any(report.data[0x330:])
     checks.hold("unsigned bytes", not surplus, "zero", "not zero" if surplus else "zero", "of the report from 0x330 on")
-    _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now)
+    _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now, require_crl)
     if endorsements.anchors is None:
         checks.made.append(Check("trust anchors", "passed", "", "AMD's, as pinned in this file"))
     else:
@@ -1974,24 +1974,25 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
     return product
 
 
-def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors, crls: Sequence[tuple[str, bytes]], now: str) -> None:
-    """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0."""
+def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors, crls: Sequence[tuple[str, bytes]], now: str, required: bool) -> None:
+    """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0.
+
+    required: a list that is not valid now fails; else its age is shown."""
     lists: list[RevocationList] = []
     for name, data in crls:
         crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", anchors)
         if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].name:
             lists.append(crl)
     if not lists:
-        checks.skip(["revocation"], "no revocation list of this product's ARK was given (--crl)")
+        checks.skip(["revocation", "revocation list age"], "no revocation list of this product's ARK was given (--crl)")
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
     revoked = any(serial in crl.revoked for crl in lists)
-    latest = max(lists, key=lambda crl: crl.this_update)
     checks.hold("revocation", not revoked, f"serial {serial:06x} not revoked", "revoked" if revoked else "not revoked",
                 "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0")
-    current = latest.this_update <= now <= latest.next_update
-    checks.made.append(Check("revocation list age", "passed" if current else "not checked", f"{latest.this_update} to {latest.next_update}", now,
-                             "" if current else "the list is stale: a later one may revoke more"))
+    current, first, last = max((crl.this_update <= now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists)
+    checks.made.append(Check("revocation list age", "passed" if current else "failed" if required else "not checked", f"{first} to {last}", now, "" if current else
+                             f"the list was valid from {first} to {last}: another one may revoke more"))
 
 
 def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any], pcrs: Mapping[int, str] | None) -> bytes | None:
@@ -2063,7 +2064,7 @@ def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expecte
         alike = report == parse_report(simulated_report(report.report_data, report.measurement))  # it must not look like one that hardware made
         checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement", "nothing else" if alike else "further fields are set")
     else:
-        product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now)
+        product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now, expected.require_crl)
         claims = _report_claims(report, product)
         if platform == "az-snp":
             signed = _check_azure(checks, evidence, claims, expected.pcrs)
@@ -8110,7 +8111,7 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),
-        ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is stale"),
+        ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is not valid now"),
         ("source tree" if "provenance digest" in passed and "source commit" not in passed else "", "what the source is (--source)"))
         if name and name not in passed)
     proven = "these artifacts are those that the provenance lists, and it was signed in" if "provenance digest" in passed else (
@@ -9197,7 +9198,7 @@ def _add_verify(parser: "argparse.ArgumentParser") -> None:
     group.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
     group = parser.add_argument_group("what the manufacturer says")
     group.add_argument("--crl", action="append", default=[], metavar="FILE", help="AMD's revocation list (repeatable)")
-    group.add_argument("--require-crl", action="store_true", help="fail where no list of the right key was given")
+    group.add_argument("--require-crl", action="store_true", help="fail unless a list of the right key is given that is valid now")
     group.add_argument("--vek", metavar="FILE", help="the VCEK's or VLEK's certificate, where the evidence has none")
     group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
 

@@ -2727,6 +2727,9 @@ def reports_are_equal_where_it_counts(doc: Any) -> bool:
     return bool(doc == good and type(doc["evidence"]["version"]) is int)
 
 
+UNASKED = {"revocation", "revocation list age", "PCR values", *confbuild.OF_IMAGE}
+
+
 def failed_checks(verdict: confbuild.Verdict) -> set[str]:
     """The names of those that failed."""
     return {check.name for check in verdict.checks if check.status == "failed"}
@@ -2735,16 +2738,17 @@ def failed_checks(verdict: confbuild.Verdict) -> set[str]:
 def shown(platform: str) -> frozenset[str]:
     """What every verdict over a bundle shows, whatever fails."""
     known = confbuild.REQUIRED_OF_PLATFORM.get(platform, frozenset(("evidence form", "platform", "report form")))
-    return known | confbuild.REQUIRED_OF_BUNDLE | {*OPTIONAL.values(), "revocation", "PCR values", *confbuild.OF_IMAGE}
+    return known | confbuild.REQUIRED_OF_BUNDLE | {*OPTIONAL.values(), *UNASKED}
 
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
-        requested = {**OPTIONAL, "pcrs": "PCR values", "require_crl": "revocation", "require_tee": "hardware evidence"}
-        assert {**{field: (name,) for field, name in requested.items()}, "image": confbuild.OF_IMAGE} == confbuild.REQUESTED
+        requested = {**OPTIONAL, "pcrs": "PCR values", "require_tee": "hardware evidence"}
+        assert {**{field: (name,) for field, name in requested.items()}, "image": confbuild.OF_IMAGE,
+                "require_crl": ("revocation", "revocation list age")} == confbuild.REQUESTED
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
-        assert {check.name for check in verdict.checks if check.status != "passed"} == {"revocation", "PCR values", *confbuild.OF_IMAGE}
+        assert {check.name for check in verdict.checks if check.status != "passed"} == UNASKED
         assert shown("simulated") <= {check.name for check in verdict.checks}
         signed = hashlib.sha256(provenance_of(bundle(COMPLETE))).hexdigest() + NONCE + "00" * 16
         wanted = {
@@ -2757,7 +2761,7 @@ class TestVerdict:
     def test_what_nobody_asks_for_is_shown_as_not_checked(self) -> None:
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations())
         assert verdict.verdict == "simulated"
-        assert {check.name for check in verdict.checks if check.status == "not checked"} == {*OPTIONAL.values(), "revocation", "PCR values", *confbuild.OF_IMAGE}
+        assert {check.name for check in verdict.checks if check.status == "not checked"} == {*OPTIONAL.values(), *UNASKED}
         assert next(check for check in verdict.checks if check.name == "nonce") == confbuild.Check("nonce", "not checked", "", NONCE,
                                                                                                    "no expectation given")
 
@@ -3254,7 +3258,7 @@ class TestHardwareVerdict:
 
     ASK, ASVK, LATER = 0x010001, 0x010101, ("2026-11-23T12:00:00Z", "2026-11-23T12:00:00Z")
     LISTS: Sequence[tuple[Callable[[], confbuild.BundleFiles], Mapping[str, Callable[[], bytes]], str, str, set[str]]] = [
-        (snp, {}, "not checked", "", set()), (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK)}, "passed", "passed", set()),
+        (snp, {}, "not checked", "not checked", set()), (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK)}, "passed", "passed", set()),
         (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK, valid=("2026-11-23T12:00:00Z", "2026-11-23T12:00:00Z"))}, "passed", "passed", set()),
         (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK, 1, 0x010101, 0)}, "passed", "passed", set()),
         (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK, 1, 0x010001)}, "failed", "passed", {"revocation"}),
@@ -3265,24 +3269,36 @@ class TestHardwareVerdict:
          "failed", "passed", {"revocation"}),
         (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK, valid=EXPIRED)}, "passed", "not checked", set()),
         (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ARK, valid=NOT_YET)}, "passed", "not checked", set()),
-        (snp, {"a": lambda: crl_of("ARK-Turin", TOY_ARK)}, "not checked", "", set()),
+        (snp, {"a": lambda: crl_of("ARK-Turin", TOY_ARK)}, "not checked", "not checked", set()),
         (turin, {"a": lambda: crl_of("ARK-Turin", TOY_ARK), "b": lambda: crl_of("ARK-Genoa", TOY_ARK, 0x010001)}, "passed", "passed", set()),
-        (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ASK)}, "not checked", "", {"revocation list file a"}),
-        (snp, {"a": lambda: crl_of("SEV-Milan", TOY_ASK)}, "not checked", "", {"revocation list file a"}),
+        (snp, {"a": lambda: crl_of("ARK-Milan", TOY_ASK)}, "not checked", "not checked", {"revocation list file a"}),
+        (snp, {"a": lambda: crl_of("SEV-Milan", TOY_ASK)}, "not checked", "not checked", {"revocation list file a"}),
         (snp, {"a": lambda: b"", "b": lambda: crl_of("ARK-Milan", TOY_ARK)}, "passed", "passed", {"revocation list file a"}),
-        (snp, {"revocation": lambda: crl_of("ARK-Milan", TOY_ARK)[:-1]}, "not checked", "", {"revocation list file revocation"})]
+        (snp, {"revocation": lambda: crl_of("ARK-Milan", TOY_ARK)[:-1]}, "not checked", "not checked", {"revocation list file revocation"})]
 
     @pytest.mark.parametrize(("files", "lists", "revocation", "age", "failed"), LISTS, ids=range(len(LISTS)))
     def test_revocation(self, files: Callable[[], confbuild.BundleFiles], lists: Mapping[str, Callable[[], bytes]], revocation: str, age: str, failed: set[str]) -> None:
-        """A list that is stale is shown, and asked whether it is not; no list is only fatal where one is required."""
+        """No list, and none that is valid now, is only fatal where one is required."""
         crls = [(name, make()) for name, make in lists.items()]
         for required in (False, True):
             verdict = verdict_over(files(), confbuild.Expectations(require_crl=required), anchors=THREE, crls=crls)
             missing = {"required checks"} if required and revocation == "not checked" and not failed else set()
-            assert (failed_checks(verdict), status_of(verdict, "revocation")) == (failed | missing, revocation)
-            assert [check.status for check in verdict.checks if check.name == "revocation list age"] == ([age] if age else [])
+            stale = {"revocation list age"} if required and revocation != "not checked" and age == "not checked" else set()
+            assert (failed_checks(verdict), status_of(verdict, "revocation")) == (failed | missing | stale, revocation)
+            assert status_of(verdict, "revocation list age") == ("failed" if stale else age)
         if missing:
-            assert verdict.checks[-1].actual == "not checked: revocation"
+            assert verdict.checks[-1].actual == "not checked: revocation, revocation list age"
+
+    @pytest.mark.parametrize(("valid", "second", "shown_"), [
+        (EXPIRED, None, EXPIRED), (NOT_YET, None, NOT_YET), (("2020-01-01T00:00:00Z", "2021-01-01T00:00:00Z"), EXPIRED, EXPIRED)])
+    def test_a_required_list_is_valid_now(self, valid: tuple[str, str], second: tuple[str, str] | None, shown_: tuple[str, str]) -> None:
+        """The verdict says from when to when the latest one was."""
+        lists = [(str(i), crl_of("ARK-Milan", TOY_ARK, valid=period)) for i, period in enumerate(filter(None, (valid, second)))]
+        verdict = verdict_over(snp(), confbuild.Expectations(require_crl=True), anchors=THREE, crls=lists)
+        check = next(check for check in verdict.checks if check.name == "revocation list age")
+        assert verdict.verdict == "failed" and check == ("revocation list age", "failed", " to ".join(shown_), NOW,
+                                                         f"the list was valid from {shown_[0]} to {shown_[1]}: another one may revoke more")
+        assert verdict_over(snp(), confbuild.Expectations(require_crl=True), anchors=THREE, crls=[*lists, ("now", crl_of("ARK-Milan", TOY_ARK))]).verdict == "passed"
 
     DIGEST = hashlib.sha256(b"m" * 48).hexdigest()
 
@@ -3536,13 +3552,17 @@ class TestVectors:
             assert next(check for check in got.checks if check.name == "provenance digest").detail.startswith("legacy compact digest: a compact form of")
 
     def test_revocation_lists_of_amd(self) -> None:
-        """Of 2026-08, so stale now; Genoa's names an ASK that is no longer in use."""
+        """Of 2026-08, so valid no more; Genoa's names an ASK that is no longer in use."""
         folder, evidence_ = vectors(), confbuild.read_bundle(str(vectors() / "vectors" / "snp-genoa-v5-yaxi"))
         for name, revocation, list_ in (("amd-genoa-2026-08", "passed", "passed"), ("amd-milan-2026-08", "not checked", "passed"), ("neg-milan-sig", "not checked", "failed"),
                                         ("neg-attacker-empty", "not checked", "failed")):
             verdict = verdict_over(evidence_, confbuild.Expectations(require_crl=True), crls=[(name, (folder / "crl" / f"{name}.crl").read_bytes())])
             assert (status_of(verdict, "revocation"), status_of(verdict, f"revocation list file {name}")) == (revocation, list_)
-            assert verdict.verdict == ("passed" if revocation == "passed" else "failed")
+            assert verdict.verdict == "failed" and ("revocation list age" in failed_checks(verdict)) == (revocation == "passed")
+            crl = (name, (folder / "crl" / f"{name}.crl").read_bytes())
+            for required in (False, True):
+                got = verdict_over(evidence_, confbuild.Expectations(require_crl=required), "2026-08-25T00:00:00Z", crls=[crl])
+                assert (got.verdict == "passed") == (list_ == "passed" and (revocation == "passed" or not required))
 
 # endregion 12
 # ==============================================================================
@@ -10030,7 +10050,7 @@ class TestRendering:
         ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
         ("snp", "minimum TCB", {}, THESE + "; not checked: how old the processor's firmware is (--min-tcb)"),
         ("snp", "revocation", {}, THESE + "; not checked: whether the keys are revoked (--crl)"),
-        ("snp", "revocation list age", {}, THESE + "; not checked: whether the keys are revoked today: the list is stale"),
+        ("snp", "revocation list age", {}, THESE + "; not checked: whether the keys are revoked today: the list is not valid now"),
         ("snp", "source tree", {}, THESE + "; not checked: what the source is (--source)"),
         ("snp", "nonce,source tree", {}, THESE + "; not checked: nonce, so it may be old (--nonce), what the source is (--source)"),
         ("snp", "trust anchors", {}, THESE + ", if the keys of --roots are AMD's"),
@@ -10791,7 +10811,7 @@ class TestVerify:
 
     @pytest.mark.skipif(not (SHARED / "vectors").is_dir(), reason="shared/vectors is missing: it is no part of the repository")
     @pytest.mark.parametrize("name, options, status", [
-        ("snp-milan-v3-oak-release", "--crl {v}/crl/amd-milan-2026-08.crl", 0), ("snp-genoa-v3-tav", "--crl {v}/crl/amd-genoa-2026-08.crl --require-crl", 0),
+        ("snp-milan-v3-oak-release", "--crl {v}/crl/amd-milan-2026-08.crl", 0), ("snp-genoa-v3-tav", "--crl {v}/crl/amd-genoa-2026-08.crl --require-crl", 1),
         ("snp-genoa-v3-tav", "--crl {v}/crl/amd-milan-2026-08.crl --require-crl", 1), ("snp-milan-v3-oak-release", "--crl {v}/crl/neg-milan-sig.crl", 1),
         ("snp-milan-v3-oak-release", "--roots {v}/testroots", 1), ("snp-milan-v3-oak-release", "--roots {v}/amd", 0),
         ("bundle-ripgrep-snp-siena-no-vcek", "", 1), ("snp-turin-v5-openanolis", "--min-tcb fmc=0,snp=0", 0), ("snp-turin-v5-openanolis", "--min-tcb snp=255", 1),
