@@ -106,6 +106,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 # Part III to V; what only some commands use comes when it is first used.
+import contextlib
 import errno
 import os
 import stat
@@ -2236,6 +2237,15 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 def logger() -> "logging.Logger":
     """The one logger. Build output, secrets and request bodies never go there."""
     return logging.getLogger("confbuild")
+
+
+@contextlib.contextmanager
+def survive(what: str) -> Iterator[None]:
+    """Log whatever exception the block raises, with what, and go on: for threads that must not die, and for what must be cleaned up."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001  # of whatever kind
+        logger().exception("%s", what)
 
 
 def guard_process() -> bool:
@@ -5706,7 +5716,8 @@ class Jobs:
 # The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console and QEMU's own words
 # come through QEMU's standard error: bytes of a guest that nobody trusts, so always read and never kept without a bound.
 #
-# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU says; ends with QEMU.
+# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU says; ends with QEMU. A callback that raises is not
+# called again, and a thread that cannot read ends the wait for the guest.
 
 QEMU = "qemu-system-x86_64"
 GUEST_PORT = 8080  # of the agent, inside of the guest
@@ -5985,20 +5996,22 @@ class QemuVm:
                     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self._workspace,
                                              env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace}, start_new_session=True,
                                              preexec_fn=_bound_to_parent())
-                except OSError:
+                except BaseException:
                     kept.close()
                     raise
-            except (OSError, Malformed) as e:
+            except (OSError, Malformed, subprocess.SubprocessError) as e:
                 raise BuildFailed("VmError", f"QEMU cannot be started: {e}") from None
-            self._child = child
-            self._reader = threading.Thread(target=self._read_all, args=(_pipe(child.stdout), _pipe(child.stderr), kept), name="console", daemon=True)
-            self._reader.start()
-            config = {"token": self.token, "platform": self.platform, "network": "open" if self._guest.network else "none", **self._config}
+            self._child, said = child, (_pipe(child.stdout), _pipe(child.stderr), kept)
+            reader = threading.Thread(target=self._read_all, args=said, name="console", daemon=True)
             try:
-                _pipe(child.stdin).write(compact_json(config).encode("ascii") + b"\n")
-                _pipe(child.stdin).flush()  # stays open: its end tells the guest to power off
-            except BrokenPipeError:
-                pass  # QEMU has ended, and wait_ready tells its last words
+                reader.start()
+            except RuntimeError as e:
+                for stream in said:
+                    stream.close()
+                raise BuildFailed("VmError", f"QEMU's console cannot be read: {e}") from None
+            self._reader = reader
+            config = {"token": self.token, "platform": self.platform, "network": "open" if self._guest.network else "none", **self._config}
+            _configure(child, config)  # whose end tells the guest to power off
             return child.pid
 
     def _write_hashes(self) -> tuple[str, int]:
@@ -6015,9 +6028,16 @@ class QemuVm:
         return path, gpa
 
     def _read_all(self, agent: IO[bytes], console: IO[bytes], kept: IO[bytes]) -> None:
-        """All that QEMU says, until it ends."""
+        """The thread "console": all that QEMU says, until it ends."""
+        try:
+            with survive("a guest's console is not read any more"), agent, console, kept:
+                self._read_streams(agent, console, kept)
+        finally:
+            self._spoken.set()  # nobody waits for what will not come
+
+    def _read_streams(self, agent: IO[bytes], console: IO[bytes], kept: IO[bytes]) -> None:
         splitter, room = LineSplitter(), MAX_CONSOLE
-        with agent, console, kept, selectors.DefaultSelector() as selector:
+        with selectors.DefaultSelector() as selector:
             selector.register(agent, selectors.EVENT_READ)
             selector.register(console, selectors.EVENT_READ)
             while selector.get_map():
@@ -6036,16 +6056,18 @@ class QemuVm:
                     except OSError:
                         room = 0  # a full disk; the guest goes on
                     self._tell(splitter.feed(block) if block else splitter.end())
-        self._spoken.set()
 
     def _tell(self, lines: Sequence[str]) -> None:
-        """The last lines are remembered, and all handed on."""
+        """The last lines are remembered, and all handed on, until console raises."""
         lines = [line for line in lines if not line.startswith(_TCG_WARNING)]
         self._last = [*self._last, *lines][-LAST_LINES:]
         with self._telling:
-            for text in filter(None, map(console_text, lines)):
-                if self.console is not None:
-                    self.console(text)
+            tell, self.console = self.console, None
+            if tell is not None:
+                with survive("a guest's console is not told any more"):
+                    for text in filter(None, map(console_text, lines)):
+                        tell(text)
+                    self.console = tell  # it has not raised
 
     def _failure(self, what: str) -> BuildFailed:
         """VmError, with the last words of QEMU and its guest."""
@@ -6092,10 +6114,8 @@ class QemuVm:
                 child.kill()  # not reaped yet, so the id is still its own
                 child.wait()
                 _close(child)
-            try:
+            with survive(f"{self._workspace} is not removed"):
                 remove_tree(self._workspace)
-            except OSError as e:
-                logger().error("%s is not removed: %s", self._workspace, e)
         self._join(POWER_OFF_S)
         self.hush()  # where it is still reading
 
@@ -6118,7 +6138,19 @@ class QemuVm:
 
 def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
     """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
-    return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    try:
+        return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False  # somebody has reaped it
+
+
+def _configure(child: "subprocess.Popen[bytes]", config: Mapping[str, Any]) -> None:
+    """child reads config, a line of JSON, at its standard input, which stays open."""
+    try:
+        _pipe(child.stdin).write(compact_json(config).encode("ascii") + b"\n")
+        _pipe(child.stdin).flush()
+    except BrokenPipeError:
+        pass  # it has ended, and wait_ready tells so
 
 
 def _close(child: "subprocess.Popen[bytes]") -> None:
@@ -6142,7 +6174,9 @@ def console_text(line: str) -> str:
 # workspace of its own, which keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
 #
 # Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
-# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.
+# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
+# dies of an exception.
+# Lock order: Jobs._changed, VmHost._changed or _spawning, a VM's _lock; a VM's _telling, EventLog._lock.  SimulatedVm._reading is held alone.
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
@@ -6166,7 +6200,7 @@ class SimulatedVm:
         self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
         self._lock = threading.Lock()
-        self._reading = threading.Lock()  # its holder reads what the child says: a file that is closed meanwhile would never wake it
+        self._reading = threading.Lock()  # its holder reads what the child says, or closes it; never held together with _lock
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
 
@@ -6180,23 +6214,26 @@ class SimulatedVm:
             self._child = subprocess.Popen([*own_program(), self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            cwd=self.workspace, env=self._env, start_new_session=True)
             config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
-            stdin = _pipe(self._child.stdin)  # stays open: its end tells the agent that the server is dead
-            stdin.write(compact_json(config).encode("ascii") + b"\n")
-            stdin.flush()
+            _configure(self._child, config)  # which ends with the server, and tells the agent so
             return self._child.pid
 
     def read_line(self, timeout_s: float) -> bytes:
-        """The next line that the child says. Raises BuildFailed VmError."""
-        with self._reading:
-            with self._lock:
-                child = self._child
-            if child is None:
+        """The one line that the child says. Raises BuildFailed VmError."""
+        with self._lock:
+            child = self._child
+        line, deadline = b"", time.monotonic() + timeout_s
+        with self._reading, selectors.DefaultSelector() as selector:
+            if child is None or _pipe(child.stdout).closed:
                 raise BuildFailed("VmError", "the VM is gone")
-            with selectors.DefaultSelector() as selector:
-                selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-                if not selector.select(timeout_s):
+            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+            while not line.endswith(b"\n") and len(line) < 64 * KIB:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-            return _pipe(child.stdout).readline(64 * KIB)
+                block = os.read(_pipe(child.stdout).fileno(), BLOCK)
+                if not block:
+                    break
+                line += block
+        return line
 
     def wait_ready(self, timeout_s: float) -> None:
         """The agent answers on port. Raises BuildFailed VmError."""
@@ -6216,17 +6253,17 @@ class SimulatedVm:
             self._gone = True
             child, self._child = self._child, None
             if child is not None:
-                os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
-                kill_all(lambda: descendants(child.pid))
+                with survive("what a VM has started may live on"):
+                    os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
+                    kill_all(lambda: descendants(child.pid))
                 child.kill()
                 child.wait()
                 _close(child)
-                with self._reading:
-                    _pipe(child.stdout).close()
-            try:
+            with survive(f"{self.workspace} is not removed"):
                 remove_tree(self.workspace)
-            except OSError as e:
-                logger().error("%s is not removed: %s", self.workspace, e)
+        if child is not None:
+            with self._reading:  # whoever reads has seen the end by now; a file that is closed under it would never wake it
+                _pipe(child.stdout).close()
 
 
 Vm = SimulatedVm | QemuVm
@@ -6294,9 +6331,11 @@ class VmHost:
 
     def _destroy(self, vm: Vm, clean: bool = False) -> None:
         """vm is gone, and what it has left behind."""
-        vm.destroy(clean)
-        if self._reap:
-            self._kill_strays()
+        with survive("a VM is not destroyed"):
+            vm.destroy(clean)
+        with survive("what a VM has left behind may live on"):
+            if self._reap:
+                self._kill_strays()
         with self._spawning:
             self._alive.pop(vm, None)
 
@@ -6310,29 +6349,34 @@ class VmHost:
 
     def _keep_spares(self) -> None:
         """The thread "spares"."""
-        while True:
-            with self._changed:
-                dead = [vm for vm in self._spares if not vm.is_alive()]
-                self._spares = [vm for vm in self._spares if vm not in dead]
-                if not dead:
-                    self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
-                if self._stopping:
-                    return
-                wanted = self._lacks_spares_locked()
+        going = True
+        while going:
             try:
-                for vm in dead:
-                    logger().warning("a VM that waited for a build has ended")
-                    self._destroy(vm)
-                if wanted:
-                    self._add_spare()
+                going = self._tend_spares()
             except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
                 with self._changed:
-                    if self._stopping:
-                        return
-                    logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                    if not self._stopping:
+                        logger().error("no VM waits for a build: %s", e or type(e).__name__)
                     self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
                     self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
+                    going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
+
+    def _tend_spares(self) -> bool:
+        """Wait until a spare has died or one more is wanted, and see to it. False: this stops. Raises whatever the making of a VM raises."""
+        with self._changed:
+            dead = [vm for vm in self._spares if not vm.is_alive()]
+            self._spares = [vm for vm in self._spares if vm not in dead]
+            if not dead:
+                self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
+            if self._stopping:
+                return False
+            wanted = self._lacks_spares_locked()
+        for vm in dead:
+            logger().warning("a VM that waited for a build has ended")
+            self._destroy(vm)
+        if wanted:
+            self._add_spare()
+        return True
 
     def _add_spare(self) -> None:
         """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
@@ -6380,13 +6424,14 @@ class VmHost:
 
     def attestation(self, nonce: str) -> bytes:
         """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
+        attempts = 0
         while True:
-            vm = self._await_spare()
+            vm, attempts = self._await_spare(), attempts + 1
             try:
                 return self._ask_evidence(vm, nonce)
             except BuildFailed:
                 with self._changed:
-                    if vm in self._living_locked() or self._stopping:
+                    if vm in self._living_locked() or self._stopping or attempts == MAX_ATTEMPTS:
                         raise  # else a build has taken it meanwhile, or it has died
 
     @staticmethod
@@ -6409,7 +6454,12 @@ class VmHost:
     def run(self, jobs: Jobs, job: Job) -> str:
         """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
         seconds = self._build_timeout_s
-        timer = threading.Timer(seconds, jobs.halt, (job, "TimeoutError", f"the build took longer than {seconds:g} s"))
+
+        def expire() -> None:
+            with survive(f"job {job.id} is not stopped"):
+                jobs.halt(job, "TimeoutError", f"the build took longer than {seconds:g} s")
+
+        timer = threading.Timer(seconds, expire)
         timer.daemon = True
         fetcher, built = None, False
         vm = self._take_spare() or self._make_vm()
@@ -7229,14 +7279,15 @@ def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: S
 # What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
 # its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
 #
-# Thread "lifeline": started by serve_agent and run_fetcher, ends the process.
+# Thread "lifeline": started by serve_agent and run_fetcher, ends the process, also if it cannot read.
 
 
 def _start_lifeline(end: Callable[[], None]) -> None:
     """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
     def follow() -> None:
-        while sys.stdin.buffer.read(1):
-            pass
+        with survive("standard input"):
+            while sys.stdin.buffer.read(1):
+                pass
         end()
 
     threading.Thread(target=follow, name="lifeline", daemon=True).start()
@@ -7244,7 +7295,8 @@ def _start_lifeline(end: Callable[[], None]) -> None:
 
 def _kill_and_sweep(workspace: str) -> NoReturn:
     """Whatever this process has started is dead, and it becomes one that removes workspace."""
-    kill_all(lambda: descendants(os.getpid()))
+    with survive("what a build has started may live on"):
+        kill_all(lambda: descendants(os.getpid()))
     os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
 
 

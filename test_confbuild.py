@@ -8026,6 +8026,49 @@ class TestQemuVm:
         one.destroy(clean=True)
         assert lines == ["one", "two"]
 
+    def test_console_that_raises(self, vm: Callable[..., confbuild.QemuVm], caplog: pytest.LogCaptureFixture) -> None:
+        """Who is told of the console may fail: the guest boots all the same, its console is read on, and nobody is told any more."""
+        told: list[str] = []
+
+        def tell(line: str) -> None:
+            told.append(line)
+            raise ValueError("the log is complete")
+
+        one = vm("say('one\\n')\n" + BOOTED + "wait('stdin'); say('two\\n')", console=tell)
+        one.spawn()
+        one.wait_ready(20)
+        one.destroy(clean=True)
+        assert told == ["one"] and list(one._last) == ["one", "two"]
+        assert "a guest's console is not told any more" in caplog.text and "the log is complete" in caplog.text
+
+    @pytest.mark.parametrize("broken", ["selector", "read"])
+    def test_console_that_is_not_read(self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                      broken: str) -> None:
+        """Whatever happens to the thread "console", nobody waits for what it will not say."""
+        owner, name = (confbuild.selectors, "DefaultSelector") if broken == "selector" else (os, "read")
+        real = getattr(owner, name)
+
+        def refuse(*arguments: Any) -> Any:
+            if threading.current_thread().name == "console":
+                raise OSError(errno.EMFILE, "Too many open files")
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, refuse)
+        one = vm("say('one\\n'); signal.pause()")
+        pid = one.spawn()
+        with pytest.raises(confbuild.BuildFailed, match="^the VM ended while it booted$"):
+            one.wait_ready(100_000)
+        one.destroy()
+        assert not living(pid) and "a guest's console is not read any more" in caplog.text and "Too many open files" in caplog.text
+
+    def test_no_thread(self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch) -> None:
+        one = vm("signal.pause()")
+        with monkeypatch.context() as m:
+            m.setattr(threading.Thread, "start", raising(RuntimeError("can't start new thread")))
+            with pytest.raises(confbuild.BuildFailed, match="^QEMU's console cannot be read: can't start new thread$") as caught:
+                one.spawn()
+        assert caught.value.error_type == "VmError"
+
     def test_not_started(self, vm: Callable[..., confbuild.QemuVm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         one = vm("")
         with pytest.raises(confbuild.BuildFailed, match="the VM is gone"):
@@ -8596,6 +8639,144 @@ class TestSpares:
                     assert said.result(30) == b""
                 except confbuild.BuildFailed as e:
                     assert str(e) == "the VM is gone"  # it was destroyed before it was asked
+
+    def test_destroyed_before_it_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who is about to read, and who destroys meanwhile, do not wait for each other."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy())
+        pid, lock, about = vm.spawn(), vm._reading, threading.Event()
+
+        class Interrupted:
+            def __enter__(self) -> None:
+                lock.acquire()
+                if not about.is_set():  # the reader
+                    about.set()
+                    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))  # killed and reaped
+
+            def __exit__(self, *_: object) -> None:
+                lock.release()
+
+        vm._reading = Interrupted()  # type: ignore[assignment]
+        said: list[bytes] = []
+        threads = [threading.Thread(target=lambda: said.append(vm.read_line(60)), daemon=True), threading.Thread(target=vm.destroy, daemon=True)]
+        threads[0].start()
+        assert about.wait(20)
+        threads[1].start()
+        for thread in threads:
+            thread.join(20)
+        assert not any(thread.is_alive() for thread in threads) and said == [b""] and not os.path.exists(vm.workspace)
+
+    @pytest.mark.parametrize("how", ["cancel", "stop"])
+    def test_halted_while_it_boots(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+        """The slot is free again: the next job is taken, or the server stops."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+        made: list[confbuild.SimulatedVm] = []
+
+        def make() -> confbuild.SimulatedVm:
+            made.append(confbuild.SimulatedVm(confbuild.SourcePolicy()))
+            return made[-1]
+
+        jobs = confbuild.Jobs(str(tmp_path), confbuild.VmHost(make, no_fetcher, 60).run, lambda log: None)
+        jobs.start()
+        for number in range(3):
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            wait_for(lambda number=number: len(made) == number + 1 and made[number].is_alive())
+            if how == "stop":
+                break
+            jobs.cancel(job)
+            wait_for(lambda job=job: jobs.describe(job).get("error_type") == "Cancelled")
+        jobs.stop(0)
+        assert not any(thread.is_alive() for thread in jobs._threads)
+        assert not any(os.path.exists(vm.workspace) for vm in made)
+
+    def test_half_a_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A child that does not finish what it says is waited for as long as one that says nothing."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; printf 80; exec sleep 300"])
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy())
+        vm.spawn()
+        with pytest.raises(confbuild.BuildFailed, match="did not boot within 0.2 s"):
+            vm.wait_ready(0.2)
+        vm.destroy()
+
+    def test_no_look_at_processes(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """A VM dies also where what it has started cannot be found."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy())
+        pid = vm.spawn()
+        with monkeypatch.context() as m:
+            m.setattr(confbuild, "descendants", raising(OSError(errno.EMFILE, "Too many open files")))
+            vm.destroy()
+        assert not living(pid) and not os.path.exists(vm.workspace) and "Too many open files" in caplog.text
+
+    @pytest.mark.parametrize("thrower", ["is_alive", "destroy", "spawn", "wait_ready"])
+    def test_thread_that_is_thrown_into(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, thrower: str) -> None:
+        """The thread "spares" survives whatever a VM raises, and keeps another one ready."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0)
+        host, thrown = stand_in_host(tmp_path), threading.Event()
+        host._warm = 1
+
+        class Throwing(StandInVm):
+            def __getattribute__(self, name: str) -> Any:
+                if name == thrower and not thrown.is_set():
+                    thrown.set()
+                    raise SystemError("thrown")
+                return super().__getattribute__(name)
+
+            def is_alive(self) -> bool:
+                return thrower != "destroy" or thrown.is_set()  # else it is not destroyed
+
+        host._make_vm = Throwing  # type: ignore[assignment]
+        host.start()
+        wait_for(lambda: thrown.is_set() and host._spares and "thrown" in caplog.text)
+        assert host._thread.is_alive()
+        host.stop()
+        assert not host._thread.is_alive() and not host._alive
+
+    def test_reaped_by_another(self) -> None:
+        """A VM whose process somebody else has waited for is one that has ended."""
+        child = subprocess.Popen(["true"])
+        os.waitpid(child.pid, 0)
+        assert confbuild._is_running(child) is False
+        child.wait()
+
+    def test_timer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """A build's timer dies of nothing, and neither does its slot of a VM that cannot be destroyed."""
+        died: list[Any] = []
+        monkeypatch.setattr(threading, "excepthook", died.append)
+        over = threading.Event()
+
+        class Stubborn(StandInVm):
+            def destroy(self, clean: bool = False) -> None:
+                raise SystemError("it will not go")
+
+        def halt(*_: Any) -> None:
+            over.set()
+            raise SystemError("thrown")
+
+        host = confbuild.VmHost(Stubborn, no_fetcher, 30, 0.01)  # type: ignore[arg-type]
+        monkeypatch.setattr(host, "_drive", lambda *_: str(over.wait(20)))
+        jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        monkeypatch.setattr(jobs, "halt", halt)
+        assert host.run(jobs, job) == "True"
+        wait_for(lambda: f"job {job.id} is not stopped" in caplog.text)
+        assert died == [] and "a VM is not destroyed" in caplog.text and not host._alive
+
+    def test_dies_at_every_question(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody is kept waiting for evidence for ever."""
+        host, asked = stand_in_host(tmp_path), list[Any]()
+
+        def ask(vm: Any, nonce: str) -> bytes:
+            asked.append(vm)
+            vm.alive = False
+            raise confbuild.BuildFailed("VmError", "the VM does not attest: reset")
+
+        monkeypatch.setattr(host, "_ask_evidence", ask)
+        host.start()
+        with pytest.raises(confbuild.BuildFailed, match="reset"):
+            host.attestation(NONCE)
+        host.stop()
+        assert len(asked) == confbuild.MAX_ATTEMPTS
 
     def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no VM boots, the reason is told."""
@@ -9189,6 +9370,22 @@ class TestAgent:
         assert status["error_type"] == error_type and fragment in status["error"]
         assert (tmp_path / "agent/artifacts").exists() == (fragment != "disk of the VM")
         made[0].stop(0)
+
+
+    def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A standard input that cannot be read is one that has ended."""
+        monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=raising(OSError(errno.EIO, "Input/output error")))))
+        ended = threading.Event()
+        confbuild._start_lifeline(ended.set)
+        assert ended.wait(20)
+
+    def test_sweep_after_all(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """The workspace is swept also where the processes cannot be found."""
+        swept: list[Any] = []
+        monkeypatch.setattr(os, "execv", lambda *arguments: swept.append(arguments))
+        monkeypatch.setattr(confbuild, "descendants", raising(OSError(errno.EMFILE, "Too many open files")))
+        confbuild._kill_and_sweep(str(tmp_path))
+        assert swept == [(sys.executable, [*confbuild.own_program(), "sweep", str(tmp_path)])]
 
 
 class TestFetcher:
@@ -11422,6 +11619,158 @@ def unguarded(source: str) -> list[str]:
     return bad
 
 
+class LockOrder:
+    """The order in which a file's classes take their locks, from its text: `edges` has (held, taken) for each lock, "Class._name", that is taken
+    while another is held, in the same method or by what it calls.  What is called is found by the receiver's type, as annotations and constructors
+    tell it; of an unknown type it may be any class's method of that name.  callbacks: name of a callable that is handed over -> what it may be."""
+
+    CONTAINERS = frozenset(dir(dict) + dir(list) + dir(set) + dir(str) + dir(threading.Thread) + dir(threading.Condition) + dir(io.BytesIO) + dir(re.Match)) - {"is_alive"}
+
+    def __init__(self, source: str, callbacks: Mapping[str, set[str]]) -> None:
+        tree = ast.parse(source)
+        self.callbacks, self.locks, self.fields = callbacks, dict[str, str](), dict[str, set[str]]()
+        self.classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+        self.bodies: dict[str, ast.FunctionDef] = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        self.unions = {node.targets[0].id: {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)} for node in tree.body
+                       if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.BinOp)}
+        for name, cls in self.classes.items():
+            self.bodies |= {f"{name}.{node.name}": node for node in cls.body if isinstance(node, ast.FunctionDef)}
+        for _ in range(2):  # fields that come from the fields of other classes
+            for name, cls in self.classes.items():
+                for method in (node for node in cls.body if isinstance(node, ast.FunctionDef)):
+                    self._learn(name, method)
+        self.takes: dict[str, set[str]] = {}
+        self.calls: dict[str, set[str]] = {}
+        self.held: set[tuple[str, str, bool]] = set()  # (held, lock or function, whether it is a function)
+        for key in list(self.bodies):
+            self._visit_function(key, {"self": {key.partition(".")[0]} & set(self.classes)} if "." in key else {})
+        while True:
+            before = sum(map(len, self.takes.values()))
+            for key, called in self.calls.items():
+                self.takes[key] |= {lock for one in called for lock in self.takes.get(one, ())}
+            if before == sum(map(len, self.takes.values())):
+                break
+        self.edges = {(held, lock) for held, what, called in self.held for lock in (self.takes.get(what, ()) if called else (what,))
+                      if held != lock or self.locks[lock] == "Lock"}  # the others may be taken again by who holds them
+
+    def cycles(self) -> list[str]:
+        """Each way back to a lock from itself."""
+        found = []
+        for start in sorted({held for held, _ in self.edges}):
+            paths = [(start,)]
+            for path in paths:
+                for taken in sorted(taken for held, taken in self.edges if held == path[-1]):
+                    if taken == start:
+                        found.append(" -> ".join((*path, taken)))
+                    elif taken not in path:
+                        paths.append((*path, taken))
+        return found
+
+    def _types(self, node: ast.expr | None) -> set[str] | None:
+        """The classes that an annotation names; empty: others."""
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return self._types(ast.parse(node.value, mode="eval").body)
+        if isinstance(node, ast.BinOp):
+            return (self._types(node.left) or set()) | (self._types(node.right) or set())
+        if isinstance(node, ast.Name):
+            return self.unions.get(node.id, {node.id}) & set(self.classes)
+        return None if node is None else set()
+
+    def _type_of(self, node: ast.expr, known: Mapping[str, set[str] | None]) -> set[str] | None:
+        """The classes of an expression; None: unknown."""
+        if isinstance(node, ast.Name):
+            return known.get(node.id, set() if node.id in sys.stdlib_module_names else None)
+        if isinstance(node, ast.Attribute):
+            of = self._type_of(node.value, known)
+            found = [self.fields[key] for key in (f"{name}.{node.attr}" for name in (self.classes if of is None else of)) if key in self.fields]
+            return set().union(*found) if found else None
+        if isinstance(node, ast.Call):
+            returned = [self._types(self.bodies[key].returns) if not key.endswith(".__init__") else {key.partition(".")[0]} for key in self._called(node.func, known)]
+            foreign = isinstance(node.func, ast.Attribute) and self._type_of(node.func.value, known) == set()
+            return set().union(*(one or set() for one in returned)) if returned or foreign else None
+        return set() if isinstance(node, ast.Constant | ast.List | ast.Dict | ast.Set | ast.JoinedStr) else None
+
+    def _called(self, function: ast.expr, known: Mapping[str, set[str] | None]) -> set[str]:
+        """The functions that a call may reach."""
+        if isinstance(function, ast.Name):
+            name = function.id
+            found = self.callbacks.get(name, set()) | {name} | {f"{one}.__init__" for one in self.unions.get(name, {name})}
+            return found & set(self.bodies)
+        if not isinstance(function, ast.Attribute):
+            return set()
+        of = self._type_of(function.value, known)
+        if of is None:
+            of = set() if function.attr in self.CONTAINERS else set(self.classes)
+        return self.callbacks.get(function.attr, set()) | {f"{name}.{function.attr}" for name in of} & set(self.bodies)
+
+    def _parameters(self, function: ast.FunctionDef) -> dict[str, set[str] | None]:
+        return {a.arg: self._types(a.annotation) for a in (*function.args.args, *function.args.kwonlyargs) if a.annotation is not None}
+
+    def _learn(self, cls: str, method: ast.FunctionDef) -> None:
+        """The locks and the types of fields that a method assigns."""
+        known = {"self": {cls}, **self._parameters(method)}
+        for node in ast.walk(method):
+            pairs: list[tuple[ast.expr, ast.expr]] = []
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute):
+                self.fields[f"{cls}.{node.target.attr}"] = self._types(node.annotation) or set()
+            elif isinstance(node, ast.Assign):
+                target, value = node.targets[0], node.value
+                both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) and len(target.elts) == len(value.elts)
+                pairs = list(zip(target.elts, value.elts, strict=True)) if both else [(target, value)]  # type: ignore[attr-defined]
+            for target, value in pairs:
+                if not (isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self"):
+                    continue
+                lock = re.fullmatch(r"threading\.(Lock|RLock|Condition)\(\)", ast.unparse(value))
+                if lock:
+                    self.locks[f"{cls}.{target.attr}"] = lock[1]
+                else:
+                    types_ = self._type_of(value, known)
+                    if types_ is not None:
+                        self.fields.setdefault(f"{cls}.{target.attr}", types_)
+
+    def _visit_function(self, key: str, outer: Mapping[str, set[str] | None]) -> None:
+        self.takes[key], self.calls[key] = set(), set()
+        function = self.bodies[key]
+        known = {**outer, **self._parameters(function)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                known.setdefault(node.targets[0].id, self._type_of(node.value, known))
+        for statement_ in function.body:
+            self._visit(key, statement_, (), known)
+
+    def _visit(self, key: str, node: ast.AST, held: tuple[str, ...], known: Mapping[str, set[str] | None]) -> None:
+        if isinstance(node, ast.FunctionDef):
+            inner = f"{key}.{node.name}"
+            self.bodies[inner] = node
+            self._visit_function(inner, known)
+            return
+        if isinstance(node, ast.With):
+            for item in node.items:
+                at = item.context_expr
+                of = self._type_of(at.value, known) if isinstance(at, ast.Attribute) else set()
+                locks = {f"{name}.{at.attr}" for name in (self.classes if of is None else of)} & set(self.locks) if isinstance(at, ast.Attribute) else set()
+                for lock in locks:
+                    self.takes[key].add(lock)
+                    self.held |= {(one, lock, False) for one in held}
+                self._visit(key, at, held, known)
+                held = (*held, *locks)
+            for statement_ in node.body:
+                self._visit(key, statement_, held, known)
+            return
+        called = self._called(node.func, known) if isinstance(node, ast.Call) else set()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):  # a function inside of this one, which is called or handed on
+            called = {one for one in (f"{key}.{node.id}", f"{key.rpartition('.')[0]}.{node.id}") if one in self.bodies and one.count(".") > 1}
+        self.calls[key] |= called
+        self.held |= {(one, function, True) for one in held for function in called}
+        for child in ast.iter_child_nodes(node):
+            self._visit(key, child, held, known)
+
+
+# The callables that are handed over to where a lock may be held: their names there -> what they are.
+CALLBACKS = {"_on_append": {"Streamer.grown"}, "stop": {"SimulatedVm.destroy", "QemuVm.destroy"}, "tell": {"VmHost._tell"}, "_run": {"VmHost.run"},
+             "_make_vm": {"SimulatedVm.__init__", "QemuVm.__init__"}, "_make_fetcher": {"SimulatedVm.__init__"}}
+
+
 class TestLayout:
     SOURCE = FILE.read_text(encoding="utf-8")
     TREE = ast.parse(SOURCE)
@@ -11503,6 +11852,30 @@ class TestLayout:
         assert unguarded(demo + " def bad(self):\n  return self._log\n") == ["13: Job.bad touches _log without _changed"]
         assert unguarded(demo + " def bad(self):\n  self._add_locked()\n") == ["13: Job.bad calls _add_locked without a lock"]
         assert len(unguarded(demo + " def bad(self):\n  with self._changed:\n   return lambda: self._log\n")) == 1
+
+    def test_lock_order(self) -> None:
+        """No two threads can wait for each other's lock; and the check itself finds what is planted."""
+        order = LockOrder(self.SOURCE, CALLBACKS)
+        assert order.cycles() == []
+        assert len(order.locks) == len(re.findall(r"threading\.(?:R?Lock|Condition)\(\)", self.SOURCE)) >= 8
+        assert {(held, taken) for held, taken in order.edges if taken.endswith("Vm._lock") or held.endswith("Vm._telling")} == {
+            ("VmHost._changed", "SimulatedVm._lock"), ("VmHost._changed", "QemuVm._lock"), ("VmHost._spawning", "SimulatedVm._lock"),
+            ("VmHost._spawning", "QemuVm._lock"), ("QemuVm._telling", "EventLog._lock")}
+        assert ("Jobs._changed", "EventLog._lock") in order.edges
+        assert all(re.search(rf"\b{name}\(", self.SOURCE) for name in CALLBACKS)
+        demo = ("import threading\nclass Log:\n def __init__(self, done):\n  self._lock = threading.Lock()\n  self._done = done\n def append(self):\n  with self._lock:\n   pass\n"
+                "class Job:\n def __init__(self, log: Log):\n  self._changed, self._log = threading.Condition(), log\n def add(self):\n  with self._changed:\n   self._add()\n"
+                " def _add(self):\n  self._log.append()\n def over(self):\n  with self._changed:\n   self.add()\n")
+        assert LockOrder(demo, {}).edges == {("Job._changed", "Log._lock")} and LockOrder(demo, {}).cycles() == []
+        both = ["Job._changed -> Log._lock -> Job._changed", "Log._lock -> Job._changed -> Log._lock"]
+        for bad in (" def bad(self):\n  with self._log._lock:\n   with self._changed:\n    pass\n",
+                    " def bad(self):\n  def later():\n   with self._changed:\n    pass\n  with self._log._lock:\n   run(later)\n",
+                    "class More:\n def bad(self, log: Log, jobs: 'list[Job] | None'):\n  with log._lock:\n   [job._changed_of_all() for job in jobs]\nclass Other:\n def _changed_of_all(self, job: 'Job | None'):\n  with job._changed:\n   pass\n"):
+            assert LockOrder(demo + bad, {}).cycles() == both
+        called_back = demo.replace("   pass\n", "   self._done()\n")
+        assert LockOrder(called_back, {}).cycles() == [] and set(both) < set(LockOrder(called_back, {"_done": {"Job.add"}}).cycles())
+        again = demo.replace("   pass\n", "   self.append()\n")
+        assert LockOrder(again, {}).cycles() == ["Log._lock -> Log._lock"]
 
     def test_standard_library_alone(self) -> None:
         imported = {name.partition(".")[0] for node in ast.walk(self.TREE) for name in (
