@@ -119,11 +119,11 @@ from itertools import accumulate
 if TYPE_CHECKING:
     import argparse
     import ctypes
+    import email.utils
     import fcntl
     import gzip
     import hmac
     import http.client
-    import http.server
     import io
     import ipaddress
     import logging
@@ -150,7 +150,6 @@ if TYPE_CHECKING:
     import weakref
     import zipfile
     import zlib
-    from email.message import Message
 else:
     class _Lazy:
         """A module that is imported when it is first used, so that --version and --help never pay for a server."""
@@ -169,7 +168,7 @@ else:
          "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "lzma", "mmap", "resource", "secrets", "select", "selectors",
          "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata",
          "weakref", "zipfile", "zlib"))
-    http, urllib = _Lazy("http", "http.client", "http.server"), _Lazy("urllib", "urllib.request")
+    email, http, urllib = _Lazy("email", "email.utils"), _Lazy("http", "http.client"), _Lazy("urllib", "urllib.request")
 
 __version__ = "0.1.0"
 __all__ = ["BundleFiles", "Check", "ConfbuildError", "Expectations", "Verdict", "main", "verify_bundle"]
@@ -5008,10 +5007,10 @@ def has_ended(path: str) -> bool:
 # ==============================================================================
 # region 21. Event streams                                         [uses 13, 20]
 # ==============================================================================
-# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of its answer; from then
-# on it is owned by the streamer thread, and gets the bytes from its position to the log's end, chunked [RFC9112 7.1] where the client
-# speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once, from one read.
-# Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
+# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of
+# its answer; from then on the streamer thread owns it, and it gets the bytes from its position to the log's end, chunked
+# [RFC9112 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once,
+# from one read.  Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
 # A client that takes nothing for STALL_S is disconnected.
 #
 # Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
@@ -5037,7 +5036,7 @@ def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
 
 
 class Mailbox:
-    """A selector for one thread, which other threads wake by posting notes. What is registered has the attributes sock and mask."""
+    """A selector for one thread, which other threads wake by posting notes. Whatever is registered has sock and mask."""
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -5096,7 +5095,7 @@ class OpenFile:
     """A file to read from, at any offset. It closes with the last reference."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO in its place must not hold up anybody
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # in the file's place there may be a FIFO
         weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
 
@@ -5109,15 +5108,19 @@ class Watcher:
     then: called when the whole range is sent, instead of closing the socket.
     """
 
-    __slots__ = ("chunked", "deaf", "ending", "file", "left", "log", "mask", "pending", "position", "since", "sock", "start", "then", "tls")
+    __slots__ = ("chunked", "deaf", "ending", "file", "left", "log", "mask", "pending", "position", "since", "sock", "start",
+                 "then", "tls")
 
-    def __init__(self, sock: "socket.socket", log: EventLog | None, start: int, chunked: bool, tls: bool, greeting: bytes, file: OpenFile | None = None,
-                 span: tuple[int, int] = (-1, 0), then: "Callable[[], None] | None" = None) -> None:
-        self.sock, self.log, self.start, self.chunked, self.tls, self.file, self.then = sock, log, start, chunked, tls, file, then
-        self.position, self.left = span  # in the log or file; -1: unknown until the log has `start` events; left: still to be sent of the chunk at hand
+    def __init__(self, sock: "socket.socket", log: EventLog | None, start: int, chunked: bool, tls: bool, greeting: bytes,
+                 file: OpenFile | None = None, span: tuple[int, int] = (-1, 0),
+                 then: "Callable[[], None] | None" = None) -> None:
+        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
+        self.file, self.then = file, then
+        # position: in the log or file; -1: unknown until the log has `start` events.  left: bytes to be sent from there.
+        self.position, self.left = span
         self.pending = self.frame(greeting) if greeting else b""
         self.ending = False
-        self.deaf = file is not None  # not listened to: the peer has closed its half, or its next request must stay in the socket
+        self.deaf = file is not None  # not read from: the peer has closed its half, or may send its next request
         self.mask = 0  # what the selector waits for
         self.since = time.monotonic()  # the last progress
 
@@ -5203,7 +5206,9 @@ class Streamer:
 
     def _want(self, watcher: Watcher, mask: int) -> None:
         """Wait for these events of watcher's socket."""
-        self._mailbox.want(watcher, mask & selectors.EVENT_WRITE if watcher.deaf else mask)  # deaf: it would be readable for ever
+        if watcher.deaf:
+            mask &= selectors.EVENT_WRITE  # it would be readable for ever
+        self._mailbox.want(watcher, mask)
 
     def _hear(self, watcher: Watcher) -> None:
         """The peer has sent something, which nobody needs, or has closed its half."""
@@ -5271,7 +5276,7 @@ class Streamer:
                 watcher.since = time.monotonic()
 
     def _send_range(self, watcher: Watcher, size: int) -> int:
-        """Send up to size bytes of the range at hand, or with TLS, which has no sendfile, make them pending. Return how many."""
+        """Send up to size bytes of the range at hand; with TLS, which has no sendfile, make them pending. Return how many."""
         source = watcher.file or watcher.log
         if source is None:
             raise ValueError("a range of nothing")
@@ -6672,34 +6677,45 @@ def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expec
 # ==============================================================================
 # region 25. HTTP API                              [uses 13, 14, 18, 20, 21, 22]
 # ==============================================================================
-# One route table; each route is a function of a request that returns a response or raises Refused.  http.server parses, in a
-# thread per request; it knows nothing of builds, and the functions nothing of sockets.  An event stream's socket goes to the
-# streamer when its headers are written, and its thread ends.
+# One route table; each route is a function of a request that returns a response or raises Refused.  The server parses
+# HTTP/1.1 [RFC9112]; it knows nothing of builds, and the functions nothing of sockets.  A connection has a thread only from
+# the end of a request's head until its answer is made; the thread reads the body.  Before, the server waits for the head;
+# afterwards it sends the answer.  It never waits for one client.  The streamer sends event streams and files.
+#
+# Thread "accept": runs Server.serve_forever, owns the connections that wait for their clients, ends by Server.stop.
+# Threads "request": started by Server, MAX_REQUESTS at a time; each makes one answer, and owns its connection meanwhile.
 
 MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
 MAX_LISTED = 1000  # builds in one answer
-MAX_REQUESTS = 1024  # threads at a time; an idle connection has one
-REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a request
+MAX_REQUESTS = 1024  # threads at a time
+MAX_BODIES = MAX_REQUESTS // 2  # of them, those that read a body, which its client may send slowly
+MAX_CLIENTS = 16 * KIB  # connections that wait for their clients; beyond, the oldest is closed
+MAX_HELD = 64 * MIB  # bytes of heads and answers that those hold; beyond, too
+MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
+HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
+IDLE_S = 30.0  # between two requests of a connection
+LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
+REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
 MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
 
 
 class Request(NamedTuple):
-    """A request as a route's function sees it. headers: names in any case; read: up to n bytes of the body."""
+    """A request as a route's function sees it. headers: names in lower case; read: up to n bytes of the body."""
 
     method: str
     arguments: Sequence[str]
     query: Mapping[str, str]
-    headers: "Message"
+    headers: Mapping[str, str]
     read: Callable[[int], bytes]
 
 
 class Response(NamedTuple):
-    """An answer. One of: body; path with (first, length), a range of a file; log with start, an event stream."""
+    """An answer. One of: body; file with span, its first byte and length; log with start, an event stream."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes = b""
-    path: str = ""
+    file: OpenFile | None = None
     span: tuple[int, int] = (0, 0)
     log: EventLog | None = None
     start: int = 0
@@ -6721,11 +6737,12 @@ ROUTES = (
     Route("POST", "/build", "submit", "Submit a build", "application/json",
           {200: "accepted: {\"job_id\": UUID}", 400: "not JSON; nonce, source, URL, ref or archive refused", 409: "single-use, and used",
            411: "no Content-Length", 413: "body too large", 415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
-           503: "shutting down"}),
+           503: "shutting down, or too many uploads at a time"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live", "text/event-stream",
           {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build", 503: "too many streams"}),
     Route("GET", "/build/{id}/result", "result", "Download the bundle", "application/gzip",
-          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range"}),
+          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range",
+           503: "too many streams"}),
     Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build"}),
     Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", "application/json", {200: "an array of status"}),
@@ -6739,6 +6756,9 @@ REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modif
            414: "URI Too Long", 415: "Unsupported Media Type", 416: "Range Not Satisfiable", 421: "Misdirected Request",
            422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
            501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+
+
+BUSY = {"Retry-After": "10"}
 
 
 def problem(refused: Refused) -> Response:
@@ -6925,15 +6945,18 @@ class Api:
     def events(self, request: Request) -> Response:
         """The event stream."""
         job = self.jobs.get(request.arguments[0])
-        text = request.query.get("from", request.headers.get("Last-Event-ID") or "0")
+        text = request.query.get("from", request.headers.get("last-event-id") or "0")
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
             raise Refused(400, "InvalidFrom", "from is not a number of events")
-        if self.crowded():
-            raise Refused(503, "TooManyWatchers", "too many event streams are open", {"Retry-After": "10"})
+        self._check_room()
         log, start = self.jobs.log_of(job), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
         return Response(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}, log=log, start=start)
+
+    def _check_room(self) -> None:
+        if self.crowded():
+            raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
 
     def result(self, request: Request) -> Response:
         """The archive, or a range of it [RFC9110 14]."""
@@ -6943,31 +6966,39 @@ class Api:
             raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
         if status["result"] is None:
             raise Refused(404, "NotReady", "the build has not ended")
+        self._check_room()
         size, digest = int(status["result"]["size"]), str(status["result"]["sha256"])
+        try:
+            file = OpenFile(job.result_path)
+        except FileNotFoundError:
+            raise Refused(404, "NotFound", "the archive is no longer on the server") from None
+        if file.size != size:
+            raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
         headers = {"Content-Type": "application/gzip", "ETag": f'"{digest}"', "Accept-Ranges": "bytes",
                    "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
                    "Cache-Control": "private, max-age=31536000, immutable",
                    "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"'}
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")]
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
         if headers["ETag"] in known or "*" in known:
             return Response(304, headers)
-        asked = request.headers.get("Range", "")
-        if request.headers.get("If-Range", headers["ETag"]) != headers["ETag"]:
+        asked = request.headers.get("range", "")
+        if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
             asked = ""
         match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
         if not match or match[1] + match[2] == "" or match[1] and match[2] and int(match[1]) > int(match[2]):
-            return Response(200, headers, path=job.result_path, span=(0, size))  # also several ranges: a server may ignore them
+            return Response(200, headers, file=file, span=(0, size))  # also several ranges: a server may ignore them
         first = int(match[1]) if match[1] else max(0, size - int(match[2]))
         last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
         if first > last:
             raise Refused(416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"})
-        return Response(206, {**headers, "Content-Range": f"bytes {first}-{last}/{size}"}, path=job.result_path, span=(first, last - first + 1))
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        return Response(206, headers, file=file, span=(first, last - first + 1))
 
     def submit(self, request: Request) -> Response:
         """Accept a build."""
-        if request.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
-        length = request.headers.get("Content-Length", "")
+        length = request.headers.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
             raise Refused(411, "LengthRequired", "a Content-Length is needed")
         if int(length) > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
@@ -7069,208 +7100,419 @@ class Gate(NamedTuple):
     tokens: Sequence[str]
     hosts: Sequence[str]
 
-    def check(self, headers: "Message", path: str, local_address: str) -> None:
+    def check(self, headers: Mapping[str, str], path: str, local_address: str) -> None:
         """Raise Refused 421 for another host's name (DNS rebinding), 401 without a token. Liveness needs no token."""
-        host = re.sub(r":\d*$", "", headers.get("Host", "localhost").strip().lower())  # none: HTTP/1.0
+        host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # none: HTTP/1.0
         if host.strip("[]") not in (*self.hosts, "localhost", local_address):
             raise Refused(421, "MisdirectedRequest", "the Host header names another host; see --public-host")
         if not self.tokens or path == "/health":
             return
-        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
         # Every token is compared, each in constant time.
         if scheme.lower() != "bearer" or not any([hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]):  # noqa: C419
             raise Refused(401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'})
 
 
-# The classes of http.server are imported, and become bases, when a server is made, not when --help is printed.
-if TYPE_CHECKING:
-    from http.server import BaseHTTPRequestHandler as _HandlerBase
-    from http.server import ThreadingHTTPServer as _ServerBase
-else:
-    _HandlerBase = _ServerBase = object
+class Head(NamedTuple):
+    """A request's head. target: in origin-form; minor: of the HTTP version, 0 or 1; headers: names in lower case."""
+
+    method: str
+    target: str
+    minor: int
+    headers: Mapping[str, str]
 
 
-class Handler(_HandlerBase):
-    """Turns http.server's view of a request into ours, and back."""
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # [RFC9110 5.6.2]
+# uri-host [":" port] [RFC9110 4.1]
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+_HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")  # or what no head can have: it is refused at once
 
-    api: Api
-    gate: Gate
 
-    protocol_version, server_version, sys_version, timeout = "HTTP/1.1", f"confbuild/{__version__}", "", REQUEST_TIMEOUT_S
-    wbufsize = 0
-    stream: Response | None = None
-    unread, deadline = 0, 0.0
+def parse_head(data: bytes) -> Head:
+    """Parse a request's head, with the empty line at its end [RFC9112 2 to 5]. Raises Refused.
 
-    def answer(self) -> None:
-        """One request."""
-        self.close_connection = self.close_connection or self.request_version < "HTTP/1.1"
-        self.request_id = self.headers.get("X-Request-Id", "")
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.request_id):
-            self.request_id = uuid.uuid4().hex
-        length = self.headers.get("Content-Length", "0")
-        self.unread = int(length) if re.fullmatch(r"[0-9]{1,18}", length, re.ASCII) else 0
-        self.deadline = time.monotonic() + 60 + self.unread / MIN_RATE
+    A line may also end with LF alone [RFC9112 2.2]. A field that occurs twice becomes a list [RFC9110 5.3].
+    """
+    def bad(reason: str, status: int = 400) -> Refused:
+        return Refused(status, "BadRequest", reason)
+
+    if len(data) > MAX_HEAD:
+        raise bad(f"the head has more than {MAX_HEAD} bytes", 431 if b"\n" in data[:MAX_HEAD] else 414)
+    if re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data):
+        raise bad("the head has a control character, or a CR without LF")
+    first, *rows = re.split("\r?\n", data.decode("latin-1"))
+    rows = rows[:-2]
+    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
+    if not line:
+        raise bad("the first line is not METHOD TARGET HTTP/1.1")
+    if line[3] != "1":
+        raise bad("the server speaks HTTP/1.1", 505)
+    if len(rows) > MAX_HEADERS:
+        raise bad(f"the head has more than {MAX_HEADERS} fields", 431)
+    headers: dict[str, str] = {}
+    for row in rows:
+        name, colon, value = row.partition(":")
+        if not colon or not re.fullmatch(_TOKEN, name):
+            raise bad("a line of the head is not a header field")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    method, target, minor = line[1], line[2], min(int(line[4]), 1)
+    if (minor and "host" not in headers) or not _AUTHORITY.fullmatch(headers.get("host", "")):
+        raise bad("the request needs one Host field, HOST or HOST:PORT")
+    absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
+    if absolute:  # its host counts instead of the field's [RFC9112 3.2.2]
+        headers["host"], target = absolute[1], "/" + target[absolute.end():]
+    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (target[0] != "/" and target != "*" and method != "CONNECT"):
+        raise bad("the target is neither a path nor a URL")
+    return Head(method, target, minor, headers)
+
+
+def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
+    """Return the head of an answer. close: nothing follows it on its connection."""
+    headers = {"Server": f"confbuild/{__version__}", "Date": email.utils.formatdate(usegmt=True), **response.headers,
+               "X-Request-Id": request_id, "X-Content-Type-Options": "nosniff"}
+    if chunked:
+        headers["Transfer-Encoding"] = "chunked"
+    elif response.log is None and response.status not in (204, 304):
+        headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
+    if close:
+        headers["Connection"] = "close"
+    rows = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Error')}"]
+    rows += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*rows, "", ""]).encode("latin-1")
+
+
+class Connection:
+    """A client's connection. Its owner is one thread at a time: "accept", that of a request, or the streamer's."""
+
+    __slots__ = ("address", "buffer", "closing", "deadline", "end", "mask", "pending", "searched", "shaking", "sock",
+                 "tls")
+
+    def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
+        self.sock, self.address, self.tls, self.deadline = sock, address, tls, deadline
+        self.shaking = tls  # the handshake goes on
+        self.buffer = bytearray()  # what the client has sent
+        self.searched = self.end = 0  # where the search for the end of the head goes on; that end, once it is there
+        self.pending = b""  # of an answer
+        self.closing = False  # after that
+        self.mask = 0  # what the selector waits for
+
+    def has_head(self) -> bool:
+        """Whether the head of a request, or what cannot become one, is there."""
+        if not self.searched:
+            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
+            del self.buffer[:empty.end() if empty else 0]
+        found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
+        self.end = found.end() if found else len(self.buffer) if len(self.buffer) > MAX_HEAD else 0
+        self.searched = len(self.buffer) if self.buffer != b"\r" else 0
+        return self.end > 0
+
+    def take_head(self) -> bytes:
+        """Return the head, and leave what follows it."""
+        data = bytes(self.buffer[:self.end])
+        del self.buffer[:self.end]
+        self.searched = self.end = 0
+        return data
+
+
+class Exchange:
+    """One request and its answer, made in a thread of its own. It waits for the client only to read the body."""
+
+    def __init__(self, server: "Server", connection: Connection) -> None:
+        self._server, self._connection = server, connection
+        self._close = True  # the connection, after the answer; as long as it is not known where the request ends
+        self._continue = False  # the client waits for 100 before it sends the body
+        self._unread, self._deadline = 0, 0.0
+
+    def run(self) -> Watcher | None:
+        """Make the answer: the connection's pending, or a watcher for the streamer."""
+        c, head, request_id = self._connection, None, ""
+        data = c.take_head()
+        line = re.sub(r"[^\x20-\x7e]", "?", data[:4096].partition(b"\n")[0].decode("latin-1").rstrip("\r"))
         try:
-            response = self.respond()
+            head = parse_head(data)
+            request_id = head.headers.get("x-request-id", "")
+            response = self._respond(head)
         except Refused as refused:
             response = problem(refused)
-        except (ConnectionError, TimeoutError):
-            self.close_connection = True  # the client is gone, or says nothing any more
-            return
-        except Exception:  # noqa: BLE001  # a bug of ours
-            logger().exception("%s %s", self.command, self.path)
-            response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
-        self.send(response)
+        except Exception as e:  # noqa: BLE001  # a bug of ours, unless
+            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
+                response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
+            else:
+                logger().exception("%s", line)
+                response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
+        logger().info('%s "%s" %d', c.address, line, response.status)
+        c.closing = self._close or response.log is not None or self._unread > 0
+        chunked = response.log is not None and head is not None and head.minor == 1
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+            request_id = uuid.uuid4().hex
+        c.pending = encode_head(response, request_id, c.closing, chunked)
+        if (head is not None and head.method == "HEAD") or response.status in (204, 304):
+            return None
+        if response.log is None and response.file is None:
+            c.pending += response.body
+            return None
+        watcher = Watcher(c.sock, response.log, response.start, chunked, c.tls,
+                          self._server.api.greeting if response.log else b"", response.file,
+                          response.span if response.file else (-1, 0), functools.partial(self._server.take, c))
+        watcher.pending, c.pending = c.pending + watcher.pending, b""
+        return watcher
 
-    def __getattr__(self, name: str) -> Callable[[], None]:
-        if name.startswith("do_"):  # of whatever method: the route table decides
-            return self.answer
-        raise AttributeError(name)
-
-    def respond(self) -> Response:
+    def _respond(self, head: Head) -> Response:
         """What the API says. Raises Refused."""
-        path, _, query = self.path.partition("?")
-        lengths = self.headers.get_all("Content-Length", [])
+        length = head.headers.get("content-length", "0")
         # Where the request ends is not known: before anything else is said, so that what follows is never taken for a request.
-        if self.headers.defects or self.headers.get_payload():
-            self.close_connection = True
-            raise Refused(400, "BadRequest", "a line of the head is no header field")
-        if "Transfer-Encoding" in self.headers or len(lengths) > 1 or not all(re.fullmatch(r"[0-9]{1,18}", n, re.ASCII) for n in lengths):
-            self.close_connection = True
+        if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
             raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
-        self.gate.check(self.headers, path, self.connection.getsockname()[0].removeprefix("::ffff:"))
-        route, arguments = find_route(self.command, path)
+        self._unread = int(length)
+        self._deadline = time.monotonic() + 60 + self._unread / MIN_RATE
+        self._continue = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
+        options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
+        self._close = head.minor == 0 or "close" in options
+        path, _, query = head.target.partition("?")
+        path = re.sub("^//+", "/", path)  # of clients that add /build to a URL with / at its end
+        server = self._server
+        server.gate.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
+        route, arguments = find_route(head.method, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
-        return getattr(self.api, route.name)(Request(self.command, arguments, fields, self.headers, self.read_body))  # type: ignore[no-any-return]
+        request = Request(head.method, arguments, fields, head.headers, self._read_body)
+        has_body = self._unread > 0
+        if has_body and not server.bodies.acquire(blocking=False):
+            raise Refused(503, "Busy", "too many uploads at a time", BUSY)
+        try:
+            return getattr(server.api, route.name)(request)  # type: ignore[no-any-return]
+        finally:
+            if has_body:
+                server.bodies.release()
 
-    def version_string(self) -> str:
-        return self.server_version
-
-    def handle_expect_100(self) -> bool:
-        return True  # 100 is sent when the body is wanted, not before it may be refused
-
-    def read_body(self, size: int) -> bytes:
-        """Up to size bytes of the body."""
-        if self.headers.get("Expect", "").lower() == "100-continue":
-            del self.headers["Expect"]
-            self.send_response_only(100)
-            self.end_headers()
-        if time.monotonic() > self.deadline:
-            raise TimeoutError("a body that comes byte by byte")
-        block = self.rfile.read1(min(size, self.unread))
-        self.unread -= len(block)
+    def _read_body(self, size: int) -> bytes:
+        """Return up to size bytes of the body; none where it ends early. Raises Refused."""
+        c, size = self._connection, min(size, self._unread)
+        block = bytes(c.buffer[:size])
+        del c.buffer[:size]
+        try:
+            if not block:
+                c.sock.settimeout(REQUEST_TIMEOUT_S)
+                if self._continue:  # not before: the body may be refused
+                    c.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if time.monotonic() > self._deadline:
+                    raise TimeoutError
+                block = c.sock.recv(size)
+        except TimeoutError:
+            raise Refused(408, "RequestTimeout", "the body comes too slowly") from None
+        except OSError:
+            pass  # the client is gone
+        finally:
+            c.sock.setblocking(False)
+        self._continue = False
+        self._unread -= len(block)
         return block
 
-    def send(self, response: Response) -> None:
-        """Write an answer, or its head where the rest is the streamer's."""
-        self.close_connection = self.close_connection or response.log is not None or self.unread > 0
-        chunked = response.log is not None and self.request_version == "HTTP/1.1"
-        self.send_response(response.status, REASONS.get(response.status))
-        headers = {**response.headers, "X-Request-Id": self.request_id, "X-Content-Type-Options": "nosniff"}
-        if chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        elif response.log is None and response.status not in (204, 304):
-            headers["Content-Length"] = str(response.span[1] if response.path else len(response.body))
-        if self.close_connection:
-            headers["Connection"] = "close"
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD" or response.status in (204, 304):
-            return
-        if response.log is not None:
-            self.stream = response
-        elif response.path:
-            with open(response.path, "rb") as f:
-                self.connection.sendfile(f, *response.span)
-        else:
-            self.wfile.write(response.body)
-        self.drain()
 
-    def drain(self) -> None:
-        """Read on what a refused client still sends, for a moment: closing at once would take the answer away from it."""
-        deadline = time.monotonic() + 5
-        if self.unread == 0 or self.headers.get("Expect", "").lower() == "100-continue":
-            return
-        while self.unread > 0 and time.monotonic() < deadline:
-            block = self.rfile.read1(min(self.unread, BLOCK))
-            if not block:
-                return
-            self.unread -= len(block)
+class Server:
+    """Accepts connections, waits for their clients, and makes each answer in a thread.
 
-    def send_error(self, code: int, message: "str | None" = None, explain: "str | None" = None) -> None:
-        """http.server's own refusals, in our form."""
-        self.close_connection, self.unread = True, 0
-        self.request_id = uuid.uuid4().hex
-        self.command = self.command if isinstance(getattr(self, "command", None), str) else "GET"
-        self.request_version = "HTTP/1.1"
-        self.send(problem(Refused(code, "BadRequest" if code != 501 else "MethodNotAllowed", message or explain or REASONS.get(code, "Error"))))
+    What waits for a client has a deadline. If there is too much of it, the oldest connection is closed.
+    Raises OSError where it cannot listen.
+    """
 
-    def log_message(self, format: str, *arguments: Any) -> None:
-        logger().info("%s %s", self.address_string(), re.sub(r"[^\x20-\x7e]", "?", format % arguments))
+    head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
 
-
-class Server(_ServerBase):
-    """A thread per request, MAX_REQUESTS of them; a socket whose request was for events stays open."""
-
-    request_queue_size, daemon_threads, allow_reuse_address = 4096, True, True
-    handler: type[Handler]
-    streamer: Streamer
-    tls: "ssl.SSLContext | None"
-    seats: "threading.BoundedSemaphore"
-
-    def server_bind(self) -> None:
-        """Without the look-up of a host name that http.server does, which can take seconds."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-
-    def get_request(self) -> Any:
+    def __init__(self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer,
+                 tls: "ssl.SSLContext | None" = None) -> None:
+        self.api, self.gate, self._streamer, self._tls = api, gate, streamer, tls
+        self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
+        self._mailbox = Mailbox()  # notes: a connection that waits for its client again, None: stop
+        self._waiting: dict[Connection, int] = {}  # oldest first, and how many bytes it holds
+        self._held = 0  # the sum of those
+        self._ready: deque[Connection] = deque()  # of those that wait, who have a head and get the next threads
+        self._ended = threading.Event()
+        self.mask = 0
+        self.sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         try:
-            return super().get_request()
-        except OSError:
-            time.sleep(0.05)  # out of files, perhaps: serve_forever would spin
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.bind(address)
+            self.sock.listen(4096)
+        except BaseException:
+            self.sock.close()
             raise
+        self.sock.setblocking(False)
+        self.server_address = self.sock.getsockname()
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self.seats.acquire(timeout=1):
+    def serve_forever(self) -> None:
+        """Serve until stop."""
+        self._mailbox.want(self, selectors.EVENT_READ)
+        scan_at = time.monotonic()
+        while True:
+            idle = self.mask and not self._waiting
+            for end, mask in self._mailbox.wait(None if idle else max(0.0, scan_at - time.monotonic())):
+                if end is self:
+                    self._accept()
+                elif mask & end.mask:  # closed meanwhile: its mask is 0
+                    self._advance(end)
+            for note in self._mailbox.notes():
+                if note is None:
+                    self._end()
+                    return
+                note.deadline = time.monotonic() + (STALL_S if note.pending else self._rest(note))
+                self._hold(note)
+                self._advance(note)
+            if time.monotonic() >= scan_at:
+                scan_at = time.monotonic() + self.scan_s
+                self._scan(scan_at - self.scan_s)
+            self._start_requests()
+
+    def stop(self) -> None:
+        """Stop listening, close what waits for its client, and end serve_forever."""
+        self._mailbox.post(None)
+        self._ended.wait()
+
+    def take(self, connection: Connection) -> None:
+        """Send what is pending of connection, and close it or wait for its next request. Any thread; never waits."""
+        self._mailbox.post(connection)
+        if self._ended.is_set():
+            connection.sock.close()
+
+    def _end(self) -> None:
+        for connection in list(self._waiting):
+            self._close(connection)
+        self._mailbox.want(self, 0)
+        self._mailbox.close()
+        self.sock.close()
+        self._ended.set()
+
+    def _rest(self, c: Connection) -> float:
+        return self.linger_s if c.closing else self.idle_s
+
+    def _accept(self) -> None:
+        for _ in range(64):  # then those who are there get a turn
             try:
-                super().process_request(request, client_address)
-            except BaseException:
-                self.seats.release()  # no thread was started that would
-                raise
-        else:
-            self.shutdown_request(request)
+                sock, address = self.sock.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as e:
+                if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
+                    logger().warning("accept: %s", e)
+                    self._mailbox.want(self, 0)  # until the next scan: there would be an event for ever
+                return
+            try:
+                if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
+                    raise OSError(errno.EMFILE, "too many files")
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except (OSError, ValueError) as e:
+                logger().debug("%s: %r", address, e)
+                sock.close()
+                continue
+            connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
+            self._hold(connection)
+            self._advance(connection)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def _advance(self, c: Connection) -> None:
+        """Do what c's client lets happen now: handshake, send what is pending, read a head."""
+        try:
+            if c.shaking:
+                c.sock.do_handshake()  # type: ignore[attr-defined]
+                c.shaking = False
+            while c.pending:
+                c.pending = c.pending[c.sock.send(c.pending):]
+                c.deadline = time.monotonic() + (STALL_S if c.pending else self._rest(c))
+            if c.closing:
+                c.sock.shutdown(socket.SHUT_WR)  # closing at once would take the answer away from one who still sends
+                if c.sock.recv(MAX_HEAD):
+                    self._mailbox.want(c, selectors.EVENT_READ)
+                else:
+                    self._close(c)
+                return
+            while not c.has_head():
+                if c.buffer:
+                    c.deadline = min(c.deadline, time.monotonic() + self.head_s)
+                data = c.sock.recv(MAX_HEAD)
+                if not data:
+                    self._close(c)
+                    return
+                c.buffer += data
+            self._mailbox.want(c, 0)
+            self._hold(c)
+            self._ready.append(c)
+        except OSError as e:
+            mask = wait_mask(e, bool(c.pending), c.tls)
+            if mask:
+                self._mailbox.want(c, mask)
+                self._hold(c)
+            else:
+                self._close(c)
+        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's connection
+            logger().exception("connection")
+            self._close(c)
+
+    def _start_requests(self) -> None:
+        """Give threads to those who are ready."""
+        while self._ready and self.seats.acquire(blocking=False):
+            connection = self._ready.popleft()
+            if connection not in self._waiting:  # closed meanwhile
+                self.seats.release()
+                continue
+            self._leave(connection)
+            try:
+                threading.Thread(target=self._run_request, args=(connection,), name="request", daemon=True).start()
+            except RuntimeError as e:  # no thread is to be had
+                logger().warning("request: %s", e)
+                self.seats.release()
+                connection.sock.close()
+
+    def _run_request(self, connection: Connection) -> None:
         watcher = None
         try:
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self.tls is not None:
-                request.settimeout(REQUEST_TIMEOUT_S)
-                request = self.tls.wrap_socket(request, server_side=True)
-            handler = self.handler(request, client_address, self)
-            stream = handler.stream
-            if stream is not None and stream.log is not None:
-                watcher = Watcher(request, stream.log, stream.start, handler.request_version == "HTTP/1.1", self.tls is not None, handler.api.greeting)
-        except Exception as e:  # noqa: BLE001  # a client that went away, in one of many ways
-            logger().debug("%s: %r", client_address, e)
-        finally:
-            if watcher is None:
-                self.shutdown_request(request)
+            watcher = Exchange(self, connection).run()
+        except Exception:  # noqa: BLE001  # a bug of ours
+            logger().exception("request")
+            connection.pending, connection.closing = b"", True
+        self.seats.release()  # before the thread "accept" wakes up and looks for one
+        if watcher is not None:
+            self._streamer.add(watcher)
+        else:
+            self.take(connection)
+
+    def _scan(self, now: float) -> None:
+        """Accept again after a pause, and close whose deadline is over."""
+        self._mailbox.want(self, selectors.EVENT_READ)
+        for c in [c for c in self._waiting if c.deadline <= now]:
+            if not c.buffer or c.end or c.pending or c.closing:
+                self._close(c)
             else:
-                self.streamer.add(watcher)
-            self.seats.release()
+                response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
+                c.pending, c.closing = encode_head(response, uuid.uuid4().hex, True) + response.body, True
+                c.deadline = now + self.linger_s
+                self._advance(c)
 
+    def _hold(self, c: Connection) -> None:
+        """c waits for its client, with what it holds now; if that is too much, close the oldest."""
+        held = len(c.buffer) + len(c.pending)
+        self._held += held - self._waiting.get(c, 0)
+        self._waiting[c] = held
+        while len(self._waiting) > MAX_CLIENTS or self._held > MAX_HELD:
+            self._evict()
 
-def make_http_server(address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None) -> Server:
-    """A server that listens on address; its serve_forever runs until shutdown. Raises OSError."""
-    handler = type("Handler", (Handler, http.server.BaseHTTPRequestHandler), {"api": api, "gate": gate})
-    server = type("Server", (Server, http.server.ThreadingHTTPServer), {
-        "handler": handler, "streamer": streamer, "tls": tls, "seats": threading.BoundedSemaphore(MAX_REQUESTS),
-        "address_family": socket.AF_INET6 if ":" in address[0] else socket.AF_INET})
-    return server(address, handler)  # type: ignore[no-any-return]
+    def _evict(self) -> bool:
+        """Close the connection that waits longest, if there is one."""
+        oldest = next(iter(self._waiting), None)
+        if oldest is not None:
+            self._close(oldest)
+        return oldest is not None
+
+    def _leave(self, c: Connection) -> None:
+        self._held -= self._waiting.pop(c, 0)
+        self._mailbox.want(c, 0)
+
+    def _close(self, c: Connection) -> None:
+        self._leave(c)
+        c.sock.close()
 
 # endregion 25
 # ==============================================================================
@@ -7333,7 +7575,7 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
     own = os.path.join(workspace, "agent")
     jobs = Jobs(own, build, streamer.grown, single_use=True)
     api = Api(jobs, policy, {}, attest)
-    server = make_http_server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
+    server = Server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
     sys.stdout.write(f"{server.server_address[1]}\n")
     sys.stdout.flush()
@@ -8423,17 +8665,16 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
                 "qemu": b": QEMU guest: not confidential; the evidence is signed by no hardware\n\n"}.get(machine.platform, b"")
     api = Api(jobs, policy, _describe_server(options, machine), vms.attestation, greeting,
               lambda: streamer.files >= max(files - 1024, files // 2))  # the rest is for requests, jobs and VMs
-    server = make_http_server((host, port), api, gate, streamer, tls)
+    server = Server((host, port), api, gate, streamer, tls)
     vms.start()
     jobs.start()
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), name="accept", daemon=True)  # how long a stop waits for it
+    thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     thread.start()
 
     def stop(grace_s: float) -> None:
         if jobs.stop(grace_s):
             time.sleep(min(grace_s, 2.0))  # whoever followed that build comes for the result
-        server.shutdown()
-        server.server_close()
+        server.stop()
         streamer.stop()
         vms.stop()
         os.close(lock)

@@ -8803,7 +8803,8 @@ URL = {"nonce": NONCE, "repo_url": "http://127.0.0.1/x.git"}
 class Site:
     """The API on a real socket in this process. Its builds wait for the gate, and then have a result."""
 
-    def __init__(self, folder: Path, tokens: tuple[str, ...] = (), max_archive: int = 1 << 20, crowded: bool = False, **options: Any) -> None:
+    def __init__(self, folder: Path, tokens: tuple[str, ...] = (), max_archive: int = 1 << 20, crowded: bool = False,
+                 tls: ssl.SSLContext | None = None, **options: Any) -> None:
         self.gate = threading.Event()
         self.streamer = confbuild.Streamer()
         self.folder = folder
@@ -8811,10 +8812,11 @@ class Site:
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
         api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, self.attest, b": hello\n\n", lambda: crowded)
-        self.server = confbuild.make_http_server(("127.0.0.1", 0), api, confbuild.Gate(tokens, ["127.0.0.1", "build.example"]), self.streamer)
+        gate = confbuild.Gate(tokens, ["127.0.0.1", "build.example"])
+        self.server = confbuild.Server(("127.0.0.1", 0), api, gate, self.streamer, tls)
         self.port = self.server.server_address[1]
         self.jobs.start()
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def attest(self, nonce: str) -> bytes:
         """Of a VM that answers to one nonce alone."""
@@ -8869,8 +8871,7 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
     for one in made:
         one.gate.set()
         one.jobs.stop(10)
-        one.server.shutdown()
-        one.server.server_close()
+        one.server.stop()
         one.streamer.stop()
 
 
@@ -8916,6 +8917,62 @@ BODIES: list[tuple[Any, int, str, str]] = [
     ({"nonce": NONCE, "source_data": base64.b64encode(gzip.compress(random.Random(1).randbytes(1 << 20))).decode()}, 413, "PayloadTooLarge",
      "more than 1048576"),
     (b" " * (2 << 20), 413, "PayloadTooLarge", "may have 1048576"),
+]
+
+
+# (first line, fields, status, what the answer has)
+_HOST = [b"Host: localhost"]
+HEADS: list[tuple[bytes, list[bytes], int, bytes]] = [
+    *((b"GET /health HTTP/1.1", fields, 200, b"\r\n\r\nok") for fields in (
+        _HOST, [b"host:localhost"], [b"HOST:\t localhost \t"], [b"Host: localhost:"], [b"Host: 127.0.0.1:1"], [*_HOST, b"X:"], [*_HOST, b"X: \xe9"],
+        [*_HOST, b"Content-Length: 0"], [*_HOST, b"Expect: 100-continue"], [*_HOST, b"Connection: Keep-Alive, x"], [*_HOST, b"X: a", b"X: b"],
+        [*_HOST, b"Upgrade: h2c"], [*_HOST, b"A!#$%&'*+-.^_`|~1: x"])),
+    *((line, _HOST, 200, b"\r\n\r\nok") for line in (
+        b"GET /health?x=%00 HTTP/1.1", b"GET /health? HTTP/1.1", b"GET //health HTTP/1.1", b"GET /health HTTP/1.2", b"GET /health HTTP/1.9",
+        b"GET http://localhost/health HTTP/1.1", b"GET HTTP://LOCALHOST:80/health?x HTTP/1.1", b"GET https://127.0.0.1:/health HTTP/1.1",
+        b"GET http://build.example/health HTTP/1.1")),
+    (b"GET http://build.example/health HTTP/1.1", [b"Host: evil.example"], 200, b"ok"),  # [RFC9112 3.2.2]
+    (b"GET http://build.example/health HTTP/1.0", [], 200, b"ok"), (b"GET /health HTTP/1.0", [], 200, b"ok"),
+    (b"GET /health HTTP/1.0", [b"Connection: keep-alive"], 200, b"Connection: close"), (b"GET /health HTTP/1.0", [b"Expect: 100-continue"], 200, b"ok"),
+    *((line, _HOST, 404, b"NotFound") for line in (
+        b"GET http://localhost HTTP/1.1", b"GET http://localhost?/health HTTP/1.1", b"OPTIONS * HTTP/1.1", b"CONNECT localhost:80 HTTP/1.1", b"GET / HTTP/1.1",
+        b"GET /health#x HTTP/1.1")),
+    (b"get /health HTTP/1.1", _HOST, 405, b"MethodNotAllowed"), (b"M-SEARCH /health HTTP/1.1", _HOST, 405, b"MethodNotAllowed"),
+    *((line, [b"Host: localhost"], 421, b"MisdirectedRequest") for line in (
+        b"GET http://evil.example/health HTTP/1.1", b"GET http://localhost.evil.example HTTP/1.1", b"GET http:///health HTTP/1.1")),
+    *((b"GET /health HTTP/1.1", [field], 421, b"MisdirectedRequest") for field in (
+        b"Host: evil.example", b"Host:", b"Host: localhost,evil.example", b"Host: [fe80::1%25eth0]:80", b"Host: localhost.")),
+    *((b"GET /health HTTP/1.1", fields, 400, b"one Host field") for fields in (
+        [], _HOST * 2, [*_HOST, b"hOST: evil.example"], [b"Host:", b"Host:"], [b"Host: a b"], [b"Host: user@localhost"], [b"Host: localhost/x"],
+        [b"Host: localhost:80:80"], [b"Host: localhost:x"], [b"Host: [::1"], [b"Host: ::1"], [b"Host: http://localhost"], [b"Host: local\xe9"],
+        [b"Host: localhost, localhost"], [b"X-Host: localhost"])),
+    (b"GET /health HTTP/1.0", _HOST * 2, 400, b"one Host field"), (b"GET http://localhost/health HTTP/1.1", [], 400, b"one Host field"),
+    *((b"GET /health HTTP/1.1", [*_HOST, field], 400, b"not a header field") for field in (
+        b" folded", b"\tfolded", b"X: a\r\n b", b"X: a\r\n\tContent-Length: 5", b"X : a", b"X\t: a", b"Transfer-Encoding : chunked", b"X", b": a", b"X y: z",
+        b"X\xe9: a", b"X(: a", b"GET /config HTTP/1.1")),
+    (b"GET /health HTTP/1.1", [b" Host: localhost"], 400, b"not a header field"),
+    *((b"GET /health HTTP/1.1", [*_HOST, field], 400, b"control character") for field in (
+        b"X: a\rContent-Length: 5", b"X: a\r", b"X: \r", b"X: a\rHost: evil.example", b"\r", b"X: a\0b", b"X\0: a", b"X: \x0b", b"X: \x7f", b"X: \x1b[31m")),
+    (b"GET /health HTTP/1.1\r", _HOST, 400, b"control character"), (b"GET /health\0 HTTP/1.1", _HOST, 400, b"control character"),
+    (b"GET\r/health HTTP/1.1", _HOST, 400, b"control character"),
+    *((line, _HOST, 400, b"first line") for line in (
+        b"HELLO", b"GET /health", b"GET  /health HTTP/1.1", b"GET /health  HTTP/1.1", b"GET /health HTTP/1.1 ", b"GET\t/health\tHTTP/1.1", b"GET / b HTTP/1.1",
+        b"GET /health http/1.1", b"GET /health HTTP/x.y", b"GET /health HTTP/1", b"GET /health HTTP/1.10", b"GET /health HTTP/01.1", b"GET /health HTTP/1,1",
+        b"GET /health HTTP/+1.1", b"GET /health FTP/1.1", b"GET /h\xe9 HTTP/1.1", b"G@T /health HTTP/1.1", b"GET: /health HTTP/1.1", b"{} /health HTTP/1.1",
+        b"Host: localhost")),
+    *((line, _HOST, 400, b"neither a path nor a URL") for line in (
+        b"GET health HTTP/1.1", b"GET localhost/health HTTP/1.1", b"GET ftp://localhost/health HTTP/1.1", b"GET http:/health HTTP/1.1",
+        b"GET http://u:p@localhost/health HTTP/1.1", b"GET http://local|host/health HTTP/1.1", b"GET ** HTTP/1.1", b"GET ?x HTTP/1.1")),
+    *((line, _HOST, 505, b"HTTP/1.1") for line in (
+        b"GET /health HTTP/0.9", b"GET /health HTTP/2.0", b"GET /health HTTP/3.0", b"PRI * HTTP/2.0")),
+    *((b"GET /health HTTP/1.1", [*_HOST, *fields], 411, b"LengthRequired") for fields in (
+        [b"Content-Length: 1, 1"], [b"Content-Length: 5"] * 2, [b"Content-Length: 5", b"Content-Length: 6"], [b"Content-Length: +5"], [b"Content-Length: -1"],
+        [b"Content-Length: 0x5"], [b"Content-Length: 5 5"], [b"Content-Length: 1_0"], [b"Content-Length:"], [b"Content-Length: 5;x"],
+        [b"Content-Length: " + b"9" * 19], [b"Content-Length: \xb2"], [b"Content-Length: 5.0"], [b"Transfer-Encoding: chunked"],
+        [b"Transfer-Encoding: identity"], [b"Transfer-Encoding:"], [b"transfer-encoding: x", b"Transfer-Encoding: chunked"],
+        [b"Transfer-Encoding: chunked", b"Content-Length: 5"], [b"Content-Length: 5", b"Transfer-Encoding: xchunked"])),
+    (b"GET /health HTTP/1.0", [b"Transfer-Encoding: chunked"], 411, b"LengthRequired"),
+    (b"GET /health HTTP/1.1", [b"X: y"] * 101, 431, b"more than 100 fields"),
 ]
 
 
@@ -9015,13 +9072,55 @@ class TestHttp:
         assert {name: answer[1][name] for name in more} == more
         assert s.ask("POST", "/build", URL)[0] == 200  # it is not used up
 
+    def test_heads(self, site: Callable[..., Site]) -> None:
+        """What RFC 9112 says of a head, or leaves to the server. Where a request is malformed, there is one answer, and nothing after it counts."""
+        s = site()
+        for line, fields, status, fragment in HEADS:
+            data = line + b"\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+                sock.sendall(data + b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                got = read_all(sock)
+            statuses = [int(code) for code in re.findall(rb"HTTP/1.1 (\d+) ", got)]
+            assert statuses == ([status, 200] if status in (200, 404, 405, 421) and b"1.0" not in line else [status]), (line, fields, got)
+            assert fragment in got, (line, fields, got)
+            if status not in (200, 404, 405, 411, 421):
+                assert json.loads(got.partition(b"\r\n\r\n")[2])["error_type"] == "BadRequest" and b"\r\nConnection: close\r\n" in got
+
     @pytest.mark.parametrize(("data", "status"), [
-        (b"HELLO\r\n\r\n", 400), (b"GET /health HTTP/x.y\r\n\r\n", 400), (b"GET / b c HTTP/1.1\r\n\r\n", 400), (b"GET /health HTTP/3.0\r\n\r\n", 505),
-        (b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n", 414), (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n", 431),
-        (b"GET /health HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", 431)])
-    def test_malformed(self, site: Callable[..., Site], data: bytes, status: int) -> None:
-        """What http.server refuses by itself has our form as well."""
-        is_problem(site().raw(data), status, "BadRequest")
+        (b"GET /health HTTP/1.1\rHost: localhost\r\r", 400), (b"\x16\x03\x01\x02\x00", 400), (b" ", 400), (b"\t", 400), (b"\0", 400), (b"\xff", 400),
+        (b"\r\n\n\r\nGET /health HTTP/1.1\nHost: localhost\n\n", 200), (b"\rGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /" + b"x" * 70_000, 414), (b"GET /health HTTP/1.1\r\nX: " + b"x" * 70_000, 431),
+        (b"GET /health HTTP/1.1\r\n" + (b"X: " + b"y" * 1000 + b"\r\n") * 70, 431)])
+    def test_no_end_is_needed(self, site: Callable[..., Site], data: bytes, status: int) -> None:
+        """What cannot become a request is refused at once. Empty lines before a request, and lines that end with LF, are allowed."""
+        answer = site().raw(data)
+        if status == 200:
+            assert answer[::2] == (200, b"ok")
+        else:
+            is_problem(answer, status, "BadRequest")
+
+    def test_parse_head(self) -> None:
+        head = b"GET http://Build.example:80?from=1 HTTP/1.2\r\nHost: x\r\nA: 1\r\nb:\t2 3 \r\na:\r\n\r\n"
+        assert confbuild.parse_head(head) == ("GET", "/?from=1", 1, {"host": "Build.example:80", "a": "1, ", "b": "2 3"})
+        assert confbuild.parse_head(head.replace(b"\r\n", b"\n")) == confbuild.parse_head(head)
+        fields = b"X:\r\n" * (confbuild.MAX_HEADERS - 1)
+        assert confbuild.parse_head(b"GET / HTTP/1.1\r\nHost:x\r\n" + fields + b"\r\n").target == "/"
+        size = confbuild.MAX_HEAD - len(b"GET / HTTP/1.0\r\n\r\n")
+        assert confbuild.parse_head(b"GET /" + b"x" * size + b" HTTP/1.0\r\n\r\n").minor == 0
+        for data, status in ((b"GET / HTTP/1.1\r\nHost:x\r\nX:\r\n" + fields + b"\r\n", 431), (b"GET /" + b"x" * (size + 1) + b" HTTP/1.0\r\n\r\n", 431)):
+            with pytest.raises(confbuild.Refused) as e:
+                confbuild.parse_head(data)
+            assert e.value.status == status
+
+    @given(st.lists(st.sampled_from([b"GET / HTTP/1.1", b"\r\n", b"\n", b"\r", b"Host: x", b"Host:", b" ", b"\0", b"a: b", b":", b"\t", b"http://", b"\xe9"])))
+    def test_any_head(self, parts: list[bytes]) -> None:
+        """A head is parsed or refused, and what is parsed has no line break, no NUL, and a host."""
+        try:
+            head = confbuild.parse_head(b"".join(parts) + b"\r\n\r\n")
+        except confbuild.Refused as e:
+            assert e.status in (400, 505)
+        else:
+            assert not set("\r\n\0") & set(head.target + "".join([*head.headers, *head.headers.values()])) and "host" in head.headers
 
     @pytest.mark.parametrize(("head", "status"), [
         (b"POST /build HTTP/1.1\r\nTransfer-Encoding: chunked", 411), (b"GET /health HTTP/1.1\r\nContent-Length: +%d", 411),
@@ -9081,10 +9180,200 @@ class TestHttp:
         seats = s.server.seats._value
         with monkeypatch.context() as m:
             m.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
-            m.setattr(s.server, "handle_error", lambda *_: None)
-            with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert read_all(sock) == b""
         assert s.server.seats._value == seats and s.ask("GET", "/health")[0] == 200
+
+    def test_deadlines(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A head must come within a time as a whole, however it comes; so must the next request; and an answer must be taken."""
+        s = site()
+        s.server.scan_s = 0.02
+        get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for sent, left, limit in ((b"", 0, 10), (b"\r\n", 0, 10), (b"G", 1, 10), (get[:-2], len(get) - 2, 10), (get, 0, 30), (get + get[:-1], len(get) - 1, 10)):
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+                sock.sendall(sent)
+                if sent.startswith(get):
+                    assert sock.recv(4096).startswith(b"HTTP/1.1 200 ")
+                waiting = wait_for(lambda n=left, most=limit: [c for c in list(s.server._waiting)  # type: ignore[misc]
+                                                               if len(c.buffer) == n and not c.closing and most - 10 < c.deadline - time.monotonic() <= most])
+                waiting[0].deadline = 0
+                got = read_all(sock)
+            assert (got.startswith(b"HTTP/1.1 408 ") and got.endswith(b'"error_type":"RequestTimeout"}')) if left else got == b"", sent
+        s.server.head_s = 0.1
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock, contextlib.suppress(ConnectionError):
+            letters = itertools.chain(get[:-2], itertools.repeat(65))
+            while not select.select([sock], [], [], 0.01)[0]:  # a byte now and then keeps nothing open
+                sock.send(bytes([next(letters)]))
+        s.server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        monkeypatch.setattr(confbuild, "STALL_S", 0.1)
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", s.port))
+            sock.settimeout(20)
+            with pytest.raises(ConnectionError):  # one who asks, and takes no answer
+                while True:
+                    sock.sendall(get.replace(b"health", b"openapi.json") * 100)
+        wait_for(lambda: not s.server._waiting)
+        s.server.head_s = 10
+        assert s.server._held == 0 and s.ask("GET", "/health")[0] == 200
+
+    def test_waiting_needs_no_thread(self, site: Callable[..., Site]) -> None:
+        """Those who send nothing, half a head, or a body slowly, and those who take a download slowly, leave the threads to others."""
+        s = site()
+        job = s.jobs.get(s.finished())
+        data = random.Random(1).randbytes(300_000)
+        Path(job.result_path).write_bytes(data)
+        job.result = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        s.server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        s.server.seats, s.server.bodies = threading.BoundedSemaphore(2), threading.BoundedSemaphore(1)
+        get = f"GET /build/{job.id}/result HTTP/1.1\r\nHost: localhost\r\nRange: bytes=1-\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        post = b"POST /build HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        socks = []
+        for sent in [b"", b"GET /", get, post] * 8:
+            socks.append(socket.socket())
+            socks[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            socks[-1].connect(("127.0.0.1", s.port))
+            socks[-1].sendall(sent)
+            socks[-1].settimeout(20)
+        wait_for(lambda: len([sock for sock in socks[3::4] if select.select([sock], [], [], 0)[0]]) == 7)
+        refused = [sock for sock in socks[3::4] if select.select([sock], [], [], 0)[0]]
+        assert s.ask("GET", "/health")[0] == 200 and s.streamer.files == 16
+        for sock in refused:
+            answer = http.client.HTTPResponse(sock)
+            answer.begin()
+            is_problem((answer.status, answer.headers, answer.read()), 503, "Busy", "too many uploads")
+            assert answer.headers["Retry-After"] == "10" and answer.headers["Connection"] == "close"
+        last = next(sock for sock in socks[3::4] if sock not in refused)
+        last.sendall(b" " * 8)
+        assert last.recv(100).startswith(b"HTTP/1.1 400")
+        wait_for(lambda: s.server.seats._value == 2 and s.server.bodies._value == 1)
+        for sock in socks[2::4]:
+            with sock.makefile("rb") as f:
+                assert f.readline() == b"HTTP/1.1 206 Partial Content\r\n"
+                while f.readline() != b"\r\n":
+                    pass
+                assert f.read(len(data) - 1) == data[1:] and f.readline() == b"HTTP/1.1 200 OK\r\n"
+        assert s.streamer.files == 0
+        for sock in socks:
+            sock.close()
+
+    def test_oldest_gives_way(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where connections are too many, hold too much, or leave too few files, the one that waits longest is closed."""
+        s = site()
+
+        def connect(sent: bytes = b"") -> socket.socket:
+            before = set(s.server._waiting)
+            sock = socket.create_connection(("127.0.0.1", s.port), 20)
+            sock.sendall(sent)
+            wait_for(lambda: [c for c in s.server._waiting if c not in before and len(c.buffer) == len(sent)])
+            return sock
+
+        socks = [connect() for _ in range(3)]
+        monkeypatch.setattr(confbuild, "MAX_CLIENTS", 3)
+        socks.append(connect())
+        assert read_all(socks[0]) == b""
+        monkeypatch.setattr(confbuild, "MAX_CLIENTS", 99)
+        monkeypatch.setattr(confbuild, "MAX_HELD", 3000)
+        socks += [connect(b"GET /" + b"x" * 1000) for _ in range(3)]
+        assert [read_all(sock) for sock in socks[1:5]] == [b""] * 4
+        monkeypatch.setattr(confbuild, "MAX_HELD", 99999)
+        s.server.max_fd = 0
+        socks.append(connect())
+        with contextlib.suppress(ConnectionError):
+            assert read_all(socks[5]) == b""
+        for sock in socks[6:]:
+            sock.sendall(b" HTTP/1.0\r\n\r\n" if sock is socks[6] else b"GET /health HTTP/1.0\r\n\r\n")
+            assert read_all(sock).startswith(b"HTTP/1.1 404" if sock is socks[6] else b"HTTP/1.1 200")
+            sock.close()
+        wait_for(lambda: not s.server._waiting)
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock, contextlib.suppress(ConnectionError):
+            assert read_all(sock) == b""  # there is none to close but itself
+        for sock in socks:
+            sock.close()
+
+    def test_no_files(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """With no file left, accept closes who waits, and then waits itself; a request that needs a file can be repeated."""
+        s = site()
+        job = s.finished()
+        idle = socket.create_connection(("127.0.0.1", s.port), 20)
+        wait_for(lambda: s.server._waiting)
+        calls = []
+
+        class Listener:
+            """Without files."""
+
+            def __init__(self, real: socket.socket) -> None:
+                self.real = real
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.real, name)
+
+            def accept(self) -> Any:
+                calls.append(1)
+                raise OSError(errno.EMFILE, "Too many open files")
+
+        listener = s.server.sock
+        s.server.sock = Listener(listener)  # type: ignore[assignment]
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            assert read_all(idle) == b""
+            idle.close()
+            wait_for(lambda: s.server.mask == 0)
+            assert len(calls) == 2  # it does not spin
+            s.server.sock = listener
+            sock.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+            assert read_all(sock).endswith(b"ok")
+        with monkeypatch.context() as m:
+            m.setattr(confbuild, "OpenFile", lambda _: (_ for _ in ()).throw(OSError(errno.EMFILE, "Too many open files")))
+            answer = s.ask("GET", f"/build/{job}/result")
+        is_problem(answer, 503, "Busy", "too many files")
+        assert answer[1]["Retry-After"] == "10" and s.ask("GET", f"/build/{job}/result")[0] == 200
+
+    @pytest.mark.parametrize("name", ["has_head", "take_head"])
+    def test_a_bug_ends_one_connection(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+                                       name: str) -> None:
+        s = site()
+        with monkeypatch.context() as m:
+            m.setattr(confbuild.Connection, name, lambda self: 1 / 0)
+            with socket.create_connection(("127.0.0.1", s.port), 20) as sock, contextlib.suppress(ConnectionError):
+                sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert read_all(sock) == b""
+        assert "ZeroDivisionError" in caplog.text and s.ask("GET", "/health")[0] == 200
+
+    def test_a_slow_body(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """Silence in a body, and less than MIN_RATE, end it, and say so."""
+        s = site()
+        for name, value in (("REQUEST_TIMEOUT_S", 0.1), ("MIN_RATE", -1)):
+            with monkeypatch.context() as m:
+                m.setattr(confbuild, name, value)
+                is_problem(s.raw(b"POST /build HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"),
+                           408, "RequestTimeout", "too slowly")
+
+    def test_answer_before_the_body(self, site: Callable[..., Site]) -> None:
+        """A client that sends on gets a refusal whole, and then the end."""
+        s = site(tokens=("secret",))
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(b"POST /build HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000000\r\n\r\n")
+            for _ in range(9):
+                sock.sendall(b"x" * 1_000_000)
+            got = read_all(sock)
+        assert got.startswith(b"HTTP/1.1 401 ") and b"\r\nConnection: close\r\n" in got and got.endswith(b'"error_type":"Unauthorized"}')
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_result_is_gone(self, site: Callable[..., Site], method: str) -> None:
+        """The head of an answer promises nothing that is not there."""
+        s = site()
+        path = Path(s.jobs.get(s.finished()).result_path)
+        url = f"/build/{path.parent.name}/result"
+        size = path.stat().st_size
+        for make, status, error_type, fragment in (
+                (lambda: path.write_bytes(b"cut"), 500, "InternalError", f"3 bytes instead of {size}"), (path.unlink, 404, "NotFound", "no longer"),
+                (lambda: os.mkfifo(path), 500, "InternalError", "0 bytes"), (path.unlink, 404, "NotFound", "no longer"),
+                (path.mkdir, 500, "InternalError", "bytes instead of")):
+            make()
+            answer = s.ask(method, url)
+            assert answer[0] == status and (method == "HEAD" or json.loads(answer[2])["error_type"] == error_type), answer
+            assert method == "HEAD" or fragment in json.loads(answer[2])["error"]
 
     def test_connections(self, site: Callable[..., Site]) -> None:
         """Pipelined, kept alive, with 100-continue, cut off, HTTP/1.0: who may go on, goes on; who may not is told so."""
@@ -9154,6 +9443,8 @@ class TestHttp:
             assert int(answer[1]["Retry-After"]) > 0
         is_problem(s.ask("GET", f"/build/{first}/result"), 404, "NotReady")
         s.gate.set()
+        wait_for(lambda: s.jobs.get(first).state == "ok")
+        is_problem(s.ask("GET", f"/build/{first}/result"), 503, "TooManyWatchers")
         s.jobs.stop(10)
         answer = s.ask("POST", "/build", URL)
         is_problem(answer, 503, "ShuttingDown")
@@ -9266,15 +9557,60 @@ class TestHttp:
         (folder / "result.tar.gz").write_bytes(s.request("GET", f"/build/{job}/result")[2])
         return confbuild.read_bundle(str(folder / "result.tar.gz")), confbuild.Expectations(nonce=NONCE)
 
+    @staticmethod
+    def certificate(folder: Path) -> tuple[str, str]:
+        """The paths of a certificate for 127.0.0.1 and its key."""
+        cert, key = str(folder / "cert.pem"), str(folder / "key.pem")
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
+                        "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", cert], check=True, capture_output=True)
+        return cert, key
+
+    @needs("openssl")
+    def test_tls_connections(self, site: Callable[..., Site], tmp_path: Path) -> None:
+        """A handshake holds up nobody and has a deadline; then all is as without TLS: pipelined, bodies, downloads, and what follows them."""
+        cert, key = self.certificate(tmp_path)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cert, key)
+        s = site(tls=context)
+        s.server.scan_s = 0.02
+        socks = [socket.create_connection(("127.0.0.1", s.port), 20) for _ in range(3)]
+        socks[1].sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
+        socks[2].sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP/1.1" not in read_all(socks[2])
+        host = b"Host: localhost\r\n"
+        body = json.dumps({**GOOD_REQUEST, "source_data": base64.b64encode(gzip.compress(random.Random(1).randbytes(500_000))).decode()}).encode()
+        with ssl.create_default_context(cafile=cert).wrap_socket(socket.create_connection(("127.0.0.1", s.port), 20), server_hostname="127.0.0.1") as sock:
+            for part in (b"GET /hea", b"lth HTTP/1.1\r\n" + host + b"\r\nPOST /build HTTP/1.1\r\nContent-Type: application/json\r\n" + host,
+                         b"Content-Length: %d\r\n\r\n" % len(body) + body[:99], body[99:]):
+                sock.sendall(part)
+            answers = sock.makefile("rb")
+            answer = answers.read(len(b"HTTP/1.1 200"))
+            while not answer.endswith(b"\r\n\r\nok"):
+                answer += answers.read(1)
+            while not answer.endswith(b'"}\n'):
+                answer += answers.read(1)
+            job = s.jobs.get(json.loads(answer[answer.rindex(b"{"):])["job_id"])
+            s.gate.set()
+            wait_for(lambda: job.state == "ok")
+            data = random.Random(1).randbytes(4 << 20)
+            Path(job.result_path).write_bytes(data)
+            job.result = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            sock.sendall(b"GET /build/%s/result HTTP/1.1\r\n%s\r\nGET /health HTTP/1.1\r\nConnection: close\r\n%s\r\n" % (job.id.encode(), host, host))
+            got = answers.read()
+        assert got.partition(b"\r\n\r\n")[2][:len(data)] == data and got.endswith(b"\r\n\r\nok") and s.streamer.files == 0
+        for waiting in list(s.server._waiting):
+            waiting.deadline = 0
+        assert read_all(socks[0]) == read_all(socks[1]) == b""
+        for one in socks:
+            one.close()
+
     @needs("openssl")
     def test_tls(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """Events, of 2 MiB, and the result over TLS are those of the files; a client without TLS gets nothing and hurts nobody."""
-        cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-        subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj",
-                        "/CN=localhost",
-                        "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)], check=True, capture_output=True)
-        s = server("--tls-cert", str(cert), "--tls-key", str(key))
-        context = ssl.create_default_context(cafile=str(cert))
+        cert, key = self.certificate(tmp_path)
+        s = server("--tls-cert", cert, "--tls-key", key)
+        context = ssl.create_default_context(cafile=cert)
 
         def ask(method: str, path: str, body: str | None = None) -> bytes:
             connection = http.client.HTTPSConnection("127.0.0.1", s.port, timeout=PATIENCE, context=context)
@@ -9358,7 +9694,7 @@ class TestAgent:
                 super().__init__(jobs, *arguments)
 
         served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
-        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("make_http_server", lambda *_: served)):
+        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("Server", lambda *_: served)):
             monkeypatch.setattr(confbuild, name, value)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda _: threading.Event().wait(0))))
