@@ -8037,6 +8037,8 @@ def run_guest() -> NoReturn:
 
 RECONNECT_S = 300.0  # how long a lost server is looked for
 READ_TIMEOUT_S = 60.0  # four keepalives
+MAX_ANSWER = 2 * MAX_JSON  # bytes received for a head and a small body, or for one read of a stream
+MAX_SILENCE = MAX_JSON + BLOCK  # bytes of an event stream that do not end an event; keepalives for weeks are fewer
 
 
 class BrokenProtocol(RemoteError):
@@ -8044,6 +8046,58 @@ class BrokenProtocol(RemoteError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"the server broke the protocol: {message}")
+
+
+class _Metered(io.RawIOBase):
+    """What a socket receives: at most MAX_ANSWER bytes in READ_TIMEOUT_S from one renew() to the next.
+
+    Without it, http.client reads interim responses, trailers and a chunk of negative size for ever."""
+
+    def __init__(self, sock: "socket.socket") -> None:
+        self._socket, self._stream, self.ended = sock, sock.makefile("rb", buffering=0), False
+        self.renew()
+
+    def renew(self) -> None:
+        """Allow as much again."""
+        self._left, self._until = MAX_ANSWER, time.monotonic() + READ_TIMEOUT_S
+
+    def readable(self) -> bool:
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive into buffer. Raises BrokenProtocol, OSError."""
+        remaining_s = self._until - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("timed out")
+        if self._left <= 0:
+            raise BrokenProtocol(f"more than {MAX_ANSWER} bytes without an end")
+        self._socket.settimeout(remaining_s)
+        size = self._stream.readinto(buffer) or 0
+        self._left -= size
+        self.ended = size == 0
+        return size
+
+    def close(self) -> None:
+        """Close the socket's stream."""
+        self._stream.close()
+        super().close()
+
+    def makefile(self, _: str) -> IO[bytes]:
+        """Return the buffered stream that http.client reads."""
+        return io.BufferedReader(self)
+
+
+def _read_http(received: _Metered, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return read(*arguments) of http.client. Raises BrokenProtocol for what is not HTTP, OSError for a lost connection."""
+    try:
+        return read(*arguments)
+    except OSError:
+        raise
+    except (http.client.HTTPException, ValueError) as e:  # ValueError: a chunk of negative size
+        if received.ended:
+            raise ConnectionError("the connection broke") from None
+        raise BrokenProtocol(f"{type(e).__name__}: {str(e)[:200]}") from None
 
 
 class StreamEvent(NamedTuple):
@@ -8057,23 +8111,25 @@ class EventStreamParser:
     """Bytes of an event stream in, events out, by the rules of [SSE 9.2.6]. retry_s: what the server asked for, or None."""
 
     def __init__(self) -> None:
-        self._rest, self._data, self._id = b"", list[str](), ""
+        self._rest, self._data, self._id, self._silence = bytearray(), list[str](), "", 0
         self._begun = self._after_cr = False
         self.retry_s: float | None = None
 
     def feed(self, block: bytes) -> list[StreamEvent]:
-        """The events that block ends. An event that is not ended by an empty line never comes."""
+        """The events that block ends. An event that is not ended by an empty line never comes. Raises BrokenProtocol."""
         self._rest += block
+        self._silence += len(block)
+        if self._silence > MAX_SILENCE:
+            raise BrokenProtocol(f"more than {MAX_SILENCE} bytes without an event")
         if not self._begun:
             if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
                 return []
             self._begun, self._rest = True, self._rest.removeprefix(b"\xef\xbb\xbf")
         if self._after_cr and self._rest:  # CR LF is one end
             self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
-        if self._rest.endswith(b"\r"):
-            self._after_cr = True
-        if len(self._rest) > MAX_JSON + BLOCK:
-            raise BrokenProtocol("an endless line")
+        if b"\n" not in block and b"\r" not in block:  # a line may come byte by byte
+            return []
+        self._after_cr = self._rest.endswith(b"\r")
         lines = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         self._rest = lines.pop()
         events = []
@@ -8082,7 +8138,7 @@ class EventStreamParser:
                 self._field(line.decode("utf-8", "replace"))
             elif self._data:
                 events.append(StreamEvent("\n".join(self._data), self._id))
-                self._data = []
+                self._data, self._silence = [], 0
         return events
 
     def _field(self, line: str) -> None:
@@ -8115,8 +8171,38 @@ class Service:
             def redirect_request(self, *_: Any) -> None:
                 return None
 
+        class Answer(http.client.HTTPResponse):
+            """An answer that ends. Its methods raise BrokenProtocol, OSError."""
+
+            def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
+                self._received = _Metered(sock)
+                super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
+
+            def begin(self) -> None:
+                _read_http(self._received, super().begin)
+                if self._received.ended:  # http.client takes that for the end of the head
+                    raise ConnectionError("the connection broke")
+
+            def read(self, amt: int | None = None) -> bytes:
+                return bytes(_read_http(self._received, super().read, amt))
+
+            def read1(self, n: int = -1) -> bytes:
+                self._received.renew()
+                return bytes(_read_http(self._received, super().read1, n))
+
+        class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            """urllib with such answers."""
+
+            def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
+                def connect(*arguments: Any, **options: Any) -> Any:
+                    connection = http_class(*arguments, **options)
+                    connection.response_class = Answer
+                    return connection
+
+                return super().do_open(connect, req, **named)
+
         loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-        self._opener = urllib.request.build_opener(NoRedirect, *([urllib.request.ProxyHandler({})] if loopback else []))
+        self._opener = urllib.request.build_opener(NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else []))
 
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
@@ -8129,10 +8215,10 @@ class Service:
             with e:
                 try:
                     detail = str(parse_json(e.read(MIB), "answer")["detail"])
-                except (Malformed, KeyError, TypeError, OSError, http.client.HTTPException):
+                except (Malformed, KeyError, TypeError, OSError):
                     detail = f"{method} {path}: {e.reason}"
             raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
-        except (OSError, http.client.HTTPException, UnicodeError) as e:
+        except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
             raise RemoteError(f"{self._url}: {getattr(reason, 'strerror', None) or reason}", hint="is `confbuild serve` running there?") from None
 
@@ -8141,7 +8227,7 @@ class Service:
         with self.open(method, path) as answer:
             try:
                 return parse_json(answer.read(MAX_JSON + 1), "answer")
-            except (Malformed, OSError, http.client.HTTPException) as e:
+            except (Malformed, OSError) as e:
                 raise BrokenProtocol(f"{e}") from None
 
     def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
@@ -8158,7 +8244,7 @@ class Service:
         with self.open("GET", f"/attestation?nonce={nonce}") as answer:
             try:
                 return bytes(answer.read(MAX_JSON + 1))
-            except (OSError, http.client.HTTPException) as e:
+            except OSError as e:
                 raise RemoteError(f"{self._url}: {e}") from None
 
     def submit(self, request: BuildRequest, archive: str | None) -> str:
@@ -8167,7 +8253,7 @@ class Service:
         with self.open("POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}) as answer:
             try:
                 job_id = parse_json(answer.read(MIB), "answer")["job_id"]
-            except (Malformed, KeyError, TypeError, OSError, http.client.HTTPException):
+            except (Malformed, KeyError, TypeError, OSError):
                 job_id = None
         if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
             raise BrokenProtocol("no job_id")
@@ -8197,7 +8283,7 @@ class Service:
             except RemoteError as e:
                 if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
                     raise
-            except (OSError, http.client.HTTPException):
+            except OSError:
                 pass  # the connection broke
             now = time.monotonic()
             if lost_at is None:
@@ -8217,7 +8303,7 @@ class Service:
         def read() -> bytes:
             try:
                 return bytes(answer.read1(BLOCK))
-            except (OSError, http.client.HTTPException) as e:
+            except OSError as e:
                 raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
 
         with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:

@@ -10137,6 +10137,34 @@ class StandIn:
         self._server.server_close()
 
 
+class Endless:
+    """A server that answers every request with head, and then with the same bytes for ever, until the client hangs up."""
+
+    def __init__(self, head: bytes, again: bytes) -> None:
+        self._head, self._again = head, again * max(1, 4096 // len(again or b"x"))
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url, self.asked = f"http://127.0.0.1:{self._listener.getsockname()[1]}", 0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._run, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = self._listener.accept()
+                self.asked += 1
+                with sock, contextlib.suppress(OSError):
+                    sock.recv(1 << 16)
+                    sock.sendall(self._head)
+                    while self._again:
+                        sock.sendall(self._again)
+
+
 def parsed(*blocks: bytes) -> list[tuple[str, str]]:
     """(data, id) of each event."""
     parser = confbuild.EventStreamParser()
@@ -10215,12 +10243,27 @@ class TestEventStream:
         assert [json.loads(data)["msg"] for data, _ in events] == list(itertools.chain.from_iterable(blocks))
         assert [n for _, n in events] == [str(i + 1) for i in range(log.count)]
 
-    def test_endless_line(self) -> None:
-        """A server that never ends a line costs neither unlimited memory nor quadratic time."""
+    @pytest.mark.parametrize("again", [b"x", b"data: x\n", b"data\n", b": keepalive\n\n", b"\n", b"\r", b"event: x\n\n", b"id: 7\n", b"retry: 1\n\n", b"\xff"])
+    @pytest.mark.parametrize("size", [1, 1000])
+    def test_no_event(self, monkeypatch: pytest.MonkeyPatch, again: bytes, size: int) -> None:
+        """A server that never ends an event costs neither unlimited memory nor quadratic time; each event allows as much again."""
+        monkeypatch.setattr(confbuild, "MAX_SILENCE", 2000)
         parser = confbuild.EventStreamParser()
-        with pytest.raises(confbuild.ConfbuildError):
-            for _ in range(24):
-                parser.feed(bytes(1 << 20))
+        for _ in range(3):
+            assert len([event for n in range(0, 1000, size) for event in parser.feed((again * 1000)[n:min(n + size, 1000)])]) == 0
+            assert len(parser.feed(b"\n\ndata: x\n\n")) in (1, 2)
+        stream = again * (2001 // len(again) + 1)
+        with pytest.raises(confbuild.BrokenProtocol, match="more than 2000 bytes without an event"):
+            for n in range(0, len(stream), size):
+                parser.feed(stream[n:n + size])
+
+    def test_a_long_line_in_pieces(self) -> None:
+        """Byte by byte, a line is looked at once, not as a whole for each of its bytes."""
+        parser, line = confbuild.EventStreamParser(), b"data: " + bytes(1 << 18)
+        with within(20):
+            for n in range(len(line)):
+                parser.feed(line[n:n + 1])
+            assert [len(event.data) for event in parser.feed(b"\n\n")] == [1 << 18]
 
 
 class TestService:
@@ -10286,6 +10329,49 @@ class TestService:
         with pytest.raises(confbuild.RemoteError) as e:
             self.follow(answer)
         assert message in str(e.value) and e.value.exit_code == 4 and (e.value.status or 200) == answer[0]
+
+    OPEN = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+    @pytest.mark.parametrize(("head", "again", "message"), [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "more than 20000 bytes without an end"), (b"", b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\n", "more than 20000 bytes"),
+        (b"", b"x", "LineTooLong: got more than 65536 bytes when reading status line"), (b"SSH-2.0-x\r\n", b"", "BadStatusLine: SSH-2.0-x"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", "HTTPException: got more than 100 headers"), (b"HTTP/1.1 200 OK\r\n", b"x", "LineTooLong: got more than 65536 bytes"),
+        (OPEN + b"0\r\n", b"X: y\r\n", "more than 20000 bytes without an end"), (OPEN + b"0\r\n", b"x", "LineTooLong: got more than 65536 bytes when reading trailer line"),
+        (OPEN, b"1;", "LineTooLong: got more than 65536 bytes when reading chunk size"), (OPEN, b"1\r\n:\r\n", "more than 50000 bytes without an event"),
+        (OPEN, b"d\r\n: keepalive\n\n\r\n", "more than 50000 bytes without an event"), (OPEN, b"8\r\ndata: x\n\r\n", "more than 50000 bytes without an event"),
+        (OPEN, b"5\r\ndata:\r\n", "more than 50000 bytes without an event"), (OPEN + b"ffffffffffff\r\n", b"data: x\n", "more than 50000 bytes without an event"),
+        (OPEN + b"-5\r\n", b"data: x\n", "more than 50000 bytes without an event"), (OPEN + b"d\r\n: keepalive\n\n\r\nzz\r\n", b"x", "IncompleteRead: ")])
+    def test_endless(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], head: bytes, again: bytes, message: str) -> None:
+        """What has no end is no answer, and is not asked for a second time."""
+        monkeypatch.setattr(confbuild, "MAX_ANSWER", 200_000 if "LineTooLong" in message or "event" in message else 20_000)
+        monkeypatch.setattr(confbuild, "MAX_SILENCE", 50_000)
+        with Endless(head, again) as server, within(20):
+            assert confbuild.main(["watch", "j", "--server", server.url]) == 4
+        assert capsys.readouterr().err.startswith("confbuild: error: the server broke the protocol: " + message) and server.asked == 1
+
+    @pytest.mark.parametrize(("head", "again", "message"), [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "more than"), (b"HTTP/1.1 404 Not Found\r\n", b"X: y\r\n", "HTTPException: got more than 100 headers"),
+        (OPEN + b"2\r\n{}\r\n0\r\n", b"X: y\r\n", "more than"), (OPEN + b"-1\r\n", b"x", "more than"), (OPEN + b"-5\r\n", b"x", "")])
+    @pytest.mark.parametrize("command", ["list", "cancel j", "fetch j", "build https://example.org/x", "build https://example.org/x --tee --measurement " + "0" * 96])
+    def test_endless_answers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, head: bytes, again: bytes,
+                             message: str) -> None:
+        """Nor is it to any other question, as far as it was asked for."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(confbuild, "MAX_ANSWER", 20_000)
+        monkeypatch.setattr(confbuild, "MAX_RESULT", 100_000)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        with Endless(head, again) as server, within(20):
+            assert confbuild.main([*command.split(), "--server", server.url]) == 4
+        assert "the server broke the protocol: " in (said := capsys.readouterr().err) and "Traceback" not in said and os.listdir() == []
+
+    @pytest.mark.parametrize(("head", "again"), [(b"HTTP/1.1 20", b""), (OPEN[:-4], b""), (b"", b"HTTP/1.1 100 Continue\r\n\r\n"), (OPEN + b"0\r\n", b"X: y\r\n")])
+    def test_slow_answers(self, monkeypatch: pytest.MonkeyPatch, naps: list[float], head: bytes, again: bytes) -> None:
+        """An answer that takes longer than READ_TIMEOUT_S, however it passes the time, is a lost connection."""
+        monkeypatch.setattr(confbuild, "READ_TIMEOUT_S", 0.05)
+        monkeypatch.setattr(confbuild, "MAX_ANSWER", sys.maxsize)
+        monkeypatch.setattr(confbuild, "RECONNECT_S", 0.0)
+        with Endless(head, again) as server, within(20), pytest.raises(confbuild.RemoteError, match="lost for 0 s"):
+            list(confbuild.Service(server.url).events("j"))
 
     def test_gone(self, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
         monkeypatch.setattr(confbuild, "RECONNECT_S", 0.0)
