@@ -111,7 +111,6 @@ import errno
 import os
 import stat
 import time
-from array import array
 from collections import deque
 import functools
 from itertools import accumulate
@@ -2555,6 +2554,25 @@ def write_durably(path: str, data: bytes) -> None:
     sync(os.path.dirname(path))
 
 
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of the regular file at path. flags: of open(2). Never waits. Raises Malformed for anything else, also a link; OSError."""
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a directory
+            raise Malformed(os.path.basename(path), "not a regular file") from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise Malformed(os.path.basename(path), "not a regular file")
+    return fd
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write has failed because the disk, or what one may have of it, is full or read-only."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
 def sync(path: str) -> None:
     """The contents of a file, or the names in a directory, survive a crash of the machine."""
     fd = os.open(path, os.O_RDONLY)
@@ -4871,13 +4889,14 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
 
 # endregion 19
 # ==============================================================================
-# region 20. Event log                                            [uses nothing]
+# region 20. Event log                                              [uses 13]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
 # the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
-# so nobody reads a torn one; what a crash has torn is cut when the log is opened.  In memory: one offset for STRIDE events.
+# so nobody reads a torn one.  Frames carry their number: the end of the file says how many there are, and a search by halves
+# finds any of them, so nothing is kept in memory and opening a log of any size takes a few reads.
 
-STRIDE = 64
+MAX_FRAME = 4 * MIB  # more than the longest event that relay_events lets through
 COMPLETE = '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
 PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
 
@@ -4904,43 +4923,59 @@ def to_payload(event: Mapping[str, Any]) -> Payloads:
     return Payloads([compact_json(event)])
 
 
-class EventLog:
-    """The log in the file at path, which is made where there is none. on_append is called after each append, by its thread."""
+def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
+    """Return (end, count, finished) of the log in the first size bytes of a file, from its last frame.
 
-    def __init__(self, path: str, on_append: "Callable[[EventLog], None] | None" = None) -> None:
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end: of the last whole frame; what follows it is torn. count: the number of that frame. finished: whether it is `complete`.
+    Raises Malformed if the file does not end with a frame and perhaps a part of the next one.
+    """
+    span, head = 4 * KIB, b"id: 1\ndata: {"
+    while True:
+        span = min(span, size)
+        data = os.pread(fd, span, size - span)
+        end = data.rfind(b"\n\n") + 2
+        start = data.rfind(b"\n\n", 0, max(0, end - 2)) + 2
+        if start >= 2 or span == size:
+            break
+        if span >= MAX_FRAME:
+            raise Malformed("events", f"no frame begins in the last {span} bytes")
+        span *= 4
+    if end < 2 and head.startswith(data[:len(head)]):
+        return 0, 0, False
+    frame = data[start if start >= 2 else 0:end]
+    match = re.match(rb"id: ([1-9][0-9]{0,17})\ndata: \{", frame)
+    if not match or start < 2 and int(match[1]) != 1:
+        raise Malformed("events", "the last frame is damaged")
+    return size - span + end, int(match[1]), COMPLETE.encode() in frame
+
+
+class EventLog:
+    """The log in the file at path. on_append is called after each append, by its thread. flags: of open(2); by default the file is
+    made if it is missing. A torn frame at the end is cut by the first append; what a crashed machine has lost (zeros) ends an
+    unfinished log before it. Raises Malformed for a file that is not a log, OSError."""
+
+    def __init__(self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT) -> None:
+        self.fd = open_regular(path, flags)
         weakref.finalize(self, os.close, self.fd)
         self._on_append = on_append
         self._lock = threading.Lock()
-        self._index = array("Q")  # guarded by _lock; the offset of every STRIDE-th event
-        self.size = self.count = 0  # written under _lock, size last; a reader may see them without
-        self.finished = False  # a `complete` event is the last one; set after size
-        self._recover_locked()
+        length = os.fstat(self.fd).st_size
+        try:
+            found = find_log_end(self.fd, length)
+        except Malformed:
+            found = (0, 0, False)
+        if not found[2]:
+            found = find_log_end(self.fd, self._first_zero(length))
+        self.size, self.count, self.finished = found  # written under _lock, finished last; a reader may see them without
+        self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
 
-    def _recover_locked(self) -> None:
-        """Caller must hold _lock, or be the only one who knows the log. Cut a torn frame and rebuild the index. What a crashed machine has lost of a file ends the log before it."""
-        if os.fstat(self.fd).st_size == 0:
-            return
-        with mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ) as data:
-            lost = data.find(b"\0")  # JSON has none; a file system fills with them what it has lost
-            end = data.rfind(b"\n\n", 0, len(data) if lost < 0 else lost) + 2
-            end = end if end >= 2 else 0
-            offset = 0 if data[:6] == b"id: 1\n" else -1
-            while 0 <= offset < end:
-                self._index.append(offset)
-                offset = data.find(b"\n\nid: %d\n" % (len(self._index) * STRIDE + 1), offset, end) + 2
-                if offset < 2:
-                    break
-            start = self._index[-1] if self._index else 0
-            frames = data[start:end].split(b"\n\n")[:-1]
-            first = (len(self._index) - 1) * STRIDE + 1
-            good = 0
-            while good < len(frames) and frames[good].startswith(b"id: %d\ndata: {" % (first + good)) and good < STRIDE:
-                good += 1
-            self.size = start + sum(len(frame) + 2 for frame in frames[:good])
-            self.count = first + good - 1 if self._index else 0
-            self.finished = good > 0 and COMPLETE.encode() in frames[good - 1]
-        os.ftruncate(self.fd, self.size)
+    def _first_zero(self, length: int) -> int:
+        """The offset of the first zero byte, or length: JSON has none; a file system fills with them what it has lost."""
+        for offset in range(0, length, BLOCK):
+            at = os.pread(self.fd, BLOCK, offset).find(b"\0")
+            if at >= 0:
+                return offset + at
+        return length
 
     def append(self, payloads: Payloads) -> None:
         """Emit events. Raises OSError, and nothing was emitted then."""
@@ -4951,57 +4986,67 @@ class EventLog:
             if self.finished:
                 raise ValueError("the log is complete")
             frames = [f"id: {n}{before}{part}{after}" for n, part in enumerate(payloads.parts, self.count + 1)]
-            cuts = range(-self.count % STRIDE, len(frames), STRIDE)  # the frames that the index names
-            pieces = ["".join(frames[:cuts.start]), *("".join(frames[cut:cut + STRIDE]) for cut in cuts)]
-            *starts, end = accumulate(map(len, pieces), initial=self.size)
-            data = memoryview("".join(pieces).encode("ascii"))
+            data = memoryview("".join(frames).encode("ascii"))
             written = 0
             try:
+                if self._torn:
+                    os.ftruncate(self.fd, self.size)
+                self._torn = True
                 while written < len(data):
                     written += os.pwrite(self.fd, data[written:], self.size + written)
+                self._torn = False
             except OSError:
                 os.ftruncate(self.fd, self.size)
                 raise
-            self._index.extend(starts[1:])
             self.count += len(frames)
-            self.size = end
+            self.size += len(data)
             self.finished = COMPLETE in frames[-1]
         if self._on_append is not None:
             self._on_append(self)
 
+    def lacks_only(self, event: Payloads) -> bool:
+        """Whether nothing follows the last whole frame but a part of that of event, or zeros."""
+        frame = f"id: {self.count + 1}\ndata: {event.parts[0]}\n\n".encode("ascii")
+        rest = os.pread(self.fd, MIB, self.size)
+        return len(rest) < MIB and frame.startswith(rest.rstrip(b"\0"))
+
     def offset_of(self, count: int) -> int:
-        """Where the event after the first count ones begins; count: at most self.count. Reads at most STRIDE events."""
+        """Where the event after the first count ones begins; count: at most self.count. Raises OSError for a damaged log."""
         with self._lock:
             if count >= self.count:
                 return self.size
-            offset = self._index[count // STRIDE]
-        block = b""
-        for _ in range(count % STRIDE):
-            while b"\n\n" not in block:
-                more = os.pread(self.fd, BLOCK, offset + len(block))
-                if not more:
-                    raise OSError("the log has shrunk")
-                block += more
-            length = block.index(b"\n\n") + 2
-            offset, block = offset + length, block[length:]
-        return offset
+            low, high = 0, self.size  # the event begins at low or later, and before high
+        while high - low > 64 * KIB:
+            middle = (low + high) // 2
+            start, number = self._next_frame(middle, high)
+            if number > count + 1:
+                high = middle
+            else:
+                low = start
+        wanted = b"id: %d\n" % (count + 1)
+        data = b"\n\n" + os.pread(self.fd, high - low + len(wanted), low)
+        at = data.find(b"\n\n" + wanted)
+        if at < 0:
+            raise OSError("the log is damaged")
+        return low + at
+
+    def _next_frame(self, offset: int, end: int) -> tuple[int, float]:
+        """Where the first frame that begins at offset or later does, and its number; (end, inf) if none begins before end."""
+        data, at = b"", max(0, offset - 2)
+        while at + len(data) < end + 32:  # so that the number is there as well
+            more = os.pread(self.fd, max(4 * KIB, len(data)), at + len(data))
+            data += more
+            if match := re.search(rb"\n\nid: ([0-9]{1,18})\n", data):
+                return at + match.start() + 2, int(match[1])
+            if not more:
+                break
+        return end, float("inf")
 
     def last(self) -> dict[str, Any]:
         """The last event, or an empty object."""
         offset = self.offset_of(max(0, self.count - 1))
         frame = os.pread(self.fd, self.size - offset, offset)
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
-
-
-def has_ended(path: str) -> bool:
-    """Whether the last event of the log at path is `complete`; without reading the rest of it."""
-    try:
-        with open(path, "rb") as f:
-            f.seek(max(0, os.path.getsize(path) - 64 * KIB))
-            tail = f.read()
-    except OSError:
-        return False
-    return tail.endswith(b"\n\n") and COMPLETE.encode() in tail[:-2].rpartition(b"\n\n")[2]
 
 # endregion 20
 # ==============================================================================
@@ -5362,9 +5407,20 @@ class Streamer:
 # ==============================================================================
 # The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
 # (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
+# What is wrong with one job's files makes that job "damaged": it is listed, its files are left alone, and no other job notices.
 #
-# Threads "slot N": started by Jobs.start, each runs one job at a time; they end by Jobs.stop.  Lock order: Jobs._changed, then
-# an EventLog's own lock.
+# Files are written outside of Jobs._changed and published under it, so that a slow disk delays only those who wait for that job.
+# Job.writing serializes what is written of one job.  Lock order: Job.writing, then Jobs._changed or an EventLog's own lock.
+#
+# Threads "slot N": started by Jobs.start, each runs one job at a time.  Thread "queue": announces positions, and completes jobs
+# that a full disk did not let end.  All end by Jobs.stop, and outlive every exception.
+
+STATE_VERSION = 1
+_STATE_MARKER = "confbuild-state"
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MAX_SEQ = 10 ** 18  # beyond it jobs are in the order of their times
+RETRY_S = 5.0  # until a job that has ended tries again to say so, where a full disk forbids it
+ANNOUNCE_S = 1.0  # between two positions that one job is told
 
 # From each state, where a job can go. [CONTRACT 1: every stream ends with exactly one `complete`]
 JOB_STATES = {
@@ -5372,26 +5428,131 @@ JOB_STATES = {
     "running": ("queued", "ok", "failed"),  # queued: the server stopped or died
     "ok": (),
     "failed": (),
+    "damaged": (),  # never written
+}
+# In each state that job.json can have: whether there are finished_at, result and failure.
+_HELD = {
+    "queued": ((False, False, False), (False, False, True)),  # True: its cancel is written down, its end is not yet
+    "running": ((False, False, False), (False, False, True)),
+    "ok": ((True, True, False),),
+    "failed": ((True, False, True),),
 }
 
 
-RETRY_S = 5.0  # until a job that has ended says so, where a full disk forbids it
+def claim_state(state: str) -> int:
+    """Make state the state directory of this process, until the descriptor that is returned is closed. Raises UsageError, OSError.
+
+    A directory of somebody else is refused: it has no marker, and is neither empty nor what confbuild 0.1 has left."""
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    marker = os.path.join(state, _STATE_MARKER)
+    if os.path.lexists(marker):
+        try:
+            with open(open_regular(marker), "rb") as f:
+                match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
+        except Malformed:
+            match = None
+        if not match:
+            raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
+        if int(match[1]) > STATE_VERSION:
+            raise UsageError(f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}")
+    elif not _is_unmarked_state(state):
+        raise UsageError(f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state")
+    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
+    except BaseException as e:
+        os.close(lock)
+        if isinstance(e, BlockingIOError):
+            raise UsageError(f"{state} is in use by another server") from None
+        raise
+    return lock
+
+
+def _is_unmarked_state(state: str) -> bool:
+    """Whether state is empty, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
+    names = set(os.listdir(state))
+    jobs = os.path.join(state, "jobs")
+    return names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"} and ("jobs" in names or not names & {"incoming", "guests"}) and (
+        "jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+
+
+class JobRecord(NamedTuple):
+    """What job.json holds of a job. result: of the archive; failure: the two names of the `complete` event."""
+
+    seq: int
+    request: BuildRequest
+    attempts: int = 0
+    state: str = "queued"
+    submitted_at: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    result: Mapping[str, Any] | None = None
+    failure: Mapping[str, str] | None = None
+
+    def to_bytes(self) -> bytes:
+        """job.json."""
+        return compact_json(self._asdict() | {"request": self.request._asdict()}).encode("ascii")
+
+    @classmethod
+    def parse(cls, data: bytes) -> "JobRecord":
+        """The record that to_bytes has written. Raises Malformed."""
+        try:
+            doc = json.loads(data)
+            request = BuildRequest(**doc["request"])
+            record = cls(**doc | {"request": request})
+            result = {"size": 0, "sha256": "0" * 64} if record.result is None else record.result
+            failure = {"error": "", "error_type": ""} if record.failure is None else record.failure
+            valid = ([*map(len, (doc, doc["request"], result, failure))] == [len(cls._fields), len(BuildRequest._fields), 2, 2]
+                     and all(type(number) is int and 0 <= number <= MAX_SEQ for number in (record.seq, record.attempts, result["size"]))
+                     and all(type(text) is str for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"]))
+                     and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
+                     and (record.finished_at != "", record.result is not None, record.failure is not None) in _HELD[record.state])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            valid = False
+        if not valid:
+            raise Malformed("job.json", "not the record of a job")
+        return record
+
+    def untold_end(self) -> BuildFailed | dict[str, Any] | None:
+        """Why a job whose log lacks the last event has failed, or its result; None: it waits, or is run again."""
+        if self.failure is not None:  # cancelled, or the server died between job.json and the event
+            return BuildFailed(self.failure["error_type"], self.failure["error"])
+        if self.state == "running" and self.attempts >= MAX_ATTEMPTS:
+            return BuildFailed("InternalError", f"the server ended {self.attempts} times during this build")
+        return None if self.result is None else dict(self.result)
+
+    def complete_event(self) -> Payloads:
+        """The last event of a job that has ended."""
+        return to_payload({"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}})
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing changes any more."""
+        return not JOB_STATES[self.state]
 
 
 class Job:
-    """One build. Its fields change only in Jobs, under its lock; the log has its own."""
+    """One build. record is replaced in Jobs, under its lock, when job.json holds it; the log has its own lock."""
 
-    def __init__(self, job_id: str, folder: str, seq: int, request: BuildRequest) -> None:
-        self.id, self.folder, self.seq, self.request = job_id, folder, seq, request
-        self.state = "queued"
-        self.attempts = 0
+    def __init__(self, job_id: str, folder: str, record: JobRecord) -> None:
+        self.id, self.folder, self.record = job_id, folder, record
+        self.writing = threading.Lock()  # its holder writes job.json or a position
         self.position = -1  # the last one emitted
-        self.submitted_at, self.started_at, self.finished_at = utc_now(), "", ""
-        self.result: dict[str, Any] | None = None  # size and sha256 of the archive
-        self.failure: dict[str, str] | None = None  # error and error_type
+        self.tried_at = float("-inf")  # when that was, or the last try to complete
         self.halted: tuple[str, str] | None = None  # (error_type, error): why the build must stop; "Parked": it will go on
         self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
         self.log: EventLog | None = None  # kept while the job can still emit
+
+    @property
+    def request(self) -> BuildRequest:
+        """What was asked for."""
+        return self.record.request
+
+    @property
+    def state(self) -> str:
+        """A key of JOB_STATES."""
+        return self.record.state
 
     @property
     def source(self) -> str | None:
@@ -5401,38 +5562,125 @@ class Job:
     @property
     def result_path(self) -> str:
         """The archive that clients get."""
-        return os.path.join(self.folder, "result.tar.gz")
+        return self.folder + "/result.tar.gz"
+
+    @property
+    def events_path(self) -> str:
+        """The log."""
+        return self.folder + "/events"
 
     def to_wire(self) -> dict[str, Any]:
-        """The status that clients get. Caller must hold the lock of Jobs."""
-        source = {"repo_url": self.request.repo_url, "repo_ref": self.request.repo_ref} if self.request.repo_url else {
-            "source_name": self.request.source_name}
-        return {"job_id": self.id, "status": self.state, **source, "nonce": self.request.nonce, "attempts": self.attempts,
-                "submitted_at": self.submitted_at, "started_at": self.started_at or None, "finished_at": self.finished_at or None,
-                "result": self.result if self.state == "ok" else None, **(self.failure or {})}
+        """The status that clients get."""
+        record = self.record
+        source = {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref} if record.request.repo_url else {
+            "source_name": record.request.source_name}
+        return {"job_id": self.id, "status": record.state, **source, "nonce": record.request.nonce, "attempts": record.attempts,
+                "submitted_at": record.submitted_at, "started_at": record.started_at or None, "finished_at": record.finished_at or None,
+                "result": record.result, **(record.failure or {})}
 
-    def move(self, state: str) -> None:
-        """Go to another state. Caller must hold the lock of Jobs. Raises ValueError for a step that JOB_STATES does not have."""
-        if state not in JOB_STATES[self.state]:
-            raise ValueError(f"a job that is {self.state} cannot become {state}")
-        self.state = state
+    def write_new(self, archive: str | None, grown: Callable[[EventLog], None]) -> EventLog:
+        """Make the folder of a new job, durably, and return its log. archive: is moved. Raises OSError."""
+        if archive is not None:
+            sync(archive)
+        os.mkdir(self.folder, 0o700)
+        if archive is not None:
+            os.rename(archive, self.folder + "/source")
+        self.log = EventLog(self.events_path, grown)
+        write_durably(self.folder + "/job.json", self.record.to_bytes())
+        return self.log
 
-    def save(self) -> None:
-        """job.json is durable. Caller must hold the lock of Jobs, or be the only one who knows the job."""
-        doc = {"seq": self.seq, "request": self.request._asdict(), "attempts": self.attempts, "state": self.state,
-               "submitted_at": self.submitted_at, "started_at": self.started_at, "finished_at": self.finished_at,
-               "result": self.result, "failure": self.failure}
-        write_durably(os.path.join(self.folder, "job.json"), compact_json(doc).encode("ascii"))
+    def drop_source(self) -> None:
+        """Remove the uploaded archive, which nobody needs any more."""
+        try:
+            if self.source is not None:
+                os.unlink(self.source)
+        except OSError:
+            pass  # it is gone
 
-    @classmethod
-    def load(cls, job_id: str, folder: str) -> "Job":
-        """The job that save has written. Raises OSError, Malformed or KeyError for anything else."""
-        with open(os.path.join(folder, "job.json"), "rb") as f:
-            doc = parse_json(f.read(), "job.json")
-        job = cls(job_id, folder, doc["seq"], BuildRequest(**doc["request"]))
-        for name in ("attempts", "state", "submitted_at", "started_at", "finished_at", "result", "failure"):
-            setattr(job, name, doc[name])
-        return job
+    def read(self, grown: Callable[[EventLog], None]) -> None:
+        """Take the record and, where the job can still emit, the log from the files of an earlier server, and change nothing.
+
+        Raises Malformed for files that contradict each other, OSError."""
+        fd = open_regular(self.folder + "/job.json")
+        try:
+            record = JobRecord.parse(os.read(fd, MIB))
+        finally:
+            os.close(fd)
+        self.record = record._replace(result=None)
+        if record.result is not None:
+            _check_file(self.result_path, record.result["size"])
+            self.record = record
+        if record.ended:
+            fd = open_regular(self.events_path)
+            try:
+                if find_log_end(fd, os.fstat(fd).st_size)[2]:
+                    return
+            finally:
+                os.close(fd)
+        elif self.source is not None:
+            _check_file(self.source)
+        log = EventLog(self.events_path, grown, os.O_RDWR)
+        if log.finished:
+            raise Malformed("job.json", "its build has not ended, but its log has")
+        if record.ended and not log.lacks_only(record.complete_event()):
+            raise Malformed("events", "its build has ended, but its log has not")
+        last = log.last()
+        if record.state == "queued" and last.get("type") == "queued" and type(last.get("position")) is int:
+            self.position = last["position"]
+        self.log = log
+
+
+def _read_job(jobs: str, job_id: str, grown: Callable[[EventLog], None]) -> Job | None:
+    """The job of an earlier server in the folder jobs; damaged where it cannot be used; None if it was never accepted."""
+    folder = f"{jobs}/{job_id}"
+    job = Job(job_id, folder, JobRecord(0, BuildRequest("")))
+    try:
+        job.read(grown)
+    except Exception as e:  # noqa: BLE001  # nothing in one job's folder may hinder another job
+        if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
+            return None
+        why = f"{os.path.basename(e.filename or folder)}: {e.strerror}" if isinstance(e, OSError) else f"{e or type(e).__name__}"
+        logger().error("%s is damaged, and left alone: %s", folder, why)
+        job.record = job.record._replace(state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"})
+    return job
+
+
+def _check_file(path: str, size: int | None = None) -> None:
+    """Raise Malformed unless path is a regular file, of size bytes where that is given; OSError."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
+        raise Malformed(os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes")
+
+
+def _remove_unaccepted(folder: str) -> bool:
+    """Remove the folder of a job that was never accepted, and nothing else. False: it is something else."""
+    try:
+        entries = [] if os.path.islink(folder) else list(os.scandir(folder))
+        if not all(e.is_file(follow_symlinks=False) and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0) for e in entries):
+            return False
+        for entry in entries:
+            os.unlink(entry)
+        os.rmdir(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _build(job: Job, run: Callable[[], str]) -> BuildFailed | dict[str, Any]:
+    """Why run has failed, or the result of the archive whose path it has returned, and which is now job's."""
+    try:
+        archive = run()
+        result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
+        shutil.move(archive, job.result_path)
+        sync(job.result_path)
+        return result
+    except BuildFailed as e:
+        return e
+    except Exception as e:  # noqa: BLE001  # a bug of ours must not take the slot with it
+        if isinstance(e, OSError) and is_full(e):
+            return BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
+        logger().exception("job %s", job.id)
+        return BuildFailed("InternalError", "the server failed; its log tells more")
 
 
 class Jobs:
@@ -5446,70 +5694,37 @@ class Jobs:
         self._changed = threading.Condition()
         self._jobs: dict[str, Job] = {}  # guarded by _changed
         self._queue: list[Job] = []  # guarded by _changed; in the order of seq
-        self._running: set[Job] = set()  # guarded by _changed
+        self._running: set[Job] = set()  # guarded by _changed; also those that are about to
+        self._accepting = 0  # guarded by _changed; how many are being written for the first time
         self._seq = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
-        self._incomplete: dict[Job, BuildFailed | None] = {}  # guarded by _changed; ended, and the disk was full
-        self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed
-        self._recent: deque[EventLog] = deque(maxlen=16)  # guarded by _changed; not to be opened again for every request
+        self._ending: dict[Job, BuildFailed | dict[str, Any]] = {}  # guarded by _changed; why they failed, or the result; not yet published
+        self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed; those that are open
         self._threads: list[threading.Thread] = []
         self.incoming = os.path.join(state, "incoming")
-        remove_tree(self.incoming)
         for folder in (self._folder, self.incoming):
             os.makedirs(folder, mode=0o700, exist_ok=True)
+        for name in os.listdir(self.incoming):
+            if re.fullmatch(r"[0-9a-f]{32}", name):  # what an earlier server was receiving
+                os.unlink(os.path.join(self.incoming, name))
 
     def start(self) -> None:
         """Take up what an earlier server has left, and begin to build."""
-        with self._changed:
-            found = []
-            for name in os.listdir(self._folder):
-                folder = os.path.join(self._folder, name)
-                if not os.path.exists(os.path.join(folder, "job.json")):
-                    remove_tree(folder)  # never accepted
-                    continue
-                try:
-                    found.append(Job.load(name, folder))
-                except (OSError, Malformed, KeyError, TypeError) as e:
-                    logger().error("%s is not read: %s", folder, e)
-            for job in sorted(found, key=lambda job: job.seq):
-                try:
-                    self._resume_locked(job)
-                except OSError as e:
-                    logger().error("%s is not taken up: %s", job.folder, e)
-            self._announce_locked()
-        for number in range(self._slots):
-            self._threads.append(threading.Thread(target=self._work, name=f"slot {number}", daemon=True))
+        found = [_read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)]
+        for job in sorted(filter(None, found), key=lambda job: (job.record.seq, job.record.submitted_at)):
+            end = job.record.untold_end()
+            with self._changed:
+                self._jobs[job.id] = job
+                self._seq = max(self._seq, job.record.seq)
+                if job.log is not None:  # else it has ended, or is damaged
+                    self._logs[job.id] = job.log
+                    if end is not None:
+                        self._ending[job] = end
+                    else:
+                        self._queue.append(job)
+        for name, work in [("queue", self._tend), *((f"slot {number}", self._work) for number in range(self._slots))]:
+            self._threads.append(threading.Thread(target=self._forever, args=(work,), name=name, daemon=True))
             self._threads[-1].start()
-
-    def _resume_locked(self, job: Job) -> None:
-        """Caller must hold _changed. Put a job of an earlier server where it belongs."""
-        self._jobs[job.id] = job
-        self._seq = max(self._seq, job.seq)
-        if job.state in ("ok", "failed") and has_ended(os.path.join(job.folder, "events")):
-            return
-        log = self._open_locked(job)
-        last = log.last()
-        was_running = job.state != "queued"
-        if job.failure is not None:  # the server died between job.json and the event
-            self._complete_locked(job, BuildFailed(job.failure["error_type"], job.failure["error"]))
-        elif job.result is not None:
-            self._complete_locked(job, None)
-        elif was_running and job.attempts >= MAX_ATTEMPTS:
-            self._complete_locked(job, BuildFailed("InternalError", f"the server ended {job.attempts} times during this build"))
-        else:
-            job.log, job.position = log, -1 if was_running else last.get("position", -1)
-            if was_running:
-                job.move("queued")
-            self._queue.append(job)
-
-    def _open_locked(self, job: Job) -> EventLog:
-        """Caller must hold _changed. The log of a job; closed when nobody refers to it any more."""
-        log = self._logs.get(job.id)
-        if log is None:
-            log = self._logs[job.id] = EventLog(os.path.join(job.folder, "events"), self._grown)
-        if log not in self._recent:
-            self._recent.append(log)
-        return log
 
     def check_open(self) -> None:
         """Raise Refused where no build can be accepted now: 409, 429 or 503. [CONTRACT 1]"""
@@ -5518,49 +5733,63 @@ class Jobs:
 
     def _check_open_locked(self) -> None:
         """Caller must hold _changed."""
-        if self._single_use and self._jobs:
+        if self._single_use and (self._jobs or self._accepting):
             raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
         if self._stopping:
             raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
-        if len(self._queue) >= self._max_queue:
+        if len(self._queue) + self._accepting >= self._max_queue:
             raise Refused(429, "QueueFull", f"{len(self._queue)} builds are waiting", {"Retry-After": "60"})
 
     def submit(self, request: BuildRequest, archive: str | None) -> Job:
         """Accept a build, which survives the server from here on. archive: the uploaded source, which is moved away. Raises
-        Refused."""
-        job_id = str(uuid.uuid4())
-        folder = os.path.join(self._folder, job_id)
-        if archive is not None:
-            sync(archive)
+        Refused, OSError."""
         with self._changed:
             self._check_open_locked()
-            self._seq += 1
-            job = Job(job_id, folder, self._seq, request)
-            os.mkdir(folder, 0o700)
+            self._seq = min(self._seq + 1, MAX_SEQ)
+            record = JobRecord(self._seq, request, submitted_at=utc_now())
+            self._accepting += 1
+        job_id = str(uuid.uuid4())
+        job = Job(job_id, os.path.join(self._folder, job_id), record)
+        with job.writing:
             try:
-                if archive is not None:
-                    os.rename(archive, os.path.join(folder, "source"))
-                job.log = self._open_locked(job)
-                job.save()
+                log = job.write_new(archive, self._grown)
                 sync(self._folder)
-            except OSError:
-                remove_tree(folder)
+            except BaseException:
+                with self._changed:
+                    self._accepting -= 1
+                remove_tree(job.folder)
                 raise
-            self._jobs[job_id] = job
-            self._queue.append(job)
-            self._announce_locked()
-            self._changed.notify()
+            with self._changed:
+                self._accepting -= 1
+                self._jobs[job_id], self._logs[job_id] = job, log
+                self._queue.append(job)
+                self._queue.sort(key=lambda job: (job.record.seq, job.record.submitted_at))  # another was faster, perhaps
+                self._changed.notify_all()
+            self._announce(job)
         return job
 
-    def _announce_locked(self) -> None:
-        """Caller must hold _changed. Tell each waiting job its place, where that has changed."""
-        for position, job in enumerate(self._queue):
-            if job.position != position and job.log is not None:
-                try:
-                    job.log.append(to_payload({"type": "queued", "position": position}))
-                    job.position = position
-                except OSError:  # a full disk, perhaps: it is told the next time
-                    logger().exception("job %s", job.id)
+    def _update(self, job: Job, **changes: Any) -> None:
+        """Replace fields of a job's record, when job.json holds them. Caller must hold job.writing. Raises OSError, and nothing has changed then;
+        ValueError for a step that JOB_STATES does not have."""
+        record = job.record._replace(**changes)
+        if record.state not in (job.state, *JOB_STATES[job.state]):
+            raise ValueError(f"a job that is {job.state} cannot become {record.state}")
+        write_durably(os.path.join(job.folder, "job.json"), record.to_bytes())
+        with self._changed:
+            job.record = record
+
+    def _announce(self, job: Job) -> None:
+        """Tell a job its place in the queue, where that has changed; 0 if it has just left it. Caller must hold job.writing."""
+        with self._changed:
+            position = self._queue.index(job) if job in self._queue else 0 if job in self._running else job.position
+        job.tried_at = time.monotonic()
+        if position == job.position or job.log is None:
+            return
+        try:
+            job.log.append(to_payload({"type": "queued", "position": position}))
+            job.position = position
+        except OSError as e:  # a full disk, perhaps: it is told the next time
+            logger().error("job %s is not told its position: %s", job.id, e)
 
     def get(self, job_id: str) -> Job:
         """The job. Raises Refused 404."""
@@ -5570,9 +5799,19 @@ class Jobs:
             return self._jobs[job_id]
 
     def log_of(self, job: Job) -> EventLog:
-        """The log of any job, opened where it is not."""
+        """The log of any job, opened where it is not. Raises Refused 404 where it is damaged, OSError."""
         with self._changed:
-            return self._open_locked(job)
+            log = self._logs.get(job.id)
+        if log is None:  # so it has ended
+            try:
+                log = EventLog(job.events_path, self._grown, os.O_RDONLY)
+            except (Malformed, FileNotFoundError) as e:
+                raise Refused(404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}") from None
+            if not log.finished:
+                raise Refused(404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end")))
+            with self._changed:
+                log = self._logs.setdefault(job.id, log)  # one file for all who follow it
+        return log
 
     def describe(self, job: Job) -> dict[str, Any]:
         """The status that GET /build/{id} answers."""
@@ -5583,36 +5822,36 @@ class Jobs:
         """The status of the last count jobs, newest first."""
         with self._changed:
             places = {job: {"position": position} for position, job in enumerate(self._queue)}
-            jobs = sorted(self._jobs.values(), key=lambda job: -job.seq)[:count]
+            jobs = sorted(self._jobs.values(), key=lambda job: -job.record.seq)[:count]
             return [job.to_wire() | places.get(job, {}) for job in jobs]
 
     def cancel(self, job: Job) -> None:
-        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended."""
+        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended. Raises OSError where
+        that cannot be written down; it stops all the same, and the thread "queue" tries again."""
         with self._changed:
-            if job in self._queue:
+            waiting = job in self._queue
+            if waiting:
                 self._queue.remove(job)
-                self._incomplete[job] = BuildFailed("Cancelled", "cancelled before it was started")
-                self._try_complete_locked()
-                self._announce_locked()
-                self._changed.notify()  # a slot tries again
-                return
-        self.halt(job, "Cancelled", "cancelled")
+                job.tried_at, self._ending[job] = time.monotonic(), BuildFailed("Cancelled", "cancelled before it was started")
+                self._changed.notify_all()
+        if waiting:
+            self._complete(job)
+        else:
+            self.halt(job, "Cancelled", "cancelled")
 
     def halt(self, job: Job, error_type: str, message: str) -> None:
-        """A running build stops soon, for this reason; the first one counts."""
+        """A running build stops soon, for this reason; the first one counts. Raises OSError like cancel."""
         with self._changed:
-            if job.state != "running" or job.halted is not None and (job.halted[0], error_type) != ("Parked", "Cancelled"):
+            if job not in self._running or job.halted is not None and (job.halted[0], error_type) != ("Parked", "Cancelled"):
                 return
             job.halted = (error_type, message)
             stop = job.on_halt
-            if error_type == "Cancelled":  # also where the server dies before the build does
-                job.failure = {"error": message, "error_type": error_type}
-                try:
-                    job.save()
-                except OSError:  # a full disk, perhaps: it is stopped all the same
-                    logger().exception("job %s", job.id)
         if stop is not None:
             stop()
+        if error_type == "Cancelled":  # also where the server dies before the build does
+            with job.writing:
+                if not job.record.ended:
+                    self._update(job, failure={"error": message, "error_type": error_type})
 
     def when_halted(self, job: Job, stop: Callable[[], None]) -> None:
         """stop is called once when the job is halted; now, where it is already. For run()."""
@@ -5622,76 +5861,92 @@ class Jobs:
         if halted:
             stop()
 
-    def _work(self) -> None:
-        """A slot: one job after the other."""
+    def _forever(self, work: Callable[[], None]) -> None:
+        """A thread: work again and again, whatever it raises, until this stops."""
         while True:
             with self._changed:
-                while not self._changed.wait_for(lambda: self._queue or self._stopping, RETRY_S if self._incomplete else None):
-                    self._try_complete_locked()
                 if self._stopping:
                     return
-                self._try_complete_locked()
-                job = self._queue.pop(0)
-                job.move("running")
-                job.started_at, job.halted, job.on_halt = utc_now(), None, None
-                job.attempts += 1
-                self._running.add(job)
-                self._announce_locked()
-            failure: BuildFailed | None = None
             try:
+                work()
+            except Exception:  # noqa: BLE001  # a bug of ours must not take the thread with it
+                logger().exception("thread %s", threading.current_thread().name)
                 with self._changed:
-                    job.save()
-                archive = self._run(self, job)
-                result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
-                shutil.move(archive, job.result_path)
-                sync(job.result_path)
-            except BuildFailed as e:
-                failure = e
-            except Exception:  # noqa: BLE001  # a bug of ours must not take the slot with it
-                logger().exception("job %s", job.id)
-                failure = BuildFailed("InternalError", "the server failed; its log tells more")
-            self._end(job, failure, None if failure else result)
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
-    def _end(self, job: Job, failure: BuildFailed | None, result: dict[str, Any] | None) -> None:
-        """A run is over: the job is complete, or waits again where the server stops."""
+    def _tend(self) -> None:
+        """Thread "queue": announce positions that have changed, and complete what a full disk has not let end."""
         with self._changed:
-            self._running.discard(job)
-            if failure is not None and job.halted is not None:
-                failure = BuildFailed(*job.halted)
-            if failure is not None and failure.error_type == "Parked":
-                job.move("queued")
-                job.position, job.attempts = -1, job.attempts - 1
-                job.save()
-            else:
-                job.result = result
-                self._incomplete[job] = failure
-                self._try_complete_locked()
-            self._changed.notify_all()
-
-    def _try_complete_locked(self) -> None:
-        """Caller must hold _changed. Complete what has ended; what a full disk, perhaps, forbids is tried again."""
-        for job, failure in list(self._incomplete.items()):
+            now = time.monotonic()
+            moved = [job for position, job in enumerate(self._queue) if job.position != position]
+            ending = list(self._ending)
+            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
+            late = [job for job in ending if job.tried_at + RETRY_S <= now]
+            if not due and not late:
+                self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or ending else None)
+        for job in due:
+            with job.writing:
+                self._announce(job)
+        for job in late:
             try:
-                self._complete_locked(job, failure)
+                self._complete(job)
             except OSError as e:
                 logger().error("job %s has ended, and cannot say so yet: %s", job.id, e)
 
-    def _complete_locked(self, job: Job, failure: BuildFailed | None) -> None:
-        """Caller must hold _changed. The last event, when all that it promises is durable."""
-        if job.state in ("queued", "running"):  # else it was stopped here before, by a full disk or a crash
-            job.move("failed" if failure else "ok")
-        job.finished_at = utc_now()
-        job.failure = {"error": str(failure), "error_type": failure.error_type} if failure else None
-        job.save()
-        outcome = {"status": "failed", **job.failure} if job.failure else {"status": "ok"}
-        self._open_locked(job).append(to_payload({"type": "complete", "result": outcome}))
-        job.log = None
-        self._incomplete.pop(job, None)
+    def _work(self) -> None:
+        """A slot: the next job, from its start to its end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            if self._stopping:
+                return
+            job = self._queue.pop(0)
+            job.halted, job.on_halt = None, None
+            self._running.add(job)
+            self._changed.notify_all()
+
+        def run() -> str:
+            with job.writing:
+                self._announce(job)
+                self._update(job, state="running", started_at=utc_now(), attempts=job.record.attempts + 1)
+            return self._run(self, job)
+
+        end = _build(job, run)
+        with self._changed:
+            if isinstance(end, BuildFailed) and job.halted is not None:
+                end = BuildFailed(*job.halted)
+            parked = isinstance(end, BuildFailed) and end.error_type == "Parked"
+            self._running.discard(job)
+            if not parked:
+                job.tried_at, self._ending[job] = time.monotonic(), end
+            self._changed.notify_all()
         try:
-            if job.source is not None:
-                os.unlink(job.source)  # nobody needs it any more
-        except OSError:
-            pass  # it is gone
+            if not parked:
+                self._complete(job)
+            elif job.state == "running":
+                with job.writing:
+                    job.position = -1
+                    self._update(job, state="queued", attempts=job.record.attempts - 1)
+        except OSError as e:
+            logger().error("job %s has stopped, and cannot say so yet: %s", job.id, e)
+
+    def _complete(self, job: Job) -> None:
+        """The one way to the end of a job in _ending: its last event, when all that it promises is durable. Any thread. Raises OSError, and the
+        thread "queue" tries again."""
+        with job.writing:
+            job.tried_at = time.monotonic()
+            with self._changed:
+                end = self._ending.get(job)
+            if end is None or job.log is None:
+                return  # another thread was faster
+            if not job.record.ended:
+                self._update(job, finished_at=utc_now(), **(
+                    {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}} if isinstance(end, BuildFailed) else
+                    {"state": "ok", "failure": None, "result": end}))
+            job.log.append(job.record.complete_event())
+            with self._changed:
+                del self._ending[job]
+                job.log = None
+        job.drop_source()
 
     def stop(self, grace_s: float) -> bool:
         """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server. True
@@ -5708,6 +5963,7 @@ class Jobs:
         for thread in self._threads:
             thread.join(10)
         return ended
+
 
 # endregion 22
 # ==============================================================================
@@ -6737,14 +6993,14 @@ ROUTES = (
     Route("POST", "/build", "submit", "Submit a build", "application/json",
           {200: "accepted: {\"job_id\": UUID}", 400: "not JSON; nonce, source, URL, ref or archive refused", 409: "single-use, and used",
            411: "no Content-Length", 413: "body too large", 415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
-           503: "shutting down, or too many uploads at a time"}),
+           503: "shutting down, or too many uploads at a time", 507: "the disk of the server is full"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live", "text/event-stream",
-          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build", 503: "too many streams"}),
+          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build, or its log is damaged", 503: "too many streams"}),
     Route("GET", "/build/{id}/result", "result", "Download the bundle", "application/gzip",
           {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range",
            503: "too many streams"}),
     Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
-    Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build"}),
+    Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"}),
     Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", "application/json", {200: "an array of status"}),
     Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=", "application/json",
@@ -6755,7 +7011,7 @@ REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modif
            405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
            414: "URI Too Long", 415: "Unsupported Media Type", 416: "Range Not Satisfiable", 421: "Misdirected Request",
            422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
-           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported"}
+           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage"}
 
 
 BUSY = {"Retry-After": "10"}
@@ -6826,7 +7082,10 @@ class Base64File:
 
     def abandon(self) -> None:
         """Close without a check."""
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:
+            pass  # a full disk, perhaps; nobody wants the file
 
     @staticmethod
     def _bad() -> Refused:
@@ -6964,6 +7223,8 @@ class Api:
         status = self.jobs.describe(job)
         if status["status"] == "failed":
             raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
+        if status["result"] is None and status["status"] == "damaged":
+            raise Refused(404, "Damaged", status["error"])
         if status["result"] is None:
             raise Refused(404, "NotReady", "the build has not ended")
         self._check_room()
@@ -7239,6 +7500,9 @@ class Exchange:
         except Exception as e:  # noqa: BLE001  # a bug of ours, unless
             if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
                 response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
+            elif isinstance(e, OSError) and is_full(e):
+                logger().error("%s: %s", line, e)
+                response = problem(Refused(507, "InsufficientStorage", f"the disk of the server is full: {e.strerror}", {"Retry-After": "60"}))
             else:
                 logger().exception("%s", line)
                 response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
@@ -8734,13 +8998,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         pass  # a system that says there is no limit, and has one
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise UsageError(f"{state} is in use by another server") from None
+    lock = claim_state(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
     vms = VmHost(*_makers(options, state, policy, machine), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
                  expected=_of_server(machine))

@@ -7074,7 +7074,6 @@ class TestEventLog:
                     log = confbuild.EventLog(path, lambda log: told.append(log.count))
                 assert (log.size, log.count, told[-1]) == (naive[-1], len(naive) - 1, log.count)
                 assert [log.offset_of(n) for n in range(log.count + 2)] == [*naive, naive[-1]]
-                assert log._index.itemsize == 8 and len(log._index) <= log.count // confbuild.STRIDE + 1
             assert len(told) == len(appends)
 
     @pytest.mark.parametrize("count", [1, 2, 64, 65, 129])
@@ -7089,13 +7088,13 @@ class TestEventLog:
             assert (tmp_path / "log").read_bytes() == b"".join(whole[:-1]) + frames(sent(COMPLETE_EVENT), count)[0]
             assert confbuild.EventLog(str(tmp_path / "log")).finished
 
-    @pytest.mark.parametrize("data", [b"\0" * 5000, b"hello\n\n", b"id: 2\ndata: {}\n\n", b"\n\n", b"id: 1\nretry: 5\n\n", b"id: 11\ndata: {}\n\n"])
+    @pytest.mark.parametrize("data", [b"hello", b"hello\n\n", b"id: 2\ndata: {}\n\n", b"\n\n", b"id: 1\nretry: 5\n\n", b"id: 11\ndata: {}\n\n", b"x" * 9_000_000])
     def test_garbage(self, tmp_path: Path, data: bytes) -> None:
+        """What is not a log is refused, and stays as it is."""
         (tmp_path / "log").write_bytes(data)
-        log = confbuild.EventLog(str(tmp_path / "log"))
-        assert (log.count, log.size, log.last(), log.offset_of(0)) == (0, 0, {}, 0)
-        log.append(COMPLETE_EVENT)
-        assert (tmp_path / "log").read_bytes() == frames(sent(COMPLETE_EVENT))[0]
+        with pytest.raises(confbuild.Malformed, match=r"events: (the last frame is damaged|no frame begins in the last \d+ bytes)"):
+            confbuild.EventLog(str(tmp_path / "log"))
+        assert (tmp_path / "log").read_bytes() == data
 
     @pytest.mark.parametrize("lost", [1, 2, 30, 64, 65, 66, 128, 129, 130, 200])
     def test_damaged(self, tmp_path: Path, lost: int) -> None:
@@ -7500,7 +7499,9 @@ class TestJobs:
         for n in range(5):
             (tmp_path / f"gate{n}").touch()
         streams = [s.events(job) for job in jobs]
-        assert [[e["position"] for e in stream if e["type"] == "queued"] for stream in streams] == [[0], [0], [1], [2, 1, 0], [3, 2, 1, 0]]
+        told = [[e["position"] for e in stream if e["type"] == "queued"] for stream in streams]
+        assert told[:3] == [[0], [0], [1]] and [(one[0], one[-1]) for one in told[3:]] == [(2, 0), (3, 0)]
+        assert told[3:] == [sorted(set(one), reverse=True) for one in told[3:]]  # in between, no more than one a second
         outcome = {"status": "failed", "error": "cancelled before it was started", "error_type": "Cancelled"}
         assert streams[2][1:] == [{"type": "complete", "result": outcome}]
         ends = [s.status(jobs[n])[key] for n in (0, 1, 3, 4) for key in ("started_at", "finished_at")]
@@ -7607,17 +7608,13 @@ class TestJobs:
         assert s.status(job)["attempts"] == 1
 
     def test_unexpected(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """A bug of ours ends its job with InternalError, is logged, and leaves the slot alive; so does a directory that is no job."""
-        (tmp_path / "jobs" / "junk").mkdir(parents=True)
-        (tmp_path / "jobs" / "bad").mkdir()
-        (tmp_path / "jobs" / "bad" / "job.json").write_text("[]")
+        """A bug of ours ends its job with InternalError, is logged, and leaves the slot alive."""
 
         def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
             raise RuntimeError("a bug")
 
         jobs = confbuild.Jobs(str(tmp_path), run, lambda log: None)
         jobs.start()
-        assert not (tmp_path / "jobs" / "junk").exists() and (tmp_path / "jobs" / "bad").exists() and "bad is not read" in caplog.text
         for _ in range(2):
             log = jobs.log_of(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
             wait_for(has_finished(log))
@@ -7627,6 +7624,417 @@ class TestJobs:
         with pytest.raises(confbuild.Refused, match="shutting down") as refused:
             jobs.check_open()
         assert refused.value.status == 503
+
+    @pytest.mark.parametrize("what", ["submit", "cancel waiting", "cancel running", "run", "end"])
+    def test_a_slow_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+        """While one job is being written down, everything else is answered, and another job is accepted, built and cancelled."""
+        go, blocked, release, real = threading.Event(), threading.Event(), threading.Event(), confbuild.write_durably
+        slow: list[str] = []
+
+        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+            if job.request.repo_ref == "slow":
+                jobs.when_halted(job, go.set)
+                assert go.wait(30)
+            return build_quickly(jobs, job)
+
+        def write(path: str, data: bytes) -> None:
+            state = json.loads(data)["state"]
+            if '"repo_ref":"slow"' in data.decode() and slow and state == slow[0]:
+                blocked.set()
+                assert release.wait(30)
+            real(path, data)
+
+        monkeypatch.setattr(confbuild, "write_durably", write)
+        request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x", "slow")
+        with started(tmp_path, run, slots=1 if what == "cancel waiting" else 2) as jobs, concurrent.futures.ThreadPoolExecutor() as pool:
+            if what in ("submit", "run"):
+                slow.append({"submit": "queued", "run": "running"}[what])
+                task: Any = pool.submit(jobs.submit, request, None)
+            else:
+                first = jobs.submit(request, None)
+                wait_for(lambda: first.state == "running")
+                job = jobs.submit(request, None) if what == "cancel waiting" else first
+                slow.append({"cancel waiting": "failed", "cancel running": "running", "end": "ok"}[what])
+                task = pool.submit(go.set if what == "end" else lambda: jobs.cancel(job))
+            assert blocked.wait(30)
+            other = jobs.submit(request._replace(repo_ref=""), None)
+            assert jobs.newest(10)[0]["job_id"] == other.id and jobs.describe(other)["status"] in ("queued", "running", "ok")
+            for known in list(jobs._jobs.values()):
+                assert jobs.log_of(known).count >= 0 and jobs.get(known.id) is known
+            if what == "cancel waiting":
+                jobs.cancel(other)
+            wait_for(lambda: other.log is None)
+            assert other.state == ("failed" if what == "cancel waiting" else "ok")
+            assert task.done() == (what in ("run", "end"))
+            release.set()
+            go.set()
+            task.result(30)
+            wait_for(lambda: all_ended(jobs))
+        for folder in (tmp_path / "jobs").iterdir():
+            assert (folder / "events").read_bytes().count(b'"type":"complete"') == 1
+
+    def test_positions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A position is told on entry, exactly before the start, and in between at most once in ANNOUNCE_S."""
+        clock, gate = [1000.0], threading.Semaphore(0)
+        monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
+
+        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+            jobs.when_halted(job, gate.release)
+            assert gate.acquire(timeout=30)
+            return build_quickly(jobs, job)
+
+        def told(job: confbuild.Job) -> list[int]:
+            return [json.loads(frame.partition(b"data: ")[2])["position"] for frame in Path(job.events_path).read_bytes().split(b"\n\n") if b'"queued"' in frame]
+
+        def step(seconds: float) -> None:
+            clock[0] += seconds
+            with jobs._changed:
+                jobs._changed.notify_all()
+
+        with started(tmp_path, run) as jobs:
+            all_jobs = [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)]
+            wait_for(lambda: all_jobs[0].state == "running")
+            all_jobs += [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None) for _ in range(40)]
+            last = all_jobs[-1]
+            for job in all_jobs[1:31]:  # 30 cancelled at once
+                jobs.cancel(job)
+            assert sum(len(told(job)) for job in all_jobs) == 41 and told(last) == [39]
+            step(confbuild.ANNOUNCE_S)
+            wait_for(lambda: told(last) == [39, 9])
+            jobs.cancel(all_jobs[31])
+            step(confbuild.ANNOUNCE_S / 2)
+            gate.release()  # the first ends, the second starts: it is told at once
+            wait_for(lambda: all_jobs[32].state == "running")
+            assert told(all_jobs[32]) == [31, 1, 0] and told(last) == [39, 9]
+            step(confbuild.ANNOUNCE_S / 2)
+            wait_for(lambda: told(last) == [39, 9, 7])
+            for job in all_jobs:
+                jobs.cancel(job)
+        assert [told(job) for job in all_jobs[:3]] == [[0], [0], [1]]
+
+    @pytest.mark.parametrize("name", ["queue", "slot 0"])
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), RuntimeError("a bug")])
+    def test_threads_outlive_everything(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, error: Exception) -> None:
+        """An exception anywhere in a thread's work is logged, and the thread goes on."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0.01)
+        thrown = threading.Event()
+        method = "_tend" if name == "queue" else "_work"
+        real = getattr(confbuild.Jobs, method)
+
+        def throw(jobs: confbuild.Jobs) -> None:
+            if not thrown.is_set():
+                thrown.set()
+                raise error
+            real(jobs)
+
+        monkeypatch.setattr(confbuild.Jobs, method, throw)
+        with started(tmp_path) as jobs:
+            assert thrown.wait(30)
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            wait_for(lambda: job.log is None)
+            assert job.state == "ok" and f"thread {name}" in caplog.text and all(thread.is_alive() for thread in jobs._threads)
+
+    @pytest.mark.parametrize("status", ["running", "queued", "ok"])
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(5, "Input/output error"), RuntimeError("a bug")])
+    def test_a_slot_outlives_every_write(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, error: Exception) -> None:
+        """Whatever goes wrong when a job starts, ends or is parked, the slot takes the next one."""
+        monkeypatch.setattr(confbuild, "RETRY_S", 0.01)
+        real, thrown, waits = confbuild.write_durably, threading.Event(), threading.Event()
+
+        def write(path: str, data: bytes) -> None:
+            if json.loads(data)["state"] == status and json.loads(data)["started_at"] and not thrown.is_set():
+                thrown.set()
+                raise error
+            real(path, data)
+
+        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+            if status == "queued" and not thrown.is_set():
+                jobs.when_halted(job, waits.set)
+                jobs.halt(job, "Parked", "the server was stopped")
+                raise confbuild.BuildFailed("VmError", "gone")
+            return build_quickly(jobs, job)
+
+        monkeypatch.setattr(confbuild, "write_durably", write)
+        request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
+        with started(tmp_path, run) as jobs:
+            first = jobs.submit(request, None)
+            assert thrown.wait(30)
+            second = jobs.submit(request, None)
+            wait_for(lambda: second.log is None)
+            assert second.state == "ok"
+            if status != "queued":
+                wait_for(lambda: first.log is None)
+            full = ("LimitError", "the disk of the server is full: No space left on device")
+            ended = (first.record.failure or {"error_type": "", "error": ""})
+            assert (first.state, ended["error_type"], ended["error"]) == {
+                "queued": ("running", "", ""), "ok": ("ok", "", ""),
+                "running": ("failed", *(full if getattr(error, "errno", 0) == 28 else ("InternalError", "the server failed; its log tells more")))}[status]
+
+
+def job_id(n: int) -> str:
+    """The id of the n-th stored job."""
+    return f"00000000-0000-4000-8000-{n:012d}"
+
+
+def store(state: Path, n: int, status: str = "ok", events: list[str] | None = None, /, **changes: Any) -> Path:
+    """The folder of a job as confbuild 0.1 leaves it [CONTRACT 1.15]. changes: of job.json."""
+    folder = state / "jobs" / job_id(n)
+    folder.mkdir(parents=True)
+    ended = status in ("ok", "failed")
+    doc = {"seq": n, "request": {"nonce": NONCE, "repo_url": "", "repo_ref": "", "source_name": "x.tgz"}, "attempts": int(status != "queued"),
+           "state": status, "submitted_at": "2020-01-02T03:04:05.678901+00:00", "started_at": "" if status == "queued" else "2020-01-02T03:04:06.678901+00:00",
+           "finished_at": "2020-01-02T03:04:07.678901+00:00" if ended else "",
+           "result": {"size": 6, "sha256": hashlib.sha256(b"result").hexdigest()} if status == "ok" else None,
+           "failure": {"error": "no", "error_type": "BuildError"} if status == "failed" else None}
+    (folder / "job.json").write_text(json.dumps(doc | changes, separators=(",", ":")))
+    if status == "ok":
+        (folder / "result.tar.gz").write_bytes(b"result")
+    if not ended:
+        (folder / "source").write_bytes(b"archive")
+    told = ['{"type":"queued","position":0}', *(['{"type":"build","msg":"one"}'] if status != "queued" else []),
+            *{"ok": ['{"type":"complete","result":{"status":"ok"}}'],
+              "failed": ['{"type":"complete","result":{"status":"failed","error":"no","error_type":"BuildError"}}']}.get(status, [])]
+    (folder / "events").write_bytes(b"".join(frames(told if events is None else events)))
+    return folder
+
+
+def build_quickly(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+    """A run for Jobs: one line of output and a result."""
+    assert job.log
+    job.log.append(confbuild.to_payloads("build", ["built"]))
+    path = Path(job.folder) / "made"
+    path.write_bytes(b"result")
+    return str(path)
+
+
+@contextlib.contextmanager
+def started(state: Path, run: Callable[[confbuild.Jobs, confbuild.Job], str] = build_quickly, **options: Any) -> Iterator[confbuild.Jobs]:
+    """Jobs on a state."""
+    jobs = confbuild.Jobs(str(state), run, lambda log: None, **options)
+    jobs.start()
+    try:
+        yield jobs
+    finally:
+        jobs.stop(0)
+
+
+def all_ended(jobs: confbuild.Jobs) -> bool:
+    """For wait_for."""
+    return not jobs._ending and not jobs._queue and not jobs._running
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What is in a folder: kind, size and first bytes of each file; of nothing else is read."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        found[str(path.relative_to(folder))] = stat.S_IFMT(info.st_mode)
+        if stat.S_ISREG(info.st_mode):
+            with path.open("rb") as f:
+                found[str(path.relative_to(folder))] = (info.st_size, f.read(100_000))
+    return found
+
+
+def replace(path: Path, kind: str) -> None:
+    """Put something else in a file's place."""
+    path.unlink()
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+        (path / "mine").write_text("precious")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as sock, contextlib.chdir(path.parent):
+            sock.bind(path.name)
+    elif kind == "sparse":
+        with path.open("wb") as f:
+            f.truncate(1 << 42)
+    elif kind != "nothing":
+        path.symlink_to({"device": "/dev/zero", "dangling link": "nowhere", "link": "/etc/passwd"}[kind])
+
+
+KINDS = ("FIFO", "directory", "socket", "sparse", "device", "dangling link", "link", "nothing")
+
+
+class TestState:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize(("status", "name"), [("ok", "job.json"), ("ok", "events"), ("ok", "result.tar.gz"), ("failed", "events"),
+                                                  ("queued", "job.json"), ("queued", "events"), ("queued", "source"), ("running", "events")])
+    def test_foreign_files(self, tmp_path: Path, kind: str, status: str, name: str) -> None:
+        """What is no file of ours makes its job damaged, and is left alone; the others are built."""
+        store(tmp_path, 1)
+        folder = store(tmp_path, 2, status)
+        store(tmp_path, 3, "queued")
+        replace(folder / name, kind)
+        before = contents(folder)
+        with started(tmp_path) as jobs:
+            listed = {one["job_id"]: one for one in jobs.newest(10)}
+            assert set(listed) == {job_id(1), job_id(2), job_id(3)} and listed[job_id(1)]["status"] == "ok"
+            # Zeros in a log are what a crashed machine leaves: the build begins again. A source is what it is.
+            if kind != "sparse" or name == "job.json" or status in ("ok", "failed"):
+                job = jobs.get(job_id(2))
+                assert listed[job_id(2)].items() >= {"status": "damaged", "error_type": "Damaged"}.items(), listed[job_id(2)]
+                assert re.fullmatch(rf"the files of this build are damaged: {name}: .+", listed[job_id(2)]["error"])
+                assert str(tmp_path) not in listed[job_id(2)]["error"]
+                jobs.cancel(job)
+                assert jobs.describe(job) == listed[job_id(2)] and contents(folder) == before
+                if name != "events" and status in ("ok", "failed") and name != "job.json":
+                    assert jobs.log_of(job).finished
+                elif name != "job.json" or status == "queued":
+                    with pytest.raises(confbuild.Refused, match="damaged") as refused:
+                        jobs.log_of(job)
+                    assert (refused.value.status, refused.value.error_type) == (404, "Damaged")
+            wait_for(lambda: jobs.get(job_id(3)).log is None)
+            assert jobs.log_of(jobs.get(job_id(3))).last() == OK_EVENT and jobs.describe(jobs.get(job_id(3)))["status"] == "ok"
+
+    @pytest.mark.parametrize("changes", [
+        {"seq": "1"}, {"seq": None}, {"seq": -1}, {"seq": True}, {"seq": 10 ** 30}, {"seq": 1.5}, {"request": {}}, {"request": []}, {"attempts": None}, {"attempts": -1},
+        {"state": "queued"}, {"state": "running"}, {"state": "failed"}, {"state": "damaged"}, {"state": "x"}, {"state": []}, {"finished_at": ""}, {"started_at": 5},
+        {"result": None}, {"result": {}}, {"result": []}, {"result": {"size": 7, "sha256": "0" * 64}}, {"result": {"size": 6, "sha256": "é" * 64}}, {"failure": {}},
+        {"result": {"size": "6", "sha256": "0" * 64}}, {"failure": {"error": "x", "error_type": "y"}}, {"failure": 0}, {"more": 1},
+        {"request": {"nonce": None, "repo_url": "", "repo_ref": "", "source_name": ""}}, {"request": {"nonce": NONCE, "repo_url": "", "repo_ref": "", "name": ""}}])
+    def test_shapes(self, tmp_path: Path, changes: dict[str, Any]) -> None:
+        """Each field of job.json is checked; of a job that has ended nothing is ever run again."""
+        folder = store(tmp_path, 1, **changes)
+        store(tmp_path, 2, "queued")
+        before = contents(folder)
+        with started(tmp_path) as jobs:
+            [other, one] = jobs.newest(10)
+            assert (one["job_id"], one["status"], one["error"]) in {
+                (job_id(1), "damaged", f"the files of this build are damaged: {why}") for why in (
+                    "job.json: not the record of a job", "result.tar.gz: not a regular file of 7 bytes")}, one
+            wait_for(lambda: all_ended(jobs))
+            assert jobs.describe(jobs.get(other["job_id"]))["status"] == "ok" and contents(folder) == before
+
+    @pytest.mark.parametrize("seq", [0, 7, confbuild.MAX_SEQ])
+    def test_any_seq(self, tmp_path: Path, seq: int) -> None:
+        """Two jobs may have one seq, and a large one harms nobody: what is accepted afterwards is read again."""
+        for n, status in ((1, "ok"), (2, "queued"), (3, "queued")):
+            store(tmp_path, n, status, seq=seq, submitted_at=f"2020-01-0{4 - n}T03:04:05.678901+00:00")
+        order: list[str] = []
+
+        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+            order.append(job.id)
+            return build_quickly(jobs, job)
+
+        with started(tmp_path, run) as jobs:
+            wait_for(lambda: all_ended(jobs))
+            new = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            wait_for(lambda: all_ended(jobs))
+        assert order == [job_id(3), job_id(2), new.id]  # by their times
+        with started(tmp_path) as jobs:
+            assert {one["status"] for one in jobs.newest(10)} == {"ok"} and len(jobs.newest(10)) == 4
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(["ok", "failed", "queued", "running"]), st.sampled_from(["job.json", "events"]), st.floats(0, 1), st.integers(0, 60),
+           st.one_of(st.binary(max_size=40), st.sampled_from([b"\0" * 5000, b"\n\n", b"null", b'"', b"[" * 9000, b"9" * 5000, b"id: 7\ndata: {}\n\n"])))
+    def test_mutations(self, status: str, name: str, where: float, length: int, put: bytes) -> None:
+        """Whatever bytes are lost, changed or added: the server starts, answers, builds the others, and cuts no log that has ended."""
+        with tempfile.TemporaryDirectory() as name_:
+            state = Path(name_)
+            folder, other = store(state, 1, status), store(state, 2, "queued")
+            data = (folder / name).read_bytes()
+            at = int(where * len(data))
+            (folder / name).write_bytes(data[:at] + put + data[at + length:])
+            before = (folder / "events").read_bytes()
+            with started(state) as jobs:
+                json.dumps(jobs.newest(10))
+                wait_for(lambda: all_ended(jobs))
+                assert jobs.describe(jobs.get(job_id(2)))["status"] == "ok" and (other / "events").read_bytes().endswith(sent(COMPLETE_EVENT)[0].encode() + b"\n\n")
+                job = jobs.get(job_id(1))
+                try:
+                    log = jobs.log_of(job)
+                    for n in (0, 1, 2, 3):
+                        with contextlib.suppress(OSError):
+                            log.offset_of(n)
+                except confbuild.Refused as e:
+                    assert e.status == 404
+                jobs.cancel(job)
+            if status in ("ok", "failed"):
+                assert (folder / "events").read_bytes().startswith(before.rstrip(b"\0"))
+
+    @pytest.mark.parametrize("status", ["ok", "failed"])
+    def test_killed_before_complete(self, tmp_path: Path, status: str) -> None:
+        """A server that died between job.json and the last event, or within it: the next one completes it, to the byte."""
+        folder = store(tmp_path, 1, status)
+        whole = (folder / "events").read_bytes()
+        start = whole.index(b"id: 3\n")
+        for cut in range(start, len(whole)):
+            for lost in (b"", bytes(len(whole) - cut)):  # zeros: the machine died as well
+                (folder / "events").write_bytes(whole[:cut] + lost)
+                with started(tmp_path, slots=0) as jobs:
+                    wait_for(lambda: (folder / "events").read_bytes() == whole and all_ended(jobs))
+                    assert jobs.describe(jobs.get(job_id(1)))["status"] == status
+
+    def test_never_accepted(self, tmp_path: Path) -> None:
+        """Only what a server leaves that died while it accepted a build is removed: nothing else, and nothing elsewhere."""
+        jobs_, incoming = tmp_path / "jobs", tmp_path / "incoming"
+        for n, names in enumerate([("source",), ("source", "events", "job.json.tmp"), (), ("result.tar.gz",), ("source", "notes"), ("events",)], 1):
+            (jobs_ / job_id(n)).mkdir(parents=True)
+            for name in names:
+                (jobs_ / job_id(n) / name).touch()
+        (jobs_ / job_id(6) / "events").write_bytes(frames(['{"type":"queued","position":0}'])[0])
+        (jobs_ / "config").mkdir()
+        (jobs_ / "config" / "config.xml").touch()
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "source").touch()
+        (jobs_ / job_id(7)).symlink_to(tmp_path / "elsewhere")
+        incoming.mkdir()
+        (incoming / ("a" * 32)).touch()
+        (incoming / "letter.txt").touch()
+        with started(tmp_path) as jobs:
+            assert {one["job_id"]: one["status"] for one in jobs.newest(10)} == dict.fromkeys(map(job_id, (4, 5, 6, 7)), "damaged")
+        assert sorted(os.listdir(jobs_)) == [*map(job_id, (4, 5, 6, 7)), "config"] and os.listdir(incoming) == ["letter.txt"]
+        assert os.listdir(jobs_ / "config") == ["config.xml"] and os.listdir(tmp_path / "elsewhere") == ["source"]
+        assert sorted(os.listdir(jobs_ / job_id(5))) == ["notes", "source"]
+
+    def test_claim(self, tmp_path: Path) -> None:
+        """A new, an empty and a 0.1 state are taken, and marked; one server at a time."""
+        (tmp_path / "empty").mkdir()
+        store(tmp_path / "old", 1)
+        (tmp_path / "old" / "incoming").mkdir()
+        (tmp_path / "old" / "lock").touch()
+        for name in ("new/er", "empty", "old", "old"):
+            lock = confbuild.claim_state(str(tmp_path / name))
+            assert (tmp_path / name / "confbuild-state").read_text() == "confbuild state 1\n"
+            with pytest.raises(confbuild.UsageError, match=r"is in use by another server"):
+                confbuild.claim_state(str(tmp_path / name))
+            os.close(lock)
+        assert (tmp_path / "old" / "jobs" / job_id(1) / "job.json").exists()
+
+    @pytest.mark.parametrize(("names", "message"), [
+        (["jobs/my-app/config.xml", "secrets/key"], "is neither empty nor a state directory"), (["jobs/my-app/config.xml"], "is neither empty nor"),
+        (["notes"], "is neither empty nor"), (["incoming/letter"], "is neither empty nor"), (["jobs"], "is neither empty nor"),
+        (["guests/list"], "is neither empty nor"), (["jobs/" + job_id(1) + "/job.json", "README"], "is neither empty nor"),
+        (["confbuild-state=confbuild state 2\n"], "was written by a newer confbuild: version 2, this one knows 1"),
+        (["confbuild-state=confbuild state x\n"], "is damaged: expected 'confbuild state 1'"), (["confbuild-state/x"], "confbuild-state is damaged")])
+    def test_foreign_directory(self, tmp_path: Path, names: list[str], message: str) -> None:
+        """A directory of somebody else, and of a newer version, is refused, and nothing in it is touched."""
+        for name in names:
+            path, _, text = (tmp_path / "state" / name).as_posix().partition("=")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text)
+        before = contents(tmp_path / "state")
+        with pytest.raises(confbuild.UsageError, match=message):
+            confbuild.claim_state(str(tmp_path / "state"))
+        assert contents(tmp_path / "state") == before
+
+    def test_a_large_state_is_read_quickly(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of a job that has ended, job.json and the end of its log are read, once each, however large the log is."""
+        lines = ['{"type":"build","msg":"%s"}' % ("x" * 1000)] * 3000
+        store(tmp_path, 1, "ok", [*lines, *sent(COMPLETE_EVENT)])
+        read: list[int] = []
+        real = {"read": os.read, "pread": os.pread}
+        for name in real:
+            monkeypatch.setattr(os, name, lambda fd, n, *at, name=name: (read.append(n), real[name](fd, n, *at))[1])
+        with started(tmp_path, slots=0) as jobs:
+            assert jobs.newest(1)[0]["status"] == "ok" and read == [confbuild.MIB, 4096]
+            log = jobs.log_of(jobs.get(job_id(1)))
+            assert (log.count, log.finished, read[2:]) == (3001, True, [4096])
+            for n in (0, 1, 1500, 2999, 3000):
+                read.clear()
+                assert log.offset_of(n) == sum(map(len, frames(lines[:n])))
+                assert sum(read) < 256 * 1024
 
 # endregion 22
 # ==============================================================================
@@ -8393,7 +8801,7 @@ class TestVm:
         data = (tmp_path / "a").read_bytes()[:cut]
         if made is None:
             monkeypatch.setattr(confbuild, "MAX_RESULT", 10)
-        job = confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE))
+        job = confbuild.Job("id", str(tmp_path), confbuild.JobRecord(1, confbuild.BuildRequest(NONCE)))
         with pytest.raises(confbuild.BuildFailed, match=fragment) if error_type else contextlib.nullcontext() as caught:
             assert Path(confbuild._fetch_result(Blocks(data), job, confbuild.Expectations(nonce=NONCE))).read_bytes() == data  # type: ignore[arg-type]
         assert caught is None or caught.value.error_type == error_type and str(tmp_path) not in str(caught.value)
@@ -8402,7 +8810,7 @@ class TestVm:
         answer = Blocks(b"some")
         answer.headers["Content-Length"] = "5"
         with pytest.raises(confbuild.BuildFailed, match="broke off after 4 bytes") as caught:
-            confbuild._fetch_result(answer, confbuild.Job("id", str(tmp_path), 1, confbuild.BuildRequest(NONCE)), confbuild.Expectations())  # type: ignore[arg-type]
+            confbuild._fetch_result(answer, confbuild.Job("id", str(tmp_path), confbuild.JobRecord(1, confbuild.BuildRequest(NONCE))), confbuild.Expectations())  # type: ignore[arg-type]
         assert caught.value.error_type == "VmError"
 
     @pytest.mark.parametrize(("program", "fragment"), [
@@ -8809,6 +9217,7 @@ class Site:
         self.streamer = confbuild.Streamer()
         self.folder = folder
         (folder / "demo").write_bytes(b"artifact")
+        options.pop("build_state", lambda _: None)(folder / "state")
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
         api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, self.attest, b": hello\n\n", lambda: crowded)
@@ -9154,9 +9563,10 @@ class TestHttp:
 
         monkeypatch.setattr(confbuild, "write_durably", write)
         if cancelled:
-            s.jobs.cancel(job)
+            with pytest.raises(OSError, match="No space left"):
+                s.jobs.cancel(job)
         s.gate.set()
-        wait_for(lambda: job in s.jobs._incomplete)
+        wait_for(lambda: job in s.jobs._ending)
         assert not log.finished
         full.clear()
         wait_for(lambda: log.finished)
@@ -9171,8 +9581,44 @@ class TestHttp:
         s.jobs.when_halted(job, told.set)
         with monkeypatch.context() as m:
             m.setattr(confbuild, "write_durably", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            assert s.ask("DELETE", f"/build/{job.id}")[0] == 200 and told.is_set()
+            is_problem(s.ask("DELETE", f"/build/{job.id}"), 507, "InsufficientStorage", "the disk of the server is full: No space left on device")
+            assert told.is_set()
         s.gate.set()
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
+    @pytest.mark.parametrize("where", ["confbuild.open", "write", "confbuild.sync", "os.mkdir", "os.rename", "confbuild.write_durably"])
+    def test_insufficient_storage(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str, number: int) -> None:
+        """A full disk refuses a build, with the reason and without a traceback, and leaves nothing behind; a single-use server is not used up."""
+        s, names, opened = site(single_use=True), where.rpartition("."), list[Any]()
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+        def open_full(path: str, mode: str = "r") -> Any:
+            opened.append(open(path, mode))  # noqa: SIM115
+            return types.SimpleNamespace(write=fail, close=lambda: (opened[0].close(), fail()))
+
+        with monkeypatch.context() as m:
+            m.setattr(confbuild if names[0] != "os" else os, names[2] if where != "write" else "open", fail if where != "write" else open_full, raising=False)
+            answer = s.ask("POST", "/build", GOOD_REQUEST)
+        is_problem(answer, 507, "InsufficientStorage", f"the disk of the server is full: {os.strerror(number)}")
+        assert answer[1]["Retry-After"] == "60" and "Traceback" not in caplog.text
+        assert os.listdir(s.jobs.incoming) == [] == os.listdir(s.folder / "state" / "jobs") and s.ask("GET", "/builds")[2] == b"[]\n"
+        assert s.ask("POST", "/build", GOOD_REQUEST)[0] == 200
+
+    def test_a_damaged_job(self, site: Callable[..., Site]) -> None:
+        """It is listed with the reason; its stream and its result are 404."""
+        s = site(build_state=lambda state: replace(store(state, 1) / "events", "FIFO"))
+        job = job_id(1)
+        for path in ("/builds", f"/build/{job}"):
+            answer = s.ask("GET", path)
+            doc = json.loads(answer[2])
+            doc = doc[0] if path == "/builds" else doc
+            assert answer[0] == 200 and doc["status"] == "damaged" and doc["error_type"] == "Damaged"
+            assert doc["error"] == "the files of this build are damaged: events: not a regular file"
+        is_problem(s.ask("GET", f"/build/{job}/events"), 404, "Damaged", "events: not a regular file")
+        assert s.ask("GET", f"/build/{job}/result")[::2] == (200, b"result")  # whose size is right
+        assert json.loads(s.ask("DELETE", f"/build/{job}")[2])["status"] == "damaged"
 
     def test_no_thread(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
         """A connection that gets no thread gives its seat back."""
@@ -10949,10 +11395,15 @@ class TestUsage:
         _, digest = confbuild._follow(argparse.Namespace(output="quiet"), service, "j", 0, None)
         assert digest == hashlib.sha256(b"new\n").hexdigest()
 
-    def test_state_in_use(self, shell: Shell, server: Callable[..., Server]) -> None:
+    def test_state_in_use(self, shell: Shell, server: Callable[..., Server], tmp_path: Path) -> None:
         one = server()
         done = shell("serve", "--listen", "127.0.0.1:0", "--state", one.state)
         assert done.returncode == 2 and "is in use by another server" in done.stderr
+        write_files(tmp_path / "foreign", {"notes": ""})
+        done = shell("serve", "--listen", "127.0.0.1:0", "--state", "foreign")
+        assert done.returncode == 2 and done.stderr.splitlines() == [
+            "confbuild: error: foreign is neither empty nor a state directory of confbuild", "confbuild: hint: name another directory with --state"]
+        assert os.listdir(tmp_path / "foreign") == ["notes"]
         done = shell("serve", "--listen", f"127.0.0.1:{one.port}", "--state", "other")
         assert done.returncode == 2 and "Address already in use" in done.stderr
 
@@ -12283,7 +12734,8 @@ class TestLayout:
         assert {(held, taken) for held, taken in order.edges if taken.endswith("Vm._lock") or held.endswith("Vm._telling")} == {
             ("VmHost._changed", "SimulatedVm._lock"), ("VmHost._changed", "QemuVm._lock"), ("VmHost._spawning", "SimulatedVm._lock"),
             ("VmHost._spawning", "QemuVm._lock"), ("QemuVm._telling", "EventLog._lock")}
-        assert ("Jobs._changed", "EventLog._lock") in order.edges
+        assert {("Job.writing", "EventLog._lock"), ("Job.writing", "Jobs._changed")} <= order.edges
+        assert [taken for held, taken in order.edges if held == "Jobs._changed"] == []  # nor is a file written under it
         assert all(re.search(rf"\b{name}\(", self.SOURCE) for name in CALLBACKS)
         demo = ("import threading\nclass Log:\n def __init__(self, done):\n  self._lock = threading.Lock()\n  self._done = done\n def append(self):\n  with self._lock:\n   pass\n"
                 "class Job:\n def __init__(self, log: Log):\n  self._changed, self._log = threading.Condition(), log\n def add(self):\n  with self._changed:\n   self._add()\n"
