@@ -3089,7 +3089,7 @@ def check_ref(ref: str) -> None:
 
 def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
     """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal address that
-    is neither link-local, unspecified nor multicast, nor loopback unless that is allowed. Names are looked up by fetch_git."""
+    is neither link-local, unspecified, multicast nor a cloud's metadata service, nor loopback unless that is allowed. Names are looked up by fetch_git."""
     def forbid(reason: str) -> NoReturn:
         raise Refused(400, "ForbiddenUrl", f"repo_url: {reason}")
 
@@ -3112,34 +3112,68 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         forbid("a host and a path are needed")
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", host):  # what curl would decode, or take for an instruction
         forbid("the host is no plain name or address")
+    bare = host.rstrip(".")
     try:  # also 2130706433 and 0x7f.1, which resolvers take for addresses
-        literals = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
+        literals = socket.getaddrinfo(bare, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         literals = []
     for literal in literals:
         complaint = _forbidden_address(str(literal[4][0]), loopback)
         if complaint:
             forbid(complaint)
-    if (host.rstrip(".") == "localhost" or host.rstrip(".").endswith(".localhost")) and not loopback:
+    if ("." + bare).endswith(".localhost") and not loopback:
         forbid("loopback addresses are not accepted by this server")
+    if bare in _METADATA_NAMES or bare.endswith(tuple("." + name for name in _METADATA_NAMES if "." in name)):
+        forbid("a cloud's metadata service is not accepted by this server")
+
+
+# Where a cloud tells its VMs about themselves, credentials included; besides these, nearly all use 169.254.0.0/16 and fe80::/10.
+_METADATA_NETWORKS = (
+    "100.100.100.200/32",  # Alibaba
+    "168.63.129.16/32",  # Azure
+    "192.0.0.192/32", "fd00:c1::/32",  # Oracle
+    "fd00:ec2::/32",  # AWS: 254, and 23 for the credentials of pods
+    "fd20:ce::/32",  # Google
+    "fd00:42::/32",  # Scaleway
+    "fd00:a9fe:a9fe::/48")  # Akamai
+_METADATA_NAMES = ("metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal", "metadata.azure.internal",
+                   "metadata.tencentyun.com", "metadata.platformequinix.com", "metadata.packet.net", "rancher-metadata")
+# IPv6 addresses that lead to an IPv4 address: how they begin, and the indices of its bytes.
+_IPV4_INSIDE = (
+    ("00" * 12, (12, 13, 14, 15)),  # IPv4-compatible [RFC4291 2.5.5.1]
+    ("00" * 10 + "ffff", (12, 13, 14, 15)),  # IPv4-mapped [RFC4291 2.5.5.2]
+    ("00" * 8 + "ffff0000", (12, 13, 14, 15)),  # IPv4-translated [RFC2765 2.1]
+    ("2002", (2, 3, 4, 5)),  # 6to4 [RFC3056 2]
+    ("20010000", (4, 5, 6, 7)),  # Teredo: its server [RFC4380 4]
+    ("0064ff9b" + "00" * 8, (12, 13, 14, 15)),  # NAT64 [RFC6052 2.1]
+    *(("0064ff9b0001", at) for at in ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))))  # [RFC8215], prefixes of 48 to 96 bits [RFC6052 2.2]
 
 
 def _forbidden_address(text: str, loopback: bool) -> str:
-    """Why the address must not be fetched from, or empty."""
+    """Return why the address must not be fetched from, or ""."""
     address = ipaddress.ip_address(text.partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
     for kind in ("link_local", "unspecified", "multicast", "loopback"):
         if getattr(address, "is_" + kind) and not (kind == "loopback" and loopback):
             return f"{kind.replace('_', '-')} addresses are not accepted by this server"
-    return ""
+    if any(address in ipaddress.ip_network(network) for network in _METADATA_NETWORKS):
+        return "addresses of a cloud's metadata service are not accepted by this server"
+    packed = address.packed
+    inside = [bytes(packed[i] for i in at) for start, at in _IPV4_INSIDE if address.version == 6 and packed.startswith(bytes.fromhex(start))]
+    if packed.startswith(b"\x20\x01\0\0"):
+        inside.append(bytes(byte ^ 0xFF for byte in packed[12:]))  # Teredo: its client
+    if packed[8:12] in (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe"):
+        inside.append(packed[12:])  # ISATAP [RFC5214 6.1]
+    if packed.startswith(b"\0\x64\xff\x9b\0\1") and any(packed[6:]):
+        inside = [four for four in inside if any(four)]  # of a shorter or longer prefix than this one's
+    return next(filter(None, (_forbidden_address(str(ipaddress.IPv4Address(four)), loopback) for four in inside)), "")
 
 
 def _pinned_address(url: str, loopback: bool) -> list[str]:
     """Options that make git connect to the addresses that were checked, not to what the name says a moment later."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in SCHEMES:
+    if not parts.hostname:
         return []
-    port = parts.port or {"https": 443, "http": 80}[parts.scheme]
+    port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
     try:
         found = sorted({str(row[4][0]) for row in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
     except (OSError, UnicodeError) as e:
@@ -3148,10 +3182,10 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
         complaint = _forbidden_address(address, loopback)
         if complaint:
             raise source_error(f"{parts.hostname} is {address}: {complaint}")
-    if parts.hostname in found:
+    if parts.scheme not in SCHEMES or ":" in parts.hostname or parts.hostname in found:
         return []  # an address needs no look-up
-    # git 2.37 and later; an older one ignores it, and resolves the name itself.
-    return ["-c", f"http.curloptResolve={parts.hostname}:{port}:{','.join(found)}"]
+    # git 2.37 and later; an older one ignores it, and resolves the name itself. Some versions of curl look for a name without its last dot.
+    return [option for name in sorted({parts.hostname, parts.hostname.rstrip(".")}) for option in ("-c", f"http.curloptResolve={name}:{port}:{','.join(found)}")]
 
 
 def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Sequence[str] = SCHEMES, loopback: bool = False) -> None:

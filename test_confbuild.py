@@ -15,6 +15,7 @@ import http.client
 import http.server
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import lzma
@@ -4397,6 +4398,55 @@ class TestChecks:
             confbuild.check_url(url, ("https", "http"), False)
         assert (caught.value.status, caught.value.error_type) == (400, "ForbiddenUrl")
 
+    # Refused in every notation that a resolver, a tunnel or a translator takes for it. Alibaba, Azure, Oracle, link-local, loopback.
+    REFUSED = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "169.254.169.254", "169.254.170.2", "127.0.0.1")
+
+    @staticmethod
+    def notations(address: str) -> Iterator[str]:
+        """The same IPv4 address otherwise, as RFC 6052 2.4, RFC 3056, RFC 4380, RFC 5214 and inet_aton(3) have it."""
+        a, b, c, d = four = ipaddress.IPv4Address(address).packed
+        number = int.from_bytes(four, "big")
+        yield from (address, str(number), hex(number), f"0{number:o}", f"{a:#x}.{b:#x}.{c:#x}.{d:#x}", f"0{a:o}.0{b:o}.0{c:o}.0{d:o}", f"{a}.{number & 0xFFFFFF}",
+                    f"{a}.{b}.{c << 8 | d}", address + ".", f"0x{number:08X}")
+        high, low = f"{a:02x}{b:02x}", f"{c:02x}{d:02x}"
+        complement = (~number & 0xFFFFFFFF).to_bytes(4, "big").hex(":", 2)
+        for text in (f"::{address}", f"::ffff:{address}", f"::FFFF:{high}:{low}", f"0:0:0:0:0:ffff:{high}:{low}", f"::ffff:0:{address}", f"2002:{high}:{low}::", f"2002:{high}:{low}::1",
+                     f"2001::{high}:{low}:0:0:1:1", f"2001:0:102:304::{complement}", f"64:ff9b::{address}", f"64:ff9b::{high}:{low}", f"64:ff9b:1::{address}",
+                     f"64:ff9b:1:{high}:{c:x}:{d:02x}00::", f"64:ff9b:1:{a:x}:{b:x}:{c:02x}{d:02x}::", f"64:ff9b:1:0:{a:x}:{b:02x}{c:02x}:{d:02x}00::", f"fd12::5efe:{address}",
+                     f"2001:db8::200:5efe:{address}"):
+            yield f"[{text}]"
+
+    @pytest.mark.parametrize("address", REFUSED)
+    def test_every_notation(self, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for text in self.notations(address):
+            with pytest.raises(confbuild.Refused, match="are not accepted by this server"):
+                confbuild.check_url(f"https://{text}/x", ("https",), False)
+                pytest.fail(text)
+            monkeypatch.setattr(socket, "getaddrinfo", self.resolver([text.strip("[]")]))  # a name that leads to it
+            if "[" in text or text == address:
+                for scheme in ("https", "git"):
+                    with pytest.raises(confbuild.BuildFailed, match="are not accepted by this server"):
+                        confbuild._pinned_address(f"{scheme}://h/x", False)
+            monkeypatch.undo()
+
+    def test_every_notation_of_another(self) -> None:
+        """What is only like them is fetched from: GitHub's address, behind a translator too."""
+        for text in self.notations("140.82.121.4"):
+            confbuild.check_url(f"https://{text}/x", ("https",), False)
+
+    @pytest.mark.parametrize("host", [
+        "[fd00:ec2::254]", "[FD00:0EC2:0:0:0:0:0:254]", "[fd00:ec2::23]", "[fd20:ce::254]", "[fd00:c1::a9fe:a9fe]", "[fd00:42::42]", "[fd00:a9fe:a9fe::1]", "[fe80::1]",
+        "[febf::1]", "[::]", "[64:ff9b::]", "[64:ff9b:1::]", "[ff02::1]", "metadata.google.internal", "METADATA.Google.Internal.", "x.metadata.google.internal",
+        "metadata", "metadata.", "metadata.goog", "instance-data", "instance-data.ec2.internal", "metadata.tencentyun.com"])
+    def test_metadata_services(self, host: str) -> None:
+        with pytest.raises(confbuild.Refused, match="not accepted by this server") as caught:
+            confbuild.check_url(f"https://{host}/x", ("https",), True)
+        assert caught.value.error_type == "ForbiddenUrl"
+
+    @pytest.mark.parametrize("host", ["metadata.example.org", "my-metadata.google.internal", "100.100.100.201", "168.63.129.17", "[fd00:ec3::254]", "[64:ff9b:1::1.2.3.4]"])
+    def test_no_metadata_services(self, host: str) -> None:
+        confbuild.check_url(f"https://{host}/x", ("https",), True)
+
     def test_file_urls(self) -> None:
         for url in ("file://host/x", "file:x", "file://localhost/x"):
             with pytest.raises(confbuild.Refused, match="a file URL has no host and an absolute path"):
@@ -4425,7 +4475,9 @@ class TestChecks:
         monkeypatch.setattr(socket, "getaddrinfo", self.resolver(["10.0.0.2", "10.0.0.1", "10.0.0.1"]))
         assert confbuild._pinned_address("https://h/x", False)[-1] == "http.curloptResolve=h:443:10.0.0.1,10.0.0.2"
         assert confbuild._pinned_address("http://h:81/x", False)[-1] == "http.curloptResolve=h:81:10.0.0.1,10.0.0.2"
-        assert confbuild._pinned_address("file:///x", False) == []
+        assert confbuild._pinned_address("http://h.:81/x", False)[1::2] == ["http.curloptResolve=h:81:10.0.0.1,10.0.0.2", "http.curloptResolve=h.:81:10.0.0.1,10.0.0.2"]
+        assert confbuild._pinned_address("file:///x", False) == confbuild._pinned_address("git://h/x", False) == []
+        assert confbuild._pinned_address("http://10.0.0.1/x", False) == confbuild._pinned_address("http://[fd12:0::1]/x", False) == []
 
     @pytest.mark.parametrize("url, shown", [
         ("https://h/x.git", "https://h/x.git"), ("https://u:p@h:8443/x", "https://h:8443/x"), ("https://token@h/x", "https://h/x"),
