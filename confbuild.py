@@ -117,6 +117,7 @@ from itertools import accumulate
 
 if TYPE_CHECKING:
     import argparse
+    import concurrent.futures
     import ctypes
     import email.utils
     import fcntl
@@ -168,6 +169,7 @@ else:
          "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata",
          "weakref", "zipfile", "zlib"))
     email, http, urllib = _Lazy("email", "email.utils"), _Lazy("http", "http.client"), _Lazy("urllib", "urllib.request")
+    concurrent = _Lazy("concurrent", "concurrent.futures")
 
 __version__ = "0.1.0"
 __all__ = ["BundleFiles", "Check", "ConfbuildError", "Expectations", "Verdict", "main", "verify_bundle"]
@@ -2225,6 +2227,8 @@ def _is_requested(value: Any) -> bool:
 # Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
 # (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
 # than on Linux only the process group is reached.
+#
+# Thread "sandbox": started by the agent of a simulated VM, starts the programs of its build, ends with the process.
 
 Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
 
@@ -2461,10 +2465,304 @@ def give_to_build(*paths: str) -> None:
         broker.ask({"op": "own", "paths": paths})
 
 
+# ---- Sandbox: what a build in a simulated VM is kept from.
+# Landlock, no_new_privs, capabilities and seccomp belong to a thread, and pass on to what it starts. So a thread of the agent restricts itself,
+# and starts the programs of the build: nothing runs between fork and exec, and the agent itself stays free. Landlock leaves two ways to a port
+# (MPTCP, TCP Fast Open), one to kill a process (RLIMIT_CPU), and Unix sockets, behind which Docker or systemd do whatever they are asked; seccomp closes these. [LINUX] Documentation/userspace-api/landlock.rst, seccomp_filter.rst
+
+MAX_BUILD_FILE = 8 * GIB  # of one file; the agent's own, a job's log and result, have 4 GiB
+MAX_BUILD_PROCESSES = 4096  # threads, beyond those that the user already has
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/proc", "/sys", "/nix/store", "/var/lib/ca-certificates",
+                  "/etc/resolv.conf", "/etc/localtime", "/etc/ssl/certs")  # the last three are links on some systems
+_OPEN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
+_BESIDE_BIN = ("lib", "lib64", "libexec", "include", "share", "versions", "version", "plugins", "installs")  # what programs of pyenv, nvm, asdf load
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, with these numbers on every architecture
+_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
+# linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6, make_block 11, truncate 14, ioctl_dev 15.
+_READ, _USE_DEVICE, _OF_FILES, _NOT_IN_WORKSPACE = 0b1101, 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15, 0b111 | 1 << 14 | 1 << 15, 1 << 6 | 1 << 11 | 1 << 15
+# linux/capability.h: what root needs in its own files: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
+_KEPT_CAPABILITIES = 0b11111011
+_SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg", "io_uring_setup", "add_key", "request_key", "keyctl")
+_SECCOMP_NUMBERS = {"x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307, 425, 248, 249, 250), "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269, 425, 217, 218, 219)}
+
+
+class Sandbox(NamedTuple):
+    """What an agent does with the programs of its build. abi: Landlock's, 0 = without; filtered: by seccomp; readable: paths; hidden: what below
+    them is not, each the beginning of paths; ports: the descriptor of a ruleset for ports, or -1; processes: threads, beyond those there are."""
+
+    abi: int = 0
+    filtered: bool = False
+    readable: Sequence[str] = ()
+    hidden: Sequence[str] = ()
+    ports: int = -1
+    file_bytes: int = MAX_BUILD_FILE
+    processes: int = MAX_BUILD_PROCESSES
+
+
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> int:
+    """result, of a call of libc. Raises OSError."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def _create_ruleset(files: int, ports: int, scoped: int) -> int:
+    """A ruleset that handles these rights. Raises OSError."""
+    attributes = struct.pack("=QQQ", files, ports, scoped)  # an older kernel takes the longer structure if what it does not know is zero
+    return _checked(_libc().syscall(_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
+
+
+def _add_path(ruleset: int, path: str, rights: int) -> None:
+    """ruleset allows rights on path and all below it, if there is such a path. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        rights &= -1 if stat.S_ISDIR(os.fstat(fd).st_mode) else _OF_FILES
+        _checked(_libc().syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}")
+    finally:
+        os.close(fd)
+
+
+def close_port(closed: int) -> int:
+    """A ruleset that keeps programs from one TCP port, on every address: from connecting to it, and from listening in its place. Rules can only
+    allow, so every other port gets one; 0.1 s. Raises OSError."""
+    ruleset, rule = _create_ruleset(1 << 13, 0b11, 0), (ctypes.c_uint64 * 2)(0b11)
+    _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders, unless it allows them
+    call = ctypes.PyDLL(None, use_errno=True).syscall  # which keeps the interpreter's lock: 65,535 calls that never wait
+    for port in range(0x10000):
+        rule[1] = port
+        if port != closed:
+            _checked(call(_ADD_RULE, ruleset, 2, rule, 0), "landlock_add_rule")
+    return ruleset
+
+
+def _visible(path: str, hidden: Sequence[str]) -> Iterator[str]:
+    """path, or as much below it as hides what is hidden."""
+    if any((path + "/").startswith(one) for one in hidden):
+        return
+    inside = path.rstrip("/") + "/"
+    below = [one for one in hidden if one.startswith(inside)]
+    if not below:
+        yield path
+    elif os.path.isdir(path):
+        for name in os.listdir(path):
+            if not os.path.islink(inside + name):  # its target is what counts, and has a name of its own
+                yield from _visible(inside + name, below)
+
+
+def _private(folder: str) -> Iterator[str]:
+    """What below folder only some users may read."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        mode = entry.stat(follow_symlinks=False).st_mode
+        if not mode & stat.S_IROTH:
+            yield entry.path + "/"
+        elif stat.S_ISDIR(mode):
+            yield from _private(entry.path)
+
+
+def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
+    """What a build with env needs to read: the system, the folders of PATH and what their programs load, and whatever else its variables name, such as
+    RUSTUP_HOME. Never home itself, nor what it lies in."""
+    folders = [folder for folder in env.get("PATH", "").split(os.pathsep) if folder.startswith("/")]
+    found = [*(value for value in env.values() if value.startswith("/")), *folders]
+    for folder in map(os.path.realpath, folders):
+        parent, name = os.path.split(folder)
+        if name in ("bin", "sbin", "shims"):  # ~/.local/share belongs to everything that this user runs
+            found += [os.path.join(parent, name) for name in _BESIDE_BIN if (os.path.basename(parent), name) != (".local", "share")]
+    toolchains = os.path.join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
+    if os.path.isdir(toolchains):
+        found += [entry.path for entry in os.scandir(toolchains) if entry.is_symlink()]  # `rustup toolchain link`
+    home = os.path.realpath(home) + "/"
+    real = dict.fromkeys(os.path.realpath(path) for path in found if os.path.exists(path))
+    return [*SYSTEM_FOLDERS, *(path for path in real if not home.startswith(path.rstrip("/") + "/"))]
+
+
+def seccomp_filter(machine: str, unix: bool) -> bytes:
+    """A program for seccomp that refuses what goes past Landlock; no bytes for a machine whose system calls are not known here. machine: as uname
+    names it; unix: Unix sockets are left to use. Calls of another architecture, which have other numbers, are refused whole. [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
+    if machine not in _SECCOMP_NUMBERS or sys.byteorder != "little":
+        return b""
+    number = dict(zip(_SECCOMP_NAMES, _SECCOMP_NUMBERS[machine], strict=True))
+    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+
+    def refuse(code: int) -> tuple[int, int, int, int]:
+        return give, 0, 0, 0x00050000 | code  # SECCOMP_RET_ERRNO
+
+    rules = [  # call, argument, comparison, value, whether it then is refused (else: unless), error
+        ("prlimit64", 0, equal, 0, False, errno.EPERM),  # of another process
+        *([] if unix else [("socket", 0, equal, 1, True, errno.EACCES),  # AF_UNIX; pairs are fine, but of datagrams, which reach other sockets
+                           ("socketpair", 1, any_bit, 2, True, errno.EACCES)]),
+        ("socket", 0, equal, 43, True, errno.EAFNOSUPPORT),  # AF_SMC
+        ("socket", 2, equal, 262, True, errno.EPROTONOSUPPORT),  # IPPROTO_MPTCP
+        *((name, argument, any_bit, 0x20000000, True, errno.EOPNOTSUPP)  # MSG_FASTOPEN
+          for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3))),
+        *((name, 0, at_least, 0, True, errno.ENOSYS) for name in ("io_uring_setup", "add_key", "request_key", "keyctl"))]
+    program = [(load, 0, 0, 4), (equal, 1, 0, number["arch"]), refuse(errno.ENOSYS), (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), refuse(errno.ENOSYS)]  # x32
+    for name, argument, comparison, value, refused, code in rules:
+        program += [(equal, 0, 3, number[name]), (load, 0, 0, 16 + 8 * argument), (comparison, *((0, 1) if refused else (1, 0)), value), refuse(code),
+                    (load, 0, 0, 0)]
+    program.append((give, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _apply_filter(unix: bool) -> None:
+    """seccomp_filter holds for this thread and what it starts. Raises OSError."""
+    program = seccomp_filter(os.uname().machine, unix)
+    if not program:
+        raise OSError(errno.ENOSYS, f"system calls of {os.uname().machine} are not known here")
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
+    _checked(_libc().prctl(_PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
+
+
+def _drop_capabilities() -> None:
+    """Of root's capabilities this thread, and what it starts, keep those for its own files; with no_new_privs, none comes back. Raises OSError."""
+    header, data = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()  # _LINUX_CAPABILITY_VERSION_3; effective, permitted, inheritable, twice
+    _checked(_libc().capget(header, data), "capget")
+    for n, word in enumerate(data):
+        data[n] = word & _KEPT_CAPABILITIES if n < 3 else 0
+    _checked(_libc().capset(header, data), "capset")
+
+
+class Confinement:
+    """Starts the programs of a build in a sandbox. workspace: of the build, which writes in its folders there but `agent`."""
+
+    def __init__(self, sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
+        self.sandbox, self.writable = sandbox, [os.path.join(workspace, folder) for folder in folders]
+        self.devices, self.unix = list(_OPEN_DEVICES), False
+        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+
+    def start(self, argv: Sequence[str], **options: Any) -> Any:
+        """subprocess.Popen, in the sandbox. Raises OSError, and BuildFailed VmError if there is no sandbox."""
+        if self._thread is None:
+            thread = concurrent.futures.ThreadPoolExecutor(1, "sandbox")
+            try:
+                thread.submit(self.restrict).result()
+            except OSError as e:
+                raise BuildFailed("VmError", f"the sandbox cannot be entered: {e.strerror}") from None
+            self._thread = thread
+        return self._thread.submit(lambda: subprocess.Popen(argv, **options)).result()
+
+    def restrict(self) -> None:
+        """From now on, this thread and what it starts are in the sandbox. Raises OSError."""
+        rulesets = [self._files_ruleset()] if self.sandbox.abi else []
+        _checked(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        _drop_capabilities()
+        for ruleset in (*rulesets, *([self.sandbox.ports] if self.sandbox.ports >= 0 else [])):  # the large one last: each copies those before it
+            _checked(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
+            os.close(ruleset)
+        if self.sandbox.filtered:
+            _apply_filter(self.unix)
+
+    def _files_ruleset(self) -> int:
+        """A ruleset for files, and where Landlock has it for signals and abstract sockets too. Raises OSError."""
+        abi, sandbox = self.sandbox.abi, self.sandbox
+        handled = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
+        ruleset = _create_ruleset(handled, 0, 0b11 if abi >= 6 else 0)
+        hidden = [*sandbox.hidden, *_private("/etc")]
+        rules = [(path, _READ) for given in sandbox.readable for path in _visible(os.path.realpath(given), hidden)]
+        rules += [(path, ~_NOT_IN_WORKSPACE) for path in self.writable] + [(path, _USE_DEVICE) for path in self.devices]
+        for path, rights in rules:
+            _add_path(ruleset, path, rights & handled)
+        return ruleset
+
+
+_confinements: list[Confinement] = []  # at most one: of the build that this process is the agent of
+
+
+def confine_builds(sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
+    """From now on, untrusted programs of this process run in sandbox, and this process and all that it starts have its limits. For the agent of a simulated VM."""
+    _confinements.append(Confinement(sandbox, workspace, folders))
+    for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, sandbox.file_bytes), (resource.RLIMIT_NPROC, _count_threads() + sandbox.processes)):
+        hard = resource.getrlimit(kind)[1]
+        most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(kind, (most, most))
+
+
+def _count_threads() -> int:
+    """How many threads this user has: what RLIMIT_NPROC counts."""
+    found, pattern = 0, re.compile(rb"\nUid:\t%d\t.*\nThreads:\t(\d+)\n" % os.getuid(), re.DOTALL)
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/status", "rb") as f:
+                match = pattern.search(f.read())
+        except OSError:
+            continue  # it has ended
+        found += int(match[1]) if match else 0
+    return found
+
+
+def open_to_build(paths: Sequence[str]) -> None:
+    """The build may write below paths too, which are made where they are missing: where nix keeps its store and its state. If its daemon's socket is there,
+    the build may use Unix sockets: the daemon builds, as users of its own and in its own sandbox. Else nix itself does, and needs terminals for that."""
+    for confinement in _confinements if paths else []:
+        for path in paths:
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError:
+                pass  # nix will tell, if it matters
+        confinement.writable += paths
+        confinement.unix = any(os.path.exists(os.path.join(path, "daemon-socket/socket")) for path in paths)
+        confinement.devices += [] if confinement.unix else ["/dev/ptmx", "/dev/pts"]
+
+
+def _trial(sandbox: Sandbox) -> str:
+    """Why a thread cannot enter sandbox, or nothing if one could. It has ended then."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            for _ in range(2):  # a build takes two of the 16 layers that Landlock has
+                thread.submit(Confinement(sandbox, "", ()).restrict).result()
+        return ""
+    except OSError as e:
+        return str(e.strerror)
+
+
+def probe_sandbox() -> tuple[Sandbox, str, str]:
+    """(what can be used here, why Landlock cannot, why seccomp cannot)."""
+    if sys.platform != "linux":
+        return Sandbox(), "only Linux has Landlock", "only Linux has seccomp"
+    abi, landlock = 0, ""
+    try:
+        abi = _checked(_libc().syscall(_CREATE_RULESET, None, 0, 1), "landlock_create_ruleset")
+        landlock = _trial(Sandbox(abi))
+    except OSError as e:
+        landlock = f"this kernel has no Landlock ({e.strerror})"
+    seccomp = _trial(Sandbox(filtered=True))
+    return Sandbox(0 if landlock else abi, not seccomp), landlock, seccomp
+
+
+def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict[str, str]:
+    """The protections of the host from the builds in simulated VMs, and "" or why each is not in effect. landlock, seccomp: why these cannot be used;
+    taken: why the port of the service cannot be closed."""
+    def lacks(least: int, linux: str) -> str:
+        return landlock or ("" if abi >= least else f"Landlock here has ABI {abi}, and ABI {least} is needed (Linux {linux})")
+
+    return {"files": lacks(3, "6.2"), "sockets": lacks(6, "6.12") or seccomp, "signals": lacks(6, "6.12") or seccomp, "ports": lacks(4, "6.7") or seccomp or taken, "limits": ""}
+
+
+def protection_text(protections: Mapping[str, str]) -> str:
+    """Which protections are in effect, for people."""
+    parts = [(label, [name for name, why in protections.items() if bool(why) == lost]) for label, lost in (("host protected", False), ("not protected", True))]
+    return "; ".join(f"{label}: {', '.join(names)}" for label, names in parts if names)
+
+
 def _spawn(argv: Sequence[str], untrusted: bool, **options: Any) -> Any:
     """subprocess.Popen, or for untrusted programs what stands in for it."""
     if untrusted and _brokers:
         return BrokeredProcess(_brokers[0], argv, **options)
+    if untrusted and _confinements:
+        return _confinements[0].start(argv, **options)
     return subprocess.Popen(argv, **options)
 
 
@@ -3300,12 +3598,14 @@ class Plan(NamedTuple):
 
 
 class Toolchain(NamedTuple):
-    """marker: the file that makes it the project's; outputs: the directories that are removed before the build."""
+    """marker: the file that makes it the project's; outputs: the directories that are removed before the build; shared: where its
+    builds write outside of their workspace, as variables name it, or else."""
 
     name: str
     marker: str
     outputs: Sequence[str]
     plan: Callable[[str, Mapping[str, str]], Plan]
+    shared: Mapping[str, str] = {}  # never changed
 
 
 def detect_toolchain(project: str) -> Toolchain:
@@ -3576,7 +3876,8 @@ def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix), Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
+TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix, {"NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
+              Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
 
 # endregion 15
 # ==============================================================================
@@ -3945,6 +4246,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
     os.makedirs(own, exist_ok=True)
     project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
     toolchain = detect_toolchain(project)
+    open_to_build([env.get(name, usual) for name, usual in toolchain.shared.items()])
     emit("detect", [toolchain.name])
     emit("init", ["Verifying build inputs"])
     refuse_outside_influence(project)
@@ -6466,7 +6768,7 @@ def console_text(line: str) -> str:
 # ==============================================================================
 # The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
 # destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
-# workspace of its own, which keeps builds apart by folders and processes, not by any protection: a build runs as the server's user.
+# workspace of its own, whose builds run as the server's user, in a sandbox (section 13) that protects the host as far as its kernel can.
 #
 # Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
 # a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
@@ -6484,16 +6786,19 @@ _BUILD_EVENT = re.compile(
 
 class SimulatedVm:
     """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
-    a child with another task than a build."""
+    a child with another task than a build; sandbox: of what the build starts."""
 
     platform, networked = "simulated", True
     label = ""  # what `vm` events call it: there are none
 
-    def __init__(self, policy: SourcePolicy, env: Sequence[str] = (), command: str = "agent", config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, policy: SourcePolicy, env: Sequence[str] = (), command: str = "agent", config: Mapping[str, Any] | None = None,
+                 sandbox: Sandbox | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
         self.port = 0  # of the loopback interface, once it is ready
         self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
-        self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, dict(config or {})
+        self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, {
+            **(config or {}), "sandbox": sandbox and sandbox._asdict()}
+        self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # its holder reads what the child says, or closes it; never held together with _lock
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
@@ -6507,7 +6812,7 @@ class SimulatedVm:
             for folder in BUILD_FOLDERS:
                 os.mkdir(os.path.join(self.workspace, folder), 0o700)
             self._child = subprocess.Popen([*own_program(), self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           cwd=self.workspace, env=self._env, start_new_session=True)
+                                           cwd=self.workspace, env=self._env, start_new_session=True, pass_fds=self._fds)
             config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
             _configure(self._child, config)  # which ends with the server, and tells the agent so
             return self._child.pid
@@ -7887,6 +8192,8 @@ def run_agent() -> None:
     guard_process()
     try:
         config = json.loads(sys.stdin.buffer.readline())
+        if config.get("sandbox"):
+            confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
         serve_agent(config, workspace, ("127.0.0.1", 0), Attester(SIMULATED_BUILDER, simulated_evidence), lambda: _kill_and_sweep(workspace))
     finally:
         _kill_and_sweep(workspace)
@@ -7932,7 +8239,7 @@ _GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
 _BROKER = "/run/broker/socket"  # below SYSROOT
 # Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE, _PR_SET_NO_NEW_PRIVS = 0x08000000, 0x40000000, 0x01234567, 313, 38
+_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE = 0x08000000, 0x40000000, 0x01234567, 313
 _SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
 _IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
@@ -8940,19 +9247,21 @@ _OF_GUESTS = ("vcpus", "vcpu_type", "memory", "guest_network")  # options that s
 def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> None:
     """Raise UsageError for the first of these options that was given: nothing is ignored silently."""
     for name in names:
-        if getattr(options, name) not in (None, False):
+        if getattr(options, name) not in (None, False, []):
             raise UsageError(f"--{name.replace('_', '-')}{why}")
 
 
 class Machine(NamedTuple):
     """What builds run in here. guest: None = simulated VMs; facts: of the guest's image; launch_digest: of the guest, in hexadecimal, or empty; note: in
-    words, for people."""
+    words, for people; sandbox, protections: of builds in simulated VMs."""
 
     platform: str
     guest: Guest | None
     facts: ImageFacts | None
     launch_digest: str
     note: str
+    sandbox: Sandbox | None = None
+    protections: Mapping[str, str] | None = None
 
 
 def _prepare_machine(options: "argparse.Namespace") -> Machine:
@@ -8962,9 +9271,10 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     if kind == "sim":
         _refuse(options, ("image", *_OF_GUESTS, "vek", "console"), " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest")
-        return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user")
+        return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
+    _refuse(options, ("readable",), ": a guest sees no file of this machine")
     if kind == "snp" and not options.print_command:
         _require_snp(options.image)
     if not options.image:
@@ -8993,6 +9303,31 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
     return Machine(kind, guest, facts, facts.launch_digests[label],
                    f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware")
+
+
+def _simulated_machine(options: "argparse.Namespace") -> Machine:
+    """Simulated VMs, and how far this machine can be protected from what runs in them. Raises UsageError."""
+    env, port = build_environment("", os.environ, options.env), _parse_address(options.listen)[1]
+    for path in options.readable:
+        if not os.path.exists(path):
+            raise UsageError(f"--readable {path}: there is no such file or folder")
+    sandbox, landlock, seccomp = probe_sandbox()
+    proxies = {int(number) for name, value in env.items() if name.lower().endswith("_proxy") for number in re.findall(r":(\d{1,5})\b", value)}
+    taken = f"builds fetch from port {port}, on which the service listens" if port in {80, 443, *proxies} else ""
+    protections = judge_protections(sandbox.abi, landlock, seccomp, taken)
+    missing = [f"{name} ({why})" for name, why in protections.items() if why]
+    if missing and options.require_isolation:
+        raise UsageError(f"--require-isolation: builds here would run without the protection of {', '.join(missing)}",
+                         "leave the option out to build without it, or build in guests: --tee or --vm qemu")
+    readable = [*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
+    return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user; " + protection_text(protections),
+                   sandbox._replace(readable=readable), protections)
+
+
+def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
+    """sandbox, in which builds see neither state nor other workspaces nor secrets of the service, whatever is readable else."""
+    files = [os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key) if path]
+    return sandbox._replace(hidden=[*files, os.path.join(os.path.realpath(tempfile.gettempdir()), "confbuild-")])
 
 
 def _require_snp(image: str | None) -> None:
@@ -9034,13 +9369,14 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
     lock = claim_state(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
-    vms = VmHost(*_makers(options, state, policy, machine), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
+    vms = VmHost(*_makers(options, state, policy, machine, lambda: int(server.server_address[1])), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
                  expected=_of_server(machine))
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
-    greeting = {"simulated": b": simulated VM: not confidential; the evidence is signed by no hardware\n\n",
-                "qemu": b": QEMU guest: not confidential; the evidence is signed by no hardware\n\n"}.get(machine.platform, b"")
+    kind = {"simulated": "simulated VM", "qemu": "QEMU guest"}.get(machine.platform)
+    said = f"; {protection_text(machine.protections)}" if machine.protections else ""
+    greeting = f": {kind}: not confidential; the evidence is signed by no hardware{said}\n\n".encode("ascii") if kind else b""
     api = Api(jobs, policy, _describe_server(options, machine), vms.attestation, greeting,
               lambda: streamer.files >= max(files - 1024, files // 2))  # the rest is for requests, jobs and VMs
     server = Server((host, port), api, gate, streamer, tls)
@@ -9061,14 +9397,21 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
 
 
-def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
-    """What makes a VM of machine, and what makes the process that fetches a repository for one without a network."""
+def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine, port: Callable[[], int]) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
+    """What makes a VM of machine, and what makes the process that fetches a repository for one without a network. port: of
+    the service, once it listens."""
     def fetcher(url: str, ref: str) -> SimulatedVm:
         return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
 
     guest = machine.guest
     if guest is None:
-        return lambda: SimulatedVm(policy, options.env), fetcher
+        box = _hide(machine.sandbox or Sandbox(), options, state)
+        closed = functools.cache(lambda: close_port(port()))  # one for all, which is first needed by the first of them
+
+        def simulated() -> Vm:
+            return SimulatedVm(policy, options.env, sandbox=box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()))
+
+        return simulated, fetcher
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
     folder = os.path.join(state, "guests")
     remove_tree(folder)  # of guests whose server was killed, and they with it
@@ -9091,7 +9434,9 @@ def _of_server(machine: Machine) -> Expectations:
 def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[str, Any]:
     """What GET /config answers."""
     facts, snp = machine.facts, machine.platform == "snp"
-    isolation = "none: a build is a process of the server's user with an environment and folders of its own" if facts is None else (
+    confined = machine.protections and not machine.protections["files"]
+    isolation = ("Landlock, seccomp and limits: a build is a process of the server's user which writes in its workspace alone" if confined else
+                 "none: a build is a process of the server's user with an environment and folders of its own") if facts is None else (
         "a guest for each build, in which it runs as a user of its own, " + ("with" if options.guest_network else "without") + " a network" +
         ("" if snp else "; the host can read and change it"))
     return {
@@ -9101,7 +9446,7 @@ def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[st
         "limits": {"archive_bytes": options.max_archive * MIB, "unpacked_bytes": MAX_UNPACKED, "members": MAX_MEMBERS, "queue": options.queue,
                    "slots": options.slots, "boot_s": _boot_timeout(options, machine), "build_s": options.build_timeout, "single_use": options.single_use},
         "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS} if facts is None else None,
-        "isolation": isolation, "version": __version__}
+        "isolation": isolation, "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()}, "version": __version__}
 
 
 def _read_tokens(path: str) -> list[str]:
@@ -9199,7 +9544,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
             service = Service(running.url, token, lambda text: _note(display, text))
-            _note(display, "simulated VM on this machine: not confidential, its evidence is signed by no hardware" if machine.guest is None else machine.note)
+            _note(display, machine.note if machine.protections is None else
+                  "simulated VM on this machine: not confidential, its evidence is signed by no hardware; " + protection_text(machine.protections))
         try:
             request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive))))
             expected = vm._replace(nonce=nonce, source_tree=packed.tree if packed else None, source_commit=packed.commit if packed else None)
@@ -9215,7 +9561,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
 def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
     """What the VM must be that gets the source. Raises UsageError."""
     if options.server:
-        _refuse(options, ("vm", *_OF_GUESTS), ": that is the server's to say")
+        _refuse(options, ("vm", *_OF_GUESTS, "readable", "require_isolation"), ": that is the server's to say")
     if not options.tee:
         _refuse(options, ("image",) if options.server else (), " goes with --tee")
         if options.measurement:
@@ -9785,6 +10131,8 @@ def _add_limits(parser: "argparse.ArgumentParser") -> None:
     """What a server that builds here needs to know, private or not."""
     parser.add_argument("--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too")
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment")
+    parser.add_argument("--readable", action="append", default=[], metavar="DIR", help="let builds in simulated VMs read this folder too (repeatable)")
+    parser.add_argument("--require-isolation", action="store_true", help="build only where the host is protected from its builds, or refuse to start")
     parser.add_argument("--boot-timeout", type=_seconds, metavar="S", help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})")
     parser.add_argument("--build-timeout", type=_seconds, default=BUILD_TIMEOUT_S, metavar="S", help="limit for a build (default: %(default)g)")
     parser.add_argument("--max-archive", type=_positive, default=MAX_ARCHIVE // MIB, metavar="MIB", help="limit for an uploaded archive (default: %(default)s)")

@@ -3855,6 +3855,228 @@ answer(None)""", str(tmp_path))
     def test_logger(self) -> None:
         assert confbuild.logger().name == "confbuild"
 
+
+class FakeLibc:
+    """A kernel with Landlock of this ABI, which notes what it is asked; abi of less than 0: the error of who asks for it."""
+
+    def __init__(self, abi: int) -> None:
+        self.abi, self.asked = abi, list[tuple[Any, ...]]()
+
+    def note(self, *asked: Any) -> int:
+        self.asked.append((threading.current_thread().name.partition("_")[0], *asked))
+        return 0
+
+    def syscall(self, number: int, *arguments: Any) -> int:
+        if number == 444 and arguments == (None, 0, 1):
+            ctypes.set_errno(-min(self.abi, 0))
+            return self.abi if self.abi > 0 else -1
+        if number == 444:
+            self.note("create", *struct.unpack("=QQQ", arguments[0]))
+            return os.open("/dev/null", os.O_RDONLY)
+        if number == 445:
+            rights, fd = struct.unpack("=Qi", arguments[2])
+            return self.note("rule", os.readlink(f"/proc/self/fd/{fd}"), rights)
+        return self.note({446: "restrict"}[number])
+
+    def prctl(self, option: int, *arguments: Any) -> int:
+        return self.note({38: "no_new_privs", 22: "seccomp"}[option])
+
+    def capget(self, header: Any, data: Any) -> int:
+        data[:] = [0xFFFFFFFF] * 6
+        return self.note("capget")
+
+    def capset(self, header: Any, data: Any) -> int:
+        return self.note("capset", *data)
+
+
+def run_filter(program: bytes, arch: int, number: int, *arguments: int) -> int:
+    """What seccomp's program (of the kinds of instructions that it may have) answers to a system call: an errno, 0 = it is let through."""
+    rows = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    data = struct.pack("=IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
+    at = loaded = 0
+    while True:
+        code, yes, no, k = rows[at]
+        at += 1
+        if code == 0x20:
+            loaded = struct.unpack_from("=I", data, k)[0]
+        elif code == 0x06:
+            return 0 if k == 0x7FFF0000 else k & 0xFFFF
+        else:
+            at += yes if {0x15: loaded == k, 0x35: loaded >= k, 0x45: bool(loaded & k)}[code] else no
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has Landlock")
+class TestSandbox:
+    @pytest.mark.parametrize(("machine", "arch", "calls"), [
+        ("x86_64", 0xC000003E, {"prlimit": 302, "socket": 41, "pair": 53, "sendto": 44, "sendmsg": 46, "sendmmsg": 307, "keyctl": 250, "read": 0, "kill": 62}),
+        ("aarch64", 0xC00000B7, {"prlimit": 261, "socket": 198, "pair": 199, "sendto": 206, "sendmsg": 211, "sendmmsg": 269, "keyctl": 219, "read": 63, "kill": 129})])
+    def test_filter(self, machine: str, arch: int, calls: Mapping[str, int]) -> None:
+        """Source of the numbers: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h of Linux."""
+        fast = 0x20000000
+        table: list[tuple[str, tuple[int, ...], int]] = [
+            ("prlimit", (0, 7, 1), 0), ("prlimit", (1, 0, 0), errno.EPERM), ("prlimit", (1 << 32, 0, 0), 0),  # a pid has 32 bits
+            ("socket", (2, 1, 0), 0), ("socket", (10, 1 | 0x80000, 6), 0), ("socket", (16, 3, 0), 0), ("socket", (2, 1, 262), errno.EPROTONOSUPPORT),
+            ("socket", (43, 1, 0), errno.EAFNOSUPPORT), ("socket", (1, 1, 0), errno.EACCES), ("pair", (1, 1 | 0x80800, 0), 0), ("pair", (1, 5, 0), 0),
+            ("pair", (1, 2 | 0x80000, 0), errno.EACCES), ("pair", (1, 3, 0), errno.EACCES),
+            ("sendto", (3, 0, 1, 0x4000), 0), ("sendto", (3, 0, 1, fast | 0x4000), errno.EOPNOTSUPP), ("sendmsg", (3, 0, fast), errno.EOPNOTSUPP),
+            ("sendmsg", (3, fast, 0), 0), ("sendmmsg", (3, 0, 1, fast), errno.EOPNOTSUPP), ("sendmmsg", (3, 0, fast, 0), 0),
+            ("keyctl", (0,), errno.ENOSYS), ("read", (0, 0, 0), 0), ("kill", (-1 & 0xFFFFFFFF, 9), 0)]
+        program = confbuild.seccomp_filter(machine, False)
+        assert [run_filter(program, arch, calls[name], *arguments) for name, arguments, _ in table] == [number for _, _, number in table]
+        assert run_filter(program, arch, 425) == errno.ENOSYS  # io_uring_setup
+        assert run_filter(program, 0x40000003, calls["read"]) == errno.ENOSYS  # another architecture, of other numbers
+        assert run_filter(program, arch, 0x40000000 | calls["read"]) == errno.ENOSYS  # x32
+        shared = confbuild.seccomp_filter(machine, True)  # for nix's daemon
+        assert [run_filter(shared, arch, calls[name], *arguments) for name, arguments in (("socket", (1, 1, 0)), ("pair", (1, 2, 0)), ("socket", (2, 1, 262)))] == [
+            0, 0, errno.EPROTONOSUPPORT]
+        assert confbuild.seccomp_filter("riscv64", False) == b""
+
+    @pytest.mark.parametrize(("abi", "kept"), [(1, "limits"), (2, "limits"), (3, "files, limits"), (4, "files, ports, limits"), (5, "files, ports, limits"),
+                                               (6, "files, sockets, signals, ports, limits"), (9, "files, sockets, signals, ports, limits")])
+    def test_protections(self, abi: int, kept: str) -> None:
+        """Which ABI of Landlock has what: Documentation/userspace-api/landlock.rst, "Previous limitations"."""
+        found = confbuild.judge_protections(abi, "", "", "")
+        assert confbuild.protection_text(found).partition(";")[0] == "host protected: " + kept
+        assert abi >= 6 or found["signals"] == f"Landlock here has ABI {abi}, and ABI 6 is needed (Linux 6.12)"
+        assert confbuild.judge_protections(abi, "", "no table", "taken")["limits"] == ""
+
+    def test_protections_that_are_missing(self) -> None:
+        assert confbuild.judge_protections(7, "", "no table", "taken") == {"files": "", "sockets": "no table", "signals": "no table", "ports": "no table", "limits": ""}
+        assert confbuild.judge_protections(7, "", "", "taken") == {"files": "", "sockets": "", "signals": "", "ports": "taken", "limits": ""}
+        assert confbuild.judge_protections(0, "no Landlock", "", "") == {**dict.fromkeys(("files", "sockets", "signals", "ports"), "no Landlock"), "limits": ""}
+        assert confbuild.protection_text(confbuild.judge_protections(0, "no", "", "")) == "host protected: limits; not protected: files, sockets, signals, ports"
+
+    @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])  # built without, disabled, refused by a container's seccomp
+    def test_no_landlock(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        monkeypatch.setattr(confbuild, "_libc", lambda: FakeLibc(-number))
+        monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(machine="riscv64"))
+        assert confbuild.probe_sandbox() == (confbuild.Sandbox(), f"this kernel has no Landlock (landlock_create_ruleset: {os.strerror(number)})",
+                                             "system calls of riscv64 are not known here")
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert confbuild.probe_sandbox() == (confbuild.Sandbox(), "only Linux has Landlock", "only Linux has seccomp")
+
+    def test_no_layer_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The trial takes as many layers as a build: one that is left is not enough."""
+        libc, left = FakeLibc(7), [0]
+        monkeypatch.setattr(confbuild, "_libc", lambda: libc)
+
+        def note(*asked: Any) -> int:
+            left[0] -= asked == ("restrict",)
+            ctypes.set_errno(errno.E2BIG)
+            return -1 if left[0] < 0 else 0
+
+        monkeypatch.setattr(libc, "note", note)
+        for layers, problem in ((1, "landlock_restrict_self: Argument list too long"), (2, "")):
+            left[0] = layers
+            assert confbuild.probe_sandbox()[1] == problem
+        left[0] = 0
+        with pytest.raises(confbuild.BuildFailed, match="the sandbox cannot be entered: landlock_restrict_self: Argument list too long") as caught:
+            confbuild.Confinement(confbuild.Sandbox(7), "/nonexistent", ()).start(["/bin/true"])
+        assert caught.value.error_type == "VmError"
+
+    @pytest.mark.parametrize(("abi", "handled", "scoped"), [
+        (1, 0x1FFF, 0), (2, 0x3FFF, 0), (3, 0x7FFF, 0), (4, 0x7FFF, 0), (5, 0xFFFF, 0), (6, 0xFFFF, 3), (7, 0xFFFF, 3)])
+    def test_rules(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, handled: int, scoped: int) -> None:
+        """What the kernel is asked, by one thread, before it starts the first program; a second one is started in the same sandbox."""
+        libc = FakeLibc(abi)
+        monkeypatch.setattr(confbuild, "_libc", lambda: libc)
+        monkeypatch.setattr(confbuild, "_private", lambda _: iter(()))
+        for name in ("work/tmp/", "tools/", "hidden/"):
+            (tmp_path / name).mkdir(parents=True)
+        (tmp_path / "file").touch()
+        ports = os.open("/dev/null", os.O_RDONLY)
+        box = confbuild.Sandbox(abi, True, [str(tmp_path / "tools"), str(tmp_path / "file"), str(tmp_path / "gone"), str(tmp_path / "hidden")],
+                                [str(tmp_path / "hidden") + "/"], ports)
+        confined = confbuild.Confinement(box, str(tmp_path / "work"), ("tmp", "gone"))
+        for _ in range(2):
+            assert confined.start([sys.executable, "-c", "pass"]).wait() == 0
+        assert {who for who, *_ in libc.asked} == {"sandbox"}
+        asked = [what for _, *what in libc.asked]
+        rules = {path: rights for name, *rest in asked if name == "rule" for path, rights in [rest]}
+        writable, device = handled & ~(1 << 6 | 1 << 11 | 1 << 15), handled & (1 << 1 | 1 << 2 | 1 << 14 | 1 << 15)
+        assert {path: rights for path, rights in rules.items() if not path.startswith("/dev/")} == {
+            str(tmp_path / "work/tmp"): writable, str(tmp_path / "tools"): 0b1101, str(tmp_path / "file"): 0b101}
+        assert rules["/dev/null"] == device and "/dev/shm" not in rules and "/dev/pts" not in rules
+        assert [what for what in asked if what[0] != "rule"] == [
+            ["create", handled, 0, scoped], ["no_new_privs"], ["capget"], ["capset", 0xFB, 0xFB, 0xFB, 0, 0, 0], ["restrict"], ["restrict"], ["seccomp"]]
+
+    def test_nix(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """nix writes in its store, and needs terminals; with a daemon, Unix sockets instead; what cannot be made is nix's to tell."""
+        for daemon in (False, True):
+            monkeypatch.setattr(confbuild, "_confinements", [confined := confbuild.Confinement(confbuild.Sandbox(), "/w", ("tmp",))])
+            confbuild.open_to_build([])
+            assert (confined.writable, confined.unix, "/dev/pts" in confined.devices) == (["/w/tmp"], False, False)
+            if daemon:
+                write_files(tmp_path, {"state/daemon-socket/socket": ""})
+            folders = [str(tmp_path / "store"), str(tmp_path / "state"), "/proc/nowhere"]
+            confbuild.open_to_build(folders)
+            assert (confined.writable, confined.unix, "/dev/pts" in confined.devices) == (["/w/tmp", *folders], daemon, not daemon)
+            assert os.path.isdir(folders[0]) and os.path.isdir(folders[1])
+
+    def test_what_is_hidden(self, tmp_path: Path) -> None:
+        """A folder that hides nothing is allowed whole, another by its parts; links in there are not followed."""
+        files = {"opt/a/x": "", "opt/b/state/jobs": "", "opt/b/statement": "", "opt/b/other": "", "home/x": ""}
+        write_files(tmp_path, files)
+        (tmp_path / "opt/b/link").symlink_to(tmp_path / "home")
+        root = str(tmp_path)
+
+        def visible(path: str, *hidden: str) -> set[str]:
+            return {found.removeprefix(root) for found in confbuild._visible(root + path, [root + one for one in hidden])}
+
+        assert visible("/opt", "/opt/b/state/") == {"/opt/a", "/opt/b/other", "/opt/b/statement"}
+        assert visible("/opt", "/opt/b/state") == {"/opt/a", "/opt/b/other"}  # the beginning of a name
+        assert visible("/opt", "/home/") == {"/opt"} and visible("/opt/b/state", "/opt/b/state/") == visible("/opt/b/state/jobs", "/opt/b/state/") == set()
+        assert visible("/opt/a", "/opt/b/state/") == {"/opt/a"}
+        assert "/" not in confbuild._visible("/", [root + "/"]) and "/usr" in confbuild._visible("/", [root + "/"])
+
+    def test_what_only_some_may_read(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"passwd": "", "shadow": "", "ssl/certs/a": "", "ssl/private/key": "", "ssh/host_key": ""})
+        for name, mode in (("shadow", 0o640), ("ssl/private", 0o710), ("ssh/host_key", 0o600)):
+            (tmp_path / name).chmod(mode)
+        (tmp_path / "link").symlink_to("shadow")
+        assert set(confbuild._private(str(tmp_path))) == {str(tmp_path / name) + "/" for name in ("shadow", "ssl/private", "ssh/host_key")}
+        assert list(confbuild._private(str(tmp_path / "gone"))) == []
+
+    def test_what_is_readable(self, tmp_path: Path) -> None:
+        """The toolchain, wherever in the home it lies, and nothing else there."""
+        home = tmp_path / "home"
+        for name in (".cargo/bin", ".cargo/registry", ".rustup/toolchains/stable", "own-rust/bin", ".pyenv/shims", ".pyenv/versions/3.11", ".pyenv/libexec",
+                     ".nvm/versions/node/v18/bin", ".nvm/versions/node/v18/lib", ".local/bin", ".local/lib", ".local/share", "bin", "java", ".ssh"):
+            (home / name).mkdir(parents=True)
+        (home / ".pyenv/version").touch()
+        (home / ".rustup/toolchains/mine").symlink_to(home / "own-rust")
+        (tmp_path / "linked").symlink_to(home / ".nvm/versions/node/v18/bin")
+        path = ":".join([str(home / ".cargo/bin"), str(home / ".pyenv/shims"), str(tmp_path / "linked"), str(home / ".local/bin"), str(home), str(tmp_path), "", ".",
+                         str(home / "bin"), str(home / "gone/bin"), "/usr/bin"])
+        env = {"PATH": path, "RUSTUP_HOME": str(home / ".rustup"), "JAVA_HOME": str(home / "java"), "LANG": "C", "OLDPWD": str(home), "ROOT": "/", "SOME": "bin"}
+        found = confbuild.readable_paths(env, str(home))
+        assert found[:len(confbuild.SYSTEM_FOLDERS)] == list(confbuild.SYSTEM_FOLDERS) and "/usr/bin" in found and "/" not in found
+        assert {one.removeprefix(str(home)) for one in found if one.startswith(str(tmp_path))} == {
+            "/.cargo/bin", "/.rustup", "/own-rust", "/java", "/bin", "/.pyenv/shims", "/.pyenv/versions", "/.pyenv/version", "/.pyenv/libexec",
+            "/.nvm/versions/node/v18/bin", "/.nvm/versions/node/v18/lib", "/.local/bin", "/.local/lib"}
+
+    def test_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The number of processes is beyond those that the user has, as many threads as RLIMIT_NPROC counts; a lower limit stays."""
+        limits = {resource.RLIMIT_CORE: resource.RLIM_INFINITY, resource.RLIMIT_FSIZE: resource.RLIM_INFINITY, resource.RLIMIT_NPROC: resource.RLIM_INFINITY}
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.update({kind: pair[0]}) if pair[0] == pair[1] else None)
+        monkeypatch.setattr(confbuild, "_confinements", [])
+        monkeypatch.setattr(confbuild, "_count_threads", lambda: 300)
+        confbuild.confine_builds(confbuild.Sandbox(file_bytes=1000, processes=50), "/w", ("tmp",))
+        assert limits == {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1000, resource.RLIMIT_NPROC: 350}
+        confbuild.confine_builds(confbuild.Sandbox(), "/w", ())
+        assert limits == {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1000, resource.RLIMIT_NPROC: 350}
+        assert [confined.writable for confined in confbuild._confinements] == [["/w/tmp"], []]
+
+    def test_count_threads(self) -> None:
+        before = confbuild._count_threads()
+        with subprocess.Popen([sys.executable, "-c", ("import threading; e = threading.Event(); [threading.Thread(target=e.wait, daemon=True).start() for _ in range(200)];"
+                                                     "print(1, flush=True); input()")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None and child.stdout.readline() == b"1\n"
+            during = confbuild._count_threads()
+            child.communicate(b"\n")
+        assert during >= before + 100 and before >= 1  # others of this user come and go meanwhile
+
 # endregion 13
 # ==============================================================================
 # region 14. Source
@@ -7518,7 +7740,6 @@ class TestJobs:
             ("TimeoutError", "the build took longer than 2 s", project("sleep 60"), {}),
             ("NoArtifacts", "no executable", project("true"), {}),
             ("ProvenanceError", "lost 1.0.0", {**project(), "Cargo.lock": lock}, {}),
-            ("VmError", "the VM ", project("kill -9 $PPID; sleep 60"), {}),
         ]
         jobs = [s.submit(files, **fields) for _, _, files, fields in table]
         for (error_type, fragment, _, _), job in zip(table, jobs, strict=True):
@@ -7564,8 +7785,10 @@ class TestJobs:
         """Two builds at once: each waits for the other. Neither has the other's files in its workspace, nor a secret of the server."""
         s = server("--slots", "2", "--env", "ALLOWED",
                    env={"SECRET_TOKEN": "hunter2", "ALLOWED": "seen", "http_proxy": "http://u:hunter2@127.0.0.1:9"})
-        jobs = [s.submit(project(f"touch marker-{a} {tmp_path}/{a}\nwhile [ ! -e {tmp_path}/{b} ]; do sleep 0.02; done\n"
-                                 f"env\nfind ../.. -name 'marker-*'\n{QUICK}")) for a, b in (("a", "b"), ("b", "a"))]
+        jobs = [s.submit(project(f"touch marker-{a}\n{gated(tmp_path / 'gate')}\nenv\nfind .. -name 'marker-*'\n{QUICK}")) for a in ("a", "b")]
+        for job in jobs:
+            until(s, job)
+        (tmp_path / "gate").touch()
         for name, other, job in (("a", "b", jobs[0]), ("b", "a", jobs[1])):
             events = s.events(job)
             text = "\n".join(event["msg"] for event in events if event["type"] == "build")
@@ -7578,7 +7801,7 @@ class TestJobs:
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """kill -9 at two moments of two builds of 10,000 lines: each client ends with every event once, and each job is complete."""
         s, rng = server("--slots", "2"), random.Random(4)
-        build = f"echo $$ >> {tmp_path}/pids\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
+        build = "echo pid $$\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
         followers = [Follower(s, s.submit(project(build))) for _ in range(2)]
         for follower in followers:
             follower.start()
@@ -7597,7 +7820,7 @@ class TestJobs:
             assert lines[-10_000:] == [str(n) for n in range(1, 10_001)]
             assert [event for event in events if event["type"] == "complete"] == [events[-1]] == [OK_EVENT]
             assert s.request("GET", f"/build/{follower.job}/result")[0] == 200 and s.status(follower.job)["attempts"] <= 3
-        wait_for(lambda: not any(living(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
+            wait_for(lambda lines=lines: not any(living(int(line[4:])) for line in lines if line.startswith("pid ")))
 
     def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """A build under which the server dies three times has failed; what waits keeps its order, what is finished its bytes."""
@@ -7605,14 +7828,11 @@ class TestJobs:
         done = s.submit()
         s.events(done)
         before = [s.request("GET", f"/build/{done}/{name}")[2] for name in ("events", "result")] + [s.status(done)]
-        fatal = s.submit(project(f"echo $$ >> {tmp_path}/pids; {gated(tmp_path / 'never')}"))
-        waiting, pids = [s.submit() for _ in range(3)], tmp_path / "pids"
+        fatal = s.submit(project(f"echo $$; {gated(tmp_path / 'never')}"))
+        waiting, pids, log = [s.submit() for _ in range(3)], list[int](), s.state / "jobs" / fatal / "events"
         for attempt in range(1, 4):
-            wait_for(pids.exists)
-            deadline = time.monotonic() + PATIENCE
-            while len(pids.read_text().split()) < attempt:
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_for(lambda attempt=attempt: log.read_bytes().count(b'"waiting"') == attempt)
+            pids = [int(pid) for pid in re.findall(rb'"msg":"(\d+)"', log.read_bytes())]
             assert s.status(fatal)["attempts"] == attempt
             s.stop(signal.SIGKILL)
             s.start()
@@ -7625,7 +7845,8 @@ class TestJobs:
         assert starts == sorted(starts)
         assert [s.request("GET", f"/build/{done}/{name}")[2] for name in ("events", "result")] + [s.status(done)] == before
         assert [job["job_id"] for job in json.loads(s.request("GET", "/builds")[2])] == [*waiting[::-1], fatal, done]
-        wait_for(lambda: not any(living(int(pid)) for pid in (tmp_path / "pids").read_text().split()))
+        assert len(pids) == 3
+        wait_for(lambda: not any(map(living, pids)))
 
     def test_grace(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """SIGTERM: nothing more is accepted, the running build finishes, the waiting one waits for the next server."""
@@ -7645,12 +7866,12 @@ class TestJobs:
     def test_parked(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """A build that the grace did not suffice for is run by the next server, at no cost; one server at a time has the state."""
         s = server("--grace", "0.1")
-        job = s.submit(project(f"echo $$ > {tmp_path}/pid; {gated(tmp_path / 'gate')}"))
-        until(s, job)
+        job = s.submit(project(f"echo $$; {gated(tmp_path / 'gate')}"))
+        pid = int(until(s, job)["msg"])
         second = subprocess.run([*PROGRAM, "serve", "--listen", "127.0.0.1:0", "--state", str(s.state)], capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert (second.returncode, second.stderr) == (2, f"confbuild: error: {s.state} is in use by another server\n")
         assert "Traceback" not in s.stop()
-        assert not living(int((tmp_path / "pid").read_text()))
+        assert not living(pid)
         stored = json.loads((s.state / "jobs" / job / "job.json").read_text())
         assert (stored["state"], stored["attempts"]) == ("queued", 0)
         s.start()
@@ -8889,28 +9110,249 @@ class TestVm:
                 call()
 
     @pytest.mark.parametrize("how", ["delete", "murder"])
-    def test_everything_dies(self, server: Callable[..., Server], tmp_path: Path, how: str) -> None:
-        """A cancelled build, and one that kills its own agent: all that it started is dead within two seconds, daemons too, reaped
+    def test_everything_dies(self, server: Callable[..., Server], how: str) -> None:
+        """A cancelled build, and one whose agent is killed: all that it started is dead within two seconds, daemons too, reaped
         as well, and so is the workspace; the server then builds on."""
         s = server()
-        pids = tmp_path / "pids"
-        daemon = f"setsid sh -c 'echo $$ >> {pids}; setsid sh -c \"echo \\$\\$ >> {pids}; sleep 300\" & sleep 300' &\n"
-        last = "kill -9 $PPID; sleep 300" if how == "murder" else "sleep 300"
-        many = "mkdir -p m; cd m; for i in $(seq 1500); do : > $i; done\n"
-        told = f"pwd > {tmp_path}/where.tmp; mv {tmp_path}/where.tmp {tmp_path}/where"
-        job = s.submit(project(f"{many}echo $$ >> {pids}; {daemon}while [ $(wc -l < {pids}) -lt 3 ]; do sleep 0.01; done; {told}; {last}"))
-        workspace = wait_for(lambda: (tmp_path / "where").exists() and (tmp_path / "where").read_text().strip())
+        daemon = "setsid sh -c 'echo $$ >> pids; setsid sh -c \"echo \\$\\$ >> pids; sleep 300\" & sleep 300' &\n"
+        many = "mkdir -p m; cd m; for i in $(seq 1500); do : > $i; done; cd ..\n"
+        job = s.submit(project(f"{many}echo $$ > pids; {daemon}while [ $(wc -l < pids) -lt 3 ]; do sleep 0.01; done; echo $PPID $(cat pids) $PWD; sleep 300"))
+        agent, *pids, workspace = until(s, job)["msg"].split()
         if how == "delete":
             answer = s.request("DELETE", f"/build/{job}")
             assert answer[0] == 200, answer
-        wait_for(lambda: not any(living(int(pid)) for pid in pids.read_text().split()))
+        else:
+            os.kill(int(agent), signal.SIGKILL)
+        wait_for(lambda: not any(living(int(pid)) for pid in pids))
         result = s.events(job)[-1]["result"]
-        assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids.read_text().split()) == 3
+        assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids) == 3
         assert not os.path.exists(workspace)
         assert s.events(s.submit())[-1]["result"] == {"status": "ok"}
         assert s.process is not None
         assert Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text() == ""  # no zombie either
         assert "Traceback" not in s.stop()
+
+
+# Run by a build: each attack, then what every build needs. Prints a line of JSON: name -> the error's name, or what it got, or nothing where it was to work.
+HOSTILE = r'''
+import ctypes, errno, json, os, signal, socket, subprocess, sys, tempfile
+given, libc, got = json.load(open("given.json")), ctypes.CDLL(None, use_errno=True), {}
+state, job, port = given["state"], given["job"], given["port"]
+agent, log = os.path.join(os.environ["HOME"], "../agent"), f"{state}/jobs/{job}/events"
+ancestors = [os.getppid()]
+while ancestors[-1] > 1:
+    ancestors.append(int(open(f"/proc/{ancestors[-1]}/stat").read().rpartition(")")[2].split()[1]))
+outside = [pid for pid in ancestors if pid > 1 and b"confbuild" in open(f"/proc/{pid}/cmdline", "rb").read()][:2]
+
+def attempt(name, act, fine=False):
+    try:
+        result = act()
+        got[name] = "" if fine else f"succeeded: {result!r:.100}"
+    except OSError as e:
+        got[name] = errno.errorcode.get(e.errno, str(e))
+
+def call(name, *arguments):
+    result = getattr(libc, name)(*arguments)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), name)
+    return result
+
+def connect(family, protocol, address, flags=None):
+    with socket.socket(family, socket.SOCK_STREAM, protocol) as s:
+        s.settimeout(5)
+        return s.connect(address) if flags is None else s.sendto(b"x", flags, address) if flags else s.sendmsg([b"x"], [], 0x20000000, address)
+
+def listen(address):
+    with socket.socket(socket.AF_INET6) as s:
+        s.bind(address)
+        s.listen()
+
+def through_link(target):
+    os.path.lexists("link") and os.unlink("link")
+    os.symlink(target, "link")
+    return open("link", "rb").read(1)
+
+for path in (f"{state}/jobs/{job}/job.json", log, given["secret"], given["token"]):
+    attempt(f"read {path}", lambda: open(path, "rb").read(1))
+    attempt(f"read {path} by a link", lambda: through_link(path))
+    attempt(f"read {path} by way of /proc", lambda: open(f"/proc/self/root{path}", "rb").read(1))
+    attempt(f"link {path}", lambda: os.link(path, "hard"))
+    attempt(f"move {path}", lambda: os.rename(path, "moved"))
+for path in (state, f"{state}/jobs", agent, os.path.join(os.environ["HOME"], ".."), tempfile.gettempdir() + "/../..", given["home"]):
+    attempt(f"list {path}", lambda: os.listdir(path))
+    attempt(f"write in {path}", lambda: open(path + "/planted", "w"))
+    attempt(f"make a folder in {path}", lambda: os.mkdir(path + "/planted"))
+attempt("write the log", lambda: open(log, "ab"))
+attempt("truncate the log", lambda: os.truncate(log, 0))
+attempt("remove the log", lambda: os.unlink(log))
+attempt("write in /dev/shm", lambda: open("/dev/shm/planted", "w"))
+attempt("write in /tmp", lambda: open("/tmp/planted", "w"))
+attempt("change the kernel", lambda: open("/proc/sys/kernel/core_pattern", "r+"))
+attempt("make a device", lambda: os.mknod("device", 0o600 | 0o20000, os.makedev(1, 3)))
+attempt("mount", lambda: call("mount", b"none", os.getcwd().encode(), b"tmpfs", 0, None))
+attempt("enter namespaces", lambda: (call("unshare", 0x10000000 | 0x20000), call("mount", b"/", os.getcwd().encode(), None, 4096, None)))
+for pid in outside:
+    attempt(f"signal {pid}", lambda: os.kill(pid, 0))
+    attempt(f"signal {pid} by its descriptor", lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0))
+    attempt(f"limit {pid}", lambda: call("prlimit", pid, 7, b"\xff" * 16, None))
+    attempt(f"trace {pid}", lambda: call("ptrace", 16, pid, None, None))
+    attempt(f"read the memory of {pid}", lambda: call("process_vm_readv", pid, None, 0, None, 0, 0) or open(f"/proc/{pid}/mem", "rb"))
+    attempt(f"take a file of {pid}", lambda: call("syscall", 438, os.pidfd_open(pid), 0, 0))
+    for name in ("environ", "fd/0", "root/etc", "cwd/agent"):
+        path = f"/proc/{pid}/{name}"
+        attempt(path, lambda: os.listdir(path) if "/" in name[2:] else open(path, "rb").read())
+for name, address in (("127.0.0.1", (socket.AF_INET, ("127.0.0.1", port))), ("mapped", (socket.AF_INET6, ("::ffff:127.0.0.1", port)))):
+    for protocol in (0, 262):
+        attempt(f"connect to {name} over {protocol}", lambda: connect(address[0], protocol, address[1]))
+    for flags in (0x20000000, 0):
+        attempt(f"fast open to {name} {flags}", lambda: connect(address[0], 0, address[1], flags))
+attempt("connect with SMC", lambda: connect(43, 0, ("127.0.0.1", port)))
+attempt("listen in the service's place", lambda: listen(("::1", port)))
+attempt("io_uring", lambda: call("syscall", 425, 1, b"\0" * 120))
+attempt("keys", lambda: call("syscall", given["keyctl"], 0, -4, 0))
+attempt("an abstract socket", lambda: connect(socket.AF_UNIX, 0, "\0" + given["abstract"]))
+attempt("a socket with a path", lambda: connect(socket.AF_UNIX, 0, given["socket"]))
+attempt("a datagram to a path", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", given["socket"]))
+attempt("raise a limit", lambda: call("prlimit", 0, 1, b"\xff" * 16, None))
+attacks, got = got, {}
+
+def own_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        connect(socket.AF_INET, 0, s.getsockname())
+
+def own_child():
+    with subprocess.Popen(["sleep", "300"]) as child:
+        child.kill()
+
+for path in ("file", os.environ["HOME"] + "/file", os.environ["TMPDIR"] + "/file", os.environ["CARGO_HOME"] + "/file", "/dev/null"):
+    attempt(f"write {path}", lambda: open(path, "w").write("x"), True)
+for path in ("/etc/passwd", "/proc/self/status", "/proc/meminfo", "/dev/urandom", given["readable"] + "/file", "/etc/resolv.conf"):
+    attempt(f"read {path}", lambda: open(path, "rb").read(1), True)
+attempt("list /usr", lambda: os.listdir("/usr"), True)
+attempt("move between folders", lambda: os.rename(os.environ["TMPDIR"] + "/file", os.environ["HOME"] + "/other"), True)
+attempt("link between folders", lambda: os.link("file", os.environ["HOME"] + "/linked"), True)
+attempt("a pair of sockets", socket.socketpair, True)
+attempt("a port of its own", own_port, True)
+attempt("a process of its own", own_child, True)
+attempt("a shell", lambda: subprocess.run(["sh", "-c", "cd / && echo x | cat > /dev/null"], check=True), True)
+print(json.dumps([attacks, got]))
+'''
+REFUSALS = {"EACCES", "EPERM", "EXDEV", "ENOSYS", "ENOTSUP", "EPROTONOSUPPORT", "EAFNOSUPPORT"}
+SANDBOX, NO_LANDLOCK, NO_SECCOMP = confbuild.probe_sandbox()
+KEPT = confbuild.judge_protections(SANDBOX.abi, NO_LANDLOCK, NO_SECCOMP, "")
+needs_sandbox = pytest.mark.skipif(any(KEPT.values()), reason=f"{KEPT}: boot Linux 6.12 or later with landlock in `lsm=`")
+
+
+class TestSandboxedBuilds:
+    @needs_sandbox
+    def test_hostile_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """What a build tries against its host is refused, each for its own reason, and what builds need works."""
+        for name in ("secret", "token", "readable/file"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text("t0")
+        s = server("--token-file", str(tmp_path / "token"), "--readable", sys.base_prefix, "--readable", str(tmp_path / "readable"), "--readable", str(Path(sys.executable).resolve().parent))
+        s.headers = {"Authorization": "Bearer t0"}
+        finished = s.submit()
+        assert s.events(finished)[-1] == OK_EVENT
+        before = {path: path.read_bytes() for path in (s.state / "jobs" / finished).iterdir()}
+        with socket.socket(socket.AF_UNIX) as abstract, socket.socket(socket.AF_UNIX) as named:
+            for listener, address in ((abstract, "\0confbuild-test-" + tmp_path.name), (named, str(tmp_path / "socket"))):
+                listener.bind(address)
+                listener.listen()
+            given = {"state": str(s.state), "job": finished, "port": s.port, "secret": str(tmp_path / "secret"), "token": str(tmp_path / "token"),
+                     "home": os.path.expanduser("~"), "readable": str(tmp_path / "readable"), "socket": str(tmp_path / "socket"), "abstract": "confbuild-test-" + tmp_path.name,
+                     "keyctl": confbuild._SECCOMP_NUMBERS[os.uname().machine][-1]}
+            job = s.submit(project(f"{os.path.realpath(sys.executable)} -I -S hostile.py || exit 9\n{QUICK}", **{"hostile.py": HOSTILE, "given.json": json.dumps(given)}))
+            events = s.events(job)
+        assert events[-1] == OK_EVENT, "\n".join(event.get("msg", "") for event in events)
+        attacks, needed = json.loads(next(event["msg"] for event in events if event["type"] == "build" and event["msg"].startswith("[")))
+        assert len(attacks) > 70 and {name: what for name, what in attacks.items() if what not in REFUSALS} == {}
+        assert {name: what for name, what in needed.items() if what} == {}
+        assert {path: path.read_bytes() for path in before} == before
+
+    @needs_sandbox
+    def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub_path: str) -> None:
+        """A file of more than the limit ends the tool; no core is dumped; root's processes are not counted, those of other users are."""
+        monkeypatch.setenv("PATH", stub_path)
+        box = SANDBOX._replace(readable=confbuild.readable_paths({"PATH": stub_path}, "/nonexistent"), file_bytes=1 << 20, processes=1000)
+
+        def run(build: str) -> tuple[list[str], str]:
+            host = confbuild.VmHost(lambda: confbuild.SimulatedVm(confbuild.SourcePolicy(), sandbox=box), no_fetcher)
+            jobs = confbuild.Jobs(tempfile.mkdtemp(dir=tmp_path), host.run, lambda log: None)
+            archive = tmp_path / "archive"
+            archive.write_bytes(tarball(project(build)))
+            job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"), str(archive))
+            jobs.start()
+            wait_for(lambda: jobs.describe(job)["status"] in ("ok", "failed"))
+            jobs.stop(0)
+            log = (Path(job.folder) / "events").read_text()
+            return [json.loads(line[6:])["msg"] for line in log.split("\n") if '"build"' in line], jobs.describe(job).get("error", "")
+
+        lines, error = run(f"grep -E 'processes|core|file size' /proc/self/limits; head -c 1000000 /dev/zero > fits\n{QUICK}")
+        limits = {line[:26].strip(): line[26:].split()[:2] for line in lines}
+        assert limits["Max file size"] == ["1048576"] * 2 and limits["Max core file size"] == ["0"] * 2 and int(limits["Max processes"][0]) >= 1000
+        assert error == ""
+        assert run(f"exec head -c 2000000 /dev/zero > big\n{QUICK}")[1] == f"cargo build --locked --release ended with signal {signal.SIGXFSZ.value}"
+
+    @needs_sandbox
+    def test_nested(self, tmp_path: Path, stub_path: str) -> None:
+        """A service in a sandbox of the same kind has one for its builds."""
+        write_files(tmp_path / "work/demo", project("cat ../../../secret || echo refused\n" + QUICK))
+        (tmp_path / "secret").write_text("secret")
+        outer = confbuild.Confinement(SANDBOX._replace(readable=["/"]), str(tmp_path), ("work",))
+        env = {**os.environ, "PATH": stub_path, "TMPDIR": str(tmp_path / "work")}
+        with outer.start([*PROGRAM, "build", "demo", "--require-isolation", "--output", "plain"], cwd=tmp_path / "work", env=env, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, text=True) as child:
+            text = child.communicate()[0]
+        assert child.returncode == 0 and "host protected: files, sockets, signals, ports, limits" in text and "refused" in text
+
+    def test_require_isolation(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """Without the protections nothing is started, and the refusal names each; without the option, everybody is told."""
+        monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(), "no Landlock", "no seccomp"))
+        (tmp_path / "demo").mkdir()
+        for command in (["serve", "--state", str(tmp_path / "state")], ["build", str(tmp_path / "demo")]):
+            monkeypatch.setattr(sys, "orig_argv", [])
+            assert confbuild.main([*command, "--require-isolation"]) == 2
+            assert capsys.readouterr() == ("", (
+                "confbuild: error: --require-isolation: builds here would run without the protection of files (no Landlock), sockets (no Landlock), "
+                "signals (no Landlock), ports (no Landlock)\n"
+                "confbuild: hint: leave the option out to build without it, or build in guests: --tee or --vm qemu\n"))
+            assert os.listdir(tmp_path) == ["demo"]
+        options = confbuild.build_parser().parse_args(["serve"])
+        machine = confbuild._prepare_machine(options)
+        assert machine.note.endswith("host protected: limits; not protected: files, sockets, signals, ports")
+        described = confbuild._describe_server(options, machine)
+        assert described["isolation"].startswith("none: ") and described["protections"] == {
+            **dict.fromkeys(("files", "sockets", "signals", "ports"), "no Landlock"), "limits": "in effect"}
+
+    @pytest.mark.parametrize(("listen", "env", "why"), [
+        ("[::1]:443", {}, "builds fetch from port 443, on which the service listens"), ("127.0.0.1:0", {}, ""), ("127.0.0.1:8080", {}, ""),
+        ("127.0.0.1:3128", {"https_proxy": "http://127.0.0.1:3128"}, "builds fetch from port 3128, on which the service listens")])
+    def test_port_that_builds_need(self, monkeypatch: pytest.MonkeyPatch, listen: str, env: Mapping[str, str], why: str) -> None:
+        monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(7, True), "", ""))
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        machine = confbuild._prepare_machine(confbuild.build_parser().parse_args(["serve", "--listen", listen]))
+        assert machine.protections == {"files": "", "sockets": "", "signals": "", "ports": why, "limits": ""}
+
+    def test_options(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        for arguments, said in (
+                (["serve", "--readable", str(tmp_path / "gone")], f"--readable {tmp_path}/gone: there is no such file or folder"),
+                (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--readable", "/usr"], "--readable: that is the server's to say"),
+                (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--require-isolation"], "--require-isolation: that is the server's to say"),
+                (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable: a guest sees no file of this machine")):
+            assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
+
+    def test_what_is_said(self, server: Callable[..., Server]) -> None:
+        """/config and the first comment of a stream say which protections are in effect, and no others."""
+        s = server()
+        protections = json.loads(s.request("GET", "/config")[2])["protections"]
+        assert protections == {name: why or "in effect" for name, why in KEPT.items()}
+        body = s.request("GET", f"/build/{s.submit()}/events")[2].decode()
+        assert body.partition("\n")[0] == (": simulated VM: not confidential; the evidence is signed by no hardware; " + confbuild.protection_text(KEPT))
+        assert f"confbuild: simulated VMs: builds are not confidential, and run as this user; {confbuild.protection_text(KEPT)}\n" in s.stop()
 
 
 def counted(s: Server) -> int:
@@ -11593,7 +12035,7 @@ class TestMachine:
         """QEMU runs in a folder of its own, so that paths are absolute."""
         digests = {(kind, count): digest for kind, count, digest in image.launch_digests}
         plain, other = self.prepare("--tee"), self.prepare("--vm", "snp", "--vcpus", "2", "--vcpu-type", "EPYC-Milan", "--memory", "4096", "--guest-network")
-        assert plain[:2] + plain[3:] == ("snp", confbuild.Guest("snp", image, cbitpos=47), digests["EPYC-v4", 1], "SEV-SNP guests") and plain.facts is not None
+        assert plain[:2] + plain[3:] == ("snp", confbuild.Guest("snp", image, cbitpos=47), digests["EPYC-v4", 1], "SEV-SNP guests", None, None) and plain.facts is not None
         assert plain.facts.manifest_sha256 == image.manifest_sha256
         assert other.guest == confbuild.Guest("snp", image, 2, "EPYC-Milan", 4096, True, 47) and other.launch_digest == digests["EPYC-Milan", 2]
         monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (0, 0))
