@@ -15,9 +15,10 @@ evidence.json (the attestation that binds the provenance and the client's nonce)
 
 What a verdict means.  Every required check ran, and passed: the artifacts are the provenance's subjects, the evidence carries
 the digest of this provenance, and whatever the caller asked for is so.  "passed": an AMD SEV-SNP processor signed that
-evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says what
-that VM was only to a caller who gives a measurement or an image (on Azure PCR values as well), that it is not an old one only to one who
-gives a nonce, and that the keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
+evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says
+what that VM was only to a caller who gives a measurement or an image (on Azure PCR values as well).  On Azure the report only names the key that
+signed, and without a measurement anybody can have such a report for a key of their own: no VM is then claimed.  That the evidence is not an old one
+it says only to a caller who gives a nonce, and that the keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
 made it up.  No verdict says that the source is free of malice.
 
 Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
@@ -9090,23 +9091,28 @@ def _sentence(verdict: Verdict, color: bool) -> str:
             agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
                                                      f"it does not prove where or by whom this was built{unasked}")
+    azure = verdict.platform.startswith("az-")
+    # The report names a key, and that key signs: anybody can have a report that names a key of their own, if nobody asks which VM it is about.
+    unbound = azure and not passed & {"measurement", "image measurement"}
     unasked = ", ".join(text for name, text in (
         ("nonce", "nonce, so it may be old (--nonce)"),
-        ("" if "image measurement" in passed else "measurement", "what the VM was launched with (--image, --measurement)"),
-        ("PCR values" if verdict.platform == "az-snp" else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
+        ("measurement" if unbound else "", "whether it was signed in a VM at all (--measurement)"),
+        ("" if unbound or "image measurement" in passed else "measurement", "what the VM was launched with (--image, --measurement)"),
+        ("PCR values" if azure else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
         ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
         ("revocation", "whether the keys are revoked (--crl)"),
         ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is not valid now"),
         ("source tree" if "provenance digest" in passed and "source commit" not in passed else "", "what the source is (--source)"))
         if name and name not in passed)
-    proven = "these artifacts are those that the provenance lists, and it was signed in" if "provenance digest" in passed else (
-        "there is no provenance and no artifact; the evidence was signed in")
-    place = "a VM in debug mode, which its host could read and change," if verdict.claims.get("debug") else "a confidential VM"
-    place += f" on an AMD {plain_text(str(verdict.claims.get('product')))} processor"
+    proven = "these artifacts are those that the provenance lists, and it was signed" if "provenance digest" in passed else (
+        "there is no provenance and no artifact; the evidence was signed")
+    processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
+    place = (f"with a key that a report of {processor} names, which anybody can have for a key of their own" if unbound else
+             f"in a VM in debug mode, which its host could read and change, on {processor}" if verdict.claims.get("debug") else
+             f"in a confidential VM on {processor}")
     if "trust anchors" not in passed:
         place += ", if the keys of --roots are AMD's"
-    return _paint("PASSED", "32;1", color) + f": {proven} {place}" + (
-        f"; not checked: {unasked}" if unasked else "")
+    return _paint("PASSED", "32;1", color) + f": {proven} {place}" + (f"; not checked: {unasked}" if unasked else "")
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -10186,7 +10192,8 @@ def _add_serve(parser: "argparse.ArgumentParser") -> None:
 
 def _add_verify(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
-                     "or --image a VM that ran anything passes (on Azure without --pcr as well), and without --nonce an old bundle does.")
+                     "or --image a VM that ran anything passes (on Azure without --pcr as well; there, without --measurement, evidence made outside of any VM does), and "
+                     "without --nonce an old bundle does.")
     parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
     parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",

@@ -11602,9 +11602,13 @@ class TestRendering:
 
     ALL = ("provenance digest", "nonce", "measurement", "image measurement", "PCR values", "minimum TCB", "revocation", "revocation list age", "source tree", "trust anchors")
     THESE = "PASSED: these artifacts are those that the provenance lists, and it was signed in a confidential VM on an AMD Milan processor"
+    NAMES = THESE.replace("in a confidential VM on an AMD Milan processor", "with a key that a report of an AMD Milan processor names, which anybody can have for a key of their own") + (
+        "; not checked: whether it was signed in a VM at all (--measurement)")
 
     @pytest.mark.parametrize(("platform", "missing", "claims", "text"), [
-        ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("snp", "nonce", {}, THESE + "; not checked: nonce, so it may be old (--nonce)"),
+        ("snp", "", {}, THESE), ("az-snp", "", {}, THESE), ("snp", "PCR values", {}, THESE), ("az-snp", "measurement", {}, THESE), ("az-snp", "image measurement", {}, THESE),
+        ("az-snp", "measurement,image measurement", {}, NAMES), ("az-snp", "measurement,image measurement", {"debug": True}, NAMES), ("az-tdx", "measurement,image measurement", {}, NAMES),
+        ("az-snp", "measurement,image measurement,trust anchors", {}, NAMES.replace("own;", "own, if the keys of --roots are AMD's;")), ("snp", "nonce", {}, THESE + "; not checked: nonce, so it may be old (--nonce)"),
         ("snp", "measurement,image measurement", {}, THESE + "; not checked: what the VM was launched with (--image, --measurement)"),
         ("snp", "measurement", {}, THESE), ("snp", "image measurement", {}, THESE),
         ("az-snp", "PCR values", {}, THESE + "; not checked: what booted in the VM (--pcr)"),
@@ -11624,6 +11628,15 @@ class TestRendering:
         record = confbuild.Verdict("passed", platform, {"product": "Milan", "debug": False, **claims}, checks)
         assert confbuild.render_verdict(record, False).rpartition("\n")[2] == text
         assert confbuild.render_verdict(record, True).rpartition("\n")[2] == "\x1b[32;1mPASSED\x1b[0m" + text[6:]
+
+    def test_no_vm_is_claimed_of_a_key_that_anybody_may_have_made(self) -> None:
+        """One report whose data is the digest of runtime data that somebody wrote: its key then signs whatever they like, in no VM."""
+        other = {"report": made(snp_report, version=2, report_data=hashlib.sha256(OTHER_RUNTIME).digest()), "vek": made(vek_of), "runtime_data": OTHER_RUNTIME}
+        files = azure_bundle(**other, signature=TOY_ASVK.pkcs1(QUOTE))
+        for expected, claimed in ((HARDWARE, False), (HARDWARE._replace(measurements=["6d" * 48]), True)):
+            verdict = verdict_over(files, expected, anchors=TOY_ANCHORS)
+            said = confbuild.render_verdict(verdict, False).rpartition("\n")[2]
+            assert verdict.verdict == "passed" and ("in a confidential VM" in said) == claimed and ("anybody can have" in said) != claimed
 
     @pytest.mark.parametrize(("builder", "guest"), [
         (confbuild.SIMULATED_BUILDER, ""), (confbuild.QEMU_BUILDER, " that this was built in a QEMU guest, which is not confidential")])
