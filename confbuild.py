@@ -449,12 +449,13 @@ class Verdict(NamedTuple):
 
 
 class BundleFiles(NamedTuple):
-    """A bundle as the verifier sees it. provenance: None where there is none; artifacts: name in artifacts/ -> SHA-256 in
-    hexadecimal, or a reason in words why the entry is none that can be hashed ("no regular file")."""
+    """A bundle as the verifier sees it. provenance: None where there is none; artifacts: name -> SHA-256 in hexadecimal, or a reason
+    in words why the entry is none that can be hashed ("no regular file"); others: of evidence alone, the names of the files next to it."""
 
     provenance: bytes | None
     evidence: bytes
     artifacts: Mapping[str, str]
+    others: Sequence[str] = ()
 
 
 class ImageFacts(NamedTuple):
@@ -494,6 +495,7 @@ class Expectations(NamedTuple):
     pcrs: Mapping[int, str] | None = None  # values of registers, of az-snp
     finished: tuple[str, str] | None = None  # earliest and latest time of finishedOn, as 2026-11-23T00:00:00Z
     allow_legacy_digest: bool = False
+    evidence_only: bool = False  # provenance and artifacts are not looked at, and may be missing
     require_crl: bool = False
     require_tee: bool = False
 
@@ -1755,6 +1757,16 @@ def merkle_entries(doc: Any) -> list[str]:
     return [*entries, lock, *(d["uri"] for d in dependencies)]
 
 
+def subject_names(data: bytes) -> list[str]:
+    """The names of the subjects in the bytes of provenance.json; none where they are no provenance."""
+    try:
+        doc = parse_json(data, "provenance")
+        check_statement(doc)
+    except Malformed:
+        return []
+    return [subject["name"] for subject in doc["subject"]]
+
+
 def package_of(uri: str) -> str:
     """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. Empty for any other uri, and for what is from no
     registry (vcs_url): anybody can call a fork by that name. [CONTRACT 3]"""
@@ -1801,7 +1813,7 @@ REQUESTED: Mapping[str, Sequence[str]] = {
     "require_tee": ("hardware evidence",), "image": OF_IMAGE}
 _OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
-ALONE = "there is no provenance.json: this is evidence alone"
+ALONE = "evidence alone: neither provenance nor artifacts are looked at"
 
 
 class _Checks:
@@ -2177,15 +2189,19 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
 
     now: the time to verify at, as 2026-11-23T00:00:00Z. "passed": every required check ran and passed, and hardware signed the evidence;
-    "simulated": the same, and nothing signed it; else "failed". Without provenance and artifacts, it is about the evidence alone."""
+    "simulated": the same, and nothing signed it; else "failed"."""
     checks = _Checks()
+    alone = expected.evidence_only
+    if alone:
+        uncovered = [*(["provenance.json"] if bundle.provenance is not None else []), *(f"artifacts/{name}" for name in bundle.artifacts), *bundle.others]
+        bundle = BundleFiles(None, bundle.evidence, {}, sorted(uncovered))
     platform, signed, claims = _check_evidence(checks, bundle.evidence, expected, now, endorsements)
     doc = None
     if bundle.provenance is not None:
         doc = _check_provenance(checks, bundle.provenance, expected)
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
-    elif bundle.artifacts:
-        checks.hold("provenance form", False, "provenance.json", "missing", "artifacts without a provenance")
+    elif not alone:
+        checks.hold("provenance form", False, "provenance.json", "missing", "--evidence-only verifies evidence without it")
     _check_binding(checks, signed, bundle.provenance, doc, expected)
     if doc is not None and not checks.has_failed("provenance schema"):
         _check_artifacts(checks, doc, bundle)
@@ -2200,7 +2216,9 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
     if expected.image is not None:
         _check_image(checks, platform, claims, expected.image)
-    alone = bundle.provenance is None and not bundle.artifacts
+    if bundle.others:
+        more = f" and {len(bundle.others) - 10} more" if len(bundle.others) > 10 else ""
+        checks.made.append(Check("other files", "not checked", "", ", ".join(bundle.others[:10]) + more, "not covered: this is evidence alone"))
     required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
     required_of_bundle = frozenset[str]() if alone else REQUIRED_OF_BUNDLE
     requested = {name for field, names in REQUESTED.items() if _is_requested(getattr(expected, field)) for name in names}
@@ -4067,10 +4085,12 @@ def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callabl
 
 # endregion 16
 # ==============================================================================
-# region 17. Bundle                                                [uses 13, 14]
+# region 17. Bundle                                            [uses 11, 13, 14]
 # ==============================================================================
 # The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
 # the archive itself.  Files are hashed in blocks, never held.
+
+_DOCUMENTS = frozenset(("provenance.json", "evidence.json"))
 
 
 def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, artifacts: Sequence[tuple[str, str]]) -> None:
@@ -4092,35 +4112,60 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
             archive.addfile(entry(f"{project}/{name}", len(data), 0o644), io.BytesIO(data))
 
 
-def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED) -> BundleFiles:
-    """The bundle in the directory or archive at path; "-" is an archive on stdin. max_unpacked: bytes that are hashed of an archive.
-    Raises UsageError where there is none.
+def is_bare_evidence(path: str) -> bool:
+    """Whether path is an evidence.json without a provenance.json next to it: whoever names that file means evidence alone."""
+    folder, name = os.path.split(path)
+    return name == "evidence.json" and os.path.isfile(path) and not os.path.lexists(os.path.join(folder, "provenance.json"))
 
-    A directory may hold evidence.json and neither provenance.json nor artifacts/: what verifies then is the evidence alone."""
+
+def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool = False) -> BundleFiles:
+    """Return the bundle in the directory or archive at path, or around the evidence.json at path; "-" is an archive on stdin.
+
+    The bundle may lie in one directory of its own. An artifact lies in artifacts/, next to provenance.json, or in both, as [K] reads them.
+    max_unpacked: bytes that are hashed of an archive.
+    evidence_only: take evidence.json alone, and the names of all other files.
+    Raises UsageError if there is none."""
     try:
         if path == "-":
             if sys.stdin is None:
                 raise UsageError("stdin is closed")
-            return _read_archive("stdin", sys.stdin.buffer, max_unpacked)
-        if not os.path.isdir(path):
-            with open(path, "rb") as f:
-                return _read_archive(path, f, max_unpacked)
-        artifacts = {}
-        folder = os.path.join(path, "artifacts")
-        if os.path.islink(folder):
-            raise UsageError(f"{folder}: a symbolic link")
-        for name in os.listdir(folder) if os.path.lexists(folder) else []:
-            mode = os.lstat(os.path.join(folder, name)).st_mode
-            artifacts[name] = file_sha256(os.path.join(folder, name)) if stat.S_ISREG(mode) else "no regular file"
-            copy = os.path.join(path, name)  # beside artifacts/, where somebody may run it instead
-            if name not in ("artifacts", "provenance.json", "evidence.json") and os.path.lexists(copy) and not (
-                    stat.S_ISREG(os.lstat(copy).st_mode) and file_sha256(copy) == artifacts[name]):
-                artifacts[name] = "a file of this name beside artifacts/ is another one"
-        evidence = _read_document(path, "evidence.json")
-        alone = not os.path.lexists(os.path.join(path, "provenance.json")) and (bool(artifacts) or not os.path.lexists(folder))  # an empty one was a bundle's
-        return BundleFiles(None if alone else _read_document(path, "provenance.json"), evidence, artifacts)
+            return _read_archive("stdin", sys.stdin.buffer, max_unpacked, evidence_only)
+        if os.path.isdir(path):
+            return _read_directory(find_project(path, "")[0], evidence_only)
+        if os.path.basename(path) == "evidence.json":
+            return _read_directory(os.path.dirname(path) or ".", evidence_only)
+        with open(path, "rb") as f:
+            return _read_archive(path, f, max_unpacked, evidence_only)
     except OSError as e:
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None
+
+
+def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
+    """The bundle in the directory root. Raises UsageError, OSError."""
+    evidence, folder = _read_document(root, "evidence.json"), os.path.join(root, "artifacts")
+    names = set(os.listdir(root)) - {"evidence.json"}
+    if evidence_only:
+        inside = os.listdir(folder) if os.path.isdir(folder) and not os.path.islink(folder) else []
+        return BundleFiles(None, evidence, {}, sorted(names - {"artifacts"} | {f"artifacts/{name}" for name in inside} if inside else names))
+    if os.path.islink(folder):
+        raise UsageError(f"{folder}: a symbolic link")
+    artifacts = {name: _digest_entry(os.path.join(folder, name)) for name in (os.listdir(folder) if "artifacts" in names else [])}
+    provenance = _read_document(root, "provenance.json") if "provenance.json" in names else None
+    beside = names - {"artifacts", "provenance.json"}
+    if beside and (artifacts or provenance is None):  # then only what has the name of a subject or artifact is part of the bundle
+        beside &= {*artifacts, *subject_names(provenance or b"")}
+    return BundleFiles(provenance, evidence, _with_copies(artifacts, {name: _digest_entry(os.path.join(root, name)) for name in beside}))
+
+
+def _digest_entry(path: str) -> str:
+    """The SHA-256 of the file at path, or why it has none."""
+    return file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "no regular file"
+
+
+def _with_copies(artifacts: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
+    """artifacts with those next to it. Every copy must be equal: somebody may run either."""
+    return {**beside, **{name: digest if beside.get(name, digest) == digest else "a file of this name beside artifacts/ is another one"
+                         for name, digest in artifacts.items()}}
 
 
 def _read_document(folder: str, name: str) -> bytes:
@@ -4132,43 +4177,46 @@ def _read_document(folder: str, name: str) -> bytes:
         return f.read(MAX_JSON + 1)
 
 
-def _read_archive(path: str, f: IO[bytes], max_unpacked: int) -> BundleFiles:
+def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: bool) -> BundleFiles:
     """The bundle in a gzip tarball, read once and unpacked nowhere. path: names it in errors. Raises UsageError, OSError."""
     documents: dict[str, bytes] = {}
-    artifacts: dict[str, str] = {}
-    top: str | None = None
-    members = 0
+    files: dict[str, str] = {}
+    folders, tops = set[str](), set[str]()  # tops: the first folder of each path; one at most, so that few documents are held
     try:
-        for member in _tar_members(f, max_unpacked):
-            members += 1
-            if members > MAX_MEMBERS:
+        for count, member in enumerate(_tar_members(f, max_unpacked), 1):
+            if count > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
-            folder, _, name = member.name.partition("/")
-            top = folder if top is None else top
-            if top in ("", ".", "..") or folder != top:
+            name = "" if member.name == "." else member.name.removeprefix("./")
+            top, slash, rest = name.partition("/")
+            tops.update([top] if slash or member.kind == "directory" and name else [])
+            if member.kind not in ("file", "directory") or name in files or len(tops) > 1 or tops & {"", ".", ".."}:
                 raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
-            if member.kind == "directory" and name in ("", "artifacts"):
+            if member.kind == "directory":
+                folders.add(name)
                 continue
-            artifact = name.removeprefix("artifacts/") if name.startswith("artifacts/") else None
-            if member.kind != "file" or name in documents or artifact in artifacts or (
-                    artifact is None and name not in ("provenance.json", "evidence.json")):
-                raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
             digest, head = hashlib.sha256(), bytearray()
             for block in member.contents:
                 digest.update(block)
-                if artifact is None:
+                if {name, rest} & _DOCUMENTS:
                     head += block[:MAX_JSON + 1 - len(head)]
-            if artifact is None:
-                documents[name] = bytes(head)
-            else:
-                artifacts[artifact] = digest.hexdigest()
+            files[name], documents[name] = digest.hexdigest(), bytes(head)
     except (UsageError, FileNotFoundError, PermissionError):
         raise
-    except Exception as e:  # noqa: BLE001  # gzip, zlib and tarfile raise a dozen kinds for hostile bytes
+    except Exception as e:  # noqa: BLE001  # gzip, zlib and the reader raise several kinds for hostile bytes
         raise UsageError(f"{path}: neither a bundle nor its archive: {e}", "give a directory that holds evidence.json, or a gzip tarball of a bundle") from None
-    if set(documents) != {"provenance.json", "evidence.json"}:
+    root = "" if _DOCUMENTS & set(files) else "".join(tops) + "/"
+    odd = [name for name in files if not name.startswith(root) or name == root + "artifacts" or "/" in name.removeprefix(root).removeprefix("artifacts/")]
+    odd += [name for name in sorted(folders) if name + "/" not in ("/", root, root + "artifacts/")]
+    if odd:
+        raise UsageError(f"{path}: {odd[0][:80]!r} is out of place in a bundle")
+    if root + "evidence.json" not in files or not evidence_only and root + "provenance.json" not in files:
         raise UsageError(f"{path}: provenance.json or evidence.json is missing")
-    return BundleFiles(documents["provenance.json"], documents["evidence.json"], artifacts)
+    evidence, provenance = documents[root + "evidence.json"], documents.get(root + "provenance.json")
+    names = {name.removeprefix(root): digest for name, digest in files.items()}
+    if evidence_only:
+        return BundleFiles(None, evidence, {}, sorted(set(names) - {"evidence.json"}))
+    inside = {name.removeprefix("artifacts/"): digest for name, digest in names.items() if "/" in name}
+    return BundleFiles(provenance, evidence, _with_copies(inside, {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}))
 
 # endregion 17
 # ==============================================================================
@@ -9083,14 +9131,17 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         names, ran = [check.name for check in verdict.checks if check.status == "failed"], sum(check.status != "not checked" for check in verdict.checks)
         return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
             ", ...)" if len(names) > 4 else ")") + ": nothing is proven"
+    alone = "evidence alone: no provenance and no artifact"
+    others = [plain_text(check.actual)[:1000] for check in verdict.checks if check.name == "other files"]
+    uncovered = "".join(f"; not covered: {names}" for names in others)
     if verdict.verdict == "simulated":
         unasked = "" if "nonce" in passed else "; not checked: nonce (--nonce)"
-        alone = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
-        agree = "there is no provenance and no artifact" if alone else "artifacts, provenance and evidence agree"
+        bare = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
+        agree = alone if bare else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
-                                                     f"it does not prove where or by whom this was built{unasked}")
+                                                     f"it does not prove where or by whom this was built{uncovered}{unasked}")
     azure = verdict.platform.startswith("az-")
     # The report names a key, and that key signs: anybody can have a report that names a key of their own, if nobody asks which VM it is about.
     unbound = azure and not passed & {"measurement", "image measurement"}
@@ -9105,14 +9156,14 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         ("source tree" if "provenance digest" in passed and "source commit" not in passed else "", "what the source is (--source)"))
         if name and name not in passed)
     proven = "these artifacts are those that the provenance lists, and it was signed" if "provenance digest" in passed else (
-        "there is no provenance and no artifact; the evidence was signed")
+        alone + ", signed")
     processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
     place = (f"with a key that a report of {processor} names, which anybody can have for a key of their own" if unbound else
              f"in a VM in debug mode, which its host could read and change, on {processor}" if verdict.claims.get("debug") else
              f"in a confidential VM on {processor}")
     if "trust anchors" not in passed:
         place += ", if the keys of --roots are AMD's"
-    return _paint("PASSED", "32;1", color) + f": {proven} {place}" + (f"; not checked: {unasked}" if unasked else "")
+    return _paint("PASSED", "32;1", color) + f": {proven} {place}{uncovered}" + (f"; not checked: {unasked}" if unasked else "")
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -9586,7 +9637,7 @@ def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsem
     """Raise ConfbuildError unless the VM that waits at the server is what is expected, by evidence that was made now."""
     nonce = secrets.token_hex(NONCE_SIZE)
     evidence = service.attestation(nonce)
-    verdict = verify_bundle(BundleFiles(None, evidence, {}), vm._replace(nonce=nonce), utc_time(time.time()), endorsements)
+    verdict = verify_bundle(BundleFiles(None, evidence, {}), vm._replace(nonce=nonce, evidence_only=True), utc_time(time.time()), endorsements)
     if verdict.verdict != "passed":
         if display is not None:
             display.note("the evidence of the VM that waits for the source:")
@@ -9882,7 +9933,9 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     for path in options.bundles:
         shown, status = {"bundle": path}, EXIT_USAGE
         try:
-            verdict = verify_bundle(read_bundle(path, MAX_VERIFIED), expected, utc_time(now), endorsements)
+            alone = options.evidence_only or is_bare_evidence(path)
+            files = read_bundle(path, MAX_VERIFIED, alone)
+            verdict = verify_bundle(files, expected._replace(evidence_only=alone), utc_time(now), endorsements)
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
@@ -10194,10 +10247,11 @@ def _add_verify(parser: "argparse.ArgumentParser") -> None:
     parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
                      "or --image a VM that ran anything passes (on Azure without --pcr as well; there, without --measurement, evidence made outside of any VM does), and "
                      "without --nonce an old bundle does.")
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin")
+    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no provenance.json is next to it")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
     parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
                         help="a file with any of the options below, without their dashes; the command line wins")
+    parser.add_argument("--evidence-only", action="store_true", help="verify evidence.json alone; the verdict names the other files as not covered")
     group = parser.add_argument_group("what the build must have been")
     group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with: 32 hexadecimal digits or a UUID")
     group.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
