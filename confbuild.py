@@ -2501,8 +2501,11 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 _READ, _USE_DEVICE, _OF_FILES, _NOT_IN_WORKSPACE = 0b1101, 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15, 0b111 | 1 << 14 | 1 << 15, 1 << 6 | 1 << 11 | 1 << 15
 # linux/capability.h: what root needs in its own files: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
-_SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg", "io_uring_setup", "add_key", "request_key", "keyctl")
-_SECCOMP_NUMBERS = {"x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307, 425, 248, 249, 250), "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269, 425, 217, 218, 219)}
+_SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
+_SECCOMP_NUMBERS = {"x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307), "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269)}
+# Parts of the kernel that no build needs, whose bugs have let programs out, or which go past Landlock: modify_ldt (x86 alone), add_key, request_key, keyctl,
+# perf_event_open, fanotify_init, open_by_handle_at, bpf, userfaultfd, io_uring_setup, io_uring_enter, io_uring_register.
+_FORBIDDEN_CALLS = {"x86_64": (154, 248, 249, 250, 298, 300, 304, 321, 323, 425, 426, 427), "aarch64": (217, 218, 219, 241, 262, 265, 280, 282, 425, 426, 427)}
 
 
 class Sandbox(NamedTuple):
@@ -2625,9 +2628,10 @@ def seccomp_filter(machine: str, unix: bool) -> bytes:
         ("socket", 0, equal, 43, True, errno.EAFNOSUPPORT),  # AF_SMC
         ("socket", 2, equal, 262, True, errno.EPROTONOSUPPORT),  # IPPROTO_MPTCP
         *((name, argument, any_bit, 0x20000000, True, errno.EOPNOTSUPP)  # MSG_FASTOPEN
-          for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3))),
-        *((name, 0, at_least, 0, True, errno.ENOSYS) for name in ("io_uring_setup", "add_key", "request_key", "keyctl"))]
+          for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)))]
     program = [(load, 0, 0, 4), (equal, 1, 0, number["arch"]), refuse(errno.ENOSYS), (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), refuse(errno.ENOSYS)]  # x32
+    for forbidden in _FORBIDDEN_CALLS[machine]:
+        program += [(equal, 0, 1, forbidden), refuse(errno.ENOSYS)]  # as of a kernel that was built without
     for name, argument, comparison, value, refused, code in rules:
         program += [(equal, 0, 3, number[name]), (load, 0, 0, 16 + 8 * argument), (comparison, *((0, 1) if refused else (1, 0)), value), refuse(code),
                     (load, 0, 0, 0)]
@@ -2635,7 +2639,7 @@ def seccomp_filter(machine: str, unix: bool) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def _apply_filter(unix: bool) -> None:
+def apply_filter(unix: bool) -> None:
     """seccomp_filter holds for this thread and what it starts. Raises OSError."""
     program = seccomp_filter(os.uname().machine, unix)
     if not program:
@@ -2682,7 +2686,7 @@ class Confinement:
             _checked(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
             os.close(ruleset)
         if self.sandbox.filtered:
-            _apply_filter(self.unix)
+            apply_filter(self.unix)
 
     def _files_ruleset(self) -> int:
         """A ruleset for files, and where Landlock has it for signals and abstract sockets too. Raises OSError."""
@@ -8302,9 +8306,11 @@ _SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
                    ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
                    ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
                    ("agent", "/work/agent", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"))
-# No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no further modules.
-_SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/modules_disabled", "1"))
+# No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no io_uring; no further modules.
+_SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/io_uring_disabled", "2"), ("kernel/modules_disabled", "1"))
 MAX_PROCESSES = 4096  # of a build
+MAX_PROGRAMS = 64  # that run at a time for the agent
+BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
 # A mirror of cargo's registry in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
@@ -8460,6 +8466,12 @@ def _open_network() -> None:
         f.write("nameserver 10.0.2.3\n")
 
 
+def give_up_rights() -> None:
+    """Let this process and its children gain no rights, and keep them from what no build needs of the kernel. Raises OSError."""
+    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    apply_filter(unix=True)
+
+
 def _become(uid: int) -> None:
     """This process is that user's, below SYSROOT, and can gain no rights. Raises OSError."""
     os.chroot(SYSROOT)
@@ -8467,7 +8479,7 @@ def _become(uid: int) -> None:
     os.setgroups([])
     os.setgid(uid)
     os.setuid(uid)
-    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    give_up_rights()
     os.umask(0o022)
 
 
@@ -8510,37 +8522,46 @@ class GuestBroker:
         self._running: dict[int, socket.socket] = {}  # a build's process -> who waits for its end
 
     def answer(self) -> None:
-        """Answer the next question."""
+        """Answer the next question, whatever it is. An agent that does not ask or listen stops nothing for longer than BROKER_TIMEOUT_S."""
         connection, _ = self._listener.accept()
-        data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
+        connection.settimeout(BROKER_TIMEOUT_S)
+        answer, fds = dict[str, Any](), list[int]()
         try:
+            data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
             question = json.loads(data)
-            if question["op"] == "run":
-                pid = self._run(question, fds)
-                self._running[pid] = connection
-                connection.send(compact_json({"pid": pid}).encode("ascii"))
-                return
-            connection.send(compact_json({"own": self._own, "kill": self._kill, "report": self._report}[question["op"]](question)).encode("ascii"))
+            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](question, fds)
         except (OSError, NoAttester) as e:
-            text = str(e) if isinstance(e, NoAttester) else e.strerror
-            connection.send(compact_json({"errno": getattr(e, "errno", None) or errno.EIO, "error": text}).encode("ascii"))
+            answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
+        except Exception as e:  # noqa: BLE001  # the agent may ask anything, and a guest whose first process ends panics
+            answer = {"errno": errno.EINVAL, "error": f"malformed question: {type(e).__name__}: {e}"[:500]}
         finally:
             for fd in fds:
                 os.close(fd)
-        connection.close()
+        if "pid" in answer:
+            self._running[answer["pid"]] = connection
+            self._send(connection, answer)
+        else:
+            with connection:
+                self._send(connection, answer)
 
     def reaped(self, pid: int, status: int) -> None:
         """A process has ended. status: as os.waitstatus_to_exitcode has it."""
-        connection = self._running.pop(pid, None)
-        if connection is not None:
-            try:
-                connection.send(compact_json({"status": status}).encode("ascii"))
-            except OSError:
-                pass  # the agent is gone, and the guest soon
-            connection.close()
+        if pid in self._running:
+            with self._running.pop(pid) as connection:
+                self._send(connection, {"status": status})
 
-    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> int:
-        """The id of the process that runs a program as the user of builds. Raises OSError."""
+    @staticmethod
+    def _send(connection: "socket.socket", answer: Mapping[str, Any]) -> None:
+        try:
+            connection.send(compact_json(answer).encode("ascii"))
+        except OSError:
+            pass  # the agent has gone, or does not listen
+
+    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
+        """Run a program as the user of builds. Raises OSError."""
+        if len(self._running) >= MAX_PROGRAMS:
+            raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs run already")
+
         def enter() -> None:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
@@ -8558,19 +8579,29 @@ class GuestBroker:
         except subprocess.SubprocessError:
             raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
         child.returncode = 0  # run_guest reaps all
-        return child.pid
+        return {"pid": child.pid}
 
     @staticmethod
-    def _own(question: Mapping[str, Any]) -> dict[str, Any]:
-        """Files of the agent become the build's; links are not followed."""
+    def _own(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
+        """Give folders below /work, with all that is in them, to the user of builds. No link is followed, whoever puts one there meanwhile. Raises OSError."""
         for path in question["paths"]:
-            for _, folders, files, fd in os.fwalk(SYSROOT + path, follow_symlinks=False):
-                for name in (".", *folders, *files):
-                    os.chown(name, BUILD_UID, BUILD_UID, dir_fd=fd, follow_symlinks=False)
+            parts = path.split("/")
+            if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
+                raise OSError(errno.EPERM, f"{path} is not a folder below /work")
+            folder = os.open(f"{SYSROOT}/work", os.O_DIRECTORY)
+            try:
+                for part in parts[2:]:
+                    outer, folder = folder, os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                    os.close(outer)
+                for _, folders, files, at in os.fwalk(".", follow_symlinks=False, dir_fd=folder):
+                    for name in (".", *folders, *files):
+                        os.chown(name, BUILD_UID, BUILD_UID, dir_fd=at, follow_symlinks=False)
+            finally:
+                os.close(folder)
         return {}
 
     @staticmethod
-    def _kill(_: Mapping[str, Any]) -> dict[str, Any]:
+    def _kill(*_: Any) -> dict[str, Any]:
         """Whatever the user of builds runs is dead. As that user kill(2) reaches all of it at once, however fast it forks."""
         pid = os.fork()
         if pid == 0:
@@ -8595,7 +8626,7 @@ class GuestBroker:
         return {}
 
     @staticmethod
-    def _report(question: Mapping[str, Any]) -> dict[str, Any]:
+    def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
         """A hardware report. Raises NoAttester."""
         report, table = get_report(bytes.fromhex(question["data"]))
         return {"report": report.hex(), "table": table.hex()}

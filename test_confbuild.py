@@ -3919,6 +3919,13 @@ def run_filter(program: bytes, arch: int, number: int, *arguments: int) -> int:
             at += yes if {0x15: loaded == k, 0x35: loaded >= k, 0x45: bool(loaded & k)}[code] else no
 
 
+FORBIDDEN: Mapping[str, Mapping[str, int]] = {
+    "x86_64": {"modify_ldt": 154, "add_key": 248, "request_key": 249, "keyctl": 250, "perf_event_open": 298, "fanotify_init": 300, "open_by_handle_at": 304, "bpf": 321,
+               "userfaultfd": 323, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
+    "aarch64": {"add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241, "fanotify_init": 262, "open_by_handle_at": 265, "bpf": 280,
+                "userfaultfd": 282, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427}}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has Landlock")
 class TestSandbox:
     @pytest.mark.parametrize(("machine", "arch", "calls"), [
@@ -3937,7 +3944,7 @@ class TestSandbox:
             ("keyctl", (0,), errno.ENOSYS), ("read", (0, 0, 0), 0), ("kill", (-1 & 0xFFFFFFFF, 9), 0)]
         program = confbuild.seccomp_filter(machine, False)
         assert [run_filter(program, arch, calls[name], *arguments) for name, arguments, _ in table] == [number for _, _, number in table]
-        assert run_filter(program, arch, 425) == errno.ENOSYS  # io_uring_setup
+        assert {n for n in range(600) if run_filter(program, arch, n) == errno.ENOSYS} == set(FORBIDDEN[machine].values())
         assert run_filter(program, 0x40000003, calls["read"]) == errno.ENOSYS  # another architecture, of other numbers
         assert run_filter(program, arch, 0x40000000 | calls["read"]) == errno.ENOSYS  # x32
         shared = confbuild.seccomp_filter(machine, True)  # for nix's daemon
@@ -10779,6 +10786,24 @@ class TestFetcher:
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
 
 
+FILTERS = sys.platform == "linux" and os.uname().machine == "x86_64"
+
+
+class TestRights:
+    @pytest.mark.skipif(not FILTERS, reason="the filter is one for Linux on x86-64")
+    def test_by_the_kernel(self) -> None:
+        """In a child of this process, with whatever rights that has."""
+        code = ("import ctypes, errno, json, os, sys; sys.path.insert(0, sys.argv[1]); import confbuild\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+                "def ask(n):\n ctypes.set_errno(0)\n return libc.syscall(n, -1, -1, -1, -1, -1) < 0 and errno.errorcode[ctypes.get_errno()]\n"
+                "confbuild.give_up_rights()\n"
+                "print(json.dumps([{n: ask(n) for n in map(int, sys.argv[2].split(','))}, ask(39), ask(0), ask(0x40000000 + 39), os.system('exit 3')]))")
+        done = subprocess.run([sys.executable, "-c", code, str(FILE.parent), ",".join(map(str, FORBIDDEN["x86_64"].values()))], capture_output=True, text=True, timeout=PATIENCE,
+                              check=True)
+        assert '["kernel/io_uring_disabled", "2"]' in json.dumps(confbuild._SYSCTL)
+        forbidden, getpid, read, x32, ended = json.loads(done.stdout)
+        assert set(forbidden.values()) == {"ENOSYS"} and (getpid, read, x32, ended) == (False, "EBADF", "ENOSYS", 3 << 8)
+
+
 class TestGuest:
     @pytest.mark.parametrize("text", ["", "confbuild.tools=", "confbuild.tools=" + "0" * 64, "confbuild.tools=" + "0" * 64 + ",0", f"confbuild.tools={'0' * 63}g,1",
                                       f"confbuild.tools={'0' * 64},1 confbuild.tools={'1' * 64},1", f"xconfbuild.tools={'0' * 64},1"])
@@ -10840,14 +10865,18 @@ class TestGuest:
 
 @pytest.fixture
 def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[confbuild.Broker]:
-    """A guest's first process, in a process of this machine whose SYSROOT is the machine's own root; its agent is this one."""
+    """A guest's first process, in a process of this machine, for which only /work is below tmp_path; its agent is this one."""
     if os.geteuid() != 0:
         pytest.skip("the first process of a guest is root")
-    monkeypatch.setattr(confbuild, "SYSROOT", "")
+    monkeypatch.setattr(confbuild, "SYSROOT", str(tmp_path))
+    (tmp_path / "work").mkdir()
+
     def become(uid: int) -> None:
         os.setgroups([])
         os.setgid(uid)
         os.setuid(uid)
+        if FILTERS:
+            confbuild.give_up_rights()
 
     monkeypatch.setattr(confbuild, "_become", become)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -10933,13 +10962,105 @@ class TestBroker:
         """Files change hands, links are not followed."""
         outside = tmp_path / "outside"
         outside.write_bytes(b"")
-        write_files(tmp_path / "tree", {"a/b": "", "c": ""})
-        (tmp_path / "tree/a/link").symlink_to(outside)
-        (tmp_path / "tree/folder").symlink_to(tmp_path)
-        confbuild.give_to_build(str(tmp_path / "tree"))
-        owners = {path.relative_to(tmp_path).as_posix(): path.lstat().st_uid for path in tmp_path.rglob("*")}
-        assert owners.pop("outside") == 0 and tmp_path.stat().st_uid == 0
-        assert set(owners) == {"tree", "tree/a", "tree/a/b", "tree/c", "tree/a/link", "tree/folder"} and set(owners.values()) == {confbuild.BUILD_UID}
+        work = write_files(tmp_path / "work", {"deep/tree/a/b": "", "deep/tree/c": "", "deep/d": ""})
+        (work / "deep/tree/a/link").symlink_to(outside)
+        (work / "deep/tree/folder").symlink_to(tmp_path)
+        confbuild.give_to_build("/work/deep/tree")
+        owners = {path.relative_to(tmp_path).as_posix(): path.lstat().st_uid for path in tmp_path.rglob("*") if path.lstat().st_uid != 0}
+        assert set(owners.values()) == {confbuild.BUILD_UID} and tmp_path.stat().st_uid == 0
+        assert set(owners) == {f"work/deep/tree{name}" for name in ("", "/a", "/a/b", "/c", "/a/link", "/folder")}
+
+    @pytest.mark.parametrize("path", ["/", "/work", "/work/", "/work/.", "/work/..", "/work/../other", "/work/in/../../other", "/work//in", "//work/in", "/worker", "work/in", "", "in",
+                                      "/other", "/other/work/in", "/work/out", "/work/out/", "/work/out/folder", "/work/in/out/folder", "/work/in/file", "/work/in/none"])
+    def test_own_is_confined(self, broker: confbuild.Broker, tmp_path: Path, path: str) -> None:
+        """The agent names the paths, and writes in /work: neither dots nor its links lead out."""
+        write_files(tmp_path, {"other/folder/file": "", "work/in/file": ""})
+        for link in ("work/out", "work/in/out"):
+            (tmp_path / link).symlink_to(tmp_path / "other")
+        with pytest.raises(OSError, match="is not a folder below /work|Not a directory|symbolic links|No such file"):
+            confbuild.give_to_build(path)
+        assert {path.lstat().st_uid for path in tmp_path.rglob("*")} == {0}
+
+    @pytest.mark.skipif(not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3")  # a build cannot read /root
+    @pytest.mark.skipif(not FILTERS, reason="the filter is one for Linux on x86-64")
+    def test_forbidden_calls(self, broker: confbuild.Broker) -> None:
+        """A build, and what it starts, has them no more than a kernel that was built without."""
+        numbers = sorted(FORBIDDEN["x86_64"].values())
+        code = f"import ctypes, errno; libc = ctypes.CDLL(None, use_errno=True)\n" \
+               f"print(*(errno.errorcode[ctypes.get_errno()] for n in {numbers} if libc.syscall(n, -1, -1, -1, -1, -1) < 0))"
+        assert self.run(f"/bin/sh -c \"exec /usr/bin/python3 -c '{code}'\"; grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status") == (
+            0, b"", [" ".join(["ENOSYS"] * len(numbers)), "NoNewPrivs:\t1", "Seccomp:\t2"])
+
+
+class TestQuestions:
+    """What a first process makes of an agent that asks anything."""
+
+    @staticmethod
+    def asked(tmp_path: Path, *messages: bytes, fds: Sequence[int] = (), running: int = 0, close: bool = False, run: Any = None) -> tuple[Any, confbuild.GuestBroker]:
+        """(the answer to messages, each a question at the same connection, or None where there is none, the broker)."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as agent:
+            listener.bind(str(tmp_path / "socket"))
+            listener.listen()
+            broker = confbuild.GuestBroker(listener, False)
+            broker._running.update({-n: socket.socket() for n in range(running)})
+            if run is not None:
+                broker._run = run  # type: ignore[method-assign]
+            agent.connect(str(tmp_path / "socket"))
+            for message in messages:
+                socket.send_fds(agent, [message], list(fds))
+            if close:
+                agent.close()
+            broker.answer()
+            for connection in broker._running.values() if running else ():
+                connection.close()
+            return None if close else json.loads(agent.recv(1 << 16) or b"null"), broker
+
+    @pytest.mark.parametrize("question", [
+        b"", b"{", b"\xff\xfe", b"null", b"1", b"[]", b"{}", b'"op"', b"[" * 100_000, b'{"op": null}', b'{"op": []}', b'{"op": {}}', b'{"op": "reboot"}', b'{"op": "__init__"}',
+        b'{"op": "own"}', b'{"op": "own", "paths": null}', b'{"op": "own", "paths": [1]}', b'{"op": "own", "paths": ["/work/a\\u0000b"]}', b'{"op": "own", "paths": "/work/a"}',
+        b'{"op": "own", "paths": ["/work/\\ud800"]}', b'{"op": "report"}', b'{"op": "report", "data": 1}', b'{"op": "report", "data": "xy"}', b'{"op": "report", "data": ""}',
+        b'{"op": "run"}', b'{"op": "run", "argv": ["x"], "env": {}, "cwd": "/"}', b'{"op": "own", "paths": [' + b"9" * 5000 + b"]}"],
+        ids=lambda question: repr(question[:40]))
+    def test_malformed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: bytes) -> None:
+        """Each is answered, with what is wrong, and no descriptor is left."""
+        monkeypatch.setattr(confbuild, "SYSROOT", str(tmp_path))
+        (tmp_path / "work").mkdir()
+        before = len(os.listdir("/proc/self/fd"))
+        answer, _ = self.asked(tmp_path, question, fds=(0, 1))
+        assert set(answer) == {"errno", "error"} and answer["errno"] in (errno.EINVAL, errno.EPERM, errno.EIO, errno.ENOTTY, errno.ENOENT) and 0 < len(answer["error"]) <= 500
+        assert len(os.listdir("/proc/self/fd")) == before
+        with contextlib.suppress(FileNotFoundError):
+            (tmp_path / "socket").unlink()
+        assert self.asked(tmp_path, b'{"op": "own", "paths": []}')[0] == {}, "the next one is answered too"
+
+    @pytest.mark.parametrize("question", [
+        {"argv": []}, {"argv": None}, {"argv": [1]}, {"argv": ["a\0b"]}, {"env": None}, {"env": {"A": 1}}, {"env": {"A": "a\0b"}}, {"env": {"A=": ""}, "argv": ["/nowhere"]}, {"cwd": 1},
+        {"cwd": "/nowhere"}, {"argv": ["/nowhere"]}, {"argv": ["/bin/true", "x" * 140_000]}])
+    @root_only
+    def test_malformed_programs(self, tmp_path: Path, question: Mapping[str, Any]) -> None:
+        whole = {"op": "run", "argv": ["/bin/true"], "env": {}, "cwd": "/", **question}
+        with open(os.devnull, "r+b") as null:
+            answer, broker = self.asked(tmp_path, json.dumps(whole).encode(), fds=[null.fileno()] * 3)
+        assert set(answer) == {"errno", "error"} and broker._running == {}
+
+    def test_silent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that asks nothing is given up, and told so."""
+        monkeypatch.setattr(confbuild, "BROKER_TIMEOUT_S", 0.01)
+        assert self.asked(tmp_path)[0] == {"errno": errno.EIO, "error": "timed out"}
+
+    def test_deaf(self, tmp_path: Path) -> None:
+        """One that goes away before the answer, or before the end of its program."""
+        for question in (b"{", b'{"op": "own", "paths": []}'):
+            self.asked(tmp_path, question, close=True)
+            (tmp_path / "socket").unlink()
+        _, broker = self.asked(tmp_path, b'{"op": "run"}', close=True, run=lambda *_: {"pid": 7})
+        assert set(broker._running) == {7}
+        broker.reaped(8, 0)
+        broker.reaped(7, 0)
+        assert broker._running == {}
+
+    def test_many_programs(self, tmp_path: Path) -> None:
+        assert self.asked(tmp_path, b'{"op": "run"}', running=confbuild.MAX_PROGRAMS)[0] == {"errno": errno.EAGAIN, "error": "64 programs run already"}
 
 
 IMAGE = Path(os.environ.get("CONFBUILD_TEST_IMAGE", "/var/cache/confbuild-test/image"))
@@ -10961,7 +11082,11 @@ if [ ! -e $report ]; then
 for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
     try: socket.create_connection(address, 5); print("reaches", address)
     except OSError as e: print(e.strerror)'
-    grep NoNewPrivs /proc/self/status
+    grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status
+    echo io_uring $(cat /proc/sys/kernel/io_uring_disabled)
+    python3 -c 'import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+print(*(errno.errorcode[ctypes.get_errno()] for n in (154, 250, 323, 425) if libc.syscall(n, -1, -1, -1, -1, -1) < 0))'
     python3 -c 'import os; [os.fork() for _ in range(3)]; os.setsid() if os.getpgrp() != os.getpid() else 0; os.close(1); os.close(2); import time; time.sleep(300)' &
   } > $report 2>&1
   chmod +x $report
@@ -11080,7 +11205,8 @@ class TestRealGuest:
         assert "QEMU guest, which is not confidential" in confbuild.render_verdict(verdict, False)
         assert (tmp_path / "spy/artifacts/report").read_text().split("\n") == [
             "user 1001 1001", "devices fd full null random stderr stdin stdout tty urandom zero", "interfaces lo", "others", "writes /work/home", "writes /tmp",
-            "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", ""]
+            "Network is unreachable", "Network is unreachable", "Connection refused", "NoNewPrivs:\t1", "Seccomp:\t2",
+            "io_uring 2", "ENOSYS ENOSYS ENOSYS ENOSYS", ""]
         with_image = confbuild.verify_bundle(files, confbuild.Expectations(image=confbuild.check_image(str(IMAGE))), NOW)
         assert with_image.verdict == "failed" and status_of(with_image, "image parts") == status_of(with_image, "image firmware") == "passed"
 
