@@ -185,6 +185,7 @@ EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_SIMULATED, EXIT_SERVER, EXIT_UNVERIFIED, EXIT
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 256 * KIB  # one read of a pipe or a file
 NONCE_SIZE = 16
+WORKSPACE = "confbuild-vm-"  # how the name of a VM's folder begins, which is removed with the VM
 MAX_JSON = 4 * MIB  # provenance.json, evidence.json; the largest seen in the field has 300 KiB
 MAX_ARCHIVE = 64 * MIB  # the uploaded archive [CONTRACT 1]
 MAX_UNPACKED = 4 * GIB
@@ -6621,7 +6622,7 @@ class QemuVm:
         self._telling = threading.Lock()
         self.port = 0  # of the loopback interface, once it is ready
         self._guest, self._config = guest, config
-        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-", dir=folder))
+        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
         self._monitor = os.path.join(self._workspace, "qmp")
         self._spoken = threading.Event()  # _answer holds the agent's first line, or QEMU has ended
         self._answer = b""  # written by "console" before _spoken
@@ -6848,7 +6849,7 @@ class SimulatedVm:
                  sandbox: Sandbox | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
         self.port = 0  # of the loopback interface, once it is ready
-        self.workspace = os.path.realpath(tempfile.mkdtemp(prefix="confbuild-vm-"))
+        self.workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE))
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, {
             **(config or {}), "sandbox": sandbox and sandbox._asdict()}
         self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
@@ -9502,8 +9503,10 @@ def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, mac
         return simulated, fetcher
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
     folder = os.path.join(state, "guests")
-    remove_tree(folder)  # of guests whose server was killed, and they with it
-    os.mkdir(folder, 0o700)
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    for name in os.listdir(folder):
+        if name.startswith(WORKSPACE):  # of guests whose server was killed, and they with it
+            remove_tree(os.path.join(folder, name))
     return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}, folder), fetcher
 
 
@@ -9696,11 +9699,24 @@ _ARCHIVE = "result.tar.gz"  # in a directory called .unverified: a result that i
 
 
 def _check_target(path: str) -> None:
-    """Raise UsageError unless path is free, or a directory that may be replaced, since it holds nothing but a bundle."""
+    """Raise UsageError unless path is free, or a directory that may be replaced: empty, or nothing but a bundle and what its provenance lists."""
     if os.path.realpath(path) == os.path.realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", "name another directory with -o")
-    if os.path.lexists(path) and (not os.path.isdir(path) or set(os.listdir(path)) - _OF_BUNDLE - ({_ARCHIVE} if path.endswith(".unverified") else set())):
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.path.islink(path) and _is_ours(path)):
         raise UsageError(f"{path} exists, and is no bundle", "name another directory with -o")
+
+
+def _is_ours(path: str) -> bool:
+    """Whether a directory holds nothing that somebody else has put there."""
+    names = set(os.listdir(path))
+    if path.endswith(".unverified") or not names:
+        return names <= {*_OF_BUNDLE, _ARCHIVE}
+    try:
+        files = read_bundle(path)
+        listed = {subject["name"] for subject in parse_json(files.provenance or b"", "provenance.json")["subject"]}
+    except (UsageError, Malformed, KeyError, TypeError):
+        return False
+    return names == _OF_BUNDLE and set(files.artifacts) <= listed
 
 
 def _follow(options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None) -> tuple[Mapping[str, Any] | None, str]:
@@ -10097,6 +10113,8 @@ def cmd_fetcher(_: "argparse.Namespace") -> int:
 
 def cmd_sweep(options: "argparse.Namespace") -> int:
     """Remove what a VM leaves behind; not for people."""
+    if not os.path.basename(options.workspace).startswith(WORKSPACE):
+        raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
     remove_tree(options.workspace)
     return EXIT_OK

@@ -12104,6 +12104,36 @@ class TestUsage:
         _, digest = confbuild._follow(argparse.Namespace(output="quiet"), service, "j", 0, None)
         assert digest == hashlib.sha256(b"new\n").hexdigest()
 
+    @pytest.mark.parametrize(("put", "ours"), [
+        ({}, True), ({"artifacts/demo": "changed"}, True), ({"artifacts/notes": "mine"}, False), ({"notes": "mine"}, False), ({"provenance.json": "{}"}, False),
+        ({"provenance.json": None}, False), ({"evidence.json": None}, False), ({"artifacts/demo": None}, True)])
+    def test_what_is_replaced(self, tmp_path: Path, put: dict[str, str | None], ours: bool) -> None:
+        """An earlier bundle, an empty directory; nothing that holds a file of somebody else."""
+        path = write_bundle(tmp_path / "b", bundle())
+        for name, text in put.items():
+            if text is None:
+                (path / name).unlink()
+            else:
+                (path / name).write_text(text)
+        (tmp_path / "empty").mkdir()
+        confbuild._check_target(str(tmp_path / "empty"))
+        (tmp_path / "link").symlink_to("b")
+        (tmp_path / "only" / "artifacts").mkdir(parents=True)
+        for name in ["link", "only", *([] if ours else ["b"])]:
+            with pytest.raises(confbuild.UsageError, match=f"{name} exists, and is no bundle"):
+                confbuild._check_target(str(tmp_path / name))
+        if ours:
+            confbuild._check_target(str(path))
+
+    @pytest.mark.parametrize("command", ["agent", "fetcher", "sweep FOLDER"])
+    def test_inner_commands_of_a_curious_user(self, tmp_path: Path, command: str) -> None:
+        """They remove the workspace of a VM, and no other folder in which they are started."""
+        write_files(tmp_path / "home", {"letter": "precious"})
+        done = subprocess.run([*PROGRAM, *command.replace("FOLDER", str(tmp_path / "home")).split()], cwd=tmp_path / "home", stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, timeout=PATIENCE, check=False)
+        assert done.returncode == 2 and "is not the workspace of a VM: expected the name confbuild-vm-" in done.stderr or command == "fetcher"
+        assert (tmp_path / "home" / "letter").read_text() == "precious"
+
     def test_state_in_use(self, shell: Shell, server: Callable[..., Server], tmp_path: Path) -> None:
         one = server()
         done = shell("serve", "--listen", "127.0.0.1:0", "--state", one.state)
