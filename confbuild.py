@@ -3687,7 +3687,7 @@ def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
     """The plan of `cargo build --locked --release`. Raises BuildFailed."""
     cargo, rustc = resolve_program("cargo", project, env), resolve_program("rustc", project, env)
     lock = read_lockfile(os.path.join(project, "Cargo.lock"))
-    release = os.path.join(project, "target", "release")
+    release = os.path.join(os.path.realpath(project), "target", "release")
     # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so that the compiler that is hashed runs.
     env = {**env, "PATH": os.path.dirname(cargo) + os.pathsep + env.get("PATH", os.defpath), "RUSTC": rustc,
            "CARGO_TARGET_DIR": os.path.join(project, "target")}
@@ -3708,7 +3708,12 @@ def read_lockfile(path: str) -> bytes:
 
 
 def _executables(folder: str) -> list[tuple[str, str]]:
-    """(name, path) of the executables in target/release: no extension or .exe. [CONTRACT 2]"""
+    """Return (name, path) of the executables in target/release: no extension or .exe. [CONTRACT 2]
+
+    folder: its real path before the build. Raises BuildFailed ProvenanceError if the build made a link of a part of that."""
+    real = os.path.realpath(folder)
+    if real != folder:
+        raise BuildFailed("ProvenanceError", f"target/release is {real}: a link, which is not followed")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     paths = {name: os.path.join(folder, name) for name in names if not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")}
     modes = {name: os.lstat(path).st_mode for name, path in paths.items()}

@@ -5322,6 +5322,32 @@ class TestPlanCargo:
         os.mkfifo(release / "pipe", 0o755)
         assert plan.collect(b"") == [("a.exe", str(release / "a.exe")), ("b", str(release / "b"))]
 
+    @pytest.mark.parametrize("link", ["demo/target/release", "demo/target", "demo", "."])
+    @pytest.mark.parametrize("target", ["/usr/bin", "real", "nowhere", "itself"])
+    def test_a_link_on_the_way(self, tmp_path: Path, stub_path: str, link: str, target: str) -> None:
+        """Whatever part of target/release a build replaces by a link, absolute or relative, also to what looks right: nothing behind it is an artifact."""
+        project = write_files(tmp_path / "source/demo", {"Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
+        plan = confbuild.plan_cargo(str(project), {"PATH": stub_path})
+        script(project / "target/release/demo", "")
+        assert [name for name, _ in plan.collect(b"")] == ["demo"]
+        place = tmp_path / "source" / link
+        place.rename(tmp_path / "real")
+        place.symlink_to({"real": tmp_path / "real", "itself": place.name}.get(target, target))
+        if target == "itself":  # leads nowhere: there are no artifacts
+            assert plan.collect(b"") == []
+            return
+        with pytest.raises(confbuild.BuildFailed, match="^target/release is /.*: a link, which is not followed$") as caught:
+            plan.collect(b"")
+        assert caught.value.error_type == "ProvenanceError"
+
+    def test_a_link_before_the_build(self, tmp_path: Path, stub_path: str) -> None:
+        """The folder of a server's state may lie behind one."""
+        project = write_files(tmp_path / "real/demo", {"Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
+        (tmp_path / "link").symlink_to("real")
+        plan = confbuild.plan_cargo(str(tmp_path / "link/demo"), {"PATH": stub_path})
+        script(project / "target/release/demo", "")
+        assert plan.collect(b"") == [("demo", str(project / "target/release/demo"))]
+
 
 # Known answers: printf 'known content\\n' hashed, as nix 2.8.0 writes it in hexadecimal and newer ones as SRI.
 KNOWN_DIGESTS = {name: hashlib.new(name, b"known content\n", usedforsecurity=False).hexdigest() for name in ("md5", "sha1", "sha256", "sha512")}
@@ -6420,7 +6446,7 @@ class TestPipeline:
         (project("true"), "NoArtifacts", "the build succeeded and left no executable"),
         (project(INTO_RELEASE + "ln -s /bin/sh demo; ln -s /etc/passwd x; touch plain; mkdir dir"), "NoArtifacts",
          "the build succeeded and left no executable"),
-        (project("mkdir target; ln -s /nowhere target/release"), "NoArtifacts", "the build succeeded and left no executable"),
+        (project("mkdir target; ln -s /nowhere target/release"), "ProvenanceError", "target/release is /nowhere: a link, which is not followed"),
         (project(INTO_RELEASE + "f=$(printf 'a\\033b'); touch \"$f\"; chmod +x \"$f\""), "ProvenanceError", r"an artifact is called 'a\x1bb'"),
         (project(INTO_RELEASE + "f=$(printf 'a\\377b'); touch \"$f\"; chmod +x \"$f\""), "ProvenanceError", r"an artifact is called 'a\udcffb'"),
         ({**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")}, "ProvenanceError",
