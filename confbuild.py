@@ -10265,6 +10265,8 @@ def _add_machine(parser: "argparse.ArgumentParser") -> None:
 
 
 def _add_build(parser: "argparse.ArgumentParser") -> None:
+    parser.epilog = ("With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source "
+                     "elsewhere afterwards, since TLS does not end inside the VM yet.")
     parser.add_argument("source", metavar="DIR|URL")
     _add_server(parser, required=False)
     parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")

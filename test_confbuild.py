@@ -12363,6 +12363,15 @@ class TestBeforeTheSource:
         said = capsys.readouterr().err
         assert (f"\nFAIL {failed}" in said) == bool(failed) and ("the VM that waits for the source verifies" in said) == (not message)
 
+    def test_what_it_does_not_promise(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            confbuild.main(["build", "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source elsewhere afterwards, "
+                "since TLS does not end inside the VM yet.") in said
+        readme = " ".join((FILE.parent / "README.md").read_text(encoding="utf-8").split())
+        assert "can still send it elsewhere afterwards" in readme and "no byte of" not in readme
+
     def test_on_the_wire(self, shell: Shell) -> None:
         """A server whose VM is simulated is asked for evidence, and told nothing else."""
         def attest(_: str, path: str) -> Answer:
