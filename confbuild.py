@@ -2252,6 +2252,7 @@ def _is_requested(value: Any) -> bool:
 
 Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
 
+TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that an error can name
 PIPE_GRACE_S = 5.0  # how long what a tool has left behind may hold its pipe open [CONTRACT 1]
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
@@ -2826,7 +2827,8 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
     """Run a build tool, hand its lines on as they come, and return (exit status, stdout where it was asked for).
 
     stdout and stderr are one stream, in the order in which they were written; with keep_stdout, stdout is kept and its lines
-    follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so."""
+    follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so.
+    If lines_out raises, the tool is killed."""
     with tempfile.TemporaryFile() as kept:
         child = _spawn(argv, True, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
                        stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
@@ -2836,10 +2838,15 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
             except (OSError, AttributeError):
                 pass  # another system, or a limit
-            for block in _read_pipe(child, pipe):
-                lines_out(splitter.feed(block) if block else [*splitter.end(), (
-                    f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
-                    "end, and is killed")])
+            try:
+                for block in _read_pipe(child, pipe):
+                    lines_out(splitter.feed(block) if block else [*splitter.end(), (
+                        f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
+                        "end, and is killed")])
+            except BaseException:  # nobody wants to know more
+                _kill_builds()
+                child.wait()
+                raise
         lines_out(splitter.end())
         status = child.wait()
         _kill_builds()
@@ -2893,6 +2900,35 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
 def is_full(error: OSError) -> bool:
     """Whether a write has failed because the disk, or what one may have of it, is full or read-only."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+@contextlib.contextmanager
+def room_on(disk: str) -> Iterator[None]:
+    """Raise BuildFailed LimitError if the block finds the disk full. disk: whose it is, for the message."""
+    try:
+        yield
+    except OSError as e:
+        if is_full(e):
+            raise BuildFailed("LimitError", f"the disk of {disk} is full: {e.strerror}") from None
+        raise
+
+
+def has_room(folder: str) -> bool:
+    """Return whether a file of 1 MiB, and some more names, fit below folder. If not, a full disk may be why something failed there."""
+    try:
+        disk = os.statvfs(folder)
+        if disk.f_files and disk.f_favail < 16:  # 0 of 0: a file system without that limit
+            return False
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(bytes(MIB))
+    except OSError as e:
+        return not is_full(e)
+    return True
+
+
+def lacks_room(error: Exception, folder: str) -> bool:
+    """Return whether error comes from a full disk: it says so itself, or a program has failed and folder's disk is full."""
+    return is_full(error) if isinstance(error, OSError) else not has_room(folder)
 
 
 def sync(path: str) -> None:
@@ -4325,7 +4361,8 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
     status, stdout = run_tool(plan.argv, project, plan.env, log, plan.keep_stdout)
     if status != 0:
         ending = f"status {status}" if status > 0 else f"signal {-status}"
-        raise BuildFailed("BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
+        full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        raise BuildFailed("LimitError" if full else "BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
     emit("provenance", ["Generating provenance"])
     try:
         artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
@@ -6599,6 +6636,15 @@ def forwarded_port(usernet: Any) -> int:
     return int(found[0])
 
 
+def make_workspace(disk: str, folder: str | None = None) -> str:
+    """Make a new folder for a VM, on disk, and return its path. Raises BuildFailed LimitError if the disk is full, else VmError."""
+    try:
+        with room_on(disk):
+            return os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
+    except OSError as e:
+        raise BuildFailed("VmError", f"there is no folder for the VM: {e.strerror}") from None
+
+
 def _bound_to_parent() -> Callable[[], None]:
     """What a child does between fork and exec: it dies with the thread that forked it, and leaves no memory behind in a core file.  All is
     looked up here, before the fork; after it a lock of another thread would stay locked."""
@@ -6627,7 +6673,8 @@ class QemuVm:
         self._telling = threading.Lock()
         self.port = 0  # of the loopback interface, once it is ready
         self._guest, self._config = guest, config
-        self._workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
+        self._disk = TMPDIR if folder is None else STATE
+        self._workspace = make_workspace(self._disk, folder)
         self._monitor = os.path.join(self._workspace, "qmp")
         self._spoken = threading.Event()  # _answer holds the agent's first line, or QEMU has ended
         self._answer = b""  # written by "console" before _spoken
@@ -6646,8 +6693,9 @@ class QemuVm:
             if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
                 raise BuildFailed("VmError", f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name")
             try:
-                argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
-                kept = open(os.path.join(self._workspace, "console"), "wb", buffering=0)  # noqa: SIM115  # "console" closes it
+                with room_on(self._disk):
+                    argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
+                    kept = open(os.path.join(self._workspace, "console"), "wb", buffering=0)  # noqa: SIM115  # "console" closes it
                 try:
                     child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self._workspace,
                                              env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace}, start_new_session=True,
@@ -6832,7 +6880,7 @@ def console_text(line: str) -> str:
 # Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
 # a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
 # dies of an exception.
-# Lock order: Jobs._changed, VmHost._changed or _spawning, a VM's _lock; a VM's _telling, EventLog._lock.  SimulatedVm._reading is held alone.
+# Lock order: VmHost._changed or _spawning, then a VM's _lock; a VM's _telling, then EventLog._lock.  SimulatedVm._reading is held alone.
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_RESULT = 4 * GIB
@@ -6854,7 +6902,7 @@ class SimulatedVm:
                  sandbox: Sandbox | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
         self.port = 0  # of the loopback interface, once it is ready
-        self.workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE))
+        self.workspace = make_workspace(TMPDIR)
         self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, {
             **(config or {}), "sandbox": sandbox and sandbox._asdict()}
         self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
@@ -6868,8 +6916,9 @@ class SimulatedVm:
         with self._lock:
             if self._gone:
                 raise BuildFailed("VmError", "the VM was destroyed before it was started")
-            for folder in BUILD_FOLDERS:
-                os.mkdir(os.path.join(self.workspace, folder), 0o700)
+            with room_on(TMPDIR):
+                for folder in BUILD_FOLDERS:
+                    os.mkdir(os.path.join(self.workspace, folder), 0o700)
             self._child = subprocess.Popen([*own_program(), self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                            cwd=self.workspace, env=self._env, start_new_session=True, pass_fds=self._fds)
             config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
@@ -6877,7 +6926,7 @@ class SimulatedVm:
             return self._child.pid
 
     def read_line(self, timeout_s: float) -> bytes:
-        """The one line that the child says. Raises BuildFailed VmError."""
+        """The one line that the child says. Raises BuildFailed VmError, and LimitError if it has ended for want of room."""
         with self._lock:
             child = self._child
         line, deadline = b"", time.monotonic() + timeout_s
@@ -6892,6 +6941,8 @@ class SimulatedVm:
                 if not block:
                     break
                 line += block
+        if not line and not has_room(self.workspace):
+            raise BuildFailed("LimitError", f"the disk of {TMPDIR} is full")
         return line
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -6955,6 +7006,7 @@ class VmHost:
 
     def __init__(self, make_vm: Callable[[], Vm], make_fetcher: Callable[[str, str], SimulatedVm], boot_timeout_s: float = BOOT_TIMEOUT_S,
                  build_timeout_s: float = BUILD_TIMEOUT_S, max_log: int = MAX_LOG, reap: bool = False, warm: int = 0, console: bool = False, expected: Expectations = Expectations()) -> None:  # noqa: B008  # immutable
+        tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
         self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = make_vm, make_fetcher, boot_timeout_s, build_timeout_s
         self._max_log, self._reap, self._warm, self._console, self._expected = max_log, reap, warm, console, expected
         self._spawning = threading.Lock()
@@ -7158,6 +7210,7 @@ class VmHost:
             self._destroy(vm, clean=built)
 
     @staticmethod
+    @room_on(STATE)
     def _tell(job: Job, vm: Vm, message: str) -> None:
         """A `vm` event, of kinds of VMs that have such."""
         if vm.label and job.log is not None:
@@ -7190,6 +7243,7 @@ class VmHost:
                 except ChildProcessError:
                     pass  # its own parent reaps it
 
+    @room_on(STATE)
     def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
         """Submit the request to the agent, relay its events, fetch and verify its archive."""
         headers = {"Authorization": f"Bearer {vm.token}"}
@@ -7200,7 +7254,7 @@ class VmHost:
             answer = connection.getresponse()
             doc = parse_json(answer.read(MIB), "answer of the VM")
             if answer.status != 200 or not isinstance(doc, dict) or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id"))):
-                raise BuildFailed("VmError", f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}")
+                raise BuildFailed("LimitError" if answer.status == 507 else "VmError", f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}")
             path = f"/build/{doc['job_id']}"
             connection.request("GET", path + "/events", headers=headers)
             failure = relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
@@ -7279,8 +7333,10 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
                 continue
             if kind is None or set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
                 raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
-            reached = PHASES.index(event["type"])
-            log.append(to_payloads(event["type"], [event["msg"]]))
+            reached, payloads = PHASES.index(event["type"]), to_payloads(event["type"], [event["msg"]])
+            if len(payloads.parts[0]) > 2 * MIB:  # as the log writes it, which escapes more than others
+                raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+            log.append(payloads)
 
 
 def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
@@ -8221,13 +8277,19 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
             log.append(to_payloads(phase, messages))
 
         try:
+            with open(reserve, "wb") as f:
+                f.write(bytes(MIB))  # room to say in the end what has happened
             return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
-        except OSError as e:
-            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        except (BuildFailed, OSError) as e:
+            if not lacks_room(e, workspace):
                 raise
-            for name in ("artifacts", "result.tar.gz"):
-                remove_tree(os.path.join(own, name))  # or there is no room to say so
-            raise BuildFailed("LimitError", "the disk of the VM, which is memory in a guest, is full") from None
+            for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
+                with contextlib.suppress(OSError):  # a guest's build owns its files, but fills another disk than the agent's
+                    remove_tree(os.path.join(workspace, name))
+            raise BuildFailed("LimitError", f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: "
+                              f"{getattr(e, 'strerror', e)}") from None
+        finally:
+            remove_tree(reserve)
 
     def attest(nonce: str) -> bytes:
         evidence = attester.attest(waiting_report_data(nonce))
@@ -8235,6 +8297,7 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
         return evidence
 
     own = os.path.join(workspace, "agent")
+    reserve = os.path.join(own, "reserve")
     jobs = Jobs(own, build, streamer.grown, single_use=True)
     api = Api(jobs, policy, {}, attest)
     server = Server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
@@ -8272,8 +8335,10 @@ def run_fetcher() -> None:
         fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback)
         write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
         answer = {"name": name}
-    except BuildFailed as e:
-        answer = {"error": str(e), "error_type": e.error_type}
+    except (BuildFailed, OSError) as e:
+        full, reason = lacks_room(e, workspace), getattr(e, "strerror", str(e))
+        answer = {"error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
+                  "error_type": "LimitError" if full else getattr(e, "error_type", "VmError")}
     sys.stdout.write(compact_json(answer) + "\n")
     sys.stdout.flush()
     threading.Event().wait()  # until the lifeline ends

@@ -3685,6 +3685,34 @@ class TestProcesses:
         assert drive(RUN, script, keep, MARK=mark) == [status, kept, lines, 0]
         assert marked(mark) == []
 
+    def test_output_that_nobody_wants(self) -> None:
+        """If a line cannot be handed on, the tool is killed with all that it has started."""
+        mark = f"mark-{os.urandom(8).hex()}"
+        call = """
+confbuild.guard_process()
+def refuse(lines): raise ValueError("no more")
+try:
+    confbuild.run_tool(["sh", "-c", "setsid sleep 60 & echo one; exec sleep 60"], "/", dict(os.environ), refuse)
+except ValueError as e:
+    answer([str(e), len(confbuild.descendants(os.getpid()))])"""
+        assert drive(call, MARK=mark) == ["no more", 0] and marked(mark) == []
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+    def test_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        """A full disk is told from whatever else a write can meet, by the error and by a try."""
+        assert confbuild.has_room(str(tmp_path)) and list(tmp_path.iterdir()) == []
+        assert confbuild.has_room(str(tmp_path / "nowhere"))  # that is another complaint
+        full = OSError(number, os.strerror(number))
+        assert confbuild.lacks_room(full, str(tmp_path)) and not confbuild.lacks_room(OSError(errno.EIO, "I/O error"), str(tmp_path))
+        assert not confbuild.lacks_room(confbuild.BuildFailed("BuildError", "no"), str(tmp_path))
+        monkeypatch.setattr(tempfile, "TemporaryFile", raising(full))
+        assert not confbuild.has_room(str(tmp_path)) and confbuild.lacks_room(confbuild.BuildFailed("BuildError", "no"), str(tmp_path))
+        with pytest.raises(confbuild.BuildFailed, match=f"^the disk of the server's TMPDIR is full: {os.strerror(number)}$") as caught, confbuild.room_on(confbuild.TMPDIR):
+            raise full
+        assert caught.value.error_type == "LimitError"
+        with pytest.raises(OSError, match="I/O error"), confbuild.room_on(confbuild.TMPDIR):
+            raise OSError(errno.EIO, "I/O error")
+
     @pytest.mark.parametrize("how", ["", "setsid "])
     def test_a_flood_from_a_grandchild_ends(self, how: str) -> None:
         mark = f"mark-{os.urandom(8).hex()}"
@@ -9216,6 +9244,91 @@ class TestVm:
             with pytest.raises(confbuild.BuildFailed, match="destroyed before it was started|the VM is gone"):
                 call()
 
+    @pytest.mark.parametrize(("where", "disk"), [("make", "TMPDIR"), ("spawn", "TMPDIR"), ("tell", "state"), ("events", "state"), ("result", "state"),
+                                                  ("guest", "state"), ("guest in TMPDIR", "TMPDIR"), ("guest's hashes", "state")])
+    def test_no_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, disk: str) -> None:
+        """Whatever a full disk forbids the host of a build, the build ends with LimitError, which names the disk by what it is for, and nothing is left of the VM."""
+        full = OSError(errno.ENOSPC, "No space left on device", "/secret/path")
+        (tmp_path / "vms").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "vms"))
+        guest = confbuild.Guest("qemu", small_image(tmp_path / "image") if where == "guest's hashes" else guest_image(), network=True)
+
+        def make() -> Any:
+            with monkeypatch.context() as m:
+                if where in ("make", "guest", "guest in TMPDIR"):
+                    m.setattr(tempfile, "mkdtemp", raising(full))
+                vm = confbuild.QemuVm(guest, {}, None if "TMPDIR" in where else str(tmp_path / "vms")) if "guest" in where else confbuild.SimulatedVm(confbuild.SourcePolicy())
+            if where == "spawn":
+                monkeypatch.setattr(os, "mkdir", raising(full))
+            elif where == "guest's hashes":
+                os.symlink("/dev/full", os.path.join(vm._workspace, "hashes"))  # type: ignore[union-attr]
+            elif "guest" not in where:
+                vm.label, vm.port = "stand-in", 1  # type: ignore[misc]
+                monkeypatch.setattr(vm, "is_alive", lambda: True)
+            return vm
+
+        def drive(*_: Any) -> str:
+            if where == "events":
+                job.log = types.SimpleNamespace(size=0, append=raising(full))  # type: ignore[assignment]
+                confbuild.relay_events(Blocks(wire(ev("build"))), job.log, 1000)  # type: ignore[arg-type]
+            monkeypatch.setattr(confbuild, "_check_result", raising(full))
+            return confbuild._fetch_result(None, job, confbuild.Expectations())  # type: ignore[arg-type]
+
+        host = confbuild.VmHost(make, no_fetcher)
+        monkeypatch.setattr(host, "_drive", confbuild.room_on(confbuild.STATE)(drive))
+        jobs = confbuild.Jobs(str(tmp_path / "state"), host.run, lambda log: None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        if where == "tell":
+            job.log = types.SimpleNamespace(append=raising(full))  # type: ignore[assignment]
+        with pytest.raises(confbuild.BuildFailed) as caught:
+            host.run(jobs, job)
+        assert (caught.value.error_type, str(caught.value)) == ("LimitError", f"the disk of the server's {disk} is full: No space left on device")
+        assert list((tmp_path / "vms").iterdir()) == []
+
+    def test_no_folder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+        with pytest.raises(confbuild.BuildFailed, match="^there is no folder for the VM: No such file or directory$") as caught:
+            confbuild.SimulatedVm(confbuild.SourcePolicy())
+        assert caught.value.error_type == "VmError"
+
+    def test_no_room_to_boot(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A VM that ends at once on a full disk has ended for that."""
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["true"])
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy())
+        vm.spawn()
+        with monkeypatch.context() as m:
+            m.setattr(confbuild, "has_room", lambda folder: folder != vm.workspace)
+            with pytest.raises(confbuild.BuildFailed, match="^the disk of the server's TMPDIR is full$") as caught:
+                vm.wait_ready(20)
+        assert caught.value.error_type == "LimitError"
+        vm.destroy()
+
+    @pytest.mark.parametrize(("status", "error_type"), [(507, "LimitError"), (503, "VmError")])
+    def test_not_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, error_type: str) -> None:
+        """An agent that has no room for the source says so."""
+        class Connection:
+            def request(self, *_: Any) -> None:
+                pass
+
+            def getresponse(self) -> Any:
+                return types.SimpleNamespace(status=status, read=lambda _: b'{"detail":"no"}')
+
+            def close(self) -> None:
+                pass
+
+        monkeypatch.setattr(http.client, "HTTPConnection", lambda *_, **__: Connection())
+        host = stand_in_host(tmp_path)
+        with pytest.raises(confbuild.BuildFailed, match=f"the VM did not take the build: {status} ") as caught:
+            host._drive(StandInVm(), confbuild.Job("id", str(tmp_path), confbuild.BuildRequest(NONCE, "u")), confbuild.BuildRequest(NONCE, "u"), None)  # type: ignore[arg-type]
+        assert caught.value.error_type == error_type
+
+    def test_long_in_the_log(self, tmp_path: Path) -> None:
+        """An event that is short as it comes, and long as the log writes it, is too long; the longest line of a build is not."""
+        with pytest.raises(confbuild.BuildFailed, match="more than 2 MiB"):
+            relayed(tmp_path, wire('{"type":"build","msg":"' + "\x7f" * (1 << 19) + '"}'))
+        line = "\U0001f600\x7f" * (confbuild.MAX_LINE // 2)
+        assert relayed(tmp_path, wire(ev("build", line), OK_EVENT)) == (None, [ev("build", line)])
+
     @pytest.mark.parametrize("how", ["delete", "murder"])
     def test_everything_dies(self, server: Callable[..., Server], how: str) -> None:
         """A cancelled build, and one whose agent is killed: all that it started is dead within two seconds, daemons too, reaped
@@ -10721,13 +10834,22 @@ class TestAgent:
         assert not any(map(living, pids)) and not workspace.exists()
 
 
-    @pytest.mark.parametrize(("error", "room", "error_type", "fragment"), [
-        (OSError(errno.ENOSPC, "No space left on device"), 1 << 20, "LimitError", "disk of the VM"), (OSError(errno.EIO, "I/O error"), 1 << 20, "InternalError", "its log"),
-        (None, 100, "LimitError", "more than 50 bytes, half of the room")])
-    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None, room: int, error_type: str, fragment: str) -> None:
+    @pytest.mark.parametrize(("error", "room", "error_type", "message"), [
+        (OSError(errno.ENOSPC, "No space left on device"), 1 << 20, "LimitError",
+         "the disk of the VM, which is the server's TMPDIR or a guest's memory, is full: No space left on device"),
+        (OSError(errno.EIO, "I/O error"), 1 << 20, "InternalError", None),
+        (confbuild.BuildFailed("BuildError", "make ended with status 2"), 0, "LimitError",
+         "the disk of the VM, which is the server's TMPDIR or a guest's memory, is full: make ended with status 2"),
+        (confbuild.BuildFailed("BuildError", "make ended with status 2"), 1 << 20, "BuildError", "make ended with status 2"),
+        (None, 100, "LimitError", "the build's log has more than 50 bytes, half of the room in its VM")])
+    def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, room: int, error_type: str, message: str | None) -> None:
         """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
+        folders = ("source", *confbuild.BUILD_FOLDERS, "agent/artifacts")
+
         def pipeline(*arguments: Any) -> str:
-            (tmp_path / "agent/artifacts").mkdir()
+            assert (tmp_path / "agent/reserve").stat().st_blocks * 512 >= 1 << 20
+            for name in folders:
+                write_files(tmp_path / name, {"a/b": "x"})
             if error is not None:
                 raise error
             for _ in range(20):
@@ -10745,16 +10867,38 @@ class TestAgent:
         for name, value in (("run_pipeline", pipeline), ("Api", Api), ("Server", lambda *_: served)):
             monkeypatch.setattr(confbuild, name, value)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
+        monkeypatch.setattr(confbuild, "has_room", lambda folder: folder != str(tmp_path) or room > 0)
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=types.SimpleNamespace(read=lambda _: threading.Event().wait(0))))
         confbuild.serve_agent({"token": "t", "policy": confbuild.SourcePolicy()._asdict()}, str(tmp_path), ("", 0),
                               confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence), lambda: None)
         job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
         wait_for(lambda: made[0].describe(job)["status"] == "failed")
         status = made[0].describe(job)
-        assert status["error_type"] == error_type and fragment in status["error"]
-        assert (tmp_path / "agent/artifacts").exists() == (fragment != "disk of the VM")
+        assert status["error_type"] == error_type and message in (None, status["error"])
+        assert [(tmp_path / name).exists() for name in folders] == ["disk of the VM" not in (message or "")] * len(folders)
+        assert not (tmp_path / "agent/reserve").exists()
         made[0].stop(0)
 
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+    def test_said_by_the_tool(self, server: Callable[..., Server], number: int) -> None:
+        """A tool that has removed what filled the disk has said why it failed."""
+        said = f"error: failed to write x: {os.strerror(number)} (os error {number})"
+        result = (s := server()).events(s.submit(project(f"echo '{said}'; exit 1")))[-1]["result"]
+        assert (result["error_type"], result["error"]) == ("LimitError", f"cargo build --locked --release ended with status 1: {said}")
+
+    def test_small_disk(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """A build that fills TMPDIR ends at once with LimitError, whatever its tool makes of it; the slot and the disk are free for the next one."""
+        (tmp_path / "small").mkdir()
+        mounted = ["unshare", "-m" if os.geteuid() == 0 else "-rm", "sh", "-c",
+                   f'mount -t tmpfs -o size=16m,nr_inodes=600 none {shlex.quote(str(tmp_path / "small"))} && exec "$@"', "sh"]
+        if shutil.which("unshare") is None or subprocess.run([*mounted, "true"], check=False, capture_output=True).returncode != 0:
+            pytest.skip("nothing can be mounted: run as root, or allow user namespaces: sysctl user.max_user_namespaces=1000")
+        s = server(program=[*mounted, *PROGRAM], env={"TMPDIR": str(tmp_path / "small")})
+        for script in ("cat /dev/zero > $TMPDIR/big; exit 1", f"cat /dev/zero > big; {QUICK.replace('echo built', 'cat big')}", "cat /dev/zero > $HOME/big; exit 0",
+                       "for i in $(seq 600); do : > $i || exit 2; done"):
+            result = s.events(s.submit(project(script)))[-1]["result"]
+            assert result["error_type"] == "LimitError" and result["error"].startswith("the disk of the VM, which is the server's TMPDIR"), (script, result)
+        assert s.events(s.submit())[-1] == OK_EVENT
 
     def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A standard input that cannot be read is one that has ended."""
@@ -10797,6 +10941,23 @@ class TestFetcher:
         tree = confbuild.git_tree(found, confbuild.walk_files(found))
         env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
         assert name == "hello" and confbuild.believe_history(found, tree, env) == (git(origin, "rev-parse", "HEAD"), f"file://{origin}")
+
+    @pytest.mark.parametrize(("raised", "room", "answer"), [
+        ("OSError(28, 'No space left on device', '/tmp/x')", True, {"error": "the disk of the server's TMPDIR is full: No space left on device", "error_type": "LimitError"}),
+        ("confbuild.source_error('fatal: write error')", False, {"error": "the disk of the server's TMPDIR is full: fatal: write error", "error_type": "LimitError"}),
+        ("confbuild.source_error('fatal: no')", True, {"error": "fatal: no", "error_type": "SourceError"}),
+        ("OSError(5, 'I/O error', '/tmp/x')", True, {"error": "I/O error", "error_type": "VmError"})])
+    def test_what_fails(self, monkeypatch: pytest.MonkeyPatch, raised: str, room: bool, answer: Any) -> None:
+        """A full TMPDIR is LimitError, whoever met it."""
+        code = ("import sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
+                f"def fetch(*_): raise {raised}\nconfbuild.fetch_git, confbuild.has_room = fetch, lambda folder: {room}\nconfbuild.run_fetcher()")
+        monkeypatch.setattr(confbuild, "own_program", lambda: [sys.executable, "-S", "-c", code, str(COMPILED.parent)])
+        vm = confbuild.SimulatedVm(confbuild.SourcePolicy(), command="fetcher", config={"repo_url": "file:///x", "repo_ref": ""})
+        vm.spawn()
+        try:
+            assert json.loads(vm.read_line(PATIENCE)) == answer
+        finally:
+            vm.destroy()
 
     @needs("git")
     def test_nothing_there(self, tmp_path: Path, stub_path: str) -> None:
