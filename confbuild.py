@@ -2372,21 +2372,30 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _read_pipe(child: "subprocess.Popen[bytes] | BrokeredProcess", pipe: IO[bytes]) -> Iterator[bytes]:
-    """The blocks that come through pipe. An empty one is the last: child ended PIPE_GRACE_S ago, and others hold the pipe."""
-    ended_at = None
+def _read_pipes(child: "subprocess.Popen[bytes] | BrokeredProcess", pipes: Sequence[IO[bytes]], watch: Callable[[], None] = lambda: None) -> Iterator[tuple[int, bytes]]:
+    """Yield (index of the pipe, block) for what comes through pipes, until all have ended. An empty block is the last: child ended
+    PIPE_GRACE_S ago, and others hold a pipe.
+
+    watch: called a few times per second."""
+    ended_at, watched_at, left = None, 0.0, len(pipes)
     with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            if selector.select(0.25):
-                block = os.read(pipe.fileno(), BLOCK)
-                if not block:
-                    return
-                yield block
+        for index, pipe in enumerate(pipes):
+            selector.register(pipe, selectors.EVENT_READ, index)
+        while left:
+            for key, _ in selector.select(0.25):
+                block = os.read(key.fd, BLOCK)
+                if block:
+                    yield key.data, block
+                else:
+                    selector.unregister(key.fileobj)
+                    left -= 1
+            if time.monotonic() - watched_at > 0.25:
+                watch()
+                watched_at = time.monotonic()
             if ended_at is None and child.poll() is not None:
                 ended_at = time.monotonic()
-            elif ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
-                yield b""
+            elif left and ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
+                yield 0, b""
                 return
 
 
@@ -2799,27 +2808,31 @@ def _kill_builds() -> None:
         kill_all(lambda: descendants(os.getpid()))
 
 
-def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, untrusted: bool = False) -> tuple[int, bytes, str]:
-    """(exit status, stdout, the last lines of stderr) of a program that answers a question. untrusted: the source has a say in what it does.
-    For its output's size: raises BuildFailed LimitError."""
-    with tempfile.TemporaryFile() as errors:
-        child = _spawn(argv, untrusted, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
-        output = bytearray()
-        with _pipe(child.stdout) as pipe:
-            for block in _read_pipe(child, pipe):
-                output += block
-                if len(output) > max_bytes:
-                    break
-        if len(output) > max_bytes and child.returncode is None:
+def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, untrusted: bool = False,
+            watch: Callable[[], None] = lambda: None) -> tuple[int, bytes, str]:
+    """Run argv and return (exit status, stdout, the end of stderr).
+
+    untrusted: the source can influence the program.
+    watch: called a few times per second; what it raises ends the program.
+    Raises BuildFailed LimitError if it prints more than max_bytes."""
+    child = _spawn(argv, untrusted, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    texts, size = [bytearray(), bytearray()], 0
+    with _pipe(child.stdout) as output, _pipe(child.stderr) as errors:
+        try:
+            for index, block in _read_pipes(child, (output, errors), watch):
+                texts[index] += block
+                del texts[1][:-4096]
+                size += len(block)
+                if size > max_bytes:
+                    raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
+        except BaseException:
             if untrusted and _brokers:
                 _kill_builds()
-            else:
+            elif child.returncode is None:
                 os.killpg(child.pid, signal.SIGKILL)
-        status = child.wait()
-        if len(output) > max_bytes:
-            raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
-        errors.seek(max(0, errors.tell() - 4096))
-        return status, bytes(output), errors.read().decode("utf-8", "replace").strip()
+            child.wait()
+            raise
+    return child.wait(), bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
 
 
 def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: Callable[[list[str]], None],
@@ -2839,7 +2852,7 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
             except (OSError, AttributeError):
                 pass  # another system, or a limit
             try:
-                for block in _read_pipe(child, pipe):
+                for _, block in _read_pipes(child, [pipe]):
                     lines_out(splitter.feed(block) if block else [*splitter.end(), (
                         f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
                         "end, and is killed")])
@@ -3017,7 +3030,9 @@ MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
 SCHEMES = ("https", "http")
 _REF = re.compile(r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
+MAX_COMMIT = MIB  # bytes of a commit; the largest in the field have some hundred KiB of parents and signatures
+MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds whatever a server announces
 
 
 def source_error(message: str) -> BuildFailed:
@@ -3375,9 +3390,10 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
             tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
 
 
-def git_tree(root: str, files: Iterable[str]) -> str:
-    """The object name of the tree that git would make of these files (relative paths) below root, 40 digits. [GIT]
+def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
+    """Return the object name of the tree that git would make of these files (relative paths) below root. [GIT]
 
+    algorithm: sha1 or sha256, the repository's object format.
     Raises BuildFailed SourceError for what git has no mode for."""
     top: dict[bytes, Any] = {}
     for name in files:
@@ -3389,12 +3405,12 @@ def git_tree(root: str, files: Iterable[str]) -> str:
         mode = os.lstat(path).st_mode
         if stat.S_ISLNK(mode):
             target = os.fsencode(os.readlink(path))
-            node[last] = b"120000", _git_object(b"blob", len(target), [target])
+            node[last] = b"120000", _git_object(algorithm, b"blob", len(target), [target])
         elif stat.S_ISREG(mode):
             with open(path, "rb") as f:
                 size = os.fstat(f.fileno()).st_size
                 blocks = iter(lambda: f.read(BLOCK), b"")  # consumed before the next round
-                node[last] = b"100755" if mode & 0o100 else b"100644", _git_object(b"blob", size, blocks)
+                node[last] = b"100755" if mode & 0o100 else b"100644", _git_object(algorithm, b"blob", size, blocks)
         else:
             raise source_error(f"{name!r} is neither a file nor a link")
 
@@ -3403,17 +3419,22 @@ def git_tree(root: str, files: Iterable[str]) -> str:
         rows = sorted((name + b"/", b"40000", name, tree(entry)) if isinstance(entry, dict) else (name, entry[0], name, entry[1])
                       for name, entry in node.items())
         body = b"".join(mode + b" " + name + b"\0" + digest for _, mode, name, digest in rows)
-        return _git_object(b"tree", len(body), [body])
+        return _git_object(algorithm, b"tree", len(body), [body])
 
     return tree(top).hex()
 
 
-def _git_object(kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
-    """The name of an object: SHA-1 over its header and contents. SHA-1 is what git has; the artifacts' digests are SHA-256."""
-    digest = hashlib.sha1(b"%s %d\0" % (kind, size), usedforsecurity=False)
+def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
+    """Return the name of an object: the hash of its header and contents. SHA-1 is what most repositories have; artifacts have SHA-256."""
+    digest = hashlib.new(algorithm, b"%s %d\0" % (kind, size), usedforsecurity=False)
     for block in blocks:
         digest.update(block)
     return digest.digest()
+
+
+def object_format(name: str) -> str:
+    """Return the object format of a repository in which an object has this name; SHA-1 without one."""
+    return "sha256" if len(name) == 64 else "sha1"
 
 
 def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str, str]:
@@ -3424,18 +3445,32 @@ def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str,
 
 _GIT_OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "credential.helper=", "-c", "core.fsmonitor=false", "-c", "http.followRedirects=false",
                 "-c", "http.lowSpeedLimit=100", "-c", "http.lowSpeedTime=60", "-c", "protocol.version=2", "-c", "gc.auto=0",
-                "-c", "advice.detachedHead=false", "-c", "core.symlinks=true", "-c", "submodule.recurse=false")
+                "-c", "advice.detachedHead=false", "-c", "core.symlinks=true", "-c", "submodule.recurse=false", "-c", "core.untrackedCache=false")
+# Little memory, and one pack whatever comes: files of their own would take a limit each.
+_GIT_LIMITS = ("-c", "core.packedGitWindowSize=32m", "-c", "core.packedGitLimit=256m", "-c", "core.bigFileThreshold=32m", "-c", "pack.threads=2",
+               "-c", "fetch.unpackLimit=1", "-c", "transfer.unpackLimit=1")
+# setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit that is lower
+# already, or that a system does not have, stays.
+_LIMIT = 'trap "" XFSZ; ulimit -c 0; ulimit -f "$1"; ulimit -v "$2" 2>/dev/null; shift 2; exec "$@"'
 
 
-def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str]) -> bytes:
-    """What git prints. Raises BuildFailed SourceError with git's own last words."""
-    try:
-        status, output, errors = capture(["git", *_GIT_OPTIONS, *arguments], cwd, env)
-    except FileNotFoundError:
-        raise source_error("git is not installed here") from None
+def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = MAX_UNPACKED, max_output: int = 64 * MIB,
+         watch: Callable[[], None] = lambda: None) -> bytes:
+    """Run git, whose input is hostile, and return its output.
+
+    max_bytes: of each file that it writes.
+    watch: called a few times per second; what it raises ends git.
+    Raises BuildFailed SourceError with git's own words, or LimitError."""
+    if shutil.which("git", path=env.get("PATH")) is None:
+        raise source_error("git is not installed here")
+    limits = [str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
+    status, output, errors = capture(["/bin/sh", "-c", _LIMIT, "sh", *limits, "git", *_GIT_OPTIONS, *_GIT_LIMITS, *arguments], cwd, env, max_output, watch=watch)
     if status != 0:
         lines = errors.splitlines() or [f"git ended with status {status}"]
-        raise source_error(next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1]))  # the first is the cause
+        cause = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])  # the first is the cause
+        if re.search("(?i)out of memory|cannot allocate|file too large", errors):
+            raise limit_error(f"git needs more than {MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes: {cause}")
+        raise source_error(cause)
     return output
 
 
@@ -3546,67 +3581,204 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     return [option for name in sorted({parts.hostname, parts.hostname.rstrip(".")}) for option in ("-c", f"http.curloptResolve={name}:{port}:{','.join(found)}")]
 
 
-def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Sequence[str] = SCHEMES, loopback: bool = False) -> None:
-    """The commit that ref names (a branch, tag, full ref or commit; empty: the default branch) is checked out in the new
-    directory root, bytes as they are in the repository, with a depth-1 history. url and ref: checked by check_url, check_ref.
+def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Sequence[str] = SCHEMES, loopback: bool = False,
+              max_bytes: int = MAX_UNPACKED) -> None:
+    """Check out the commit that ref names in the new directory root, bytes as they are in the repository, with a depth-1 history.
 
-    Raises BuildFailed SourceError."""
-    env = git_environment(env, schemes)
+    url, ref: checked by check_url, check_ref. ref is a branch, tag, full ref or commit; empty: the default branch.
+    max_bytes: of the pack, and of the files.
+    Raises BuildFailed SourceError, LimitError."""
+    env, git, pinned = git_environment(env, schemes), os.path.join(root, ".git"), _pinned_address(url, loopback)
     os.mkdir(root)
-    _git(["init", "-q", "--template=", "."], root, env)
-    os.makedirs(os.path.join(root, ".git", "info"), exist_ok=True)
-    with open(os.path.join(root, ".git", "info", "attributes"), "w", encoding="ascii") as f:
+    max_bytes = min(max_bytes, shutil.disk_usage(root).free // 2)
+
+    def watch() -> None:
+        if _folder_size(git) > max_bytes:
+            raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
+
+    formats = ["sha1", "sha256"] if object_format(ref) == "sha1" else ["sha256", "sha1"]
+    for algorithm in formats:
+        _init_repository(root, algorithm, env)
+        try:
+            _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, "+" + (ref or "HEAD")], root, env,
+                 max_bytes, watch=watch)
+            break
+        except BuildFailed as e:
+            if algorithm == formats[-1] or "mismatched algorithms" not in str(e):
+                raise
+            remove_tree(git)
+    watch()
+    _check_listing(root, env, min(max_bytes, max(64 * MIB, MAX_RATIO * _folder_size(git))))
+    os.makedirs(os.path.join(git, "info"), exist_ok=True)
+    with open(os.path.join(git, "info", "attributes"), "w", encoding="ascii") as f:
         f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # the bytes that the tree hash covers
-    pinned = _pinned_address(url, loopback)
-    _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, "+" + (ref or "HEAD")], root, env)
-    _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env)
-    if os.path.lexists(os.path.join(root, ".gitmodules")):
-        raise source_error("the repository has submodules, which are not fetched")
+    _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env, max_bytes)
     _git(["config", "remote.origin.url", url], root, env)
+
+
+def _folder_size(folder: str) -> int:
+    """Return the bytes in the files below folder, some of which may be gone meanwhile."""
+    size = 0
+    for directory, _, files in os.walk(folder):
+        for name in files:
+            try:
+                size += os.lstat(os.path.join(directory, name)).st_size
+            except FileNotFoundError:
+                pass
+    return size
+
+
+def _init_repository(folder: str, algorithm: str, env: Mapping[str, str], *options: str) -> None:
+    """Make folder a repository without a template. algorithm: its object format."""
+    _git(["init", "-q", "--template=", *(["--object-format=sha256"] if algorithm == "sha256" else []), *options, "."], folder, env)  # git 2.29 and later
+
+
+def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
+    """Raise BuildFailed unless what FETCH_HEAD names may be checked out, before any of it is."""
+    try:
+        listing = _git(["ls-tree", "-r", "-t", "-l", "-z", "FETCH_HEAD"], root, env, max_output=MAX_MEMBERS * 320)
+    except BuildFailed as e:
+        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names") if e.error_type == "LimitError" else e from None
+    rows = [row.partition(b"\t") for row in listing.split(b"\0")[:-1]]
+    if len(rows) > MAX_MEMBERS:
+        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders")
+    total = 0
+    for facts, _, name in rows:
+        mode, _, _, size = facts.split()
+        if mode == b"160000":
+            raise source_error("the repository has submodules, which are not fetched")
+        if name.count(b"/") > MAX_DEPTH:
+            raise limit_error(f"{os.fsdecode(name)[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        if not size.isdigit() and mode != b"040000":
+            raise source_error(f"the repository lacks {os.fsdecode(name)[:80]!r}")
+        total += int(size) if size.isdigit() else 0
+    if total > max_bytes:
+        raise limit_error(f"the repository unpacks to more than {max_bytes} bytes")
+
+
+def read_head(git: str, common: str) -> str:
+    """Return the commit that HEAD names, or "". git: the folder that holds HEAD; common: the one that holds refs, usually the same."""
+    head = _read_text(os.path.join(git, "HEAD"))
+    link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
+    if link and _REF.fullmatch(link[1]):
+        packed = _read_text(os.path.join(common, "packed-refs"), 16 * MIB)
+        rows = (line.partition(" ") for line in packed.split("\n"))
+        head = _read_text(os.path.join(common, link[1])) or next((commit for commit, _, name in rows if name == link[1]), "")
+    return head if _COMMIT.fullmatch(head) else ""
+
+
+def _read_text(path: str, size: int = 4096) -> str:
+    """Return what a small file holds, stripped, or "" if it cannot be read."""
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
+        return ""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as f:
+            return f.read(size).strip()
+    except OSError:
+        return ""
+
+
+def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Make the empty folder own a repository whose objects are those of git, whose HEAD is commit, and whose configuration is empty.
+
+    Return git's configuration, of which the caller may believe facts. It is never obeyed, as it could name programs."""
+    try:
+        listed = _git(["config", "-z", "--file", os.path.join(git, "config"), "--no-includes", "--list"], own, env)
+    except BuildFailed:
+        listed = b""
+    rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
+    config = {name: value if has_value else "true" for name, has_value, value in rows}
+    _init_repository(own, object_format(commit) if commit else config.get("extensions.objectformat", "sha1"), env, "--bare")
+    quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(git, "objects"))).replace("\n", "\\n")
+    os.makedirs(os.path.join(own, "objects", "info"), exist_ok=True)
+    for name, text in (("objects/info/alternates", f'"{quoted}"\n'), *((("HEAD", commit + "\n"), ("shallow", commit + "\n")) if commit else ())):
+        with open(os.path.join(own, name), "w", encoding="utf-8", errors="surrogateescape") as f:
+            f.write(text)
+    return config
 
 
 def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
     """(commit, origin's URL) of project's own `.git` where its HEAD's tree is tree, the hash of the files that are there: so
     nothing is untracked or modified. The URL has lost its credentials, and is only what the history's owner says.
 
-    Raises BuildFailed SourceError with the reason where history cannot be believed. The configuration of that `.git` is never
-    obeyed: its objects are read through an empty repository of our own, and the commit is hashed again here."""
+    Raises BuildFailed SourceError with the reason where history cannot be believed. The commit is hashed again here."""
     git = os.path.join(project, ".git")
     if not os.path.isdir(os.path.join(git, "objects")) or os.path.islink(git):
         raise source_error("there is no history")
-    head = _read_ref(git, "HEAD")
-    link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
-    commit = _read_ref(git, link[1]) if link and _REF.fullmatch(link[1]) else head
-    if not _COMMIT.fullmatch(commit):
+    commit = read_head(git, git)
+    if not commit:
         raise source_error("HEAD names no commit")
     env = git_environment(env, ())
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(project)) as empty:
-        _git(["init", "-q", "--bare", "--template=", "."], empty, env)
-        env["GIT_ALTERNATE_OBJECT_DIRECTORIES"] = '"' + re.sub(r'(["\\])', r"\\\1", os.path.join(git, "objects")) + '"'
-        body = _git(["cat-file", "commit", commit], empty, env)
-        if _git_object(b"commit", len(body), [body]).hex() != commit:
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(project)) as own:
+        config = _borrow_objects(git, commit, own, env)
+        if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
+            raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
+        body = _git(["cat-file", "commit", commit], own, env)
+        if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
             raise source_error("the commit is not what its name says")
         if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
             raise source_error("the files differ from the tree of HEAD")
-        try:
-            url = _git(["config", "--file", os.path.join(git, "config"), "--no-includes", "--get", "remote.origin.url"], empty, env)
-        except BuildFailed:
-            url = b""
-    return commit, without_credentials(url.decode("utf-8", "replace").strip())
+    return commit, without_credentials(config.get("remote.origin.url", "").strip())
 
 
-def _read_ref(git: str, name: str) -> str:
-    """What the ref called name holds, loose or packed; empty where there is none."""
+class Checkout(NamedTuple):
+    """A work tree of git, read through a repository of our own. root: its top; own: our repository; commit: of its HEAD, or "";
+    config: what its configuration says, which nobody obeys; env: of a git that sees the work tree and its index."""
+
+    root: str
+    own: str
+    commit: str
+    config: Mapping[str, str]
+    env: Mapping[str, str]
+
+    def ask(self, directory: str, *arguments: str) -> str | None:
+        """Return what git says in directory, or None if it fails."""
+        status, output, _ = capture(["git", *_GIT_OPTIONS, *arguments], directory, self.env)
+        return None if status != 0 else os.fsdecode(output)
+
+
+def open_checkout(directory: str, own: str) -> Checkout | None:
+    """Return the work tree around directory, or None. own: an empty folder.
+
+    The checkout is data: objects, HEAD, index and patterns of what is ignored. Its configuration could name programs (core.fsmonitor,
+    filters, a partial clone's remote, ...), so git never finds it. The user's own configuration is obeyed."""
+    root = os.path.realpath(directory)
+    while not os.path.lexists(os.path.join(root, ".git", "HEAD")) and not os.path.isfile(os.path.join(root, ".git")):
+        root, below = os.path.dirname(root), root
+        if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
+            return None
+    git = os.path.join(root, ".git")
+    if os.path.isfile(git):  # of a linked work tree or a submodule
+        git = os.path.join(root, _read_text(git).removeprefix("gitdir: "))
+    common = os.path.join(git, _read_text(os.path.join(git, "commondir")))
+    if not os.path.isdir(os.path.join(common, "objects")):
+        return None
+    commit, plain = read_head(git, common), {name: value for name, value in os.environ.items() if name[:4] != "GIT_" or name.startswith("GIT_CONFIG_")}
     try:
-        with open(os.path.join(git, name), encoding="utf-8", errors="replace") as f:
-            return f.read(4096).strip()
-    except OSError:
-        pass
-    try:
-        with open(os.path.join(git, "packed-refs"), encoding="utf-8", errors="replace") as f:
-            return next((line[:40] for line in f if line[40:].strip() == name), "")
-    except OSError:
-        return ""
+        config = _borrow_objects(common, commit, own, git_environment(plain, ()))
+    except BuildFailed:  # no git, or one that is too old
+        return None
+    os.symlink(os.path.join(common, "info"), os.path.join(own, "info"))
+    for name in os.listdir(git):
+        if name.startswith("sharedindex."):  # which a split index names
+            os.symlink(os.path.join(git, name), os.path.join(own, name))
+    return Checkout(root, own, commit, config, {
+        **plain, "GIT_DIR": own, "GIT_WORK_TREE": root, "GIT_INDEX_FILE": os.path.join(git, "index"), "GIT_OPTIONAL_LOCKS": "0"})
+
+
+def list_source(directory: str, checkout: Checkout | None) -> list[str]:
+    """Return the files of directory that belong to a source: those that git tracks or would track, or all without a checkout."""
+    listed = checkout and checkout.ask(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate")
+    if listed is None:
+        return walk_files(directory)
+    found = []
+    for name in filter(None, listed.split("\0")):
+        path = os.path.join(directory, name)
+        if os.path.isdir(path) and not os.path.islink(path):  # a submodule
+            found += [os.path.join(name, inner) for inner in walk_files(path)]
+        elif os.path.lexists(path):  # else it was deleted
+            found.append(name)
+    return found
 
 
 def without_credentials(url: str) -> str:
@@ -4347,14 +4519,16 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
     refuse_outside_influence(project)
     for output in toolchain.outputs:
         remove_tree(os.path.join(project, output))
-    tree = git_tree(project, walk_files(project))
+    files, git = walk_files(project), os.path.join(project, ".git")
+    algorithm = object_format(read_head(git, git))
+    tree = git_tree(project, files, algorithm)
     try:
         commit, uri = believe_history(project, tree, env)
     except BuildFailed as e:
-        if os.path.lexists(os.path.join(project, ".git")):
+        if os.path.lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
-            remove_tree(os.path.join(project, ".git"))  # nothing vouches for it
-        commit, uri = "", ""
+            remove_tree(git)  # nothing vouches for it
+        commit, uri, tree = "", "", tree if algorithm == "sha1" else git_tree(project, files)
     plan = toolchain.plan(project, env)
     log = _LogDigest(emit)
     give_to_build(project)
@@ -4383,7 +4557,7 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
 def _get_source(request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy) -> tuple[str, str]:
     """(directory, name) of the project. root: made here."""
     if archive is None:
-        fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback)
+        fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
         return root, repository_name(request.repo_url)
     os.mkdir(root)
     unpack_archive(archive, root, policy.max_unpacked)
@@ -8332,7 +8506,7 @@ def run_fetcher() -> None:
     name = repository_name(url)
     try:
         root = os.path.join(workspace, name)
-        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback)
+        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback, policy.max_unpacked)
         write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
         answer = {"name": name}
     except (BuildFailed, OSError) as e:
@@ -8787,7 +8961,7 @@ def run_guest() -> NoReturn:
 
 # endregion 27
 # ==============================================================================
-# region 28. Client                                    [uses 13, 14, 15, 18, 24]
+# region 28. Client                                        [uses 14, 15, 18, 24]
 # ==============================================================================
 # The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
 
@@ -9105,20 +9279,23 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
     root, files, commit = os.path.realpath(directory), None, ""
     inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
     inner = "" if inner.startswith(os.pardir) else inner
-    if why != "there is no git" and _ask_git(directory, "rev-parse", "--show-toplevel") is not None:
-        files = list_source(directory)
-        why = _why_not_clean(root, inner)
+    own = os.path.join(workspace, "our own")
+    os.mkdir(own)
+    checkout = open_checkout(directory, own)
+    if checkout:
+        files = list_source(directory, checkout)
+        why = _why_not_clean(checkout, root, inner)
         if not why:
             try:
-                commit = _ask_git(root, "rev-parse", "HEAD") or ""
                 env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
-                fetch_git("file://" + urllib.parse.quote(root), commit, os.path.join(workspace, name), env, ("file",))
-                origin = without_credentials(_ask_git(root, "config", "--get", "remote.origin.url") or "")
-                root, files = os.path.join(workspace, name), None
-                os.unlink(os.path.join(root, ".git", "FETCH_HEAD"))  # it names the directory
-                _ask_git(root, "config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url")))
+                fetched = os.path.join(workspace, name)
+                fetch_git("file://" + urllib.parse.quote(own), checkout.commit, fetched, env, ("file",))
+                origin = without_credentials(checkout.config.get("remote.origin.url", ""))
+                _git(["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))], fetched, git_environment(env, ()))
+                os.unlink(os.path.join(fetched, ".git", "FETCH_HEAD"))  # it names the directory
+                root, files, commit = fetched, None, checkout.commit
             except BuildFailed as e:
-                why, commit = f"its history cannot be packed ({e})", ""
+                why = f"its history cannot be packed ({e})"
     if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
         files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
     # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
@@ -9133,46 +9310,24 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
     everything = why in ("there is no git", "it is no git work tree")
     note = f"commit {commit} as git has it" if commit else (
         f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
-    return Packed(note, git_tree(root, files), commit)
+    return Packed(note, git_tree(root, files, object_format(commit)), commit)
 
 
-def list_source(directory: str) -> list[str]:
-    """The files of directory that belong to a source: those that git tracks or would track, or all where it is no work tree."""
-    listed = _ask_git(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate", raw=True)
-    if listed is None:
-        return walk_files(directory)
-    found = []
-    for name in filter(None, listed.split("\0")):
-        path = os.path.join(directory, name)
-        if os.path.isdir(path) and not os.path.islink(path):  # a submodule
-            found += [os.path.join(name, inner) for inner in walk_files(path)]
-        elif os.path.lexists(path):  # else it was deleted
-            found.append(name)
-    return found
+# Of a checkout's configuration, what says how its files compare with the index; none of it names a program.
+_COMPARISON = ("core.filemode", "core.ignorecase", "core.symlinks", "core.precomposeunicode", "core.trustctime", "core.checkstat", "core.autocrlf", "core.eol")
 
 
-_GIT_ELSEWHERE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_NAMESPACE", "GIT_PREFIX")
-
-
-def _ask_git(directory: str, *arguments: str, raw: bool = False) -> str | None:
-    """What the user's own git says about the user's own directory, or None."""
-    env = {name: value for name, value in os.environ.items() if name not in _GIT_ELSEWHERE} | {"GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        status, output, _ = capture(["git", *arguments], directory, env)
-    except OSError:
-        return None
-    text = os.fsdecode(output)
-    return None if status != 0 else text if raw else text.strip()
-
-
-def _why_not_clean(root: str, inner: str) -> str:
-    """Empty where the work tree at root, but for what is below inner, is exactly its HEAD."""
-    if os.path.realpath(_ask_git(root, "rev-parse", "--show-toplevel") or "/") != root:
+def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
+    """Return "" if the work tree at root, but for what is below inner, is exactly its HEAD, and else the reason."""
+    if checkout.root != root:
         return "it is a folder inside a git work tree"
-    if _ask_git(root, "rev-parse", "--verify", "HEAD") is None:
+    if not checkout.commit:
         return "git has no commit"
+    options = [text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")]
     pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
-    return "git has modified or untracked files" if _ask_git(root, "status", "--porcelain", *pathspec) != "" else ""
+    # A submodule has a configuration of its own, which git would obey there.
+    status = checkout.ask(root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec)
+    return "git has modified or untracked files" if status != "" else ""
 
 # endregion 28
 # ==============================================================================
@@ -10039,7 +10194,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
         source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep or None, builder_id=options.builder_id,
         build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
         finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
-    return expected if options.source is None else _expect_source(options.source, expected)
+    return expected if options.source is None else _expect_source(options.source, expected, object_format(expected.source_tree or ""))
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
@@ -10051,8 +10206,11 @@ def cmd_verify(options: "argparse.Namespace") -> int:
         shown, status = {"bundle": path}, EXIT_USAGE
         try:
             alone = options.evidence_only or is_bare_evidence(path)
-            files = read_bundle(path, MAX_VERIFIED, alone)
-            verdict = verify_bundle(files, expected._replace(evidence_only=alone), utc_time(now), endorsements)
+            files, wanted = read_bundle(path, MAX_VERIFIED, alone), expected
+            # The bundle says by which hash, and the checkout what it must be.
+            if options.source is not None and options.source_tree is None and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b""):
+                wanted = _expect_source(options.source, expected._replace(source_tree=None), "sha256")
+            verdict = verify_bundle(files, wanted._replace(evidence_only=alone), utc_time(now), endorsements)
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
@@ -10147,9 +10305,11 @@ def cmd_image(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-def _expect_source(directory: str, expected: Expectations) -> Expectations:
+def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Expectations:
     """expected, with what a checkout of the source says: its tree, its lock file and, of cargo, the dependencies in that. nix's are known
-    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them."""
+    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them.
+
+    algorithm: the object format of the tree."""
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: no directory")
     try:
@@ -10159,7 +10319,9 @@ def _expect_source(directory: str, expected: Expectations) -> Expectations:
         else:
             toolchain = detect_toolchain(directory)
             outputs, lock_name = toolchain.outputs, "flake.lock" if toolchain.name == "nix" else toolchain.marker
-        tree = git_tree(directory, [name for name in list_source(directory) if name.split(os.sep)[0] not in outputs])
+        with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
+            files = list_source(directory, open_checkout(directory, own))
+        tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
         lock = read_lockfile(os.path.join(directory, lock_name))
         dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if lock_name == "Cargo.lock" else None
     except BuildFailed as e:

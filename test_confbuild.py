@@ -3735,6 +3735,18 @@ try:
 except confbuild.BuildFailed as e:
     answer([e.error_type, str(e)])""", str(size)) == expected
 
+    def test_capture_watches(self) -> None:
+        """What watch raises ends the program and what it has started; the errors that a program prints count as well, and only their end is held."""
+        mark = f"mark-{os.urandom(8).hex()}"
+        for command, watch, expected in (("sleep 300 | sleep 300", "lambda: 1 / 0", "ZeroDivisionError division by zero"),
+                                         ("cat /dev/zero >&2", "lambda: None", "BuildFailed sh printed more than 1000000 bytes")):
+            assert drive("""
+try:
+    confbuild.capture(["sh", "-c", sys.argv[2]], "/", dict(os.environ), 10 ** 6, watch=eval(sys.argv[3]))
+except Exception as e:
+    answer(f"{type(e).__name__} {e}")""", command, watch, MARK=mark) == expected
+            assert marked(mark) == []
+
     def test_kill_all_ends_a_chain_of_forks(self, tmp_path: Path) -> None:
         """Fifty generations, each in a session of its own, of which some are born while the first ones die."""
         (tmp_path / "fork").write_text('[ "$1" -gt 0 ] && setsid sh "$0" $(($1 - 1)) &\nsleep 60\n')
@@ -4846,6 +4858,10 @@ def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
     git(modules, "init", "-q")
     git(modules, "submodule", "--quiet", "add", str(demo), "sub")
     git(modules, "commit", "-q", "-m", "modules")
+    git(root, "init", "-q", "--object-format=sha256", "sha256")
+    write_files(root / "sha256", {"a": "a", "sub/b": "b"})
+    git(root / "sha256", "add", "-A")
+    git(root / "sha256", "commit", "-q", "-m", "one")
     handler = type("Handler", (GitHandler,), {"root": str(root)})
     servers = []
     for name, kind, host in (("http", http.server.ThreadingHTTPServer, "127.0.0.1"), ("ipv6", Ipv6Server, "::1")):
@@ -4942,6 +4958,113 @@ class TestFetch:
         assert git(got, "config", "remote.origin.url") == f"{origin['file']}/demo"
 
 
+    @pytest.mark.parametrize("where", ["file", "http"])
+    @pytest.mark.parametrize("ref", ["", "main", "COMMIT"])
+    @needs_backend
+    def test_sha256_repository(self, tmp_path: Path, origin: dict[str, str], where: str, ref: str) -> None:
+        head = git(Path(origin["root"], "sha256"), "rev-parse", "HEAD")
+        got = fetch(tmp_path, f"{origin[where]}/sha256/.git", head if ref == "COMMIT" else ref)
+        tree = confbuild.git_tree(str(got), confbuild.walk_files(str(got)), "sha256")
+        assert len(head) == 64 and tree == git(got, "rev-parse", "HEAD^{tree}")
+        assert confbuild.believe_history(str(got), tree, ORACLE_ENV) == (head, f"{origin[where]}/sha256/.git")
+
+
+    @staticmethod
+    def fails(folder: Path, url: str, error_type: str, fragment: str, **limits: Any) -> None:
+        with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
+            confbuild.fetch_git(url, "", str(folder / "got"), {"PATH": os.environ["PATH"], "HOME": str(folder)}, ("http", "file"), True, **limits)
+        assert caught.value.error_type == error_type, caught.value
+
+    def test_limits_of_git(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of git, and so of all that it starts: here a program of its own."""
+        monkeypatch.setattr(confbuild, "MAX_GIT_MEMORY", 300 << 20)
+        env = confbuild.git_environment({"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, ())
+        script(tmp_path / "limits", f"exec {sys.executable} -c 'from resource import *; print(*map(getrlimit, (RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_CORE)))'\n")
+        found = confbuild._git(["-c", f"alias.x=!{tmp_path}/limits", "x"], str(tmp_path), env, 7 << 20)
+        assert found.decode().partition(") ")[2] == f"{((7 << 20),) * 2} (0, 0)\n"
+        assert sys.platform != "linux" or found.decode().startswith(f"{(300 << 20,) * 2} ")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+    @pytest.mark.parametrize("kind", ["application/x-git-upload-pack-advertisement", "text/plain"])
+    def test_an_endless_advertisement(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """Of a server that speaks git's protocol, and of a dumb one: git would hold all of it."""
+        monkeypatch.setattr(confbuild, "MAX_GIT_MEMORY", 300 << 20)
+
+        class Endless(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", kind)
+                self.end_headers()
+                if kind != "text/plain":
+                    self.wfile.write(b"001e# service=git-upload-pack\n0000000eversion 2\n")
+                line = b"1111111111111111111111111111111111111111 refs/heads/x\n"
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write((b"%04x" % (len(line) + 4) + line if kind != "text/plain" else line) * 10_000)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+            try:
+                self.fails(tmp_path, f"http://127.0.0.1:{server.server_port}/x", "LimitError", "git needs more than 314572800 bytes of memory")
+            finally:
+                server.shutdown()
+
+    def test_a_bomb_of_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ten billion files in twelve objects."""
+        repository = write_files(tmp_path / "bomb", {"f": "x"}, commit=True)
+        row = f"100644 blob {git(repository, 'rev-parse', 'HEAD:f')}"
+        for _ in range(10):
+            made = subprocess.run(["git", "mktree"], cwd=repository, input="".join(f"{row}\tf{i}\n" for i in range(10)), env=ORACLE_ENV, text=True,
+                                  capture_output=True, check=True)
+            row = f"040000 tree {made.stdout.strip()}"
+        git(repository, "reset", "-q", "--soft", git(repository, "commit-tree", "-m", "bomb", made.stdout.strip()))
+        monkeypatch.setattr(confbuild, "MAX_MEMBERS", 5000)
+        self.fails(tmp_path, f"file://{repository}", "LimitError", "the repository has more than 5000 files and folders, or very long names")
+
+    def test_limits_of_a_tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        repository = write_files(tmp_path / "r", {"a/b/c": "x" * 300_000, "d": "y" * 100_000, ".gitmodules": ""}, commit=True)
+        url, folders = f"file://{repository}", [tmp_path / str(i) for i in range(9)]
+        for folder in folders:
+            folder.mkdir()
+        self.fails(folders[0], url, "LimitError", "the repository unpacks to more than 399999 bytes", max_bytes=399_999)
+        confbuild.fetch_git(url, "", str(folders[1] / "got"), {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, ("file",), max_bytes=400_000)
+        assert (folders[1] / "got/d").stat().st_size == 100_000
+        with monkeypatch.context() as patch:
+            patch.setattr(confbuild, "MAX_MEMBERS", 4)
+            self.fails(folders[2], url, "LimitError", "the repository has more than 4 files and folders")
+            patch.setattr(confbuild, "MAX_MEMBERS", 5)  # two of them are folders
+            patch.setattr(confbuild, "MAX_DEPTH", 1)
+            self.fails(folders[3], url, "LimitError", "'a/b/c' lies deeper than 1 folders")
+        with monkeypatch.context() as patch:
+            patch.setattr(confbuild, "MIB", 1000)
+            patch.setattr(confbuild, "MAX_RATIO", 1)
+            self.fails(folders[4], url, "LimitError", "the repository unpacks to more than 64000 bytes")
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=500_000))
+            self.fails(folders[5], url, "LimitError", "the repository unpacks to more than 250000 bytes")
+        with monkeypatch.context() as patch:
+            patch.setattr(confbuild, "_folder_size", lambda _: 1001)
+            self.fails(folders[6], url, "LimitError", "the repository's pack has more than 1000 bytes", max_bytes=1000)
+
+    def test_a_large_pack(self, tmp_path: Path) -> None:
+        repository = write_files(tmp_path / "r", {"noise": os.urandom(1 << 20)}, commit=True)
+        limit = "pack has more than 204800 bytes|a file of more than 204800 bytes: .*"  # whichever is reached first
+        self.fails(tmp_path, f"file://{repository}", "LimitError", limit, max_bytes=200 << 10)
+        (repository / "noise").write_bytes(os.urandom(1 << 20))
+        with pytest.raises(confbuild.BuildFailed, match="or a file of more than 204800 bytes: .*File too large") as caught:
+            confbuild._git(["hash-object", "-w", "noise"], str(repository), ORACLE_ENV, 200 << 10)
+        assert caught.value.error_type == "LimitError"
+
+    def test_a_repository_that_lacks_a_file(self, tmp_path: Path, origin: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        """No server of git's own sends such a pack."""
+        monkeypatch.setattr(confbuild, "_git", lambda *_, **__: b"100644 blob 0123456789012345678901234567890123456789     BAD\tsrc/main.rs\0")
+        with pytest.raises(confbuild.BuildFailed, match="the repository lacks 'src/main.rs'"):
+            confbuild._check_listing(str(tmp_path), {}, 1000)
+
+
 def forge(clone: Path, body: bytes, name: str) -> None:
     """A loose commit under a name that it does not hash to; HEAD is it."""
     path = clone / ".git/objects" / name[:2] / name[2:]
@@ -4966,6 +5089,11 @@ def replaced_object(clone: Path) -> None:
 def write(folder: Path, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text)
+
+
+def emptied(clone: Path) -> Path:
+    (clone / ".git/HEAD").unlink()
+    return clone
 
 
 def moved_away(clone: Path) -> Path:
@@ -4994,7 +5122,9 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "HEAD names no commit"),
     ("branch", lambda clone: (clone / ".git/HEAD").write_text("ref: refs/heads/none\n"), "HEAD names no commit"),
     ("outside", lambda clone: write(clone, {"../o": "1" * 40, ".git/HEAD": "ref: refs/../../../o\n"}), "HEAD names no commit"),
-    ("missing", lambda clone: (clone / ".git/HEAD").write_text("1" * 40), "1111111"),
+    ("missing", lambda clone: (clone / ".git/HEAD").write_text("1" * 40), "fatal: git cat-file: could not get object info"),
+    ("of SHA-256", lambda clone: (clone / ".git/HEAD").write_text("1" * 64), "wrong index|could not get object info"),
+    ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "HEAD names no commit"),
     ("a tree", lambda clone: (clone / ".git/HEAD").write_text(git(clone, "rev-parse", "HEAD^{tree}")), "fatal: git cat-file"),
     ("forged", lambda clone: forge(clone, b"tree %s\n" % git(clone, "rev-parse", "HEAD^{tree}").encode(), "ab" * 20),
      "the commit is not what its name says|mismatch"),
@@ -5027,13 +5157,17 @@ class TestHistory:
             assert confbuild.believe_history(str(clone), tree, ORACLE_ENV) == (origin["main"], "https://example.org/demo.git")
         assert sorted(os.listdir(clone.parent)) == before, "nothing ran, nothing is left"
 
-    def test_sha256_repository(self, tmp_path: Path) -> None:
-        clone = tmp_path / "clone"
-        clone.mkdir()
-        git(clone, "init", "-q", "--object-format=sha256")
-        git(clone, "commit", "-q", "--allow-empty", "-m", "x")
-        with pytest.raises(confbuild.BuildFailed, match="HEAD names no commit"):
-            confbuild.believe_history(str(clone), confbuild.git_tree(str(clone), []), ORACLE_ENV)
+    def test_a_large_commit(self, tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of which no more than the size is read."""
+        tree, size = git(pristine, "rev-parse", "HEAD^{tree}"), int(git(pristine, "cat-file", "-s", "HEAD"))
+        monkeypatch.setattr(confbuild, "MAX_COMMIT", size)
+        assert confbuild.believe_history(str(pristine), tree, ORACLE_ENV)[0] == git(pristine, "rev-parse", "HEAD")
+        monkeypatch.setattr(confbuild, "MAX_COMMIT", size - 1)
+        asked = list[Sequence[str]]()
+        monkeypatch.setattr(confbuild, "_git", lambda arguments, *rest, _git=confbuild._git, **more: asked.append(arguments) or _git(arguments, *rest, **more))
+        with pytest.raises(confbuild.BuildFailed, match=f"the commit has more than {size - 1} bytes") as caught:
+            confbuild.believe_history(str(pristine), tree, ORACLE_ENV)
+        assert caught.value.error_type == "LimitError" and [row[:2] for row in asked if row[0] == "cat-file"] == [["cat-file", "-s"]]
 
     def test_no_origin(self, tmp_path: Path, origin: dict[str, str]) -> None:
         clone = fetch(tmp_path, f"{origin['file']}/demo")
@@ -11773,6 +11907,260 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+# Every kind of key by which git's configuration names a program, and what leads git to another configuration or work tree.
+HOSTILE_CONFIG = """
+[core]
+    fsmonitor = {run}
+    hooksPath = {hooks}
+    pager = {run}
+    sshCommand = {run}
+    editor = {run}
+    askPass = {run}
+    gitProxy = {run}
+    alternateRefsCommand = {run}
+    worktree = {elsewhere}
+    attributesFile = {attributes}
+    excludesFile = {elsewhere}/secret
+[filter "evil"]
+    clean = {run}
+    smudge = {run}
+    process = {run}
+    required = true
+[diff]
+    external = {run}
+[diff "evil"]
+    command = {run}
+    textconv = {run}
+[merge "evil"]
+    driver = {run}
+[pager]
+    status = {run}
+    ls-files = {run}
+    config = {run}
+[alias]
+    ls-files = !{run}
+    status = !{run}
+    cat-file = !{run}
+[gpg]
+    program = {run}
+[gpg "ssh"]
+    program = {run}
+[log]
+    showSignature = true
+[credential]
+    helper = !{run}
+[extensions]
+    partialClone = origin
+[remote "origin"]
+    url = ext::{run}
+    promisor = true
+    partialclonefilter = blob:none
+    uploadpack = {run}
+    vcs = evil
+[uploadpack]
+    packObjectsHook = {run}
+[protocol "ext"]
+    allow = always
+[protocol "file"]
+    allow = always
+[url "ext::{run} "]
+    insteadOf = file://
+[submodule "vendor"]
+    update = !{run}
+    ignore = none
+[status]
+    submoduleSummary = true
+[trailer "evil"]
+    command = {run}
+[interactive]
+    diffFilter = {run}
+[include]
+    path = {elsewhere}/included
+[includeIf "gitdir:/"]
+    path = {elsewhere}/included
+"""
+
+
+def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
+    """Whatever obeys this configuration, its hooks, or that of a repository inside of it, touches marker."""
+    run = script(marker.parent / "run", f"touch {marker}\ncat\n")
+    elsewhere = write_files(marker.parent / "elsewhere", {"secret": "*\n", "included": f"[core]\n\tfsmonitor = {run}\n"})
+    for hook in ("post-index-change", "post-checkout", "reference-transaction", "fsmonitor-watchman", "pre-auto-gc", "query-watchman"):
+        script(elsewhere / "hooks" / hook, f"touch {marker}\n")
+        script(git_folder / "hooks" / hook, f"touch {marker}\n")
+    (elsewhere / "attributes").write_text("* filter=evil diff=evil merge=evil\n")
+    config = HOSTILE_CONFIG.format(run=run, hooks=elsewhere / "hooks", elsewhere=elsewhere, attributes=elsewhere / "attributes")
+    with open(git_folder / "config", "a") as f:
+        f.write(config)
+    for inner in (root / "vendor", root / "nested"):
+        if inner.exists():
+            with open(Path(git(inner, "rev-parse", "--absolute-git-dir")) / "config", "a") as f:
+                f.write(config.replace("worktree", "nothing"))
+
+
+@needs("git")
+@pytest.mark.usefixtures("plain_git")
+class TestCheckout:
+    """What is said of a checkout, by a git that never finds its configuration."""
+    @staticmethod
+    def source(directory: Path, tmp_path: Path) -> tuple[list[str], str]:
+        """The files of a source, and the commit, as `verify --source` reads them."""
+        with tempfile.TemporaryDirectory(dir=tmp_path) as own:
+            checkout = confbuild.open_checkout(str(directory), own)
+            return sorted(confbuild.list_source(str(directory), checkout)), checkout.commit if checkout else ""
+
+    @staticmethod
+    def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            return confbuild.pack_directory(str(directory), str(tmp_path / "packed.tar.gz"), scratch)
+
+    @pytest.mark.parametrize("state", ["clean", "modified", "missing", "unborn"])
+    @pytest.mark.parametrize("kind", ["plain", "linked", "file", "submodule"])
+    def test_no_program_of_a_checkout_runs(self, tmp_path: Path, kind: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        root, marker = write_files(tmp_path / "demo", {"a.txt": "a", ".gitattributes": "* filter=evil diff=evil merge=evil\n", "Cargo.lock": LOCK,
+                                                       "Cargo.toml": MANIFEST}), tmp_path / "ran"
+        git(root, "init", "-q", "-b", "main")
+        if kind == "submodule":
+            git(root, "submodule", "-q", "add", str(write_files(tmp_path / "library", {"lib.rs": "x"}, commit=True)), "vendor")
+            write_files(root / "nested", {"x": "x"}, commit=True)
+        git(root, "add", "a.txt", ".gitattributes", "Cargo.lock", "Cargo.toml")
+        git(root, "commit", "-qm", "one")
+        git_folder = root / ".git"
+        if kind == "linked":
+            git(root, "worktree", "add", "-q", "-b", "other", str(tmp_path / "linked"))
+            root = tmp_path / "linked"
+        elif kind == "file":
+            git_folder.rename(tmp_path / "away")
+            git_folder.write_text(f"gitdir: {tmp_path}/away\n")
+            git_folder = tmp_path / "away"
+        if state == "missing":
+            name = git(root, "rev-parse", "HEAD:a.txt")
+            (git_folder / "objects" / name[:2] / name[2:]).unlink()
+        elif state == "unborn":
+            git(root, "update-ref", "-d", "HEAD")
+        make_hostile(root, git_folder, marker)
+        os.utime(root / "Cargo.lock", (1, 1))  # so that git compares its contents
+        if state == "modified":
+            (root / "a.txt").write_text("b")
+        packed = self.pack(root, tmp_path)
+        assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
+        found, _ = self.source(root, tmp_path)
+        assert {"a.txt", "Cargo.lock"} <= set(found) and ("vendor/lib.rs" in found) == (kind == "submodule")
+        assert confbuild._expect_source(str(root), confbuild.Expectations(), "sha1").source_tree == packed.tree == confbuild.git_tree(str(root), found)
+        assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
+        with contextlib.suppress(confbuild.BuildFailed):
+            confbuild.believe_history(str(root), packed.tree, ORACLE_ENV)
+        assert not marker.exists(), "a program that the checkout names ran"
+
+    def test_the_configuration_is_hostile(self, tmp_path: Path) -> None:
+        """The test above would notice: git itself runs the programs."""
+        root = write_files(tmp_path / "demo", {"a.txt": "a"}, commit=True)
+        make_hostile(root, root / ".git", tmp_path / "ran")
+        subprocess.run(["git", "-c", f"core.worktree={root}", "status"], cwd=root, env=ORACLE_ENV, capture_output=True, check=False)
+        assert (tmp_path / "ran").exists()
+
+    def test_what_works(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Kinds of checkouts: a linked work tree, a shallow one, one without some blobs, a link to one, one of SHA-256, odd names and forms."""
+        origin = write_files(tmp_path / "origin", {"a.txt": "a", "sub/b.txt": "b", ".gitignore": "ignored\n"}, commit=True)
+        git(origin, "commit", "-q", "--allow-empty", "-m", "two")
+        git(origin, "config", "uploadpack.allowFilter", "true")
+        head, tree = git(origin, "rev-parse", "HEAD"), git(origin, "rev-parse", "HEAD^{tree}")
+
+        def clone(name: str, *options: str) -> Path:
+            git(tmp_path, "clone", "-q", *options, f"file://{origin}", name)
+            return tmp_path / name
+
+        made = {"plain": origin, "shallow": clone("shallow", "--depth", "1"), "partial": clone("partial", "--filter=blob:none"),
+                "shared": clone("shared", "--shared"), "odd": clone('o"d\nd\\\u00e9 '), "detached": clone("detached"), "packed": clone("packed"),
+                "split": clone("split"), "v4": clone("v4"), "sparse index": clone("sparse"), "excluded": clone("excluded"), "mode": clone("mode")}
+        git(origin, "worktree", "add", "-q", "--detach", str(tmp_path / "linked"))
+        made["linked"] = tmp_path / "linked"
+        (tmp_path / "link").symlink_to(origin)
+        made["link"] = tmp_path / "link"
+        git(made["detached"], "checkout", "-q", "--detach")
+        git(made["packed"], "pack-refs", "--all")
+        git(made["packed"], "repack", "-adq")
+        git(made["split"], "update-index", "--split-index")
+        git(made["v4"], "update-index", "--index-version", "4")
+        git(made["sparse index"], "config", "index.sparse", "true")
+        write_files(made["excluded"], {".git/info/exclude": "private\n", "private": "x"})
+        git(made["mode"], "config", "core.fileMode", "false")
+        (made["mode"] / "a.txt").chmod(0o755)
+        (origin / "ignored").touch()
+        for name, root in made.items():
+            with monkeypatch.context() as patch:
+                patch.chdir(root)
+                packed = self.pack(Path("."), tmp_path)
+            assert (packed.commit, packed.tree, packed.note) == (head, tree, f"commit {head} as git has it"), name
+            assert self.source(root, tmp_path) == ([".gitignore", "a.txt", "sub/b.txt"], head), name
+        assert self.source(made["linked"] / "sub", tmp_path) == (["b.txt"], head)
+
+    def test_sha256(self, tmp_path: Path) -> None:
+        root = tmp_path / "demo"
+        git(tmp_path, "init", "-q", "--object-format=sha256", "demo")
+        write_files(root, {"a.txt": "a", "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
+        assert self.pack(root, tmp_path)[1:] == (confbuild.git_tree(str(root), ["a.txt", "Cargo.lock", "Cargo.toml"]), ""), "no commit: as elsewhere"
+        git(root, "add", "-A")
+        assert "git has no commit" in self.pack(root, tmp_path).note and self.source(root, tmp_path) == (["Cargo.lock", "Cargo.toml", "a.txt"], "")
+        git(root, "commit", "-qm", "one")
+        head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
+        assert len(head) == 64 and self.pack(root, tmp_path)[1:] == (tree, head)
+        assert confbuild._expect_source(str(root), confbuild.Expectations(), "sha256").source_tree == tree
+        (root / "a.txt").write_text("b")
+        packed = self.pack(root, tmp_path)
+        assert (len(packed.tree), packed.commit) == (40, "") and confbuild._expect_source(str(root), confbuild.Expectations(), "sha1").source_tree == packed.tree
+
+    @pytest.mark.parametrize("broken", ["no objects", "link to nothing", "file to nothing", "damaged index", "damaged configuration"])
+    def test_a_broken_repository(self, tmp_path: Path, broken: str) -> None:
+        """Then all files are the source, as without git."""
+        root = write_files(tmp_path / "demo", {"a.txt": "a", ".gitignore": "ignored\n", "ignored": ""})
+        git(root, "init", "-q")
+        if broken in ("link to nothing", "file to nothing"):
+            shutil.rmtree(root / ".git")
+            if broken == "file to nothing":
+                (root / ".git").write_text("gitdir: nowhere\n")
+            else:
+                (root / ".git").symlink_to("nowhere")
+        elif broken == "no objects":
+            shutil.rmtree(root / ".git/objects")
+        elif broken == "damaged index":
+            (root / ".git/index").write_text("no index")
+        else:
+            (root / ".git/config").write_text("[core\n")
+        everything = broken != "damaged configuration"  # which nobody needs
+        assert self.source(root, tmp_path)[0] == [".gitignore", "a.txt", *(["ignored"] if everything else [])]
+        assert self.pack(root, tmp_path).commit == ""
+
+    def test_the_environment_leads_nowhere_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root, other = write_files(tmp_path / "demo", {"a": "a"}, commit=True), write_files(tmp_path / "other", {"b": "b"}, commit=True)
+        for name in ("GIT_DIR", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES", "GIT_SHALLOW_FILE", "GIT_GRAFT_FILE"):
+            monkeypatch.setenv(name, str(other / ".git"))
+        monkeypatch.setenv("GIT_LITERAL_PATHSPECS", "1")
+        monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
+        monkeypatch.setenv("GIT_WORK_TREE", str(other))
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit == git(root, "rev-parse", "HEAD")
+
+    def test_the_users_own_configuration_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        (tmp_path / "ignore").write_text("*.swp\n")
+        (tmp_path / "gitconfig").write_text(f"[core]\n\texcludesFile = {tmp_path}/ignore\n[status]\n\tshowUntrackedFiles = no\n")
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+        (root / "a.swp").touch()
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
+        (root / "new").touch()
+        assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).commit
+
+    def test_an_embedded_repository_is_no_commit(self, tmp_path: Path) -> None:
+        """git has a commit for it where others have files, whether or not .gitmodules names it."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        write_files(root / "inner", {"b": "b"}, commit=True)
+        git(root, "add", "inner")
+        git(root, "commit", "-qm", "two")
+        packed = self.pack(root, tmp_path)
+        assert packed.commit == "" and "the repository has submodules, which are not fetched" in packed.note
+        assert packed.tree == confbuild.git_tree(str(root), ["a", "inner/b"])
+
+
 @needs("git")
 @pytest.mark.usefixtures("plain_git")
 class TestPackDirectory:
@@ -13146,7 +13534,7 @@ class TestBuild:
         (linked(demo__artifacts__x="../../other"), 5, "the result has no evidence.json: ", "result.tar.gz"),
         (linked(demo__evidence__json="provenance.json"), 5, "the result has no evidence.json: ", "result.tar.gz"),
         (tarball({"../evil": "x"}), 4, "error: the server broke the protocol: 'demo/../evil' is not a plain relative path; what it sent is kept as out.unverified\n", "result.tar.gz"),
-        (b"<html>", 4, "error: the server broke the protocol: the archive is damaged: ", "result.tar.gz"), (b"", 4, "the archive is damaged: ", "result.tar.gz"),
+        (b"<html>", 4, "error: the server broke the protocol: the archive is damaged: ", "result.tar.gz"), (b"", 4, "the archive is empty", "result.tar.gz"),
         (tarball(PARTS)[:-9], 4, "the archive is damaged: ", "result.tar.gz"), (result_archive(bundle(nonce="f" * 32)), 5, "FAILED", "artifacts artifacts/demo evidence.json provenance.json")])
     def test_what_does_not_verify_is_kept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: bytes, status: int,
                                           message: str, kept: str) -> None:
