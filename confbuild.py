@@ -9588,7 +9588,7 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
-    _refuse(options, ("readable",), ": a guest sees no file of this machine")
+    _refuse(options, ("readable", "no_isolation"), ": a guest sees no file of this machine")
     if kind == "snp" and not options.print_command:
         _require_snp(options.image)
     if not options.image:
@@ -9625,17 +9625,19 @@ def _simulated_machine(options: "argparse.Namespace") -> Machine:
     for path in options.readable:
         if not os.path.exists(path):
             raise UsageError(f"--readable {path}: there is no such file or folder")
-    sandbox, landlock, seccomp = probe_sandbox()
+    usable, landlock, seccomp = probe_sandbox()
     proxies = {int(number) for name, value in env.items() if name.lower().endswith("_proxy") for number in re.findall(r":(\d{1,5})\b", value)}
     taken = f"builds fetch from port {port}, on which the service listens" if port in {80, 443, *proxies} else ""
-    protections = judge_protections(sandbox.abi, landlock, seccomp, taken)
+    protections = judge_protections(usable.abi, landlock, seccomp, taken)
+    if options.no_isolation:
+        protections = dict.fromkeys(protections, "switched off by --no-isolation")
     missing = [f"{name} ({why})" for name, why in protections.items() if why]
     if missing and options.require_isolation:
         raise UsageError(f"--require-isolation: builds here would run without the protection of {', '.join(missing)}",
                          "leave the option out to build without it, or build in guests: --tee or --vm qemu")
-    readable = [*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
+    sandbox = usable._replace(readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)])
     return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user; " + protection_text(protections),
-                   sandbox._replace(readable=readable), protections)
+                   None if options.no_isolation else sandbox, protections)
 
 
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
@@ -9719,11 +9721,11 @@ def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, mac
 
     guest = machine.guest
     if guest is None:
-        box = _hide(machine.sandbox or Sandbox(), options, state)
+        box = machine.sandbox and _hide(machine.sandbox, options, state)
         closed = functools.cache(lambda: close_port(port()))  # one for all, which is first needed by the first of them
 
         def simulated() -> Vm:
-            return SimulatedVm(policy, options.env, sandbox=box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()))
+            return SimulatedVm(policy, options.env, sandbox=box and box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()))
 
         return simulated, fetcher
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
@@ -9877,7 +9879,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
 def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
     """What the VM must be that gets the source. Raises UsageError."""
     if options.server:
-        _refuse(options, ("vm", *_OF_GUESTS, "readable", "require_isolation"), ": that is the server's to say")
+        _refuse(options, ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation"), ": that is the server's to say")
     if not options.tee:
         _refuse(options, ("image",) if options.server else (), " goes with --tee")
         if options.measurement:
@@ -10473,6 +10475,7 @@ def _add_limits(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment")
     parser.add_argument("--readable", action="append", default=[], metavar="DIR", help="let builds in simulated VMs read this folder too (repeatable)")
     parser.add_argument("--require-isolation", action="store_true", help="build only where the host is protected from its builds, or refuse to start")
+    parser.add_argument("--no-isolation", action="store_true", help="let builds in simulated VMs do whatever this user may")
     parser.add_argument("--boot-timeout", type=_seconds, metavar="S", help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})")
     parser.add_argument("--build-timeout", type=_seconds, default=BUILD_TIMEOUT_S, metavar="S", help="limit for a build (default: %(default)g)")
     parser.add_argument("--max-archive", type=_positive, default=MAX_ARCHIVE // MIB, metavar="MIB", help="limit for an uploaded archive (default: %(default)s)")

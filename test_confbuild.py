@@ -9696,8 +9696,19 @@ class TestSandboxedBuilds:
                 (["serve", "--readable", str(tmp_path / "gone")], f"--readable {tmp_path}/gone: there is no such file or folder"),
                 (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--readable", "/usr"], "--readable: that is the server's to say"),
                 (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--require-isolation"], "--require-isolation: that is the server's to say"),
-                (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable: a guest sees no file of this machine")):
+                (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable: a guest sees no file of this machine"),
+                (["serve", "--tee", "--no-isolation"], "--no-isolation: a guest sees no file of this machine"),
+                (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--no-isolation"], "--no-isolation: that is the server's to say")):
             assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
+
+    def test_no_isolation(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """For builds that need more than a sandbox lets them: they do what the server's user may, and everybody is told."""
+        s = server("--no-isolation")
+        job = s.submit(project(f"echo written > {tmp_path}/outside\n{QUICK}"))
+        assert s.events(job)[-1] == OK_EVENT and (tmp_path / "outside").read_text() == "written\n"
+        assert set(json.loads(s.request("GET", "/config")[2])["protections"].values()) == {"switched off by --no-isolation"}
+        assert b"; not protected: files, sockets, signals, ports, limits\n" in s.request("GET", f"/build/{job}/events")[2]
+        assert s.events(s.submit(project("kill -9 $PPID; sleep 60")))[-1]["result"]["error_type"] == "VmError"
 
     def test_what_is_said(self, server: Callable[..., Server]) -> None:
         """/config and the first comment of a stream say which protections are in effect, and no others."""
