@@ -9588,7 +9588,7 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
-    _refuse(options, ("readable", "no_isolation"), ": a guest sees no file of this machine")
+    _refuse(options, ("readable", "no_isolation"), " goes with simulated VMs")
     if kind == "snp" and not options.print_command:
         _require_snp(options.image)
     if not options.image:

@@ -9696,8 +9696,8 @@ class TestSandboxedBuilds:
                 (["serve", "--readable", str(tmp_path / "gone")], f"--readable {tmp_path}/gone: there is no such file or folder"),
                 (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--readable", "/usr"], "--readable: that is the server's to say"),
                 (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--require-isolation"], "--require-isolation: that is the server's to say"),
-                (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable: a guest sees no file of this machine"),
-                (["serve", "--tee", "--no-isolation"], "--no-isolation: a guest sees no file of this machine"),
+                (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable goes with simulated VMs"),
+                (["serve", "--tee", "--no-isolation"], "--no-isolation goes with simulated VMs"),
                 (["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--no-isolation"], "--no-isolation: that is the server's to say")):
             assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
 
