@@ -2502,10 +2502,10 @@ def give_to_build(*paths: str) -> None:
 
 MAX_BUILD_FILE = 8 * GIB  # of one file; the agent's own, a job's log and result, have 4 GiB
 MAX_BUILD_PROCESSES = 4096  # threads, beyond those that the user already has
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/proc", "/sys", "/nix/store", "/var/lib/ca-certificates",
+SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/proc", "/sys", "/nix/store", "/gnu/store", "/var/lib/ca-certificates",
                   "/etc/resolv.conf", "/etc/localtime", "/etc/ssl/certs")  # the last three are links on some systems
 _OPEN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-_BESIDE_BIN = ("lib", "lib64", "libexec", "include", "share", "versions", "version", "plugins", "installs")  # what programs of pyenv, nvm, asdf load
+_BESIDE_BIN = ("lib", "lib64", "libexec", "include", "share", "Cellar", "versions", "version", "plugins", "installs")  # of nvm, Homebrew, pyenv, asdf
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, with these numbers on every architecture
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 # linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6, make_block 11, truncate 14, ioctl_dev 15.
@@ -2608,23 +2608,22 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
     """What a build with env needs to read: the system, the folders of PATH and what their programs load, and whatever else its variables name, such as
     RUSTUP_HOME. Never home itself, nor what it lies in."""
     folders = [folder for folder in env.get("PATH", "").split(os.pathsep) if folder.startswith("/")]
-    found = [*(value for value in env.values() if value.startswith("/")), *folders]
+    found, home = [*(value for value in env.values() if value.startswith("/")), *folders], os.path.realpath(home)
     for folder in map(os.path.realpath, folders):
         parent, name = os.path.split(folder)
-        if name in ("bin", "sbin", "shims"):  # ~/.local/share belongs to everything that this user runs
+        if name in ("bin", "sbin", "shims") and parent != home:  # ~/.local/share belongs to everything that this user runs
             found += [os.path.join(parent, name) for name in _BESIDE_BIN if (os.path.basename(parent), name) != (".local", "share")]
     toolchains = os.path.join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
     if os.path.isdir(toolchains):
         found += [entry.path for entry in os.scandir(toolchains) if entry.is_symlink()]  # `rustup toolchain link`
-    home = os.path.realpath(home) + "/"
     real = dict.fromkeys(os.path.realpath(path) for path in found if os.path.exists(path))
-    return [*SYSTEM_FOLDERS, *(path for path in real if not home.startswith(path.rstrip("/") + "/"))]
+    return [*SYSTEM_FOLDERS, *(path for path in real if not (home + "/").startswith(path.rstrip("/") + "/"))]
 
 
 def seccomp_filter(machine: str, unix: bool) -> bytes:
     """A program for seccomp that refuses what goes past Landlock; no bytes for a machine whose system calls are not known here. machine: as uname
     names it; unix: Unix sockets are left to use. Calls of another architecture, which have other numbers, are refused whole. [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
-    if machine not in _SECCOMP_NUMBERS or sys.byteorder != "little":
+    if machine not in _SECCOMP_NUMBERS or sys.byteorder != "little" or sys.maxsize < 1 << 32:  # a program of 32 bits has other numbers
         return b""
     number = dict(zip(_SECCOMP_NAMES, _SECCOMP_NUMBERS[machine], strict=True))
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06

@@ -3971,7 +3971,7 @@ class TestSandbox:
     @pytest.mark.parametrize(("machine", "arch", "calls"), [
         ("x86_64", 0xC000003E, {"prlimit": 302, "socket": 41, "pair": 53, "sendto": 44, "sendmsg": 46, "sendmmsg": 307, "keyctl": 250, "read": 0, "kill": 62}),
         ("aarch64", 0xC00000B7, {"prlimit": 261, "socket": 198, "pair": 199, "sendto": 206, "sendmsg": 211, "sendmmsg": 269, "keyctl": 219, "read": 63, "kill": 129})])
-    def test_filter(self, machine: str, arch: int, calls: Mapping[str, int]) -> None:
+    def test_filter(self, monkeypatch: pytest.MonkeyPatch, machine: str, arch: int, calls: Mapping[str, int]) -> None:
         """Source of the numbers: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h of Linux."""
         fast = 0x20000000
         table: list[tuple[str, tuple[int, ...], int]] = [
@@ -3991,6 +3991,8 @@ class TestSandbox:
         assert [run_filter(shared, arch, calls[name], *arguments) for name, arguments in (("socket", (1, 1, 0)), ("pair", (1, 2, 0)), ("socket", (2, 1, 262)))] == [
             0, 0, errno.EPROTONOSUPPORT]
         assert confbuild.seccomp_filter("riscv64", False) == b""
+        monkeypatch.setattr(sys, "maxsize", (1 << 31) - 1)
+        assert confbuild.seccomp_filter(machine, False) == b""
 
     @pytest.mark.parametrize(("abi", "kept"), [(1, "limits"), (2, "limits"), (3, "files, limits"), (4, "files, ports, limits"), (5, "files, ports, limits"),
                                                (6, "files, sockets, signals, ports, limits"), (9, "files, sockets, signals, ports, limits")])
@@ -4102,7 +4104,7 @@ class TestSandbox:
         """The toolchain, wherever in the home it lies, and nothing else there."""
         home = tmp_path / "home"
         for name in (".cargo/bin", ".cargo/registry", ".rustup/toolchains/stable", "own-rust/bin", ".pyenv/shims", ".pyenv/versions/3.11", ".pyenv/libexec",
-                     ".nvm/versions/node/v18/bin", ".nvm/versions/node/v18/lib", ".local/bin", ".local/lib", ".local/share", "bin", "java", ".ssh"):
+                     ".nvm/versions/node/v18/bin", ".nvm/versions/node/v18/lib", ".local/bin", ".local/lib", ".local/share", "bin", "lib", "share", "java", ".ssh"):
             (home / name).mkdir(parents=True)
         (home / ".pyenv/version").touch()
         (home / ".rustup/toolchains/mine").symlink_to(home / "own-rust")
@@ -4129,14 +4131,17 @@ class TestSandbox:
         assert limits == {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1000, resource.RLIMIT_NPROC: 350}
         assert [confined.writable for confined in confbuild._confinements] == [["/w/tmp"], []]
 
-    def test_count_threads(self) -> None:
-        before = confbuild._count_threads()
+    def test_count_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert confbuild._count_threads() >= 1
         with subprocess.Popen([sys.executable, "-c", ("import threading; e = threading.Event(); [threading.Thread(target=e.wait, daemon=True).start() for _ in range(200)];"
                                                      "print(1, flush=True); input()")], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
             assert child.stdout is not None and child.stdout.readline() == b"1\n"
-            during = confbuild._count_threads()
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "listdir", lambda _: [str(child.pid), "self", "4194305"])  # others of this user come and go
+                assert confbuild._count_threads() == 201
+                patch.setattr(os, "getuid", lambda: 54321)
+                assert confbuild._count_threads() == 0
             child.communicate(b"\n")
-        assert during >= before + 100 and before >= 1  # others of this user come and go meanwhile
 
 # endregion 13
 # ==============================================================================
