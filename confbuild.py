@@ -114,7 +114,7 @@ import stat
 import time
 from collections import deque
 import functools
-from itertools import accumulate
+import itertools
 
 if TYPE_CHECKING:
     import argparse
@@ -7578,6 +7578,7 @@ MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
 HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
 IDLE_S = 30.0  # between two requests of a connection
 LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
+_BATCH = 64  # connections to accept or close before others get a turn
 REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
 MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
 
@@ -8088,6 +8089,8 @@ class Connection:
 
     def has_head(self) -> bool:
         """Whether the head of a request, or what cannot become one, is there."""
+        if self.searched == len(self.buffer):
+            return self.end > 0
         if not self.searched:
             empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
             del self.buffer[:empty.end() if empty else 0]
@@ -8225,6 +8228,7 @@ class Server:
         self.sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # and so its connections
             self.sock.bind(address)
             self.sock.listen(4096)
         except BaseException:
@@ -8243,17 +8247,16 @@ class Server:
                 if end is self:
                     self._accept()
                 elif mask & end.mask:  # closed meanwhile: its mask is 0
-                    self._advance(end)
+                    self._advance(end, True)
             for note in self._mailbox.notes():
                 if note is None:
                     self._end()
                     return
                 note.deadline = time.monotonic() + (STALL_S if note.pending else self._rest(note))
                 self._hold(note)
-                self._advance(note)
+                self._advance(note, note.tls)
             if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + self.scan_s
-                self._scan(scan_at - self.scan_s)
+                scan_at = time.monotonic() + (0 if self._scan(time.monotonic()) else self.scan_s)
             self._start_requests()
 
     def stop(self) -> None:
@@ -8279,7 +8282,7 @@ class Server:
         return self.linger_s if c.closing else self.idle_s
 
     def _accept(self) -> None:
-        for _ in range(64):  # then those who are there get a turn
+        for _ in range(_BATCH):
             try:
                 sock, address = self.sock.accept()
             except (BlockingIOError, ConnectionError):
@@ -8293,7 +8296,6 @@ class Server:
                 if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
                     raise OSError(errno.EMFILE, "too many files")
                 sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if self._tls is not None:
                     sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             except (OSError, ValueError) as e:
@@ -8302,10 +8304,13 @@ class Server:
                 continue
             connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
             self._hold(connection)
-            self._advance(connection)
+            self._mailbox.want(connection, selectors.EVENT_READ)
 
-    def _advance(self, c: Connection) -> None:
-        """Do what c's client lets happen now: handshake, send what is pending, read a head."""
+    def _advance(self, c: Connection, readable: bool) -> None:
+        """Do what c's client lets happen now: handshake, send what is pending, read a head.
+
+        readable: something may be there to read.
+        """
         try:
             if c.shaking:
                 c.sock.do_handshake()  # type: ignore[attr-defined]
@@ -8323,11 +8328,14 @@ class Server:
             while not c.has_head():
                 if c.buffer:
                     c.deadline = min(c.deadline, time.monotonic() + self.head_s)
+                if not readable:
+                    raise BlockingIOError
                 data = c.sock.recv(MAX_HEAD)
                 if not data:
                     self._close(c)
                     return
                 c.buffer += data
+                readable = c.tls  # for the rest there is another event, but not for what a TLS socket has read already
             self._mailbox.want(c, 0)
             self._hold(c)
             self._ready.append(c)
@@ -8370,17 +8378,20 @@ class Server:
         else:
             self.take(connection)
 
-    def _scan(self, now: float) -> None:
-        """Accept again after a pause, and close whose deadline is over."""
+    def _scan(self, now: float) -> bool:
+        """Accept again after a pause, and close whose deadline is over. Return whether there may be more of those."""
         self._mailbox.want(self, selectors.EVENT_READ)
-        for c in [c for c in self._waiting if c.deadline <= now]:
-            if not c.buffer or c.end or c.pending or c.closing:
-                self._close(c)
-            else:
-                response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
-                c.pending, c.closing = encode_head(response, uuid.uuid4().hex, True) + response.body, True
-                c.deadline = now + self.linger_s
-                self._advance(c)
+        late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
+        response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
+        answer = encode_head(response, uuid.uuid4().hex, True) + response.body if late else b""
+        for c in late:
+            try:
+                if c.buffer and not (c.end or c.pending or c.closing):
+                    c.sock.send(answer)
+            except OSError:
+                pass  # the client is gone, or takes nothing
+            self._close(c)
+        return len(late) == _BATCH
 
     def _hold(self, c: Connection) -> None:
         """c waits for its client, with what it holds now; if that is too much, close the oldest."""
@@ -9347,7 +9358,7 @@ def plain_text(text: str) -> str:
 
 def cut_to_cells(text: str, width: int) -> str:
     """The beginning of text that fills at most width cells of a terminal."""
-    cells = accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    cells = itertools.accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
     return text[:sum(1 for filled in cells if filled <= width)]
 
 

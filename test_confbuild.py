@@ -7822,7 +7822,8 @@ class TestStreamer:
         d.ends.append(ours)
         d.streamer.add(confbuild.Watcher(theirs, None, 0, False, False, b"", confbuild.OpenFile(str(tmp_path / "file")), (1, 8 << 20), lambda: None))
         wait_for(lambda: theirs.fileno() == -1 and all(watcher.sock.fileno() == -1 for _, watcher in stuck))
-        assert waiting.sock.fileno() >= 0 and d.streamer.files == 1
+        assert waiting.sock.fileno() >= 0
+        wait_for(lambda: d.streamer.files == 1)
         got = b""
         with contextlib.suppress(ConnectionError):
             for block in iter(lambda: whole.recv(1 << 20), b""):
@@ -10549,7 +10550,8 @@ class TestHttp:
             socks[-1].settimeout(20)
         wait_for(lambda: len([sock for sock in socks[3::4] if select.select([sock], [], [], 0)[0]]) == 7)
         refused = [sock for sock in socks[3::4] if select.select([sock], [], [], 0)[0]]
-        assert s.ask("GET", "/health")[0] == 200 and s.streamer.files == 16
+        assert s.ask("GET", "/health")[0] == 200
+        wait_for(lambda: s.streamer.files == 16)
         for sock in refused:
             answer = http.client.HTTPResponse(sock)
             answer.begin()
