@@ -5742,10 +5742,10 @@ class Mailbox:
 
 
 class OpenFile:
-    """A file to read from, at any offset. It closes with the last reference."""
+    """A file to read from, at any offset. It closes with the last reference. Raises Malformed, OSError."""
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # in the file's place there may be a FIFO
+        self.fd = open_regular(path)
         weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
 
@@ -7861,6 +7861,8 @@ class Api:
             file = OpenFile(job.result_path)
         except FileNotFoundError:
             raise Refused(404, "NotFound", "the archive is no longer on the server") from None
+        except Malformed as e:
+            raise Refused(500, "InternalError", f"the archive on the server is damaged: {e}") from None
         if file.size != size:
             raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
         headers = {"Content-Type": "application/gzip", "ETag": f'"{digest}"', "Accept-Ranges": "bytes",
