@@ -10727,7 +10727,9 @@ class TestHttp:
                 got = read_all(sock, 5)
             assert got.startswith(b"HTTP/1.1 200") and b"\r\nConnection: close\r\n" in got
         job = s.finished()
-        start = s.jobs.log_of(s.jobs.get(job)).count - 3
+        log = s.jobs.log_of(s.jobs.get(job))
+        wait_for(lambda: log.finished)
+        start = log.count - 3
         with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
             sock.sendall(f"GET /build/{job}/events?from={start} HTTP/1.0\r\n\r\n".encode())
             head, _, stream = read_all(sock).partition(b"\r\n\r\n")
