@@ -10038,8 +10038,8 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
 def _hold_bundle(service: Service, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements) -> tuple[str, Verdict | None, str]:
     """Download a result and return (where it is now, verdict, why there is no verdict).
 
-    bundle: replaced by a result that verifies. Any other one is kept as bundle + ".unverified": unpacked if it has nothing but files of a
-    bundle, else as the archive that came. Raises OSError, RemoteError, UsageError."""
+    bundle: replaced by a result that verifies, with all artifacts in artifacts/. Any other one is kept as bundle + ".unverified": unpacked if
+    it has nothing but files of a bundle, else as the archive that came. Raises OSError, RemoteError, UsageError."""
     parent = os.path.dirname(os.path.abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
@@ -10056,13 +10056,18 @@ def _hold_bundle(service: Service, job_id: str, bundle: str, expected: Expectati
         except BuildFailed as e:
             root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
         except UsageError as e:
-            files, missing = walk_files(root), sorted({"provenance.json", "evidence.json"} - set(os.listdir(root)))
+            missing = sorted({"provenance.json", "evidence.json"} - set(os.listdir(root)))
             why = "the result has no " + " and no ".join(missing) if missing else str(e).replace(archive, "the result")
-            if not files or set(os.listdir(root)) - _OF_BUNDLE or any(os.path.islink(os.path.join(root, file)) for file in files):
-                root = packed
+        beside, files = set(os.listdir(root)) - _OF_BUNDLE, walk_files(root)
         if verdict is None or verdict.verdict == "failed":  # it takes no good one's place
+            if beside or not files or any(os.path.islink(os.path.join(root, file)) for file in files):
+                root = packed
             bundle += ".unverified"
             _check_target(bundle)
+        else:
+            os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
+            for name in beside:  # an artifact, or an equal copy of one
+                os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
         remove_tree(bundle)
         os.rename(root, bundle)
     if damage:

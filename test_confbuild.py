@@ -13551,7 +13551,8 @@ class TestBuild:
         (tarball(PARTS), 5, "error: the result has no evidence.json: nothing is verified; it is kept as out.unverified\n", "artifacts artifacts/demo provenance.json"),
         (tarball({"evidence.json": "{}", "artifacts/a": "x"}), 5, "the result has no provenance.json: ", "artifacts artifacts/a evidence.json"),
         (tarball({"artifacts/a": "x"}), 5, "the result has no evidence.json and no provenance.json: ", "artifacts artifacts/a"),
-        (tarball({**PARTS, "evidence.json": "{}", "README": "x"}), 5, "error: the result: 'demo/README' is out of place in a bundle: nothing is verified", "result.tar.gz"),
+        (tarball({**PARTS, "evidence.json": "{}", "a/README": "x"}), 5, "error: the result: 'demo/a/README' is out of place in a bundle: nothing is verified", "result.tar.gz"),
+        (tarball({**PARTS, "evidence.json": bundle().evidence, "README": "x"}), 5, "FAILED", "result.tar.gz"),
         (tarball({"evil.sh": "x"}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
         (tarball({}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
         # Unpacked one folder higher, this link would lead out of the folder that it is kept in.
@@ -13580,6 +13581,17 @@ class TestBuild:
         assert sorted(os.listdir()) == ["out", "out.unverified"] and self.fetch(result_archive(bundle()), "--nonce", NONCE) == 0
         write_files(tmp_path, {"out.unverified/mine": "x"})
         assert self.fetch(answer, "--nonce", NONCE) == 2 and "error: out.unverified exists, and is no bundle" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("names", [["demo"], ["demo", "artifacts/demo"]])
+    @pytest.mark.parametrize("top", ["demo", "", "."])
+    def test_an_older_layout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: Sequence[str], top: str) -> None:
+        """Is held as any other bundle, and so may be replaced."""
+        monkeypatch.chdir(tmp_path)
+        answer = tarball({**dict.fromkeys(names, b"artifact"), "provenance.json": provenance_of(bundle()), "evidence.json": bundle().evidence}, top)
+        for _ in range(2):
+            assert self.fetch(answer, "--nonce", NONCE) == 0
+            assert sorted(str(path) for path in Path("out").rglob("*")) == ["out/artifacts", "out/artifacts/demo", "out/evidence.json", "out/provenance.json"]
+            assert confbuild.main(["verify", "out", "--nonce", NONCE, "--allow-simulated"]) == 0
 
     FULL = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import confbuild; full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
 
