@@ -489,7 +489,7 @@ class Expectations(NamedTuple):
     source_tree: str | None = None
     lockfile_sha256: str | None = None
     dependencies: Sequence[str] | None = None  # all of them, as uris
-    packages: Sequence[str] | None = None  # NAME@VERSION of a registry, or whole uris, that must be among the dependencies
+    packages: Sequence[str] | None = None  # NAME@VERSION of the default registry, or whole uris, that must be among the dependencies
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
@@ -1769,9 +1769,12 @@ def subject_names(data: bytes) -> list[str]:
 
 
 def package_of(uri: str) -> str:
-    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. Empty for any other uri, and for what is from no
-    registry (vcs_url): anybody can call a fork by that name. [CONTRACT 3]"""
-    return uri.partition("/")[2].partition("?")[0] if re.match(r"pkg:[a-z-]+/", uri) and "?vcs_url=" not in uri else ""
+    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. [CONTRACT 3]
+
+    Empty for any other uri, and for what is not from the default registry (vcs_url, repository_url): anybody can call a fork by that name."""
+    path, _, query = uri.partition("?")
+    elsewhere = re.search(r"(?i)(^|&)(vcs|repository)_url=", query)
+    return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
 
 
 def byproduct(doc: Any, name: str) -> str | None:
@@ -3796,6 +3799,8 @@ def without_credentials(url: str) -> str:
 # resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
 
 _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experimental-features", "flakes")
+# How Cargo.lock names the registry that is the default of purl's type cargo: the second is what some tools write.
+_CRATES_IO = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 # What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
 _OUTSIDE = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
@@ -3956,15 +3961,22 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[0-9A-Za-z.+-]+", version):
         raise BuildFailed("ProvenanceError", f"Cargo.lock: {name[:80]!r} {version[:80]!r} is no name and version")
     kind, _, rest = source.partition("+")
-    if kind in ("registry", "sparse") and isinstance(checksum, str) and re.fullmatch(r"[0-9a-f]{64}", checksum):
-        return {"digest": {"sha256": checksum}, "name": name, "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}"}
-    url, _, commit = rest.rpartition("#")
-    if kind == "git" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit) and re.fullmatch(r"[\x21-\x7e]+", url):
-        url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # credentials
-        for character, escape in (("?", "%3F"), ("#", "%23"), ("&", "%26"), (" ", "%20")):
-            url = url.replace(character, escape)
-        return {"digest": {"gitCommit": commit}, "name": name, "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}"}
-    reason = "has no checksum" if kind in ("registry", "sparse") else "has no commit" if kind == "git" else f"has the unknown source {source[:80]!r}"
+    url, _, commit = rest.rpartition("#") if kind == "git" else (rest, "", "")
+    plain = re.fullmatch(r"[\x21-\x7e]+", url)
+    url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # credentials
+    for character, escape in (("?", "%3F"), ("#", "%23"), ("&", "%26"), (" ", "%20")):
+        url = url.replace(character, escape)
+    if kind in ("registry", "sparse"):
+        if plain and isinstance(checksum, str) and re.fullmatch(r"[0-9a-f]{64}", checksum):
+            registry = "" if source in _CRATES_IO else f"&repository_url={url}"  # without one, a purl is of the type's default registry
+            return {"digest": {"sha256": checksum}, "name": name, "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}{registry}"}
+        reason = "has no checksum" if plain else "is from a registry whose URL is not plain ASCII"
+    elif kind == "git":
+        if plain and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
+            return {"digest": {"gitCommit": commit}, "name": name, "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}"}
+        reason = "has no commit"
+    else:
+        reason = f"has the unknown source {source[:80]!r}"
     raise BuildFailed("ProvenanceError", f"Cargo.lock: {name} {version} {reason}")
 
 
@@ -10561,7 +10573,7 @@ def _add_verify(parser: "argparse.ArgumentParser") -> None:
     group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
     group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
     group.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
-    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency from a registry that it must list, or a whole pkg: uri (repeatable)")
+    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency from the default registry that it must list, or a whole pkg: uri (repeatable)")
     group.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
     group.add_argument("--build-type", metavar="URI", help="the buildType that it must name")
     group.add_argument("--max-age", type=_age, metavar="AGE", help="how old it may be: 90m, 24h, 30d")

@@ -2581,6 +2581,8 @@ class TestStatement:
         ("pkg:cargo/a@1?vcs_url=git+file:../b/c@12", ""), ("pkg:cargo/a@1", "a@1"), ("pkg:nix-fetch/a.tar.gz?hash=sha256:0/0", "a.tar.gz"),
         ("pkg:npm/left-pad@1.3.0?checksum=sha512-a/b+c==", "left-pad@1.3.0"), ("pkg:npm/@scope/name@1.0.0?checksum=x", "@scope/name@1.0.0"),
         ("pkg:npm/a@1??b", "a@1"), ("https://codeload.github.com/o/r/tar.gz/12", ""),
+        *[(f"pkg:cargo/a@1?{query}", "") for query in ("checksum=x&repository_url=https://h", "repository_url=h", "checksum=x&Repository_URL=h&z", "checksum=x&vcs_url=h", "VCS_URL=h")],
+        ("pkg:cargo/a@1?checksum=repository_url=", "a@1"), ("pkg:cargo/a@1?my_repository_url=h", "a@1"),
         ("evil/a@1", ""), ("x:y/a@1?z", ""), ("/a@1", ""), ("a@1", ""), ("", ""), ("pkg:", ""),
         ("pkg:/a@1", ""), (" pkg:cargo/a@1", ""), ("PKG:cargo/a@1", ""), ("?/a@1", ""), ("pkg:cargo?/a@1", "")])
     def test_package_of(self, uri: str, package: str) -> None:
@@ -2664,6 +2666,8 @@ TAMPERINGS: list[Tampering] = [
     ("two names", bundle(provenance=b'{"a":1,"a":1}'), ANY, {"provenance form"}), ("null", bundle(provenance=b"null"), ANY, {"provenance schema"}),
     ("a package without a name, beside a fork", bundle(statement(**{DEFINITION + "resolvedDependencies": [dependency("x", "pkg:cargo/x@1?vcs_url=git+https://h/x@12")]})),
      confbuild.Expectations(packages=[""]), {"packages"}),
+    ("a package of another registry", bundle(statement(**{DEFINITION + "resolvedDependencies": [dependency("x", "pkg:cargo/x@1?checksum=sha256:00&repository_url=https://h")]})),
+     confbuild.Expectations(packages=["x@1"]), {"packages"}),
     ("extra file", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, "extra": DEMO_SHA256}), ANY, {"unlisted files"}),
     *[(f"extra file called {name}", GOOD_BUNDLE._replace(artifacts={**GOOD_BUNDLE.artifacts, name: DEMO_SHA256}), ANY, {"unlisted files"})
       for name in ("none", "", "missing")],  # the first is what the check expects, in words
@@ -5365,7 +5369,16 @@ class TestCargoDependencies:
         (entry(source=REGISTRY) + f'[metadata]\n"checksum libc 0.2.1 ({REGISTRY})" = "{SHA}"\n', [LIBC]),
         ("version = 3\n" + entry(source=REGISTRY, checksum=SHA), [LIBC]),
         ("version = 4\n" + entry(source="sparse+https://index.crates.io/", checksum=SHA), [LIBC]),
-        ("version = 4\n" + entry(source="registry+ssh://git@example.org/index", checksum=SHA), [LIBC]),
+        # Another registry: a purl without repository_url would be one of crates.io [purl-spec, known qualifiers].
+        *[("version = 4\n" + entry(source=source, checksum=SHA), [{**LIBC, "uri": f"{LIBC['uri']}&repository_url={url}"}]) for source, url in (
+            ("registry+ssh://git@example.org/index", "ssh://example.org/index"), ("sparse+https://example.invalid", "https://example.invalid"),
+            ("sparse+https://u:secret@h/i/?a=1&b#c", "https://h/i/%3Fa=1%26b%23c"), ("registry+file:///srv/index", "file:///srv/index"),
+            *((f"{kind}+https://{url}", f"https://{url}") for kind, url in (
+                ("registry", "index.crates.io/"), ("sparse", "index.crates.io"), ("sparse", "index.crates.io/x"), ("sparse", "github.com/rust-lang/crates.io-index"),
+                ("registry", "github.com/rust-lang/crates.io-index.git"), ("registry", "h/crates.io-index"))))],
+        # Version 1 of the format, from another registry; and one name in two registries.
+        (entry(source="registry+https://h/i") + f'[metadata]\n"checksum libc 0.2.1 (registry+https://h/i)" = "{SHA}"\n', [{**LIBC, "uri": f"{LIBC['uri']}&repository_url=https://h/i"}]),
+        (entry(source="registry+https://h/i", checksum=SHA) + entry(source=REGISTRY, checksum=SHA), [LIBC, {**LIBC, "uri": f"{LIBC['uri']}&repository_url=https://h/i"}]),
         # The encoding of Kettle's own fixture: the query stays, and only ? # & and the space are escaped.
         (entry("usize", "1.0.0", source=f"git+https://github.com/o/rs?branch=usize#{COMMIT}"),
          [vcs("1.0.0", "https://github.com/o/rs%3Fbranch=usize")]),
@@ -5409,6 +5422,8 @@ class TestCargoDependencies:
         (entry("fetched", "1.0.0"), "ProvenanceError", "fetched 1.0.0 has no source"),  # a manifest below .git
         (entry(source=REGISTRY), "ProvenanceError", "libc 0.2.1 has no checksum"),
         (entry(source="sparse+https://i/"), "ProvenanceError", "libc 0.2.1 has no checksum"),
+        *[(entry(source=source, checksum=SHA), "ProvenanceError", "libc 0.2.1 is from a registry whose URL is not plain ASCII") for source in (
+            "sparse+", "registry+https://h/\u00e9", "sparse+https://h/ x", "registry+https://h/\x1b")],
         (entry(source=REGISTRY, checksum=""), "ProvenanceError", "libc 0.2.1 has no checksum"),
         (entry(source=REGISTRY, checksum="AB" * 32), "ProvenanceError", "libc 0.2.1 has no checksum"),
         (entry(source=REGISTRY, checksum=SHA + "\n"), "ProvenanceError", "libc 0.2.1 has no checksum"),
