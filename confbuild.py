@@ -1653,6 +1653,7 @@ def firmware_state(data: bytes) -> str:
 # tuple of alternatives.
 
 _HEX40, _HEX64, _TEXT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}"), re.compile(r".*", re.DOTALL)
+_OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, in a SHA-1 or a SHA-256 repository
 _WORD = re.compile(r"[^\x00-\x1f\x7f]+")
 _TIME = re.compile(r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)")
 _SHA256 = {"sha256": _HEX64}
@@ -1660,7 +1661,7 @@ _PROGRAM = {"digest": _SHA256, "version": _WORD}
 _KETTLE = {"digest": {"sha256": _TEXT}, "version": _TEXT}  # the older generation put its whole banner here; ours is looked at again
 # Kettle writes a nix hash in base64, and one of any algorithm under the name sha256.
 _DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(r"[0-9a-f]{128}")},
-           {"gitCommit": re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
+           {"gitCommit": _OBJECT}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
 # The build types of the older generation, which is read and not written, and the toolchain that each names [CONTRACT 3]. Which type a
 # build has is for the caller to judge (--build-type); all have one shape.
 OLDER_BUILD_TYPES = {"https://lunal.dev/kettle/cargo@v1": "cargo", "https://lunal.dev/kettle/nix@v1": "nix",
@@ -1672,7 +1673,7 @@ _STATEMENT = {
             "buildType": _WORD,
             "externalParameters": {
                 "buildCommand": _WORD,
-                "source": {"digest": {"gitCommit": re.compile(r"([0-9a-f]{40})?"), "gitTree": _HEX40}, "uri": _TEXT}},
+                "source": {"digest": {"gitCommit": re.compile(f"({_OBJECT.pattern})?"), "gitTree": _OBJECT}, "uri": _TEXT}},
             "internalParameters": {
                 "evaluation?": {"derivationCount": int, "fetchCount": int},
                 "flakeInputs?": [{"name": _WORD, "narHash": _WORD}],
@@ -10129,7 +10130,8 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 
 
 # Options of verify in hexadecimal, and how many digits they have.
-_HEX_OPTIONS = {"measurement": 96, "host_data": 64, "chip_id": 128, "family_id": 32, "image_id": 32, "source_commit": 40, "source_tree": 40}
+_HEX_OPTIONS = {"measurement": (96,), "host_data": (64,), "chip_id": (128,), "family_id": (32,), "image_id": (32,), "source_commit": (40, 64),
+                "source_tree": (40, 64)}
 _PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
 MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
@@ -10211,11 +10213,11 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
     """What the options ask for. Raises UsageError."""
-    for name, size in _HEX_OPTIONS.items():
+    for name, sizes in _HEX_OPTIONS.items():
         value = getattr(options, name)
         for text in value if isinstance(value, list) else [] if value is None else [value]:
-            if not re.fullmatch(f"[0-9a-fA-F]{{{size}}}", text):
-                raise UsageError(f"--{name.replace('_', '-')}: {size} hexadecimal digits are needed")
+            if len(text) not in sizes or not re.fullmatch("[0-9a-fA-F]*", text):
+                raise UsageError(f"--{name.replace('_', '-')}: {' or '.join(map(str, sizes))} hexadecimal digits are needed")
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(

@@ -2467,7 +2467,9 @@ class TestStatement:
         ({DEFINITION + "externalParameters__source__uri": None}, "source.uri: null is not text"),
         ({DEFINITION + "externalParameters__source__digest__gitCommit": "12" * 16},
          'gitCommit: "12121212121212121212121212121212" is not of the form'),
-        ({DEFINITION + "externalParameters__source__digest__gitTree": ""}, 'gitTree: "" is not of the form [0-9a-f]{40}'),
+        ({DEFINITION + "externalParameters__source__digest__gitTree": ""}, 'gitTree: "" is not of the form [0-9a-f]{40}|[0-9a-f]{64}'),
+        *[({DEFINITION + f"externalParameters__source__digest__{name}": digits}, f"{name}: ") for name in ("gitCommit", "gitTree") for digits in (
+            "1" * 39, "1" * 41, "1" * 63, "1" * 65, "A" * 64, "1" * 64 + "\n", " " * 64)],
         ({DEFINITION + "externalParameters__source__digest__gitTree": "12" * 20 + "\n"}, "gitTree: "),
         ({DEFINITION + "internalParameters__lockfileHash": {"sha256": "AB" * 32}}, "lockfileHash.sha256: "),
         ({DEFINITION + "internalParameters": parameters("cargo", "rustc", evaluation={"derivationCount": True, "fetchCount": 0})},
@@ -2587,6 +2589,16 @@ class TestStatement:
         ("pkg:/a@1", ""), (" pkg:cargo/a@1", ""), ("PKG:cargo/a@1", ""), ("?/a@1", ""), ("pkg:cargo?/a@1", "")])
     def test_package_of(self, uri: str, package: str) -> None:
         assert confbuild.package_of(uri) == package
+
+    @pytest.mark.parametrize("size", [40, 64])
+    def test_objects_of_both_kinds_of_repository(self, size: int) -> None:
+        """SHA-1 and SHA-256, in the schema, the Merkle root, and what the caller wants of it."""
+        source = {"digest": {"gitCommit": "34" * (size // 2), "gitTree": "56" * (size // 2)}, "uri": ""}
+        files = bundle(statement(**{DEFINITION + "externalParameters__source": source}))
+        wanted = confbuild.Expectations(nonce=NONCE, source_commit="34" * (size // 2), source_tree="56" * (size // 2))
+        assert verdict_over(files, wanted).verdict == "simulated"
+        for other in (wanted._replace(source_commit="34" * 32 if size == 40 else "34" * 20), wanted._replace(source_tree="56" * 20 + "5" * (size - 40) + "6" * (size == 40))):
+            assert verdict_over(files, other).verdict == "failed"
 
     def test_canonical_form(self) -> None:
         assert confbuild.to_canonical({"b": ["\u00e9"], "a": {}}) == '{\n  "b": [\n    "\u00e9"\n  ],\n  "a": {}\n}'.encode()
@@ -12654,7 +12666,7 @@ class TestUsage:
         ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"), ("watch j --server http://127.0.0.1:1 --from -1", 2, "--from"),
         ("watch \u00e9 --server http://127.0.0.1:1", 2, "invalid job value"), ("verify nowhere", 2, "nowhere: No such file"), ("verify demo", 2, "demo/evidence.json: No such file"),
         ("verify blank", 2, "blank: neither a bundle nor its archive"), ("verify b --nonce 1", 2, "--nonce: 32 hexadecimal digits"),
-        ("verify b --source-commit 1", 2, "--source-commit: 40 hex"), ("verify b --source-tree 1", 2, "--source-tree: 40 hex"),
+        ("verify b --source-commit 1", 2, "--source-commit: 40 or 64 hex"), ("verify b --source-tree 1", 2, "--source-tree: 40 or 64 hex"),
         ("verify b --measurement 1", 2, "--measurement: 96 hex"), ("verify b --source nowhere", 2, "--source nowhere: no directory"),
         ("verify b --source empty", 2, "--source empty: "), (f"verify b --source demo --source-tree {'0' * 40}", 2, "which --source-tree contradicts"),
         ("verify b --format xml", 2, "invalid choice"), ("verify", 2, "required: BUNDLE"), ("verify -", 2, "stdin: neither a bundle nor its archive: the archive is empty"),
@@ -12980,7 +12992,7 @@ class TestVerify:
         (f"--nonce {'1' * 32}", 1, "nonce"), (f"--nonce {ZERO}", 1, "nonce is not zero"), ("--require-tee --allow-simulated", 1, "hardware evidence"),
         ("--measurement {m}", 3, ""), ("--measurement {M} --measurement " + "0" * 96, 3, ""), ("--measurement " + "0" * 96, 1, "measurement"),
         ("--source-uri https://x", 1, "source uri"), ("--source-commit " + "1" * 40, 1, "source commit"), ("--source-tree " + "12" * 20, 3, ""),
-        ("--source-tree " + "13" * 20, 1, "source tree"), ("--builder-id x", 1, "builder id"), ("--builder-id urn:confbuild:builder:simulated:v1", 3, "")])
+        ("--source-tree " + "13" * 20, 1, "source tree"), ("--source-tree " + "12" * 32, 1, "source tree"), ("--source-commit " + "AB" * 32, 1, "source commit"), ("--builder-id x", 1, "builder id"), ("--builder-id urn:confbuild:builder:simulated:v1", 3, "")])
     def test_flags(self, tmp_path: Path, options: str, status: int, check: str, capsys: pytest.CaptureFixture[str]) -> None:
         """Of the directory in words, and of the archive as JSON."""
         measurement = confbuild.simulated_measurement().hex()
