@@ -83,6 +83,7 @@ Specifications
     [SSE]       WHATWG HTML, 9.2 Server-sent events
     [GIT]       git object format: gitformat-pack(5), git-hash-object(1), git-mktree(1)
     [RFC8259]   JSON      [RFC9110] HTTP semantics      [RFC9112] HTTP/1.1      [RFC9457] problem details
+    [SRI]       W3C Subresource Integrity, as npm has it: with sha1 and md5      [K] Kettle, https://github.com/confidential-dot-ai/kettle
     [RFC4648]   base64    [RFC9530] Repr-Digest         [RFC6750] bearer tokens
 
 Stable: the HTTP API, the files, the JSON, the command line and its exit codes.  Python names are not.
@@ -1659,8 +1660,11 @@ _TIME = re.compile(r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": _WORD}
 _KETTLE = {"digest": {"sha256": _TEXT}, "version": _TEXT}  # the older generation put its whole banner here; ours is looked at again
-# Kettle writes a nix hash in base64, and one of any algorithm under the name sha256.
-_DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(r"[0-9a-f]{128}")},
+# What pnpm-lock.yaml calls integrity: one hash or more of the form of [SRI]. [K]
+_INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
+# Kettle writes a nix hash in base64, and one of any algorithm under the name sha256; under sha512 the integrity of a pnpm package as the lock file
+# has it, or the commit of one that is a GitHub tarball.
+_DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(rf"[0-9a-f]{{128}}|[0-9a-f]{{40}}|{_INTEGRITY}( {_INTEGRITY})*")},
            {"gitCommit": _OBJECT}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
 # The build types of the older generation, which is read and not written, and the toolchain that each names [CONTRACT 3]. Which type a
 # build has is for the caller to judge (--build-type); all have one shape.
@@ -1752,7 +1756,7 @@ def merkle_entries(doc: Any) -> list[str]:
     dependencies = definition["resolvedDependencies"]
     entries = [source["gitCommit"], source["gitTree"]]
     if "nix" in tools:
-        fetches = ["fetch:" + d["name"] + ":" + d["uri"].partition("?hash=")[2] for d in dependencies]
+        fetches = ["fetch:" + d["name"] + ":" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies]  # a name may hold `?hash=`
         return [*entries, lock, *fetches, tools["nix"]["digest"]["sha256"], tools["nix"]["version"]]
     for name in ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm"):
         entries += [tools[name]["digest"]["sha256"], tools[name]["version"]]

@@ -2487,6 +2487,9 @@ class TestStatement:
         ({DEFINITION + "resolvedDependencies": [{"annotations": {"url": "u"}, **dependency("a", "u")}]},
          "annotations: has the names url, not drvPath, url in this order"),
         ({"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}] * 2}, "a byproduct occurs twice"),
+        *[({DEFINITION + "resolvedDependencies": [dependency("a", "u", sha512=text)]}, "resolvedDependencies[0].digest.sha512: ") for text in (
+            "", "x", "ab" * 32, "AB" * 20, "sha512-", "sha512-" + "A" * 21, "sha512-" + "A" * 87, "sha512-" + "_" * 86 + "==", "sha3-" + "A" * 44, "SHA512-" + "A" * 86 + "==",
+            "sha512-" + "A" * 86 + "==\n", "sha512-" + "A" * 86 + "==  sha1-" + "A" * 27 + "=", " sha1-" + "A" * 27 + "=", "sha1-" + "A" * 27 + "===", None, 1)],
         *[({"predicate__runDetails__metadata__invocationId": text}, "invocationId: ") for text in (
             "", "build-", "build", "Build-1", "build-1\n", "build-a_b", "build-a b", "build-\u0661", "xbuild-1", None, 1)],
         *[({"predicate__runDetails__metadata__finishedOn": text}, "finishedOn: ") for text in (
@@ -2550,6 +2553,9 @@ class TestStatement:
         start, lock, uris = ["c" * 40, "12" * 20], "ab" * 32, ["pkg:x@1?checksum=sha256:00", "pkg:nix-fetch/y?hash=sha1:11?hash=2"]
         assert entries("cargo", "rustc") == [*start, "3" * 64, "rustc 3", "2" * 64, "cargo 2", lock, *uris]
         assert entries("nix") == [*start, lock, "fetch:x:", "fetch:y:sha1:11?hash=2", "1" * 64, "nix 1"]
+        name = "a?hash=b"  # nix allows it
+        doc = statement(**{DEFINITION + "internalParameters": parameters("nix"), DEFINITION + "resolvedDependencies": [dependency(name, f"pkg:nix-fetch/{name}?hash=sha256:c=")]})
+        assert confbuild.merkle_entries(doc)[3] == "fetch:a?hash=b:sha256:c="
         assert entries("pnpm", "node") == [*start, "5" * 64, "node 5", "4" * 64, "pnpm 4", lock, *uris]
 
     @pytest.mark.parametrize(("path", "values"), [
@@ -3284,6 +3290,35 @@ class TestHardwareVerdict:
         assert (failed_checks(verdict), verdict.verdict) == (failed, "failed" if failed else "passed")
         check = next(check for check in verdict.checks if check.name == "provenance digest")
         assert check.detail.startswith("legacy compact digest: ") == (files == "compact")
+
+    # Name, uri, digest as Kettle derives them from a key of pnpm-lock.yaml and its resolution: integrity, or the commit of a GitHub tarball.
+    INTEGRITY, SHORT = "sha512-" + base64.b64encode(bytes(range(64))).decode(), "sha1-" + base64.b64encode(bytes(range(20))).decode()
+    TARBALL = "https://codeload.github.com/o/r/tar.gz/" + "12" * 20
+    PNPM = (
+        ("a", TARBALL, "12" * 20), ("@types/node", f"pkg:npm/@types/node@20.11.5?checksum={INTEGRITY}", INTEGRITY), ("left-pad", f"pkg:npm/left-pad@1.3.0?checksum={SHORT}", SHORT),
+        ("o", f"pkg:npm/o@{TARBALL}?checksum={INTEGRITY}", INTEGRITY), ("semver", f"pkg:npm/semver@7.6.0?checksum={SHORT} {INTEGRITY}", f"{SHORT} {INTEGRITY}"))
+
+    @pytest.mark.parametrize("build_type", [confbuild.BUILD_TYPE, "https://lunal.dev/kettle/pnpm@v1"])
+    def test_a_pnpm_bundle_of_kettle(self, build_type: str) -> None:
+        """Both generations, to the letter; the root is over the uris, in their order."""
+        older = build_type != confbuild.BUILD_TYPE
+        tools = {"pnpm": {"digest": LOCKED, "version": "9.15.4"}, "node": {"digest": LOCKED, "version": "v22.12.0"}, "kettle": {"digest": LOCKED, "version": "1.1.1"}}
+        doc = statement(**{
+            "predicate__runDetails__builder__id": "https://lunal.dev/kettle-tee/v1" if older else "https://confidential.ai/attested-builds",
+            DEFINITION + "buildType": build_type, DEFINITION + "externalParameters__buildCommand": "pnpm build" if older else "pnpm install --frozen-lockfile && pnpm build",
+            DEFINITION + "externalParameters__source": {"digest": {"gitCommit": "34" * 20, "gitTree": "12" * 20}, "uri": "https://github.com/o/p.git"},
+            DEFINITION + "internalParameters": {"lockfileHash": LOCKED, "toolchain": tools},
+            DEFINITION + "resolvedDependencies": [dependency(name, uri, sha512=digest) for name, uri, digest in self.PNPM],
+            "subject": [{"digest": {"sha256": DEMO_SHA256}, "name": "dist.tar.gz"}]})
+        leaves = ["34" * 20, "12" * 20, "ab" * 32, "v22.12.0", "ab" * 32, "9.15.4", "ab" * 32, *(uri for _, uri, _ in self.PNPM)]
+        level = [hashlib.sha256(leaf.encode()).digest() for leaf in leaves]
+        while len(level) > 1:
+            level = [hashlib.sha256(b"".join(level[i:i + 2])).digest() if len(level[i:i + 2]) == 2 else level[i] for i in range(0, len(level), 2)]
+        assert doc["predicate"]["runDetails"]["byproducts"] == [{"digest": {"sha256": level[0].hex()}, "name": "input_merkle_root"}]
+        files = snp(doc=doc)._replace(artifacts={"dist.tar.gz": DEMO_SHA256})
+        for packages, good in ((["@types/node@20.11.5", "left-pad@1.3.0", self.TARBALL, "semver@7.6.0"], True), (["a@1.0.0"], False), (["node@20.11.5"], False)):
+            verdict = verdict_over(files, confbuild.Expectations(nonce=NONCE, source_commit="34" * 20, packages=packages), anchors=TOY_ANCHORS)
+            assert (verdict.verdict, failed_checks(verdict)) == (("passed", set()) if good else ("failed", {"packages"}))
 
     ASK, ASVK, LATER = 0x010001, 0x010101, ("2026-11-23T12:00:00Z", "2026-11-23T12:00:00Z")
     LISTS: Sequence[tuple[Callable[[], confbuild.BundleFiles], Mapping[str, Callable[[], bytes]], str, str, set[str]]] = [
