@@ -7039,9 +7039,12 @@ def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
 
 
 def _configure(child: "subprocess.Popen[bytes]", config: Mapping[str, Any]) -> None:
-    """child reads config, a line of JSON, at its standard input, which stays open."""
+    """Write config, a line of JSON, to child's standard input, which stays open. Raises BuildFailed VmError."""
+    line = compact_json(config).encode("ascii") + b"\n"
+    if len(line) > 64 * KIB:  # what a pipe takes without waiting, and all that a guest reads
+        raise BuildFailed("VmError", f"the VM's configuration has more than {64 * KIB} bytes")
     try:
-        _pipe(child.stdin).write(compact_json(config).encode("ascii") + b"\n")
+        _pipe(child.stdin).write(line)
         _pipe(child.stdin).flush()
     except BrokenPipeError:
         pass  # it has ended, and wait_ready tells so

@@ -9079,6 +9079,19 @@ class TestQemuVm:
         one.destroy()
         assert not living(pid) and "a guest's console is not read any more" in caplog.text and "Too many open files" in caplog.text
 
+    @pytest.mark.parametrize("kind", ["qemu", "simulated"])
+    def test_long_configuration(self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """What does not fit into a pipe is not written: whoever writes holds the lock that destroy needs."""
+        one = vm("signal.pause()")
+        other = confbuild.SimulatedVm(confbuild.SourcePolicy())
+        for each in (one, other):
+            each._config = {"vek": "x" * 65536}
+        monkeypatch.setattr(confbuild, "own_program", lambda: ["/bin/sh", "-c", "kill -STOP $$"])
+        with pytest.raises(confbuild.BuildFailed, match="^the VM's configuration has more than 65536 bytes$") as caught:
+            (one if kind == "qemu" else other).spawn()
+        other.destroy()
+        assert caught.value.error_type == "VmError" and not os.path.exists(other.workspace)
+
     def test_no_thread(self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch) -> None:
         one = vm("signal.pause()")
         with monkeypatch.context() as m:
@@ -9862,7 +9875,7 @@ class TestSpares:
         [first] = wait_for(lambda: confbuild.descendants(s.process.pid) if s.process else None)
         answer = s.request("GET", f"/attestation?nonce={NONCE}")
         assert answer[0] == 200 and answer[1]["Content-Type"] == "application/json"
-        verdict = confbuild.verify_bundle(confbuild.BundleFiles(None, answer[2], {}), confbuild.Expectations(nonce=NONCE), NOW)
+        verdict = confbuild.verify_bundle(confbuild.BundleFiles(None, answer[2], {}), confbuild.Expectations(nonce=NONCE, evidence_only=True), NOW)
         assert verdict.verdict == "simulated" and verdict.claims["signed_data"] == "00" * 32 + NONCE + "00" * 16
         os.kill(first, signal.SIGKILL)
         [second] = wait_for(lambda: [pid for pid in confbuild.descendants(s.process.pid) if pid != first] if s.process else None)
