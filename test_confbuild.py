@@ -11036,7 +11036,7 @@ class TestHttp:
 class TestAgent:
     def test_lifeline(self, tmp_path: Path, stub_path: str) -> None:
         """The API of one build, for whoever has the token; when stdin ends, whatever it has started and its workspace are gone."""
-        workspace = tmp_path / "vm"
+        workspace = tmp_path / f"{confbuild.WORKSPACE}1"
         for name in ("home", "tmp", "cargo"):
             (workspace / name).mkdir(parents=True)
         env = confbuild.build_environment(str(workspace), {"PATH": stub_path}, ())
