@@ -6092,11 +6092,22 @@ def claim_state(state: str) -> int:
 
 
 def _is_unmarked_state(state: str) -> bool:
-    """Whether state is empty, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
-    names = set(os.listdir(state))
+    """Whether state is empty but for our own output, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
+    names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
     jobs = os.path.join(state, "jobs")
     return names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"} and ("jobs" in names or not names & {"incoming", "guests"}) and (
         "jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+
+
+def _is_our_output(path: str) -> bool:
+    """Whether stdout or stderr goes to the file at path: `serve --state DIR > DIR/server.log` makes it before the server starts."""
+    for fd in (1, 2):
+        try:
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return True
+        except OSError:  # closed
+            pass
+    return False
 
 
 class JobRecord(NamedTuple):

@@ -8629,6 +8629,19 @@ class TestState:
             confbuild.claim_state(str(tmp_path / "state"))
         assert contents(tmp_path / "state") == before
 
+    def test_our_own_log(self, tmp_path: Path) -> None:
+        """`serve --state DIR > DIR/server.log` finds a directory that is not empty; a log of somebody else is refused."""
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import confbuild; confbuild.claim_state(sys.argv[2])"
+        for fd in (1, 2):
+            (tmp_path / f"state{fd}").mkdir()
+            with open(tmp_path / f"state{fd}/server.log", "wb") as log:
+                subprocess.run([sys.executable, "-c", code, str(FILE.parent), str(tmp_path / f"state{fd}")], **{"stdout" if fd == 1 else "stderr": log}, check=True, timeout=30)
+            assert sorted(os.listdir(tmp_path / f"state{fd}")) == ["confbuild-state", "lock", "server.log"]
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/server.log").touch()
+        with pytest.raises(confbuild.UsageError, match="is neither empty nor a state directory"):
+            confbuild.claim_state(str(tmp_path / "other"))
+
     def test_a_large_state_is_read_quickly(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of a job that has ended, job.json and the end of its log are read, once each, however large the log is."""
         lines = ['{"type":"build","msg":"%s"}' % ("x" * 1000)] * 3000
