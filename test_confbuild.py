@@ -6703,7 +6703,7 @@ class TestPipeline:
         running = server("--env", "GREETING", "--env", "ABSENT", env=environ)
         build = ('test -e .git && exit 9; test -e target && exit 8; env; echo "$PWD $HOME $TMPDIR $CARGO_HOME"; echo odd >&2; '
                  'printf "\\377\\r\\nlast"\n' + QUICK + "chmod +x target/release/*\n")
-        job = running.submit({**project(build), ".git/HEAD": "ref: refs/heads/main\n", "target/release/evil": "x", "target/evil": "x"})
+        job = running.submit({**project(build), ".git/HEAD": "1" * 64, "target/release/evil": "x", "target/evil": "x"})
         events = running.events(job)
         order = [confbuild.PHASES.index(event["type"]) for event in events]
         assert order == sorted(order) and events[-1] == {"type": "complete", "result": {"status": "ok"}}
@@ -6720,6 +6720,7 @@ class TestPipeline:
         doc = json.loads(provenance_of(found))
         source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]
         assert source["digest"]["gitCommit"] == source["uri"] == "" and b"s3cret" not in provenance_of(found)
+        assert len(source["digest"]["gitTree"]) == 40, "the object format of a history that proves nothing does not count"
         assert confbuild.byproduct(doc, "build_log") == hashlib.sha256("".join(line + "\n" for line in told["build"]).encode()).hexdigest()
 
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
@@ -13546,6 +13547,28 @@ class TestBuild:
         assert sorted(p.name for p in (tmp_path / "demo-build").rglob("*")) == ["artifacts", "demo", "evidence.json", "provenance.json"]
         done = shell("build", "demo/", "--output", "quiet", "-o", "deep/er")
         assert (done.returncode, done.stdout, done.stderr) == (0, "deep/er\n", "")
+
+    @needs("git")
+    def test_a_repository_of_sha256(self, shell: Shell, tmp_path: Path) -> None:
+        """Built from a directory and from its URL, and verified against a checkout; without its history, the tree has the hash of others."""
+        root = tmp_path / "demo"
+        git(root, "init", "-q", "--object-format=sha256")
+        git(root, "add", "-A")
+        git(root, "commit", "-qm", "one")
+        head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
+        for source, more in (("demo", []), (f"file://{root}", ["--allow-scheme", "file", "-o", "demo-build"])):
+            done = shell("build", source, *more)
+            assert done.returncode == 0, done.stderr
+            digest = json.loads((tmp_path / "demo-build/provenance.json").read_text())["predicate"]["buildDefinition"]["externalParameters"]["source"]["digest"]
+            assert digest == {"gitCommit": head, "gitTree": tree}
+        for option, status in ((["--source", "demo"], 0), (["--source", "demo", "--source-tree", tree], 0), (["--source-commit", head], 0),
+                               (["--source", "demo", "--source-tree", confbuild.git_tree(str(root), confbuild.walk_files(str(root)))], 1)):
+            assert shell("verify", "demo-build", "--allow-simulated", *option).returncode == status, option
+        write_files(root, {"src/main.rs": "fn changed() {}"})
+        assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
+        done = shell("build", "demo")
+        assert done.returncode == 0 and "without history: git has modified or untracked files" in done.stderr
+        assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 0
 
     def test_failed(self, shell: Shell, tmp_path: Path) -> None:
         write_files(tmp_path / "demo", {"build.sh": "echo one; echo two >&2; exit 3"})
