@@ -7609,7 +7609,7 @@ MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
 HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
 IDLE_S = 30.0  # between two requests of a connection
 LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
-_BATCH = 64  # connections to accept or close before others get a turn
+_BATCH, _STARTS = 64, 8  # connections to accept or close, and threads to start, before others get a turn
 REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
 MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
 
@@ -8273,10 +8273,10 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until stop."""
         self._mailbox.want(self, selectors.EVENT_READ)
-        scan_at = time.monotonic()
+        scan_at, more = time.monotonic(), False
         while True:
-            idle = self.mask and not self._waiting
-            for end, mask in self._mailbox.wait(None if idle else max(0.0, scan_at - time.monotonic())):
+            timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
+            for end, mask in self._mailbox.wait(0 if more else timeout):
                 if end is self:
                     self._accept()
                 elif mask & end.mask:  # closed meanwhile: its mask is 0
@@ -8290,7 +8290,7 @@ class Server:
                 self._advance(note, note.tls)
             if time.monotonic() >= scan_at:
                 scan_at = time.monotonic() + (0 if self._scan(time.monotonic()) else self.scan_s)
-            self._start_requests()
+            more = self._start_requests()
 
     def stop(self) -> None:
         """Stop listening, close what waits for its client, and end serve_forever."""
@@ -8371,7 +8371,11 @@ class Server:
                 readable = c.tls  # for the rest there is another event, but not for what a TLS socket has read already
             self._mailbox.want(c, 0)
             self._hold(c)
-            self._ready.append(c)
+            if c.buffer.startswith(b"GET /health "):  # at once: no thread that others keep busy is needed
+                self._leave(c)
+                self._run_request(c, seated=False)
+            else:
+                self._ready.append(c)
         except OSError as e:
             mask = wait_mask(e, bool(c.pending), c.tls)
             if mask:
@@ -8383,29 +8387,33 @@ class Server:
             logger().exception("connection")
             self._close(c)
 
-    def _start_requests(self) -> None:
-        """Give threads to those who are ready."""
-        while self._ready and self.seats.acquire(blocking=False):
+    def _start_requests(self) -> bool:
+        """Give threads to some of those who are ready. Return whether there may be more of both."""
+        for _ in range(_STARTS):
+            if not self._ready or not self.seats.acquire(blocking=False):
+                return False
             connection = self._ready.popleft()
             if connection not in self._waiting:  # closed meanwhile
                 self.seats.release()
                 continue
             self._leave(connection)
             try:
-                threading.Thread(target=self._run_request, args=(connection,), name="request", daemon=True).start()
+                threading.Thread(target=self._run_request, args=(connection, True), name="request", daemon=True).start()
             except RuntimeError as e:  # no thread is to be had
                 logger().warning("request: %s", e)
                 self.seats.release()
                 connection.sock.close()
+        return True
 
-    def _run_request(self, connection: Connection) -> None:
+    def _run_request(self, connection: Connection, seated: bool) -> None:
         watcher = None
         try:
             watcher = Exchange(self, connection).run()
         except Exception:  # noqa: BLE001  # a bug of ours
             logger().exception("request")
             connection.pending, connection.closing = b"", True
-        self.seats.release()  # before the thread "accept" wakes up and looks for one
+        if seated:
+            self.seats.release()  # before the thread "accept" wakes up and looks for one
         if watcher is not None:
             self._streamer.add(watcher)
         else:

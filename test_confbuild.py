@@ -10590,7 +10590,7 @@ class TestHttp:
         with monkeypatch.context() as m:
             m.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
             with socket.create_connection(("127.0.0.1", s.port), 20) as sock, contextlib.suppress(ConnectionError):
-                sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                sock.sendall(b"GET /config HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 assert read_all(sock) == b""
         assert s.server.seats._value == seats and s.ask("GET", "/health")[0] == 200
 
@@ -10665,6 +10665,18 @@ class TestHttp:
         assert s.streamer.files == 0
         for sock in socks:
             sock.close()
+
+    def test_all_threads_are_busy(self, site: Callable[..., Site]) -> None:
+        """Whether the server lives can be asked then as well; other requests wait for a thread."""
+        s = site()
+        s.server.seats = threading.BoundedSemaphore(1)
+        with s.server.seats, socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(b"GET /config HTTP/1.0\r\n\r\n")
+            wait_for(lambda: s.server._ready)
+            assert s.ask("GET", "/health")[::2] == (200, b"ok") and s.server._ready
+            s.server.seats.release()
+            assert read_all(sock).startswith(b"HTTP/1.1 200 ")
+            s.server.seats.acquire()
 
     def test_oldest_gives_way(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
         """Where connections are too many, hold too much, or leave too few files, the one that waits longest is closed."""
