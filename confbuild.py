@@ -5658,7 +5658,8 @@ class EventLog:
         while at + len(data) < end + 32:  # so that the number is there as well
             more = os.pread(self.fd, max(4 * KIB, len(data)), at + len(data))
             data += more
-            if match := re.search(rb"\n\nid: ([0-9]{1,18})\n", data):
+            match = re.search(rb"\n\nid: ([0-9]{1,18})\n", data)
+            if match:
                 return at + match.start() + 2, int(match[1])
             if not more:
                 break
