@@ -5571,7 +5571,7 @@ class TestPlanCargo:
         assert [name for name, _ in plan.collect(b"")] == ["demo"]
         place = tmp_path / "source" / link
         place.rename(tmp_path / "real")
-        place.symlink_to({"real": tmp_path / "real", "itself": place.name}.get(target, target))
+        place.symlink_to({"real": str(tmp_path / "real"), "itself": place.name}.get(target, target))
         if target == "itself":  # leads nowhere: there are no artifacts
             assert plan.collect(b"") == []
             return
@@ -8646,7 +8646,8 @@ class TestState:
         for fd in (1, 2):
             (tmp_path / f"state{fd}").mkdir()
             with open(tmp_path / f"state{fd}/server.log", "wb") as log:
-                subprocess.run([sys.executable, "-c", code, str(FILE.parent), str(tmp_path / f"state{fd}")], **{"stdout" if fd == 1 else "stderr": log}, check=True, timeout=30)
+                subprocess.run([sys.executable, "-c", code, str(FILE.parent), str(tmp_path / f"state{fd}")], stdout=log if fd == 1 else None, stderr=log if fd == 2 else None,
+                               check=True, timeout=30)
             assert sorted(os.listdir(tmp_path / f"state{fd}")) == ["confbuild-state", "lock", "server.log"]
         (tmp_path / "other").mkdir()
         (tmp_path / "other/server.log").touch()
@@ -13562,7 +13563,7 @@ class TestBuild:
         write_files(tmp_path, {"demo/src/main.rs": "fn changed() {}"})
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         assert (tmp_path / "demo-build/artifacts/demo").read_text() == "built\n"
-        write_files(tmp_path, {"demo-build/artifacts/stale": "old"})
+        write_files(tmp_path, {"demo-build/artifacts/demo": "old"})
         done = shell("build", "demo", "--output", "json", "--nonce", DASHED, "-o", "demo-build")
         docs = [json.loads(line) for line in done.stdout.splitlines()]
         assert (done.returncode, done.stderr) == (0, "")
