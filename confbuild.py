@@ -88,6 +88,7 @@ Specifications
 
 Stable: the HTTP API, the files, the JSON, the command line and its exit codes.  Python names are not.
 """
+
 # SPDX-License-Identifier: MIT
 import sys
 
@@ -153,6 +154,7 @@ if TYPE_CHECKING:
     import zipfile
     import zlib
 else:
+
     class _Lazy:
         """A module that is imported when it is first used, so that --version and --help never pay for a server."""
 
@@ -165,11 +167,68 @@ else:
             globals()[self._names[0]] = sys.modules[self._names[0]]
             return getattr(sys.modules[self._names[0]], attribute)
 
-    (argparse, ctypes, fcntl, gzip, hmac, io, ipaddress, logging, lzma, mmap, resource, secrets, select, selectors, shlex, shutil, signal, socket,
-     ssl, subprocess, tarfile, tempfile, threading, tomllib, unicodedata, weakref, zipfile, zlib) = map(_Lazy, (
-         "argparse", "ctypes", "fcntl", "gzip", "hmac", "io", "ipaddress", "logging", "lzma", "mmap", "resource", "secrets", "select", "selectors",
-         "shlex", "shutil", "signal", "socket", "ssl", "subprocess", "tarfile", "tempfile", "threading", "tomllib", "unicodedata",
-         "weakref", "zipfile", "zlib"))
+    (
+        argparse,
+        ctypes,
+        fcntl,
+        gzip,
+        hmac,
+        io,
+        ipaddress,
+        logging,
+        lzma,
+        mmap,
+        resource,
+        secrets,
+        select,
+        selectors,
+        shlex,
+        shutil,
+        signal,
+        socket,
+        ssl,
+        subprocess,
+        tarfile,
+        tempfile,
+        threading,
+        tomllib,
+        unicodedata,
+        weakref,
+        zipfile,
+        zlib,
+    ) = map(
+        _Lazy,
+        (
+            "argparse",
+            "ctypes",
+            "fcntl",
+            "gzip",
+            "hmac",
+            "io",
+            "ipaddress",
+            "logging",
+            "lzma",
+            "mmap",
+            "resource",
+            "secrets",
+            "select",
+            "selectors",
+            "shlex",
+            "shutil",
+            "signal",
+            "socket",
+            "ssl",
+            "subprocess",
+            "tarfile",
+            "tempfile",
+            "threading",
+            "tomllib",
+            "unicodedata",
+            "weakref",
+            "zipfile",
+            "zlib",
+        ),
+    )
     email, http, urllib = _Lazy("email", "email.utils"), _Lazy("http", "http.client"), _Lazy("urllib", "urllib.request")
     concurrent = _Lazy("concurrent", "concurrent.futures")
 
@@ -202,15 +261,29 @@ BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
 QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # in a QEMU guest, which is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
-SIMULATED_NOTICE = ("Simulated evidence: no confidential VM, no hardware signature. "
-                    "It proves nothing about where or by whom this was built.")
+SIMULATED_NOTICE = (
+    "Simulated evidence: no confidential VM, no hardware signature. "
+    "It proves nothing about where or by whom this was built."
+)
 
 # The phases of a build in their order, which never runs backwards; each is also the `type` of its events [CONTRACT 1].
 PHASES = ("queued", "vm", "detect", "init", "build", "provenance", "attest", "complete")
 # The `error_type` of a `complete` event [CONTRACT 1].
-FAILURES = frozenset((
-    "BuildError", "UnsupportedToolchainError", "SourceError", "LimitError", "TimeoutError", "Cancelled", "NoArtifacts",
-    "ProvenanceError", "AttestationError", "VmError", "InternalError"))
+FAILURES = frozenset(
+    (
+        "BuildError",
+        "UnsupportedToolchainError",
+        "SourceError",
+        "LimitError",
+        "TimeoutError",
+        "Cancelled",
+        "NoArtifacts",
+        "ProvenanceError",
+        "AttestationError",
+        "VmError",
+        "InternalError",
+    )
+)
 
 # endregion 1
 # ==============================================================================
@@ -270,6 +343,7 @@ class RemoteError(ConfbuildError):
         super().__init__(message, hint)
         self.status = status
 
+
 # endregion 2
 # ==============================================================================
 # region 3. Bytes and JSON                                        [uses nothing]
@@ -279,17 +353,20 @@ class RemoteError(ConfbuildError):
 _JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10 ** 20 - 1) -> Any:
+def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10**20 - 1) -> Any:
     """The value of one JSON document [RFC8259]. Strict: at most MAX_JSON bytes of UTF-8 without a BOM, no duplicate names,
     NaN, Infinity or lone surrogates, integers of at most max_integer, strings of at most 1 MiB as written, arrays and objects at most
     max_depth deep.
 
     what: names the document in errors. Raises Malformed for everything else, whatever the bytes."""
+
     def reject_constant(text: str) -> NoReturn:
         raise Malformed(what, f"{text} is not JSON")
 
     def integer(text: str) -> int:
-        if len(text) > 21 or abs(int(text)) > max_integer:  # the length first: Python refuses to convert thousands of digits
+        if (
+            len(text) > 21 or abs(int(text)) > max_integer
+        ):  # the length first: Python refuses to convert thousands of digits
             raise Malformed(what, f"an integer beyond {max_integer}")
         return int(text)
 
@@ -320,8 +397,9 @@ def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 
         if depth > max_depth:
             raise Malformed(what, f"nested deeper than {max_depth}")
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant, parse_int=integer,
-                           parse_float=fraction)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=reject_constant, parse_int=integer, parse_float=fraction
+        )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise Malformed(what, "a lone surrogate is no character") from None
@@ -346,11 +424,15 @@ def parse_nonce(text: Any) -> str:
 def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
     """The bytes of canonical base64 [RFC4648]: the standard alphabet with padding; urlsafe: the other alphabet, with padding
     or without. what: names it in errors. Raises Malformed for everything else, also for what is no text."""
-    if not isinstance(text, str) or not re.fullmatch(r"[0-9A-Za-z_-]*={0,2}" if urlsafe else r"[0-9A-Za-z+/]*={0,2}", text):
+    if not isinstance(text, str) or not re.fullmatch(
+        r"[0-9A-Za-z_-]*={0,2}" if urlsafe else r"[0-9A-Za-z+/]*={0,2}", text
+    ):
         raise Malformed(what, "not base64 text")
     encode = base64.urlsafe_b64encode if urlsafe else base64.b64encode
     try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4 if urlsafe else 0), b"-_" if urlsafe else None, validate=True)
+        data = base64.b64decode(
+            text + "=" * (-len(text) % 4 if urlsafe else 0), b"-_" if urlsafe else None, validate=True
+        )
     except binascii.Error as e:
         raise Malformed(what, f"not base64: {e}") from None
     whole = encode(data).decode("ascii")
@@ -415,9 +497,12 @@ def merkle_root(entries: Sequence[str]) -> str:
     if not level:
         raise ValueError("a Merkle tree needs a leaf")
     while len(level) > 1:
-        level = [hashlib.sha256(b"".join(level[i:i + 2])).digest() if i + 1 < len(level) else level[i]
-                 for i in range(0, len(level), 2)]
+        level = [
+            hashlib.sha256(b"".join(level[i : i + 2])).digest() if i + 1 < len(level) else level[i]
+            for i in range(0, len(level), 2)
+        ]
     return level[0].hex()
+
 
 # endregion 3
 # ==============================================================================
@@ -446,8 +531,12 @@ class Verdict(NamedTuple):
 
     def to_wire(self) -> dict[str, Any]:
         """The JSON object of `verify --format json` [CONTRACT 5]."""
-        return {"verdict": self.verdict, "platform": self.platform, "claims": dict(self.claims),
-                "checks": [check._asdict() for check in self.checks]}
+        return {
+            "verdict": self.verdict,
+            "platform": self.platform,
+            "claims": dict(self.claims),
+            "checks": [check._asdict() for check in self.checks],
+        }
 
 
 class BundleFiles(NamedTuple):
@@ -490,7 +579,9 @@ class Expectations(NamedTuple):
     source_tree: str | None = None
     lockfile_sha256: str | None = None
     dependencies: Sequence[str] | None = None  # all of them, as uris
-    packages: Sequence[str] | None = None  # NAME@VERSION of the default registry, or whole uris, that must be among the dependencies
+    packages: Sequence[str] | None = (
+        None  # NAME@VERSION of the default registry, or whole uris, that must be among the dependencies
+    )
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
@@ -501,6 +592,7 @@ class Expectations(NamedTuple):
     require_crl: bool = False
     require_tee: bool = False
 
+
 # endregion 4
 # ==============================================================================
 # region 5. DER                                                   [uses nothing]
@@ -509,7 +601,13 @@ class Expectations(NamedTuple):
 # lengths, everything in its one shortest form.  One bounds-checked cursor for all of it.
 
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
-UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = 0x0C, 0x13, 0x16, 0x17, 0x18  # [X690 8, X680 8.4]
+UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = (
+    0x0C,
+    0x13,
+    0x16,
+    0x17,
+    0x18,
+)  # [X690 8, X680 8.4]
 _DER_TIME = re.compile(rb"(\d{4})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z")
 
 
@@ -545,16 +643,18 @@ class Der:
             self.fail(f"tag {tag:#04x} is missing")
         at = start + 2
         length = data[start + 1] if start + 1 < len(data) else 0x80
-        if length >= 0x80:  # the long form: this many octets, of which none may be spared; 0x80 itself is the indefinite form
+        if (
+            length >= 0x80
+        ):  # the long form: this many octets, of which none may be spared; 0x80 itself is the indefinite form
             size = length - 0x80
-            length = int.from_bytes(data[at:at + size], "big")
+            length = int.from_bytes(data[at : at + size], "big")
             if not 1 <= size <= 4 or at + size > len(data) or data[at] == 0 or length < 0x80:
                 self.fail("a length that is not definite and of the shortest form")
             at += size
         if length > len(data) - at:
             self.fail("the element does not end")
         self._at = at + length
-        return data[start:self._at], data[at:self._at]
+        return data[start : self._at], data[at : self._at]
 
     def contents(self, tag: int) -> bytes:
         """The contents octets of the next element."""
@@ -620,6 +720,7 @@ class Der:
             self.fail("no time in UTC")
         return "{}-{}-{}T{}:{}:{}Z".format(*(part.decode("ascii") for part in match.groups()))
 
+
 # endregion 5
 # ==============================================================================
 # region 6. Signatures                                            [uses nothing]
@@ -648,12 +749,33 @@ class Point(NamedTuple):
 
 
 # P-384 [SP800-186 3.2.1.4]: y^2 = x^3 - 3x + b over the integers modulo p; g has the prime order n, the cofactor is 1.
-P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
-P384_N = int("ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff c7634d81 f4372ddf 581a0db2 48b0a77a ecec196a ccc52973".replace(" ", ""), 16)
-P384_B = int("b3312fa7 e23ee7e4 988e056b e3f82d19 181d9c6e fe814112 0314088f 5013875a c656398d 8a2ed19d 2a85c8ed d3ec2aef".replace(" ", ""), 16)
+P384_P = 2**384 - 2**128 - 2**96 + 2**32 - 1
+P384_N = int(
+    "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff c7634d81 f4372ddf 581a0db2 48b0a77a ecec196a ccc52973".replace(
+        " ", ""
+    ),
+    16,
+)
+P384_B = int(
+    "b3312fa7 e23ee7e4 988e056b e3f82d19 181d9c6e fe814112 0314088f 5013875a c656398d 8a2ed19d 2a85c8ed d3ec2aef".replace(
+        " ", ""
+    ),
+    16,
+)
 P384_G = Point(
-    int("aa87ca22 be8b0537 8eb1c71e f320ad74 6e1d3b62 8ba79b98 59f741e0 82542a38 5502f25d bf55296c 3a545e38 72760ab7".replace(" ", ""), 16),
-    int("3617de4a 96262c6f 5d9e98bf 9292dc29 f8f41dbd 289a147c e9da3113 b5f0b8c0 0a60b1ce 1d7e819d 7a431d7c 90ea0e5f".replace(" ", ""), 16))
+    int(
+        "aa87ca22 be8b0537 8eb1c71e f320ad74 6e1d3b62 8ba79b98 59f741e0 82542a38 5502f25d bf55296c 3a545e38 72760ab7".replace(
+            " ", ""
+        ),
+        16,
+    ),
+    int(
+        "3617de4a 96262c6f 5d9e98bf 9292dc29 f8f41dbd 289a147c e9da3113 b5f0b8c0 0a60b1ce 1d7e819d 7a431d7c 90ea0e5f".replace(
+            " ", ""
+        ),
+        16,
+    ),
+)
 # DER of DigestInfo up to the digest, for SHA-256 [RFC8017 9.2 note 1].
 _SHA256_DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
 
@@ -671,7 +793,9 @@ def _rsavp1(key: RsaKey, signature: bytes) -> int:
 
 def _mgf1(seed: bytes, size: int) -> bytes:
     """MGF1 with SHA-384. [RFC8017 B.2.1]"""
-    return b"".join(hashlib.sha384(seed + counter.to_bytes(4, "big")).digest() for counter in range((size + 47) // 48))[:size]
+    return b"".join(hashlib.sha384(seed + counter.to_bytes(4, "big")).digest() for counter in range((size + 47) // 48))[
+        :size
+    ]
 
 
 def verify_rsassa_pss(key: RsaKey, message: bytes, signature: bytes) -> None:
@@ -689,7 +813,7 @@ def verify_rsassa_pss(key: RsaKey, message: bytes, signature: bytes) -> None:
         raise BadSignature("inconsistent")
     if em[-1] != 0xBC:  # step 4
         raise BadSignature("inconsistent")
-    masked_db, h = em[:em_len - h_len - 1], em[em_len - h_len - 1:-1]  # step 5
+    masked_db, h = em[: em_len - h_len - 1], em[em_len - h_len - 1 : -1]  # step 5
     spare = 8 * em_len - em_bits
     if masked_db[0] >> (8 - spare):  # step 6: the leftmost bits beyond em_bits are zero
         raise BadSignature("inconsistent")
@@ -750,7 +874,7 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 
     q, r, s: not checked before. A high s is no error: nothing in the standard forbids it, and AMD's firmware makes them."""
     # The public key is valid [SP800-186 D.1.1]: in range and on the curve; the order follows from the cofactor 1.
-    if not (0 <= q.x < P384_P and 0 <= q.y < P384_P and (q.y * q.y - q.x ** 3 + 3 * q.x - P384_B) % P384_P == 0):
+    if not (0 <= q.x < P384_P and 0 <= q.y < P384_P and (q.y * q.y - q.x**3 + 3 * q.x - P384_B) % P384_P == 0):
         raise BadSignature("the public key is no point of P-384")
     if not (0 < r < P384_N and 0 < s < P384_N):  # step 1
         raise BadSignature("r or s is out of range")
@@ -769,6 +893,7 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
     if r1 is None or r1.x % P384_N != r:  # steps 6 to 8
         raise BadSignature("inconsistent")
 
+
 # endregion 6
 # ==============================================================================
 # region 7. Certificates                                             [uses 5, 6]
@@ -780,62 +905,150 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain, the ASK and then the ARK; vlek for
 # the ASVK):   openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
 _AMD_KEYS = (
-    ("ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z", "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
-     ("0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
-     "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
-     "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
-     "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
-     "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas=")),
-    ("ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z", "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
-     ("nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
-     "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
-     "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
-     "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
-     "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM=")),
-    ("asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z", "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
-     ("1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
-     "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
-     "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
-     "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
-     "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc=")),
-    ("ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z", "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
-     ("3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
-     "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
-     "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
-     "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
-     "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c=")),
-    ("ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z", "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
-     ("oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
-     "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
-     "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
-     "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
-     "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU=")),
-    ("asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z", "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
-     ("zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
-     "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
-     "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
-     "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
-     "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8=")),
-    ("ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z", "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
-     ("waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
-     "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
-     "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
-     "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
-     "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE=")),
-    ("ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z", "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
-     ("nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
-     "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
-     "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
-     "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
-     "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU=")),
-    ("asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z", "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
-     ("pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
-     "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
-     "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
-     "HKKtp4F0UDoPnuIWw/djGDjkGXS9W5M2N3zVSbn94cJxCMzOTzILhcX/lJatooslfxvqucFH8PpS9xBMhuN4fTPlNk/oVbQ6w8pxEMibo0K8Q+gOqqzdVm6i7jotobsuYxH1Httjsc61"
-     "vSskSDT4JkPjqTWiyOmsFI+6Ob/hya/fqpe0EPy68TPk85COC7uqNMzu58xb0uAtt0beejDx29mRRbiPNL5tnwK9KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU=")),
+    (
+        "ark",
+        "ARK-Milan",
+        0x010000,
+        "2020-10-22T17:23:05Z",
+        "2045-10-22T17:23:05Z",
+        "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
+        (
+            "0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
+            "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
+            "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
+            "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
+            "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas="
+        ),
+    ),
+    (
+        "ask",
+        "SEV-Milan",
+        0x010001,
+        "2020-10-22T18:24:20Z",
+        "2045-10-22T18:24:20Z",
+        "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
+        (
+            "nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
+            "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
+            "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
+            "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
+            "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM="
+        ),
+    ),
+    (
+        "asvk",
+        "SEV-VLEK-Milan",
+        0x010101,
+        "2022-11-16T22:45:24Z",
+        "2047-11-16T22:45:24Z",
+        "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
+        (
+            "1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
+            "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
+            "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
+            "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
+            "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc="
+        ),
+    ),
+    (
+        "ark",
+        "ARK-Genoa",
+        0x020000,
+        "2022-01-26T15:34:37Z",
+        "2047-01-26T15:34:37Z",
+        "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
+        (
+            "3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
+            "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
+            "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
+            "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
+            "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c="
+        ),
+    ),
+    (
+        "ask",
+        "SEV-Genoa",
+        0x020002,
+        "2022-10-31T13:33:48Z",
+        "2047-10-31T13:33:48Z",
+        "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
+        (
+            "oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
+            "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
+            "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
+            "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
+            "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU="
+        ),
+    ),
+    (
+        "asvk",
+        "SEV-VLEK-Genoa",
+        0x020101,
+        "2022-11-18T20:48:34Z",
+        "2047-11-18T20:48:34Z",
+        "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
+        (
+            "zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
+            "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
+            "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
+            "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
+            "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8="
+        ),
+    ),
+    (
+        "ark",
+        "ARK-Turin",
+        0x030000,
+        "2023-05-15T20:03:12Z",
+        "2048-05-15T20:03:12Z",
+        "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
+        (
+            "waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
+            "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
+            "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
+            "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
+            "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE="
+        ),
+    ),
+    (
+        "ask",
+        "SEV-Turin",
+        0x030001,
+        "2023-05-15T20:25:21Z",
+        "2048-05-15T20:25:21Z",
+        "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
+        (
+            "nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
+            "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
+            "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
+            "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
+            "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU="
+        ),
+    ),
+    (
+        "asvk",
+        "SEV-VLEK-Turin",
+        0x030101,
+        "2023-05-15T21:09:41Z",
+        "2048-05-15T21:09:41Z",
+        "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
+        (
+            "pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
+            "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
+            "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
+            "HKKtp4F0UDoPnuIWw/djGDjkGXS9W5M2N3zVSbn94cJxCMzOTzILhcX/lJatooslfxvqucFH8PpS9xBMhuN4fTPlNk/oVbQ6w8pxEMibo0K8Q+gOqqzdVm6i7jotobsuYxH1Httjsc61"
+            "vSskSDT4JkPjqTWiyOmsFI+6Ob/hya/fqpe0EPy68TPk85COC7uqNMzu58xb0uAtt0beejDx29mRRbiPNL5tnwK9KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="
+        ),
+    ),
 )
-_NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}  # [X520]
+_NAME_TYPES = {
+    "2.5.4.3": "CN",
+    "2.5.4.6": "C",
+    "2.5.4.7": "L",
+    "2.5.4.8": "ST",
+    "2.5.4.10": "O",
+    "2.5.4.11": "OU",
+}  # [X520]
 Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the certificate's order
 # AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384, salt 48 [RFC4055 3.1]: without and with the trailer field,
 # which is the default and should be left out; AMD's older certificates have it.
@@ -906,7 +1119,14 @@ class RevocationList(NamedTuple):
 
 def amd_name(common_name: str) -> Name:
     """The name of one of AMD's keys."""
-    return (("OU", "Engineering"), ("C", "US"), ("L", "Santa Clara"), ("ST", "CA"), ("O", "Advanced Micro Devices"), ("CN", common_name))
+    return (
+        ("OU", "Engineering"),
+        ("C", "US"),
+        ("L", "Santa Clara"),
+        ("ST", "CA"),
+        ("O", "Advanced Micro Devices"),
+        ("CN", common_name),
+    )
 
 
 def amd_anchors() -> Anchors:
@@ -914,7 +1134,9 @@ def amd_anchors() -> Anchors:
     anchors: dict[str, dict[str, Anchor]] = {}
     for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
-        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
+        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = Anchor(
+            amd_name(common_name), serial, not_before, not_after, spki_sha256, key
+        )
     return anchors
 
 
@@ -987,7 +1209,9 @@ def _parse_signed(data: bytes, structure: str) -> tuple[bytes, Der, bytes, bytes
     signature = signed.bit_string()
     signed.end()
     if algorithm not in _PSS_ALGORITHMS:
-        raise CertificateError(structure, "not signed with RSASSA-PSS, SHA-384, MGF1 with SHA-384 and a salt of 48 bytes")
+        raise CertificateError(
+            structure, "not signed with RSASSA-PSS, SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
+        )
     return tbs, Der(contents, structure), signature, algorithm
 
 
@@ -1011,7 +1235,18 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     extensions = _parse_extensions(wrapped)
     wrapped.end()
     der.end()
-    return Certificate(tbs, signature, serial, issuer, not_before, not_after, subject, spki, _parse_public_key(spki, structure), extensions)
+    return Certificate(
+        tbs,
+        signature,
+        serial,
+        issuer,
+        not_before,
+        not_after,
+        subject,
+        spki,
+        _parse_public_key(spki, structure),
+        extensions,
+    )
 
 
 def parse_crl(data: bytes, structure: str) -> RevocationList:
@@ -1063,8 +1298,14 @@ def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> "dict[str
         if certificate.issuer != (certificate.subject if issuer is None else issuer.name):
             raise CertificateError(structure, f"issued by {name_text(certificate.issuer)}")
         verify_rsassa_pss(key if issuer is None else issuer.key, certificate.tbs_certificate, certificate.signature)
-        made[role] = Anchor(certificate.subject, certificate.serial, certificate.not_before, certificate.not_after,
-                            sha256_hex(certificate.subject_public_key_info), key)
+        made[role] = Anchor(
+            certificate.subject,
+            certificate.serial,
+            certificate.not_before,
+            certificate.not_after,
+            sha256_hex(certificate.subject_public_key_info),
+            key,
+        )
     return made
 
 
@@ -1078,7 +1319,9 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
         levels[name] = der.integer()
         der.end()
         if not 0 <= levels[name] <= 255:
-            raise CertificateError(f"VEK {name} SPL", "not in the range 0 to 255")  # without the number, which may be longer than str() bears
+            raise CertificateError(
+                f"VEK {name} SPL", "not in the range 0 to 255"
+            )  # without the number, which may be longer than str() bears
     return levels
 
 
@@ -1107,6 +1350,7 @@ def vek_chip_id(vek: Certificate) -> bytes:
         raise CertificateError("VEK HWID", f"{len(hwid)} bytes, neither 64 nor 8")
     return hwid.ljust(64, b"\x00")
 
+
 # endregion 7
 # ==============================================================================
 # region 8. SEV-SNP report                                              [uses 6]
@@ -1121,20 +1365,51 @@ ECDSA_P384_SHA384 = 1  # of signature_algo [SNP-ABI 10, "Signature algorithms"]
 SIGNING_KEYS = {0: "VCEK", 1: "VLEK"}  # bits 4:2 of the flags; 7 = none
 # (offset, size, name, kind) of ATTESTATION_REPORT [SNP-ABI 7.3]; what is missing is reserved.
 REPORT_FIELDS: Sequence[tuple[int, int, str, type]] = (
-    (0x000, 4, "version", int), (0x004, 4, "guest_svn", int), (0x008, 8, "policy", int), (0x010, 16, "family_id", bytes),
-    (0x020, 16, "image_id", bytes), (0x030, 4, "vmpl", int), (0x034, 4, "signature_algo", int), (0x038, 8, "current_tcb", bytes),
-    (0x040, 8, "platform_info", int), (0x048, 4, "flags", int), (0x050, 64, "report_data", bytes), (0x090, 48, "measurement", bytes),
-    (0x0C0, 32, "host_data", bytes), (0x0E0, 48, "id_key_digest", bytes), (0x110, 48, "author_key_digest", bytes),
-    (0x140, 32, "report_id", bytes), (0x160, 32, "report_id_ma", bytes), (0x180, 8, "reported_tcb", bytes),
-    (0x188, 1, "cpuid_fam_id", int), (0x189, 1, "cpuid_mod_id", int), (0x18A, 1, "cpuid_step", int), (0x1A0, 64, "chip_id", bytes),
-    (0x1E0, 8, "committed_tcb", bytes), (0x1E8, 3, "current_version", bytes), (0x1EC, 3, "committed_version", bytes),
-    (0x1F0, 8, "launch_tcb", bytes), (0x1F8, 8, "launch_mit_vector", int), (0x200, 8, "current_mit_vector", int),
-    (0x2A0, 72, "r", int), (0x2E8, 72, "s", int))
+    (0x000, 4, "version", int),
+    (0x004, 4, "guest_svn", int),
+    (0x008, 8, "policy", int),
+    (0x010, 16, "family_id", bytes),
+    (0x020, 16, "image_id", bytes),
+    (0x030, 4, "vmpl", int),
+    (0x034, 4, "signature_algo", int),
+    (0x038, 8, "current_tcb", bytes),
+    (0x040, 8, "platform_info", int),
+    (0x048, 4, "flags", int),
+    (0x050, 64, "report_data", bytes),
+    (0x090, 48, "measurement", bytes),
+    (0x0C0, 32, "host_data", bytes),
+    (0x0E0, 48, "id_key_digest", bytes),
+    (0x110, 48, "author_key_digest", bytes),
+    (0x140, 32, "report_id", bytes),
+    (0x160, 32, "report_id_ma", bytes),
+    (0x180, 8, "reported_tcb", bytes),
+    (0x188, 1, "cpuid_fam_id", int),
+    (0x189, 1, "cpuid_mod_id", int),
+    (0x18A, 1, "cpuid_step", int),
+    (0x1A0, 64, "chip_id", bytes),
+    (0x1E0, 8, "committed_tcb", bytes),
+    (0x1E8, 3, "current_version", bytes),
+    (0x1EC, 3, "committed_version", bytes),
+    (0x1F0, 8, "launch_tcb", bytes),
+    (0x1F8, 8, "launch_mit_vector", int),
+    (0x200, 8, "current_mit_vector", int),
+    (0x2A0, 72, "r", int),
+    (0x2E8, 72, "s", int),
+)
 # The byte of each security patch level in TCB_VERSION [SNP-ABI 2.2]; Turin put fmc in front.
 _TCB_BEFORE_TURIN = {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7}
-TCB_LAYOUTS = {"Milan": _TCB_BEFORE_TURIN, "Genoa": _TCB_BEFORE_TURIN, "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7}}
+TCB_LAYOUTS = {
+    "Milan": _TCB_BEFORE_TURIN,
+    "Genoa": _TCB_BEFORE_TURIN,
+    "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
+}
 # (family, first model, last model) of CPUID -> product; Siena and Bergamo have Genoa's keys.
-_PRODUCTS = ((0x19, 0x00, 0x0F, "Milan"), (0x19, 0x10, 0x1F, "Genoa"), (0x19, 0xA0, 0xAF, "Genoa"), (0x1A, 0x00, 0x11, "Turin"))
+_PRODUCTS = (
+    (0x19, 0x00, 0x0F, "Milan"),
+    (0x19, 0x10, 0x1F, "Genoa"),
+    (0x19, 0xA0, 0xAF, "Genoa"),
+    (0x1A, 0x00, 0x11, "Turin"),
+)
 
 
 class ReportError(Malformed):
@@ -1185,7 +1460,11 @@ class Report(NamedTuple):
     @property
     def product(self) -> str:
         """The product by its CPUID, which reports have since version 3; empty where it is not known."""
-        found = [product for family, first, last, product in _PRODUCTS if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last]
+        found = [
+            product
+            for family, first, last, product in _PRODUCTS
+            if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last
+        ]
         return found[0] if found and self.version >= 3 else ""
 
 
@@ -1195,7 +1474,7 @@ def parse_report(data: bytes) -> Report:
         raise ReportError("attestation_report", f"{len(data)} bytes, not {REPORT_SIZE}")
     fields: dict[str, Any] = {}
     for offset, size, name, kind in REPORT_FIELDS:
-        octets = data[offset:offset + size]
+        octets = data[offset : offset + size]
         fields[name] = octets if kind is bytes else int.from_bytes(octets, "little")
     return Report(data=data, **fields)
 
@@ -1209,7 +1488,7 @@ def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
         if name in values:
             if len(values[name]) != size:
                 raise ValueError(f"{name} has {len(values[name])} bytes, not {size}")
-            report[offset:offset + size] = values[name]
+            report[offset : offset + size] = values[name]
     return bytes(report)
 
 
@@ -1237,6 +1516,7 @@ def verify_report(report: Report, vek: "RsaKey | Point") -> None:
         raise BadSignature("the certificate's key is not on P-384")
     verify_ecdsa_p384(vek, report.data[:SIGNED_SIZE], report.r, report.s)
 
+
 # endregion 8
 # ==============================================================================
 # region 9. TPM quote                                                [uses 6, 8]
@@ -1246,7 +1526,11 @@ def verify_report(report: Report, vek: "RsaKey | Point") -> None:
 
 TPM_GENERATED_VALUE, TPM_ST_ATTEST_QUOTE, TPM_ALG_SHA256 = 0xFF544347, 0x8018, 0x000B  # [TPM2-2 6.2, 6.9, 6.3]
 PCR_COUNT, PCR_SIZE = 24, 32
-HCL_REPORT, HCL_HEADER, HCL_DATA = 0x20, 0x4C0, 0x4D4  # offsets of the report, the header of the runtime data and the data
+HCL_REPORT, HCL_HEADER, HCL_DATA = (
+    0x20,
+    0x4C0,
+    0x4D4,
+)  # offsets of the report, the header of the runtime data and the data
 HCL_SNP = 2  # report type; 4 = TDX
 HCL_REQUEST = 2  # what the VM asked its host for; the same for all
 
@@ -1301,10 +1585,17 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     """(the TPM's attestation key, the whole document) of the runtime data. Raises QuoteError, Malformed. [AZURE, RFC7517]"""
     doc = parse_json(data, "runtime data", 16)  # deeper, and the indentation of --format json would take gigabytes
     keys = doc.get("keys") if isinstance(doc, dict) else None
-    found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"] if isinstance(keys, list) else []
+    found = (
+        [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
+        if isinstance(keys, list)
+        else []
+    )
     if len(found) != 1 or found[0].get("kty") != "RSA":
         raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, not exactly one, of RSA")
-    n, e = (int.from_bytes(decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True), "big") for name in ("n", "e"))
+    n, e = (
+        int.from_bytes(decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True), "big")
+        for name in ("n", "e")
+    )
     if n.bit_length() != 2048 or e != 65537:
         raise QuoteError("runtime data", "HCLAkPub has not 2048 bits and the exponent 65537")
     return RsaKey(n, e), doc
@@ -1342,6 +1633,7 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
     """SHA-256 over the selected registers, in ascending order. pcrs: PCR_COUNT values. [TPM2-1 17.6.2]"""
     return hashlib.sha256(b"".join(pcrs[i] for i in pcr_select)).digest()
 
+
 # endregion 9
 # ==============================================================================
 # region 10. Launch digest                                        [uses nothing]
@@ -1363,8 +1655,13 @@ MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
 PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
 # Types of the sections in the metadata [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and what QEMU makes of their pages [QEMU target/i386/sev.c].
 SNP_SEC_MEM, SNP_SECRETS, SNP_CPUID, SVSM_CAA, SNP_KERNEL_HASHES = 1, 2, 3, 4, 0x10
-SECTION_TYPES = {SNP_SEC_MEM: ("SNP_SEC_MEM", PAGE_ZERO), SNP_SECRETS: ("SNP_SECRETS", PAGE_SECRETS), SNP_CPUID: ("CPUID", PAGE_CPUID),
-                 SVSM_CAA: ("SVSM_CAA", PAGE_ZERO), SNP_KERNEL_HASHES: ("SNP_KERNEL_HASHES", PAGE_ZERO)}
+SECTION_TYPES = {
+    SNP_SEC_MEM: ("SNP_SEC_MEM", PAGE_ZERO),
+    SNP_SECRETS: ("SNP_SECRETS", PAGE_SECRETS),
+    SNP_CPUID: ("CPUID", PAGE_CPUID),
+    SVSM_CAA: ("SVSM_CAA", PAGE_ZERO),
+    SNP_KERNEL_HASHES: ("SNP_KERNEL_HASHES", PAGE_ZERO),
+}
 VMSA_GPA = 0xFFFFFFFFF000  # the address that every VMSA page is measured with [KVM arch/x86/kvm/svm/sev.c, snp_launch_update_vmsa]
 BSP_RESET = 0xFFFFFFF0  # where a processor starts after a reset [APM2 14.1.5]
 
@@ -1393,21 +1690,59 @@ def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
 
 # (offset, size, name) of the VMSA's fields that are not zero [APM2 table B-4].
 VMSA_FIELDS = (
-    (0x000, 16, "es"), (0x010, 16, "cs"), (0x020, 16, "ss"), (0x030, 16, "ds"), (0x040, 16, "fs"), (0x050, 16, "gs"), (0x060, 16, "gdtr"), (0x070, 16, "ldtr"),
-    (0x080, 16, "idtr"), (0x090, 16, "tr"), (0x0D0, 8, "efer"), (0x148, 8, "cr4"), (0x158, 8, "cr0"), (0x160, 8, "dr7"), (0x168, 8, "dr6"),
-    (0x170, 8, "rflags"), (0x178, 8, "rip"), (0x268, 8, "g_pat"), (0x310, 8, "rdx"), (0x3B0, 8, "sev_features"), (0x3E8, 8, "xcr0"), (0x408, 4, "mxcsr"),
-    (0x410, 2, "x87_fcw"))
+    (0x000, 16, "es"),
+    (0x010, 16, "cs"),
+    (0x020, 16, "ss"),
+    (0x030, 16, "ds"),
+    (0x040, 16, "fs"),
+    (0x050, 16, "gs"),
+    (0x060, 16, "gdtr"),
+    (0x070, 16, "ldtr"),
+    (0x080, 16, "idtr"),
+    (0x090, 16, "tr"),
+    (0x0D0, 8, "efer"),
+    (0x148, 8, "cr4"),
+    (0x158, 8, "cr0"),
+    (0x160, 8, "dr7"),
+    (0x168, 8, "dr6"),
+    (0x170, 8, "rflags"),
+    (0x178, 8, "rip"),
+    (0x268, 8, "g_pat"),
+    (0x310, 8, "rdx"),
+    (0x3B0, 8, "sev_features"),
+    (0x3E8, 8, "xcr0"),
+    (0x408, 4, "mxcsr"),
+    (0x410, 2, "x87_fcw"),
+)
 # What a vCPU has after a reset [QEMU target/i386/cpu.c, x86_cpu_reset_hold], but for cs, rip, rdx and sev_features.  KVM, from Linux 6.11 on, sets SVME
 # in efer and MCE in cr4, and takes CD and NW out of cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa].
 _RESET_STATE = {
-    "es": _segment(0x93), "ss": _segment(0x93), "ds": _segment(0x93), "fs": _segment(0x93), "gs": _segment(0x93), "gdtr": _segment(0), "ldtr": _segment(0x82),
-    "idtr": _segment(0), "tr": _segment(0x8B), "efer": 0x1000, "cr4": 0x40, "cr0": 0x10, "dr7": 0x400, "dr6": 0xFFFF0FF0, "rflags": 2,
-    "g_pat": 0x0007040600070406, "xcr0": 1, "mxcsr": 0x1F80, "x87_fcw": 0x37F}
+    "es": _segment(0x93),
+    "ss": _segment(0x93),
+    "ds": _segment(0x93),
+    "fs": _segment(0x93),
+    "gs": _segment(0x93),
+    "gdtr": _segment(0),
+    "ldtr": _segment(0x82),
+    "idtr": _segment(0),
+    "tr": _segment(0x8B),
+    "efer": 0x1000,
+    "cr4": 0x40,
+    "cr0": 0x10,
+    "dr7": 0x400,
+    "dr6": 0xFFFF0FF0,
+    "rflags": 2,
+    "g_pat": 0x0007040600070406,
+    "xcr0": 1,
+    "mxcsr": 0x1F80,
+    "x87_fcw": 0x37F,
+}
 # Where other hypervisors differ from QEMU.  No specification has it: these are the values of sev-snp-measure 0.0.13.
 _RESET_STATES: Mapping[str, Mapping[str, int]] = {
     "QEMU": {},
     "ec2": {"ss": _segment(0x92), "tr": _segment(0x83), "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
-    "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0}}
+    "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
+}
 VMMS = tuple(_RESET_STATES)
 
 
@@ -1419,10 +1754,17 @@ def _signature(family: int, model: int, stepping: int) -> int:
 # `-cpu` of QEMU -> what rdx is after a reset [QEMU target/i386/cpu.c, builtin_x86_defs]: (family, model, stepping), the last version in QEMU 10.1.  A
 # version changes features, which are not measured.
 CPU_SIGNATURES: Mapping[str, int] = {
-    name: _signature(*cpu) for base, cpu, last in (
-        ("EPYC", (23, 1, 2), 5), ("EPYC-IBPB", (23, 1, 2), 0), ("EPYC-Rome", (23, 49, 0), 5), ("EPYC-Milan", (25, 1, 1), 3), ("EPYC-Genoa", (25, 17, 0), 2),
-        ("EPYC-Turin", (26, 0, 0), 1))
-    for name in (base, *(f"{base}-v{version}" for version in range(1, last + 1)))}
+    name: _signature(*cpu)
+    for base, cpu, last in (
+        ("EPYC", (23, 1, 2), 5),
+        ("EPYC-IBPB", (23, 1, 2), 0),
+        ("EPYC-Rome", (23, 49, 0), 5),
+        ("EPYC-Milan", (25, 1, 1), 3),
+        ("EPYC-Genoa", (25, 17, 0), 2),
+        ("EPYC-Turin", (26, 0, 0), 1),
+    )
+    for name in (base, *(f"{base}-v{version}" for version in range(1, last + 1)))
+}
 
 
 class FirmwareError(Malformed):
@@ -1524,7 +1866,11 @@ def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str |
         raise Malformed("command line", "a lone surrogate is no character") from None
     if b"\0" in cmdline:
         raise Malformed("command line", "it contains a NUL, which ends it")
-    return BootHashes(kernel_sha256, hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256, hashlib.sha256(cmdline + b"\0").digest())
+    return BootHashes(
+        kernel_sha256,
+        hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256,
+        hashlib.sha256(cmdline + b"\0").digest(),
+    )
 
 
 def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
@@ -1532,7 +1878,9 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
     would be measured by nobody. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
     places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
     if not places:
-        raise FirmwareError("firmware", "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot")
+        raise FirmwareError(
+            "firmware", "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot"
+        )
     if not firmware.hashes_gpa:
         raise FirmwareError("firmware", "its area for hashes has no address: it has no measured direct boot")
     [(gpa, size), *others] = places
@@ -1540,9 +1888,17 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
         raise FirmwareError("firmware", "its sections of type 0x10 (SNP_KERNEL_HASHES) are not one page")
     offset = firmware.hashes_gpa - gpa
     if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:  # it would look elsewhere
-        raise FirmwareError("firmware", "its area for hashes does not lie in its section of type 0x10 (SNP_KERNEL_HASHES)")
-    entries = b"".join(guid + (50).to_bytes(2, "little") + digest for guid, digest in (
-        (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)))
+        raise FirmwareError(
+            "firmware", "its area for hashes does not lie in its section of type 0x10 (SNP_KERNEL_HASHES)"
+        )
+    entries = b"".join(
+        guid + (50).to_bytes(2, "little") + digest
+        for guid, digest in (
+            (_HASH_OF_CMDLINE, hashes.cmdline),
+            (_HASH_OF_INITRD, hashes.initrd),
+            (_HASH_OF_KERNEL, hashes.kernel),
+        )
+    )
     table = _HASHES + (18 + len(entries)).to_bytes(2, "little") + entries
     return gpa, (bytes(offset) + table).ljust(PAGE_SIZE, b"\0")
 
@@ -1550,33 +1906,51 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
 def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
     """The page with the registers of a vCPU that starts at eip. [APM2 table B-4]"""
     accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the first bit of an attribute
-    values = {**_RESET_STATE, "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000), "rip": eip & 0xFFFF, "rdx": signature, "sev_features": guest_features,
-              **_RESET_STATES[vmm]}
+    values = {
+        **_RESET_STATE,
+        "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000),
+        "rip": eip & 0xFFFF,
+        "rdx": signature,
+        "sev_features": guest_features,
+        **_RESET_STATES[vmm],
+    }
     page = bytearray(PAGE_SIZE)
     for offset, size, name in VMSA_FIELDS:
-        page[offset:offset + size] = values[name].to_bytes(size, "little")
+        page[offset : offset + size] = values[name].to_bytes(size, "little")
     return bytes(page)
 
 
-def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: int, signature: int, guest_features: int = 1, vmm: str = "QEMU",
-                          explain: Callable[[str, bytes], None] = lambda step, digest: None) -> bytes:
+def compute_launch_digest(
+    firmware: Firmware,
+    hashes: BootHashes | None,
+    vcpus: int,
+    signature: int,
+    guest_features: int = 1,
+    vmm: str = "QEMU",
+    explain: Callable[[str, bytes], None] = lambda step, digest: None,
+) -> bytes:
     """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
 
     hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
     of the VMSA; vmm: one of VMMS; explain: hears each step and the digest after it. Raises Malformed."""
     if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
-        raise Malformed("launch digest", f"there is none of {vcpus} vCPUs of signature {signature:#x} with features {guest_features:#x} on {vmm}")
+        raise Malformed(
+            "launch digest",
+            f"there is none of {vcpus} vCPUs of signature {signature:#x} with features {guest_features:#x} on {vmm}",
+        )
     page = b"" if hashes is None else hashes_page(firmware, hashes)[1]
     sha384, digest = hashlib.sha384, bytes(48)
 
     def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
         """PAGE_INFO: digest, contents, length 0x70, page type, IMI_PAGE, three permissions, a reserved byte, address."""
         nonlocal digest
-        digest = sha384(digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")).digest()
+        digest = sha384(
+            digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")
+        ).digest()
 
     base, data = (1 << 32) - len(firmware.data), firmware.data
     for at in range(0, len(data), PAGE_SIZE):
-        update(PAGE_NORMAL, base + at, sha384(data[at:at + PAGE_SIZE]).digest())
+        update(PAGE_NORMAL, base + at, sha384(data[at : at + PAGE_SIZE]).digest())
     explain(f"firmware: {len(data):#x} bytes at {base:#x}", digest)
     # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
@@ -1588,7 +1962,9 @@ def compute_launch_digest(firmware: Firmware, hashes: BootHashes | None, vcpus: 
             for at in range(gpa, gpa + size, PAGE_SIZE):
                 update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
         explain(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", digest)
-    first, other = (sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip))
+    first, other = (
+        sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip)
+    )
     for number in range(vcpus):
         update(PAGE_VMSA, VMSA_GPA, other if number else first)
         explain(f"VMSA: vCPU {number}", digest)
@@ -1599,14 +1975,19 @@ def volume_place(data: bytes) -> tuple[int, int]:
     """(begin, end) of the compressed firmware volume in data. Raises FirmwareError unless there is one. [PI volume 3, EFI_GUID_DEFINED_SECTION]"""
     places: list[tuple[int, int]] = []
     at = data.find(_LZMA_SECTION, 3)
-    while at >= 0 and len(places) < 2:  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
+    while (
+        at >= 0 and len(places) < 2
+    ):  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
         size = int.from_bytes(data[at - 3 : at], "little")
         offset = int.from_bytes(data[at + 17 : at + 19], "little")
         if 24 <= offset < size <= len(data) - (at - 3):
             places.append((at - 3 + offset, at - 3 + size))
         at = data.find(_LZMA_SECTION, at + 17)
     if len(places) != 1:  # of two, one could hide the other
-        raise FirmwareError("firmware volume", "there is more than one compressed section" if places else "there is no compressed section")
+        raise FirmwareError(
+            "firmware volume",
+            "there is more than one compressed section" if places else "there is no compressed section",
+        )
     return places[0]
 
 
@@ -1639,10 +2020,11 @@ def firmware_state(data: bytes) -> str:
         for block in volume_blocks(data):
             if SHIM_NAME in tail + block:
                 return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
-            tail = block[1 - len(SHIM_NAME):]
+            tail = block[1 - len(SHIM_NAME) :]
     except FirmwareError as e:
         return f"cannot be looked into: {e}"
     return ""
+
 
 # endregion 10
 # ==============================================================================
@@ -1656,20 +2038,33 @@ def firmware_state(data: bytes) -> str:
 _HEX40, _HEX64, _TEXT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}"), re.compile(r".*", re.DOTALL)
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, in a SHA-1 or a SHA-256 repository
 _WORD = re.compile(r"[^\x00-\x1f\x7f]+")
-_TIME = re.compile(r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)")
+_TIME = re.compile(
+    r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)"
+)
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": _WORD}
-_KETTLE = {"digest": {"sha256": _TEXT}, "version": _TEXT}  # the older generation put its whole banner here; ours is looked at again
+_KETTLE = {
+    "digest": {"sha256": _TEXT},
+    "version": _TEXT,
+}  # the older generation put its whole banner here; ours is looked at again
 # What pnpm-lock.yaml calls integrity: one hash or more of the form of [SRI]. [K]
 _INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
 # Kettle writes a nix hash in base64, and one of any algorithm under the name sha256; under sha512 the integrity of a pnpm package as the lock file
 # has it, or the commit of one that is a GitHub tarball.
-_DIGEST = ({"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")}, {"sha512": re.compile(rf"[0-9a-f]{{128}}|[0-9a-f]{{40}}|{_INTEGRITY}( {_INTEGRITY})*")},
-           {"gitCommit": _OBJECT}, {"sha1": _HEX40}, {"md5": re.compile(r"[0-9a-f]{32}")})
+_DIGEST = (
+    {"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")},
+    {"sha512": re.compile(rf"[0-9a-f]{{128}}|[0-9a-f]{{40}}|{_INTEGRITY}( {_INTEGRITY})*")},
+    {"gitCommit": _OBJECT},
+    {"sha1": _HEX40},
+    {"md5": re.compile(r"[0-9a-f]{32}")},
+)
 # The build types of the older generation, which is read and not written, and the toolchain that each names [CONTRACT 3]. Which type a
 # build has is for the caller to judge (--build-type); all have one shape.
-OLDER_BUILD_TYPES = {"https://lunal.dev/kettle/cargo@v1": "cargo", "https://lunal.dev/kettle/nix@v1": "nix",
-                     "https://lunal.dev/kettle/pnpm@v1": "pnpm"}
+OLDER_BUILD_TYPES = {
+    "https://lunal.dev/kettle/cargo@v1": "cargo",
+    "https://lunal.dev/kettle/nix@v1": "nix",
+    "https://lunal.dev/kettle/pnpm@v1": "pnpm",
+}
 _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
@@ -1677,21 +2072,40 @@ _STATEMENT = {
             "buildType": _WORD,
             "externalParameters": {
                 "buildCommand": _WORD,
-                "source": {"digest": {"gitCommit": re.compile(f"({_OBJECT.pattern})?"), "gitTree": _OBJECT}, "uri": _TEXT}},
+                "source": {
+                    "digest": {"gitCommit": re.compile(f"({_OBJECT.pattern})?"), "gitTree": _OBJECT},
+                    "uri": _TEXT,
+                },
+            },
             "internalParameters": {
                 "evaluation?": {"derivationCount": int, "fetchCount": int},
                 "flakeInputs?": [{"name": _WORD, "narHash": _WORD}],
                 "lockfileHash": _SHA256,
-                "toolchain": ({"nix": _PROGRAM, "kettle": _KETTLE}, {"cargo": _PROGRAM, "rustc": _PROGRAM, "kettle": _KETTLE},
-                              {"pnpm": _PROGRAM, "node": _PROGRAM, "kettle": _KETTLE})},
-            "resolvedDependencies": [{
-                "annotations?": {"drvPath": _WORD, "outputHashMode?": _WORD, "url?": _TEXT, "urls?": _TEXT},
-                "digest": _DIGEST, "name": _WORD, "uri": _WORD}]},
+                "toolchain": (
+                    {"nix": _PROGRAM, "kettle": _KETTLE},
+                    {"cargo": _PROGRAM, "rustc": _PROGRAM, "kettle": _KETTLE},
+                    {"pnpm": _PROGRAM, "node": _PROGRAM, "kettle": _KETTLE},
+                ),
+            },
+            "resolvedDependencies": [
+                {
+                    "annotations?": {"drvPath": _WORD, "outputHashMode?": _WORD, "url?": _TEXT, "urls?": _TEXT},
+                    "digest": _DIGEST,
+                    "name": _WORD,
+                    "uri": _WORD,
+                }
+            ],
+        },
         "runDetails": {
             "builder": {"id": _WORD},
             "byproducts": [{"digest": _SHA256, "name": _WORD}],
-            "metadata": {"invocationId": re.compile(r"build-[0-9A-Za-z-]+"), "startedOn": _TIME,
-                         "finishedOn": (_TIME, None)}}},
+            "metadata": {
+                "invocationId": re.compile(r"build-[0-9A-Za-z-]+"),
+                "startedOn": _TIME,
+                "finishedOn": (_TIME, None),
+            },
+        },
+    },
     "predicateType": PREDICATE_TYPE,
     "subject": [{"digest": _SHA256, "name": _WORD}],
 }
@@ -1719,9 +2133,22 @@ def _mismatch(value: Any, schema: Any, path: str) -> str:
         wanted = [name.rstrip("?") for name in schema if not name.endswith("?") or name[:-1] in value]
         if list(value) != wanted:
             return f"{path}: has the names {', '.join(value)[:200] or 'none'}, not {', '.join(wanted)} in this order"
-        return next(filter(None, (_mismatch(value[name.rstrip("?")], inner, f"{path}.{name.rstrip('?')}")
-                                  for name, inner in schema.items() if name.rstrip("?") in value)), "")
-    return "" if value == schema and type(value) is type(schema) else f"{path}: {json.dumps(value)[:80]}, not {json.dumps(schema)}"
+        return next(
+            filter(
+                None,
+                (
+                    _mismatch(value[name.rstrip("?")], inner, f"{path}.{name.rstrip('?')}")
+                    for name, inner in schema.items()
+                    if name.rstrip("?") in value
+                ),
+            ),
+            "",
+        )
+    return (
+        ""
+        if value == schema and type(value) is type(schema)
+        else f"{path}: {json.dumps(value)[:80]}, not {json.dumps(schema)}"
+    )
 
 
 def check_statement(doc: Any) -> None:
@@ -1756,7 +2183,9 @@ def merkle_entries(doc: Any) -> list[str]:
     dependencies = definition["resolvedDependencies"]
     entries = [source["gitCommit"], source["gitTree"]]
     if "nix" in tools:
-        fetches = ["fetch:" + d["name"] + ":" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies]  # a name may hold `?hash=`
+        fetches = [
+            "fetch:" + d["name"] + ":" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies
+        ]  # a name may hold `?hash=`
         return [*entries, lock, *fetches, tools["nix"]["digest"]["sha256"], tools["nix"]["version"]]
     for name in ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm"):
         entries += [tools[name]["digest"]["sha256"], tools[name]["version"]]
@@ -1787,6 +2216,7 @@ def byproduct(doc: Any, name: str) -> str | None:
     found = [b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name]
     return found[0] if found else None
 
+
 # endregion 11
 # ==============================================================================
 # region 12. Verdict                                       [uses 6, 7, 8, 9, 11]
@@ -1798,29 +2228,88 @@ def byproduct(doc: Any, name: str) -> str | None:
 
 # What must have run and passed, whatever the caller expects: of all evidence, of each platform's, and of a bundle.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
-_REQUIRED_SNP = frozenset((
-    "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature", "VEK validity", "VEK product",
-    "VEK TCB", "VEK chip_id", "report signature", "VMPL", "migration agent", "debug", "unsigned bytes"))
+_REQUIRED_SNP = frozenset(
+    (
+        "report version",
+        "signature algorithm",
+        "signing key",
+        "product",
+        "VEK form",
+        "VEK issuer",
+        "VEK signature",
+        "VEK validity",
+        "VEK product",
+        "VEK TCB",
+        "VEK chip_id",
+        "report signature",
+        "VMPL",
+        "migration agent",
+        "debug",
+        "unsigned bytes",
+    )
+)
 REQUIRED_OF_PLATFORM = {
     "simulated": _REQUIRED_EVIDENCE | {"simulated report"},
     "snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
     "gcp-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
-    "az-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"}}
-REQUIRED_OF_BUNDLE = frozenset((
-    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail", "input Merkle root", "builder", "subjects", "artifacts",
-    "unlisted files"))
+    "az-snp": _REQUIRED_EVIDENCE
+    | _REQUIRED_SNP
+    | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"},
+}
+REQUIRED_OF_BUNDLE = frozenset(
+    (
+        "provenance form",
+        "canonical form",
+        "provenance schema",
+        "provenance digest",
+        "report data tail",
+        "input Merkle root",
+        "builder",
+        "subjects",
+        "artifacts",
+        "unlisted files",
+    )
+)
 # Evidence that is known by name, and that this version does not verify.
 _UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
 # What the caller requests: field of Expectations -> the checks that must then have run and passed.
 OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
 REQUESTED: Mapping[str, Sequence[str]] = {
-    "nonce": ("nonce",), "measurements": ("measurement",), "min_tcb": ("minimum TCB",), "host_data": ("host_data",),
-    "guest_svn": ("guest_svn",), "chip_id": ("chip_id",), "family_id": ("family_id",), "image_id": ("image_id",), "pcrs": ("PCR values",),
-    "source_uri": ("source uri",), "source_commit": ("source commit",), "source_tree": ("source tree",), "lockfile_sha256": ("lock file",),
-    "dependencies": ("dependencies",), "packages": ("packages",), "builder_id": ("builder id",), "build_type": ("build type",),
-    "build_log_sha256": ("build log",), "finished": ("age",), "require_crl": ("revocation", "revocation list age"),
-    "require_tee": ("hardware evidence",), "image": OF_IMAGE}
-_OF_STATEMENT = ("source uri", "source commit", "source tree", "lock file", "dependencies", "packages", "builder id", "build type", "build log", "age")
+    "nonce": ("nonce",),
+    "measurements": ("measurement",),
+    "min_tcb": ("minimum TCB",),
+    "host_data": ("host_data",),
+    "guest_svn": ("guest_svn",),
+    "chip_id": ("chip_id",),
+    "family_id": ("family_id",),
+    "image_id": ("image_id",),
+    "pcrs": ("PCR values",),
+    "source_uri": ("source uri",),
+    "source_commit": ("source commit",),
+    "source_tree": ("source tree",),
+    "lockfile_sha256": ("lock file",),
+    "dependencies": ("dependencies",),
+    "packages": ("packages",),
+    "builder_id": ("builder id",),
+    "build_type": ("build type",),
+    "build_log_sha256": ("build log",),
+    "finished": ("age",),
+    "require_crl": ("revocation", "revocation list age"),
+    "require_tee": ("hardware evidence",),
+    "image": OF_IMAGE,
+}
+_OF_STATEMENT = (
+    "source uri",
+    "source commit",
+    "source tree",
+    "lock file",
+    "dependencies",
+    "packages",
+    "builder id",
+    "build type",
+    "build log",
+    "age",
+)
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "evidence alone: neither provenance nor artifacts are looked at"
 
@@ -1917,18 +2406,33 @@ def _read_az_snp(evidence: Any) -> _Evidence:
     if any(len(value) != PCR_SIZE for value in pcrs):
         raise Malformed("tpm_quote", f"a register has not {PCR_SIZE} bytes")
     hcl = parse_hcl_report(decode_base64(parts["hcl_report"], "hcl_report", urlsafe=True))
-    return _Evidence(parse_report(hcl.attestation_report), decode_base64(parts["vcek"], "vcek", urlsafe=True), hcl.runtime_data,
-                     decode_hex(quote["message"], "tpm_quote message"), decode_hex(quote["signature"], "tpm_quote signature"), pcrs)
+    return _Evidence(
+        parse_report(hcl.attestation_report),
+        decode_base64(parts["vcek"], "vcek", urlsafe=True),
+        hcl.runtime_data,
+        decode_hex(quote["message"], "tpm_quote message"),
+        decode_hex(quote["signature"], "tpm_quote signature"),
+        pcrs,
+    )
 
 
 _READERS: Mapping[str, Callable[[Any], _Evidence]] = {
-    "simulated": _read_simulated, "snp": _read_snp, "gcp-snp": _read_snp, "az-snp": _read_az_snp}
+    "simulated": _read_simulated,
+    "snp": _read_snp,
+    "gcp-snp": _read_snp,
+    "az-snp": _read_az_snp,
+}
 
 
 def _report_claims(report: Report, product: str) -> dict[str, Any]:
     """Every field of the report, for people and programs. tcb: the reported one, which the VEK is for."""
-    claims: dict[str, Any] = {"product": product, "key_type": report.signing_key.lower(), "report_version": report.version,
-                              "policy": f"{report.policy:#x}", "debug": bool(report.policy & POLICY_DEBUG)}
+    claims: dict[str, Any] = {
+        "product": product,
+        "key_type": report.signing_key.lower(),
+        "report_version": report.version,
+        "policy": f"{report.policy:#x}",
+        "debug": bool(report.policy & POLICY_DEBUG),
+    }
     for name in Report._fields:
         value = getattr(report, name)
         if name in ("data", "r", "s", "version", "policy"):
@@ -1947,7 +2451,10 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     checks.hold("VEK issuer", vek.issuer == issuer.name, name_text(issuer.name), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_rsassa_pss, issuer.key, vek.tbs_certificate, vek.signature)
-    first, last = (max(vek.not_before, issuer.not_before, roles["ark"].not_before), min(vek.not_after, issuer.not_after, roles["ark"].not_after))
+    first, last = (
+        max(vek.not_before, issuer.not_before, roles["ark"].not_before),
+        min(vek.not_after, issuer.not_after, roles["ark"].not_after),
+    )
     checks.hold("VEK validity", first <= now <= last, f"{first} to {last}", now, "of the VEK and of those above it")
     checks.derive("VEK product", product, lambda: vek_product(vek))
     levels = tcb_levels(product, report.reported_tcb)
@@ -1959,7 +2466,9 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
-def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str, require_crl: bool) -> str:
+def _check_snp(
+    checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str, require_crl: bool
+) -> str:
     """Every check on a report of real hardware. versions: those of the report that are accepted. Returns the product, or empty."""
     report, anchors = evidence.report, amd_anchors() if endorsements.anchors is None else endorsements.anchors
     checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
@@ -1968,36 +2477,73 @@ def _check_snp(checks: _Checks, evidence: _Evidence, versions: range, endorsemen
     product = report.product
     vek = None
     if vek_data is None:
-        hint = "; the cloud that runs the VM has its VLEK" if report.signing_key == "VLEK" else (
-            f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else "")
-        checks.hold("VEK form", False, "a certificate", "none", f"the evidence holds no certificate, and none was given (--vek){hint}")
+        hint = (
+            "; the cloud that runs the VM has its VLEK"
+            if report.signing_key == "VLEK"
+            else (f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else "")
+        )
+        checks.hold(
+            "VEK form",
+            False,
+            "a certificate",
+            "none",
+            f"the evidence holds no certificate, and none was given (--vek){hint}",
+        )
     else:
         vek = checks.attempt("VEK form", parse_certificate, vek_data, "VEK")
     if vek is not None:
         subject = dict(vek.subject).get("CN", "none")
-        checks.hold("signing key", subject == f"SEV-{report.signing_key}" and report.signing_key in SIGNING_KEYS.values(), f"SEV-{report.signing_key}",
-                    subject, "bits 4:2 of the flags, and the certificate's name")
+        checks.hold(
+            "signing key",
+            subject == f"SEV-{report.signing_key}" and report.signing_key in SIGNING_KEYS.values(),
+            f"SEV-{report.signing_key}",
+            subject,
+            "bits 4:2 of the flags, and the certificate's name",
+        )
         if report.version < 3:  # no CPUID in it: the product is that of the issuer
-            product = next((name for name, roles in anchors.items() if vek.issuer in (roles["ask"].name, roles["asvk"].name)), "")
+            product = next(
+                (name for name, roles in anchors.items() if vek.issuer in (roles["ask"].name, roles["asvk"].name)), ""
+            )
     known = [name for name in TCB_LAYOUTS if name in anchors]
     checks.hold("product", product in known, " or ".join(known) or "none, for want of keys", product or "unknown")
     if checks.made[-1].status == "passed" and vek is not None:
         _check_vek(checks, report, product, vek, anchors, now)
     checks.compare("VMPL", 0, report.vmpl)
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
-    checks.hold("migration agent", not migrates, "none", report.report_id_ma.hex() if migrates else "none",
-                "another VM, not verified here, that may take this one's memory")
+    checks.hold(
+        "migration agent",
+        not migrates,
+        "none",
+        report.report_id_ma.hex() if migrates else "none",
+        "another VM, not verified here, that may take this one's memory",
+    )
     surplus = any(report.data[0x330:])
     checks.hold("unsigned bytes", not surplus, "zero", "not zero" if surplus else "zero", "of the report from 0x330 on")
     _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now, require_crl)
     if endorsements.anchors is None:
         checks.made.append(Check("trust anchors", "passed", "", "AMD's, as pinned in this file"))
     else:
-        checks.made.append(Check("trust anchors", "not checked", "", "given by --roots", "these are not AMD's keys, unless you know better"))
+        checks.made.append(
+            Check(
+                "trust anchors",
+                "not checked",
+                "",
+                "given by --roots",
+                "these are not AMD's keys, unless you know better",
+            )
+        )
     return product
 
 
-def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors, crls: Sequence[tuple[str, bytes]], now: str, required: bool) -> None:
+def _check_revocation(
+    checks: _Checks,
+    product: str,
+    kind: str,
+    anchors: Anchors,
+    crls: Sequence[tuple[str, bytes]],
+    now: str,
+    required: bool,
+) -> None:
     """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0.
 
     required: a list that is not valid now fails; else its age is shown."""
@@ -2011,18 +2557,38 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
     revoked = any(serial in crl.revoked for crl in lists)
-    checks.hold("revocation", not revoked, f"serial {serial:06x} not revoked", "revoked" if revoked else "not revoked",
-                "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0")
-    current, first, last = max((crl.this_update <= now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists)
-    checks.made.append(Check("revocation list age", "passed" if current else "failed" if required else "not checked", f"{first} to {last}", now, "" if current else
-                             f"the list was valid from {first} to {last}: another one may revoke more"))
+    checks.hold(
+        "revocation",
+        not revoked,
+        f"serial {serial:06x} not revoked",
+        "revoked" if revoked else "not revoked",
+        "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0",
+    )
+    current, first, last = max(
+        (crl.this_update <= now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists
+    )
+    checks.made.append(
+        Check(
+            "revocation list age",
+            "passed" if current else "failed" if required else "not checked",
+            f"{first} to {last}",
+            now,
+            "" if current else f"the list was valid from {first} to {last}: another one may revoke more",
+        )
+    )
 
 
-def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any], pcrs: Mapping[int, str] | None) -> bytes | None:
+def _check_azure(
+    checks: _Checks, evidence: _Evidence, claims: dict[str, Any], pcrs: Mapping[int, str] | None
+) -> bytes | None:
     """That the virtual TPM whose key the hardware report binds signed the quote. Returns its extraData, zero-extended to 64 bytes."""
     found = checks.attempt("runtime data", parse_runtime_data, evidence.runtime_data)
-    checks.compare("runtime data digest", sha256_hex(evidence.runtime_data), evidence.report.report_data[:32].hex(),
-                   "report_data[0:32] is the SHA-256 of the runtime data, which holds the TPM's key")
+    checks.compare(
+        "runtime data digest",
+        sha256_hex(evidence.runtime_data),
+        evidence.report.report_data[:32].hex(),
+        "report_data[0:32] is the SHA-256 of the runtime data, which holds the TPM's key",
+    )
     quote = checks.attempt("TPM quote", parse_quote, evidence.message)
     if found is not None:
         checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], evidence.message, evidence.signature)
@@ -2032,8 +2598,11 @@ def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any], p
     checks.compare("PCR digest", compute_pcr_digest(evidence.pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     claims["pcrs"] = {str(i): evidence.pcrs[i].hex() for i in quote.pcr_select}
     if pcrs is not None:
-        checks.compare("PCR values", compact_json({i: value.lower() for i, value in sorted(pcrs.items())}),
-                       compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(pcrs)}))
+        checks.compare(
+            "PCR values",
+            compact_json({i: value.lower() for i, value in sorted(pcrs.items())}),
+            compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(pcrs)}),
+        )
     extra_data: bytes = quote.extra_data
     return extra_data.ljust(64, b"\x00")
 
@@ -2041,25 +2610,52 @@ def _check_azure(checks: _Checks, evidence: _Evidence, claims: dict[str, Any], p
 def _check_report_policy(checks: _Checks, report: Report, product: str, expected: Expectations) -> None:
     """What the caller wants of the guest and of the platform."""
     debug = bool(report.policy & POLICY_DEBUG)
-    checks.hold("debug", not debug or expected.allow_debug, "off, or --allow-debug" if expected.allow_debug else "off", "on" if debug else "off",
-                "the host may read and change the guest's memory" if debug else "")
+    checks.hold(
+        "debug",
+        not debug or expected.allow_debug,
+        "off, or --allow-debug" if expected.allow_debug else "off",
+        "on" if debug else "off",
+        "the host may read and change the guest's memory" if debug else "",
+    )
     measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements or ()]
-    checks.expect("measurement", None if expected.measurements is None else " or ".join(wanted), measurement, measurement in wanted)
+    checks.expect(
+        "measurement",
+        None if expected.measurements is None else " or ".join(wanted),
+        measurement,
+        measurement in wanted,
+    )
     if expected.min_tcb is None or product not in TCB_LAYOUTS:
         checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
     else:
         # A VM that was launched on old firmware stays suspect after an update, and the host can return to anything above the committed TCB.
-        tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in ("reported", "committed", "current", "launch")}
-        low = [f"{kind} {tcb_text(levels)}" for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in expected.min_tcb.items())]
-        checks.hold("minimum TCB", not low, "at least " + tcb_text(expected.min_tcb), "; ".join(low) or tcb_text(tcbs["reported"]),
-                    "the reported, committed, current and launch TCB must all reach it")
+        tcbs = {
+            kind: tcb_levels(product, getattr(report, f"{kind}_tcb"))
+            for kind in ("reported", "committed", "current", "launch")
+        }
+        low = [
+            f"{kind} {tcb_text(levels)}"
+            for kind, levels in tcbs.items()
+            if any(levels.get(name, -1) < level for name, level in expected.min_tcb.items())
+        ]
+        checks.hold(
+            "minimum TCB",
+            not low,
+            "at least " + tcb_text(expected.min_tcb),
+            "; ".join(low) or tcb_text(tcbs["reported"]),
+            "the reported, committed, current and launch TCB must all reach it",
+        )
     for name in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
         value, actual = getattr(expected, name), getattr(report, name)
-        checks.expect(name, value.lower() if isinstance(value, str) else value, actual.hex() if isinstance(actual, bytes) else actual)
+        checks.expect(
+            name,
+            value.lower() if isinstance(value, str) else value,
+            actual.hex() if isinstance(actual, bytes) else actual,
+        )
 
 
-def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: str,
-                    endorsements: Endorsements) -> tuple[str, bytes | None, dict[str, Any]]:
+def _check_evidence(
+    checks: _Checks, data: bytes, expected: Expectations, now: str, endorsements: Endorsements
+) -> tuple[str, bytes | None, dict[str, Any]]:
     """(platform, the 64 bytes that the attester signed or None, claims)."""
     claims: dict[str, Any] = {"report_data": None, "measurement": None, "nonce": None, "chip_id": None}
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
@@ -2067,9 +2663,19 @@ def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: s
     platform = value if isinstance(value, str) else "unknown"
     if not checks.has_failed("evidence form"):
         known = platform in _READERS and "evidence" in doc
-        checks.hold("platform", known, ", ".join(_READERS), platform if isinstance(value, str) else json.dumps(value)[:80],
-                    "" if known else "the document has no `evidence`" if platform in _READERS else
-                    "this evidence is known and not supported by this version" if platform in _UNSUPPORTED else "no such evidence is known")
+        checks.hold(
+            "platform",
+            known,
+            ", ".join(_READERS),
+            platform if isinstance(value, str) else json.dumps(value)[:80],
+            ""
+            if known
+            else "the document has no `evidence`"
+            if platform in _READERS
+            else "this evidence is known and not supported by this version"
+            if platform in _UNSUPPORTED
+            else "no such evidence is known",
+        )
         evidence = checks.attempt("report form", _READERS[platform], doc["evidence"]) if known else None
         if evidence is not None:
             return (platform, *_check_platform(checks, platform, evidence, expected, now, endorsements))
@@ -2077,17 +2683,32 @@ def _check_evidence(checks: _Checks, data: bytes, expected: Expectations, now: s
     return platform, None, claims
 
 
-def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str,
-                    endorsements: Endorsements) -> tuple[bytes | None, dict[str, Any]]:
+def _check_platform(
+    checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str, endorsements: Endorsements
+) -> tuple[bytes | None, dict[str, Any]]:
     """(the 64 bytes that the attester signed or None, claims) of evidence that could be read."""
     report = evidence.report
     signed: bytes | None = report.report_data
     if platform == "simulated":
         claims, product = _report_claims(report, ""), "Milan"  # whose layout of the TCB is the common one
-        alike = report == parse_report(simulated_report(report.report_data, report.measurement))  # it must not look like one that hardware made
-        checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement", "nothing else" if alike else "further fields are set")
+        alike = report == parse_report(
+            simulated_report(report.report_data, report.measurement)
+        )  # it must not look like one that hardware made
+        checks.hold(
+            "simulated report",
+            alike,
+            "nothing but version 3, report_data and measurement",
+            "nothing else" if alike else "further fields are set",
+        )
     else:
-        product = _check_snp(checks, evidence, range(2, 6) if platform == "az-snp" else range(3, 6), endorsements, now, expected.require_crl)
+        product = _check_snp(
+            checks,
+            evidence,
+            range(2, 6) if platform == "az-snp" else range(3, 6),
+            endorsements,
+            now,
+            expected.require_crl,
+        )
         claims = _report_claims(report, product)
         if platform == "az-snp":
             signed = _check_azure(checks, evidence, claims, expected.pcrs)
@@ -2097,11 +2718,19 @@ def _check_platform(checks: _Checks, platform: str, evidence: _Evidence, expecte
     return signed, claims
 
 
-def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any, expected: Expectations) -> None:
+def _check_binding(
+    checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any, expected: Expectations
+) -> None:
     """That what the attester signed is this provenance and this nonce. [CONTRACT 4]"""
     nonce = None if expected.nonce is None else expected.nonce.lower()
     if nonce is not None:
-        checks.hold("nonce is not zero", nonce != bytes(NONCE_SIZE).hex(), "not all zero", nonce, "an all-zero nonce proves no freshness")
+        checks.hold(
+            "nonce is not zero",
+            nonce != bytes(NONCE_SIZE).hex(),
+            "not all zero",
+            nonce,
+            "an all-zero nonce proves no freshness",
+        )
     if signed is None:
         checks.skip(["provenance digest", "report data tail", "nonce"])
         return
@@ -2109,8 +2738,14 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
         digest, actual = sha256_hex(provenance), signed[:32].hex()
         compact = None if doc is None else json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
         if compact is not None and digest != actual == sha256_hex(compact):
-            checks.hold("provenance digest", expected.allow_legacy_digest, digest, actual, "legacy compact digest: a compact form of provenance.json was "
-                        "signed, as in the five oldest bundles; --allow-legacy-digest accepts it")
+            checks.hold(
+                "provenance digest",
+                expected.allow_legacy_digest,
+                digest,
+                actual,
+                "legacy compact digest: a compact form of provenance.json was "
+                "signed, as in the five oldest bundles; --allow-legacy-digest accepts it",
+            )
         else:
             checks.compare("provenance digest", digest, actual, "signed[0:32] is the SHA-256 of provenance.json")
         checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
@@ -2119,10 +2754,17 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
 
 def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> Any:
     """The Statement, or None where it is not JSON; with the schema failed, whatever it is."""
-    doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)  # deeper, and the indentation alone would take gigabytes
+    doc = checks.attempt(
+        "provenance form", parse_json, data, "provenance", 16
+    )  # deeper, and the indentation alone would take gigabytes
     if checks.has_failed("provenance form"):
         return None
-    checks.compare("canonical form", sha256_hex(to_canonical(doc)), sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
+    checks.compare(
+        "canonical form",
+        sha256_hex(to_canonical(doc)),
+        sha256_hex(data),
+        "json.dumps(doc, indent=2, ensure_ascii=False)",
+    )
     checks.attempt("provenance schema", check_statement, doc)
     if not checks.has_failed("provenance schema"):
         _check_statement(checks, doc, expected)
@@ -2139,31 +2781,53 @@ def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
     checks.expect("source commit", expected.source_commit, source["digest"]["gitCommit"])
     checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
     checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
-    checks.expect("dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris))
+    checks.expect(
+        "dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris)
+    )
     missing = sorted(set(expected.packages or ()) - {package_of(uri) or uri for uri in uris} - set(uris))
-    checks.expect("packages", None if expected.packages is None else ", ".join(expected.packages),
-                  ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies", not missing)
+    checks.expect(
+        "packages",
+        None if expected.packages is None else ", ".join(expected.packages),
+        ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies",
+        not missing,
+    )
     checks.expect("builder id", expected.builder_id, run["builder"]["id"])
     checks.expect("build type", expected.build_type, definition["buildType"])
     checks.expect("build log", expected.build_log_sha256, byproduct(doc, "build_log") or "none")
     finished, (oldest, newest) = run["metadata"]["finishedOn"], expected.finished or ("", "")
-    checks.expect("age", None if expected.finished is None else f"finished from {oldest} to {newest}", finished or "none",
-                  finished is not None and oldest <= finished[:19] + "Z" <= newest)
+    checks.expect(
+        "age",
+        None if expected.finished is None else f"finished from {oldest} to {newest}",
+        finished or "none",
+        finished is not None and oldest <= finished[:19] + "Z" <= newest,
+    )
 
 
 def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
     """Subjects against the files in artifacts/, both ways."""
     subjects = doc["subject"]
     names = [subject["name"] for subject in subjects]
-    odd = [name for name in names if not PLAIN_NAME.fullmatch(name)] + sorted(name for name, n in Counter(names).items() if n > 1)
-    checks.hold("subjects", bool(names) and not odd, "at least one, unique, plain file names", f"odd: {odd[:5]}" if odd else f"{len(names)}")
+    odd = [name for name in names if not PLAIN_NAME.fullmatch(name)] + sorted(
+        name for name, n in Counter(names).items() if n > 1
+    )
+    checks.hold(
+        "subjects",
+        bool(names) and not odd,
+        "at least one, unique, plain file names",
+        f"odd: {odd[:5]}" if odd else f"{len(names)}",
+    )
     wrong = []
     for subject in subjects:
         actual = bundle.artifacts.get(subject["name"], "missing")
         checks.compare(f"artifact {subject['name'][:255]}", subject["digest"]["sha256"], actual)
         if actual != subject["digest"]["sha256"]:
             wrong.append(subject["name"])
-    checks.hold("artifacts", bool(names) and not wrong, "every subject is there and equal", f"not: {wrong[:5]}" if wrong else f"{len(names)} equal")
+    checks.hold(
+        "artifacts",
+        bool(names) and not wrong,
+        "every subject is there and equal",
+        f"not: {wrong[:5]}" if wrong else f"{len(names)} equal",
+    )
     extra = sorted(set(bundle.artifacts) - set(names))
     checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
 
@@ -2172,11 +2836,21 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -
     """That neither half claims more than the other. measurement: of the report, in hexadecimal."""
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
     open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
-    checks.hold("builder", (builder_id in open_ones) is not confidential, ("none of " if confidential else "") + " or ".join(open_ones), builder_id,
-                "it builds in no confidential VM" if confidential else "no hardware signed the evidence")
+    checks.hold(
+        "builder",
+        (builder_id in open_ones) is not confidential,
+        ("none of " if confidential else "") + " or ".join(open_ones),
+        builder_id,
+        "it builds in no confidential VM" if confidential else "no hardware signed the evidence",
+    )
     claimed = byproduct(doc, "measurement")
     if confidential and (claimed is not None or builder_id == SNP_BUILDER):
-        checks.compare("measurement byproduct", sha256_hex(bytes.fromhex(measurement)), claimed or "none", "the SHA-256 of the report's measurement")
+        checks.compare(
+            "measurement byproduct",
+            sha256_hex(bytes.fromhex(measurement)),
+            claimed or "none",
+            "the SHA-256 of the report's measurement",
+        )
 
 
 def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
@@ -2188,13 +2862,25 @@ def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], imag
     labels = [label for label, digest in image.launch_digests.items() if digest == claims["measurement"]]
     wanted = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
     nothing = "simulated evidence: nothing has measured that VM" if platform == "simulated" else ""
-    checks.hold("image measurement", bool(labels) and not nothing, wanted or "none: image.json asks for no launch digest",
-                claims["measurement"] + "".join(f" ({label})" for label in labels[:1]), nothing)
-    checks.hold("image host_data", claims["host_data"] == image.manifest_sha256 and not nothing, image.manifest_sha256, claims["host_data"],
-                nothing or "HOST_DATA is the SHA-256 of image.json")
+    checks.hold(
+        "image measurement",
+        bool(labels) and not nothing,
+        wanted or "none: image.json asks for no launch digest",
+        claims["measurement"] + "".join(f" ({label})" for label in labels[:1]),
+        nothing,
+    )
+    checks.hold(
+        "image host_data",
+        claims["host_data"] == image.manifest_sha256 and not nothing,
+        image.manifest_sha256,
+        claims["host_data"],
+        nothing or "HOST_DATA is the SHA-256 of image.json",
+    )
 
 
-def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()) -> Verdict:  # noqa: B008  # immutable
+def verify_bundle(
+    bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()
+) -> Verdict:  # noqa: B008  # immutable
     """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
 
     now: the time to verify at, as 2026-11-23T00:00:00Z. "passed": every required check ran and passed, and hardware signed the evidence;
@@ -2202,7 +2888,11 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
     checks = _Checks()
     alone = expected.evidence_only
     if alone:
-        uncovered = [*(["provenance.json"] if bundle.provenance is not None else []), *(f"artifacts/{name}" for name in bundle.artifacts), *bundle.others]
+        uncovered = [
+            *(["provenance.json"] if bundle.provenance is not None else []),
+            *(f"artifacts/{name}" for name in bundle.artifacts),
+            *bundle.others,
+        ]
         bundle = BundleFiles(None, bundle.evidence, {}, sorted(uncovered))
     platform, signed, claims = _check_evidence(checks, bundle.evidence, expected, now, endorsements)
     doc = None
@@ -2210,14 +2900,24 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         doc = _check_provenance(checks, bundle.provenance, expected)
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
     elif not alone:
-        checks.hold("provenance form", False, "provenance.json", "missing", "--evidence-only verifies evidence without it")
+        checks.hold(
+            "provenance form", False, "provenance.json", "missing", "--evidence-only verifies evidence without it"
+        )
     _check_binding(checks, signed, bundle.provenance, doc, expected)
     if doc is not None and not checks.has_failed("provenance schema"):
         _check_artifacts(checks, doc, bundle)
         definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
-        claims.update(builder_id=run["builder"]["id"], build_type=definition["buildType"], source=definition["externalParameters"]["source"],
-                      finished_on=run["metadata"]["finishedOn"])
-        claims.update(("guest_network", word) for word in ("none", "open") if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")))
+        claims.update(
+            builder_id=run["builder"]["id"],
+            build_type=definition["buildType"],
+            source=definition["externalParameters"]["source"],
+            finished_on=run["metadata"]["finishedOn"],
+        )
+        claims.update(
+            ("guest_network", word)
+            for word in ("none", "open")
+            if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii"))
+        )
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc, claims["measurement"])
     if expected.require_tee:
@@ -2227,25 +2927,42 @@ def verify_bundle(bundle: BundleFiles, expected: Expectations, now: str, endorse
         _check_image(checks, platform, claims, expected.image)
     if bundle.others:
         more = f" and {len(bundle.others) - 10} more" if len(bundle.others) > 10 else ""
-        checks.made.append(Check("other files", "not checked", "", ", ".join(bundle.others[:10]) + more, "not covered: this is evidence alone"))
+        checks.made.append(
+            Check(
+                "other files",
+                "not checked",
+                "",
+                ", ".join(bundle.others[:10]) + more,
+                "not covered: this is evidence alone",
+            )
+        )
     required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
     required_of_bundle = frozenset[str]() if alone else REQUIRED_OF_BUNDLE
-    requested = {name for field, names in REQUESTED.items() if _is_requested(getattr(expected, field)) for name in names}
+    requested = {
+        name for field, names in REQUESTED.items() if _is_requested(getattr(expected, field)) for name in names
+    }
     checks.skip(sorted(required_of_platform))
     checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
     checks.skip(sorted(requested), "it needs a check that failed, or evidence of another platform")
-    checks.skip((name for field, names in REQUESTED.items() if field != "require_tee" for name in names), "no expectation given")
+    checks.skip(
+        (name for field, names in REQUESTED.items() if field != "require_tee" for name in names), "no expectation given"
+    )
     required = required_of_platform | required_of_bundle | requested
-    passed, failed = (frozenset(check.name for check in checks.made if check.status == status) for status in ("passed", "failed"))
+    passed, failed = (
+        frozenset(check.name for check in checks.made if check.status == status) for status in ("passed", "failed")
+    )
     if not (failed or required <= passed):
         checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
     holds = required <= passed and not failed
-    return Verdict("failed" if not holds else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made)
+    return Verdict(
+        "failed" if not holds else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made
+    )
 
 
 def _is_requested(value: Any) -> bool:
     """Whether a field of Expectations asks for something; 0 and the empty text do."""
     return value is not None and value is not False
+
 
 # endregion 12
 # ---- End of the verifier. Everything above is bytes in, verdict out. ---------
@@ -2339,18 +3056,20 @@ class LineSplitter:
         data = self._rest + data
         if b"\r" in data:
             held = data[-1:] if data.endswith(b"\r") else b""  # an LF may follow
-            data = data[:len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
+            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
         end = data.rfind(b"\n") + 1
         complete, self._rest = data[:end], data[end:]
         lines = complete.decode("utf-8", "replace").split("\n")
         lines.pop()
         window = MAX_LINE // 2  # a line of more than MAX_LINE has one of these without an LF
         if any(complete.find(b"\n", at, at + window) < 0 for at in range(0, end, window)):
-            lines = [piece.decode("utf-8", "replace") for line in complete.split(b"\n")[:-1] for piece in self._pieces(line)]
+            lines = [
+                piece.decode("utf-8", "replace") for line in complete.split(b"\n")[:-1] for piece in self._pieces(line)
+            ]
         if len(self._rest) > MAX_LINE:
             body = self._rest.removesuffix(b"\r")  # a held CR is no part of the line
             *pieces, last = self._pieces(body)
-            self._rest = last + self._rest[len(body):]
+            self._rest = last + self._rest[len(body) :]
             lines += [piece.decode("utf-8", "replace") for piece in pieces]
         return lines
 
@@ -2380,7 +3099,11 @@ def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
     return stream
 
 
-def _read_pipes(child: "subprocess.Popen[bytes] | BrokeredProcess", pipes: Sequence[IO[bytes]], watch: Callable[[], None] = lambda: None) -> Iterator[tuple[int, bytes]]:
+def _read_pipes(
+    child: "subprocess.Popen[bytes] | BrokeredProcess",
+    pipes: Sequence[IO[bytes]],
+    watch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, bytes]]:
     """Yield (index of the pipe, block) for what comes through pipes, until all have ended. An empty block is the last: child ended
     PIPE_GRACE_S ago, and others hold a pipe.
 
@@ -2443,8 +3166,17 @@ class Broker:
 class BrokeredProcess:
     """A program that runs as the user of builds; of subprocess.Popen as much as is used here."""
 
-    def __init__(self, broker: Broker, argv: Sequence[str], cwd: str, env: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any,
-                 start_new_session: bool = True) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        argv: Sequence[str],
+        cwd: str,
+        env: Mapping[str, str],
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        start_new_session: bool = True,
+    ) -> None:
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
@@ -2510,21 +3242,59 @@ def give_to_build(*paths: str) -> None:
 
 MAX_BUILD_FILE = 8 * GIB  # of one file; the agent's own, a job's log and result, have 4 GiB
 MAX_BUILD_PROCESSES = 4096  # threads, beyond those that the user already has
-SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/opt", "/etc", "/proc", "/sys", "/nix/store", "/gnu/store", "/var/lib/ca-certificates",
-                  "/etc/resolv.conf", "/etc/localtime", "/etc/ssl/certs")  # the last three are links on some systems
+SYSTEM_FOLDERS = (
+    "/usr",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/bin",
+    "/sbin",
+    "/opt",
+    "/etc",
+    "/proc",
+    "/sys",
+    "/nix/store",
+    "/gnu/store",
+    "/var/lib/ca-certificates",
+    "/etc/resolv.conf",
+    "/etc/localtime",
+    "/etc/ssl/certs",
+)  # the last three are links on some systems
 _OPEN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-_BESIDE_BIN = ("lib", "lib64", "libexec", "include", "share", "Cellar", "versions", "version", "plugins", "installs")  # of nvm, Homebrew, pyenv, asdf
+_BESIDE_BIN = (
+    "lib",
+    "lib64",
+    "libexec",
+    "include",
+    "share",
+    "Cellar",
+    "versions",
+    "version",
+    "plugins",
+    "installs",
+)  # of nvm, Homebrew, pyenv, asdf
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, with these numbers on every architecture
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 # linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6, make_block 11, truncate 14, ioctl_dev 15.
-_READ, _USE_DEVICE, _OF_FILES, _NOT_IN_WORKSPACE = 0b1101, 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15, 0b111 | 1 << 14 | 1 << 15, 1 << 6 | 1 << 11 | 1 << 15
+_READ, _USE_DEVICE, _OF_FILES, _NOT_IN_WORKSPACE = (
+    0b1101,
+    1 << 1 | 1 << 2 | 1 << 14 | 1 << 15,
+    0b111 | 1 << 14 | 1 << 15,
+    1 << 6 | 1 << 11 | 1 << 15,
+)
 # linux/capability.h: what root needs in its own files: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
-_SECCOMP_NUMBERS = {"x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307), "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269)}
+_SECCOMP_NUMBERS = {
+    "x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307),
+    "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269),
+}
 # Parts of the kernel that no build needs, whose bugs have let programs out, or which go past Landlock: modify_ldt (x86 alone), add_key, request_key, keyctl,
 # perf_event_open, fanotify_init, open_by_handle_at, bpf, userfaultfd, io_uring_setup, io_uring_enter, io_uring_register.
-_FORBIDDEN_CALLS = {"x86_64": (154, 248, 249, 250, 298, 300, 304, 321, 323, 425, 426, 427), "aarch64": (217, 218, 219, 241, 262, 265, 280, 282, 425, 426, 427)}
+_FORBIDDEN_CALLS = {
+    "x86_64": (154, 248, 249, 250, 298, 300, 304, 321, 323, 425, 426, 427),
+    "aarch64": (217, 218, 219, 241, 262, 265, 280, 282, 425, 426, 427),
+}
 
 
 class Sandbox(NamedTuple):
@@ -2554,7 +3324,9 @@ def _checked(result: int, what: str) -> int:
 
 def _create_ruleset(files: int, ports: int, scoped: int) -> int:
     """A ruleset that handles these rights. Raises OSError."""
-    attributes = struct.pack("=QQQ", files, ports, scoped)  # an older kernel takes the longer structure if what it does not know is zero
+    attributes = struct.pack(
+        "=QQQ", files, ports, scoped
+    )  # an older kernel takes the longer structure if what it does not know is zero
     return _checked(_libc().syscall(_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
 
 
@@ -2576,7 +3348,9 @@ def close_port(closed: int) -> int:
     allow, so every other port gets one; 0.1 s. Raises OSError."""
     ruleset, rule = _create_ruleset(1 << 13, 0b11, 0), (ctypes.c_uint64 * 2)(0b11)
     _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders, unless it allows them
-    call = ctypes.PyDLL(None, use_errno=True).syscall  # which keeps the interpreter's lock: 65,535 calls that never wait
+    call = ctypes.PyDLL(
+        None, use_errno=True
+    ).syscall  # which keeps the interpreter's lock: 65,535 calls that never wait
     for port in range(0x10000):
         rule[1] = port
         if port != closed:
@@ -2619,8 +3393,14 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
     found, home = [*(value for value in env.values() if value.startswith("/")), *folders], os.path.realpath(home)
     for folder in map(os.path.realpath, folders):
         parent, name = os.path.split(folder)
-        if name in ("bin", "sbin", "shims") and parent != home:  # ~/.local/share belongs to everything that this user runs
-            found += [os.path.join(parent, name) for name in _BESIDE_BIN if (os.path.basename(parent), name) != (".local", "share")]
+        if (
+            name in ("bin", "sbin", "shims") and parent != home
+        ):  # ~/.local/share belongs to everything that this user runs
+            found += [
+                os.path.join(parent, name)
+                for name in _BESIDE_BIN
+                if (os.path.basename(parent), name) != (".local", "share")
+            ]
     toolchains = os.path.join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
     if os.path.isdir(toolchains):
         found += [entry.path for entry in os.scandir(toolchains) if entry.is_symlink()]  # `rustup toolchain link`
@@ -2631,7 +3411,9 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
 def seccomp_filter(machine: str, unix: bool) -> bytes:
     """A program for seccomp that refuses what goes past Landlock; no bytes for a machine whose system calls are not known here. machine: as uname
     names it; unix: Unix sockets are left to use. Calls of another architecture, which have other numbers, are refused whole. [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
-    if machine not in _SECCOMP_NUMBERS or sys.byteorder != "little" or sys.maxsize < 1 << 32:  # a program of 32 bits has other numbers
+    if (
+        machine not in _SECCOMP_NUMBERS or sys.byteorder != "little" or sys.maxsize < 1 << 32
+    ):  # a program of 32 bits has other numbers
         return b""
     number = dict(zip(_SECCOMP_NAMES, _SECCOMP_NUMBERS[machine], strict=True))
     load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -2641,18 +3423,46 @@ def seccomp_filter(machine: str, unix: bool) -> bytes:
 
     rules = [  # call, argument, comparison, value, whether it then is refused (else: unless), error
         ("prlimit64", 0, equal, 0, False, errno.EPERM),  # of another process
-        *([] if unix else [("socket", 0, equal, 1, True, errno.EACCES),  # AF_UNIX; pairs are fine, but of datagrams, which reach other sockets
-                           ("socketpair", 1, any_bit, 2, True, errno.EACCES)]),
+        *(
+            []
+            if unix
+            else [
+                (
+                    "socket",
+                    0,
+                    equal,
+                    1,
+                    True,
+                    errno.EACCES,
+                ),  # AF_UNIX; pairs are fine, but of datagrams, which reach other sockets
+                ("socketpair", 1, any_bit, 2, True, errno.EACCES),
+            ]
+        ),
         ("socket", 0, equal, 43, True, errno.EAFNOSUPPORT),  # AF_SMC
         ("socket", 2, equal, 262, True, errno.EPROTONOSUPPORT),  # IPPROTO_MPTCP
-        *((name, argument, any_bit, 0x20000000, True, errno.EOPNOTSUPP)  # MSG_FASTOPEN
-          for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3)))]
-    program = [(load, 0, 0, 4), (equal, 1, 0, number["arch"]), refuse(errno.ENOSYS), (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), refuse(errno.ENOSYS)]  # x32
+        *(
+            (name, argument, any_bit, 0x20000000, True, errno.EOPNOTSUPP)  # MSG_FASTOPEN
+            for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3))
+        ),
+    ]
+    program = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, number["arch"]),
+        refuse(errno.ENOSYS),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, 0x40000000),
+        refuse(errno.ENOSYS),
+    ]  # x32
     for forbidden in _FORBIDDEN_CALLS[machine]:
         program += [(equal, 0, 1, forbidden), refuse(errno.ENOSYS)]  # as of a kernel that was built without
     for name, argument, comparison, value, refused, code in rules:
-        program += [(equal, 0, 3, number[name]), (load, 0, 0, 16 + 8 * argument), (comparison, *((0, 1) if refused else (1, 0)), value), refuse(code),
-                    (load, 0, 0, 0)]
+        program += [
+            (equal, 0, 3, number[name]),
+            (load, 0, 0, 16 + 8 * argument),
+            (comparison, *((0, 1) if refused else (1, 0)), value),
+            refuse(code),
+            (load, 0, 0, 0),
+        ]
     program.append((give, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
@@ -2669,7 +3479,10 @@ def apply_filter(unix: bool) -> None:
 
 def _drop_capabilities() -> None:
     """Of root's capabilities this thread, and what it starts, keep those for its own files; with no_new_privs, none comes back. Raises OSError."""
-    header, data = (ctypes.c_uint32 * 2)(0x20080522), (ctypes.c_uint32 * 6)()  # _LINUX_CAPABILITY_VERSION_3; effective, permitted, inheritable, twice
+    header, data = (
+        (ctypes.c_uint32 * 2)(0x20080522),
+        (ctypes.c_uint32 * 6)(),
+    )  # _LINUX_CAPABILITY_VERSION_3; effective, permitted, inheritable, twice
     _checked(_libc().capget(header, data), "capget")
     for n, word in enumerate(data):
         data[n] = word & _KEPT_CAPABILITIES if n < 3 else 0
@@ -2700,7 +3513,10 @@ class Confinement:
         rulesets = [self._files_ruleset()] if self.sandbox.abi else []
         _checked(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
         _drop_capabilities()
-        for ruleset in (*rulesets, *([self.sandbox.ports] if self.sandbox.ports >= 0 else [])):  # the large one last: each copies those before it
+        for ruleset in (
+            *rulesets,
+            *([self.sandbox.ports] if self.sandbox.ports >= 0 else []),
+        ):  # the large one last: each copies those before it
             _checked(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
             os.close(ruleset)
         if self.sandbox.filtered:
@@ -2725,7 +3541,11 @@ _confinements: list[Confinement] = []  # at most one: of the build that this pro
 def confine_builds(sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
     """From now on, untrusted programs of this process run in sandbox, and this process and all that it starts have its limits. For the agent of a simulated VM."""
     _confinements.append(Confinement(sandbox, workspace, folders))
-    for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, sandbox.file_bytes), (resource.RLIMIT_NPROC, _count_threads() + sandbox.processes)):
+    for kind, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, sandbox.file_bytes),
+        (resource.RLIMIT_NPROC, _count_threads() + sandbox.processes),
+    ):
         hard = resource.getrlimit(kind)[1]
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)
         resource.setrlimit(kind, (most, most))
@@ -2786,15 +3606,27 @@ def probe_sandbox() -> tuple[Sandbox, str, str]:
 def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict[str, str]:
     """The protections of the host from the builds in simulated VMs, and "" or why each is not in effect. landlock, seccomp: why these cannot be used;
     taken: why the port of the service cannot be closed."""
-    def lacks(least: int, linux: str) -> str:
-        return landlock or ("" if abi >= least else f"Landlock here has ABI {abi}, and ABI {least} is needed (Linux {linux})")
 
-    return {"files": lacks(3, "6.2"), "sockets": lacks(6, "6.12") or seccomp, "signals": lacks(6, "6.12") or seccomp, "ports": lacks(4, "6.7") or seccomp or taken, "limits": ""}
+    def lacks(least: int, linux: str) -> str:
+        return landlock or (
+            "" if abi >= least else f"Landlock here has ABI {abi}, and ABI {least} is needed (Linux {linux})"
+        )
+
+    return {
+        "files": lacks(3, "6.2"),
+        "sockets": lacks(6, "6.12") or seccomp,
+        "signals": lacks(6, "6.12") or seccomp,
+        "ports": lacks(4, "6.7") or seccomp or taken,
+        "limits": "",
+    }
 
 
 def protection_text(protections: Mapping[str, str]) -> str:
     """Which protections are in effect, for people."""
-    parts = [(label, [name for name, why in protections.items() if bool(why) == lost]) for label, lost in (("host protected", False), ("not protected", True))]
+    parts = [
+        (label, [name for name, why in protections.items() if bool(why) == lost])
+        for label, lost in (("host protected", False), ("not protected", True))
+    ]
     return "; ".join(f"{label}: {', '.join(names)}" for label, names in parts if names)
 
 
@@ -2815,14 +3647,29 @@ def _kill_builds() -> None:
         kill_all(lambda: descendants(os.getpid()))
 
 
-def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = 64 * MIB, untrusted: bool = False,
-            watch: Callable[[], None] = lambda: None) -> tuple[int, bytes, str]:
+def capture(
+    argv: Sequence[str],
+    cwd: str,
+    env: Mapping[str, str],
+    max_bytes: int = 64 * MIB,
+    untrusted: bool = False,
+    watch: Callable[[], None] = lambda: None,
+) -> tuple[int, bytes, str]:
     """Run argv and return (exit status, stdout, the end of stderr).
 
     untrusted: the source can influence the program.
     watch: called a few times per second; what it raises ends the program.
     Raises BuildFailed LimitError if it prints more than max_bytes."""
-    child = _spawn(argv, untrusted, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    child = _spawn(
+        argv,
+        untrusted,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     texts, size = [bytearray(), bytearray()], 0
     with _pipe(child.stdout) as output, _pipe(child.stderr) as errors:
         try:
@@ -2842,16 +3689,29 @@ def capture(argv: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: in
     return child.wait(), bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
 
 
-def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: Callable[[list[str]], None],
-             keep_stdout: bool = False) -> tuple[int, bytes]:
+def run_tool(
+    argv: Sequence[str],
+    cwd: str,
+    env: Mapping[str, str],
+    lines_out: Callable[[list[str]], None],
+    keep_stdout: bool = False,
+) -> tuple[int, bytes]:
     """Run a build tool, hand its lines on as they come, and return (exit status, stdout where it was asked for).
 
     stdout and stderr are one stream, in the order in which they were written; with keep_stdout, stdout is kept and its lines
     follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so.
     If lines_out raises, the tool is killed."""
     with tempfile.TemporaryFile() as kept:
-        child = _spawn(argv, True, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=kept if keep_stdout else subprocess.PIPE,
-                       stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT, start_new_session=True)
+        child = _spawn(
+            argv,
+            True,
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=kept if keep_stdout else subprocess.PIPE,
+            stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT,
+            start_new_session=True,
+        )
         splitter = LineSplitter()
         with _pipe(child.stderr if keep_stdout else child.stdout) as pipe:
             try:
@@ -2860,9 +3720,17 @@ def run_tool(argv: Sequence[str], cwd: str, env: Mapping[str, str], lines_out: C
                 pass  # another system, or a limit
             try:
                 for _, block in _read_pipes(child, [pipe]):
-                    lines_out(splitter.feed(block) if block else [*splitter.end(), (
-                        f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
-                        "end, and is killed")])
+                    lines_out(
+                        splitter.feed(block)
+                        if block
+                        else [
+                            *splitter.end(),
+                            (
+                                f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
+                                "end, and is killed"
+                            ),
+                        ]
+                    )
             except BaseException:  # nobody wants to know more
                 _kill_builds()
                 child.wait()
@@ -3022,9 +3890,14 @@ def own_program() -> list[str]:
 def shed_syntax_tree() -> None:
     """Replace a process that was started as `python FILE ...` by one of the same options without the syntax tree."""
     options = len(sys.orig_argv) - len(sys.argv)
-    if __name__ == "__main__" and sys.orig_argv[options:options + 1] == sys.argv[:1] and "-c" not in sys.orig_argv[:options]:
+    if (
+        __name__ == "__main__"
+        and sys.orig_argv[options : options + 1] == sys.argv[:1]
+        and "-c" not in sys.orig_argv[:options]
+    ):
         # -P: with -c, Python would look for modules in the current directory.
         os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
+
 
 # endregion 13
 # ==============================================================================
@@ -3036,7 +3909,9 @@ def shed_syntax_tree() -> None:
 MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs about 5:1, zeros 1000:1
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
 SCHEMES = ("https", "http")
-_REF = re.compile(r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}")
+_REF = re.compile(
+    r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}"
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
 MAX_COMMIT = MIB  # bytes of a commit; the largest in the field have some hundred KiB of parents and signatures
 MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds whatever a server announces
@@ -3098,7 +3973,9 @@ class _Unpacker:
             return
         target = "/".join(self._parts(member.target)) if member.kind == "hardlink" else ""
         if member.kind == "hardlink" and self._seen.get(self._key(target)) != (target, "file"):
-            raise source_error(f"{member.name!r} is a link to {member.target!r}, which is no earlier file of the archive")
+            raise source_error(
+                f"{member.name!r} is a link to {member.target!r}, which is no earlier file of the archive"
+            )
         for depth in range(1, len(parts) + 1):
             kind = "directory" if depth < len(parts) else "file" if target else member.kind
             self._claim("/".join(parts[:depth]), kind)
@@ -3111,7 +3988,9 @@ class _Unpacker:
                 raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
             self._bytes += os.path.getsize(path)  # whoever hashes or packs the tree reads it once more
             if self._bytes > self._max_bytes:
-                raise limit_error(f"the archive unpacks to more than {self._max_bytes} bytes, with what its links repeat")
+                raise limit_error(
+                    f"the archive unpacks to more than {self._max_bytes} bytes, with what its links repeat"
+                )
         elif member.kind == "file":
             self._bytes = _write_member(path, member, self._bytes, self._max_bytes, "the archive unpacks")
         elif member.kind == "symlink":
@@ -3199,7 +4078,10 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
     except BuildFailed:
         raise
     except OSError as e:
-        if e.errno not in (None, errno.EINVAL):  # of the system; bad bytes make gzip raise one without a number, zipfile seek before 0
+        if e.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # of the system; bad bytes make gzip raise one without a number, zipfile seek before 0
             raise
         raise source_error(f"the archive is damaged: {e}") from None
     except Exception as e:  # noqa: BLE001  # zipfile, tarfile and zlib raise a dozen kinds for hostile bytes
@@ -3213,22 +4095,36 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
     tail = f.read()
     end = tail.rfind(b"PK\5\6")
     # zipfile would hold a directory of any size; ZIP64, which could announce one, is not needed below 4 GiB.
-    if int.from_bytes(tail[end + 12:end + 16], "little") > 8 * MIB or tail[max(0, end - 20):end].startswith(b"PK\6\7"):
+    if int.from_bytes(tail[end + 12 : end + 16], "little") > 8 * MIB or tail[max(0, end - 20) : end].startswith(
+        b"PK\6\7"
+    ):
         raise limit_error("the archive's directory has more than 8 MiB")
     with zipfile.ZipFile(f) as archive:
         for info in archive.infolist():
             mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: made on Unix
             if info.flag_bits & 1:
                 raise source_error(f"{info.filename[:80]!r} is encrypted")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # zipfile unpacks others without a limit
+            if info.compress_type not in (
+                zipfile.ZIP_STORED,
+                zipfile.ZIP_DEFLATED,
+            ):  # zipfile unpacks others without a limit
                 raise source_error(f"{info.filename[:80]!r} has a compression other than deflate")
-            says = {0: "", stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}.get(stat.S_IFMT(mode))
+            says = {0: "", stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}.get(
+                stat.S_IFMT(mode)
+            )
             if says is None:
                 raise source_error(f"{info.filename[:80]!r} is a device or a pipe")
             kind = "directory" if info.is_dir() else says or "file"
             # Some readers believe the slash, some the mode, and some the attribute of MS-DOS.
-            if says not in ("", kind) or info.is_dir() != (kind == "directory" or bool(info.external_attr & 0x10)) or info.is_dir() and info.file_size:
-                raise source_error(f"{info.filename[:80]!r} is a file with a directory's name, or a directory with a file's")
+            if (
+                says not in ("", kind)
+                or info.is_dir() != (kind == "directory" or bool(info.external_attr & 0x10))
+                or info.is_dir()
+                and info.file_size
+            ):
+                raise source_error(
+                    f"{info.filename[:80]!r} is a file with a directory's name, or a directory with a file's"
+                )
             target = ""
             if kind == "symlink":
                 with archive.open(info) as link:
@@ -3252,9 +4148,18 @@ _TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"
 _TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> what GNU's hold
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
 # What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
-_HARMLESS_PAX = frozenset((b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype"))
+_HARMLESS_PAX = frozenset(
+    (b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype")
+)
 # Names, kinds, sizes and holes that only some readers believe.
-_DISPUTED_PAX = (b"GNU.sparse.", b"GNU.dumpdir", b"GNU.volume.", b"SCHILY.realsize", b"SCHILY.filetype", b"SUN.holesdata")
+_DISPUTED_PAX = (
+    b"GNU.sparse.",
+    b"GNU.dumpdir",
+    b"GNU.volume.",
+    b"SCHILY.realsize",
+    b"SCHILY.filetype",
+    b"SUN.holesdata",
+)
 
 
 def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
@@ -3278,7 +4183,9 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
 
     Holds one header and what extends it. Raises BuildFailed for whatever two readers understand differently."""
     spare, total, header = MAX_EXTENDED, 0, b""
-    extended: dict[bytes, bytes] = {}  # of the next member: its path, linkpath and size, and the types of the headers that say so
+    extended: dict[
+        bytes, bytes
+    ] = {}  # of the next member: its path, linkpath and size, and the types of the headers that say so
     for header in iter(lambda: stream.read(512), b""):
         if not header.strip(b"\0"):
             break
@@ -3287,9 +4194,18 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
         if kind in _TAR_EXTENSIONS:
             spare -= 512 + size
             if size > MIB or spare < 0:
-                raise limit_error("the archive has " + ("a header of more than 1 MiB" if size > MIB else f"more than {MAX_EXTENDED} bytes of extended headers"))
+                raise limit_error(
+                    "the archive has "
+                    + (
+                        "a header of more than 1 MiB"
+                        if size > MIB
+                        else f"more than {MAX_EXTENDED} bytes of extended headers"
+                    )
+                )
             if kind in extended or b"x" in extended or extended and kind in b"xg":
-                raise source_error("the archive has two headers for one member, of which other readers believe the other")
+                raise source_error(
+                    "the archive has two headers for one member, of which other readers believe the other"
+                )
             body = b"".join(contents)
             found = _read_pax(body, kind == b"g") if kind in b"xg" else {_TAR_EXTENSIONS[kind]: body.rstrip(b"\0")}
             extended |= {kind: b"", **found} if kind != b"g" else {}
@@ -3315,10 +4231,15 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
 
 def _read_tar_numbers(header: bytes) -> tuple[int, int]:
     """Return (size, mode). Raises BuildFailed unless all numbers of the header and its checksum are right."""
-    fields = [_TAR_NUMBER.fullmatch(header, start, end) for start, end in _TAR_NUMBERS[:8 if header[257:262] == b"ustar" else 6]]
+    fields = [
+        _TAR_NUMBER.fullmatch(header, start, end)
+        for start, end in _TAR_NUMBERS[: 8 if header[257:262] == b"ustar" else 6]
+    ]
     if len(header) < 512 or None in fields:
         raise source_error("the archive is no tarball, or has a number that is neither octal nor positive in base-256")
-    mode, _, _, size, _, checksum, *_ = (int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field)
+    mode, _, _, size, _, checksum, *_ = (
+        int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field
+    )
     if checksum != sum(header[:148]) + sum(b" " * 8) + sum(header[156:]):
         raise source_error("the archive is damaged: a header has a wrong checksum")
     return size, mode
@@ -3331,18 +4252,28 @@ def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
     while at < len(data):
         record = _PAX_RECORD.match(data, at)
         end = at + int(record[1]) if record else 0
-        if not record or end <= record.end() or data[end - 1:end] != b"\n":
+        if not record or end <= record.end() or data[end - 1 : end] != b"\n":
             raise source_error("the archive has a damaged pax header")
-        name, value, at = record[2], data[record.end():end - 1], end
+        name, value, at = record[2], data[record.end() : end - 1], end
         needed = name in (b"path", b"linkpath", b"size")
-        if is_global and name not in _HARMLESS_PAX or name.startswith(_DISPUTED_PAX) or needed and (name in found or not value) or (
-                name == b"size" and not re.fullmatch(rb"[0-9]{1,20}", value)):
-            raise source_error(f"the archive has the pax header {name[:40].decode('ascii', 'replace')!r}, which readers understand differently")
+        if (
+            is_global
+            and name not in _HARMLESS_PAX
+            or name.startswith(_DISPUTED_PAX)
+            or needed
+            and (name in found or not value)
+            or (name == b"size" and not re.fullmatch(rb"[0-9]{1,20}", value))
+        ):
+            raise source_error(
+                f"the archive has the pax header {name[:40].decode('ascii', 'replace')!r}, which readers understand differently"
+            )
         found |= {name: value} if needed else {}
     return found
 
 
-def _read_tar_member(header: bytes, size: int, mode: int, extended: Mapping[bytes, bytes], contents: Iterator[bytes]) -> _Member:
+def _read_tar_member(
+    header: bytes, size: int, mode: int, extended: Mapping[bytes, bytes], contents: Iterator[bytes]
+) -> _Member:
     """Return the member that a header and what extends it describe."""
     name, target, prefix = (header[start:end].partition(b"\0")[0] for start, end in ((0, 100), (157, 257), (345, 500)))
     # GNU's format has other fields there, and star's behind it.
@@ -3356,7 +4287,9 @@ def _read_tar_member(header: bytes, size: int, mode: int, extended: Mapping[byte
         raise source_error(f"{path[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
     if int(extended.get(b"size", size)) != size or size and kind != "file":
         raise source_error(f"{path[:80]!r} has two sizes, or contents that are no file's")
-    return _Member(path, kind, bool(mode & 0o100), extended.get(b"linkpath", target).decode("utf-8", "surrogateescape"), contents)
+    return _Member(
+        path, kind, bool(mode & 0o100), extended.get(b"linkpath", target).decode("utf-8", "surrogateescape"), contents
+    )
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
@@ -3373,7 +4306,7 @@ def walk_files(root: str) -> list[str]:
     """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
     found: list[str] = []
     for directory, folders, files in os.walk(root):
-        if directory[len(root):].count(os.sep) > MAX_DEPTH:
+        if directory[len(root) :].count(os.sep) > MAX_DEPTH:
             raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
         if directory == root:
             folders[:] = [name for name in folders if name != ".git"]
@@ -3385,6 +4318,7 @@ def walk_files(root: str) -> list[str]:
 
 def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
     """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory called name: owners and times say nothing."""
+
     def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
         info.uid = info.gid = info.mtime = 0
         info.uname = info.gname = ""
@@ -3423,8 +4357,10 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
 
     def tree(node: dict[bytes, Any]) -> bytes:
         # A folder sorts as if its name ended with a slash.
-        rows = sorted((name + b"/", b"40000", name, tree(entry)) if isinstance(entry, dict) else (name, entry[0], name, entry[1])
-                      for name, entry in node.items())
+        rows = sorted(
+            (name + b"/", b"40000", name, tree(entry)) if isinstance(entry, dict) else (name, entry[0], name, entry[1])
+            for name, entry in node.items()
+        )
         body = b"".join(mode + b" " + name + b"\0" + digest for _, mode, name, digest in rows)
         return _git_object(algorithm, b"tree", len(body), [body])
 
@@ -3446,23 +4382,72 @@ def object_format(name: str) -> str:
 
 def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str, str]:
     """env for git without anybody's configuration, prompts or helpers. env: with a HOME that holds nothing."""
-    return {**env, "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "true",
-            "GIT_ALLOW_PROTOCOL": ":".join(schemes), "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    return {
+        **env,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ASKPASS": "true",
+        "GIT_ALLOW_PROTOCOL": ":".join(schemes),
+        "GIT_OPTIONAL_LOCKS": "0",
+        "LC_ALL": "C",
+    }
 
 
-_GIT_OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "credential.helper=", "-c", "core.fsmonitor=false", "-c", "http.followRedirects=false",
-                "-c", "http.lowSpeedLimit=100", "-c", "http.lowSpeedTime=60", "-c", "protocol.version=2", "-c", "gc.auto=0",
-                "-c", "advice.detachedHead=false", "-c", "core.symlinks=true", "-c", "submodule.recurse=false", "-c", "core.untrackedCache=false")
+_GIT_OPTIONS = (
+    "-c",
+    "core.hooksPath=/dev/null",
+    "-c",
+    "credential.helper=",
+    "-c",
+    "core.fsmonitor=false",
+    "-c",
+    "http.followRedirects=false",
+    "-c",
+    "http.lowSpeedLimit=100",
+    "-c",
+    "http.lowSpeedTime=60",
+    "-c",
+    "protocol.version=2",
+    "-c",
+    "gc.auto=0",
+    "-c",
+    "advice.detachedHead=false",
+    "-c",
+    "core.symlinks=true",
+    "-c",
+    "submodule.recurse=false",
+    "-c",
+    "core.untrackedCache=false",
+)
 # Little memory, and one pack whatever comes: files of their own would take a limit each.
-_GIT_LIMITS = ("-c", "core.packedGitWindowSize=32m", "-c", "core.packedGitLimit=256m", "-c", "core.bigFileThreshold=32m", "-c", "pack.threads=2",
-               "-c", "fetch.unpackLimit=1", "-c", "transfer.unpackLimit=1")
+_GIT_LIMITS = (
+    "-c",
+    "core.packedGitWindowSize=32m",
+    "-c",
+    "core.packedGitLimit=256m",
+    "-c",
+    "core.bigFileThreshold=32m",
+    "-c",
+    "pack.threads=2",
+    "-c",
+    "fetch.unpackLimit=1",
+    "-c",
+    "transfer.unpackLimit=1",
+)
 # setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit that is lower
 # already, or that a system does not have, stays.
 _LIMIT = 'trap "" XFSZ; ulimit -c 0; ulimit -f "$1"; ulimit -v "$2" 2>/dev/null; shift 2; exec "$@"'
 
 
-def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: int = MAX_UNPACKED, max_output: int = 64 * MIB,
-         watch: Callable[[], None] = lambda: None) -> bytes:
+def _git(
+    arguments: Sequence[str],
+    cwd: str,
+    env: Mapping[str, str],
+    max_bytes: int = MAX_UNPACKED,
+    max_output: int = 64 * MIB,
+    watch: Callable[[], None] = lambda: None,
+) -> bytes:
     """Run git, whose input is hostile, and return its output.
 
     max_bytes: of each file that it writes.
@@ -3471,12 +4456,22 @@ def _git(arguments: Sequence[str], cwd: str, env: Mapping[str, str], max_bytes: 
     if shutil.which("git", path=env.get("PATH")) is None:
         raise source_error("git is not installed here")
     limits = [str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
-    status, output, errors = capture(["/bin/sh", "-c", _LIMIT, "sh", *limits, "git", *_GIT_OPTIONS, *_GIT_LIMITS, *arguments], cwd, env, max_output, watch=watch)
+    status, output, errors = capture(
+        ["/bin/sh", "-c", _LIMIT, "sh", *limits, "git", *_GIT_OPTIONS, *_GIT_LIMITS, *arguments],
+        cwd,
+        env,
+        max_output,
+        watch=watch,
+    )
     if status != 0:
         lines = errors.splitlines() or [f"git ended with status {status}"]
-        cause = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])  # the first is the cause
+        cause = next(
+            (line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1]
+        )  # the first is the cause
         if re.search("(?i)out of memory|cannot allocate|file too large", errors):
-            raise limit_error(f"git needs more than {MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes: {cause}")
+            raise limit_error(
+                f"git needs more than {MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes: {cause}"
+            )
         raise source_error(cause)
     return output
 
@@ -3490,6 +4485,7 @@ def check_ref(ref: str) -> None:
 def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
     """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal address that
     is neither link-local, unspecified, multicast nor a cloud's metadata service, nor loopback unless that is allowed. Names are looked up by fetch_git."""
+
     def forbid(reason: str) -> NoReturn:
         raise Refused(400, "ForbiddenUrl", f"repo_url: {reason}")
 
@@ -3510,7 +4506,9 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         return
     if not host or port == 0 or not parts.path.strip("/"):
         forbid("a host and a path are needed")
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", host):  # what curl would decode, or take for an instruction
+    if not re.fullmatch(
+        r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", host
+    ):  # what curl would decode, or take for an instruction
         forbid("the host is no plain name or address")
     bare = host.rstrip(".")
     try:  # also 2130706433 and 0x7f.1, which resolvers take for addresses
@@ -3531,13 +4529,25 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
 _METADATA_NETWORKS = (
     "100.100.100.200/32",  # Alibaba
     "168.63.129.16/32",  # Azure
-    "192.0.0.192/32", "fd00:c1::/32",  # Oracle
+    "192.0.0.192/32",
+    "fd00:c1::/32",  # Oracle
     "fd00:ec2::/32",  # AWS: 254, and 23 for the credentials of pods
     "fd20:ce::/32",  # Google
     "fd00:42::/32",  # Scaleway
-    "fd00:a9fe:a9fe::/48")  # Akamai
-_METADATA_NAMES = ("metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal", "metadata.azure.internal",
-                   "metadata.tencentyun.com", "metadata.platformequinix.com", "metadata.packet.net", "rancher-metadata")
+    "fd00:a9fe:a9fe::/48",
+)  # Akamai
+_METADATA_NAMES = (
+    "metadata",
+    "metadata.google.internal",
+    "metadata.goog",
+    "instance-data",
+    "instance-data.ec2.internal",
+    "metadata.azure.internal",
+    "metadata.tencentyun.com",
+    "metadata.platformequinix.com",
+    "metadata.packet.net",
+    "rancher-metadata",
+)
 # IPv6 addresses that lead to an IPv4 address: how they begin, and the indices of its bytes.
 _IPV4_INSIDE = (
     ("00" * 12, (12, 13, 14, 15)),  # IPv4-compatible [RFC4291 2.5.5.1]
@@ -3546,7 +4556,8 @@ _IPV4_INSIDE = (
     ("2002", (2, 3, 4, 5)),  # 6to4 [RFC3056 2]
     ("20010000", (4, 5, 6, 7)),  # Teredo: its server [RFC4380 4]
     ("0064ff9b" + "00" * 8, (12, 13, 14, 15)),  # NAT64 [RFC6052 2.1]
-    *(("0064ff9b0001", at) for at in ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))))  # [RFC8215], prefixes of 48 to 96 bits [RFC6052 2.2]
+    *(("0064ff9b0001", at) for at in ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))),
+)  # [RFC8215], prefixes of 48 to 96 bits [RFC6052 2.2]
 
 
 def _forbidden_address(text: str, loopback: bool) -> str:
@@ -3558,7 +4569,11 @@ def _forbidden_address(text: str, loopback: bool) -> str:
     if any(address in ipaddress.ip_network(network) for network in _METADATA_NETWORKS):
         return "addresses of a cloud's metadata service are not accepted by this server"
     packed = address.packed
-    inside = [bytes(packed[i] for i in at) for start, at in _IPV4_INSIDE if address.version == 6 and packed.startswith(bytes.fromhex(start))]
+    inside = [
+        bytes(packed[i] for i in at)
+        for start, at in _IPV4_INSIDE
+        if address.version == 6 and packed.startswith(bytes.fromhex(start))
+    ]
     if packed.startswith(b"\x20\x01\0\0"):
         inside.append(bytes(byte ^ 0xFF for byte in packed[12:]))  # Teredo: its client
     if packed[8:12] in (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe"):
@@ -3585,11 +4600,22 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     if parts.scheme not in SCHEMES or ":" in parts.hostname or parts.hostname in found:
         return []  # an address needs no look-up
     # git 2.37 and later; an older one ignores it, and resolves the name itself. Some versions of curl look for a name without its last dot.
-    return [option for name in sorted({parts.hostname, parts.hostname.rstrip(".")}) for option in ("-c", f"http.curloptResolve={name}:{port}:{','.join(found)}")]
+    return [
+        option
+        for name in sorted({parts.hostname, parts.hostname.rstrip(".")})
+        for option in ("-c", f"http.curloptResolve={name}:{port}:{','.join(found)}")
+    ]
 
 
-def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Sequence[str] = SCHEMES, loopback: bool = False,
-              max_bytes: int = MAX_UNPACKED) -> None:
+def fetch_git(
+    url: str,
+    ref: str,
+    root: str,
+    env: Mapping[str, str],
+    schemes: Sequence[str] = SCHEMES,
+    loopback: bool = False,
+    max_bytes: int = MAX_UNPACKED,
+) -> None:
     """Check out the commit that ref names in the new directory root, bytes as they are in the repository, with a depth-1 history.
 
     url, ref: checked by check_url, check_ref. ref is a branch, tag, full ref or commit; empty: the default branch.
@@ -3607,8 +4633,24 @@ def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], schemes: Se
     for algorithm in formats:
         _init_repository(root, algorithm, env)
         try:
-            _git([*pinned, "fetch", "-q", "--depth", "1", "--no-tags", "--no-recurse-submodules", "--", url, "+" + (ref or "HEAD")], root, env,
-                 max_bytes, watch=watch)
+            _git(
+                [
+                    *pinned,
+                    "fetch",
+                    "-q",
+                    "--depth",
+                    "1",
+                    "--no-tags",
+                    "--no-recurse-submodules",
+                    "--",
+                    url,
+                    "+" + (ref or "HEAD"),
+                ],
+                root,
+                env,
+                max_bytes,
+                watch=watch,
+            )
             break
         except BuildFailed as e:
             if algorithm == formats[-1] or "mismatched algorithms" not in str(e):
@@ -3637,7 +4679,11 @@ def _folder_size(folder: str) -> int:
 
 def _init_repository(folder: str, algorithm: str, env: Mapping[str, str], *options: str) -> None:
     """Make folder a repository without a template. algorithm: its object format."""
-    _git(["init", "-q", "--template=", *(["--object-format=sha256"] if algorithm == "sha256" else []), *options, "."], folder, env)  # git 2.29 and later
+    _git(
+        ["init", "-q", "--template=", *(["--object-format=sha256"] if algorithm == "sha256" else []), *options, "."],
+        folder,
+        env,
+    )  # git 2.29 and later
 
 
 def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
@@ -3645,7 +4691,11 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
     try:
         listing = _git(["ls-tree", "-r", "-t", "-l", "-z", "FETCH_HEAD"], root, env, max_output=MAX_MEMBERS * 320)
     except BuildFailed as e:
-        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names") if e.error_type == "LimitError" else e from None
+        raise (
+            limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
+            if e.error_type == "LimitError"
+            else e
+        ) from None
     rows = [row.partition(b"\t") for row in listing.split(b"\0")[:-1]]
     if len(rows) > MAX_MEMBERS:
         raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders")
@@ -3670,7 +4720,9 @@ def read_head(git: str, common: str) -> str:
     if link and _REF.fullmatch(link[1]):
         packed = _read_text(os.path.join(common, "packed-refs"), 16 * MIB)
         rows = (line.partition(" ") for line in packed.split("\n"))
-        head = _read_text(os.path.join(common, link[1])) or next((commit for commit, _, name in rows if name == link[1]), "")
+        head = _read_text(os.path.join(common, link[1])) or next(
+            (commit for commit, _, name in rows if name == link[1]), ""
+        )
     return head if _COMMIT.fullmatch(head) else ""
 
 
@@ -3695,10 +4747,15 @@ def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> 
         listed = b""
     rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
     config = {name: value if has_value else "true" for name, has_value, value in rows}
-    _init_repository(own, object_format(commit) if commit else config.get("extensions.objectformat", "sha1"), env, "--bare")
+    _init_repository(
+        own, object_format(commit) if commit else config.get("extensions.objectformat", "sha1"), env, "--bare"
+    )
     quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(git, "objects"))).replace("\n", "\\n")
     os.makedirs(os.path.join(own, "objects", "info"), exist_ok=True)
-    for name, text in (("objects/info/alternates", f'"{quoted}"\n'), *((("HEAD", commit + "\n"), ("shallow", commit + "\n")) if commit else ())):
+    for name, text in (
+        ("objects/info/alternates", f'"{quoted}"\n'),
+        *((("HEAD", commit + "\n"), ("shallow", commit + "\n")) if commit else ()),
+    ):
         with open(os.path.join(own, name), "w", encoding="utf-8", errors="surrogateescape") as f:
             f.write(text)
     return config
@@ -3760,7 +4817,10 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
     common = os.path.join(git, _read_text(os.path.join(git, "commondir")))
     if not os.path.isdir(os.path.join(common, "objects")):
         return None
-    commit, plain = read_head(git, common), {name: value for name, value in os.environ.items() if name[:4] != "GIT_" or name.startswith("GIT_CONFIG_")}
+    commit, plain = (
+        read_head(git, common),
+        {name: value for name, value in os.environ.items() if name[:4] != "GIT_" or name.startswith("GIT_CONFIG_")},
+    )
     try:
         config = _borrow_objects(common, commit, own, git_environment(plain, ()))
     except BuildFailed:  # no git, or one that is too old
@@ -3769,13 +4829,26 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
     for name in os.listdir(git):
         if name.startswith("sharedindex."):  # which a split index names
             os.symlink(os.path.join(git, name), os.path.join(own, name))
-    return Checkout(root, own, commit, config, {
-        **plain, "GIT_DIR": own, "GIT_WORK_TREE": root, "GIT_INDEX_FILE": os.path.join(git, "index"), "GIT_OPTIONAL_LOCKS": "0"})
+    return Checkout(
+        root,
+        own,
+        commit,
+        config,
+        {
+            **plain,
+            "GIT_DIR": own,
+            "GIT_WORK_TREE": root,
+            "GIT_INDEX_FILE": os.path.join(git, "index"),
+            "GIT_OPTIONAL_LOCKS": "0",
+        },
+    )
 
 
 def list_source(directory: str, checkout: Checkout | None) -> list[str]:
     """Return the files of directory that belong to a source: those that git tracks or would track, or all without a checkout."""
-    listed = checkout and checkout.ask(directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate")
+    listed = checkout and checkout.ask(
+        directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"
+    )
     if listed is None:
         return walk_files(directory)
     found = []
@@ -3796,6 +4869,7 @@ def without_credentials(url: str) -> str:
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#][^@]*)?", url)
     return match[1] + match[2] if match else ""
 
+
 # endregion 14
 # ==============================================================================
 # region 15. Toolchains                                            [uses 13, 14]
@@ -3808,7 +4882,15 @@ _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experi
 _CRATES_IO = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
 # What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
-_OUTSIDE = (".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix")
+_OUTSIDE = (
+    ".cargo/config",
+    ".cargo/config.toml",
+    "Cargo.toml",
+    "rust-toolchain",
+    "rust-toolchain.toml",
+    ".git",
+    "flake.nix",
+)
 
 
 class Digest(NamedTuple):
@@ -3855,8 +4937,14 @@ def detect_toolchain(project: str) -> Toolchain:
         path = os.path.join(project, toolchain.marker)
         if os.path.isfile(path) and not os.path.islink(path):
             return toolchain
-    more = "; there is a Cargo.toml: `cargo generate-lockfile` makes the other" if os.path.isfile(os.path.join(project, "Cargo.toml")) else ""
-    raise BuildFailed("UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project" + more)
+    more = (
+        "; there is a Cargo.toml: `cargo generate-lockfile` makes the other"
+        if os.path.isfile(os.path.join(project, "Cargo.toml"))
+        else ""
+    )
+    raise BuildFailed(
+        "UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project" + more
+    )
 
 
 def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
@@ -3865,14 +4953,18 @@ def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
     real = os.path.realpath(found)
-    beside = [os.path.join(os.path.dirname(path), "rustup") for path in (found, real)]  # a shim is a link to it, soft or hard
+    beside = [
+        os.path.join(os.path.dirname(path), "rustup") for path in (found, real)
+    ]  # a shim is a link to it, soft or hard
     shim = next((path for path in beside if os.path.exists(path) and os.path.samefile(path, real)), None)
     if shim is None:
         return real
     status, output, errors = capture([shim, "which", name], project, env, untrusted=True)
     path = output.decode("utf-8", "replace").strip()
     if status != 0 or not os.path.isfile(path):
-        raise BuildFailed("UnsupportedToolchainError", f"rustup which {name}: {(errors.splitlines() or ['no answer'])[-1]}")
+        raise BuildFailed(
+            "UnsupportedToolchainError", f"rustup which {name}: {(errors.splitlines() or ['no answer'])[-1]}"
+        )
     return os.path.realpath(path)
 
 
@@ -3884,7 +4976,9 @@ def describe_program(path: str, project: str, env: Mapping[str, str]) -> Digest:
         raise BuildFailed("UnsupportedToolchainError", f"{path}: {e.strerror}") from None
     version = output.decode("utf-8", "replace").strip().partition("\n")[0]
     if status != 0 or not version.isprintable() or not version:
-        raise BuildFailed("UnsupportedToolchainError", f"{path} --version: {(errors.splitlines() or [f'status {status}'])[-1]}")
+        raise BuildFailed(
+            "UnsupportedToolchainError", f"{path} --version: {(errors.splitlines() or [f'status {status}'])[-1]}"
+        )
     return Digest(version, file_sha256(path))
 
 
@@ -3906,12 +5000,25 @@ def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
     lock = read_lockfile(os.path.join(project, "Cargo.lock"))
     release = os.path.join(os.path.realpath(project), "target", "release")
     # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so that the compiler that is hashed runs.
-    env = {**env, "PATH": os.path.dirname(cargo) + os.pathsep + env.get("PATH", os.defpath), "RUSTC": rustc,
-           "CARGO_TARGET_DIR": os.path.join(project, "target")}
+    env = {
+        **env,
+        "PATH": os.path.dirname(cargo) + os.pathsep + env.get("PATH", os.defpath),
+        "RUSTC": rustc,
+        "CARGO_TARGET_DIR": os.path.join(project, "target"),
+    }
     programs = {"cargo": describe_program(cargo, project, env), "rustc": describe_program(rustc, project, env)}
     arguments = ("build", "--locked", "--release")
-    return Plan((cargo, *arguments), " ".join(("cargo", *arguments)), env, programs, sha256_hex(lock), cargo_dependencies(lock, project), {},
-                lambda _: _executables(release), False)
+    return Plan(
+        (cargo, *arguments),
+        " ".join(("cargo", *arguments)),
+        env,
+        programs,
+        sha256_hex(lock),
+        cargo_dependencies(lock, project),
+        {},
+        lambda _: _executables(release),
+        False,
+    )
 
 
 def read_lockfile(path: str) -> bytes:
@@ -3932,7 +5039,11 @@ def _executables(folder: str) -> list[tuple[str, str]]:
     if real != folder:
         raise BuildFailed("ProvenanceError", f"target/release is {real}: a link, which is not followed")
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    paths = {name: os.path.join(folder, name) for name in names if not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")}
+    paths = {
+        name: os.path.join(folder, name)
+        for name in names
+        if not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")
+    }
     modes = {name: os.lstat(path).st_mode for name, path in paths.items()}
     return [(name, path) for name, path in paths.items() if stat.S_ISREG(modes[name]) and modes[name] & 0o111]
 
@@ -3944,7 +5055,9 @@ def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
         doc = tomllib.loads(lock.decode("utf-8"))
         packages, metadata = doc.get("package", []), doc.get("metadata", {})
         rows = [(p["name"], p["version"], p.get("source"), p.get("checksum")) for p in packages]
-        if not all(isinstance(text, str) or text is None for row in rows for text in row) or not isinstance(metadata, dict):
+        if not all(isinstance(text, str) or text is None for row in rows for text in row) or not isinstance(
+            metadata, dict
+        ):
             raise ValueError("a name, version, source or checksum is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise source_error(f"Cargo.lock: {type(e).__name__}: {e}") from None
@@ -3953,7 +5066,10 @@ def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
         if source is None:
             local = _local_packages(project) if local is None else local
             if name not in local:
-                raise BuildFailed("ProvenanceError", f"Cargo.lock: {name[:80]} {version[:80]} has no source and is no package inside the project")
+                raise BuildFailed(
+                    "ProvenanceError",
+                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is no package inside the project",
+                )
             continue
         # Before version 2 of the format the checksums stood in a table of their own.
         checksum = checksum or metadata.get(f"checksum {name} {version} ({source})")
@@ -3973,12 +5089,22 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
         url = url.replace(character, escape)
     if kind in ("registry", "sparse"):
         if plain and isinstance(checksum, str) and re.fullmatch(r"[0-9a-f]{64}", checksum):
-            registry = "" if source in _CRATES_IO else f"&repository_url={url}"  # without one, a purl is of the type's default registry
-            return {"digest": {"sha256": checksum}, "name": name, "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}{registry}"}
+            registry = (
+                "" if source in _CRATES_IO else f"&repository_url={url}"
+            )  # without one, a purl is of the type's default registry
+            return {
+                "digest": {"sha256": checksum},
+                "name": name,
+                "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}{registry}",
+            }
         reason = "has no checksum" if plain else "is from a registry whose URL is not plain ASCII"
     elif kind == "git":
         if plain and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
-            return {"digest": {"gitCommit": commit}, "name": name, "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}"}
+            return {
+                "digest": {"gitCommit": commit},
+                "name": name,
+                "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}",
+            }
         reason = "has no commit"
     else:
         reason = f"has the unknown source {source[:80]!r}"
@@ -3992,7 +5118,11 @@ def _local_packages(project: str) -> set[str]:
     for name in walk_files(project):
         path = os.path.join(project, name)
         manifest = os.path.basename(name) == "Cargo.toml"
-        if not (manifest or re.search(r"(^|/)\.cargo/config(\.toml)?$", name)) or not os.path.isfile(path) or os.path.getsize(path) > MIB:
+        if (
+            not (manifest or re.search(r"(^|/)\.cargo/config(\.toml)?$", name))
+            or not os.path.isfile(path)
+            or os.path.getsize(path) > MIB
+        ):
             continue
         try:
             with open(path, "rb") as f:
@@ -4003,7 +5133,11 @@ def _local_packages(project: str) -> set[str]:
         if manifest and isinstance(package, dict) and isinstance(package.get("name"), str):
             inside.add(package["name"])
         base = os.path.dirname(path) if manifest else os.path.dirname(os.path.dirname(path))
-        outside |= {name for name, target in _path_dependencies(doc) if not (os.path.realpath(os.path.join(base, target)) + os.sep).startswith(root)}
+        outside |= {
+            name
+            for name, target in _path_dependencies(doc)
+            if not (os.path.realpath(os.path.join(base, target)) + os.sep).startswith(root)
+        }
     return inside - outside
 
 
@@ -4041,8 +5175,17 @@ def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
     if inputs:
         parameters["flakeInputs"] = inputs
     arguments = ("build", "--no-link", "--print-out-paths" if release >= (2, 9) else "--json", *_NIX_FEATURES)
-    return Plan((nix, *arguments), " ".join(("nix", *arguments)), env, {"nix": program}, sha256_hex(lock), fetches, parameters,
-                _nix_executables, True)
+    return Plan(
+        (nix, *arguments),
+        " ".join(("nix", *arguments)),
+        env,
+        {"nix": program},
+        sha256_hex(lock),
+        fetches,
+        parameters,
+        _nix_executables,
+        True,
+    )
 
 
 def _nix_error(errors: str) -> str:
@@ -4081,7 +5224,12 @@ def _fetch(path: str, derivation: Any, output: Any) -> dict[str, Any]:
         value = value.get("value") if isinstance(value, dict) else value
         if value:
             annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
-    return {"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"}
+    return {
+        "annotations": annotations,
+        "digest": {algorithm: digest},
+        "name": name,
+        "uri": f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}",
+    }
 
 
 def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
@@ -4114,7 +5262,11 @@ def flake_inputs(lock: bytes) -> list[dict[str, str]]:
 def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
     """(name, path) of the executables in bin/ of each output that nix printed, as lines or as JSON. [CONTRACT 2]"""
     text = stdout.decode("utf-8", "replace").strip()
-    outputs = [path for row in json.loads(text) for path in row["outputs"].values()] if text.startswith("[") else text.split("\n")
+    outputs = (
+        [path for row in json.loads(text) for path in row["outputs"].values()]
+        if text.startswith("[")
+        else text.split("\n")
+    )
     found: dict[str, str] = {}
     for output in filter(None, outputs):
         folder = os.path.join(output, "bin")
@@ -4129,8 +5281,16 @@ def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
-TOOLCHAINS = (Toolchain("nix", "flake.nix", (), plan_nix, {"NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
-              Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo))
+TOOLCHAINS = (
+    Toolchain(
+        "nix",
+        "flake.nix",
+        (),
+        plan_nix,
+        {"NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"},
+    ),
+    Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo),
+)
 
 # endregion 15
 # ==============================================================================
@@ -4143,7 +5303,10 @@ TSM_REPORTS = "/sys/kernel/config/tsm/report"  # configfs-tsm, Linux 6.7 and lat
 SEV_GUEST = "/dev/sev-guest"  # [SEV-GUEST]
 SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302
 MAX_CERTIFICATES = 16 * KIB  # SEV_FW_BLOB_MAX_SIZE of the driver
-VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}  # [GHCB 4.1.8.1]
+VEK_GUIDS = {
+    "VCEK": "63da758d-e664-4564-adc5-f4b93be8accd",
+    "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1",
+}  # [GHCB 4.1.8.1]
 
 
 class NoAttester(ConfbuildError):
@@ -4177,8 +5340,16 @@ def waiting_report_data(nonce: str) -> bytes:
 def simulated_evidence(data: bytes) -> bytes:
     """evidence.json of platform `simulated` for 64 bytes of report data. [CONTRACT 4]"""
     report = simulated_report(data, simulated_measurement())
-    return to_canonical({"platform": "simulated", "evidence": {
-        "version": 1, "notice": SIMULATED_NOTICE, "attestation_report": base64.b64encode(report).decode("ascii")}})
+    return to_canonical(
+        {
+            "platform": "simulated",
+            "evidence": {
+                "version": 1,
+                "notice": SIMULATED_NOTICE,
+                "attestation_report": base64.b64encode(report).decode("ascii"),
+            },
+        }
+    )
 
 
 def get_report(data: bytes) -> tuple[bytes, bytes]:
@@ -4195,8 +5366,10 @@ def get_report(data: bytes) -> tuple[bytes, bytes]:
                 failures.append(f"{path}: its report is about other data")
             except (NoAttester, ReportError) as e:
                 failures.append(str(e))
-    raise NoAttester("; ".join(failures) or f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here",
-                     "`modprobe sev-guest`, as root, where this is an SEV-SNP guest")
+    raise NoAttester(
+        "; ".join(failures) or f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here",
+        "`modprobe sev-guest`, as root, where this is an SEV-SNP guest",
+    )
 
 
 def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
@@ -4213,6 +5386,7 @@ def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
 
 def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
     """(report, certificate table or empty) from configfs-tsm at root. Raises NoAttester. [TSM]"""
+
     def read(name: str) -> bytes:
         with open(os.path.join(folder, name), "rb", buffering=0) as f:
             return b"".join(iter(lambda: f.read(BLOCK), b""))
@@ -4229,7 +5403,9 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
                 raise NoAttester(f"{root}: its provider is {provider[:40].decode('ascii', 'replace')!r}, not sev_guest")
             before = generation()
             with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
-                written = f.write(data)  # it counts when the file is closed, which hides an error: generation then stays
+                written = f.write(
+                    data
+                )  # it counts when the file is closed, which hides an error: generation then stays
             report, table = read("outblob"), read("auxblob")
             after = generation()
         finally:
@@ -4251,18 +5427,29 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
     body = data + bytes(32)  # user_data, vmpl 0, reserved
     where = ctypes.addressof(certificates).to_bytes(8, "little") + MAX_CERTIFICATES.to_bytes(4, "little") + bytes(4)
     failures = []
-    for request, content in ((SNP_GET_EXT_REPORT, body + where), (SNP_GET_REPORT, body)):  # a host need not have certificates
+    for request, content in (
+        (SNP_GET_EXT_REPORT, body + where),
+        (SNP_GET_REPORT, body),
+    ):  # a host need not have certificates
         question, answer = ctypes.create_string_buffer(content, len(content)), ctypes.create_string_buffer(4000)
-        argument = bytearray(b"\x01" + bytes(7) + ctypes.addressof(question).to_bytes(8, "little") + ctypes.addressof(answer).to_bytes(8, "little") + bytes(8))
+        argument = bytearray(
+            b"\x01"
+            + bytes(7)
+            + ctypes.addressof(question).to_bytes(8, "little")
+            + ctypes.addressof(answer).to_bytes(8, "little")
+            + bytes(8)
+        )
         try:
             ioctl(request, argument)
         except OSError as e:
-            firmware, vmm = (int.from_bytes(argument[at:at + 4], "little") for at in (24, 28))
-            failures.append(f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})")  # after the first, the driver may only say ENOTTY
+            firmware, vmm = (int.from_bytes(argument[at : at + 4], "little") for at in (24, 28))
+            failures.append(
+                f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})"
+            )  # after the first, the driver may only say ENOTTY
             continue
-        status, size = (int.from_bytes(answer.raw[at:at + 4], "little") for at in (0, 4))
+        status, size = (int.from_bytes(answer.raw[at : at + 4], "little") for at in (0, 4))
         if status == 0 and size == REPORT_SIZE:
-            return answer.raw[0x20:0x20 + size], certificates.raw if request == SNP_GET_EXT_REPORT else b""
+            return answer.raw[0x20 : 0x20 + size], certificates.raw if request == SNP_GET_EXT_REPORT else b""
         failures.append(f"status {status:#x}, a report of {size} bytes")
     raise NoAttester(f"{SEV_GUEST}: {', then '.join(failures)}")
 
@@ -4273,11 +5460,11 @@ def vek_in_table(table: bytes, kind: str) -> bytes | None:
     Entries of GUID[16], u32 offset, u32 length, ended by a zero one. Hosts disagree about the GUID's byte order: both are taken."""
     guid = uuid.UUID(VEK_GUIDS[kind])
     for at in range(0, len(table) - 23, 24):
-        offset, length = (int.from_bytes(table[at + i:at + i + 4], "little") for i in (16, 20))
-        if not any(table[at:at + 24]):
+        offset, length = (int.from_bytes(table[at + i : at + i + 4], "little") for i in (16, 20))
+        if not any(table[at : at + 24]):
             return None
-        if table[at:at + 16] in (guid.bytes, guid.bytes_le):
-            return table[offset:offset + length] or None
+        if table[at : at + 16] in (guid.bytes, guid.bytes_le):
+            return table[offset : offset + length] or None
     return None
 
 
@@ -4293,9 +5480,12 @@ def fetch_vek(url: str) -> bytes:
         raise NoAttester(f"{url}: {e}") from None
 
 
-def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None) -> bytes:
+def hardware_evidence(
+    report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None
+) -> bytes:
     """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, given, or fetch
     gets it from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
+
     def complaint(vek: bytes | None) -> str:
         try:
             if vek is not None:
@@ -4309,13 +5499,21 @@ def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callabl
     vek = given if given is not None and (vek is None or complaint(vek)) else vek
     if fetch is not None and (vek is None or complaint(vek)):  # that of an older TCB has another key
         if not parsed.product or parsed.signing_key != "VCEK":
-            raise NoAttester("AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
-                             f"{parsed.signing_key} of {parsed.product or 'an unknown product'}")
+            raise NoAttester(
+                "AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
+                f"{parsed.signing_key} of {parsed.product or 'an unknown product'}"
+            )
         vek = fetch(vek_url(parsed, parsed.product))
     if complaint(vek):
         raise NoAttester(f"the certificate that came with the report does not verify it: {complaint(vek)}")
     chain = None if vek is None else {"vcek": base64.b64encode(vek).decode("ascii"), "ask": None, "ark": None}
-    return to_canonical({"platform": platform, "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain}})
+    return to_canonical(
+        {
+            "platform": platform,
+            "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain},
+        }
+    )
+
 
 # endregion 16
 # ==============================================================================
@@ -4327,16 +5525,22 @@ def hardware_evidence(report: bytes, table: bytes, platform: str, fetch: Callabl
 _DOCUMENTS = frozenset(("provenance.json", "evidence.json"))
 
 
-def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, artifacts: Sequence[tuple[str, str]]) -> None:
+def write_archive(
+    path: str, project: str, provenance: bytes, evidence: bytes, artifacts: Sequence[tuple[str, str]]
+) -> None:
     """path is the gzip tarball of the bundle: sorted, times 0, owners 0, modes 0644 or 0755. artifacts: (name, file), by name.
     The same inputs give the same bytes. [CONTRACT 1]"""
+
     def entry(name: str, size: int, mode: int, kind: bytes = b"0") -> "tarfile.TarInfo":
         info = tarfile.TarInfo(name)
         info.size, info.mode, info.type = size, mode, kind
         return info
 
-    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, tarfile.open(
-            fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+    with (
+        open(path, "wb") as f,
+        gzip.GzipFile("", "wb", 6, f, mtime=0) as stream,
+        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
         archive.addfile(entry(project, 0, 0o755, tarfile.DIRTYPE))
         archive.addfile(entry(f"{project}/artifacts", 0, 0o755, tarfile.DIRTYPE))
         for name, artifact in artifacts:
@@ -4349,7 +5553,11 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
 def is_bare_evidence(path: str) -> bool:
     """Whether path is an evidence.json without a provenance.json next to it: whoever names that file means evidence alone."""
     folder, name = os.path.split(path)
-    return name == "evidence.json" and os.path.isfile(path) and not os.path.lexists(os.path.join(folder, "provenance.json"))
+    return (
+        name == "evidence.json"
+        and os.path.isfile(path)
+        and not os.path.lexists(os.path.join(folder, "provenance.json"))
+    )
 
 
 def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool = False) -> BundleFiles:
@@ -4380,15 +5588,28 @@ def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
     names = set(os.listdir(root)) - {"evidence.json"}
     if evidence_only:
         inside = os.listdir(folder) if os.path.isdir(folder) and not os.path.islink(folder) else []
-        return BundleFiles(None, evidence, {}, sorted(names - {"artifacts"} | {f"artifacts/{name}" for name in inside} if inside else names))
+        return BundleFiles(
+            None,
+            evidence,
+            {},
+            sorted(names - {"artifacts"} | {f"artifacts/{name}" for name in inside} if inside else names),
+        )
     if os.path.islink(folder):
         raise UsageError(f"{folder}: a symbolic link")
-    artifacts = {name: _digest_entry(os.path.join(folder, name)) for name in (os.listdir(folder) if "artifacts" in names else [])}
+    artifacts = {
+        name: _digest_entry(os.path.join(folder, name)) for name in (os.listdir(folder) if "artifacts" in names else [])
+    }
     provenance = _read_document(root, "provenance.json") if "provenance.json" in names else None
     beside = names - {"artifacts", "provenance.json"}
-    if beside and (artifacts or provenance is None):  # then only what has the name of a subject or artifact is part of the bundle
+    if beside and (
+        artifacts or provenance is None
+    ):  # then only what has the name of a subject or artifact is part of the bundle
         beside &= {*artifacts, *subject_names(provenance or b"")}
-    return BundleFiles(provenance, evidence, _with_copies(artifacts, {name: _digest_entry(os.path.join(root, name)) for name in beside}))
+    return BundleFiles(
+        provenance,
+        evidence,
+        _with_copies(artifacts, {name: _digest_entry(os.path.join(root, name)) for name in beside}),
+    )
 
 
 def _digest_entry(path: str) -> str:
@@ -4398,8 +5619,15 @@ def _digest_entry(path: str) -> str:
 
 def _with_copies(artifacts: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
     """artifacts with those next to it. Every copy must be equal: somebody may run either."""
-    return {**beside, **{name: digest if beside.get(name, digest) == digest else "a file of this name beside artifacts/ is another one"
-                         for name, digest in artifacts.items()}}
+    return {
+        **beside,
+        **{
+            name: digest
+            if beside.get(name, digest) == digest
+            else "a file of this name beside artifacts/ is another one"
+            for name, digest in artifacts.items()
+        },
+    }
 
 
 def _read_document(folder: str, name: str) -> bytes:
@@ -4415,7 +5643,10 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     """The bundle in a gzip tarball, read once and unpacked nowhere. path: names it in errors. Raises UsageError, OSError."""
     documents: dict[str, bytes] = {}
     files: dict[str, str] = {}
-    folders, tops = set[str](), set[str]()  # tops: the first folder of each path; one at most, so that few documents are held
+    folders, tops = (
+        set[str](),
+        set[str](),
+    )  # tops: the first folder of each path; one at most, so that few documents are held
     try:
         for count, member in enumerate(_tar_members(f, max_unpacked), 1):
             if count > MAX_MEMBERS:
@@ -4432,14 +5663,23 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
             for block in member.contents:
                 digest.update(block)
                 if {name, rest} & _DOCUMENTS:
-                    head += block[:MAX_JSON + 1 - len(head)]
+                    head += block[: MAX_JSON + 1 - len(head)]
             files[name], documents[name] = digest.hexdigest(), bytes(head)
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and the reader raise several kinds for hostile bytes
-        raise UsageError(f"{path}: neither a bundle nor its archive: {e}", "give a directory that holds evidence.json, or a gzip tarball of a bundle") from None
+        raise UsageError(
+            f"{path}: neither a bundle nor its archive: {e}",
+            "give a directory that holds evidence.json, or a gzip tarball of a bundle",
+        ) from None
     root = "" if _DOCUMENTS & set(files) else "".join(tops) + "/"
-    odd = [name for name in files if not name.startswith(root) or name == root + "artifacts" or "/" in name.removeprefix(root).removeprefix("artifacts/")]
+    odd = [
+        name
+        for name in files
+        if not name.startswith(root)
+        or name == root + "artifacts"
+        or "/" in name.removeprefix(root).removeprefix("artifacts/")
+    ]
     odd += [name for name in sorted(folders) if name + "/" not in ("/", root, root + "artifacts/")]
     if odd:
         raise UsageError(f"{path}: {odd[0][:80]!r} is out of place in a bundle")
@@ -4450,7 +5690,14 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     if evidence_only:
         return BundleFiles(None, evidence, {}, sorted(set(names) - {"evidence.json"}))
     inside = {name.removeprefix("artifacts/"): digest for name, digest in names.items() if "/" in name}
-    return BundleFiles(provenance, evidence, _with_copies(inside, {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}))
+    return BundleFiles(
+        provenance,
+        evidence,
+        _with_copies(
+            inside, {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}
+        ),
+    )
+
 
 # endregion 17
 # ==============================================================================
@@ -4460,10 +5707,35 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
 
 # What of the server's environment a build may see; --env adds to it. Everything else, and so every secret, stays outside.
 ALLOWED_ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "SSL_CERT_FILE", "SSL_CERT_DIR", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "CURL_CA_BUNDLE",
-    "CARGO_HTTP_CAINFO", "CARGO_NET_OFFLINE", "RUSTUP_HOME", "RUSTUP_AUTO_INSTALL", "RUSTUP_DIST_SERVER", "NIX_CONF_DIR", "NIX_REMOTE",
-    "NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR", "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY",
-    "NO_PROXY", "ALL_PROXY")
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "LC_CTYPE",
+    "TZ",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+    "NIX_SSL_CERT_FILE",
+    "GIT_SSL_CAINFO",
+    "CURL_CA_BUNDLE",
+    "CARGO_HTTP_CAINFO",
+    "CARGO_NET_OFFLINE",
+    "RUSTUP_HOME",
+    "RUSTUP_AUTO_INSTALL",
+    "RUSTUP_DIST_SERVER",
+    "NIX_CONF_DIR",
+    "NIX_REMOTE",
+    "NIX_STORE_DIR",
+    "NIX_STATE_DIR",
+    "NIX_LOG_DIR",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "all_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
+)
 
 
 class BuildRequest(NamedTuple):
@@ -4496,8 +5768,12 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     if os.path.isdir(rustup):
         env.setdefault("RUSTUP_HOME", rustup)
     env.setdefault("PATH", os.defpath)
-    return {**env, "HOME": os.path.join(workspace, "home"), "TMPDIR": os.path.join(workspace, "tmp"),
-            "CARGO_HOME": os.path.join(workspace, "cargo")}
+    return {
+        **env,
+        "HOME": os.path.join(workspace, "home"),
+        "TMPDIR": os.path.join(workspace, "tmp"),
+        "CARGO_HOME": os.path.join(workspace, "cargo"),
+    }
 
 
 class _LogDigest:
@@ -4520,7 +5796,15 @@ class _LogDigest:
         return self._digest.hexdigest()
 
 
-def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env: Mapping[str, str], policy: SourcePolicy, attester: Attester, emit: Emit) -> str:
+def run_pipeline(
+    request: BuildRequest,
+    archive: str | None,
+    workspace: str,
+    env: Mapping[str, str],
+    policy: SourcePolicy,
+    attester: Attester,
+    emit: Emit,
+) -> str:
     """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
 
     archive: the uploaded source, or None for a repo_url; workspace: a directory that is empty but for `agent`, where what a build has no say
@@ -4552,14 +5836,19 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
     if status != 0:
         ending = f"status {status}" if status > 0 else f"signal {-status}"
         full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        raise BuildFailed("LimitError" if full else "BuildError", f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""))
+        raise BuildFailed(
+            "LimitError" if full else "BuildError",
+            f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""),
+        )
     emit("provenance", ["Generating provenance"])
     try:
         artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
     except PermissionError as e:  # the build can take them away
         raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
     attested = {"build_log": log.hexdigest(), **attester.byproducts}
-    statement = _make_statement(plan, tree, commit, uri, attester.builder, attested, {n: digest for n, _, digest in artifacts}, started)
+    statement = _make_statement(
+        plan, tree, commit, uri, attester.builder, attested, {n: digest for n, _, digest in artifacts}, started
+    )
     emit("attest", ["Generating attestation"])
     try:
         evidence = attester.attest(report_data(statement, request.nonce))
@@ -4570,7 +5859,9 @@ def run_pipeline(request: BuildRequest, archive: str | None, workspace: str, env
     return path
 
 
-def _get_source(request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy) -> tuple[str, str]:
+def _get_source(
+    request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy
+) -> tuple[str, str]:
     """(directory, name) of the project. root: made here."""
     if archive is None:
         fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
@@ -4600,10 +5891,19 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> list[tuple
 def utc_now() -> str:
     """The time in UTC with microseconds, as the provenance writes it."""
     now = time.time_ns() // 1000
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10 ** 6)) + f".{now % 10 ** 6:06d}+00:00"
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**6)) + f".{now % 10**6:06d}+00:00"
 
 
-def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, byproducts: Mapping[str, str], subjects: Mapping[str, str], started: str) -> bytes:
+def _make_statement(
+    plan: Plan,
+    tree: str,
+    commit: str,
+    uri: str,
+    builder: str,
+    byproducts: Mapping[str, str],
+    subjects: Mapping[str, str],
+    started: str,
+) -> bytes:
     """The bytes of provenance.json. byproducts, subjects: name -> SHA-256. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
     tool = Digest(f"confbuild {__version__}", sha256_hex(own_source()))
     toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
@@ -4614,14 +5914,26 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"buildCommand": plan.command,
-                                       "source": {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}},
-                "internalParameters": {**plan.parameters, "lockfileHash": {"sha256": plan.lockfile_sha256}, "toolchain": toolchain},
-                "resolvedDependencies": list(plan.dependencies)},
+                "externalParameters": {
+                    "buildCommand": plan.command,
+                    "source": {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri},
+                },
+                "internalParameters": {
+                    **plan.parameters,
+                    "lockfileHash": {"sha256": plan.lockfile_sha256},
+                    "toolchain": toolchain,
+                },
+                "resolvedDependencies": list(plan.dependencies),
+            },
             "runDetails": {
                 "builder": {"id": builder},
-                "byproducts": [root, *({"digest": {"sha256": digest}, "name": name} for name, digest in byproducts.items())],
-                "metadata": {"invocationId": invocation, "startedOn": started, "finishedOn": utc_now()}}},
+                "byproducts": [
+                    root,
+                    *({"digest": {"sha256": digest}, "name": name} for name, digest in byproducts.items()),
+                ],
+                "metadata": {"invocationId": invocation, "startedOn": started, "finishedOn": utc_now()},
+            },
+        },
         "predicateType": PREDICATE_TYPE,
         "subject": [{"digest": {"sha256": digest}, "name": name} for name, digest in sorted(subjects.items())],
     }
@@ -4633,6 +5945,7 @@ def _make_statement(plan: Plan, tree: str, commit: str, uri: str, builder: str, 
     except (Malformed, UnicodeEncodeError) as e:
         raise BuildFailed("ProvenanceError", str(e)) from None
     return data
+
 
 # endregion 18
 # ==============================================================================
@@ -4657,15 +5970,27 @@ _DROPPED = (
     r"|usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+"
     r"|usr/libexec/gcc/.+/(lto1|lto-dump)|usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?"
     r"|usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+)|usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]"
-    r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?")
+    r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?"
+)
 # Of the standard library, what the agent does not need beside; extension modules bring shared libraries with them.
 _NOT_IN_INITRD = (
     r"(config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv|_pyrepl|pdb|doctest|pydoc|turtle|antigravity)"
-    r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)")
-_LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")  # where ld.so(8) looks
+    r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)"
+)
+_LIBRARY_FOLDERS = (
+    "lib/x86_64-linux-gnu",
+    "usr/lib/x86_64-linux-gnu",
+    "lib64",
+    "usr/lib64",
+    "lib",
+    "usr/lib",
+)  # where ld.so(8) looks
 # Modules of the kernel, each with what it depends on.  Those of _OPTIONAL are what sev-guest asks the crypto API for without saying
 # so; newer kernels have it inside.
-_MODULES = {"base": ("virtio_net", "virtio_blk", "dm_verity", "erofs"), "snp": ("crypto_null", "gf128mul", "ghash_generic", "gcm", "sev_guest")}
+_MODULES = {
+    "base": ("virtio_net", "virtio_blk", "dm_verity", "erofs"),
+    "snp": ("crypto_null", "gf128mul", "ghash_generic", "gcm", "sev_guest"),
+}
 _OPTIONAL = frozenset(("crypto_null", "gf128mul", "ghash_generic", "gcm"))
 
 # PID 1: whatever happens, the machine ends (with -no-reboot); if PID 1 did, the kernel would panic.
@@ -4755,7 +6080,10 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
     with tempfile.TemporaryDirectory(prefix="confbuild-") as folder:
         status = os.path.join(folder, "status")
         with open(status, "w", encoding="ascii") as f:
-            f.writelines(f"Package: {name}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n" for name in without)
+            f.writelines(
+                f"Package: {name}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n"
+                for name in without
+            )
         settings = (f"Dir::State::status={status}", "Acquire::ForceHash=SHA256", "APT::Install-Recommends=false")
         argv = ["apt-get", "-qq", *(f"-o{setting}" for setting in settings), "install", "--print-uris", *names]
         try:
@@ -4849,8 +6177,10 @@ class _DebUnpacker:
             if member.startswith("data.tar"):
                 kind = member[9:]
                 if kind not in ("", "gz", "xz"):
-                    raise ImageError(f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
-                                     "use the packages of a distribution that compresses with xz, such as Debian")
+                    raise ImageError(
+                        f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
+                        "use the packages of a distribution that compresses with xz, such as Debian",
+                    )
                 while size:
                     block = f.read(min(BLOCK, size))
                     if not block:
@@ -4866,14 +6196,28 @@ class _DebUnpacker:
         parts = [part for part in member.name.split("/") if part not in ("", ".")]
         parts = _merged(parts)
         name = "/".join(parts)
-        if member.name.startswith("/") or ".." in parts or len(parts) > MAX_DEPTH or "\0" in member.name + member.target:
+        if (
+            member.name.startswith("/")
+            or ".." in parts
+            or len(parts) > MAX_DEPTH
+            or "\0" in member.name + member.target
+        ):
             raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
-        if not parts or re.fullmatch(_DROPPED, name) or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64") and member.kind == "symlink":
+        if (
+            not parts
+            or re.fullmatch(_DROPPED, name)
+            or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64")
+            and member.kind == "symlink"
+        ):
             return
         for depth in range(1, len(parts)):
             if self._kinds.setdefault("/".join(parts[:depth]), "directory") != "directory":
                 raise ImageError(f"{name[:80]!r} lies in what is no directory")
-        if self._kinds.setdefault(name, member.kind) != member.kind or name in self._links or os.path.isfile(os.path.join(self._root, name)):
+        if (
+            self._kinds.setdefault(name, member.kind) != member.kind
+            or name in self._links
+            or os.path.isfile(os.path.join(self._root, name))
+        ):
             raise ImageError(f"{name[:80]!r} occurs twice")
         if len(self._kinds) > MAX_MEMBERS:
             raise ImageError(f"the packages have more than {MAX_MEMBERS} files")
@@ -4894,12 +6238,25 @@ class _DebUnpacker:
         for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
             if f"usr/bin/{name}" not in self._kinds and f"usr/bin/{target}" in self._kinds:
                 self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
-        authorities = sorted(name for name, kind in self._kinds.items() if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name))
+        authorities = sorted(
+            name
+            for name, kind in self._kinds.items()
+            if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
+        )
         for name, data in (
-                ("etc/passwd", "".join(f"{user}:x:{number}:{number}::{home}:/bin/sh\n" for user, number, home in _ACCOUNTS).encode("ascii")),
-                ("etc/group", "".join(f"{user}:x:{number}:\n" for user, number, _ in _ACCOUNTS).encode("ascii")),
-                ("etc/hosts", b"127.0.0.1 localhost\n"),
-                ("etc/ssl/certs/ca-certificates.crt", b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities))):
+            (
+                "etc/passwd",
+                "".join(f"{user}:x:{number}:{number}::{home}:/bin/sh\n" for user, number, home in _ACCOUNTS).encode(
+                    "ascii"
+                ),
+            ),
+            ("etc/group", "".join(f"{user}:x:{number}:\n" for user, number, _ in _ACCOUNTS).encode("ascii")),
+            ("etc/hosts", b"127.0.0.1 localhost\n"),
+            (
+                "etc/ssl/certs/ca-certificates.crt",
+                b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities),
+            ),
+        ):
             if data and name not in self._kinds:
                 self._add_member(_Member(name, "file", False, "", [data]))
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -5007,7 +6364,20 @@ def write_cpio(path: str, tree: _Tree) -> None:
             if node.size >= 1 << 32:
                 raise ImageError(f"{name[:80]!r}: more than an initrd can hold in one file")
             inode = inode if node.mode else 0
-            fields = (inode, node.mode, 0, 0, 2 if stat.S_ISDIR(node.mode) else 1, 0, node.size, 0, 0, *node.device, len(os.fsencode(name)) + 1, 0)
+            fields = (
+                inode,
+                node.mode,
+                0,
+                0,
+                2 if stat.S_ISDIR(node.mode) else 1,
+                0,
+                node.size,
+                0,
+                0,
+                *node.device,
+                len(os.fsencode(name)) + 1,
+                0,
+            )
             header = b"070701" + b"".join(b"%08X" % field for field in fields) + os.fsencode(name) + b"\0"
             f.write(header + bytes(-len(header) % 4))
             f.writelines(_blocks(node))
@@ -5024,7 +6394,7 @@ _TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
 def block_digests(data: bytes) -> bytes:
     """SHA-256 of each block, one after the other."""
     view = memoryview(data)
-    return b"".join(hashlib.sha256(view[at:at + VERITY_BLOCK]).digest() for at in range(0, len(data), VERITY_BLOCK))
+    return b"".join(hashlib.sha256(view[at : at + VERITY_BLOCK]).digest() for at in range(0, len(data), VERITY_BLOCK))
 
 
 def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
@@ -5047,8 +6417,16 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
     for name in order[1:]:
         members[name.rpartition("/")[0]].append(name)
     for name, inside in members.items():
-        data = _erofs_folder([(b".", numbers[name], 2), (b"..", numbers[name.rpartition("/")[0]], 2), *(
-            (os.fsencode(child.rpartition("/")[2]), numbers[child], _TYPES[stat.S_IFMT(tree[child].mode)]) for child in inside)])
+        data = _erofs_folder(
+            [
+                (b".", numbers[name], 2),
+                (b"..", numbers[name.rpartition("/")[0]], 2),
+                *(
+                    (os.fsencode(child.rpartition("/")[2]), numbers[child], _TYPES[stat.S_IFMT(tree[child].mode)])
+                    for child in inside
+                ),
+            ]
+        )
         tree[name] = tree[name]._replace(content=data, size=len(data))
     inodes = bytearray()
     block = 1 + -(-64 * len(order) // VERITY_BLOCK)
@@ -5056,11 +6434,35 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
         node = tree[name]
         links = 2 + sum(stat.S_ISDIR(tree[child].mode) for child in members[name]) if name in members else 1
         # i_format (bit 0: extended), xattrs, mode, -, size, first block, number for stat(2), uid, gid, mtime, nsec, nlink, -
-        for value, width in ((1, 2), (0, 2), (node.mode, 2), (0, 2), (node.size, 8), (block if node.size else 0, 4), (i + 1, 4), (0, 20), (links, 4), (0, 16)):
+        for value, width in (
+            (1, 2),
+            (0, 2),
+            (node.mode, 2),
+            (0, 2),
+            (node.size, 8),
+            (block if node.size else 0, 4),
+            (i + 1, 4),
+            (0, 20),
+            (links, 4),
+            (0, 16),
+        ):
             inodes += value.to_bytes(width, "little")
         block += -(-node.size // VERITY_BLOCK)
-    superblock = b"".join(value.to_bytes(width, "little") for value, width in (
-        (0xE0F5E1E2, 4), (0, 8), (12, 1), (0, 1), (numbers[""], 2), (len(order), 8), (0, 12), (block, 4), (1, 4), (0, 4)))
+    superblock = b"".join(
+        value.to_bytes(width, "little")
+        for value, width in (
+            (0xE0F5E1E2, 4),
+            (0, 8),
+            (12, 1),
+            (0, 1),
+            (numbers[""], 2),
+            (len(order), 8),
+            (0, 12),
+            (block, 4),
+            (1, 4),
+            (0, 4),
+        )
+    )
     # magic, checksum and features, log2 of the block, -, root, inodes, time, blocks, first block of inodes, - ; uuid; name
     superblock = (superblock + bytes(16) + b"confbuild").ljust(128, b"\0")
     with open(path, "x+b") as f:
@@ -5100,10 +6502,11 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
 
 def elf_needs(data: bytes) -> tuple[str, list[str]]:
     """(the interpreter, or empty; the shared libraries) that an ELF file for x86-64 asks for [ELF]. Raises Malformed."""
+
     def integer(at: int, width: int) -> int:
         if not 0 <= at <= len(data) - width:
             raise Malformed("ELF", "cut off")
-        return int.from_bytes(data[at:at + width], "little")
+        return int.from_bytes(data[at : at + width], "little")
 
     def text(at: int) -> str:
         end = data.find(b"\0", at, at + 4096)
@@ -5116,7 +6519,10 @@ def elf_needs(data: bytes) -> tuple[str, list[str]]:
     table, width, count = integer(32, 8), integer(54, 2), integer(56, 2)
     if width != 56 or count > 64:  # each may lead to thousands of entries
         raise Malformed("ELF", f"{count} program headers of {width} bytes, not at most 64 of 56")
-    headers = [tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8))) for i in range(count)]
+    headers = [
+        tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8)))
+        for i in range(count)
+    ]
     interpreter, names, strings = "", list[int](), 0
     for kind, offset, _, size in headers:
         if kind == 3:  # PT_INTERP
@@ -5143,9 +6549,19 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
     if not version or not stat.S_ISREG(tree[program].mode):
         raise ImageError(f"the root file system's usr/bin/python3 is {program}, not a file usr/bin/python3.N")
     library = f"usr/lib/python{version[1]}"
-    files = [name for name in tree if name.startswith(library + "/") and not re.match(_NOT_IN_INITRD, name[len(library) + 1:]) and stat.S_ISREG(tree[name].mode)
-             and name.endswith((".py", ".so"))]
-    pending = ["usr/bin/python3", *files, _find_library(tree, "Python", "libgcc_s.so.1")]  # glibc opens the latter where a thread is ended
+    files = [
+        name
+        for name in tree
+        if name.startswith(library + "/")
+        and not re.match(_NOT_IN_INITRD, name[len(library) + 1 :])
+        and stat.S_ISREG(tree[name].mode)
+        and name.endswith((".py", ".so"))
+    ]
+    pending = [
+        "usr/bin/python3",
+        *files,
+        _find_library(tree, "Python", "libgcc_s.so.1"),
+    ]  # glibc opens the latter where a thread is ended
     chosen: dict[str, None] = {}
     loader = ""
     for name in pending:  # grows
@@ -5193,20 +6609,35 @@ def _compile_python(root: str, program: str, loader: str, sources: Mapping[str, 
         with open(os.path.join(scratch, "jobs"), "w", encoding="ascii") as listed:
             json.dump(jobs, listed)
         # Relative paths: the loader and Python split theirs at colons, and nothing in a .pyc comes to depend on where it was made.
-        argv = [f"./{loader}", "--library-path", ":".join(_LIBRARY_FOLDERS), f"./{program}", "-S", "-s", "-B", "-c", _COMPILE, listed.name]
+        argv = [
+            f"./{loader}",
+            "--library-path",
+            ":".join(_LIBRARY_FOLDERS),
+            f"./{program}",
+            "-S",
+            "-s",
+            "-B",
+            "-c",
+            _COMPILE,
+            listed.name,
+        ]
         try:
             status, _, errors = capture(argv, root, {"PYTHONHOME": "usr", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
         except OSError as e:
-            raise ImageError(f"{root}: {loader} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64") from None
+            raise ImageError(
+                f"{root}: {loader} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64"
+            ) from None
         if status != 0:
-            raise ImageError(f"the root file system's Python does not run: {(errors.splitlines() or [f'status {status}'])[-1]}")
+            raise ImageError(
+                f"the root file system's Python does not run: {(errors.splitlines() or [f'status {status}'])[-1]}"
+            )
         return {name: _new_file(_read_whole(target, 64 * MIB)) for name, target in targets.items()}
 
 
 def kernel_release(data: bytes) -> str:
     """What `uname -r` says under the kernel in this bzImage. [LINUX Documentation/arch/x86/boot.rst] Raises ImageError."""
     at = int.from_bytes(data[0x20E:0x210], "little") + 0x200
-    release = re.match(rb"[0-9A-Za-z.+_~-]+", data[at:at + 128])
+    release = re.match(rb"[0-9A-Za-z.+_~-]+", data[at : at + 128])
     if data[0x202:0x206] != b"HdrS" or not release:
         raise ImageError("the kernel is no bzImage that says its version")
     return release[0].decode("ascii")
@@ -5258,8 +6689,15 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
 def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     """(what the initrd holds, what the disk of tools holds)."""
     names, program, loader, library = _python_files(tree)
-    sources = {name + "c": (tree[name], f"/{name}") for name in names if name.startswith(library + "/") and name.endswith(".py")}
-    own, own_compiled = _new_file(own_source()), f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc"
+    sources = {
+        name + "c": (tree[name], f"/{name}")
+        for name in names
+        if name.startswith(library + "/") and name.endswith(".py")
+    }
+    own, own_compiled = (
+        _new_file(own_source()),
+        f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc",
+    )
     compiled = _compile_python(root, program, loader, {**sources, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
     initrd = {name: tree[name] for name in names if name + "c" not in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
@@ -5275,9 +6713,19 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     initrd["init"] = _new_file(_INIT, executable=True)
     for name in ("dev", "proc", "sys", "tmp", "run", "sysroot"):
         initrd[name] = _FOLDER
-    for name in ("dev", "proc", "sys", "tmp", "run", "root", "work"):  # places to mount at: the disk itself is read-only
+    for name in (
+        "dev",
+        "proc",
+        "sys",
+        "tmp",
+        "run",
+        "root",
+        "work",
+    ):  # places to mount at: the disk itself is read-only
         _place(tools, name, tree.get(name, _FOLDER))
-    _place(tools, "etc/resolv.conf", _Node(stat.S_IFLNK | 0o777, b"../run/resolv.conf", len(b"../run/resolv.conf")))  # where a guest has a network
+    _place(
+        tools, "etc/resolv.conf", _Node(stat.S_IFLNK | 0o777, b"../run/resolv.conf", len(b"../run/resolv.conf"))
+    )  # where a guest has a network
     # Before /dev is mounted: Python needs random numbers, and the kernel a console for what is said.
     for name, device in (("dev/console", (5, 1)), ("dev/null", (1, 3)), ("dev/urandom", (1, 9))):
         initrd[name] = _Node(stat.S_IFCHR | 0o600, device=device)
@@ -5302,13 +6750,28 @@ def seal_firmware(data: bytes) -> bytes:
         begin, end = volume_place(data)
     except FirmwareError as e:
         raise ImageError(f"the firmware cannot be looked into: {e}") from None
-    dict_size = max(int.from_bytes(data[begin + 1:begin + 5], "little"), 4096)  # liblzma makes none with less, and reads them
-    best = {"id": lzma.FILTER_LZMA1, "dict_size": dict_size, "lc": 3, "lp": 0, "pb": 2,
-            "preset": 9 | lzma.PRESET_EXTREME, "nice_len": 273, "mf": lzma.MF_BT4, "depth": 1000}
+    dict_size = max(
+        int.from_bytes(data[begin + 1 : begin + 5], "little"), 4096
+    )  # liblzma makes none with less, and reads them
+    best = {
+        "id": lzma.FILTER_LZMA1,
+        "dict_size": dict_size,
+        "lc": 3,
+        "lp": 0,
+        "pb": 2,
+        "preset": 9 | lzma.PRESET_EXTREME,
+        "nice_len": 273,
+        "mf": lzma.MF_BT4,
+        "depth": 1000,
+    }
     packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
-    packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]  # edk2 wants the length, which liblzma leaves open
+    packed = (
+        packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]
+    )  # edk2 wants the length, which liblzma leaves open
     if len(packed) > end - begin:
-        raise ImageError(f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there")
+        raise ImageError(
+            f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there"
+        )
     sealed = data[:begin] + packed.ljust(end - begin, b"\0") + data[end:]
     state = firmware_state(sealed)
     if state:
@@ -5363,11 +6826,19 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tup
     tree = scan_tree(root)
     kernels = [node for name, node in tree.items() if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
     if not given.kernel and len(kernels) != 1:
-        raise ImageError(f"the root file system has {len(kernels)} kernels boot/vmlinuz-*, not one", "name one with --kernel")
+        raise ImageError(
+            f"the root file system has {len(kernels)} kernels boot/vmlinuz-*, not one", "name one with --kernel"
+        )
     kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(kernels[0])
-    origin = _read_whole(given.firmware, MAX_FIRMWARE) if given.firmware else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
+    origin = (
+        _read_whole(given.firmware, MAX_FIRMWARE)
+        if given.firmware
+        else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
+    )
     firmware = seal_firmware(origin)
-    initrd, tools = _make_trees(root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel)))
+    initrd, tools = _make_trees(
+        root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
+    )
     names = {part: name for part, name in zip(_PARTS, ("firmware.fd", "vmlinuz", "initrd", "tools.img"), strict=True)}
     paths = {part: os.path.join(made, name) for part, name in names.items()}
     for part, data in (("firmware", firmware), ("kernel", kernel)):
@@ -5382,11 +6853,19 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tup
     hashes = boot_hashes(bytes.fromhex(digests["kernel"]), bytes.fromhex(digests["initrd"]), append)
     document = {
         "version": 1,
-        "parts": {part: {"file": names[part], "sha256": digests[part], "size": os.path.getsize(paths[part])} for part in _PARTS},
-        "firmware_origin_sha256": sha256_hex(origin), "append": append, "confbuild_sha256": sha256_hex(own_source()),
+        "parts": {
+            part: {"file": names[part], "sha256": digests[part], "size": os.path.getsize(paths[part])}
+            for part in _PARTS
+        },
+        "firmware_origin_sha256": sha256_hex(origin),
+        "append": append,
+        "confbuild_sha256": sha256_hex(own_source()),
         "packages": [{"name": name, "version": version, "sha256": sha256} for name, version, sha256 in packages],
-        "launch_digests": [{"vcpu_type": kind, "vcpus": count, "launch_digest": _launch_digest(firmware, hashes, kind, count).hex()}
-                           for kind, count in given.vcpus]}
+        "launch_digests": [
+            {"vcpu_type": kind, "vcpus": count, "launch_digest": _launch_digest(firmware, hashes, kind, count).hex()}
+            for kind, count in given.vcpus
+        ],
+    }
     with open(os.path.join(made, "image.json"), "xb") as f:
         f.write(to_canonical(document))
     for name in (*names.values(), "image.json"):
@@ -5399,7 +6878,9 @@ def _modules_of(tree: _Tree, release: str) -> _Tree:
         found = {name.removeprefix(folder): node for name, node in tree.items() if name.startswith(folder)}
         if found:
             return found
-    raise ImageError(f"the root file system has no modules of the kernel {release}", "name their directory with --modules")
+    raise ImageError(
+        f"the root file system has no modules of the kernel {release}", "name their directory with --modules"
+    )
 
 
 def vcpu_label(kind: str, count: int) -> str:
@@ -5437,36 +6918,61 @@ def _read_manifest(folder: str) -> tuple[Image, Mapping[str, Any]]:
         if not os.path.lexists(path):
             raise ImageError(f"{path} is missing")
         _open_regular(path).close()
-    return Image(folder, sha256_hex(data), document["append"], paths["firmware"], paths["kernel"], paths["initrd"], paths["tools"], [
-        (row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]), document["parts"]
+    return Image(
+        folder,
+        sha256_hex(data),
+        document["append"],
+        paths["firmware"],
+        paths["kernel"],
+        paths["initrd"],
+        paths["tools"],
+        [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]],
+    ), document["parts"]
 
 
 def _parse_manifest(data: bytes) -> dict[str, Any]:
     """The document in image.json, of the right shape. Raises Malformed."""
+
     def expect(good: bool, what: str) -> None:
         if not good:
             raise Malformed("image.json", what)
 
-    document = parse_object(parse_json(data, "image.json", max_depth=4), "image.json", (
-        "version", "parts", "firmware_origin_sha256", "append", "confbuild_sha256", "packages", "launch_digests"))
+    document = parse_object(
+        parse_json(data, "image.json", max_depth=4),
+        "image.json",
+        ("version", "parts", "firmware_origin_sha256", "append", "confbuild_sha256", "packages", "launch_digests"),
+    )
     expect(type(document["version"]) is int and document["version"] == 1, "its version is not 1")
     for part in parse_object(document["parts"], "image.json: parts", _PARTS).values():
         parse_object(part, "image.json: a part", ("file", "sha256", "size"))
-        expect(isinstance(part["file"], str) and plain_name(part["file"]) == part["file"], "a part is no plain file name")
+        expect(
+            isinstance(part["file"], str) and plain_name(part["file"]) == part["file"], "a part is no plain file name"
+        )
         expect(_is_hex(part["sha256"], 32) and type(part["size"]) is int, "a part has no SHA-256 or no size")
     append = document["append"]
-    expect(isinstance(append, str) and append.isascii() and append.isprintable() and len(append) <= MAX_COMMAND_LINE,
-           f"append is not at most {MAX_COMMAND_LINE} printable characters")
-    expect(_is_hex(document["firmware_origin_sha256"], 32) and _is_hex(document["confbuild_sha256"], 32), "a SHA-256 is none")
+    expect(
+        isinstance(append, str) and append.isascii() and append.isprintable() and len(append) <= MAX_COMMAND_LINE,
+        f"append is not at most {MAX_COMMAND_LINE} printable characters",
+    )
+    expect(
+        _is_hex(document["firmware_origin_sha256"], 32) and _is_hex(document["confbuild_sha256"], 32),
+        "a SHA-256 is none",
+    )
     for name in ("packages", "launch_digests"):
         expect(isinstance(document[name], list), f"{name} is no list")
     for row in document["packages"]:
         parse_object(row, "image.json: a package", ("name", "version", "sha256"))
-        expect(isinstance(row["name"], str) and isinstance(row["version"], str) and _is_hex(row["sha256"], 32), "a package is none")
+        expect(
+            isinstance(row["name"], str) and isinstance(row["version"], str) and _is_hex(row["sha256"], 32),
+            "a package is none",
+        )
     expect(len(document["launch_digests"]) <= MAX_LAUNCH_DIGESTS, f"more than {MAX_LAUNCH_DIGESTS} launch digests")
     for row in document["launch_digests"]:
         parse_object(row, "image.json: a launch digest", ("vcpu_type", "vcpus", "launch_digest"))
-        expect(isinstance(row["vcpu_type"], str) and type(row["vcpus"]) is int and _is_hex(row["launch_digest"], 48), "a launch digest is none")
+        expect(
+            isinstance(row["vcpu_type"], str) and type(row["vcpus"]) is int and _is_hex(row["launch_digest"], 48),
+            "a launch digest is none",
+        )
     return document
 
 
@@ -5483,7 +6989,9 @@ def check_image(folder: str) -> ImageFacts:
     tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
     found["tools"], root_hash = _hash_tools(image.tools, int(tools[2]) if tools else 0)
     wrong = [f"{part} is not the one of image.json" for part in _PARTS if found[part] != claimed[part]["sha256"]]
-    wrong += [f"{part} has another size" for part in _PARTS if os.path.getsize(getattr(image, part)) != claimed[part]["size"]]
+    wrong += [
+        f"{part} has another size" for part in _PARTS if os.path.getsize(getattr(image, part)) != claimed[part]["size"]
+    ]
     if not tools or root_hash != tools[1]:
         wrong.append("the command line has not the root hash of tools")
     hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
@@ -5494,7 +7002,11 @@ def check_image(folder: str) -> ImageFacts:
         except ImageError as e:
             wrong.append(str(e))
         else:
-            wrong += [f"the launch digest of {vcpu_label(kind, count)} is another"] if digests[vcpu_label(kind, count)] != digest else []
+            wrong += (
+                [f"the launch digest of {vcpu_label(kind, count)} is another"]
+                if digests[vcpu_label(kind, count)] != digest
+                else []
+            )
     return ImageFacts(image.manifest_sha256, "; ".join(wrong), firmware_state(firmware), digests)
 
 
@@ -5509,6 +7021,7 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
             left -= min(left, len(data))
     return digest.hexdigest(), "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
+
 # endregion 19
 # ==============================================================================
 # region 20. Event log                                              [uses 13]
@@ -5519,7 +7032,9 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
 # finds any of them, so nothing is kept in memory and opening a log of any size takes a few reads.
 
 MAX_FRAME = 4 * MIB  # more than the longest event that relay_events lets through
-COMPLETE = '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
+COMPLETE = (
+    '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
+)
 PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
 
 
@@ -5562,9 +7077,9 @@ def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
         if span >= MAX_FRAME:
             raise Malformed("events", f"no frame begins in the last {span} bytes")
         span *= 4
-    if end < 2 and head.startswith(data[:len(head)]):
+    if end < 2 and head.startswith(data[: len(head)]):
         return 0, 0, False
-    frame = data[start if start >= 2 else 0:end]
+    frame = data[start if start >= 2 else 0 : end]
     match = re.match(rb"id: ([1-9][0-9]{0,17})\ndata: \{", frame)
     if not match or start < 2 and int(match[1]) != 1:
         raise Malformed("events", "the last frame is damaged")
@@ -5576,7 +7091,9 @@ class EventLog:
     made if it is missing. A torn frame at the end is cut by the first append; what a crashed machine has lost (zeros) ends an
     unfinished log before it. Raises Malformed for a file that is not a log, OSError."""
 
-    def __init__(self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT) -> None:
+    def __init__(
+        self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
+    ) -> None:
         self.fd = open_regular(path, flags)
         weakref.finalize(self, os.close, self.fd)
         self._on_append = on_append
@@ -5588,7 +7105,9 @@ class EventLog:
             found = (0, 0, False)
         if not found[2]:
             found = find_log_end(self.fd, self._first_zero(length))
-        self.size, self.count, self.finished = found  # written under _lock, finished last; a reader may see them without
+        self.size, self.count, self.finished = (
+            found  # written under _lock, finished last; a reader may see them without
+        )
         self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
 
     def _first_zero(self, length: int) -> int:
@@ -5670,6 +7189,7 @@ class EventLog:
         offset = self.offset_of(max(0, self.count - 1))
         frame = os.pread(self.fd, self.size - offset, offset)
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
+
 
 # endregion 20
 # ==============================================================================
@@ -5776,12 +7296,35 @@ class Watcher:
     then: called when the whole range is sent, instead of closing the socket.
     """
 
-    __slots__ = ("chunked", "deaf", "ending", "file", "left", "log", "mask", "pending", "position", "since", "sock", "start",
-                 "then", "tls")
+    __slots__ = (
+        "chunked",
+        "deaf",
+        "ending",
+        "file",
+        "left",
+        "log",
+        "mask",
+        "pending",
+        "position",
+        "since",
+        "sock",
+        "start",
+        "then",
+        "tls",
+    )
 
-    def __init__(self, sock: "socket.socket", log: EventLog | None, start: int, chunked: bool, tls: bool, greeting: bytes,
-                 file: OpenFile | None = None, span: tuple[int, int] = (-1, 0),
-                 then: "Callable[[], None] | None" = None) -> None:
+    def __init__(
+        self,
+        sock: "socket.socket",
+        log: EventLog | None,
+        start: int,
+        chunked: bool,
+        tls: bool,
+        greeting: bytes,
+        file: OpenFile | None = None,
+        span: tuple[int, int] = (-1, 0),
+        then: "Callable[[], None] | None" = None,
+    ) -> None:
         self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
         self.file, self.then = file, then
         # position: in the log or file; -1: unknown until the log has `start` events.  left: bytes to be sent from there.
@@ -6024,6 +7567,7 @@ class Streamer:
             pass  # the peer was faster
         watcher.sock.close()
 
+
 # endregion 21
 # ==============================================================================
 # region 22. Jobs                                              [uses 13, 18, 20]
@@ -6041,7 +7585,7 @@ class Streamer:
 STATE_VERSION = 1
 _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-MAX_SEQ = 10 ** 18  # beyond it jobs are in the order of their times
+MAX_SEQ = 10**18  # beyond it jobs are in the order of their times
 RETRY_S = 5.0  # until a job that has ended tries again to say so, where a full disk forbids it
 ANNOUNCE_S = 1.0  # between two positions that one job is told
 
@@ -6077,9 +7621,13 @@ def claim_state(state: str) -> int:
         if not match:
             raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
         if int(match[1]) > STATE_VERSION:
-            raise UsageError(f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}")
+            raise UsageError(
+                f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}"
+            )
     elif not _is_unmarked_state(state):
-        raise UsageError(f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state")
+        raise UsageError(
+            f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state"
+        )
     lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -6096,8 +7644,11 @@ def _is_unmarked_state(state: str) -> bool:
     """Whether state is empty but for our own output, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
     names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
     jobs = os.path.join(state, "jobs")
-    return names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"} and ("jobs" in names or not names & {"incoming", "guests"}) and (
-        "jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+    return (
+        names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
+        and ("jobs" in names or not names & {"incoming", "guests"})
+        and ("jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+    )
 
 
 def _is_our_output(path: str) -> bool:
@@ -6137,11 +7688,21 @@ class JobRecord(NamedTuple):
             record = cls(**doc | {"request": request})
             result = {"size": 0, "sha256": "0" * 64} if record.result is None else record.result
             failure = {"error": "", "error_type": ""} if record.failure is None else record.failure
-            valid = ([*map(len, (doc, doc["request"], result, failure))] == [len(cls._fields), len(BuildRequest._fields), 2, 2]
-                     and all(type(number) is int and 0 <= number <= MAX_SEQ for number in (record.seq, record.attempts, result["size"]))
-                     and all(type(text) is str for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"]))
-                     and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
-                     and (record.finished_at != "", record.result is not None, record.failure is not None) in _HELD[record.state])
+            valid = (
+                [*map(len, (doc, doc["request"], result, failure))]
+                == [len(cls._fields), len(BuildRequest._fields), 2, 2]
+                and all(
+                    type(number) is int and 0 <= number <= MAX_SEQ
+                    for number in (record.seq, record.attempts, result["size"])
+                )
+                and all(
+                    type(text) is str
+                    for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"])
+                )
+                and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
+                and (record.finished_at != "", record.result is not None, record.failure is not None)
+                in _HELD[record.state]
+            )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             valid = False
         if not valid:
@@ -6158,7 +7719,9 @@ class JobRecord(NamedTuple):
 
     def complete_event(self) -> Payloads:
         """The last event of a job that has ended."""
-        return to_payload({"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}})
+        return to_payload(
+            {"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}}
+        )
 
     @property
     def ended(self) -> bool:
@@ -6174,7 +7737,9 @@ class Job:
         self.writing = threading.Lock()  # its holder writes job.json or a position
         self.position = -1  # the last one emitted
         self.tried_at = float("-inf")  # when that was, or the last try to complete
-        self.halted: tuple[str, str] | None = None  # (error_type, error): why the build must stop; "Parked": it will go on
+        self.halted: tuple[str, str] | None = (
+            None  # (error_type, error): why the build must stop; "Parked": it will go on
+        )
         self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
         self.log: EventLog | None = None  # kept while the job can still emit
 
@@ -6206,11 +7771,23 @@ class Job:
     def to_wire(self) -> dict[str, Any]:
         """The status that clients get."""
         record = self.record
-        source = {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref} if record.request.repo_url else {
-            "source_name": record.request.source_name}
-        return {"job_id": self.id, "status": record.state, **source, "nonce": record.request.nonce, "attempts": record.attempts,
-                "submitted_at": record.submitted_at, "started_at": record.started_at or None, "finished_at": record.finished_at or None,
-                "result": record.result, **(record.failure or {})}
+        source = (
+            {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref}
+            if record.request.repo_url
+            else {"source_name": record.request.source_name}
+        )
+        return {
+            "job_id": self.id,
+            "status": record.state,
+            **source,
+            "nonce": record.request.nonce,
+            "attempts": record.attempts,
+            "submitted_at": record.submitted_at,
+            "started_at": record.started_at or None,
+            "finished_at": record.finished_at or None,
+            "result": record.result,
+            **(record.failure or {}),
+        }
 
     def write_new(self, archive: str | None, grown: Callable[[EventLog], None]) -> EventLog:
         """Make the folder of a new job, durably, and return its log. archive: is moved. Raises OSError."""
@@ -6273,9 +7850,15 @@ def _read_job(jobs: str, job_id: str, grown: Callable[[EventLog], None]) -> Job 
     except Exception as e:  # noqa: BLE001  # nothing in one job's folder may hinder another job
         if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
             return None
-        why = f"{os.path.basename(e.filename or folder)}: {e.strerror}" if isinstance(e, OSError) else f"{e or type(e).__name__}"
+        why = (
+            f"{os.path.basename(e.filename or folder)}: {e.strerror}"
+            if isinstance(e, OSError)
+            else f"{e or type(e).__name__}"
+        )
         logger().error("%s is damaged, and left alone: %s", folder, why)
-        job.record = job.record._replace(state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"})
+        job.record = job.record._replace(
+            state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"}
+        )
     return job
 
 
@@ -6283,14 +7866,20 @@ def _check_file(path: str, size: int | None = None) -> None:
     """Raise Malformed unless path is a regular file, of size bytes where that is given; OSError."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-        raise Malformed(os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes")
+        raise Malformed(
+            os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes"
+        )
 
 
 def _remove_unaccepted(folder: str) -> bool:
     """Remove the folder of a job that was never accepted, and nothing else. False: it is something else."""
     try:
         entries = [] if os.path.islink(folder) else list(os.scandir(folder))
-        if not all(e.is_file(follow_symlinks=False) and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0) for e in entries):
+        if not all(
+            e.is_file(follow_symlinks=False)
+            and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0)
+            for e in entries
+        ):
             return False
         for entry in entries:
             os.unlink(entry)
@@ -6321,10 +7910,23 @@ class Jobs:
     """All jobs of one server. run: builds one job and returns the path of its archive, which is moved away, or raises
     BuildFailed; it appends to job.log and sets job.on_halt. grown: is told of each log that has grown."""
 
-    def __init__(self, state: str, run: "Callable[[Jobs, Job], str]", grown: Callable[[EventLog], None], slots: int = 1,
-                 max_queue: int = 1000, single_use: bool = False) -> None:
+    def __init__(
+        self,
+        state: str,
+        run: "Callable[[Jobs, Job], str]",
+        grown: Callable[[EventLog], None],
+        slots: int = 1,
+        max_queue: int = 1000,
+        single_use: bool = False,
+    ) -> None:
         self._folder = os.path.join(state, "jobs")
-        self._run, self._grown, self._slots, self._max_queue, self._single_use = run, grown, slots, max_queue, single_use
+        self._run, self._grown, self._slots, self._max_queue, self._single_use = (
+            run,
+            grown,
+            slots,
+            max_queue,
+            single_use,
+        )
         self._changed = threading.Condition()
         self._jobs: dict[str, Job] = {}  # guarded by _changed
         self._queue: list[Job] = []  # guarded by _changed; in the order of seq
@@ -6332,8 +7934,12 @@ class Jobs:
         self._accepting = 0  # guarded by _changed; how many are being written for the first time
         self._seq = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
-        self._ending: dict[Job, BuildFailed | dict[str, Any]] = {}  # guarded by _changed; why they failed, or the result; not yet published
-        self._logs: weakref.WeakValueDictionary[str, EventLog] = weakref.WeakValueDictionary()  # guarded by _changed; those that are open
+        self._ending: dict[
+            Job, BuildFailed | dict[str, Any]
+        ] = {}  # guarded by _changed; why they failed, or the result; not yet published
+        self._logs: weakref.WeakValueDictionary[str, EventLog] = (
+            weakref.WeakValueDictionary()
+        )  # guarded by _changed; those that are open
         self._threads: list[threading.Thread] = []
         self.incoming = os.path.join(state, "incoming")
         for folder in (self._folder, self.incoming):
@@ -6344,7 +7950,9 @@ class Jobs:
 
     def start(self) -> None:
         """Take up what an earlier server has left, and begin to build."""
-        found = [_read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)]
+        found = [
+            _read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)
+        ]
         for job in sorted(filter(None, found), key=lambda job: (job.record.seq, job.record.submitted_at)):
             end = job.record.untold_end()
             with self._changed:
@@ -6397,7 +8005,9 @@ class Jobs:
                 self._accepting -= 1
                 self._jobs[job_id], self._logs[job_id] = job, log
                 self._queue.append(job)
-                self._queue.sort(key=lambda job: (job.record.seq, job.record.submitted_at))  # another was faster, perhaps
+                self._queue.sort(
+                    key=lambda job: (job.record.seq, job.record.submitted_at)
+                )  # another was faster, perhaps
                 self._changed.notify_all()
             self._announce(job)
         return job
@@ -6440,9 +8050,13 @@ class Jobs:
             try:
                 log = EventLog(job.events_path, self._grown, os.O_RDONLY)
             except (Malformed, FileNotFoundError) as e:
-                raise Refused(404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}") from None
+                raise Refused(
+                    404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}"
+                ) from None
             if not log.finished:
-                raise Refused(404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end")))
+                raise Refused(
+                    404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end"))
+                )
             with self._changed:
                 log = self._logs.setdefault(job.id, log)  # one file for all who follow it
         return log
@@ -6466,7 +8080,10 @@ class Jobs:
             waiting = job in self._queue
             if waiting:
                 self._queue.remove(job)
-                job.tried_at, self._ending[job] = time.monotonic(), BuildFailed("Cancelled", "cancelled before it was started")
+                job.tried_at, self._ending[job] = (
+                    time.monotonic(),
+                    BuildFailed("Cancelled", "cancelled before it was started"),
+                )
                 self._changed.notify_all()
         if waiting:
             self._complete(job)
@@ -6476,7 +8093,11 @@ class Jobs:
     def halt(self, job: Job, error_type: str, message: str) -> None:
         """A running build stops soon, for this reason; the first one counts. Raises OSError like cancel."""
         with self._changed:
-            if job not in self._running or job.halted is not None and (job.halted[0], error_type) != ("Parked", "Cancelled"):
+            if (
+                job not in self._running
+                or job.halted is not None
+                and (job.halted[0], error_type) != ("Parked", "Cancelled")
+            ):
                 return
             job.halted = (error_type, message)
             stop = job.on_halt
@@ -6573,9 +8194,15 @@ class Jobs:
             if end is None or job.log is None:
                 return  # another thread was faster
             if not job.record.ended:
-                self._update(job, finished_at=utc_now(), **(
-                    {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}} if isinstance(end, BuildFailed) else
-                    {"state": "ok", "failure": None, "result": end}))
+                self._update(
+                    job,
+                    finished_at=utc_now(),
+                    **(
+                        {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
+                        if isinstance(end, BuildFailed)
+                        else {"state": "ok", "failure": None, "result": end}
+                    ),
+                )
             job.log.append(job.record.complete_event())
             with self._changed:
                 del self._ending[job]
@@ -6619,7 +8246,10 @@ GUEST_PORT = 8080  # of the agent, inside of the guest
 MAX_CONSOLE = MIB  # of a guest's console, kept in its workspace
 POWER_OFF_S = 5.0  # for a guest whose standard input has ended; a prototype needed 0.2
 LAST_LINES = 8  # of the console, in an error message
-FIRMWARE_QEMU = (10, 0)  # the first that hands the kernel's file to the firmware as it is (fw_cfg etc/boot/kernel), so that its hash can fit
+FIRMWARE_QEMU = (
+    10,
+    0,
+)  # the first that hands the kernel's file to the firmware as it is (fw_cfg etc/boot/kernel), so that its hash can fit
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_SOCKET_PATH = 107  # unix(7): sun_path has 108 bytes with the NUL
@@ -6633,7 +8263,9 @@ _SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
 # mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
 _CPUID = bytes.fromhex("53 4989f8 89f0 31c9 0fa2 418900 41895804 41894808 4189500c 5b c3")
 _TCG_WARNING = f"{QEMU}: warning: TCG doesn't support requested feature"  # a dozen for each emulated guest
-_CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]")  # terminal sequences, and whatever else could steer a terminal
+_CONSOLE_NOISE = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]"
+)  # terminal sequences, and whatever else could steer a terminal
 
 
 class Guest(NamedTuple):
@@ -6655,6 +8287,7 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
     """The argument vector of guest, with the agent at standard input and output. Pure. qmp: the path of QEMU's monitor, a unix socket;
     console: the file that gets what the guest prints; hashes_page, hashes_gpa: a file, and where in mode "qemu" QEMU puts it for the firmware
     to compare kernel, initrd and command line with. In mode "snp" QEMU makes that page itself."""
+
     def quoted(path: str) -> str:
         return path.replace(",", ",,")  # a single one separates QEMU's options
 
@@ -6662,25 +8295,75 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
     argv = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", _SANDBOX]
     if guest.mode == "snp":
         host_data = base64.b64encode(bytes.fromhex(image.manifest_sha256)).decode("ascii")
-        argv += ["-accel", "kvm", "-machine", "q35,confidential-guest-support=sev0,memory-backend=ram0,kernel-irqchip=split,vmport=off,smm=off",
-                 "-object", f"memory-backend-memfd,id=ram0,size={memory},share=on,prealloc=off",
-                 "-object", (f"sev-snp-guest,id=sev0,cbitpos={guest.cbitpos},reduced-phys-bits=1,policy={_SNP_POLICY:#x},kernel-hashes=on,"
-                             f"host-data={host_data}"), "-bios", image.firmware]
+        argv += [
+            "-accel",
+            "kvm",
+            "-machine",
+            "q35,confidential-guest-support=sev0,memory-backend=ram0,kernel-irqchip=split,vmport=off,smm=off",
+            "-object",
+            f"memory-backend-memfd,id=ram0,size={memory},share=on,prealloc=off",
+            "-object",
+            (
+                f"sev-snp-guest,id=sev0,cbitpos={guest.cbitpos},reduced-phys-bits=1,policy={_SNP_POLICY:#x},kernel-hashes=on,"
+                f"host-data={host_data}"
+            ),
+            "-bios",
+            image.firmware,
+        ]
     else:
-        argv += ["-accel", "tcg,tb-size=64", "-machine", "q35,vmport=off"]  # MiB of translated code: QEMU's default costs 280 MB for a seventh of the time
+        argv += [
+            "-accel",
+            "tcg,tb-size=64",
+            "-machine",
+            "q35,vmport=off",
+        ]  # MiB of translated code: QEMU's default costs 280 MB for a seventh of the time
         if guest.firmware:
-            argv += ["-bios", image.firmware, "-device", f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on"]
-    kind = guest.vcpu_type if guest.mode == "snp" or guest.firmware else "max"  # which an older QEMU knows as well; nothing measures it
-    return [*argv, "-cpu", kind, "-smp", str(guest.vcpus), "-m", memory,
-            "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.append,
-            "-blockdev", f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
-            "-device", f"virtio-blk-pci,drive=tools,{_VIRTIO}",
-            "-netdev", f"user,id=net,restrict={'off' if guest.network else 'on'},hostfwd=tcp:127.0.0.1:0-10.0.2.15:{GUEST_PORT}",
-            "-device", f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
-            "-device", f"virtio-rng-pci,{_VIRTIO}",
-            "-chardev", "stdio,id=agent,signal=off", "-device", f"virtio-serial-pci,{_VIRTIO}", "-device", "virtserialport,chardev=agent,name=confbuild",
-            "-chardev", f"file,id=console,path={quoted(console)}", "-serial", "chardev:console",
-            "-qmp", f"unix:{quoted(qmp)},server=on,wait=off"]
+            argv += [
+                "-bios",
+                image.firmware,
+                "-device",
+                f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on",
+            ]
+    kind = (
+        guest.vcpu_type if guest.mode == "snp" or guest.firmware else "max"
+    )  # which an older QEMU knows as well; nothing measures it
+    return [
+        *argv,
+        "-cpu",
+        kind,
+        "-smp",
+        str(guest.vcpus),
+        "-m",
+        memory,
+        "-kernel",
+        image.kernel,
+        "-initrd",
+        image.initrd,
+        "-append",
+        image.append,
+        "-blockdev",
+        f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
+        "-device",
+        f"virtio-blk-pci,drive=tools,{_VIRTIO}",
+        "-netdev",
+        f"user,id=net,restrict={'off' if guest.network else 'on'},hostfwd=tcp:127.0.0.1:0-10.0.2.15:{GUEST_PORT}",
+        "-device",
+        f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
+        "-device",
+        f"virtio-rng-pci,{_VIRTIO}",
+        "-chardev",
+        "stdio,id=agent,signal=off",
+        "-device",
+        f"virtio-serial-pci,{_VIRTIO}",
+        "-device",
+        "virtserialport,chardev=agent,name=confbuild",
+        "-chardev",
+        f"file,id=console,path={quoted(console)}",
+        "-serial",
+        "chardev:console",
+        "-qmp",
+        f"unix:{quoted(qmp)},server=on,wait=off",
+    ]
 
 
 def _ask_qemu(*arguments: str) -> tuple[int, bytes]:
@@ -6710,6 +8393,7 @@ class Host(NamedTuple):
 def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
     """(EAX, EBX) of the leaf that tells of encrypted memory, both 0 where the processor has none: EAX bit 4 is SEV-SNP, EBX[5:0] the
     C-bit's position. From the kernel's file at path, or, since that is root's, from the processor itself."""
+
     def ask(leaf: int) -> tuple[int, int]:
         try:
             with open(path, "rb", buffering=0) as f:
@@ -6718,7 +8402,9 @@ def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
             registers = _run_cpuid(leaf)
         return int.from_bytes(registers[:4], "little"), int.from_bytes(registers[4:8], "little")
 
-    return ask(_SEV_LEAF) if ask(0x80000000)[0] >= _SEV_LEAF else (0, 0)  # beyond the last leaf others answer with anything
+    return (
+        ask(_SEV_LEAF) if ask(0x80000000)[0] >= _SEV_LEAF else (0, 0)
+    )  # beyond the last leaf others answer with anything
 
 
 def _run_cpuid(leaf: int) -> bytes:
@@ -6732,7 +8418,9 @@ def _run_cpuid(leaf: int) -> bytes:
     code.write(_CPUID)
     registers = (ctypes.c_uint32 * 4)()
     anchor = ctypes.c_char.from_buffer(code)
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32)(ctypes.addressof(anchor))(ctypes.addressof(registers), leaf)
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32)(ctypes.addressof(anchor))(
+        ctypes.addressof(registers), leaf
+    )
     del anchor  # or the map cannot be closed
     code.close()
     return bytes(registers)
@@ -6741,20 +8429,40 @@ def _run_cpuid(leaf: int) -> bytes:
 def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
     """What an SEV-SNP guest needs of this machine: each Check has in `actual` what is wrong and in `detail` what to do about it. Starts nothing but a QEMU
     that prints its version and its help."""
+
     def check(name: str, problem: str, remedy: str) -> Check:
         return Check(name, "failed" if problem else "passed", actual=problem, detail=remedy if problem else "")
 
     version = qemu_version()
-    found = f"{QEMU} is {version[0]}.{version[1]}, and has no sev-snp-guest" if version else f"there is no {QEMU} in PATH"
+    found = (
+        f"{QEMU} is {version[0]}.{version[1]}, and has no sev-snp-guest" if version else f"there is no {QEMU} in PATH"
+    )
     knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
     eax, _ = sev_cpuid(host.cpuid)
     return [
         check("QEMU", "" if knows else found, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
-        check("KVM", _kvm_problem(host), "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
-              "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER"),
-        check("kvm_amd", _parameter_problem(host.sev_snp), "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off"),
-        check("/dev/sev", _open_problem(host.sev), 'load ccp, and open the device to this user, by a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"'),
-        check("processor", "" if eax >> 4 & 1 else "CPUID 0x8000001F has no SEV-SNP", "run on an AMD EPYC 7003 or later, not inside of another VM")]
+        check(
+            "KVM",
+            _kvm_problem(host),
+            "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
+            "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER",
+        ),
+        check(
+            "kvm_amd",
+            _parameter_problem(host.sev_snp),
+            "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off",
+        ),
+        check(
+            "/dev/sev",
+            _open_problem(host.sev),
+            'load ccp, and open the device to this user, by a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"',
+        ),
+        check(
+            "processor",
+            "" if eax >> 4 & 1 else "CPUID 0x8000001F has no SEV-SNP",
+            "run on an AMD EPYC 7003 or later, not inside of another VM",
+        ),
+    ]
 
 
 def _open_problem(path: str) -> str:
@@ -6832,7 +8540,11 @@ def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> 
 
 def forwarded_port(usernet: Any) -> int:
     """The port of this machine that leads to the agent, out of what QEMU prints for `info usernet`. Raises BuildFailed VmError."""
-    found = re.findall(rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} ", str(usernet), re.MULTILINE)
+    found = re.findall(
+        rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} ",
+        str(usernet),
+        re.MULTILINE,
+    )
     if len(found) != 1:
         raise BuildFailed("VmError", "QEMU does not say which port it forwards")
     return int(found[0])
@@ -6893,15 +8605,24 @@ class QemuVm:
             if self._gone:
                 raise BuildFailed("VmError", "the VM was destroyed before it was started")
             if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
-                raise BuildFailed("VmError", f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name")
+                raise BuildFailed(
+                    "VmError", f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name"
+                )
             try:
                 with room_on(self._disk):
                     argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
                     kept = open(os.path.join(self._workspace, "console"), "wb", buffering=0)  # noqa: SIM115  # "console" closes it
                 try:
-                    child = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=self._workspace,
-                                             env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace}, start_new_session=True,
-                                             preexec_fn=_bound_to_parent())
+                    child = subprocess.Popen(
+                        argv,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        cwd=self._workspace,
+                        env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace},
+                        start_new_session=True,
+                        preexec_fn=_bound_to_parent(),
+                    )
                 except BaseException:
                     kept.close()
                     raise
@@ -6916,7 +8637,12 @@ class QemuVm:
                     stream.close()
                 raise BuildFailed("VmError", f"QEMU's console cannot be read: {e}") from None
             self._reader = reader
-            config = {"token": self.token, "platform": self.platform, "network": "open" if self._guest.network else "none", **self._config}
+            config = {
+                "token": self.token,
+                "platform": self.platform,
+                "network": "open" if self._guest.network else "none",
+                **self._config,
+            }
             _configure(child, config)  # whose end tells the guest to power off
             return child.pid
 
@@ -6927,7 +8653,12 @@ class QemuVm:
             return "", 0
         with open(image.firmware, "rb") as f:
             firmware = parse_firmware(f.read())
-        gpa, page = hashes_page(firmware, boot_hashes(bytes.fromhex(file_sha256(image.kernel)), bytes.fromhex(file_sha256(image.initrd)), image.append))
+        gpa, page = hashes_page(
+            firmware,
+            boot_hashes(
+                bytes.fromhex(file_sha256(image.kernel)), bytes.fromhex(file_sha256(image.initrd)), image.append
+            ),
+        )
         path = os.path.join(self._workspace, "hashes")
         with open(path, "wb") as out:
             out.write(page)
@@ -6951,7 +8682,9 @@ class QemuVm:
                     block = os.read(key.fd, BLOCK)
                     if key.fileobj is agent:
                         self._answer += block[:64]
-                        if not block or b"\n" in block or len(self._answer) > 16:  # what the agent says later, nobody reads
+                        if (
+                            not block or b"\n" in block or len(self._answer) > 16
+                        ):  # what the agent says later, nobody reads
                             selector.unregister(agent)
                             self._spoken.set()
                         continue
@@ -6990,9 +8723,15 @@ class QemuVm:
             raise self._failure(f"the VM did not boot within {timeout_s:g} s")
         if self._answer != b"%d\n" % GUEST_PORT:
             self._join(5)  # QEMU's last words may still be on their way
-            raise self._failure(f"the agent said {self._answer[:16]!r}, not its port" if self._answer else "the VM ended while it booted")
+            raise self._failure(
+                f"the agent said {self._answer[:16]!r}, not its port"
+                if self._answer
+                else "the VM ended while it booted"
+            )
         try:
-            self.port = forwarded_port(ask_monitor(self._monitor, "human-monitor-command", timeout_s, **{"command-line": "info usernet"}))
+            self.port = forwarded_port(
+                ask_monitor(self._monitor, "human-monitor-command", timeout_s, **{"command-line": "info usernet"})
+            )
         except BuildFailed as e:
             raise self._failure(str(e)) from None
 
@@ -7074,6 +8813,7 @@ def console_text(line: str) -> str:
     """A line of a guest's console as it may be shown: printable ASCII, at most 400 characters."""
     return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
 
+
 # endregion 23
 # ==============================================================================
 # region 24. VMs                           [uses 12, 13, 14, 17, 18, 20, 22, 23]
@@ -7093,7 +8833,8 @@ HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILUR
 # A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
 _PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n')
+    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n'
+)
 
 
 class SimulatedVm:
@@ -7103,16 +8844,28 @@ class SimulatedVm:
     platform, networked = "simulated", True
     label = ""  # what `vm` events call it: there are none
 
-    def __init__(self, policy: SourcePolicy, env: Sequence[str] = (), command: str = "agent", config: Mapping[str, Any] | None = None,
-                 sandbox: Sandbox | None = None) -> None:
+    def __init__(
+        self,
+        policy: SourcePolicy,
+        env: Sequence[str] = (),
+        command: str = "agent",
+        config: Mapping[str, Any] | None = None,
+        sandbox: Sandbox | None = None,
+    ) -> None:
         self.token = secrets.token_urlsafe(32)
         self.port = 0  # of the loopback interface, once it is ready
         self.workspace = make_workspace(TMPDIR)
-        self.policy, self._env, self._command, self._config = policy, build_environment(self.workspace, os.environ, env), command, {
-            **(config or {}), "sandbox": sandbox and sandbox._asdict()}
+        self.policy, self._env, self._command, self._config = (
+            policy,
+            build_environment(self.workspace, os.environ, env),
+            command,
+            {**(config or {}), "sandbox": sandbox and sandbox._asdict()},
+        )
         self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
         self._lock = threading.Lock()
-        self._reading = threading.Lock()  # its holder reads what the child says, or closes it; never held together with _lock
+        self._reading = (
+            threading.Lock()
+        )  # its holder reads what the child says, or closes it; never held together with _lock
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
 
@@ -7124,8 +8877,15 @@ class SimulatedVm:
             with room_on(TMPDIR):
                 for folder in BUILD_FOLDERS:
                     os.mkdir(os.path.join(self.workspace, folder), 0o700)
-            self._child = subprocess.Popen([*own_program(), self._command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           cwd=self.workspace, env=self._env, start_new_session=True, pass_fds=self._fds)
+            self._child = subprocess.Popen(
+                [*own_program(), self._command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=self.workspace,
+                env=self._env,
+                start_new_session=True,
+                pass_fds=self._fds,
+            )
             config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
             _configure(self._child, config)  # which ends with the server, and tells the agent so
             return self._child.pid
@@ -7177,7 +8937,9 @@ class SimulatedVm:
             with survive(f"{self.workspace} is not removed"):
                 remove_tree(self.workspace)
         if child is not None:
-            with self._reading:  # whoever reads has seen the end by now; a file that is closed under it would never wake it
+            with (
+                self._reading
+            ):  # whoever reads has seen the end by now; a file that is closed under it would never wake it
                 _pipe(child.stdout).close()
 
 
@@ -7209,19 +8971,39 @@ class VmHost:
     VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
     many VMs wait for a build; console: whether what a guest prints while it boots becomes `vm` events; expected: of every bundle, beside the job's nonce."""
 
-    def __init__(self, make_vm: Callable[[], Vm], make_fetcher: Callable[[str, str], SimulatedVm], boot_timeout_s: float = BOOT_TIMEOUT_S,
-                 build_timeout_s: float = BUILD_TIMEOUT_S, max_log: int = MAX_LOG, reap: bool = False, warm: int = 0, console: bool = False, expected: Expectations = Expectations()) -> None:  # noqa: B008  # immutable
+    def __init__(
+        self,
+        make_vm: Callable[[], Vm],
+        make_fetcher: Callable[[str, str], SimulatedVm],
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+        build_timeout_s: float = BUILD_TIMEOUT_S,
+        max_log: int = MAX_LOG,
+        reap: bool = False,
+        warm: int = 0,
+        console: bool = False,
+        expected: Expectations = Expectations(),
+    ) -> None:  # noqa: B008  # immutable
         tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
-        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = make_vm, make_fetcher, boot_timeout_s, build_timeout_s
+        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = (
+            make_vm,
+            make_fetcher,
+            boot_timeout_s,
+            build_timeout_s,
+        )
         self._max_log, self._reap, self._warm, self._console, self._expected = max_log, reap, warm, console, expected
         self._spawning = threading.Lock()
         self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
-        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # who exec'ed us had children of its own
+        self._foreign = (
+            frozenset(descendants(os.getpid())) if reap else frozenset()
+        )  # who exec'ed us had children of its own
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
         self._booting: Vm | None = None  # guarded by _changed; what will be a spare
         self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
-        self._failures, self._failure = 0, ""  # guarded by _changed; how many spares did not boot, and why the last did not
+        self._failures, self._failure = (
+            0,
+            "",
+        )  # guarded by _changed; how many spares did not boot, and why the last did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -7283,7 +9065,9 @@ class VmHost:
             dead = [vm for vm in self._spares if not vm.is_alive()]
             self._spares = [vm for vm in self._spares if vm not in dead]
             if not dead:
-                self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)  # and look whether all still live
+                self._changed.wait_for(
+                    lambda: self._stopping or self._lacks_spares_locked(), 1.0
+                )  # and look whether all still live
             if self._stopping:
                 return False
             wanted = self._lacks_spares_locked()
@@ -7331,7 +9115,10 @@ class VmHost:
             before, self._waiting = self._failures, self._waiting + 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._living_locked() or self._failures > before or self._stopping, self._boot_timeout_s + RETRY_S)
+                self._changed.wait_for(
+                    lambda: self._living_locked() or self._failures > before or self._stopping,
+                    self._boot_timeout_s + RETRY_S,
+                )
             finally:
                 self._waiting -= 1
             for vm in self._living_locked():
@@ -7360,7 +9147,10 @@ class VmHost:
             data = answer.read(MAX_JSON + 1)
             doc = parse_json(data, "evidence of the VM")
             if answer.status != 200:
-                raise BuildFailed("AttestationError", f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}")
+                raise BuildFailed(
+                    "AttestationError",
+                    f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}",
+                )
             return data
         except (OSError, http.client.HTTPException, Malformed) as e:
             raise BuildFailed("VmError", f"the VM does not attest: {e or type(e).__name__}") from None
@@ -7388,14 +9178,18 @@ class VmHost:
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
             jobs.when_halted(job, vm.destroy)
-            if vm.port and not vm.is_alive():  # a spare that has died meanwhile: the build was accepted, and gets another VM
+            if (
+                vm.port and not vm.is_alive()
+            ):  # a spare that has died meanwhile: the build was accepted, and gets another VM
                 self._destroy(vm)
                 vm = self._make_vm()
                 jobs.when_halted(job, vm.destroy)
             if not vm.port:
                 self._tell(job, vm, "booting")
                 if self._console and isinstance(vm, QemuVm):
-                    vm.console = _limit_rate(lambda line: self._tell(job, vm, f"console, which is the host's word: {line}"))
+                    vm.console = _limit_rate(
+                        lambda line: self._tell(job, vm, f"console, which is the host's word: {line}")
+                    )
                 self._boot(vm)
                 if isinstance(vm, QemuVm):
                     vm.hush()  # of later phases no `vm` event may come
@@ -7427,7 +9221,9 @@ class VmHost:
             self._alive[fetcher] = fetcher.spawn()
         answer = json.loads(fetcher.read_line(self._build_timeout_s) or b"{}")
         if "name" not in answer:
-            raise BuildFailed(answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended"))
+            raise BuildFailed(
+                answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended")
+            )
         archive = os.path.join(fetcher.workspace, "source.tar.gz")
         if os.path.getsize(archive) > fetcher.policy.max_archive:
             raise limit_error(f"the repository packs to more than {fetcher.policy.max_archive} bytes")
@@ -7435,6 +9231,7 @@ class VmHost:
 
     def _kill_strays(self) -> None:
         """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
+
         def strays() -> list[int]:
             with self._spawning:
                 # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
@@ -7455,14 +9252,25 @@ class VmHost:
         connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
         try:
             body, size = request_body(request, source)
-            connection.request("POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)})
+            connection.request(
+                "POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)}
+            )
             answer = connection.getresponse()
             doc = parse_json(answer.read(MIB), "answer of the VM")
-            if answer.status != 200 or not isinstance(doc, dict) or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id"))):
-                raise BuildFailed("LimitError" if answer.status == 507 else "VmError", f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}")
+            if (
+                answer.status != 200
+                or not isinstance(doc, dict)
+                or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id")))
+            ):
+                raise BuildFailed(
+                    "LimitError" if answer.status == 507 else "VmError",
+                    f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}",
+                )
             path = f"/build/{doc['job_id']}"
             connection.request("GET", path + "/events", headers=headers)
-            failure = relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
+            failure = (
+                relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
+            )
             connection.close()
             if failure is not None:
                 raise failure
@@ -7497,7 +9305,9 @@ def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[by
     return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
 
 
-def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
+def relay_events(
+    response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = ""
+) -> BuildFailed | None:
     """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
 
     What comes is checked, not believed: known phases that never run backwards, exactly their keys.  `queued` and `vm` are the host's to
@@ -7520,7 +9330,9 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
         frames, text = text[:end], text[end:]
         plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
         messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
-        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):  # nearly every block is all build events
+        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(
+            messages
+        ):  # nearly every block is all build events
             reached = PHASES.index("build")
             log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
             continue
@@ -7534,9 +9346,16 @@ def relay_events(response: "http.client.HTTPResponse", log: EventLog, max_log: i
             if kind in ("queued", "vm"):
                 if not noted and event != {"type": "queued", "position": 0}:  # which every agent says, of its own queue
                     noted = True
-                    logger().warning("job %s: the VM said what only its host may say, which is dropped: %.200a", name, event)
+                    logger().warning(
+                        "job %s: the VM said what only its host may say, which is dropped: %.200a", name, event
+                    )
                 continue
-            if kind is None or set(event) != {"type", "msg"} or event["type"] not in PHASES[reached:] or not isinstance(event["msg"], str):
+            if (
+                kind is None
+                or set(event) != {"type", "msg"}
+                or event["type"] not in PHASES[reached:]
+                or not isinstance(event["msg"], str)
+            ):
                 raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
             reached, payloads = PHASES.index(event["type"]), to_payloads(event["type"], [event["msg"]])
             if len(payloads.parts[0]) > 2 * MIB:  # as the log writes it, which escapes more than others
@@ -7549,13 +9368,26 @@ def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
     if event == {"type": "complete", "result": {"status": "ok"}}:
         return None
     outcome = event.get("result")
-    if set(event) != {"type", "result"} or not isinstance(outcome, dict) or set(outcome) != {"status", "error", "error_type"} or not (
-            outcome["status"] == "failed" and isinstance(outcome["error"], str) and isinstance(outcome["error_type"], str)) or (
-            outcome["error_type"] not in FAILURES):
+    if (
+        set(event) != {"type", "result"}
+        or not isinstance(outcome, dict)
+        or set(outcome) != {"status", "error", "error_type"}
+        or not (
+            outcome["status"] == "failed"
+            and isinstance(outcome["error"], str)
+            and isinstance(outcome["error_type"], str)
+        )
+        or (outcome["error_type"] not in FAILURES)
+    ):
         raise BuildFailed("VmError", "the VM ended the build with a result that is none")
     if outcome["error_type"] in HOST_FAILURES:
-        raise BuildFailed("VmError", f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}")
-    return BuildFailed(outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"])
+        raise BuildFailed(
+            "VmError",
+            f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}",
+        )
+    return BuildFailed(
+        outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"]
+    )
 
 
 def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:
@@ -7583,10 +9415,15 @@ def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expec
         verdict = verify_bundle(read_bundle(path), expected, utc_time(time.time()))
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
-    failed = [check.name + (f" ({check.detail})" if check.name == "VEK form" else "") for check in verdict.checks if check.status == "failed"]
+    failed = [
+        check.name + (f" ({check.detail})" if check.name == "VEK form" else "")
+        for check in verdict.checks
+        if check.status == "failed"
+    ]
     if verdict.verdict == "failed":
         raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
     return path
+
 
 # endregion 24
 # ==============================================================================
@@ -7650,28 +9487,115 @@ class Route(NamedTuple):
 
 ROUTES = (
     Route("GET", "/health", "health", "Whether the server answers", "text/plain", {200: "ok"}),
-    Route("POST", "/build", "submit", "Submit a build", "application/json",
-          {200: "accepted: {\"job_id\": UUID}", 400: "not JSON; nonce, source, URL, ref or archive refused", 409: "single-use, and used",
-           411: "no Content-Length", 413: "body too large", 415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
-           503: "shutting down, or too many uploads at a time", 507: "the disk of the server is full"}),
-    Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live", "text/event-stream",
-          {200: "events", 204: "nothing after N, and complete", 400: "bad from", 404: "no such build, or its log is damaged", 503: "too many streams"}),
-    Route("GET", "/build/{id}/result", "result", "Download the bundle", "application/gzip",
-          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "none, or not yet", 416: "no such range",
-           503: "too many streams"}),
-    Route("GET", "/build/{id}", "status", "The status of a build", "application/json", {200: "status", 404: "no such build"}),
-    Route("DELETE", "/build/{id}", "cancel", "Cancel a build", "application/json", {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"}),
-    Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", "application/json", {200: "an array of status"}),
+    Route(
+        "POST",
+        "/build",
+        "submit",
+        "Submit a build",
+        "application/json",
+        {
+            200: 'accepted: {"job_id": UUID}',
+            400: "not JSON; nonce, source, URL, ref or archive refused",
+            409: "single-use, and used",
+            411: "no Content-Length",
+            413: "body too large",
+            415: "not application/json",
+            422: "JSON of the wrong shape",
+            429: "queue full",
+            503: "shutting down, or too many uploads at a time",
+            507: "the disk of the server is full",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}/events",
+        "events",
+        "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
+        "text/event-stream",
+        {
+            200: "events",
+            204: "nothing after N, and complete",
+            400: "bad from",
+            404: "no such build, or its log is damaged",
+            503: "too many streams",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}/result",
+        "result",
+        "Download the bundle",
+        "application/gzip",
+        {
+            200: "the archive",
+            206: "a range of it",
+            304: "unchanged",
+            404: "none, or not yet",
+            416: "no such range",
+            503: "too many streams",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}",
+        "status",
+        "The status of a build",
+        "application/json",
+        {200: "status", 404: "no such build"},
+    ),
+    Route(
+        "DELETE",
+        "/build/{id}",
+        "cancel",
+        "Cancel a build",
+        "application/json",
+        {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"},
+    ),
+    Route(
+        "GET",
+        "/builds",
+        "list_builds",
+        f"The last {MAX_LISTED} builds, newest first",
+        "application/json",
+        {200: "an array of status"},
+    ),
     Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
-    Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=", "application/json",
-          {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"}),
+    Route(
+        "GET",
+        "/attestation",
+        "attestation",
+        "Evidence of the VM that waits for a build, for ?nonce=",
+        "application/json",
+        {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"},
+    ),
     Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
 )
-REASONS = {200: "OK", 204: "No Content", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
-           405: "Method Not Allowed", 408: "Request Timeout", 409: "Conflict", 411: "Length Required", 413: "Content Too Large",
-           414: "URI Too Long", 415: "Unsupported Media Type", 416: "Range Not Satisfiable", 421: "Misdirected Request",
-           422: "Unprocessable Content", 429: "Too Many Requests", 431: "Request Header Fields Too Large", 500: "Internal Server Error",
-           501: "Not Implemented", 503: "Service Unavailable", 505: "HTTP Version Not Supported", 507: "Insufficient Storage"}
+REASONS = {
+    200: "OK",
+    204: "No Content",
+    206: "Partial Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    411: "Length Required",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
+    421: "Misdirected Request",
+    422: "Unprocessable Content",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
+}
 
 
 BUSY = {"Retry-After": "10"}
@@ -7679,14 +9603,28 @@ BUSY = {"Retry-After": "10"}
 
 def problem(refused: Refused) -> Response:
     """Problem details [RFC9457] with the two names of the `complete` event."""
-    doc = {"type": "about:blank", "title": REASONS.get(refused.status, "Error"), "status": refused.status, "detail": str(refused),
-           "error": str(refused), "error_type": refused.error_type}
-    return Response(refused.status, {"Content-Type": "application/problem+json", **refused.headers}, compact_json(doc).encode("ascii"))
+    doc = {
+        "type": "about:blank",
+        "title": REASONS.get(refused.status, "Error"),
+        "status": refused.status,
+        "detail": str(refused),
+        "error": str(refused),
+        "error_type": refused.error_type,
+    }
+    return Response(
+        refused.status,
+        {"Content-Type": "application/problem+json", **refused.headers},
+        compact_json(doc).encode("ascii"),
+    )
 
 
 def json_response(value: Any) -> Response:
     """200 with JSON."""
-    return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, compact_json(value).encode("ascii") + b"\n")
+    return Response(
+        200,
+        {"Content-Type": "application/json", "Cache-Control": "no-store"},
+        compact_json(value).encode("ascii") + b"\n",
+    )
 
 
 class Base64File:
@@ -7705,7 +9643,7 @@ class Base64File:
         self._escaped = b""
         if b"\\" in piece:  # \/ or \u002b, which some encoders write
             cut = piece.rfind(b"\\", max(0, len(piece) - 5))
-            if cut >= 0 and not (piece[cut + 1:cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
+            if cut >= 0 and not (piece[cut + 1 : cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
                 piece, self._escaped = piece[:cut], piece[cut:]
             try:
                 piece = json.loads(b'"' + piece + b'"').encode("ascii")
@@ -7792,13 +9730,13 @@ class BodyReader:
         match = self._INSIDE.search(block, at)
         end = match.end() if match else len(block)
         self.kept += block[at:end]
-        self._string += block[at:match.start() if match else end]
+        self._string += block[at : match.start() if match else end]
         if match:
             self._state = "outside" if match[0] == b'"' else "escape"
         return end
 
     def _escape(self, block: bytes, at: int) -> int:
-        self.kept += block[at:at + 1]
+        self.kept += block[at : at + 1]
         self._string += b"\\"  # a name with an escape is not ours
         self._state = "inside"
         return at + 1
@@ -7817,9 +9755,23 @@ class Api:
     """The functions behind ROUTES. config: what GET /config answers; attest: nonce -> evidence of the VM that waits, or raises ConfbuildError;
     greeting: the comment that begins every event stream; crowded: whether no further stream can be served."""
 
-    def __init__(self, jobs: Jobs, policy: SourcePolicy, config: Mapping[str, Any], attest: Callable[[str], bytes], greeting: bytes = b"",
-                 crowded: Callable[[], bool] = lambda: False) -> None:
-        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = jobs, policy, greeting, crowded, config, attest
+    def __init__(
+        self,
+        jobs: Jobs,
+        policy: SourcePolicy,
+        config: Mapping[str, Any],
+        attest: Callable[[str], bytes],
+        greeting: bytes = b"",
+        crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = (
+            jobs,
+            policy,
+            greeting,
+            crowded,
+            config,
+            attest,
+        )
         self._openapi = openapi_document()
 
     def health(self, _: Request) -> Response:
@@ -7871,7 +9823,12 @@ class Api:
         log, start = self.jobs.log_of(job), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
-        return Response(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}, log=log, start=start)
+        return Response(
+            200,
+            {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            log=log,
+            start=start,
+        )
 
     def _check_room(self) -> None:
         if self.crowded():
@@ -7897,10 +9854,14 @@ class Api:
             raise Refused(500, "InternalError", f"the archive on the server is damaged: {e}") from None
         if file.size != size:
             raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
-        headers = {"Content-Type": "application/gzip", "ETag": f'"{digest}"', "Accept-Ranges": "bytes",
-                   "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
-                   "Cache-Control": "private, max-age=31536000, immutable",
-                   "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"'}
+        headers = {
+            "Content-Type": "application/gzip",
+            "ETag": f'"{digest}"',
+            "Accept-Ranges": "bytes",
+            "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
+        }
         known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
         if headers["ETag"] in known or "*" in known:
             return Response(304, headers)
@@ -7913,7 +9874,9 @@ class Api:
         first = int(match[1]) if match[1] else max(0, size - int(match[2]))
         last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
         if first > last:
-            raise Refused(416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"})
+            raise Refused(
+                416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"}
+            )
         headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         return Response(206, headers, file=file, span=(first, last - first + 1))
 
@@ -7948,7 +9911,7 @@ class Api:
             reader.feed(block)
             length -= len(block)
         try:
-            doc = parse_json(bytes(reader.kept), "body", 32, 2 ** 53)
+            doc = parse_json(bytes(reader.kept), "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
         if not isinstance(doc, dict):
@@ -7984,21 +9947,56 @@ def openapi_document() -> dict[str, Any]:
     """OpenAPI 3.1, made from ROUTES."""
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        parameters = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}] if "{id}" in route.path else []
+        parameters = (
+            [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}]
+            if "{id}" in route.path
+            else []
+        )
         if route.name == "attestation":
-            parameters.append({"name": "nonce", "in": "query", "required": True, "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}})
+            parameters.append(
+                {
+                    "name": "nonce",
+                    "in": "query",
+                    "required": True,
+                    "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"},
+                }
+            )
         if route.name == "events":
-            parameters.append({"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}})
-        operation: dict[str, Any] = {"operationId": route.name, "summary": route.summary, "parameters": parameters, "responses": {
-            str(status): {"description": text, "content": {
-                route.media_type if status < 300 else "application/problem+json": {}}} if status not in (204, 304) else {"description": text}
-            for status, text in route.answers.items()}}
+            parameters.append(
+                {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+            )
+        operation: dict[str, Any] = {
+            "operationId": route.name,
+            "summary": route.summary,
+            "parameters": parameters,
+            "responses": {
+                str(status): {
+                    "description": text,
+                    "content": {route.media_type if status < 300 else "application/problem+json": {}},
+                }
+                if status not in (204, 304)
+                else {"description": text}
+                for status, text in route.answers.items()
+            },
+        }
         if route.name == "submit":
-            fields = {name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
+            fields = {
+                name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")
+            }
             fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": {
-                "type": "object", "required": ["nonce"], "properties": fields,
-                "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}]}}}}
+            operation["requestBody"] = {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": {
+                            "type": "object",
+                            "required": ["nonce"],
+                            "properties": fields,
+                            "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
+                        }
+                    }
+                },
+            }
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
 
@@ -8033,8 +10031,12 @@ class Gate(NamedTuple):
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
         # Every token is compared, each in constant time.
-        if scheme.lower() != "bearer" or not any([hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]):  # noqa: C419
-            raise Refused(401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'})
+        if scheme.lower() != "bearer" or not any(
+            [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
+        ):  # noqa: C419
+            raise Refused(
+                401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'}
+            )
 
 
 class Head(NamedTuple):
@@ -8057,6 +10059,7 @@ def parse_head(data: bytes) -> Head:
 
     A line may also end with LF alone [RFC9112 2.2]. A field that occurs twice becomes a list [RFC9110 5.3].
     """
+
     def bad(reason: str, status: int = 400) -> Refused:
         return Refused(status, "BadRequest", reason)
 
@@ -8085,16 +10088,23 @@ def parse_head(data: bytes) -> Head:
         raise bad("the request needs one Host field, HOST or HOST:PORT")
     absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
     if absolute:  # its host counts instead of the field's [RFC9112 3.2.2]
-        headers["host"], target = absolute[1], "/" + target[absolute.end():]
-    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (target[0] != "/" and target != "*" and method != "CONNECT"):
+        headers["host"], target = absolute[1], "/" + target[absolute.end() :]
+    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (
+        target[0] != "/" and target != "*" and method != "CONNECT"
+    ):
         raise bad("the target is neither a path nor a URL")
     return Head(method, target, minor, headers)
 
 
 def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
     """Return the head of an answer. close: nothing follows it on its connection."""
-    headers = {"Server": f"confbuild/{__version__}", "Date": email.utils.formatdate(usegmt=True), **response.headers,
-               "X-Request-Id": request_id, "X-Content-Type-Options": "nosniff"}
+    headers = {
+        "Server": f"confbuild/{__version__}",
+        "Date": email.utils.formatdate(usegmt=True),
+        **response.headers,
+        "X-Request-Id": request_id,
+        "X-Content-Type-Options": "nosniff",
+    }
     if chunked:
         headers["Transfer-Encoding"] = "chunked"
     elif response.log is None and response.status not in (204, 304):
@@ -8109,8 +10119,19 @@ def encode_head(response: Response, request_id: str, close: bool, chunked: bool 
 class Connection:
     """A client's connection. Its owner is one thread at a time: "accept", that of a request, or the streamer's."""
 
-    __slots__ = ("address", "buffer", "closing", "deadline", "end", "mask", "pending", "searched", "shaking", "sock",
-                 "tls")
+    __slots__ = (
+        "address",
+        "buffer",
+        "closing",
+        "deadline",
+        "end",
+        "mask",
+        "pending",
+        "searched",
+        "shaking",
+        "sock",
+        "tls",
+    )
 
     def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
         self.sock, self.address, self.tls, self.deadline = sock, address, tls, deadline
@@ -8127,7 +10148,7 @@ class Connection:
             return self.end > 0
         if not self.searched:
             empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
-            del self.buffer[:empty.end() if empty else 0]
+            del self.buffer[: empty.end() if empty else 0]
         found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
         self.end = found.end() if found else len(self.buffer) if len(self.buffer) > MAX_HEAD else 0
         self.searched = len(self.buffer) if self.buffer != b"\r" else 0
@@ -8135,8 +10156,8 @@ class Connection:
 
     def take_head(self) -> bytes:
         """Return the head, and leave what follows it."""
-        data = bytes(self.buffer[:self.end])
-        del self.buffer[:self.end]
+        data = bytes(self.buffer[: self.end])
+        del self.buffer[: self.end]
         self.searched = self.end = 0
         return data
 
@@ -8166,7 +10187,14 @@ class Exchange:
                 response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
             elif isinstance(e, OSError) and is_full(e):
                 logger().error("%s: %s", line, e)
-                response = problem(Refused(507, "InsufficientStorage", f"the disk of the server is full: {e.strerror}", {"Retry-After": "60"}))
+                response = problem(
+                    Refused(
+                        507,
+                        "InsufficientStorage",
+                        f"the disk of the server is full: {e.strerror}",
+                        {"Retry-After": "60"},
+                    )
+                )
             else:
                 logger().exception("%s", line)
                 response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
@@ -8181,9 +10209,17 @@ class Exchange:
         if response.log is None and response.file is None:
             c.pending += response.body
             return None
-        watcher = Watcher(c.sock, response.log, response.start, chunked, c.tls,
-                          self._server.api.greeting if response.log else b"", response.file,
-                          response.span if response.file else (-1, 0), functools.partial(self._server.take, c))
+        watcher = Watcher(
+            c.sock,
+            response.log,
+            response.start,
+            chunked,
+            c.tls,
+            self._server.api.greeting if response.log else b"",
+            response.file,
+            response.span if response.file else (-1, 0),
+            functools.partial(self._server.take, c),
+        )
         watcher.pending, c.pending = c.pending + watcher.pending, b""
         return watcher
 
@@ -8247,8 +10283,9 @@ class Server:
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
 
-    def __init__(self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer,
-                 tls: "ssl.SSLContext | None" = None) -> None:
+    def __init__(
+        self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None
+    ) -> None:
         self.api, self.gate, self._streamer, self._tls = api, gate, streamer, tls
         self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -8350,7 +10387,7 @@ class Server:
                 c.sock.do_handshake()  # type: ignore[attr-defined]
                 c.shaking = False
             while c.pending:
-                c.pending = c.pending[c.sock.send(c.pending):]
+                c.pending = c.pending[c.sock.send(c.pending) :]
                 c.deadline = time.monotonic() + (STALL_S if c.pending else self._rest(c))
             if c.closing:
                 c.sock.shutdown(socket.SHUT_WR)  # closing at once would take the answer away from one who still sends
@@ -8458,6 +10495,7 @@ class Server:
         self._leave(c)
         c.sock.close()
 
+
 # endregion 25
 # ==============================================================================
 # region 26. Agent                         [uses 13, 14, 16, 18, 20, 21, 22, 25]
@@ -8470,6 +10508,7 @@ class Server:
 
 def _start_lifeline(end: Callable[[], None]) -> None:
     """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
+
     def follow() -> None:
         with survive("standard input"):
             while sys.stdin.buffer.read(1):
@@ -8483,10 +10522,14 @@ def _kill_and_sweep(workspace: str) -> NoReturn:
     """Whatever this process has started is dead, and it becomes one that removes workspace."""
     with survive("what a build has started may live on"):
         kill_all(lambda: descendants(os.getpid()))
-    os.execv(sys.executable, [*own_program(), "sweep", workspace])  # ends the other threads, which may still write there
+    os.execv(
+        sys.executable, [*own_program(), "sweep", workspace]
+    )  # ends the other threads, which may still write there
 
 
-def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]) -> None:
+def serve_agent(
+    config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]
+) -> None:
     """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
     _start_lifeline(end)
     policy, streamer = SourcePolicy(**config["policy"]), Streamer()
@@ -8499,7 +10542,9 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
 
         def emit(phase: str, messages: Sequence[str]) -> None:
             if log.size > max_log:
-                raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM")
+                raise BuildFailed(
+                    "LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM"
+                )
             log.append(to_payloads(phase, messages))
 
         try:
@@ -8510,10 +10555,14 @@ def serve_agent(config: Mapping[str, Any], workspace: str, address: tuple[str, i
             if not lacks_room(e, workspace):
                 raise
             for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
-                with contextlib.suppress(OSError):  # a guest's build owns its files, but fills another disk than the agent's
+                with contextlib.suppress(
+                    OSError
+                ):  # a guest's build owns its files, but fills another disk than the agent's
                     remove_tree(os.path.join(workspace, name))
-            raise BuildFailed("LimitError", f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: "
-                              f"{getattr(e, 'strerror', e)}") from None
+            raise BuildFailed(
+                "LimitError",
+                f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: {getattr(e, 'strerror', e)}",
+            ) from None
         finally:
             remove_tree(reserve)
 
@@ -8542,7 +10591,13 @@ def run_agent() -> None:
         config = json.loads(sys.stdin.buffer.readline())
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
-        serve_agent(config, workspace, ("127.0.0.1", 0), Attester(SIMULATED_BUILDER, simulated_evidence), lambda: _kill_and_sweep(workspace))
+        serve_agent(
+            config,
+            workspace,
+            ("127.0.0.1", 0),
+            Attester(SIMULATED_BUILDER, simulated_evidence),
+            lambda: _kill_and_sweep(workspace),
+        )
     finally:
         _kill_and_sweep(workspace)
 
@@ -8563,11 +10618,14 @@ def run_fetcher() -> None:
         answer = {"name": name}
     except (BuildFailed, OSError) as e:
         full, reason = lacks_room(e, workspace), getattr(e, "strerror", str(e))
-        answer = {"error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
-                  "error_type": "LimitError" if full else getattr(e, "error_type", "VmError")}
+        answer = {
+            "error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
+            "error_type": "LimitError" if full else getattr(e, "error_type", "VmError"),
+        }
     sys.stdout.write(compact_json(answer) + "\n")
     sys.stdout.flush()
     threading.Event().wait()  # until the lifeline ends
+
 
 # endregion 26
 # ==============================================================================
@@ -8596,15 +10654,32 @@ _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1 
 _DM_HEADER = 312  # bytes of struct dm_ioctl
 # What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
 # fill leaves memory for the agent's log and result, for the kernel and for both our processes, which then still say what has happened.
-_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""), ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
-           ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"))
-_SYSROOT_MOUNTS = (("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"), ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
-                   ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
-                   ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
-                   ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
-                   ("agent", "/work/agent", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"))
+_MOUNTS = (
+    ("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+    ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
+    ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"),
+)
+_SYSROOT_MOUNTS = (
+    ("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"),
+    ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
+    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
+    ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
+    ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
+    (
+        "agent",
+        "/work/agent",
+        "tmpfs",
+        _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
+        f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%",
+    ),
+)
 # No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no io_uring; no further modules.
-_SYSCTL = (("user/max_user_namespaces", "0"), ("kernel/dmesg_restrict", "1"), ("kernel/io_uring_disabled", "2"), ("kernel/modules_disabled", "1"))
+_SYSCTL = (
+    ("user/max_user_namespaces", "0"),
+    ("kernel/dmesg_restrict", "1"),
+    ("kernel/io_uring_disabled", "2"),
+    ("kernel/modules_disabled", "1"),
+)
 MAX_PROCESSES = 4096  # of a build
 MAX_PROGRAMS = 64  # that run at a time for the agent
 BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
@@ -8675,7 +10750,12 @@ def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
         if not byte or len(line) > 64 * KIB:
             raise GuestError("the configuration does not end")
     try:
-        config = parse_object(parse_json(bytes(line), "configuration", 8), "configuration", ("token", "policy", "platform", "network"), ("vek",))
+        config = parse_object(
+            parse_json(bytes(line), "configuration", 8),
+            "configuration",
+            ("token", "policy", "platform", "network"),
+            ("vek",),
+        )
     except Malformed as e:
         raise GuestError(str(e)) from None
     if config["platform"] not in ("qemu", "snp") or config["network"] not in ("none", "open"):
@@ -8703,7 +10783,25 @@ def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
 
 def _device_mapper(command: int, target: bytes = b"", flags: int = 0) -> None:
     """One request about the device `tools`. Raises OSError."""
-    request = bytearray(struct.pack("=3I2IIiIIIQ128s129s7x", 4, 0, 0, _DM_HEADER + len(target), _DM_HEADER, 1 if target else 0, 0, flags, 0, 0, 0, b"tools", b"") + target)
+    request = bytearray(
+        struct.pack(
+            "=3I2IIiIIIQ128s129s7x",
+            4,
+            0,
+            0,
+            _DM_HEADER + len(target),
+            _DM_HEADER,
+            1 if target else 0,
+            0,
+            flags,
+            0,
+            0,
+            0,
+            b"tools",
+            b"",
+        )
+        + target
+    )
     with open("/dev/mapper/control", "r+b", buffering=0) as control:
         fcntl.ioctl(control, 3 << 30 | _DM_HEADER << 16 | 0xFD << 8 | command, request, True)
 
@@ -8715,7 +10813,9 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     if not os.path.exists("/dev/mapper/control"):
         os.mknod("/dev/mapper/control", 0o600 | stat.S_IFCHR, os.makedev(10, 236))  # MAPPER_CTRL_MINOR
     _device_mapper(_DM_DEV_CREATE)
-    _device_mapper(_DM_TABLE_LOAD, verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash), _DM_READONLY_FLAG)
+    _device_mapper(
+        _DM_TABLE_LOAD, verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash), _DM_READONLY_FLAG
+    )
     _device_mapper(_DM_DEV_SUSPEND)
     _await(lambda: "/dev/dm-0" if os.path.exists("/dev/dm-0") else None, "verified disk")
     _mount("/dev/dm-0", SYSROOT, "erofs", _MS_RDONLY | _MS_NODEV | _MS_NOSUID, "")
@@ -8724,9 +10824,17 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
-    for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
+    for name, target in (
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+    ):
         os.symlink(target, f"{SYSROOT}/dev/{name}")
-    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS)):
+    for name, uid, mode in (
+        ("run/broker", AGENT_UID, 0o700),
+        *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS),
+    ):
         os.mkdir(f"{SYSROOT}/{name}")
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
@@ -8738,6 +10846,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
 
 def _set_up_interface(name: str, address: str, netmask: str) -> None:
     """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
+
     def ifreq(content: bytes) -> bytes:
         return struct.pack("16s24s", name.encode("ascii"), content)
 
@@ -8808,7 +10917,9 @@ def _run_guest_agent(config: Mapping[str, Any]) -> None:
     os.chdir("/work")
     broker = Broker(_BROKER)
     use_broker(broker)
-    serve_agent(config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0))  # the guest's one interface
+    serve_agent(
+        config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0)
+    )  # the guest's one interface
 
 
 class GuestBroker:
@@ -8826,7 +10937,9 @@ class GuestBroker:
         try:
             data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
             question = json.loads(data)
-            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](question, fds)
+            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](
+                question, fds
+            )
         except (OSError, NoAttester) as e:
             answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
         except Exception as e:  # noqa: BLE001  # the agent may ask anything, and a guest whose first process ends panics
@@ -8863,16 +10976,28 @@ class GuestBroker:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-            _system_call("unshare", _CLONE_NEWIPC)  # shared memory of System V would outlive its processes, and no mount's size bounds it
+            _system_call(
+                "unshare", _CLONE_NEWIPC
+            )  # shared memory of System V would outlive its processes, and no mount's size bounds it
             if not self._network:
-                _system_call("unshare", _CLONE_NEWNET)  # whatever network the host provides, this has none but its own loopback
+                _system_call(
+                    "unshare", _CLONE_NEWNET
+                )  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
             _become(BUILD_UID)
             os.chdir(question["cwd"])
 
         stdin, stdout, stderr = fds
         try:
-            child = subprocess.Popen(question["argv"], env=question["env"], stdin=stdin, stdout=stdout, stderr=stderr, preexec_fn=enter, start_new_session=True)  # no threads
+            child = subprocess.Popen(
+                question["argv"],
+                env=question["env"],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                preexec_fn=enter,
+                start_new_session=True,
+            )  # no threads
         except subprocess.SubprocessError:
             raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
         child.returncode = 0  # run_guest reaps all
@@ -8975,8 +11100,28 @@ def _start_guest() -> None:
             with open(f"/proc/sys/{name}", "w", encoding="ascii") as f:
                 f.write(value)
     own_source()  # before the agent's root has it no more, as the modules that it will need
-    for module in (gzip, hmac, http, io, logging, resource, secrets, select, selectors, shutil, subprocess, tarfile, tempfile, threading, tomllib,
-                   unicodedata, urllib, uuid, weakref, zipfile):
+    for module in (
+        gzip,
+        hmac,
+        http,
+        io,
+        logging,
+        resource,
+        secrets,
+        select,
+        selectors,
+        shutil,
+        subprocess,
+        tarfile,
+        tempfile,
+        threading,
+        tomllib,
+        unicodedata,
+        urllib,
+        uuid,
+        weakref,
+        zipfile,
+    ):
         _ = module.__name__
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(SYSROOT + _BROKER)
@@ -9010,6 +11155,7 @@ def run_guest() -> NoReturn:
         while True:
             ctypes.CDLL(None).reboot(_RB_AUTOBOOT)  # also where the guest has no ACPI, which powering off needs
             time.sleep(1)
+
 
 # endregion 27
 # ==============================================================================
@@ -9184,7 +11330,9 @@ class Service:
                 return super().do_open(connect, req, **named)
 
         loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-        self._opener = urllib.request.build_opener(NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else []))
+        self._opener = urllib.request.build_opener(
+            NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else [])
+        )
 
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
@@ -9202,7 +11350,10 @@ class Service:
             raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
-            raise RemoteError(f"{self._url}: {getattr(reason, 'strerror', None) or reason}", hint="is `confbuild serve` running there?") from None
+            raise RemoteError(
+                f"{self._url}: {getattr(reason, 'strerror', None) or reason}",
+                hint="is `confbuild serve` running there?",
+            ) from None
 
     def json(self, method: str, path: str) -> Any:
         """The JSON of an answer."""
@@ -9217,7 +11368,9 @@ class Service:
         answer = self.json(method, path)
         found = answer if several and isinstance(answer, list) else [answer]
         for job in found:
-            if not isinstance(job, dict) or not all(isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")):
+            if not isinstance(job, dict) or not all(
+                isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")
+            ):
                 raise BrokenProtocol("a status that is none")
         return found
 
@@ -9232,7 +11385,9 @@ class Service:
     def submit(self, request: BuildRequest, archive: str | None) -> str:
         """The id of the accepted job."""
         body, size = request_body(request, archive)
-        with self.open("POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}) as answer:
+        with self.open(
+            "POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}
+        ) as answer:
             try:
                 job_id = parse_json(answer.read(MIB), "answer")["job_id"]
             except (Malformed, KeyError, TypeError, OSError):
@@ -9247,7 +11402,9 @@ class Service:
         position, delay, lost_at, base, told = start, 0.0, None, 0.25, False
         while True:
             try:
-                with self.open("GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}) as stream:
+                with self.open(
+                    "GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}
+                ) as stream:
                     if stream.status == 204:
                         return
                     if stream.headers.get_content_type() != "text/event-stream":
@@ -9297,7 +11454,12 @@ class Service:
                 if size > MAX_RESULT:
                     raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
             wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-        if announced is not None and str(size) != announced or wanted and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]:
+        if (
+            announced is not None
+            and str(size) != announced
+            or wanted
+            and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]
+        ):
             raise RemoteError("the download is not what the server announced")
 
 
@@ -9343,7 +11505,11 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
                 fetched = os.path.join(workspace, name)
                 fetch_git("file://" + urllib.parse.quote(own), checkout.commit, fetched, env, ("file",))
                 origin = without_credentials(checkout.config.get("remote.origin.url", ""))
-                _git(["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))], fetched, git_environment(env, ()))
+                _git(
+                    ["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))],
+                    fetched,
+                    git_environment(env, ()),
+                )
                 os.unlink(os.path.join(fetched, ".git", "FETCH_HEAD"))  # it names the directory
                 root, files, commit = fetched, None, checkout.commit
             except BuildFailed as e:
@@ -9351,8 +11517,14 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
     if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
         files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
     # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
-    outputs = next((t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ())
-    kept = [file for file in files if file.split(os.sep)[0] not in outputs and not (inner and not commit and file.startswith(inner + os.sep))]
+    outputs = next(
+        (t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ()
+    )
+    kept = [
+        file
+        for file in files
+        if file.split(os.sep)[0] not in outputs and not (inner and not commit and file.startswith(inner + os.sep))
+    ]
     if commit and len(kept) < len(files):
         why, commit = f"git tracks {' and '.join(outputs)}, which is removed before a build", ""
     files = kept
@@ -9360,13 +11532,25 @@ def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "
         raise UsageError(f"{directory}: there is nothing to build")
     write_source(archive, root, name, files, bool(commit))
     everything = why in ("there is no git", "it is no git work tree")
-    note = f"commit {commit} as git has it" if commit else (
-        f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
+    note = (
+        f"commit {commit} as git has it"
+        if commit
+        else (f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
+    )
     return Packed(note, git_tree(root, files, object_format(commit)), commit)
 
 
 # Of a checkout's configuration, what says how its files compare with the index; none of it names a program.
-_COMPARISON = ("core.filemode", "core.ignorecase", "core.symlinks", "core.precomposeunicode", "core.trustctime", "core.checkstat", "core.autocrlf", "core.eol")
+_COMPARISON = (
+    "core.filemode",
+    "core.ignorecase",
+    "core.symlinks",
+    "core.precomposeunicode",
+    "core.trustctime",
+    "core.checkstat",
+    "core.autocrlf",
+    "core.eol",
+)
 
 
 def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
@@ -9375,11 +11559,16 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
         return "it is a folder inside a git work tree"
     if not checkout.commit:
         return "git has no commit"
-    options = [text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")]
+    options = [
+        text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")
+    ]
     pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
     # A submodule has a configuration of its own, which git would obey there.
-    status = checkout.ask(root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec)
+    status = checkout.ask(
+        root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec
+    )
     return "git has modified or untracked files" if status != "" else ""
+
 
 # endregion 28
 # ==============================================================================
@@ -9389,7 +11578,9 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
 #
 # Thread "clock": started by a live Display, draws while nothing comes, ends with the build.
 
-_CONTROL = re.compile(r"[\ud800-\udfff]|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(
+    r"[\ud800-\udfff]|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)
 TAIL = 40  # lines shown of a failed build
 
 
@@ -9401,7 +11592,7 @@ def plain_text(text: str) -> str:
 def cut_to_cells(text: str, width: int) -> str:
     """The beginning of text that fills at most width cells of a terminal."""
     cells = itertools.accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-    return text[:sum(1 for filled in cells if filled <= width)]
+    return text[: sum(1 for filled in cells if filled <= width)]
 
 
 def render_verdict(verdict: Verdict, color: bool) -> str:
@@ -9412,8 +11603,13 @@ def render_verdict(verdict: Verdict, color: bool) -> str:
     skipped: dict[str, list[str]] = {}
     if verdict.claims.get("report_version") is not None:
         rows.append("what the evidence says" + (":" if verdict.verdict == "passed" else ", and nothing proves:"))
-        rows += [f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}" for name, text in (
-            (name, value if isinstance(value, str) else compact_json(value)) for name, value in verdict.claims.items())]
+        rows += [
+            f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}"
+            for name, text in (
+                (name, value if isinstance(value, str) else compact_json(value))
+                for name, value in verdict.claims.items()
+            )
+        ]
     for check in verdict.checks:
         mark, sgr = marks[check.status]
         if check.status == "not checked" and not check.actual:
@@ -9421,15 +11617,27 @@ def render_verdict(verdict: Verdict, color: bool) -> str:
             continue
         shown = check.actual if check.status != "failed" or not check.expected else ""
         shown = shown if len(shown) <= 128 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
-        notes = [check.detail[:1000]] if check.detail and (check.status != "passed" or check.detail.startswith("legacy")) else []
+        notes = (
+            [check.detail[:1000]]
+            if check.detail and (check.status != "passed" or check.detail.startswith("legacy"))
+            else []
+        )
         if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
             notes.insert(0, f"({check.expected})")  # what holds without being equal
-        rows.append(_paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip())
+        rows.append(
+            _paint(mark, sgr, color)
+            + " "
+            + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip()
+        )
         if check.status == "failed" and check.expected:
-            rows += [f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}" for word, value in (
-                ("expected", check.expected), ("actual  ", check.actual))]
+            rows += [
+                f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
+                for word, value in (("expected", check.expected), ("actual  ", check.actual))
+            ]
     mark, sgr = marks["not checked"]
-    rows += [_paint(mark, sgr, color) + " " + plain_text(f"{', '.join(names)}: {why}") for why, names in skipped.items()]
+    rows += [
+        _paint(mark, sgr, color) + " " + plain_text(f"{', '.join(names)}: {why}") for why, names in skipped.items()
+    ]
     return "\n".join([*rows, _sentence(verdict, color)])
 
 
@@ -9437,9 +11645,16 @@ def _sentence(verdict: Verdict, color: bool) -> str:
     """The last line of a verdict."""
     passed = {check.name for check in verdict.checks if check.status == "passed"}
     if verdict.verdict == "failed":
-        names, ran = [check.name for check in verdict.checks if check.status == "failed"], sum(check.status != "not checked" for check in verdict.checks)
-        return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}" + (
-            ", ...)" if len(names) > 4 else ")") + ": nothing is proven"
+        names, ran = (
+            [check.name for check in verdict.checks if check.status == "failed"],
+            sum(check.status != "not checked" for check in verdict.checks),
+        )
+        return (
+            _paint("FAILED", "31;1", color)
+            + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}"
+            + (", ...)" if len(names) > 4 else ")")
+            + ": nothing is proven"
+        )
     alone = "evidence alone: no provenance and no artifact"
     others = [plain_text(check.actual)[:1000] for check in verdict.checks if check.name == "other files"]
     uncovered = "".join(f"; not covered: {names}" for names in others)
@@ -9449,30 +11664,59 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         agree = alone if bare else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
-        return _paint("SIMULATED", "33;1", color) + (f": {agree}, but no hardware signed the evidence: "
-                                                     f"it does not prove where or by whom this was built{uncovered}{unasked}")
+        return _paint("SIMULATED", "33;1", color) + (
+            f": {agree}, but no hardware signed the evidence: "
+            f"it does not prove where or by whom this was built{uncovered}{unasked}"
+        )
     azure = verdict.platform.startswith("az-")
     # The report names a key, and that key signs: anybody can have a report that names a key of their own, if nobody asks which VM it is about.
     unbound = azure and not passed & {"measurement", "image measurement"}
-    unasked = ", ".join(text for name, text in (
-        ("nonce", "nonce, so it may be old (--nonce)"),
-        ("measurement" if unbound else "", "whether it was signed in a VM at all (--measurement)"),
-        ("" if unbound or "image measurement" in passed else "measurement", "what the VM was launched with (--image, --measurement)"),
-        ("PCR values" if azure else "", "what booted in the VM (--pcr)"),  # there, the measurement is of Microsoft's firmware alone
-        ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
-        ("revocation", "whether the keys are revoked (--crl)"),
-        ("revocation list age" if "revocation" in passed else "", "whether the keys are revoked today: the list is not valid now"),
-        ("source tree" if "provenance digest" in passed and "source commit" not in passed else "", "what the source is (--source)"))
-        if name and name not in passed)
-    proven = "these artifacts are those that the provenance lists, and it was signed" if "provenance digest" in passed else (
-        alone + ", signed")
+    unasked = ", ".join(
+        text
+        for name, text in (
+            ("nonce", "nonce, so it may be old (--nonce)"),
+            ("measurement" if unbound else "", "whether it was signed in a VM at all (--measurement)"),
+            (
+                "" if unbound or "image measurement" in passed else "measurement",
+                "what the VM was launched with (--image, --measurement)",
+            ),
+            (
+                "PCR values" if azure else "",
+                "what booted in the VM (--pcr)",
+            ),  # there, the measurement is of Microsoft's firmware alone
+            ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
+            ("revocation", "whether the keys are revoked (--crl)"),
+            (
+                "revocation list age" if "revocation" in passed else "",
+                "whether the keys are revoked today: the list is not valid now",
+            ),
+            (
+                "source tree" if "provenance digest" in passed and "source commit" not in passed else "",
+                "what the source is (--source)",
+            ),
+        )
+        if name and name not in passed
+    )
+    proven = (
+        "these artifacts are those that the provenance lists, and it was signed"
+        if "provenance digest" in passed
+        else (alone + ", signed")
+    )
     processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
-    place = (f"with a key that a report of {processor} names, which anybody can have for a key of their own" if unbound else
-             f"in a VM in debug mode, which its host could read and change, on {processor}" if verdict.claims.get("debug") else
-             f"in a confidential VM on {processor}")
+    place = (
+        f"with a key that a report of {processor} names, which anybody can have for a key of their own"
+        if unbound
+        else f"in a VM in debug mode, which its host could read and change, on {processor}"
+        if verdict.claims.get("debug")
+        else f"in a confidential VM on {processor}"
+    )
     if "trust anchors" not in passed:
         place += ", if the keys of --roots are AMD's"
-    return _paint("PASSED", "32;1", color) + f": {proven} {place}{uncovered}" + (f"; not checked: {unasked}" if unasked else "")
+    return (
+        _paint("PASSED", "32;1", color)
+        + f": {proven} {place}{uncovered}"
+        + (f"; not checked: {unasked}" if unasked else "")
+    )
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -9513,7 +11757,13 @@ class Display:
 
     def _event(self, event: Mapping[str, Any]) -> None:
         kind = plain_text(str(event["type"]))[:20]
-        text = str(event["msg"]) if "msg" in event else "" if kind == "complete" else compact_json({k: v for k, v in event.items() if k != "type"})
+        text = (
+            str(event["msg"])
+            if "msg" in event
+            else ""
+            if kind == "complete"
+            else compact_json({k: v for k, v in event.items() if k != "type"})
+        )
         if kind == "queued" and set(event) == {"type", "position"}:
             text = "next" if event["position"] == 0 else f"place {event['position']} in line"
         text = plain_text(text)
@@ -9555,7 +11805,13 @@ class Display:
 
     def _head(self) -> str:
         """The line of the phase at hand."""
-        said = f"{self._lines} line{'s' if self._lines != 1 else ''}" if self._phase == "build" else self._tail[-1] if self._tail else ""
+        said = (
+            f"{self._lines} line{'s' if self._lines != 1 else ''}"
+            if self._phase == "build"
+            else self._tail[-1]
+            if self._tail
+            else ""
+        )
         return f"{self._phase:10} {time.monotonic() - self._began:6.1f} s  {said}"
 
     def _end_phase(self) -> None:
@@ -9578,6 +11834,7 @@ class Display:
             return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1  # 0: nobody has told it
         except OSError:
             return shutil.get_terminal_size().columns - 1
+
 
 # endregion 29
 # ==============================================================================
@@ -9606,7 +11863,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-MIN_MEMORY = 384  # MiB; with an image of 33 MB of initrd, a guest of QEMU 10.0.2 does not boot with 200, and builds with 384
+MIN_MEMORY = (
+    384  # MiB; with an image of 33 MB of initrd, a guest of QEMU 10.0.2 does not boot with 200, and builds with 384
+)
 _OF_GUESTS = ("vcpus", "vcpu_type", "memory", "guest_network")  # options that say what a guest is like
 
 
@@ -9636,7 +11895,11 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     if kind == "sim":
-        _refuse(options, ("image", *_OF_GUESTS, "vek", "console"), " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest")
+        _refuse(
+            options,
+            ("image", *_OF_GUESTS, "vek", "console"),
+            " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest",
+        )
         return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
@@ -9645,18 +11908,31 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         _require_snp(options.image)
     if not options.image:
         raise UsageError(f"--vm {kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
-    image, facts = read_image(os.path.abspath(options.image)), check_image(options.image)  # QEMU runs in a folder of its own
+    image, facts = (
+        read_image(os.path.abspath(options.image)),
+        check_image(options.image),
+    )  # QEMU runs in a folder of its own
     for complaint in (facts.parts, facts.firmware):
         if complaint:
-            raise ImageError(f"{options.image}: {complaint}", "`confbuild image -o DIR` makes the image anew, --check DIR says what is wrong with one")
+            raise ImageError(
+                f"{options.image}: {complaint}",
+                "`confbuild image -o DIR` makes the image anew, --check DIR says what is wrong with one",
+            )
     given = {"vcpus": options.vcpus, "vcpu_type": options.vcpu_type, "memory_mib": options.memory}
-    guest = Guest(kind, image, network=options.guest_network, **{field: value for field, value in given.items() if value is not None})
+    guest = Guest(
+        kind,
+        image,
+        network=options.guest_network,
+        **{field: value for field, value in given.items() if value is not None},
+    )
     if guest.memory_mib < MIN_MEMORY:
         raise UsageError(f"--memory {guest.memory_mib}: a guest needs {MIN_MEMORY} MiB to boot")
     label = vcpu_label(guest.vcpu_type, guest.vcpus)
     if label not in facts.launch_digests:
-        raise ImageError(f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
-                         "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one")
+        raise ImageError(
+            f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
+            "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one",
+        )
     if kind == "snp":
         eax, ebx = sev_cpuid()
         guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 else guest
@@ -9665,10 +11941,18 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     if version is None:
         raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
     guest = guest._replace(firmware=version >= FIRMWARE_QEMU)
-    how = "the image's firmware, which checks kernel, initrd and command line" if guest.firmware else (
-        f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
-    return Machine(kind, guest, facts, facts.launch_digests[label],
-                   f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware")
+    how = (
+        "the image's firmware, which checks kernel, initrd and command line"
+        if guest.firmware
+        else (f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
+    )
+    return Machine(
+        kind,
+        guest,
+        facts,
+        facts.launch_digests[label],
+        f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware",
+    )
 
 
 def _simulated_machine(options: "argparse.Namespace") -> Machine:
@@ -9678,18 +11962,34 @@ def _simulated_machine(options: "argparse.Namespace") -> Machine:
         if not os.path.exists(path):
             raise UsageError(f"--readable {path}: there is no such file or folder")
     usable, landlock, seccomp = probe_sandbox()
-    proxies = {int(number) for name, value in env.items() if name.lower().endswith("_proxy") for number in re.findall(r":(\d{1,5})\b", value)}
+    proxies = {
+        int(number)
+        for name, value in env.items()
+        if name.lower().endswith("_proxy")
+        for number in re.findall(r":(\d{1,5})\b", value)
+    }
     taken = f"builds fetch from port {port}, on which the service listens" if port in {80, 443, *proxies} else ""
     protections = judge_protections(usable.abi, landlock, seccomp, taken)
     if options.no_isolation:
         protections = dict.fromkeys(protections, "switched off by --no-isolation")
     missing = [f"{name} ({why})" for name, why in protections.items() if why]
     if missing and options.require_isolation:
-        raise UsageError(f"--require-isolation: builds here would run without the protection of {', '.join(missing)}",
-                         "leave the option out to build without it, or build in guests: --tee or --vm qemu")
-    sandbox = usable._replace(readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)])
-    return Machine("simulated", None, None, "", "simulated VMs: builds are not confidential, and run as this user; " + protection_text(protections),
-                   None if options.no_isolation else sandbox, protections)
+        raise UsageError(
+            f"--require-isolation: builds here would run without the protection of {', '.join(missing)}",
+            "leave the option out to build without it, or build in guests: --tee or --vm qemu",
+        )
+    sandbox = usable._replace(
+        readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
+    )
+    return Machine(
+        "simulated",
+        None,
+        None,
+        "",
+        "simulated VMs: builds are not confidential, and run as this user; " + protection_text(protections),
+        None if options.no_isolation else sandbox,
+        protections,
+    )
 
 
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
@@ -9700,15 +12000,29 @@ def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbo
 
 def _require_snp(image: str | None) -> None:
     """Raise UsageError, after a table, where something is missing that an SEV-SNP guest needs."""
-    checks = [*preflight(), Check("image", "passed" if image else "failed", actual="none is named", detail="`confbuild image` makes one, --image DIR names it")]
+    checks = [
+        *preflight(),
+        Check(
+            "image",
+            "passed" if image else "failed",
+            actual="none is named",
+            detail="`confbuild image` makes one, --image DIR names it",
+        ),
+    ]
     missing = sum(check.status != "passed" for check in checks)
     if not missing:
         return
     for check in checks:
-        rows = [f"ok    {check.name}"] if check.status == "passed" else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
+        rows = (
+            [f"ok    {check.name}"]
+            if check.status == "passed"
+            else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
+        )
         sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
-    raise UsageError(f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
-                     "`--vm qemu` boots the same image in a guest that is not confidential")
+    raise UsageError(
+        f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
+        "`--vm qemu` boots the same image in a guest that is not confidential",
+    )
 
 
 class Running(NamedTuple):
@@ -9737,16 +12051,31 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
     lock = claim_state(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
-    vms = VmHost(*_makers(options, state, policy, machine, lambda: int(server.server_address[1])), _boot_timeout(options, machine), options.build_timeout, reap=guard_process(), warm=options.warm, console=options.console,
-                 expected=_of_server(machine))
+    vms = VmHost(
+        *_makers(options, state, policy, machine, lambda: int(server.server_address[1])),
+        _boot_timeout(options, machine),
+        options.build_timeout,
+        reap=guard_process(),
+        warm=options.warm,
+        console=options.console,
+        expected=_of_server(machine),
+    )
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
     kind = {"simulated": "simulated VM", "qemu": "QEMU guest"}.get(machine.platform)
     said = f"; {protection_text(machine.protections)}" if machine.protections else ""
-    greeting = f": {kind}: not confidential; the evidence is signed by no hardware{said}\n\n".encode("ascii") if kind else b""
-    api = Api(jobs, policy, _describe_server(options, machine), vms.attestation, greeting,
-              lambda: streamer.files >= max(files - 1024, files // 2))  # the rest is for requests, jobs and VMs
+    greeting = (
+        f": {kind}: not confidential; the evidence is signed by no hardware{said}\n\n".encode("ascii") if kind else b""
+    )
+    api = Api(
+        jobs,
+        policy,
+        _describe_server(options, machine),
+        vms.attestation,
+        greeting,
+        lambda: streamer.files >= max(files - 1024, files // 2),
+    )  # the rest is for requests, jobs and VMs
     server = Server((host, port), api, gate, streamer, tls)
     vms.start()
     jobs.start()
@@ -9765,9 +12094,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
 
 
-def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine, port: Callable[[], int]) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
+def _makers(
+    options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine, port: Callable[[], int]
+) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
     """What makes a VM of machine, and what makes the process that fetches a repository for one without a network. port: of
     the service, once it listens."""
+
     def fetcher(url: str, ref: str) -> SimulatedVm:
         return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
 
@@ -9777,7 +12109,11 @@ def _makers(options: "argparse.Namespace", state: str, policy: SourcePolicy, mac
         closed = functools.cache(lambda: close_port(port()))  # one for all, which is first needed by the first of them
 
         def simulated() -> Vm:
-            return SimulatedVm(policy, options.env, sandbox=box and box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()))
+            return SimulatedVm(
+                policy,
+                options.env,
+                sandbox=box and box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()),
+            )
 
         return simulated, fetcher
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
@@ -9797,26 +12133,54 @@ def _boot_timeout(options: "argparse.Namespace", machine: Machine) -> float:
 
 def _of_server(machine: Machine) -> Expectations:
     """What a server asks of its own VMs' bundles."""
-    return Expectations(builder_id={"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}[machine.platform],
-                        image=machine.facts if machine.platform == "snp" else None, require_tee=machine.platform == "snp")
+    return Expectations(
+        builder_id={"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}[machine.platform],
+        image=machine.facts if machine.platform == "snp" else None,
+        require_tee=machine.platform == "snp",
+    )
 
 
 def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[str, Any]:
     """What GET /config answers."""
     facts, snp = machine.facts, machine.platform == "snp"
     confined = machine.protections and not machine.protections["files"]
-    isolation = ("Landlock, seccomp and limits: a build is a process of the server's user which writes in its workspace alone" if confined else
-                 "none: a build is a process of the server's user with an environment and folders of its own") if facts is None else (
-        "a guest for each build, in which it runs as a user of its own, " + ("with" if options.guest_network else "without") + " a network" +
-        ("" if snp else "; the host can read and change it"))
+    isolation = (
+        (
+            "Landlock, seccomp and limits: a build is a process of the server's user which writes in its workspace alone"
+            if confined
+            else "none: a build is a process of the server's user with an environment and folders of its own"
+        )
+        if facts is None
+        else (
+            "a guest for each build, in which it runs as a user of its own, "
+            + ("with" if options.guest_network else "without")
+            + " a network"
+            + ("" if snp else "; the host can read and change it")
+        )
+    )
     return {
-        "platform": machine.platform, "confidential": snp, "notice": "" if snp else SIMULATED_NOTICE,
-        "image": None if facts is None else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
+        "platform": machine.platform,
+        "confidential": snp,
+        "notice": "" if snp else SIMULATED_NOTICE,
+        "image": None
+        if facts is None
+        else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
         "measurement": machine.launch_digest or simulated_measurement().hex(),
-        "limits": {"archive_bytes": options.max_archive * MIB, "unpacked_bytes": MAX_UNPACKED, "members": MAX_MEMBERS, "queue": options.queue,
-                   "slots": options.slots, "boot_s": _boot_timeout(options, machine), "build_s": options.build_timeout, "single_use": options.single_use},
+        "limits": {
+            "archive_bytes": options.max_archive * MIB,
+            "unpacked_bytes": MAX_UNPACKED,
+            "members": MAX_MEMBERS,
+            "queue": options.queue,
+            "slots": options.slots,
+            "boot_s": _boot_timeout(options, machine),
+            "build_s": options.build_timeout,
+            "single_use": options.single_use,
+        },
         "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS} if facts is None else None,
-        "isolation": isolation, "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()}, "version": __version__}
+        "isolation": isolation,
+        "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()},
+        "version": __version__,
+    }
 
 
 def _read_tokens(path: str) -> list[str]:
@@ -9836,7 +12200,10 @@ def cmd_serve(options: "argparse.Namespace") -> int:
         raise UsageError(f"{options.token_file}: no token in it")
     host = _parse_address(options.listen)[0]
     if not _is_loopback(host) and not tokens and not options.insecure:
-        raise UsageError(f"--listen {options.listen}: other machines can reach that", "give --token-file FILE, or --insecure to let everybody build")
+        raise UsageError(
+            f"--listen {options.listen}: other machines can reach that",
+            "give --token-file FILE, or --insecure to let everybody build",
+        )
     machine = _prepare_machine(options)
     if options.print_command:
         if machine.guest is None:
@@ -9847,7 +12214,9 @@ def cmd_serve(options: "argparse.Namespace") -> int:
 
     def stop(*_: Any) -> None:
         if stopped.is_set():
-            os._exit(EXIT_INTERRUPTED)  # the second time: the VMs end with this process, the jobs are run again by the next
+            os._exit(
+                EXIT_INTERRUPTED
+            )  # the second time: the VMs end with this process, the jobs are run again by the next
         stopped.set()
 
     sleeper, waker = socket.socketpair()
@@ -9855,7 +12224,9 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    state = options.state or os.path.join(os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild")
+    state = options.state or os.path.join(
+        os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild"
+    )
     running = start_server(options, state, tokens, machine)
     sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: {machine.note}\n")
     sys.stderr.flush()
@@ -9884,7 +12255,10 @@ def cmd_build(options: "argparse.Namespace") -> int:
     """Submit, follow, download and verify one build; without --server on a private server that lives as long."""
     is_url = "://" in options.source
     if not is_url and not os.path.isdir(options.source):
-        raise UsageError(f"{options.source}: neither a directory nor a URL", "a repository has a URL like https://example.org/a/b.git" if ":" in options.source else "")
+        raise UsageError(
+            f"{options.source}: neither a directory nor a URL",
+            "a repository has a URL like https://example.org/a/b.git" if ":" in options.source else "",
+        )
     if options.ref and not is_url:
         raise UsageError("--ref goes with a URL")
     nonce = _nonce(options) or secrets.token_hex(NONCE_SIZE)
@@ -9892,7 +12266,10 @@ def cmd_build(options: "argparse.Namespace") -> int:
     bundle = options.output_dir or name + "-build"
     _check_target(bundle)
     machine = None if options.server else _prepare_machine(options)
-    vm, endorsements = _expect_vm(options, machine), Endorsements(vek=None if options.vek is None else _read_der(options.vek))
+    vm, endorsements = (
+        _expect_vm(options, machine),
+        Endorsements(vek=None if options.vek is None else _read_der(options.vek)),
+    )
     display = _display(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -9905,8 +12282,10 @@ def cmd_build(options: "argparse.Namespace") -> int:
             try:
                 packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
             except OSError as e:  # a full disk names no file
-                raise UsageError(f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
-                                 "" if e.filename else "TMPDIR names the folder of temporary files") from None
+                raise UsageError(
+                    f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
+                    "" if e.filename else "TMPDIR names the folder of temporary files",
+                ) from None
             _note(display, f"packed {packed.note}")
         if machine is None:
             service = _service(options, lambda text: _note(display, text))
@@ -9914,11 +12293,22 @@ def cmd_build(options: "argparse.Namespace") -> int:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
             service = Service(running.url, token, lambda text: _note(display, text))
-            _note(display, machine.note if machine.protections is None else
-                  "simulated VM on this machine: not confidential, its evidence is signed by no hardware; " + protection_text(machine.protections))
+            _note(
+                display,
+                machine.note
+                if machine.protections is None
+                else "simulated VM on this machine: not confidential, its evidence is signed by no hardware; "
+                + protection_text(machine.protections),
+            )
         try:
-            request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive))))
-            expected = vm._replace(nonce=nonce, source_tree=packed.tree if packed else None, source_commit=packed.commit if packed else None)
+            request = BuildRequest(
+                nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive)))
+            )
+            expected = vm._replace(
+                nonce=nonce,
+                source_tree=packed.tree if packed else None,
+                source_commit=packed.commit if packed else None,
+            )
             if options.tee:
                 _check_waiting_vm(service, vm, endorsements, display)
             job_id = service.submit(request, None if is_url else archive)
@@ -9931,7 +12321,11 @@ def cmd_build(options: "argparse.Namespace") -> int:
 def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
     """What the VM must be that gets the source. Raises UsageError."""
     if options.server:
-        _refuse(options, ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation"), ": that is the server's to say")
+        _refuse(
+            options,
+            ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation"),
+            ": that is the server's to say",
+        )
     if not options.tee:
         _refuse(options, ("image",) if options.server else (), " goes with --tee")
         if options.measurement:
@@ -9950,14 +12344,21 @@ def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsem
     """Raise ConfbuildError unless the VM that waits at the server is what is expected, by evidence that was made now."""
     nonce = secrets.token_hex(NONCE_SIZE)
     evidence = service.attestation(nonce)
-    verdict = verify_bundle(BundleFiles(None, evidence, {}), vm._replace(nonce=nonce, evidence_only=True), utc_time(time.time()), endorsements)
+    verdict = verify_bundle(
+        BundleFiles(None, evidence, {}),
+        vm._replace(nonce=nonce, evidence_only=True),
+        utc_time(time.time()),
+        endorsements,
+    )
     if verdict.verdict != "passed":
         if display is not None:
             display.note("the evidence of the VM that waits for the source:")
             sys.stderr.write(render_verdict(verdict, _colored(sys.stderr)) + "\n")
         raise ConfbuildError("the server's VM does not verify: no byte of the source was sent")
     if verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
-        raise ConfbuildError("the server's evidence is of a VM that has built something, not of one that waits: no byte of the source was sent")
+        raise ConfbuildError(
+            "the server's evidence is of a VM that has built something, not of one that waits: no byte of the source was sent"
+        )
     _note(display, "the VM that waits for the source verifies")
 
 
@@ -9970,7 +12371,11 @@ def _display(options: "argparse.Namespace") -> Display | None:
     """The talk that --output asks for; None: none."""
     if options.output in ("quiet", "json"):
         return None
-    return Display(sys.stderr, options.output == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb", _colored(sys.stderr))
+    return Display(
+        sys.stderr,
+        options.output == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb",
+        _colored(sys.stderr),
+    )
 
 
 _OF_BUNDLE = {"artifacts", "provenance.json", "evidence.json"}
@@ -9998,12 +12403,16 @@ def _is_ours(path: str) -> bool:
     return names == _OF_BUNDLE and set(files.artifacts) <= listed
 
 
-def _follow(options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None) -> tuple[Mapping[str, Any] | None, str]:
+def _follow(
+    options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None
+) -> tuple[Mapping[str, Any] | None, str]:
     """(result of `complete`, or None where the stream has ended before start; SHA-256 of the build lines)."""
     digest = hashlib.sha256()
     for event in service.events(job_id, start):
         if event["type"] == "queued":
-            digest = hashlib.sha256()  # a build that its server did not survive begins again, and so does its log's digest
+            digest = (
+                hashlib.sha256()
+            )  # a build that its server did not survive begins again, and so does its log's digest
         if event["type"] == "build" and isinstance(event.get("msg"), str):
             digest.update((event["msg"] + "\n").encode("utf-8", "replace"))
         if options.output == "json":
@@ -10021,8 +12430,15 @@ def _follow(options: "argparse.Namespace", service: Service, job_id: str, start:
     return None, digest.hexdigest()
 
 
-def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
-                      endorsements: Endorsements) -> int:
+def _follow_and_fetch(
+    options: "argparse.Namespace",
+    service: Service,
+    job_id: str,
+    bundle: str,
+    expected: Expectations,
+    display: Display | None,
+    endorsements: Endorsements,
+) -> int:
     """Follow a job to its end, and hold a verified bundle. An interrupt cancels the job."""
     try:
         result, log_sha256 = _follow(options, service, job_id, 0, display)
@@ -10039,11 +12455,20 @@ def _follow_and_fetch(options: "argparse.Namespace", service: Service, job_id: s
         if display is None and options.output == "quiet":
             sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
         return EXIT_NO
-    return _fetch_bundle(options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256), display, endorsements)
+    return _fetch_bundle(
+        options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256), display, endorsements
+    )
 
 
-def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, bundle: str, expected: Expectations, display: Display | None,
-                  endorsements: Endorsements = Endorsements()) -> int:  # noqa: B008  # immutable
+def _fetch_bundle(
+    options: "argparse.Namespace",
+    service: Service,
+    job_id: str,
+    bundle: str,
+    expected: Expectations,
+    display: Display | None,
+    endorsements: Endorsements = Endorsements(),
+) -> int:  # noqa: B008  # immutable
     """Download, unpack and verify; print the answer."""
     _check_target(bundle)
     start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
@@ -10051,7 +12476,9 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
     again = "the private server and its result are gone: build again"
     if options.server:
         token = ("--token-file", options.token_file) if options.token_file else ()
-        again = "the result stays on the server: " + shlex.join([*start, "fetch", job_id, "--server", options.server, *token, "-o", bundle, *nonce])
+        again = "the result stays on the server: " + shlex.join(
+            [*start, "fetch", job_id, "--server", options.server, *token, "-o", bundle, *nonce]
+        )
     try:
         path, verdict, why = _hold_bundle(service, job_id, bundle, expected, endorsements)
     except OSError as e:
@@ -10075,7 +12502,9 @@ def _fetch_bundle(options: "argparse.Namespace", service: Service, job_id: str, 
     return EXIT_OK if good else EXIT_UNVERIFIED
 
 
-def _hold_bundle(service: Service, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements) -> tuple[str, Verdict | None, str]:
+def _hold_bundle(
+    service: Service, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements
+) -> tuple[str, Verdict | None, str]:
     """Download a result and return (where it is now, verdict, why there is no verdict).
 
     bundle: replaced by a result that verifies, with all artifacts in artifacts/. Any other one is kept as bundle + ".unverified": unpacked if
@@ -10133,7 +12562,9 @@ def cmd_list(options: "argparse.Namespace") -> int:
             sys.stdout.write(compact_json(job) + "\n")
         else:
             source = job.get("repo_url") or job.get("source_name") or ""
-            sys.stdout.write(plain_text(f"{job['job_id']}  {job['status']:8} {job['submitted_at'][:19]}  {source}") + "\n")
+            sys.stdout.write(
+                plain_text(f"{job['job_id']}  {job['status']:8} {job['submitted_at'][:19]}  {source}") + "\n"
+            )
     return EXIT_OK
 
 
@@ -10145,7 +12576,11 @@ def cmd_cancel(options: "argparse.Namespace") -> int:
     while job["status"] in ("queued", "running") and time.monotonic() < deadline:  # the build takes a moment to die
         time.sleep(0.1)
         [job] = service.jobs("GET", f"/build/{options.job}")
-    sys.stdout.write(compact_json(job) + "\n" if options.output == "json" else plain_text(f"{job['job_id']}  {job['status']}  {job.get('error_type', '')}").rstrip() + "\n")
+    sys.stdout.write(
+        compact_json(job) + "\n"
+        if options.output == "json"
+        else plain_text(f"{job['job_id']}  {job['status']}  {job.get('error_type', '')}").rstrip() + "\n"
+    )
     return EXIT_OK
 
 
@@ -10157,8 +12592,15 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 
 
 # Options of verify in hexadecimal, and how many digits they have.
-_HEX_OPTIONS = {"measurement": (96,), "host_data": (64,), "chip_id": (128,), "family_id": (32,), "image_id": (32,), "source_commit": (40, 64),
-                "source_tree": (40, 64)}
+_HEX_OPTIONS = {
+    "measurement": (96,),
+    "host_data": (64,),
+    "chip_id": (128,),
+    "family_id": (32,),
+    "image_id": (32,),
+    "source_commit": (40, 64),
+    "source_tree": (40, 64),
+}
 _PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
 MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
 CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
@@ -10175,7 +12617,10 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
         if len(data) > MIB:  # its end would be lost
             raise UsageError(f"--policy {path}: more than {MIB} bytes")
         policy = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as e:  # ValueError: its own, that of UTF-8, and that of a number with thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # ValueError: its own, that of UTF-8, and that of a number with thousands of digits
         raise UsageError(f"--policy {path}: not TOML: {e}") from None
     known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles", "version"}
     arguments = []
@@ -10187,18 +12632,30 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
                 raise UsageError(f"--policy {path}: {name} is neither true nor false")
             arguments += [f"--{name}"] if value else []
             continue
-        if isinstance(value, list) and not isinstance(getattr(options, name.replace("-", "_")), list):  # the last one would win, silently
+        if isinstance(value, list) and not isinstance(
+            getattr(options, name.replace("-", "_")), list
+        ):  # the last one would win, silently
             raise UsageError(f"--policy {path}: {name} is given once, not as a list")
-        if isinstance(value, list) and not value:  # would ask for nothing, where its author means that nothing is good enough
+        if (
+            isinstance(value, list) and not value
+        ):  # would ask for nothing, where its author means that nothing is good enough
             raise UsageError(f"--policy {path}: {name} is an empty list")
         if name == "measurement" and options.measurement:
             continue  # each of them would be enough: the command line wins
-        if name == "min-tcb" and isinstance(value, dict) and all(type(level) is int and 0 <= level < 256 for level in value.values()):
+        if (
+            name == "min-tcb"
+            and isinstance(value, dict)
+            and all(type(level) is int and 0 <= level < 256 for level in value.values())
+        ):
             value = tcb_text(value)
         for item in value if isinstance(value, list) else [value]:
-            if name == "pcr" and (str(item).partition("=")[0].lstrip("0") or "0") in [str(register) for register, _ in options.pcr]:
+            if name == "pcr" and (str(item).partition("=")[0].lstrip("0") or "0") in [
+                str(register) for register, _ in options.pcr
+            ]:
                 continue
-            if not (isinstance(item, str) and "\0" not in item or type(item) is int and abs(item) < 1 << 63):  # [TOML] 64 bits
+            if not (
+                isinstance(item, str) and "\0" not in item or type(item) is int and abs(item) < 1 << 63
+            ):  # [TOML] 64 bits
                 raise UsageError(f"--policy {path}: {name} is neither text nor a whole number, nor a list of them")
             if name in _PATH_OPTIONS:
                 item = os.path.join(os.path.dirname(path), str(item))
@@ -10222,18 +12679,25 @@ def _read_roots(directory: str) -> Anchors:
     for name in os.listdir(directory):
         product = name.capitalize()
         if product in TCB_LAYOUTS:
-            ark, ask, asvk = (_read_der(os.path.join(directory, name, f"{role}.der")) for role in ("ark", "ask", "asvk"))
+            ark, ask, asvk = (
+                _read_der(os.path.join(directory, name, f"{role}.der")) for role in ("ark", "ask", "asvk")
+            )
             anchors[product] = make_anchors(product, ark, ask, asvk)
     if not anchors:
-        raise UsageError(f"--roots {directory}: no directory of {', '.join(name.lower() for name in TCB_LAYOUTS)} in it")
+        raise UsageError(
+            f"--roots {directory}: no directory of {', '.join(name.lower() for name in TCB_LAYOUTS)} in it"
+        )
     return anchors
 
 
 def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
     """What --roots, --crl and --vek name. Raises UsageError, OSError."""
     try:
-        return Endorsements(None if options.roots is None else _read_roots(options.roots), [(os.path.basename(path), _read_der(path)) for path in options.crl],
-                            None if options.vek is None else _read_der(options.vek))
+        return Endorsements(
+            None if options.roots is None else _read_roots(options.roots),
+            [(os.path.basename(path), _read_der(path)) for path in options.crl],
+            None if options.vek is None else _read_der(options.vek),
+        )
     except (Malformed, BadSignature) as e:
         raise UsageError(str(e)) from None
 
@@ -10244,17 +12708,39 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
         value = getattr(options, name)
         for text in value if isinstance(value, list) else [] if value is None else [value]:
             if len(text) not in sizes or not re.fullmatch("[0-9a-fA-F]*", text):
-                raise UsageError(f"--{name.replace('_', '-')}: {' or '.join(map(str, sizes))} hexadecimal digits are needed")
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: {' or '.join(map(str, sizes))} hexadecimal digits are needed"
+                )
     if len(dict(options.pcr)) != len(options.pcr):
         raise UsageError("--pcr: a register is given twice")
     expected = Expectations(
-        nonce=_nonce(options), measurements=options.measurement or None, image=None if options.image is None else check_image(options.image), min_tcb=options.min_tcb, host_data=options.host_data, guest_svn=options.guest_svn,
-        chip_id=options.chip_id, family_id=options.family_id, image_id=options.image_id, pcrs=dict(options.pcr) or None, allow_debug=options.allow_debug,
-        source_uri=options.source_uri, source_commit=options.source_commit and options.source_commit.lower(),
-        source_tree=options.source_tree and options.source_tree.lower(), packages=options.dep or None, builder_id=options.builder_id,
-        build_type=options.build_type, allow_legacy_digest=options.allow_legacy_digest, require_crl=options.require_crl, require_tee=options.require_tee,
-        finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
-    return expected if options.source is None else _expect_source(options.source, expected, object_format(expected.source_tree or ""))
+        nonce=_nonce(options),
+        measurements=options.measurement or None,
+        image=None if options.image is None else check_image(options.image),
+        min_tcb=options.min_tcb,
+        host_data=options.host_data,
+        guest_svn=options.guest_svn,
+        chip_id=options.chip_id,
+        family_id=options.family_id,
+        image_id=options.image_id,
+        pcrs=dict(options.pcr) or None,
+        allow_debug=options.allow_debug,
+        source_uri=options.source_uri,
+        source_commit=options.source_commit and options.source_commit.lower(),
+        source_tree=options.source_tree and options.source_tree.lower(),
+        packages=options.dep or None,
+        builder_id=options.builder_id,
+        build_type=options.build_type,
+        allow_legacy_digest=options.allow_legacy_digest,
+        require_crl=options.require_crl,
+        require_tee=options.require_tee,
+        finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)),
+    )
+    return (
+        expected
+        if options.source is None
+        else _expect_source(options.source, expected, object_format(expected.source_tree or ""))
+    )
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
@@ -10268,19 +12754,33 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             alone = options.evidence_only or is_bare_evidence(path)
             files, wanted = read_bundle(path, MAX_VERIFIED, alone), expected
             # The bundle says by which hash, and the checkout what it must be.
-            if options.source is not None and options.source_tree is None and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b""):
+            if (
+                options.source is not None
+                and options.source_tree is None
+                and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
+            ):
                 wanted = _expect_source(options.source, expected._replace(source_tree=None), "sha256")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), utc_time(now), endorsements)
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
-            sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
+            sys.stderr.write(
+                f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else "")
+            )
             wires.append({**shown, "verdict": "failed", "error": str(e)})
         else:
-            status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED}[verdict.verdict]
+            status = {
+                "passed": EXIT_OK,
+                "failed": EXIT_NO,
+                "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED,
+            }[verdict.verdict]
             wires.append({**shown, **verdict.to_wire()})
             if options.format == "text":
-                sys.stdout.write((plain_text(path) + "\n" if len(options.bundles) > 1 else "") + render_verdict(verdict, _colored(sys.stdout)) + "\n")
+                sys.stdout.write(
+                    (plain_text(path) + "\n" if len(options.bundles) > 1 else "")
+                    + render_verdict(verdict, _colored(sys.stdout))
+                    + "\n"
+                )
         statuses.append(status)
     if options.format == "json":
         if len(wires) == 1:
@@ -10306,16 +12806,27 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         data = f.read(MAX_FIRMWARE + 1)
     try:
         firmware = parse_firmware(data)
-        hashes = None if options.kernel is None else boot_hashes(
-            digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append)
+        hashes = (
+            None
+            if options.kernel is None
+            else boot_hashes(
+                digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append
+            )
+        )
         signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
-        digest = compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
+        digest = compute_launch_digest(
+            firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain
+        )
     except Malformed as e:
         raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
-    state = "" if hashes is None else firmware_state(data)  # without a kernel in it, the digest is of the firmware alone
+    state = (
+        "" if hashes is None else firmware_state(data)
+    )  # without a kernel in it, the digest is of the firmware alone
     if state:
-        sys.stderr.write(f"confbuild: warning: {plain_text(options.firmware)}: {state}\n"
-                         "confbuild: warning: this digest proves nothing about the code that ran\n")
+        sys.stderr.write(
+            f"confbuild: warning: {plain_text(options.firmware)}: {state}\n"
+            "confbuild: warning: this digest proves nothing about the code that ran\n"
+        )
     sys.stdout.write(digest.hex() + "\n")
     return EXIT_OK
 
@@ -10330,7 +12841,9 @@ def cmd_attest(options: "argparse.Namespace") -> int:
     report, table = get_report(report_data(provenance, nonce))
     evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
-        sys.stderr.write("confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n")
+        sys.stderr.write(
+            "confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n"
+        )
     sys.stdout.write(evidence.decode("ascii"))
     return EXIT_OK
 
@@ -10350,18 +12863,32 @@ def cmd_image(options: "argparse.Namespace") -> int:
         raise UsageError("the names of packages go with --lock")
     if options.check is not None:
         facts = check_image(options.check)
-        sys.stdout.write(f"image.json  sha256 {facts.manifest_sha256}\n"
-                         f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}\n"
-                         f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}\n"
-                         + "".join(f"measured    {label}: {digest}\n" for label, digest in facts.launch_digests.items()))
+        sys.stdout.write(
+            f"image.json  sha256 {facts.manifest_sha256}\n"
+            f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}\n"
+            f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}\n"
+            + "".join(f"measured    {label}: {digest}\n" for label, digest in facts.launch_digests.items())
+        )
         return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
     if (options.rootfs is None) == (options.packages is None or options.debs is None):
         raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
     vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
-    image = make_image(options.output_dir, ImageInput(
-        options.rootfs or "", options.packages or "", options.debs or "", options.kernel or "", options.firmware or "", options.modules or "", vcpus))
-    sys.stdout.write(f"image.json  sha256 {image.manifest_sha256}\n" + "".join(
-        f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests))
+    image = make_image(
+        options.output_dir,
+        ImageInput(
+            options.rootfs or "",
+            options.packages or "",
+            options.debs or "",
+            options.kernel or "",
+            options.firmware or "",
+            options.modules or "",
+            vcpus,
+        ),
+    )
+    sys.stdout.write(
+        f"image.json  sha256 {image.manifest_sha256}\n"
+        + "".join(f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests)
+    )
     return EXIT_OK
 
 
@@ -10373,7 +12900,9 @@ def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Ex
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: no directory")
     try:
-        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS):
+        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(
+            os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS
+        ):
             outputs: Sequence[str] = ("dist", "node_modules")
             lock_name = "pnpm-lock.yaml"
         else:
@@ -10459,7 +12988,12 @@ def _levels(text: str) -> dict[str, int]:
     levels = {}
     for part in text.split(","):
         name, _, level = part.partition("=")
-        if name not in TCB_LAYOUTS["Turin"] or name in levels or not re.fullmatch(r"[0-9]{1,3}", level, re.ASCII) or int(level) > 255:
+        if (
+            name not in TCB_LAYOUTS["Turin"]
+            or name in levels
+            or not re.fullmatch(r"[0-9]{1,3}", level, re.ASCII)
+            or int(level) > 255
+        ):
             raise ValueError(text)
         levels[name] = int(level)
     return levels
@@ -10474,13 +13008,23 @@ def _pcr(text: str) -> tuple[int, str]:
 
 
 # As argparse names them in errors.
-_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = "number", "number above zero", "number of seconds", "job"
+_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = (
+    "number",
+    "number above zero",
+    "number of seconds",
+    "job",
+)
 _integer.__name__ = "number such as 33 or 0x21"
-_age.__name__, _levels.__name__, _pcr.__name__ = "age such as 30d", "list of levels such as bootloader=4,snp=24", "register such as 4=HEX"
+_age.__name__, _levels.__name__, _pcr.__name__ = (
+    "age such as 30d",
+    "list of levels such as bootloader=4,snp=24",
+    "register such as 4=HEX",
+)
 
 
 def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentParser":
     """The command line [CONTRACT 5]. arguments: what it is for; a command that they cannot mean has no options, which saves their time."""
+
     class Version(argparse.Action):
         """The digest is made only where it is asked for."""
 
@@ -10490,22 +13034,31 @@ def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentPa
             raise SystemExit(0)
 
     parser = argparse.ArgumentParser(
-        prog="confbuild", description="Turn source code into an attested build, and verify one.", allow_abbrev=False,
+        prog="confbuild",
+        description="Turn source code into an attested build, and verify one.",
+        allow_abbrev=False,
         epilog="Without --tee, builds run in simulated VMs, which are not confidential, and whose evidence no hardware signs. Firmware that starts a file of the host instead of "
-               "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.")
+        "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.",
+    )
     parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, run, add, text in (
-            ("build", cmd_build, _add_build, "build a directory or a git URL, watch it, hold a verified bundle"),
-            ("serve", cmd_serve, _add_serve, "run the build service"),
-            ("verify", cmd_verify, _add_verify, "verify bundles, offline"),
-            ("measure", cmd_measure, _add_measure, "compute the SEV-SNP launch digest of a firmware and a kernel"),
-            ("attest", cmd_attest, _add_attest, "inside of an SEV-SNP guest: get evidence for a provenance from the hardware"),
-            ("image", cmd_image, _add_image, "make the image that guests are booted from, or check one"),
-            ("watch", cmd_watch, _add_watch, "follow a build"),
-            ("list", cmd_list, _add_list, "list the builds of a server, newest first"),
-            ("cancel", cmd_cancel, _add_cancel, "cancel a build"),
-            ("fetch", cmd_fetch, _add_fetch, "download and verify the bundle of a finished build")):
+        ("build", cmd_build, _add_build, "build a directory or a git URL, watch it, hold a verified bundle"),
+        ("serve", cmd_serve, _add_serve, "run the build service"),
+        ("verify", cmd_verify, _add_verify, "verify bundles, offline"),
+        ("measure", cmd_measure, _add_measure, "compute the SEV-SNP launch digest of a firmware and a kernel"),
+        (
+            "attest",
+            cmd_attest,
+            _add_attest,
+            "inside of an SEV-SNP guest: get evidence for a provenance from the hardware",
+        ),
+        ("image", cmd_image, _add_image, "make the image that guests are booted from, or check one"),
+        ("watch", cmd_watch, _add_watch, "follow a build"),
+        ("list", cmd_list, _add_list, "list the builds of a server, newest first"),
+        ("cancel", cmd_cancel, _add_cancel, "cancel a build"),
+        ("fetch", cmd_fetch, _add_fetch, "download and verify the bundle of a finished build"),
+    ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         command.set_defaults(run=run)
         if arguments is None or name in arguments:
@@ -10519,42 +13072,110 @@ def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentPa
 
 
 def _add_output(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("--output", choices=("auto", "plain", "json", "quiet"), default="auto", help="how to talk about it (default: auto)")
+    parser.add_argument(
+        "--output",
+        choices=("auto", "plain", "json", "quiet"),
+        default="auto",
+        help="how to talk about it (default: auto)",
+    )
 
 
 def _add_server(parser: "argparse.ArgumentParser", required: bool = True) -> None:
-    parser.add_argument("--server", metavar="URL", required=required, help="the server" + ("" if required else "; without it, a private one builds here"))
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        required=required,
+        help="the server" + ("" if required else "; without it, a private one builds here"),
+    )
     parser.add_argument("--token-file", metavar="FILE", help="a file with a bearer token")
 
 
 def _add_limits(parser: "argparse.ArgumentParser") -> None:
     """What a server that builds here needs to know, private or not."""
-    parser.add_argument("--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too")
-    parser.add_argument("--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment")
-    parser.add_argument("--readable", action="append", default=[], metavar="DIR", help="let builds in simulated VMs read this folder too (repeatable)")
-    parser.add_argument("--require-isolation", action="store_true", help="build only where the host is protected from its builds, or refuse to start")
-    parser.add_argument("--no-isolation", action="store_true", help="let builds in simulated VMs do whatever this user may")
-    parser.add_argument("--boot-timeout", type=_seconds, metavar="S", help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})")
-    parser.add_argument("--build-timeout", type=_seconds, default=BUILD_TIMEOUT_S, metavar="S", help="limit for a build (default: %(default)g)")
-    parser.add_argument("--max-archive", type=_positive, default=MAX_ARCHIVE // MIB, metavar="MIB", help="limit for an uploaded archive (default: %(default)s)")
+    parser.add_argument(
+        "--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too"
+    )
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment"
+    )
+    parser.add_argument(
+        "--readable",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="let builds in simulated VMs read this folder too (repeatable)",
+    )
+    parser.add_argument(
+        "--require-isolation",
+        action="store_true",
+        help="build only where the host is protected from its builds, or refuse to start",
+    )
+    parser.add_argument(
+        "--no-isolation", action="store_true", help="let builds in simulated VMs do whatever this user may"
+    )
+    parser.add_argument(
+        "--boot-timeout",
+        type=_seconds,
+        metavar="S",
+        help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
+    )
+    parser.add_argument(
+        "--build-timeout",
+        type=_seconds,
+        default=BUILD_TIMEOUT_S,
+        metavar="S",
+        help="limit for a build (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-archive",
+        type=_positive,
+        default=MAX_ARCHIVE // MIB,
+        metavar="MIB",
+        help="limit for an uploaded archive (default: %(default)s)",
+    )
 
 
 def _add_machine(parser: "argparse.ArgumentParser") -> None:
     """What builds run in, where they run here."""
     group, default = parser.add_argument_group("what builds run in"), Guest._field_defaults
-    group.add_argument("--tee", action="store_true", help="SEV-SNP guests, or a refusal that says what is missing (the same as --vm snp)")
-    group.add_argument("--vm", choices=("sim", "qemu", "snp"), help="simulated VMs (default), QEMU guests that are not confidential, or SEV-SNP guests")
+    group.add_argument(
+        "--tee",
+        action="store_true",
+        help="SEV-SNP guests, or a refusal that says what is missing (the same as --vm snp)",
+    )
+    group.add_argument(
+        "--vm",
+        choices=("sim", "qemu", "snp"),
+        help="simulated VMs (default), QEMU guests that are not confidential, or SEV-SNP guests",
+    )
     group.add_argument("--image", metavar="DIR", help="what guests boot, as `image` makes it")
-    group.add_argument("--vcpus", type=_positive, metavar="N", help=f"virtual processors of a guest, which are measured (default: {default['vcpus']})")
-    group.add_argument("--vcpu-type", metavar="T", help=f"their kind, which is measured (default: {default['vcpu_type']})")
-    group.add_argument("--memory", type=_positive, metavar="MIB", help=f"memory of a guest (default: {default['memory_mib']})")
-    group.add_argument("--guest-network", action="store_true", help="let guests reach the network; the provenance says so")
-    group.add_argument("--vek", metavar="FILE", help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none")
+    group.add_argument(
+        "--vcpus",
+        type=_positive,
+        metavar="N",
+        help=f"virtual processors of a guest, which are measured (default: {default['vcpus']})",
+    )
+    group.add_argument(
+        "--vcpu-type", metavar="T", help=f"their kind, which is measured (default: {default['vcpu_type']})"
+    )
+    group.add_argument(
+        "--memory", type=_positive, metavar="MIB", help=f"memory of a guest (default: {default['memory_mib']})"
+    )
+    group.add_argument(
+        "--guest-network", action="store_true", help="let guests reach the network; the provenance says so"
+    )
+    group.add_argument(
+        "--vek",
+        metavar="FILE",
+        help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none",
+    )
 
 
 def _add_build(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = ("With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source "
-                     "elsewhere afterwards, since TLS does not end inside the VM yet.")
+    parser.epilog = (
+        "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source "
+        "elsewhere afterwards, since TLS does not end inside the VM yet."
+    )
     parser.add_argument("source", metavar="DIR|URL")
     _add_server(parser, required=False)
     parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
@@ -10563,68 +13184,168 @@ def _add_build(parser: "argparse.ArgumentParser") -> None:
     _add_output(parser)
     _add_limits(parser)
     _add_machine(parser)
-    parser.add_argument("--measurement", action="append", default=[], metavar="HEX", help="with --tee: a launch digest that the server's VM may have (repeatable)")
-    parser.set_defaults(listen="127.0.0.1:0", slots=1, queue=1, single_use=True, public_host=[], tls_cert=None, tls_key=None, warm=0, console=False, print_command=False)
+    parser.add_argument(
+        "--measurement",
+        action="append",
+        default=[],
+        metavar="HEX",
+        help="with --tee: a launch digest that the server's VM may have (repeatable)",
+    )
+    parser.set_defaults(
+        listen="127.0.0.1:0",
+        slots=1,
+        queue=1,
+        single_use=True,
+        public_host=[],
+        tls_cert=None,
+        tls_key=None,
+        warm=0,
+        console=False,
+        print_command=False,
+    )
 
 
 def _add_serve(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where to listen (default: %(default)s; port 0: any free one)")
+    parser.add_argument(
+        "--listen",
+        default="127.0.0.1:8080",
+        metavar="HOST:PORT",
+        help="where to listen (default: %(default)s; port 0: any free one)",
+    )
     parser.add_argument("--state", metavar="DIR", help="where jobs are kept (default: a directory of this user)")
-    parser.add_argument("--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)")
-    parser.add_argument("--queue", type=_positive, default=1000, metavar="N", help="builds that may wait (default: %(default)s)")
+    parser.add_argument(
+        "--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--queue", type=_positive, default=1000, metavar="N", help="builds that may wait (default: %(default)s)"
+    )
     parser.add_argument("--single-use", action="store_true", help="accept one build, ever")
     parser.add_argument("--token-file", metavar="FILE", help="bearer tokens, one a line, of which a client needs one")
     parser.add_argument("--insecure", action="store_true", help="let other machines build without a token")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
     parser.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
-    parser.add_argument("--public-host", action="append", default=[], metavar="NAME", help="a name by which clients reach this server")
-    parser.add_argument("--grace", type=_seconds, default=30.0, metavar="S", help="what running builds get when the server is stopped (default: %(default)g)")
+    parser.add_argument(
+        "--public-host", action="append", default=[], metavar="NAME", help="a name by which clients reach this server"
+    )
+    parser.add_argument(
+        "--grace",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="what running builds get when the server is stopped (default: %(default)g)",
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="log requests")
     _add_limits(parser)
     _add_machine(parser)
-    parser.add_argument("--warm", type=_count, default=0, metavar="N", help="VMs that wait for a build, beyond those of --slots (default: %(default)s)")
-    parser.add_argument("--console", action="store_true", help="show what a guest says while it boots as `vm` events: the host's word")
+    parser.add_argument(
+        "--warm",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="VMs that wait for a build, beyond those of --slots (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--console", action="store_true", help="show what a guest says while it boots as `vm` events: the host's word"
+    )
     parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 
 
 def _add_verify(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = ("PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
-                     "or --image a VM that ran anything passes (on Azure without --pcr as well; there, without --measurement, evidence made outside of any VM does), and "
-                     "without --nonce an old bundle does.")
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="+", help="its directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no provenance.json is next to it")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)")
-    parser.add_argument("--policy", action="append", default=[], metavar="FILE.toml",
-                        help="a file with any of the options below, without their dashes; the command line wins")
-    parser.add_argument("--evidence-only", action="store_true", help="verify evidence.json alone; the verdict names the other files as not covered")
+    parser.epilog = (
+        "PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
+        "or --image a VM that ran anything passes (on Azure without --pcr as well; there, without --measurement, evidence made outside of any VM does), and "
+        "without --nonce an old bundle does."
+    )
+    parser.add_argument(
+        "bundles",
+        metavar="BUNDLE",
+        nargs="+",
+        help="its directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no provenance.json is next to it",
+    )
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)"
+    )
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE.toml",
+        help="a file with any of the options below, without their dashes; the command line wins",
+    )
+    parser.add_argument(
+        "--evidence-only",
+        action="store_true",
+        help="verify evidence.json alone; the verdict names the other files as not covered",
+    )
     group = parser.add_argument_group("what the build must have been")
-    group.add_argument("--nonce", metavar="HEX", help="the nonce that the build was asked for with: 32 hexadecimal digits or a UUID")
-    group.add_argument("--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle")
+    group.add_argument(
+        "--nonce", metavar="HEX", help="the nonce that the build was asked for with: 32 hexadecimal digits or a UUID"
+    )
+    group.add_argument(
+        "--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle"
+    )
     group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
     group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
     group.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
-    group.add_argument("--dep", action="append", default=[], metavar="NAME@VERSION", help="a dependency from the default registry that it must list, or a whole pkg: uri (repeatable)")
+    group.add_argument(
+        "--dep",
+        action="append",
+        default=[],
+        metavar="NAME@VERSION",
+        help="a dependency from the default registry that it must list, or a whole pkg: uri (repeatable)",
+    )
     group.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
     group.add_argument("--build-type", metavar="URI", help="the buildType that it must name")
     group.add_argument("--max-age", type=_age, metavar="AGE", help="how old it may be: 90m, 24h, 30d")
-    group.add_argument("--allow-legacy-digest", action="store_true", help="accept the compact digest that the five oldest bundles have signed")
+    group.add_argument(
+        "--allow-legacy-digest",
+        action="store_true",
+        help="accept the compact digest that the five oldest bundles have signed",
+    )
     group = parser.add_argument_group("what must have run it")
-    group.add_argument("--measurement", action="append", default=[], metavar="HEX", help="the launch digest that the VM may have (repeatable)")
-    group.add_argument("--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA")
-    group.add_argument("--min-tcb", type=_levels, metavar="LEVELS", help="security patch levels that each TCB of the report must reach, such as bootloader=4,tee=0,snp=24,microcode=219")
+    group.add_argument(
+        "--measurement",
+        action="append",
+        default=[],
+        metavar="HEX",
+        help="the launch digest that the VM may have (repeatable)",
+    )
+    group.add_argument(
+        "--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA"
+    )
+    group.add_argument(
+        "--min-tcb",
+        type=_levels,
+        metavar="LEVELS",
+        help="security patch levels that each TCB of the report must reach, such as bootloader=4,tee=0,snp=24,microcode=219",
+    )
     group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
     group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
     group.add_argument("--chip-id", metavar="HEX", help="CHIP_ID of the report")
     group.add_argument("--family-id", metavar="HEX", help="FAMILY_ID of the report")
     group.add_argument("--image-id", metavar="HEX", help="IMAGE_ID of the report")
-    group.add_argument("--pcr", action="append", default=[], type=_pcr, metavar="N=HEX", help="on Azure: a value of the virtual TPM's PCRs (repeatable)")
+    group.add_argument(
+        "--pcr",
+        action="append",
+        default=[],
+        type=_pcr,
+        metavar="N=HEX",
+        help="on Azure: a value of the virtual TPM's PCRs (repeatable)",
+    )
     group.add_argument("--allow-debug", action="store_true", help="accept a VM that its host may read and change")
     group.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
-    group.add_argument("--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything")
+    group.add_argument(
+        "--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything"
+    )
     group = parser.add_argument_group("what the manufacturer says")
     group.add_argument("--crl", action="append", default=[], metavar="FILE", help="AMD's revocation list (repeatable)")
-    group.add_argument("--require-crl", action="store_true", help="fail unless a list of the right key is given that is valid now")
+    group.add_argument(
+        "--require-crl", action="store_true", help="fail unless a list of the right key is given that is valid now"
+    )
     group.add_argument("--vek", metavar="FILE", help="the VCEK's or VLEK's certificate, where the evidence has none")
-    group.add_argument("--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der")
+    group.add_argument(
+        "--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der"
+    )
 
 
 def _add_measure(parser: "argparse.ArgumentParser") -> None:
@@ -10632,11 +13353,25 @@ def _add_measure(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
     parser.add_argument("--initrd", metavar="FILE", help="-initrd")
     parser.add_argument("--append", metavar="TEXT", help="-append, to the byte")
-    parser.add_argument("--vcpus", type=_positive, metavar="N", required=True, help="how many there are at the launch: the first number of -smp")
+    parser.add_argument(
+        "--vcpus",
+        type=_positive,
+        metavar="N",
+        required=True,
+        help="how many there are at the launch: the first number of -smp",
+    )
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--vcpu-type", choices=CPU_SIGNATURES, metavar="MODEL", help="-cpu, such as EPYC-v4")
-    group.add_argument("--vcpu-sig", type=_integer, metavar="X", help="the CPUID signature of another model: EAX of Fn0000_0001")
-    parser.add_argument("--guest-features", type=_integer, default=1, metavar="X", help="SEV_FEATURES (default: %(default)s; with debug-swap 0x21)")
+    group.add_argument(
+        "--vcpu-sig", type=_integer, metavar="X", help="the CPUID signature of another model: EAX of Fn0000_0001"
+    )
+    parser.add_argument(
+        "--guest-features",
+        type=_integer,
+        default=1,
+        metavar="X",
+        help="SEV_FEATURES (default: %(default)s; with debug-swap 0x21)",
+    )
     parser.add_argument("--vmm", choices=VMMS, default=VMMS[0], help="the hypervisor (default: %(default)s)")
     parser.add_argument("--explain", action="store_true", help="print the digest after each step")
 
@@ -10645,35 +13380,75 @@ def _add_attest(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
     parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits or a UUID")
     parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
-    parser.add_argument("--fetch-vek", action="store_true", help="ask AMD's key service for the certificate where the host has none: opens a socket")
+    parser.add_argument(
+        "--fetch-vek",
+        action="store_true",
+        help="ask AMD's key service for the certificate where the host has none: opens a socket",
+    )
 
 
 def _add_image(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = ("An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
-                     "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
-                     "of it. A lock file pins the SHA-256 of every package, as apt knows it.")
-    parser.add_argument("names", metavar="NAME", nargs="*", help="with --lock: a package that the lock file has, with all that it depends on")
+    parser.epilog = (
+        "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
+        "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
+        "of it. A lock file pins the SHA-256 of every package, as apt knows it."
+    )
+    parser.add_argument(
+        "names",
+        metavar="NAME",
+        nargs="*",
+        help="with --lock: a package that the lock file has, with all that it depends on",
+    )
     group = parser.add_argument_group("to do one of")
     group.add_argument("-o", dest="output_dir", metavar="DIR", help="make an image in this new directory")
-    group.add_argument("--check", metavar="DIR", help="hash the parts of an image, look into its firmware, compute its launch digests; exit 1 where image.json says otherwise")
+    group.add_argument(
+        "--check",
+        metavar="DIR",
+        help="hash the parts of an image, look into its firmware, compute its launch digests; exit 1 where image.json says otherwise",
+    )
     group.add_argument("--lock", metavar="LOCK", help="write a lock file: a line NAME VERSION SHA256 for each package")
     group = parser.add_argument_group("to make an image")
     group.add_argument("--rootfs", metavar="DIR", help="the root file system")
     group.add_argument("--packages", metavar="LOCK", help="or the Debian packages that are unpacked to one")
-    group.add_argument("--debs", metavar="FOLDER", help="where their .deb files are, known by SHA-256, whatever their names")
+    group.add_argument(
+        "--debs", metavar="FOLDER", help="where their .deb files are, known by SHA-256, whatever their names"
+    )
     group.add_argument("--kernel", metavar="FILE", help="the kernel (default: boot/vmlinuz-* of the root file system)")
     group.add_argument("--modules", metavar="DIR", help="its modules (default: those of the root file system)")
-    group.add_argument("--firmware", metavar="FILE", help="AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)")
-    group.add_argument("--vcpus", type=_positive, action="append", metavar="N", help="number of vCPUs to compute the launch digest for (repeatable; default: 1)")
-    group.add_argument("--vcpu-type", action="append", metavar="TYPE", help="type of vCPU, as of QEMU's -cpu (repeatable; default: EPYC-v4)")
+    group.add_argument(
+        "--firmware",
+        metavar="FILE",
+        help="AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)",
+    )
+    group.add_argument(
+        "--vcpus",
+        type=_positive,
+        action="append",
+        metavar="N",
+        help="number of vCPUs to compute the launch digest for (repeatable; default: 1)",
+    )
+    group.add_argument(
+        "--vcpu-type",
+        action="append",
+        metavar="TYPE",
+        help="type of vCPU, as of QEMU's -cpu (repeatable; default: EPYC-v4)",
+    )
     group = parser.add_argument_group("to write a lock file")
-    group.add_argument("--without", action="append", default=[], metavar="NAME", help="leave out this package, though others depend on it (repeatable)")
+    group.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out this package, though others depend on it (repeatable)",
+    )
 
 
 def _add_watch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("job", metavar="JOB", type=_job_id)
     _add_server(parser)
-    parser.add_argument("--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events")
+    parser.add_argument(
+        "--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events"
+    )
     _add_output(parser)
 
 
@@ -10702,7 +13477,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(getattr(sys, name), "reconfigure"):  # a name that the locale has no letters for must not end a build
+        elif hasattr(
+            getattr(sys, name), "reconfigure"
+        ):  # a name that the locale has no letters for must not end a build
             getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
         try:
@@ -10722,21 +13499,28 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = build_parser(arguments).parse_args(arguments)
     if options.run not in (cmd_verify, cmd_measure):
-        logging.basicConfig(stream=sys.stderr, level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
-                            format="confbuild: %(levelname)s: %(message)s")
+        logging.basicConfig(
+            stream=sys.stderr,
+            level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+            format="confbuild: %(levelname)s: %(message)s",
+        )
     try:
         if getattr(options, "policy", None):  # as if it stood in front of what is on the command line, which so wins
             options = build_parser(arguments).parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
         return int(options.run(options))
     except ConfbuildError as e:
-        sys.stderr.write(f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else ""))
+        sys.stderr.write(
+            f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else "")
+        )
         return e.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except OSError as e:
-        sys.stderr.write("confbuild: error: " + plain_text(f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}") + "\n")
+        sys.stderr.write(
+            "confbuild: error: " + plain_text(f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}") + "\n"
+        )
         return EXIT_USAGE
 
 
