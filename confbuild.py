@@ -37,27 +37,36 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
     10. Launch digest
     11. Statement
     12. Verdict
-    Part III - Builder: a source directory in, a bundle out
-    13. Logging and processes
-    14. Source
-    15. Toolchains
-    16. Attester
-    17. Bundle
-    18. Pipeline
-    19. Image
-    Part IV - Service
-    20. Event log
-    21. Event streams
-    22. Jobs
-    23. QEMU
-    24. VMs
-    25. HTTP API
-    26. Agent
-    27. Guest
+    Part III - Build: a source in, a bundle out
+    13. Processes
+    14. Sandbox
+    15. Programs
+    16. Files
+    17. This file
+    18. Archives
+    19. Git
+    20. Toolchains
+    21. Attester
+    22. Bundle
+    23. Pipeline
+    Part IV - Service: jobs in, event streams out
+    24. Event log
+    25. Event streams
+    26. Jobs
+    27. HTTP API
     28. Client
-    Part V - Command line
-    29. Rendering
-    30. Command line
+    29. Agent
+    30. VMs
+    Part V - Guest: how --tee runs
+    31. Image
+    32. QEMU
+    33. Broker
+    34. First process
+    Part VI - Command line
+    35. Rendering
+    36. Server set-up
+    37. Commands
+    38. Options
 
 Specifications
 
@@ -106,17 +115,17 @@ import struct
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
-# Part III to V; what only some commands use comes when it is first used.
+# Parts III to VI. Modules that only some commands use are imported at their first use.
 import contextlib
 import errno
+import functools
+import itertools
 import os
 import stat
 import time
 from collections import deque
-import functools
-import itertools
 
 if TYPE_CHECKING:
     import argparse
@@ -152,14 +161,13 @@ if TYPE_CHECKING:
     import urllib.request
     import weakref
     import zipfile
-    import zlib
 else:
 
     class _Lazy:
-        """A module that is imported when it is first used, so that --version and --help never pay for a server."""
+        """A module that is imported at its first use. Together these take as long to import as Python takes to start."""
 
-        def __init__(self, name, *submodules):
-            self._names = (name, *submodules)
+        def __init__(self, *names):
+            self._names = names
 
         def __getattr__(self, attribute):
             for name in self._names:
@@ -167,69 +175,14 @@ else:
             globals()[self._names[0]] = sys.modules[self._names[0]]
             return getattr(sys.modules[self._names[0]], attribute)
 
-    (
-        argparse,
-        ctypes,
-        fcntl,
-        gzip,
-        hmac,
-        io,
-        ipaddress,
-        logging,
-        lzma,
-        mmap,
-        resource,
-        secrets,
-        select,
-        selectors,
-        shlex,
-        shutil,
-        signal,
-        socket,
-        ssl,
-        subprocess,
-        tarfile,
-        tempfile,
-        threading,
-        tomllib,
-        unicodedata,
-        weakref,
-        zipfile,
-        zlib,
-    ) = map(
-        _Lazy,
-        (
-            "argparse",
-            "ctypes",
-            "fcntl",
-            "gzip",
-            "hmac",
-            "io",
-            "ipaddress",
-            "logging",
-            "lzma",
-            "mmap",
-            "resource",
-            "secrets",
-            "select",
-            "selectors",
-            "shlex",
-            "shutil",
-            "signal",
-            "socket",
-            "ssl",
-            "subprocess",
-            "tarfile",
-            "tempfile",
-            "threading",
-            "tomllib",
-            "unicodedata",
-            "weakref",
-            "zipfile",
-            "zlib",
-        ),
-    )
-    email, http, urllib = _Lazy("email", "email.utils"), _Lazy("http", "http.client"), _Lazy("urllib", "urllib.request")
+    for _name in (
+        "argparse ctypes fcntl gzip hmac io ipaddress logging lzma mmap resource secrets select selectors shlex shutil "
+        "signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
+    ).split():
+        globals()[_name] = _Lazy(_name)
+    email = _Lazy("email", "email.utils")
+    http = _Lazy("http", "http.client")
+    urllib = _Lazy("urllib", "urllib.request")
     concurrent = _Lazy("concurrent", "concurrent.futures")
 
 __version__ = "0.1.0"
@@ -344,10 +297,22 @@ class RemoteError(ConfbuildError):
         self.status = status
 
 
+def source_error(message: str) -> BuildFailed:
+    """The error of a source that cannot be used."""
+    return BuildFailed("SourceError", message)
+
+
+def limit_error(message: str) -> BuildFailed:
+    """The error of a source beyond a limit."""
+    return BuildFailed("LimitError", message)
+
+
 # endregion 2
 # ==============================================================================
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
+# Bytes and JSON: to be described.
+
 
 # A string also ends with the document, so that no input is scanned twice; possessive, since re remembers 120 bytes for each step that it could take back.
 _JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
@@ -508,6 +473,7 @@ def merkle_root(entries: Sequence[str]) -> str:
 # ==============================================================================
 # region 4. Records                                               [uses nothing]
 # ==============================================================================
+# Records: to be described.
 
 
 class Check(NamedTuple):
@@ -591,6 +557,38 @@ class Expectations(NamedTuple):
     evidence_only: bool = False  # provenance and artifacts are not looked at, and may be missing
     require_crl: bool = False
     require_tee: bool = False
+
+
+def utc_time(seconds: float) -> str:
+    """Seconds since 1970 as the verifier takes a time: 2026-11-23T00:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+SCHEMES = ("https", "http")
+
+
+class BuildRequest(NamedTuple):
+    """What POST /build asked for, checked. Either repo_url, with repo_ref perhaps empty, or an archive called source_name."""
+
+    nonce: str
+    repo_url: str = ""
+    repo_ref: str = ""
+    source_name: str = ""
+
+
+class SourcePolicy(NamedTuple):
+    """What a server lets in. max_archive, max_unpacked: bytes."""
+
+    schemes: Sequence[str] = SCHEMES
+    loopback: bool = True
+    max_archive: int = MAX_ARCHIVE
+    max_unpacked: int = MAX_UNPACKED
+
+
+def utc_now() -> str:
+    """The time in UTC with microseconds, as the provenance writes it."""
+    now = time.time_ns() // 1000
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**6)) + f".{now % 10**6:06d}+00:00"
 
 
 # endregion 4
@@ -2965,20 +2963,15 @@ def _is_requested(value: Any) -> bool:
 
 
 # endregion 12
-# ---- End of the verifier. Everything above is bytes in, verdict out. ---------
+# ---- End of the verifier.
 # ==============================================================================
-# region 13. Logging and processes                                [uses nothing]
+# region 13. Processes                                            [uses nothing]
 # ==============================================================================
 # Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
 # (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
 # than on Linux only the process group is reached.
 #
 # Thread "sandbox": started by the agent of a simulated VM, starts the programs of its build, ends with the process.
-
-Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
-
-TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that an error can name
-PIPE_GRACE_S = 5.0  # how long what a tool has left behind may hold its pipe open [CONTRACT 1]
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
 
@@ -3092,147 +3085,11 @@ class LineSplitter:
         return [*pieces, line]
 
 
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    """stream, which was asked for and is there; for the type checker."""
-    if stream is None:
-        raise OSError("no pipe")
-    return stream
-
-
-def _read_pipes(
-    child: "subprocess.Popen[bytes] | BrokeredProcess",
-    pipes: Sequence[IO[bytes]],
-    watch: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (index of the pipe, block) for what comes through pipes, until all have ended. An empty block is the last: child ended
-    PIPE_GRACE_S ago, and others hold a pipe.
-
-    watch: called a few times per second."""
-    ended_at, watched_at, left = None, 0.0, len(pipes)
-    with selectors.DefaultSelector() as selector:
-        for index, pipe in enumerate(pipes):
-            selector.register(pipe, selectors.EVENT_READ, index)
-        while left:
-            for key, _ in selector.select(0.25):
-                block = os.read(key.fd, BLOCK)
-                if block:
-                    yield key.data, block
-                else:
-                    selector.unregister(key.fileobj)
-                    left -= 1
-            if time.monotonic() - watched_at > 0.25:
-                watch()
-                watched_at = time.monotonic()
-            if ended_at is None and child.poll() is not None:
-                ended_at = time.monotonic()
-            elif left and ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
-                yield 0, b""
-                return
-
-
-class Broker:
-    """The socket of a guest's first process, which does for the agent what needs its rights (region 27): runs programs as the user of builds,
-    kills whatever that user runs, gives files to that user, and gets hardware reports. Every method raises OSError where it will not."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
-        """A connection over which question was asked; fds: what the other side gets of ours."""
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            connection.connect(self._path)
-            socket.send_fds(connection, [compact_json(question).encode("ascii")], list(fds))
-        except OSError:
-            connection.close()
-            raise
-        return connection
-
-    @staticmethod
-    def answer(connection: "socket.socket") -> dict[str, Any]:
-        """The next answer over connection."""
-        data = connection.recv(64 * KIB)
-        doc: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE}
-        if "errno" in doc:
-            raise OSError(doc["errno"], doc.get("error") or os.strerror(doc["errno"]))
-        return doc
-
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to question."""
-        with self.open(question) as connection:
-            return self.answer(connection)
-
-
-class BrokeredProcess:
-    """A program that runs as the user of builds; of subprocess.Popen as much as is used here."""
-
-    def __init__(
-        self,
-        broker: Broker,
-        argv: Sequence[str],
-        cwd: str,
-        env: Mapping[str, str],
-        stdin: Any,
-        stdout: Any,
-        stderr: Any,
-        start_new_session: bool = True,
-    ) -> None:
-        self.stdin: IO[bytes] | None = None
-        self.stdout: IO[bytes] | None = None
-        self.stderr: IO[bytes] | None = None
-        self.returncode: int | None = None
-        self._broker, given = broker, list[int]()
-        for name, target in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
-            if target == subprocess.PIPE:
-                end, theirs = os.pipe()
-                setattr(self, name, open(end, "rb"))  # noqa: SIM115  # closed by who reads it
-            elif target == subprocess.STDOUT:
-                theirs = os.dup(given[1])
-            else:
-                theirs = os.open(os.devnull, os.O_RDWR) if target == subprocess.DEVNULL else os.dup(target.fileno())
-            given.append(theirs)
-        try:
-            self._connection = broker.open({"op": "run", "argv": list(argv), "cwd": cwd, "env": dict(env)}, given)
-            try:
-                self.pid = int(broker.answer(self._connection)["pid"])
-            except OSError:
-                self._connection.close()
-                raise
-        except OSError:  # as Popen's, where there is no such program
-            for stream in (self.stdin, self.stdout, self.stderr):
-                if stream is not None:
-                    stream.close()
-            raise
-        finally:
-            for fd in given:
-                os.close(fd)
-
-    def poll(self) -> int | None:
-        """The exit status, or None while it runs."""
-        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
-            self.wait()
-        return self.returncode
-
-    def wait(self) -> int:
-        """The exit status, once it has ended."""
-        if self.returncode is None:
-            self.returncode = int(self._broker.answer(self._connection)["status"])
-            self._connection.close()
-        return self.returncode
-
-
-_brokers: list[Broker] = []  # at most one: of the guest that this process is the agent of
-
-
-def use_broker(broker: Broker) -> None:
-    """From now on, untrusted programs of this process run as the user of builds. For the agent of a guest."""
-    _brokers.append(broker)
-
-
-def give_to_build(*paths: str) -> None:
-    """The files below paths belong to the user of builds, where that is another one."""
-    for broker in _brokers:
-        broker.ask({"op": "own", "paths": paths})
+# endregion 13
+# ==============================================================================
+# region 14. Sandbox                                              [uses nothing]
+# ==============================================================================
+# Sandbox: to be described.
 
 
 # ---- Sandbox: what a build in a simulated VM is kept from.
@@ -3630,21 +3487,86 @@ def protection_text(protections: Mapping[str, str]) -> str:
     return "; ".join(f"{label}: {', '.join(names)}" for label, names in parts if names)
 
 
-def _spawn(argv: Sequence[str], untrusted: bool, **options: Any) -> Any:
-    """subprocess.Popen, or for untrusted programs what stands in for it."""
-    if untrusted and _brokers:
-        return BrokeredProcess(_brokers[0], argv, **options)
-    if untrusted and _confinements:
-        return _confinements[0].start(argv, **options)
-    return subprocess.Popen(argv, **options)
+# endregion 14
+# ==============================================================================
+# region 15. Programs                                              [uses 13, 14]
+# ==============================================================================
+# Programs: to be described.
 
 
-def _kill_builds() -> None:
-    """Whatever untrusted programs have left behind is dead."""
-    if _brokers:
-        _brokers[0].ask({"op": "kill"})
-    else:
+Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
+PIPE_GRACE_S = 5.0  # how long what a tool has left behind may hold its pipe open [CONTRACT 1]
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    """stream, which was asked for and is there; for the type checker."""
+    if stream is None:
+        raise OSError("no pipe")
+    return stream
+
+
+def _read_pipes(
+    child: Any,
+    pipes: Sequence[IO[bytes]],
+    watch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (index of the pipe, block) for what comes through pipes, until all have ended. An empty block is the last: child ended
+    PIPE_GRACE_S ago, and others hold a pipe.
+
+    watch: called a few times per second."""
+    ended_at, watched_at, left = None, 0.0, len(pipes)
+    with selectors.DefaultSelector() as selector:
+        for index, pipe in enumerate(pipes):
+            selector.register(pipe, selectors.EVENT_READ, index)
+        while left:
+            for key, _ in selector.select(0.25):
+                block = os.read(key.fd, BLOCK)
+                if block:
+                    yield key.data, block
+                else:
+                    selector.unregister(key.fileobj)
+                    left -= 1
+            if time.monotonic() - watched_at > 0.25:
+                watch()
+                watched_at = time.monotonic()
+            if ended_at is None and child.poll() is not None:
+                ended_at = time.monotonic()
+            elif left and ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
+                yield 0, b""
+                return
+
+
+class Launcher:
+    """How this process starts untrusted programs and ends them: as children of its own, confined if confine_builds was called."""
+
+    def start(self, argv: Sequence[str], **options: Any) -> Any:
+        """Start argv with the options of subprocess.Popen, and return a Popen or an object with the same methods."""
+        return _confinements[0].start(argv, **options) if _confinements else subprocess.Popen(argv, **options)
+
+    def kill(self, child: Any) -> None:
+        """Kill a child that is no longer wanted."""
+        if child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+    def kill_rest(self) -> None:
+        """Kill everything that untrusted programs have left behind."""
         kill_all(lambda: descendants(os.getpid()))
+
+    def hand_over(self, paths: Sequence[str]) -> None:
+        """Let untrusted programs own the files below paths; here they run as the same user."""
+
+
+_launchers = [Launcher()]  # the last one starts untrusted programs
+
+
+def use_launcher(launcher: Launcher) -> None:
+    """From now on, start the untrusted programs of this process with launcher."""
+    _launchers.append(launcher)
+
+
+def hand_to_build(*paths: str) -> None:
+    """Let the user that builds run as own the files below paths."""
+    _launchers[-1].hand_over(paths)
 
 
 def capture(
@@ -3660,9 +3582,9 @@ def capture(
     untrusted: the source can influence the program.
     watch: called a few times per second; what it raises ends the program.
     Raises BuildFailed LimitError if it prints more than max_bytes."""
-    child = _spawn(
+    launcher = _launchers[-1] if untrusted else None
+    child = (launcher.start if launcher else subprocess.Popen)(
         argv,
-        untrusted,
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -3680,10 +3602,7 @@ def capture(
                 if size > max_bytes:
                     raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
         except BaseException:
-            if untrusted and _brokers:
-                _kill_builds()
-            elif child.returncode is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            (launcher or Launcher()).kill(child)
             child.wait()
             raise
     return child.wait(), bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
@@ -3702,9 +3621,9 @@ def run_tool(
     follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so.
     If lines_out raises, the tool is killed."""
     with tempfile.TemporaryFile() as kept:
-        child = _spawn(
+        launcher = _launchers[-1]
+        child = launcher.start(
             argv,
-            True,
             cwd=cwd,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -3732,12 +3651,12 @@ def run_tool(
                         ]
                     )
             except BaseException:  # nobody wants to know more
-                _kill_builds()
+                launcher.kill_rest()
                 child.wait()
                 raise
         lines_out(splitter.end())
         status = child.wait()
-        _kill_builds()
+        launcher.kill_rest()
         try:
             os.killpg(child.pid, signal.SIGKILL)  # where there is no /proc
         except OSError:
@@ -3750,9 +3669,14 @@ def run_tool(
         return status, output
 
 
-def utc_time(seconds: float) -> str:
-    """Seconds since 1970 as the verifier takes a time: 2026-11-23T00:00:00Z."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+# endregion 15
+# ==============================================================================
+# region 16. Files                                                [uses nothing]
+# ==============================================================================
+# Files: to be described.
+
+
+TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that an error can name
 
 
 def file_sha256(path: str) -> str:
@@ -3866,6 +3790,27 @@ def remove_tree(path: str) -> None:
     os.rmdir(path)
 
 
+def walk_files(root: str) -> list[str]:
+    """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
+    found: list[str] = []
+    for directory, folders, files in os.walk(root):
+        if directory[len(root) :].count(os.sep) > MAX_DEPTH:
+            raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        if directory == root:
+            folders[:] = [name for name in folders if name != ".git"]
+            files = [name for name in files if name != ".git"]
+        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
+        found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
+    return found
+
+
+# endregion 16
+# ==============================================================================
+# region 17. This file                                            [uses nothing]
+# ==============================================================================
+# This file: to be described.
+
+
 @functools.cache
 def own_source() -> bytes:
     """The bytes of this very file, also out of a zipapp."""
@@ -3899,32 +3844,15 @@ def shed_syntax_tree() -> None:
         os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
 
 
-# endregion 13
+# endregion 17
 # ==============================================================================
-# region 14. Source                                                    [uses 13]
+# region 18. Archives                                             [uses nothing]
 # ==============================================================================
 # Where the bytes that are compiled come from: an archive or a git URL, both hostile.  What git says of them is believed
 # only where hashing the files themselves gives the same.
 
 MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs about 5:1, zeros 1000:1
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
-SCHEMES = ("https", "http")
-_REF = re.compile(
-    r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}"
-)
-_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
-MAX_COMMIT = MIB  # bytes of a commit; the largest in the field have some hundred KiB of parents and signatures
-MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds whatever a server announces
-
-
-def source_error(message: str) -> BuildFailed:
-    """The error of a source that cannot be used."""
-    return BuildFailed("SourceError", message)
-
-
-def limit_error(message: str) -> BuildFailed:
-    """The error of a source beyond a limit."""
-    return BuildFailed("LimitError", message)
 
 
 def is_archive(head: bytes) -> bool:
@@ -3936,11 +3864,6 @@ def plain_name(name: str) -> str:
     """name reduced to [A-Za-z0-9._-], never empty, `.` or `..`: safe as a directory's name."""
     reduced = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
     return reduced if reduced.strip(".") else "build"
-
-
-def repository_name(url: str) -> str:
-    """The name of the project at a git URL."""
-    return plain_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
 class _Member(NamedTuple):
@@ -4302,20 +4225,6 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     return root, plain_name(base or "build")
 
 
-def walk_files(root: str) -> list[str]:
-    """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
-    found: list[str] = []
-    for directory, folders, files in os.walk(root):
-        if directory[len(root) :].count(os.sep) > MAX_DEPTH:
-            raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
-        if directory == root:
-            folders[:] = [name for name in folders if name != ".git"]
-            files = [name for name in files if name != ".git"]
-        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
-        found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
-    return found
-
-
 def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
     """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory called name: owners and times say nothing."""
 
@@ -4329,6 +4238,25 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
             tar.add(os.path.join(root, file), f"{name}/{file}", recursive=False, filter=forget)
         if history:
             tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
+
+
+# endregion 18
+# ==============================================================================
+# region 19. Git                                               [uses 15, 16, 18]
+# ==============================================================================
+# Git: to be described.
+
+_REF = re.compile(
+    r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
+MAX_COMMIT = MIB  # bytes of a commit; the largest in the field have some hundred KiB of parents and signatures
+MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds whatever a server announces
+
+
+def repository_name(url: str) -> str:
+    """The name of the project at a git URL."""
+    return plain_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
 def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
@@ -4870,9 +4798,105 @@ def without_credentials(url: str) -> str:
     return match[1] + match[2] if match else ""
 
 
-# endregion 14
+class Packed(NamedTuple):
+    """A packed source. note: what was packed, for the user; tree: its git tree; commit: empty without history."""
+
+    note: str
+    tree: str
+    commit: str
+
+
+def pack_directory(
+    directory: str, archive: str, workspace: str, outputs: Mapping[str, Sequence[str]], bundle: str = ""
+) -> Packed:
+    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified or untracked;
+    else the files as they are, without those that git ignores. workspace: an empty directory for scratch; bundle: where the last
+    build's is and the next one's will be, which is no source; outputs: by the name of a marker file, the folders that a build of such a
+    project removes first. Raises UsageError."""
+    name = plain_name(os.path.basename(os.path.realpath(directory)))
+    why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
+    root, files, commit = os.path.realpath(directory), None, ""
+    inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
+    inner = "" if inner.startswith(os.pardir) else inner
+    own = os.path.join(workspace, "our own")
+    os.mkdir(own)
+    checkout = open_checkout(directory, own)
+    if checkout:
+        files = list_source(directory, checkout)
+        why = _why_not_clean(checkout, root, inner)
+        if not why:
+            try:
+                env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
+                fetched = os.path.join(workspace, name)
+                fetch_git("file://" + urllib.parse.quote(own), checkout.commit, fetched, env, ("file",))
+                origin = without_credentials(checkout.config.get("remote.origin.url", ""))
+                _git(
+                    ["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))],
+                    fetched,
+                    git_environment(env, ()),
+                )
+                os.unlink(os.path.join(fetched, ".git", "FETCH_HEAD"))  # it names the directory
+                root, files, commit = fetched, None, checkout.commit
+            except BuildFailed as e:
+                why = f"its history cannot be packed ({e})"
+    if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
+        files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
+    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
+    markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
+    removed = outputs.get(next(markers, ""), ())
+    kept = [
+        file
+        for file in files
+        if file.split(os.sep)[0] not in removed and not (inner and not commit and file.startswith(inner + os.sep))
+    ]
+    if commit and len(kept) < len(files):
+        why, commit = f"git tracks {' and '.join(removed)}, which is removed before a build", ""
+    files = kept
+    if not files:
+        raise UsageError(f"{directory}: there is nothing to build")
+    write_source(archive, root, name, files, bool(commit))
+    everything = why in ("there is no git", "it is no git work tree")
+    note = (
+        f"commit {commit} as git has it"
+        if commit
+        else (f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
+    )
+    return Packed(note, git_tree(root, files, object_format(commit)), commit)
+
+
+# Of a checkout's configuration, what says how its files compare with the index; none of it names a program.
+_COMPARISON = (
+    "core.filemode",
+    "core.ignorecase",
+    "core.symlinks",
+    "core.precomposeunicode",
+    "core.trustctime",
+    "core.checkstat",
+    "core.autocrlf",
+    "core.eol",
+)
+
+
+def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
+    """Return "" if the work tree at root, but for what is below inner, is exactly its HEAD, and else the reason."""
+    if checkout.root != root:
+        return "it is a folder inside a git work tree"
+    if not checkout.commit:
+        return "git has no commit"
+    options = [
+        text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")
+    ]
+    pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
+    # A submodule has a configuration of its own, which git would obey there.
+    status = checkout.ask(
+        root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec
+    )
+    return "git has modified or untracked files" if status != "" else ""
+
+
+# endregion 19
 # ==============================================================================
-# region 15. Toolchains                                            [uses 13, 14]
+# region 20. Toolchains                                        [uses 15, 16, 19]
 # ==============================================================================
 # One table: how a toolchain is recognised, and how its inputs are found out before anything is built.  A program is
 # resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
@@ -5292,9 +5316,41 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo),
 )
 
-# endregion 15
+
+OUTPUTS = {toolchain.marker: toolchain.outputs for toolchain in TOOLCHAINS}
+
+
+def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Expectations:
+    """expected, with what a checkout of the source says: its tree, its lock file and, of cargo, the dependencies in that. nix's are known
+    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them.
+
+    algorithm: the object format of the tree."""
+    if not os.path.isdir(directory):
+        raise UsageError(f"--source {directory}: no directory")
+    try:
+        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(
+            os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS
+        ):
+            outputs: Sequence[str] = ("dist", "node_modules")
+            lock_name = "pnpm-lock.yaml"
+        else:
+            toolchain = detect_toolchain(directory)
+            outputs, lock_name = toolchain.outputs, "flake.lock" if toolchain.name == "nix" else toolchain.marker
+        with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
+            files = list_source(directory, open_checkout(directory, own))
+        tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
+        lock = read_lockfile(os.path.join(directory, lock_name))
+        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if lock_name == "Cargo.lock" else None
+    except BuildFailed as e:
+        raise UsageError(f"--source {directory}: {e}") from None
+    if expected.source_tree not in (None, tree):
+        raise UsageError(f"--source {directory} has the tree {tree}, which --source-tree contradicts")
+    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(lock), dependencies=dependencies)
+
+
+# endregion 20
 # ==============================================================================
-# region 16. Attester                                     [uses 6, 7, 8, 11, 13]
+# region 21. Attester                                     [uses 6, 7, 8, 11, 17]
 # ==============================================================================
 # Evidence for a provenance: of no hardware, which says what it is, or of the SEV-SNP guest that this runs in.  The host of a guest
 # is hostile: what it hands out beside the report (the certificate table) is used only where it verifies the report.
@@ -5515,9 +5571,9 @@ def hardware_evidence(
     )
 
 
-# endregion 16
+# endregion 21
 # ==============================================================================
-# region 17. Bundle                                            [uses 11, 13, 14]
+# region 22. Bundle                                            [uses 11, 16, 18]
 # ==============================================================================
 # The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
 # the archive itself.  Files are hashed in blocks, never held.
@@ -5699,9 +5755,9 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     )
 
 
-# endregion 17
+# endregion 22
 # ==============================================================================
-# region 18. Pipeline                          [uses 11, 12, 13, 14, 15, 16, 17]
+# region 23. Pipeline          [uses 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22]
 # ==============================================================================
 # Source -> build -> provenance -> evidence -> archive, in one process that does nothing else and is thrown away.
 
@@ -5738,25 +5794,7 @@ ALLOWED_ENVIRONMENT = (
 )
 
 
-class BuildRequest(NamedTuple):
-    """What POST /build asked for, checked. Either repo_url, with repo_ref perhaps empty, or an archive called source_name."""
-
-    nonce: str
-    repo_url: str = ""
-    repo_ref: str = ""
-    source_name: str = ""
-
-
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes beside its source
-
-
-class SourcePolicy(NamedTuple):
-    """What a server lets in. max_archive, max_unpacked: bytes."""
-
-    schemes: Sequence[str] = SCHEMES
-    loopback: bool = True
-    max_archive: int = MAX_ARCHIVE
-    max_unpacked: int = MAX_UNPACKED
 
 
 def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequence[str]) -> dict[str, str]:
@@ -5831,7 +5869,7 @@ def run_pipeline(
         commit, uri, tree = "", "", tree if algorithm == "sha1" else git_tree(project, files)
     plan = toolchain.plan(project, env)
     log = _LogDigest(emit)
-    give_to_build(project)
+    hand_to_build(project)
     status, stdout = run_tool(plan.argv, project, plan.env, log, plan.keep_stdout)
     if status != 0:
         ending = f"status {status}" if status > 0 else f"signal {-status}"
@@ -5888,12 +5926,6 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> list[tuple
     return taken
 
 
-def utc_now() -> str:
-    """The time in UTC with microseconds, as the provenance writes it."""
-    now = time.time_ns() // 1000
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**6)) + f".{now % 10**6:06d}+00:00"
-
-
 def _make_statement(
     plan: Plan,
     tree: str,
@@ -5947,9 +5979,3418 @@ def _make_statement(
     return data
 
 
-# endregion 18
+# endregion 23
 # ==============================================================================
-# region 19. Image                                         [uses 10, 11, 13, 14]
+# region 24. Event log                                                 [uses 16]
+# ==============================================================================
+# A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
+# the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
+# so nobody reads a torn one.  Frames carry their number: the end of the file says how many there are, and a search by halves
+# finds any of them, so nothing is kept in memory and opening a log of any size takes a few reads.
+
+MAX_FRAME = 4 * MIB  # more than the longest event that relay_events lets through
+COMPLETE = (
+    '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
+)
+PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
+
+
+class Payloads(NamedTuple):
+    """The JSON objects of some events, one line of ASCII each: every one of parts, between before and after."""
+
+    parts: Sequence[str]
+    before: str = ""
+    after: str = ""
+
+
+def to_payloads(phase: str, messages: Sequence[str]) -> Payloads:
+    """The events of one phase, as compact_json would write them, quickly where a block is plain."""
+    if phase in PHASES:
+        joined = "".join(messages)
+        if joined.isascii() and not joined.encode("ascii").translate(None, PLAIN):
+            return Payloads(messages, f'{{"type":"{phase}","msg":"', '"}')
+    return Payloads(list(map(json.encoder.encode_basestring_ascii, messages)), f'{{"type":"{phase}","msg":', "}")
+
+
+def to_payload(event: Mapping[str, Any]) -> Payloads:
+    """One event."""
+    return Payloads([compact_json(event)])
+
+
+def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
+    """Return (end, count, finished) of the log in the first size bytes of a file, from its last frame.
+
+    end: of the last whole frame; what follows it is torn. count: the number of that frame. finished: whether it is `complete`.
+    Raises Malformed if the file does not end with a frame and perhaps a part of the next one.
+    """
+    span, head = 4 * KIB, b"id: 1\ndata: {"
+    while True:
+        span = min(span, size)
+        data = os.pread(fd, span, size - span)
+        end = data.rfind(b"\n\n") + 2
+        start = data.rfind(b"\n\n", 0, max(0, end - 2)) + 2
+        if start >= 2 or span == size:
+            break
+        if span >= MAX_FRAME:
+            raise Malformed("events", f"no frame begins in the last {span} bytes")
+        span *= 4
+    if end < 2 and head.startswith(data[: len(head)]):
+        return 0, 0, False
+    frame = data[start if start >= 2 else 0 : end]
+    match = re.match(rb"id: ([1-9][0-9]{0,17})\ndata: \{", frame)
+    if not match or start < 2 and int(match[1]) != 1:
+        raise Malformed("events", "the last frame is damaged")
+    return size - span + end, int(match[1]), COMPLETE.encode() in frame
+
+
+class EventLog:
+    """The log in the file at path. on_append is called after each append, by its thread. flags: of open(2); by default the file is
+    made if it is missing. A torn frame at the end is cut by the first append; what a crashed machine has lost (zeros) ends an
+    unfinished log before it. Raises Malformed for a file that is not a log, OSError."""
+
+    def __init__(
+        self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
+    ) -> None:
+        self.fd = open_regular(path, flags)
+        weakref.finalize(self, os.close, self.fd)
+        self._on_append = on_append
+        self._lock = threading.Lock()
+        length = os.fstat(self.fd).st_size
+        try:
+            found = find_log_end(self.fd, length)
+        except Malformed:
+            found = (0, 0, False)
+        if not found[2]:
+            found = find_log_end(self.fd, self._first_zero(length))
+        self.size, self.count, self.finished = (
+            found  # written under _lock, finished last; a reader may see them without
+        )
+        self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
+
+    def _first_zero(self, length: int) -> int:
+        """The offset of the first zero byte, or length: JSON has none; a file system fills with them what it has lost."""
+        for offset in range(0, length, BLOCK):
+            at = os.pread(self.fd, BLOCK, offset).find(b"\0")
+            if at >= 0:
+                return offset + at
+        return length
+
+    def append(self, payloads: Payloads) -> None:
+        """Emit events. Raises OSError, and nothing was emitted then."""
+        if not payloads.parts:
+            return
+        before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
+        with self._lock:
+            if self.finished:
+                raise ValueError("the log is complete")
+            frames = [f"id: {n}{before}{part}{after}" for n, part in enumerate(payloads.parts, self.count + 1)]
+            data = memoryview("".join(frames).encode("ascii"))
+            written = 0
+            try:
+                if self._torn:
+                    os.ftruncate(self.fd, self.size)
+                self._torn = True
+                while written < len(data):
+                    written += os.pwrite(self.fd, data[written:], self.size + written)
+                self._torn = False
+            except OSError:
+                os.ftruncate(self.fd, self.size)
+                raise
+            self.count += len(frames)
+            self.size += len(data)
+            self.finished = COMPLETE in frames[-1]
+        if self._on_append is not None:
+            self._on_append(self)
+
+    def lacks_only(self, event: Payloads) -> bool:
+        """Whether nothing follows the last whole frame but a part of that of event, or zeros."""
+        frame = f"id: {self.count + 1}\ndata: {event.parts[0]}\n\n".encode("ascii")
+        rest = os.pread(self.fd, MIB, self.size)
+        return len(rest) < MIB and frame.startswith(rest.rstrip(b"\0"))
+
+    def offset_of(self, count: int) -> int:
+        """Where the event after the first count ones begins; count: at most self.count. Raises OSError for a damaged log."""
+        with self._lock:
+            if count >= self.count:
+                return self.size
+            low, high = 0, self.size  # the event begins at low or later, and before high
+        while high - low > 64 * KIB:
+            middle = (low + high) // 2
+            start, number = self._next_frame(middle, high)
+            if number > count + 1:
+                high = middle
+            else:
+                low = start
+        wanted = b"id: %d\n" % (count + 1)
+        data = b"\n\n" + os.pread(self.fd, high - low + len(wanted), low)
+        at = data.find(b"\n\n" + wanted)
+        if at < 0:
+            raise OSError("the log is damaged")
+        return low + at
+
+    def _next_frame(self, offset: int, end: int) -> tuple[int, float]:
+        """Where the first frame that begins at offset or later does, and its number; (end, inf) if none begins before end."""
+        data, at = b"", max(0, offset - 2)
+        while at + len(data) < end + 32:  # so that the number is there as well
+            more = os.pread(self.fd, max(4 * KIB, len(data)), at + len(data))
+            data += more
+            match = re.search(rb"\n\nid: ([0-9]{1,18})\n", data)
+            if match:
+                return at + match.start() + 2, int(match[1])
+            if not more:
+                break
+        return end, float("inf")
+
+    def last(self) -> dict[str, Any]:
+        """The last event, or an empty object."""
+        offset = self.offset_of(max(0, self.count - 1))
+        frame = os.pread(self.fd, self.size - offset, offset)
+        return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
+
+
+# endregion 24
+# ==============================================================================
+# region 25. Event streams                                     [uses 13, 16, 24]
+# ==============================================================================
+# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of
+# its answer; from then on the streamer thread owns it, and it gets the bytes from its position to the log's end, chunked
+# [RFC9112 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once,
+# from one read.  Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
+# A client that takes nothing for STALL_S is disconnected.
+#
+# Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
+
+KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
+STALL_S = 60.0  # until a client that takes nothing of what it asked for is disconnected
+_SMALL = 64 * KIB
+# What one watcher gets before the next one's turn: alone much, for few system calls; among others little, so that all of them
+# get a range of the log while the processor's cache still holds it (8 readers: 1.3 times the speed of turns of 1 MiB).
+_TURN, _SHARED_TURN = MIB, 256 * KIB
+
+
+def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
+    """Return the event that a socket must wait for after its operation raised e, or 0 if the operation failed.
+
+    sending: whether the operation was a send.
+    """
+    if isinstance(e, BlockingIOError):
+        return selectors.EVENT_WRITE if sending else selectors.EVENT_READ
+    if tls and isinstance(e, ssl.SSLWantReadError):
+        return selectors.EVENT_READ
+    return selectors.EVENT_WRITE if tls and isinstance(e, ssl.SSLWantWriteError) else 0
+
+
+class Mailbox:
+    """A selector for one thread, which other threads wake by posting notes. Whatever is registered has sock and mask."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._sleeper, self._waker = socket.socketpair()
+        self._sleeper.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._sleeper, selectors.EVENT_READ)
+        self._notes: deque[Any] = deque()
+        self._asleep = False
+
+    def post(self, note: Any) -> None:
+        """Leave note for the selector's thread. Any thread; never waits."""
+        self._notes.append(note)
+        if self._asleep:  # set before the notes are looked at for the last time: no note is slept over
+            self._asleep = False
+            try:
+                self._waker.send(b"\0")
+            except BlockingIOError:
+                pass  # it is awake enough
+
+    def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
+        """Wait for events, a note or the timeout in seconds. Return who has events, and their masks."""
+        self._asleep = True
+        events = self._selector.select(0 if self._notes else timeout)
+        self._asleep = False
+        ready = [(key.data, mask) for key, mask in events if key.data is not None]
+        if len(ready) < len(events):
+            self._sleeper.recv(4096)
+        return ready
+
+    def notes(self) -> Iterator[Any]:
+        """Yield the notes, the oldest first."""
+        while self._notes:
+            yield self._notes.popleft()
+
+    def want(self, end: Any, mask: int) -> None:
+        """Wait for these events of end.sock, or with mask 0 for none."""
+        if mask == end.mask:
+            return
+        if mask and end.mask:
+            self._selector.modify(end.sock, mask, end)
+        elif mask:
+            self._selector.register(end.sock, mask, end)
+        else:
+            self._selector.unregister(end.sock)
+        end.mask = mask
+
+    def close(self) -> None:
+        """Close the selector; notes posted from now on stay unread."""
+        self._selector.close()
+        self._sleeper.close()
+        self._waker.close()
+
+
+class OpenFile:
+    """A file to read from, at any offset. It closes with the last reference. Raises Malformed, OSError."""
+
+    def __init__(self, path: str) -> None:
+        self.fd = open_regular(path)
+        weakref.finalize(self, os.close, self.fd)
+        self.size = os.fstat(self.fd).st_size
+
+
+class Watcher:
+    """A client that follows a log, or downloads a range of a file.
+
+    start: how many events of log it has; greeting: bytes to send first, in the log's framing.
+    file, span: instead of log and start; first byte and length of the range.
+    then: called when the whole range is sent, instead of closing the socket.
+    """
+
+    __slots__ = (
+        "chunked",
+        "deaf",
+        "ending",
+        "file",
+        "left",
+        "log",
+        "mask",
+        "pending",
+        "position",
+        "since",
+        "sock",
+        "start",
+        "then",
+        "tls",
+    )
+
+    def __init__(
+        self,
+        sock: "socket.socket",
+        log: EventLog | None,
+        start: int,
+        chunked: bool,
+        tls: bool,
+        greeting: bytes,
+        file: OpenFile | None = None,
+        span: tuple[int, int] = (-1, 0),
+        then: "Callable[[], None] | None" = None,
+    ) -> None:
+        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
+        self.file, self.then = file, then
+        # position: in the log or file; -1: unknown until the log has `start` events.  left: bytes to be sent from there.
+        self.position, self.left = span
+        self.pending = self.frame(greeting) if greeting else b""
+        self.ending = False
+        self.deaf = file is not None  # not read from: the peer has closed its half, or may send its next request
+        self.mask = 0  # what the selector waits for
+        self.since = time.monotonic()  # the last progress
+
+    def frame(self, data: bytes) -> bytes:
+        """data as one chunk, where the stream is chunked."""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+
+
+class Streamer:
+    """The thread that serves watchers.
+
+    keepalive_s: silence after which a comment is sent.
+    stall_s: time without progress after which a watcher is disconnected; it can resume.
+    """
+
+    def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
+        self._keepalive_s, self._stall_s = keepalive_s, stall_s
+        self._mailbox = Mailbox()  # notes: a log has grown, a watcher is new, None: stop
+        self._served: set[Watcher] = set()
+        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # who has everything there is
+        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
+        self._turn = _TURN
+        self.files = 0  # open for watchers: a socket each, and what they download
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
+        self._thread.start()
+
+    def grown(self, log: EventLog) -> None:
+        """log has new events. Any thread; never waits."""
+        self._mailbox.post(log)
+
+    def add(self, watcher: Watcher) -> None:
+        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
+        self._mailbox.post(watcher)
+
+    def stop(self) -> None:
+        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
+        self._mailbox.post(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        every = min(1.0, self._keepalive_s, self._stall_s)
+        scan_at = time.monotonic() + every
+        while True:
+            events = self._mailbox.wait(max(0.0, scan_at - time.monotonic()))
+            self._turn = _TURN if len(events) < 2 else _SHARED_TURN
+            if not self._take_notes():
+                break
+            for watcher, mask in events:
+                if mask & watcher.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
+                    self._hear(watcher)
+                if mask & watcher.mask & selectors.EVENT_WRITE:
+                    self._pump(watcher)
+            if time.monotonic() >= scan_at:
+                scan_at = time.monotonic() + every
+                self._scan(scan_at - every)
+        for watcher in list(self._served):
+            self._drop(watcher)
+        self._mailbox.close()
+
+    def _take_notes(self) -> bool:
+        """Act on what other threads have said. False: stop."""
+        grown: dict[EventLog, None] = {}
+        going = True
+        for note in self._mailbox.notes():
+            if note is None:
+                going = False
+            elif isinstance(note, EventLog):
+                grown[note] = None
+            else:
+                self._served.add(note)
+                self.files += 1 if note.file is None else 2
+                try:
+                    note.sock.setblocking(False)
+                    self._want(note, selectors.EVENT_READ)
+                except (OSError, ValueError):
+                    self._drop(note)
+                    continue
+                self._pump(note)
+        for log in grown:
+            for watcher in self._waiting.pop(log, ()):
+                self._pump(watcher)
+        return going
+
+    def _want(self, watcher: Watcher, mask: int) -> None:
+        """Wait for these events of watcher's socket."""
+        if watcher.deaf:
+            mask &= selectors.EVENT_WRITE  # it would be readable for ever
+        self._mailbox.want(watcher, mask)
+
+    def _hear(self, watcher: Watcher) -> None:
+        """The peer has sent something, which nobody needs, or has closed its half."""
+        try:
+            said = watcher.sock.recv(_SMALL)
+        except OSError as e:
+            if not wait_mask(e, False, watcher.tls):
+                self._drop(watcher)
+            return
+        if not said:
+            # Perhaps it is gone, perhaps it only has nothing more to say: a comment will tell.
+            watcher.deaf = True
+            self._want(watcher, watcher.mask)
+            if watcher in self._waiting.get(watcher.log, ()):
+                self._comment(watcher)
+
+    def _comment(self, watcher: Watcher) -> None:
+        """Send a comment to one who waits, which shows whether the peer is still there."""
+        self._forget(watcher)
+        watcher.pending = watcher.frame(b": keepalive\n\n")
+        self._pump(watcher)
+
+    def _scan(self, now: float) -> None:
+        """Break the silence of those who wait, and disconnect those who take nothing."""
+        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
+            self._comment(watcher)
+        for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
+            try:  # what the system still holds for it goes as well
+                watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            except OSError:
+                pass  # the peer was faster
+            self._drop(watcher)
+
+    def _pump(self, watcher: Watcher) -> None:
+        """Send what there is, until there is no more, the socket is full, or the turn is over."""
+        turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
+        try:
+            while turn > 0:
+                if watcher.pending:
+                    more = socket.MSG_MORE if watcher.left and not watcher.tls and hasattr(socket, "MSG_MORE") else 0
+                    sent = watcher.sock.send(watcher.pending, more)
+                    watcher.pending = watcher.pending[sent:]
+                elif watcher.left:
+                    asked = min(watcher.left, turn)
+                    sent = self._send_range(watcher, asked)
+                    if sent < asked and not watcher.tls:
+                        turn -= sent
+                        break  # the socket is full
+                elif not self._next(watcher):
+                    return
+                else:
+                    sent = 0
+                turn -= sent
+            self._want(watcher, mask)
+        except OSError as e:
+            if wait_mask(e, True, watcher.tls):
+                self._want(watcher, mask)
+            else:
+                self._drop(watcher)
+        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's stream
+            logger().exception("stream")
+            self._drop(watcher)
+        finally:
+            if turn < self._turn:
+                watcher.since = time.monotonic()
+
+    def _send_range(self, watcher: Watcher, size: int) -> int:
+        """Send up to size bytes of the range at hand; with TLS, which has no sendfile, make them pending. Return how many."""
+        source = watcher.file or watcher.log
+        if source is None:
+            raise ValueError("a range of nothing")
+        if watcher.tls:
+            watcher.pending = os.pread(source.fd, min(size, _SMALL), watcher.position)
+            size = len(watcher.pending)
+        else:
+            size = os.sendfile(watcher.sock.fileno(), source.fd, watcher.position, size)
+        if size == 0:
+            raise OSError("the file has shrunk")
+        watcher.position += size
+        watcher.left -= size
+        if not watcher.left and watcher.chunked:
+            watcher.pending += b"\r\n"
+        return size
+
+    def _next(self, watcher: Watcher) -> bool:
+        """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
+        log = watcher.log
+        if log is None:
+            self._leave(watcher)
+            if watcher.then is not None:
+                watcher.then()
+            return False
+        finished = log.finished  # before size: what was there when the log was complete is then seen
+        if watcher.position < 0 and (finished or log.count >= watcher.start):
+            watcher.position = log.offset_of(watcher.start)
+        size = log.size
+        if 0 <= watcher.position < size:
+            if size - watcher.position <= _SMALL:
+                length = size - watcher.position
+                watcher.pending = watcher.frame(self._read(log, watcher.position, length))
+                watcher.position += length
+            else:
+                watcher.left = size - watcher.position
+                watcher.pending = b"%x\r\n" % watcher.left if watcher.chunked else b""
+            return True
+        if finished and watcher.chunked and not watcher.ending:
+            watcher.ending, watcher.pending = True, b"0\r\n\r\n"
+            return True
+        if finished:
+            self._drop(watcher)
+            return False
+        watcher.since = time.monotonic()
+        self._waiting.setdefault(log, set()).add(watcher)
+        self._want(watcher, selectors.EVENT_READ)
+        return False
+
+    def _read(self, log: EventLog, position: int, length: int) -> bytes:
+        """A range of the log, read once for all who ask for the same one after another."""
+        if self._block[:3] != (log, position, length):
+            self._block = (log, position, length, os.pread(log.fd, length, position))
+        return self._block[3]
+
+    def _forget(self, watcher: Watcher) -> None:
+        waiting = self._waiting.get(watcher.log)
+        if waiting is not None:
+            waiting.discard(watcher)
+            if not waiting:
+                del self._waiting[watcher.log]
+
+    def _leave(self, watcher: Watcher) -> None:
+        """Serve watcher no more; its socket stays open."""
+        self._forget(watcher)
+        self._want(watcher, 0)
+        if self._block[0] is watcher.log:
+            self._block = (None, 0, 0, b"")
+        self._served.discard(watcher)
+        self.files -= 1 if watcher.file is None else 2
+
+    def _drop(self, watcher: Watcher) -> None:
+        """Serve watcher no more, and close its socket."""
+        self._leave(watcher)
+        try:
+            watcher.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer was faster
+        watcher.sock.close()
+
+
+# endregion 25
+# ==============================================================================
+# region 26. Jobs                                              [uses 13, 16, 24]
+# ==============================================================================
+# The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
+# (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
+# What is wrong with one job's files makes that job "damaged": it is listed, its files are left alone, and no other job notices.
+#
+# Files are written outside of Jobs._changed and published under it, so that a slow disk delays only those who wait for that job.
+# Job.writing serializes what is written of one job.  Lock order: Job.writing, then Jobs._changed or an EventLog's own lock.
+#
+# Threads "slot N": started by Jobs.start, each runs one job at a time.  Thread "queue": announces positions, and completes jobs
+# that a full disk did not let end.  All end by Jobs.stop, and outlive every exception.
+
+STATE_VERSION = 1
+_STATE_MARKER = "confbuild-state"
+_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MAX_SEQ = 10**18  # beyond it jobs are in the order of their times
+RETRY_S = 5.0  # until a job that has ended tries again to say so, where a full disk forbids it
+ANNOUNCE_S = 1.0  # between two positions that one job is told
+
+# From each state, where a job can go. [CONTRACT 1: every stream ends with exactly one `complete`]
+JOB_STATES = {
+    "queued": ("running", "failed"),  # failed: cancelled, or its server died MAX_ATTEMPTS times
+    "running": ("queued", "ok", "failed"),  # queued: the server stopped or died
+    "ok": (),
+    "failed": (),
+    "damaged": (),  # never written
+}
+# In each state that job.json can have: whether there are finished_at, result and failure.
+_HELD = {
+    "queued": ((False, False, False), (False, False, True)),  # True: its cancel is written down, its end is not yet
+    "running": ((False, False, False), (False, False, True)),
+    "ok": ((True, True, False),),
+    "failed": ((True, False, True),),
+}
+
+
+def claim_state(state: str) -> int:
+    """Make state the state directory of this process, until the descriptor that is returned is closed. Raises UsageError, OSError.
+
+    A directory of somebody else is refused: it has no marker, and is neither empty nor what confbuild 0.1 has left."""
+    os.makedirs(state, mode=0o700, exist_ok=True)
+    marker = os.path.join(state, _STATE_MARKER)
+    if os.path.lexists(marker):
+        try:
+            with open(open_regular(marker), "rb") as f:
+                match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
+        except Malformed:
+            match = None
+        if not match:
+            raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
+        if int(match[1]) > STATE_VERSION:
+            raise UsageError(
+                f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}"
+            )
+    elif not _is_unmarked_state(state):
+        raise UsageError(
+            f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state"
+        )
+    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
+    except BaseException as e:
+        os.close(lock)
+        if isinstance(e, BlockingIOError):
+            raise UsageError(f"{state} is in use by another server") from None
+        raise
+    return lock
+
+
+def _is_unmarked_state(state: str) -> bool:
+    """Whether state is empty but for our own output, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
+    names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
+    jobs = os.path.join(state, "jobs")
+    return (
+        names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
+        and ("jobs" in names or not names & {"incoming", "guests"})
+        and ("jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+    )
+
+
+def _is_our_output(path: str) -> bool:
+    """Whether stdout or stderr goes to the file at path: `serve --state DIR > DIR/server.log` makes it before the server starts."""
+    for fd in (1, 2):
+        try:
+            if os.path.samestat(os.fstat(fd), os.lstat(path)):
+                return True
+        except OSError:  # closed
+            pass
+    return False
+
+
+class JobRecord(NamedTuple):
+    """What job.json holds of a job. result: of the archive; failure: the two names of the `complete` event."""
+
+    seq: int
+    request: BuildRequest
+    attempts: int = 0
+    state: str = "queued"
+    submitted_at: str = ""
+    started_at: str = ""
+    finished_at: str = ""
+    result: Mapping[str, Any] | None = None
+    failure: Mapping[str, str] | None = None
+
+    def to_bytes(self) -> bytes:
+        """job.json."""
+        return compact_json(self._asdict() | {"request": self.request._asdict()}).encode("ascii")
+
+    @classmethod
+    def parse(cls, data: bytes) -> "JobRecord":
+        """The record that to_bytes has written. Raises Malformed."""
+        try:
+            doc = json.loads(data)
+            request = BuildRequest(**doc["request"])
+            record = cls(**doc | {"request": request})
+            result = {"size": 0, "sha256": "0" * 64} if record.result is None else record.result
+            failure = {"error": "", "error_type": ""} if record.failure is None else record.failure
+            valid = (
+                [*map(len, (doc, doc["request"], result, failure))]
+                == [len(cls._fields), len(BuildRequest._fields), 2, 2]
+                and all(
+                    type(number) is int and 0 <= number <= MAX_SEQ
+                    for number in (record.seq, record.attempts, result["size"])
+                )
+                and all(
+                    type(text) is str
+                    for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"])
+                )
+                and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
+                and (record.finished_at != "", record.result is not None, record.failure is not None)
+                in _HELD[record.state]
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            valid = False
+        if not valid:
+            raise Malformed("job.json", "not the record of a job")
+        return record
+
+    def untold_end(self) -> BuildFailed | dict[str, Any] | None:
+        """Why a job whose log lacks the last event has failed, or its result; None: it waits, or is run again."""
+        if self.failure is not None:  # cancelled, or the server died between job.json and the event
+            return BuildFailed(self.failure["error_type"], self.failure["error"])
+        if self.state == "running" and self.attempts >= MAX_ATTEMPTS:
+            return BuildFailed("InternalError", f"the server ended {self.attempts} times during this build")
+        return None if self.result is None else dict(self.result)
+
+    def complete_event(self) -> Payloads:
+        """The last event of a job that has ended."""
+        return to_payload(
+            {"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}}
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing changes any more."""
+        return not JOB_STATES[self.state]
+
+
+class Job:
+    """One build. record is replaced in Jobs, under its lock, when job.json holds it; the log has its own lock."""
+
+    def __init__(self, job_id: str, folder: str, record: JobRecord) -> None:
+        self.id, self.folder, self.record = job_id, folder, record
+        self.writing = threading.Lock()  # its holder writes job.json or a position
+        self.position = -1  # the last one emitted
+        self.tried_at = float("-inf")  # when that was, or the last try to complete
+        self.halted: tuple[str, str] | None = (
+            None  # (error_type, error): why the build must stop; "Parked": it will go on
+        )
+        self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
+        self.log: EventLog | None = None  # kept while the job can still emit
+
+    @property
+    def request(self) -> BuildRequest:
+        """What was asked for."""
+        return self.record.request
+
+    @property
+    def state(self) -> str:
+        """A key of JOB_STATES."""
+        return self.record.state
+
+    @property
+    def source(self) -> str | None:
+        """The uploaded archive, or None for a repo_url."""
+        return None if self.request.repo_url else os.path.join(self.folder, "source")
+
+    @property
+    def result_path(self) -> str:
+        """The archive that clients get."""
+        return self.folder + "/result.tar.gz"
+
+    @property
+    def events_path(self) -> str:
+        """The log."""
+        return self.folder + "/events"
+
+    def to_wire(self) -> dict[str, Any]:
+        """The status that clients get."""
+        record = self.record
+        source = (
+            {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref}
+            if record.request.repo_url
+            else {"source_name": record.request.source_name}
+        )
+        return {
+            "job_id": self.id,
+            "status": record.state,
+            **source,
+            "nonce": record.request.nonce,
+            "attempts": record.attempts,
+            "submitted_at": record.submitted_at,
+            "started_at": record.started_at or None,
+            "finished_at": record.finished_at or None,
+            "result": record.result,
+            **(record.failure or {}),
+        }
+
+    def write_new(self, archive: str | None, grown: Callable[[EventLog], None]) -> EventLog:
+        """Make the folder of a new job, durably, and return its log. archive: is moved. Raises OSError."""
+        if archive is not None:
+            sync(archive)
+        os.mkdir(self.folder, 0o700)
+        if archive is not None:
+            os.rename(archive, self.folder + "/source")
+        self.log = EventLog(self.events_path, grown)
+        write_durably(self.folder + "/job.json", self.record.to_bytes())
+        return self.log
+
+    def drop_source(self) -> None:
+        """Remove the uploaded archive, which nobody needs any more."""
+        try:
+            if self.source is not None:
+                os.unlink(self.source)
+        except OSError:
+            pass  # it is gone
+
+    def read(self, grown: Callable[[EventLog], None]) -> None:
+        """Take the record and, where the job can still emit, the log from the files of an earlier server, and change nothing.
+
+        Raises Malformed for files that contradict each other, OSError."""
+        fd = open_regular(self.folder + "/job.json")
+        try:
+            record = JobRecord.parse(os.read(fd, MIB))
+        finally:
+            os.close(fd)
+        self.record = record._replace(result=None)
+        if record.result is not None:
+            _check_file(self.result_path, record.result["size"])
+            self.record = record
+        if record.ended:
+            fd = open_regular(self.events_path)
+            try:
+                if find_log_end(fd, os.fstat(fd).st_size)[2]:
+                    return
+            finally:
+                os.close(fd)
+        elif self.source is not None:
+            _check_file(self.source)
+        log = EventLog(self.events_path, grown, os.O_RDWR)
+        if log.finished:
+            raise Malformed("job.json", "its build has not ended, but its log has")
+        if record.ended and not log.lacks_only(record.complete_event()):
+            raise Malformed("events", "its build has ended, but its log has not")
+        last = log.last()
+        if record.state == "queued" and last.get("type") == "queued" and type(last.get("position")) is int:
+            self.position = last["position"]
+        self.log = log
+
+
+def _read_job(jobs: str, job_id: str, grown: Callable[[EventLog], None]) -> Job | None:
+    """The job of an earlier server in the folder jobs; damaged where it cannot be used; None if it was never accepted."""
+    folder = f"{jobs}/{job_id}"
+    job = Job(job_id, folder, JobRecord(0, BuildRequest("")))
+    try:
+        job.read(grown)
+    except Exception as e:  # noqa: BLE001  # nothing in one job's folder may hinder another job
+        if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
+            return None
+        why = (
+            f"{os.path.basename(e.filename or folder)}: {e.strerror}"
+            if isinstance(e, OSError)
+            else f"{e or type(e).__name__}"
+        )
+        logger().error("%s is damaged, and left alone: %s", folder, why)
+        job.record = job.record._replace(
+            state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"}
+        )
+    return job
+
+
+def _check_file(path: str, size: int | None = None) -> None:
+    """Raise Malformed unless path is a regular file, of size bytes where that is given; OSError."""
+    found = os.lstat(path)
+    if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
+        raise Malformed(
+            os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes"
+        )
+
+
+def _remove_unaccepted(folder: str) -> bool:
+    """Remove the folder of a job that was never accepted, and nothing else. False: it is something else."""
+    try:
+        entries = [] if os.path.islink(folder) else list(os.scandir(folder))
+        if not all(
+            e.is_file(follow_symlinks=False)
+            and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0)
+            for e in entries
+        ):
+            return False
+        for entry in entries:
+            os.unlink(entry)
+        os.rmdir(folder)
+    except OSError:
+        return False
+    return True
+
+
+def _build(job: Job, run: Callable[[], str]) -> BuildFailed | dict[str, Any]:
+    """Why run has failed, or the result of the archive whose path it has returned, and which is now job's."""
+    try:
+        archive = run()
+        result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
+        shutil.move(archive, job.result_path)
+        sync(job.result_path)
+        return result
+    except BuildFailed as e:
+        return e
+    except Exception as e:  # noqa: BLE001  # a bug of ours must not take the slot with it
+        if isinstance(e, OSError) and is_full(e):
+            return BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
+        logger().exception("job %s", job.id)
+        return BuildFailed("InternalError", "the server failed; its log tells more")
+
+
+class Jobs:
+    """All jobs of one server. run: builds one job and returns the path of its archive, which is moved away, or raises
+    BuildFailed; it appends to job.log and sets job.on_halt. grown: is told of each log that has grown."""
+
+    def __init__(
+        self,
+        state: str,
+        run: "Callable[[Jobs, Job], str]",
+        grown: Callable[[EventLog], None],
+        slots: int = 1,
+        max_queue: int = 1000,
+        single_use: bool = False,
+    ) -> None:
+        self._folder = os.path.join(state, "jobs")
+        self._run, self._grown, self._slots, self._max_queue, self._single_use = (
+            run,
+            grown,
+            slots,
+            max_queue,
+            single_use,
+        )
+        self._changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}  # guarded by _changed
+        self._queue: list[Job] = []  # guarded by _changed; in the order of seq
+        self._running: set[Job] = set()  # guarded by _changed; also those that are about to
+        self._accepting = 0  # guarded by _changed; how many are being written for the first time
+        self._seq = 0  # guarded by _changed
+        self._stopping = False  # guarded by _changed
+        self._ending: dict[
+            Job, BuildFailed | dict[str, Any]
+        ] = {}  # guarded by _changed; why they failed, or the result; not yet published
+        self._logs: weakref.WeakValueDictionary[str, EventLog] = (
+            weakref.WeakValueDictionary()
+        )  # guarded by _changed; those that are open
+        self._threads: list[threading.Thread] = []
+        self.incoming = os.path.join(state, "incoming")
+        for folder in (self._folder, self.incoming):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        for name in os.listdir(self.incoming):
+            if re.fullmatch(r"[0-9a-f]{32}", name):  # what an earlier server was receiving
+                os.unlink(os.path.join(self.incoming, name))
+
+    def start(self) -> None:
+        """Take up what an earlier server has left, and begin to build."""
+        found = [
+            _read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)
+        ]
+        for job in sorted(filter(None, found), key=lambda job: (job.record.seq, job.record.submitted_at)):
+            end = job.record.untold_end()
+            with self._changed:
+                self._jobs[job.id] = job
+                self._seq = max(self._seq, job.record.seq)
+                if job.log is not None:  # else it has ended, or is damaged
+                    self._logs[job.id] = job.log
+                    if end is not None:
+                        self._ending[job] = end
+                    else:
+                        self._queue.append(job)
+        for name, work in [("queue", self._tend), *((f"slot {number}", self._work) for number in range(self._slots))]:
+            self._threads.append(threading.Thread(target=self._forever, args=(work,), name=name, daemon=True))
+            self._threads[-1].start()
+
+    def check_open(self) -> None:
+        """Raise Refused where no build can be accepted now: 409, 429 or 503. [CONTRACT 1]"""
+        with self._changed:
+            self._check_open_locked()
+
+    def _check_open_locked(self) -> None:
+        """Caller must hold _changed."""
+        if self._single_use and (self._jobs or self._accepting):
+            raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
+        if self._stopping:
+            raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
+        if len(self._queue) + self._accepting >= self._max_queue:
+            raise Refused(429, "QueueFull", f"{len(self._queue)} builds are waiting", {"Retry-After": "60"})
+
+    def submit(self, request: BuildRequest, archive: str | None) -> Job:
+        """Accept a build, which survives the server from here on. archive: the uploaded source, which is moved away. Raises
+        Refused, OSError."""
+        with self._changed:
+            self._check_open_locked()
+            self._seq = min(self._seq + 1, MAX_SEQ)
+            record = JobRecord(self._seq, request, submitted_at=utc_now())
+            self._accepting += 1
+        job_id = str(uuid.uuid4())
+        job = Job(job_id, os.path.join(self._folder, job_id), record)
+        with job.writing:
+            try:
+                log = job.write_new(archive, self._grown)
+                sync(self._folder)
+            except BaseException:
+                with self._changed:
+                    self._accepting -= 1
+                remove_tree(job.folder)
+                raise
+            with self._changed:
+                self._accepting -= 1
+                self._jobs[job_id], self._logs[job_id] = job, log
+                self._queue.append(job)
+                self._queue.sort(
+                    key=lambda job: (job.record.seq, job.record.submitted_at)
+                )  # another was faster, perhaps
+                self._changed.notify_all()
+            self._announce(job)
+        return job
+
+    def _update(self, job: Job, **changes: Any) -> None:
+        """Replace fields of a job's record, when job.json holds them. Caller must hold job.writing. Raises OSError, and nothing has changed then;
+        ValueError for a step that JOB_STATES does not have."""
+        record = job.record._replace(**changes)
+        if record.state not in (job.state, *JOB_STATES[job.state]):
+            raise ValueError(f"a job that is {job.state} cannot become {record.state}")
+        write_durably(os.path.join(job.folder, "job.json"), record.to_bytes())
+        with self._changed:
+            job.record = record
+
+    def _announce(self, job: Job) -> None:
+        """Tell a job its place in the queue, where that has changed; 0 if it has just left it. Caller must hold job.writing."""
+        with self._changed:
+            position = self._queue.index(job) if job in self._queue else 0 if job in self._running else job.position
+        job.tried_at = time.monotonic()
+        if position == job.position or job.log is None:
+            return
+        try:
+            job.log.append(to_payload({"type": "queued", "position": position}))
+            job.position = position
+        except OSError as e:  # a full disk, perhaps: it is told the next time
+            logger().error("job %s is not told its position: %s", job.id, e)
+
+    def get(self, job_id: str) -> Job:
+        """The job. Raises Refused 404."""
+        with self._changed:
+            if job_id not in self._jobs:
+                raise Refused(404, "NotFound", "no such build")
+            return self._jobs[job_id]
+
+    def log_of(self, job: Job) -> EventLog:
+        """The log of any job, opened where it is not. Raises Refused 404 where it is damaged, OSError."""
+        with self._changed:
+            log = self._logs.get(job.id)
+        if log is None:  # so it has ended
+            try:
+                log = EventLog(job.events_path, self._grown, os.O_RDONLY)
+            except (Malformed, FileNotFoundError) as e:
+                raise Refused(
+                    404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}"
+                ) from None
+            if not log.finished:
+                raise Refused(
+                    404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end"))
+                )
+            with self._changed:
+                log = self._logs.setdefault(job.id, log)  # one file for all who follow it
+        return log
+
+    def describe(self, job: Job) -> dict[str, Any]:
+        """The status that GET /build/{id} answers."""
+        with self._changed:
+            return job.to_wire() | ({"position": self._queue.index(job)} if job in self._queue else {})
+
+    def newest(self, count: int) -> list[dict[str, Any]]:
+        """The status of the last count jobs, newest first."""
+        with self._changed:
+            places = {job: {"position": position} for position, job in enumerate(self._queue)}
+            jobs = sorted(self._jobs.values(), key=lambda job: -job.record.seq)[:count]
+            return [job.to_wire() | places.get(job, {}) for job in jobs]
+
+    def cancel(self, job: Job) -> None:
+        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended. Raises OSError where
+        that cannot be written down; it stops all the same, and the thread "queue" tries again."""
+        with self._changed:
+            waiting = job in self._queue
+            if waiting:
+                self._queue.remove(job)
+                job.tried_at, self._ending[job] = (
+                    time.monotonic(),
+                    BuildFailed("Cancelled", "cancelled before it was started"),
+                )
+                self._changed.notify_all()
+        if waiting:
+            self._complete(job)
+        else:
+            self.halt(job, "Cancelled", "cancelled")
+
+    def halt(self, job: Job, error_type: str, message: str) -> None:
+        """A running build stops soon, for this reason; the first one counts. Raises OSError like cancel."""
+        with self._changed:
+            if (
+                job not in self._running
+                or job.halted is not None
+                and (job.halted[0], error_type) != ("Parked", "Cancelled")
+            ):
+                return
+            job.halted = (error_type, message)
+            stop = job.on_halt
+        if stop is not None:
+            stop()
+        if error_type == "Cancelled":  # also where the server dies before the build does
+            with job.writing:
+                if not job.record.ended:
+                    self._update(job, failure={"error": message, "error_type": error_type})
+
+    def when_halted(self, job: Job, stop: Callable[[], None]) -> None:
+        """stop is called once when the job is halted; now, where it is already. For run()."""
+        with self._changed:
+            job.on_halt = stop
+            halted = job.halted is not None
+        if halted:
+            stop()
+
+    def _forever(self, work: Callable[[], None]) -> None:
+        """A thread: work again and again, whatever it raises, until this stops."""
+        while True:
+            with self._changed:
+                if self._stopping:
+                    return
+            try:
+                work()
+            except Exception:  # noqa: BLE001  # a bug of ours must not take the thread with it
+                logger().exception("thread %s", threading.current_thread().name)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
+
+    def _tend(self) -> None:
+        """Thread "queue": announce positions that have changed, and complete what a full disk has not let end."""
+        with self._changed:
+            now = time.monotonic()
+            moved = [job for position, job in enumerate(self._queue) if job.position != position]
+            ending = list(self._ending)
+            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
+            late = [job for job in ending if job.tried_at + RETRY_S <= now]
+            if not due and not late:
+                self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or ending else None)
+        for job in due:
+            with job.writing:
+                self._announce(job)
+        for job in late:
+            try:
+                self._complete(job)
+            except OSError as e:
+                logger().error("job %s has ended, and cannot say so yet: %s", job.id, e)
+
+    def _work(self) -> None:
+        """A slot: the next job, from its start to its end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            if self._stopping:
+                return
+            job = self._queue.pop(0)
+            job.halted, job.on_halt = None, None
+            self._running.add(job)
+            self._changed.notify_all()
+
+        def run() -> str:
+            with job.writing:
+                self._announce(job)
+                self._update(job, state="running", started_at=utc_now(), attempts=job.record.attempts + 1)
+            return self._run(self, job)
+
+        end = _build(job, run)
+        with self._changed:
+            if isinstance(end, BuildFailed) and job.halted is not None:
+                end = BuildFailed(*job.halted)
+            parked = isinstance(end, BuildFailed) and end.error_type == "Parked"
+            self._running.discard(job)
+            if not parked:
+                job.tried_at, self._ending[job] = time.monotonic(), end
+            self._changed.notify_all()
+        try:
+            if not parked:
+                self._complete(job)
+            elif job.state == "running":
+                with job.writing:
+                    job.position = -1
+                    self._update(job, state="queued", attempts=job.record.attempts - 1)
+        except OSError as e:
+            logger().error("job %s has stopped, and cannot say so yet: %s", job.id, e)
+
+    def _complete(self, job: Job) -> None:
+        """The one way to the end of a job in _ending: its last event, when all that it promises is durable. Any thread. Raises OSError, and the
+        thread "queue" tries again."""
+        with job.writing:
+            job.tried_at = time.monotonic()
+            with self._changed:
+                end = self._ending.get(job)
+            if end is None or job.log is None:
+                return  # another thread was faster
+            if not job.record.ended:
+                self._update(
+                    job,
+                    finished_at=utc_now(),
+                    **(
+                        {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
+                        if isinstance(end, BuildFailed)
+                        else {"state": "ok", "failure": None, "result": end}
+                    ),
+                )
+            job.log.append(job.record.complete_event())
+            with self._changed:
+                del self._ending[job]
+                job.log = None
+        job.drop_source()
+
+    def stop(self, grace_s: float) -> bool:
+        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server. True
+        where one has ended meanwhile."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            before = len(self._running)
+            self._changed.wait_for(lambda: not self._running, grace_s)
+            ended = len(self._running) < before
+            left = list(self._running)
+        for job in left:
+            self.halt(job, "Parked", "the server was stopped")
+        for thread in self._threads:
+            thread.join(10)
+        return ended
+
+
+# endregion 26
+# ==============================================================================
+# region 27. HTTP API                          [uses 13, 16, 18, 19, 24, 25, 26]
+# ==============================================================================
+# One route table; each route is a function of a request that returns a response or raises Refused.  The server parses
+# HTTP/1.1 [RFC9112]; it knows nothing of builds, and the functions nothing of sockets.  A connection has a thread only from
+# the end of a request's head until its answer is made; the thread reads the body.  Before, the server waits for the head;
+# afterwards it sends the answer.  It never waits for one client.  The streamer sends event streams and files.
+#
+# Thread "accept": runs Server.serve_forever, owns the connections that wait for their clients, ends by Server.stop.
+# Threads "request": started by Server, MAX_REQUESTS at a time; each makes one answer, and owns its connection meanwhile.
+
+MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
+MAX_LISTED = 1000  # builds in one answer
+MAX_REQUESTS = 1024  # threads at a time
+MAX_BODIES = MAX_REQUESTS // 2  # of them, those that read a body, which its client may send slowly
+MAX_CLIENTS = 16 * KIB  # connections that wait for their clients; beyond, the oldest is closed
+MAX_HELD = 64 * MIB  # bytes of heads and answers that those hold; beyond, too
+MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
+HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
+IDLE_S = 30.0  # between two requests of a connection
+LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
+_BATCH, _STARTS = 64, 8  # connections to accept or close, and threads to start, before others get a turn
+REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
+MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
+
+
+class Request(NamedTuple):
+    """A request as a route's function sees it. headers: names in lower case; read: up to n bytes of the body."""
+
+    method: str
+    arguments: Sequence[str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    read: Callable[[int], bytes]
+
+
+class Response(NamedTuple):
+    """An answer. One of: body; file with span, its first byte and length; log with start, an event stream."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    file: OpenFile | None = None
+    span: tuple[int, int] = (0, 0)
+    log: EventLog | None = None
+    start: int = 0
+
+
+class Route(NamedTuple):
+    """One row of the API. path: with {id}; answers: status -> what it means, for the OpenAPI document."""
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    media_type: str
+    answers: Mapping[int, str]
+
+
+ROUTES = (
+    Route("GET", "/health", "health", "Whether the server answers", "text/plain", {200: "ok"}),
+    Route(
+        "POST",
+        "/build",
+        "submit",
+        "Submit a build",
+        "application/json",
+        {
+            200: 'accepted: {"job_id": UUID}',
+            400: "not JSON; nonce, source, URL, ref or archive refused",
+            409: "single-use, and used",
+            411: "no Content-Length",
+            413: "body too large",
+            415: "not application/json",
+            422: "JSON of the wrong shape",
+            429: "queue full",
+            503: "shutting down, or too many uploads at a time",
+            507: "the disk of the server is full",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}/events",
+        "events",
+        "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
+        "text/event-stream",
+        {
+            200: "events",
+            204: "nothing after N, and complete",
+            400: "bad from",
+            404: "no such build, or its log is damaged",
+            503: "too many streams",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}/result",
+        "result",
+        "Download the bundle",
+        "application/gzip",
+        {
+            200: "the archive",
+            206: "a range of it",
+            304: "unchanged",
+            404: "none, or not yet",
+            416: "no such range",
+            503: "too many streams",
+        },
+    ),
+    Route(
+        "GET",
+        "/build/{id}",
+        "status",
+        "The status of a build",
+        "application/json",
+        {200: "status", 404: "no such build"},
+    ),
+    Route(
+        "DELETE",
+        "/build/{id}",
+        "cancel",
+        "Cancel a build",
+        "application/json",
+        {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"},
+    ),
+    Route(
+        "GET",
+        "/builds",
+        "list_builds",
+        f"The last {MAX_LISTED} builds, newest first",
+        "application/json",
+        {200: "an array of status"},
+    ),
+    Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
+    Route(
+        "GET",
+        "/attestation",
+        "attestation",
+        "Evidence of the VM that waits for a build, for ?nonce=",
+        "application/json",
+        {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"},
+    ),
+    Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
+)
+REASONS = {
+    200: "OK",
+    204: "No Content",
+    206: "Partial Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    408: "Request Timeout",
+    409: "Conflict",
+    411: "Length Required",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    416: "Range Not Satisfiable",
+    421: "Misdirected Request",
+    422: "Unprocessable Content",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+    505: "HTTP Version Not Supported",
+    507: "Insufficient Storage",
+}
+
+
+BUSY = {"Retry-After": "10"}
+
+
+def problem(refused: Refused) -> Response:
+    """Problem details [RFC9457] with the two names of the `complete` event."""
+    doc = {
+        "type": "about:blank",
+        "title": REASONS.get(refused.status, "Error"),
+        "status": refused.status,
+        "detail": str(refused),
+        "error": str(refused),
+        "error_type": refused.error_type,
+    }
+    return Response(
+        refused.status,
+        {"Content-Type": "application/problem+json", **refused.headers},
+        compact_json(doc).encode("ascii"),
+    )
+
+
+def json_response(value: Any) -> Response:
+    """200 with JSON."""
+    return Response(
+        200,
+        {"Content-Type": "application/json", "Cache-Control": "no-store"},
+        compact_json(value).encode("ascii") + b"\n",
+    )
+
+
+class Base64File:
+    """Base64 [RFC4648 4] as it stands in a JSON string, in pieces, decoded to a file. Raises Refused for what is none, or more
+    than max_bytes."""
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  # closed by close or abandon
+        self._max_bytes, self.size, self.head = max_bytes, 0, b""
+        self._escaped = self._quad = b""
+        self._padded = False
+
+    def feed(self, piece: bytes) -> None:
+        """The next piece."""
+        piece = self._escaped + piece
+        self._escaped = b""
+        if b"\\" in piece:  # \/ or \u002b, which some encoders write
+            cut = piece.rfind(b"\\", max(0, len(piece) - 5))
+            if cut >= 0 and not (piece[cut + 1 : cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
+                piece, self._escaped = piece[:cut], piece[cut:]
+            try:
+                piece = json.loads(b'"' + piece + b'"').encode("ascii")
+            except ValueError:
+                raise self._bad() from None
+        piece = self._quad + piece
+        end = len(piece) & ~3
+        self._quad = piece[end:]
+        self._decode(piece[:end])
+
+    def _decode(self, quads: bytes) -> None:
+        if not quads:
+            return
+        try:
+            data = binascii.a2b_base64(quads, strict_mode=True)
+        except binascii.Error:
+            raise self._bad() from None
+        if self._padded:  # there was something after the end
+            raise self._bad()
+        self._padded = quads.endswith(b"=")
+        self.size += len(data)
+        if self.size > self._max_bytes:
+            raise Refused(413, "PayloadTooLarge", f"the archive has more than {self._max_bytes} bytes")
+        self.head = (self.head + data[:4])[:4]
+        self._file.write(data)
+
+    def close(self) -> None:
+        """The file is whole. Raises Refused where the end is missing or it is no archive."""
+        self._file.close()
+        if self._quad or self._escaped:
+            raise self._bad()
+        if not is_archive(self.head):
+            raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
+
+    def abandon(self) -> None:
+        """Close without a check."""
+        try:
+            self._file.close()
+        except OSError:
+            pass  # a full disk, perhaps; nobody wants the file
+
+    @staticmethod
+    def _bad() -> Refused:
+        return Refused(400, "InvalidSource", "source_data is not standard base64 without line breaks")
+
+
+class BodyReader:
+    """The JSON object of POST /build, read in blocks: source_data goes to a file, the rest is kept. A small automaton finds
+    the member; that the rest is JSON, parse_json decides afterwards."""
+
+    _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]:,]'), re.compile(rb'["\\]')
+
+    def __init__(self, sink: Base64File) -> None:
+        self._sink, self.captured = sink, False
+        self.kept = bytearray()  # the body with an empty source_data
+        self._depth = 0
+        self._state = "outside"  # of strings; or "inside" of one, "escape" after a backslash, "capture" in source_data
+        self._string = bytearray()  # the last one, at depth 1
+        self._after_colon = False
+
+    def feed(self, block: bytes) -> None:
+        """The next block of the body. Raises Refused."""
+        at = 0
+        while at < len(block):
+            at = getattr(self, "_" + self._state)(block, at)
+            if len(self.kept) > MAX_FIELDS:
+                raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
+
+    def _outside(self, block: bytes, at: int) -> int:
+        match = self._OUTSIDE.search(block, at)
+        end = match.end() if match else len(block)
+        self.kept += block[at:end]
+        sign = match[0] if match else b""
+        if sign == b'"':
+            wanted = self._depth == 1 and self._after_colon and self._string == b"source_data" and not self.captured
+            self._state, self.captured = ("capture", True) if wanted else ("inside", self.captured)
+            self._string.clear()
+        elif sign:
+            self._depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(sign, 0)
+            self._after_colon = sign == b":"
+        return end
+
+    def _inside(self, block: bytes, at: int) -> int:
+        match = self._INSIDE.search(block, at)
+        end = match.end() if match else len(block)
+        self.kept += block[at:end]
+        self._string += block[at : match.start() if match else end]
+        if match:
+            self._state = "outside" if match[0] == b'"' else "escape"
+        return end
+
+    def _escape(self, block: bytes, at: int) -> int:
+        self.kept += block[at : at + 1]
+        self._string += b"\\"  # a name with an escape is not ours
+        self._state = "inside"
+        return at + 1
+
+    def _capture(self, block: bytes, at: int) -> int:
+        end = block.find(b'"', at)
+        self._sink.feed(block[at:end] if end >= 0 else block[at:])
+        if end < 0:
+            return len(block)
+        self.kept += b'"'
+        self._state = "outside"
+        return end + 1
+
+
+class Api:
+    """The functions behind ROUTES. config: what GET /config answers; attest: nonce -> evidence of the VM that waits, or raises ConfbuildError;
+    greeting: the comment that begins every event stream; crowded: whether no further stream can be served."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        policy: SourcePolicy,
+        config: Mapping[str, Any],
+        attest: Callable[[str], bytes],
+        greeting: bytes = b"",
+        crowded: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = (
+            jobs,
+            policy,
+            greeting,
+            crowded,
+            config,
+            attest,
+        )
+        self._openapi = openapi_document()
+
+    def health(self, _: Request) -> Response:
+        """200 `ok`."""
+        return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"ok")
+
+    def config(self, _: Request) -> Response:
+        """What runs here."""
+        return json_response(self._config)
+
+    def attestation(self, request: Request) -> Response:
+        """The evidence of the VM that waits."""
+        nonce = parse_nonce(request.query.get("nonce"))
+        if not nonce:
+            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
+        try:
+            evidence = self._attest(nonce)
+        except Refused:
+            raise
+        except ConfbuildError as e:
+            raise Refused(503, "AttestationError", str(e), {"Retry-After": "30"}) from None
+        return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, evidence)
+
+    def openapi(self, _: Request) -> Response:
+        """The OpenAPI document of ROUTES."""
+        return json_response(self._openapi)
+
+    def list_builds(self, _: Request) -> Response:
+        """The builds, newest first."""
+        return json_response(self.jobs.newest(MAX_LISTED))
+
+    def status(self, request: Request) -> Response:
+        """One build."""
+        job = self.jobs.get(request.arguments[0])
+        return json_response(self.jobs.describe(job))
+
+    def cancel(self, request: Request) -> Response:
+        """Cancel one build, and tell its status, which a running one takes a moment to reach."""
+        self.jobs.cancel(self.jobs.get(request.arguments[0]))
+        return self.status(request)
+
+    def events(self, request: Request) -> Response:
+        """The event stream."""
+        job = self.jobs.get(request.arguments[0])
+        text = request.query.get("from", request.headers.get("last-event-id") or "0")
+        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+            raise Refused(400, "InvalidFrom", "from is not a number of events")
+        self._check_room()
+        log, start = self.jobs.log_of(job), int(text)
+        if log.finished and start >= log.count:
+            return Response(204, {"Cache-Control": "no-store"})
+        return Response(
+            200,
+            {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+            log=log,
+            start=start,
+        )
+
+    def _check_room(self) -> None:
+        if self.crowded():
+            raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
+
+    def result(self, request: Request) -> Response:
+        """The archive, or a range of it [RFC9110 14]."""
+        job = self.jobs.get(request.arguments[0])
+        status = self.jobs.describe(job)
+        if status["status"] == "failed":
+            raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
+        if status["result"] is None and status["status"] == "damaged":
+            raise Refused(404, "Damaged", status["error"])
+        if status["result"] is None:
+            raise Refused(404, "NotReady", "the build has not ended")
+        self._check_room()
+        size, digest = int(status["result"]["size"]), str(status["result"]["sha256"])
+        try:
+            file = OpenFile(job.result_path)
+        except FileNotFoundError:
+            raise Refused(404, "NotFound", "the archive is no longer on the server") from None
+        except Malformed as e:
+            raise Refused(500, "InternalError", f"the archive on the server is damaged: {e}") from None
+        if file.size != size:
+            raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
+        headers = {
+            "Content-Type": "application/gzip",
+            "ETag": f'"{digest}"',
+            "Accept-Ranges": "bytes",
+            "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
+        }
+        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+        if headers["ETag"] in known or "*" in known:
+            return Response(304, headers)
+        asked = request.headers.get("range", "")
+        if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
+            asked = ""
+        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
+        if not match or match[1] + match[2] == "" or match[1] and match[2] and int(match[1]) > int(match[2]):
+            return Response(200, headers, file=file, span=(0, size))  # also several ranges: a server may ignore them
+        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
+        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
+        if first > last:
+            raise Refused(
+                416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"}
+            )
+        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        return Response(206, headers, file=file, span=(first, last - first + 1))
+
+    def submit(self, request: Request) -> Response:
+        """Accept a build."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
+        length = request.headers.get("content-length", "")
+        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise Refused(411, "LengthRequired", "a Content-Length is needed")
+        if int(length) > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
+            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
+        self.jobs.check_open()
+        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
+        sink = Base64File(archive, self.policy.max_archive)
+        try:
+            build, uploaded = self._read_request(request, int(length), sink)
+            job = self.jobs.submit(build, archive if uploaded else None)
+        finally:
+            sink.abandon()
+            if os.path.exists(archive):
+                os.unlink(archive)
+        return json_response({"job_id": job.id})
+
+    def _read_request(self, request: Request, length: int, sink: Base64File) -> tuple[BuildRequest, bool]:
+        """(the build, whether an archive was uploaded). Raises Refused."""
+        reader = BodyReader(sink)
+        while length:
+            block = request.read(min(length, BLOCK))
+            if not block:
+                raise Refused(400, "InvalidJson", "the body ended early")
+            reader.feed(block)
+            length -= len(block)
+        try:
+            doc = parse_json(bytes(reader.kept), "body", 32, 2**53)
+        except Malformed as e:
+            raise Refused(400, "InvalidJson", str(e)) from None
+        if not isinstance(doc, dict):
+            raise Refused(422, "InvalidRequest", "the body is not an object")
+        fields = {name: doc.get(name) for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
+        for name, value in fields.items():
+            if not isinstance(value, str) and (value is not None or name == "nonce"):
+                raise Refused(422, "InvalidRequest", f"{name} is {'missing' if name not in doc else 'not a string'}")
+        source = fields["source_data"]
+        if source is not None and not reader.captured:  # its name was written with an escape
+            sink.feed(source.encode("utf-8"))
+        return self._check_request(fields, sink), source is not None
+
+    def _check_request(self, fields: Mapping[str, Any], sink: Base64File) -> BuildRequest:
+        """The build that the fields, text or None, ask for. Raises Refused."""
+        nonce = parse_nonce(fields["nonce"])
+        if not nonce:
+            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
+        url, ref = fields["repo_url"], fields["repo_ref"] or ""
+        if (url is None) == (fields["source_data"] is None):
+            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
+        if url is None:
+            if ref:
+                raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
+            sink.close()
+            return BuildRequest(nonce, source_name=(fields["source_name"] or "")[:255])
+        check_url(url, self.policy.schemes, self.policy.loopback)
+        check_ref(ref)
+        return BuildRequest(nonce, url, ref)
+
+
+def openapi_document() -> dict[str, Any]:
+    """OpenAPI 3.1, made from ROUTES."""
+    paths: dict[str, Any] = {}
+    for route in ROUTES:
+        parameters = (
+            [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}]
+            if "{id}" in route.path
+            else []
+        )
+        if route.name == "attestation":
+            parameters.append(
+                {
+                    "name": "nonce",
+                    "in": "query",
+                    "required": True,
+                    "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"},
+                }
+            )
+        if route.name == "events":
+            parameters.append(
+                {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+            )
+        operation: dict[str, Any] = {
+            "operationId": route.name,
+            "summary": route.summary,
+            "parameters": parameters,
+            "responses": {
+                str(status): {
+                    "description": text,
+                    "content": {route.media_type if status < 300 else "application/problem+json": {}},
+                }
+                if status not in (204, 304)
+                else {"description": text}
+                for status, text in route.answers.items()
+            },
+        }
+        if route.name == "submit":
+            fields = {
+                name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")
+            }
+            fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
+            operation["requestBody"] = {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": {
+                            "type": "object",
+                            "required": ["nonce"],
+                            "properties": fields,
+                            "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
+                        }
+                    }
+                },
+            }
+        paths.setdefault(route.path, {})[route.method.lower()] = operation
+    return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
+
+
+def find_route(method: str, path: str) -> tuple[Route, list[str]]:
+    """The route of a request and its arguments. HEAD goes where GET does. Raises Refused 404 or 405."""
+    allowed = []
+    for route in ROUTES:
+        match = re.fullmatch(re.escape(route.path).replace(r"\{id\}", "([^/]+)"), path)
+        if match:
+            if route.method == ("GET" if method == "HEAD" else method):
+                return route, list(match.groups())
+            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+    if allowed:
+        raise Refused(405, "MethodNotAllowed", f"{method} is not allowed here", {"Allow": ", ".join(sorted(allowed))})
+    raise Refused(404, "NotFound", "no such path")
+
+
+class Gate(NamedTuple):
+    """Who may ask. tokens: bearer tokens, empty = none is needed; hosts: names that the Host header may carry, lower case."""
+
+    tokens: Sequence[str]
+    hosts: Sequence[str]
+
+    def check(self, headers: Mapping[str, str], path: str, local_address: str) -> None:
+        """Raise Refused 421 for another host's name (DNS rebinding), 401 without a token. Liveness needs no token."""
+        host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # none: HTTP/1.0
+        if host.strip("[]") not in (*self.hosts, "localhost", local_address):
+            raise Refused(421, "MisdirectedRequest", "the Host header names another host; see --public-host")
+        if not self.tokens or path == "/health":
+            return
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip().encode("utf-8", "replace")
+        # Every token is compared, each in constant time.
+        if scheme.lower() != "bearer" or not any(
+            [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
+        ):  # noqa: C419
+            raise Refused(
+                401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'}
+            )
+
+
+class Head(NamedTuple):
+    """A request's head. target: in origin-form; minor: of the HTTP version, 0 or 1; headers: names in lower case."""
+
+    method: str
+    target: str
+    minor: int
+    headers: Mapping[str, str]
+
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # [RFC9110 5.6.2]
+# uri-host [":" port] [RFC9110 4.1]
+_AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+_HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")  # or what no head can have: it is refused at once
+
+
+def parse_head(data: bytes) -> Head:
+    """Parse a request's head, with the empty line at its end [RFC9112 2 to 5]. Raises Refused.
+
+    A line may also end with LF alone [RFC9112 2.2]. A field that occurs twice becomes a list [RFC9110 5.3].
+    """
+
+    def bad(reason: str, status: int = 400) -> Refused:
+        return Refused(status, "BadRequest", reason)
+
+    if len(data) > MAX_HEAD:
+        raise bad(f"the head has more than {MAX_HEAD} bytes", 431 if b"\n" in data[:MAX_HEAD] else 414)
+    if re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data):
+        raise bad("the head has a control character, or a CR without LF")
+    first, *rows = re.split("\r?\n", data.decode("latin-1"))
+    rows = rows[:-2]
+    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
+    if not line:
+        raise bad("the first line is not METHOD TARGET HTTP/1.1")
+    if line[3] != "1":
+        raise bad("the server speaks HTTP/1.1", 505)
+    if len(rows) > MAX_HEADERS:
+        raise bad(f"the head has more than {MAX_HEADERS} fields", 431)
+    headers: dict[str, str] = {}
+    for row in rows:
+        name, colon, value = row.partition(":")
+        if not colon or not re.fullmatch(_TOKEN, name):
+            raise bad("a line of the head is not a header field")
+        name, value = name.lower(), value.strip(" \t")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    method, target, minor = line[1], line[2], min(int(line[4]), 1)
+    if (minor and "host" not in headers) or not _AUTHORITY.fullmatch(headers.get("host", "")):
+        raise bad("the request needs one Host field, HOST or HOST:PORT")
+    absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
+    if absolute:  # its host counts instead of the field's [RFC9112 3.2.2]
+        headers["host"], target = absolute[1], "/" + target[absolute.end() :]
+    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (
+        target[0] != "/" and target != "*" and method != "CONNECT"
+    ):
+        raise bad("the target is neither a path nor a URL")
+    return Head(method, target, minor, headers)
+
+
+def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
+    """Return the head of an answer. close: nothing follows it on its connection."""
+    headers = {
+        "Server": f"confbuild/{__version__}",
+        "Date": email.utils.formatdate(usegmt=True),
+        **response.headers,
+        "X-Request-Id": request_id,
+        "X-Content-Type-Options": "nosniff",
+    }
+    if chunked:
+        headers["Transfer-Encoding"] = "chunked"
+    elif response.log is None and response.status not in (204, 304):
+        headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
+    if close:
+        headers["Connection"] = "close"
+    rows = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Error')}"]
+    rows += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*rows, "", ""]).encode("latin-1")
+
+
+class Connection:
+    """A client's connection. Its owner is one thread at a time: "accept", that of a request, or the streamer's."""
+
+    __slots__ = (
+        "address",
+        "buffer",
+        "closing",
+        "deadline",
+        "end",
+        "mask",
+        "pending",
+        "searched",
+        "shaking",
+        "sock",
+        "tls",
+    )
+
+    def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
+        self.sock, self.address, self.tls, self.deadline = sock, address, tls, deadline
+        self.shaking = tls  # the handshake goes on
+        self.buffer = bytearray()  # what the client has sent
+        self.searched = self.end = 0  # where the search for the end of the head goes on; that end, once it is there
+        self.pending = b""  # of an answer
+        self.closing = False  # after that
+        self.mask = 0  # what the selector waits for
+
+    def has_head(self) -> bool:
+        """Whether the head of a request, or what cannot become one, is there."""
+        if self.searched == len(self.buffer):
+            return self.end > 0
+        if not self.searched:
+            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
+            del self.buffer[: empty.end() if empty else 0]
+        found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
+        self.end = found.end() if found else len(self.buffer) if len(self.buffer) > MAX_HEAD else 0
+        self.searched = len(self.buffer) if self.buffer != b"\r" else 0
+        return self.end > 0
+
+    def take_head(self) -> bytes:
+        """Return the head, and leave what follows it."""
+        data = bytes(self.buffer[: self.end])
+        del self.buffer[: self.end]
+        self.searched = self.end = 0
+        return data
+
+
+class Exchange:
+    """One request and its answer, made in a thread of its own. It waits for the client only to read the body."""
+
+    def __init__(self, server: "Server", connection: Connection) -> None:
+        self._server, self._connection = server, connection
+        self._close = True  # the connection, after the answer; as long as it is not known where the request ends
+        self._continue = False  # the client waits for 100 before it sends the body
+        self._unread, self._deadline = 0, 0.0
+
+    def run(self) -> Watcher | None:
+        """Make the answer: the connection's pending, or a watcher for the streamer."""
+        c, head, request_id = self._connection, None, ""
+        data = c.take_head()
+        line = re.sub(r"[^\x20-\x7e]", "?", data[:4096].partition(b"\n")[0].decode("latin-1").rstrip("\r"))
+        try:
+            head = parse_head(data)
+            request_id = head.headers.get("x-request-id", "")
+            response = self._respond(head)
+        except Refused as refused:
+            response = problem(refused)
+        except Exception as e:  # noqa: BLE001  # a bug of ours, unless
+            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
+                response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
+            elif isinstance(e, OSError) and is_full(e):
+                logger().error("%s: %s", line, e)
+                response = problem(
+                    Refused(
+                        507,
+                        "InsufficientStorage",
+                        f"the disk of the server is full: {e.strerror}",
+                        {"Retry-After": "60"},
+                    )
+                )
+            else:
+                logger().exception("%s", line)
+                response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
+        logger().info('%s "%s" %d', c.address, line, response.status)
+        c.closing = self._close or response.log is not None or self._unread > 0
+        chunked = response.log is not None and head is not None and head.minor == 1
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
+            request_id = uuid.uuid4().hex
+        c.pending = encode_head(response, request_id, c.closing, chunked)
+        if (head is not None and head.method == "HEAD") or response.status in (204, 304):
+            return None
+        if response.log is None and response.file is None:
+            c.pending += response.body
+            return None
+        watcher = Watcher(
+            c.sock,
+            response.log,
+            response.start,
+            chunked,
+            c.tls,
+            self._server.api.greeting if response.log else b"",
+            response.file,
+            response.span if response.file else (-1, 0),
+            functools.partial(self._server.take, c),
+        )
+        watcher.pending, c.pending = c.pending + watcher.pending, b""
+        return watcher
+
+    def _respond(self, head: Head) -> Response:
+        """What the API says. Raises Refused."""
+        length = head.headers.get("content-length", "0")
+        # Where the request ends is not known: before anything else is said, so that what follows is never taken for a request.
+        if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+            raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
+        self._unread = int(length)
+        self._deadline = time.monotonic() + 60 + self._unread / MIN_RATE
+        self._continue = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
+        options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
+        self._close = head.minor == 0 or "close" in options
+        path, _, query = head.target.partition("?")
+        path = re.sub("^//+", "/", path)  # of clients that add /build to a URL with / at its end
+        server = self._server
+        server.gate.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
+        route, arguments = find_route(head.method, path)
+        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
+        request = Request(head.method, arguments, fields, head.headers, self._read_body)
+        has_body = self._unread > 0
+        if has_body and not server.bodies.acquire(blocking=False):
+            raise Refused(503, "Busy", "too many uploads at a time", BUSY)
+        try:
+            return getattr(server.api, route.name)(request)  # type: ignore[no-any-return]
+        finally:
+            if has_body:
+                server.bodies.release()
+
+    def _read_body(self, size: int) -> bytes:
+        """Return up to size bytes of the body; none where it ends early. Raises Refused."""
+        c, size = self._connection, min(size, self._unread)
+        block = bytes(c.buffer[:size])
+        del c.buffer[:size]
+        try:
+            if not block:
+                c.sock.settimeout(REQUEST_TIMEOUT_S)
+                if self._continue:  # not before: the body may be refused
+                    c.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if time.monotonic() > self._deadline:
+                    raise TimeoutError
+                block = c.sock.recv(size)
+        except TimeoutError:
+            raise Refused(408, "RequestTimeout", "the body comes too slowly") from None
+        except OSError:
+            pass  # the client is gone
+        finally:
+            c.sock.setblocking(False)
+        self._continue = False
+        self._unread -= len(block)
+        return block
+
+
+class Server:
+    """Accepts connections, waits for their clients, and makes each answer in a thread.
+
+    What waits for a client has a deadline. If there is too much of it, the oldest connection is closed.
+    Raises OSError where it cannot listen.
+    """
+
+    head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
+
+    def __init__(
+        self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None
+    ) -> None:
+        self.api, self.gate, self._streamer, self._tls = api, gate, streamer, tls
+        self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
+        self._mailbox = Mailbox()  # notes: a connection that waits for its client again, None: stop
+        self._waiting: dict[Connection, int] = {}  # oldest first, and how many bytes it holds
+        self._held = 0  # the sum of those
+        self._ready: deque[Connection] = deque()  # of those that wait, who have a head and get the next threads
+        self._ended = threading.Event()
+        self.mask = 0
+        self.sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # and so its connections
+            self.sock.bind(address)
+            self.sock.listen(4096)
+        except BaseException:
+            self.sock.close()
+            raise
+        self.sock.setblocking(False)
+        self.server_address = self.sock.getsockname()
+
+    def serve_forever(self) -> None:
+        """Serve until stop."""
+        self._mailbox.want(self, selectors.EVENT_READ)
+        scan_at, more = time.monotonic(), False
+        while True:
+            timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
+            for end, mask in self._mailbox.wait(0 if more else timeout):
+                if end is self:
+                    self._accept()
+                elif mask & end.mask:  # closed meanwhile: its mask is 0
+                    self._advance(end, True)
+            for note in self._mailbox.notes():
+                if note is None:
+                    self._end()
+                    return
+                note.deadline = time.monotonic() + (STALL_S if note.pending else self._rest(note))
+                self._hold(note)
+                self._advance(note, note.tls)
+            if time.monotonic() >= scan_at:
+                scan_at = time.monotonic() + (0 if self._scan(time.monotonic()) else self.scan_s)
+            more = self._start_requests()
+
+    def stop(self) -> None:
+        """Stop listening, close what waits for its client, and end serve_forever."""
+        self._mailbox.post(None)
+        self._ended.wait()
+
+    def take(self, connection: Connection) -> None:
+        """Send what is pending of connection, and close it or wait for its next request. Any thread; never waits."""
+        self._mailbox.post(connection)
+        if self._ended.is_set():
+            connection.sock.close()
+
+    def _end(self) -> None:
+        for connection in list(self._waiting):
+            self._close(connection)
+        self._mailbox.want(self, 0)
+        self._mailbox.close()
+        self.sock.close()
+        self._ended.set()
+
+    def _rest(self, c: Connection) -> float:
+        return self.linger_s if c.closing else self.idle_s
+
+    def _accept(self) -> None:
+        for _ in range(_BATCH):
+            try:
+                sock, address = self.sock.accept()
+            except (BlockingIOError, ConnectionError):
+                return
+            except OSError as e:
+                if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
+                    logger().warning("accept: %s", e)
+                    self._mailbox.want(self, 0)  # until the next scan: there would be an event for ever
+                return
+            try:
+                if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
+                    raise OSError(errno.EMFILE, "too many files")
+                sock.setblocking(False)
+                if self._tls is not None:
+                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            except (OSError, ValueError) as e:
+                logger().debug("%s: %r", address, e)
+                sock.close()
+                continue
+            connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
+            self._hold(connection)
+            self._mailbox.want(connection, selectors.EVENT_READ)
+
+    def _advance(self, c: Connection, readable: bool) -> None:
+        """Do what c's client lets happen now: handshake, send what is pending, read a head.
+
+        readable: something may be there to read.
+        """
+        try:
+            if c.shaking:
+                c.sock.do_handshake()  # type: ignore[attr-defined]
+                c.shaking = False
+            while c.pending:
+                c.pending = c.pending[c.sock.send(c.pending) :]
+                c.deadline = time.monotonic() + (STALL_S if c.pending else self._rest(c))
+            if c.closing:
+                c.sock.shutdown(socket.SHUT_WR)  # closing at once would take the answer away from one who still sends
+                if c.sock.recv(MAX_HEAD):
+                    self._mailbox.want(c, selectors.EVENT_READ)
+                else:
+                    self._close(c)
+                return
+            while not c.has_head():
+                if c.buffer:
+                    c.deadline = min(c.deadline, time.monotonic() + self.head_s)
+                if not readable:
+                    raise BlockingIOError
+                data = c.sock.recv(MAX_HEAD)
+                if not data:
+                    self._close(c)
+                    return
+                c.buffer += data
+                readable = c.tls  # for the rest there is another event, but not for what a TLS socket has read already
+            self._mailbox.want(c, 0)
+            self._hold(c)
+            if c.buffer.startswith(b"GET /health "):  # at once: no thread that others keep busy is needed
+                self._leave(c)
+                self._run_request(c, seated=False)
+            else:
+                self._ready.append(c)
+        except OSError as e:
+            mask = wait_mask(e, bool(c.pending), c.tls)
+            if mask:
+                self._mailbox.want(c, mask)
+                self._hold(c)
+            else:
+                self._close(c)
+        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's connection
+            logger().exception("connection")
+            self._close(c)
+
+    def _start_requests(self) -> bool:
+        """Give threads to some of those who are ready. Return whether there may be more of both."""
+        for _ in range(_STARTS):
+            if not self._ready or not self.seats.acquire(blocking=False):
+                return False
+            connection = self._ready.popleft()
+            if connection not in self._waiting:  # closed meanwhile
+                self.seats.release()
+                continue
+            self._leave(connection)
+            try:
+                threading.Thread(target=self._run_request, args=(connection, True), name="request", daemon=True).start()
+            except RuntimeError as e:  # no thread is to be had
+                logger().warning("request: %s", e)
+                self.seats.release()
+                connection.sock.close()
+        return True
+
+    def _run_request(self, connection: Connection, seated: bool) -> None:
+        watcher = None
+        try:
+            watcher = Exchange(self, connection).run()
+        except Exception:  # noqa: BLE001  # a bug of ours
+            logger().exception("request")
+            connection.pending, connection.closing = b"", True
+        if seated:
+            self.seats.release()  # before the thread "accept" wakes up and looks for one
+        if watcher is not None:
+            self._streamer.add(watcher)
+        else:
+            self.take(connection)
+
+    def _scan(self, now: float) -> bool:
+        """Accept again after a pause, and close whose deadline is over. Return whether there may be more of those."""
+        self._mailbox.want(self, selectors.EVENT_READ)
+        late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
+        response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
+        answer = encode_head(response, uuid.uuid4().hex, True) + response.body if late else b""
+        for c in late:
+            try:
+                if c.buffer and not (c.end or c.pending or c.closing):
+                    c.sock.send(answer)
+            except OSError:
+                pass  # the client is gone, or takes nothing
+            self._close(c)
+        return len(late) == _BATCH
+
+    def _hold(self, c: Connection) -> None:
+        """c waits for its client, with what it holds now; if that is too much, close the oldest."""
+        held = len(c.buffer) + len(c.pending)
+        self._held += held - self._waiting.get(c, 0)
+        self._waiting[c] = held
+        while len(self._waiting) > MAX_CLIENTS or self._held > MAX_HELD:
+            self._evict()
+
+    def _evict(self) -> bool:
+        """Close the connection that waits longest, if there is one."""
+        oldest = next(iter(self._waiting), None)
+        if oldest is not None:
+            self._close(oldest)
+        return oldest is not None
+
+    def _leave(self, c: Connection) -> None:
+        self._held -= self._waiting.pop(c, 0)
+        self._mailbox.want(c, 0)
+
+    def _close(self, c: Connection) -> None:
+        self._leave(c)
+        c.sock.close()
+
+
+# endregion 27
+# ==============================================================================
+# region 28. Client                                               [uses nothing]
+# ==============================================================================
+# The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
+MAX_RESULT = 4 * GIB
+
+
+def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[bytes], int]:
+    """The body of POST /build, in blocks, and its size: the archive at source is never held as a whole."""
+    fields = {"nonce": request.nonce}
+    if request.repo_url:
+        fields.update(repo_url=request.repo_url, repo_ref=request.repo_ref)
+    else:
+        fields.update(source_name=request.source_name, source_data="")
+    text = compact_json(fields).encode("ascii")
+    if source is None:
+        return iter([text]), len(text)
+    path = source
+
+    def blocks() -> Iterator[bytes]:
+        yield text[:-2]
+        with open(path, "rb") as f:
+            for block in iter(lambda: f.read(3 * BLOCK), b""):
+                yield base64.b64encode(block)
+        yield text[-2:]
+
+    return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
+
+
+RECONNECT_S = 300.0  # how long a lost server is looked for
+READ_TIMEOUT_S = 60.0  # four keepalives
+MAX_ANSWER = 2 * MAX_JSON  # bytes received for a head and a small body, or for one read of a stream
+MAX_SILENCE = MAX_JSON + BLOCK  # bytes of an event stream that do not end an event; keepalives for weeks are fewer
+
+
+class BrokenProtocol(RemoteError):
+    """The server says what no server of the API says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"the server broke the protocol: {message}")
+
+
+class _Metered(io.RawIOBase):
+    """What a socket receives: at most MAX_ANSWER bytes in READ_TIMEOUT_S from one renew() to the next.
+
+    Without it, http.client reads interim responses, trailers and a chunk of negative size for ever."""
+
+    def __init__(self, sock: "socket.socket") -> None:
+        self._socket, self._stream, self.ended = sock, sock.makefile("rb", buffering=0), False
+        self.renew()
+
+    def renew(self) -> None:
+        """Allow as much again."""
+        self._left, self._until = MAX_ANSWER, time.monotonic() + READ_TIMEOUT_S
+
+    def readable(self) -> bool:
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive into buffer. Raises BrokenProtocol, OSError."""
+        remaining_s = self._until - time.monotonic()
+        if remaining_s <= 0:
+            raise TimeoutError("timed out")
+        if self._left <= 0:
+            raise BrokenProtocol(f"more than {MAX_ANSWER} bytes without an end")
+        self._socket.settimeout(remaining_s)
+        size = self._stream.readinto(buffer) or 0
+        self._left -= size
+        self.ended = size == 0
+        return size
+
+    def close(self) -> None:
+        """Close the socket's stream."""
+        self._stream.close()
+        super().close()
+
+    def makefile(self, _: str) -> IO[bytes]:
+        """Return the buffered stream that http.client reads."""
+        return io.BufferedReader(self)
+
+
+def _read_http(received: _Metered, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return read(*arguments) of http.client. Raises BrokenProtocol for what is not HTTP, OSError for a lost connection."""
+    try:
+        return read(*arguments)
+    except OSError:
+        raise
+    except (http.client.HTTPException, ValueError) as e:  # ValueError: a chunk of negative size
+        if received.ended:
+            raise ConnectionError("the connection broke") from None
+        raise BrokenProtocol(f"{type(e).__name__}: {str(e)[:200]}") from None
+
+
+class StreamEvent(NamedTuple):
+    """One event of an event stream. id: the last event id, empty = none yet."""
+
+    data: str
+    id: str
+
+
+class EventStreamParser:
+    """Bytes of an event stream in, events out, by the rules of [SSE 9.2.6]. retry_s: what the server asked for, or None."""
+
+    def __init__(self) -> None:
+        self._rest, self._data, self._id, self._silence = bytearray(), list[str](), "", 0
+        self._begun = self._after_cr = False
+        self.retry_s: float | None = None
+
+    def feed(self, block: bytes) -> list[StreamEvent]:
+        """The events that block ends. An event that is not ended by an empty line never comes. Raises BrokenProtocol."""
+        self._rest += block
+        self._silence += len(block)
+        if self._silence > MAX_SILENCE:
+            raise BrokenProtocol(f"more than {MAX_SILENCE} bytes without an event")
+        if not self._begun:
+            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
+                return []
+            self._begun, self._rest = True, self._rest.removeprefix(b"\xef\xbb\xbf")
+        if self._after_cr and self._rest:  # CR LF is one end
+            self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
+        if b"\n" not in block and b"\r" not in block:  # a line may come byte by byte
+            return []
+        self._after_cr = self._rest.endswith(b"\r")
+        lines = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        self._rest = lines.pop()
+        events = []
+        for line in lines:
+            if line:
+                self._field(line.decode("utf-8", "replace"))
+            elif self._data:
+                events.append(StreamEvent("\n".join(self._data), self._id))
+                self._data, self._silence = [], 0
+        return events
+
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "data":
+            self._data.append(value)
+        elif name == "id" and "\0" not in value:
+            self._id = value
+        elif name == "retry" and re.fullmatch("[0-9]{1,9}", value):
+            self.retry_s = int(value) / 1000
+
+
+class Service:
+    """A server of the API. Raises RemoteError for whatever goes wrong with it. told: hears what a user should know."""
+
+    def __init__(self, url: str, token: str = "", told: Callable[[str], None] = lambda _: None) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
+            good = url.isascii() and parts.scheme in ("http", "https") and parts.port != 0
+        except ValueError:  # brackets, or a port that is none
+            good = False
+        if not good or not parts.hostname:
+            raise UsageError(f"{url!r} is no http or https URL")
+        self._url, self._token, self._told = parts.geturl().rstrip("/"), token, told
+
+        class NoRedirect(urllib.request.HTTPRedirectHandler):
+            """urllib would take the token along to another host."""
+
+            def redirect_request(self, *_: Any) -> None:
+                return None
+
+        class Answer(http.client.HTTPResponse):
+            """An answer that ends. Its methods raise BrokenProtocol, OSError."""
+
+            def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
+                self._received = _Metered(sock)
+                super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
+
+            def begin(self) -> None:
+                _read_http(self._received, super().begin)
+                if self._received.ended:  # http.client takes that for the end of the head
+                    raise ConnectionError("the connection broke")
+
+            def read(self, amt: int | None = None) -> bytes:
+                return bytes(_read_http(self._received, super().read, amt))
+
+            def read1(self, n: int = -1) -> bytes:
+                self._received.renew()
+                return bytes(_read_http(self._received, super().read1, n))
+
+        class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            """urllib with such answers."""
+
+            def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
+                def connect(*arguments: Any, **options: Any) -> Any:
+                    connection = http_class(*arguments, **options)
+                    connection.response_class = Answer
+                    return connection
+
+                return super().do_open(connect, req, **named)
+
+        loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
+        self._opener = urllib.request.build_opener(
+            NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else [])
+        )
+
+    def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+        """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
+        request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
+        if self._token:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
+        try:
+            return self._opener.open(request, timeout=READ_TIMEOUT_S)
+        except urllib.error.HTTPError as e:
+            with e:
+                try:
+                    detail = str(parse_json(e.read(MIB), "answer")["detail"])
+                except (Malformed, KeyError, TypeError, OSError):
+                    detail = f"{method} {path}: {e.reason}"
+            raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
+        except (OSError, http.client.InvalidURL, UnicodeError) as e:
+            reason = getattr(e, "reason", e)
+            raise RemoteError(
+                f"{self._url}: {getattr(reason, 'strerror', None) or reason}",
+                hint="is `confbuild serve` running there?",
+            ) from None
+
+    def json(self, method: str, path: str) -> Any:
+        """The JSON of an answer."""
+        with self.open(method, path) as answer:
+            try:
+                return parse_json(answer.read(MAX_JSON + 1), "answer")
+            except (Malformed, OSError) as e:
+                raise BrokenProtocol(f"{e}") from None
+
+    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
+        """The status of one job, or of several."""
+        answer = self.json(method, path)
+        found = answer if several and isinstance(answer, list) else [answer]
+        for job in found:
+            if not isinstance(job, dict) or not all(
+                isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")
+            ):
+                raise BrokenProtocol("a status that is none")
+        return found
+
+    def attestation(self, nonce: str) -> bytes:
+        """evidence.json of the VM that waits there. nonce: 32 hexadecimal digits."""
+        with self.open("GET", f"/attestation?nonce={nonce}") as answer:
+            try:
+                return bytes(answer.read(MAX_JSON + 1))
+            except OSError as e:
+                raise RemoteError(f"{self._url}: {e}") from None
+
+    def submit(self, request: BuildRequest, archive: str | None) -> str:
+        """The id of the accepted job."""
+        body, size = request_body(request, archive)
+        with self.open(
+            "POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}
+        ) as answer:
+            try:
+                job_id = parse_json(answer.read(MIB), "answer")["job_id"]
+            except (Malformed, KeyError, TypeError, OSError):
+                job_id = None
+        if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
+            raise BrokenProtocol("no job_id")
+        return job_id
+
+    def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
+        """The events after the first start ones, each once, to `complete`, over lost connections: after one the stream is taken
+        up where it broke, with exponential back-off and jitter, for RECONNECT_S."""
+        position, delay, lost_at, base, told = start, 0.0, None, 0.25, False
+        while True:
+            try:
+                with self.open(
+                    "GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}
+                ) as stream:
+                    if stream.status == 204:
+                        return
+                    if stream.headers.get_content_type() != "text/event-stream":
+                        raise BrokenProtocol("no event stream")
+                    parser = EventStreamParser()
+                    for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
+                        lost_at = None  # a comment is a sign of life, too
+                        for event in parser.feed(block):
+                            position, doc = _next_event(event, position)
+                            delay, told = 0.0, False
+                            yield doc
+                            if doc["type"] == "complete":
+                                return
+                        base = parser.retry_s or base
+            except RemoteError as e:
+                if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
+                    raise
+            except OSError:
+                pass  # the connection broke
+            now = time.monotonic()
+            if lost_at is None:
+                lost_at = now
+            if not told:
+                told = True
+                self._told(f"the connection was lost after event {position}; resuming")
+            if now - lost_at > RECONNECT_S:
+                raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after event {position}")
+            delay = min(30.0, max(base, 2 * delay))
+            time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
+
+    def download(self, job_id: str, path: str) -> None:
+        """Write the archive of a finished build to path. Raises OSError if path cannot be written."""
+        digest, size = hashlib.sha256(), 0
+
+        def read() -> bytes:
+            try:
+                return bytes(answer.read1(BLOCK))
+            except OSError as e:
+                raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
+
+        with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
+            announced = answer.headers.get("Content-Length")
+            for block in iter(read, b""):
+                f.write(block)
+                digest.update(block)
+                size += len(block)
+                if size > MAX_RESULT:
+                    raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
+            wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
+        if (
+            announced is not None
+            and str(size) != announced
+            or wanted
+            and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]
+        ):
+            raise RemoteError("the download is not what the server announced")
+
+
+def _next_event(event: StreamEvent, position: int) -> tuple[int, dict[str, Any]]:
+    """(events so far, the object) of an event. A server without ids (Kettle's) is counted, one with ids is checked."""
+    try:
+        doc = parse_json(event.data.encode("utf-8"), "event", 32)
+    except (Malformed, UnicodeEncodeError) as e:
+        raise BrokenProtocol(f"{e}") from None
+    if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
+        raise BrokenProtocol("an event without a type")
+    if event.id not in ("", str(position + 1)):
+        raise BrokenProtocol(f"event {event.id[:20]} after event {position}")
+    return position + 1, doc
+
+
+# endregion 28
+# ==============================================================================
+# region 29. Agent         [uses 13, 14, 16, 17, 18, 19, 21, 23, 24, 25, 26, 27]
+# ==============================================================================
+# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
+# its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
+#
+# Thread "lifeline": started by serve_agent and run_fetcher, ends the process, also if it cannot read.
+
+
+def _start_lifeline(end: Callable[[], None]) -> None:
+    """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
+
+    def follow() -> None:
+        with survive("standard input"):
+            while sys.stdin.buffer.read(1):
+                pass
+        end()
+
+    threading.Thread(target=follow, name="lifeline", daemon=True).start()
+
+
+def _kill_and_sweep(workspace: str) -> NoReturn:
+    """Whatever this process has started is dead, and it becomes one that removes workspace."""
+    with survive("what a build has started may live on"):
+        kill_all(lambda: descendants(os.getpid()))
+    os.execv(
+        sys.executable, [*own_program(), "sweep", workspace]
+    )  # ends the other threads, which may still write there
+
+
+def serve_agent(
+    config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]
+) -> None:
+    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
+    _start_lifeline(end)
+    policy, streamer = SourcePolicy(**config["policy"]), Streamer()
+
+    def build(_: Jobs, job: Job) -> str:
+        log = job.log
+        if log is None:
+            raise ValueError("a running job has a log")
+        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
+
+        def emit(phase: str, messages: Sequence[str]) -> None:
+            if log.size > max_log:
+                raise BuildFailed(
+                    "LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM"
+                )
+            log.append(to_payloads(phase, messages))
+
+        try:
+            with open(reserve, "wb") as f:
+                f.write(bytes(MIB))  # room to say in the end what has happened
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+        except (BuildFailed, OSError) as e:
+            if not lacks_room(e, workspace):
+                raise
+            for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
+                with contextlib.suppress(
+                    OSError
+                ):  # a guest's build owns its files, but fills another disk than the agent's
+                    remove_tree(os.path.join(workspace, name))
+            raise BuildFailed(
+                "LimitError",
+                f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: {getattr(e, 'strerror', e)}",
+            ) from None
+        finally:
+            remove_tree(reserve)
+
+    def attest(nonce: str) -> bytes:
+        evidence = attester.attest(waiting_report_data(nonce))
+        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
+        return evidence
+
+    own = os.path.join(workspace, "agent")
+    reserve = os.path.join(own, "reserve")
+    jobs = Jobs(own, build, streamer.grown, single_use=True)
+    api = Api(jobs, policy, {}, attest)
+    server = Server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
+    jobs.start()
+    sys.stdout.write(f"{server.server_address[1]}\n")
+    sys.stdout.flush()
+    server.serve_forever()
+
+
+def run_agent() -> None:
+    """The agent of a simulated VM: read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything
+    that the build has started is dead, and this process becomes one that removes the workspace, its current directory."""
+    workspace = os.getcwd()
+    guard_process()
+    try:
+        config = json.loads(sys.stdin.buffer.readline())
+        if config.get("sandbox"):
+            confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
+        serve_agent(
+            config,
+            workspace,
+            ("127.0.0.1", 0),
+            Attester(SIMULATED_BUILDER, simulated_evidence),
+            lambda: _kill_and_sweep(workspace),
+        )
+    finally:
+        _kill_and_sweep(workspace)
+
+
+def run_fetcher() -> None:
+    """What fetches a repository for a guest that has no network, on the host but in a process of its own: read the configuration and the request, a
+    line of JSON each, on stdin; print the name of the archive with its depth-1 history, or what failed, as a line of JSON on stdout."""
+    workspace = os.getcwd()
+    guard_process()
+    config = json.loads(sys.stdin.buffer.readline())
+    policy, url, ref = SourcePolicy(**config["policy"]), config["repo_url"], config["repo_ref"]
+    _start_lifeline(lambda: _kill_and_sweep(workspace))
+    name = repository_name(url)
+    try:
+        root = os.path.join(workspace, name)
+        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback, policy.max_unpacked)
+        write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
+        answer = {"name": name}
+    except (BuildFailed, OSError) as e:
+        full, reason = lacks_room(e, workspace), getattr(e, "strerror", str(e))
+        answer = {
+            "error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
+            "error_type": "LimitError" if full else getattr(e, "error_type", "VmError"),
+        }
+    sys.stdout.write(compact_json(answer) + "\n")
+    sys.stdout.flush()
+    threading.Event().wait()  # until the lifeline ends
+
+
+# endregion 29
+# ==============================================================================
+# region 30. VMs               [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
+# ==============================================================================
+# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
+# destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
+# workspace of its own, whose builds run as the server's user, in a sandbox (section 13) that protects the host as far as its kernel can.
+#
+# Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
+# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
+# dies of an exception.
+# Lock order: VmHost._changed or _spawning, then a VM's _lock; a VM's _telling, then EventLog._lock.  SimulatedVm._reading is held alone.
+
+
+def make_workspace(disk: str, folder: str | None = None) -> str:
+    """Make a new folder for a VM, on disk, and return its path. Raises BuildFailed LimitError if the disk is full, else VmError."""
+    try:
+        with room_on(disk):
+            return os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
+    except OSError as e:
+        raise BuildFailed("VmError", f"there is no folder for the VM: {e.strerror}") from None
+
+
+def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
+    """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
+    try:
+        return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False  # somebody has reaped it
+
+
+def _configure(child: "subprocess.Popen[bytes]", config: Mapping[str, Any]) -> None:
+    """Write config, a line of JSON, to child's standard input, which stays open. Raises BuildFailed VmError."""
+    line = compact_json(config).encode("ascii") + b"\n"
+    if len(line) > 64 * KIB:  # what a pipe takes without waiting, and all that a guest reads
+        raise BuildFailed("VmError", f"the VM's configuration has more than {64 * KIB} bytes")
+    try:
+        _pipe(child.stdin).write(line)
+        _pipe(child.stdin).flush()
+    except BrokenPipeError:
+        pass  # it has ended, and wait_ready tells so
+
+
+def _close(child: "subprocess.Popen[bytes]") -> None:
+    """child's standard input has ended."""
+    try:
+        _pipe(child.stdin).close()
+    except OSError:
+        pass  # it holds what nobody has read
+
+
+MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
+HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: what happens to a VM, not in it
+# A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
+_PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
+_BUILD_EVENT = re.compile(
+    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n'
+)
+
+
+class Vm(Protocol):
+    """A VM that runs one build: it is spawned, answers the HTTP API on a loopback port as a single-use agent, and is destroyed."""
+
+    token: str  # the bearer token that its agent asks for
+    port: int  # 0 until it is ready
+    console: Callable[[str], None] | None  # is called with what the VM prints while it boots
+
+    @property
+    def label(self) -> str:
+        """What `vm` events call it; empty if there are none."""
+
+    @property
+    def networked(self) -> bool:
+        """Whether it can fetch a repository."""
+
+    def spawn(self) -> int:
+        """Start it, and return its process id. Raises BuildFailed VmError."""
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until its agent answers. Raises BuildFailed VmError."""
+
+    def hush(self) -> None:
+        """Call console no more."""
+
+    def is_alive(self) -> bool:
+        """Return whether it may still answer."""
+
+    def destroy(self, clean: bool = False) -> None:
+        """End it and remove what it has left. Any thread, any number of times. clean: it may power itself off."""
+
+
+class SimulatedVm:
+    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
+    a child with another task than a build; sandbox: of what the build starts."""
+
+    platform, networked = "simulated", True
+    label = ""  # what `vm` events call it: there are none
+    console: Callable[[str], None] | None = None
+
+    def __init__(
+        self,
+        policy: SourcePolicy,
+        env: Sequence[str] = (),
+        command: str = "agent",
+        config: Mapping[str, Any] | None = None,
+        sandbox: Sandbox | None = None,
+    ) -> None:
+        self.token = secrets.token_urlsafe(32)
+        self.port = 0  # of the loopback interface, once it is ready
+        self.workspace = make_workspace(TMPDIR)
+        self.policy, self._env, self._command, self._config = (
+            policy,
+            build_environment(self.workspace, os.environ, env),
+            command,
+            {**(config or {}), "sandbox": sandbox and sandbox._asdict()},
+        )
+        self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
+        self._lock = threading.Lock()
+        self._reading = (
+            threading.Lock()
+        )  # its holder reads what the child says, or closes it; never held together with _lock
+        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._gone = False  # guarded by _lock
+
+    def spawn(self) -> int:
+        """The process id of the VM, which begins to boot. Raises BuildFailed VmError."""
+        with self._lock:
+            if self._gone:
+                raise BuildFailed("VmError", "the VM was destroyed before it was started")
+            with room_on(TMPDIR):
+                for folder in BUILD_FOLDERS:
+                    os.mkdir(os.path.join(self.workspace, folder), 0o700)
+            self._child = subprocess.Popen(
+                [*own_program(), self._command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                cwd=self.workspace,
+                env=self._env,
+                start_new_session=True,
+                pass_fds=self._fds,
+            )
+            config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
+            _configure(self._child, config)  # which ends with the server, and tells the agent so
+            return self._child.pid
+
+    def read_line(self, timeout_s: float) -> bytes:
+        """The one line that the child says. Raises BuildFailed VmError, and LimitError if it has ended for want of room."""
+        with self._lock:
+            child = self._child
+        line, deadline = b"", time.monotonic() + timeout_s
+        with self._reading, selectors.DefaultSelector() as selector:
+            if child is None or _pipe(child.stdout).closed:
+                raise BuildFailed("VmError", "the VM is gone")
+            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
+            while not line.endswith(b"\n") and len(line) < 64 * KIB:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+                block = os.read(_pipe(child.stdout).fileno(), BLOCK)
+                if not block:
+                    break
+                line += block
+        if not line and not has_room(self.workspace):
+            raise BuildFailed("LimitError", f"the disk of {TMPDIR} is full")
+        return line
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """The agent answers on port. Raises BuildFailed VmError."""
+        line = self.read_line(timeout_s)
+        if not re.fullmatch(rb"\d{1,5}\n", line):
+            raise BuildFailed("VmError", "the VM ended while it booted")
+        self.port = int(line)
+
+    def hush(self) -> None:
+        """It says nothing while it boots."""
+
+    def is_alive(self) -> bool:
+        """Whether it may still answer."""
+        with self._lock:
+            return _is_running(self._child)
+
+    def destroy(self, clean: bool = False) -> None:
+        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
+        with self._lock:
+            self._gone = True
+            child, self._child = self._child, None
+            if child is not None:
+                with survive("what a VM has started may live on"):
+                    os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
+                    kill_all(lambda: descendants(child.pid))
+                child.kill()
+                child.wait()
+                _close(child)
+            with survive(f"{self.workspace} is not removed"):
+                remove_tree(self.workspace)
+        if child is not None:
+            with (
+                self._reading
+            ):  # whoever reads has seen the end by now; a file that is closed under it would never wake it
+                _pipe(child.stdout).close()
+
+
+CONSOLE_RATE = 20  # lines a second that become events
+MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
+
+
+def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """tell, for CONSOLE_RATE lines of a second; how many more there were is told with the next one that is."""
+    second, told, left_out = 0, 0, 0
+
+    def limited(line: str) -> None:
+        nonlocal second, told, left_out
+        now = int(time.monotonic())
+        second, told = (second, told) if now == second else (now, 0)
+        if told == CONSOLE_RATE:
+            left_out += 1
+            return
+        told += 1
+        tell(line + (f" ({left_out} lines before it are left out)" if left_out else ""))
+        left_out = 0
+
+    return limited
+
+
+class VmHost:
+    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; make_fetcher: url and ref -> the process that fetches a repository for a
+    VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
+    many VMs wait for a build; console: whether what a guest prints while it boots becomes `vm` events; expected: of every bundle, beside the job's nonce."""
+
+    def __init__(
+        self,
+        make_vm: Callable[[], Vm],
+        make_fetcher: Callable[[str, str], SimulatedVm],
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+        build_timeout_s: float = BUILD_TIMEOUT_S,
+        max_log: int = MAX_LOG,
+        reap: bool = False,
+        warm: int = 0,
+        console: bool = False,
+        expected: Expectations = Expectations(),
+    ) -> None:  # noqa: B008  # immutable
+        tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
+        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = (
+            make_vm,
+            make_fetcher,
+            boot_timeout_s,
+            build_timeout_s,
+        )
+        self._max_log, self._reap, self._warm, self._console, self._expected = max_log, reap, warm, console, expected
+        self._spawning = threading.Lock()
+        self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
+        self._foreign = (
+            frozenset(descendants(os.getpid())) if reap else frozenset()
+        )  # who exec'ed us had children of its own
+        self._changed = threading.Condition()
+        self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
+        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
+        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
+        self._failures, self._failure = (
+            0,
+            "",
+        )  # guarded by _changed; how many spares did not boot, and why the last did not
+        self._stopping = False  # guarded by _changed
+        self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
+
+    def start(self) -> None:
+        """Begin to keep spares."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No spare is left, and none will be."""
+        with self._changed:
+            self._stopping = True
+            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
+            self._changed.notify_all()
+        for vm in spares:
+            self._destroy(vm)
+        self._thread.join(self._boot_timeout_s)
+
+    def _boot(self, vm: Vm) -> None:
+        """vm is ready. Raises BuildFailed VmError."""
+        with self._spawning:
+            self._alive[vm] = vm.spawn()
+        vm.wait_ready(self._boot_timeout_s)
+
+    def _destroy(self, vm: Vm, clean: bool = False) -> None:
+        """vm is gone, and what it has left behind."""
+        with survive("a VM is not destroyed"):
+            vm.destroy(clean)
+        with survive("what a VM has left behind may live on"):
+            if self._reap:
+                self._kill_strays()
+        with self._spawning:
+            self._alive.pop(vm, None)
+
+    def _living_locked(self) -> list[Vm]:
+        """Caller must hold _changed. The spares that still live."""
+        return [vm for vm in self._spares if vm.is_alive()]
+
+    def _lacks_spares_locked(self) -> bool:
+        """Caller must hold _changed."""
+        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
+
+    def _keep_spares(self) -> None:
+        """The thread "spares"."""
+        going = True
+        while going:
+            try:
+                going = self._tend_spares()
+            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
+                with self._changed:
+                    if not self._stopping:
+                        logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._changed.notify_all()
+                    going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
+
+    def _tend_spares(self) -> bool:
+        """Wait until a spare has died or one more is wanted, and see to it. False: this stops. Raises whatever the making of a VM raises."""
+        with self._changed:
+            dead = [vm for vm in self._spares if not vm.is_alive()]
+            self._spares = [vm for vm in self._spares if vm not in dead]
+            if not dead:
+                self._changed.wait_for(
+                    lambda: self._stopping or self._lacks_spares_locked(), 1.0
+                )  # and look whether all still live
+            if self._stopping:
+                return False
+            wanted = self._lacks_spares_locked()
+        for vm in dead:
+            logger().warning("a VM that waited for a build has ended")
+            self._destroy(vm)
+        if wanted:
+            self._add_spare()
+        return True
+
+    def _add_spare(self) -> None:
+        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
+        vm, ready = self._make_vm(), False
+        try:
+            with self._changed:
+                if self._stopping:
+                    return
+                self._booting = vm
+            self._boot(vm)
+            with self._changed:
+                ready = not self._stopping
+                if ready:
+                    self._spares.append(vm)
+                    self._changed.notify_all()
+        finally:
+            with self._changed:
+                self._booting = None
+            if not ready:
+                self._destroy(vm)
+
+    def _take_spare(self) -> Vm | None:
+        """A VM that is ready, which nobody else gets."""
+        with self._changed:
+            vm = next(iter(self._living_locked()), None)
+            if vm is not None:
+                self._spares.remove(vm)
+            self._changed.notify_all()
+        return vm
+
+    def _await_spare(self) -> Vm:
+        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
+        with self._changed:
+            if self._waiting == MAX_WAITING:
+                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
+            before, self._waiting = self._failures, self._waiting + 1
+            self._changed.notify_all()
+            try:
+                self._changed.wait_for(
+                    lambda: self._living_locked() or self._failures > before or self._stopping,
+                    self._boot_timeout_s + RETRY_S,
+                )
+            finally:
+                self._waiting -= 1
+            for vm in self._living_locked():
+                return vm
+            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
+
+    def attestation(self, nonce: str) -> bytes:
+        """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
+        attempts = 0
+        while True:
+            vm, attempts = self._await_spare(), attempts + 1
+            try:
+                return self._ask_evidence(vm, nonce)
+            except BuildFailed:
+                with self._changed:
+                    if vm in self._living_locked() or self._stopping or attempts == MAX_ATTEMPTS:
+                        raise  # else a build has taken it meanwhile, or it has died
+
+    @staticmethod
+    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
+        """evidence.json of vm. Raises BuildFailed."""
+        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
+        try:
+            connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
+            answer = connection.getresponse()
+            data = answer.read(MAX_JSON + 1)
+            doc = parse_json(data, "evidence of the VM")
+            if answer.status != 200:
+                raise BuildFailed(
+                    "AttestationError",
+                    f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}",
+                )
+            return data
+        except (OSError, http.client.HTTPException, Malformed) as e:
+            raise BuildFailed("VmError", f"the VM does not attest: {e or type(e).__name__}") from None
+        finally:
+            connection.close()
+
+    def run(self, jobs: Jobs, job: Job) -> str:
+        """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
+        seconds = self._build_timeout_s
+
+        def expire() -> None:
+            with survive(f"job {job.id} is not stopped"):
+                jobs.halt(job, "TimeoutError", f"the build took longer than {seconds:g} s")
+
+        timer = threading.Timer(seconds, expire)
+        timer.daemon = True
+        fetcher, built = None, False
+        vm = self._take_spare() or self._make_vm()
+        try:
+            request, source = job.request, job.source
+            if request.repo_url and not vm.networked:
+                timer.start()
+                fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
+                jobs.when_halted(job, fetcher.destroy)
+                self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
+                request, source = self._fetch(fetcher, request)
+            jobs.when_halted(job, vm.destroy)
+            if (
+                vm.port and not vm.is_alive()
+            ):  # a spare that has died meanwhile: the build was accepted, and gets another VM
+                self._destroy(vm)
+                vm = self._make_vm()
+                jobs.when_halted(job, vm.destroy)
+            if not vm.port:
+                self._tell(job, vm, "booting")
+                if self._console:
+                    vm.console = _limit_rate(
+                        lambda line: self._tell(job, vm, f"console, which is the host's word: {line}")
+                    )
+                self._boot(vm)
+                vm.hush()  # of later phases no `vm` event may come
+            self._tell(job, vm, "ready")
+            if fetcher is None:
+                timer.start()
+            path = self._drive(vm, job, request, source)
+            built = True
+            return path
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            reason = "its answer broke off" if isinstance(e, http.client.IncompleteRead) else str(e) or type(e).__name__
+            raise BuildFailed("VmError", f"the VM went away: {reason}") from None
+        finally:
+            timer.cancel()
+            if fetcher is not None:
+                self._destroy(fetcher)
+            self._destroy(vm, clean=built)
+
+    @staticmethod
+    @room_on(STATE)
+    def _tell(job: Job, vm: Vm, message: str) -> None:
+        """A `vm` event, of kinds of VMs that have such."""
+        if vm.label and job.log is not None:
+            job.log.append(to_payloads("vm", [f"{vm.label}: {message}"]))
+
+    def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
+        """The request for the fetched repository as an archive, and that. Raises BuildFailed."""
+        with self._spawning:
+            self._alive[fetcher] = fetcher.spawn()
+        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b"{}")
+        if "name" not in answer:
+            raise BuildFailed(
+                answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended")
+            )
+        archive = os.path.join(fetcher.workspace, "source.tar.gz")
+        if os.path.getsize(archive) > fetcher.policy.max_archive:
+            raise limit_error(f"the repository packs to more than {fetcher.policy.max_archive} bytes")
+        return BuildRequest(request.nonce, source_name=answer["name"] + ".tar.gz"), archive
+
+    def _kill_strays(self) -> None:
+        """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
+
+        def strays() -> list[int]:
+            with self._spawning:
+                # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
+                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
+
+        kill_all(strays)
+        with self._spawning:  # what was killed here, or lost its parent before, is our child now
+            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
+                try:
+                    os.waitpid(pid, os.WNOHANG)
+                except ChildProcessError:
+                    pass  # its own parent reaps it
+
+    @room_on(STATE)
+    def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
+        """Submit the request to the agent, relay its events, fetch and verify its archive."""
+        headers = {"Authorization": f"Bearer {vm.token}"}
+        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
+        try:
+            body, size = request_body(request, source)
+            connection.request(
+                "POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)}
+            )
+            answer = connection.getresponse()
+            doc = parse_json(answer.read(MIB), "answer of the VM")
+            if (
+                answer.status != 200
+                or not isinstance(doc, dict)
+                or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id")))
+            ):
+                raise BuildFailed(
+                    "LimitError" if answer.status == 507 else "VmError",
+                    f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}",
+                )
+            path = f"/build/{doc['job_id']}"
+            connection.request("GET", path + "/events", headers=headers)
+            failure = (
+                relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
+            )
+            connection.close()
+            if failure is not None:
+                raise failure
+            connection.request("GET", path + "/result", headers=headers)
+            answer = connection.getresponse()
+            if answer.status != 200:
+                raise BuildFailed("VmError", f"the VM has no result: status {answer.status}")
+            return _fetch_result(answer, job, self._expected._replace(nonce=request.nonce))
+        finally:
+            connection.close()
+
+
+def relay_events(
+    response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = ""
+) -> BuildFailed | None:
+    """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
+
+    What comes is checked, not believed: known phases that never run backwards, exactly their keys.  `queued` and `vm` are the host's to
+    say: they are dropped, and this server's log tells so once, with name, the job's.  Raises BuildFailed VmError for a stream that breaks
+    off or is none, LimitError beyond max_log bytes, those of what is dropped among them."""
+    text, reached, room, noted = "", PHASES.index("detect"), max_log - log.size, False
+    while True:
+        block = response.read1(BLOCK)
+        if not block:
+            raise BuildFailed("VmError", "the VM ended in the middle of the build")
+        room -= len(block)
+        if room < 0:
+            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
+        text += block.decode("ascii")
+        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
+        if len(text) - end > 2 * MIB:
+            raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+        if end < 2:
+            continue
+        frames, text = text[:end], text[end:]
+        plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
+        messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
+        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(
+            messages
+        ):  # nearly every block is all build events
+            reached = PHASES.index("build")
+            log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
+            continue
+        for frame in frames.split("\n\n")[:-1]:
+            if frame.startswith(":"):
+                continue
+            event = parse_json(frame.partition("\ndata: ")[2].encode("ascii"), "event of the VM", 32)
+            kind = event.get("type") if isinstance(event, dict) else None
+            if kind == "complete":
+                return _told_failure(event)
+            if kind in ("queued", "vm"):
+                if not noted and event != {"type": "queued", "position": 0}:  # which every agent says, of its own queue
+                    noted = True
+                    logger().warning(
+                        "job %s: the VM said what only its host may say, which is dropped: %.200a", name, event
+                    )
+                continue
+            if (
+                kind is None
+                or set(event) != {"type", "msg"}
+                or event["type"] not in PHASES[reached:]
+                or not isinstance(event["msg"], str)
+            ):
+                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
+            reached, payloads = PHASES.index(event["type"]), to_payloads(event["type"], [event["msg"]])
+            if len(payloads.parts[0]) > 2 * MIB:  # as the log writes it, which escapes more than others
+                raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+            log.append(payloads)
+
+
+def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
+    """What a `complete` event tells."""
+    if event == {"type": "complete", "result": {"status": "ok"}}:
+        return None
+    outcome = event.get("result")
+    if (
+        set(event) != {"type", "result"}
+        or not isinstance(outcome, dict)
+        or set(outcome) != {"status", "error", "error_type"}
+        or not (
+            outcome["status"] == "failed"
+            and isinstance(outcome["error"], str)
+            and isinstance(outcome["error_type"], str)
+        )
+        or (outcome["error_type"] not in FAILURES)
+    ):
+        raise BuildFailed("VmError", "the VM ended the build with a result that is none")
+    if outcome["error_type"] in HOST_FAILURES:
+        raise BuildFailed(
+            "VmError",
+            f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}",
+        )
+    return BuildFailed(
+        outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"]
+    )
+
+
+def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:
+    """The path of the archive in answer, once it is a bundle that is as expected. Raises BuildFailed."""
+    path = os.path.join(job.folder, "result.tmp")
+    try:
+        return _check_result(answer, path, expected)
+    except BaseException:
+        remove_tree(path)
+        raise
+
+
+def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expectations) -> str:
+    """path, which holds what _fetch_result promises."""
+    size = 0
+    with open(path, "wb") as f:
+        for block in iter(lambda: answer.read1(BLOCK), b""):
+            size += len(block)
+            if size > MAX_RESULT:
+                raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes")
+            f.write(block)
+    if str(size) != answer.headers.get("Content-Length"):
+        raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
+    try:
+        verdict = verify_bundle(read_bundle(path), expected, utc_time(time.time()))
+    except UsageError as e:
+        raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
+    failed = [
+        check.name + (f" ({check.detail})" if check.name == "VEK form" else "")
+        for check in verdict.checks
+        if check.status == "failed"
+    ]
+    if verdict.verdict == "failed":
+        raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
+    return path
+
+
+# endregion 30
+# ---- End of the service.
+# ==============================================================================
+# region 31. Image                                 [uses 10, 11, 15, 16, 17, 18]
 # ==============================================================================
 # The directory that a guest is booted from: a kernel, an initrd and a firmware, which the launch digest covers, and a disk of
 # tools, whose dm-verity root hash is on the command line, which the digest covers too.  The same input gives the same bytes on
@@ -7022,1213 +10463,9 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
     return digest.hexdigest(), "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 19
+# endregion 31
 # ==============================================================================
-# region 20. Event log                                              [uses 13]
-# ==============================================================================
-# A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
-# the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
-# so nobody reads a torn one.  Frames carry their number: the end of the file says how many there are, and a search by halves
-# finds any of them, so nothing is kept in memory and opening a log of any size takes a few reads.
-
-MAX_FRAME = 4 * MIB  # more than the longest event that relay_events lets through
-COMPLETE = (
-    '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
-)
-PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
-
-
-class Payloads(NamedTuple):
-    """The JSON objects of some events, one line of ASCII each: every one of parts, between before and after."""
-
-    parts: Sequence[str]
-    before: str = ""
-    after: str = ""
-
-
-def to_payloads(phase: str, messages: Sequence[str]) -> Payloads:
-    """The events of one phase, as compact_json would write them, quickly where a block is plain."""
-    if phase in PHASES:
-        joined = "".join(messages)
-        if joined.isascii() and not joined.encode("ascii").translate(None, PLAIN):
-            return Payloads(messages, f'{{"type":"{phase}","msg":"', '"}')
-    return Payloads(list(map(json.encoder.encode_basestring_ascii, messages)), f'{{"type":"{phase}","msg":', "}")
-
-
-def to_payload(event: Mapping[str, Any]) -> Payloads:
-    """One event."""
-    return Payloads([compact_json(event)])
-
-
-def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
-    """Return (end, count, finished) of the log in the first size bytes of a file, from its last frame.
-
-    end: of the last whole frame; what follows it is torn. count: the number of that frame. finished: whether it is `complete`.
-    Raises Malformed if the file does not end with a frame and perhaps a part of the next one.
-    """
-    span, head = 4 * KIB, b"id: 1\ndata: {"
-    while True:
-        span = min(span, size)
-        data = os.pread(fd, span, size - span)
-        end = data.rfind(b"\n\n") + 2
-        start = data.rfind(b"\n\n", 0, max(0, end - 2)) + 2
-        if start >= 2 or span == size:
-            break
-        if span >= MAX_FRAME:
-            raise Malformed("events", f"no frame begins in the last {span} bytes")
-        span *= 4
-    if end < 2 and head.startswith(data[: len(head)]):
-        return 0, 0, False
-    frame = data[start if start >= 2 else 0 : end]
-    match = re.match(rb"id: ([1-9][0-9]{0,17})\ndata: \{", frame)
-    if not match or start < 2 and int(match[1]) != 1:
-        raise Malformed("events", "the last frame is damaged")
-    return size - span + end, int(match[1]), COMPLETE.encode() in frame
-
-
-class EventLog:
-    """The log in the file at path. on_append is called after each append, by its thread. flags: of open(2); by default the file is
-    made if it is missing. A torn frame at the end is cut by the first append; what a crashed machine has lost (zeros) ends an
-    unfinished log before it. Raises Malformed for a file that is not a log, OSError."""
-
-    def __init__(
-        self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
-    ) -> None:
-        self.fd = open_regular(path, flags)
-        weakref.finalize(self, os.close, self.fd)
-        self._on_append = on_append
-        self._lock = threading.Lock()
-        length = os.fstat(self.fd).st_size
-        try:
-            found = find_log_end(self.fd, length)
-        except Malformed:
-            found = (0, 0, False)
-        if not found[2]:
-            found = find_log_end(self.fd, self._first_zero(length))
-        self.size, self.count, self.finished = (
-            found  # written under _lock, finished last; a reader may see them without
-        )
-        self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
-
-    def _first_zero(self, length: int) -> int:
-        """The offset of the first zero byte, or length: JSON has none; a file system fills with them what it has lost."""
-        for offset in range(0, length, BLOCK):
-            at = os.pread(self.fd, BLOCK, offset).find(b"\0")
-            if at >= 0:
-                return offset + at
-        return length
-
-    def append(self, payloads: Payloads) -> None:
-        """Emit events. Raises OSError, and nothing was emitted then."""
-        if not payloads.parts:
-            return
-        before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
-        with self._lock:
-            if self.finished:
-                raise ValueError("the log is complete")
-            frames = [f"id: {n}{before}{part}{after}" for n, part in enumerate(payloads.parts, self.count + 1)]
-            data = memoryview("".join(frames).encode("ascii"))
-            written = 0
-            try:
-                if self._torn:
-                    os.ftruncate(self.fd, self.size)
-                self._torn = True
-                while written < len(data):
-                    written += os.pwrite(self.fd, data[written:], self.size + written)
-                self._torn = False
-            except OSError:
-                os.ftruncate(self.fd, self.size)
-                raise
-            self.count += len(frames)
-            self.size += len(data)
-            self.finished = COMPLETE in frames[-1]
-        if self._on_append is not None:
-            self._on_append(self)
-
-    def lacks_only(self, event: Payloads) -> bool:
-        """Whether nothing follows the last whole frame but a part of that of event, or zeros."""
-        frame = f"id: {self.count + 1}\ndata: {event.parts[0]}\n\n".encode("ascii")
-        rest = os.pread(self.fd, MIB, self.size)
-        return len(rest) < MIB and frame.startswith(rest.rstrip(b"\0"))
-
-    def offset_of(self, count: int) -> int:
-        """Where the event after the first count ones begins; count: at most self.count. Raises OSError for a damaged log."""
-        with self._lock:
-            if count >= self.count:
-                return self.size
-            low, high = 0, self.size  # the event begins at low or later, and before high
-        while high - low > 64 * KIB:
-            middle = (low + high) // 2
-            start, number = self._next_frame(middle, high)
-            if number > count + 1:
-                high = middle
-            else:
-                low = start
-        wanted = b"id: %d\n" % (count + 1)
-        data = b"\n\n" + os.pread(self.fd, high - low + len(wanted), low)
-        at = data.find(b"\n\n" + wanted)
-        if at < 0:
-            raise OSError("the log is damaged")
-        return low + at
-
-    def _next_frame(self, offset: int, end: int) -> tuple[int, float]:
-        """Where the first frame that begins at offset or later does, and its number; (end, inf) if none begins before end."""
-        data, at = b"", max(0, offset - 2)
-        while at + len(data) < end + 32:  # so that the number is there as well
-            more = os.pread(self.fd, max(4 * KIB, len(data)), at + len(data))
-            data += more
-            match = re.search(rb"\n\nid: ([0-9]{1,18})\n", data)
-            if match:
-                return at + match.start() + 2, int(match[1])
-            if not more:
-                break
-        return end, float("inf")
-
-    def last(self) -> dict[str, Any]:
-        """The last event, or an empty object."""
-        offset = self.offset_of(max(0, self.count - 1))
-        frame = os.pread(self.fd, self.size - offset, offset)
-        return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
-
-
-# endregion 20
-# ==============================================================================
-# region 21. Event streams                                         [uses 13, 20]
-# ==============================================================================
-# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of
-# its answer; from then on the streamer thread owns it, and it gets the bytes from its position to the log's end, chunked
-# [RFC9112 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once,
-# from one read.  Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
-# A client that takes nothing for STALL_S is disconnected.
-#
-# Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
-
-KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
-STALL_S = 60.0  # until a client that takes nothing of what it asked for is disconnected
-_SMALL = 64 * KIB
-# What one watcher gets before the next one's turn: alone much, for few system calls; among others little, so that all of them
-# get a range of the log while the processor's cache still holds it (8 readers: 1.3 times the speed of turns of 1 MiB).
-_TURN, _SHARED_TURN = MIB, 256 * KIB
-
-
-def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
-    """Return the event that a socket must wait for after its operation raised e, or 0 if the operation failed.
-
-    sending: whether the operation was a send.
-    """
-    if isinstance(e, BlockingIOError):
-        return selectors.EVENT_WRITE if sending else selectors.EVENT_READ
-    if tls and isinstance(e, ssl.SSLWantReadError):
-        return selectors.EVENT_READ
-    return selectors.EVENT_WRITE if tls and isinstance(e, ssl.SSLWantWriteError) else 0
-
-
-class Mailbox:
-    """A selector for one thread, which other threads wake by posting notes. Whatever is registered has sock and mask."""
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._sleeper, self._waker = socket.socketpair()
-        self._sleeper.setblocking(False)
-        self._waker.setblocking(False)
-        self._selector.register(self._sleeper, selectors.EVENT_READ)
-        self._notes: deque[Any] = deque()
-        self._asleep = False
-
-    def post(self, note: Any) -> None:
-        """Leave note for the selector's thread. Any thread; never waits."""
-        self._notes.append(note)
-        if self._asleep:  # set before the notes are looked at for the last time: no note is slept over
-            self._asleep = False
-            try:
-                self._waker.send(b"\0")
-            except BlockingIOError:
-                pass  # it is awake enough
-
-    def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
-        """Wait for events, a note or the timeout in seconds. Return who has events, and their masks."""
-        self._asleep = True
-        events = self._selector.select(0 if self._notes else timeout)
-        self._asleep = False
-        ready = [(key.data, mask) for key, mask in events if key.data is not None]
-        if len(ready) < len(events):
-            self._sleeper.recv(4096)
-        return ready
-
-    def notes(self) -> Iterator[Any]:
-        """Yield the notes, the oldest first."""
-        while self._notes:
-            yield self._notes.popleft()
-
-    def want(self, end: Any, mask: int) -> None:
-        """Wait for these events of end.sock, or with mask 0 for none."""
-        if mask == end.mask:
-            return
-        if mask and end.mask:
-            self._selector.modify(end.sock, mask, end)
-        elif mask:
-            self._selector.register(end.sock, mask, end)
-        else:
-            self._selector.unregister(end.sock)
-        end.mask = mask
-
-    def close(self) -> None:
-        """Close the selector; notes posted from now on stay unread."""
-        self._selector.close()
-        self._sleeper.close()
-        self._waker.close()
-
-
-class OpenFile:
-    """A file to read from, at any offset. It closes with the last reference. Raises Malformed, OSError."""
-
-    def __init__(self, path: str) -> None:
-        self.fd = open_regular(path)
-        weakref.finalize(self, os.close, self.fd)
-        self.size = os.fstat(self.fd).st_size
-
-
-class Watcher:
-    """A client that follows a log, or downloads a range of a file.
-
-    start: how many events of log it has; greeting: bytes to send first, in the log's framing.
-    file, span: instead of log and start; first byte and length of the range.
-    then: called when the whole range is sent, instead of closing the socket.
-    """
-
-    __slots__ = (
-        "chunked",
-        "deaf",
-        "ending",
-        "file",
-        "left",
-        "log",
-        "mask",
-        "pending",
-        "position",
-        "since",
-        "sock",
-        "start",
-        "then",
-        "tls",
-    )
-
-    def __init__(
-        self,
-        sock: "socket.socket",
-        log: EventLog | None,
-        start: int,
-        chunked: bool,
-        tls: bool,
-        greeting: bytes,
-        file: OpenFile | None = None,
-        span: tuple[int, int] = (-1, 0),
-        then: "Callable[[], None] | None" = None,
-    ) -> None:
-        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
-        self.file, self.then = file, then
-        # position: in the log or file; -1: unknown until the log has `start` events.  left: bytes to be sent from there.
-        self.position, self.left = span
-        self.pending = self.frame(greeting) if greeting else b""
-        self.ending = False
-        self.deaf = file is not None  # not read from: the peer has closed its half, or may send its next request
-        self.mask = 0  # what the selector waits for
-        self.since = time.monotonic()  # the last progress
-
-    def frame(self, data: bytes) -> bytes:
-        """data as one chunk, where the stream is chunked."""
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
-
-
-class Streamer:
-    """The thread that serves watchers.
-
-    keepalive_s: silence after which a comment is sent.
-    stall_s: time without progress after which a watcher is disconnected; it can resume.
-    """
-
-    def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
-        self._keepalive_s, self._stall_s = keepalive_s, stall_s
-        self._mailbox = Mailbox()  # notes: a log has grown, a watcher is new, None: stop
-        self._served: set[Watcher] = set()
-        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # who has everything there is
-        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
-        self._turn = _TURN
-        self.files = 0  # open for watchers: a socket each, and what they download
-        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
-        self._thread.start()
-
-    def grown(self, log: EventLog) -> None:
-        """log has new events. Any thread; never waits."""
-        self._mailbox.post(log)
-
-    def add(self, watcher: Watcher) -> None:
-        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
-        self._mailbox.post(watcher)
-
-    def stop(self) -> None:
-        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
-        self._mailbox.post(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        every = min(1.0, self._keepalive_s, self._stall_s)
-        scan_at = time.monotonic() + every
-        while True:
-            events = self._mailbox.wait(max(0.0, scan_at - time.monotonic()))
-            self._turn = _TURN if len(events) < 2 else _SHARED_TURN
-            if not self._take_notes():
-                break
-            for watcher, mask in events:
-                if mask & watcher.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
-                    self._hear(watcher)
-                if mask & watcher.mask & selectors.EVENT_WRITE:
-                    self._pump(watcher)
-            if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + every
-                self._scan(scan_at - every)
-        for watcher in list(self._served):
-            self._drop(watcher)
-        self._mailbox.close()
-
-    def _take_notes(self) -> bool:
-        """Act on what other threads have said. False: stop."""
-        grown: dict[EventLog, None] = {}
-        going = True
-        for note in self._mailbox.notes():
-            if note is None:
-                going = False
-            elif isinstance(note, EventLog):
-                grown[note] = None
-            else:
-                self._served.add(note)
-                self.files += 1 if note.file is None else 2
-                try:
-                    note.sock.setblocking(False)
-                    self._want(note, selectors.EVENT_READ)
-                except (OSError, ValueError):
-                    self._drop(note)
-                    continue
-                self._pump(note)
-        for log in grown:
-            for watcher in self._waiting.pop(log, ()):
-                self._pump(watcher)
-        return going
-
-    def _want(self, watcher: Watcher, mask: int) -> None:
-        """Wait for these events of watcher's socket."""
-        if watcher.deaf:
-            mask &= selectors.EVENT_WRITE  # it would be readable for ever
-        self._mailbox.want(watcher, mask)
-
-    def _hear(self, watcher: Watcher) -> None:
-        """The peer has sent something, which nobody needs, or has closed its half."""
-        try:
-            said = watcher.sock.recv(_SMALL)
-        except OSError as e:
-            if not wait_mask(e, False, watcher.tls):
-                self._drop(watcher)
-            return
-        if not said:
-            # Perhaps it is gone, perhaps it only has nothing more to say: a comment will tell.
-            watcher.deaf = True
-            self._want(watcher, watcher.mask)
-            if watcher in self._waiting.get(watcher.log, ()):
-                self._comment(watcher)
-
-    def _comment(self, watcher: Watcher) -> None:
-        """Send a comment to one who waits, which shows whether the peer is still there."""
-        self._forget(watcher)
-        watcher.pending = watcher.frame(b": keepalive\n\n")
-        self._pump(watcher)
-
-    def _scan(self, now: float) -> None:
-        """Break the silence of those who wait, and disconnect those who take nothing."""
-        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
-            self._comment(watcher)
-        for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
-            try:  # what the system still holds for it goes as well
-                watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except OSError:
-                pass  # the peer was faster
-            self._drop(watcher)
-
-    def _pump(self, watcher: Watcher) -> None:
-        """Send what there is, until there is no more, the socket is full, or the turn is over."""
-        turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
-        try:
-            while turn > 0:
-                if watcher.pending:
-                    more = socket.MSG_MORE if watcher.left and not watcher.tls and hasattr(socket, "MSG_MORE") else 0
-                    sent = watcher.sock.send(watcher.pending, more)
-                    watcher.pending = watcher.pending[sent:]
-                elif watcher.left:
-                    asked = min(watcher.left, turn)
-                    sent = self._send_range(watcher, asked)
-                    if sent < asked and not watcher.tls:
-                        turn -= sent
-                        break  # the socket is full
-                elif not self._next(watcher):
-                    return
-                else:
-                    sent = 0
-                turn -= sent
-            self._want(watcher, mask)
-        except OSError as e:
-            if wait_mask(e, True, watcher.tls):
-                self._want(watcher, mask)
-            else:
-                self._drop(watcher)
-        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's stream
-            logger().exception("stream")
-            self._drop(watcher)
-        finally:
-            if turn < self._turn:
-                watcher.since = time.monotonic()
-
-    def _send_range(self, watcher: Watcher, size: int) -> int:
-        """Send up to size bytes of the range at hand; with TLS, which has no sendfile, make them pending. Return how many."""
-        source = watcher.file or watcher.log
-        if source is None:
-            raise ValueError("a range of nothing")
-        if watcher.tls:
-            watcher.pending = os.pread(source.fd, min(size, _SMALL), watcher.position)
-            size = len(watcher.pending)
-        else:
-            size = os.sendfile(watcher.sock.fileno(), source.fd, watcher.position, size)
-        if size == 0:
-            raise OSError("the file has shrunk")
-        watcher.position += size
-        watcher.left -= size
-        if not watcher.left and watcher.chunked:
-            watcher.pending += b"\r\n"
-        return size
-
-    def _next(self, watcher: Watcher) -> bool:
-        """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
-        log = watcher.log
-        if log is None:
-            self._leave(watcher)
-            if watcher.then is not None:
-                watcher.then()
-            return False
-        finished = log.finished  # before size: what was there when the log was complete is then seen
-        if watcher.position < 0 and (finished or log.count >= watcher.start):
-            watcher.position = log.offset_of(watcher.start)
-        size = log.size
-        if 0 <= watcher.position < size:
-            if size - watcher.position <= _SMALL:
-                length = size - watcher.position
-                watcher.pending = watcher.frame(self._read(log, watcher.position, length))
-                watcher.position += length
-            else:
-                watcher.left = size - watcher.position
-                watcher.pending = b"%x\r\n" % watcher.left if watcher.chunked else b""
-            return True
-        if finished and watcher.chunked and not watcher.ending:
-            watcher.ending, watcher.pending = True, b"0\r\n\r\n"
-            return True
-        if finished:
-            self._drop(watcher)
-            return False
-        watcher.since = time.monotonic()
-        self._waiting.setdefault(log, set()).add(watcher)
-        self._want(watcher, selectors.EVENT_READ)
-        return False
-
-    def _read(self, log: EventLog, position: int, length: int) -> bytes:
-        """A range of the log, read once for all who ask for the same one after another."""
-        if self._block[:3] != (log, position, length):
-            self._block = (log, position, length, os.pread(log.fd, length, position))
-        return self._block[3]
-
-    def _forget(self, watcher: Watcher) -> None:
-        waiting = self._waiting.get(watcher.log)
-        if waiting is not None:
-            waiting.discard(watcher)
-            if not waiting:
-                del self._waiting[watcher.log]
-
-    def _leave(self, watcher: Watcher) -> None:
-        """Serve watcher no more; its socket stays open."""
-        self._forget(watcher)
-        self._want(watcher, 0)
-        if self._block[0] is watcher.log:
-            self._block = (None, 0, 0, b"")
-        self._served.discard(watcher)
-        self.files -= 1 if watcher.file is None else 2
-
-    def _drop(self, watcher: Watcher) -> None:
-        """Serve watcher no more, and close its socket."""
-        self._leave(watcher)
-        try:
-            watcher.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer was faster
-        watcher.sock.close()
-
-
-# endregion 21
-# ==============================================================================
-# region 22. Jobs                                              [uses 13, 18, 20]
-# ==============================================================================
-# The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
-# (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
-# What is wrong with one job's files makes that job "damaged": it is listed, its files are left alone, and no other job notices.
-#
-# Files are written outside of Jobs._changed and published under it, so that a slow disk delays only those who wait for that job.
-# Job.writing serializes what is written of one job.  Lock order: Job.writing, then Jobs._changed or an EventLog's own lock.
-#
-# Threads "slot N": started by Jobs.start, each runs one job at a time.  Thread "queue": announces positions, and completes jobs
-# that a full disk did not let end.  All end by Jobs.stop, and outlive every exception.
-
-STATE_VERSION = 1
-_STATE_MARKER = "confbuild-state"
-_JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-MAX_SEQ = 10**18  # beyond it jobs are in the order of their times
-RETRY_S = 5.0  # until a job that has ended tries again to say so, where a full disk forbids it
-ANNOUNCE_S = 1.0  # between two positions that one job is told
-
-# From each state, where a job can go. [CONTRACT 1: every stream ends with exactly one `complete`]
-JOB_STATES = {
-    "queued": ("running", "failed"),  # failed: cancelled, or its server died MAX_ATTEMPTS times
-    "running": ("queued", "ok", "failed"),  # queued: the server stopped or died
-    "ok": (),
-    "failed": (),
-    "damaged": (),  # never written
-}
-# In each state that job.json can have: whether there are finished_at, result and failure.
-_HELD = {
-    "queued": ((False, False, False), (False, False, True)),  # True: its cancel is written down, its end is not yet
-    "running": ((False, False, False), (False, False, True)),
-    "ok": ((True, True, False),),
-    "failed": ((True, False, True),),
-}
-
-
-def claim_state(state: str) -> int:
-    """Make state the state directory of this process, until the descriptor that is returned is closed. Raises UsageError, OSError.
-
-    A directory of somebody else is refused: it has no marker, and is neither empty nor what confbuild 0.1 has left."""
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    marker = os.path.join(state, _STATE_MARKER)
-    if os.path.lexists(marker):
-        try:
-            with open(open_regular(marker), "rb") as f:
-                match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
-        except Malformed:
-            match = None
-        if not match:
-            raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
-        if int(match[1]) > STATE_VERSION:
-            raise UsageError(
-                f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}"
-            )
-    elif not _is_unmarked_state(state):
-        raise UsageError(
-            f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state"
-        )
-    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
-    except BaseException as e:
-        os.close(lock)
-        if isinstance(e, BlockingIOError):
-            raise UsageError(f"{state} is in use by another server") from None
-        raise
-    return lock
-
-
-def _is_unmarked_state(state: str) -> bool:
-    """Whether state is empty but for our own output, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
-    names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
-    jobs = os.path.join(state, "jobs")
-    return (
-        names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
-        and ("jobs" in names or not names & {"incoming", "guests"})
-        and ("jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
-    )
-
-
-def _is_our_output(path: str) -> bool:
-    """Whether stdout or stderr goes to the file at path: `serve --state DIR > DIR/server.log` makes it before the server starts."""
-    for fd in (1, 2):
-        try:
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return True
-        except OSError:  # closed
-            pass
-    return False
-
-
-class JobRecord(NamedTuple):
-    """What job.json holds of a job. result: of the archive; failure: the two names of the `complete` event."""
-
-    seq: int
-    request: BuildRequest
-    attempts: int = 0
-    state: str = "queued"
-    submitted_at: str = ""
-    started_at: str = ""
-    finished_at: str = ""
-    result: Mapping[str, Any] | None = None
-    failure: Mapping[str, str] | None = None
-
-    def to_bytes(self) -> bytes:
-        """job.json."""
-        return compact_json(self._asdict() | {"request": self.request._asdict()}).encode("ascii")
-
-    @classmethod
-    def parse(cls, data: bytes) -> "JobRecord":
-        """The record that to_bytes has written. Raises Malformed."""
-        try:
-            doc = json.loads(data)
-            request = BuildRequest(**doc["request"])
-            record = cls(**doc | {"request": request})
-            result = {"size": 0, "sha256": "0" * 64} if record.result is None else record.result
-            failure = {"error": "", "error_type": ""} if record.failure is None else record.failure
-            valid = (
-                [*map(len, (doc, doc["request"], result, failure))]
-                == [len(cls._fields), len(BuildRequest._fields), 2, 2]
-                and all(
-                    type(number) is int and 0 <= number <= MAX_SEQ
-                    for number in (record.seq, record.attempts, result["size"])
-                )
-                and all(
-                    type(text) is str
-                    for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"])
-                )
-                and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
-                and (record.finished_at != "", record.result is not None, record.failure is not None)
-                in _HELD[record.state]
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            valid = False
-        if not valid:
-            raise Malformed("job.json", "not the record of a job")
-        return record
-
-    def untold_end(self) -> BuildFailed | dict[str, Any] | None:
-        """Why a job whose log lacks the last event has failed, or its result; None: it waits, or is run again."""
-        if self.failure is not None:  # cancelled, or the server died between job.json and the event
-            return BuildFailed(self.failure["error_type"], self.failure["error"])
-        if self.state == "running" and self.attempts >= MAX_ATTEMPTS:
-            return BuildFailed("InternalError", f"the server ended {self.attempts} times during this build")
-        return None if self.result is None else dict(self.result)
-
-    def complete_event(self) -> Payloads:
-        """The last event of a job that has ended."""
-        return to_payload(
-            {"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}}
-        )
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing changes any more."""
-        return not JOB_STATES[self.state]
-
-
-class Job:
-    """One build. record is replaced in Jobs, under its lock, when job.json holds it; the log has its own lock."""
-
-    def __init__(self, job_id: str, folder: str, record: JobRecord) -> None:
-        self.id, self.folder, self.record = job_id, folder, record
-        self.writing = threading.Lock()  # its holder writes job.json or a position
-        self.position = -1  # the last one emitted
-        self.tried_at = float("-inf")  # when that was, or the last try to complete
-        self.halted: tuple[str, str] | None = (
-            None  # (error_type, error): why the build must stop; "Parked": it will go on
-        )
-        self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
-        self.log: EventLog | None = None  # kept while the job can still emit
-
-    @property
-    def request(self) -> BuildRequest:
-        """What was asked for."""
-        return self.record.request
-
-    @property
-    def state(self) -> str:
-        """A key of JOB_STATES."""
-        return self.record.state
-
-    @property
-    def source(self) -> str | None:
-        """The uploaded archive, or None for a repo_url."""
-        return None if self.request.repo_url else os.path.join(self.folder, "source")
-
-    @property
-    def result_path(self) -> str:
-        """The archive that clients get."""
-        return self.folder + "/result.tar.gz"
-
-    @property
-    def events_path(self) -> str:
-        """The log."""
-        return self.folder + "/events"
-
-    def to_wire(self) -> dict[str, Any]:
-        """The status that clients get."""
-        record = self.record
-        source = (
-            {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref}
-            if record.request.repo_url
-            else {"source_name": record.request.source_name}
-        )
-        return {
-            "job_id": self.id,
-            "status": record.state,
-            **source,
-            "nonce": record.request.nonce,
-            "attempts": record.attempts,
-            "submitted_at": record.submitted_at,
-            "started_at": record.started_at or None,
-            "finished_at": record.finished_at or None,
-            "result": record.result,
-            **(record.failure or {}),
-        }
-
-    def write_new(self, archive: str | None, grown: Callable[[EventLog], None]) -> EventLog:
-        """Make the folder of a new job, durably, and return its log. archive: is moved. Raises OSError."""
-        if archive is not None:
-            sync(archive)
-        os.mkdir(self.folder, 0o700)
-        if archive is not None:
-            os.rename(archive, self.folder + "/source")
-        self.log = EventLog(self.events_path, grown)
-        write_durably(self.folder + "/job.json", self.record.to_bytes())
-        return self.log
-
-    def drop_source(self) -> None:
-        """Remove the uploaded archive, which nobody needs any more."""
-        try:
-            if self.source is not None:
-                os.unlink(self.source)
-        except OSError:
-            pass  # it is gone
-
-    def read(self, grown: Callable[[EventLog], None]) -> None:
-        """Take the record and, where the job can still emit, the log from the files of an earlier server, and change nothing.
-
-        Raises Malformed for files that contradict each other, OSError."""
-        fd = open_regular(self.folder + "/job.json")
-        try:
-            record = JobRecord.parse(os.read(fd, MIB))
-        finally:
-            os.close(fd)
-        self.record = record._replace(result=None)
-        if record.result is not None:
-            _check_file(self.result_path, record.result["size"])
-            self.record = record
-        if record.ended:
-            fd = open_regular(self.events_path)
-            try:
-                if find_log_end(fd, os.fstat(fd).st_size)[2]:
-                    return
-            finally:
-                os.close(fd)
-        elif self.source is not None:
-            _check_file(self.source)
-        log = EventLog(self.events_path, grown, os.O_RDWR)
-        if log.finished:
-            raise Malformed("job.json", "its build has not ended, but its log has")
-        if record.ended and not log.lacks_only(record.complete_event()):
-            raise Malformed("events", "its build has ended, but its log has not")
-        last = log.last()
-        if record.state == "queued" and last.get("type") == "queued" and type(last.get("position")) is int:
-            self.position = last["position"]
-        self.log = log
-
-
-def _read_job(jobs: str, job_id: str, grown: Callable[[EventLog], None]) -> Job | None:
-    """The job of an earlier server in the folder jobs; damaged where it cannot be used; None if it was never accepted."""
-    folder = f"{jobs}/{job_id}"
-    job = Job(job_id, folder, JobRecord(0, BuildRequest("")))
-    try:
-        job.read(grown)
-    except Exception as e:  # noqa: BLE001  # nothing in one job's folder may hinder another job
-        if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
-            return None
-        why = (
-            f"{os.path.basename(e.filename or folder)}: {e.strerror}"
-            if isinstance(e, OSError)
-            else f"{e or type(e).__name__}"
-        )
-        logger().error("%s is damaged, and left alone: %s", folder, why)
-        job.record = job.record._replace(
-            state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"}
-        )
-    return job
-
-
-def _check_file(path: str, size: int | None = None) -> None:
-    """Raise Malformed unless path is a regular file, of size bytes where that is given; OSError."""
-    found = os.lstat(path)
-    if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-        raise Malformed(
-            os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes"
-        )
-
-
-def _remove_unaccepted(folder: str) -> bool:
-    """Remove the folder of a job that was never accepted, and nothing else. False: it is something else."""
-    try:
-        entries = [] if os.path.islink(folder) else list(os.scandir(folder))
-        if not all(
-            e.is_file(follow_symlinks=False)
-            and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0)
-            for e in entries
-        ):
-            return False
-        for entry in entries:
-            os.unlink(entry)
-        os.rmdir(folder)
-    except OSError:
-        return False
-    return True
-
-
-def _build(job: Job, run: Callable[[], str]) -> BuildFailed | dict[str, Any]:
-    """Why run has failed, or the result of the archive whose path it has returned, and which is now job's."""
-    try:
-        archive = run()
-        result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
-        shutil.move(archive, job.result_path)
-        sync(job.result_path)
-        return result
-    except BuildFailed as e:
-        return e
-    except Exception as e:  # noqa: BLE001  # a bug of ours must not take the slot with it
-        if isinstance(e, OSError) and is_full(e):
-            return BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
-        logger().exception("job %s", job.id)
-        return BuildFailed("InternalError", "the server failed; its log tells more")
-
-
-class Jobs:
-    """All jobs of one server. run: builds one job and returns the path of its archive, which is moved away, or raises
-    BuildFailed; it appends to job.log and sets job.on_halt. grown: is told of each log that has grown."""
-
-    def __init__(
-        self,
-        state: str,
-        run: "Callable[[Jobs, Job], str]",
-        grown: Callable[[EventLog], None],
-        slots: int = 1,
-        max_queue: int = 1000,
-        single_use: bool = False,
-    ) -> None:
-        self._folder = os.path.join(state, "jobs")
-        self._run, self._grown, self._slots, self._max_queue, self._single_use = (
-            run,
-            grown,
-            slots,
-            max_queue,
-            single_use,
-        )
-        self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}  # guarded by _changed
-        self._queue: list[Job] = []  # guarded by _changed; in the order of seq
-        self._running: set[Job] = set()  # guarded by _changed; also those that are about to
-        self._accepting = 0  # guarded by _changed; how many are being written for the first time
-        self._seq = 0  # guarded by _changed
-        self._stopping = False  # guarded by _changed
-        self._ending: dict[
-            Job, BuildFailed | dict[str, Any]
-        ] = {}  # guarded by _changed; why they failed, or the result; not yet published
-        self._logs: weakref.WeakValueDictionary[str, EventLog] = (
-            weakref.WeakValueDictionary()
-        )  # guarded by _changed; those that are open
-        self._threads: list[threading.Thread] = []
-        self.incoming = os.path.join(state, "incoming")
-        for folder in (self._folder, self.incoming):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        for name in os.listdir(self.incoming):
-            if re.fullmatch(r"[0-9a-f]{32}", name):  # what an earlier server was receiving
-                os.unlink(os.path.join(self.incoming, name))
-
-    def start(self) -> None:
-        """Take up what an earlier server has left, and begin to build."""
-        found = [
-            _read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)
-        ]
-        for job in sorted(filter(None, found), key=lambda job: (job.record.seq, job.record.submitted_at)):
-            end = job.record.untold_end()
-            with self._changed:
-                self._jobs[job.id] = job
-                self._seq = max(self._seq, job.record.seq)
-                if job.log is not None:  # else it has ended, or is damaged
-                    self._logs[job.id] = job.log
-                    if end is not None:
-                        self._ending[job] = end
-                    else:
-                        self._queue.append(job)
-        for name, work in [("queue", self._tend), *((f"slot {number}", self._work) for number in range(self._slots))]:
-            self._threads.append(threading.Thread(target=self._forever, args=(work,), name=name, daemon=True))
-            self._threads[-1].start()
-
-    def check_open(self) -> None:
-        """Raise Refused where no build can be accepted now: 409, 429 or 503. [CONTRACT 1]"""
-        with self._changed:
-            self._check_open_locked()
-
-    def _check_open_locked(self) -> None:
-        """Caller must hold _changed."""
-        if self._single_use and (self._jobs or self._accepting):
-            raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
-        if self._stopping:
-            raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
-        if len(self._queue) + self._accepting >= self._max_queue:
-            raise Refused(429, "QueueFull", f"{len(self._queue)} builds are waiting", {"Retry-After": "60"})
-
-    def submit(self, request: BuildRequest, archive: str | None) -> Job:
-        """Accept a build, which survives the server from here on. archive: the uploaded source, which is moved away. Raises
-        Refused, OSError."""
-        with self._changed:
-            self._check_open_locked()
-            self._seq = min(self._seq + 1, MAX_SEQ)
-            record = JobRecord(self._seq, request, submitted_at=utc_now())
-            self._accepting += 1
-        job_id = str(uuid.uuid4())
-        job = Job(job_id, os.path.join(self._folder, job_id), record)
-        with job.writing:
-            try:
-                log = job.write_new(archive, self._grown)
-                sync(self._folder)
-            except BaseException:
-                with self._changed:
-                    self._accepting -= 1
-                remove_tree(job.folder)
-                raise
-            with self._changed:
-                self._accepting -= 1
-                self._jobs[job_id], self._logs[job_id] = job, log
-                self._queue.append(job)
-                self._queue.sort(
-                    key=lambda job: (job.record.seq, job.record.submitted_at)
-                )  # another was faster, perhaps
-                self._changed.notify_all()
-            self._announce(job)
-        return job
-
-    def _update(self, job: Job, **changes: Any) -> None:
-        """Replace fields of a job's record, when job.json holds them. Caller must hold job.writing. Raises OSError, and nothing has changed then;
-        ValueError for a step that JOB_STATES does not have."""
-        record = job.record._replace(**changes)
-        if record.state not in (job.state, *JOB_STATES[job.state]):
-            raise ValueError(f"a job that is {job.state} cannot become {record.state}")
-        write_durably(os.path.join(job.folder, "job.json"), record.to_bytes())
-        with self._changed:
-            job.record = record
-
-    def _announce(self, job: Job) -> None:
-        """Tell a job its place in the queue, where that has changed; 0 if it has just left it. Caller must hold job.writing."""
-        with self._changed:
-            position = self._queue.index(job) if job in self._queue else 0 if job in self._running else job.position
-        job.tried_at = time.monotonic()
-        if position == job.position or job.log is None:
-            return
-        try:
-            job.log.append(to_payload({"type": "queued", "position": position}))
-            job.position = position
-        except OSError as e:  # a full disk, perhaps: it is told the next time
-            logger().error("job %s is not told its position: %s", job.id, e)
-
-    def get(self, job_id: str) -> Job:
-        """The job. Raises Refused 404."""
-        with self._changed:
-            if job_id not in self._jobs:
-                raise Refused(404, "NotFound", "no such build")
-            return self._jobs[job_id]
-
-    def log_of(self, job: Job) -> EventLog:
-        """The log of any job, opened where it is not. Raises Refused 404 where it is damaged, OSError."""
-        with self._changed:
-            log = self._logs.get(job.id)
-        if log is None:  # so it has ended
-            try:
-                log = EventLog(job.events_path, self._grown, os.O_RDONLY)
-            except (Malformed, FileNotFoundError) as e:
-                raise Refused(
-                    404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}"
-                ) from None
-            if not log.finished:
-                raise Refused(
-                    404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end"))
-                )
-            with self._changed:
-                log = self._logs.setdefault(job.id, log)  # one file for all who follow it
-        return log
-
-    def describe(self, job: Job) -> dict[str, Any]:
-        """The status that GET /build/{id} answers."""
-        with self._changed:
-            return job.to_wire() | ({"position": self._queue.index(job)} if job in self._queue else {})
-
-    def newest(self, count: int) -> list[dict[str, Any]]:
-        """The status of the last count jobs, newest first."""
-        with self._changed:
-            places = {job: {"position": position} for position, job in enumerate(self._queue)}
-            jobs = sorted(self._jobs.values(), key=lambda job: -job.record.seq)[:count]
-            return [job.to_wire() | places.get(job, {}) for job in jobs]
-
-    def cancel(self, job: Job) -> None:
-        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended. Raises OSError where
-        that cannot be written down; it stops all the same, and the thread "queue" tries again."""
-        with self._changed:
-            waiting = job in self._queue
-            if waiting:
-                self._queue.remove(job)
-                job.tried_at, self._ending[job] = (
-                    time.monotonic(),
-                    BuildFailed("Cancelled", "cancelled before it was started"),
-                )
-                self._changed.notify_all()
-        if waiting:
-            self._complete(job)
-        else:
-            self.halt(job, "Cancelled", "cancelled")
-
-    def halt(self, job: Job, error_type: str, message: str) -> None:
-        """A running build stops soon, for this reason; the first one counts. Raises OSError like cancel."""
-        with self._changed:
-            if (
-                job not in self._running
-                or job.halted is not None
-                and (job.halted[0], error_type) != ("Parked", "Cancelled")
-            ):
-                return
-            job.halted = (error_type, message)
-            stop = job.on_halt
-        if stop is not None:
-            stop()
-        if error_type == "Cancelled":  # also where the server dies before the build does
-            with job.writing:
-                if not job.record.ended:
-                    self._update(job, failure={"error": message, "error_type": error_type})
-
-    def when_halted(self, job: Job, stop: Callable[[], None]) -> None:
-        """stop is called once when the job is halted; now, where it is already. For run()."""
-        with self._changed:
-            job.on_halt = stop
-            halted = job.halted is not None
-        if halted:
-            stop()
-
-    def _forever(self, work: Callable[[], None]) -> None:
-        """A thread: work again and again, whatever it raises, until this stops."""
-        while True:
-            with self._changed:
-                if self._stopping:
-                    return
-            try:
-                work()
-            except Exception:  # noqa: BLE001  # a bug of ours must not take the thread with it
-                logger().exception("thread %s", threading.current_thread().name)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
-
-    def _tend(self) -> None:
-        """Thread "queue": announce positions that have changed, and complete what a full disk has not let end."""
-        with self._changed:
-            now = time.monotonic()
-            moved = [job for position, job in enumerate(self._queue) if job.position != position]
-            ending = list(self._ending)
-            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
-            late = [job for job in ending if job.tried_at + RETRY_S <= now]
-            if not due and not late:
-                self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or ending else None)
-        for job in due:
-            with job.writing:
-                self._announce(job)
-        for job in late:
-            try:
-                self._complete(job)
-            except OSError as e:
-                logger().error("job %s has ended, and cannot say so yet: %s", job.id, e)
-
-    def _work(self) -> None:
-        """A slot: the next job, from its start to its end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if self._stopping:
-                return
-            job = self._queue.pop(0)
-            job.halted, job.on_halt = None, None
-            self._running.add(job)
-            self._changed.notify_all()
-
-        def run() -> str:
-            with job.writing:
-                self._announce(job)
-                self._update(job, state="running", started_at=utc_now(), attempts=job.record.attempts + 1)
-            return self._run(self, job)
-
-        end = _build(job, run)
-        with self._changed:
-            if isinstance(end, BuildFailed) and job.halted is not None:
-                end = BuildFailed(*job.halted)
-            parked = isinstance(end, BuildFailed) and end.error_type == "Parked"
-            self._running.discard(job)
-            if not parked:
-                job.tried_at, self._ending[job] = time.monotonic(), end
-            self._changed.notify_all()
-        try:
-            if not parked:
-                self._complete(job)
-            elif job.state == "running":
-                with job.writing:
-                    job.position = -1
-                    self._update(job, state="queued", attempts=job.record.attempts - 1)
-        except OSError as e:
-            logger().error("job %s has stopped, and cannot say so yet: %s", job.id, e)
-
-    def _complete(self, job: Job) -> None:
-        """The one way to the end of a job in _ending: its last event, when all that it promises is durable. Any thread. Raises OSError, and the
-        thread "queue" tries again."""
-        with job.writing:
-            job.tried_at = time.monotonic()
-            with self._changed:
-                end = self._ending.get(job)
-            if end is None or job.log is None:
-                return  # another thread was faster
-            if not job.record.ended:
-                self._update(
-                    job,
-                    finished_at=utc_now(),
-                    **(
-                        {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
-                        if isinstance(end, BuildFailed)
-                        else {"state": "ok", "failure": None, "result": end}
-                    ),
-                )
-            job.log.append(job.record.complete_event())
-            with self._changed:
-                del self._ending[job]
-                job.log = None
-        job.drop_source()
-
-    def stop(self, grace_s: float) -> bool:
-        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server. True
-        where one has ended meanwhile."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-            before = len(self._running)
-            self._changed.wait_for(lambda: not self._running, grace_s)
-            ended = len(self._running) < before
-            left = list(self._running)
-        for job in left:
-            self.halt(job, "Parked", "the server was stopped")
-        for thread in self._threads:
-            thread.join(10)
-        return ended
-
-
-# endregion 22
-# ==============================================================================
-# region 23. QEMU                                              [uses 10, 13, 19]
+# region 32. QEMU                                  [uses 10, 13, 15, 16, 30, 31]
 # ==============================================================================
 # A guest as a child process: QEMU's argument vector (a pure function), what this machine needs for it, and its life.
 #
@@ -8550,15 +10787,6 @@ def forwarded_port(usernet: Any) -> int:
     return int(found[0])
 
 
-def make_workspace(disk: str, folder: str | None = None) -> str:
-    """Make a new folder for a VM, on disk, and return its path. Raises BuildFailed LimitError if the disk is full, else VmError."""
-    try:
-        with room_on(disk):
-            return os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
-    except OSError as e:
-        raise BuildFailed("VmError", f"there is no folder for the VM: {e.strerror}") from None
-
-
 def _bound_to_parent() -> Callable[[], None]:
     """What a child does between fork and exec: it dies with the thread that forked it, and leaves no memory behind in a core file.  All is
     looked up here, before the fork; after it a lock of another thread would stay locked."""
@@ -8781,1855 +11009,310 @@ class QemuVm:
         return self._reader is None or not self._reader.is_alive()
 
 
-def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
-    """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
-    try:
-        return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
-        return False  # somebody has reaped it
-
-
-def _configure(child: "subprocess.Popen[bytes]", config: Mapping[str, Any]) -> None:
-    """Write config, a line of JSON, to child's standard input, which stays open. Raises BuildFailed VmError."""
-    line = compact_json(config).encode("ascii") + b"\n"
-    if len(line) > 64 * KIB:  # what a pipe takes without waiting, and all that a guest reads
-        raise BuildFailed("VmError", f"the VM's configuration has more than {64 * KIB} bytes")
-    try:
-        _pipe(child.stdin).write(line)
-        _pipe(child.stdin).flush()
-    except BrokenPipeError:
-        pass  # it has ended, and wait_ready tells so
-
-
-def _close(child: "subprocess.Popen[bytes]") -> None:
-    """child's standard input has ended."""
-    try:
-        _pipe(child.stdin).close()
-    except OSError:
-        pass  # it holds what nobody has read
-
-
 def console_text(line: str) -> str:
     """A line of a guest's console as it may be shown: printable ASCII, at most 400 characters."""
     return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
 
 
-# endregion 23
+# endregion 32
 # ==============================================================================
-# region 24. VMs                           [uses 12, 13, 14, 17, 18, 20, 22, 23]
+# region 33. Broker                                        [uses 13, 14, 15, 21]
 # ==============================================================================
-# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
-# destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
-# workspace of its own, whose builds run as the server's user, in a sandbox (section 13) that protects the host as far as its kernel can.
-#
-# Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
-# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
-# dies of an exception.
-# Lock order: VmHost._changed or _spawning, then a VM's _lock; a VM's _telling, then EventLog._lock.  SimulatedVm._reading is held alone.
-
-MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
-MAX_RESULT = 4 * GIB
-HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: what happens to a VM, not in it
-# A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
-_PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
-_BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n'
-)
+# Broker: to be described.
 
 
-class SimulatedVm:
-    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
-    a child with another task than a build; sandbox: of what the build starts."""
+class Broker(Launcher):
+    """The socket of a guest's first process, which does for the agent what needs its rights (region 27): runs programs as the user of builds,
+    kills whatever that user runs, gives files to that user, and gets hardware reports. Every method raises OSError where it will not."""
 
-    platform, networked = "simulated", True
-    label = ""  # what `vm` events call it: there are none
+    def __init__(self, path: str) -> None:
+        self._path = path
 
-    def __init__(
-        self,
-        policy: SourcePolicy,
-        env: Sequence[str] = (),
-        command: str = "agent",
-        config: Mapping[str, Any] | None = None,
-        sandbox: Sandbox | None = None,
-    ) -> None:
-        self.token = secrets.token_urlsafe(32)
-        self.port = 0  # of the loopback interface, once it is ready
-        self.workspace = make_workspace(TMPDIR)
-        self.policy, self._env, self._command, self._config = (
-            policy,
-            build_environment(self.workspace, os.environ, env),
-            command,
-            {**(config or {}), "sandbox": sandbox and sandbox._asdict()},
-        )
-        self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
-        self._lock = threading.Lock()
-        self._reading = (
-            threading.Lock()
-        )  # its holder reads what the child says, or closes it; never held together with _lock
-        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._gone = False  # guarded by _lock
-
-    def spawn(self) -> int:
-        """The process id of the VM, which begins to boot. Raises BuildFailed VmError."""
-        with self._lock:
-            if self._gone:
-                raise BuildFailed("VmError", "the VM was destroyed before it was started")
-            with room_on(TMPDIR):
-                for folder in BUILD_FOLDERS:
-                    os.mkdir(os.path.join(self.workspace, folder), 0o700)
-            self._child = subprocess.Popen(
-                [*own_program(), self._command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=self.workspace,
-                env=self._env,
-                start_new_session=True,
-                pass_fds=self._fds,
-            )
-            config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
-            _configure(self._child, config)  # which ends with the server, and tells the agent so
-            return self._child.pid
-
-    def read_line(self, timeout_s: float) -> bytes:
-        """The one line that the child says. Raises BuildFailed VmError, and LimitError if it has ended for want of room."""
-        with self._lock:
-            child = self._child
-        line, deadline = b"", time.monotonic() + timeout_s
-        with self._reading, selectors.DefaultSelector() as selector:
-            if child is None or _pipe(child.stdout).closed:
-                raise BuildFailed("VmError", "the VM is gone")
-            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            while not line.endswith(b"\n") and len(line) < 64 * KIB:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-                block = os.read(_pipe(child.stdout).fileno(), BLOCK)
-                if not block:
-                    break
-                line += block
-        if not line and not has_room(self.workspace):
-            raise BuildFailed("LimitError", f"the disk of {TMPDIR} is full")
-        return line
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """The agent answers on port. Raises BuildFailed VmError."""
-        line = self.read_line(timeout_s)
-        if not re.fullmatch(rb"\d{1,5}\n", line):
-            raise BuildFailed("VmError", "the VM ended while it booted")
-        self.port = int(line)
-
-    def is_alive(self) -> bool:
-        """Whether it may still answer."""
-        with self._lock:
-            return _is_running(self._child)
-
-    def destroy(self, clean: bool = False) -> None:
-        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
-        with self._lock:
-            self._gone = True
-            child, self._child = self._child, None
-            if child is not None:
-                with survive("what a VM has started may live on"):
-                    os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
-                    kill_all(lambda: descendants(child.pid))
-                child.kill()
-                child.wait()
-                _close(child)
-            with survive(f"{self.workspace} is not removed"):
-                remove_tree(self.workspace)
-        if child is not None:
-            with (
-                self._reading
-            ):  # whoever reads has seen the end by now; a file that is closed under it would never wake it
-                _pipe(child.stdout).close()
-
-
-Vm = SimulatedVm | QemuVm
-CONSOLE_RATE = 20  # lines a second that become events
-MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
-
-
-def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """tell, for CONSOLE_RATE lines of a second; how many more there were is told with the next one that is."""
-    second, told, left_out = 0, 0, 0
-
-    def limited(line: str) -> None:
-        nonlocal second, told, left_out
-        now = int(time.monotonic())
-        second, told = (second, told) if now == second else (now, 0)
-        if told == CONSOLE_RATE:
-            left_out += 1
-            return
-        told += 1
-        tell(line + (f" ({left_out} lines before it are left out)" if left_out else ""))
-        left_out = 0
-
-    return limited
-
-
-class VmHost:
-    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; make_fetcher: url and ref -> the process that fetches a repository for a
-    VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
-    many VMs wait for a build; console: whether what a guest prints while it boots becomes `vm` events; expected: of every bundle, beside the job's nonce."""
-
-    def __init__(
-        self,
-        make_vm: Callable[[], Vm],
-        make_fetcher: Callable[[str, str], SimulatedVm],
-        boot_timeout_s: float = BOOT_TIMEOUT_S,
-        build_timeout_s: float = BUILD_TIMEOUT_S,
-        max_log: int = MAX_LOG,
-        reap: bool = False,
-        warm: int = 0,
-        console: bool = False,
-        expected: Expectations = Expectations(),
-    ) -> None:  # noqa: B008  # immutable
-        tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
-        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = (
-            make_vm,
-            make_fetcher,
-            boot_timeout_s,
-            build_timeout_s,
-        )
-        self._max_log, self._reap, self._warm, self._console, self._expected = max_log, reap, warm, console, expected
-        self._spawning = threading.Lock()
-        self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
-        self._foreign = (
-            frozenset(descendants(os.getpid())) if reap else frozenset()
-        )  # who exec'ed us had children of its own
-        self._changed = threading.Condition()
-        self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
-        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
-        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
-        self._failures, self._failure = (
-            0,
-            "",
-        )  # guarded by _changed; how many spares did not boot, and why the last did not
-        self._stopping = False  # guarded by _changed
-        self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
-
-    def start(self) -> None:
-        """Begin to keep spares."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """No spare is left, and none will be."""
-        with self._changed:
-            self._stopping = True
-            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
-            self._changed.notify_all()
-        for vm in spares:
-            self._destroy(vm)
-        self._thread.join(self._boot_timeout_s)
-
-    def _boot(self, vm: Vm) -> None:
-        """vm is ready. Raises BuildFailed VmError."""
-        with self._spawning:
-            self._alive[vm] = vm.spawn()
-        vm.wait_ready(self._boot_timeout_s)
-
-    def _destroy(self, vm: Vm, clean: bool = False) -> None:
-        """vm is gone, and what it has left behind."""
-        with survive("a VM is not destroyed"):
-            vm.destroy(clean)
-        with survive("what a VM has left behind may live on"):
-            if self._reap:
-                self._kill_strays()
-        with self._spawning:
-            self._alive.pop(vm, None)
-
-    def _living_locked(self) -> list[Vm]:
-        """Caller must hold _changed. The spares that still live."""
-        return [vm for vm in self._spares if vm.is_alive()]
-
-    def _lacks_spares_locked(self) -> bool:
-        """Caller must hold _changed."""
-        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
-
-    def _keep_spares(self) -> None:
-        """The thread "spares"."""
-        going = True
-        while going:
-            try:
-                going = self._tend_spares()
-            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
-                with self._changed:
-                    if not self._stopping:
-                        logger().error("no VM waits for a build: %s", e or type(e).__name__)
-                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
-                    self._changed.notify_all()
-                    going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
-
-    def _tend_spares(self) -> bool:
-        """Wait until a spare has died or one more is wanted, and see to it. False: this stops. Raises whatever the making of a VM raises."""
-        with self._changed:
-            dead = [vm for vm in self._spares if not vm.is_alive()]
-            self._spares = [vm for vm in self._spares if vm not in dead]
-            if not dead:
-                self._changed.wait_for(
-                    lambda: self._stopping or self._lacks_spares_locked(), 1.0
-                )  # and look whether all still live
-            if self._stopping:
-                return False
-            wanted = self._lacks_spares_locked()
-        for vm in dead:
-            logger().warning("a VM that waited for a build has ended")
-            self._destroy(vm)
-        if wanted:
-            self._add_spare()
-        return True
-
-    def _add_spare(self) -> None:
-        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
-        vm, ready = self._make_vm(), False
+    def open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
+        """A connection over which question was asked; fds: what the other side gets of ours."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            with self._changed:
-                if self._stopping:
-                    return
-                self._booting = vm
-            self._boot(vm)
-            with self._changed:
-                ready = not self._stopping
-                if ready:
-                    self._spares.append(vm)
-                    self._changed.notify_all()
-        finally:
-            with self._changed:
-                self._booting = None
-            if not ready:
-                self._destroy(vm)
-
-    def _take_spare(self) -> Vm | None:
-        """A VM that is ready, which nobody else gets."""
-        with self._changed:
-            vm = next(iter(self._living_locked()), None)
-            if vm is not None:
-                self._spares.remove(vm)
-            self._changed.notify_all()
-        return vm
-
-    def _await_spare(self) -> Vm:
-        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
-        with self._changed:
-            if self._waiting == MAX_WAITING:
-                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
-            before, self._waiting = self._failures, self._waiting + 1
-            self._changed.notify_all()
-            try:
-                self._changed.wait_for(
-                    lambda: self._living_locked() or self._failures > before or self._stopping,
-                    self._boot_timeout_s + RETRY_S,
-                )
-            finally:
-                self._waiting -= 1
-            for vm in self._living_locked():
-                return vm
-            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
-
-    def attestation(self, nonce: str) -> bytes:
-        """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
-        attempts = 0
-        while True:
-            vm, attempts = self._await_spare(), attempts + 1
-            try:
-                return self._ask_evidence(vm, nonce)
-            except BuildFailed:
-                with self._changed:
-                    if vm in self._living_locked() or self._stopping or attempts == MAX_ATTEMPTS:
-                        raise  # else a build has taken it meanwhile, or it has died
-
-    @staticmethod
-    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
-        """evidence.json of vm. Raises BuildFailed."""
-        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
-        try:
-            connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
-            answer = connection.getresponse()
-            data = answer.read(MAX_JSON + 1)
-            doc = parse_json(data, "evidence of the VM")
-            if answer.status != 200:
-                raise BuildFailed(
-                    "AttestationError",
-                    f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}",
-                )
-            return data
-        except (OSError, http.client.HTTPException, Malformed) as e:
-            raise BuildFailed("VmError", f"the VM does not attest: {e or type(e).__name__}") from None
-        finally:
-            connection.close()
-
-    def run(self, jobs: Jobs, job: Job) -> str:
-        """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
-        seconds = self._build_timeout_s
-
-        def expire() -> None:
-            with survive(f"job {job.id} is not stopped"):
-                jobs.halt(job, "TimeoutError", f"the build took longer than {seconds:g} s")
-
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        fetcher, built = None, False
-        vm = self._take_spare() or self._make_vm()
-        try:
-            request, source = job.request, job.source
-            if request.repo_url and not vm.networked:
-                timer.start()
-                fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
-                jobs.when_halted(job, fetcher.destroy)
-                self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
-                request, source = self._fetch(fetcher, request)
-            jobs.when_halted(job, vm.destroy)
-            if (
-                vm.port and not vm.is_alive()
-            ):  # a spare that has died meanwhile: the build was accepted, and gets another VM
-                self._destroy(vm)
-                vm = self._make_vm()
-                jobs.when_halted(job, vm.destroy)
-            if not vm.port:
-                self._tell(job, vm, "booting")
-                if self._console and isinstance(vm, QemuVm):
-                    vm.console = _limit_rate(
-                        lambda line: self._tell(job, vm, f"console, which is the host's word: {line}")
-                    )
-                self._boot(vm)
-                if isinstance(vm, QemuVm):
-                    vm.hush()  # of later phases no `vm` event may come
-            self._tell(job, vm, "ready")
-            if fetcher is None:
-                timer.start()
-            path = self._drive(vm, job, request, source)
-            built = True
-            return path
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            reason = "its answer broke off" if isinstance(e, http.client.IncompleteRead) else str(e) or type(e).__name__
-            raise BuildFailed("VmError", f"the VM went away: {reason}") from None
-        finally:
-            timer.cancel()
-            if fetcher is not None:
-                self._destroy(fetcher)
-            self._destroy(vm, clean=built)
-
-    @staticmethod
-    @room_on(STATE)
-    def _tell(job: Job, vm: Vm, message: str) -> None:
-        """A `vm` event, of kinds of VMs that have such."""
-        if vm.label and job.log is not None:
-            job.log.append(to_payloads("vm", [f"{vm.label}: {message}"]))
-
-    def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
-        """The request for the fetched repository as an archive, and that. Raises BuildFailed."""
-        with self._spawning:
-            self._alive[fetcher] = fetcher.spawn()
-        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b"{}")
-        if "name" not in answer:
-            raise BuildFailed(
-                answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended")
-            )
-        archive = os.path.join(fetcher.workspace, "source.tar.gz")
-        if os.path.getsize(archive) > fetcher.policy.max_archive:
-            raise limit_error(f"the repository packs to more than {fetcher.policy.max_archive} bytes")
-        return BuildRequest(request.nonce, source_name=answer["name"] + ".tar.gz"), archive
-
-    def _kill_strays(self) -> None:
-        """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
-
-        def strays() -> list[int]:
-            with self._spawning:
-                # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
-                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
-
-        kill_all(strays)
-        with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
-                try:
-                    os.waitpid(pid, os.WNOHANG)
-                except ChildProcessError:
-                    pass  # its own parent reaps it
-
-    @room_on(STATE)
-    def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
-        """Submit the request to the agent, relay its events, fetch and verify its archive."""
-        headers = {"Authorization": f"Bearer {vm.token}"}
-        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
-        try:
-            body, size = request_body(request, source)
-            connection.request(
-                "POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)}
-            )
-            answer = connection.getresponse()
-            doc = parse_json(answer.read(MIB), "answer of the VM")
-            if (
-                answer.status != 200
-                or not isinstance(doc, dict)
-                or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id")))
-            ):
-                raise BuildFailed(
-                    "LimitError" if answer.status == 507 else "VmError",
-                    f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}",
-                )
-            path = f"/build/{doc['job_id']}"
-            connection.request("GET", path + "/events", headers=headers)
-            failure = (
-                relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
-            )
-            connection.close()
-            if failure is not None:
-                raise failure
-            connection.request("GET", path + "/result", headers=headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise BuildFailed("VmError", f"the VM has no result: status {answer.status}")
-            return _fetch_result(answer, job, self._expected._replace(nonce=request.nonce))
-        finally:
-            connection.close()
-
-
-def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[bytes], int]:
-    """The body of POST /build, in blocks, and its size: the archive at source is never held as a whole."""
-    fields = {"nonce": request.nonce}
-    if request.repo_url:
-        fields.update(repo_url=request.repo_url, repo_ref=request.repo_ref)
-    else:
-        fields.update(source_name=request.source_name, source_data="")
-    text = compact_json(fields).encode("ascii")
-    if source is None:
-        return iter([text]), len(text)
-    path = source
-
-    def blocks() -> Iterator[bytes]:
-        yield text[:-2]
-        with open(path, "rb") as f:
-            for block in iter(lambda: f.read(3 * BLOCK), b""):
-                yield base64.b64encode(block)
-        yield text[-2:]
-
-    return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
-
-
-def relay_events(
-    response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = ""
-) -> BuildFailed | None:
-    """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
-
-    What comes is checked, not believed: known phases that never run backwards, exactly their keys.  `queued` and `vm` are the host's to
-    say: they are dropped, and this server's log tells so once, with name, the job's.  Raises BuildFailed VmError for a stream that breaks
-    off or is none, LimitError beyond max_log bytes, those of what is dropped among them."""
-    text, reached, room, noted = "", PHASES.index("detect"), max_log - log.size, False
-    while True:
-        block = response.read1(BLOCK)
-        if not block:
-            raise BuildFailed("VmError", "the VM ended in the middle of the build")
-        room -= len(block)
-        if room < 0:
-            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
-        text += block.decode("ascii")
-        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
-        if len(text) - end > 2 * MIB:
-            raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
-        if end < 2:
-            continue
-        frames, text = text[:end], text[end:]
-        plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
-        messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
-        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(
-            messages
-        ):  # nearly every block is all build events
-            reached = PHASES.index("build")
-            log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
-            continue
-        for frame in frames.split("\n\n")[:-1]:
-            if frame.startswith(":"):
-                continue
-            event = parse_json(frame.partition("\ndata: ")[2].encode("ascii"), "event of the VM", 32)
-            kind = event.get("type") if isinstance(event, dict) else None
-            if kind == "complete":
-                return _told_failure(event)
-            if kind in ("queued", "vm"):
-                if not noted and event != {"type": "queued", "position": 0}:  # which every agent says, of its own queue
-                    noted = True
-                    logger().warning(
-                        "job %s: the VM said what only its host may say, which is dropped: %.200a", name, event
-                    )
-                continue
-            if (
-                kind is None
-                or set(event) != {"type", "msg"}
-                or event["type"] not in PHASES[reached:]
-                or not isinstance(event["msg"], str)
-            ):
-                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
-            reached, payloads = PHASES.index(event["type"]), to_payloads(event["type"], [event["msg"]])
-            if len(payloads.parts[0]) > 2 * MIB:  # as the log writes it, which escapes more than others
-                raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
-            log.append(payloads)
-
-
-def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
-    """What a `complete` event tells."""
-    if event == {"type": "complete", "result": {"status": "ok"}}:
-        return None
-    outcome = event.get("result")
-    if (
-        set(event) != {"type", "result"}
-        or not isinstance(outcome, dict)
-        or set(outcome) != {"status", "error", "error_type"}
-        or not (
-            outcome["status"] == "failed"
-            and isinstance(outcome["error"], str)
-            and isinstance(outcome["error_type"], str)
-        )
-        or (outcome["error_type"] not in FAILURES)
-    ):
-        raise BuildFailed("VmError", "the VM ended the build with a result that is none")
-    if outcome["error_type"] in HOST_FAILURES:
-        raise BuildFailed(
-            "VmError",
-            f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}",
-        )
-    return BuildFailed(
-        outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"]
-    )
-
-
-def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:
-    """The path of the archive in answer, once it is a bundle that is as expected. Raises BuildFailed."""
-    path = os.path.join(job.folder, "result.tmp")
-    try:
-        return _check_result(answer, path, expected)
-    except BaseException:
-        remove_tree(path)
-        raise
-
-
-def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expectations) -> str:
-    """path, which holds what _fetch_result promises."""
-    size = 0
-    with open(path, "wb") as f:
-        for block in iter(lambda: answer.read1(BLOCK), b""):
-            size += len(block)
-            if size > MAX_RESULT:
-                raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes")
-            f.write(block)
-    if str(size) != answer.headers.get("Content-Length"):
-        raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
-    try:
-        verdict = verify_bundle(read_bundle(path), expected, utc_time(time.time()))
-    except UsageError as e:
-        raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
-    failed = [
-        check.name + (f" ({check.detail})" if check.name == "VEK form" else "")
-        for check in verdict.checks
-        if check.status == "failed"
-    ]
-    if verdict.verdict == "failed":
-        raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
-    return path
-
-
-# endregion 24
-# ==============================================================================
-# region 25. HTTP API                              [uses 13, 14, 18, 20, 21, 22]
-# ==============================================================================
-# One route table; each route is a function of a request that returns a response or raises Refused.  The server parses
-# HTTP/1.1 [RFC9112]; it knows nothing of builds, and the functions nothing of sockets.  A connection has a thread only from
-# the end of a request's head until its answer is made; the thread reads the body.  Before, the server waits for the head;
-# afterwards it sends the answer.  It never waits for one client.  The streamer sends event streams and files.
-#
-# Thread "accept": runs Server.serve_forever, owns the connections that wait for their clients, ends by Server.stop.
-# Threads "request": started by Server, MAX_REQUESTS at a time; each makes one answer, and owns its connection meanwhile.
-
-MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
-MAX_LISTED = 1000  # builds in one answer
-MAX_REQUESTS = 1024  # threads at a time
-MAX_BODIES = MAX_REQUESTS // 2  # of them, those that read a body, which its client may send slowly
-MAX_CLIENTS = 16 * KIB  # connections that wait for their clients; beyond, the oldest is closed
-MAX_HELD = 64 * MIB  # bytes of heads and answers that those hold; beyond, too
-MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
-HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
-IDLE_S = 30.0  # between two requests of a connection
-LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
-_BATCH, _STARTS = 64, 8  # connections to accept or close, and threads to start, before others get a turn
-REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
-MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
-
-
-class Request(NamedTuple):
-    """A request as a route's function sees it. headers: names in lower case; read: up to n bytes of the body."""
-
-    method: str
-    arguments: Sequence[str]
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    read: Callable[[int], bytes]
-
-
-class Response(NamedTuple):
-    """An answer. One of: body; file with span, its first byte and length; log with start, an event stream."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes = b""
-    file: OpenFile | None = None
-    span: tuple[int, int] = (0, 0)
-    log: EventLog | None = None
-    start: int = 0
-
-
-class Route(NamedTuple):
-    """One row of the API. path: with {id}; answers: status -> what it means, for the OpenAPI document."""
-
-    method: str
-    path: str
-    name: str
-    summary: str
-    media_type: str
-    answers: Mapping[int, str]
-
-
-ROUTES = (
-    Route("GET", "/health", "health", "Whether the server answers", "text/plain", {200: "ok"}),
-    Route(
-        "POST",
-        "/build",
-        "submit",
-        "Submit a build",
-        "application/json",
-        {
-            200: 'accepted: {"job_id": UUID}',
-            400: "not JSON; nonce, source, URL, ref or archive refused",
-            409: "single-use, and used",
-            411: "no Content-Length",
-            413: "body too large",
-            415: "not application/json",
-            422: "JSON of the wrong shape",
-            429: "queue full",
-            503: "shutting down, or too many uploads at a time",
-            507: "the disk of the server is full",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}/events",
-        "events",
-        "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
-        "text/event-stream",
-        {
-            200: "events",
-            204: "nothing after N, and complete",
-            400: "bad from",
-            404: "no such build, or its log is damaged",
-            503: "too many streams",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}/result",
-        "result",
-        "Download the bundle",
-        "application/gzip",
-        {
-            200: "the archive",
-            206: "a range of it",
-            304: "unchanged",
-            404: "none, or not yet",
-            416: "no such range",
-            503: "too many streams",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}",
-        "status",
-        "The status of a build",
-        "application/json",
-        {200: "status", 404: "no such build"},
-    ),
-    Route(
-        "DELETE",
-        "/build/{id}",
-        "cancel",
-        "Cancel a build",
-        "application/json",
-        {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"},
-    ),
-    Route(
-        "GET",
-        "/builds",
-        "list_builds",
-        f"The last {MAX_LISTED} builds, newest first",
-        "application/json",
-        {200: "an array of status"},
-    ),
-    Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
-    Route(
-        "GET",
-        "/attestation",
-        "attestation",
-        "Evidence of the VM that waits for a build, for ?nonce=",
-        "application/json",
-        {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"},
-    ),
-    Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
-)
-REASONS = {
-    200: "OK",
-    204: "No Content",
-    206: "Partial Content",
-    304: "Not Modified",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    411: "Length Required",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    416: "Range Not Satisfiable",
-    421: "Misdirected Request",
-    422: "Unprocessable Content",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-    507: "Insufficient Storage",
-}
-
-
-BUSY = {"Retry-After": "10"}
-
-
-def problem(refused: Refused) -> Response:
-    """Problem details [RFC9457] with the two names of the `complete` event."""
-    doc = {
-        "type": "about:blank",
-        "title": REASONS.get(refused.status, "Error"),
-        "status": refused.status,
-        "detail": str(refused),
-        "error": str(refused),
-        "error_type": refused.error_type,
-    }
-    return Response(
-        refused.status,
-        {"Content-Type": "application/problem+json", **refused.headers},
-        compact_json(doc).encode("ascii"),
-    )
-
-
-def json_response(value: Any) -> Response:
-    """200 with JSON."""
-    return Response(
-        200,
-        {"Content-Type": "application/json", "Cache-Control": "no-store"},
-        compact_json(value).encode("ascii") + b"\n",
-    )
-
-
-class Base64File:
-    """Base64 [RFC4648 4] as it stands in a JSON string, in pieces, decoded to a file. Raises Refused for what is none, or more
-    than max_bytes."""
-
-    def __init__(self, path: str, max_bytes: int) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  # closed by close or abandon
-        self._max_bytes, self.size, self.head = max_bytes, 0, b""
-        self._escaped = self._quad = b""
-        self._padded = False
-
-    def feed(self, piece: bytes) -> None:
-        """The next piece."""
-        piece = self._escaped + piece
-        self._escaped = b""
-        if b"\\" in piece:  # \/ or \u002b, which some encoders write
-            cut = piece.rfind(b"\\", max(0, len(piece) - 5))
-            if cut >= 0 and not (piece[cut + 1 : cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
-                piece, self._escaped = piece[:cut], piece[cut:]
-            try:
-                piece = json.loads(b'"' + piece + b'"').encode("ascii")
-            except ValueError:
-                raise self._bad() from None
-        piece = self._quad + piece
-        end = len(piece) & ~3
-        self._quad = piece[end:]
-        self._decode(piece[:end])
-
-    def _decode(self, quads: bytes) -> None:
-        if not quads:
-            return
-        try:
-            data = binascii.a2b_base64(quads, strict_mode=True)
-        except binascii.Error:
-            raise self._bad() from None
-        if self._padded:  # there was something after the end
-            raise self._bad()
-        self._padded = quads.endswith(b"=")
-        self.size += len(data)
-        if self.size > self._max_bytes:
-            raise Refused(413, "PayloadTooLarge", f"the archive has more than {self._max_bytes} bytes")
-        self.head = (self.head + data[:4])[:4]
-        self._file.write(data)
-
-    def close(self) -> None:
-        """The file is whole. Raises Refused where the end is missing or it is no archive."""
-        self._file.close()
-        if self._quad or self._escaped:
-            raise self._bad()
-        if not is_archive(self.head):
-            raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
-
-    def abandon(self) -> None:
-        """Close without a check."""
-        try:
-            self._file.close()
+            connection.connect(self._path)
+            socket.send_fds(connection, [compact_json(question).encode("ascii")], list(fds))
         except OSError:
-            pass  # a full disk, perhaps; nobody wants the file
+            connection.close()
+            raise
+        return connection
 
     @staticmethod
-    def _bad() -> Refused:
-        return Refused(400, "InvalidSource", "source_data is not standard base64 without line breaks")
+    def answer(connection: "socket.socket") -> dict[str, Any]:
+        """The next answer over connection."""
+        data = connection.recv(64 * KIB)
+        doc: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE}
+        if "errno" in doc:
+            raise OSError(doc["errno"], doc.get("error") or os.strerror(doc["errno"]))
+        return doc
+
+    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to question."""
+        with self.open(question) as connection:
+            return self.answer(connection)
+
+    def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
+        """Start argv as the user of builds."""
+        return BrokeredProcess(self, argv, **options)
+
+    def kill(self, child: Any) -> None:
+        """Kill child, and with it everything that the user of builds runs."""
+        self.kill_rest()
+
+    def kill_rest(self) -> None:
+        """Kill everything that the user of builds runs."""
+        self.ask({"op": "kill"})
+
+    def hand_over(self, paths: Sequence[str]) -> None:
+        """Let the user of builds own the files below paths."""
+        self.ask({"op": "own", "paths": list(paths)})
 
 
-class BodyReader:
-    """The JSON object of POST /build, read in blocks: source_data goes to a file, the rest is kept. A small automaton finds
-    the member; that the rest is JSON, parse_json decides afterwards."""
-
-    _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]:,]'), re.compile(rb'["\\]')
-
-    def __init__(self, sink: Base64File) -> None:
-        self._sink, self.captured = sink, False
-        self.kept = bytearray()  # the body with an empty source_data
-        self._depth = 0
-        self._state = "outside"  # of strings; or "inside" of one, "escape" after a backslash, "capture" in source_data
-        self._string = bytearray()  # the last one, at depth 1
-        self._after_colon = False
-
-    def feed(self, block: bytes) -> None:
-        """The next block of the body. Raises Refused."""
-        at = 0
-        while at < len(block):
-            at = getattr(self, "_" + self._state)(block, at)
-            if len(self.kept) > MAX_FIELDS:
-                raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
-
-    def _outside(self, block: bytes, at: int) -> int:
-        match = self._OUTSIDE.search(block, at)
-        end = match.end() if match else len(block)
-        self.kept += block[at:end]
-        sign = match[0] if match else b""
-        if sign == b'"':
-            wanted = self._depth == 1 and self._after_colon and self._string == b"source_data" and not self.captured
-            self._state, self.captured = ("capture", True) if wanted else ("inside", self.captured)
-            self._string.clear()
-        elif sign:
-            self._depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(sign, 0)
-            self._after_colon = sign == b":"
-        return end
-
-    def _inside(self, block: bytes, at: int) -> int:
-        match = self._INSIDE.search(block, at)
-        end = match.end() if match else len(block)
-        self.kept += block[at:end]
-        self._string += block[at : match.start() if match else end]
-        if match:
-            self._state = "outside" if match[0] == b'"' else "escape"
-        return end
-
-    def _escape(self, block: bytes, at: int) -> int:
-        self.kept += block[at : at + 1]
-        self._string += b"\\"  # a name with an escape is not ours
-        self._state = "inside"
-        return at + 1
-
-    def _capture(self, block: bytes, at: int) -> int:
-        end = block.find(b'"', at)
-        self._sink.feed(block[at:end] if end >= 0 else block[at:])
-        if end < 0:
-            return len(block)
-        self.kept += b'"'
-        self._state = "outside"
-        return end + 1
-
-
-class Api:
-    """The functions behind ROUTES. config: what GET /config answers; attest: nonce -> evidence of the VM that waits, or raises ConfbuildError;
-    greeting: the comment that begins every event stream; crowded: whether no further stream can be served."""
+class BrokeredProcess:
+    """A program that runs as the user of builds; of subprocess.Popen as much as is used here."""
 
     def __init__(
         self,
-        jobs: Jobs,
-        policy: SourcePolicy,
-        config: Mapping[str, Any],
-        attest: Callable[[str], bytes],
-        greeting: bytes = b"",
-        crowded: Callable[[], bool] = lambda: False,
+        broker: Broker,
+        argv: Sequence[str],
+        cwd: str,
+        env: Mapping[str, str],
+        stdin: Any,
+        stdout: Any,
+        stderr: Any,
+        start_new_session: bool = True,
     ) -> None:
-        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = (
-            jobs,
-            policy,
-            greeting,
-            crowded,
-            config,
-            attest,
-        )
-        self._openapi = openapi_document()
-
-    def health(self, _: Request) -> Response:
-        """200 `ok`."""
-        return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"ok")
-
-    def config(self, _: Request) -> Response:
-        """What runs here."""
-        return json_response(self._config)
-
-    def attestation(self, request: Request) -> Response:
-        """The evidence of the VM that waits."""
-        nonce = parse_nonce(request.query.get("nonce"))
-        if not nonce:
-            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
-        try:
-            evidence = self._attest(nonce)
-        except Refused:
-            raise
-        except ConfbuildError as e:
-            raise Refused(503, "AttestationError", str(e), {"Retry-After": "30"}) from None
-        return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, evidence)
-
-    def openapi(self, _: Request) -> Response:
-        """The OpenAPI document of ROUTES."""
-        return json_response(self._openapi)
-
-    def list_builds(self, _: Request) -> Response:
-        """The builds, newest first."""
-        return json_response(self.jobs.newest(MAX_LISTED))
-
-    def status(self, request: Request) -> Response:
-        """One build."""
-        job = self.jobs.get(request.arguments[0])
-        return json_response(self.jobs.describe(job))
-
-    def cancel(self, request: Request) -> Response:
-        """Cancel one build, and tell its status, which a running one takes a moment to reach."""
-        self.jobs.cancel(self.jobs.get(request.arguments[0]))
-        return self.status(request)
-
-    def events(self, request: Request) -> Response:
-        """The event stream."""
-        job = self.jobs.get(request.arguments[0])
-        text = request.query.get("from", request.headers.get("last-event-id") or "0")
-        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-            raise Refused(400, "InvalidFrom", "from is not a number of events")
-        self._check_room()
-        log, start = self.jobs.log_of(job), int(text)
-        if log.finished and start >= log.count:
-            return Response(204, {"Cache-Control": "no-store"})
-        return Response(
-            200,
-            {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-            log=log,
-            start=start,
-        )
-
-    def _check_room(self) -> None:
-        if self.crowded():
-            raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
-
-    def result(self, request: Request) -> Response:
-        """The archive, or a range of it [RFC9110 14]."""
-        job = self.jobs.get(request.arguments[0])
-        status = self.jobs.describe(job)
-        if status["status"] == "failed":
-            raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
-        if status["result"] is None and status["status"] == "damaged":
-            raise Refused(404, "Damaged", status["error"])
-        if status["result"] is None:
-            raise Refused(404, "NotReady", "the build has not ended")
-        self._check_room()
-        size, digest = int(status["result"]["size"]), str(status["result"]["sha256"])
-        try:
-            file = OpenFile(job.result_path)
-        except FileNotFoundError:
-            raise Refused(404, "NotFound", "the archive is no longer on the server") from None
-        except Malformed as e:
-            raise Refused(500, "InternalError", f"the archive on the server is damaged: {e}") from None
-        if file.size != size:
-            raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
-        headers = {
-            "Content-Type": "application/gzip",
-            "ETag": f'"{digest}"',
-            "Accept-Ranges": "bytes",
-            "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
-            "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
-        }
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-        if headers["ETag"] in known or "*" in known:
-            return Response(304, headers)
-        asked = request.headers.get("range", "")
-        if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
-            asked = ""
-        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
-        if not match or match[1] + match[2] == "" or match[1] and match[2] and int(match[1]) > int(match[2]):
-            return Response(200, headers, file=file, span=(0, size))  # also several ranges: a server may ignore them
-        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
-        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
-        if first > last:
-            raise Refused(
-                416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"}
-            )
-        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        return Response(206, headers, file=file, span=(first, last - first + 1))
-
-    def submit(self, request: Request) -> Response:
-        """Accept a build."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
-        length = request.headers.get("content-length", "")
-        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-            raise Refused(411, "LengthRequired", "a Content-Length is needed")
-        if int(length) > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
-        self.jobs.check_open()
-        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
-        sink = Base64File(archive, self.policy.max_archive)
-        try:
-            build, uploaded = self._read_request(request, int(length), sink)
-            job = self.jobs.submit(build, archive if uploaded else None)
-        finally:
-            sink.abandon()
-            if os.path.exists(archive):
-                os.unlink(archive)
-        return json_response({"job_id": job.id})
-
-    def _read_request(self, request: Request, length: int, sink: Base64File) -> tuple[BuildRequest, bool]:
-        """(the build, whether an archive was uploaded). Raises Refused."""
-        reader = BodyReader(sink)
-        while length:
-            block = request.read(min(length, BLOCK))
-            if not block:
-                raise Refused(400, "InvalidJson", "the body ended early")
-            reader.feed(block)
-            length -= len(block)
-        try:
-            doc = parse_json(bytes(reader.kept), "body", 32, 2**53)
-        except Malformed as e:
-            raise Refused(400, "InvalidJson", str(e)) from None
-        if not isinstance(doc, dict):
-            raise Refused(422, "InvalidRequest", "the body is not an object")
-        fields = {name: doc.get(name) for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
-        for name, value in fields.items():
-            if not isinstance(value, str) and (value is not None or name == "nonce"):
-                raise Refused(422, "InvalidRequest", f"{name} is {'missing' if name not in doc else 'not a string'}")
-        source = fields["source_data"]
-        if source is not None and not reader.captured:  # its name was written with an escape
-            sink.feed(source.encode("utf-8"))
-        return self._check_request(fields, sink), source is not None
-
-    def _check_request(self, fields: Mapping[str, Any], sink: Base64File) -> BuildRequest:
-        """The build that the fields, text or None, ask for. Raises Refused."""
-        nonce = parse_nonce(fields["nonce"])
-        if not nonce:
-            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
-        url, ref = fields["repo_url"], fields["repo_ref"] or ""
-        if (url is None) == (fields["source_data"] is None):
-            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
-        if url is None:
-            if ref:
-                raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
-            sink.close()
-            return BuildRequest(nonce, source_name=(fields["source_name"] or "")[:255])
-        check_url(url, self.policy.schemes, self.policy.loopback)
-        check_ref(ref)
-        return BuildRequest(nonce, url, ref)
-
-
-def openapi_document() -> dict[str, Any]:
-    """OpenAPI 3.1, made from ROUTES."""
-    paths: dict[str, Any] = {}
-    for route in ROUTES:
-        parameters = (
-            [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}]
-            if "{id}" in route.path
-            else []
-        )
-        if route.name == "attestation":
-            parameters.append(
-                {
-                    "name": "nonce",
-                    "in": "query",
-                    "required": True,
-                    "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"},
-                }
-            )
-        if route.name == "events":
-            parameters.append(
-                {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
-            )
-        operation: dict[str, Any] = {
-            "operationId": route.name,
-            "summary": route.summary,
-            "parameters": parameters,
-            "responses": {
-                str(status): {
-                    "description": text,
-                    "content": {route.media_type if status < 300 else "application/problem+json": {}},
-                }
-                if status not in (204, 304)
-                else {"description": text}
-                for status, text in route.answers.items()
-            },
-        }
-        if route.name == "submit":
-            fields = {
-                name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")
-            }
-            fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
-            operation["requestBody"] = {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": {
-                            "type": "object",
-                            "required": ["nonce"],
-                            "properties": fields,
-                            "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
-                        }
-                    }
-                },
-            }
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
-    return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
-
-
-def find_route(method: str, path: str) -> tuple[Route, list[str]]:
-    """The route of a request and its arguments. HEAD goes where GET does. Raises Refused 404 or 405."""
-    allowed = []
-    for route in ROUTES:
-        match = re.fullmatch(re.escape(route.path).replace(r"\{id\}", "([^/]+)"), path)
-        if match:
-            if route.method == ("GET" if method == "HEAD" else method):
-                return route, list(match.groups())
-            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
-    if allowed:
-        raise Refused(405, "MethodNotAllowed", f"{method} is not allowed here", {"Allow": ", ".join(sorted(allowed))})
-    raise Refused(404, "NotFound", "no such path")
-
-
-class Gate(NamedTuple):
-    """Who may ask. tokens: bearer tokens, empty = none is needed; hosts: names that the Host header may carry, lower case."""
-
-    tokens: Sequence[str]
-    hosts: Sequence[str]
-
-    def check(self, headers: Mapping[str, str], path: str, local_address: str) -> None:
-        """Raise Refused 421 for another host's name (DNS rebinding), 401 without a token. Liveness needs no token."""
-        host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # none: HTTP/1.0
-        if host.strip("[]") not in (*self.hosts, "localhost", local_address):
-            raise Refused(421, "MisdirectedRequest", "the Host header names another host; see --public-host")
-        if not self.tokens or path == "/health":
-            return
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip().encode("utf-8", "replace")
-        # Every token is compared, each in constant time.
-        if scheme.lower() != "bearer" or not any(
-            [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
-        ):  # noqa: C419
-            raise Refused(
-                401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'}
-            )
-
-
-class Head(NamedTuple):
-    """A request's head. target: in origin-form; minor: of the HTTP version, 0 or 1; headers: names in lower case."""
-
-    method: str
-    target: str
-    minor: int
-    headers: Mapping[str, str]
-
-
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # [RFC9110 5.6.2]
-# uri-host [":" port] [RFC9110 4.1]
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-_HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")  # or what no head can have: it is refused at once
-
-
-def parse_head(data: bytes) -> Head:
-    """Parse a request's head, with the empty line at its end [RFC9112 2 to 5]. Raises Refused.
-
-    A line may also end with LF alone [RFC9112 2.2]. A field that occurs twice becomes a list [RFC9110 5.3].
-    """
-
-    def bad(reason: str, status: int = 400) -> Refused:
-        return Refused(status, "BadRequest", reason)
-
-    if len(data) > MAX_HEAD:
-        raise bad(f"the head has more than {MAX_HEAD} bytes", 431 if b"\n" in data[:MAX_HEAD] else 414)
-    if re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data):
-        raise bad("the head has a control character, or a CR without LF")
-    first, *rows = re.split("\r?\n", data.decode("latin-1"))
-    rows = rows[:-2]
-    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
-    if not line:
-        raise bad("the first line is not METHOD TARGET HTTP/1.1")
-    if line[3] != "1":
-        raise bad("the server speaks HTTP/1.1", 505)
-    if len(rows) > MAX_HEADERS:
-        raise bad(f"the head has more than {MAX_HEADERS} fields", 431)
-    headers: dict[str, str] = {}
-    for row in rows:
-        name, colon, value = row.partition(":")
-        if not colon or not re.fullmatch(_TOKEN, name):
-            raise bad("a line of the head is not a header field")
-        name, value = name.lower(), value.strip(" \t")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    method, target, minor = line[1], line[2], min(int(line[4]), 1)
-    if (minor and "host" not in headers) or not _AUTHORITY.fullmatch(headers.get("host", "")):
-        raise bad("the request needs one Host field, HOST or HOST:PORT")
-    absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
-    if absolute:  # its host counts instead of the field's [RFC9112 3.2.2]
-        headers["host"], target = absolute[1], "/" + target[absolute.end() :]
-    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (
-        target[0] != "/" and target != "*" and method != "CONNECT"
-    ):
-        raise bad("the target is neither a path nor a URL")
-    return Head(method, target, minor, headers)
-
-
-def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
-    """Return the head of an answer. close: nothing follows it on its connection."""
-    headers = {
-        "Server": f"confbuild/{__version__}",
-        "Date": email.utils.formatdate(usegmt=True),
-        **response.headers,
-        "X-Request-Id": request_id,
-        "X-Content-Type-Options": "nosniff",
-    }
-    if chunked:
-        headers["Transfer-Encoding"] = "chunked"
-    elif response.log is None and response.status not in (204, 304):
-        headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
-    if close:
-        headers["Connection"] = "close"
-    rows = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Error')}"]
-    rows += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*rows, "", ""]).encode("latin-1")
-
-
-class Connection:
-    """A client's connection. Its owner is one thread at a time: "accept", that of a request, or the streamer's."""
-
-    __slots__ = (
-        "address",
-        "buffer",
-        "closing",
-        "deadline",
-        "end",
-        "mask",
-        "pending",
-        "searched",
-        "shaking",
-        "sock",
-        "tls",
-    )
-
-    def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
-        self.sock, self.address, self.tls, self.deadline = sock, address, tls, deadline
-        self.shaking = tls  # the handshake goes on
-        self.buffer = bytearray()  # what the client has sent
-        self.searched = self.end = 0  # where the search for the end of the head goes on; that end, once it is there
-        self.pending = b""  # of an answer
-        self.closing = False  # after that
-        self.mask = 0  # what the selector waits for
-
-    def has_head(self) -> bool:
-        """Whether the head of a request, or what cannot become one, is there."""
-        if self.searched == len(self.buffer):
-            return self.end > 0
-        if not self.searched:
-            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
-            del self.buffer[: empty.end() if empty else 0]
-        found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
-        self.end = found.end() if found else len(self.buffer) if len(self.buffer) > MAX_HEAD else 0
-        self.searched = len(self.buffer) if self.buffer != b"\r" else 0
-        return self.end > 0
-
-    def take_head(self) -> bytes:
-        """Return the head, and leave what follows it."""
-        data = bytes(self.buffer[: self.end])
-        del self.buffer[: self.end]
-        self.searched = self.end = 0
-        return data
-
-
-class Exchange:
-    """One request and its answer, made in a thread of its own. It waits for the client only to read the body."""
-
-    def __init__(self, server: "Server", connection: Connection) -> None:
-        self._server, self._connection = server, connection
-        self._close = True  # the connection, after the answer; as long as it is not known where the request ends
-        self._continue = False  # the client waits for 100 before it sends the body
-        self._unread, self._deadline = 0, 0.0
-
-    def run(self) -> Watcher | None:
-        """Make the answer: the connection's pending, or a watcher for the streamer."""
-        c, head, request_id = self._connection, None, ""
-        data = c.take_head()
-        line = re.sub(r"[^\x20-\x7e]", "?", data[:4096].partition(b"\n")[0].decode("latin-1").rstrip("\r"))
-        try:
-            head = parse_head(data)
-            request_id = head.headers.get("x-request-id", "")
-            response = self._respond(head)
-        except Refused as refused:
-            response = problem(refused)
-        except Exception as e:  # noqa: BLE001  # a bug of ours, unless
-            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
-                response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
-            elif isinstance(e, OSError) and is_full(e):
-                logger().error("%s: %s", line, e)
-                response = problem(
-                    Refused(
-                        507,
-                        "InsufficientStorage",
-                        f"the disk of the server is full: {e.strerror}",
-                        {"Retry-After": "60"},
-                    )
-                )
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self.stderr: IO[bytes] | None = None
+        self.returncode: int | None = None
+        self._broker, given = broker, list[int]()
+        for name, target in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
+            if target == subprocess.PIPE:
+                end, theirs = os.pipe()
+                setattr(self, name, open(end, "rb"))  # noqa: SIM115  # closed by who reads it
+            elif target == subprocess.STDOUT:
+                theirs = os.dup(given[1])
             else:
-                logger().exception("%s", line)
-                response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
-        logger().info('%s "%s" %d', c.address, line, response.status)
-        c.closing = self._close or response.log is not None or self._unread > 0
-        chunked = response.log is not None and head is not None and head.minor == 1
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
-            request_id = uuid.uuid4().hex
-        c.pending = encode_head(response, request_id, c.closing, chunked)
-        if (head is not None and head.method == "HEAD") or response.status in (204, 304):
-            return None
-        if response.log is None and response.file is None:
-            c.pending += response.body
-            return None
-        watcher = Watcher(
-            c.sock,
-            response.log,
-            response.start,
-            chunked,
-            c.tls,
-            self._server.api.greeting if response.log else b"",
-            response.file,
-            response.span if response.file else (-1, 0),
-            functools.partial(self._server.take, c),
-        )
-        watcher.pending, c.pending = c.pending + watcher.pending, b""
-        return watcher
-
-    def _respond(self, head: Head) -> Response:
-        """What the API says. Raises Refused."""
-        length = head.headers.get("content-length", "0")
-        # Where the request ends is not known: before anything else is said, so that what follows is never taken for a request.
-        if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-            raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
-        self._unread = int(length)
-        self._deadline = time.monotonic() + 60 + self._unread / MIN_RATE
-        self._continue = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
-        options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
-        self._close = head.minor == 0 or "close" in options
-        path, _, query = head.target.partition("?")
-        path = re.sub("^//+", "/", path)  # of clients that add /build to a URL with / at its end
-        server = self._server
-        server.gate.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
-        route, arguments = find_route(head.method, path)
-        fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
-        request = Request(head.method, arguments, fields, head.headers, self._read_body)
-        has_body = self._unread > 0
-        if has_body and not server.bodies.acquire(blocking=False):
-            raise Refused(503, "Busy", "too many uploads at a time", BUSY)
+                theirs = os.open(os.devnull, os.O_RDWR) if target == subprocess.DEVNULL else os.dup(target.fileno())
+            given.append(theirs)
         try:
-            return getattr(server.api, route.name)(request)  # type: ignore[no-any-return]
-        finally:
-            if has_body:
-                server.bodies.release()
-
-    def _read_body(self, size: int) -> bytes:
-        """Return up to size bytes of the body; none where it ends early. Raises Refused."""
-        c, size = self._connection, min(size, self._unread)
-        block = bytes(c.buffer[:size])
-        del c.buffer[:size]
-        try:
-            if not block:
-                c.sock.settimeout(REQUEST_TIMEOUT_S)
-                if self._continue:  # not before: the body may be refused
-                    c.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                if time.monotonic() > self._deadline:
-                    raise TimeoutError
-                block = c.sock.recv(size)
-        except TimeoutError:
-            raise Refused(408, "RequestTimeout", "the body comes too slowly") from None
-        except OSError:
-            pass  # the client is gone
-        finally:
-            c.sock.setblocking(False)
-        self._continue = False
-        self._unread -= len(block)
-        return block
-
-
-class Server:
-    """Accepts connections, waits for their clients, and makes each answer in a thread.
-
-    What waits for a client has a deadline. If there is too much of it, the oldest connection is closed.
-    Raises OSError where it cannot listen.
-    """
-
-    head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
-
-    def __init__(
-        self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None
-    ) -> None:
-        self.api, self.gate, self._streamer, self._tls = api, gate, streamer, tls
-        self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
-        self._mailbox = Mailbox()  # notes: a connection that waits for its client again, None: stop
-        self._waiting: dict[Connection, int] = {}  # oldest first, and how many bytes it holds
-        self._held = 0  # the sum of those
-        self._ready: deque[Connection] = deque()  # of those that wait, who have a head and get the next threads
-        self._ended = threading.Event()
-        self.mask = 0
-        self.sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # and so its connections
-            self.sock.bind(address)
-            self.sock.listen(4096)
-        except BaseException:
-            self.sock.close()
-            raise
-        self.sock.setblocking(False)
-        self.server_address = self.sock.getsockname()
-
-    def serve_forever(self) -> None:
-        """Serve until stop."""
-        self._mailbox.want(self, selectors.EVENT_READ)
-        scan_at, more = time.monotonic(), False
-        while True:
-            timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
-            for end, mask in self._mailbox.wait(0 if more else timeout):
-                if end is self:
-                    self._accept()
-                elif mask & end.mask:  # closed meanwhile: its mask is 0
-                    self._advance(end, True)
-            for note in self._mailbox.notes():
-                if note is None:
-                    self._end()
-                    return
-                note.deadline = time.monotonic() + (STALL_S if note.pending else self._rest(note))
-                self._hold(note)
-                self._advance(note, note.tls)
-            if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + (0 if self._scan(time.monotonic()) else self.scan_s)
-            more = self._start_requests()
-
-    def stop(self) -> None:
-        """Stop listening, close what waits for its client, and end serve_forever."""
-        self._mailbox.post(None)
-        self._ended.wait()
-
-    def take(self, connection: Connection) -> None:
-        """Send what is pending of connection, and close it or wait for its next request. Any thread; never waits."""
-        self._mailbox.post(connection)
-        if self._ended.is_set():
-            connection.sock.close()
-
-    def _end(self) -> None:
-        for connection in list(self._waiting):
-            self._close(connection)
-        self._mailbox.want(self, 0)
-        self._mailbox.close()
-        self.sock.close()
-        self._ended.set()
-
-    def _rest(self, c: Connection) -> float:
-        return self.linger_s if c.closing else self.idle_s
-
-    def _accept(self) -> None:
-        for _ in range(_BATCH):
+            self._connection = broker.open({"op": "run", "argv": list(argv), "cwd": cwd, "env": dict(env)}, given)
             try:
-                sock, address = self.sock.accept()
-            except (BlockingIOError, ConnectionError):
-                return
-            except OSError as e:
-                if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
-                    logger().warning("accept: %s", e)
-                    self._mailbox.want(self, 0)  # until the next scan: there would be an event for ever
-                return
-            try:
-                if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
-                    raise OSError(errno.EMFILE, "too many files")
-                sock.setblocking(False)
-                if self._tls is not None:
-                    sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-            except (OSError, ValueError) as e:
-                logger().debug("%s: %r", address, e)
-                sock.close()
-                continue
-            connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
-            self._hold(connection)
-            self._mailbox.want(connection, selectors.EVENT_READ)
-
-    def _advance(self, c: Connection, readable: bool) -> None:
-        """Do what c's client lets happen now: handshake, send what is pending, read a head.
-
-        readable: something may be there to read.
-        """
-        try:
-            if c.shaking:
-                c.sock.do_handshake()  # type: ignore[attr-defined]
-                c.shaking = False
-            while c.pending:
-                c.pending = c.pending[c.sock.send(c.pending) :]
-                c.deadline = time.monotonic() + (STALL_S if c.pending else self._rest(c))
-            if c.closing:
-                c.sock.shutdown(socket.SHUT_WR)  # closing at once would take the answer away from one who still sends
-                if c.sock.recv(MAX_HEAD):
-                    self._mailbox.want(c, selectors.EVENT_READ)
-                else:
-                    self._close(c)
-                return
-            while not c.has_head():
-                if c.buffer:
-                    c.deadline = min(c.deadline, time.monotonic() + self.head_s)
-                if not readable:
-                    raise BlockingIOError
-                data = c.sock.recv(MAX_HEAD)
-                if not data:
-                    self._close(c)
-                    return
-                c.buffer += data
-                readable = c.tls  # for the rest there is another event, but not for what a TLS socket has read already
-            self._mailbox.want(c, 0)
-            self._hold(c)
-            if c.buffer.startswith(b"GET /health "):  # at once: no thread that others keep busy is needed
-                self._leave(c)
-                self._run_request(c, seated=False)
-            else:
-                self._ready.append(c)
-        except OSError as e:
-            mask = wait_mask(e, bool(c.pending), c.tls)
-            if mask:
-                self._mailbox.want(c, mask)
-                self._hold(c)
-            else:
-                self._close(c)
-        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's connection
-            logger().exception("connection")
-            self._close(c)
-
-    def _start_requests(self) -> bool:
-        """Give threads to some of those who are ready. Return whether there may be more of both."""
-        for _ in range(_STARTS):
-            if not self._ready or not self.seats.acquire(blocking=False):
-                return False
-            connection = self._ready.popleft()
-            if connection not in self._waiting:  # closed meanwhile
-                self.seats.release()
-                continue
-            self._leave(connection)
-            try:
-                threading.Thread(target=self._run_request, args=(connection, True), name="request", daemon=True).start()
-            except RuntimeError as e:  # no thread is to be had
-                logger().warning("request: %s", e)
-                self.seats.release()
-                connection.sock.close()
-        return True
-
-    def _run_request(self, connection: Connection, seated: bool) -> None:
-        watcher = None
-        try:
-            watcher = Exchange(self, connection).run()
-        except Exception:  # noqa: BLE001  # a bug of ours
-            logger().exception("request")
-            connection.pending, connection.closing = b"", True
-        if seated:
-            self.seats.release()  # before the thread "accept" wakes up and looks for one
-        if watcher is not None:
-            self._streamer.add(watcher)
-        else:
-            self.take(connection)
-
-    def _scan(self, now: float) -> bool:
-        """Accept again after a pause, and close whose deadline is over. Return whether there may be more of those."""
-        self._mailbox.want(self, selectors.EVENT_READ)
-        late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
-        response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
-        answer = encode_head(response, uuid.uuid4().hex, True) + response.body if late else b""
-        for c in late:
-            try:
-                if c.buffer and not (c.end or c.pending or c.closing):
-                    c.sock.send(answer)
+                self.pid = int(broker.answer(self._connection)["pid"])
             except OSError:
-                pass  # the client is gone, or takes nothing
-            self._close(c)
-        return len(late) == _BATCH
-
-    def _hold(self, c: Connection) -> None:
-        """c waits for its client, with what it holds now; if that is too much, close the oldest."""
-        held = len(c.buffer) + len(c.pending)
-        self._held += held - self._waiting.get(c, 0)
-        self._waiting[c] = held
-        while len(self._waiting) > MAX_CLIENTS or self._held > MAX_HELD:
-            self._evict()
-
-    def _evict(self) -> bool:
-        """Close the connection that waits longest, if there is one."""
-        oldest = next(iter(self._waiting), None)
-        if oldest is not None:
-            self._close(oldest)
-        return oldest is not None
-
-    def _leave(self, c: Connection) -> None:
-        self._held -= self._waiting.pop(c, 0)
-        self._mailbox.want(c, 0)
-
-    def _close(self, c: Connection) -> None:
-        self._leave(c)
-        c.sock.close()
-
-
-# endregion 25
-# ==============================================================================
-# region 26. Agent                         [uses 13, 14, 16, 18, 20, 21, 22, 25]
-# ==============================================================================
-# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
-# its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
-#
-# Thread "lifeline": started by serve_agent and run_fetcher, ends the process, also if it cannot read.
-
-
-def _start_lifeline(end: Callable[[], None]) -> None:
-    """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
-
-    def follow() -> None:
-        with survive("standard input"):
-            while sys.stdin.buffer.read(1):
-                pass
-        end()
-
-    threading.Thread(target=follow, name="lifeline", daemon=True).start()
-
-
-def _kill_and_sweep(workspace: str) -> NoReturn:
-    """Whatever this process has started is dead, and it becomes one that removes workspace."""
-    with survive("what a build has started may live on"):
-        kill_all(lambda: descendants(os.getpid()))
-    os.execv(
-        sys.executable, [*own_program(), "sweep", workspace]
-    )  # ends the other threads, which may still write there
-
-
-def serve_agent(
-    config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]
-) -> None:
-    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
-    _start_lifeline(end)
-    policy, streamer = SourcePolicy(**config["policy"]), Streamer()
-
-    def build(_: Jobs, job: Job) -> str:
-        log = job.log
-        if log is None:
-            raise ValueError("a running job has a log")
-        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
-
-        def emit(phase: str, messages: Sequence[str]) -> None:
-            if log.size > max_log:
-                raise BuildFailed(
-                    "LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM"
-                )
-            log.append(to_payloads(phase, messages))
-
-        try:
-            with open(reserve, "wb") as f:
-                f.write(bytes(MIB))  # room to say in the end what has happened
-            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
-        except (BuildFailed, OSError) as e:
-            if not lacks_room(e, workspace):
+                self._connection.close()
                 raise
-            for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
-                with contextlib.suppress(
-                    OSError
-                ):  # a guest's build owns its files, but fills another disk than the agent's
-                    remove_tree(os.path.join(workspace, name))
-            raise BuildFailed(
-                "LimitError",
-                f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: {getattr(e, 'strerror', e)}",
-            ) from None
+        except OSError:  # as Popen's, where there is no such program
+            for stream in (self.stdin, self.stdout, self.stderr):
+                if stream is not None:
+                    stream.close()
+            raise
         finally:
-            remove_tree(reserve)
+            for fd in given:
+                os.close(fd)
 
-    def attest(nonce: str) -> bytes:
-        evidence = attester.attest(waiting_report_data(nonce))
-        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
-        return evidence
+    def poll(self) -> int | None:
+        """The exit status, or None while it runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
 
-    own = os.path.join(workspace, "agent")
-    reserve = os.path.join(own, "reserve")
-    jobs = Jobs(own, build, streamer.grown, single_use=True)
-    api = Api(jobs, policy, {}, attest)
-    server = Server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
-    jobs.start()
-    sys.stdout.write(f"{server.server_address[1]}\n")
-    sys.stdout.flush()
-    server.serve_forever()
-
-
-def run_agent() -> None:
-    """The agent of a simulated VM: read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything
-    that the build has started is dead, and this process becomes one that removes the workspace, its current directory."""
-    workspace = os.getcwd()
-    guard_process()
-    try:
-        config = json.loads(sys.stdin.buffer.readline())
-        if config.get("sandbox"):
-            confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
-        serve_agent(
-            config,
-            workspace,
-            ("127.0.0.1", 0),
-            Attester(SIMULATED_BUILDER, simulated_evidence),
-            lambda: _kill_and_sweep(workspace),
-        )
-    finally:
-        _kill_and_sweep(workspace)
+    def wait(self) -> int:
+        """The exit status, once it has ended."""
+        if self.returncode is None:
+            self.returncode = int(self._broker.answer(self._connection)["status"])
+            self._connection.close()
+        return self.returncode
 
 
-def run_fetcher() -> None:
-    """What fetches a repository for a guest that has no network, on the host but in a process of its own: read the configuration and the request, a
-    line of JSON each, on stdin; print the name of the archive with its depth-1 history, or what failed, as a line of JSON on stdout."""
-    workspace = os.getcwd()
-    guard_process()
-    config = json.loads(sys.stdin.buffer.readline())
-    policy, url, ref = SourcePolicy(**config["policy"]), config["repo_url"], config["repo_ref"]
-    _start_lifeline(lambda: _kill_and_sweep(workspace))
-    name = repository_name(url)
-    try:
-        root = os.path.join(workspace, name)
-        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback, policy.max_unpacked)
-        write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
-        answer = {"name": name}
-    except (BuildFailed, OSError) as e:
-        full, reason = lacks_room(e, workspace), getattr(e, "strerror", str(e))
-        answer = {
-            "error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
-            "error_type": "LimitError" if full else getattr(e, "error_type", "VmError"),
-        }
-    sys.stdout.write(compact_json(answer) + "\n")
-    sys.stdout.flush()
-    threading.Event().wait()  # until the lifeline ends
+AGENT_UID, BUILD_UID = 1000, 1001
+SYSROOT = "/sysroot"
+_BROKER = "/run/broker/socket"  # below SYSROOT
+_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE = 0x08000000, 0x40000000, 0x01234567, 313
+_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
+_IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
+MAX_PROCESSES = 4096  # of a build
+MAX_PROGRAMS = 64  # that run at a time for the agent
+BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
 
 
-# endregion 26
+def _system_call(name: str, *arguments: Any) -> None:
+    """A function of the C library that returns -1 for failure. Raises OSError."""
+    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def _set_up_interface(name: str, address: str, netmask: str) -> None:
+    """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
+
+    def ifreq(content: bytes) -> bytes:
+        return struct.pack("16s24s", name.encode("ascii"), content)
+
+    def sockaddr(text: str) -> bytes:
+        return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        fcntl.ioctl(s, _SIOCSIFADDR, ifreq(sockaddr(address)))
+        fcntl.ioctl(s, _SIOCSIFNETMASK, ifreq(sockaddr(netmask)))
+        [flags] = struct.unpack_from("H", fcntl.ioctl(s, _SIOCGIFFLAGS, ifreq(b"")), 16)
+        fcntl.ioctl(s, _SIOCSIFFLAGS, ifreq(struct.pack("H", flags | _IFF_UP)))
+
+
+def give_up_rights() -> None:
+    """Let this process and its children gain no rights, and keep them from what no build needs of the kernel. Raises OSError."""
+    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    apply_filter(unix=True)
+
+
+def _become(uid: int) -> None:
+    """This process is that user's, below SYSROOT, and can gain no rights. Raises OSError."""
+    os.chroot(SYSROOT)
+    os.chdir("/")
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+    give_up_rights()
+    os.umask(0o022)
+
+
+class GuestBroker:
+    """The other end of Broker. network: whether builds have one."""
+
+    def __init__(self, listener: "socket.socket", network: bool) -> None:
+        self._listener, self._network = listener, network
+        self._running: dict[int, socket.socket] = {}  # a build's process -> who waits for its end
+
+    def answer(self) -> None:
+        """Answer the next question, whatever it is. An agent that does not ask or listen stops nothing for longer than BROKER_TIMEOUT_S."""
+        connection, _ = self._listener.accept()
+        connection.settimeout(BROKER_TIMEOUT_S)
+        answer, fds = dict[str, Any](), list[int]()
+        try:
+            data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
+            question = json.loads(data)
+            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](
+                question, fds
+            )
+        except (OSError, NoAttester) as e:
+            answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
+        except Exception as e:  # noqa: BLE001  # the agent may ask anything, and a guest whose first process ends panics
+            answer = {"errno": errno.EINVAL, "error": f"malformed question: {type(e).__name__}: {e}"[:500]}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if "pid" in answer:
+            self._running[answer["pid"]] = connection
+            self._send(connection, answer)
+        else:
+            with connection:
+                self._send(connection, answer)
+
+    def reaped(self, pid: int, status: int) -> None:
+        """A process has ended. status: as os.waitstatus_to_exitcode has it."""
+        if pid in self._running:
+            with self._running.pop(pid) as connection:
+                self._send(connection, {"status": status})
+
+    @staticmethod
+    def _send(connection: "socket.socket", answer: Mapping[str, Any]) -> None:
+        try:
+            connection.send(compact_json(answer).encode("ascii"))
+        except OSError:
+            pass  # the agent has gone, or does not listen
+
+    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
+        """Run a program as the user of builds. Raises OSError."""
+        if len(self._running) >= MAX_PROGRAMS:
+            raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs run already")
+
+        def enter() -> None:
+            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
+                f.write("1000")  # where memory ends, the build ends first
+            resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
+            _system_call(
+                "unshare", _CLONE_NEWIPC
+            )  # shared memory of System V would outlive its processes, and no mount's size bounds it
+            if not self._network:
+                _system_call(
+                    "unshare", _CLONE_NEWNET
+                )  # whatever network the host provides, this has none but its own loopback
+                _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
+            _become(BUILD_UID)
+            os.chdir(question["cwd"])
+
+        stdin, stdout, stderr = fds
+        try:
+            child = subprocess.Popen(
+                question["argv"],
+                env=question["env"],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                preexec_fn=enter,
+                start_new_session=True,
+            )  # no threads
+        except subprocess.SubprocessError:
+            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
+        child.returncode = 0  # run_guest reaps all
+        return {"pid": child.pid}
+
+    @staticmethod
+    def _own(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
+        """Give folders below /work, with all that is in them, to the user of builds. No link is followed, whoever puts one there meanwhile. Raises OSError."""
+        for path in question["paths"]:
+            parts = path.split("/")
+            if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
+                raise OSError(errno.EPERM, f"{path} is not a folder below /work")
+            folder = os.open(f"{SYSROOT}/work", os.O_DIRECTORY)
+            try:
+                for part in parts[2:]:
+                    outer, folder = folder, os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                    os.close(outer)
+                for _, folders, files, at in os.fwalk(".", follow_symlinks=False, dir_fd=folder):
+                    for name in (".", *folders, *files):
+                        os.chown(name, BUILD_UID, BUILD_UID, dir_fd=at, follow_symlinks=False)
+            finally:
+                os.close(folder)
+        return {}
+
+    @staticmethod
+    def _kill(*_: Any) -> dict[str, Any]:
+        """Whatever the user of builds runs is dead. As that user kill(2) reaches all of it at once, however fast it forks."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setuid(BUILD_UID)
+                os.kill(-1, signal.SIGKILL)
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+
+        def alive() -> list[int]:
+            return [pid for pid in descendants(1) if is_of_build(pid)]
+
+        def is_of_build(pid: int) -> bool:
+            try:
+                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
+                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
+            except OSError:
+                return False  # it has ended
+
+        kill_all(alive)  # what is killed takes a moment to end
+        return {}
+
+    @staticmethod
+    def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
+        """A hardware report. Raises NoAttester."""
+        report, table = get_report(bytes.fromhex(question["data"]))
+        return {"report": report.hex(), "table": table.hex()}
+
+
+# endregion 33
 # ==============================================================================
-# region 27. Guest                                  [uses 8, 13, 16, 18, 23, 26]
+# region 34. First process              [uses 8, 13, 15, 17, 21, 23, 29, 32, 33]
 # ==============================================================================
 # The first process inside of a guest, which the initrd's /init calls: root, and the only one.  It mounts what is measured (the tools disk, by
 # its dm-verity root hash on the kernel's command line) and what is empty, reads the agent's configuration from a virtio-serial port, and
@@ -10639,17 +11322,10 @@ def run_fetcher() -> None:
 # process exits panics.
 #
 # No threads: builds are forked from here.
-
-AGENT_UID, BUILD_UID = 1000, 1001
 GUEST_ADDRESS = "10.0.2.15"  # of QEMU's user network; its gateway is .2, its name server .3
-SYSROOT = "/sysroot"
 _GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
-_BROKER = "/run/broker/socket"  # below SYSROOT
 # Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE = 0x08000000, 0x40000000, 0x01234567, 313
-_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
-_IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
 _DM_HEADER = 312  # bytes of struct dm_ioctl
 # What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
@@ -10680,9 +11356,6 @@ _SYSCTL = (
     ("kernel/io_uring_disabled", "2"),
     ("kernel/modules_disabled", "1"),
 )
-MAX_PROCESSES = 4096  # of a build
-MAX_PROGRAMS = 64  # that run at a time for the agent
-BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
 # A mirror of cargo's registry in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
@@ -10691,12 +11364,6 @@ _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("
 
 class GuestError(ConfbuildError):
     """The guest cannot go on."""
-
-
-def _system_call(name: str, *arguments: Any) -> None:
-    """A function of the C library that returns -1 for failure. Raises OSError."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
 
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
@@ -10844,22 +11511,6 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
             f.write(MIRROR_CONFIG)
 
 
-def _set_up_interface(name: str, address: str, netmask: str) -> None:
-    """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
-
-    def ifreq(content: bytes) -> bytes:
-        return struct.pack("16s24s", name.encode("ascii"), content)
-
-    def sockaddr(text: str) -> bytes:
-        return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        fcntl.ioctl(s, _SIOCSIFADDR, ifreq(sockaddr(address)))
-        fcntl.ioctl(s, _SIOCSIFNETMASK, ifreq(sockaddr(netmask)))
-        [flags] = struct.unpack_from("H", fcntl.ioctl(s, _SIOCGIFFLAGS, ifreq(b"")), 16)
-        fcntl.ioctl(s, _SIOCSIFFLAGS, ifreq(struct.pack("H", flags | _IFF_UP)))
-
-
 def _open_network() -> None:
     """A way out, through QEMU's gateway. [struct rtentry, linux/route.h] Raises OSError."""
     route = bytearray(120)
@@ -10870,23 +11521,6 @@ def _open_network() -> None:
         fcntl.ioctl(s, _SIOCADDRT, bytes(route))
     with open(f"{SYSROOT}/run/resolv.conf", "w", encoding="ascii") as f:
         f.write("nameserver 10.0.2.3\n")
-
-
-def give_up_rights() -> None:
-    """Let this process and its children gain no rights, and keep them from what no build needs of the kernel. Raises OSError."""
-    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    apply_filter(unix=True)
-
-
-def _become(uid: int) -> None:
-    """This process is that user's, below SYSROOT, and can gain no rights. Raises OSError."""
-    os.chroot(SYSROOT)
-    os.chdir("/")
-    os.setgroups([])
-    os.setgid(uid)
-    os.setuid(uid)
-    give_up_rights()
-    os.umask(0o022)
 
 
 def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
@@ -10916,142 +11550,10 @@ def _run_guest_agent(config: Mapping[str, Any]) -> None:
     os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, ()))
     os.chdir("/work")
     broker = Broker(_BROKER)
-    use_broker(broker)
+    use_launcher(broker)
     serve_agent(
         config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0)
     )  # the guest's one interface
-
-
-class GuestBroker:
-    """The other end of Broker. network: whether builds have one."""
-
-    def __init__(self, listener: "socket.socket", network: bool) -> None:
-        self._listener, self._network = listener, network
-        self._running: dict[int, socket.socket] = {}  # a build's process -> who waits for its end
-
-    def answer(self) -> None:
-        """Answer the next question, whatever it is. An agent that does not ask or listen stops nothing for longer than BROKER_TIMEOUT_S."""
-        connection, _ = self._listener.accept()
-        connection.settimeout(BROKER_TIMEOUT_S)
-        answer, fds = dict[str, Any](), list[int]()
-        try:
-            data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
-            question = json.loads(data)
-            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](
-                question, fds
-            )
-        except (OSError, NoAttester) as e:
-            answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
-        except Exception as e:  # noqa: BLE001  # the agent may ask anything, and a guest whose first process ends panics
-            answer = {"errno": errno.EINVAL, "error": f"malformed question: {type(e).__name__}: {e}"[:500]}
-        finally:
-            for fd in fds:
-                os.close(fd)
-        if "pid" in answer:
-            self._running[answer["pid"]] = connection
-            self._send(connection, answer)
-        else:
-            with connection:
-                self._send(connection, answer)
-
-    def reaped(self, pid: int, status: int) -> None:
-        """A process has ended. status: as os.waitstatus_to_exitcode has it."""
-        if pid in self._running:
-            with self._running.pop(pid) as connection:
-                self._send(connection, {"status": status})
-
-    @staticmethod
-    def _send(connection: "socket.socket", answer: Mapping[str, Any]) -> None:
-        try:
-            connection.send(compact_json(answer).encode("ascii"))
-        except OSError:
-            pass  # the agent has gone, or does not listen
-
-    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
-        """Run a program as the user of builds. Raises OSError."""
-        if len(self._running) >= MAX_PROGRAMS:
-            raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs run already")
-
-        def enter() -> None:
-            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
-                f.write("1000")  # where memory ends, the build ends first
-            resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-            _system_call(
-                "unshare", _CLONE_NEWIPC
-            )  # shared memory of System V would outlive its processes, and no mount's size bounds it
-            if not self._network:
-                _system_call(
-                    "unshare", _CLONE_NEWNET
-                )  # whatever network the host provides, this has none but its own loopback
-                _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
-            _become(BUILD_UID)
-            os.chdir(question["cwd"])
-
-        stdin, stdout, stderr = fds
-        try:
-            child = subprocess.Popen(
-                question["argv"],
-                env=question["env"],
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
-                preexec_fn=enter,
-                start_new_session=True,
-            )  # no threads
-        except subprocess.SubprocessError:
-            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
-        child.returncode = 0  # run_guest reaps all
-        return {"pid": child.pid}
-
-    @staticmethod
-    def _own(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """Give folders below /work, with all that is in them, to the user of builds. No link is followed, whoever puts one there meanwhile. Raises OSError."""
-        for path in question["paths"]:
-            parts = path.split("/")
-            if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
-                raise OSError(errno.EPERM, f"{path} is not a folder below /work")
-            folder = os.open(f"{SYSROOT}/work", os.O_DIRECTORY)
-            try:
-                for part in parts[2:]:
-                    outer, folder = folder, os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-                    os.close(outer)
-                for _, folders, files, at in os.fwalk(".", follow_symlinks=False, dir_fd=folder):
-                    for name in (".", *folders, *files):
-                        os.chown(name, BUILD_UID, BUILD_UID, dir_fd=at, follow_symlinks=False)
-            finally:
-                os.close(folder)
-        return {}
-
-    @staticmethod
-    def _kill(*_: Any) -> dict[str, Any]:
-        """Whatever the user of builds runs is dead. As that user kill(2) reaches all of it at once, however fast it forks."""
-        pid = os.fork()
-        if pid == 0:
-            try:
-                os.setuid(BUILD_UID)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        os.waitpid(pid, 0)
-
-        def alive() -> list[int]:
-            return [pid for pid in descendants(1) if is_of_build(pid)]
-
-        def is_of_build(pid: int) -> bool:
-            try:
-                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
-                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
-            except OSError:
-                return False  # it has ended
-
-        kill_all(alive)  # what is killed takes a moment to end
-        return {}
-
-    @staticmethod
-    def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """A hardware report. Raises NoAttester."""
-        report, table = get_report(bytes.fromhex(question["data"]))
-        return {"report": report.hex(), "table": table.hex()}
 
 
 def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> None:
@@ -11157,422 +11659,9 @@ def run_guest() -> NoReturn:
             time.sleep(1)
 
 
-# endregion 27
+# endregion 34
 # ==============================================================================
-# region 28. Client                                        [uses 14, 15, 18, 24]
-# ==============================================================================
-# The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
-
-RECONNECT_S = 300.0  # how long a lost server is looked for
-READ_TIMEOUT_S = 60.0  # four keepalives
-MAX_ANSWER = 2 * MAX_JSON  # bytes received for a head and a small body, or for one read of a stream
-MAX_SILENCE = MAX_JSON + BLOCK  # bytes of an event stream that do not end an event; keepalives for weeks are fewer
-
-
-class BrokenProtocol(RemoteError):
-    """The server says what no server of the API says."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(f"the server broke the protocol: {message}")
-
-
-class _Metered(io.RawIOBase):
-    """What a socket receives: at most MAX_ANSWER bytes in READ_TIMEOUT_S from one renew() to the next.
-
-    Without it, http.client reads interim responses, trailers and a chunk of negative size for ever."""
-
-    def __init__(self, sock: "socket.socket") -> None:
-        self._socket, self._stream, self.ended = sock, sock.makefile("rb", buffering=0), False
-        self.renew()
-
-    def renew(self) -> None:
-        """Allow as much again."""
-        self._left, self._until = MAX_ANSWER, time.monotonic() + READ_TIMEOUT_S
-
-    def readable(self) -> bool:
-        """Return True, for BufferedReader."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Receive into buffer. Raises BrokenProtocol, OSError."""
-        remaining_s = self._until - time.monotonic()
-        if remaining_s <= 0:
-            raise TimeoutError("timed out")
-        if self._left <= 0:
-            raise BrokenProtocol(f"more than {MAX_ANSWER} bytes without an end")
-        self._socket.settimeout(remaining_s)
-        size = self._stream.readinto(buffer) or 0
-        self._left -= size
-        self.ended = size == 0
-        return size
-
-    def close(self) -> None:
-        """Close the socket's stream."""
-        self._stream.close()
-        super().close()
-
-    def makefile(self, _: str) -> IO[bytes]:
-        """Return the buffered stream that http.client reads."""
-        return io.BufferedReader(self)
-
-
-def _read_http(received: _Metered, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return read(*arguments) of http.client. Raises BrokenProtocol for what is not HTTP, OSError for a lost connection."""
-    try:
-        return read(*arguments)
-    except OSError:
-        raise
-    except (http.client.HTTPException, ValueError) as e:  # ValueError: a chunk of negative size
-        if received.ended:
-            raise ConnectionError("the connection broke") from None
-        raise BrokenProtocol(f"{type(e).__name__}: {str(e)[:200]}") from None
-
-
-class StreamEvent(NamedTuple):
-    """One event of an event stream. id: the last event id, empty = none yet."""
-
-    data: str
-    id: str
-
-
-class EventStreamParser:
-    """Bytes of an event stream in, events out, by the rules of [SSE 9.2.6]. retry_s: what the server asked for, or None."""
-
-    def __init__(self) -> None:
-        self._rest, self._data, self._id, self._silence = bytearray(), list[str](), "", 0
-        self._begun = self._after_cr = False
-        self.retry_s: float | None = None
-
-    def feed(self, block: bytes) -> list[StreamEvent]:
-        """The events that block ends. An event that is not ended by an empty line never comes. Raises BrokenProtocol."""
-        self._rest += block
-        self._silence += len(block)
-        if self._silence > MAX_SILENCE:
-            raise BrokenProtocol(f"more than {MAX_SILENCE} bytes without an event")
-        if not self._begun:
-            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
-                return []
-            self._begun, self._rest = True, self._rest.removeprefix(b"\xef\xbb\xbf")
-        if self._after_cr and self._rest:  # CR LF is one end
-            self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
-        if b"\n" not in block and b"\r" not in block:  # a line may come byte by byte
-            return []
-        self._after_cr = self._rest.endswith(b"\r")
-        lines = self._rest.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        self._rest = lines.pop()
-        events = []
-        for line in lines:
-            if line:
-                self._field(line.decode("utf-8", "replace"))
-            elif self._data:
-                events.append(StreamEvent("\n".join(self._data), self._id))
-                self._data, self._silence = [], 0
-        return events
-
-    def _field(self, line: str) -> None:
-        name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if name == "data":
-            self._data.append(value)
-        elif name == "id" and "\0" not in value:
-            self._id = value
-        elif name == "retry" and re.fullmatch("[0-9]{1,9}", value):
-            self.retry_s = int(value) / 1000
-
-
-class Service:
-    """A server of the API. Raises RemoteError for whatever goes wrong with it. told: hears what a user should know."""
-
-    def __init__(self, url: str, token: str = "", told: Callable[[str], None] = lambda _: None) -> None:
-        try:
-            parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-            good = url.isascii() and parts.scheme in ("http", "https") and parts.port != 0
-        except ValueError:  # brackets, or a port that is none
-            good = False
-        if not good or not parts.hostname:
-            raise UsageError(f"{url!r} is no http or https URL")
-        self._url, self._token, self._told = parts.geturl().rstrip("/"), token, told
-
-        class NoRedirect(urllib.request.HTTPRedirectHandler):
-            """urllib would take the token along to another host."""
-
-            def redirect_request(self, *_: Any) -> None:
-                return None
-
-        class Answer(http.client.HTTPResponse):
-            """An answer that ends. Its methods raise BrokenProtocol, OSError."""
-
-            def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
-                self._received = _Metered(sock)
-                super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
-
-            def begin(self) -> None:
-                _read_http(self._received, super().begin)
-                if self._received.ended:  # http.client takes that for the end of the head
-                    raise ConnectionError("the connection broke")
-
-            def read(self, amt: int | None = None) -> bytes:
-                return bytes(_read_http(self._received, super().read, amt))
-
-            def read1(self, n: int = -1) -> bytes:
-                self._received.renew()
-                return bytes(_read_http(self._received, super().read1, n))
-
-        class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-            """urllib with such answers."""
-
-            def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
-                def connect(*arguments: Any, **options: Any) -> Any:
-                    connection = http_class(*arguments, **options)
-                    connection.response_class = Answer
-                    return connection
-
-                return super().do_open(connect, req, **named)
-
-        loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-        self._opener = urllib.request.build_opener(
-            NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else [])
-        )
-
-    def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
-        request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
-        if self._token:
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
-        try:
-            return self._opener.open(request, timeout=READ_TIMEOUT_S)
-        except urllib.error.HTTPError as e:
-            with e:
-                try:
-                    detail = str(parse_json(e.read(MIB), "answer")["detail"])
-                except (Malformed, KeyError, TypeError, OSError):
-                    detail = f"{method} {path}: {e.reason}"
-            raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
-        except (OSError, http.client.InvalidURL, UnicodeError) as e:
-            reason = getattr(e, "reason", e)
-            raise RemoteError(
-                f"{self._url}: {getattr(reason, 'strerror', None) or reason}",
-                hint="is `confbuild serve` running there?",
-            ) from None
-
-    def json(self, method: str, path: str) -> Any:
-        """The JSON of an answer."""
-        with self.open(method, path) as answer:
-            try:
-                return parse_json(answer.read(MAX_JSON + 1), "answer")
-            except (Malformed, OSError) as e:
-                raise BrokenProtocol(f"{e}") from None
-
-    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
-        """The status of one job, or of several."""
-        answer = self.json(method, path)
-        found = answer if several and isinstance(answer, list) else [answer]
-        for job in found:
-            if not isinstance(job, dict) or not all(
-                isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")
-            ):
-                raise BrokenProtocol("a status that is none")
-        return found
-
-    def attestation(self, nonce: str) -> bytes:
-        """evidence.json of the VM that waits there. nonce: 32 hexadecimal digits."""
-        with self.open("GET", f"/attestation?nonce={nonce}") as answer:
-            try:
-                return bytes(answer.read(MAX_JSON + 1))
-            except OSError as e:
-                raise RemoteError(f"{self._url}: {e}") from None
-
-    def submit(self, request: BuildRequest, archive: str | None) -> str:
-        """The id of the accepted job."""
-        body, size = request_body(request, archive)
-        with self.open(
-            "POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}
-        ) as answer:
-            try:
-                job_id = parse_json(answer.read(MIB), "answer")["job_id"]
-            except (Malformed, KeyError, TypeError, OSError):
-                job_id = None
-        if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
-            raise BrokenProtocol("no job_id")
-        return job_id
-
-    def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
-        """The events after the first start ones, each once, to `complete`, over lost connections: after one the stream is taken
-        up where it broke, with exponential back-off and jitter, for RECONNECT_S."""
-        position, delay, lost_at, base, told = start, 0.0, None, 0.25, False
-        while True:
-            try:
-                with self.open(
-                    "GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}
-                ) as stream:
-                    if stream.status == 204:
-                        return
-                    if stream.headers.get_content_type() != "text/event-stream":
-                        raise BrokenProtocol("no event stream")
-                    parser = EventStreamParser()
-                    for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
-                        lost_at = None  # a comment is a sign of life, too
-                        for event in parser.feed(block):
-                            position, doc = _next_event(event, position)
-                            delay, told = 0.0, False
-                            yield doc
-                            if doc["type"] == "complete":
-                                return
-                        base = parser.retry_s or base
-            except RemoteError as e:
-                if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
-                    raise
-            except OSError:
-                pass  # the connection broke
-            now = time.monotonic()
-            if lost_at is None:
-                lost_at = now
-            if not told:
-                told = True
-                self._told(f"the connection was lost after event {position}; resuming")
-            if now - lost_at > RECONNECT_S:
-                raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after event {position}")
-            delay = min(30.0, max(base, 2 * delay))
-            time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
-
-    def download(self, job_id: str, path: str) -> None:
-        """Write the archive of a finished build to path. Raises OSError if path cannot be written."""
-        digest, size = hashlib.sha256(), 0
-
-        def read() -> bytes:
-            try:
-                return bytes(answer.read1(BLOCK))
-            except OSError as e:
-                raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
-
-        with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
-            announced = answer.headers.get("Content-Length")
-            for block in iter(read, b""):
-                f.write(block)
-                digest.update(block)
-                size += len(block)
-                if size > MAX_RESULT:
-                    raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
-            wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-        if (
-            announced is not None
-            and str(size) != announced
-            or wanted
-            and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]
-        ):
-            raise RemoteError("the download is not what the server announced")
-
-
-def _next_event(event: StreamEvent, position: int) -> tuple[int, dict[str, Any]]:
-    """(events so far, the object) of an event. A server without ids (Kettle's) is counted, one with ids is checked."""
-    try:
-        doc = parse_json(event.data.encode("utf-8"), "event", 32)
-    except (Malformed, UnicodeEncodeError) as e:
-        raise BrokenProtocol(f"{e}") from None
-    if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
-        raise BrokenProtocol("an event without a type")
-    if event.id not in ("", str(position + 1)):
-        raise BrokenProtocol(f"event {event.id[:20]} after event {position}")
-    return position + 1, doc
-
-
-class Packed(NamedTuple):
-    """A packed source. note: what was packed, for the user; tree: its git tree; commit: empty without history."""
-
-    note: str
-    tree: str
-    commit: str
-
-
-def pack_directory(directory: str, archive: str, workspace: str, bundle: str = "") -> Packed:
-    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified or untracked;
-    else the files as they are, without those that git ignores. workspace: an empty directory for scratch; bundle: where the last
-    build's is and the next one's will be, which is no source. Raises UsageError."""
-    name = plain_name(os.path.basename(os.path.realpath(directory)))
-    why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
-    root, files, commit = os.path.realpath(directory), None, ""
-    inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
-    inner = "" if inner.startswith(os.pardir) else inner
-    own = os.path.join(workspace, "our own")
-    os.mkdir(own)
-    checkout = open_checkout(directory, own)
-    if checkout:
-        files = list_source(directory, checkout)
-        why = _why_not_clean(checkout, root, inner)
-        if not why:
-            try:
-                env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
-                fetched = os.path.join(workspace, name)
-                fetch_git("file://" + urllib.parse.quote(own), checkout.commit, fetched, env, ("file",))
-                origin = without_credentials(checkout.config.get("remote.origin.url", ""))
-                _git(
-                    ["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))],
-                    fetched,
-                    git_environment(env, ()),
-                )
-                os.unlink(os.path.join(fetched, ".git", "FETCH_HEAD"))  # it names the directory
-                root, files, commit = fetched, None, checkout.commit
-            except BuildFailed as e:
-                why = f"its history cannot be packed ({e})"
-    if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
-        files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
-    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
-    outputs = next(
-        (t.outputs for t in TOOLCHAINS if t.marker in files and not os.path.islink(os.path.join(root, t.marker))), ()
-    )
-    kept = [
-        file
-        for file in files
-        if file.split(os.sep)[0] not in outputs and not (inner and not commit and file.startswith(inner + os.sep))
-    ]
-    if commit and len(kept) < len(files):
-        why, commit = f"git tracks {' and '.join(outputs)}, which is removed before a build", ""
-    files = kept
-    if not files:
-        raise UsageError(f"{directory}: there is nothing to build")
-    write_source(archive, root, name, files, bool(commit))
-    everything = why in ("there is no git", "it is no git work tree")
-    note = (
-        f"commit {commit} as git has it"
-        if commit
-        else (f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
-    )
-    return Packed(note, git_tree(root, files, object_format(commit)), commit)
-
-
-# Of a checkout's configuration, what says how its files compare with the index; none of it names a program.
-_COMPARISON = (
-    "core.filemode",
-    "core.ignorecase",
-    "core.symlinks",
-    "core.precomposeunicode",
-    "core.trustctime",
-    "core.checkstat",
-    "core.autocrlf",
-    "core.eol",
-)
-
-
-def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
-    """Return "" if the work tree at root, but for what is below inner, is exactly its HEAD, and else the reason."""
-    if checkout.root != root:
-        return "it is a folder inside a git work tree"
-    if not checkout.commit:
-        return "git has no commit"
-    options = [
-        text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")
-    ]
-    pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
-    # A submodule has a configuration of its own, which git would obey there.
-    status = checkout.ask(
-        root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec
-    )
-    return "git has modified or untracked files" if status != "" else ""
-
-
-# endregion 28
-# ==============================================================================
-# region 29. Rendering                                            [uses nothing]
+# region 35. Rendering                                            [uses nothing]
 # ==============================================================================
 # Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
 #
@@ -11836,15 +11925,11 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 29
+# endregion 35
 # ==============================================================================
-# region 30. Command line  [uses 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22, 23, 24, 25, 26, 28, 29]
+# region 36. Server set-up  [uses 13, 14, 16, 20, 21, 23, 25, 26, 27, 30, 31, 32, 35]
 # ==============================================================================
-# Where the sections are wired together.  stdout is the answer, stderr is the talk.
-
-
-def _colored(stream: IO[str]) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+# Server set-up: to be described.
 
 
 def _parse_address(text: str) -> tuple[str, int]:
@@ -12192,6 +12277,27 @@ def _read_tokens(path: str) -> list[str]:
     return data.decode("ascii").split()
 
 
+def _read_der(path: str) -> bytes:
+    """A certificate or revocation list, of which a PEM file may hold the DER. Raises UsageError, OSError."""
+    with open(path, "rb") as f:
+        data = f.read(MAX_JSON)
+    match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
+    if match is None:
+        return data
+    return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
+
+
+# endregion 36
+# ==============================================================================
+# region 37. Commands  [uses 6, 7, 8, 10, 12, 14, 16, 17, 18, 19, 20, 21, 22, 28, 29, 31, 32, 35, 36]
+# ==============================================================================
+# Where the sections are wired together.  stdout is the answer, stderr is the talk.
+
+
+def _colored(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
+
+
 def cmd_serve(options: "argparse.Namespace") -> int:
     """The build service, until a signal."""
     shed_syntax_tree()
@@ -12280,7 +12386,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         if not is_url:
             os.mkdir(os.path.join(scratch, "pack"))
             try:
-                packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), bundle)
+                packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), OUTPUTS, bundle)
             except OSError as e:  # a full disk names no file
                 raise UsageError(
                     f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
@@ -12663,16 +12769,6 @@ def _policy_arguments(options: "argparse.Namespace") -> list[str]:
     return arguments
 
 
-def _read_der(path: str) -> bytes:
-    """A certificate or revocation list, of which a PEM file may hold the DER. Raises UsageError, OSError."""
-    with open(path, "rb") as f:
-        data = f.read(MAX_JSON)
-    match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
-    if match is None:
-        return data
-    return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
-
-
 def _read_roots(directory: str) -> Anchors:
     """The keys in <product>/{ark,ask,asvk}.der of directory. Raises UsageError, OSError."""
     anchors = {}
@@ -12892,34 +12988,6 @@ def cmd_image(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Expectations:
-    """expected, with what a checkout of the source says: its tree, its lock file and, of cargo, the dependencies in that. nix's are known
-    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them.
-
-    algorithm: the object format of the tree."""
-    if not os.path.isdir(directory):
-        raise UsageError(f"--source {directory}: no directory")
-    try:
-        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(
-            os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS
-        ):
-            outputs: Sequence[str] = ("dist", "node_modules")
-            lock_name = "pnpm-lock.yaml"
-        else:
-            toolchain = detect_toolchain(directory)
-            outputs, lock_name = toolchain.outputs, "flake.lock" if toolchain.name == "nix" else toolchain.marker
-        with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
-            files = list_source(directory, open_checkout(directory, own))
-        tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
-        lock = read_lockfile(os.path.join(directory, lock_name))
-        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if lock_name == "Cargo.lock" else None
-    except BuildFailed as e:
-        raise UsageError(f"--source {directory}: {e}") from None
-    if expected.source_tree not in (None, tree):
-        raise UsageError(f"--source {directory} has the tree {tree}, which --source-tree contradicts")
-    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(lock), dependencies=dependencies)
-
-
 def cmd_agent(_: "argparse.Namespace") -> int:
     """Inside of a VM; not for people."""
     run_agent()
@@ -12939,6 +13007,13 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     os.chdir("/")
     remove_tree(options.workspace)
     return EXIT_OK
+
+
+# endregion 37
+# ==============================================================================
+# region 38. Options                             [uses 8, 9, 10, 17, 32, 35, 37]
+# ==============================================================================
+# Options: to be described.
 
 
 def _count(text: str) -> int:
@@ -13526,4 +13601,5 @@ def _run(argv: Sequence[str] | None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-# endregion 30
+
+# endregion 38
