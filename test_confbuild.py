@@ -4381,7 +4381,9 @@ class TestArchives:
             pax("path", "d/b") + pax("path", "d/c"))),
         (((b"x", pax("size", "1")),), "has two sizes"), (((b"x", pax("size", "00")),), ""), (((b"x", pax("path", "d/b") + b"\0"),), "a damaged pax header"),
         (((b"g", pax("comment", "x")), (b"g", pax("mtime", "0"))), ""), (((b"x", pax("path", "d/b/")),), "a file with a directory's name"),
-        (((b"L", b"d/b/\0"),), "a file with a directory's name"), (((b"x", pax("a", "1" * 300)),), "")])
+        (((b"L", b"d/b/\0"),), "a file with a directory's name"), *((((kind, name),), "the archive has a damaged long name") for kind in (b"L", b"K")
+                                                                   for name in (b"", b"\0", b"d/b", b"d/b\0\0", b"d\0b\0", b"d\0b")),
+        (((b"x", pax("a", "1" * 300)),), "")])
     def test_headers_that_readers_understand_differently(self, tmp_path: Path, headers: tuple[tuple[bytes, bytes], ...], fragment: str) -> None:
         """GNU tar would unpack other bytes than those that were looked at."""
         data = extended_tar(*headers)
