@@ -4130,7 +4130,9 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
                     "the archive has two headers for one member, of which other readers believe the other"
                 )
             body = b"".join(contents)
-            found = _read_pax(body, kind == b"g") if kind in b"xg" else {_TAR_EXTENSIONS[kind]: body.rstrip(b"\0")}
+            if kind in b"LK" and not re.fullmatch(rb"[^\0]+\0", body):  # GNU tar reads up to the NUL, wherever it is
+                raise source_error("the archive has a damaged long name")
+            found = _read_pax(body, kind == b"g") if kind in b"xg" else {_TAR_EXTENSIONS[kind]: body[:-1]}
             extended |= {kind: b"", **found} if kind != b"g" else {}
         else:
             total += max(size, int(extended.get(b"size", size)))
@@ -4365,7 +4367,7 @@ _GIT_LIMITS = (
 )
 # setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit that is lower
 # already, or that a system does not have, stays.
-_LIMIT = 'trap "" XFSZ; ulimit -c 0; ulimit -f "$1"; ulimit -v "$2" 2>/dev/null; shift 2; exec "$@"'
+_LIMIT = 'trap "" XFSZ; { ulimit -c 0; ulimit -f "$1"; ulimit -v "$2"; } 2>/dev/null; shift 2; exec "$@"'
 
 
 def _git(

@@ -7969,6 +7969,11 @@ class TestArchives:
             (((b"g", pax("comment", "x")), (b"g", pax("mtime", "0"))), ""),
             (((b"x", pax("path", "d/b/")),), "a file with a directory's name"),
             (((b"L", b"d/b/\0"),), "a file with a directory's name"),
+            *(
+                (((kind, name),), "the archive has a damaged long name")
+                for kind in (b"L", b"K")
+                for name in (b"", b"\0", b"d/b", b"d/b\0\0", b"d\0b\0", b"d\0b")
+            ),
             (((b"x", pax("a", "1" * 300)),), ""),
         ],
     )
