@@ -3876,140 +3876,131 @@ class _Member(NamedTuple):
     contents: Iterable[bytes]
 
 
-class _Unpacker:
-    """Writes the members of one archive below root. Nothing is ever written through a link: symbolic links are made last."""
+class TreeWriter:
+    """Writer of archive members below an empty directory. It never writes through a link: finish makes the symbolic links.
 
-    def __init__(self, root: str, packed_size: int, max_bytes: int) -> None:
-        self._root, self._max_bytes = root, min(max_bytes, max(64 * MIB, MAX_RATIO * packed_size))
-        self._seen: dict[str, tuple[str, str]] = {}  # folded name -> (name, kind)
-        self._files: set[str] = set()
-        self._links: list[tuple[str, str]] = []
-        self._bytes = self._members = 0
+    root: the directory.
+    max_bytes: limit of all contents; a hard link counts as a copy.
+    label: names the archive in errors.
+    is_source: names must mean the same on every file system, and links must stay below root. False for a root file system.
+    Every method raises BuildFailed SourceError or LimitError."""
+
+    def __init__(self, root: str, max_bytes: int, label: str = "the archive", is_source: bool = True) -> None:
+        self.kinds: dict[str, str] = {}  # name -> "file", "directory" or "symlink"
+        self._root = root
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._label = label
+        self._is_source = is_source
+        self._folded: dict[str, str] = {}  # folded name -> name
+        self._links: dict[str, str] = {}
 
     def add(self, member: _Member) -> None:
-        """Write one member. Raises BuildFailed SourceError or LimitError."""
-        self._members += 1
-        if self._members > MAX_MEMBERS:
-            raise limit_error(f"the archive has more than {MAX_MEMBERS} members")
+        """Write one member."""
         parts = self._parts(member.name)
-        if not parts or IGNORED & set(parts):
+        if not parts or self._is_source and IGNORED & set(parts):
             return
-        target = "/".join(self._parts(member.target)) if member.kind == "hardlink" else ""
-        if member.kind == "hardlink" and self._seen.get(self._key(target)) != (target, "file"):
-            raise source_error(
-                f"{member.name!r} is a link to {member.target!r}, which is no earlier file of the archive"
-            )
-        for depth in range(1, len(parts) + 1):
-            kind = "directory" if depth < len(parts) else "file" if target else member.kind
-            self._claim("/".join(parts[:depth]), kind)
-        path = os.path.join(self._root, *parts)
-        os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
-        if target:
+        name, kind = "/".join(parts), member.kind
+        path = os.path.join(self._root, name)
+        if kind == "hardlink":
+            kind, target = "file", "/".join(self._parts(member.target))
+            if self.kinds.get(target) != "file":
+                raise source_error(f"{name!r} is a link to {member.target!r}, which is not an earlier file")
+        for depth in range(1, len(parts)):
+            self._claim("/".join(parts[:depth]), "directory")
+        self._claim(name, kind)
+        os.makedirs(path if kind == "directory" else os.path.dirname(path), exist_ok=True)
+        if member.kind == "hardlink":
             try:
                 os.link(os.path.join(self._root, target), path)
-            except OSError as e:  # a file has only so many names
-                raise limit_error(f"{member.name[:80]!r}: no further link to {target[:80]!r}: {e.strerror}") from None
-            self._bytes += os.path.getsize(path)  # whoever hashes or packs the tree reads it once more
-            if self._bytes > self._max_bytes:
-                raise limit_error(
-                    f"the archive unpacks to more than {self._max_bytes} bytes, with what its links repeat"
-                )
-        elif member.kind == "file":
-            self._bytes = _write_member(path, member, self._bytes, self._max_bytes, "the archive unpacks")
-        elif member.kind == "symlink":
-            self._links.append(("/".join(parts), member.target))
+            except OSError as e:  # file systems limit the links to a file
+                raise limit_error(f"{name[:80]!r} cannot be a link to {target[:80]!r}: {e.strerror}") from None
+            self._count(os.path.getsize(path))  # whatever hashes or packs the tree reads it again
+        elif kind == "file":
+            with open(path, "xb") as f:
+                for block in member.contents:  # count what really comes, not what a header announces
+                    self._count(len(block))
+                    f.write(block)
+            os.chmod(path, 0o755 if member.executable else 0o644)
+        elif kind == "symlink":
+            self._links[name] = member.target
 
     def finish(self) -> None:
-        """Make the symbolic links. Raises BuildFailed SourceError where one leaves the tree."""
-        for name, target in self._links:
+        """Make the symbolic links."""
+        for name, target in self._links.items():
             try:
                 os.symlink(target, os.path.join(self._root, name))
             except (OSError, ValueError) as e:
-                raise source_error(f"{name!r}: no link can point to {target[:80]!r}: {e}") from None
+                raise source_error(f"{name!r} cannot be a link to {target[:80]!r}: {e}") from None
         root = os.path.realpath(self._root)
-        for name, target in self._links:
+        for name, target in self._links.items() if self._is_source else ():
             path = os.path.join(root, name)
             try:
                 real = os.path.realpath(path)
                 if target.startswith("/") or os.path.commonpath((root, real)) != root:
-                    raise source_error(f"{name!r} is a link to {target[:80]!r}, outside of the archive")
+                    raise source_error(f"{name!r} is a link to {target[:80]!r}, outside the archive")
                 os.stat(path)
-            except (OSError, RecursionError) as e:  # that there is nothing is no harm
+            except (OSError, RecursionError) as e:  # a dangling link is harmless
                 if isinstance(e, RecursionError) or e.errno == errno.ELOOP:
                     raise source_error(f"{name!r} is a link through too many links") from None
 
-    @staticmethod
-    def _key(name: str) -> str:
-        """Equal for names that some file system takes for the same."""
-        return unicodedata.normalize("NFC", name).casefold()
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > self._max_bytes:
+            raise limit_error(f"{self._label} unpacks to more than {self._max_bytes} bytes")
 
     def _parts(self, name: str) -> list[str]:
-        """The components of a safe relative name."""
-        if name.startswith("/") or re.match(r"[A-Za-z]:", name):
-            raise source_error(f"{name[:80]!r} is an absolute path")
+        """Return the components of name, which must be a relative path."""
+        shown = repr(name[:80])
         parts = [part for part in name.rstrip("/").split("/") if part != "."]
-        if ".." in parts or "" in parts and name.strip("./"):
-            raise source_error(f"{name[:80]!r} is not a plain relative path")
-        if re.search(r"[\x00-\x1f\x7f\\]", name):
-            raise source_error(f"{name[:80]!r} has a control character or a backslash")
+        if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or "" in parts and name.strip("./"):
+            raise source_error(f"{shown} is not a plain relative path")
+        if re.search(r"[\x00-\x1f\x7f]", name) or self._is_source and "\\" in name:
+            raise source_error(f"{shown} has a control character or a backslash")
         if len(parts) > MAX_DEPTH:
-            raise limit_error(f"{name[:80]!r} lies deeper than {MAX_DEPTH} folders")
+            raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
         try:
-            if any(len(part.encode("utf-8")) > 255 for part in parts):
-                raise limit_error(f"{name[:80]!r} has a component of more than 255 bytes")
-            if len(name.encode("utf-8")) > 2048:
-                raise limit_error(f"{name[:80]!r} is longer than 2048 bytes")
+            if len(name.encode("utf-8")) > 2048 or any(len(part.encode("utf-8")) > 255 for part in parts):
+                raise limit_error(f"{shown} is longer than 2048 bytes, or has a component of more than 255 bytes")
         except UnicodeEncodeError:
-            raise source_error(f"{name[:80]!r} is not UTF-8") from None
+            raise source_error(f"{shown} is not UTF-8") from None
         return [part for part in parts if part]
 
     def _claim(self, name: str, kind: str) -> None:
-        """name is of this kind and nobody else's; only a directory may be named again."""
-        known, known_kind = self._seen.setdefault(self._key(name), (name, kind))
+        """Record the kind of a name. Only a directory may occur again."""
+        # Some file systems ignore case and the form of accents.
+        folded = unicodedata.normalize("NFC", name).casefold() if self._is_source else name
+        known = self._folded.setdefault(folded, name)
         if known != name:
             raise source_error(f"{name[:80]!r} and {known[:80]!r} differ only in case")
-        if len(self._seen) > MAX_MEMBERS:
-            raise limit_error(f"the archive has more than {MAX_MEMBERS} members, with the folders around them")
-        if known_kind != kind or kind != "directory" and name in self._files:
-            raise source_error(f"{name[:80]!r} occurs twice")
-        if kind != "directory":
-            self._files.add(name)
-
-
-def _write_member(path: str, member: _Member, before: int, limit: int, what: str) -> int:
-    """before, and the bytes that are now in the new file at path: those that really come, not those announced. Raises BuildFailed LimitError."""
-    with open(path, "xb") as f:
-        for block in member.contents:
-            before += len(block)
-            if before > limit:
-                raise limit_error(f"{what} to more than {limit} bytes")
-            f.write(block)
-    os.chmod(path, 0o755 if member.executable else 0o644)
-    return before
+        if len(self._folded) > MAX_MEMBERS:
+            raise limit_error(f"{self._label} has more than {MAX_MEMBERS} members, counting the folders around them")
+        if self.kinds.get(name, "directory") != "directory" or self.kinds.setdefault(name, kind) != kind:
+            raise source_error(f"{name[:80]!r} occurs twice, as {self.kinds[name]} and as {kind}")
 
 
 def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
-    """The members of the ZIP or gzip tarball at path are below the empty directory root. Raises BuildFailed SourceError or
-    LimitError; what is below root is then of no use."""
-    unpacker = _Unpacker(root, os.path.getsize(path), max_bytes)
+    """Unpack the ZIP file or gzip tarball at path into the empty directory root.
+
+    max_bytes: limit of the unpacked contents; a limit relative to the archive's size applies as well.
+    Raises BuildFailed SourceError or LimitError; root is then incomplete."""
+    tree = TreeWriter(root, min(max_bytes, max(64 * MIB, MAX_RATIO * os.path.getsize(path))))
     try:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            for member in _zip_members(f) if zipped else _tar_members(f, max_bytes):
-                unpacker.add(member)
+            for count, member in enumerate(_zip_members(f) if zipped else _tar_members(f, max_bytes), 1):
+                if count > MAX_MEMBERS:
+                    raise limit_error(f"the archive has more than {MAX_MEMBERS} members")
+                tree.add(member)
     except BuildFailed:
         raise
-    except OSError as e:
-        if e.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # of the system; bad bytes make gzip raise one without a number, zipfile seek before 0
+    except Exception as e:  # noqa: BLE001  # zipfile, gzip and zlib raise a dozen kinds of errors for hostile bytes
+        # An OSError with a number is the system's, except EINVAL: zipfile seeks to where the archive says.
+        if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
-        raise source_error(f"the archive is damaged: {e}") from None
-    except Exception as e:  # noqa: BLE001  # zipfile, tarfile and zlib raise a dozen kinds for hostile bytes
         raise source_error(f"the archive is damaged: {type(e).__name__}: {str(e)[:200]}") from None
-    unpacker.finish()
+    tree.finish()
 
 
 def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
@@ -9579,16 +9570,20 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[tuple[str, str, str
     unpacker = _DebUnpacker(root)
     for name, _, sha256 in rows:
         unpacker.add(name, paths[sha256])
-    unpacker.finish()
+    try:
+        unpacker.finish()
+    except BuildFailed as e:
+        raise ImageError(f"{lock}: {e}") from None
     return rows
 
 
 class _DebUnpacker:
-    """Writes the files of packages below root. Nothing is ever written through a link: links are made last, and no name is a link's and
-    something else's. /bin, /sbin, /lib and /lib64 become links, as packages of merged-/usr systems expect, of which some still have files there."""
+    """Unpacker of packages below root. It moves the files of /bin, /sbin, /lib and /lib64 below /usr and makes links of these
+    folders, as packages for a merged /usr expect."""
 
     def __init__(self, root: str) -> None:
-        self._root, self._kinds, self._links, self._bytes = root, dict[str, str](), dict[str, str](), 0
+        self._root = root
+        self._tree = TreeWriter(root, MAX_UNPACKED, "the root file system", is_source=False)
 
     def add(self, name: str, path: str) -> None:
         """The files of one package. name: names it in errors. Raises ImageError, OSError."""
@@ -9635,55 +9630,22 @@ class _DebUnpacker:
             f.seek(size + size % 2, os.SEEK_CUR)
 
     def _add_member(self, member: _Member) -> None:
-        """Write one member. Raises ImageError, OSError."""
-        parts = [part for part in member.name.split("/") if part not in ("", ".")]
-        parts = _merged(parts)
-        name = "/".join(parts)
-        if (
-            member.name.startswith("/")
-            or ".." in parts
-            or len(parts) > MAX_DEPTH
-            or "\0" in member.name + member.target
-        ):
-            raise ImageError(f"{member.name[:80]!r} is not a plain relative path")
-        if (
-            not parts
-            or re.fullmatch(_DROPPED, name)
-            or name in ("usr/bin", "usr/sbin", "usr/lib", "usr/lib64")
-            and member.kind == "symlink"
-        ):
+        """Write one member. Raises BuildFailed, OSError."""
+        name = _merged(member.name)
+        if re.fullmatch(_DROPPED, name) or re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink":
             return
-        for depth in range(1, len(parts)):
-            if self._kinds.setdefault("/".join(parts[:depth]), "directory") != "directory":
-                raise ImageError(f"{name[:80]!r} lies in what is no directory")
-        if (
-            self._kinds.setdefault(name, member.kind) != member.kind
-            or name in self._links
-            or os.path.isfile(os.path.join(self._root, name))
-        ):
-            raise ImageError(f"{name[:80]!r} occurs twice")
-        if len(self._kinds) > MAX_MEMBERS:
-            raise ImageError(f"the packages have more than {MAX_MEMBERS} files")
-        path = os.path.join(self._root, name)
-        os.makedirs(path if member.kind == "directory" else os.path.dirname(path), exist_ok=True)
-        if member.kind == "symlink":
-            self._links[name] = member.target
-        elif member.kind == "hardlink":
-            target = "/".join(_merged([part for part in member.target.split("/") if part not in ("", ".")]))
-            if self._kinds.get(target) not in ("file", "hardlink"):
-                raise ImageError(f"{name[:80]!r} is a link to {member.target[:80]!r}, which is no earlier file")
-            os.link(os.path.join(self._root, target), path)
-        elif member.kind == "file":
-            self._bytes = _write_member(path, member, self._bytes, MAX_UNPACKED, "the packages unpack")
+        target = _merged(member.target) if member.kind == "hardlink" else member.target
+        self._tree.add(member._replace(name=name, target=target))
 
     def finish(self) -> None:
         """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
+        kinds = self._tree.kinds
         for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
-            if f"usr/bin/{name}" not in self._kinds and f"usr/bin/{target}" in self._kinds:
+            if f"usr/bin/{name}" not in kinds and f"usr/bin/{target}" in kinds:
                 self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
         authorities = sorted(
             name
-            for name, kind in self._kinds.items()
+            for name, kind in kinds.items()
             if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
         )
         for name, data in (
@@ -9700,18 +9662,18 @@ class _DebUnpacker:
                 b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities),
             ),
         ):
-            if data and name not in self._kinds:
+            if data and name not in kinds:
                 self._add_member(_Member(name, "file", False, "", [data]))
         for name in ("bin", "sbin", "lib", "lib64"):
-            self._links[name] = f"usr/{name}"
-            os.makedirs(os.path.join(self._root, "usr", name), exist_ok=True)
-        for name, target in self._links.items():
-            os.symlink(target, os.path.join(self._root, name))
+            self._tree.add(_Member(f"usr/{name}", "directory", False, "", ()))
+            self._tree.add(_Member(name, "symlink", False, f"usr/{name}", ()))
+        self._tree.finish()
 
 
-def _merged(parts: list[str]) -> list[str]:
-    """Where a system with merged /usr has the file of this path."""
-    return ["usr", *parts] if parts[:1] in (["bin"], ["sbin"], ["lib"], ["lib64"]) else parts
+def _merged(path: str) -> str:
+    """Return where a system with merged /usr has the file at path."""
+    path = "/".join(part for part in path.split("/") if part != ".")
+    return f"usr/{path}" if path.partition("/")[0] in ("bin", "sbin", "lib", "lib64") else path
 
 
 # ---- Trees: what is written to an image, before it is.

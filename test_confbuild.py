@@ -7790,9 +7790,9 @@ def files(*names: str) -> tuple[Member, ...]:
 
 
 PATHS: list[tuple[tuple[Member, ...], str, str]] = [
-    (files("/etc/x"), "SourceError", "'/etc/x' is an absolute path"),
-    (files("C:/x"), "SourceError", "is an absolute path"),
-    (files("c:x"), "SourceError", "is an absolute path"),
+    (files("/etc/x"), "SourceError", "'/etc/x' is not a plain relative path"),
+    (files("C:/x"), "SourceError", "is not a plain relative path"),
+    (files("c:x"), "SourceError", "is not a plain relative path"),
     (files("../x"), "SourceError", "'../x' is not a plain relative path"),
     (files("a/../../x"), "SourceError", "not a plain relative path"),
     (files("a/b/.."), "SourceError", "not a plain relative path"),
@@ -7820,35 +7820,35 @@ PATHS: list[tuple[tuple[Member, ...], str, str]] = [
         f"lies deeper than {confbuild.MAX_DEPTH} folders",
     ),
     (files("/".join(["x" * 250] * 20)), "LimitError", "long"),
-    ((("l", "link", "/etc/passwd"),), "SourceError", "'l' is a link to '/etc/passwd', outside of the archive"),
-    ((("l", "link", "../x"),), "SourceError", "outside of the archive"),
-    ((("d/l", "link", "../../x"),), "SourceError", "outside of the archive"),
+    ((("l", "link", "/etc/passwd"),), "SourceError", "'l' is a link to '/etc/passwd', outside the archive"),
+    ((("l", "link", "../x"),), "SourceError", "outside the archive"),
+    ((("d/l", "link", "../../x"),), "SourceError", "outside the archive"),
     (
         (("d", "dir", ""), ("a", "link", "d/.."), ("b", "link", "a/../x")),
         "SourceError",
-        "'b' is a link to 'a/../x', outside",
+        "'b' is a link to 'a/../x', outside the archive",
     ),
     ((("a", "link", "missing/../../x"),), "SourceError", "outside"),
     ((("a", "link", "a/../../x"),), "SourceError", "outside"),
-    ((("a", "link", ""),), "SourceError", "'a': no link can point to ''"),
-    ((("a", "link", "x" * 4096),), "SourceError", "'a': no link can point"),
+    ((("a", "link", ""),), "SourceError", "'a' cannot be a link to ''"),
+    ((("a", "link", "x" * 4096),), "SourceError", "'a' cannot be a link to 'x"),
     ((("l", "link", "/tmp"), *files("l/x")), "SourceError", "'l' occurs twice"),
     (tuple((f"l{i}", "link", f"l{i + 1}") for i in range(1100)), "SourceError", "link"),
     ((("p", "fifo", ""),), "SourceError", "'p' is a device"),
     ((("c", "char", ""),), "SourceError", "'c' is a device"),
 ]
 HARD: list[tuple[tuple[Member, ...], str, str]] = [
-    ((("h", "hard", "/etc/passwd"),), "SourceError", "'/etc/passwd' is an absolute path"),
+    ((("h", "hard", "/etc/passwd"),), "SourceError", "'/etc/passwd' is not a plain relative path"),
     ((("h", "hard", "../x"),), "SourceError", "'../x' is not a plain relative path"),
-    ((("h", "hard", "f"), *files("f")), "SourceError", "'h' is a link to 'f', which is no earlier file of the archive"),
-    ((("h", "hard", "missing"),), "SourceError", "no earlier file"),
-    ((("h", "hard", "h"),), "SourceError", "no earlier file"),
-    ((("l", "link", "f"), *files("f"), ("h", "hard", "l")), "SourceError", "no earlier file"),
-    ((("d", "dir", ""), ("h", "hard", "d")), "SourceError", "no earlier file"),
-    ((*files("a"), ("h", "hard", "A")), "SourceError", "no earlier file"),
+    ((("h", "hard", "f"), *files("f")), "SourceError", "'h' is a link to 'f', which is not an earlier file"),
+    ((("h", "hard", "missing"),), "SourceError", "not an earlier file"),
+    ((("h", "hard", "h"),), "SourceError", "not an earlier file"),
+    ((("l", "link", "f"), *files("f"), ("h", "hard", "l")), "SourceError", "not an earlier file"),
+    ((("d", "dir", ""), ("h", "hard", "d")), "SourceError", "not an earlier file"),
+    ((*files("a"), ("h", "hard", "A")), "SourceError", "not an earlier file"),
     ((*files("a"), ("a", "hard", "a")), "SourceError", "'a' occurs twice"),
-    ((*files(".DS_Store"), ("h", "hard", ".DS_Store")), "SourceError", "no earlier"),
-    ((("h", "hard", ""),), "SourceError", "no earlier file"),
+    ((*files(".DS_Store"), ("h", "hard", ".DS_Store")), "SourceError", "not an earlier"),
+    ((("h", "hard", ""),), "SourceError", "not an earlier file"),
 ]
 GOOD_MEMBERS = (
     ("p", "dir", ""),
@@ -8126,7 +8126,7 @@ class TestArchives:
                 tmp_path,
                 data,
                 "LimitError",
-                "the archive unpacks to more than 15 bytes, with what its links repeat",
+                "the archive unpacks to more than 15 bytes",
                 max_bytes=15,
             )
 
@@ -8141,7 +8141,7 @@ class TestArchives:
             tmp_path,
             pack(form, *files("a/b/c/d", "e/f/g/h/i")),
             "LimitError",
-            "more than 8 members, with the folders around them",
+            "more than 8 members, counting the folders around them",
         )
 
     @pytest.mark.parametrize(("count", "fits"), [(2, True), (3, False)])
@@ -8215,19 +8215,19 @@ class TestArchives:
             ),
             (zip_bytes(*files("a"))[:-5], "SourceError", "the archive is damaged: BadZipFile: File is not a zip file"),
             (b"PK\x03\x04", "SourceError", "the archive is damaged"),
-            (zip_bytes(("l", "link", "")).replace(b"l", b"l"), "SourceError", "'l': no link can point to ''"),
+            (zip_bytes(("l", "link", "")).replace(b"l", b"l"), "SourceError", "'l' cannot be a link to ''"),
             (b"\x1f\x8b\x08", "SourceError", "the archive is damaged: EOFError"),
             (pack("tar", *GOOD_MEMBERS)[:60], "SourceError", "the archive is damaged: EOFError"),
             (pack("tar", *GOOD_MEMBERS)[:-8], "SourceError", "the archive is damaged: EOFError"),
             (
                 patched(pack("tar", *GOOD_MEMBERS), -8, b"\0\0\0\0"),
                 "SourceError",
-                "the archive is damaged: CRC check failed",
+                "the archive is damaged: BadGzipFile: CRC check failed",
             ),
             (
                 patched(pack("tar", *GOOD_MEMBERS), -4, b"\0\0\0\0"),
                 "SourceError",
-                "the archive is damaged: Incorrect length of data",
+                "the archive is damaged: BadGzipFile: Incorrect length of data",
             ),
             (
                 gzip.compress(b"this is no tarball" * 99),
@@ -17704,22 +17704,25 @@ class TestDebs:
             ([("../x", b"", FILE_TYPE)], "'../x' is not a plain relative path"),
             ([("/x", b"", FILE_TYPE)], "'/x' is not a plain relative path"),
             ([("usr/../../x", b"", FILE_TYPE)], "is not a plain relative path"),
-            ([("a/" * 70 + "x", b"", FILE_TYPE)], "is not a plain relative path"),
-            ([("etc", "/tmp", SYMLINK), ("etc/x", b"", FILE_TYPE)], "'etc/x' lies in what is no directory"),
-            ([("etc", "/tmp", SYMLINK)], "'etc/passwd' lies in what is no directory"),
-            ([("a", b"", FILE_TYPE), ("a/x", b"", FILE_TYPE)], "'a/x' lies in what is no directory"),
-            ([("bin/x", "/tmp", SYMLINK), ("usr/bin/x/y", b"", FILE_TYPE)], "lies in what is no directory"),
+            ([("a/" * 70 + "x", b"", FILE_TYPE)], "lies deeper than 64 folders"),
+            ([("etc", "/tmp", SYMLINK), ("etc/x", b"", FILE_TYPE)], "'etc' occurs twice, as symlink and as directory"),
+            ([("etc", "/tmp", SYMLINK)], "'etc' occurs twice, as symlink and as directory"),
+            ([("a", b"", FILE_TYPE), ("a/x", b"", FILE_TYPE)], "'a' occurs twice, as file and as directory"),
+            (
+                [("bin/x", "/tmp", SYMLINK), ("usr/bin/x/y", b"", FILE_TYPE)],
+                "'usr/bin/x' occurs twice, as symlink and as directory",
+            ),
             ([("x", "/tmp/y", SYMLINK), ("x", b"", FILE_TYPE)], "'x' occurs twice"),
             ([("x", b"", FILE_TYPE), ("./x", b"", FILE_TYPE)], "'x' occurs twice"),
             ([("x", "a", SYMLINK), ("x", "b", SYMLINK)], "'x' occurs twice"),
             ([("x", b"", FILE_TYPE), ("x", "", FOLDER)], "'x' occurs twice"),
             ([("bin/x", b"", FILE_TYPE), ("usr/bin/x", b"", FILE_TYPE)], "'usr/bin/x' occurs twice"),
             ([("y", b"", FILE_TYPE), ("x", "y", LINK), ("x", "y", LINK)], "'x' occurs twice"),
-            ([("x", "../../etc/passwd", LINK)], "'x' is a link to '../../etc/passwd', which is no earlier file"),
-            ([("x", "y", LINK)], "which is no earlier file"),
-            ([("y", "/etc/passwd", SYMLINK), ("x", "y", LINK)], "which is no earlier file"),
-            ([("usr/bin", b"", FILE_TYPE)], "File exists|Not a directory"),
-            ([("x" * 300, b"", FILE_TYPE)], "File name too long"),
+            ([("x", "../../etc/passwd", LINK)], "p0: '../../etc/passwd' is not a plain relative path"),
+            ([("x", "y", LINK)], "which is not an earlier file"),
+            ([("y", "/etc/passwd", SYMLINK), ("x", "y", LINK)], "which is not an earlier file"),
+            ([("usr/bin", b"", FILE_TYPE)], "lock: 'usr/bin' occurs twice, as file and as directory"),
+            ([("x" * 300, b"", FILE_TYPE)], "has a component of more than 255 bytes"),
             ([("x", "", DEVICE)], "'x' is a device, a pipe, a sparse file"),
             ([("x", "", FIFO)], "'x' is a device, a pipe, a sparse file"),
             ([SPARSE], "is a device, a pipe, a sparse file"),
@@ -17737,7 +17740,7 @@ class TestDebs:
             info = tarfile.TarInfo("x")
             info.type, info.pax_headers = SYMLINK, {"linkpath": "a\0b"}
             tar.addfile(info)
-        with pytest.raises(confbuild.ImageError, match="'x' is not a plain relative path"):
+        with pytest.raises(confbuild.ImageError, match="lock: 'x' cannot be a link to 'a\\\\x00b': embedded null byte"):
             unpack_debs(tmp_path, deb_of(data.getvalue(), "data.tar"))
 
     @pytest.mark.parametrize(
@@ -17769,10 +17772,13 @@ class TestDebs:
 
     def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(confbuild, "MAX_UNPACKED", 1000)
-        with pytest.raises(confbuild.ImageError, match="p1: the packages unpack to more than 1000 bytes"):
+        with pytest.raises(confbuild.ImageError, match="p1: the root file system unpacks to more than 1000 bytes"):
             unpack_debs(tmp_path, deb(("x", b"x" * 600, FILE_TYPE)), deb(("y", b"y" * 401, FILE_TYPE)))
         monkeypatch.setattr(confbuild, "MAX_MEMBERS", 3)
-        with pytest.raises(confbuild.ImageError, match="p0: the packages have more than 3 files"):
+        with pytest.raises(
+            confbuild.ImageError,
+            match="p0: the root file system has more than 3 members, counting the folders around them",
+        ):
             (tmp_path / "more").mkdir()
             unpack_debs(tmp_path / "more", deb(*((str(i), b"", FILE_TYPE) for i in range(4))))
 
