@@ -140,7 +140,6 @@ if TYPE_CHECKING:
     import ipaddress
     import logging
     import lzma
-    import mmap
     import resource
     import secrets
     import select
@@ -176,7 +175,7 @@ else:
             return getattr(sys.modules[self._names[0]], attribute)
 
     for _name in (
-        "argparse ctypes fcntl gzip hmac io ipaddress logging lzma mmap resource secrets select selectors shlex shutil "
+        "argparse ctypes fcntl gzip hmac io ipaddress logging lzma resource secrets select selectors shlex shutil "
         "signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
     ).split():
         globals()[_name] = _Lazy(_name)
@@ -8781,6 +8780,41 @@ _BUILD_EVENT = re.compile(
 )
 
 
+class Platform(NamedTuple):
+    """A kind of VM: one row for each.
+
+    name: in GET /config and in the agent's configuration.
+    builder_id: the builder.id of its provenance. [CONTRACT 3.3]
+    greeting: the comment at the head of each event stream; empty for none.
+    notice: the notice of GET /config; empty for none.
+    label: the start of its `vm` events; empty if it emits none. [CONTRACT 1.8]
+    confidential: its evidence must come from hardware and match the server's image.
+    boot_timeout_s: the default time limit for its start.
+    """
+
+    name: str
+    builder_id: str
+    greeting: str = ""
+    notice: str = ""
+    label: str = ""
+    confidential: bool = False
+    boot_timeout_s: float = GUEST_BOOT_TIMEOUT_S
+
+    def expectations(self, facts: ImageFacts | None) -> Expectations:
+        """Return what a server requires of the bundles of its own VMs. facts: of the image that they boot."""
+        confidential = self.confidential
+        return Expectations(builder_id=self.builder_id, image=facts if confidential else None, require_tee=confidential)
+
+
+SIMULATED_PLATFORM = Platform(
+    "simulated",
+    SIMULATED_BUILDER,
+    "simulated VM: not confidential; the evidence is signed by no hardware",
+    SIMULATED_NOTICE,
+    boot_timeout_s=BOOT_TIMEOUT_S,
+)
+
+
 class Vm(Protocol):
     """A VM that runs one build: it is spawned, answers the HTTP API on a loopback port as a single-use agent, and is destroyed."""
 
@@ -8789,8 +8823,8 @@ class Vm(Protocol):
     console: Callable[[str], None] | None  # is called with what the VM prints while it boots
 
     @property
-    def label(self) -> str:
-        """What `vm` events call it; empty if there are none."""
+    def platform(self) -> Platform:
+        """Its row of the table."""
 
     @property
     def networked(self) -> bool:
@@ -8816,8 +8850,7 @@ class SimulatedVm:
     """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
     a child with another task than a build; sandbox: of what the build starts."""
 
-    platform, networked = "simulated", True
-    label = ""  # what `vm` events call it: there are none
+    platform, networked = SIMULATED_PLATFORM, True
     console: Callable[[str], None] | None = None
 
     def __init__(
@@ -8922,32 +8955,13 @@ class SimulatedVm:
                 _pipe(child.stdout).close()
 
 
-CONSOLE_RATE = 20  # lines a second that become events
 MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
-
-
-def _limit_rate(tell: Callable[[str], None]) -> Callable[[str], None]:
-    """tell, for CONSOLE_RATE lines of a second; how many more there were is told with the next one that is."""
-    second, told, left_out = 0, 0, 0
-
-    def limited(line: str) -> None:
-        nonlocal second, told, left_out
-        now = int(time.monotonic())
-        second, told = (second, told) if now == second else (now, 0)
-        if told == CONSOLE_RATE:
-            left_out += 1
-            return
-        told += 1
-        tell(line + (f" ({left_out} lines before it are left out)" if left_out else ""))
-        left_out = 0
-
-    return limited
 
 
 class VmHost:
     """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; make_fetcher: url and ref -> the process that fetches a repository for a
     VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
-    many VMs wait for a build; console: whether what a guest prints while it boots becomes `vm` events; expected: of every bundle, beside the job's nonce."""
+    many VMs wait for a build; expected: of every bundle, beside the job's nonce."""
 
     def __init__(
         self,
@@ -8958,7 +8972,6 @@ class VmHost:
         max_log: int = MAX_LOG,
         reap: bool = False,
         warm: int = 0,
-        console: bool = False,
         expected: Expectations = Expectations(),
     ) -> None:  # noqa: B008  # immutable
         tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
@@ -8968,7 +8981,7 @@ class VmHost:
             boot_timeout_s,
             build_timeout_s,
         )
-        self._max_log, self._reap, self._warm, self._console, self._expected = max_log, reap, warm, console, expected
+        self._max_log, self._reap, self._warm, self._expected = max_log, reap, warm, expected
         self._spawning = threading.Lock()
         self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
         self._foreign = (
@@ -9164,12 +9177,7 @@ class VmHost:
                 jobs.when_halted(job, vm.destroy)
             if not vm.port:
                 self._tell(job, vm, "booting")
-                if self._console:
-                    vm.console = _limit_rate(
-                        lambda line: self._tell(job, vm, f"console, which is the host's word: {line}")
-                    )
                 self._boot(vm)
-                vm.hush()  # of later phases no `vm` event may come
             self._tell(job, vm, "ready")
             if fetcher is None:
                 timer.start()
@@ -9189,8 +9197,8 @@ class VmHost:
     @room_on(STATE)
     def _tell(job: Job, vm: Vm, message: str) -> None:
         """A `vm` event, of kinds of VMs that have such."""
-        if vm.label and job.log is not None:
-            job.log.append(to_payloads("vm", [f"{vm.label}: {message}"]))
+        if vm.platform.label and job.log is not None:
+            job.log.append(to_payloads("vm", [f"{vm.platform.label}: {message}"]))
 
     def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
         """The request for the fetched repository as an archive, and that. Raises BuildFailed."""
@@ -10460,21 +10468,29 @@ _VIRTIO = "disable-legacy=on,iommu_platform=on"
 _SNP_POLICY = 0x30000  # bit 17 is always 1, bit 16 allows SMT; no debugging, no migration [SNP-ABI 4.3 GUEST_POLICY]
 _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES, _KVM_X86_SNP_VM = 0xAE03, 235, 4  # linux/kvm.h, asm/kvm.h
 _SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
-# void f(uint32_t out[4], uint32_t leaf): push rbx; mov r8, rdi; mov eax, esi; xor ecx, ecx; cpuid; mov [r8], eax; mov [r8+4], ebx;
-# mov [r8+8], ecx; mov [r8+12], edx; pop rbx; ret
-_CPUID = bytes.fromhex("53 4989f8 89f0 31c9 0fa2 418900 41895804 41894808 4189500c 5b c3")
 _TCG_WARNING = f"{QEMU}: warning: TCG doesn't support requested feature"  # a dozen for each emulated guest
 _CONSOLE_NOISE = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]"
 )  # terminal sequences, and whatever else could steer a terminal
 
 
-class Guest(NamedTuple):
-    """A virtual machine for QEMU. mode: "snp", or "qemu": emulated, and not confidential; network: the guest reaches the network, and with it
-    its host's loopback interface; cbitpos: of this machine's processor, see sev_cpuid; firmware: False where QEMU boots the kernel itself
-    and nothing measures it, only in mode "qemu"."""
+QEMU_PLATFORM = Platform(
+    "qemu",
+    QEMU_BUILDER,
+    "QEMU guest: not confidential; the evidence is signed by no hardware",
+    SIMULATED_NOTICE,
+    "QEMU guest, not confidential",
+)
+SNP_PLATFORM = Platform("snp", SNP_BUILDER, label="SEV-SNP guest", confidential=True)
+GUEST_PLATFORMS = {platform.name: platform for platform in (QEMU_PLATFORM, SNP_PLATFORM)}
 
-    mode: str
+
+class Guest(NamedTuple):
+    """A virtual machine for QEMU. platform: SNP_PLATFORM, or QEMU_PLATFORM: emulated; network: the guest reaches the network, and with it
+    its host's loopback interface; cbitpos: of this machine's processor, see sev_cpuid; firmware: False where QEMU boots the kernel itself
+    and nothing measures it, only of QEMU_PLATFORM."""
+
+    platform: Platform
     image: Image
     vcpus: int = 1
     vcpu_type: str = "EPYC-v4"
@@ -10486,15 +10502,15 @@ class Guest(NamedTuple):
 
 def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashes_gpa: int = 0) -> list[str]:
     """The argument vector of guest, with the agent at standard input and output. Pure. qmp: the path of QEMU's monitor, a unix socket;
-    console: the file that gets what the guest prints; hashes_page, hashes_gpa: a file, and where in mode "qemu" QEMU puts it for the firmware
-    to compare kernel, initrd and command line with. In mode "snp" QEMU makes that page itself."""
+    console: the file that gets what the guest prints; hashes_page, hashes_gpa: a file, and where an emulated guest has it for the firmware
+    to compare kernel, initrd and command line with. For SEV-SNP guests QEMU makes that page itself."""
 
     def quoted(path: str) -> str:
         return path.replace(",", ",,")  # a single one separates QEMU's options
 
     image, memory = guest.image, f"{guest.memory_mib}M"
     argv = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", _SANDBOX]
-    if guest.mode == "snp":
+    if guest.platform.confidential:
         host_data = base64.b64encode(bytes.fromhex(image.manifest_sha256)).decode("ascii")
         argv += [
             "-accel",
@@ -10526,7 +10542,7 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
                 f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on",
             ]
     kind = (
-        guest.vcpu_type if guest.mode == "snp" or guest.firmware else "max"
+        guest.vcpu_type if guest.platform.confidential or guest.firmware else "max"
     )  # which an older QEMU knows as well; nothing measures it
     return [
         *argv,
@@ -10592,39 +10608,18 @@ class Host(NamedTuple):
 
 
 def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
-    """(EAX, EBX) of the leaf that tells of encrypted memory, both 0 where the processor has none: EAX bit 4 is SEV-SNP, EBX[5:0] the
-    C-bit's position. From the kernel's file at path, or, since that is root's, from the processor itself."""
+    """Return EAX and EBX of CPUID 0x8000001F; (0, 0) if the kernel's file at path is missing or not open to this user.
 
-    def ask(leaf: int) -> tuple[int, int]:
-        try:
-            with open(path, "rb", buffering=0) as f:
-                registers = os.pread(f.fileno(), 16, leaf)
-        except OSError:
-            registers = _run_cpuid(leaf)
-        return int.from_bytes(registers[:4], "little"), int.from_bytes(registers[4:8], "little")
-
-    return (
-        ask(_SEV_LEAF) if ask(0x80000000)[0] >= _SEV_LEAF else (0, 0)
-    )  # beyond the last leaf others answer with anything
-
-
-def _run_cpuid(leaf: int) -> bytes:
-    """EAX, EBX, ECX and EDX, or nothing on a machine that is no x86-64 or forbids to run what was written."""
-    if os.uname().machine != "x86_64":
-        return b""
+    EAX bit 4 means SEV-SNP; EBX bits 5 to 0 are the position of the C-bit. [APM3 E.4.17]
+    """
     try:
-        code = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    except OSError:
-        return b""
-    code.write(_CPUID)
-    registers = (ctypes.c_uint32 * 4)()
-    anchor = ctypes.c_char.from_buffer(code)
-    ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint32)(ctypes.addressof(anchor))(
-        ctypes.addressof(registers), leaf
-    )
-    del anchor  # or the map cannot be closed
-    code.close()
-    return bytes(registers)
+        with open(path, "rb", buffering=0) as f:
+            # A leaf beyond the last one has no meaning: some processors answer with another leaf's contents.
+            last = struct.unpack("<4I", os.pread(f.fileno(), 16, 0x80000000))[0]
+            eax, ebx, _, _ = struct.unpack("<4I", os.pread(f.fileno(), 16, _SEV_LEAF))
+    except (OSError, struct.error):
+        return 0, 0
+    return (eax, ebx) if last >= _SEV_LEAF else (0, 0)
 
 
 def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
@@ -10640,6 +10635,7 @@ def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
     )
     knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
     eax, _ = sev_cpuid(host.cpuid)
+    processor_known = eax >> 4 & 1 or not os.access(host.cpuid, os.R_OK)  # else KVM alone decides
     return [
         check("QEMU", "" if knows else found, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
         check(
@@ -10660,7 +10656,7 @@ def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
         ),
         check(
             "processor",
-            "" if eax >> 4 & 1 else "CPUID 0x8000001F has no SEV-SNP",
+            "" if processor_known else "CPUID 0x8000001F has no SEV-SNP",
             "run on an AMD EPYC 7003 or later, not inside of another VM",
         ),
     ]
@@ -10773,8 +10769,7 @@ class QemuVm:
 
     def __init__(self, guest: Guest, config: Mapping[str, Any], folder: str | None = None) -> None:
         self.token = secrets.token_urlsafe(32)
-        self.platform, self.networked = guest.mode, guest.network
-        self.label = "SEV-SNP guest" if guest.mode == "snp" else "QEMU guest, not confidential"
+        self.platform, self.networked = guest.platform, guest.network
         self.console: Callable[[str], None] | None = None  # guarded by _telling, once spawned
         self._telling = threading.Lock()
         self.port = 0  # of the loopback interface, once it is ready
@@ -10831,7 +10826,7 @@ class QemuVm:
             self._reader = reader
             config = {
                 "token": self.token,
-                "platform": self.platform,
+                "platform": self.platform.name,
                 "network": "open" if self._guest.network else "none",
                 **self._config,
             }
@@ -10841,7 +10836,7 @@ class QemuVm:
     def _write_hashes(self) -> tuple[str, int]:
         """(path, address) of the page that SNP would measure, for an emulated guest with firmware."""
         image = self._guest.image
-        if self._guest.mode == "snp" or not self._guest.firmware:
+        if self.platform.confidential or not self._guest.firmware:
             return "", 0
         with open(image.firmware, "rb") as f:
             firmware = parse_firmware(f.read())
@@ -11929,7 +11924,7 @@ class Machine(NamedTuple):
     """What builds run in here. guest: None = simulated VMs; facts: of the guest's image; launch_digest: of the guest, in hexadecimal, or empty; note: in
     words, for people; sandbox, protections: of builds in simulated VMs."""
 
-    platform: str
+    platform: Platform
     guest: Guest | None
     facts: ImageFacts | None
     launch_digest: str
@@ -11943,17 +11938,20 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     kind = options.vm or ("snp" if options.tee else "sim")
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
-    if kind == "sim":
+    platform = GUEST_PLATFORMS.get(kind)
+    if platform is None:
         _refuse(
             options,
-            ("image", *_OF_GUESTS, "vek", "console"),
+            ("image", *_OF_GUESTS, "cbitpos", "vek"),
             " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest",
         )
         return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
     _refuse(options, ("readable", "no_isolation"), " goes with simulated VMs")
-    if kind == "snp" and not options.print_command:
+    if not platform.confidential:
+        _refuse(options, ("cbitpos",), " goes with --tee or --vm snp")
+    elif not options.print_command:
         _require_snp(options.image)
     if not options.image:
         raise UsageError(f"--vm {kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
@@ -11967,9 +11965,14 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
                 f"{options.image}: {complaint}",
                 "`confbuild image -o DIR` makes the image anew, --check DIR says what is wrong with one",
             )
-    given = {"vcpus": options.vcpus, "vcpu_type": options.vcpu_type, "memory_mib": options.memory}
+    given = {
+        "vcpus": options.vcpus,
+        "vcpu_type": options.vcpu_type,
+        "memory_mib": options.memory,
+        "cbitpos": options.cbitpos,
+    }
     guest = Guest(
-        kind,
+        platform,
         image,
         network=options.guest_network,
         **{field: value for field, value in given.items() if value is not None},
@@ -11982,10 +11985,10 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
             f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
             "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one",
         )
-    if kind == "snp":
+    if platform.confidential:
         eax, ebx = sev_cpuid()
-        guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 else guest
-        return Machine(kind, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
+        guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 and options.cbitpos is None else guest
+        return Machine(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
     version = qemu_version()
     if version is None:
         raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
@@ -11996,7 +11999,7 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         else (f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
     )
     return Machine(
-        kind,
+        platform,
         guest,
         facts,
         facts.launch_digests[label],
@@ -12031,7 +12034,7 @@ def _simulated_machine(options: "argparse.Namespace") -> Machine:
         readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
     )
     return Machine(
-        "simulated",
+        SIMULATED_PLATFORM,
         None,
         None,
         "",
@@ -12106,23 +12109,19 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         options.build_timeout,
         reap=guard_process(),
         warm=options.warm,
-        console=options.console,
-        expected=_of_server(machine),
+        expected=machine.platform.expectations(machine.facts),
     )
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
     gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
-    kind = {"simulated": "simulated VM", "qemu": "QEMU guest"}.get(machine.platform)
     said = f"; {protection_text(machine.protections)}" if machine.protections else ""
-    greeting = (
-        f": {kind}: not confidential; the evidence is signed by no hardware{said}\n\n".encode("ascii") if kind else b""
-    )
+    greeting = machine.platform.greeting and f": {machine.platform.greeting}{said}\n\n"
     api = Api(
         jobs,
         policy,
         _describe_server(options, machine),
         vms.attestation,
-        greeting,
+        greeting.encode("ascii"),
         lambda: streamer.files >= max(files - 1024, files // 2),
     )  # the rest is for requests, jobs and VMs
     server = Server((host, port), api, gate, streamer, tls)
@@ -12177,21 +12176,12 @@ def _makers(
 def _boot_timeout(options: "argparse.Namespace", machine: Machine) -> float:
     """What --boot-timeout says, or what suits the machine."""
     asked: float | None = options.boot_timeout
-    return asked if asked is not None else BOOT_TIMEOUT_S if machine.guest is None else GUEST_BOOT_TIMEOUT_S
-
-
-def _of_server(machine: Machine) -> Expectations:
-    """What a server asks of its own VMs' bundles."""
-    return Expectations(
-        builder_id={"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}[machine.platform],
-        image=machine.facts if machine.platform == "snp" else None,
-        require_tee=machine.platform == "snp",
-    )
+    return machine.platform.boot_timeout_s if asked is None else asked
 
 
 def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[str, Any]:
     """What GET /config answers."""
-    facts, snp = machine.facts, machine.platform == "snp"
+    facts, platform = machine.facts, machine.platform
     confined = machine.protections and not machine.protections["files"]
     isolation = (
         (
@@ -12204,13 +12194,13 @@ def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[st
             "a guest for each build, in which it runs as a user of its own, "
             + ("with" if options.guest_network else "without")
             + " a network"
-            + ("" if snp else "; the host can read and change it")
+            + ("" if platform.confidential else "; the host can read and change it")
         )
     )
     return {
-        "platform": machine.platform,
-        "confidential": snp,
-        "notice": "" if snp else SIMULATED_NOTICE,
+        "platform": platform.name,
+        "confidential": platform.confidential,
+        "notice": platform.notice,
         "image": None
         if facts is None
         else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
@@ -13204,6 +13194,12 @@ def _add_machine(parser: "argparse.ArgumentParser") -> None:
         "--guest-network", action="store_true", help="let guests reach the network; the provenance says so"
     )
     group.add_argument(
+        "--cbitpos",
+        type=_positive,
+        metavar="N",
+        help="position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid if it can be read, else 51)",
+    )
+    group.add_argument(
         "--vek",
         metavar="FILE",
         help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none",
@@ -13239,7 +13235,6 @@ def _add_build(parser: "argparse.ArgumentParser") -> None:
         tls_cert=None,
         tls_key=None,
         warm=0,
-        console=False,
         print_command=False,
     )
 
@@ -13282,9 +13277,6 @@ def _add_serve(parser: "argparse.ArgumentParser") -> None:
         default=0,
         metavar="N",
         help="VMs that wait for a build, beyond those of --slots (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--console", action="store_true", help="show what a guest says while it boots as `vm` events: the host's word"
     )
     parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 

@@ -22,7 +22,6 @@ import json
 import lzma
 import marshal
 import math
-import mmap
 import os
 import pty
 import py_compile
@@ -16443,7 +16442,9 @@ class TestVm:
         (tmp_path / "vms").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "vms"))
         guest = confbuild.Guest(
-            "qemu", small_image(tmp_path / "image") if where == "guest's hashes" else guest_image(), network=True
+            confbuild.QEMU_PLATFORM,
+            small_image(tmp_path / "image") if where == "guest's hashes" else guest_image(),
+            network=True,
         )
 
         def make() -> Any:
@@ -16460,7 +16461,7 @@ class TestVm:
             elif where == "guest's hashes":
                 os.symlink("/dev/full", os.path.join(vm._workspace, "hashes"))  # type: ignore[union-attr]
             elif "guest" not in where:
-                vm.label, vm.port = "stand-in", 1  # type: ignore[misc]
+                vm.platform, vm.port = confbuild.Platform("stand-in", "", label="stand-in"), 1  # type: ignore[misc]
                 monkeypatch.setattr(vm, "is_alive", lambda: True)
             return vm
 
@@ -16901,24 +16902,10 @@ def counted(s: Server) -> int:
     return len(confbuild.descendants(s.process.pid))
 
 
-def test_limit_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So many lines of each second, and how many are left out."""
-    now, told = [100.2], list[str]()
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    limited = confbuild._limit_rate(told.append)
-    for n in range(confbuild.CONSOLE_RATE + 5):
-        limited(str(n))
-    assert told == [str(n) for n in range(confbuild.CONSOLE_RATE)]
-    now[0] = 101.0
-    limited("next")
-    limited("last")
-    assert told[confbuild.CONSOLE_RATE :] == ["next (5 lines before it are left out)", "last"]
-
-
 class StandInVm:
     """A VM that is ready at once."""
 
-    platform, networked, label, port, token, alive, destroyed = "simulated", True, "", 0, "", True, False
+    platform, networked, port, token, alive, destroyed = confbuild.SIMULATED_PLATFORM, True, 0, "", True, False
 
     def __init__(self) -> None:
         self.gone = threading.Event()
@@ -18724,7 +18711,7 @@ class TestQemuArgv:
         tcg = [*self.HEAD, "-accel", "tcg,tb-size=64", "-machine", "q35,vmport=off"]
         sizes = ["-cpu", "EPYC-v4", "-smp", "1", "-m", "2048M"]
         assert confbuild.qemu_argv(
-            confbuild.Guest("qemu", guest_image()), "/w/qmp", "/dev/stderr", "/w/hashes", 0x810000
+            confbuild.Guest(confbuild.QEMU_PLATFORM, guest_image()), "/w/qmp", "/dev/stderr", "/w/hashes", 0x810000
         ) == [
             *tcg,
             "-bios",
@@ -18734,7 +18721,9 @@ class TestQemuArgv:
             *sizes,
             *self.TAIL,
         ]
-        assert confbuild.qemu_argv(confbuild.Guest("qemu", guest_image(), firmware=False), "/w/qmp", "/dev/stderr") == [
+        assert confbuild.qemu_argv(
+            confbuild.Guest(confbuild.QEMU_PLATFORM, guest_image(), firmware=False), "/w/qmp", "/dev/stderr"
+        ) == [
             *tcg,
             "-cpu",
             "max",
@@ -18744,7 +18733,9 @@ class TestQemuArgv:
 
     def test_snp(self) -> None:
         """kernel-hashes is off by default; host-data is the digest of image.json."""
-        guest = confbuild.Guest("snp", guest_image(), vcpus=4, vcpu_type="EPYC-Genoa", memory_mib=4096, cbitpos=47)
+        guest = confbuild.Guest(
+            confbuild.SNP_PLATFORM, guest_image(), vcpus=4, vcpu_type="EPYC-Genoa", memory_mib=4096, cbitpos=47
+        )
         assert confbuild.qemu_argv(guest, "/w/qmp", "/dev/stderr") == [
             *self.HEAD,
             "-accel",
@@ -18772,15 +18763,17 @@ class TestQemuArgv:
             guest, "/w/qmp", "/dev/stderr"
         )
 
-    @pytest.mark.parametrize("mode", ["qemu", "snp"])
-    def test_network(self, mode: str) -> None:
-        closed = confbuild.qemu_argv(confbuild.Guest(mode, guest_image()), "q", "c", "h", 1)
-        opened = confbuild.qemu_argv(confbuild.Guest(mode, guest_image(), network=True), "q", "c", "h", 1)
+    @pytest.mark.parametrize("platform", confbuild.GUEST_PLATFORMS.values())
+    def test_network(self, platform: confbuild.Platform) -> None:
+        closed = confbuild.qemu_argv(confbuild.Guest(platform, guest_image()), "q", "c", "h", 1)
+        opened = confbuild.qemu_argv(confbuild.Guest(platform, guest_image(), network=True), "q", "c", "h", 1)
         assert opened == [argument.replace("restrict=on", "restrict=off") for argument in closed] != closed
 
     def test_commas(self) -> None:
         """In an option of QEMU a comma is doubled; what is an argument of its own goes as it is."""
-        argv = confbuild.qemu_argv(confbuild.Guest("qemu", guest_image("/a,b")), "/c,d/qmp", "/e,f", "/g,h", 1)
+        argv = confbuild.qemu_argv(
+            confbuild.Guest(confbuild.QEMU_PLATFORM, guest_image("/a,b")), "/c,d/qmp", "/e,f", "/g,h", 1
+        )
         assert [a for a in argv if "/" in a] == [
             "/a,b/firmware.fd",
             "loader,file=/g,,h,addr=0x1,force-raw=on",
@@ -18896,17 +18889,12 @@ class TestPreflight:
         assert self.failed(confbuild.preflight(self.host(tmp_path))) == ([("QEMU", problem)] if problem else [])
 
     def test_cpuid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From the processor itself: its vendor in EBX, EDX, ECX of leaf 0, as /proc/cpuinfo has it."""
-        assert confbuild.sev_cpuid(self.host(tmp_path).cpuid) == (0x1F, 51 | 0x140)
-        monkeypatch.setattr(os, "uname", lambda: types.SimpleNamespace(machine="riscv64"))
-        assert confbuild.sev_cpuid("/nonexistent") == (0, 0)
-        monkeypatch.undo()
-        if os.uname().machine == "x86_64":
-            registers = confbuild._run_cpuid(0)
-            vendor = (registers[4:8] + registers[12:16] + registers[8:12]).decode()
-            assert re.search(rf"^vendor_id\s*: {vendor}$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-            monkeypatch.setattr(mmap, "mmap", raising(PermissionError(errno.EACCES, "no")))
-            assert confbuild._run_cpuid(0) == b""
+        """The kernel's file tells; if it is missing, closed or too short, nothing is known and KVM alone decides."""
+        self.stub(tmp_path, monkeypatch)
+        host = self.host(tmp_path)
+        assert confbuild.sev_cpuid(host.cpuid) == (0x1F, 51 | 0x140)
+        assert confbuild.sev_cpuid("/nonexistent") == confbuild.sev_cpuid(os.devnull) == (0, 0)
+        assert self.failed(confbuild.preflight(host._replace(cpuid="/nonexistent"))) == []
 
 
 def raising(error: Exception) -> Callable[..., Any]:
@@ -19039,7 +19027,9 @@ class TestQemuVm:
             (tmp_path / "qemu-system-x86_64").chmod(0o755)
             monkeypatch.setenv("PATH", str(tmp_path))
             image = options.pop("image", guest_image())
-            guest = confbuild.Guest("qemu", image, firmware=options.pop("firmware", False), **options.pop("guest", {}))
+            guest = confbuild.Guest(
+                confbuild.QEMU_PLATFORM, image, firmware=options.pop("firmware", False), **options.pop("guest", {})
+            )
             vm = confbuild.QemuVm(guest, {"policy": {"max_archive": 5}}, options.pop("folder", None))
             vm.console = options.pop("console", None)
             assert not options
@@ -19067,7 +19057,7 @@ class TestQemuVm:
         pid = one.spawn()
         assert os.getsid(pid) == pid and resource.prlimit(pid, resource.RLIMIT_CORE) == (0, 0)
         one.wait_ready(PATIENCE)
-        assert (one.platform, one.port) == ("qemu", 40261)
+        assert (one.platform, one.port) == (confbuild.QEMU_PLATFORM, 40261)
         assert json.loads((tmp_path / "told").read_text()) == {
             "token": one.token,
             "policy": {"max_archive": 5},
@@ -19323,7 +19313,7 @@ class TestQemuVm:
         vm("signal.pause()")
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\nimport confbuild, signal\n"
-            "vm = confbuild.QemuVm(confbuild.Guest('qemu', confbuild.Image('', '', '', '', '', '', '', []), firmware=False), {})\n"
+            "vm = confbuild.QemuVm(confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.Image('', '', '', '', '', '', '', []), firmware=False), {})\n"
             "print(vm.spawn(), vm._workspace, flush=True)\nsignal.pause()\n"
         )
         server = subprocess.Popen(
@@ -19395,7 +19385,7 @@ class TestRealQemu:
     def test_emulated(self, tmp_path: Path) -> None:
         """QEMU takes the whole argument vector, and its monitor says what we expect of it."""
         (tmp_path / "a,b").mkdir()
-        guest = confbuild.Guest("qemu", small_image(tmp_path / "a,b"), memory_mib=64, firmware=False)
+        guest = confbuild.Guest(confbuild.QEMU_PLATFORM, small_image(tmp_path / "a,b"), memory_mib=64, firmware=False)
         child = subprocess.Popen(
             [*confbuild.qemu_argv(guest, str(tmp_path / "q,mp"), "/dev/stderr"), "-S"],
             stdin=subprocess.PIPE,
@@ -19422,7 +19412,7 @@ class TestRealQemu:
     @needs_qemu(9, 1)
     def test_snp_is_refused(self, tmp_path: Path) -> None:
         """Where there is no SNP: all of sev-snp-guest is parsed, and nothing is started."""
-        guest = confbuild.Guest("snp", small_image(tmp_path), memory_mib=64)
+        guest = confbuild.Guest(confbuild.SNP_PLATFORM, small_image(tmp_path), memory_mib=64)
         if confbuild.preflight()[1].status == "passed":
             pytest.skip("this machine has SEV-SNP")
         argv = confbuild.qemu_argv(guest, str(tmp_path / "qmp"), "/dev/stderr")
@@ -19491,7 +19481,7 @@ class TestRealQemu:
             check=True,
             timeout=PATIENCE,
         )
-        guest = confbuild.Guest("snp", small_image(tmp_path), vcpus, vcpu_type, memory_mib=64)
+        guest = confbuild.Guest(confbuild.SNP_PLATFORM, small_image(tmp_path), vcpus, vcpu_type, memory_mib=64)
         status, output = self.with_cbitpos(
             lambda position: self.run(
                 confbuild.qemu_argv(guest._replace(cbitpos=position), str(tmp_path / "qmp"), "/dev/stderr"),
@@ -20031,9 +20021,14 @@ def guest_runs(folder: Path) -> GuestRuns:
 def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *options: str) -> tuple[str, str]:
     """(what the agent says within so many seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
     config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
-    honest = confbuild.QemuVm(confbuild.Guest("qemu", confbuild.read_image(str(IMAGE))), config, str(folder))
+    honest = confbuild.QemuVm(
+        confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.read_image(str(IMAGE))), config, str(folder)
+    )
     argv = confbuild.qemu_argv(
-        confbuild.Guest("qemu", image, memory_mib=1024), str(folder / "qmp"), "/dev/stderr", *honest._write_hashes()
+        confbuild.Guest(confbuild.QEMU_PLATFORM, image, memory_mib=1024),
+        str(folder / "qmp"),
+        "/dev/stderr",
+        *honest._write_hashes(),
     )
     child = subprocess.Popen([*argv, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -20635,26 +20630,35 @@ class TestMachine:
         )
         assert (
             plain[:2] + plain[3:]
-            == ("snp", confbuild.Guest("snp", image, cbitpos=47), digests["EPYC-v4", 1], "SEV-SNP guests", None, None)
+            == (
+                confbuild.SNP_PLATFORM,
+                confbuild.Guest(confbuild.SNP_PLATFORM, image, cbitpos=47),
+                digests["EPYC-v4", 1],
+                "SEV-SNP guests",
+                None,
+                None,
+            )
             and plain.facts is not None
         )
         assert plain.facts.manifest_sha256 == image.manifest_sha256
         assert (
-            other.guest == confbuild.Guest("snp", image, 2, "EPYC-Milan", 4096, True, 47)
+            other.guest == confbuild.Guest(confbuild.SNP_PLATFORM, image, 2, "EPYC-Milan", 4096, True, 47)
             and other.launch_digest == digests["EPYC-Milan", 2]
         )
+        given = self.prepare("--tee", "--cbitpos", "50").guest
+        assert given is not None and given.cbitpos == 50
         monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (0, 0))
-        assert self.prepare("--tee", "--print-command").guest == confbuild.Guest("snp", image)
+        assert self.prepare("--tee", "--print-command").guest == confbuild.Guest(confbuild.SNP_PLATFORM, image)
         emulated = self.prepare("--vm", "qemu")
         assert (
-            emulated.guest == confbuild.Guest("qemu", image)
+            emulated.guest == confbuild.Guest(confbuild.QEMU_PLATFORM, image)
             and "the image's firmware, which checks kernel" in emulated.note
             and "not confidential" in emulated.note
         )
         monkeypatch.setattr(confbuild, "qemu_version", lambda: (9, 2))
         emulated = self.prepare("--vm", "qemu")
         assert (
-            emulated.guest == confbuild.Guest("qemu", image, firmware=False)
+            emulated.guest == confbuild.Guest(confbuild.QEMU_PLATFORM, image, firmware=False)
             and "QEMU 9.2 itself, without the image's firmware: that takes QEMU 10" in emulated.note
         )
 
@@ -20664,6 +20668,7 @@ class TestMachine:
             ("--vcpus 2", "image is made for EPYC-v4, 1 vCPU, EPYC-Milan, 2 vCPUs, not for EPYC-v4, 2 vCPUs"),
             ("--vcpu-type host", ", not for host, 1 vCPU"),
             ("--memory 383", "--memory 383: a guest needs 384 MiB to boot"),
+            ("--cbitpos 47", "--cbitpos goes with --tee or --vm snp"),
         ):
             with pytest.raises(confbuild.UsageError, match=re.escape(message)):
                 self.prepare("--vm", "qemu", *options.split())
@@ -20681,8 +20686,8 @@ class TestMachine:
         """To be pasted into a shell; also where nothing could run it."""
         monkeypatch.setattr(confbuild, "preflight", raising(AssertionError("asked")))
         for options, guest in (
-            (("--tee",), confbuild.Guest("snp", image, cbitpos=47)),
-            (("--vm", "qemu"), confbuild.Guest("qemu", image)),
+            (("--tee",), confbuild.Guest(confbuild.SNP_PLATFORM, image, cbitpos=47)),
+            (("--vm", "qemu"), confbuild.Guest(confbuild.QEMU_PLATFORM, image)),
         ):
             assert confbuild.main(["serve", "--image", "image", "--print-command", *options]) == 0
             assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "QMP", "CONSOLE", "HASHES_PAGE")
@@ -20808,7 +20813,7 @@ BUILD_AND_SERVE = (
             "--memory 2048",
             "--guest-network",
             "--vek blank",
-            "--console",
+            "--cbitpos 47",
         )
     ],
     (
