@@ -419,6 +419,65 @@ def parse_object(value: Any, what: str, required: Sequence[str], optional: Seque
     return value
 
 
+# The value of a schema: text without control characters.
+WORD = re.compile(r"[^\x00-\x1f\x7f]+")
+_KINDS = {int: "an integer", str: "text", dict: "an object", list: "an array"}
+
+
+def _mismatch(value: Any, schema: Any, path: str, ordered: bool) -> str:
+    """Return "" if value matches schema, else a message that begins with the path of the first mismatch."""
+    if isinstance(schema, tuple):
+        found = [_mismatch(value, alternative, path, ordered) for alternative in schema]
+        # The alternative that matches deepest is the one that the writer meant.
+        return "" if "" in found else max(found, key=lambda text: text.partition(":")[0].count("."))
+    if isinstance(schema, dict) and isinstance(value, dict):
+        wanted = {
+            name.rstrip("?"): inner for name, inner in schema.items() if not name.endswith("?") or name[:-1] in value
+        }
+        arrange = list if ordered else sorted
+        if arrange(value) != arrange(wanted):
+            names = ", ".join(value)[:200] or "none"
+            order = " in this order" if ordered else ""
+            return f"{path}: has the keys {names}, expected {', '.join(wanted)}{order}"
+        return next(filter(None, (_mismatch(value[k], v, f"{path}.{k}", ordered) for k, v in wanted.items())), "")
+    if isinstance(schema, list) and isinstance(value, list):
+        if len(schema) not in (1, len(value)):
+            return f"{path}: has {len(value)} items, expected {len(schema)}"
+        items = enumerate(value)
+        return next(filter(None, (_mismatch(item, schema[0], f"{path}[{i}]", ordered) for i, item in items)), "")
+    if isinstance(schema, re.Pattern):
+        matches = isinstance(value, str) and schema.fullmatch(value) is not None
+        expected = "text without control characters" if schema is WORD else f"the form {schema.pattern}"
+    elif isinstance(schema, type | dict | list):
+        kind = schema if isinstance(schema, type) else type(schema)
+        matches, expected = kind is object or type(value) is kind, _KINDS.get(kind, "")
+    else:
+        matches, expected = type(value) is type(schema) and value == schema, json.dumps(schema)
+    return "" if matches else f"{path}: {json.dumps(value)[:80]}, expected {expected}"
+
+
+def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordered: bool = False) -> Any:
+    """Return value, a parsed JSON document, if it matches schema.
+
+    schema: one of
+        a type: int, str, dict or list (True is not an int), or object: any value
+        a compiled pattern: text that matches from its first to its last character
+        a dict: an object with exactly these keys; a key that ends with "?" is optional
+        a list of one schema: an array of any length; of n copies of a schema: an array of n items
+        a tuple of schemas: one of these alternatives
+        anything else: this value
+    structure: names the document in errors.
+    path: where value stands in the document, such as ".parts.kernel"; "" is the whole document.
+    ordered: keys must appear in the order of the schema.
+
+    Raises Malformed, with the path of the first mismatch.
+    """
+    problem = _mismatch(value, schema, path, ordered)
+    if problem:
+        raise Malformed(structure, problem.removeprefix(":").lstrip())
+    return value
+
+
 class Reader:
     """A bounds-checked cursor over the fields of a binary structure.
 
@@ -2032,17 +2091,16 @@ def firmware_state(data: bytes) -> str:
 # type, a dict (an object with exactly these names in this order, `?` = optional), a list of one schema (an array), or a
 # tuple of alternatives.
 
-_HEX40, _HEX64, _TEXT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}"), re.compile(r".*", re.DOTALL)
+_HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, in a SHA-1 or a SHA-256 repository
-_WORD = re.compile(r"[^\x00-\x1f\x7f]+")
 _TIME = re.compile(
     r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)"
 )
 _SHA256 = {"sha256": _HEX64}
-_PROGRAM = {"digest": _SHA256, "version": _WORD}
+_PROGRAM = {"digest": _SHA256, "version": WORD}
 _KETTLE = {
-    "digest": {"sha256": _TEXT},
-    "version": _TEXT,
+    "digest": {"sha256": str},
+    "version": str,
 }  # the older generation put its whole banner here; ours is looked at again
 # What pnpm-lock.yaml calls integrity: one hash or more of the form of [SRI]. [K]
 _INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
@@ -2066,17 +2124,17 @@ _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
         "buildDefinition": {
-            "buildType": _WORD,
+            "buildType": WORD,
             "externalParameters": {
-                "buildCommand": _WORD,
+                "buildCommand": WORD,
                 "source": {
                     "digest": {"gitCommit": re.compile(f"({_OBJECT.pattern})?"), "gitTree": _OBJECT},
-                    "uri": _TEXT,
+                    "uri": str,
                 },
             },
             "internalParameters": {
                 "evaluation?": {"derivationCount": int, "fetchCount": int},
-                "flakeInputs?": [{"name": _WORD, "narHash": _WORD}],
+                "flakeInputs?": [{"name": WORD, "narHash": WORD}],
                 "lockfileHash": _SHA256,
                 "toolchain": (
                     {"nix": _PROGRAM, "kettle": _KETTLE},
@@ -2086,16 +2144,16 @@ _STATEMENT = {
             },
             "resolvedDependencies": [
                 {
-                    "annotations?": {"drvPath": _WORD, "outputHashMode?": _WORD, "url?": _TEXT, "urls?": _TEXT},
+                    "annotations?": {"drvPath": WORD, "outputHashMode?": WORD, "url?": str, "urls?": str},
                     "digest": _DIGEST,
-                    "name": _WORD,
-                    "uri": _WORD,
+                    "name": WORD,
+                    "uri": WORD,
                 }
             ],
         },
         "runDetails": {
-            "builder": {"id": _WORD},
-            "byproducts": [{"digest": _SHA256, "name": _WORD}],
+            "builder": {"id": WORD},
+            "byproducts": [{"digest": _SHA256, "name": WORD}],
             "metadata": {
                 "invocationId": re.compile(r"build-[0-9A-Za-z-]+"),
                 "startedOn": _TIME,
@@ -2104,66 +2162,25 @@ _STATEMENT = {
         },
     },
     "predicateType": PREDICATE_TYPE,
-    "subject": [{"digest": _SHA256, "name": _WORD}],
+    "subject": [{"digest": _SHA256, "name": WORD}],
 }
-
-
-def _mismatch(value: Any, schema: Any, path: str) -> str:
-    """Empty where value has the shape of schema; else where and how it has not."""
-    if isinstance(schema, tuple):
-        found = [_mismatch(value, alternative, path) for alternative in schema]
-        # The deepest complaint belongs to the alternative that was meant.
-        return "" if "" in found else max(found, key=lambda text: text.partition(":")[0].count("."))
-    if isinstance(schema, re.Pattern):
-        if isinstance(value, str) and schema.fullmatch(value):
-            return ""
-        return f"{path}: {json.dumps(value)[:80]} is not {'text' if schema in (_WORD, _TEXT) else 'of the form ' + schema.pattern}"
-    if isinstance(schema, type):
-        return "" if type(value) is schema else f"{path}: not an integer"
-    if isinstance(schema, list):
-        if not isinstance(value, list):
-            return f"{path}: not an array"
-        return next(filter(None, (_mismatch(item, schema[0], f"{path}[{i}]") for i, item in enumerate(value))), "")
-    if isinstance(schema, dict):
-        if not isinstance(value, dict):
-            return f"{path}: not an object"
-        wanted = [name.rstrip("?") for name in schema if not name.endswith("?") or name[:-1] in value]
-        if list(value) != wanted:
-            return f"{path}: has the names {', '.join(value)[:200] or 'none'}, not {', '.join(wanted)} in this order"
-        return next(
-            filter(
-                None,
-                (
-                    _mismatch(value[name.rstrip("?")], inner, f"{path}.{name.rstrip('?')}")
-                    for name, inner in schema.items()
-                    if name.rstrip("?") in value
-                ),
-            ),
-            "",
-        )
-    return (
-        ""
-        if value == schema and type(value) is type(schema)
-        else f"{path}: {json.dumps(value)[:80]}, not {json.dumps(schema)}"
-    )
 
 
 def check_statement(doc: Any) -> None:
     """Raise Malformed unless doc has exactly the shape of provenance.json, either generation. [CONTRACT 3]"""
-    complaint = _mismatch(doc, _STATEMENT, "provenance")
-    if complaint:
-        raise Malformed("provenance schema", complaint)
+    structure = "provenance schema"
+    check_schema(doc, _STATEMENT, structure, ordered=True)
     build_type = doc["predicate"]["buildDefinition"]["buildType"]
     toolchain = doc["predicate"]["buildDefinition"]["internalParameters"]["toolchain"]
-    named = OLDER_BUILD_TYPES.get(build_type, "")
-    complaint = "" if named else _mismatch(toolchain["kettle"], _PROGRAM, "provenance.toolchain.kettle")
-    if complaint:
-        raise Malformed("provenance schema", complaint)
-    if named and named not in toolchain:
-        raise Malformed("provenance schema", f"buildType {build_type} with another toolchain")
-    names = [byproduct["name"] for byproduct in doc["predicate"]["runDetails"]["byproducts"]]
-    if len(set(names)) != len(names):
-        raise Malformed("provenance schema", "a byproduct occurs twice")
+    if build_type not in OLDER_BUILD_TYPES:
+        check_schema(toolchain["kettle"], _PROGRAM, structure, ".toolchain.kettle", ordered=True)
+    elif OLDER_BUILD_TYPES[build_type] not in toolchain:
+        raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
+    [(name, count)] = Counter(b["name"] for b in doc["predicate"]["runDetails"]["byproducts"]).most_common(1) or [
+        ("", 0)
+    ]
+    if count > 1:
+        raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
 
 
 def to_canonical(doc: Any) -> bytes:
@@ -2371,45 +2388,45 @@ class _Evidence(NamedTuple):
 
 
 def _read_simulated(evidence: Any) -> _Evidence:
-    """The value of `evidence` of platform `simulated` [CONTRACT 4]. Raises Malformed."""
-    what = "simulated evidence"
-    parts = parse_object(evidence, what, ("version", "notice", "attestation_report"))
-    if parts["version"] != 1 or type(parts["version"]) is not int:
-        raise Malformed(what, "version is not 1")
-    if not isinstance(parts["notice"], str):
-        raise Malformed(what, "notice is no text")
-    return _Evidence(parse_report(decode_base64(parts["attestation_report"], f"{what}, attestation_report")))
+    """Parse the `evidence` of platform simulated.  [CONTRACT 4.4]
+
+    Raises Malformed.
+    """
+    structure = "simulated evidence"
+    parts = check_schema(evidence, {"version": 1, "notice": str, "attestation_report": str}, structure)
+    return _Evidence(parse_report(decode_base64(parts["attestation_report"], f"{structure}, attestation_report")))
 
 
 def _read_snp(evidence: Any) -> _Evidence:
-    """The value of `evidence` of platforms `snp` and `gcp-snp` [CONTRACT 4]. Raises Malformed. `ask` and `ark` are never looked at."""
-    parts = parse_object(evidence, "snp evidence", ("attestation_report",), ("cert_chain",))
-    chain, vek = parts.get("cert_chain"), None
-    if chain is not None:
-        chain = parse_object(chain, "cert_chain", ("vcek",), ("ask", "ark"))
-        vek = decode_base64(chain["vcek"], "vcek")
-    return _Evidence(parse_report(decode_base64(parts["attestation_report"], "attestation_report")), vek)
+    """Parse the `evidence` of platforms snp and gcp-snp; ignore its ASK and ARK.  [CONTRACT 4.2]
+
+    Raises Malformed.
+    """
+    chain = {"vcek": str, "ask?": object, "ark?": object}
+    parts = check_schema(evidence, {"attestation_report": str, "cert_chain?": (chain, None)}, "snp evidence")
+    report = parse_report(decode_base64(parts["attestation_report"], "attestation_report"))
+    certificates = parts.get("cert_chain")
+    return _Evidence(report, certificates and decode_base64(certificates["vcek"], "vcek"))
 
 
 def _read_az_snp(evidence: Any) -> _Evidence:
-    """The value of `evidence` of platform `az-snp` [CONTRACT 4]. Raises Malformed."""
-    parts = parse_object(evidence, "az-snp evidence", ("version", "tpm_quote", "hcl_report", "vcek"))
-    if parts["version"] != 1 or type(parts["version"]) is not int:
-        raise Malformed("az-snp evidence", "version is not 1")
-    quote = parse_object(parts["tpm_quote"], "tpm_quote", ("signature", "message", "pcrs"))
-    if not isinstance(quote["pcrs"], list) or len(quote["pcrs"]) != PCR_COUNT:
-        raise Malformed("tpm_quote", f"pcrs are not {PCR_COUNT} values")
-    pcrs = [decode_hex(value, f"pcr {i}") for i, value in enumerate(quote["pcrs"])]
-    if any(len(value) != PCR_SIZE for value in pcrs):
-        raise Malformed("tpm_quote", f"a register has not {PCR_SIZE} bytes")
+    """Parse the `evidence` of platform az-snp.  [CONTRACT 4.3]
+
+    Raises Malformed.
+    """
+    register = re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")
+    quote = {"signature": str, "message": str, "pcrs": [register] * PCR_COUNT}
+    schema = {"version": 1, "tpm_quote": quote, "hcl_report": str, "vcek": str}
+    parts = check_schema(evidence, schema, "az-snp evidence")
+    quote = parts["tpm_quote"]
     hcl = parse_hcl_report(decode_base64(parts["hcl_report"], "hcl_report", urlsafe=True))
     return _Evidence(
         parse_report(hcl.attestation_report),
         decode_base64(parts["vcek"], "vcek", urlsafe=True),
         hcl.runtime_data,
-        decode_hex(quote["message"], "tpm_quote message"),
-        decode_hex(quote["signature"], "tpm_quote signature"),
-        pcrs,
+        decode_hex(quote["message"], "tpm_quote.message"),
+        decode_hex(quote["signature"], "tpm_quote.signature"),
+        [bytes.fromhex(value) for value in quote["pcrs"]],
     )
 
 

@@ -1318,6 +1318,85 @@ class TestJson:
         ):
             assert confbuild.parse_object(value, "name", required, optional) is value
 
+    @pytest.mark.parametrize(
+        ("value", "schema", "message"),
+        [
+            (1, int, None),
+            (True, int, "true, expected an integer"),
+            (1.0, int, "1.0, expected an integer"),
+            (1, str, "1, expected text"),
+            ("", str, None),
+            ([1], list, None),
+            ({}, list, "{}, expected an array"),
+            ({"a": 1}, dict, None),
+            (None, dict, "null, expected an object"),
+            ([None, {}], [object], None),
+            ("ab", re.compile("a.?"), None),
+            ("ab\n", re.compile("a.?"), r'"ab\n", expected the form a.?'),
+            (["ab"], re.compile("a.?"), '["ab"], expected the form a.?'),
+            ("a\x1b", confbuild.WORD, r'"a\u001b", expected text without control characters'),
+            (1, 1, None),
+            (True, 1, "true, expected 1"),
+            (1.0, 1, "1.0, expected 1"),
+            ("1", 1, '"1", expected 1'),
+            (None, None, None),
+            (False, None, "false, expected null"),
+            ([], [int], None),
+            ([1, 2, "3"], [int], '[2]: "3", expected an integer'),
+            ("ab", [str], '"ab", expected an array'),
+            ([1, 2], [int] * 2, None),
+            ([1, 2, 3], [int] * 2, "has 3 items, expected 2"),
+            ([], [int] * 2, "has 0 items, expected 2"),
+            ([1, "2"], [int] * 2, '[1]: "2", expected an integer'),
+            ({}, {}, None),
+            ({"b": 1, "a": "x"}, {"a": str, "b": int}, None),
+            ({"a": "x"}, {"a": str, "b?": int}, None),
+            ({"a": "x", "b": None}, {"a": str, "b?": int}, ".b: null, expected an integer"),
+            ({"b": 1}, {"a": str, "b?": int}, "has the keys b, expected a, b"),
+            ({}, {"a": str}, "has the keys none, expected a"),
+            ({"a": "x", "c": 1}, {"a": str, "b?": int}, "has the keys a, c, expected a"),
+            ({"a": "x", "a?": "x"}, {"a?": str}, "has the keys a, a?, expected a"),
+            ({"A": "x"}, {"a": str}, "has the keys A, expected a"),
+            ({"a": "x", "": 1}, {"a": str}, "has the keys a, , expected a"),
+            ({"a": [{"b": 1}]}, {"a": [{"b": str}]}, ".a[0].b: 1, expected text"),
+            *[(value, {"a": str}, f"{json.dumps(value)}, expected an object") for value in (None, 1, "a", ["a"], True)],
+            (1, (str, int), None),
+            ({"a": {"b": 1}}, ({"c": int}, {"a": {"b": str}}, None), ".a.b: 1, expected text"),
+            ("x" * 100, int, '"' + "x" * 79 + ", expected an integer"),
+        ],
+    )
+    def test_check_schema(self, value: Any, schema: Any, message: str | None) -> None:
+        if message is None:
+            assert confbuild.check_schema(value, schema, "name") is value
+            confbuild.check_schema([value], [schema], "name")
+            return
+        with pytest.raises(confbuild.Malformed, match=f"^name: {re.escape(message)}$") as caught:
+            confbuild.check_schema(value, schema, "name")
+        assert caught.value.structure == "name"
+        path = "" if re.match(r"\.|\[\d", message) else ": "
+        with pytest.raises(confbuild.Malformed, match=f"^name: {re.escape('.x' + path + message)}$"):
+            confbuild.check_schema(value, schema, "name", ".x")
+
+    def test_check_schema_looks_at_the_order_of_keys_if_asked(self) -> None:
+        schema, doc = [{"a": int, "b?": int, "c": {"d": int, "e": int}}], [{"a": 1, "c": {"d": 1, "e": 2}}]
+        for ordered in (False, True):
+            assert confbuild.check_schema(doc, schema, "name", ordered=ordered) is doc
+        for other, place in (({"c": doc[0]["c"], "a": 1}, ".z[0]"), ({"a": 1, "c": {"e": 2, "d": 1}}, ".z[0].c")):
+            assert confbuild.check_schema([other], schema, "name") == [other]
+            with pytest.raises(
+                confbuild.Malformed, match=rf"^name: {re.escape(place)}: has the keys .* in this order$"
+            ):
+                confbuild.check_schema([other], schema, "name", ".z", ordered=True)
+
+    @given(JSON_VALUES)
+    def test_check_schema_accepts_what_it_describes(self, value: Any) -> None:
+        def schema_of(part: Any) -> Any:
+            if isinstance(part, dict) and not any(name.endswith("?") for name in part):
+                return {name: schema_of(inner) for name, inner in part.items()}
+            return type(part) if isinstance(part, str | dict | list) else part
+
+        assert confbuild.check_schema(value, schema_of(value), "name", ordered=True) is value
+
     def test_sha256_of_fips_180(self) -> None:
         assert confbuild.sha256_hex(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
@@ -4273,7 +4352,7 @@ class TestStatement:
             other = parameters("nix") if "nix" not in tools else parameters("cargo", "rustc")
             with pytest.raises(
                 confbuild.Malformed,
-                match=f"^provenance schema: buildType {re.escape(build_type)} with another toolchain$",
+                match=f"^provenance schema: toolchain has the keys [a-z, ]+, but buildType is {re.escape(build_type)}$",
             ):
                 confbuild.check_statement(
                     statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": other})
@@ -4284,24 +4363,24 @@ class TestStatement:
         [
             (
                 {"_type": "https://in-toto.io/Statement/v0.1"},
-                'provenance._type: "https://in-toto.io/Statement/v0.1", not "https://in-toto.io/Statement/v1"',
+                '._type: "https://in-toto.io/Statement/v0.1", expected "https://in-toto.io/Statement/v1"',
             ),
-            ({"predicateType": 1}, "provenance.predicateType: 1, not"),
-            ({DEFINITION + "buildType": ""}, 'buildType: "" is not text'),
+            ({"predicateType": 1}, ".predicateType: 1, expected"),
+            ({DEFINITION + "buildType": ""}, 'buildType: "", expected text without control characters'),
             ({DEFINITION + "buildType": "a\n"}, "buildType: "),
-            ({DEFINITION + "buildType": None}, "buildType: null is not text"),
+            ({DEFINITION + "buildType": None}, "buildType: null, expected text"),
             ({DEFINITION + "buildType": ["a"]}, "buildType: "),
-            ({DEFINITION + "internalParameters": {chr(i): 0 for i in range(64, 10_000)}}, "has the names @, A, B"),
-            ({DEFINITION + "externalParameters__buildCommand": ""}, 'buildCommand: "" is not text'),
-            ({DEFINITION + "externalParameters__buildCommand": "a\nb"}, "is not text"),
-            ({DEFINITION + "externalParameters__source__uri": None}, "source.uri: null is not text"),
+            ({DEFINITION + "internalParameters": {chr(i): 0 for i in range(64, 10_000)}}, "has the keys @, A, B"),
+            ({DEFINITION + "externalParameters__buildCommand": ""}, 'buildCommand: "", expected text'),
+            ({DEFINITION + "externalParameters__buildCommand": "a\nb"}, "expected text without control characters"),
+            ({DEFINITION + "externalParameters__source__uri": None}, "source.uri: null, expected text"),
             (
                 {DEFINITION + "externalParameters__source__digest__gitCommit": "12" * 16},
-                'gitCommit: "12121212121212121212121212121212" is not of the form',
+                'gitCommit: "12121212121212121212121212121212", expected the form',
             ),
             (
                 {DEFINITION + "externalParameters__source__digest__gitTree": ""},
-                'gitTree: "" is not of the form [0-9a-f]{40}|[0-9a-f]{64}',
+                'gitTree: "", expected the form [0-9a-f]{40}|[0-9a-f]{64}',
             ),
             *[
                 ({DEFINITION + f"externalParameters__source__digest__{name}": digits}, f"{name}: ")
@@ -4316,40 +4395,40 @@ class TestStatement:
                         "cargo", "rustc", evaluation={"derivationCount": True, "fetchCount": 0}
                     )
                 },
-                "derivationCount: not an integer",
+                "derivationCount: true, expected an integer",
             ),
             (
                 {DEFINITION + "internalParameters": parameters("cargo", "rustc", flakeInputs={})},
-                "flakeInputs: not an array",
+                "flakeInputs: {}, expected an array",
             ),
             (
                 {DEFINITION + "internalParameters": parameters("cargo", "rustc", extra=1)},
-                "has the names extra, lockfileHash, toolchain, not lockfileHash, toolchain in this order",
+                "has the keys extra, lockfileHash, toolchain, expected lockfileHash, toolchain in this order",
             ),
             (
                 {DEFINITION + "internalParameters": parameters("rustc", "cargo")},
-                "has the names rustc, cargo, kettle, not",
+                "has the keys rustc, cargo, kettle, expected",
             ),
-            ({DEFINITION + "internalParameters": 1}, "not an object"),
-            ({DEFINITION + "internalParameters": parameters("cargo")}, "has the names cargo, kettle, not"),
-            ({DEFINITION + "internalParameters": {}}, "has the names none, not lockfileHash"),
+            ({DEFINITION + "internalParameters": 1}, "internalParameters: 1, expected an object"),
+            ({DEFINITION + "internalParameters": parameters("cargo")}, "has the keys cargo, kettle, expected"),
+            ({DEFINITION + "internalParameters": {}}, "has the keys none, expected lockfileHash"),
             (
                 {DEFINITION + "resolvedDependencies": [dependency("a", "u", sha512="ab" * 32)]},
                 "resolvedDependencies[0].digest.sha512: ",
             ),
             (
                 {DEFINITION + "resolvedDependencies": [dependency("a", "u", sha3="ab" * 32)]},
-                "resolvedDependencies[0].digest: has the names sha3",
+                "resolvedDependencies[0].digest: has the keys sha3",
             ),
             (
                 {DEFINITION + "resolvedDependencies": [dependency("a", "u"), dependency("", "u")]},
-                'resolvedDependencies[1].name: "" is not text',
+                'resolvedDependencies[1].name: "", expected text',
             ),
             (
                 {DEFINITION + "resolvedDependencies": [{"annotations": {"url": "u"}, **dependency("a", "u")}]},
-                "annotations: has the names url, not drvPath, url in this order",
+                "annotations: has the keys url, expected drvPath, url in this order",
             ),
-            ({"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}] * 2}, "a byproduct occurs twice"),
+            ({"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}] * 2}, "2 byproducts are called a"),
             *[
                 (
                     {DEFINITION + "resolvedDependencies": [dependency("a", "u", sha512=text)]},
@@ -4418,19 +4497,19 @@ class TestStatement:
                 )
             ],
             ({"predicate__runDetails__metadata__startedOn": "2026-11-23T00:00:00+01:00"}, "startedOn: "),
-            ({"predicate__runDetails__metadata__startedOn": None}, "startedOn: null is not of the form"),
+            ({"predicate__runDetails__metadata__startedOn": None}, "startedOn: null, expected the form"),
             ({"predicate__runDetails__metadata__startedOn": "\u0662026-11-23T00:00:00+00:00"}, "startedOn: "),
             (
                 {"predicate__runDetails__metadata__invocationId": "build-\u06620261123-000000-00000000"},
                 "invocationId: ",
             ),
-            ({"subject": None}, "provenance.subject: not an array"),
+            ({"subject": None}, ".subject: null, expected an array"),
             (
                 {"subject": [{"digest": LOCKED}]},
-                "provenance.subject[0]: has the names digest, not digest, name in this order",
+                ".subject[0]: has the keys digest, expected digest, name in this order",
             ),
-            ({"subject": [{"digest": {"sha256": "AB" * 32}, "name": "demo"}]}, "provenance.subject[0].digest.sha256: "),
-            ({"subject": [{"digest": LOCKED, "name": "a\x1b"}]}, "is not text"),
+            ({"subject": [{"digest": {"sha256": "AB" * 32}, "name": "demo"}]}, ".subject[0].digest.sha256: "),
+            ({"subject": [{"digest": LOCKED, "name": "a\x1b"}]}, "expected text without control characters"),
         ],
     )
     def test_each_rule_broken_once(self, changes: dict[str, Any], message: str) -> None:
@@ -4561,7 +4640,7 @@ class TestStatement:
             "digest": {"sha256": "\npkg_version:1.0.0\nbranch:"},
             "version": "\npkg_version:1.0.0",
         }
-        message = "^provenance schema: provenance.toolchain.kettle.digest.sha256: "
+        message = r"^provenance schema: \.toolchain\.kettle\.digest\.sha256: "
         with contextlib.nullcontext() if good else pytest.raises(confbuild.Malformed, match=message):
             confbuild.check_statement(
                 statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": inner})
@@ -5053,10 +5132,10 @@ class TestVerdict:
             (
                 evidence(more=1),
                 "report form",
-                "simulated evidence: not an object of version, notice, attestation_report",
+                "simulated evidence: has the keys version, notice, attestation_report, more, expected version, notice, attestation_report",
             ),
-            (evidence(version=2), "report form", "version is not 1"),
-            (evidence(notice=1), "report form", "simulated evidence: notice is no text"),
+            (evidence(version=2), "report form", "simulated evidence: .version: 2, expected 1"),
+            (evidence(notice=1), "report form", "simulated evidence: .notice: 1, expected text"),
             (evidence("=" + ENCODED[1:]), "report form", "simulated evidence, attestation_report: not base64 text"),
             (evidence("\u00e9"), "report form", "attestation_report: not base64 text"),
             (evidence(ENCODED[:-2] + "B="), "report form", "attestation_report: not canonical base64"),
@@ -5759,12 +5838,17 @@ CHANGES: list[Change] = [
         "chain without a vcek",
         lambda: edited(snp(), *CHAIN, new={"ask": None}),
         {"report form"},
-        {"detail": "cert_chain: not an object of vcek, perhaps ask, perhaps ark"},
+        {"detail": "snp evidence: .cert_chain: has the keys ask, expected vcek, ask"},
     ),
     ("chain with a vlek", lambda: edited(snp(), *CHAIN, "vlek", new=""), {"report form"}, {}),
     ("chain a list", lambda: edited(snp(), *CHAIN, new=[]), {"report form"}, {}),
     ("chain false", lambda: edited(snp(), *CHAIN, new=False), {"report form"}, {}),
-    ("vcek null", lambda: edited(snp(), *CHAIN, "vcek"), {"report form"}, {"detail": "vcek: not base64 text"}),
+    (
+        "vcek null",
+        lambda: edited(snp(), *CHAIN, "vcek"),
+        {"report form"},
+        {"detail": "snp evidence: .cert_chain.vcek: null, expected text"},
+    ),
     ("more in the evidence", lambda: edited(snp(), "evidence", "more", new=1), {"report form"}, {}),
     ("snp as az-snp", lambda: edited(snp(), "platform", new="az-snp"), {"report form"}, {}),
     ("az-snp as snp", lambda: edited(azure(), "platform", new="snp"), {"report form"}, {}),
@@ -5793,7 +5877,7 @@ CHANGES: list[Change] = [
         "az-snp evidence version",
         lambda: edited(azure(), "evidence", "version", new=2),
         {"report form"},
-        {"detail": "az-snp evidence: version is not 1"},
+        {"detail": "az-snp evidence: .version: 2, expected 1"},
     ),
     ("az-snp evidence version true", lambda: edited(azure(), "evidence", "version", new=True), {"report form"}, {}),
     ("az-snp evidence version 1.0", lambda: edited(azure(), "evidence", "version", new=1.0), {"report form"}, {}),
@@ -5834,20 +5918,20 @@ CHANGES: list[Change] = [
         "23 registers",
         lambda: edited(azure(), "evidence", "tpm_quote", "pcrs", 23, drop=True),
         {"report form"},
-        {"detail": "pcrs are not 24 values"},
+        {"detail": ".tpm_quote.pcrs: has 23 items, expected 24"},
     ),
     (
         "a register of 31 bytes",
         lambda: edited(azure(), "evidence", "tpm_quote", "pcrs", 23, new="00" * 31),
         {"report form"},
-        {"detail": "a register has not 32 bytes"},
+        {"detail": f'.tpm_quote.pcrs[23]: "{"00" * 31}", expected the form [0-9a-fA-F]{{64}}'},
     ),
     ("registers an object", lambda: edited(azure(), "evidence", "tpm_quote", "pcrs", new={}), {"report form"}, {}),
     (
         "register of blanks",
         lambda: edited(azure(), "evidence", "tpm_quote", "pcrs", 0, new="0 " * 32),
         {"report form"},
-        {"detail": "pcr 0: not pairs of hexadecimal digits"},
+        {"detail": ".tpm_quote.pcrs[0]: "},
     ),
     (
         "another AK, quote signed again",
