@@ -5601,11 +5601,8 @@ def write_archive(
         info.size, info.mode, info.type = size, mode, kind
         return info
 
-    with (
-        open(path, "wb") as f,
-        gzip.GzipFile("", "wb", 6, f, mtime=0) as stream,
-        tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive,
-    ):
+    write_tar = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
+    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write_tar(fileobj=stream) as archive:
         archive.addfile(entry(project, 0, 0o755, tarfile.DIRTYPE))
         archive.addfile(entry(f"{project}/artifacts", 0, 0o755, tarfile.DIRTYPE))
         for name, artifact in artifacts:
@@ -8966,9 +8963,8 @@ class SimulatedVm:
             with survive(f"{self.workspace} is not removed"):
                 remove_tree(self.workspace)
         if child is not None:
-            with (
-                self._reading
-            ):  # whoever reads has seen the end by now; a file that is closed under it would never wake it
+            # Whoever reads has seen the end by now. A file that is closed during a read would never wake the reader.
+            with self._reading:
                 _pipe(child.stdout).close()
 
 

@@ -5368,7 +5368,7 @@ class TestVerdict:
         own |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler) and node.name}
         pure = {
             alias.asname or alias.name
-            for node in ast.parse("#" + head.partition("# Part I and II")[2].partition("# Part III")[0]).body
+            for node in ast.parse("#" + head.partition("# Part I and II")[2].partition("# Parts III")[0]).body
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         } - {"IO", "TYPE_CHECKING"}
@@ -6697,12 +6697,13 @@ class TestForgery:
     def test_any_bytes_inside_never_raise(
         self, make: Callable[[], confbuild.BundleFiles], part: int, where: float, old: int, new: bytes
     ) -> None:
-        parts = [value for name, value in sorted(parts_of(make()).items()) if name != "evidence"]
-        data, put = parts[part % len(parts)]
+        parts = [(name, *value) for name, value in sorted(parts_of(make()).items()) if name != "evidence"]
+        name, data, put = parts[part % len(parts)]
         i = math.floor(where * len(data))
         changed = data[:i] + new + data[i + old :]
+        same = name == "hcl" and changed.rstrip(b"\0") == data.rstrip(b"\0")  # the number of zeros at its end is free
         assert verdict_over(put(changed), HARDWARE, anchors=TOY_ANCHORS).verdict == (
-            "passed" if changed.rstrip(b"\0") == data.rstrip(b"\0") else "failed"
+            "passed" if changed == data or same else "failed"
         )
 
 
@@ -16996,6 +16997,9 @@ class StandInVm:
 
     def spawn(self) -> int:
         return -1
+
+    def hush(self) -> None:
+        pass
 
     def wait_ready(self, timeout_s: float) -> None:
         self.port = 1
