@@ -7334,34 +7334,7 @@ ROUTES = (
     ),
     Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
 )
-REASONS = {
-    200: "OK",
-    204: "No Content",
-    206: "Partial Content",
-    304: "Not Modified",
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    411: "Length Required",
-    413: "Content Too Large",
-    414: "URI Too Long",
-    415: "Unsupported Media Type",
-    416: "Range Not Satisfiable",
-    421: "Misdirected Request",
-    422: "Unprocessable Content",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-    505: "HTTP Version Not Supported",
-    507: "Insufficient Storage",
-}
-
-
+REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build
 BUSY = {"Retry-After": "10"}
 
 
@@ -7369,7 +7342,7 @@ def problem(refused: Refused) -> Response:
     """Problem details [RFC9457] with the two names of the `complete` event."""
     doc = {
         "type": "about:blank",
-        "title": REASONS.get(refused.status, "Error"),
+        "title": http.HTTPStatus(refused.status).phrase,
         "status": refused.status,
         "detail": str(refused),
         "error": str(refused),
@@ -7391,128 +7364,70 @@ def json_response(value: Any) -> Response:
     )
 
 
-class Base64File:
-    """Base64 [RFC4648 4] as it stands in a JSON string, in pieces, decoded to a file. Raises Refused for what is none, or more
-    than max_bytes."""
-
-    def __init__(self, path: str, max_bytes: int) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  # closed by close or abandon
-        self._max_bytes, self.size, self.head = max_bytes, 0, b""
-        self._escaped = self._quad = b""
-        self._padded = False
-
-    def feed(self, piece: bytes) -> None:
-        """The next piece."""
-        piece = self._escaped + piece
-        self._escaped = b""
-        if b"\\" in piece:  # \/ or \u002b, which some encoders write
-            cut = piece.rfind(b"\\", max(0, len(piece) - 5))
-            if cut >= 0 and not (piece[cut + 1 : cut + 2] not in (b"u", b"") or len(piece) - cut >= 6):
-                piece, self._escaped = piece[:cut], piece[cut:]
-            try:
-                piece = json.loads(b'"' + piece + b'"').encode("ascii")
-            except ValueError:
-                raise self._bad() from None
-        piece = self._quad + piece
-        end = len(piece) & ~3
-        self._quad = piece[end:]
-        self._decode(piece[:end])
-
-    def _decode(self, quads: bytes) -> None:
-        if not quads:
-            return
-        try:
-            data = binascii.a2b_base64(quads, strict_mode=True)
-        except binascii.Error:
-            raise self._bad() from None
-        if self._padded:  # there was something after the end
-            raise self._bad()
-        self._padded = quads.endswith(b"=")
-        self.size += len(data)
-        if self.size > self._max_bytes:
-            raise Refused(413, "PayloadTooLarge", f"the archive has more than {self._max_bytes} bytes")
-        self.head = (self.head + data[:4])[:4]
-        self._file.write(data)
-
-    def close(self) -> None:
-        """The file is whole. Raises Refused where the end is missing or it is no archive."""
-        self._file.close()
-        if self._quad or self._escaped:
-            raise self._bad()
-        if not is_archive(self.head):
-            raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
-
-    def abandon(self) -> None:
-        """Close without a check."""
-        try:
-            self._file.close()
-        except OSError:
-            pass  # a full disk, perhaps; nobody wants the file
-
-    @staticmethod
-    def _bad() -> Refused:
-        return Refused(400, "InvalidSource", "source_data is not standard base64 without line breaks")
+# The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as well, so
+# that no byte is scanned twice.  Everything is possessive: for each step that it could take back, re keeps 120 bytes.
+_JSON_PART = re.compile(
+    rb"""
+    (?P<name>"source_data"[ \t\r\n]*+:[ \t\r\n]*+(?="))?+   # the name of a member whose value is the string that follows
+    "[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)
+    | [\[\]{}]
+    """,
+    re.VERBOSE | re.DOTALL,
+)
 
 
-class BodyReader:
-    """The JSON object of POST /build, read in blocks: source_data goes to a file, the rest is kept. A small automaton finds
-    the member; that the rest is JSON, parse_json decides afterwards."""
+def find_source_data(head: bytes) -> int:
+    """Return the offset of the first character of the top-level member source_data, a string, or 0 if it is not in head.
 
-    _OUTSIDE, _INSIDE = re.compile(rb'["{}\[\]:,]'), re.compile(rb'["\\]')
+    head: the first bytes of a JSON object. Names with escapes are not found.
+    """
+    depth = 0
+    for part in _JSON_PART.finditer(head):
+        if part["name"] and depth == 1:
+            return part.end("name") + 1
+        depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(part[0], 0)
+    return 0
 
-    def __init__(self, sink: Base64File) -> None:
-        self._sink, self.captured = sink, False
-        self.kept = bytearray()  # the body with an empty source_data
-        self._depth = 0
-        self._state = "outside"  # of strings; or "inside" of one, "escape" after a backslash, "capture" in source_data
-        self._string = bytearray()  # the last one, at depth 1
-        self._after_colon = False
 
-    def feed(self, block: bytes) -> None:
-        """The next block of the body. Raises Refused."""
-        at = 0
-        while at < len(block):
-            at = getattr(self, "_" + self._state)(block, at)
-            if len(self.kept) > MAX_FIELDS:
-                raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
+def save_archive(body: IO[bytes], path: str, max_bytes: int) -> bytes:
+    """Decode the rest of a JSON string, which is base64 [RFC4648 4], to the file at path. Return the file's first bytes.
 
-    def _outside(self, block: bytes, at: int) -> int:
-        match = self._OUTSIDE.search(block, at)
-        end = match.end() if match else len(block)
-        self.kept += block[at:end]
-        sign = match[0] if match else b""
-        if sign == b'"':
-            wanted = self._depth == 1 and self._after_colon and self._string == b"source_data" and not self.captured
-            self._state, self.captured = ("capture", True) if wanted else ("inside", self.captured)
-            self._string.clear()
-        elif sign:
-            self._depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(sign, 0)
-            self._after_colon = sign == b":"
-        return end
-
-    def _inside(self, block: bytes, at: int) -> int:
-        match = self._INSIDE.search(block, at)
-        end = match.end() if match else len(block)
-        self.kept += block[at:end]
-        self._string += block[at : match.start() if match else end]
-        if match:
-            self._state = "outside" if match[0] == b'"' else "escape"
-        return end
-
-    def _escape(self, block: bytes, at: int) -> int:
-        self.kept += block[at : at + 1]
-        self._string += b"\\"  # a name with an escape is not ours
-        self._state = "inside"
-        return at + 1
-
-    def _capture(self, block: bytes, at: int) -> int:
-        end = block.find(b'"', at)
-        self._sink.feed(block[at:end] if end >= 0 else block[at:])
-        if end < 0:
-            return len(block)
-        self.kept += b'"'
-        self._state = "outside"
-        return end + 1
+    body: positioned inside the string; afterwards at the quote that ends it, or at the end of the body.
+    Raises Refused if the string is not base64 or holds more than max_bytes; OSError.
+    """
+    first, rest, size, padded, ended = b"", b"", 0, False, False
+    try:
+        with open(path, "wb") as file:
+            while not ended:
+                block = body.read(BLOCK)
+                end = block.find(b'"')
+                ended = end >= 0 or not block
+                if end < 0:  # an escape, of up to 6 bytes, may go on in the next block
+                    cut = block.rfind(b"\\", -5)
+                    end = cut if cut > 0 else len(block)
+                body.seek(end - len(block), os.SEEK_CUR)
+                text = block[:end]
+                if b"\\" in text:  # \/ or \u002b, which some encoders write
+                    text = json.loads(f'"{text.decode("ascii")}"').encode("ascii")
+                text = rest + text
+                whole = len(text) & ~3
+                rest = text[whole:]
+                data = binascii.a2b_base64(text[:whole], strict_mode=True)
+                if padded and text:
+                    raise ValueError("base64 goes on after its padding")
+                padded = text.endswith(b"=", 0, whole)
+                size += len(data)
+                if size > max_bytes:
+                    raise Refused(413, "PayloadTooLarge", f"the archive has more than {max_bytes} bytes")
+                first = (first + data[:4])[:4]
+                file.write(data)
+        if rest:
+            raise ValueError("base64 ends inside a group")
+    except ValueError:
+        raise Refused(
+            400, "InvalidSource", "source_data is not standard base64 with padding, without line breaks"
+        ) from None
+    return first
 
 
 class Api:
@@ -7648,63 +7563,69 @@ class Api:
         """Accept a build."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
-        length = request.headers.get("content-length", "")
-        if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+        if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "a Content-Length is needed")
-        if int(length) > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
+        length = int(request.headers["content-length"])  # digits: the server has checked it
+        if length > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
             raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
         self.jobs.check_open()
         archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
-        sink = Base64File(archive, self.policy.max_archive)
         try:
-            build, uploaded = self._read_request(request, int(length), sink)
-            job = self.jobs.submit(build, archive if uploaded else None)
+            with tempfile.TemporaryFile(dir=self.jobs.incoming) as body:
+                while body.tell() < length:
+                    block = request.read(min(length - body.tell(), BLOCK))
+                    if not block:
+                        raise Refused(400, "InvalidJson", "the body ended early")
+                    body.write(block)
+                build = self._read_request(body, archive)
+            job = self.jobs.submit(build, None if build.repo_url else archive)
         finally:
-            sink.abandon()
             if os.path.exists(archive):
                 os.unlink(archive)
         return json_response({"job_id": job.id})
 
-    def _read_request(self, request: Request, length: int, sink: Base64File) -> tuple[BuildRequest, bool]:
-        """(the build, whether an archive was uploaded). Raises Refused."""
-        reader = BodyReader(sink)
-        while length:
-            block = request.read(min(length, BLOCK))
-            if not block:
-                raise Refused(400, "InvalidJson", "the body ended early")
-            reader.feed(block)
-            length -= len(block)
+    def _read_request(self, body: IO[bytes], archive: str) -> BuildRequest:
+        """Return the build that a body asks for, with its archive in the file of that name. Raises Refused, OSError.
+
+        Only source_data may be long: it is decoded in blocks, and the rest is parsed as if it were empty.
+        """
+        body.seek(0)
+        text, magic = body.read(MAX_FIELDS), b""
+        start = find_source_data(text)
+        if start:
+            body.seek(start)
+            text, magic = text[:start], save_archive(body, archive, self.policy.max_archive)
+        text += body.read(MAX_FIELDS + 1)
+        if len(text) > MAX_FIELDS:
+            raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
         try:
-            doc = parse_json(bytes(reader.kept), "body", 32, 2**53)
+            doc = parse_json(text, "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
         if not isinstance(doc, dict):
             raise Refused(422, "InvalidRequest", "the body is not an object")
-        fields = {name: doc.get(name) for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")}
+        fields = {name: doc.get(name) for name in REQUEST_FIELDS}
         for name, value in fields.items():
             if not isinstance(value, str) and (value is not None or name == "nonce"):
                 raise Refused(422, "InvalidRequest", f"{name} is {'missing' if name not in doc else 'not a string'}")
-        source = fields["source_data"]
-        if source is not None and not reader.captured:  # its name was written with an escape
-            sink.feed(source.encode("utf-8"))
-        return self._check_request(fields, sink), source is not None
-
-    def _check_request(self, fields: Mapping[str, Any], sink: Base64File) -> BuildRequest:
-        """The build that the fields, text or None, ask for. Raises Refused."""
-        nonce = parse_nonce(fields["nonce"])
-        if not nonce:
+        nonce, url, ref, source, source_name = fields.values()
+        if source and not start:  # its name was written with an escape
+            string = io.BytesIO(compact_json(source).encode("ascii"))
+            string.seek(1)
+            magic = save_archive(string, archive, self.policy.max_archive)
+        if not parse_nonce(nonce):
             raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
-        url, ref = fields["repo_url"], fields["repo_ref"] or ""
-        if (url is None) == (fields["source_data"] is None):
+        if (url is None) == (source is None):
             raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
         if url is None:
             if ref:
                 raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
-            sink.close()
-            return BuildRequest(nonce, source_name=(fields["source_name"] or "")[:255])
+            if not is_archive(magic):
+                raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
+            return BuildRequest(parse_nonce(nonce), source_name=(source_name or "")[:255])
         check_url(url, self.policy.schemes, self.policy.loopback)
-        check_ref(ref)
-        return BuildRequest(nonce, url, ref)
+        check_ref(ref or "")
+        return BuildRequest(parse_nonce(nonce), url, ref or "")
 
 
 def openapi_document() -> dict[str, Any]:
@@ -7744,9 +7665,7 @@ def openapi_document() -> dict[str, Any]:
             },
         }
         if route.name == "submit":
-            fields = {
-                name: {"type": "string"} for name in ("nonce", "repo_url", "repo_ref", "source_data", "source_name")
-            }
+            fields = {name: {"type": "string"} for name in REQUEST_FIELDS}
             fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
             operation["requestBody"] = {
                 "required": True,
@@ -7779,7 +7698,7 @@ def find_route(method: str, path: str) -> tuple[Route, list[str]]:
     raise Refused(404, "NotFound", "no such path")
 
 
-class Gate(NamedTuple):
+class AccessPolicy(NamedTuple):
     """Who may ask. tokens: bearer tokens, empty = none is needed; hosts: names that the Host header may carry, lower case."""
 
     tokens: Sequence[str]
@@ -7875,7 +7794,7 @@ def encode_head(response: Response, request_id: str, close: bool, chunked: bool 
         headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
     if close:
         headers["Connection"] = "close"
-    rows = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Error')}"]
+    rows = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
     rows += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*rows, "", ""]).encode("latin-1")
 
@@ -8001,7 +7920,7 @@ class Exchange:
         path, _, query = head.target.partition("?")
         path = re.sub("^//+", "/", path)  # of clients that add /build to a URL with / at its end
         server = self._server
-        server.gate.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
+        server.access.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
         route, arguments = find_route(head.method, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
         request = Request(head.method, arguments, fields, head.headers, self._read_body)
@@ -8048,9 +7967,14 @@ class Server:
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
 
     def __init__(
-        self, address: tuple[str, int], api: Api, gate: Gate, streamer: Streamer, tls: "ssl.SSLContext | None" = None
+        self,
+        address: tuple[str, int],
+        api: Api,
+        access: AccessPolicy,
+        streamer: Streamer,
+        tls: "ssl.SSLContext | None" = None,
     ) -> None:
-        self.api, self.gate, self._streamer, self._tls = api, gate, streamer, tls
+        self.api, self.access, self._streamer, self._tls = api, access, streamer, tls
         self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
@@ -8682,7 +8606,7 @@ def serve_agent(
     reserve = os.path.join(own, "reserve")
     jobs = Jobs(own, build, streamer.grown, single_use=True)
     api = Api(jobs, policy, {}, attest)
-    server = Server(address, api, Gate([config["token"]], ["127.0.0.1"]), streamer)
+    server = Server(address, api, AccessPolicy([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
     sys.stdout.write(f"{server.server_address[1]}\n")
     sys.stdout.flush()
@@ -12126,7 +12050,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     )
     streamer = Streamer()
     jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
-    gate = Gate(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
+    access = AccessPolicy(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
     said = f"; {protection_text(machine.protections)}" if machine.protections else ""
     greeting = machine.platform.greeting and f": {machine.platform.greeting}{said}\n\n"
     api = Api(
@@ -12137,7 +12061,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         greeting.encode("ascii"),
         lambda: streamer.files >= max(files - 1024, files // 2),
     )  # the rest is for requests, jobs and VMs
-    server = Server((host, port), api, gate, streamer, tls)
+    server = Server((host, port), api, access, streamer, tls)
     vms.start()
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)

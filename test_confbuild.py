@@ -13892,6 +13892,7 @@ class TestState:
 
 
 GZIP = base64.b64encode(gzip.compress(b"any")).decode()
+GZIP_MAGIC = b"\x1f\x8b\x08"
 GOOD_REQUEST = {"nonce": NONCE, "source_data": GZIP, "source_name": "x.tgz"}
 URL = {"nonce": NONCE, "repo_url": "http://127.0.0.1/x.git"}
 
@@ -13916,7 +13917,7 @@ class Site:
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
         api = confbuild.Api(self.jobs, policy, {"platform": "simulated"}, self.attest, b": hello\n\n", lambda: crowded)
-        gate = confbuild.Gate(tokens, ["127.0.0.1", "build.example"])
+        gate = confbuild.AccessPolicy(tokens, ["127.0.0.1", "build.example"])
         self.server = confbuild.Server(("127.0.0.1", 0), api, gate, self.streamer, tls)
         self.port = self.server.server_address[1]
         self.jobs.start()
@@ -14289,53 +14290,94 @@ class TestBody:
         lambda t: "".join(f"\\u{ord(c):04X}" for c in t),
     )
 
-    @example(b"\xff\xef\xbe" * 3, 3, [], False)  # all escaped
-    @given(st.binary(max_size=60), st.integers(0, 3), st.lists(st.integers(0, 10**6), max_size=9), st.booleans())
+    @example(b"\xff\xef\xbe" * 3, 3, 6, False)  # all escaped
+    @given(st.binary(max_size=60), st.integers(0, 3), st.integers(6, 99), st.booleans())
     def test_any_split(
-        self, tmp_path_factory: pytest.TempPathFactory, data: bytes, trick: int, cuts: list[int], late: bool
+        self, tmp_path_factory: pytest.TempPathFactory, data: bytes, trick: int, block: int, late: bool
     ) -> None:
-        """However JSON writes the same string, and however it is cut: the same file, and the rest of the object is kept."""
+        """However JSON writes the same string, and however long the blocks are: the same file, and the rest of the object is kept."""
         text = self.TRICKS[trick](base64.b64encode(b"\x1f\x8b\x08" + data).decode())
-        other = '"x": {"source_data": ["source_data", "a\\"b"]}, "nonce": "source_data"'
+        other = '"x": {"source_data": ["source_data", "a\\"b"], "y": [{"source_data": "no"}]}, "nonce": "source_data"'
         body = (
             "{" + (f'{other}, "source_data" : "{text}"' if late else f'"source_data":"{text}", {other}') + "}"
         ).encode()
         path = tmp_path_factory.getbasetemp() / "sink"
-        at = sorted({0, len(body), *(cut % len(body) for cut in cuts)})
-        for blocks in ([body[a:b] for a, b in itertools.pairwise(at)], [body[n : n + 1] for n in range(len(body))]):
-            sink = confbuild.Base64File(str(path), 1000)
-            reader = confbuild.BodyReader(sink)
-            for block in blocks:
-                reader.feed(block)
-            sink.close()
-            assert path.read_bytes() == b"\x1f\x8b\x08" + data and reader.captured
-            assert json.loads(reader.kept) == {**json.loads(body), "source_data": ""}
+        start = confbuild.find_source_data(body)
+        file = io.BytesIO(body)
+        file.seek(start)
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(confbuild, "BLOCK", block)
+            assert confbuild.save_archive(file, str(path), 1000) == (b"\x1f\x8b\x08" + data)[:4]
+        assert path.read_bytes() == b"\x1f\x8b\x08" + data
+        assert json.loads(body[:start] + file.read()) == {**json.loads(body), "source_data": ""}
+        for end in range(start):
+            assert confbuild.find_source_data(body[:end]) == 0
+
+    @given(st.lists(st.sampled_from(['"', "\\", "source_data", ":", " ", "{", "}", "[", "]", ",", "x"])).map("".join))
+    def test_find_source_data(self, text: str) -> None:
+        """What is found in a valid document is its member, and that member is found."""
+        at = confbuild.find_source_data(text.encode())
+        with contextlib.suppress(ValueError):
+            doc = json.loads(text)
+            value = doc.get("source_data") if isinstance(doc, dict) else None
+            assert (at > 0) == isinstance(value, str)
+            if at:
+                assert json.loads(text[:at] + text[at + len(json.dumps(value)) - 2 :]) == {**doc, "source_data": ""}
+
+    def test_linear(self) -> None:
+        """No string makes the search for the member scan bytes twice, or keep steps."""
+        for text in ('"source_data":' * 5000, '"\\"' * 20_000, '"source_data"' + " " * 60_000, '"' + "\\" * 60_000):
+            tracemalloc.start()
+            try:
+                assert confbuild.find_source_data(b"[{" + text.encode()) == 0
+                assert tracemalloc.get_traced_memory()[1] < confbuild.MIB
+            finally:
+                tracemalloc.stop()
 
     @pytest.mark.parametrize(
-        "pieces",
+        "text",
         [
-            ["H4sI", "AA=="] + ["AAAA"],
-            ["H4sIAA=", "=AAAA"],
-            ["H4sI", "A"],
-            ["H4sI", "A A="],
-            ["H4s=I"],
-            ["H4sI", "====", "AAAA"],
-            ["H4sI\\u00"],
-            ["H4sI\\x41AAA"],
-            ["H4sI\\u00e9AAA"],
-            ["H4sI\r\nAAAA"],
-            ["H4sI-_AA"],
+            "H4sIAA==AAAA",
+            "H4sIAA==A",
+            "H4sIA",
+            "H4sIA A=",
+            "H4s=I",
+            "H4sI====AAAA",
+            "H4sI\\u00",
+            "H4sI\\x41AAA",
+            "H4sI\\u00e9AAA",
+            "H4sI\\\\AAA",
+            "H4sI\r\nAAAA",
+            "H4sI\\r\\nAAAA",
+            "H4sI\0AAA",
+            "H4sI\0\\/AA",
+            "H4sI\xe9\\/AA",
+            "H4sI-_AA",
         ],
     )
-    def test_bad_base64(self, tmp_path: Path, pieces: list[str]) -> None:
-        for parts in (pieces, list("".join(pieces))):
-            sink = confbuild.Base64File(str(tmp_path / "sink"), 1000)
-            with pytest.raises(confbuild.Refused, match="not standard base64") as caught:
-                for piece in parts:
-                    sink.feed(piece.encode())
-                sink.close()
-            sink.abandon()
-            assert (caught.value.status, caught.value.error_type) == (400, "InvalidSource")
+    def test_bad_base64(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+        for block in (*range(6, len(text) + 2), 1 << 18):
+            monkeypatch.setattr(confbuild, "BLOCK", block)
+            for end in ("", '"}'):
+                with pytest.raises(confbuild.Refused, match="not standard base64") as caught:
+                    confbuild.save_archive(io.BytesIO((text + end).encode("latin-1")), str(tmp_path / "sink"), 1000)
+                assert (caught.value.status, caught.value.error_type) == (400, "InvalidSource")
+
+    def test_memory_does_not_follow_the_body(self, site: Callable[..., Site]) -> None:
+        s = site(max_archive=16 << 20)
+        body = io.BytesIO(
+            json.dumps(
+                {**GOOD_REQUEST, "source_data": base64.b64encode(GZIP_MAGIC + bytes(15 << 20)).decode()}
+            ).encode()
+        )
+        headers = {"content-type": "application/json", "content-length": str(len(body.getvalue()))}
+        request = confbuild.Request("POST", [], {}, headers, body.read)
+        tracemalloc.start()
+        try:
+            assert s.server.api.submit(request).status == 200
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
 
 
 class TestHttp:
@@ -14610,7 +14652,16 @@ class TestHttp:
 
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG])
     @pytest.mark.parametrize(
-        "where", ["confbuild.open", "write", "confbuild.sync", "os.mkdir", "os.rename", "confbuild.write_durably"]
+        "where",
+        [
+            "tempfile.TemporaryFile",
+            "confbuild.open",
+            "write",
+            "confbuild.sync",
+            "os.mkdir",
+            "os.rename",
+            "confbuild.write_durably",
+        ],
     )
     def test_insufficient_storage(
         self,
@@ -14626,13 +14677,25 @@ class TestHttp:
         def fail(*_: Any, **__: Any) -> None:
             raise OSError(number, os.strerror(number))
 
+        class Full:
+            """A file on a full disk."""
+
+            write = fail
+
+            def __enter__(self) -> "Full":
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                opened[0].close()
+                fail()
+
         def open_full(path: str, mode: str = "r") -> Any:
             opened.append(open(path, mode))  # noqa: SIM115
-            return types.SimpleNamespace(write=fail, close=lambda: (opened[0].close(), fail()))
+            return Full()
 
         with monkeypatch.context() as m:
             m.setattr(
-                confbuild if names[0] != "os" else os,
+                {"os": os, "tempfile": tempfile}.get(names[0], confbuild),
                 names[2] if where != "write" else "open",
                 fail if where != "write" else open_full,
                 raising=False,
