@@ -7364,11 +7364,11 @@ def json_response(value: Any) -> Response:
     )
 
 
-# The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as well, so
-# that no byte is scanned twice.  Everything is possessive: for each step that it could take back, re keeps 120 bytes.
+# The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as
+# well, so that no byte is scanned twice.  Everything is possessive: re keeps 120 bytes for each step it could take back.
 _JSON_PART = re.compile(
     rb"""
-    (?P<name>"source_data"[ \t\r\n]*+:[ \t\r\n]*+(?="))?+   # the name of a member whose value is the string that follows
+    (?P<name>"source_data"[ \t\r\n]*+:[ \t\r\n]*+(?="))?+   # the name of the member whose value follows
     "[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)
     | [\[\]{}]
     """,
@@ -7377,7 +7377,7 @@ _JSON_PART = re.compile(
 
 
 def find_source_data(head: bytes) -> int:
-    """Return the offset of the first character of the top-level member source_data, a string, or 0 if it is not in head.
+    """Return the offset of the first character of the top-level string source_data, or 0 if it is not in head.
 
     head: the first bytes of a JSON object. Names with escapes are not found.
     """
@@ -7390,7 +7390,7 @@ def find_source_data(head: bytes) -> int:
 
 
 def save_archive(body: IO[bytes], path: str, max_bytes: int) -> bytes:
-    """Decode the rest of a JSON string, which is base64 [RFC4648 4], to the file at path. Return the file's first bytes.
+    """Decode the rest of a JSON string of base64 [RFC4648 4] to the file at path. Return the file's first bytes.
 
     body: positioned inside the string; afterwards at the quote that ends it, or at the end of the body.
     Raises Refused if the string is not base64 or holds more than max_bytes; OSError.
@@ -7713,10 +7713,9 @@ class AccessPolicy(NamedTuple):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
-        # Every token is compared, each in constant time.
-        if scheme.lower() != "bearer" or not any(
-            [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
-        ):  # noqa: C419
+        # Compare with every token, each in constant time: any() over a list, not over a generator.
+        matches = [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
+        if scheme.lower() != "bearer" or not any(matches):
             raise Refused(
                 401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'}
             )

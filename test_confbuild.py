@@ -14295,7 +14295,7 @@ class TestBody:
     def test_any_split(
         self, tmp_path_factory: pytest.TempPathFactory, data: bytes, trick: int, block: int, late: bool
     ) -> None:
-        """However JSON writes the same string, and however long the blocks are: the same file, and the rest of the object is kept."""
+        """Every spelling of a string in JSON, in blocks of any length, gives the same file; the rest of the object is kept."""
         text = self.TRICKS[trick](base64.b64encode(b"\x1f\x8b\x08" + data).decode())
         other = '"x": {"source_data": ["source_data", "a\\"b"], "y": [{"source_data": "no"}]}, "nonce": "source_data"'
         body = (
