@@ -4907,289 +4907,292 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
 # ==============================================================================
 # region 20. Toolchains                                        [uses 15, 16, 19]
 # ==============================================================================
-# One table: how a toolchain is recognised, and how its inputs are found out before anything is built.  A program is
-# resolved once, inside the project's directory, and it is that file which is hashed, asked for its version and run.
+# Recognises a project's toolchain and records its inputs before anything is built.  A toolchain is one row of TOOLCHAINS
+# and two functions: plan_* reads the lock file and finds the programs, collect_* finds the artifacts after the build.
+# A program is looked up once, in the project's directory; that same file is hashed, asked for its version and run.
+# Callers: the pipeline builds with these rows; `verify --source` reads a checkout with source_expectations.
+# Specifications: [CARGO] for Cargo.lock; the nix manual, "derivation show" (JSON formats 0 to 5); [K] for the uris.
 
 _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experimental-features", "flakes")
-# How Cargo.lock names the registry that is the default of purl's type cargo: the second is what some tools write.
+# The default registry of purl's type cargo, as Cargo.lock names it; some tools write the second form.
 _CRATES_IO = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
-# What cargo, rustup and nix look for in the folders above a project: nothing there is covered by the source's tree hash.
-_OUTSIDE = (
-    ".cargo/config",
-    ".cargo/config.toml",
-    "Cargo.toml",
-    "rust-toolchain",
-    "rust-toolchain.toml",
-    ".git",
-    "flake.nix",
-)
+# cargo, rustup and nix read these files in the folders above a project, where the source's tree hash does not cover them.
+_OUTSIDE = ".cargo/config .cargo/config.toml Cargo.toml rust-toolchain rust-toolchain.toml .git flake.nix".split()
+_MAX_LOCKFILE = 64 * MIB
 
 
-class Digest(NamedTuple):
-    """A program of the toolchain: what it says its version is, and the SHA-256 of its file."""
+class Program(NamedTuple):
+    """A program of a toolchain.
 
+    path: the file that runs, without symbolic links.
+    version: the first line that it prints for --version.
+    sha256: the digest of the file, in hexadecimal.
+    """
+
+    path: str
     version: str
     sha256: str
 
     def to_wire(self) -> dict[str, Any]:
-        """As the provenance holds it."""
+        """Return the program's entry in the provenance.  [CONTRACT 3.2]"""
         return {"digest": {"sha256": self.sha256}, "version": self.version}
 
 
 class Plan(NamedTuple):
-    """What a toolchain will do to a project, and from what. argv runs in the project's directory with env; programs: in the
-    provenance's order; parameters: what internalParameters holds before lockfileHash; collect: stdout of the build -> (name,
-    path) of each artifact, by name; keep_stdout: whether collect needs it."""
+    """The build of one project, and its inputs.
 
-    argv: Sequence[str]
-    command: str
+    command: the argument vector, beginning with the name of one of programs; it runs in the project's directory.
+    programs: by name, in the order of the provenance.
+    dependencies: the provenance's resolvedDependencies.
+    parameters: the internalParameters that come before lockfileHash.
+    """
+
+    command: Sequence[str]
     env: Mapping[str, str]
-    programs: Mapping[str, Digest]
+    programs: Mapping[str, Program]
     lockfile_sha256: str
     dependencies: Sequence[Mapping[str, Any]]
     parameters: Mapping[str, Any]
-    collect: Callable[[bytes], list[tuple[str, str]]]
-    keep_stdout: bool
 
 
 class Toolchain(NamedTuple):
-    """marker: the file that makes it the project's; outputs: the directories that are removed before the build; shared: where its
-    builds write outside of their workspace, as variables name it, or else."""
+    """One kind of build.
+
+    marker: the file whose presence in a project selects this toolchain.
+    lockfile: the file that pins the dependencies.
+    outputs: directories of the project that are removed before the build.
+    plan: called with the project's directory and the environment.
+    collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
+        each artifact, sorted by name.
+    keep_stdout: whether collect needs stdout.
+    shared: directories outside of the workspace that a build writes to: environment variable -> default.
+    """
 
     name: str
     marker: str
+    lockfile: str
     outputs: Sequence[str]
     plan: Callable[[str, Mapping[str, str]], Plan]
+    collect: Callable[[str, bytes], list[tuple[str, str]]]
+    keep_stdout: bool = False
     shared: Mapping[str, str] = {}  # never changed
 
 
+@contextlib.contextmanager
+def _parsing(what: str, error_type: str) -> Iterator[None]:
+    """Raise BuildFailed of error_type if the block finds what, a document from the source, to have an unexpected shape."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise BuildFailed(error_type, f"{what} has an unexpected form: {type(e).__name__}: {e}") from None
+
+
 def detect_toolchain(project: str) -> Toolchain:
-    """The first of TOOLCHAINS whose marker is a regular file of project. Raises BuildFailed UnsupportedToolchainError."""
+    """Return the first of TOOLCHAINS whose marker is a regular file of project.  [CONTRACT 2.1]
+
+    Raises BuildFailed UnsupportedToolchainError if there is none.
+    """
     for toolchain in TOOLCHAINS:
         path = os.path.join(project, toolchain.marker)
         if os.path.isfile(path) and not os.path.islink(path):
             return toolchain
-    more = (
-        "; there is a Cargo.toml: `cargo generate-lockfile` makes the other"
-        if os.path.isfile(os.path.join(project, "Cargo.toml"))
-        else ""
-    )
-    raise BuildFailed(
-        "UnsupportedToolchainError", "no " + " and no ".join(t.marker for t in TOOLCHAINS) + " in the project" + more
-    )
+    message = "the project has neither " + " nor ".join(t.marker for t in TOOLCHAINS)
+    if os.path.isfile(os.path.join(project, "Cargo.toml")):
+        message += "; it has a Cargo.toml: run `cargo generate-lockfile` and add Cargo.lock to the source"
+    raise BuildFailed("UnsupportedToolchainError", message)
 
 
-def resolve_program(name: str, project: str, env: Mapping[str, str]) -> str:
-    """The file that runs when name is called in project: a rustup shim is asked what it stands for there."""
+def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
+    """Return the program that runs when name is called in project.  [CONTRACT 2.2]
+
+    A rustup shim is replaced by the program that rustup chooses in this directory.
+    Raises BuildFailed UnsupportedToolchainError if the program is not installed or does not print its version.
+    """
+
+    def ask(*argv: str) -> str:
+        try:
+            status, output, errors = capture(argv, project, env, 64 * KIB, untrusted=True)
+        except OSError as e:
+            raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}") from None
+        line = output.decode("utf-8", "replace").strip().partition("\n")[0]
+        if status == 0 and line.isprintable() and line:
+            return line
+        reason = (errors.splitlines() or [f"exit status {status}, expected one line of text"])[-1]
+        raise BuildFailed("UnsupportedToolchainError", f"`{' '.join(argv)}` failed: {reason}")
+
     found = shutil.which(name, path=env.get("PATH", os.defpath))
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
-    real = os.path.realpath(found)
-    beside = [
-        os.path.join(os.path.dirname(path), "rustup") for path in (found, real)
-    ]  # a shim is a link to it, soft or hard
-    shim = next((path for path in beside if os.path.exists(path) and os.path.samefile(path, real)), None)
-    if shim is None:
-        return real
-    status, output, errors = capture([shim, "which", name], project, env, untrusted=True)
-    path = output.decode("utf-8", "replace").strip()
-    if status != 0 or not os.path.isfile(path):
-        raise BuildFailed(
-            "UnsupportedToolchainError", f"rustup which {name}: {(errors.splitlines() or ['no answer'])[-1]}"
-        )
-    return os.path.realpath(path)
-
-
-def describe_program(path: str, project: str, env: Mapping[str, str]) -> Digest:
-    """What the program at path says its version is, and the SHA-256 of its file."""
-    try:
-        status, output, errors = capture([path, "--version"], project, env, 64 * KIB, untrusted=True)
-    except OSError as e:
-        raise BuildFailed("UnsupportedToolchainError", f"{path}: {e.strerror}") from None
-    version = output.decode("utf-8", "replace").strip().partition("\n")[0]
-    if status != 0 or not version.isprintable() or not version:
-        raise BuildFailed(
-            "UnsupportedToolchainError", f"{path} --version: {(errors.splitlines() or [f'status {status}'])[-1]}"
-        )
-    return Digest(version, file_sha256(path))
+    path = os.path.realpath(found)
+    for link in (found, path):  # a shim is a hard or symbolic link to the rustup in the same folder
+        rustup = os.path.join(os.path.dirname(link), "rustup")
+        if os.path.exists(rustup) and os.path.samefile(rustup, path):
+            path = os.path.realpath(ask(rustup, "which", name))
+            break
+    return Program(path, ask(path, "--version"), file_sha256(path))
 
 
 def refuse_outside_influence(project: str) -> None:
-    """Raise BuildFailed SourceError where a folder above project holds a file that would change the build unseen."""
-    folder = os.path.dirname(os.path.realpath(project))
-    while True:
-        for name in _OUTSIDE:
-            if os.path.lexists(os.path.join(folder, name)):
-                raise source_error(f"{os.path.join(folder, name)}, outside of the source, would change the build")
-        if folder == os.path.dirname(folder):
-            return
+    """Raise BuildFailed SourceError if a folder above project holds a file that would change the build.  [CONTRACT 2.2]"""
+    folder = os.path.realpath(project)
+    while folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
-
-
-def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
-    """The plan of `cargo build --locked --release`. Raises BuildFailed."""
-    cargo, rustc = resolve_program("cargo", project, env), resolve_program("rustc", project, env)
-    lock = read_lockfile(os.path.join(project, "Cargo.lock"))
-    release = os.path.join(os.path.realpath(project), "target", "release")
-    # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so that the compiler that is hashed runs.
-    env = {
-        **env,
-        "PATH": os.path.dirname(cargo) + os.pathsep + env.get("PATH", os.defpath),
-        "RUSTC": rustc,
-        "CARGO_TARGET_DIR": os.path.join(project, "target"),
-    }
-    programs = {"cargo": describe_program(cargo, project, env), "rustc": describe_program(rustc, project, env)}
-    arguments = ("build", "--locked", "--release")
-    return Plan(
-        (cargo, *arguments),
-        " ".join(("cargo", *arguments)),
-        env,
-        programs,
-        sha256_hex(lock),
-        cargo_dependencies(lock, project),
-        {},
-        lambda _: _executables(release),
-        False,
-    )
+        for path in (os.path.join(folder, name) for name in _OUTSIDE):
+            if os.path.lexists(path):
+                raise source_error(f"{path} is outside of the source and would change the build")
 
 
 def read_lockfile(path: str) -> bytes:
-    """The bytes of a lock file, none where there is no such file. Raises BuildFailed SourceError for other things."""
-    if not os.path.lexists(path):
+    """Return the contents of a lock file, or no bytes if it does not exist.
+
+    Raises BuildFailed SourceError if path is not a regular file of at most 64 MiB.
+    """
+    try:
+        with open(open_regular(path), "rb") as f:
+            data = f.read(_MAX_LOCKFILE + 1)
+    except FileNotFoundError:
         return b""
-    if not stat.S_ISREG(os.lstat(path).st_mode) or os.path.getsize(path) > 64 * MIB:
-        raise source_error(f"{os.path.basename(path)} is no regular file of at most 64 MiB")
-    with open(path, "rb") as f:
-        return f.read()
+    except Malformed as e:
+        raise source_error(str(e)) from None
+    if len(data) > _MAX_LOCKFILE:
+        raise source_error(f"{os.path.basename(path)}: more than {_MAX_LOCKFILE} bytes")
+    return data
 
 
-def _executables(folder: str) -> list[tuple[str, str]]:
-    """Return (name, path) of the executables in target/release: no extension or .exe. [CONTRACT 2]
+def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
+    """Return the plan of `cargo build --locked --release` in project.  Raises BuildFailed."""
+    lock = read_lockfile(os.path.join(project, "Cargo.lock"))
+    programs = {name: find_program(name, project, env) for name in ("cargo", "rustc")}
+    # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
+    env = {
+        **env,
+        "PATH": os.path.dirname(programs["cargo"].path) + os.pathsep + env.get("PATH", os.defpath),
+        "RUSTC": programs["rustc"].path,
+        "CARGO_TARGET_DIR": os.path.join(project, "target"),
+    }
+    command = ("cargo", "build", "--locked", "--release")
+    return Plan(command, env, programs, sha256_hex(lock), cargo_dependencies(lock, project), {})
 
-    folder: its real path before the build. Raises BuildFailed ProvenanceError if the build made a link of a part of that."""
+
+def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
+    """Return (name, path) of each executable in target/release that has no extension or .exe.  [CONTRACT 2.1]
+
+    project: its real path before the build.
+    Raises BuildFailed ProvenanceError if the build replaced a part of that path by a symbolic link.
+    """
+    folder = os.path.join(project, "target", "release")
     real = os.path.realpath(folder)
     if real != folder:
-        raise BuildFailed("ProvenanceError", f"target/release is {real}: a link, which is not followed")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    paths = {
-        name: os.path.join(folder, name)
-        for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")
-    }
-    modes = {name: os.lstat(path).st_mode for name, path in paths.items()}
-    return [(name, path) for name, path in paths.items() if stat.S_ISREG(modes[name]) and modes[name] & 0o111]
+        raise BuildFailed(
+            "ProvenanceError", f"target/release is a symbolic link to {real}, expected a directory that the build made"
+        )
+    found = []
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        path = os.path.join(folder, name)
+        mode = os.lstat(path).st_mode
+        plain = not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")
+        if plain and stat.S_ISREG(mode) and mode & 0o111:
+            found.append((name, path))
+    return found
 
 
 def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
-    """The resolvedDependencies of a Cargo.lock, by uri: every entry is recorded, or is a package inside project, which the tree
-    hash covers, or the build is refused with the entry's name: BuildFailed ProvenanceError. [CONTRACT 3]"""
-    try:
+    """Return the resolvedDependencies of a Cargo.lock, sorted by uri.  [CONTRACT 3.5]
+
+    A package without a source must lie inside project, where the tree hash covers it; it has no entry.
+    Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
+    """
+    with _parsing("Cargo.lock", "SourceError"):
         doc = tomllib.loads(lock.decode("utf-8"))
-        packages, metadata = doc.get("package", []), doc.get("metadata", {})
-        rows = [(p["name"], p["version"], p.get("source"), p.get("checksum")) for p in packages]
-        if not all(isinstance(text, str) or text is None for row in rows for text in row) or not isinstance(
-            metadata, dict
-        ):
-            raise ValueError("a name, version, source or checksum is no text")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise source_error(f"Cargo.lock: {type(e).__name__}: {e}") from None
+        older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
+        rows = [(p["name"], p["version"], p.get("source"), p.get("checksum")) for p in doc.get("package", [])]
+        if not all(isinstance(text, str) or text is None for row in rows for text in row):
+            raise ValueError("name, version, source and checksum must be strings")
     found, local = [], None
     for name, version, source, checksum in rows:
-        if source is None:
-            local = _local_packages(project) if local is None else local
-            if name not in local:
-                raise BuildFailed(
-                    "ProvenanceError",
-                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is no package inside the project",
-                )
+        if source is not None:
+            checksum = checksum or older(f"checksum {name} {version} ({source})")
+            found.append(_cargo_dependency(name, version, source, checksum))
             continue
-        # Before version 2 of the format the checksums stood in a table of their own.
-        checksum = checksum or metadata.get(f"checksum {name} {version} ({source})")
-        found.append(_cargo_dependency(name, version, source, checksum))
+        local = _local_packages(project) if local is None else local
+        if name not in local:
+            raise BuildFailed(
+                "ProvenanceError",
+                f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project",
+            )
     return sorted(found, key=lambda dependency: str(dependency["uri"]))
 
 
 def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> dict[str, Any]:
-    """One entry of resolvedDependencies. Raises BuildFailed ProvenanceError, naming the entry."""
+    """Return one entry of resolvedDependencies.  Raises BuildFailed ProvenanceError, which names the entry."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[0-9A-Za-z.+-]+", version):
-        raise BuildFailed("ProvenanceError", f"Cargo.lock: {name[:80]!r} {version[:80]!r} is no name and version")
-    kind, _, rest = source.partition("+")
-    url, _, commit = rest.rpartition("#") if kind == "git" else (rest, "", "")
-    plain = re.fullmatch(r"[\x21-\x7e]+", url)
-    url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # credentials
-    for character, escape in (("?", "%3F"), ("#", "%23"), ("&", "%26"), (" ", "%20")):
-        url = url.replace(character, escape)
-    if kind in ("registry", "sparse"):
-        if plain and isinstance(checksum, str) and re.fullmatch(r"[0-9a-f]{64}", checksum):
-            registry = (
-                "" if source in _CRATES_IO else f"&repository_url={url}"
-            )  # without one, a purl is of the type's default registry
-            return {
-                "digest": {"sha256": checksum},
-                "name": name,
-                "uri": f"pkg:cargo/{name}@{version}?checksum=sha256:{checksum}{registry}",
-            }
-        reason = "has no checksum" if plain else "is from a registry whose URL is not plain ASCII"
-    elif kind == "git":
-        if plain and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", commit):
-            return {
-                "digest": {"gitCommit": commit},
-                "name": name,
-                "uri": f"pkg:cargo/{name}@{version}?vcs_url=git+{url}@{commit}",
-            }
-        reason = "has no commit"
-    else:
-        reason = f"has the unknown source {source[:80]!r}"
-    raise BuildFailed("ProvenanceError", f"Cargo.lock: {name} {version} {reason}")
+        raise BuildFailed(
+            "ProvenanceError", f"Cargo.lock: invalid package name or version: {name[:80]!r} {version[:80]!r}"
+        )
+    package = f"Cargo.lock: {name} {version}"
+    kind, _, url = source.partition("+")
+    if kind not in ("registry", "sparse", "git"):
+        raise BuildFailed(
+            "ProvenanceError", f"{package} has the unknown source {source[:80]!r}, expected registry+, sparse+ or git+"
+        )
+    algorithm, digest, pattern = "sha256", str(checksum), "[0-9a-f]{64}"
+    if kind == "git":
+        url, _, digest = url.rpartition("#")
+        algorithm, pattern = "gitCommit", "[0-9a-f]{40}|[0-9a-f]{64}"
+    if not re.fullmatch(pattern, digest):
+        raise BuildFailed("ProvenanceError", f"{package} has no {'commit' if kind == 'git' else 'checksum'}")
+    if not re.fullmatch(r"[\x21-\x7e]+", url):
+        raise BuildFailed("ProvenanceError", f"{package} has a source whose URL is not printable ASCII")
+    url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # without credentials
+    url = re.sub("[?#&]", lambda match: f"%{ord(match[0]):02X}", url)
+    query = f"vcs_url=git+{url}@{digest}" if kind == "git" else f"checksum=sha256:{digest}"
+    if kind != "git" and source not in _CRATES_IO:  # without repository_url, a purl means its type's default registry
+        query += f"&repository_url={url}"
+    return {"digest": {algorithm: digest}, "name": name, "uri": f"pkg:cargo/{name}@{version}?{query}"}
 
 
 def _local_packages(project: str) -> set[str]:
-    """The names of the packages whose Cargo.toml lies inside project, and which no manifest or configuration takes from outside."""
+    """Return the names of the packages inside project, except those that a manifest or configuration takes from outside."""
     inside, outside = set(), set()
     root = os.path.realpath(project) + os.sep
     for name in walk_files(project):
         path = os.path.join(project, name)
         manifest = os.path.basename(name) == "Cargo.toml"
-        if (
-            not (manifest or re.search(r"(^|/)\.cargo/config(\.toml)?$", name))
-            or not os.path.isfile(path)
-            or os.path.getsize(path) > MIB
-        ):
+        if not manifest and not re.search(r"(^|/)\.cargo/config(\.toml)?$", name) or not os.path.isfile(path):
             continue
+        with open(path, "rb") as f:
+            data = f.read(MIB + 1)
         try:
-            with open(path, "rb") as f:
-                doc = tomllib.load(f)
+            doc = tomllib.loads(data.decode("utf-8")) if len(data) <= MIB else {}
         except (ValueError, RecursionError):
-            continue  # a test's fixture, perhaps: cargo will tell if it matters
-        package = doc.get("package", doc.get("project"))  # cargo still knows the older name
+            continue  # perhaps a test's fixture; cargo reports it if it matters
+        package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
         if manifest and isinstance(package, dict) and isinstance(package.get("name"), str):
             inside.add(package["name"])
-        base = os.path.dirname(path) if manifest else os.path.dirname(os.path.dirname(path))
-        outside |= {
-            name
-            for name, target in _path_dependencies(doc)
-            if not (os.path.realpath(os.path.join(base, target)) + os.sep).startswith(root)
-        }
+        base = os.path.dirname(path if manifest else os.path.dirname(path))
+        tables = [doc]
+        for table in tables:  # grows: `name = { path = ... }` may stand anywhere, as a dependency, patch or replacement
+            for key, value in table.items():
+                if isinstance(value, dict):
+                    tables.append(value)
+                    target = value.get("path")
+                    if not isinstance(target, str):
+                        continue
+                    real = "" if "\0" in target else os.path.realpath(os.path.join(base, target))
+                    if not (real + os.sep).startswith(root):
+                        outside.add(str(value.get("package", key)))
     return inside - outside
 
 
-def _path_dependencies(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(package, path) of each `{ path = ... }` anywhere in a manifest: dependencies, patches, replacements."""
-    for name, value in table.items():
-        if isinstance(value, dict):
-            if isinstance(value.get("path"), str):
-                yield str(value.get("package", name)), value["path"]
-            yield from _path_dependencies(value)
-
-
 def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
-    """The plan of `nix build` of the flake in project. Raises BuildFailed.
+    """Return the plan of `nix build` of the flake in project.  Raises BuildFailed.
 
-    History is set aside: nix would otherwise build what git knows, not the files that were hashed, and refuses a depth-1
-    history. A flake without inputs needs no flake.lock; its hash is then that of no bytes."""
-    nix = resolve_program("nix", project, env)
-    program = describe_program(nix, project, env)
+    The project's .git is moved away: with it, nix builds the files that git knows instead of those that were hashed,
+    and refuses a history of depth 1.
+    A flake without inputs needs no flake.lock; its lockfile_sha256 is then that of no bytes.
+    """
+    program = find_program("nix", project, env)
     match = re.search(r"(\d+)\.(\d+)", program.version.rpartition(")")[2])
     release = (int(match[1]), int(match[2])) if match else (99, 0)
     if os.path.lexists(os.path.join(project, ".git")):
@@ -5197,9 +5200,12 @@ def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
     lock_path = os.path.join(project, "flake.lock")
     lock = read_lockfile(lock_path)
     show = ("derivation", "show") if release >= (2, 15) else ("show-derivation",)
-    status, output, errors = capture([nix, *show, "--recursive", *_NIX_FEATURES], project, env, GIB, untrusted=True)
+    argv = [program.path, *show, "--recursive", *_NIX_FEATURES]
+    status, output, errors = capture(argv, project, env, GIB, untrusted=True)
     if status != 0:
-        raise BuildFailed("BuildError", "nix " + " ".join(show) + ": " + _nix_error(errors))
+        lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
+        reason = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
+        raise BuildFailed("BuildError", f"`nix {' '.join(show)}` failed: {reason}")
     if read_lockfile(lock_path) != lock:
         raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
     count, fetches = parse_derivations(output)
@@ -5207,49 +5213,38 @@ def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
     parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
     if inputs:
         parameters["flakeInputs"] = inputs
-    arguments = ("build", "--no-link", "--print-out-paths" if release >= (2, 9) else "--json", *_NIX_FEATURES)
-    return Plan(
-        (nix, *arguments),
-        " ".join(("nix", *arguments)),
-        env,
-        {"nix": program},
-        sha256_hex(lock),
-        fetches,
-        parameters,
-        _nix_executables,
-        True,
-    )
-
-
-def _nix_error(errors: str) -> str:
-    """The last error that nix told, in one line."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no message")
+    printing = "--print-out-paths" if release >= (2, 9) else "--json"
+    command = ("nix", "build", "--no-link", printing, *_NIX_FEATURES)
+    return Plan(command, env, {"nix": program}, sha256_hex(lock), fetches, parameters)
 
 
 def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
-    """(number of derivations, the fixed-output ones as resolvedDependencies, by name) in the output of `nix derivation show
-    --recursive`, in all its shapes since nix 2.8. Hashes become hexadecimal. Raises BuildFailed ProvenanceError."""
-    try:
+    """Parse the output of `nix derivation show --recursive`, in each of its forms since nix 2.8.  [CONTRACT 3.5]
+
+    Return the number of derivations, and the fixed-output ones as resolvedDependencies, sorted by name.
+    Raises BuildFailed ProvenanceError.
+    """
+    with _parsing("the output of `nix derivation show`", "ProvenanceError"):
         doc = json.loads(data)
-        doc = doc.get("derivations", doc)  # 2.33 and later wrap the table
+        doc = doc.get("derivations", doc)  # nix 2.33 and later wrap the table
         fetches = []
         for path, derivation in doc.items():
             outputs = [output for _, output in sorted(derivation["outputs"].items()) if output.get("hash")]
             if outputs:
-                fetches.append(_fetch(path, derivation, outputs[0]))
+                fetches.append(_nix_dependency(path, derivation, outputs[0]))
         return len(doc), sorted(fetches, key=lambda fetch: (fetch["name"], fetch["annotations"]["drvPath"]))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise BuildFailed("ProvenanceError", f"nix derivation show: {type(e).__name__}: {e}") from None
 
 
-def _fetch(path: str, derivation: Any, output: Any) -> dict[str, Any]:
-    """One fixed-output derivation as an entry of resolvedDependencies. Raises ValueError and the like for another shape."""
+def _nix_dependency(path: str, derivation: Any, output: Any) -> dict[str, Any]:
+    """Return a fixed-output derivation as an entry of resolvedDependencies.
+
+    Raises ValueError, KeyError, TypeError or AttributeError if the derivation has another shape.
+    """
     env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
     name = derivation.get("name") or env.get("name") or re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
     if not isinstance(name, str) or not isinstance(output.get("method", ""), str):
-        raise TypeError("a name or a method is no text")
-    recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before 2.23
+        raise TypeError("name and method must be strings")
+    recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before nix 2.23
     algorithm, digest = _nix_hash(output["hash"], algorithm)
     annotations = {"drvPath": path, "outputHashMode": output.get("method") or ("nar" if recursive == "r" else "flat")}
     for key in ("url", "urls"):
@@ -5257,16 +5252,15 @@ def _fetch(path: str, derivation: Any, output: Any) -> dict[str, Any]:
         value = value.get("value") if isinstance(value, dict) else value
         if value:
             annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
-    return {
-        "annotations": annotations,
-        "digest": {algorithm: digest},
-        "name": name,
-        "uri": f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}",
-    }
+    uri = f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"
+    return {"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": uri}
 
 
 def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
-    """(algorithm, hexadecimal digest) of hexadecimal digits, an SRI string, or an object of the two. Raises ValueError."""
+    """Return (algorithm, digest in hexadecimal).  Raises ValueError, KeyError, TypeError or AttributeError.
+
+    value: hexadecimal digits of algorithm, an SRI string [SRI], or an object with the keys algorithm and hash.
+    """
     if isinstance(value, dict):
         algorithm, value = value["algorithm"], value["hash"]
     if "-" in value:
@@ -5274,32 +5268,35 @@ def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
     size = _HASH_BYTES[algorithm]
     raw = bytes.fromhex(value) if len(value) == 2 * size else base64.b64decode(value, validate=True)
     if len(raw) != size:
-        raise ValueError(f"{value[:100]!r} is no {algorithm} digest")
+        raise ValueError(f"{value[:100]!r} has {len(raw)} bytes, expected {size} for {algorithm}")
     return algorithm, raw.hex()
 
 
 def flake_inputs(lock: bytes) -> list[dict[str, str]]:
-    """name and narHash of the flake's own inputs in flake.lock, by name. Raises BuildFailed SourceError."""
+    """Return name and narHash of the flake's direct inputs, sorted by name.  lock: a flake.lock, or no bytes.
+
+    Raises BuildFailed SourceError.
+    """
     if not lock:
         return []
-    try:
+    with _parsing("flake.lock", "SourceError"):
         doc = json.loads(lock)
         nodes = doc["nodes"]
+        # An input that follows another one is a list, and has no node of its own.
         direct = {name: node for name, node in nodes[doc["root"]].get("inputs", {}).items() if isinstance(node, str)}
         locked = {name: nodes[node].get("locked", {}).get("narHash") for name, node in sorted(direct.items())}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise source_error(f"flake.lock: {type(e).__name__}: {e}") from None
     return [{"name": name, "narHash": str(digest)} for name, digest in locked.items() if digest]
 
 
-def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
-    """(name, path) of the executables in bin/ of each output that nix printed, as lines or as JSON. [CONTRACT 2]"""
+def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
+    """Return (name, path) of each executable in bin/ of each output that nix printed, as lines or JSON.  [CONTRACT 2.1]
+
+    Raises BuildFailed ProvenanceError if two outputs have different executables of one name.
+    """
     text = stdout.decode("utf-8", "replace").strip()
-    outputs = (
-        [path for row in json.loads(text) for path in row["outputs"].values()]
-        if text.startswith("[")
-        else text.split("\n")
-    )
+    outputs = text.split("\n")
+    if text.startswith("["):
+        outputs = [path for row in json.loads(text) for path in row["outputs"].values()]
     found: dict[str, str] = {}
     for output in filter(None, outputs):
         folder = os.path.join(output, "bin")
@@ -5314,37 +5311,36 @@ def _nix_executables(stdout: bytes) -> list[tuple[str, str]]:
     return sorted(found.items())
 
 
+# The first row whose marker exists wins [CONTRACT 2.1].
+# fmt: off
 TOOLCHAINS = (
-    Toolchain(
-        "nix",
-        "flake.nix",
-        (),
-        plan_nix,
-        {"NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"},
-    ),
-    Toolchain("cargo", "Cargo.lock", ("target",), plan_cargo),
+    Toolchain("nix", "flake.nix", "flake.lock", (), plan_nix, collect_nix, keep_stdout=True, shared={
+        "NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
+    Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("target",), plan_cargo, collect_cargo),
 )
-
+# fmt: on
 
 OUTPUTS = {toolchain.marker: toolchain.outputs for toolchain in TOOLCHAINS}
 
 
-def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Expectations:
-    """expected, with what a checkout of the source says: its tree, its lock file and, of cargo, the dependencies in that. nix's are known
-    after an evaluation, and pnpm's lock file is YAML: they stay "not checked", and the lock file's digest stands for them.
+def source_expectations(directory: str, expected: Expectations, algorithm: str) -> Expectations:
+    """Return expected with the tree, lock file digest and, for cargo, dependencies of the checkout in directory.
 
-    algorithm: the object format of the tree."""
+    The dependencies of nix are known only after an evaluation, and pnpm's lock file is YAML: they stay "not checked",
+    and the digest of the lock file stands for them.
+    algorithm: "sha1" or "sha256", of the git tree.
+    Raises UsageError if directory is not a source, or contradicts expected.
+    """
     if not os.path.isdir(directory):
-        raise UsageError(f"--source {directory}: no directory")
+        raise UsageError(f"--source {directory}: not a directory")
     try:
-        if os.path.isfile(os.path.join(directory, "pnpm-lock.yaml")) and not any(
-            os.path.isfile(os.path.join(directory, t.marker)) for t in TOOLCHAINS
-        ):
-            outputs: Sequence[str] = ("dist", "node_modules")
-            lock_name = "pnpm-lock.yaml"
-        else:
+        try:
             toolchain = detect_toolchain(directory)
-            outputs, lock_name = toolchain.outputs, "flake.lock" if toolchain.name == "nix" else toolchain.marker
+            outputs, lock_name = toolchain.outputs, toolchain.lockfile
+        except BuildFailed:
+            lock_name, outputs = "pnpm-lock.yaml", ("dist", "node_modules")  # verified, though never built here
+            if not os.path.isfile(os.path.join(directory, lock_name)):
+                raise
         with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
             files = list_source(directory, open_checkout(directory, own))
         tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
@@ -5353,7 +5349,7 @@ def _expect_source(directory: str, expected: Expectations, algorithm: str) -> Ex
     except BuildFailed as e:
         raise UsageError(f"--source {directory}: {e}") from None
     if expected.source_tree not in (None, tree):
-        raise UsageError(f"--source {directory} has the tree {tree}, which --source-tree contradicts")
+        raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
     return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(lock), dependencies=dependencies)
 
 
@@ -5765,196 +5761,216 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
 # ==============================================================================
 # region 23. Pipeline          [uses 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22]
 # ==============================================================================
-# Source -> build -> provenance -> evidence -> archive, in one process that does nothing else and is thrown away.
+# Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run once,
+# in a process that does nothing else and is thrown away afterwards.  The file provenance.json follows [SLSA] and
+# [IN-TOTO] in the form of [CONTRACT 3].  Everything runs in the caller's thread.
 
-# What of the server's environment a build may see; --env adds to it. Everything else, and so every secret, stays outside.
+# The server's environment variables that a build sees; --env adds to them [CONTRACT 2.2].  All others, and so every
+# secret, are left out.
 ALLOWED_ENVIRONMENT = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "LC_CTYPE",
-    "TZ",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
-    "NIX_SSL_CERT_FILE",
-    "GIT_SSL_CAINFO",
-    "CURL_CA_BUNDLE",
-    "CARGO_HTTP_CAINFO",
-    "CARGO_NET_OFFLINE",
-    "RUSTUP_HOME",
-    "RUSTUP_AUTO_INSTALL",
-    "RUSTUP_DIST_SERVER",
-    "NIX_CONF_DIR",
-    "NIX_REMOTE",
-    "NIX_STORE_DIR",
-    "NIX_STATE_DIR",
-    "NIX_LOG_DIR",
-    "http_proxy",
-    "https_proxy",
-    "no_proxy",
-    "all_proxy",
-    "HTTP_PROXY",
-    "HTTPS_PROXY",
-    "NO_PROXY",
-    "ALL_PROXY",
-)
-
-
-BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes beside its source
+    "PATH LANG LC_ALL LC_CTYPE TZ SSL_CERT_FILE SSL_CERT_DIR NIX_SSL_CERT_FILE GIT_SSL_CAINFO CURL_CA_BUNDLE "
+    "CARGO_HTTP_CAINFO CARGO_NET_OFFLINE RUSTUP_HOME RUSTUP_AUTO_INSTALL RUSTUP_DIST_SERVER NIX_CONF_DIR NIX_REMOTE "
+    "NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY "
+    "ALL_PROXY"
+).split()
+BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 
 
 def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequence[str]) -> dict[str, str]:
-    """The environment of a build: the allowed names of environ, and folders in workspace for everything that is written."""
+    """Return the environment of a build.  [CONTRACT 2.2]
+
+    workspace: its BUILD_FOLDERS become HOME, TMPDIR and CARGO_HOME.
+    environ: the server's environment.
+    extra: the names of further variables that are passed on, from --env.
+    """
     env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     for name in [name for name in env if name.lower().endswith("_proxy") and "@" in env[name] and name not in extra]:
-        del env[name]  # a proxy's password
+        del env[name]  # it contains the proxy's password
     rustup = os.path.join(environ.get("HOME", "/nonexistent"), ".rustup")
     if os.path.isdir(rustup):
         env.setdefault("RUSTUP_HOME", rustup)
     env.setdefault("PATH", os.defpath)
-    return {
-        **env,
-        "HOME": os.path.join(workspace, "home"),
-        "TMPDIR": os.path.join(workspace, "tmp"),
-        "CARGO_HOME": os.path.join(workspace, "cargo"),
-    }
+    for name, folder in zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True):
+        env[name] = os.path.join(workspace, folder)
+    return env
 
 
-class _LogDigest:
-    """Build lines on their way to emit, hashed as [CONTRACT 3] says: UTF-8, each with LF."""
+class BuildLog:
+    """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
+
+    cause: the first line that begins with "error:" or "error[CODE]:", or "".  Later errors usually follow from it.
+    """
 
     def __init__(self, emit: Emit) -> None:
-        self._emit, self._digest, self.cause = emit, hashlib.sha256(), ""
+        self.cause = ""
+        self._emit = emit
+        self._digest = hashlib.sha256()
 
     def __call__(self, lines: list[str]) -> None:
+        """Emit lines as events of the phase `build`."""
         if lines:
             text = "\n".join(lines) + "\n"
             self._digest.update(text.encode("utf-8"))
-            if not self.cause and "error" in text:  # what later errors follow from
-                plain = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")
+            if not self.cause and "error" in text:
+                plain = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")  # without colours
                 self.cause = next((line.strip() for line in plain if re.match(r"\s*error(\[\w+\])?:", line)), "")
             self._emit("build", lines)
 
     def hexdigest(self) -> str:
-        """SHA-256 of the lines so far."""
+        """Return the SHA-256 of the lines so far, in hexadecimal."""
         return self._digest.hexdigest()
 
 
-def run_pipeline(
-    request: BuildRequest,
-    archive: str | None,
-    workspace: str,
-    env: Mapping[str, str],
-    policy: SourcePolicy,
-    attester: Attester,
-    emit: Emit,
-) -> str:
-    """Build what request asks for, and return the path of the archive that clients get. Raises BuildFailed.
+class Pipeline(NamedTuple):
+    """One build.
 
-    archive: the uploaded source, or None for a repo_url; workspace: a directory that is empty but for `agent`, where what a build has no say
-    in is kept. When it returns, no process that the build has started is alive."""
-    started, own = utc_now(), os.path.join(workspace, "agent")
-    os.makedirs(own, exist_ok=True)
-    project, name = _get_source(request, archive, os.path.join(workspace, "source"), env, policy)
-    toolchain = detect_toolchain(project)
-    open_to_build([env.get(name, usual) for name, usual in toolchain.shared.items()])
-    emit("detect", [toolchain.name])
-    emit("init", ["Verifying build inputs"])
-    refuse_outside_influence(project)
-    for output in toolchain.outputs:
-        remove_tree(os.path.join(project, output))
-    files, git = walk_files(project), os.path.join(project, ".git")
-    algorithm = object_format(read_head(git, git))
-    tree = git_tree(project, files, algorithm)
-    try:
-        commit, uri = believe_history(project, tree, env)
-    except BuildFailed as e:
-        if os.path.lexists(git):
-            emit("init", [f"Commit not recorded: {e}"])
-            remove_tree(git)  # nothing vouches for it
-        commit, uri, tree = "", "", tree if algorithm == "sha1" else git_tree(project, files)
-    plan = toolchain.plan(project, env)
-    log = _LogDigest(emit)
-    hand_to_build(project)
-    status, stdout = run_tool(plan.argv, project, plan.env, log, plan.keep_stdout)
-    if status != 0:
-        ending = f"status {status}" if status > 0 else f"signal {-status}"
-        full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        raise BuildFailed(
-            "LimitError" if full else "BuildError",
-            f"{plan.command} ended with {ending}" + (f": {log.cause[:1000]}" if log.cause else ""),
+    archive: the path of the uploaded source, or None if the request names a repository.
+    workspace: a directory that is empty except for `agent`, which the build cannot write to.
+    env: the environment of the build.
+    emit: called with a phase and its messages.
+    """
+
+    request: BuildRequest
+    archive: str | None
+    workspace: str
+    env: Mapping[str, str]
+    policy: SourcePolicy
+    attester: Attester
+    emit: Emit
+
+    def run(self) -> str:
+        """Build the source and return the path of the bundle's archive.
+
+        When it returns, no process that the build has started is alive.
+        Raises BuildFailed.
+        """
+        started = utc_now()
+        own = os.path.join(self.workspace, "agent")
+        os.makedirs(own, exist_ok=True)
+        project, name = self._get_source()
+        toolchain = detect_toolchain(project)
+        open_to_build([self.env.get(variable, default) for variable, default in toolchain.shared.items()])
+        self.emit("detect", [toolchain.name])
+        self.emit("init", ["Verifying build inputs"])
+        refuse_outside_influence(project)
+        for output in toolchain.outputs:
+            remove_tree(os.path.join(project, output))
+        source = self._describe_source(project)
+        plan = toolchain.plan(project, self.env)
+        log = BuildLog(self.emit)
+        hand_to_build(project)
+        argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
+        status, stdout = run_tool(argv, project, plan.env, log, toolchain.keep_stdout)
+        if status != 0:
+            full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            ending = f"status {status}" if status > 0 else f"signal {-status}"
+            message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
+            raise BuildFailed("LimitError" if full else "BuildError", message.rstrip(": "))
+        self.emit("provenance", ["Generating provenance"])
+        try:
+            artifacts = _take_artifacts(toolchain.collect(project, stdout), os.path.join(own, "artifacts"))
+        except PermissionError as e:  # the build can take the permissions away
+            raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
+        byproducts = {"build_log": log.hexdigest(), **self.attester.byproducts}
+        statement = _make_statement(plan, source, self.attester.builder, byproducts, artifacts, started)
+        self.emit("attest", ["Generating attestation"])
+        try:
+            evidence = self.attester.attest(report_data(statement, self.request.nonce))
+        except NoAttester as e:
+            raise BuildFailed("AttestationError", str(e)) from None
+        path = os.path.join(own, "result.tar.gz")
+        write_archive(
+            path,
+            name,
+            statement,
+            evidence,
+            [(artifact, os.path.join(own, "artifacts", artifact)) for artifact in artifacts],
         )
-    emit("provenance", ["Generating provenance"])
-    try:
-        artifacts = _take_artifacts(plan.collect(stdout), os.path.join(own, "artifacts"))
-    except PermissionError as e:  # the build can take them away
-        raise BuildFailed("ProvenanceError", f"the artifacts cannot be read: {e}") from None
-    attested = {"build_log": log.hexdigest(), **attester.byproducts}
-    statement = _make_statement(
-        plan, tree, commit, uri, attester.builder, attested, {n: digest for n, _, digest in artifacts}, started
-    )
-    emit("attest", ["Generating attestation"])
-    try:
-        evidence = attester.attest(report_data(statement, request.nonce))
-    except NoAttester as e:
-        raise BuildFailed("AttestationError", str(e)) from None
-    path = os.path.join(own, "result.tar.gz")
-    write_archive(path, name, statement, evidence, [(n, p) for n, p, _ in artifacts])
-    return path
+        return path
+
+    def _get_source(self) -> tuple[str, str]:
+        """Fetch or unpack the source; return the real path and the name of the project."""
+        url, policy = self.request.repo_url, self.policy
+        root = os.path.join(os.path.realpath(self.workspace), "source")
+        if self.archive is None:
+            fetch_git(url, self.request.repo_ref, root, self.env, policy.schemes, policy.loopback, policy.max_unpacked)
+            return root, repository_name(url)
+        os.mkdir(root)
+        unpack_archive(self.archive, root, policy.max_unpacked)
+        return find_project(root, self.request.source_name)
+
+    def _describe_source(self, project: str) -> dict[str, Any]:
+        """Return the `source` of externalParameters; remove a history that does not match the files.  [CONTRACT 3.4]"""
+        files = walk_files(project)
+        git = os.path.join(project, ".git")
+        algorithm = object_format(read_head(git, git))
+        tree = git_tree(project, files, algorithm)
+        try:
+            commit, uri = believe_history(project, tree, self.env)
+        except BuildFailed as e:
+            commit = uri = ""
+            if os.path.lexists(git):
+                self.emit("init", [f"Commit not recorded: {e}"])
+                remove_tree(git)
+            if algorithm != "sha1":
+                tree = git_tree(project, files)
+        return {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}
 
 
-def _get_source(
-    request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy
-) -> tuple[str, str]:
-    """(directory, name) of the project. root: made here."""
-    if archive is None:
-        fetch_git(request.repo_url, request.repo_ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
-        return root, repository_name(request.repo_url)
-    os.mkdir(root)
-    unpack_archive(archive, root, policy.max_unpacked)
-    return find_project(root, request.source_name)
+def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, str]:
+    """Copy artifacts into the new directory folder, and return the SHA-256 of each copy by its name.
 
-
-def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> list[tuple[str, str, str]]:
-    """(name, path of our copy, SHA-256) of each artifact. Raises BuildFailed NoArtifacts, ProvenanceError."""
+    found: (name, path), by name.
+    Raises BuildFailed NoArtifacts if there are none, ProvenanceError for an unusable name or a symbolic link.
+    """
     if not found:
-        raise BuildFailed("NoArtifacts", "the build succeeded and left no executable")
+        raise BuildFailed("NoArtifacts", "the build succeeded but made no executable")
     os.mkdir(folder)
-    taken = []
+    taken = {}
     for name, path in found:
         if not PLAIN_NAME.fullmatch(name) or not name.isprintable():
-            raise BuildFailed("ProvenanceError", f"an artifact is called {name!r}")
+            raise BuildFailed("ProvenanceError", f"the artifact name {name!r} is not a plain file name")
         copy = os.path.join(folder, name)
         shutil.copyfile(path, copy, follow_symlinks=False)
         if os.path.islink(copy):
-            raise BuildFailed("ProvenanceError", f"the artifact {name} has become a link")
-        taken.append((name, copy, file_sha256(copy)))
+            raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
+        taken[name] = file_sha256(copy)
     return taken
+
+
+def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return (name -> SHA-256) as ResourceDescriptors.  [IN-TOTO]"""
+    return [{"digest": {"sha256": digest}, "name": name} for name, digest in digests.items()]
 
 
 def _make_statement(
     plan: Plan,
-    tree: str,
-    commit: str,
-    uri: str,
+    source: Mapping[str, Any],
     builder: str,
     byproducts: Mapping[str, str],
     subjects: Mapping[str, str],
     started: str,
 ) -> bytes:
-    """The bytes of provenance.json. byproducts, subjects: name -> SHA-256. Raises BuildFailed ProvenanceError where they are not what our own verifier accepts."""
-    tool = Digest(f"confbuild {__version__}", sha256_hex(own_source()))
+    """Return the bytes of provenance.json.  [CONTRACT 3.2]
+
+    source: as in externalParameters.
+    builder: the builder's id.
+    byproducts, subjects: name -> SHA-256 in hexadecimal; input_merkle_root is added here.
+    started: the time of startedOn.
+    Raises BuildFailed ProvenanceError if our own verifier would refuse the statement.
+    """
+    tool = Program("", f"confbuild {__version__}", sha256_hex(own_source()))
     toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
-    root: dict[str, Any] = {"digest": {"sha256": "0" * 64}, "name": "input_merkle_root"}
-    invocation = f"build-{re.sub('[-:]', '', started[:10])}-{re.sub(':', '', started[11:19])}-{secrets.token_hex(4)}"
+    root, *others = _resources({"input_merkle_root": "0" * 64, **byproducts})
+    clock = re.sub("[-:]", "", started[:19]).replace("T", "-")
     doc = {
         "_type": STATEMENT_TYPE,
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
                 "externalParameters": {
-                    "buildCommand": plan.command,
-                    "source": {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri},
+                    "buildCommand": " ".join(plan.command),
+                    "source": source,
                 },
                 "internalParameters": {
                     **plan.parameters,
@@ -5965,15 +5981,16 @@ def _make_statement(
             },
             "runDetails": {
                 "builder": {"id": builder},
-                "byproducts": [
-                    root,
-                    *({"digest": {"sha256": digest}, "name": name} for name, digest in byproducts.items()),
-                ],
-                "metadata": {"invocationId": invocation, "startedOn": started, "finishedOn": utc_now()},
+                "byproducts": [root, *others],
+                "metadata": {
+                    "invocationId": f"build-{clock}-{secrets.token_hex(4)}",
+                    "startedOn": started,
+                    "finishedOn": utc_now(),
+                },
             },
         },
         "predicateType": PREDICATE_TYPE,
-        "subject": [{"digest": {"sha256": digest}, "name": name} for name, digest in sorted(subjects.items())],
+        "subject": _resources(dict(sorted(subjects.items()))),
     }
     try:
         check_statement(doc)
@@ -8580,7 +8597,7 @@ def serve_agent(
         try:
             with open(reserve, "wb") as f:
                 f.write(bytes(MIB))  # room to say in the end what has happened
-            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+            return Pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit).run()
         except (BuildFailed, OSError) as e:
             if not lacks_room(e, workspace):
                 raise
@@ -12725,7 +12742,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     return (
         expected
         if options.source is None
-        else _expect_source(options.source, expected, object_format(expected.source_tree or ""))
+        else source_expectations(options.source, expected, object_format(expected.source_tree or ""))
     )
 
 
@@ -12745,7 +12762,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 and options.source_tree is None
                 and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
             ):
-                wanted = _expect_source(options.source, expected._replace(source_tree=None), "sha256")
+                wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), utc_time(now), endorsements)
         except UsageError as e:
             if len(options.bundles) == 1:

@@ -9580,7 +9580,7 @@ class TestCheckout:
         found, _ = self.source(root, tmp_path)
         assert {"a.txt", "Cargo.lock"} <= set(found) and ("vendor/lib.rs" in found) == (kind == "submodule")
         assert (
-            confbuild._expect_source(str(root), confbuild.Expectations(), "sha1").source_tree
+            confbuild.source_expectations(str(root), confbuild.Expectations(), "sha1").source_tree
             == packed.tree
             == confbuild.git_tree(str(root), found)
         )
@@ -9663,10 +9663,10 @@ class TestCheckout:
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         assert len(head) == 64 and self.pack(root, tmp_path)[1:] == (tree, head)
-        assert confbuild._expect_source(str(root), confbuild.Expectations(), "sha256").source_tree == tree
+        assert confbuild.source_expectations(str(root), confbuild.Expectations(), "sha256").source_tree == tree
         (root / "a.txt").write_text("b")
         packed = self.pack(root, tmp_path)
-        assert (len(packed.tree), packed.commit) == (40, "") and confbuild._expect_source(
+        assert (len(packed.tree), packed.commit) == (40, "") and confbuild.source_expectations(
             str(root), confbuild.Expectations(), "sha1"
         ).source_tree == packed.tree
 
@@ -9965,7 +9965,7 @@ class TestDetect:
         (tmp_path / "other").touch()
         (tmp_path / "Cargo.lock").symlink_to("other")
         kind, message = failure(lambda: confbuild.detect_toolchain(str(tmp_path)))
-        assert (kind, message) == ("UnsupportedToolchainError", "no flake.nix and no Cargo.lock in the project")
+        assert (kind, message) == ("UnsupportedToolchainError", "the project has neither flake.nix nor Cargo.lock")
         (tmp_path / "Cargo.lock").unlink()
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchain(str(tmp_path)))[0] == "UnsupportedToolchainError"
@@ -9993,16 +9993,11 @@ class TestPrograms:
     def test_a_shim_is_asked_inside_of_the_project(self, tmp_path: Path, rustup: Path) -> None:
         for name in ("old", "new"):
             project_path = str(tmp_path / ("project-" + name))
-            found = confbuild.resolve_program("cargo", project_path, on_path(rustup))
-            assert found == str(tmp_path / name / "bin" / "cargo")
-            digest = hashlib.sha256((tmp_path / name / "bin" / "cargo").read_bytes()).hexdigest()
-            assert confbuild.describe_program(found, project_path, on_path(rustup)) == confbuild.Digest(
-                f"cargo {name}", digest
-            )
-            assert confbuild.Digest(f"cargo {name}", digest).to_wire() == {
-                "digest": {"sha256": digest},
-                "version": f"cargo {name}",
-            }
+            found = confbuild.find_program("cargo", project_path, on_path(rustup))
+            path = tmp_path / name / "bin" / "cargo"
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            assert found == confbuild.Program(str(path), f"cargo {name}", digest)
+            assert found.to_wire() == {"digest": {"sha256": digest}, "version": f"cargo {name}"}
 
     def test_a_shim_by_hard_link_or_by_a_chain_of_links(self, tmp_path: Path, rustup: Path) -> None:
         """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the file at its end is rustup, which is no cargo."""
@@ -10012,27 +10007,33 @@ class TestPrograms:
         (tmp_path / "local").mkdir()
         (tmp_path / "local" / "cargo").symlink_to(rustup / "cargo")
         for folder in ("hard", "local"):
-            found = confbuild.resolve_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder))
-            assert found == str(tmp_path / "old" / "bin" / "cargo"), folder
+            found = confbuild.find_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder))
+            assert found.path == str(tmp_path / "old" / "bin" / "cargo"), folder
 
-    def test_what_rustup_has_not(self, tmp_path: Path, rustup: Path) -> None:
-        def ask() -> str:
-            return confbuild.resolve_program("cargo", str(tmp_path), on_path(rustup))
+    def test_a_toolchain_that_rustup_does_not_have(self, tmp_path: Path, rustup: Path) -> None:
+        def find() -> confbuild.Program:
+            return confbuild.find_program("cargo", str(tmp_path), on_path(rustup))
 
-        assert failure(ask) == ("UnsupportedToolchainError", "rustup which cargo: error: no default toolchain")
-        (tmp_path / "rust-toolchain").write_text("gone")  # rustup says where, and there is nothing
-        assert failure(ask) == ("UnsupportedToolchainError", "rustup which cargo: no answer")
+        assert failure(find) == (
+            "UnsupportedToolchainError",
+            f"`{rustup}/rustup which cargo` failed: error: no default toolchain",
+        )
+        (tmp_path / "rust-toolchain").write_text("gone")  # rustup names a file that does not exist
+        assert failure(find) == (
+            "UnsupportedToolchainError",
+            f"cannot run {tmp_path}/gone/bin/cargo: No such file or directory",
+        )
 
     def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
         script(tmp_path / "real", "echo cargo 1\n")
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "cargo").symlink_to(tmp_path / "real")
         script(tmp_path / "bin" / "rustup", "echo /bin/false\n")
-        assert confbuild.resolve_program("cargo", str(tmp_path), on_path(tmp_path / "bin")) == str(tmp_path / "real")
+        assert confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin")).path == str(tmp_path / "real")
 
     @pytest.mark.parametrize("name", ["cargo", "rustc", "nix"])
     def test_not_installed(self, tmp_path: Path, name: str) -> None:
-        assert failure(lambda: confbuild.resolve_program(name, str(tmp_path), {"PATH": str(tmp_path)})) == (
+        assert failure(lambda: confbuild.find_program(name, str(tmp_path), {"PATH": str(tmp_path)})) == (
             "UnsupportedToolchainError",
             f"{name} is not installed on the builder",
         )
@@ -10040,25 +10041,25 @@ class TestPrograms:
     @pytest.mark.parametrize(
         ("body", "kind", "fragment"),
         [
-            ("echo one >&2; echo 'two words' >&2; exit 3", "UnsupportedToolchainError", "--version: two words"),
-            ("exit 3", "UnsupportedToolchainError", "--version: status 3"),
-            ("", "UnsupportedToolchainError", "--version: "),
-            ("printf 'cargo \\033[31m1'", "UnsupportedToolchainError", "--version: "),
-            ("printf 'cargo \\0001'", "UnsupportedToolchainError", "--version: "),
+            ("echo one >&2; echo 'two words' >&2; exit 3", "UnsupportedToolchainError", "--version` failed: two words"),
+            ("exit 3", "UnsupportedToolchainError", "--version` failed: exit status 3, expected one line of text"),
+            ("", "UnsupportedToolchainError", "--version` failed: exit status 0, expected one line of text"),
+            ("printf 'cargo \\033[31m1'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
+            ("printf 'cargo \\0001'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
             ("yes", "LimitError", "printed more than 65536 bytes"),
-            ("kill -9 $$", "UnsupportedToolchainError", "--version: status -9"),
+            ("kill -9 $$", "UnsupportedToolchainError", "--version` failed: exit status -9, expected one line"),
         ],
     )
-    def test_a_program_that_does_not_tell_its_version(
+    def test_a_program_that_does_not_print_its_version(
         self, tmp_path: Path, body: str, kind: str, fragment: str
     ) -> None:
-        path = str(script(tmp_path / "cargo", body + "\n"))
-        found = failure(lambda: confbuild.describe_program(path, str(tmp_path), dict(os.environ)))
+        script(tmp_path / "cargo", body + "\n")
+        found = failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path)))
         assert found[0] == kind and fragment in found[1]
 
     def test_the_version_is_the_first_line(self, tmp_path: Path) -> None:
-        path = script(tmp_path / "nix", "pwd; echo nix\n")
-        assert confbuild.describe_program(str(path), str(tmp_path), dict(os.environ)).version == str(tmp_path)
+        script(tmp_path / "nix", "pwd; echo nix\n")
+        assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path)).version == str(tmp_path)
 
 
 class TestOutsideInfluence:
@@ -10083,7 +10084,7 @@ class TestOutsideInfluence:
             make(folder / name)
             assert failure(lambda: confbuild.refuse_outside_influence(str(inside))) == (
                 "SourceError",
-                f"{folder / name}, outside of the source, would change the build",
+                f"{folder / name} is outside of the source and would change the build",
             )
             (folder / name).unlink()
 
@@ -10102,21 +10103,21 @@ class TestLockfile:
         assert confbuild.read_lockfile(str(tmp_path / "flake.lock")) == b"\xff\0"
 
     @pytest.mark.parametrize(
-        "make",
+        ("make", "message"),
         [
-            lambda p: p.mkdir(),
-            lambda p: p.symlink_to("/etc/passwd"),
-            lambda p: p.symlink_to("nowhere"),
-            os.mkfifo,
-            lambda p: subprocess.run(["truncate", "-s", str((64 << 20) + 1), p], check=True),
+            (lambda p: p.mkdir(), "not a regular file"),
+            (lambda p: p.symlink_to("/etc/passwd"), "not a regular file"),
+            (lambda p: p.symlink_to("nowhere"), "not a regular file"),
+            (os.mkfifo, "not a regular file"),
+            (lambda p: (p.touch(), os.truncate(p, (64 << 20) + 1)), "more than 67108864 bytes"),
         ],
         ids=["folder", "link", "dangling", "pipe", "large"],
     )
-    def test_other_things(self, tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    def test_other_things(self, tmp_path: Path, make: Callable[[Path], Any], message: str) -> None:
         make(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.read_lockfile(str(tmp_path / "Cargo.lock"))) == (
             "SourceError",
-            "Cargo.lock is no regular file of at most 64 MiB",
+            f"Cargo.lock: {message}",
         )
 
 
@@ -10241,7 +10242,7 @@ class TestCargoDependencies:
         (tmp_path / "demo" / "link").symlink_to(tmp_path)
         assert confbuild.cargo_dependencies(entry("inner").encode(), str(tmp_path / "demo")) == []
         kind, message = failure(lambda: confbuild.cargo_dependencies(entry("evil").encode(), str(tmp_path / "demo")))
-        assert kind == "ProvenanceError" and "evil" in message and "no package inside the project" in message
+        assert kind == "ProvenanceError" and "evil" in message and "not a package inside the project" in message
 
     @pytest.mark.parametrize(
         ("lock", "kind", "fragment"),
@@ -10249,7 +10250,7 @@ class TestCargoDependencies:
             (
                 entry("other", "1.0.0"),
                 "ProvenanceError",
-                "other 1.0.0 has no source and is no package inside the project",
+                "other 1.0.0 has no source and is not a package inside the project",
             ),
             (
                 entry("None", "1.0.0"),
@@ -10265,7 +10266,7 @@ class TestCargoDependencies:
                 (
                     entry(source=source, checksum=SHA),
                     "ProvenanceError",
-                    "libc 0.2.1 is from a registry whose URL is not plain ASCII",
+                    "libc 0.2.1 has a source whose URL is not printable ASCII",
                 )
                 for source in ("sparse+", "registry+https://h/\u00e9", "sparse+https://h/ x", "registry+https://h/\x1b")
             ],
@@ -10279,32 +10280,53 @@ class TestCargoDependencies:
             ),
             (entry(source="git+https://h/r"), "ProvenanceError", "libc 0.2.1 has no commit"),
             (entry(source="git+https://h/r#main"), "ProvenanceError", "libc 0.2.1 has no commit"),
-            (entry(source=f"git+https://h/\u00e9#{COMMIT}"), "ProvenanceError", "libc 0.2.1 has no commit"),
-            (entry(source="path+file:///x"), "ProvenanceError", "libc 0.2.1 has the unknown source 'path+file:///x'"),
+            (
+                entry(source=f"git+https://h/\u00e9#{COMMIT}"),
+                "ProvenanceError",
+                "has a source whose URL is not printable ASCII",
+            ),
+            (
+                entry(source="path+file:///x"),
+                "ProvenanceError",
+                "libc 0.2.1 has the unknown source 'path+file:///x', expected registry+, sparse+ or git+",
+            ),
             (entry(source="" + "x" * 200), "ProvenanceError", "has the unknown source '" + "x" * 80 + "'"),
             (entry(source=""), "ProvenanceError", "libc 0.2.1 has the unknown source ''"),
-            (entry("a b", source=REGISTRY, checksum=SHA), "ProvenanceError", "'a b' '0.2.1' is no name and version"),
-            (entry("a/../b", source=REGISTRY, checksum=SHA), "ProvenanceError", "is no name and version"),
+            (
+                entry("a b", source=REGISTRY, checksum=SHA),
+                "ProvenanceError",
+                "invalid package name or version: 'a b' '0.2.1'",
+            ),
+            (
+                entry("a/../b", source=REGISTRY, checksum=SHA),
+                "ProvenanceError",
+                "invalid package name or version: 'a/../b'",
+            ),
             (
                 entry("a", "1?x=1", source=REGISTRY, checksum=SHA),
                 "ProvenanceError",
-                "'a' '1?x=1' is no name and version",
+                "invalid package name or version: 'a' '1?x=1'",
             ),
-            ("[[package]", "SourceError", "Cargo.lock: TOMLDecodeError: "),
-            ("version = 4\nversion = 4\n", "SourceError", "Cargo.lock: TOMLDecodeError: "),
-            ("[[package]]\nname = 'a'\n", "SourceError", "Cargo.lock: KeyError: 'version'"),
-            ("[[package]]\nname = 1\nversion = '1'\n", "SourceError", "a name, version, source or checksum is no text"),
+            ("[[package]", "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
+            ("version = 4\nversion = 4\n", "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
+            ("[[package]]\nname = 'a'\n", "SourceError", "Cargo.lock has an unexpected form: KeyError: 'version'"),
+            (
+                "[[package]]\nname = 1\nversion = '1'\n",
+                "SourceError",
+                "name, version, source and checksum must be strings",
+            ),
             (
                 "[[package]]\nname = 'a'\nversion = '1'\nsource = ['x']\n",
                 "SourceError",
-                "a name, version, source or checksum is no text",
+                "name, version, source and checksum must be strings",
             ),
-            ("metadata = 3\n", "SourceError", "a name, version, source or checksum is no text"),
-            ("package = 3\n", "SourceError", "Cargo.lock: TypeError: "),
-            ("package = ['x']\n", "SourceError", "Cargo.lock: TypeError: "),
-            ("[package]\nname = 'a'\n", "SourceError", "Cargo.lock: TypeError: "),
-            ("x = " + "[" * 5000, "SourceError", "Cargo.lock: RecursionError: "),
-            ("\udcff", "SourceError", "Cargo.lock: UnicodeDecodeError: "),
+            ("metadata = 3\n", "SourceError", "Cargo.lock has an unexpected form: AttributeError: "),
+            ("metadata = []\n", "SourceError", "Cargo.lock has an unexpected form: AttributeError: "),
+            ("package = 3\n", "SourceError", "Cargo.lock has an unexpected form: TypeError: "),
+            ("package = ['x']\n", "SourceError", "Cargo.lock has an unexpected form: TypeError: "),
+            ("[package]\nname = 'a'\n", "SourceError", "Cargo.lock has an unexpected form: TypeError: "),
+            ("x = " + "[" * 5000, "SourceError", "Cargo.lock has an unexpected form: RecursionError: "),
+            ("\udcff", "SourceError", "Cargo.lock has an unexpected form: UnicodeDecodeError: "),
         ],
         ids=lambda value: value[-30:],
     )
@@ -10390,12 +10412,12 @@ class TestPlanCargo:
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
         plan = confbuild.plan_cargo(str(tmp_path), {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"})
-        assert (
-            plan.argv == (f"{stub}/cargo", "build", "--locked", "--release")
-            and plan.command == "cargo build --locked --release"
-        )
+        assert plan.command == ("cargo", "build", "--locked", "--release")
         assert list(plan.programs.items()) == [
-            (name, confbuild.Digest(version, hashlib.sha256(Path(stub, name).read_bytes()).hexdigest()))
+            (
+                name,
+                confbuild.Program(f"{stub}/{name}", version, hashlib.sha256(Path(stub, name).read_bytes()).hexdigest()),
+            )
             for name, version in (
                 ("cargo", "cargo 1.90.0 (840b83a10 2025-07-30)"),
                 ("rustc", "rustc 1.90.0 (1159e78c4 2025-09-14)"),
@@ -10407,8 +10429,8 @@ class TestPlanCargo:
             "CARGO_TARGET_DIR": str(tmp_path / "target"),
         }
         assert plan.lockfile_sha256 == hashlib.sha256((tmp_path / "Cargo.lock").read_bytes()).hexdigest()
-        assert (plan.dependencies, plan.parameters, plan.keep_stdout) == ([LIBC], {}, False)
-        assert plan.collect(b"") == []  # no target/release at all
+        assert (plan.dependencies, plan.parameters) == ([LIBC], {})
+        assert confbuild.collect_cargo(str(tmp_path), b"") == []  # no target/release at all
         release = tmp_path / "target" / "release"
         (release / "deps").mkdir(parents=True)
         for name, mode in (
@@ -10425,35 +10447,28 @@ class TestPlanCargo:
         (release / "link").symlink_to("b")
         (release / "dangling").symlink_to("nowhere")
         os.mkfifo(release / "pipe", 0o755)
-        assert plan.collect(b"") == [("a.exe", str(release / "a.exe")), ("b", str(release / "b"))]
+        assert confbuild.collect_cargo(str(tmp_path), b"") == [
+            ("a.exe", str(release / "a.exe")),
+            ("b", str(release / "b")),
+        ]
 
     @pytest.mark.parametrize("link", ["demo/target/release", "demo/target", "demo", "."])
     @pytest.mark.parametrize("target", ["/usr/bin", "real", "nowhere", "itself"])
-    def test_a_link_on_the_way(self, tmp_path: Path, stub_path: str, link: str, target: str) -> None:
-        """Whatever part of target/release a build replaces by a link, absolute or relative, also to what looks right: nothing behind it is an artifact."""
-        project = write_files(tmp_path / "source/demo", {"Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
-        plan = confbuild.plan_cargo(str(project), {"PATH": stub_path})
+    def test_a_link_on_the_way(self, tmp_path: Path, link: str, target: str) -> None:
+        """A build replaces any part of target/release by a link: nothing behind the link is an artifact."""
+        project = tmp_path / "source/demo"
         script(project / "target/release/demo", "")
-        assert [name for name, _ in plan.collect(b"")] == ["demo"]
+        assert [name for name, _ in confbuild.collect_cargo(str(project), b"")] == ["demo"]
         place = tmp_path / "source" / link
         place.rename(tmp_path / "real")
         place.symlink_to({"real": str(tmp_path / "real"), "itself": place.name}.get(target, target))
         if target == "itself":  # leads nowhere: there are no artifacts
-            assert plan.collect(b"") == []
+            assert confbuild.collect_cargo(str(project), b"") == []
             return
-        with pytest.raises(
-            confbuild.BuildFailed, match="^target/release is /.*: a link, which is not followed$"
-        ) as caught:
-            plan.collect(b"")
+        message = "^target/release is a symbolic link to /.*, expected a directory that the build made$"
+        with pytest.raises(confbuild.BuildFailed, match=message) as caught:
+            confbuild.collect_cargo(str(project), b"")
         assert caught.value.error_type == "ProvenanceError"
-
-    def test_a_link_before_the_build(self, tmp_path: Path, stub_path: str) -> None:
-        """The folder of a server's state may lie behind one."""
-        project = write_files(tmp_path / "real/demo", {"Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
-        (tmp_path / "link").symlink_to("real")
-        plan = confbuild.plan_cargo(str(tmp_path / "link/demo"), {"PATH": stub_path})
-        script(project / "target/release/demo", "")
-        assert plan.collect(b"") == [("demo", str(project / "target/release/demo"))]
 
 
 # Known answers: printf 'known content\\n' hashed, as nix 2.8.0 writes it in hexadecimal and newer ones as SRI.
@@ -10656,7 +10671,9 @@ class TestNixDerivations:
     )
     def test_other_shapes(self, data: bytes) -> None:
         kind, message = failure(lambda: confbuild.parse_derivations(data))
-        assert kind == "ProvenanceError" and message.startswith("nix derivation show: ")
+        assert kind == "ProvenanceError" and message.startswith(
+            "the output of `nix derivation show` has an unexpected form: "
+        )
 
     JSON = st.recursive(
         st.none()
@@ -10730,7 +10747,7 @@ class TestFlakeInputs:
     )
     def test_broken(self, lock: bytes, fragment: str) -> None:
         kind, message = failure(lambda: confbuild.flake_inputs(lock))
-        assert kind == "SourceError" and message.startswith("flake.lock: " + fragment)
+        assert kind == "SourceError" and message.startswith("flake.lock has an unexpected form: " + fragment)
 
 
 # A nix that notes how it was called, and answers what the test has put beside it.
@@ -10780,10 +10797,9 @@ class TestPlanNix:
         (nix / "derivations").write_bytes(SHAPES["2.8" if printing == "--json" else "2.33"][0])
         plan = confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
         assert (nix / "calls").read_text().splitlines() == ["--version", f"{show} --recursive {FEATURES}"]
-        assert plan.command == f"nix build --no-link {printing} {FEATURES}"
-        assert [*plan.argv] == [str(nix / "nix"), *plan.command.split()[1:]] and plan.keep_stdout
+        assert plan.command == ("nix", "build", "--no-link", printing, *FEATURES.split())
         assert plan.programs == {
-            "nix": confbuild.Digest(version, hashlib.sha256((nix / "nix").read_bytes()).hexdigest())
+            "nix": confbuild.Program(str(nix / "nix"), version, hashlib.sha256((nix / "nix").read_bytes()).hexdigest())
         }
         assert plan.parameters == {"evaluation": {"derivationCount": 2, "fetchCount": 1}}
         assert plan.dependencies[0]["digest"] == {"sha256": KNOWN_DIGESTS["sha256"]}
@@ -10816,14 +10832,14 @@ class TestPlanNix:
             (
                 {"error": "error: first\nwarning: x\n\n       error: attribute 'x'\n   missing\n"},
                 "BuildError",
-                "nix derivation show: error: attribute 'x'",
+                "`nix derivation show` failed: error: attribute 'x'",
             ),
-            ({"error": "Segmentation\nfault\n"}, "BuildError", "nix derivation show: fault"),
-            ({"error": "\n"}, "BuildError", "nix derivation show: no message"),
+            ({"error": "Segmentation\nfault\n"}, "BuildError", "`nix derivation show` failed: fault"),
+            ({"error": "\n"}, "BuildError", "`nix derivation show` failed: no message"),
             (
                 {"derivations": "[]"},
                 "ProvenanceError",
-                "nix derivation show: AttributeError: 'list' object has no attribute 'get'",
+                "the output of `nix derivation show` has an unexpected form: AttributeError: 'list' object has no attribute 'get'",
             ),
             ({"derivations": "x" * 2000}, "LimitError", "@/nix printed more than 1000 bytes"),
         ],
@@ -10863,7 +10879,9 @@ class TestPlanNix:
         (store / "e-file").touch()
         paths = [str(store / name) for name in ("a-hello", "c-empty", "d-linked", "e-file", "f-gone")]
         expected = [(".hello-wrapped", str(hidden)), ("hello", str(hello)), ("tool", str(tool))]
-        collect = confbuild._nix_executables
+
+        def collect(stdout: bytes) -> list[tuple[str, str]]:
+            return confbuild.collect_nix("", stdout)
 
         rows = [
             {"drvPath": "x", "outputs": {"out": paths[0], "doc": None}},
@@ -12032,10 +12050,10 @@ class TestBuildEnvironment:
         assert not [name for name in confbuild.ALLOWED_ENVIRONMENT if secret.search(name)]
 
 
-class TestLogDigest:
+class TestBuildLog:
     def test_lines_and_cause(self) -> None:
         got: list[tuple[str, list[str]]] = []
-        log = confbuild._LogDigest(lambda phase, lines: got.append((phase, [*lines])))
+        log = confbuild.BuildLog(lambda phase, lines: got.append((phase, [*lines])))
         assert log.hexdigest() == hashlib.sha256(b"").hexdigest()
         blocks = [
             ["warning: an error: x", ""],
@@ -12066,13 +12084,13 @@ class TestLogDigest:
         ],
     )  # cargo's config.toml may have term.color = "always"
     def test_cause(self, line: str, cause: str) -> None:
-        log = confbuild._LogDigest(lambda *_: None)
+        log = confbuild.BuildLog(lambda *_: None)
         log([line])
         assert log.cause == cause
 
     @given(st.lists(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n")), max_size=3), max_size=5))
     def test_blocks_do_not_matter(self, blocks: list[list[str]]) -> None:
-        whole, parts = confbuild._LogDigest(lambda *_: None), confbuild._LogDigest(lambda *_: None)
+        whole, parts = confbuild.BuildLog(lambda *_: None), confbuild.BuildLog(lambda *_: None)
         whole([line for block in blocks for line in block])
         for block in blocks:
             parts(block)
@@ -12086,11 +12104,11 @@ class TestTakeArtifacts:
             [("a b", str(tmp_path / "x")), ("\u00e9", str(tmp_path / "x"))], str(tmp_path / "copies")
         )
         digest = hashlib.sha256(b"artifact").hexdigest()
-        assert taken == [(name, str(tmp_path / "copies" / name), digest) for name in ("a b", "\u00e9")]
+        assert list(taken.items()) == [(name, digest) for name in ("a b", "\u00e9")]
         assert (tmp_path / "copies" / "a b").read_bytes() == b"artifact"
         assert failure(lambda: confbuild._take_artifacts([], str(tmp_path / "none"))) == (
             "NoArtifacts",
-            "the build succeeded and left no executable",
+            "the build succeeded but made no executable",
         )
 
     @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "..", ".", "", "a/b", "a\\b", "\udcff", "\u202e", "\x7f"])
@@ -12098,7 +12116,7 @@ class TestTakeArtifacts:
         (tmp_path / "x").touch()
         assert failure(lambda: confbuild._take_artifacts([(name, str(tmp_path / "x"))], str(tmp_path / "copies"))) == (
             "ProvenanceError",
-            f"an artifact is called {name!r}",
+            f"the artifact name {name!r} is not a plain file name",
         )
 
     def test_a_link_is_never_followed(self, tmp_path: Path) -> None:
@@ -12112,19 +12130,9 @@ class TestTakeArtifacts:
 
 def plan(**changes: Any) -> confbuild.Plan:
     """A plan of cargo."""
-    digest = confbuild.Digest("tool 1", SHA)
-
-    made = confbuild.Plan(
-        (),
-        "cargo build --locked --release",
-        {},
-        {"cargo": digest, "rustc": digest},
-        SHA,
-        [LIBC],
-        {},
-        lambda _: [],
-        False,
-    )
+    tool = confbuild.Program("/bin/tool", "tool 1", SHA)
+    command = ("cargo", "build", "--locked", "--release")
+    made = confbuild.Plan(command, {}, {"cargo": tool, "rustc": tool}, SHA, [LIBC], {})
     return made._replace(**changes)
 
 
@@ -12134,9 +12142,7 @@ class TestMakeStatement:
     def make(self, made: confbuild.Plan, commit: str = COMMIT, uri: str = "https://h/r") -> bytes:
         return confbuild._make_statement(
             made,
-            "12" * 20,
-            commit,
-            uri,
+            {"digest": {"gitCommit": commit, "gitTree": "12" * 20}, "uri": uri},
             confbuild.SIMULATED_BUILDER,
             {"build_log": "34" * 32},
             {"b": SHA, "a": SHA},
@@ -12189,10 +12195,10 @@ class TestMakeStatement:
     @pytest.mark.parametrize(
         ("changes", "fragment"),
         [
-            ({"command": "cargo\tbuild"}, "buildCommand"),
+            ({"command": ["cargo\tbuild"]}, "buildCommand"),
             ({"lockfile_sha256": ""}, "lockfileHash"),
             ({"parameters": {"extra": 1}}, "internalParameters"),
-            ({"programs": {"nix": confbuild.Digest("nix 1", "x")}}, "toolchain"),
+            ({"programs": {"nix": confbuild.Program("/bin/nix", "nix 1", "x")}}, "toolchain"),
             ({"dependencies": [{**LIBC, "extra": 1}]}, "resolvedDependencies[0]"),
             ({"dependencies": [{**LIBC, "name": "\ud800"}]}, ""),
             ({"dependencies": [{**LIBC, "uri": "\ud800"}]}, ""),
@@ -12215,7 +12221,7 @@ INTO_RELEASE = "mkdir -p target/release; cd target/release; "
 
 class TestPipeline:
     FAILURES: tuple[tuple[Mapping[str, str | bytes], str, str], ...] = (
-        ({"README": "x"}, "UnsupportedToolchainError", "no flake.nix and no Cargo.lock in the project"),
+        ({"README": "x"}, "UnsupportedToolchainError", "the project has neither flake.nix nor Cargo.lock"),
         (project("exit 7"), "BuildError", "cargo build --locked --release ended with status 7"),
         (project("kill -9 $$"), "BuildError", "cargo build --locked --release ended with signal 9"),
         (
@@ -12228,35 +12234,35 @@ class TestPipeline:
             "BuildError",
             "cargo build --locked --release ended with status 1: error: " + "0" * 993,
         ),
-        (project("true"), "NoArtifacts", "the build succeeded and left no executable"),
+        (project("true"), "NoArtifacts", "the build succeeded but made no executable"),
         (
             project(INTO_RELEASE + "ln -s /bin/sh demo; ln -s /etc/passwd x; touch plain; mkdir dir"),
             "NoArtifacts",
-            "the build succeeded and left no executable",
+            "the build succeeded but made no executable",
         ),
         (
             project("mkdir target; ln -s /nowhere target/release"),
             "ProvenanceError",
-            "target/release is /nowhere: a link, which is not followed",
+            "target/release is a symbolic link to /nowhere, expected a directory that the build made",
         ),
         (
             project(INTO_RELEASE + 'f=$(printf \'a\\033b\'); touch "$f"; chmod +x "$f"'),
             "ProvenanceError",
-            r"an artifact is called 'a\x1bb'",
+            r"the artifact name 'a\x1bb' is not a plain file name",
         ),
         (
             project(INTO_RELEASE + 'f=$(printf \'a\\377b\'); touch "$f"; chmod +x "$f"'),
             "ProvenanceError",
-            r"an artifact is called 'a\udcffb'",
+            r"the artifact name 'a\udcffb' is not a plain file name",
         ),
         (
             {**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")},
             "ProvenanceError",
-            "Cargo.lock: gone 1.0.0 has no source and is no package inside the project",
+            "Cargo.lock: gone 1.0.0 has no source and is not a package inside the project",
         ),
         # of a length that fits in an event
         ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
-        ({**project(), "Cargo.lock": "["}, "SourceError", "Cargo.lock: TOMLDecodeError: "),
+        ({**project(), "Cargo.lock": "["}, "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
     )
 
     def test_failures(self, server: Callable[..., Server]) -> None:
@@ -12320,6 +12326,22 @@ class TestPipeline:
             confbuild.byproduct(doc, "build_log")
             == hashlib.sha256("".join(line + "\n" for line in told["build"]).encode()).hexdigest()
         )
+
+    def test_a_workspace_behind_a_link(self, tmp_path: Path) -> None:
+        """The project's path has no symbolic links, so collect_cargo notices those that a build makes."""
+        (tmp_path / "real").mkdir()
+        (tmp_path / "link").symlink_to("real")
+        archive = packed(tmp_path / "a", gzip.compress(tar_of(("demo", "", FOLDER), ("demo/a", b"", FILE_TYPE))))
+        pipeline = confbuild.Pipeline(
+            confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"),
+            archive,
+            str(tmp_path / "link"),
+            {},
+            confbuild.SourcePolicy(),
+            confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
+            lambda *_: None,
+        )
+        assert pipeline._get_source() == (str(tmp_path / "real/source/demo"), "demo")
 
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
     @needs("git")
@@ -12472,7 +12494,7 @@ class TestRealCargo:
                 "BuildError",
                 r"error\[E0308\]: mismatched types",
             ),
-            ({"src/lib.rs": "pub fn nothing() {}\n"}, "NoArtifacts", "the build succeeded and left no executable"),
+            ({"src/lib.rs": "pub fn nothing() {}\n"}, "NoArtifacts", "the build succeeded but made no executable"),
             (
                 {"src/main.rs": "fn main() {}\n", "Cargo.toml": MANIFEST.replace("0.1.0", "0.2.0")},
                 "BuildError",
@@ -16116,14 +16138,14 @@ class TestAgent:
         """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
         folders = ("source", *confbuild.BUILD_FOLDERS, "agent/artifacts")
 
-        def pipeline(*arguments: Any) -> str:
+        def run(pipeline: Any) -> str:
             assert (tmp_path / "agent/reserve").stat().st_blocks * 512 >= 1 << 20
             for name in folders:
                 write_files(tmp_path / name, {"a/b": "x"})
             if error is not None:
                 raise error
             for _ in range(20):
-                arguments[-1]("build", ["x" * 20])
+                pipeline.emit("build", ["x" * 20])
             raise AssertionError("the log has no limit")
 
         made: list[Any] = []
@@ -16134,7 +16156,8 @@ class TestAgent:
                 super().__init__(jobs, *arguments)
 
         served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
-        for name, value in (("run_pipeline", pipeline), ("Api", Api), ("Server", lambda *_: served)):
+        monkeypatch.setattr(confbuild.Pipeline, "run", run)
+        for name, value in (("Api", Api), ("Server", lambda *_: served)):
             monkeypatch.setattr(confbuild, name, value)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
         monkeypatch.setattr(confbuild, "has_room", lambda folder: folder != str(tmp_path) or room > 0)
@@ -21057,9 +21080,13 @@ class TestUsage:
             ("verify b --source-commit 1", 2, "--source-commit: 40 or 64 hex"),
             ("verify b --source-tree 1", 2, "--source-tree: 40 or 64 hex"),
             ("verify b --measurement 1", 2, "--measurement: 96 hex"),
-            ("verify b --source nowhere", 2, "--source nowhere: no directory"),
+            ("verify b --source nowhere", 2, "--source nowhere: not a directory"),
             ("verify b --source empty", 2, "--source empty: "),
-            (f"verify b --source demo --source-tree {'0' * 40}", 2, "which --source-tree contradicts"),
+            (
+                f"verify b --source demo --source-tree {'0' * 40}",
+                2,
+                f"--source-tree {'0' * 40} contradicts --source demo, whose tree is ",
+            ),
             ("verify b --format xml", 2, "invalid choice"),
             ("verify", 2, "required: BUNDLE"),
             ("verify -", 2, "stdin: neither a bundle nor its archive: the archive is empty"),
@@ -21775,7 +21802,7 @@ class TestVerify:
             ("--vek forged.pem", "forged.pem: not base64: "),
             ("--roots=", "No such file"),
             ("--vek=", "No such file"),
-            ("--source=", "--source : no directory"),
+            ("--source=", "--source : not a directory"),
             ("--policy=", "No such file"),
         ],
     )
