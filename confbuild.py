@@ -9346,49 +9346,57 @@ def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expec
 # ==============================================================================
 # region 31. Image                                 [uses 10, 11, 15, 16, 17, 18]
 # ==============================================================================
-# The directory that a guest is booted from: a kernel, an initrd and a firmware, which the launch digest covers, and a disk of
-# tools, whose dm-verity root hash is on the command line, which the digest covers too.  The same input gives the same bytes on
-# every machine: nothing here comes from a clock, an owner, a umask or the order of a directory.
+# Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
+# digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
+# digest also covers.  The same input gives the same bytes on every machine: no clock, owner, umask or directory order
+# has an influence.
 #
-# The input is a root file system, as a directory or as pinned Debian packages, which are unpacked without running anything of
-# theirs.  Only its Python runs here: it compiles the standard library that the initrd holds.
+# The input is a root file system, given as a directory or as pinned Debian packages, which are unpacked without running
+# their scripts.  Only the root file system's Python runs here: it compiles the standard library for the initrd.
+#
+# Called by the command line, and by the QEMU section, which only reads images.  No threads.
+# Specifications: [LINUX], [ELF], [DEB], [POLICY], [EDK2].
 
 MAX_LAUNCH_DIGESTS = 64  # of one image
-MAX_MODULE, MAX_MODULES = 64 * MIB, 64  # a module of the kernel, unpacked, and how many of them a guest loads
+MAX_MODULE = 64 * MIB  # of a kernel module, unpacked
+MAX_MODULES = 64  # that a guest loads
+MAX_KERNEL = 256 * MIB
 MAX_COMMAND_LINE = 2047  # bytes; COMMAND_LINE_SIZE, arch/x86/include/asm/setup.h
-_PARTS = ("firmware", "kernel", "initrd", "tools")
-_AGENT = "usr/lib/confbuild"  # where both file systems have this file
+_PARTS = {"firmware": "firmware.fd", "kernel": "vmlinuz", "initrd": "initrd", "tools": "tools.img"}  # name -> file
+_AGENT = "usr/lib/confbuild"  # the folder of this program in the initrd and on the disk of tools
 
-# What no guest needs, of any root file system.  What is variable is empty on a read-only disk.
-_DROPPED = (
-    r"(dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+"
-    r"|usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+"
-    r"|usr/libexec/gcc/.+/(lto1|lto-dump)|usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?"
-    r"|usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+)|usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]"
-    r"|usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+|(.+/)?__pycache__(/.*)?"
+# Files of a root file system that no guest needs. Folders for variable data stay empty: the disk is read-only.
+_DROPPED = re.compile(
+    r"""  (dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+
+    # documentation, translations and desktop files
+    | usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+
+    # link-time optimisation and sanitizers of gcc, character sets of glibc
+    | usr/libexec/gcc/.+/(lto1|lto-dump) | usr/bin/([a-z0-9_-]+-)?lto-dump(-[0-9]+)?
+    | usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+) | usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]
+    # parts of Python that no build needs
+    | usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+ | (.+/)?__pycache__(/.*)?
+    """,
+    re.VERBOSE,
 )
-# Of the standard library, what the agent does not need beside; extension modules bring shared libraries with them.
-_NOT_IN_INITRD = (
-    r"(config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv|_pyrepl|pdb|doctest|pydoc|turtle|antigravity)"
-    r"|lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)"
+# Parts of the standard library that the agent does not need. Extension modules also bring shared libraries along.
+_NOT_IN_INITRD = re.compile(
+    r"""  config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv
+    | _pyrepl|pdb|doctest|pydoc|turtle|antigravity
+    | lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)
+    """,
+    re.VERBOSE,
 )
-_LIBRARY_FOLDERS = (
-    "lib/x86_64-linux-gnu",
-    "usr/lib/x86_64-linux-gnu",
-    "lib64",
-    "usr/lib64",
-    "lib",
-    "usr/lib",
-)  # where ld.so(8) looks
-# Modules of the kernel, each with what it depends on.  Those of _OPTIONAL are what sev-guest asks the crypto API for without saying
-# so; newer kernels have it inside.
+# In the order in which ld.so(8) searches them.
+_LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")
+# The kernel modules that a guest loads, besides their dependencies.
 _MODULES = {
     "base": ("virtio_net", "virtio_blk", "dm_verity", "erofs"),
     "snp": ("crypto_null", "gf128mul", "ghash_generic", "gcm", "sev_guest"),
 }
+# sev_guest asks the crypto API for these without declaring it; newer kernels have them built into sev_guest.
 _OPTIONAL = frozenset(("crypto_null", "gf128mul", "ghash_generic", "gcm"))
 
-# PID 1: whatever happens, the machine ends (with -no-reboot); if PID 1 did, the kernel would panic.
+# /init. If PID 1 ended, the kernel would panic: in every case it ends the machine instead (QEMU runs with -no-reboot).
 _INIT = b"""#!/usr/bin/python3 -IS
 import sys
 try:
@@ -9401,20 +9409,41 @@ finally:
     import ctypes
     ctypes.CDLL(None).reboot(0x01234567)  # RB_AUTOBOOT
 """
-# Runs in the Python of the image. The names that the .pyc files show are those that they have in a guest.
+# Runs in the Python of the image. Each .pyc file names its source by the path that it has in a guest.
 _COMPILE = """import json, py_compile, sys
 for source, target, shown in json.load(open(sys.argv[1])):
-    py_compile.compile(source, target, shown, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile(source, target, shown, doraise=True, invalidation_mode=mode)
 """
+# image.json, for check_schema.
+_MANIFEST = {
+    "version": 1,
+    "parts": {
+        # The name of a file in the same folder, as plain_name returns it.
+        part: {"file": re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}"), "sha256": _HEX64, "size": int}
+        for part in _PARTS
+    },
+    "firmware_origin_sha256": _HEX64,
+    "append": re.compile(rf"[ -~]{{0,{MAX_COMMAND_LINE}}}"),
+    "confbuild_sha256": _HEX64,
+    "packages": [{"name": str, "version": str, "sha256": _HEX64}],
+    "launch_digests": [{"vcpu_type": str, "vcpus": int, "launch_digest": re.compile(r"[0-9a-f]{96}")}],
+}
 _ACCOUNTS = (("root", 0, "/root"), ("agent", 1000, "/"), ("build", 1001, "/work/home"))
 
 
 class ImageError(UsageError):
-    """An image directory, or what one is made of, that cannot be used."""
+    """An image directory, or the input of a new one, that cannot be used."""
 
 
 class Image(NamedTuple):
-    """What image.json says. firmware, kernel, initrd, tools: paths; launch_digests: (vCPU type, vCPUs, hexadecimal), as claimed."""
+    """An image directory, as its image.json describes it; only check_image compares that with the files.
+
+    append: the kernel's command line.
+    firmware, kernel, initrd, tools: paths.
+    launch_digests: (vCPU type, number of vCPUs, hexadecimal digest).
+    parts: the part's name -> its row in image.json, with "sha256" and "size".
+    """
 
     folder: str
     manifest_sha256: str
@@ -9424,11 +9453,25 @@ class Image(NamedTuple):
     initrd: str
     tools: str
     launch_digests: Sequence[tuple[str, int, str]]
+    parts: Mapping[str, Mapping[str, Any]]
+
+
+class Package(NamedTuple):
+    """A line of a lock file. sha256: of the .deb file, hexadecimal."""
+
+    name: str
+    version: str
+    sha256: str
 
 
 class _Node(NamedTuple):
-    """An entry of a file system that is written. mode: as inodes have it; content: the bytes of a file, what a link points to, or the path
-    of the file that is copied; size: of the content; device: major and minor number."""
+    """An entry of a file system that will be written.
+
+    mode: type and permissions, as in an inode.
+    content: the bytes of a file, the target of a link, or the path of the file to copy.
+    size: of the content, in bytes.
+    device: major and minor number.
+    """
 
     mode: int
     content: bytes | str = b""
@@ -9436,7 +9479,7 @@ class _Node(NamedTuple):
     device: tuple[int, int] = (0, 0)
 
 
-_Tree = dict[str, _Node]  # by path, relative to a root that is not in it
+_Tree = dict[str, _Node]  # by path, relative to the root; the root itself is not in it
 _FOLDER = _Node(stat.S_IFDIR | 0o755)
 
 
@@ -9444,8 +9487,12 @@ def _new_file(data: bytes, executable: bool = False) -> _Node:
     return _Node(stat.S_IFREG | (0o755 if executable else 0o644), data, len(data))
 
 
+def _new_link(target: str) -> _Node:
+    return _Node(stat.S_IFLNK | 0o777, os.fsencode(target), len(os.fsencode(target)))
+
+
 def _read_whole(path: str, limit: int) -> bytes:
-    """The bytes of a regular file. Raises ImageError for another thing, and for more than limit bytes; OSError."""
+    """Return the bytes of a regular file. Raises ImageError if it is not one or has more than limit bytes, OSError."""
     with _open_regular(path) as f:
         data = f.read(limit + 1)
     if len(data) > limit:
@@ -9454,8 +9501,8 @@ def _read_whole(path: str, limit: int) -> bytes:
 
 
 def _open_regular(path: str) -> IO[bytes]:
-    """path, which is a regular file and no link, for reading. Raises ImageError, OSError."""
-    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would wait for ever
+    """Open path for reading. Raises ImageError unless it is a regular file (not a link), OSError."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would block
         raise ImageError(f"{path}: not a regular file")
     return open(path, "rb")
 
@@ -9468,7 +9515,8 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
 
     apt resolves the dependencies from the sources that it is configured with (APT_CONFIG names another configuration),
     on a system that has no package installed except those in without.
-    Raises ImageError if apt does not know a name or finds no solution, OSError."""
+    Raises ImageError if apt does not know a name or finds no solution, OSError.
+    """
     for name in (*names, *without):
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):  # [POLICY 5.6.1]; else apt could take it for an option
             raise ImageError(f"{name!r} is not the name of a package")
@@ -9486,7 +9534,7 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
         except FileNotFoundError:
             raise ImageError("apt-get is not installed", "make the lock file on Debian or Ubuntu") from None
     if code != 0:
-        raise ImageError("apt-get: " + "; ".join(re.findall(r"(?m)^E: (.*)", errors) or [f"ended with status {code}"]))
+        raise ImageError("apt-get: " + "; ".join(re.findall(r"(?m)^E: (.*)", errors) or [f"exited with status {code}"]))
     rows = []
     for line in output.decode("utf-8", "replace").splitlines():  # 'URI' NAME_VERSION_ARCHITECTURE.deb SIZE SHA256:HEX
         match = re.fullmatch(r"'\S+' ([^\s_]+)_([^\s_]+)_\S+ [0-9]+ SHA256:([0-9a-f]{64})", line)
@@ -9498,131 +9546,128 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
     return data
 
 
-def parse_lock(data: bytes, what: str) -> list[tuple[str, str, str]]:
-    """(name, version, SHA-256) of each line of a lock file. what: names it in errors. Raises ImageError."""
-    rows: list[tuple[str, str, str]] = []
+def parse_lock(data: bytes, what: str) -> list[Package]:
+    """Return the packages of a lock file: lines of NAME VERSION SHA256; # begins a comment.
+
+    what: names the file in errors.
+    Raises ImageError if a line has another form, or a name or SHA-256 occurs twice.
+    """
+    packages = []
     for number, line in enumerate(data.decode("utf-8", "replace").split("\n"), 1):
         text = line.partition("#")[0].strip()
         match = re.fullmatch(r"([a-z0-9][a-z0-9+.-]*) +([0-9A-Za-z.+~:-]+) +([0-9a-f]{64})", text)
-        if text and not match:
-            raise ImageError(f"{what}: line {number} is not NAME VERSION SHA256")
         if match:
-            rows.append((match[1], match[2], match[3]))
-    if not rows:
-        raise ImageError(f"{what}: no package in it")
+            packages.append(Package(*match.groups()))
+        elif text:
+            raise ImageError(f"{what}: line {number} is not NAME VERSION SHA256")
+    if not packages:
+        raise ImageError(f"{what}: lists no package")
     for column, word in ((0, "package"), (2, "SHA-256")):
-        twice = sorted(value for value, count in Counter(row[column] for row in rows).items() if count > 1)
-        if twice:
-            raise ImageError(f"{what}: the {word} {twice[0]} occurs twice")
-    return rows
+        [(value, count)] = Counter(package[column] for package in packages).most_common(1)
+        if count > 1:
+            raise ImageError(f"{what}: the {word} {value} occurs twice")
+    return packages
 
 
-def unpack_packages(lock: str, debs: str, root: str) -> list[tuple[str, str, str]]:
-    """The rows of the lock file, whose packages are unpacked below the empty directory root, with what their scripts would have
-    made. debs: a folder with the .deb files, under whatever names. Raises ImageError, OSError."""
-    rows = parse_lock(_read_whole(lock, MAX_JSON), lock)
-    paths = {}
-    for entry in list(os.scandir(debs)):
-        if entry.is_file(follow_symlinks=False):
-            paths[file_sha256(entry.path)] = entry.path
-    missing = [f"{name} {version} {sha256}" for name, version, sha256 in rows if sha256 not in paths]
+def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
+    """Unpack the packages of a lock file into the empty directory root, and return them.
+
+    lock: the lock file's path.
+    debs: a folder with the .deb files, which may have any names.
+    Also makes the files that the packages' scripts would have made.
+    Raises ImageError, OSError.
+    """
+    packages = parse_lock(_read_whole(lock, MAX_JSON), lock)
+    paths = {
+        file_sha256(entry.path): entry.path for entry in list(os.scandir(debs)) if entry.is_file(follow_symlinks=False)
+    }
+    missing = [" ".join(package) for package in packages if package.sha256 not in paths]
     if missing:
         raise ImageError(f"{debs}: no file with the SHA-256 of " + ", ".join(missing))
     unpacker = _DebUnpacker(root)
-    for name, _, sha256 in rows:
-        unpacker.add(name, paths[sha256])
+    for package in packages:
+        unpacker.add(package.name, paths[package.sha256])
     try:
         unpacker.finish()
     except BuildFailed as e:
         raise ImageError(f"{lock}: {e}") from None
-    return rows
+    return packages
 
 
 class _DebUnpacker:
-    """Unpacker of packages below root. It moves the files of /bin, /sbin, /lib and /lib64 below /usr and makes links of these
-    folders, as packages for a merged /usr expect."""
+    """Unpacks packages below root, the way a system with merged /usr has their files.
+
+    /bin, /sbin, /lib and /lib64 become links, and files that packages ship there are moved below /usr.
+    """
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._tree = TreeWriter(root, MAX_UNPACKED, "the root file system", is_source=False)
 
     def add(self, name: str, path: str) -> None:
-        """The files of one package. name: names it in errors. Raises ImageError, OSError."""
+        """Unpack one package. name: names it in errors. Raises ImageError, OSError."""
         with _open_regular(path) as f, tempfile.TemporaryFile() as data:
-            kind = self._find_data(name, f, data)
-            stream: Any = gzip.GzipFile(fileobj=data) if kind == "gz" else lzma.LZMAFile(data) if kind == "xz" else data
             try:
-                for member in _tar_stream(stream, MAX_UNPACKED):
+                kind, size = self._find_data(f)
+                data.writelines(_take(f, size))
+                data.seek(0)
+                openers: Mapping[str, Callable[..., Any]] = {"gz": gzip.open, "xz": lzma.open}
+                for member in _tar_stream(openers[kind](data) if kind else data, MAX_UNPACKED):
                     self._add_member(member)
             except ConfbuildError as e:
-                raise ImageError(f"{name}: {e}") from None
-            except OSError as e:
-                if e.errno is not None:
+                raise ImageError(f"{name}: {e}", e.hint) from None
+            except Exception as e:  # zlib and lzma raise several kinds for hostile bytes
+                if isinstance(e, OSError) and e.errno is not None:  # gzip's own errors have no number
                     raise
-                raise ImageError(f"{name}: damaged: {e}") from None
-            except Exception as e:  # noqa: BLE001  # tarfile, zlib and lzma raise a dozen kinds for hostile bytes
                 raise ImageError(f"{name}: damaged: {type(e).__name__}: {str(e)[:200]}") from None
 
     @staticmethod
-    def _find_data(name: str, f: IO[bytes], data: IO[bytes]) -> str:
-        """How the data of a .deb ([DEB], an archive of ar(5)) is compressed; the bytes are in the file data."""
+    def _find_data(f: IO[bytes]) -> tuple[str, int]:
+        """Move to the contents of data.tar in a .deb file, and return its ("", "gz" or "xz", size).  [DEB]"""
         if f.read(8) != b"!<arch>\n":
-            raise ImageError(f"{name}: not a .deb file")
+            raise ImageError("not a .deb file")
         while True:
             header = f.read(60)
-            if not re.fullmatch(rb"[^\0]{16}[0-9 ]{32}([0-9]{1,10}) *`\n", header) or len(header) != 60:
-                raise ImageError(f"{name}: not a .deb file, or one without data.tar")
-            member, size = header[:16].rstrip(b" /").decode("ascii", "replace"), int(header[48:58])
+            # ar(5): name, time, uid, gid, mode; size; end
+            match = re.fullmatch(rb"([^\0]{16})[0-9 ]{32}([0-9]{1,10}) *`\n", header)
+            if match is None or len(header) != 60:
+                raise ImageError("not a .deb file, or one without data.tar")
+            member, size = match[1].rstrip(b" /").decode("ascii", "replace"), int(match[2])
+            if member in ("data.tar", "data.tar.gz", "data.tar.xz"):
+                return member[9:], size
             if member.startswith("data.tar"):
-                kind = member[9:]
-                if kind not in ("", "gz", "xz"):
-                    raise ImageError(
-                        f"{name}: {member} cannot be read: only .gz and .xz can, with the standard library alone",
-                        "use the packages of a distribution that compresses with xz, such as Debian",
-                    )
-                while size:
-                    block = f.read(min(BLOCK, size))
-                    if not block:
-                        raise ImageError(f"{name}: {member} is cut off")
-                    data.write(block)
-                    size -= len(block)
-                data.seek(0)
-                return kind
+                raise ImageError(
+                    f"{member}: expected data.tar, data.tar.gz or data.tar.xz",
+                    "use the packages of a distribution that compresses with xz, such as Debian",
+                )
             f.seek(size + size % 2, os.SEEK_CUR)
 
     def _add_member(self, member: _Member) -> None:
-        """Write one member. Raises BuildFailed, OSError."""
-        name = _merged(member.name)
-        if re.fullmatch(_DROPPED, name) or re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink":
-            return
-        target = _merged(member.target) if member.kind == "hardlink" else member.target
+        """Write one file, folder or link. Raises BuildFailed, OSError."""
+        name = _merged_usr(member.name)
+        if _DROPPED.fullmatch(name) or (re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"):
+            return  # finish makes the link /bin -> usr/bin and the like
+        target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
         self._tree.add(member._replace(name=name, target=target))
 
     def finish(self) -> None:
-        """Make the links, and what the packages' scripts would have made: alternatives, accounts, the bundle of certificates."""
+        """Make the links, and the files that scripts would make: alternatives, accounts, the bundle of certificates."""
         kinds = self._tree.kinds
         for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
             if f"usr/bin/{name}" not in kinds and f"usr/bin/{target}" in kinds:
                 self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
         authorities = sorted(
-            name
+            os.path.join(self._root, name)
             for name, kind in kinds.items()
             if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
         )
-        for name, data in (
-            (
-                "etc/passwd",
-                "".join(f"{user}:x:{number}:{number}::{home}:/bin/sh\n" for user, number, home in _ACCOUNTS).encode(
-                    "ascii"
-                ),
-            ),
-            ("etc/group", "".join(f"{user}:x:{number}:\n" for user, number, _ in _ACCOUNTS).encode("ascii")),
-            ("etc/hosts", b"127.0.0.1 localhost\n"),
-            (
-                "etc/ssl/certs/ca-certificates.crt",
-                b"".join(_read_whole(os.path.join(self._root, name), MIB) for name in authorities),
-            ),
-        ):
+        files = {
+            "etc/passwd": "".join(f"{user}:x:{uid}:{uid}::{home}:/bin/sh\n" for user, uid, home in _ACCOUNTS).encode(),
+            "etc/group": "".join(f"{user}:x:{uid}:\n" for user, uid, _ in _ACCOUNTS).encode(),
+            "etc/hosts": b"127.0.0.1 localhost\n",
+            "etc/ssl/certs/ca-certificates.crt": b"".join(_read_whole(path, MIB) for path in authorities),
+        }
+        for name, data in files.items():
             if data and name not in kinds:
                 self._add_member(_Member(name, "file", False, "", [data]))
         for name in ("bin", "sbin", "lib", "lib64"):
@@ -9631,53 +9676,58 @@ class _DebUnpacker:
         self._tree.finish()
 
 
-def _merged(path: str) -> str:
-    """Return where a system with merged /usr has the file at path."""
+def _merged_usr(path: str) -> str:
+    """Return the place of path on a system with merged /usr."""
     path = "/".join(part for part in path.split("/") if part != ".")
     return f"usr/{path}" if path.partition("/")[0] in ("bin", "sbin", "lib", "lib64") else path
 
 
-# ---- Trees: what is written to an image, before it is.
+# ---- File systems: collected as a tree, then written.
 
 
 def scan_tree(root: str) -> _Tree:
-    """The files, links and folders below root, without what no guest needs. Permissions are reduced to 0755 and 0644, so that no umask
-    shows and nothing is setuid. Raises ImageError for what is neither, OSError."""
+    """Return the files, links and folders below root, except those that no guest needs.
+
+    Permissions become 0755 or 0644, so that no umask has an influence and nothing is setuid.
+    Raises ImageError for anything else below root (a pipe, a device), OSError.
+    """
     tree: _Tree = {}
     pending = [""]
     while pending:
         folder = pending.pop()
         if folder.count("/") > MAX_DEPTH:
-            raise ImageError(f"{root}: {folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+            raise ImageError(f"{root}: {folder[:80]!r} is more than {MAX_DEPTH} folders deep")
         for entry in list(os.scandir(os.path.join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
-            if re.fullmatch(_DROPPED, name):
+            if _DROPPED.fullmatch(name):
                 continue
             if stat.S_ISDIR(info.st_mode):
                 tree[name] = _FOLDER
                 pending.append(name + "/")
             elif stat.S_ISLNK(info.st_mode):
-                target = os.fsencode(os.readlink(entry.path))
-                tree[name] = _Node(stat.S_IFLNK | 0o777, target, len(target))
+                tree[name] = _new_link(os.readlink(entry.path))
             elif stat.S_ISREG(info.st_mode):
                 tree[name] = _Node(stat.S_IFREG | (0o755 if info.st_mode & 0o100 else 0o644), entry.path, info.st_size)
             else:
-                raise ImageError(f"{entry.path}: neither a file nor a folder nor a link")
+                raise ImageError(f"{entry.path}: not a file, folder or link")
     return tree
 
 
 def _place(tree: _Tree, name: str, node: _Node) -> None:
-    """node is in tree under this name, in folders. Raises ImageError where something else has the name of one."""
-    for at in (match.start() for match in re.finditer("/", name)):
-        if not stat.S_ISDIR(tree.setdefault(name[:at], _FOLDER).mode):
-            raise ImageError(f"the root file system's {name[:at]} is no folder")
+    """Insert node under name, creating parent folders. Raises ImageError if a parent is not a folder."""
+    for parent in (name[: match.start()] for match in re.finditer("/", name)):
+        if not stat.S_ISDIR(tree.setdefault(parent, _FOLDER).mode):
+            raise ImageError(f"the root file system's {parent} is not a folder")
     tree[name] = node
 
 
 def _resolve(tree: _Tree, name: str) -> list[str]:
-    """The paths that are passed on the way to name, links and folders, each once; the last is the file. Links lead nowhere out of tree.
-    Raises ImageError where there is none."""
+    """Return the path of every link and folder visited while resolving name, and last the path of its file.
+
+    Some paths may repeat. Links stay inside of tree, as after chroot(2).
+    Raises ImageError if name does not exist.
+    """
     pending, done, passed, links = name.split("/")[::-1], list[str](), list[str](), 0
     while pending:
         part = pending.pop()
@@ -9689,7 +9739,7 @@ def _resolve(tree: _Tree, name: str) -> list[str]:
         here = "/".join([*done, part])
         node = tree.get(here)
         links += node is not None and stat.S_ISLNK(node.mode)
-        if node is None or links > 40:
+        if node is None or links > 40:  # as Linux's MAXSYMLINKS
             raise ImageError(f"the root file system has no {name}")
         passed.append(here)
         if stat.S_ISLNK(node.mode):
@@ -9702,7 +9752,7 @@ def _resolve(tree: _Tree, name: str) -> list[str]:
 
 
 def _blocks(node: _Node) -> Iterator[bytes]:
-    """The content, exactly size bytes. Raises ImageError where a file has another size than before, OSError."""
+    """Yield the content, exactly node.size bytes. Raises ImageError if the file's size has changed, OSError."""
     if isinstance(node.content, bytes):
         yield node.content
         return
@@ -9713,59 +9763,55 @@ def _blocks(node: _Node) -> Iterator[bytes]:
             if size <= node.size:
                 yield block
     if size != node.size:
-        raise ImageError(f"{node.content}: has changed meanwhile")
+        raise ImageError(f"{node.content}: changed while it was read")
 
 
 def _content(node: _Node) -> bytes:
-    """The content, at once."""
+    """Return the whole content."""
     return b"".join(_blocks(node))
 
 
 def write_cpio(path: str, tree: _Tree) -> None:
-    """path is an archive of tree in the form newc [LINUX Documentation/driver-api/early-userspace/buffer-format.rst]: sorted by bytes,
-    running inode numbers, times and owners 0."""
+    """Write tree as a cpio archive in the newc format, sorted by name, with zero times and owners.
+
+    [LINUX Documentation/driver-api/early-userspace/buffer-format.rst]
+    """
     with open(path, "xb") as f:
-        for inode, name in enumerate([*sorted(tree, key=os.fsencode), "TRAILER!!!"], 1):
+        for number, name in enumerate([*sorted(tree, key=os.fsencode), "TRAILER!!!"], 1):
             node = tree.get(name, _Node(0))
             if node.size >= 1 << 32:
-                raise ImageError(f"{name[:80]!r}: more than an initrd can hold in one file")
-            inode = inode if node.mode else 0
-            fields = (
-                inode,
-                node.mode,
-                0,
-                0,
+                raise ImageError(f"{name[:80]!r}: a file in an initrd must be smaller than 4 GiB")
+            inode, links, raw = (
+                number if node.mode else 0,
                 2 if stat.S_ISDIR(node.mode) else 1,
-                0,
-                node.size,
-                0,
-                0,
-                *node.device,
-                len(os.fsencode(name)) + 1,
-                0,
+                os.fsencode(name) + b"\0",
             )
-            header = b"070701" + b"".join(b"%08X" % field for field in fields) + os.fsencode(name) + b"\0"
+            # ino, mode, uid, gid, nlink, mtime, filesize, maj, min, rmaj, rmin, namesize, chksum
+            fields = (inode, node.mode, 0, 0, links, 0, node.size, 0, 0, *node.device, len(raw), 0)
+            header = b"070701" + b"%08X" * 13 % fields + raw
             f.write(header + bytes(-len(header) % 4))
             f.writelines(_blocks(node))
             f.write(bytes(-node.size % 4))
         f.write(bytes(-f.tell() % 512))
 
 
-# ---- The disk of tools: EROFS, with a dm-verity tree behind it.
+# ---- The disk of tools: EROFS, followed by a dm-verity tree.
 
 VERITY_BLOCK = 4096
-_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
+_EROFS_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
 
 
 def block_digests(data: bytes) -> bytes:
-    """SHA-256 of each block, one after the other."""
+    """Return the concatenated SHA-256 of each block of data."""
     view = memoryview(data)
     return b"".join(hashlib.sha256(view[at : at + VERITY_BLOCK]).digest() for at in range(0, len(data), VERITY_BLOCK))
 
 
 def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
-    """(the hash blocks over more than one data block of these digests, the top one first; the root hash).
-    dm-verity version 1, SHA-256, no salt. [LINUX Documentation/admin-guide/device-mapper/verity.rst]"""
+    """Return (the hash blocks, root block first; the root hash) over data blocks with these digests, at least two.
+
+    dm-verity version 1, SHA-256, no salt. [LINUX Documentation/admin-guide/device-mapper/verity.rst]
+    """
     levels: list[bytes] = []
     while len(digests) > 32:
         levels.insert(0, digests + bytes(-len(digests) % VERITY_BLOCK))
@@ -9774,63 +9820,35 @@ def verity_tree(digests: bytes) -> tuple[bytes, bytes]:
 
 
 def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
-    """(root hash, data blocks) of the file system with a dm-verity tree that is now at path: a superblock, extended inodes of 64 bytes,
-    then the contents, not compressed. Files are copied in blocks. [LINUX Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h]"""
+    """Write tree as an EROFS image followed by its dm-verity tree, and return (root hash, number of data blocks).
+
+    Layout: superblock, extended inodes of 64 bytes, then the contents, not compressed. Files are copied block by block.
+    [LINUX Documentation/filesystems/erofs.rst, fs/erofs/erofs_fs.h]
+    """
     tree = {"": _FOLDER, **tree}
     order = sorted(tree, key=os.fsencode)
     numbers = {name: 2 * i for i, name in enumerate(order)}  # a nid counts 32 bytes
-    members: dict[str, list[str]] = {name: [] for name in order if stat.S_ISDIR(tree[name].mode)}
+    children: dict[str, list[str]] = {name: [] for name in order if stat.S_ISDIR(tree[name].mode)}
     for name in order[1:]:
-        members[name.rpartition("/")[0]].append(name)
-    for name, inside in members.items():
-        data = _erofs_folder(
-            [
-                (b".", numbers[name], 2),
-                (b"..", numbers[name.rpartition("/")[0]], 2),
-                *(
-                    (os.fsencode(child.rpartition("/")[2]), numbers[child], _TYPES[stat.S_IFMT(tree[child].mode)])
-                    for child in inside
-                ),
-            ]
-        )
+        children[name.rpartition("/")[0]].append(name)
+    for name, inside in children.items():
+        entries = [(b".", numbers[name], 2), (b"..", numbers[name.rpartition("/")[0]], 2)]
+        for child in inside:
+            kind = _EROFS_TYPES[stat.S_IFMT(tree[child].mode)]
+            entries.append((os.fsencode(child.rpartition("/")[2]), numbers[child], kind))
+        data = _erofs_folder(entries)
         tree[name] = tree[name]._replace(content=data, size=len(data))
     inodes = bytearray()
     block = 1 + -(-64 * len(order) // VERITY_BLOCK)
     for i, name in enumerate(order):
         node = tree[name]
-        links = 2 + sum(stat.S_ISDIR(tree[child].mode) for child in members[name]) if name in members else 1
-        # i_format (bit 0: extended), xattrs, mode, -, size, first block, number for stat(2), uid, gid, mtime, nsec, nlink, -
-        for value, width in (
-            (1, 2),
-            (0, 2),
-            (node.mode, 2),
-            (0, 2),
-            (node.size, 8),
-            (block if node.size else 0, 4),
-            (i + 1, 4),
-            (0, 20),
-            (links, 4),
-            (0, 16),
-        ):
-            inodes += value.to_bytes(width, "little")
+        links = 2 + sum(child in children for child in children[name]) if name in children else 1
+        # struct erofs_inode_extended: format (1: extended), xattrs, mode, size, first block, ino, nlink; else zero
+        first = block if node.size else 0
+        inodes += struct.pack("<HHH2xQII20xI16x", 1, 0, node.mode, node.size, first, i + 1, links)
         block += -(-node.size // VERITY_BLOCK)
-    superblock = b"".join(
-        value.to_bytes(width, "little")
-        for value, width in (
-            (0xE0F5E1E2, 4),
-            (0, 8),
-            (12, 1),
-            (0, 1),
-            (numbers[""], 2),
-            (len(order), 8),
-            (0, 12),
-            (block, 4),
-            (1, 4),
-            (0, 4),
-        )
-    )
-    # magic, checksum and features, log2 of the block, -, root, inodes, time, blocks, first block of inodes, - ; uuid; name
-    superblock = (superblock + bytes(16) + b"confbuild").ljust(128, b"\0")
+    # struct erofs_super_block: magic, log2 of block size, root nid, inodes, blocks, first block of inodes, volume name
+    superblock = struct.pack("<I8xBxHQ12xII20x16s48x", 0xE0F5E1E2, 12, numbers[""], len(order), block, 1, b"confbuild")
     with open(path, "x+b") as f:
         f.write((bytes(1024) + superblock).ljust(VERITY_BLOCK, b"\0") + inodes + bytes(-len(inodes) % VERITY_BLOCK))
         for name in order:
@@ -9843,7 +9861,10 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
 
 
 def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
-    """The contents of a directory: in each block, entries (number, where the name begins, type), sorted, then their names."""
+    """Return the content of a directory. entries: (name, nid, EROFS_FT_*).
+
+    Each block holds sorted entries (nid, offset of the name, type), then their names.
+    """
     blocks: list[list[tuple[bytes, int, int]]] = [[]]
     used = 0
     for entry in sorted(entries):
@@ -9857,7 +9878,7 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
         data += bytes(-len(data) % VERITY_BLOCK)
         at = 12 * len(block)
         for name, number, kind in block:
-            data += number.to_bytes(8, "little") + at.to_bytes(2, "little") + bytes((kind, 0))
+            data += struct.pack("<QHBx", number, at, kind)
             at += len(name)
         data += b"".join(name for name, _, _ in block)
     return data
@@ -9867,39 +9888,38 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
 
 
 def elf_needs(data: bytes) -> tuple[str, list[str]]:
-    """(the interpreter, or empty; the shared libraries) that an ELF file for x86-64 asks for [ELF]. Raises Malformed."""
+    """Return (interpreter or "", names of the shared libraries) that an ELF file for x86-64 asks for.
 
-    def integer(at: int, width: int) -> int:
-        if not 0 <= at <= len(data) - width:
-            raise Malformed("ELF", "cut off")
-        return int.from_bytes(data[at : at + width], "little")
+    Raises Malformed.  [ELF]
+    """
+    reader = Reader(data, Malformed, "ELF")
+
+    def unpack(at: int, layout: str) -> tuple[Any, ...]:
+        reader.at = at
+        return reader.unpack(layout)
 
     def text(at: int) -> str:
         end = data.find(b"\0", at, at + 4096)
-        if not 0 <= at < len(data) or end < 0:
-            raise Malformed("ELF", "a name without an end")
+        if end < 0:
+            raise Malformed("ELF", "a name has no end")
         return os.fsdecode(data[at:end])
 
-    if data[:6] != b"\x7fELF\2\1" or integer(18, 2) != 62:  # 64 bits, little-endian, EM_X86_64
+    if data[:6] != b"\x7fELF\2\1" or unpack(18, "<H") != (62,):  # 64 bits, little-endian, EM_X86_64
         raise Malformed("ELF", "not a file for x86-64")
-    table, width, count = integer(32, 8), integer(54, 2), integer(56, 2)
+    [table], [width, count] = unpack(32, "<Q"), unpack(54, "<HH")  # e_phoff, e_phentsize, e_phnum
     if width != 56 or count > 64:  # each may lead to thousands of entries
-        raise Malformed("ELF", f"{count} program headers of {width} bytes, not at most 64 of 56")
-    headers = [
-        tuple(integer(table + i * width + at, size) for at, size in ((0, 4), (8, 8), (16, 8), (32, 8)))
-        for i in range(count)
-    ]
-    interpreter, names, strings = "", list[int](), 0
+        raise Malformed("ELF", f"{count} program headers of {width} bytes: expected at most 64 of 56")
+    # p_type, p_offset, p_vaddr, p_filesz
+    headers = [unpack(table + 56 * i, "<I4xQQ8xQ") for i in range(count)]
+    interpreter, entries = "", list[tuple[Any, ...]]()
     for kind, offset, _, size in headers:
         if kind == 3:  # PT_INTERP
             interpreter = text(offset)
         elif kind == 2:  # PT_DYNAMIC
-            for at in range(offset, offset + min(size, 1 << 16), 16):
-                tag, value = integer(at, 8), integer(at + 8, 8)
-                if tag == 0:
-                    break
-                names += [value] if tag == 1 else []  # DT_NEEDED
-                strings = value if tag == 5 else strings  # DT_STRTAB, an address
+            rows = (unpack(at, "<QQ") for at in range(offset, offset + min(size, 1 << 16), 16))
+            entries += itertools.takewhile(lambda row: row[0], rows)  # up to DT_NULL
+    names = [value for tag, value in entries if tag == 1]  # DT_NEEDED
+    strings = dict(entries).get(5, 0)  # DT_STRTAB, an address
     for kind, offset, address, size in headers:
         if kind == 1 and address <= strings < address + size:  # PT_LOAD
             return interpreter, [text(strings - address + offset + name) for name in names]
@@ -9908,26 +9928,23 @@ def elf_needs(data: bytes) -> tuple[str, list[str]]:
     return interpreter, []
 
 
-def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
-    """(paths in tree that Python needs to run, with the links and folders on the way; its program; its loader; its standard library)."""
+def _python_files(tree: _Tree) -> tuple[list[str], str, str]:
+    """Return (paths that Python needs, with the links and folders on the way; its version, as "3.13"; its loader)."""
     program = _resolve(tree, "usr/bin/python3")[-1]
-    version = re.fullmatch(r"usr/bin/python(3\.[0-9]+)", program)
-    if not version or not stat.S_ISREG(tree[program].mode):
-        raise ImageError(f"the root file system's usr/bin/python3 is {program}, not a file usr/bin/python3.N")
-    library = f"usr/lib/python{version[1]}"
-    files = [
+    match = re.fullmatch(r"usr/bin/python(3\.[0-9]+)", program)
+    if not match or not stat.S_ISREG(tree[program].mode):
+        raise ImageError(f"the root file system's usr/bin/python3 is {program}: expected a file usr/bin/python3.N")
+    library = f"usr/lib/python{match[1]}/"
+    pending = ["usr/bin/python3"]
+    pending += (
         name
         for name in tree
-        if name.startswith(library + "/")
-        and not re.match(_NOT_IN_INITRD, name[len(library) + 1 :])
-        and stat.S_ISREG(tree[name].mode)
+        if name.startswith(library)
         and name.endswith((".py", ".so"))
-    ]
-    pending = [
-        "usr/bin/python3",
-        *files,
-        _find_library(tree, "Python", "libgcc_s.so.1"),
-    ]  # glibc opens the latter where a thread is ended
+        and not _NOT_IN_INITRD.match(name[len(library) :])
+        and stat.S_ISREG(tree[name].mode)
+    )
+    pending.append(_find_library(tree, "Python", "libgcc_s.so.1"))  # glibc opens it when a thread ends
     chosen: dict[str, None] = {}
     loader = ""
     for name in pending:  # grows
@@ -9945,106 +9962,90 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str, str]:
             pending.append(interpreter)
         pending += [_find_library(tree, name, soname) for soname in needed]
     if not loader:
-        raise ImageError(f"the root file system's {program} is linked statically: it could load no module")
-    return list(chosen), program, loader, library
+        raise ImageError(f"the root file system's {program} is linked statically, so it cannot load modules")
+    return list(chosen), match[1], loader
 
 
 def _find_library(tree: _Tree, wanted_by: str, soname: str) -> str:
-    """The path of a shared library. Raises ImageError where there is none."""
+    """Return the path of a shared library. wanted_by: for the error. Raises ImageError if it is absent."""
     for folder in _LIBRARY_FOLDERS:
-        try:
+        with contextlib.suppress(ImageError):
             _resolve(tree, f"{folder}/{soname}")
             return f"{folder}/{soname}"
-        except ImageError:
-            pass
     raise ImageError(f"the root file system has no {soname}, which {wanted_by} needs")
 
 
-def _compile_python(root: str, program: str, loader: str, sources: Mapping[str, tuple[_Node, str]]) -> _Tree:
-    """name of a .pyc -> it, compiled by the Python of the root file system. sources: name -> (its source, where a guest has that)."""
+def _compile_python(root: str, version: str, loader: str, sources: _Tree) -> _Tree:
+    """Return the .pyc file of each of sources under the name of its source, compiled by the Python of root.
+
+    sources: by the path that they have in a guest.
+    version, loader: as _python_files returns them.
+    """
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
-        targets = {name: os.path.join(scratch, f"{i}.pyc") for i, name in enumerate(sorted(sources, key=os.fsencode))}
         jobs = []
-        for name, target in targets.items():
-            source, shown = sources[name]
-            path = source.content if isinstance(source.content, str) else target[:-1]
-            if isinstance(source.content, bytes):
-                with open(path, "xb") as f:
-                    f.write(source.content)
-            jobs.append((path, target, shown))
+        for i, name in enumerate(sorted(sources, key=os.fsencode)):
+            path = os.path.join(scratch, f"{i}.py")
+            with open(path, "xb") as f:
+                f.writelines(_blocks(sources[name]))
+            jobs.append((path, path + "c", f"/{name}"))
         with open(os.path.join(scratch, "jobs"), "w", encoding="ascii") as listed:
             json.dump(jobs, listed)
-        # Relative paths: the loader and Python split theirs at colons, and nothing in a .pyc comes to depend on where it was made.
-        argv = [
-            f"./{loader}",
-            "--library-path",
-            ":".join(_LIBRARY_FOLDERS),
-            f"./{program}",
-            "-S",
-            "-s",
-            "-B",
-            "-c",
-            _COMPILE,
-            listed.name,
-        ]
+        # Relative: the loader and Python split paths at colons, and a .pyc file must not depend on root's path.
+        argv = [f"./{loader}", "--library-path", ":".join(_LIBRARY_FOLDERS), f"./usr/bin/python{version}"]
+        argv += ["-S", "-s", "-B", "-c", _COMPILE, listed.name]
         try:
             status, _, errors = capture(argv, root, {"PYTHONHOME": "usr", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
         except OSError as e:
             raise ImageError(
-                f"{root}: {loader} cannot be run here: {e.strerror}", "an image is made on Linux on x86-64"
+                f"{root}: {loader} cannot be run here: {e.strerror}", "make the image on Linux on x86-64"
             ) from None
         if status != 0:
-            raise ImageError(
-                f"the root file system's Python does not run: {(errors.splitlines() or [f'status {status}'])[-1]}"
-            )
-        return {name: _new_file(_read_whole(target, 64 * MIB)) for name, target in targets.items()}
+            last = errors.rpartition("\n")[2] or f"exited with status {status}"
+            raise ImageError(f"the root file system's Python does not run: {last}")
+        return {shown[1:]: _new_file(_read_whole(target, 64 * MIB)) for _, target, shown in jobs}
 
 
 def kernel_release(data: bytes) -> str:
-    """What `uname -r` says under the kernel in this bzImage. [LINUX Documentation/arch/x86/boot.rst] Raises ImageError."""
+    """Return the version of the kernel in a bzImage, as `uname -r` prints it. Raises ImageError.
+
+    [LINUX Documentation/arch/x86/boot.rst: header, kernel_version]
+    """
     at = int.from_bytes(data[0x20E:0x210], "little") + 0x200
     release = re.match(rb"[0-9A-Za-z.+_~-]+", data[at : at + 128])
     if data[0x202:0x206] != b"HdrS" or not release:
-        raise ImageError("the kernel is no bzImage that says its version")
+        raise ImageError("the kernel is not a bzImage with a version")
     return release[0].decode("ascii")
 
 
 def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
-    """(group, name, bytes) of the modules that a guest loads, in an order that satisfies their dependencies. tree: of the folder of modules
-    of one kernel. Raises ImageError."""
+    """Return (group, name, bytes) of the modules that a guest loads, dependencies first.
+
+    tree: the folder of one kernel's modules.
+    Raises ImageError.
+    """
     files: dict[str, str] = {}
     for name in sorted(tree):
         module = re.fullmatch(r"(?:.*/)?([^/]+)\.ko(\.[a-z]+)?", name)
         if module:
             files.setdefault(module[1].replace("-", "_"), name)
-    built_in = _content(tree["modules.builtin"]).decode("utf-8", "replace") if "modules.builtin" in tree else ""
-    inside = {line.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for line in built_in.split("\n")}
+    listed = _content(tree.get("modules.builtin", _FOLDER)).decode("utf-8", "replace")
+    built_in = {line.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for line in listed.split("\n")}
     loaded: dict[str, tuple[str, str, bytes]] = {}
 
     def load(name: str, group: str, wanted_by: str) -> None:
-        if name in loaded or name in inside or name not in files and name in _OPTIONAL:
+        if name in loaded or name in built_in or (name in _OPTIONAL and name not in files):
             return
         if name not in files:
             raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
-        if len(loaded) == MAX_MODULES:  # which also bounds how deep this calls itself
+        if len(loaded) == MAX_MODULES:  # also bounds the depth of this recursion
             raise ImageError(f"a guest would need more than {MAX_MODULES} modules")
-        data = _content(tree[files[name]])
-        if files[name].endswith(".ko.xz"):
-            unpacker = lzma.LZMADecompressor(memlimit=256 * MIB)
-            try:
-                data = unpacker.decompress(data, MAX_MODULE)
-            except lzma.LZMAError as e:
-                raise ImageError(f"{files[name]}: {e}") from None
-            if not unpacker.eof:
-                raise ImageError(f"{files[name]}: cut off, or more than {MAX_MODULE} bytes")
-        if not data.startswith(b"\x7fELF"):
-            raise ImageError(f"{files[name]}: neither a module nor one that is compressed with xz")
+        data = _unpack_module(files[name], _content(tree[files[name]]))
         depends = re.search(rb"\0depends=([A-Za-z0-9_,-]*)\0", data)
-        loaded[name] = group, name, data  # before what it needs, so that a circle ends
+        loaded[name] = group, name, data  # before its dependencies, so that a circle ends
         for other in depends[1].decode("ascii").split(",") if depends else []:
             if other:
                 load(other.replace("-", "_"), group, name)
-        loaded[name] = loaded.pop(name)  # behind what it needs
+        loaded[name] = loaded.pop(name)  # after its dependencies
 
     for group, names in _MODULES.items():
         for name in names:
@@ -10052,47 +10053,48 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
     return list(loaded.values())
 
 
+def _unpack_module(name: str, data: bytes) -> bytes:
+    """Return a kernel module, decompressed if its file's name ends in .xz. Raises ImageError."""
+    if name.endswith(".xz"):
+        decoder = lzma.LZMADecompressor(memlimit=256 * MIB)
+        try:
+            data = decoder.decompress(data, MAX_MODULE)
+        except lzma.LZMAError as e:
+            raise ImageError(f"{name}: {e}") from None
+        if not decoder.eof:
+            raise ImageError(f"{name}: cut off, or more than {MAX_MODULE} bytes")
+    if not data.startswith(b"\x7fELF"):
+        raise ImageError(f"{name}: not a kernel module, plain or compressed with xz")
+    return data
+
+
 def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
-    """(what the initrd holds, what the disk of tools holds)."""
-    names, program, loader, library = _python_files(tree)
-    sources = {
-        name + "c": (tree[name], f"/{name}")
-        for name in names
-        if name.startswith(library + "/") and name.endswith(".py")
-    }
-    own, own_compiled = (
-        _new_file(own_source()),
-        f"{_AGENT}/__pycache__/confbuild.cpython-{program.removeprefix('usr/bin/python').replace('.', '')}.pyc",
-    )
-    compiled = _compile_python(root, program, loader, {**sources, own_compiled: (own, f"/{_AGENT}/confbuild.py")})
-    initrd = {name: tree[name] for name in names if name + "c" not in sources}
+    """Return (contents of the initrd, contents of the disk of tools).
+
+    tree: of root.
+    modules: the folder of the kernel's modules.
+    """
+    names, version, loader = _python_files(tree)
+    own, agent = f"{_AGENT}/confbuild.py", _new_file(own_source())
+    sources = {name: tree[name] for name in names if name.startswith("usr/lib/python") and name.endswith(".py")}
+    compiled = _compile_python(root, version, loader, {**sources, own: agent})
+    initrd = {name: tree[name] for name in names if name not in sources}
+    initrd |= {name + "c": compiled[name] for name in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
-    for name, node in ((f"{_AGENT}/confbuild.py", own), (own_compiled, compiled.pop(own_compiled))):
-        _place(initrd, name, node)
-        _place(tools, name, node)
+    for target in initrd, tools:
+        _place(target, own, agent)
+        _place(target, f"{_AGENT}/__pycache__/confbuild.cpython-{version.replace('.', '')}.pyc", compiled[own])
     lines = ""
     for group, name, data in _kernel_modules(modules):
         _place(initrd, f"usr/lib/modules/{name}.ko", _new_file(data))
         lines += f"{group} /usr/lib/modules/{name}.ko\n"
     _place(initrd, f"{_AGENT}/modules", _new_file(lines.encode("ascii")))
-    initrd.update(compiled)
     initrd["init"] = _new_file(_INIT, executable=True)
-    for name in ("dev", "proc", "sys", "tmp", "run", "sysroot"):
-        initrd[name] = _FOLDER
-    for name in (
-        "dev",
-        "proc",
-        "sys",
-        "tmp",
-        "run",
-        "root",
-        "work",
-    ):  # places to mount at: the disk itself is read-only
+    initrd |= dict.fromkeys(("dev", "proc", "sys", "tmp", "run", "sysroot"), _FOLDER)
+    for name in "dev", "proc", "sys", "tmp", "run", "root", "work":  # mount points, since the disk is read-only
         _place(tools, name, tree.get(name, _FOLDER))
-    _place(
-        tools, "etc/resolv.conf", _Node(stat.S_IFLNK | 0o777, b"../run/resolv.conf", len(b"../run/resolv.conf"))
-    )  # where a guest has a network
-    # Before /dev is mounted: Python needs random numbers, and the kernel a console for what is said.
+    _place(tools, "etc/resolv.conf", _new_link("../run/resolv.conf"))  # exists in a guest with a network
+    # Needed before /dev is mounted: Python reads random numbers, and the kernel opens a console for messages.
     for name, device in (("dev/console", (5, 1)), ("dev/null", (1, 3)), ("dev/urandom", (1, 9))):
         initrd[name] = _Node(stat.S_IFCHR | 0o600, device=device)
     return initrd, tools
@@ -10104,24 +10106,25 @@ _NO_SHIM = "\u2603him\0".encode("utf-16-le")
 
 
 def seal_firmware(data: bytes) -> bytes:
-    """A firmware that starts nothing but the kernel that is measured. That of edk2 from 2025 on also starts, instead of it and not
-    measured, a file that the host names etc/boot/shim [edk2, OvmfPkg/Library/GenericQemuLoadImageLib]: the name that it looks for is
-    changed into one that is not ASCII, as the names are that a host can give. A firmware without it is returned as it is.
+    """Return a firmware that starts nothing but the measured kernel; data itself if it already does.
 
-    liblzma versions compress differently: keep what this returns, and compare it with the origin unpacked. Raises ImageError."""
+    From 2025 on, edk2 prefers an unmeasured file that the host offers as etc/boot/shim [EDK2
+    OvmfPkg/Library/GenericQemuLoadImageLib]. The name that it looks for is changed to one that no host can offer,
+    because it is not ASCII.
+    Versions of liblzma compress differently: keep the result, and compare it with the origin after decompression.
+    Raises ImageError.
+    """
     if not firmware_state(data):
         return data
     try:
         volume = b"".join(volume_blocks(data))
         begin, end = volume_place(data)
     except FirmwareError as e:
-        raise ImageError(f"the firmware cannot be looked into: {e}") from None
-    dict_size = max(
-        int.from_bytes(data[begin + 1 : begin + 5], "little"), 4096
-    )  # liblzma makes none with less, and reads them
+        raise ImageError(f"the firmware cannot be inspected: {e}") from None
     best = {
         "id": lzma.FILTER_LZMA1,
-        "dict_size": dict_size,
+        # liblzma reads smaller dictionaries, but does not write them
+        "dict_size": max(int.from_bytes(data[begin + 1 : begin + 5], "little"), 4096),
         "lc": 3,
         "lp": 0,
         "pb": 2,
@@ -10131,13 +10134,10 @@ def seal_firmware(data: bytes) -> bytes:
         "depth": 1000,
     }
     packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
-    packed = (
-        packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]
-    )  # edk2 wants the length, which liblzma leaves open
+    # edk2 requires the length, which liblzma leaves unknown
+    packed = packed[:5] + len(volume).to_bytes(8, "little") + packed[13:]
     if len(packed) > end - begin:
-        raise ImageError(
-            f"the firmware has no room for its volume without a shim: {len(packed)} bytes, {end - begin} are there"
-        )
+        raise ImageError(f"the firmware has {end - begin} bytes for its volume: without a shim it needs {len(packed)}")
     sealed = data[:begin] + packed.ljust(end - begin, b"\0") + data[end:]
     state = firmware_state(sealed)
     if state:
@@ -10149,8 +10149,12 @@ def seal_firmware(data: bytes) -> bytes:
 
 
 class ImageInput(NamedTuple):
-    """What an image is made of. rootfs: a directory, or empty for the packages of the lock file, which are in the folder debs; kernel,
-    firmware, modules: paths, or empty for those of the root file system; vcpus: (vCPU type, vCPUs) that it may be started with."""
+    """The input of an image.
+
+    rootfs: a directory; if empty, the packages of the file lock are unpacked from the folder debs.
+    kernel, firmware, modules: paths; if empty, those of the root file system.
+    vcpus: (vCPU type, number of vCPUs) that guests may have.
+    """
 
     rootfs: str = ""
     lock: str = ""
@@ -10162,18 +10166,18 @@ class ImageInput(NamedTuple):
 
 
 def make_image(folder: str, given: ImageInput) -> Image:
-    """The image in the new directory folder. Raises ImageError, OSError."""
+    """Make an image in the new directory folder. Raises ImageError, OSError; folder then does not exist."""
     if os.path.lexists(folder):
-        raise ImageError(f"{folder} exists", "name another directory with -o")
+        raise ImageError(f"{folder} exists", "name a new directory with -o")
     if len(given.vcpus) > MAX_LAUNCH_DIGESTS:
-        raise ImageError(f"{len(given.vcpus)} launch digests are asked for, more than {MAX_LAUNCH_DIGESTS}")
+        raise ImageError(f"{len(given.vcpus)} launch digests requested: expected at most {MAX_LAUNCH_DIGESTS}")
     parent = os.path.dirname(os.path.abspath(folder))
     os.makedirs(parent, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=".confbuild-", dir=parent)
     try:
         made = os.path.join(scratch, "image")
         os.mkdir(made)
-        packages: list[tuple[str, str, str]] = []
+        packages: Sequence[Package] = ()
         root = os.path.abspath(given.rootfs)
         if not given.rootfs:
             root = os.path.join(scratch, "root")
@@ -10187,200 +10191,138 @@ def make_image(folder: str, given: ImageInput) -> Image:
     return read_image(folder)
 
 
-def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[tuple[str, str, str]]) -> None:
-    """All files of an image, in the empty directory made. Raises ImageError, OSError."""
+def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Package]) -> None:
+    """Write all files of an image into the empty directory made. Raises ImageError, OSError."""
     tree = scan_tree(root)
     kernels = [node for name, node in tree.items() if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
     if not given.kernel and len(kernels) != 1:
-        raise ImageError(
-            f"the root file system has {len(kernels)} kernels boot/vmlinuz-*, not one", "name one with --kernel"
-        )
-    kernel = _read_whole(given.kernel, 256 * MIB) if given.kernel else _content(kernels[0])
-    origin = (
-        _read_whole(given.firmware, MAX_FIRMWARE)
-        if given.firmware
-        else _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
-    )
+        raise ImageError(f"the root file system has {len(kernels)} files boot/vmlinuz-*, not one", "use --kernel FILE")
+    kernel = _read_whole(given.kernel, MAX_KERNEL) if given.kernel else _content(kernels[0])
+    if given.firmware:
+        origin = _read_whole(given.firmware, MAX_FIRMWARE)
+    else:
+        origin = _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
     firmware = seal_firmware(origin)
-    initrd, tools = _make_trees(
-        root, tree, scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
-    )
-    names = {part: name for part, name in zip(_PARTS, ("firmware.fd", "vmlinuz", "initrd", "tools.img"), strict=True)}
-    paths = {part: os.path.join(made, name) for part, name in names.items()}
+    modules = scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
+    initrd, tools = _make_trees(root, tree, modules)
+    paths = {part: os.path.join(made, file) for part, file in _PARTS.items()}
+    write_cpio(paths["initrd"], initrd)
+    root_hash, blocks = write_erofs(paths["tools"], tools)
+    # Without ACPI the host cannot provide tables whose code the kernel would run. Only ACPI finds more processors.
+    acpi = "" if any(count > 1 for _, count in given.vcpus) else "acpi=off "
+    append = f"console=ttyS0 panic=-1 quiet rdinit=/init {acpi}confbuild.tools={root_hash},{blocks}"
+    hashes = boot_hashes(hashlib.sha256(kernel).digest(), bytes.fromhex(file_sha256(paths["initrd"])), append)
     for part, data in (("firmware", firmware), ("kernel", kernel)):
         with open(paths[part], "xb") as f:
             f.write(data)
-    write_cpio(paths["initrd"], initrd)
-    root_hash, blocks = write_erofs(paths["tools"], tools)
-    # Without ACPI the host has no tables of which the kernel would run the code; more than one processor is found by ACPI only.
-    acpi = "" if any(count > 1 for _, count in given.vcpus) else "acpi=off "
-    append = f"console=ttyS0 panic=-1 quiet rdinit=/init {acpi}confbuild.tools={root_hash},{blocks}"
-    digests = {part: file_sha256(path) for part, path in paths.items()}
-    hashes = boot_hashes(bytes.fromhex(digests["kernel"]), bytes.fromhex(digests["initrd"]), append)
     document = {
         "version": 1,
         "parts": {
-            part: {"file": names[part], "sha256": digests[part], "size": os.path.getsize(paths[part])}
-            for part in _PARTS
+            part: {"file": _PARTS[part], "sha256": file_sha256(path), "size": os.path.getsize(path)}
+            for part, path in paths.items()
         },
         "firmware_origin_sha256": sha256_hex(origin),
         "append": append,
         "confbuild_sha256": sha256_hex(own_source()),
-        "packages": [{"name": name, "version": version, "sha256": sha256} for name, version, sha256 in packages],
+        "packages": [package._asdict() for package in packages],
         "launch_digests": [
-            {"vcpu_type": kind, "vcpus": count, "launch_digest": _launch_digest(firmware, hashes, kind, count).hex()}
+            {"vcpu_type": kind, "vcpus": count, "launch_digest": _launch_digest(firmware, hashes, kind, count)}
             for kind, count in given.vcpus
         ],
     }
     with open(os.path.join(made, "image.json"), "xb") as f:
         f.write(to_canonical(document))
-    for name in (*names.values(), "image.json"):
-        os.chmod(os.path.join(made, name), 0o644)
+    for entry in list(os.scandir(made)):
+        os.chmod(entry.path, 0o644)
 
 
 def _modules_of(tree: _Tree, release: str) -> _Tree:
-    """What a root file system has in its folder of modules of this kernel. Raises ImageError where there is none."""
+    """Return the folder of this kernel's modules in a root file system. Raises ImageError if there is none."""
     for folder in (f"usr/lib/modules/{release}/", f"lib/modules/{release}/"):
         found = {name.removeprefix(folder): node for name, node in tree.items() if name.startswith(folder)}
         if found:
             return found
-    raise ImageError(
-        f"the root file system has no modules of the kernel {release}", "name their directory with --modules"
-    )
+    raise ImageError(f"the root file system has no modules of the kernel {release}", "use --modules DIR")
 
 
 def vcpu_label(kind: str, count: int) -> str:
-    """As a guest's processors are shown: "EPYC-v4, 2 vCPUs"."""
+    """Return the label of a guest's processors: "EPYC-v4, 2 vCPUs"."""
     return f"{kind}, {count} vCPU{'s' if count > 1 else ''}"
 
 
-def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -> bytes:
-    """The launch digest with this many processors of this type. Raises ImageError."""
+def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -> str:
+    """Return the launch digest with count processors of type kind, in hexadecimal. Raises ImageError."""
     if kind not in CPU_SIGNATURES:
-        raise ImageError(f"{kind[:80]!r} is no vCPU type with a known signature: {', '.join(sorted(CPU_SIGNATURES))}")
+        raise ImageError(f"vCPU type {kind[:80]!r} is not one of {', '.join(sorted(CPU_SIGNATURES))}")
     try:
-        return compute_launch_digest(parse_firmware(firmware), hashes, count, CPU_SIGNATURES[kind])
+        return compute_launch_digest(parse_firmware(firmware), hashes, count, CPU_SIGNATURES[kind]).hex()
     except Malformed as e:
-        raise ImageError(f"there is no launch digest of {vcpu_label(kind, count)}: {e}") from None
+        raise ImageError(f"no launch digest of {vcpu_label(kind, count)}: {e}") from None
 
 
 def read_image(folder: str) -> Image:
-    """The image in a directory, as its image.json claims; nothing is hashed. Raises ImageError, OSError."""
-    return _read_manifest(folder)[0]
-
-
-def _read_manifest(folder: str) -> tuple[Image, Mapping[str, Any]]:
-    """The image, and what image.json says of its parts. Raises ImageError, OSError."""
+    """Return the image in a directory, as image.json describes it; nothing is hashed. Raises ImageError, OSError."""
     path = os.path.join(folder, "image.json")
     if not os.path.lexists(path):
         raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
     data = _read_whole(path, MAX_JSON)
     try:
-        document = _parse_manifest(data)
+        document = check_schema(parse_json(data, "image.json", max_depth=4), _MANIFEST, "image.json")
     except Malformed as e:
         raise ImageError(f"{folder}: {e}") from None
+    if len(document["launch_digests"]) > MAX_LAUNCH_DIGESTS:
+        raise ImageError(f"{folder}: image.json: expected at most {MAX_LAUNCH_DIGESTS} launch digests")
     paths = {part: os.path.join(folder, row["file"]) for part, row in document["parts"].items()}
     for path in paths.values():
         if not os.path.lexists(path):
             raise ImageError(f"{path} is missing")
         _open_regular(path).close()
-    return Image(
-        folder,
-        sha256_hex(data),
-        document["append"],
-        paths["firmware"],
-        paths["kernel"],
-        paths["initrd"],
-        paths["tools"],
-        [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]],
-    ), document["parts"]
-
-
-def _parse_manifest(data: bytes) -> dict[str, Any]:
-    """The document in image.json, of the right shape. Raises Malformed."""
-
-    def expect(good: bool, what: str) -> None:
-        if not good:
-            raise Malformed("image.json", what)
-
-    document = parse_object(
-        parse_json(data, "image.json", max_depth=4),
-        "image.json",
-        ("version", "parts", "firmware_origin_sha256", "append", "confbuild_sha256", "packages", "launch_digests"),
-    )
-    expect(type(document["version"]) is int and document["version"] == 1, "its version is not 1")
-    for part in parse_object(document["parts"], "image.json: parts", _PARTS).values():
-        parse_object(part, "image.json: a part", ("file", "sha256", "size"))
-        expect(
-            isinstance(part["file"], str) and plain_name(part["file"]) == part["file"], "a part is no plain file name"
-        )
-        expect(_is_hex(part["sha256"], 32) and type(part["size"]) is int, "a part has no SHA-256 or no size")
-    append = document["append"]
-    expect(
-        isinstance(append, str) and append.isascii() and append.isprintable() and len(append) <= MAX_COMMAND_LINE,
-        f"append is not at most {MAX_COMMAND_LINE} printable characters",
-    )
-    expect(
-        _is_hex(document["firmware_origin_sha256"], 32) and _is_hex(document["confbuild_sha256"], 32),
-        "a SHA-256 is none",
-    )
-    for name in ("packages", "launch_digests"):
-        expect(isinstance(document[name], list), f"{name} is no list")
-    for row in document["packages"]:
-        parse_object(row, "image.json: a package", ("name", "version", "sha256"))
-        expect(
-            isinstance(row["name"], str) and isinstance(row["version"], str) and _is_hex(row["sha256"], 32),
-            "a package is none",
-        )
-    expect(len(document["launch_digests"]) <= MAX_LAUNCH_DIGESTS, f"more than {MAX_LAUNCH_DIGESTS} launch digests")
-    for row in document["launch_digests"]:
-        parse_object(row, "image.json: a launch digest", ("vcpu_type", "vcpus", "launch_digest"))
-        expect(
-            isinstance(row["vcpu_type"], str) and type(row["vcpus"]) is int and _is_hex(row["launch_digest"], 48),
-            "a launch digest is none",
-        )
-    return document
-
-
-def _is_hex(value: Any, size: int) -> bool:
-    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", value) is not None
+    digests = [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]
+    return Image(folder, sha256_hex(data), document["append"], **paths, launch_digests=digests, parts=document["parts"])
 
 
 def check_image(folder: str) -> ImageFacts:
-    """What is really in an image directory: every part hashed, every launch digest computed from the parts, the firmware looked into, and
-    the disk of tools compared with the root hash on the command line. Raises ImageError, OSError."""
-    image, claimed = _read_manifest(folder)
+    """Return the facts about an image directory.
+
+    Hashes every part, computes every launch digest, inspects the firmware, and compares the disk of tools with the root
+    hash on the command line.
+    Raises ImageError, OSError.
+    """
+    image = read_image(folder)
     firmware = _read_whole(image.firmware, MAX_FIRMWARE)
-    found = {"firmware": sha256_hex(firmware), "kernel": file_sha256(image.kernel), "initrd": file_sha256(image.initrd)}
     tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
-    found["tools"], root_hash = _hash_tools(image.tools, int(tools[2]) if tools else 0)
-    wrong = [f"{part} is not the one of image.json" for part in _PARTS if found[part] != claimed[part]["sha256"]]
-    wrong += [
-        f"{part} has another size" for part in _PARTS if os.path.getsize(getattr(image, part)) != claimed[part]["size"]
-    ]
+    tools_sha256, root_hash = _hash_tools(image.tools, int(tools[2]) if tools else 0)
+    kernel, initrd = file_sha256(image.kernel), file_sha256(image.initrd)
+    found = {"firmware": sha256_hex(firmware), "kernel": kernel, "initrd": initrd, "tools": tools_sha256}
+    wrong = [f"{part} does not match image.json" for part in _PARTS if found[part] != image.parts[part]["sha256"]]
+    for part in _PARTS:
+        size, claimed_size = os.path.getsize(getattr(image, part)), image.parts[part]["size"]
+        if size != claimed_size:
+            wrong.append(f"{part} has {size} bytes, not {claimed_size}")
     if not tools or root_hash != tools[1]:
-        wrong.append("the command line has not the root hash of tools")
-    hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
+        wrong.append("the command line does not have the root hash of tools")
+    hashes = boot_hashes(bytes.fromhex(kernel), bytes.fromhex(initrd), image.append)
     digests: dict[str, str] = {}
-    for kind, count, digest in image.launch_digests:
+    for kind, count, claimed_digest in image.launch_digests:
+        label = vcpu_label(kind, count)
         try:
-            digests[vcpu_label(kind, count)] = _launch_digest(firmware, hashes, kind, count).hex()
+            digests[label] = _launch_digest(firmware, hashes, kind, count)
         except ImageError as e:
             wrong.append(str(e))
         else:
-            wrong += (
-                [f"the launch digest of {vcpu_label(kind, count)} is another"]
-                if digests[vcpu_label(kind, count)] != digest
-                else []
-            )
+            wrong += [f"the launch digest of {label} does not match"] * (digests[label] != claimed_digest)
     return ImageFacts(image.manifest_sha256, "; ".join(wrong), firmware_state(firmware), digests)
 
 
 def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
-    """(SHA-256, root hash of the dm-verity tree over the first blocks), of which there are two or more, else empty. Raises ImageError, OSError."""
+    """Return (SHA-256, root hash of the dm-verity tree over the first blocks) of a file.
+
+    The root hash is "" unless the file has that many blocks and blocks is at least 2.
+    Raises ImageError, OSError.
+    """
     digest, digests = hashlib.sha256(), bytearray()
+    left = blocks * VERITY_BLOCK
     with _open_regular(path) as f:
-        left = blocks * VERITY_BLOCK
         for data in iter(lambda: f.read(BLOCK), b""):
             digest.update(data)
             digests += block_digests(data[:left])
