@@ -2983,45 +2983,63 @@ def _is_requested(value: Any) -> bool:
 # ==============================================================================
 # region 13. Processes                                            [uses nothing]
 # ==============================================================================
-# Runs programs that nobody trusts.  Whatever a program starts stays reachable: the calling process is a child subreaper
-# (prctl(2)), so an orphan, whatever session it made for itself, becomes a child of ours and is found in /proc.  Elsewhere
-# than on Linux only the process group is reached.
-#
-# Thread "sandbox": started by the agent of a simulated VM, starts the programs of its build, ends with the process.
+# Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
+# untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
+# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.  Where there
+# is no /proc, only the process group is killed.
+
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
 
 def logger() -> "logging.Logger":
-    """The one logger. Build output, secrets and request bodies never go there."""
+    """Return the one logger. Build output, secrets and request bodies are never logged."""
     return logging.getLogger("confbuild")
 
 
 @contextlib.contextmanager
 def survive(what: str) -> Iterator[None]:
-    """Log whatever exception the block raises, with what, and go on: for threads that must not die, and for what must be cleaned up."""
+    """Log any exception of the block and go on: for threads that must not die, and for cleaning up.
+
+    what: the consequence, for the log."""
     try:
         yield
-    except Exception:  # noqa: BLE001  # of whatever kind
+    except Exception:  # noqa: BLE001  # whatever it is, the thread must go on
         logger().exception("%s", what)
 
 
+@functools.cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def system_call(name: str, *arguments: Any, label: str = "") -> int:
+    """Call a function of the C library and return its result. Raise OSError if it is negative.
+
+    label: names the call in errors, if not name."""
+    result = int(getattr(_libc(), name)(*arguments))
+    if result < 0:
+        raise OSError(ctypes.get_errno(), f"{label or name}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
 def guard_process() -> bool:
-    """Become a child subreaper, and hide memory and environment from other processes of this user (not from root). False
-    where the system has no such thing."""
+    """Become a child subreaper, and hide memory and environment from other processes of this user, except root.
+
+    Return False on systems without these features."""
     if sys.platform != "linux":
         return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # the compiler has left 10 MB of holes behind
-    prctl = libc.prctl
-    if prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0 or prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl")
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)  # return about 10 MB that compiling this file left behind
+    system_call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    system_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
     return True
 
 
 def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[int]" = frozenset()) -> list[int]:
-    """The processes below root, parents first; dead: also those that nobody has reaped; without: not these, nor what is below
-    them. Empty where there is no /proc."""
+    """Return the processes below the process root, parents first; none without /proc.
+
+    dead: include zombies.
+    without: leave out these processes and everything below them."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc") if sys.platform == "linux" else []:
         if entry.isdigit():
@@ -3030,7 +3048,8 @@ def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[in
                     fields = f.read().rpartition(b")")[2].split()  # the name before it may contain anything
             except OSError:
                 continue  # it has ended
-            # Threads outlive the first one, which then is a zombie: num_threads is more than one. [proc_pid_stat(5)]
+            # A process whose first thread has ended is a zombie with more than one thread (num_threads).
+            # [proc_pid_stat(5)]
             if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
                 children.setdefault(int(fields[1]), []).append(int(entry))
     found = [root]
@@ -3040,7 +3059,9 @@ def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[in
 
 
 def kill_all(find: Callable[[], list[int]]) -> None:
-    """Kill what find() names until it names nothing, for at most two seconds: what forks meanwhile is found again."""
+    """Kill the processes that find returns until it returns none, for at most two seconds.
+
+    find is called repeatedly because processes may fork meanwhile."""
     deadline = time.monotonic() + 2
     pids = find()
     while pids and time.monotonic() < deadline:
@@ -3053,15 +3074,53 @@ def kill_all(find: Callable[[], list[int]]) -> None:
         pids = find()
 
 
+class Launcher:
+    """Starts untrusted programs and kills them: here as plain children of this process."""
+
+    def start(self, argv: Sequence[str], **options: Any) -> Any:
+        """Start argv with the options of subprocess.Popen, and return a Popen or an object with the same methods."""
+        return subprocess.Popen(argv, **options)
+
+    def kill(self, child: Any) -> None:
+        """Kill a child and its process group."""
+        if child.returncode is None:
+            os.killpg(child.pid, signal.SIGKILL)
+
+    def kill_rest(self) -> None:
+        """Kill everything that untrusted programs left behind."""
+        kill_all(lambda: descendants(os.getpid()))
+
+    def hand_over(self, paths: Sequence[str]) -> None:
+        """Let untrusted programs own the files below paths; here they run as the same user."""
+
+    def share(self, paths: Sequence[str]) -> None:
+        """Let untrusted programs write below paths, which need not exist; here they may anyway."""
+
+
+_launchers = [Launcher()]  # the last one starts the untrusted programs of this process
+
+
+def use_launcher(launcher: Launcher) -> None:
+    """Start the untrusted programs of this process with launcher from now on."""
+    _launchers.append(launcher)
+
+
+def hand_to_build(*paths: str) -> None:
+    """Let the user that builds run as own the files below paths."""
+    _launchers[-1].hand_over(paths)
+
+
 class LineSplitter:
-    """Bytes in, lines of text out. LF, CR LF and a lone CR end a line; UTF-8 with replacement; a line of more than MAX_LINE
-    bytes goes on in the next one, cut between characters. [CONTRACT 1]"""
+    """Incremental splitter of output into lines. [CONTRACT 1.10]
+
+    LF, CRLF and a lone CR end a line; UTF-8 is decoded with replacement characters.
+    A line of more than MAX_LINE bytes continues in the next one; the cut is between characters."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """The lines that data ends."""
+        """Take the next bytes and return the lines that they end."""
         data = self._rest + data
         if b"\r" in data:
             held = data[-1:] if data.endswith(b"\r") else b""  # an LF may follow
@@ -3076,20 +3135,20 @@ class LineSplitter:
                 piece.decode("utf-8", "replace") for line in complete.split(b"\n")[:-1] for piece in self._pieces(line)
             ]
         if len(self._rest) > MAX_LINE:
-            body = self._rest.removesuffix(b"\r")  # a held CR is no part of the line
+            body = self._rest.removesuffix(b"\r")  # the held CR does not belong to the line
             *pieces, last = self._pieces(body)
             self._rest = last + self._rest[len(body) :]
             lines += [piece.decode("utf-8", "replace") for piece in pieces]
         return lines
 
     def end(self) -> list[str]:
-        """The last line, where nothing ended it."""
+        """Return the last line if it is unterminated."""
         rest, self._rest = self._rest, b""
         return self.feed(rest.removesuffix(b"\r") + b"\n") if rest else []
 
     @staticmethod
     def _pieces(line: bytes) -> list[bytes]:
-        """line in pieces of at most MAX_LINE bytes, cut between characters."""
+        """Cut line between characters into pieces of at most MAX_LINE bytes."""
         pieces = []
         while len(line) > MAX_LINE:
             cut = MAX_LINE
@@ -3103,76 +3162,83 @@ class LineSplitter:
 
 # endregion 13
 # ==============================================================================
-# region 14. Sandbox                                              [uses nothing]
+# region 14. Sandbox                                                   [uses 13]
 # ==============================================================================
-# Sandbox: to be described.
+# Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service:
+#
+# files     Landlock   programs read the system and the toolchain, and write in the workspace; truncate(2) takes ABI 3
+# ports     both       the port of the service is closed; seccomp refuses MPTCP, SMC and TCP Fast Open: they bypass it
+# signals   both       only the build's own processes are reached; seccomp refuses prlimit(2): RLIMIT_CPU sends a signal
+# sockets   both       no Unix sockets, as Docker and systemd obey clients: Landlock for abstract ones, seccomp for all
+# rights    prctl      no_new_privs; of root's capabilities only those for its own files stay (capset)
+# kernel    seccomp    no system calls that no build needs and that have let programs out
+# limits    setrlimit  size of a file, number of processes, no core dumps
+#
+# All but the limits belong to a thread and pass on to its children.  So a thread of the agent restricts itself and
+# starts the programs: nothing runs between fork and exec, and the agent stays unrestricted.
+# [LINUX] Documentation/userspace-api/landlock.rst, seccomp_filter.rst
+#
+# Thread "sandbox": started by the first program of a build, starts all of them, ends with the process.
 
-
-# ---- Sandbox: what a build in a simulated VM is kept from.
-# Landlock, no_new_privs, capabilities and seccomp belong to a thread, and pass on to what it starts. So a thread of the agent restricts itself,
-# and starts the programs of the build: nothing runs between fork and exec, and the agent itself stays free. Landlock leaves two ways to a port
-# (MPTCP, TCP Fast Open), one to kill a process (RLIMIT_CPU), and Unix sockets, behind which Docker or systemd do whatever they are asked; seccomp closes these. [LINUX] Documentation/userspace-api/landlock.rst, seccomp_filter.rst
-
-MAX_BUILD_FILE = 8 * GIB  # of one file; the agent's own, a job's log and result, have 4 GiB
-MAX_BUILD_PROCESSES = 4096  # threads, beyond those that the user already has
+MAX_BUILD_FILE = 8 * GIB  # the size of one file; the agent's own files, log and result of a job, have 4 GiB
+MAX_BUILD_PROCESSES = 4096  # threads, in addition to those that the user already has
 SYSTEM_FOLDERS = (
-    "/usr",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/bin",
-    "/sbin",
-    "/opt",
-    "/etc",
-    "/proc",
-    "/sys",
-    "/nix/store",
-    "/gnu/store",
-    "/var/lib/ca-certificates",
-    "/etc/resolv.conf",
-    "/etc/localtime",
-    "/etc/ssl/certs",
-)  # the last three are links on some systems
-_OPEN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
-_BESIDE_BIN = (
-    "lib",
-    "lib64",
-    "libexec",
-    "include",
-    "share",
-    "Cellar",
-    "versions",
-    "version",
-    "plugins",
-    "installs",
-)  # of nvm, Homebrew, pyenv, asdf
+    *"/usr /lib /lib32 /lib64 /bin /sbin /opt /etc /proc /sys /nix/store /gnu/store /var/lib/ca-certificates".split(),
+    *"/etc/resolv.conf /etc/localtime /etc/ssl/certs".split(),  # links on some systems
+)
+_OPEN_DEVICES = tuple(f"/dev/{name}" for name in "null zero full random urandom tty".split())
+# Next to the bin folder of nvm, Homebrew, pyenv and asdf.
+_NEXT_TO_BIN = "lib lib64 libexec include share Cellar versions version plugins installs".split()
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # system calls, with these numbers on every architecture
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
-# linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6, make_block 11, truncate 14, ioctl_dev 15.
-_READ, _USE_DEVICE, _OF_FILES, _NOT_IN_WORKSPACE = (
-    0b1101,
-    1 << 1 | 1 << 2 | 1 << 14 | 1 << 15,
-    0b111 | 1 << 14 | 1 << 15,
-    1 << 6 | 1 << 11 | 1 << 15,
-)
-# linux/capability.h: what root needs in its own files: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
+# linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6,
+# make_block 11, truncate 14, ioctl_dev 15.
+_READ = 0b1101
+_USE_DEVICE = 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
+_OF_FILES = 0b111 | 1 << 14 | 1 << 15  # the rights that apply to what is not a directory
+_NOT_IN_WORKSPACE = 1 << 6 | 1 << 11 | 1 << 15
+# linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
+# fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
-_SECCOMP_NUMBERS = {
+_SECCOMP_NUMBERS = {  # linux/audit.h; arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
     "x86_64": (0xC000003E, 302, 41, 53, 44, 46, 307),
     "aarch64": (0xC00000B7, 261, 198, 199, 206, 211, 269),
 }
-# Parts of the kernel that no build needs, whose bugs have let programs out, or which go past Landlock: modify_ldt (x86 alone), add_key, request_key, keyctl,
-# perf_event_open, fanotify_init, open_by_handle_at, bpf, userfaultfd, io_uring_setup, io_uring_enter, io_uring_register.
+# Interfaces whose bugs have let programs out, or that bypass Landlock: modify_ldt (x86 only), add_key, request_key,
+# keyctl, perf_event_open, fanotify_init, open_by_handle_at, bpf, userfaultfd, io_uring_setup, io_uring_enter,
+# io_uring_register.
 _FORBIDDEN_CALLS = {
     "x86_64": (154, 248, 249, 250, 298, 300, 304, 321, 323, 425, 426, 427),
     "aarch64": (217, 218, 219, 241, 262, 265, 280, 282, 425, 426, 427),
 }
+# Calls to refuse by one argument: call, number of the argument, comparison, value, error.
+_EQUAL, _ANY_BIT = 0x15, 0x45  # BPF_JMP | BPF_JEQ and BPF_JSET [linux/bpf_common.h]
+_UNIX_SOCKETS = (
+    ("socket", 0, _EQUAL, 1, errno.EACCES),  # AF_UNIX
+    ("socketpair", 1, _ANY_BIT, 2, errno.EACCES),  # SOCK_DGRAM, SOCK_RAW: can send to other sockets
+)
+_BYPASSES = (
+    ("prlimit64", 0, _ANY_BIT, 0xFFFFFFFF, errno.EPERM),  # of another process
+    ("socket", 0, _EQUAL, 43, errno.EAFNOSUPPORT),  # AF_SMC
+    ("socket", 2, _EQUAL, 262, errno.EPROTONOSUPPORT),  # IPPROTO_MPTCP
+    ("sendto", 3, _ANY_BIT, 0x20000000, errno.EOPNOTSUPP),  # MSG_FASTOPEN
+    ("sendmsg", 2, _ANY_BIT, 0x20000000, errno.EOPNOTSUPP),
+    ("sendmmsg", 3, _ANY_BIT, 0x20000000, errno.EOPNOTSUPP),
+)
+# fmt: on
 
 
 class Sandbox(NamedTuple):
-    """What an agent does with the programs of its build. abi: Landlock's, 0 = without; filtered: by seccomp; readable: paths; hidden: what below
-    them is not, each the beginning of paths; ports: the descriptor of a ruleset for ports, or -1; processes: threads, beyond those there are."""
+    """Restrictions of a build's programs.
+
+    abi: the version of Landlock to use, or 0.
+    filtered: use seccomp.
+    readable: paths that may be read, except below hidden.
+    hidden: beginnings of paths that may not be read.
+    ports: the file descriptor of a Landlock ruleset for ports, or -1.
+    file_bytes: size limit of a file.
+    processes: number of threads in addition to the user's present ones."""
 
     abi: int = 0
     filtered: bool = False
@@ -3183,56 +3249,44 @@ class Sandbox(NamedTuple):
     processes: int = MAX_BUILD_PROCESSES
 
 
-@functools.cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _checked(result: int, what: str) -> int:
-    """result, of a call of libc. Raises OSError."""
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-    return result
-
-
 def _create_ruleset(files: int, ports: int, scoped: int) -> int:
-    """A ruleset that handles these rights. Raises OSError."""
-    attributes = struct.pack(
-        "=QQQ", files, ports, scoped
-    )  # an older kernel takes the longer structure if what it does not know is zero
-    return _checked(_libc().syscall(_CREATE_RULESET, attributes, len(attributes), 0), "landlock_create_ruleset")
+    """Create a ruleset that handles these rights, and return its file descriptor. Raises OSError."""
+    # An older kernel accepts this longer structure if the fields that it does not know are zero.
+    attributes = struct.pack("=QQQ", files, ports, scoped)
+    return system_call("syscall", _CREATE_RULESET, attributes, len(attributes), 0, label="landlock_create_ruleset")
 
 
 def _add_path(ruleset: int, path: str, rights: int) -> None:
-    """ruleset allows rights on path and all below it, if there is such a path. Raises OSError."""
+    """Allow rights on path and everything below it, if it exists. Raises OSError."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError:
         return
     try:
         rights &= -1 if stat.S_ISDIR(os.fstat(fd).st_mode) else _OF_FILES
-        _checked(_libc().syscall(_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, fd), 0), f"landlock_add_rule {path}")
+        rule = struct.pack("=Qi", rights, fd)
+        system_call("syscall", _ADD_RULE, ruleset, 1, rule, 0, label=f"landlock_add_rule {path}")
     finally:
         os.close(fd)
 
 
 def close_port(closed: int) -> int:
-    """A ruleset that keeps programs from one TCP port, on every address: from connecting to it, and from listening in its place. Rules can only
-    allow, so every other port gets one; 0.1 s. Raises OSError."""
+    """Create a ruleset that keeps programs from connecting to one TCP port, or listening on it, on every address.
+
+    It takes 0.1 s: rules can only allow, so every other port gets a rule. Raises OSError."""
     ruleset, rule = _create_ruleset(1 << 13, 0b11, 0), (ctypes.c_uint64 * 2)(0b11)
-    _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders, unless it allows them
-    call = ctypes.PyDLL(
-        None, use_errno=True
-    ).syscall  # which keeps the interpreter's lock: 65,535 calls that never wait
+    _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders unless it allows them (refer 13)
+    # PyDLL keeps the interpreter's lock: these 65,535 calls never wait.
+    call = ctypes.PyDLL(None, use_errno=True).syscall
     for port in range(0x10000):
         rule[1] = port
-        if port != closed:
-            _checked(call(_ADD_RULE, ruleset, 2, rule, 0), "landlock_add_rule")
+        if port != closed and call(_ADD_RULE, ruleset, 2, rule, 0) < 0:
+            raise OSError(ctypes.get_errno(), "landlock_add_rule")
     return ruleset
 
 
 def _visible(path: str, hidden: Sequence[str]) -> Iterator[str]:
-    """path, or as much below it as hides what is hidden."""
+    """Yield path, or if hidden paths lie below it, the largest parts of it without them."""
     if any((path + "/").startswith(one) for one in hidden):
         return
     inside = path.rstrip("/") + "/"
@@ -3241,12 +3295,12 @@ def _visible(path: str, hidden: Sequence[str]) -> Iterator[str]:
         yield path
     elif os.path.isdir(path):
         for name in os.listdir(path):
-            if not os.path.islink(inside + name):  # its target is what counts, and has a name of its own
+            if not os.path.islink(inside + name):  # a rule would apply to its target, which has a path of its own
                 yield from _visible(inside + name, below)
 
 
 def _private(folder: str) -> Iterator[str]:
-    """What below folder only some users may read."""
+    """Yield the paths below folder that only some users may read."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
@@ -3260,118 +3314,89 @@ def _private(folder: str) -> Iterator[str]:
 
 
 def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
-    """What a build with env needs to read: the system, the folders of PATH and what their programs load, and whatever else its variables name, such as
-    RUSTUP_HOME. Never home itself, nor what it lies in."""
+    """Return the paths that a build with the environment env must be able to read.
+
+    These are the system, the folders of PATH and their neighbours, and every other path in a variable, such as
+    RUSTUP_HOME.
+    home: never returned, nor a folder above it."""
     folders = [folder for folder in env.get("PATH", "").split(os.pathsep) if folder.startswith("/")]
     found, home = [*(value for value in env.values() if value.startswith("/")), *folders], os.path.realpath(home)
-    for folder in map(os.path.realpath, folders):
-        parent, name = os.path.split(folder)
-        if (
-            name in ("bin", "sbin", "shims") and parent != home
-        ):  # ~/.local/share belongs to everything that this user runs
-            found += [
-                os.path.join(parent, name)
-                for name in _BESIDE_BIN
-                if (os.path.basename(parent), name) != (".local", "share")
-            ]
+    for parent, name in map(os.path.split, map(os.path.realpath, folders)):
+        if name in ("bin", "sbin", "shims") and parent != home:
+            found += [os.path.join(parent, neighbour) for neighbour in _NEXT_TO_BIN]
     toolchains = os.path.join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
     if os.path.isdir(toolchains):
         found += [entry.path for entry in os.scandir(toolchains) if entry.is_symlink()]  # `rustup toolchain link`
-    real = dict.fromkeys(os.path.realpath(path) for path in found if os.path.exists(path))
-    return [*SYSTEM_FOLDERS, *(path for path in real if not (home + "/").startswith(path.rstrip("/") + "/"))]
+    # ~/.local/share holds the data of everything that this user runs.
+    real = dict.fromkeys(os.path.realpath(path) for path in found if not path.endswith("/.local/share"))
+    return [
+        *SYSTEM_FOLDERS,
+        *(path for path in real if os.path.exists(path) and not (home + "/").startswith(path.rstrip("/") + "/")),
+    ]
 
 
 def seccomp_filter(machine: str, unix: bool) -> bytes:
-    """A program for seccomp that refuses what goes past Landlock; no bytes for a machine whose system calls are not known here. machine: as uname
-    names it; unix: Unix sockets are left to use. Calls of another architecture, which have other numbers, are refused whole. [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
-    if (
-        machine not in _SECCOMP_NUMBERS or sys.byteorder != "little" or sys.maxsize < 1 << 32
-    ):  # a program of 32 bits has other numbers
+    """Return a seccomp program that refuses the calls of the tables above, or b"" for an unknown machine.
+
+    machine: as uname(2) names it.
+    unix: leave Unix sockets usable.
+    Calls of other architectures have other numbers, so all of them are refused.
+    [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
+    # A 32-bit program has other numbers.
+    if machine not in _SECCOMP_NUMBERS or sys.byteorder != "little" or sys.maxsize < 1 << 32:
         return b""
-    number = dict(zip(_SECCOMP_NAMES, _SECCOMP_NUMBERS[machine], strict=True))
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
+    numbers = dict(zip(_SECCOMP_NAMES, _SECCOMP_NUMBERS[machine], strict=True))
+    load, at_least, give = 0x20, 0x35, 0x06
 
     def refuse(code: int) -> tuple[int, int, int, int]:
         return give, 0, 0, 0x00050000 | code  # SECCOMP_RET_ERRNO
 
-    rules = [  # call, argument, comparison, value, whether it then is refused (else: unless), error
-        ("prlimit64", 0, equal, 0, False, errno.EPERM),  # of another process
-        *(
-            []
-            if unix
-            else [
-                (
-                    "socket",
-                    0,
-                    equal,
-                    1,
-                    True,
-                    errno.EACCES,
-                ),  # AF_UNIX; pairs are fine, but of datagrams, which reach other sockets
-                ("socketpair", 1, any_bit, 2, True, errno.EACCES),
-            ]
-        ),
-        ("socket", 0, equal, 43, True, errno.EAFNOSUPPORT),  # AF_SMC
-        ("socket", 2, equal, 262, True, errno.EPROTONOSUPPORT),  # IPPROTO_MPTCP
-        *(
-            (name, argument, any_bit, 0x20000000, True, errno.EOPNOTSUPP)  # MSG_FASTOPEN
-            for name, argument in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3))
-        ),
-    ]
-    program = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, number["arch"]),
-        refuse(errno.ENOSYS),
-        (load, 0, 0, 0),
-        (at_least, 0, 1, 0x40000000),
-        refuse(errno.ENOSYS),
-    ]  # x32
+    # An instruction: code, how many to skip if true, if false, operand. In struct seccomp_data: nr 0, arch 4, args 16.
+    program = [(load, 0, 0, 4), (_EQUAL, 1, 0, numbers["arch"]), refuse(errno.ENOSYS), (load, 0, 0, 0)]
+    program += [(at_least, 0, 1, 0x40000000), refuse(errno.ENOSYS)]  # x32
     for forbidden in _FORBIDDEN_CALLS[machine]:
-        program += [(equal, 0, 1, forbidden), refuse(errno.ENOSYS)]  # as of a kernel that was built without
-    for name, argument, comparison, value, refused, code in rules:
-        program += [
-            (equal, 0, 3, number[name]),
-            (load, 0, 0, 16 + 8 * argument),
-            (comparison, *((0, 1) if refused else (1, 0)), value),
-            refuse(code),
-            (load, 0, 0, 0),
-        ]
+        program += [(_EQUAL, 0, 1, forbidden), refuse(errno.ENOSYS)]  # like a kernel built without the call
+    for name, argument, comparison, value, code in (*_BYPASSES, *(() if unix else _UNIX_SOCKETS)):
+        program += [(_EQUAL, 0, 3, numbers[name]), (load, 0, 0, 16 + 8 * argument), (comparison, 0, 1, value)]
+        program += [refuse(code), (load, 0, 0, 0)]
     program.append((give, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
 def apply_filter(unix: bool) -> None:
-    """seccomp_filter holds for this thread and what it starts. Raises OSError."""
+    """Apply seccomp_filter to this thread and its children. Raises OSError."""
     program = seccomp_filter(os.uname().machine, unix)
     if not program:
-        raise OSError(errno.ENOSYS, f"system calls of {os.uname().machine} are not known here")
+        raise OSError(errno.ENOSYS, f"the system calls of {os.uname().machine} are unknown to confbuild")
     buffer = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
-    _checked(_libc().prctl(_PR_SET_SECCOMP, 2, header, 0, 0), "seccomp")
+    system_call("prctl", _PR_SET_SECCOMP, 2, header, 0, 0, label="seccomp")
 
 
 def _drop_capabilities() -> None:
-    """Of root's capabilities this thread, and what it starts, keep those for its own files; with no_new_privs, none comes back. Raises OSError."""
-    header, data = (
-        (ctypes.c_uint32 * 2)(0x20080522),
-        (ctypes.c_uint32 * 6)(),
-    )  # _LINUX_CAPABILITY_VERSION_3; effective, permitted, inheritable, twice
-    _checked(_libc().capget(header, data), "capget")
-    for n, word in enumerate(data):
-        data[n] = word & _KEPT_CAPABILITIES if n < 3 else 0
-    _checked(_libc().capset(header, data), "capset")
+    """Reduce root's capabilities in this thread and its children to those for its own files. Raises OSError."""
+    header = (ctypes.c_uint32 * 2)(0x20080522)  # _LINUX_CAPABILITY_VERSION_3
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable for capabilities 0 to 31, then for the rest
+    system_call("capget", header, data)
+    data[:] = [*(word & _KEPT_CAPABILITIES for word in data[:3]), 0, 0, 0]
+    system_call("capset", header, data)
 
 
-class Confinement:
-    """Starts the programs of a build in a sandbox. workspace: of the build, which writes in its folders there but `agent`."""
+class Confinement(Launcher):
+    """Starts the programs of a build in a sandbox.
+
+    workspace: of the build.
+    folders: the names of the folders in it that the build may write in."""
 
     def __init__(self, sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
-        self.sandbox, self.writable = sandbox, [os.path.join(workspace, folder) for folder in folders]
-        self.devices, self.unix = list(_OPEN_DEVICES), False
+        self.sandbox = sandbox
+        self.writable = [os.path.join(workspace, folder) for folder in folders]
+        self.devices = list(_OPEN_DEVICES)
+        self.unix = False
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
 
     def start(self, argv: Sequence[str], **options: Any) -> Any:
-        """subprocess.Popen, in the sandbox. Raises OSError, and BuildFailed VmError if there is no sandbox."""
+        """Start argv in the sandbox. Raises OSError like Popen, and BuildFailed VmError without a sandbox."""
         if self._thread is None:
             thread = concurrent.futures.ThreadPoolExecutor(1, "sandbox")
             try:
@@ -3381,39 +3406,53 @@ class Confinement:
             self._thread = thread
         return self._thread.submit(lambda: subprocess.Popen(argv, **options)).result()
 
+    def share(self, paths: Sequence[str]) -> None:
+        """Let the build write below paths: where nix keeps its store and its state. Create them if they are missing.
+
+        If nix's daemon runs, the build may use Unix sockets: the daemon builds as other users, in its own sandbox.
+        Otherwise nix itself builds, and needs terminals."""
+        if not paths:
+            return
+        for path in paths:
+            try:
+                os.makedirs(path, exist_ok=True)
+            except OSError:
+                pass  # nix reports it if it matters
+        self.writable += paths
+        self.unix = any(os.path.exists(os.path.join(path, "daemon-socket/socket")) for path in paths)
+        self.devices += [] if self.unix else ["/dev/ptmx", "/dev/pts"]
+
     def restrict(self) -> None:
-        """From now on, this thread and what it starts are in the sandbox. Raises OSError."""
+        """Put this thread, and everything that it starts, into the sandbox. Raises OSError."""
         rulesets = [self._files_ruleset()] if self.sandbox.abi else []
-        _checked(_libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+        if self.sandbox.ports >= 0:
+            rulesets.append(self.sandbox.ports)  # this large one last: each layer copies those before it
+        system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, label="no_new_privs")
         _drop_capabilities()
-        for ruleset in (
-            *rulesets,
-            *([self.sandbox.ports] if self.sandbox.ports >= 0 else []),
-        ):  # the large one last: each copies those before it
-            _checked(_libc().syscall(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
+        for ruleset in rulesets:
+            system_call("syscall", _RESTRICT_SELF, ruleset, 0, label="landlock_restrict_self")
             os.close(ruleset)
         if self.sandbox.filtered:
             apply_filter(self.unix)
 
     def _files_ruleset(self) -> int:
-        """A ruleset for files, and where Landlock has it for signals and abstract sockets too. Raises OSError."""
-        abi, sandbox = self.sandbox.abi, self.sandbox
-        handled = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
+        """Create the ruleset for files and, with ABI 6, for signals and abstract sockets. Raises OSError."""
+        abi = self.sandbox.abi
+        handled = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1  # refer, truncate and ioctl_dev came later
         ruleset = _create_ruleset(handled, 0, 0b11 if abi >= 6 else 0)
-        hidden = [*sandbox.hidden, *_private("/etc")]
-        rules = [(path, _READ) for given in sandbox.readable for path in _visible(os.path.realpath(given), hidden)]
+        hidden = [*self.sandbox.hidden, *_private("/etc")]
+        rules = [(path, _READ) for given in self.sandbox.readable for path in _visible(os.path.realpath(given), hidden)]
         rules += [(path, ~_NOT_IN_WORKSPACE) for path in self.writable] + [(path, _USE_DEVICE) for path in self.devices]
         for path, rights in rules:
             _add_path(ruleset, path, rights & handled)
         return ruleset
 
 
-_confinements: list[Confinement] = []  # at most one: of the build that this process is the agent of
-
-
 def confine_builds(sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
-    """From now on, untrusted programs of this process run in sandbox, and this process and all that it starts have its limits. For the agent of a simulated VM."""
-    _confinements.append(Confinement(sandbox, workspace, folders))
+    """Start the untrusted programs of this process in sandbox from now on, and limit this process as well.
+
+    For the agent of a simulated VM. workspace, folders: as in Confinement."""
+    use_launcher(Confinement(sandbox, workspace, folders))
     for kind, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, sandbox.file_bytes),
@@ -3425,7 +3464,7 @@ def confine_builds(sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> 
 
 
 def _count_threads() -> int:
-    """How many threads this user has: what RLIMIT_NPROC counts."""
+    """Return the number of this user's threads, which is what RLIMIT_NPROC limits."""
     found, pattern = 0, re.compile(rb"\nUid:\t%d\t.*\nThreads:\t(\d+)\n" % os.getuid(), re.DOTALL)
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -3437,25 +3476,11 @@ def _count_threads() -> int:
     return found
 
 
-def open_to_build(paths: Sequence[str]) -> None:
-    """The build may write below paths too, which are made where they are missing: where nix keeps its store and its state. If its daemon's socket is there,
-    the build may use Unix sockets: the daemon builds, as users of its own and in its own sandbox. Else nix itself does, and needs terminals for that."""
-    for confinement in _confinements if paths else []:
-        for path in paths:
-            try:
-                os.makedirs(path, exist_ok=True)
-            except OSError:
-                pass  # nix will tell, if it matters
-        confinement.writable += paths
-        confinement.unix = any(os.path.exists(os.path.join(path, "daemon-socket/socket")) for path in paths)
-        confinement.devices += [] if confinement.unix else ["/dev/ptmx", "/dev/pts"]
-
-
 def _trial(sandbox: Sandbox) -> str:
-    """Why a thread cannot enter sandbox, or nothing if one could. It has ended then."""
+    """Return why a thread cannot enter sandbox, or "" after one did and ended."""
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            for _ in range(2):  # a build takes two of the 16 layers that Landlock has
+            for _ in range(2):  # a build takes two of Landlock's 16 layers
                 thread.submit(Confinement(sandbox, "", ()).restrict).result()
         return ""
     except OSError as e:
@@ -3463,12 +3488,12 @@ def _trial(sandbox: Sandbox) -> str:
 
 
 def probe_sandbox() -> tuple[Sandbox, str, str]:
-    """(what can be used here, why Landlock cannot, why seccomp cannot)."""
+    """Return (usable sandbox, why Landlock cannot be used or "", why seccomp cannot be used or "")."""
     if sys.platform != "linux":
         return Sandbox(), "only Linux has Landlock", "only Linux has seccomp"
-    abi, landlock = 0, ""
+    abi = 0
     try:
-        abi = _checked(_libc().syscall(_CREATE_RULESET, None, 0, 1), "landlock_create_ruleset")
+        abi = system_call("syscall", _CREATE_RULESET, None, 0, 1, label="landlock_create_ruleset")
         landlock = _trial(Sandbox(abi))
     except OSError as e:
         landlock = f"this kernel has no Landlock ({e.strerror})"
@@ -3477,13 +3502,15 @@ def probe_sandbox() -> tuple[Sandbox, str, str]:
 
 
 def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict[str, str]:
-    """The protections of the host from the builds in simulated VMs, and "" or why each is not in effect. landlock, seccomp: why these cannot be used;
-    taken: why the port of the service cannot be closed."""
+    """Return each protection of the host from builds in simulated VMs, with "" or the reason why it is not in effect.
+
+    abi: of Landlock.
+    landlock, seccomp: why they cannot be used, or "".
+    taken: why the port of the service cannot be closed, or ""."""
 
     def lacks(least: int, linux: str) -> str:
-        return landlock or (
-            "" if abi >= least else f"Landlock here has ABI {abi}, and ABI {least} is needed (Linux {linux})"
-        )
+        old = "" if abi >= least else f"Landlock has ABI {abi} here, and ABI {least} (Linux {linux}) is required"
+        return landlock or old
 
     return {
         "files": lacks(3, "6.2"),
@@ -3495,27 +3522,25 @@ def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict
 
 
 def protection_text(protections: Mapping[str, str]) -> str:
-    """Which protections are in effect, for people."""
-    parts = [
-        (label, [name for name, why in protections.items() if bool(why) == lost])
-        for label, lost in (("host protected", False), ("not protected", True))
-    ]
-    return "; ".join(f"{label}: {', '.join(names)}" for label, names in parts if names)
+    """Return one line that lists which protections are in effect and which are not."""
+    effective = ", ".join(name for name, why in protections.items() if not why)
+    lost = ", ".join(name for name, why in protections.items() if why)
+    return "; ".join(["host protected: " + effective] * bool(effective) + ["not protected: " + lost] * bool(lost))
 
 
 # endregion 14
 # ==============================================================================
-# region 15. Programs                                              [uses 13, 14]
+# region 15. Programs                                                  [uses 13]
 # ==============================================================================
-# Programs: to be described.
-
+# Runs programs to their end: capture for a program whose answer is needed whole, run_tool for a build tool whose lines
+# are passed on as they come.  Both bound what they hold, and neither waits for processes that a program leaves behind.
 
 Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
-PIPE_GRACE_S = 5.0  # how long what a tool has left behind may hold its pipe open [CONTRACT 1]
+PIPE_GRACE_S = 5.0  # how long processes that a tool left behind may keep its pipe open
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    """stream, which was asked for and is there; for the type checker."""
+    """Return a stream that was requested as a pipe; for the type checker."""
     if stream is None:
         raise OSError("no pipe")
     return stream
@@ -3526,9 +3551,9 @@ def _read_pipes(
     pipes: Sequence[IO[bytes]],
     watch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield (index of the pipe, block) for what comes through pipes, until all have ended. An empty block is the last: child ended
-    PIPE_GRACE_S ago, and others hold a pipe.
+    """Yield (index of the pipe, block) for the data of all pipes until each is closed.
 
+    If other processes still hold a pipe PIPE_GRACE_S after child ended, the last block is empty.
     watch: called a few times per second."""
     ended_at, watched_at, left = None, 0.0, len(pipes)
     with selectors.DefaultSelector() as selector:
@@ -3552,39 +3577,6 @@ def _read_pipes(
                 return
 
 
-class Launcher:
-    """How this process starts untrusted programs and ends them: as children of its own, confined if confine_builds was called."""
-
-    def start(self, argv: Sequence[str], **options: Any) -> Any:
-        """Start argv with the options of subprocess.Popen, and return a Popen or an object with the same methods."""
-        return _confinements[0].start(argv, **options) if _confinements else subprocess.Popen(argv, **options)
-
-    def kill(self, child: Any) -> None:
-        """Kill a child that is no longer wanted."""
-        if child.returncode is None:
-            os.killpg(child.pid, signal.SIGKILL)
-
-    def kill_rest(self) -> None:
-        """Kill everything that untrusted programs have left behind."""
-        kill_all(lambda: descendants(os.getpid()))
-
-    def hand_over(self, paths: Sequence[str]) -> None:
-        """Let untrusted programs own the files below paths; here they run as the same user."""
-
-
-_launchers = [Launcher()]  # the last one starts untrusted programs
-
-
-def use_launcher(launcher: Launcher) -> None:
-    """From now on, start the untrusted programs of this process with launcher."""
-    _launchers.append(launcher)
-
-
-def hand_to_build(*paths: str) -> None:
-    """Let the user that builds run as own the files below paths."""
-    _launchers[-1].hand_over(paths)
-
-
 def capture(
     argv: Sequence[str],
     cwd: str,
@@ -3596,10 +3588,10 @@ def capture(
     """Run argv and return (exit status, stdout, the end of stderr).
 
     untrusted: the source can influence the program.
-    watch: called a few times per second; what it raises ends the program.
+    watch: called a few times per second; if it raises, the program is killed.
     Raises BuildFailed LimitError if it prints more than max_bytes."""
-    launcher = _launchers[-1] if untrusted else None
-    child = (launcher.start if launcher else subprocess.Popen)(
+    launcher = _launchers[-1 if untrusted else 0]
+    child = launcher.start(
         argv,
         cwd=cwd,
         env=env,
@@ -3618,7 +3610,7 @@ def capture(
                 if size > max_bytes:
                     raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
         except BaseException:
-            (launcher or Launcher()).kill(child)
+            launcher.kill(child)
             child.wait()
             raise
     return child.wait(), bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
@@ -3631,10 +3623,10 @@ def run_tool(
     lines_out: Callable[[list[str]], None],
     keep_stdout: bool = False,
 ) -> tuple[int, bytes]:
-    """Run a build tool, hand its lines on as they come, and return (exit status, stdout where it was asked for).
+    """Run a build tool, pass its lines to lines_out as they come, and return (exit status, stdout if requested).
 
-    stdout and stderr are one stream, in the order in which they were written; with keep_stdout, stdout is kept and its lines
-    follow at the end. PIPE_GRACE_S after the tool has ended, whatever still holds its pipe is killed, and a line says so.
+    keep_stdout: return stdout, and pass its lines on at the end. Otherwise stdout and stderr are one stream.
+    PIPE_GRACE_S after the tool has ended, processes that still hold its pipe are killed, and a line says so.
     If lines_out raises, the tool is killed."""
     with tempfile.TemporaryFile() as kept:
         launcher = _launchers[-1]
@@ -3652,21 +3644,15 @@ def run_tool(
             try:
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
             except (OSError, AttributeError):
-                pass  # another system, or a limit
+                pass  # not Linux, or beyond the limit of the user
             try:
                 for _, block in _read_pipes(child, [pipe]):
-                    lines_out(
-                        splitter.feed(block)
-                        if block
-                        else [
-                            *splitter.end(),
-                            (
-                                f"confbuild: what {os.path.basename(argv[0])} left behind held its output open for {PIPE_GRACE_S:.0f} s after its "
-                                "end, and is killed"
-                            ),
-                        ]
+                    held = (
+                        f"confbuild: killed processes that {os.path.basename(argv[0])} left behind: "
+                        f"they held its output open for {PIPE_GRACE_S:.0f} s after its end"
                     )
-            except BaseException:  # nobody wants to know more
+                    lines_out(splitter.feed(block) if block else [*splitter.end(), held])
+            except BaseException:
                 launcher.kill_rest()
                 child.wait()
                 raise
@@ -3674,9 +3660,9 @@ def run_tool(
         status = child.wait()
         launcher.kill_rest()
         try:
-            os.killpg(child.pid, signal.SIGKILL)  # where there is no /proc
+            os.killpg(child.pid, signal.SIGKILL)  # for systems without /proc
         except OSError:
-            pass  # nothing is left of it
+            pass  # no process of the group is left
         if not keep_stdout:
             return status, b""
         kept.seek(0)
@@ -3712,7 +3698,8 @@ def write_durably(path: str, data: bytes) -> None:
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of the regular file at path. flags: of open(2). Never waits. Raises Malformed for anything else, also a link; OSError."""
+    """A descriptor of the regular file at path. flags: of open(2). Never waits. Raises Malformed for anything else,
+    also a link; OSError."""
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as e:
@@ -3742,7 +3729,8 @@ def room_on(disk: str) -> Iterator[None]:
 
 
 def has_room(folder: str) -> bool:
-    """Return whether a file of 1 MiB, and some more names, fit below folder. If not, a full disk may be why something failed there."""
+    """Return whether a file of 1 MiB, and some more names, fit below folder. If not, a full disk may be why something
+    failed there."""
     try:
         disk = os.statvfs(folder)
         if disk.f_files and disk.f_favail < 16:  # 0 of 0: a file system without that limit
@@ -3755,7 +3743,8 @@ def has_room(folder: str) -> bool:
 
 
 def lacks_room(error: Exception, folder: str) -> bool:
-    """Return whether error comes from a full disk: it says so itself, or a program has failed and folder's disk is full."""
+    """Return whether error comes from a full disk: it says so itself, or a program has failed and folder's disk is
+    full."""
     return is_full(error) if isinstance(error, OSError) else not has_room(folder)
 
 
@@ -3769,8 +3758,9 @@ def sync(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """path is gone, however deep it is, also where a build has taken its own permissions away. A link is removed, never followed.
-    Nothing outside of path is touched: folders are moved up inside of it before they are emptied, so that none is too deep."""
+    """path is gone, however deep it is, also where a build has taken its own permissions away. A link is removed, never
+    followed. Nothing outside of path is touched: folders are moved up inside of it before they are emptied, so that
+    none is too deep."""
     if os.path.islink(path) or not os.path.isdir(path):
         if os.path.lexists(path):
             os.unlink(path)
@@ -3836,12 +3826,14 @@ def own_source() -> bytes:
     return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
 
 
-# Runs the file named after it as `python FILE` would, which for its whole life would keep the file's syntax tree, 10 MB.
+# Runs the file named after it as `python FILE` would, which for its whole life would keep the file's syntax tree, 10
+# MB.
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def own_program() -> list[str]:
-    """The argument vector that runs this file again, isolated from the environment, the current directory and site-packages."""
+    """The argument vector that runs this file again, isolated from the environment, the current directory and
+    site-packages."""
     path = os.path.abspath(__file__)
     while not os.path.isfile(path):  # inside of a zipapp
         path = os.path.dirname(path)
@@ -3893,12 +3885,13 @@ class _Member(NamedTuple):
 
 
 class TreeWriter:
-    """Writer of archive members below an empty directory. It never writes through a link: finish makes the symbolic links.
+    """Writer of archive members below an empty directory. It never writes through a link: finish makes them.
 
     root: the directory.
     max_bytes: limit of all contents; a hard link counts as a copy.
     label: names the archive in errors.
-    is_source: names must mean the same on every file system, and links must stay below root. False for a root file system.
+    is_source: names must mean the same on every file system, and links must stay below root. False for a root file
+    system.
     Every method raises BuildFailed SourceError or LimitError."""
 
     def __init__(self, root: str, max_bytes: int, label: str = "the archive", is_source: bool = True) -> None:
@@ -4072,7 +4065,8 @@ def _zip_blocks(archive: "zipfile.ZipFile", info: "zipfile.ZipInfo") -> Iterator
 MAX_EXTENDED = 64 * MIB  # of headers that extend another, of which a kilobyte unpacks to a MiB
 # Mode, uid, gid, size, mtime and checksum; and numbers of a device, if there is a magic.
 _TAR_NUMBERS = ((100, 108), (108, 116), (116, 124), (124, 136), (136, 148), (148, 156), (329, 337), (337, 345))
-# Octal, or positive in base-256. Other readers take other things for a number: int() `1_0`, GNU tar `-7`, and none the same ones.
+# Octal, or positive in base-256. Other readers take other things for a number: int() `1_0`, GNU tar `-7`, and none the
+# same ones.
 _TAR_NUMBER = re.compile(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", re.DOTALL)
 _TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"5": "directory"}
 _TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> what GNU's hold
@@ -4109,7 +4103,8 @@ def _take(stream: Any, size: int) -> Iterator[bytes]:
 
 
 def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
-    """Yield the members of a tarball that stream unpacks, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017 pax, tar(5)]
+    """Yield the members of a tarball that stream unpacks, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017
+    pax, tar(5)]
 
     Holds one header and what extends it. Raises BuildFailed for whatever two readers understand differently."""
     spare, total, header = MAX_EXTENDED, 0, b""
@@ -4178,7 +4173,8 @@ def _read_tar_numbers(header: bytes) -> tuple[int, int]:
 
 
 def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
-    """Return the path, linkpath and size in data, which must be records of `length name=value`, each as long as it says."""
+    """Return the path, linkpath and size in data, which must be records of `length name=value`, each as long as it
+    says."""
     found: dict[bytes, bytes] = {}
     at = 0
     while at < len(data):
@@ -4197,7 +4193,7 @@ def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
             or (name == b"size" and not re.fullmatch(rb"[0-9]{1,20}", value))
         ):
             raise source_error(
-                f"the archive has the pax header {name[:40].decode('ascii', 'replace')!r}, which readers understand differently"
+                f"pax header {name[:40].decode('ascii', 'replace')!r}: archive readers understand it differently"
             )
         found |= {name: value} if needed else {}
     return found
@@ -4225,8 +4221,8 @@ def _read_tar_member(
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
-    """(directory, name) of the project in an unpacked source: the single top-level directory, else root with the archive's
-    own name without its suffix. [CONTRACT 1]"""
+    """(directory, name) of the project in an unpacked source: the single top-level directory, else root with the
+    archive's own name without its suffix. [CONTRACT 1]"""
     entries = os.listdir(root)
     if len(entries) == 1 and stat.S_ISDIR(os.lstat(os.path.join(root, entries[0])).st_mode):
         return os.path.join(root, entries[0]), plain_name(entries[0])
@@ -4235,7 +4231,8 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
 
 
 def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
-    """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory called name: owners and times say nothing."""
+    """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory
+    called name: owners and times say nothing."""
 
     def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
         info.uid = info.gid = info.mtime = 0
@@ -4305,7 +4302,8 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
 
 
 def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
-    """Return the name of an object: the hash of its header and contents. SHA-1 is what most repositories have; artifacts have SHA-256."""
+    """Return the name of an object: the hash of its header and contents. SHA-1 is what most repositories have;
+    artifacts have SHA-256."""
     digest = hashlib.new(algorithm, b"%s %d\0" % (kind, size), usedforsecurity=False)
     for block in blocks:
         digest.update(block)
@@ -4372,8 +4370,8 @@ _GIT_LIMITS = (
     "-c",
     "transfer.unpackLimit=1",
 )
-# setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit that is lower
-# already, or that a system does not have, stays.
+# setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit
+# that is lower already, or that a system does not have, stays.
 _LIMIT = 'trap "" XFSZ; { ulimit -c 0; ulimit -f "$1"; ulimit -v "$2"; } 2>/dev/null; shift 2; exec "$@"'
 
 
@@ -4414,14 +4412,16 @@ def _git(
 
 
 def check_ref(ref: str) -> None:
-    """Raise Refused InvalidRef unless ref can name a branch, a tag, a full ref or a commit (git-check-ref-format(1))."""
+    """Raise Refused InvalidRef unless ref can name a branch, a tag, a full ref or a commit
+    (git-check-ref-format(1))."""
     if ref and not _REF.fullmatch(ref):
         raise Refused(400, "InvalidRef", f"{ref[:80]!r} is no branch, tag or commit")
 
 
 def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
-    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal address that
-    is neither link-local, unspecified, multicast nor a cloud's metadata service, nor loopback unless that is allowed. Names are looked up by fetch_git."""
+    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal
+    address that is neither link-local, unspecified, multicast nor a cloud's metadata service, nor loopback unless that
+    is allowed. Names are looked up by fetch_git."""
 
     def forbid(reason: str) -> NoReturn:
         raise Refused(400, "ForbiddenUrl", f"repo_url: {reason}")
@@ -4462,7 +4462,8 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         forbid("a cloud's metadata service is not accepted by this server")
 
 
-# Where a cloud tells its VMs about themselves, credentials included; besides these, nearly all use 169.254.0.0/16 and fe80::/10.
+# Where a cloud tells its VMs about themselves, credentials included; besides these, nearly all use 169.254.0.0/16 and
+# fe80::/10.
 _METADATA_NETWORKS = (
     "100.100.100.200/32",  # Alibaba
     "168.63.129.16/32",  # Azure
@@ -4536,7 +4537,8 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
             raise source_error(f"{parts.hostname} is {address}: {complaint}")
     if parts.scheme not in SCHEMES or ":" in parts.hostname or parts.hostname in found:
         return []  # an address needs no look-up
-    # git 2.37 and later; an older one ignores it, and resolves the name itself. Some versions of curl look for a name without its last dot.
+    # git 2.37 and later; an older one ignores it, and resolves the name itself. Some versions of curl look for a name
+    # without its last dot.
     return [
         option
         for name in sorted({parts.hostname, parts.hostname.rstrip(".")})
@@ -4553,7 +4555,8 @@ def fetch_git(
     loopback: bool = False,
     max_bytes: int = MAX_UNPACKED,
 ) -> None:
-    """Check out the commit that ref names in the new directory root, bytes as they are in the repository, with a depth-1 history.
+    """Check out the commit that ref names in the new directory root, bytes as they are in the repository, with a
+    depth-1 history.
 
     url, ref: checked by check_url, check_ref. ref is a branch, tag, full ref or commit; empty: the default branch.
     max_bytes: of the pack, and of the files.
@@ -4651,7 +4654,8 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
 
 
 def read_head(git: str, common: str) -> str:
-    """Return the commit that HEAD names, or "". git: the folder that holds HEAD; common: the one that holds refs, usually the same."""
+    """Return the commit that HEAD names, or "". git: the folder that holds HEAD; common: the one that holds refs,
+    usually the same."""
     head = _read_text(os.path.join(git, "HEAD"))
     link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
     if link and _REF.fullmatch(link[1]):
@@ -4675,7 +4679,8 @@ def _read_text(path: str, size: int = 4096) -> str:
 
 
 def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Make the empty folder own a repository whose objects are those of git, whose HEAD is commit, and whose configuration is empty.
+    """Make the empty folder own a repository whose objects are those of git, whose HEAD is commit, and whose
+    configuration is empty.
 
     Return git's configuration, of which the caller may believe facts. It is never obeyed, as it could name programs."""
     try:
@@ -4699,8 +4704,9 @@ def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> 
 
 
 def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
-    """(commit, origin's URL) of project's own `.git` where its HEAD's tree is tree, the hash of the files that are there: so
-    nothing is untracked or modified. The URL has lost its credentials, and is only what the history's owner says.
+    """(commit, origin's URL) of project's own `.git` where its HEAD's tree is tree, the hash of the files that are
+    there: so nothing is untracked or modified. The URL has lost its credentials, and is only what the history's owner
+    says.
 
     Raises BuildFailed SourceError with the reason where history cannot be believed. The commit is hashed again here."""
     git = os.path.join(project, ".git")
@@ -4723,7 +4729,8 @@ def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[st
 
 
 class Checkout(NamedTuple):
-    """A work tree of git, read through a repository of our own. root: its top; own: our repository; commit: of its HEAD, or "";
+    """A work tree of git, read through a repository of our own. root: its top; own: our repository; commit: of its
+    HEAD, or "";
     config: what its configuration says, which nobody obeys; env: of a git that sees the work tree and its index."""
 
     root: str
@@ -4741,8 +4748,9 @@ class Checkout(NamedTuple):
 def open_checkout(directory: str, own: str) -> Checkout | None:
     """Return the work tree around directory, or None. own: an empty folder.
 
-    The checkout is data: objects, HEAD, index and patterns of what is ignored. Its configuration could name programs (core.fsmonitor,
-    filters, a partial clone's remote, ...), so git never finds it. The user's own configuration is obeyed."""
+    The checkout is data: objects, HEAD, index and patterns of what is ignored. Its configuration could name programs
+    (core.fsmonitor, filters, a partial clone's remote, ...), so git never finds it. The user's own configuration is
+    obeyed."""
     root = os.path.realpath(directory)
     while not os.path.lexists(os.path.join(root, ".git", "HEAD")) and not os.path.isfile(os.path.join(root, ".git")):
         root, below = os.path.dirname(root), root
@@ -4782,7 +4790,8 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
 
 
 def list_source(directory: str, checkout: Checkout | None) -> list[str]:
-    """Return the files of directory that belong to a source: those that git tracks or would track, or all without a checkout."""
+    """Return the files of directory that belong to a source: those that git tracks or would track, or all without a
+    checkout."""
     listed = checkout and checkout.ask(
         directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"
     )
@@ -4818,10 +4827,10 @@ class Packed(NamedTuple):
 def pack_directory(
     directory: str, archive: str, workspace: str, outputs: Mapping[str, Sequence[str]], bundle: str = ""
 ) -> Packed:
-    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified or untracked;
-    else the files as they are, without those that git ignores. workspace: an empty directory for scratch; bundle: where the last
-    build's is and the next one's will be, which is no source; outputs: by the name of a marker file, the folders that a build of such a
-    project removes first. Raises UsageError."""
+    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified
+    or untracked; else the files as they are, without those that git ignores. workspace: an empty directory for scratch;
+    bundle: where the last build's is and the next one's will be, which is no source; outputs: by the name of a marker
+    file, the folders that a build of such a project removes first. Raises UsageError."""
     name = plain_name(os.path.basename(os.path.realpath(directory)))
     why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
     root, files, commit = os.path.realpath(directory), None, ""
@@ -4850,7 +4859,8 @@ def pack_directory(
                 why = f"its history cannot be packed ({e})"
     if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
         files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
-    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that is built.
+    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that
+    # is built.
     markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
     removed = outputs.get(next(markers, ""), ())
     kept = [
@@ -5759,7 +5769,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
 
 # endregion 22
 # ==============================================================================
-# region 23. Pipeline          [uses 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22]
+# region 23. Pipeline          [uses 11, 12, 13, 15, 16, 17, 18, 19, 20, 21, 22]
 # ==============================================================================
 # Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run once,
 # in a process that does nothing else and is thrown away afterwards.  The file provenance.json follows [SLSA] and
@@ -5849,7 +5859,7 @@ class Pipeline(NamedTuple):
         os.makedirs(own, exist_ok=True)
         project, name = self._get_source()
         toolchain = detect_toolchain(project)
-        open_to_build([self.env.get(variable, default) for variable, default in toolchain.shared.items()])
+        _launchers[-1].share([self.env.get(variable, default) for variable, default in toolchain.shared.items()])
         self.emit("detect", [toolchain.name])
         self.emit("init", ["Verifying build inputs"])
         refuse_outside_influence(project)
@@ -10870,7 +10880,7 @@ def console_text(line: str) -> str:
 
 # endregion 32
 # ==============================================================================
-# region 33. Broker                                        [uses 13, 14, 15, 21]
+# region 33. Broker                                            [uses 13, 14, 21]
 # ==============================================================================
 # Broker: to be described.
 
@@ -10993,12 +11003,6 @@ MAX_PROGRAMS = 64  # that run at a time for the agent
 BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
 
 
-def _system_call(name: str, *arguments: Any) -> None:
-    """A function of the C library that returns -1 for failure. Raises OSError."""
-    if getattr(ctypes.CDLL(None, use_errno=True), name)(*arguments) < 0:
-        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
-
-
 def _set_up_interface(name: str, address: str, netmask: str) -> None:
     """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
 
@@ -11017,7 +11021,7 @@ def _set_up_interface(name: str, address: str, netmask: str) -> None:
 
 def give_up_rights() -> None:
     """Let this process and its children gain no rights, and keep them from what no build needs of the kernel. Raises OSError."""
-    _system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     apply_filter(unix=True)
 
 
@@ -11086,11 +11090,11 @@ class GuestBroker:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
                 f.write("1000")  # where memory ends, the build ends first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-            _system_call(
+            system_call(
                 "unshare", _CLONE_NEWIPC
             )  # shared memory of System V would outlive its processes, and no mount's size bounds it
             if not self._network:
-                _system_call(
+                system_call(
                     "unshare", _CLONE_NEWNET
                 )  # whatever network the host provides, this has none but its own loopback
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -11166,7 +11170,7 @@ class GuestBroker:
 
 # endregion 33
 # ==============================================================================
-# region 34. First process              [uses 8, 13, 15, 17, 21, 23, 29, 32, 33]
+# region 34. First process                  [uses 8, 13, 17, 21, 23, 29, 32, 33]
 # ==============================================================================
 # The first process inside of a guest, which the initrd's /init calls: root, and the only one.  It mounts what is measured (the tools disk, by
 # its dm-verity root hash on the kernel's command line) and what is empty, reads the agent's configuration from a virtio-serial port, and
@@ -11222,7 +11226,7 @@ class GuestError(ConfbuildError):
 
 def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
     os.makedirs(target, exist_ok=True)
-    _system_call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
+    system_call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
 
 
 def parse_command_line(text: str) -> tuple[str, int]:
@@ -11242,7 +11246,7 @@ def _load_modules(group: str) -> None:
     for path in paths:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _system_call("syscall", _SYS_FINIT_MODULE, fd, b"", 0)
+            system_call("syscall", _SYS_FINIT_MODULE, fd, b"", 0)
         except OSError as e:
             if e.errno != errno.EEXIST:
                 sys.stderr.write(f"confbuild: module {path}: {e.strerror}\n")  # what needs it will fail by its own name

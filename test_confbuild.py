@@ -6907,7 +6907,7 @@ lines = []
 status, kept = confbuild.run_tool(["sh", "-c", sys.argv[2]], "/", dict(os.environ), lines.extend, sys.argv[3] == "keep")
 answer([status, kept.decode(), lines[:9] + lines[-1:] if len(lines) > 9 else lines, len(confbuild.descendants(os.getpid()))])
 """
-HELD = "confbuild: what sh left behind held its output open for 0 s after its end, and is killed"
+HELD = "confbuild: killed processes that sh left behind: they held its output open for 0 s after its end"
 
 
 def lines_of(*blocks: bytes) -> list[str]:
@@ -7173,7 +7173,7 @@ class TestSandbox:
         """Which ABI of Landlock has what: Documentation/userspace-api/landlock.rst, "Previous limitations"."""
         found = confbuild.judge_protections(abi, "", "", "")
         assert confbuild.protection_text(found).partition(";")[0] == "host protected: " + kept
-        assert abi >= 6 or found["signals"] == f"Landlock here has ABI {abi}, and ABI 6 is needed (Linux 6.12)"
+        assert abi >= 6 or found["signals"] == f"Landlock has ABI {abi} here, and ABI 6 (Linux 6.12) is required"
         assert confbuild.judge_protections(abi, "", "no table", "taken")["limits"] == ""
 
     def test_protections_that_are_missing(self) -> None:
@@ -7209,7 +7209,7 @@ class TestSandbox:
         assert confbuild.probe_sandbox() == (
             confbuild.Sandbox(),
             f"this kernel has no Landlock (landlock_create_ruleset: {os.strerror(number)})",
-            "system calls of riscv64 are not known here",
+            "the system calls of riscv64 are unknown to confbuild",
         )
         monkeypatch.setattr(sys, "platform", "darwin")
         assert confbuild.probe_sandbox() == (confbuild.Sandbox(), "only Linux has Landlock", "only Linux has seccomp")
@@ -7289,15 +7289,13 @@ class TestSandbox:
     def test_nix(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """nix writes in its store, and needs terminals; with a daemon, Unix sockets instead; what cannot be made is nix's to tell."""
         for daemon in (False, True):
-            monkeypatch.setattr(
-                confbuild, "_confinements", [confined := confbuild.Confinement(confbuild.Sandbox(), "/w", ("tmp",))]
-            )
-            confbuild.open_to_build([])
+            confined = confbuild.Confinement(confbuild.Sandbox(), "/w", ("tmp",))
+            confined.share([])
             assert (confined.writable, confined.unix, "/dev/pts" in confined.devices) == (["/w/tmp"], False, False)
             if daemon:
                 write_files(tmp_path, {"state/daemon-socket/socket": ""})
             folders = [str(tmp_path / "store"), str(tmp_path / "state"), "/proc/nowhere"]
-            confbuild.open_to_build(folders)
+            confined.share(folders)
             assert (confined.writable, confined.unix, "/dev/pts" in confined.devices) == (
                 ["/w/tmp", *folders],
                 daemon,
@@ -7421,13 +7419,13 @@ class TestSandbox:
         monkeypatch.setattr(
             resource, "setrlimit", lambda kind, pair: limits.update({kind: pair[0]}) if pair[0] == pair[1] else None
         )
-        monkeypatch.setattr(confbuild, "_confinements", [])
+        monkeypatch.setattr(confbuild, "_launchers", launchers := list[Any]())
         monkeypatch.setattr(confbuild, "_count_threads", lambda: 300)
         confbuild.confine_builds(confbuild.Sandbox(file_bytes=1000, processes=50), "/w", ("tmp",))
         assert limits == {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1000, resource.RLIMIT_NPROC: 350}
         confbuild.confine_builds(confbuild.Sandbox(), "/w", ())
         assert limits == {resource.RLIMIT_CORE: 0, resource.RLIMIT_FSIZE: 1000, resource.RLIMIT_NPROC: 350}
-        assert [confined.writable for confined in confbuild._confinements] == [["/w/tmp"], []]
+        assert [confined.writable for confined in launchers] == [["/w/tmp"], []]
 
     def test_count_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert confbuild._count_threads() >= 1
@@ -8004,7 +8002,7 @@ def large_member(name: str) -> bytes:
 
 
 class TestArchives:
-    READ_DIFFERENTLY = "which readers understand differently"
+    READ_DIFFERENTLY = "archive readers understand it differently"
 
     @pytest.mark.parametrize(
         ("headers", "fragment"),
@@ -8035,7 +8033,7 @@ class TestArchives:
             ],
             (((b"x", pax("path", "d/b")), (b"X", pax("path", "d/c"))), "is a device, a pipe, a sparse file"),
             *(
-                (((b"x", record),), "which readers understand differently")
+                (((b"x", record),), "archive readers understand it differently")
                 for record in (
                     pax("size", "-1"),
                     pax("size", ""),
@@ -11606,7 +11604,7 @@ class TestBundle:
             *(
                 (
                     (*WHOLE[:2], header("x", b"x", len(record), content=record), *WHOLE[2:]),
-                    f"the pax header '{name}', which readers understand differently",
+                    f"pax header '{name}': archive readers understand it differently",
                 )
                 for name, record in (
                     ("size", b"12 size=0_8\n"),
