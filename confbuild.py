@@ -115,6 +115,7 @@ import struct
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
 
 # Parts III to VI. Modules that only some commands use are imported at their first use.
@@ -2235,69 +2236,33 @@ def byproduct(doc: Any, name: str) -> str | None:
 # ==============================================================================
 # region 12. Verdict                                       [uses 6, 7, 8, 9, 11]
 # ==============================================================================
-# Evidence, provenance and what the caller expects -> checks -> verdict.  Every check runs and is shown, also after a
-# failure; a check that could not run because an earlier one failed is shown as "not checked".  Each compares two values
-# that come from different places.  The verdict is a set inclusion: the names that the platform requires, that a bundle
-# requires and that the caller requests are among those that passed, and none failed.
+# verify_bundle takes the bytes of a bundle and what the caller expects, and returns a verdict [CONTRACT 4, 5.5]. Every
+# check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
+# Each check compares two values that come from different places. The verdict is a set inclusion: every check that the
+# platform requires, that a bundle requires or that the caller requests has passed, and none failed. Any thread may call
+# verify_bundle; it shares nothing.
 
-# What must have run and passed, whatever the caller expects: of all evidence, of each platform's, and of a bundle.
+# The checks that must pass, whatever the caller expects: for all evidence, for each platform, and for a bundle.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
-_REQUIRED_SNP = frozenset(
-    (
-        "report version",
-        "signature algorithm",
-        "signing key",
-        "product",
-        "VEK form",
-        "VEK issuer",
-        "VEK signature",
-        "VEK validity",
-        "VEK product",
-        "VEK TCB",
-        "VEK chip_id",
-        "report signature",
-        "VMPL",
-        "migration agent",
-        "debug",
-        "unsigned bytes",
-    )
-)
+# fmt: off
+_REQUIRED_SNP = _REQUIRED_EVIDENCE | {
+    "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature",
+    "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "report signature", "VMPL", "migration agent", "debug",
+    "unsigned bytes",
+}
 REQUIRED_OF_PLATFORM = {
     "simulated": _REQUIRED_EVIDENCE | {"simulated report"},
-    "snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
-    "gcp-snp": _REQUIRED_EVIDENCE | _REQUIRED_SNP,
-    "az-snp": _REQUIRED_EVIDENCE
-    | _REQUIRED_SNP
-    | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"},
+    "snp": _REQUIRED_SNP,
+    "gcp-snp": _REQUIRED_SNP,
+    "az-snp": _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"},
 }
-REQUIRED_OF_BUNDLE = frozenset(
-    (
-        "provenance form",
-        "canonical form",
-        "provenance schema",
-        "provenance digest",
-        "report data tail",
-        "input Merkle root",
-        "builder",
-        "subjects",
-        "artifacts",
-        "unlisted files",
-    )
-)
-# Evidence that is known by name, and that this version does not verify.
-_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
-# What the caller requests: field of Expectations -> the checks that must then have run and passed.
+REQUIRED_OF_BUNDLE = frozenset((
+    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail",
+    "input Merkle root", "builder", "subjects", "artifacts", "unlisted files",
+))
+# Field of Expectations -> the checks that must pass if the caller sets it.
 OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
-REQUESTED: Mapping[str, Sequence[str]] = {
-    "nonce": ("nonce",),
-    "measurements": ("measurement",),
-    "min_tcb": ("minimum TCB",),
-    "host_data": ("host_data",),
-    "guest_svn": ("guest_svn",),
-    "chip_id": ("chip_id",),
-    "family_id": ("family_id",),
-    "image_id": ("image_id",),
-    "pcrs": ("PCR values",),
+_REQUESTED_OF_STATEMENT: Mapping[str, Sequence[str]] = {
     "source_uri": ("source uri",),
     "source_commit": ("source commit",),
     "source_tree": ("source tree",),
@@ -2308,76 +2273,101 @@ REQUESTED: Mapping[str, Sequence[str]] = {
     "build_type": ("build type",),
     "build_log_sha256": ("build log",),
     "finished": ("age",),
+}
+REQUESTED: Mapping[str, Sequence[str]] = {
+    "nonce": ("nonce",),
+    "measurements": ("measurement",),
+    "min_tcb": ("minimum TCB",),
+    "host_data": ("host_data",),
+    "guest_svn": ("guest_svn",),
+    "chip_id": ("chip_id",),
+    "family_id": ("family_id",),
+    "image_id": ("image_id",),
+    "pcrs": ("PCR values",),
+    **_REQUESTED_OF_STATEMENT,
     "require_crl": ("revocation", "revocation list age"),
     "require_tee": ("hardware evidence",),
     "image": OF_IMAGE,
 }
-_OF_STATEMENT = (
-    "source uri",
-    "source commit",
-    "source tree",
-    "lock file",
-    "dependencies",
-    "packages",
-    "builder id",
-    "build type",
-    "build log",
-    "age",
-)
+# fmt: on
+_OF_PROVENANCE = [*sorted(REQUIRED_OF_BUNDLE), *(name for [name] in _REQUESTED_OF_STATEMENT.values())]
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
-ALONE = "evidence alone: neither provenance nor artifacts are looked at"
+# Why a check did not run.
+ALONE = "evidence alone: provenance and artifacts are not checked"
+_BLOCKED = "it needs a check that failed"
+_UNASKED = "no expectation given"
 
 
-class _Checks:
-    """The checks of one bundle as they are made."""
+class _Checks(NamedTuple):
+    """The checks of one bundle, and what the caller gave for them.
 
-    def __init__(self) -> None:
-        self.made: list[Check] = []
+    now: the time to verify at, such as 2026-11-23T00:00:00Z.
+    made: the checks, in the order in which they ran.
+    """
+
+    expected: Expectations
+    now: str
+    endorsements: Endorsements
+    made: list[Check]
+
+    @property
+    def ok(self) -> bool:
+        """True if the last check passed."""
+        return self.made[-1].status == "passed"
 
     def hold(self, name: str, holds: bool, expected: Any, actual: Any, detail: str = "") -> None:
-        """One check, with what was expected and what is there in words."""
+        """Add a check that passes if holds is true. expected, actual: shown to the reader."""
         self.made.append(Check(name, "passed" if holds else "failed", str(expected), str(actual), detail))
 
     def compare(self, name: str, expected: Any, actual: Any, detail: str = "") -> None:
-        """One check that holds where the two are equal. Public values: plain equality, in no constant time."""
+        """Add a check that passes if both values are equal. They are public, so the time that this takes may vary."""
         self.hold(name, expected == actual, expected, actual, detail)
 
-    def expect(self, name: str, expected: Any, actual: Any, holds: bool | None = None) -> None:
-        """A check that the caller may request. expected: None is shown as not checked; holds: None is a comparison of the two."""
-        if expected is None:
-            self.made.append(Check(name, "not checked", "", str(actual), "no expectation given"))
+    def skip(self, name: str, why: str, actual: Any = "", expected: str = "") -> None:
+        """Add a check that does not run."""
+        self.made.append(Check(name, "not checked", expected, str(actual), why))
+
+    def expect(self, field: str, actual: Any, shown: Any = None, holds: bool | None = None) -> None:
+        """Add the check of a field of Expectations, which does not run if the caller left the field None.
+
+        holds: whether actual is as expected; None: compare actual with the field.
+        shown: the expected value as text, if holds is given.
+        """
+        [name], value = REQUESTED[field], getattr(self.expected, field)
+        if isinstance(value, str) and field not in _REQUESTED_OF_STATEMENT:
+            value = value.lower()  # hexadecimal digits
+        if value is None:
+            self.skip(name, _UNASKED, actual)
+        elif holds is None:
+            self.compare(name, value, actual)
         else:
-            self.hold(name, expected == actual if holds is None else holds, expected, actual)
+            self.hold(name, holds, shown, actual)
 
     def attempt(self, name: str, parse: Callable[..., Any], *arguments: Any) -> Any:
-        """What parse returns, and a passed check; or None, and a failed one that says why."""
+        """Add a check that passes unless parse raises, and return the value of parse, or None."""
+        value, problem = None, ""
         try:
             value = parse(*arguments)
         except (Malformed, BadSignature) as e:
-            self.made.append(Check(name, "failed", detail=str(e)))
-            return None
-        self.made.append(Check(name, "passed"))
+            problem = str(e)
+        self.hold(name, not problem, "", "", problem)
         return value
 
     def derive(self, name: str, expected: str, actual: Callable[[], str]) -> None:
-        """A comparison with what has yet to be read; where that cannot be, a failed check that says why."""
+        """Add a check that compares expected with the value of actual, and fails if actual raises Malformed."""
         try:
             self.compare(name, expected, actual())
         except Malformed as e:
             self.hold(name, False, expected, "unreadable", str(e))
 
-    def has_failed(self, name: str) -> bool:
-        """Whether the check called name failed."""
-        return any(check.name == name and check.status == "failed" for check in self.made)
-
-    def skip(self, names: Iterable[str], why: str = "it needs a check that failed") -> None:
-        """What cannot be looked at; names that have been are left as they are."""
-        known = {check.name for check in self.made}
-        self.made.extend(Check(name, "not checked", detail=why) for name in names if name not in known)
-
 
 class _Evidence(NamedTuple):
-    """The value of `evidence`, decoded. report: of the hardware, or in its form; vek: DER; the rest: of az-snp."""
+    """The decoded value of `evidence`.
+
+    report: of the hardware, or simulated.
+    vek: a DER certificate.
+    runtime_data, message, signature, pcrs: of az-snp; see section 9.
+    """
 
     report: Report
     vek: bytes | None = None
@@ -2430,16 +2420,8 @@ def _read_az_snp(evidence: Any) -> _Evidence:
     )
 
 
-_READERS: Mapping[str, Callable[[Any], _Evidence]] = {
-    "simulated": _read_simulated,
-    "snp": _read_snp,
-    "gcp-snp": _read_snp,
-    "az-snp": _read_az_snp,
-}
-
-
 def _report_claims(report: Report, product: str) -> dict[str, Any]:
-    """Every field of the report, for people and programs. tcb: the reported one, which the VEK is for."""
+    """Return every field of the report as JSON values. `tcb` is the reported TCB, which the VEK is for."""
     claims: dict[str, Any] = {
         "product": product,
         "key_type": report.signing_key.lower(),
@@ -2447,8 +2429,7 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
         "policy": f"{report.policy:#x}",
         "debug": bool(report.policy & POLICY_DEBUG),
     }
-    for name in Report._fields:
-        value = getattr(report, name)
+    for name, value in report._asdict().items():
         if name in ("data", "r", "s", "version", "policy"):
             continue
         if name.endswith("_tcb"):
@@ -2459,115 +2440,102 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
     return claims
 
 
-def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors, now: str) -> None:
-    """That vek is what AMD's ASK or ASVK certifies for the chip and the TCB of the report, now."""
+def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors) -> None:
+    """Check that AMD's ASK or ASVK certifies vek for the chip and the TCB of the report, and that vek signed the report.
+
+    vek: not authenticated yet.  [VCEK 3]
+    """
     roles, kind = anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
+    chain = (vek, issuer, roles["ark"])
     checks.hold("VEK issuer", vek.issuer == issuer.name, name_text(issuer.name), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_rsassa_pss, issuer.key, vek.tbs_certificate, vek.signature)
-    first, last = (
-        max(vek.not_before, issuer.not_before, roles["ark"].not_before),
-        min(vek.not_after, issuer.not_after, roles["ark"].not_after),
-    )
-    checks.hold("VEK validity", first <= now <= last, f"{first} to {last}", now, "of the VEK and of those above it")
+    first, last = max(c.not_before for c in chain), min(c.not_after for c in chain)
+    valid = first <= checks.now <= last
+    checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, "of the VEK, its issuer and the ARK")
     checks.derive("VEK product", product, lambda: vek_product(vek))
     levels = tcb_levels(product, report.reported_tcb)
     checks.derive("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
-    if kind == "VLEK":  # for any chip of one cloud
+    if kind == "VLEK":  # it belongs to a cloud, not to a chip
         checks.hold("VEK chip_id", not has_hwid(vek), "none", "present" if has_hwid(vek) else "none")
     else:
         checks.derive("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
-def _check_snp(
-    checks: _Checks, evidence: _Evidence, versions: range, endorsements: Endorsements, now: str, require_crl: bool
-) -> str:
-    """Every check on a report of real hardware. versions: those of the report that are accepted. Returns the product, or empty."""
-    report, anchors = evidence.report, amd_anchors() if endorsements.anchors is None else endorsements.anchors
+def _find_vek(checks: _Checks, evidence: _Evidence) -> Certificate | None:
+    """Check the form of the certificate in the evidence, or else of the caller's, and return it.
+
+    A VEK of the caller completes evidence but never replaces its certificate.
+    """
+    report, data = evidence.report, checks.endorsements.vek if evidence.vek is None else evidence.vek
+    if data is not None:
+        vek: Certificate | None = checks.attempt("VEK form", parse_certificate, data, "VEK")
+        return vek
+    source = ""
+    if report.signing_key == "VLEK":
+        source = "; the cloud that runs the VM has its VLEK"
+    elif report.signing_key == "VCEK" and report.product:
+        source = f"; AMD has it at {vek_url(report, report.product)}"
+    detail = f"the evidence holds no certificate, and none was given (--vek){source}"
+    checks.hold("VEK form", False, "a certificate", "none", detail)
+    return None
+
+
+def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
+    """Check a report of real hardware and its signature, and return its product, or "" if unknown.  [SNP-ABI 7.3]
+
+    versions: of the report that are accepted.
+    """
+    report, endorsements = evidence.report, checks.endorsements
+    anchors = amd_anchors() if endorsements.anchors is None else endorsements.anchors
     checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
-    vek_data = endorsements.vek if evidence.vek is None else evidence.vek
-    product = report.product
-    vek = None
-    if vek_data is None:
-        hint = (
-            "; the cloud that runs the VM has its VLEK"
-            if report.signing_key == "VLEK"
-            else (f"; AMD has it at {vek_url(report, product)}" if product and report.signing_key == "VCEK" else "")
-        )
-        checks.hold(
-            "VEK form",
-            False,
-            "a certificate",
-            "none",
-            f"the evidence holds no certificate, and none was given (--vek){hint}",
-        )
-    else:
-        vek = checks.attempt("VEK form", parse_certificate, vek_data, "VEK")
+    vek, product, kind = _find_vek(checks, evidence), report.product, report.signing_key
     if vek is not None:
+        # The report names the kind of its key in signed bits; the certificate must be of the same kind.
         subject = dict(vek.subject).get("CN", "none")
-        checks.hold(
-            "signing key",
-            subject == f"SEV-{report.signing_key}" and report.signing_key in SIGNING_KEYS.values(),
-            f"SEV-{report.signing_key}",
-            subject,
-            "bits 4:2 of the flags, and the certificate's name",
-        )
-        if report.version < 3:  # no CPUID in it: the product is that of the issuer
-            product = next(
-                (name for name, roles in anchors.items() if vek.issuer in (roles["ask"].name, roles["asvk"].name)), ""
-            )
+        holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
+        detail = "bits 4:2 of the flags, and the certificate's name"
+        checks.hold("signing key", holds, f"SEV-{kind}", subject, detail)
+        if report.version < 3:  # such a report has no CPUID: the issuer tells the product
+            issuers = {roles[role].name: name for name, roles in anchors.items() for role in ("ask", "asvk")}
+            product = issuers.get(vek.issuer, "")
     known = [name for name in TCB_LAYOUTS if name in anchors]
-    checks.hold("product", product in known, " or ".join(known) or "none, for want of keys", product or "unknown")
-    if checks.made[-1].status == "passed" and vek is not None:
-        _check_vek(checks, report, product, vek, anchors, now)
+    checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown")
+    if vek is not None and checks.ok:
+        _check_vek(checks, report, product, vek, anchors)
+    # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
     checks.compare("VMPL", 0, report.vmpl)
+    # A migration agent is another VM that may take this one's memory. Nothing here verifies it.
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
-    checks.hold(
-        "migration agent",
-        not migrates,
-        "none",
-        report.report_id_ma.hex() if migrates else "none",
-        "another VM, not verified here, that may take this one's memory",
-    )
+    agent = report.report_id_ma.hex() if migrates else "none"
+    checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
+    # The signature ends before these bytes. A value there would be a claim that nobody made.
     surplus = any(report.data[0x330:])
     checks.hold("unsigned bytes", not surplus, "zero", "not zero" if surplus else "zero", "of the report from 0x330 on")
-    _check_revocation(checks, product, report.signing_key, anchors, endorsements.crls, now, require_crl)
+    _check_revocation(checks, product, kind, anchors)
     if endorsements.anchors is None:
-        checks.made.append(Check("trust anchors", "passed", "", "AMD's, as pinned in this file"))
+        checks.hold("trust anchors", True, "", "AMD's, as pinned in this file")
     else:
-        checks.made.append(
-            Check(
-                "trust anchors",
-                "not checked",
-                "",
-                "given by --roots",
-                "these are not AMD's keys, unless you know better",
-            )
-        )
+        checks.skip("trust anchors", "the caller's keys, which may not be AMD's", "given by --roots")
     return product
 
 
-def _check_revocation(
-    checks: _Checks,
-    product: str,
-    kind: str,
-    anchors: Anchors,
-    crls: Sequence[tuple[str, bytes]],
-    now: str,
-    required: bool,
-) -> None:
-    """What the given revocation lists say of the ASK or ASVK. They cannot name a VEK: the serial number of every VEK is 0.
+def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors) -> None:
+    """Check that no revocation list names the ASK or ASVK, and that a list is valid now.  [VCEK 3.4]
 
-    required: a list that is not valid now fails; else its age is shown."""
+    kind: VCEK or VLEK.
+    A list that is not valid now fails only if expected.require_crl; otherwise its validity is shown.
+    """
     lists: list[RevocationList] = []
-    for name, data in crls:
+    for name, data in checks.endorsements.crls:
         crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", anchors)
         if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].name:
             lists.append(crl)
     if not lists:
-        checks.skip(["revocation", "revocation list age"], "no revocation list of this product's ARK was given (--crl)")
+        for name in REQUESTED["require_crl"]:
+            checks.skip(name, "no revocation list of this product's ARK was given (--crl)")
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
     revoked = any(serial in crl.revoked for crl in lists)
@@ -2578,52 +2546,76 @@ def _check_revocation(
         "revoked" if revoked else "not revoked",
         "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0",
     )
-    current, first, last = max(
-        (crl.this_update <= now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists
-    )
-    checks.made.append(
-        Check(
-            "revocation list age",
-            "passed" if current else "failed" if required else "not checked",
-            f"{first} to {last}",
-            now,
-            "" if current else f"the list was valid from {first} to {last}: another one may revoke more",
-        )
-    )
+    periods = ((crl.this_update <= checks.now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists)
+    current, first, last = max(periods)
+    detail = "" if current else f"the list was valid from {first} to {last}: a newer one may revoke more"
+    if current or checks.expected.require_crl:
+        checks.hold("revocation list age", current, f"{first} to {last}", checks.now, detail)
+    else:
+        checks.skip("revocation list age", detail, checks.now, f"{first} to {last}")
 
 
-def _check_azure(
-    checks: _Checks, evidence: _Evidence, claims: dict[str, Any], pcrs: Mapping[int, str] | None
-) -> bytes | None:
-    """That the virtual TPM whose key the hardware report binds signed the quote. Returns its extraData, zero-extended to 64 bytes."""
+# The result of the checks of a platform: the 64 bytes that the attester signed, or None; the product; the claims.
+_Attested = tuple[bytes | None, str, dict[str, Any]]
+
+
+def _check_simulated(checks: _Checks, evidence: _Evidence) -> _Attested:
+    """Check that simulated evidence does not look like a report of hardware.  [CONTRACT 4.4]"""
+    report = evidence.report
+    alike = report == parse_report(simulated_report(report.report_data, report.measurement))
+    actual = "nothing else" if alike else "further fields are set"
+    checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement", actual)
+    return report.report_data, "Milan", _report_claims(report, "")  # Milan and Genoa lay out the TCB alike
+
+
+def _check_snp(checks: _Checks, evidence: _Evidence) -> _Attested:
+    """Check evidence of platforms snp and gcp-snp.  [CONTRACT 4.5]"""
+    product = _check_report(checks, evidence, range(3, 6))
+    return evidence.report.report_data, product, _report_claims(evidence.report, product)
+
+
+def _check_az_snp(checks: _Checks, evidence: _Evidence) -> _Attested:
+    """Check evidence of platform az-snp: the hardware report binds the vTPM's key, which signed the quote.  [AZURE]"""
+    product = _check_report(checks, evidence, range(2, 6))
+    claims = _report_claims(evidence.report, product)
+    # Step 1: the report binds the runtime data, which hold the key.
     found = checks.attempt("runtime data", parse_runtime_data, evidence.runtime_data)
-    checks.compare(
-        "runtime data digest",
-        sha256_hex(evidence.runtime_data),
-        evidence.report.report_data[:32].hex(),
-        "report_data[0:32] is the SHA-256 of the runtime data, which holds the TPM's key",
-    )
+    digest, actual = sha256_hex(evidence.runtime_data), evidence.report.report_data[:32].hex()
+    checks.compare("runtime data digest", digest, actual, "report_data[0:32] is the SHA-256 of the runtime data")
+    # Step 2: the key signed the quote.
     quote = checks.attempt("TPM quote", parse_quote, evidence.message)
     if found is not None:
         checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], evidence.message, evidence.signature)
         claims["vm_configuration"] = found[1].get("vm-configuration")
     if quote is None:
-        return None
+        return None, product, claims
+    # Step 3: the quote binds the registers, and the caller's data.
     checks.compare("PCR digest", compute_pcr_digest(evidence.pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     claims["pcrs"] = {str(i): evidence.pcrs[i].hex() for i in quote.pcr_select}
-    if pcrs is not None:
+    wanted = checks.expected.pcrs
+    if wanted is not None:
         checks.compare(
             "PCR values",
-            compact_json({i: value.lower() for i, value in sorted(pcrs.items())}),
-            compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(pcrs)}),
+            compact_json({i: value.lower() for i, value in sorted(wanted.items())}),
+            compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(wanted)}),
         )
-    extra_data: bytes = quote.extra_data
-    return extra_data.ljust(64, b"\x00")
+    return quote.extra_data.ljust(64, b"\x00"), product, claims
 
 
-def _check_report_policy(checks: _Checks, report: Report, product: str, expected: Expectations) -> None:
-    """What the caller wants of the guest and of the platform."""
-    debug = bool(report.policy & POLICY_DEBUG)
+# Evidence that can be verified: platform -> the parser of `evidence`, and its checks.
+_PLATFORMS: Mapping[str, tuple[Callable[[Any], _Evidence], Callable[[_Checks, _Evidence], _Attested]]] = {
+    "simulated": (_read_simulated, _check_simulated),
+    "snp": (_read_snp, _check_snp),
+    "gcp-snp": (_read_snp, _check_snp),
+    "az-snp": (_read_az_snp, _check_az_snp),
+}
+# Evidence that is recognised by name and refused [CONTRACT 4.5].
+_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
+
+
+def _check_guest(checks: _Checks, report: Report, product: str) -> None:
+    """Check the caller's expectations of the guest and of the platform."""
+    expected, debug = checks.expected, bool(report.policy & POLICY_DEBUG)
     checks.hold(
         "debug",
         not debug or expected.allow_debug,
@@ -2632,222 +2624,158 @@ def _check_report_policy(checks: _Checks, report: Report, product: str, expected
         "the host may read and change the guest's memory" if debug else "",
     )
     measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements or ()]
-    checks.expect(
-        "measurement",
-        None if expected.measurements is None else " or ".join(wanted),
-        measurement,
-        measurement in wanted,
-    )
-    if expected.min_tcb is None or product not in TCB_LAYOUTS:
-        checks.skip(["minimum TCB"], "no expectation given" if expected.min_tcb is None else "of no known product")
-    else:
-        # A VM that was launched on old firmware stays suspect after an update, and the host can return to anything above the committed TCB.
-        tcbs = {
-            kind: tcb_levels(product, getattr(report, f"{kind}_tcb"))
-            for kind in ("reported", "committed", "current", "launch")
-        }
-        low = [
-            f"{kind} {tcb_text(levels)}"
-            for kind, levels in tcbs.items()
-            if any(levels.get(name, -1) < level for name, level in expected.min_tcb.items())
-        ]
+    checks.expect("measurements", measurement, " or ".join(wanted), measurement in wanted)
+    if expected.min_tcb is not None and product in TCB_LAYOUTS:
+        # A VM that was launched on old firmware stays suspect after an update, and the host can return to any version
+        # from the committed one on. So each of the four must reach the minimum.
+        kinds = ("reported", "committed", "current", "launch")
+        tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
+        minimum = expected.min_tcb.items()
+        low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
         checks.hold(
             "minimum TCB",
             not low,
             "at least " + tcb_text(expected.min_tcb),
-            "; ".join(low) or tcb_text(tcbs["reported"]),
+            "; ".join(f"{kind} {tcb_text(tcbs[kind])}" for kind in low) or tcb_text(tcbs["reported"]),
             "the reported, committed, current and launch TCB must all reach it",
         )
-    for name in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
-        value, actual = getattr(expected, name), getattr(report, name)
-        checks.expect(
-            name,
-            value.lower() if isinstance(value, str) else value,
-            actual.hex() if isinstance(actual, bytes) else actual,
-        )
+    for field in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
+        actual = getattr(report, field)
+        checks.expect(field, actual.hex() if isinstance(actual, bytes) else actual)
 
 
-def _check_evidence(
-    checks: _Checks, data: bytes, expected: Expectations, now: str, endorsements: Endorsements
-) -> tuple[str, bytes | None, dict[str, Any]]:
-    """(platform, the 64 bytes that the attester signed or None, claims)."""
-    claims: dict[str, Any] = {"report_data": None, "measurement": None, "nonce": None, "chip_id": None}
+def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, dict[str, Any]]:
+    """Check evidence.json, and return (platform, the 64 bytes that the attester signed or None, claims)."""
+    claims: dict[str, Any] = dict.fromkeys(("report_data", "measurement", "nonce", "chip_id"))
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
+    if not checks.ok:
+        return "unknown", None, claims
     value = doc.get("platform") if isinstance(doc, dict) else None
-    platform = value if isinstance(value, str) else "unknown"
-    if not checks.has_failed("evidence form"):
-        known = platform in _READERS and "evidence" in doc
-        checks.hold(
-            "platform",
-            known,
-            ", ".join(_READERS),
-            platform if isinstance(value, str) else json.dumps(value)[:80],
-            ""
-            if known
-            else "the document has no `evidence`"
-            if platform in _READERS
-            else "this evidence is known and not supported by this version"
-            if platform in _UNSUPPORTED
-            else "no such evidence is known",
-        )
-        evidence = checks.attempt("report form", _READERS[platform], doc["evidence"]) if known else None
-        if evidence is not None:
-            return (platform, *_check_platform(checks, platform, evidence, expected, now, endorsements))
-    checks.skip(["platform", "report form"])
-    return platform, None, claims
-
-
-def _check_platform(
-    checks: _Checks, platform: str, evidence: _Evidence, expected: Expectations, now: str, endorsements: Endorsements
-) -> tuple[bytes | None, dict[str, Any]]:
-    """(the 64 bytes that the attester signed or None, claims) of evidence that could be read."""
-    report = evidence.report
-    signed: bytes | None = report.report_data
-    if platform == "simulated":
-        claims, product = _report_claims(report, ""), "Milan"  # whose layout of the TCB is the common one
-        alike = report == parse_report(
-            simulated_report(report.report_data, report.measurement)
-        )  # it must not look like one that hardware made
-        checks.hold(
-            "simulated report",
-            alike,
-            "nothing but version 3, report_data and measurement",
-            "nothing else" if alike else "further fields are set",
-        )
-    else:
-        product = _check_snp(
-            checks,
-            evidence,
-            range(2, 6) if platform == "az-snp" else range(3, 6),
-            endorsements,
-            now,
-            expected.require_crl,
-        )
-        claims = _report_claims(report, product)
-        if platform == "az-snp":
-            signed = _check_azure(checks, evidence, claims, expected.pcrs)
-    _check_report_policy(checks, report, product, expected)
+    platform, problem = value if isinstance(value, str) else "unknown", ""
+    if platform in _UNSUPPORTED:
+        problem = "this version of confbuild cannot verify such evidence"
+    elif platform not in _PLATFORMS:
+        problem = "unknown kind of evidence"
+    elif "evidence" not in doc:
+        problem = "the document has no `evidence`"
+    shown = platform if isinstance(value, str) else json.dumps(value)[:80]
+    checks.hold("platform", not problem, ", ".join(_PLATFORMS), shown, problem)
+    if problem:
+        return platform, None, claims
+    read, check = _PLATFORMS[platform]
+    evidence = checks.attempt("report form", read, doc["evidence"])
+    if evidence is None:
+        return platform, None, claims
+    signed, product, claims = check(checks, evidence)
+    _check_guest(checks, evidence.report, product)
     if signed is not None:
         claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
-    return signed, claims
+    return platform, signed, claims
 
 
-def _check_binding(
-    checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any, expected: Expectations
-) -> None:
-    """That what the attester signed is this provenance and this nonce. [CONTRACT 4]"""
-    nonce = None if expected.nonce is None else expected.nonce.lower()
+def _check_provenance(checks: _Checks, data: bytes | None) -> tuple[Any, bool]:
+    """Check provenance.json, and return (its JSON value or None, whether it is a Statement of the right schema)."""
+    if data is None:
+        hint = "--evidence-only verifies evidence without it"
+        checks.hold("provenance form", False, "provenance.json", "missing", hint)
+        return None, False
+    # A deeper document could grow to gigabytes by the indentation of the canonical form.
+    doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)
+    if not checks.ok:
+        return None, False
+    canonical = sha256_hex(to_canonical(doc))
+    checks.compare("canonical form", canonical, sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
+    checks.attempt("provenance schema", check_statement, doc)
+    return doc, checks.ok
+
+
+def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
+    """Check a Statement of the right schema against the caller's expectations, and return its claims."""
+    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
+    source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
+    uris = [d["uri"] for d in definition["resolvedDependencies"]]
+    checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
+    checks.expect("source_uri", source["uri"])
+    checks.expect("source_commit", source["digest"]["gitCommit"])
+    checks.expect("source_tree", source["digest"]["gitTree"])
+    checks.expect("lockfile_sha256", definition["internalParameters"]["lockfileHash"]["sha256"])
+    listed = "\n".join(checks.expected.dependencies or ())
+    checks.expect("dependencies", "\n".join(uris), listed, listed == "\n".join(uris))
+    packages = checks.expected.packages or ()
+    missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
+    actual = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
+    checks.expect("packages", actual, ", ".join(packages), not missing)
+    checks.expect("builder_id", run["builder"]["id"])
+    checks.expect("build_type", definition["buildType"])
+    checks.expect("build_log_sha256", byproduct(doc, "build_log") or "none")
+    oldest, newest = checks.expected.finished or ("", "")
+    recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
+    checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
+    claims = {
+        "builder_id": run["builder"]["id"],
+        "build_type": definition["buildType"],
+        "source": source,
+        "finished_on": finished,
+    }
+    for word in ("none", "open"):  # the byproduct is the SHA-256 of a word  [CONTRACT 3.7]
+        if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")):
+            claims["guest_network"] = word
+    return claims
+
+
+def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any) -> None:
+    """Check that the attester signed this provenance and this nonce.  [CONTRACT 4.1]
+
+    signed: the 64 bytes that the attester signed, or None.
+    doc: the JSON value of provenance, or None.
+    """
+    nonce = checks.expected.nonce
     if nonce is not None:
-        checks.hold(
-            "nonce is not zero",
-            nonce != bytes(NONCE_SIZE).hex(),
-            "not all zero",
-            nonce,
-            "an all-zero nonce proves no freshness",
-        )
+        zero = nonce == bytes(NONCE_SIZE).hex()
+        checks.hold("nonce is not zero", not zero, "not all zero", nonce, "an all-zero nonce does not prove freshness")
     if signed is None:
-        checks.skip(["provenance digest", "report data tail", "nonce"])
         return
     if provenance is not None:
         digest, actual = sha256_hex(provenance), signed[:32].hex()
-        compact = None if doc is None else json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        if compact is not None and digest != actual == sha256_hex(compact):
-            checks.hold(
-                "provenance digest",
-                expected.allow_legacy_digest,
-                digest,
-                actual,
-                "legacy compact digest: a compact form of provenance.json was "
-                "signed, as in the five oldest bundles; --allow-legacy-digest accepts it",
-            )
-        else:
-            checks.compare("provenance digest", digest, actual, "signed[0:32] is the SHA-256 of provenance.json")
+        holds, detail = digest == actual, "signed[0:32] is the SHA-256 of provenance.json"
+        if not holds and doc is not None:
+            compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False)
+            if actual == sha256_hex(compact.encode("utf-8")):
+                holds = checks.expected.allow_legacy_digest
+                detail = (
+                    "legacy compact digest: a compact form of provenance.json was signed, as in the five oldest "
+                    "bundles; --allow-legacy-digest accepts it"
+                )
+        checks.hold("provenance digest", holds, digest, actual, detail)
         checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
-    checks.expect("nonce", nonce, signed[32:48].hex())
+    checks.expect("nonce", signed[32:48].hex())
 
 
-def _check_provenance(checks: _Checks, data: bytes, expected: Expectations) -> Any:
-    """The Statement, or None where it is not JSON; with the schema failed, whatever it is."""
-    doc = checks.attempt(
-        "provenance form", parse_json, data, "provenance", 16
-    )  # deeper, and the indentation alone would take gigabytes
-    if checks.has_failed("provenance form"):
-        return None
-    checks.compare(
-        "canonical form",
-        sha256_hex(to_canonical(doc)),
-        sha256_hex(data),
-        "json.dumps(doc, indent=2, ensure_ascii=False)",
-    )
-    checks.attempt("provenance schema", check_statement, doc)
-    if not checks.has_failed("provenance schema"):
-        _check_statement(checks, doc, expected)
-    return doc
+def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) -> None:
+    """Check that artifacts/ holds every subject and nothing else.
 
-
-def _check_statement(checks: _Checks, doc: Any, expected: Expectations) -> None:
-    """What the caller wants of the provenance. doc: of the right shape."""
-    checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
-    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
-    source = definition["externalParameters"]["source"]
-    uris = [d["uri"] for d in definition["resolvedDependencies"]]
-    checks.expect("source uri", expected.source_uri, source["uri"])
-    checks.expect("source commit", expected.source_commit, source["digest"]["gitCommit"])
-    checks.expect("source tree", expected.source_tree, source["digest"]["gitTree"])
-    checks.expect("lock file", expected.lockfile_sha256, definition["internalParameters"]["lockfileHash"]["sha256"])
-    checks.expect(
-        "dependencies", None if expected.dependencies is None else "\n".join(expected.dependencies), "\n".join(uris)
-    )
-    missing = sorted(set(expected.packages or ()) - {package_of(uri) or uri for uri in uris} - set(uris))
-    checks.expect(
-        "packages",
-        None if expected.packages is None else ", ".join(expected.packages),
-        ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies",
-        not missing,
-    )
-    checks.expect("builder id", expected.builder_id, run["builder"]["id"])
-    checks.expect("build type", expected.build_type, definition["buildType"])
-    checks.expect("build log", expected.build_log_sha256, byproduct(doc, "build_log") or "none")
-    finished, (oldest, newest) = run["metadata"]["finishedOn"], expected.finished or ("", "")
-    checks.expect(
-        "age",
-        None if expected.finished is None else f"finished from {oldest} to {newest}",
-        finished or "none",
-        finished is not None and oldest <= finished[:19] + "Z" <= newest,
-    )
-
-
-def _check_artifacts(checks: _Checks, doc: Any, bundle: BundleFiles) -> None:
-    """Subjects against the files in artifacts/, both ways."""
-    subjects = doc["subject"]
-    names = [subject["name"] for subject in subjects]
-    odd = [name for name in names if not PLAIN_NAME.fullmatch(name)] + sorted(
-        name for name, n in Counter(names).items() if n > 1
-    )
-    checks.hold(
-        "subjects",
-        bool(names) and not odd,
-        "at least one, unique, plain file names",
-        f"odd: {odd[:5]}" if odd else f"{len(names)}",
-    )
-    wrong = []
-    for subject in subjects:
-        actual = bundle.artifacts.get(subject["name"], "missing")
-        checks.compare(f"artifact {subject['name'][:255]}", subject["digest"]["sha256"], actual)
-        if actual != subject["digest"]["sha256"]:
-            wrong.append(subject["name"])
-    checks.hold(
-        "artifacts",
-        bool(names) and not wrong,
-        "every subject is there and equal",
-        f"not: {wrong[:5]}" if wrong else f"{len(names)} equal",
-    )
-    extra = sorted(set(bundle.artifacts) - set(names))
-    checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or "none", "files that nothing vouches for")
+    artifacts: as in BundleFiles.
+    """
+    subjects = [(subject["name"], subject["digest"]["sha256"]) for subject in doc["subject"]]
+    count = Counter(name for name, _ in subjects)
+    odd = [name for name, _ in subjects if not PLAIN_NAME.fullmatch(name)] + sorted(n for n in count if count[n] > 1)
+    shown = f"odd: {odd[:5]}" if odd else str(len(subjects))
+    checks.hold("subjects", bool(subjects) and not odd, "at least one, unique, plain file names", shown)
+    for name, digest in subjects:
+        checks.compare(f"artifact {name[:255]}", digest, artifacts.get(name, "missing"))
+    wrong = [name for name, digest in subjects if artifacts.get(name) != digest]
+    shown = f"not: {wrong[:5]}" if wrong else f"{len(subjects)} equal"
+    checks.hold("artifacts", bool(subjects) and not wrong, "every subject exists and is equal", shown)
+    extra = sorted(set(artifacts) - set(count))
+    detail = "files that the provenance does not name"
+    checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or "none", detail)
 
 
 def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
-    """That neither half claims more than the other. measurement: of the report, in hexadecimal."""
+    """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]
+
+    measurement: of the report, in hexadecimal digits.
+    """
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
     open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
     checks.hold(
@@ -2855,127 +2783,128 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -
         (builder_id in open_ones) is not confidential,
         ("none of " if confidential else "") + " or ".join(open_ones),
         builder_id,
-        "it builds in no confidential VM" if confidential else "no hardware signed the evidence",
+        "this builder has no confidential VM" if confidential else "no hardware signed the evidence",
     )
     claimed = byproduct(doc, "measurement")
     if confidential and (claimed is not None or builder_id == SNP_BUILDER):
-        checks.compare(
-            "measurement byproduct",
-            sha256_hex(bytes.fromhex(measurement)),
-            claimed or "none",
-            "the SHA-256 of the report's measurement",
-        )
+        digest = sha256_hex(bytes.fromhex(measurement))
+        checks.compare("measurement byproduct", digest, claimed or "none", "the SHA-256 of the report's measurement")
 
 
 def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
-    """That the caller's image is whole, and what the VM was launched with."""
+    """Check that the image is intact and that the VM was launched from it.  [CONTRACT 5.6]"""
     checks.hold("image parts", not image.parts, "as image.json says", image.parts or "as image.json says")
     checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or "admits no shim")
-    if claims["measurement"] is None:
+    measurement = claims["measurement"]
+    if measurement is None:
         return
-    labels = [label for label, digest in image.launch_digests.items() if digest == claims["measurement"]]
-    wanted = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
-    nothing = "simulated evidence: nothing has measured that VM" if platform == "simulated" else ""
+    hardware = platform != "simulated"
+    digests = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
+    labels = [f" ({label})" for label, digest in image.launch_digests.items() if digest == measurement]
     checks.hold(
         "image measurement",
-        bool(labels) and not nothing,
-        wanted or "none: image.json asks for no launch digest",
-        claims["measurement"] + "".join(f" ({label})" for label in labels[:1]),
-        nothing,
+        hardware and bool(labels),
+        digests or "none: image.json lists no launch digest",
+        measurement + "".join(labels[:1]),
+        "" if hardware else "simulated evidence: no hardware measured this VM",
     )
     checks.hold(
         "image host_data",
-        claims["host_data"] == image.manifest_sha256 and not nothing,
+        hardware and claims["host_data"] == image.manifest_sha256,
         image.manifest_sha256,
         claims["host_data"],
-        nothing or "HOST_DATA is the SHA-256 of image.json",
+        "HOST_DATA is the SHA-256 of image.json" if hardware else "simulated evidence: no hardware measured this VM",
     )
 
 
-def verify_bundle(
-    bundle: BundleFiles, expected: Expectations, now: str, endorsements: Endorsements = Endorsements()
-) -> Verdict:  # noqa: B008  # immutable
-    """The verdict over bundle: every check with expected and actual value. Never raises for what bundle and endorsements contain.
+def _evidence_alone(bundle: BundleFiles) -> BundleFiles:
+    """Return bundle without provenance and artifacts, whose names move to `others`."""
+    provenance = ["provenance.json"] if bundle.provenance is not None else []
+    others = [*provenance, *(f"artifacts/{name}" for name in bundle.artifacts), *bundle.others]
+    return BundleFiles(None, bundle.evidence, {}, sorted(others))
 
-    now: the time to verify at, as 2026-11-23T00:00:00Z. "passed": every required check ran and passed, and hardware signed the evidence;
-    "simulated": the same, and nothing signed it; else "failed"."""
-    checks = _Checks()
-    alone = expected.evidence_only
-    if alone:
-        uncovered = [
-            *(["provenance.json"] if bundle.provenance is not None else []),
-            *(f"artifacts/{name}" for name in bundle.artifacts),
-            *bundle.others,
-        ]
-        bundle = BundleFiles(None, bundle.evidence, {}, sorted(uncovered))
-    platform, signed, claims = _check_evidence(checks, bundle.evidence, expected, now, endorsements)
-    doc = None
+
+def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verdict:
+    """Show the checks that did not run, and return the verdict."""
+    expected = checks.expected
+    required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
+    required_of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
+    # 0 and "" are expectations; None and False are not.
+    asked = {field for field in REQUESTED if (v := getattr(expected, field)) is not None and v is not False}
+    requested = {name for field in asked for name in REQUESTED[field]}
+    required = required_of_platform | required_of_bundle | requested
+    # The plan: every check that a verdict shows, with the reason to show if the check has not run.
+    plan = dict.fromkeys(sorted(required), _BLOCKED)
+    plan |= {name: _UNASKED for names in REQUESTED.values() for name in names if name not in required}
+    if expected.evidence_only:
+        plan |= dict.fromkeys(_OF_PROVENANCE, ALONE)
+    made = {check.name for check in checks.made}
+    for name, why in plan.items():
+        if name not in made and name != "hardware evidence":  # the verdict itself says whether it is of hardware
+            checks.skip(name, why)
+    # The verdict: a set inclusion.
+    passed, failed = ({check.name for check in checks.made if check.status == s} for s in ("passed", "failed"))
+    missing = required - passed
+    if missing and not failed:
+        checks.hold("required checks", False, "every required check ran", f"not checked: {', '.join(sorted(missing))}")
+    good = "simulated" if platform == "simulated" else "passed"
+    return Verdict("failed" if missing or failed else good, platform, claims, checks.made)
+
+
+def verify_bundle(
+    bundle: BundleFiles,
+    expected: Expectations,
+    now: datetime,
+    endorsements: Endorsements = Endorsements(),  # noqa: B008  # immutable
+) -> Verdict:
+    """Return the verdict over bundle, with every check, its expected value and its actual value.
+
+    bundle: untrusted.
+    expected: what the caller requires beyond what every bundle must fulfil.
+    now: an aware datetime. Certificates must be valid at this time.
+    endorsements: a VEK, revocation lists or trust anchors from the caller.
+
+    A check is required by the platform of the evidence, by a bundle (unless expected.evidence_only is true), or by
+    a field that the caller set in expected. The verdict is
+        "passed"     if every required check passed, no check failed, and an AMD processor signed the evidence
+        "simulated"  if every required check passed and no check failed, but the evidence is simulated
+        "failed"     in every other case
+
+    Raises TypeError unless now is an aware datetime. No content of bundle or endorsements raises.  [CONTRACT 4, 5.5]
+    """
+    if not isinstance(now, datetime) or now.utcoffset() is None:
+        raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(timezone.utc)")
+    second = now.astimezone(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
+    checks = _Checks(expected, second, endorsements, [])
+    if expected.evidence_only:
+        bundle = _evidence_alone(bundle)
+
+    # 1. Who signed the evidence, and about what?
+    platform, signed, claims = _check_evidence(checks, bundle.evidence)
+    # 2. Is provenance.json a Statement, and did the attester sign it for this nonce?
+    doc, is_statement = None, False
+    if not expected.evidence_only:
+        doc, is_statement = _check_provenance(checks, bundle.provenance)
     if bundle.provenance is not None:
-        doc = _check_provenance(checks, bundle.provenance, expected)
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
-    elif not alone:
-        checks.hold(
-            "provenance form", False, "provenance.json", "missing", "--evidence-only verifies evidence without it"
-        )
-    _check_binding(checks, signed, bundle.provenance, doc, expected)
-    if doc is not None and not checks.has_failed("provenance schema"):
-        _check_artifacts(checks, doc, bundle)
-        definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
-        claims.update(
-            builder_id=run["builder"]["id"],
-            build_type=definition["buildType"],
-            source=definition["externalParameters"]["source"],
-            finished_on=run["metadata"]["finishedOn"],
-        )
-        claims.update(
-            ("guest_network", word)
-            for word in ("none", "open")
-            if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii"))
-        )
+    _check_binding(checks, signed, bundle.provenance, doc)
+    # 3. Does the Statement say what the caller expects, about these artifacts and this evidence?
+    if is_statement:
+        claims |= _check_statement(checks, doc)
+        _check_artifacts(checks, doc, bundle.artifacts)
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc, claims["measurement"])
+    # 4. Is the evidence of hardware, and of the caller's image?
     if expected.require_tee:
         hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
         checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
     if expected.image is not None:
         _check_image(checks, platform, claims, expected.image)
+    # 5. What else is in the folder of evidence alone?
     if bundle.others:
         more = f" and {len(bundle.others) - 10} more" if len(bundle.others) > 10 else ""
-        checks.made.append(
-            Check(
-                "other files",
-                "not checked",
-                "",
-                ", ".join(bundle.others[:10]) + more,
-                "not covered: this is evidence alone",
-            )
-        )
-    required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
-    required_of_bundle = frozenset[str]() if alone else REQUIRED_OF_BUNDLE
-    requested = {
-        name for field, names in REQUESTED.items() if _is_requested(getattr(expected, field)) for name in names
-    }
-    checks.skip(sorted(required_of_platform))
-    checks.skip((*sorted(REQUIRED_OF_BUNDLE), *_OF_STATEMENT), ALONE if alone else "it needs a check that failed")
-    checks.skip(sorted(requested), "it needs a check that failed, or evidence of another platform")
-    checks.skip(
-        (name for field, names in REQUESTED.items() if field != "require_tee" for name in names), "no expectation given"
-    )
-    required = required_of_platform | required_of_bundle | requested
-    passed, failed = (
-        frozenset(check.name for check in checks.made if check.status == status) for status in ("passed", "failed")
-    )
-    if not (failed or required <= passed):
-        checks.hold("required checks", False, "all of them ran", "not checked: " + ", ".join(sorted(required - passed)))
-    holds = required <= passed and not failed
-    return Verdict(
-        "failed" if not holds else "simulated" if platform == "simulated" else "passed", platform, claims, checks.made
-    )
-
-
-def _is_requested(value: Any) -> bool:
-    """Whether a field of Expectations asks for something; 0 and the empty text do."""
-    return value is not None and value is not False
+        checks.skip("other files", "not covered: this is evidence alone", ", ".join(bundle.others[:10]) + more)
+    return _conclude(checks, platform, claims)
 
 
 # endregion 12
@@ -9338,7 +9267,7 @@ def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expec
     if str(size) != answer.headers.get("Content-Length"):
         raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
     try:
-        verdict = verify_bundle(read_bundle(path), expected, utc_time(time.time()))
+        verdict = verify_bundle(read_bundle(path), expected, datetime.now(timezone.utc))
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
     failed = [
@@ -12306,7 +12235,7 @@ def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsem
     verdict = verify_bundle(
         BundleFiles(None, evidence, {}),
         vm._replace(nonce=nonce, evidence_only=True),
-        utc_time(time.time()),
+        datetime.now(timezone.utc),
         endorsements,
     )
     if verdict.verdict != "passed":
@@ -12480,7 +12409,9 @@ def _hold_bundle(
         try:
             unpack_archive(archive, root, MAX_RESULT)
             root, _ = find_project(root, "")
-            verdict = verify_bundle(read_bundle(archive, MAX_RESULT), expected, utc_time(time.time()), endorsements)
+            verdict = verify_bundle(
+                read_bundle(archive, MAX_RESULT), expected, datetime.now(timezone.utc), endorsements
+            )
         except BuildFailed as e:
             root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
         except UsageError as e:
@@ -12709,7 +12640,9 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
             ):
                 wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
-            verdict = verify_bundle(files, wanted._replace(evidence_only=alone), utc_time(now), endorsements)
+            verdict = verify_bundle(
+                files, wanted._replace(evidence_only=alone), datetime.fromtimestamp(now, timezone.utc), endorsements
+            )
         except UsageError as e:
             if len(options.bundles) == 1:
                 raise
