@@ -4846,7 +4846,7 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
 # ==============================================================================
 # region 20. Toolchains                                        [uses 15, 16, 19]
 # ==============================================================================
-# Recognises a project's toolchain and records its inputs before anything is built.  A toolchain is one row of TOOLCHAINS
+# Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
 # and two functions: plan_* reads the lock file and finds the programs, collect_* finds the artifacts after the build.
 # A program is looked up once, in the project's directory; that same file is hashed, asked for its version and run.
 # Callers: the pipeline builds with these rows; `verify --source` reads a checkout with source_expectations.
@@ -4856,8 +4856,10 @@ _NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experi
 # The default registry of purl's type cargo, as Cargo.lock names it; some tools write the second form.
 _CRATES_IO = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
 _HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
-# cargo, rustup and nix read these files in the folders above a project, where the source's tree hash does not cover them.
-_OUTSIDE = ".cargo/config .cargo/config.toml Cargo.toml rust-toolchain rust-toolchain.toml .git flake.nix".split()
+# cargo, rustup and nix read these files in the folders above a project, where the tree hash does not cover them.
+_OUTSIDE = (
+    ".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix"
+)  # fmt: skip
 _MAX_LOCKFILE = 64 * MIB
 
 
@@ -4920,7 +4922,7 @@ class Toolchain(NamedTuple):
 
 @contextlib.contextmanager
 def _parsing(what: str, error_type: str) -> Iterator[None]:
-    """Raise BuildFailed of error_type if the block finds what, a document from the source, to have an unexpected shape."""
+    """Raise BuildFailed of error_type if the block fails because a document has an unexpected form.  what: its name."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -4973,7 +4975,7 @@ def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
 
 
 def refuse_outside_influence(project: str) -> None:
-    """Raise BuildFailed SourceError if a folder above project holds a file that would change the build.  [CONTRACT 2.2]"""
+    """Raise BuildFailed SourceError if a file in a folder above project would change the build.  [CONTRACT 2.2]"""
     folder = os.path.realpath(project)
     while folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
@@ -5092,7 +5094,7 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
 
 
 def _local_packages(project: str) -> set[str]:
-    """Return the names of the packages inside project, except those that a manifest or configuration takes from outside."""
+    """Return the names of the packages inside project, except those that a file of cargo's takes from outside."""
     inside, outside = set(), set()
     root = os.path.realpath(project) + os.sep
     for name in walk_files(project):
@@ -5111,7 +5113,7 @@ def _local_packages(project: str) -> set[str]:
             inside.add(package["name"])
         base = os.path.dirname(path if manifest else os.path.dirname(path))
         tables = [doc]
-        for table in tables:  # grows: `name = { path = ... }` may stand anywhere, as a dependency, patch or replacement
+        for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
             for key, value in table.items():
                 if isinstance(value, dict):
                     tables.append(value)
@@ -5296,66 +5298,77 @@ def source_expectations(directory: str, expected: Expectations, algorithm: str) 
 # ==============================================================================
 # region 21. Attester                                     [uses 6, 7, 8, 11, 17]
 # ==============================================================================
-# Evidence for a provenance: of no hardware, which says what it is, or of the SEV-SNP guest that this runs in.  The host of a guest
-# is hostile: what it hands out beside the report (the certificate table) is used only where it verifies the report.
+# Makes the evidence for a provenance: simulated evidence, which says that it is simulated, or the report of the SEV-SNP
+# guest that this process runs in.  The guest's host is hostile: the certificate table that it adds to a report is used
+# only if a certificate in it verifies the report.  Callers: agents, the guest's first process and `attest`.
+# Specifications: [TSM], [SEV-GUEST], [GHCB], [VCEK].  Everything runs in the caller's thread.
 
 TSM_REPORTS = "/sys/kernel/config/tsm/report"  # configfs-tsm, Linux 6.7 and later [TSM]
 SEV_GUEST = "/dev/sev-guest"  # [SEV-GUEST]
-SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302
+SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302  # ioctl requests [SEV-GUEST]
 MAX_CERTIFICATES = 16 * KIB  # SEV_FW_BLOB_MAX_SIZE of the driver
-VEK_GUIDS = {
-    "VCEK": "63da758d-e664-4564-adc5-f4b93be8accd",
-    "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1",
-}  # [GHCB 4.1.8.1]
+# [GHCB 4.1.8.1]
+VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}
 
 
 class NoAttester(ConfbuildError):
-    """There is no hardware here that attests, or it gave no report."""
-
-
-def report_data(provenance: bytes, nonce: str) -> bytes:
-    """The 64 bytes that evidence signs: SHA-256 of provenance.json, the nonce, 16 zero bytes. [CONTRACT 4]"""
-    return hashlib.sha256(provenance).digest() + bytes.fromhex(nonce) + bytes(16)
-
-
-def simulated_measurement() -> bytes:
-    """What stands in for a launch digest: SHA-384 of this file. [CONTRACT 4]"""
-    return hashlib.sha384(own_source()).digest()
+    """No hardware on this machine attests, or it gave no valid report."""
 
 
 class Attester(NamedTuple):
-    """What makes evidence in the VM that this runs in. builder: its id in the provenance; attest: 64 bytes of report data -> evidence.json, or raises
-    NoAttester; byproducts: what it adds to the provenance, name -> SHA-256 in hexadecimal."""
+    """Source of evidence on this platform.
+
+    builder: the builder's id in the provenance.
+    attest: called with 64 bytes of report data; returns evidence.json, or raises NoAttester.
+    byproducts: additions to the provenance: name -> SHA-256 in hexadecimal.
+    """
 
     builder: str
     attest: Callable[[bytes], bytes]
-    byproducts: Mapping[str, str] = {}  # immutable
+    byproducts: Mapping[str, str] = {}  # never changed
+
+
+def report_data(provenance: bytes, nonce: str) -> bytes:
+    """Return the 64 bytes that evidence signs: SHA-256 of provenance, nonce, 16 zero bytes.  [CONTRACT 4.1]
+
+    nonce: 32 hexadecimal digits.
+    """
+    return hashlib.sha256(provenance).digest() + bytes.fromhex(nonce) + bytes(16)
 
 
 def waiting_report_data(nonce: str) -> bytes:
-    """The 64 bytes that the evidence of a VM signs that has built nothing yet: those of a build, with zeros instead of a digest."""
+    """Return the report data of a VM that has built nothing yet: zeros stand for the digest.  [CONTRACT 1.14]"""
     return bytes(32) + bytes.fromhex(nonce) + bytes(16)
 
 
+def _evidence(platform: str, **evidence: Any) -> bytes:
+    """Return evidence.json.  [CONTRACT 4.1]"""
+    return to_canonical({"platform": platform, "evidence": evidence})
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def simulated_measurement() -> bytes:
+    """Return the stand-in for a launch digest: SHA-384 of this file.  [CONTRACT 4.4]"""
+    return hashlib.sha384(own_source()).digest()
+
+
 def simulated_evidence(data: bytes) -> bytes:
-    """evidence.json of platform `simulated` for 64 bytes of report data. [CONTRACT 4]"""
-    report = simulated_report(data, simulated_measurement())
-    return to_canonical(
-        {
-            "platform": "simulated",
-            "evidence": {
-                "version": 1,
-                "notice": SIMULATED_NOTICE,
-                "attestation_report": base64.b64encode(report).decode("ascii"),
-            },
-        }
-    )
+    """Return evidence.json of the platform `simulated`.  data: 64 bytes of report data.  [CONTRACT 4.4]"""
+    report = _base64(simulated_report(data, simulated_measurement()))
+    return _evidence("simulated", version=1, notice=SIMULATED_NOTICE, attestation_report=report)
 
 
 def get_report(data: bytes) -> tuple[bytes, bytes]:
-    """(report, certificate table) for 64 bytes of report data, from configfs-tsm or, where that gives none, /dev/sev-guest. Raises NoAttester.
+    """Return (report, certificate table) from configfs-tsm or, if that fails, from /dev/sev-guest.
 
-    configfs-tsm may be there without the guest's driver (ENXIO), not for this user (EACCES), or fail for want of room for the certificates (EIO)."""
+    configfs-tsm can exist without the guest's driver (ENXIO), deny this user (EACCES), or lack room for the
+    certificates (EIO).
+    data: 64 bytes of report data.
+    Raises NoAttester if neither gives a report about data.
+    """
     failures: list[str] = []
     for path, get in ((TSM_REPORTS, tsm_report), (SEV_GUEST, _device_report)):
         if os.path.exists(path):
@@ -5363,17 +5376,17 @@ def get_report(data: bytes) -> tuple[bytes, bytes]:
                 report, table = get(path, data)
                 if parse_report(report).report_data == data:
                     return report, table
-                failures.append(f"{path}: its report is about other data")
+                failures.append(f"{path}: the report has other report data than requested")
             except (NoAttester, ReportError) as e:
                 failures.append(str(e))
     raise NoAttester(
-        "; ".join(failures) or f"this is no SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} is here",
-        "`modprobe sev-guest`, as root, where this is an SEV-SNP guest",
+        "; ".join(failures) or f"not an SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} exists",
+        "in an SEV-SNP guest, run `modprobe sev-guest` as root",
     )
 
 
 def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
-    """(report, certificate table or empty) from the device at path. Raises NoAttester."""
+    """Return (report, certificate table or no bytes) from the device at path.  Raises NoAttester."""
     try:
         device = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
@@ -5385,108 +5398,121 @@ def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
 
 
 def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
-    """(report, certificate table or empty) from configfs-tsm at root. Raises NoAttester. [TSM]"""
+    """Return (report, certificate table or no bytes) from configfs-tsm at root.  [TSM]
+
+    The kernel limits each attribute to 32 KiB (TSM_OUTBLOB_MAX).
+    Raises NoAttester.
+    """
 
     def read(name: str) -> bytes:
-        with open(os.path.join(folder, name), "rb", buffering=0) as f:
+        with open(os.path.join(folder, name), "rb", buffering=0) as f:  # a buffer would read when it likes
             return b"".join(iter(lambda: f.read(BLOCK), b""))
-
-    def generation() -> int:
-        return int(read("generation"))
 
     folder = os.path.join(root, f"confbuild-{secrets.token_hex(8)}")
     try:
         os.mkdir(folder)
         try:
             provider = read("provider").strip()
-            if provider != b"sev_guest":  # before anything is asked of it: others have no auxblob
-                raise NoAttester(f"{root}: its provider is {provider[:40].decode('ascii', 'replace')!r}, not sev_guest")
-            before = generation()
+            if provider != b"sev_guest":  # before any other request: other providers have no auxblob
+                name = provider[:40].decode("ascii", "replace")
+                raise NoAttester(f"{root}: the provider is {name!r}, expected sev_guest")
+            before = int(read("generation"))
             with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
-                written = f.write(
-                    data
-                )  # it counts when the file is closed, which hides an error: generation then stays
+                # The kernel applies it at close(2), which hides an error; the generation then stays the same.
+                written = f.write(data)
             report, table = read("outblob"), read("auxblob")
-            after = generation()
+            requests = int(read("generation")) - before
         finally:
             os.rmdir(folder)
     except OSError as e:
-        reason = "the report is larger than the kernel takes" if e.errno == errno.EFBIG else e.strerror
+        reason = "the report is larger than the kernel accepts" if e.errno == errno.EFBIG else e.strerror
         raise NoAttester(f"{e.filename or root}: {reason}") from None
     except ValueError:
-        raise NoAttester(f"{folder}: generation is no number") from None
-    if written != len(data) or after != before + 1:  # somebody else wrote between our write and our read
-        raise NoAttester(f"{folder}: {after - before} requests were made, not our one")
+        raise NoAttester(f"{folder}: generation is not a number") from None
+    if written != len(data) or requests != 1:  # another process wrote between our write and our read
+        raise NoAttester(f"{folder}: {requests} requests were made, expected only ours")
     return report, table
 
 
 def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[bytes, bytes]:
-    """(report, certificate table or empty) from /dev/sev-guest. ioctl: of it, called with a request and its argument.
-    Raises NoAttester. [SEV-GUEST]"""
+    """Return (report, certificate table or no bytes) from /dev/sev-guest.  [SEV-GUEST]
+
+    Asks for the report with certificates first, then for the report alone, since a host need not have certificates.
+    ioctl: called with a request and its argument, a bytearray that the driver writes to.
+    data: 64 bytes of report data.
+    Raises NoAttester.
+    """
     certificates = ctypes.create_string_buffer(MAX_CERTIFICATES)
-    body = data + bytes(32)  # user_data, vmpl 0, reserved
-    where = ctypes.addressof(certificates).to_bytes(8, "little") + MAX_CERTIFICATES.to_bytes(4, "little") + bytes(4)
+    plain = data + bytes(32)  # snp_report_req: user_data[64], vmpl (u32, zero), reserved
+    extended = plain + struct.pack(
+        "<QI4x", ctypes.addressof(certificates), MAX_CERTIFICATES
+    )  # certs_address, certs_len
     failures = []
-    for request, content in (
-        (SNP_GET_EXT_REPORT, body + where),
-        (SNP_GET_REPORT, body),
-    ):  # a host need not have certificates
-        question, answer = ctypes.create_string_buffer(content, len(content)), ctypes.create_string_buffer(4000)
-        argument = bytearray(
-            b"\x01"
-            + bytes(7)
-            + ctypes.addressof(question).to_bytes(8, "little")
-            + ctypes.addressof(answer).to_bytes(8, "little")
-            + bytes(8)
-        )
+    for request, content in ((SNP_GET_EXT_REPORT, extended), (SNP_GET_REPORT, plain)):
+        question = ctypes.create_string_buffer(content, len(content))
+        answer = ctypes.create_string_buffer(4000)
+        # snp_guest_request_ioctl: msg_version (u8), req_data, resp_data, exitinfo2 = fw_error | vmm_error << 32
+        argument = bytearray(struct.pack("<B7xQQQ", 1, ctypes.addressof(question), ctypes.addressof(answer), 0))
         try:
             ioctl(request, argument)
-        except OSError as e:
-            firmware, vmm = (int.from_bytes(argument[at : at + 4], "little") for at in (24, 28))
-            failures.append(
-                f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})"
-            )  # after the first, the driver may only say ENOTTY
+        except OSError as e:  # after the first failure, the driver may report only ENOTTY
+            firmware, vmm = struct.unpack_from("<II", argument, 24)
+            failures.append(f"{e.strerror} (firmware error {firmware:#x}, VMM error {vmm:#x})")
             continue
-        status, size = (int.from_bytes(answer.raw[at : at + 4], "little") for at in (0, 4))
+        status, size = struct.unpack_from("<II", answer)  # the report follows at 0x20 [SNP-ABI 7.3 MSG_REPORT_RSP]
         if status == 0 and size == REPORT_SIZE:
             return answer.raw[0x20 : 0x20 + size], certificates.raw if request == SNP_GET_EXT_REPORT else b""
-        failures.append(f"status {status:#x}, a report of {size} bytes")
+        failures.append(f"status {status:#x}, a report of {size} bytes, expected {REPORT_SIZE}")
     raise NoAttester(f"{SEV_GUEST}: {', then '.join(failures)}")
 
 
 def vek_in_table(table: bytes, kind: str) -> bytes | None:
-    """The certificate of kind "VCEK" or "VLEK" in a certificate table, or None; whatever the bytes. [GHCB 4.1.8.1]
+    """Return the certificate of kind "VCEK" or "VLEK" in a certificate table, or None.  [GHCB 4.1.8.1]
 
-    Entries of GUID[16], u32 offset, u32 length, ended by a zero one. Hosts disagree about the GUID's byte order: both are taken."""
-    guid = uuid.UUID(VEK_GUIDS[kind])
-    for at in range(0, len(table) - 23, 24):
-        offset, length = (int.from_bytes(table[at + i : at + i + 4], "little") for i in (16, 20))
-        if not any(table[at : at + 24]):
-            return None
-        if table[at : at + 16] in (guid.bytes, guid.bytes_le):
+    An entry is a GUID (16 bytes), offset (u32) and length (u32); an entry of zeros ends the table.  Hosts disagree
+    about the byte order of the GUID, so both are accepted.
+    table: any bytes, from the hostile host.
+    """
+    wanted = uuid.UUID(VEK_GUIDS[kind])
+    for guid, offset, length in struct.iter_unpack("<16sII", table[: len(table) // 24 * 24]):
+        if not any(guid) and offset == length == 0:
+            break
+        if guid in (wanted.bytes, wanted.bytes_le):
             return table[offset : offset + length] or None
     return None
 
 
 def fetch_vek(url: str) -> bytes:
-    """What AMD's key distribution service answers. Raises NoAttester. [VCEK 4.1]"""
+    """Return the answer of AMD's key distribution service, at most MAX_CERTIFICATES bytes of it.  [VCEK 4.1]
+
+    Raises NoAttester.
+    """
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return bytes(answer.read(MAX_CERTIFICATES))
     except urllib.error.HTTPError as e:
         with e:  # it holds the answer
             raise NoAttester(f"{url}: {e}") from None
-    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: where it redirects to what is no URL
+    except (OSError, http.client.HTTPException, ValueError) as e:  # ValueError: redirected to an invalid URL
         raise NoAttester(f"{url}: {e}") from None
 
 
 def hardware_evidence(
     report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None
 ) -> bytes:
-    """evidence.json of platform `snp` or `gcp-snp`, with the certificate of the key that signed report where it is in table or, else, given, or fetch
-    gets it from a URL. Raises NoAttester where such a certificate does not verify the report, ReportError. [CONTRACT 4]"""
+    """Return evidence.json of the platform `snp` or `gcp-snp`, with the VCEK or VLEK if one is found.  [CONTRACT 4.2]
 
-    def complaint(vek: bytes | None) -> str:
+    The certificate comes from table, else given, else fetch; the first that verifies the report wins.  A certificate in
+    table can be that of an older TCB, which has another key.
+    table: the certificate table, from the hostile host.
+    fetch: returns AMD's answer for a URL.
+    given: a certificate in DER.
+    Raises NoAttester if the last certificate does not verify the report, ReportError if report is not one.
+    """
+    parsed = parse_report(report)
+    kind, product = parsed.signing_key, parsed.product
+
+    def complaint() -> str:
         try:
             if vek is not None:
                 verify_report(parsed, parse_certificate(vek, "VEK").key)
@@ -5494,76 +5520,75 @@ def hardware_evidence(
             return str(e)
         return ""
 
-    parsed = parse_report(report)
-    vek = vek_in_table(table, parsed.signing_key) if parsed.signing_key in VEK_GUIDS else None
-    vek = given if given is not None and (vek is None or complaint(vek)) else vek
-    if fetch is not None and (vek is None or complaint(vek)):  # that of an older TCB has another key
-        if not parsed.product or parsed.signing_key != "VCEK":
+    vek = vek_in_table(table, kind) if kind in VEK_GUIDS else None
+    if given is not None and (vek is None or complaint()):
+        vek = given
+    if fetch is not None and (vek is None or complaint()):
+        if not product or kind != "VCEK":
             raise NoAttester(
-                "AMD's key service is asked for the VCEK of a product that is known: this report is signed by "
-                f"{parsed.signing_key} of {parsed.product or 'an unknown product'}"
+                f"the report is signed by {kind} of {product or 'an unknown product'}; "
+                "AMD's key service has only the VCEKs of known products"
             )
-        vek = fetch(vek_url(parsed, parsed.product))
-    if complaint(vek):
-        raise NoAttester(f"the certificate that came with the report does not verify it: {complaint(vek)}")
-    chain = None if vek is None else {"vcek": base64.b64encode(vek).decode("ascii"), "ask": None, "ark": None}
-    return to_canonical(
-        {
-            "platform": platform,
-            "evidence": {"attestation_report": base64.b64encode(report).decode("ascii"), "cert_chain": chain},
-        }
-    )
+        vek = fetch(vek_url(parsed, product))
+    if complaint():
+        raise NoAttester(f"the certificate for the report does not verify it: {complaint()}")
+    chain = None if vek is None else {"vcek": _base64(vek), "ask": None, "ark": None}
+    return _evidence(platform, attestation_report=_base64(report), cert_chain=chain)
 
 
 # endregion 21
 # ==============================================================================
 # region 22. Bundle                                            [uses 11, 16, 18]
 # ==============================================================================
-# The archive that a client downloads, deterministic, and the two ways to look at one for the verifier: as a directory and as
-# the archive itself.  Files are hashed in blocks, never held.
+# Writes the archive that a client downloads, and reads bundles for the verifier, from a directory or from the archive
+# itself, which is never unpacked.  The pipeline writes; `build` and `verify` read.  Readers trust nothing: they follow
+# no symbolic link, hash files in blocks, and hold at most MAX_JSON + 1 bytes of each document.
+# Specifications: [CONTRACT 1.11] for the archive, [CONTRACT 5.5] for what counts as a bundle.
 
 _DOCUMENTS = frozenset(("provenance.json", "evidence.json"))
 
 
-def write_archive(
-    path: str, project: str, provenance: bytes, evidence: bytes, artifacts: Sequence[tuple[str, str]]
-) -> None:
-    """path is the gzip tarball of the bundle: sorted, times 0, owners 0, modes 0644 or 0755. artifacts: (name, file), by name.
-    The same inputs give the same bytes. [CONTRACT 1]"""
+def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, artifacts: str) -> None:
+    """Write the bundle's gzip tarball to path.  The same inputs give the same bytes.  [CONTRACT 1.11]
+
+    Members are sorted; times and owners are 0, modes 0644 or 0755.
+    project: the name of the top directory.
+    artifacts: the directory that holds the artifacts.
+    """
 
     def entry(name: str, size: int, mode: int, kind: bytes = b"0") -> "tarfile.TarInfo":
-        info = tarfile.TarInfo(name)
+        info = tarfile.TarInfo(f"{project}/{name}".rstrip("/"))
         info.size, info.mode, info.type = size, mode, kind
         return info
 
     write_tar = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
     with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write_tar(fileobj=stream) as archive:
-        archive.addfile(entry(project, 0, 0o755, tarfile.DIRTYPE))
-        archive.addfile(entry(f"{project}/artifacts", 0, 0o755, tarfile.DIRTYPE))
-        for name, artifact in artifacts:
+        for name in ("", "artifacts"):
+            archive.addfile(entry(name, 0, 0o755, tarfile.DIRTYPE))
+        for name in sorted(os.listdir(artifacts)):
+            artifact = os.path.join(artifacts, name)
             with open(artifact, "rb") as content:
-                archive.addfile(entry(f"{project}/artifacts/{name}", os.path.getsize(artifact), 0o755), content)
+                archive.addfile(entry(f"artifacts/{name}", os.path.getsize(artifact), 0o755), content)
         for name, data in (("evidence.json", evidence), ("provenance.json", provenance)):
-            archive.addfile(entry(f"{project}/{name}", len(data), 0o644), io.BytesIO(data))
+            archive.addfile(entry(name, len(data), 0o644), io.BytesIO(data))
 
 
 def is_bare_evidence(path: str) -> bool:
-    """Whether path is an evidence.json without a provenance.json next to it: whoever names that file means evidence alone."""
+    """Return whether path is an evidence.json without a provenance.json next to it.  [CONTRACT 5.5]"""
     folder, name = os.path.split(path)
-    return (
-        name == "evidence.json"
-        and os.path.isfile(path)
-        and not os.path.lexists(os.path.join(folder, "provenance.json"))
-    )
+    provenance = os.path.join(folder, "provenance.json")
+    return name == "evidence.json" and os.path.isfile(path) and not os.path.lexists(provenance)
 
 
 def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool = False) -> BundleFiles:
-    """Return the bundle in the directory or archive at path, or around the evidence.json at path; "-" is an archive on stdin.
+    """Return the bundle at path: a directory, its evidence.json, a gzip tarball, or "-" for a tarball on stdin.
 
-    The bundle may lie in one directory of its own. An artifact lies in artifacts/, next to provenance.json, or in both, as [K] reads them.
-    max_unpacked: bytes that are hashed of an archive.
-    evidence_only: take evidence.json alone, and the names of all other files.
-    Raises UsageError if there is none."""
+    A directory or archive may hold the bundle in one directory of its own.  An artifact lies in artifacts/, next to
+    provenance.json, or in both, as [K] reads it.
+    max_unpacked: limit on the unpacked bytes of an archive.
+    evidence_only: return evidence.json, and only the names of all other files.
+    Raises UsageError if there is no bundle.
+    """
     try:
         if path == "-":
             if sys.stdin is None:
@@ -5575,75 +5600,59 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
             return _read_directory(os.path.dirname(path) or ".", evidence_only)
         with open(path, "rb") as f:
             return _read_archive(path, f, max_unpacked, evidence_only)
+    except Malformed as e:
+        raise UsageError(f"{path}: {e}") from None
     except OSError as e:
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None
 
 
 def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
-    """The bundle in the directory root. Raises UsageError, OSError."""
-    evidence, folder = _read_document(root, "evidence.json"), os.path.join(root, "artifacts")
+    """Return the bundle in the directory root.  Raises UsageError, Malformed or OSError."""
+    folder = os.path.join(root, "artifacts")
+    evidence = _read_document(root, "evidence.json")
     names = set(os.listdir(root)) - {"evidence.json"}
+    is_link = os.path.islink(folder)
     if evidence_only:
-        inside = os.listdir(folder) if os.path.isdir(folder) and not os.path.islink(folder) else []
-        return BundleFiles(
-            None,
-            evidence,
-            {},
-            sorted(names - {"artifacts"} | {f"artifacts/{name}" for name in inside} if inside else names),
-        )
-    if os.path.islink(folder):
-        raise UsageError(f"{folder}: a symbolic link")
-    artifacts = {
-        name: _digest_entry(os.path.join(folder, name)) for name in (os.listdir(folder) if "artifacts" in names else [])
-    }
+        inside = {f"artifacts/{name}" for name in (os.listdir(folder) if os.path.isdir(folder) and not is_link else ())}
+        return BundleFiles(None, evidence, {}, sorted(names - {"artifacts"} | inside if inside else names))
+    if is_link:
+        raise UsageError(f"{folder} is a symbolic link, expected a directory")
+    artifacts = _digest_entries(folder, os.listdir(folder) if "artifacts" in names else ())
     provenance = _read_document(root, "provenance.json") if "provenance.json" in names else None
     beside = names - {"artifacts", "provenance.json"}
-    if beside and (
-        artifacts or provenance is None
-    ):  # then only what has the name of a subject or artifact is part of the bundle
+    if artifacts or provenance is None:  # then only files named like a subject or artifact belong to the bundle
         beside &= {*artifacts, *subject_names(provenance or b"")}
-    return BundleFiles(
-        provenance,
-        evidence,
-        _with_copies(artifacts, {name: _digest_entry(os.path.join(root, name)) for name in beside}),
-    )
+    return BundleFiles(provenance, evidence, _with_copies(artifacts, _digest_entries(root, beside)))
 
 
-def _digest_entry(path: str) -> str:
-    """The SHA-256 of the file at path, or why it has none."""
-    return file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "no regular file"
+def _digest_entries(folder: str, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of each of these files of folder by name, or the reason why it has none."""
+    found = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        found[name] = file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
+    return found
 
 
 def _with_copies(artifacts: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
-    """artifacts with those next to it. Every copy must be equal: somebody may run either."""
-    return {
-        **beside,
-        **{
-            name: digest
-            if beside.get(name, digest) == digest
-            else "a file of this name beside artifacts/ is another one"
-            for name, digest in artifacts.items()
-        },
-    }
+    """Return artifacts, with those next to artifacts/.  Two of one name must be equal, since users may run either."""
+    differs = "differs from the file of this name next to artifacts/"
+    equal = {name: d if beside.get(name, d) == d else differs for name, d in artifacts.items()}
+    return {**beside, **equal}
 
 
 def _read_document(folder: str, name: str) -> bytes:
-    """A file of a bundle, or the beginning of one that is too long. Raises UsageError, OSError."""
-    path = os.path.join(folder, name)
-    if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would wait for ever
-        raise UsageError(f"{folder}: {name} is no regular file")
-    with open(path, "rb") as f:
+    """Return a file of a bundle, or the first MAX_JSON + 1 bytes of a longer one.  Raises Malformed or OSError."""
+    with open(open_regular(os.path.join(folder, name)), "rb") as f:
         return f.read(MAX_JSON + 1)
 
 
 def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: bool) -> BundleFiles:
-    """The bundle in a gzip tarball, read once and unpacked nowhere. path: names it in errors. Raises UsageError, OSError."""
+    """Return the bundle in the gzip tarball f, in one pass.  path: for errors.  Raises UsageError or OSError."""
     documents: dict[str, bytes] = {}
     files: dict[str, str] = {}
-    folders, tops = (
-        set[str](),
-        set[str](),
-    )  # tops: the first folder of each path; one at most, so that few documents are held
+    folders: set[str] = set()
+    tops: set[str] = set()  # the first folder of each path: at most one, which also limits the documents that are held
     try:
         for count, member in enumerate(_tar_members(f, max_unpacked), 1):
             if count > MAX_MEMBERS:
@@ -5652,66 +5661,58 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
             top, slash, rest = name.partition("/")
             tops.update([top] if slash or member.kind == "directory" and name else [])
             if member.kind not in ("file", "directory") or name in files or len(tops) > 1 or tops & {"", ".", ".."}:
-                raise UsageError(f"{path}: {member.name[:80]!r} is out of place in a bundle")
+                raise UsageError(f"{path}: unexpected archive member {member.name[:80]!r}")
             if member.kind == "directory":
-                folders.add(name)
+                folders.add(name + "/")
                 continue
             digest, head = hashlib.sha256(), bytearray()
+            limit = MAX_JSON + 1 if {name, rest} & _DOCUMENTS else 0
             for block in member.contents:
                 digest.update(block)
-                if {name, rest} & _DOCUMENTS:
-                    head += block[: MAX_JSON + 1 - len(head)]
+                head += block[: limit - len(head)]
             files[name], documents[name] = digest.hexdigest(), bytes(head)
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and the reader raise several kinds for hostile bytes
-        raise UsageError(
-            f"{path}: neither a bundle nor its archive: {e}",
-            "give a directory that holds evidence.json, or a gzip tarball of a bundle",
-        ) from None
+        hint = "give a directory that holds evidence.json, or a gzip tarball of a bundle"
+        raise UsageError(f"{path}: neither a bundle nor its archive: {e}", hint) from None
     root = "" if _DOCUMENTS & set(files) else "".join(tops) + "/"
-    odd = [
-        name
-        for name in files
-        if not name.startswith(root)
-        or name == root + "artifacts"
-        or "/" in name.removeprefix(root).removeprefix("artifacts/")
-    ]
-    odd += [name for name in sorted(folders) if name + "/" not in ("/", root, root + "artifacts/")]
+    place = re.compile(re.escape(root) + r"(?!artifacts\Z)(artifacts/)?[^/]+")
+    odd = [name for name in files if not place.fullmatch(name)]
+    odd += sorted(folders - {"/", root, root + "artifacts/"})
     if odd:
-        raise UsageError(f"{path}: {odd[0][:80]!r} is out of place in a bundle")
-    if root + "evidence.json" not in files or not evidence_only and root + "provenance.json" not in files:
-        raise UsageError(f"{path}: provenance.json or evidence.json is missing")
-    evidence, provenance = documents[root + "evidence.json"], documents.get(root + "provenance.json")
+        raise UsageError(f"{path}: unexpected archive member {odd[0][:80]!r}")
     names = {name.removeprefix(root): digest for name, digest in files.items()}
+    for name in ("evidence.json",) if evidence_only else sorted(_DOCUMENTS):
+        if name not in names:
+            raise UsageError(f"{path}: no {name} in the archive")
+    evidence, provenance = documents[root + "evidence.json"], documents.get(root + "provenance.json")
     if evidence_only:
         return BundleFiles(None, evidence, {}, sorted(set(names) - {"evidence.json"}))
     inside = {name.removeprefix("artifacts/"): digest for name, digest in names.items() if "/" in name}
-    return BundleFiles(
-        provenance,
-        evidence,
-        _with_copies(
-            inside, {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}
-        ),
-    )
+    beside = {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}
+    return BundleFiles(provenance, evidence, _with_copies(inside, beside))
 
 
 # endregion 22
 # ==============================================================================
 # region 23. Pipeline          [uses 11, 12, 13, 15, 16, 17, 18, 19, 20, 21, 22]
 # ==============================================================================
-# Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run once,
-# in a process that does nothing else and is thrown away afterwards.  The file provenance.json follows [SLSA] and
-# [IN-TOTO] in the form of [CONTRACT 3].  Everything runs in the caller's thread.
+# Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run
+# once, in a process that does nothing else and is thrown away afterwards; everything runs in the caller's thread.
+# Specifications: provenance.json follows [SLSA] and [IN-TOTO] in the form of [CONTRACT 3].
 
 # The server's environment variables that a build sees; --env adds to them [CONTRACT 2.2].  All others, and so every
 # secret, are left out.
+# fmt: off
 ALLOWED_ENVIRONMENT = (
-    "PATH LANG LC_ALL LC_CTYPE TZ SSL_CERT_FILE SSL_CERT_DIR NIX_SSL_CERT_FILE GIT_SSL_CAINFO CURL_CA_BUNDLE "
-    "CARGO_HTTP_CAINFO CARGO_NET_OFFLINE RUSTUP_HOME RUSTUP_AUTO_INSTALL RUSTUP_DIST_SERVER NIX_CONF_DIR NIX_REMOTE "
-    "NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY "
-    "ALL_PROXY"
-).split()
+    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ",
+    "SSL_CERT_FILE", "SSL_CERT_DIR", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "CURL_CA_BUNDLE", "CARGO_HTTP_CAINFO",
+    "CARGO_NET_OFFLINE", "RUSTUP_HOME", "RUSTUP_AUTO_INSTALL", "RUSTUP_DIST_SERVER",
+    "NIX_CONF_DIR", "NIX_REMOTE", "NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR",
+    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
+)
+# fmt: on
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 
 
@@ -5785,6 +5786,7 @@ class Pipeline(NamedTuple):
         """
         started = utc_now()
         own = os.path.join(self.workspace, "agent")
+        copies = os.path.join(own, "artifacts")
         os.makedirs(own, exist_ok=True)
         project, name = self._get_source()
         toolchain = detect_toolchain(project)
@@ -5807,7 +5809,7 @@ class Pipeline(NamedTuple):
             raise BuildFailed("LimitError" if full else "BuildError", message.rstrip(": "))
         self.emit("provenance", ["Generating provenance"])
         try:
-            artifacts = _take_artifacts(toolchain.collect(project, stdout), os.path.join(own, "artifacts"))
+            artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
         except PermissionError as e:  # the build can take the permissions away
             raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
         byproducts = {"build_log": log.hexdigest(), **self.attester.byproducts}
@@ -5818,13 +5820,7 @@ class Pipeline(NamedTuple):
         except NoAttester as e:
             raise BuildFailed("AttestationError", str(e)) from None
         path = os.path.join(own, "result.tar.gz")
-        write_archive(
-            path,
-            name,
-            statement,
-            evidence,
-            [(artifact, os.path.join(own, "artifacts", artifact)) for artifact in artifacts],
-        )
+        write_archive(path, name, statement, evidence, copies)
         return path
 
     def _get_source(self) -> tuple[str, str]:
@@ -5839,7 +5835,7 @@ class Pipeline(NamedTuple):
         return find_project(root, self.request.source_name)
 
     def _describe_source(self, project: str) -> dict[str, Any]:
-        """Return the `source` of externalParameters; remove a history that does not match the files.  [CONTRACT 3.4]"""
+        """Return the `source` of externalParameters; delete a history that does not match the files.  [CONTRACT 3.4]"""
         files = walk_files(project)
         git = os.path.join(project, ".git")
         algorithm = object_format(read_head(git, git))
