@@ -7145,31 +7145,44 @@ class Jobs:
 # ==============================================================================
 # region 27. HTTP API                          [uses 13, 16, 18, 19, 24, 25, 26]
 # ==============================================================================
-# One route table; each route is a function of a request that returns a response or raises Refused.  The server parses
-# HTTP/1.1 [RFC9112]; it knows nothing of builds, and the functions nothing of sockets.  A connection has a thread only from
-# the end of a request's head until its answer is made; the thread reads the body.  Before, the server waits for the head;
-# afterwards it sends the answer.  It never waits for one client.  The streamer sends event streams and files.
+# The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
+# raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
+# The agent and the server set-up make one Server each.
 #
-# Thread "accept": runs Server.serve_forever, owns the connections that wait for their clients, ends by Server.stop.
-# Threads "request": started by Server, MAX_REQUESTS at a time; each makes one answer, and owns its connection meanwhile.
+# A connection waits for its client in the thread "accept", without a thread of its own: for a request's head, and while
+# an answer is being sent.  In between, a thread makes the answer and reads the body.  The streamer sends event streams
+# and files.  So no client can make another one wait.
+#
+# Thread "accept": runs Server.serve_forever; owns the connections that wait for their clients; ends by Server.stop.
+# Threads "request": started by Server, at most MAX_REQUESTS; each makes one answer and owns the connection meanwhile.
 
-MAX_FIELDS = 64 * KIB  # of a request's JSON beside source_data
-MAX_LISTED = 1000  # builds in one answer
+MAX_FIELDS = 64 * KIB  # bytes of the body of POST /build without source_data
+MAX_LISTED = 1000  # builds in the answer of GET /builds [CONTRACT 1.12]
 MAX_REQUESTS = 1024  # threads at a time
-MAX_BODIES = MAX_REQUESTS // 2  # of them, those that read a body, which its client may send slowly
-MAX_CLIENTS = 16 * KIB  # connections that wait for their clients; beyond, the oldest is closed
-MAX_HELD = 64 * MIB  # bytes of heads and answers that those hold; beyond, too
-MAX_HEAD, MAX_HEADERS = 64 * KIB, 100
-HEAD_S = 10.0  # for a whole head, from its first byte; for the first one from the beginning of the connection
-IDLE_S = 30.0  # between two requests of a connection
-LINGER_S = 5.0  # for a client to close its end after an answer that is the last one
+MAX_BODIES = MAX_REQUESTS // 2  # threads at a time that read a body, which a client may send slowly
+MAX_CLIENTS = 16 * KIB  # connections that wait for their clients; beyond it, the oldest is closed
+MAX_HELD = 64 * MIB  # bytes of heads and answers that these connections hold; beyond it, the oldest is closed
+MAX_HEAD, MAX_HEADERS = 64 * KIB, 100  # bytes and fields of a request's head
+HEAD_S = 10.0  # time for a whole head, from its first byte; for the first one, from the beginning of the connection
+IDLE_S = 30.0  # time between two requests of a connection
+LINGER_S = 5.0  # time for a client to close its end of a connection that the server has closed
+REQUEST_TIMEOUT_S = 30.0  # silence inside a body
+MIN_RATE = 16 * KIB  # bytes a second of a body, on average
 _BATCH, _STARTS = 64, 8  # connections to accept or close, and threads to start, before others get a turn
-REQUEST_TIMEOUT_S = 30.0  # of silence in the middle of a body
-MIN_RATE = 16 * KIB  # bytes a second of a body, on the whole
+
+BUSY = {"Retry-After": "10"}
+JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
+REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build [CONTRACT 1.6]
 
 
 class Request(NamedTuple):
-    """A request as a route's function sees it. headers: names in lower case; read: up to n bytes of the body."""
+    """A request as Api sees it.
+
+    arguments: the values of the {names} in the route's path.
+    headers: by names in lower case; a Content-Length consists of digits.
+    read: returns up to n bytes of the body; none if it ends early.
+    """
 
     method: str
     arguments: Sequence[str]
@@ -7179,7 +7192,11 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An answer. One of: body; file with span, its first byte and length; log with start, an event stream."""
+    """An answer, which has a body, a range of a file or an event stream.
+
+    span: the first byte and the length of the range of file.
+    start: how many events of log the client has.
+    """
 
     status: int
     headers: Mapping[str, str]
@@ -7191,107 +7208,55 @@ class Response(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One row of the API. path: with {id}; answers: status -> what it means, for the OpenAPI document."""
+    """A row of the API.
+
+    path: may contain {id}.
+    name: of the method of Api.
+    answers: status -> its meaning, for the OpenAPI document.
+    parameters: of the query, as OpenAPI describes them.
+    """
 
     method: str
     path: str
     name: str
     summary: str
-    media_type: str
     answers: Mapping[int, str]
+    media_type: str = "application/json"
+    parameters: Sequence[Mapping[str, Any]] = ()
 
 
+_NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
+_FROM = {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+_ASKED_NONCE = {"name": "nonce", "in": "query", "required": True, "schema": _NONCE}
+# fmt: off
 ROUTES = (
-    Route("GET", "/health", "health", "Whether the server answers", "text/plain", {200: "ok"}),
-    Route(
-        "POST",
-        "/build",
-        "submit",
-        "Submit a build",
-        "application/json",
-        {
-            200: 'accepted: {"job_id": UUID}',
-            400: "not JSON; nonce, source, URL, ref or archive refused",
-            409: "single-use, and used",
-            411: "no Content-Length",
-            413: "body too large",
-            415: "not application/json",
-            422: "JSON of the wrong shape",
-            429: "queue full",
-            503: "shutting down, or too many uploads at a time",
-            507: "the disk of the server is full",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}/events",
-        "events",
-        "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
-        "text/event-stream",
-        {
-            200: "events",
-            204: "nothing after N, and complete",
-            400: "bad from",
-            404: "no such build, or its log is damaged",
-            503: "too many streams",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}/result",
-        "result",
-        "Download the bundle",
-        "application/gzip",
-        {
-            200: "the archive",
-            206: "a range of it",
-            304: "unchanged",
-            404: "none, or not yet",
-            416: "no such range",
-            503: "too many streams",
-        },
-    ),
-    Route(
-        "GET",
-        "/build/{id}",
-        "status",
-        "The status of a build",
-        "application/json",
-        {200: "status", 404: "no such build"},
-    ),
-    Route(
-        "DELETE",
-        "/build/{id}",
-        "cancel",
-        "Cancel a build",
-        "application/json",
-        {200: "status", 404: "no such build", 507: "it stops, and that could not be written down"},
-    ),
-    Route(
-        "GET",
-        "/builds",
-        "list_builds",
-        f"The last {MAX_LISTED} builds, newest first",
-        "application/json",
-        {200: "an array of status"},
-    ),
-    Route("GET", "/config", "config", "What runs here", "application/json", {200: "configuration"}),
-    Route(
-        "GET",
-        "/attestation",
-        "attestation",
-        "Evidence of the VM that waits for a build, for ?nonce=",
-        "application/json",
-        {200: "evidence.json", 400: "bad nonce", 503: "no VM, or it does not attest"},
-    ),
-    Route("GET", "/openapi.json", "openapi", "This API", "application/json", {200: "OpenAPI 3.1"}),
+    Route("GET", "/health", "health", "Whether the server answers", {200: "ok"}, "text/plain"),
+    Route("POST", "/build", "submit", "Submit a build",
+          {200: 'accepted: {"job_id": UUID}', 400: "not JSON, or an invalid nonce, source, URL, ref or archive",
+           409: "a single-use server has accepted its build", 411: "no Content-Length", 413: "body too large",
+           415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
+           503: "shutting down, or too many uploads", 507: "the disk of the server is full"}),
+    Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
+          {200: "events", 204: "complete, and no event after N", 400: "invalid from",
+           404: "no such build, or its log is damaged", 503: "too many streams"}, "text/event-stream", (_FROM,)),
+    Route("GET", "/build/{id}/result", "result", "Download the bundle",
+          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "no archive, or not yet",
+           416: "no such range", 503: "too many streams"}, "application/gzip"),
+    Route("GET", "/build/{id}", "status", "The status of a build", {200: "status", 404: "no such build"}),
+    Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
+          {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
+    Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", {200: "an array of status"}),
+    Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
+    Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
+          {200: "evidence.json", 400: "invalid nonce", 503: "no VM, or it does not attest"},
+          parameters=(_ASKED_NONCE,)),
+    Route("GET", "/openapi.json", "openapi", "This API", {200: "OpenAPI 3.1"}),
 )
-REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build
-BUSY = {"Retry-After": "10"}
+# fmt: on
 
 
 def problem(refused: Refused) -> Response:
-    """Problem details [RFC9457] with the two names of the `complete` event."""
+    """Return the problem details [RFC9457] of refused, with the two names of the `complete` event [CONTRACT 1.4]."""
     doc = {
         "type": "about:blank",
         "title": http.HTTPStatus(refused.status).phrase,
@@ -7300,24 +7265,34 @@ def problem(refused: Refused) -> Response:
         "error": str(refused),
         "error_type": refused.error_type,
     }
-    return Response(
-        refused.status,
-        {"Content-Type": "application/problem+json", **refused.headers},
-        compact_json(doc).encode("ascii"),
-    )
+    headers = {"Content-Type": "application/problem+json", **refused.headers}
+    return Response(refused.status, headers, compact_json(doc).encode("ascii"))
+
+
+def to_refused(error: Exception, line: str) -> Refused:
+    """Return the refusal that answers an exception of a request. Log it unless it is one.
+
+    line: the first line of the request, for the log.
+    """
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return Refused(503, "Busy", "the server has too many files open", BUSY)
+    if isinstance(error, OSError) and is_full(error):
+        logger().error("%s: %s", line, error)
+        reason = f"the disk of the server is full: {error.strerror}"
+        return Refused(507, "InsufficientStorage", reason, {"Retry-After": "60"})
+    logger().error("%s", line, exc_info=error)
+    return Refused(500, "InternalError", "internal error; the log of the server has the details")
 
 
 def json_response(value: Any) -> Response:
-    """200 with JSON."""
-    return Response(
-        200,
-        {"Content-Type": "application/json", "Cache-Control": "no-store"},
-        compact_json(value).encode("ascii") + b"\n",
-    )
+    """Return 200 with value as JSON."""
+    return Response(200, JSON_HEADERS, compact_json(value).encode("ascii") + b"\n")
 
 
 # The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as
-# well, so that no byte is scanned twice.  Everything is possessive: re keeps 120 bytes for each step it could take back.
+# well, so that no byte is scanned twice.  All is possessive: re keeps 120 bytes for each step that it could undo.
 _JSON_PART = re.compile(
     rb"""
     (?P<name>"source_data"[ \t\r\n]*+:[ \t\r\n]*+(?="))?+   # the name of the member whose value follows
@@ -7382,9 +7357,31 @@ def save_archive(body: IO[bytes], path: str, max_bytes: int) -> bytes:
     return first
 
 
+def parse_range(text: str, size: int) -> tuple[int, int] | None:
+    """Return the first byte and the length of a range of size bytes; a length below 1 is not satisfiable [RFC9110 14].
+
+    text: the Range header. None if it is not one range of bytes: a server may ignore it, and several ranges as well.
+    """
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text.replace(" ", ""), re.ASCII)
+    if not match or match[1] + match[2] == "":
+        return None
+    if not match[1]:  # the last bytes
+        first, last = max(0, size - int(match[2])), size - 1
+    else:
+        first, last = int(match[1]), int(match[2] or size)
+        if match[2] and first > last:
+            return None
+    return first, min(last, size - 1) - first + 1
+
+
 class Api:
-    """The functions behind ROUTES. config: what GET /config answers; attest: nonce -> evidence of the VM that waits, or raises ConfbuildError;
-    greeting: the comment that begins every event stream; crowded: whether no further stream can be served."""
+    """The routes of ROUTES.
+
+    config: the answer of GET /config.
+    attest: returns the evidence of the VM that waits, for a nonce; raises ConfbuildError.
+    greeting: the comment that begins every event stream, or nothing.
+    crowded: tells whether no further event stream or download can be served.
+    """
 
     def __init__(
         self,
@@ -7395,88 +7392,80 @@ class Api:
         greeting: bytes = b"",
         crowded: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.jobs, self.policy, self.greeting, self.crowded, self._config, self._attest = (
-            jobs,
-            policy,
-            greeting,
-            crowded,
-            config,
-            attest,
-        )
-        self._openapi = openapi_document()
+        self.greeting = greeting
+        self._jobs = jobs
+        self._policy = policy
+        self._config = config
+        self._attest = attest
+        self._crowded = crowded
 
     def health(self, _: Request) -> Response:
-        """200 `ok`."""
+        """Return 200 `ok`."""
         return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"ok")
 
     def config(self, _: Request) -> Response:
-        """What runs here."""
+        """Return the description of the server. [CONTRACT 1.13]"""
         return json_response(self._config)
 
     def attestation(self, request: Request) -> Response:
-        """The evidence of the VM that waits."""
+        """Return the evidence of the VM that waits. [CONTRACT 1.14]"""
         nonce = parse_nonce(request.query.get("nonce"))
         if not nonce:
             raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         try:
-            evidence = self._attest(nonce)
+            return Response(200, JSON_HEADERS, self._attest(nonce))
         except Refused:
             raise
         except ConfbuildError as e:
             raise Refused(503, "AttestationError", str(e), {"Retry-After": "30"}) from None
-        return Response(200, {"Content-Type": "application/json", "Cache-Control": "no-store"}, evidence)
 
     def openapi(self, _: Request) -> Response:
-        """The OpenAPI document of ROUTES."""
-        return json_response(self._openapi)
+        """Return the OpenAPI document of ROUTES."""
+        return json_response(openapi_document())
 
     def list_builds(self, _: Request) -> Response:
-        """The builds, newest first."""
-        return json_response(self.jobs.newest(MAX_LISTED))
+        """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
+        return json_response(self._jobs.newest(MAX_LISTED))
 
     def status(self, request: Request) -> Response:
-        """One build."""
-        job = self.jobs.get(request.arguments[0])
-        return json_response(self.jobs.describe(job))
+        """Return the status of a build. [CONTRACT 1.12]"""
+        return json_response(self._jobs.describe(self._jobs.get(request.arguments[0])))
 
     def cancel(self, request: Request) -> Response:
-        """Cancel one build, and tell its status, which a running one takes a moment to reach."""
-        self.jobs.cancel(self.jobs.get(request.arguments[0]))
+        """Cancel a build. Return its status, which is still "running" until the build has stopped. [CONTRACT 1.12]"""
+        self._jobs.cancel(self._jobs.get(request.arguments[0]))
         return self.status(request)
 
     def events(self, request: Request) -> Response:
-        """The event stream."""
-        job = self.jobs.get(request.arguments[0])
+        """Return the event stream of a build. [CONTRACT 1.7]"""
+        job = self._jobs.get(request.arguments[0])
         text = request.query.get("from", request.headers.get("last-event-id") or "0")
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-            raise Refused(400, "InvalidFrom", "from is not a number of events")
+            raise Refused(400, "InvalidFrom", f"from: {text[:80]!r} is not a number of events, such as 0")
         self._check_room()
-        log, start = self.jobs.log_of(job), int(text)
+        log, start = self._jobs.log_of(job), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
-        return Response(
-            200,
-            {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"},
-            log=log,
-            start=start,
-        )
+        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return Response(200, headers, log=log, start=start)
 
     def _check_room(self) -> None:
-        if self.crowded():
+        if self._crowded():
             raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
 
     def result(self, request: Request) -> Response:
-        """The archive, or a range of it [RFC9110 14]."""
-        job = self.jobs.get(request.arguments[0])
-        status = self.jobs.describe(job)
-        if status["status"] == "failed":
-            raise Refused(404, "BuildFailed", f"the build failed: {status['error']}")
-        if status["result"] is None and status["status"] == "damaged":
-            raise Refused(404, "Damaged", status["error"])
-        if status["result"] is None:
-            raise Refused(404, "NotReady", "the build has not ended")
+        """Return the archive, or a range of it. [CONTRACT 1.11] [RFC9110 13.2, 14]"""
+        job = self._jobs.get(request.arguments[0])
+        record = job.record
+        failure = record.failure or {"error": ""}
+        if record.state == "failed":
+            raise Refused(404, "BuildFailed", f"the build failed: {failure['error']}")
+        if record.result is None and record.state == "damaged":
+            raise Refused(404, "Damaged", failure["error"])
+        if record.result is None:
+            raise Refused(404, "NotReady", f"the build has not ended: it is {record.state}")
         self._check_room()
-        size, digest = int(status["result"]["size"]), str(status["result"]["sha256"])
+        size, digest = int(record.result["size"]), str(record.result["sha256"])
         try:
             file = OpenFile(job.result_path)
         except FileNotFoundError:
@@ -7489,7 +7478,7 @@ class Api:
             "Content-Type": "application/gzip",
             "ETag": f'"{digest}"',
             "Accept-Ranges": "bytes",
-            "Repr-Digest": "sha-256=:" + base64.b64encode(bytes.fromhex(digest)).decode("ascii") + ":",
+            "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode('ascii')}:",  # [RFC9530 3]
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
         }
@@ -7499,63 +7488,62 @@ class Api:
         asked = request.headers.get("range", "")
         if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
             asked = ""
-        match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
-        if not match or match[1] + match[2] == "" or match[1] and match[2] and int(match[1]) > int(match[2]):
-            return Response(200, headers, file=file, span=(0, size))  # also several ranges: a server may ignore them
-        first = int(match[1]) if match[1] else max(0, size - int(match[2]))
-        last = min(int(match[2]), size - 1) if match[1] and match[2] else size - 1
-        if first > last:
-            raise Refused(
-                416, "RangeNotSatisfiable", f"the archive has {size} bytes", {"Content-Range": f"bytes */{size}"}
-            )
-        headers["Content-Range"] = f"bytes {first}-{last}/{size}"
-        return Response(206, headers, file=file, span=(first, last - first + 1))
+        span = parse_range(asked, size)
+        if span is None:
+            return Response(200, headers, file=file, span=(0, size))
+        if span[1] < 1:
+            headers = {"Content-Range": f"bytes */{size}"}
+            raise Refused(416, "RangeNotSatisfiable", f"{asked[:80]}: the archive has {size} bytes", headers)
+        headers["Content-Range"] = f"bytes {span[0]}-{sum(span) - 1}/{size}"
+        return Response(206, headers, file=file, span=span)
 
     def submit(self, request: Request) -> Response:
-        """Accept a build."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "UnsupportedMediaType", "the body must be application/json")
+        """Accept a build. [CONTRACT 1.6]"""
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # a form of another site cannot send this [CONTRACT 1.2]
+            raise Refused(415, "UnsupportedMediaType", f"Content-Type {media_type[:80]!r}: expected application/json")
         if "content-length" not in request.headers:
-            raise Refused(411, "LengthRequired", "a Content-Length is needed")
-        length = int(request.headers["content-length"])  # digits: the server has checked it
-        if length > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
-        self.jobs.check_open()
-        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
+            raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
+        length = int(request.headers["content-length"])
+        if length > self._policy.max_archive * 4 // 3 + MAX_FIELDS:
+            raise Refused(413, "PayloadTooLarge", f"the archive may have {self._policy.max_archive} bytes")
+        self._jobs.check_open()
+        archive = os.path.join(self._jobs.incoming, uuid.uuid4().hex)
         try:
-            with tempfile.TemporaryFile(dir=self.jobs.incoming) as body:
+            with tempfile.TemporaryFile(dir=self._jobs.incoming) as body:
                 while body.tell() < length:
                     block = request.read(min(length - body.tell(), BLOCK))
                     if not block:
                         raise Refused(400, "InvalidJson", "the body ended early")
                     body.write(block)
                 build = self._read_request(body, archive)
-            job = self.jobs.submit(build, None if build.repo_url else archive)
+            job = self._jobs.submit(build, None if build.repo_url else archive)
         finally:
             if os.path.exists(archive):
                 os.unlink(archive)
         return json_response({"job_id": job.id})
 
     def _read_request(self, body: IO[bytes], archive: str) -> BuildRequest:
-        """Return the build that a body asks for, with its archive in the file of that name. Raises Refused, OSError.
+        """Return the build that body asks for, and write its source_data to the new file archive.
 
-        Only source_data may be long: it is decoded in blocks, and the rest is parsed as if it were empty.
+        Only source_data may be long. It is decoded in blocks, and the rest is parsed as if it were empty.
+        Raises Refused, OSError.
         """
         body.seek(0)
         text, magic = body.read(MAX_FIELDS), b""
         start = find_source_data(text)
         if start:
             body.seek(start)
-            text, magic = text[:start], save_archive(body, archive, self.policy.max_archive)
+            text, magic = text[:start], save_archive(body, archive, self._policy.max_archive)
         text += body.read(MAX_FIELDS + 1)
         if len(text) > MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"more than {MAX_FIELDS} bytes beside source_data")
+            raise Refused(413, "PayloadTooLarge", f"the body has more than {MAX_FIELDS} bytes besides source_data")
         try:
             doc = parse_json(text, "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
         if not isinstance(doc, dict):
-            raise Refused(422, "InvalidRequest", "the body is not an object")
+            raise Refused(422, "InvalidRequest", "the body is not a JSON object")
         fields = {name: doc.get(name) for name in REQUEST_FIELDS}
         for name, value in fields.items():
             if not isinstance(value, str) and (value is not None or name == "nonce"):
@@ -7564,103 +7552,88 @@ class Api:
         if source and not start:  # its name was written with an escape
             string = io.BytesIO(compact_json(source).encode("ascii"))
             string.seek(1)
-            magic = save_archive(string, archive, self.policy.max_archive)
+            magic = save_archive(string, archive, self._policy.max_archive)
         if not parse_nonce(nonce):
             raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         if (url is None) == (source is None):
-            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is needed")
+            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is required")
         if url is None:
             if ref:
-                raise Refused(400, "InvalidRef", "repo_ref goes with repo_url only")
+                raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
             if not is_archive(magic):
                 raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
             return BuildRequest(parse_nonce(nonce), source_name=(source_name or "")[:255])
-        check_url(url, self.policy.schemes, self.policy.loopback)
+        check_url(url, self._policy.schemes, self._policy.loopback)
         check_ref(ref or "")
         return BuildRequest(parse_nonce(nonce), url, ref or "")
 
 
 def openapi_document() -> dict[str, Any]:
-    """OpenAPI 3.1, made from ROUTES."""
+    """Return the OpenAPI 3.1 document of ROUTES."""
     paths: dict[str, Any] = {}
     for route in ROUTES:
-        parameters = (
-            [{"name": "id", "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}]
-            if "{id}" in route.path
-            else []
-        )
-        if route.name == "attestation":
-            parameters.append(
-                {
-                    "name": "nonce",
-                    "in": "query",
-                    "required": True,
-                    "schema": {"type": "string", "pattern": f"^({NONCE_PATTERN})$"},
-                }
-            )
-        if route.name == "events":
-            parameters.append(
-                {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
-            )
-        operation: dict[str, Any] = {
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
+            for name in re.findall(r"{(\w+)}", route.path)
+        ]
+        responses: dict[str, Any] = {}
+        for status, text in route.answers.items():
+            responses[str(status)] = {"description": text}
+            if status not in NO_BODY:
+                media_type = route.media_type if status < 300 else "application/problem+json"
+                responses[str(status)]["content"] = {media_type: {}}
+        operation = {
             "operationId": route.name,
             "summary": route.summary,
-            "parameters": parameters,
-            "responses": {
-                str(status): {
-                    "description": text,
-                    "content": {route.media_type if status < 300 else "application/problem+json": {}},
-                }
-                if status not in (204, 304)
-                else {"description": text}
-                for status, text in route.answers.items()
-            },
+            "parameters": [*parameters, *route.parameters],
+            "responses": responses,
         }
-        if route.name == "submit":
-            fields = {name: {"type": "string"} for name in REQUEST_FIELDS}
-            fields["nonce"]["pattern"] = f"^({NONCE_PATTERN})$"
-            operation["requestBody"] = {
-                "required": True,
-                "content": {
-                    "application/json": {
-                        "schema": {
-                            "type": "object",
-                            "required": ["nonce"],
-                            "properties": fields,
-                            "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
-                        }
-                    }
-                },
+        if route.method == "POST":
+            schema = {
+                "type": "object",
+                "required": ["nonce"],
+                "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"}) | {"nonce": _NONCE},
+                "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
             }
+            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
         paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
 
 
-def find_route(method: str, path: str) -> tuple[Route, list[str]]:
-    """The route of a request and its arguments. HEAD goes where GET does. Raises Refused 404 or 405."""
+def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
+    """Return the route of a request and the values of the {names} in its path. HEAD has the routes of GET.
+
+    Raises Refused 404 or 405.
+    """
     allowed = []
     for route in ROUTES:
         match = re.fullmatch(re.escape(route.path).replace(r"\{id\}", "([^/]+)"), path)
         if match:
             if route.method == ("GET" if method == "HEAD" else method):
-                return route, list(match.groups())
+                return route, match.groups()
             allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
     if allowed:
-        raise Refused(405, "MethodNotAllowed", f"{method} is not allowed here", {"Allow": ", ".join(sorted(allowed))})
-    raise Refused(404, "NotFound", "no such path")
+        allow = ", ".join(sorted(allowed))
+        raise Refused(405, "MethodNotAllowed", f"method {method[:80]}: expected {allow}", {"Allow": allow})
+    raise Refused(404, "NotFound", f"no such path: {path[:80]!r}")
 
 
 class AccessPolicy(NamedTuple):
-    """Who may ask. tokens: bearer tokens, empty = none is needed; hosts: names that the Host header may carry, lower case."""
+    """The access control of a server. [CONTRACT 1.2]
+
+    tokens: the bearer tokens [RFC6750]; empty if none is required.
+    hosts: names that the Host header may contain, in lower case.
+    """
 
     tokens: Sequence[str]
     hosts: Sequence[str]
 
     def check(self, headers: Mapping[str, str], path: str, local_address: str) -> None:
-        """Raise Refused 421 for another host's name (DNS rebinding), 401 without a token. Liveness needs no token."""
-        host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # none: HTTP/1.0
-        if host.strip("[]") not in (*self.hosts, "localhost", local_address):
-            raise Refused(421, "MisdirectedRequest", "the Host header names another host; see --public-host")
+        """Raise Refused 421 for the name of another host, and 401 without a token unless path is /health."""
+        host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # HTTP/1.0 may omit it
+        if host.strip("[]") not in (*self.hosts, "localhost", local_address):  # DNS rebinding
+            message = f"Host {host[:80]!r} is not a name of this server; --public-host adds names"
+            raise Refused(421, "MisdirectedRequest", message)
         if not self.tokens or path == "/health":
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
@@ -7668,13 +7641,17 @@ class AccessPolicy(NamedTuple):
         # Compare with every token, each in constant time: any() over a list, not over a generator.
         matches = [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
         if scheme.lower() != "bearer" or not any(matches):
-            raise Refused(
-                401, "Unauthorized", "a bearer token is needed", {"WWW-Authenticate": 'Bearer realm="confbuild"'}
-            )
+            headers = {"WWW-Authenticate": 'Bearer realm="confbuild"'}
+            raise Refused(401, "Unauthorized", "a valid bearer token is required", headers)
 
 
 class Head(NamedTuple):
-    """A request's head. target: in origin-form; minor: of the HTTP version, 0 or 1; headers: names in lower case."""
+    """The head of a request.
+
+    target: in origin-form [RFC9112 3.2.1].
+    minor: of the HTTP version, 0 or 1.
+    headers: by names in lower case.
+    """
 
     method: str
     target: str
@@ -7685,13 +7662,16 @@ class Head(NamedTuple):
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # [RFC9110 5.6.2]
 # uri-host [":" port] [RFC9110 4.1]
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-_HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")  # or what no head can have: it is refused at once
+# The end of a head, or the first bytes that no head can have: they are refused at once.
+_HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")
 
 
 def parse_head(data: bytes) -> Head:
-    """Parse a request's head, with the empty line at its end [RFC9112 2 to 5]. Raises Refused.
+    """Parse the head of a request. [RFC9112 2 to 5]
 
-    A line may also end with LF alone [RFC9112 2.2]. A field that occurs twice becomes a list [RFC9110 5.3].
+    data: includes the empty line at the end. A line may end with LF alone [RFC9112 2.2].
+    A field that occurs twice becomes a list [RFC9110 5.3].
+    Raises Refused.
     """
 
     def bad(reason: str, status: int = 400) -> Refused:
@@ -7705,33 +7685,32 @@ def parse_head(data: bytes) -> Head:
     rows = rows[:-2]
     line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
     if not line:
-        raise bad("the first line is not METHOD TARGET HTTP/1.1")
+        raise bad(f"the first line is {first[:80]!r}, expected METHOD TARGET HTTP/1.1")
     if line[3] != "1":
-        raise bad("the server speaks HTTP/1.1", 505)
+        raise bad(f"HTTP/{line[3]}.{line[4]}: expected HTTP/1.1", 505)
     if len(rows) > MAX_HEADERS:
         raise bad(f"the head has more than {MAX_HEADERS} fields", 431)
     headers: dict[str, str] = {}
     for row in rows:
         name, colon, value = row.partition(":")
         if not colon or not re.fullmatch(_TOKEN, name):
-            raise bad("a line of the head is not a header field")
+            raise bad(f"{row[:80]!r} is not a header field")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     method, target, minor = line[1], line[2], min(int(line[4]), 1)
     if (minor and "host" not in headers) or not _AUTHORITY.fullmatch(headers.get("host", "")):
-        raise bad("the request needs one Host field, HOST or HOST:PORT")
+        raise bad("expected one Host field, HOST or HOST:PORT")
     absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
-    if absolute:  # its host counts instead of the field's [RFC9112 3.2.2]
+    if absolute:  # replaces the host of the field [RFC9112 3.2.2]
         headers["host"], target = absolute[1], "/" + target[absolute.end() :]
-    if not _AUTHORITY.fullmatch(headers.get("host", "")) or (
-        target[0] != "/" and target != "*" and method != "CONNECT"
-    ):
-        raise bad("the target is neither a path nor a URL")
+    path = target[0] == "/" or target == "*" or method == "CONNECT"
+    if not path or not _AUTHORITY.fullmatch(headers.get("host", "")):
+        raise bad(f"the target {line[2][:80]!r} is neither a path nor a URL")
     return Head(method, target, minor, headers)
 
 
 def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
-    """Return the head of an answer. close: nothing follows it on its connection."""
+    """Return the head of an answer. close: the connection ends after the answer."""
     headers = {
         "Server": f"confbuild/{__version__}",
         "Date": email.utils.formatdate(usegmt=True),
@@ -7741,7 +7720,7 @@ def encode_head(response: Response, request_id: str, close: bool, chunked: bool 
     }
     if chunked:
         headers["Transfer-Encoding"] = "chunked"
-    elif response.log is None and response.status not in (204, 304):
+    elif response.log is None and response.status not in NO_BODY:
         headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
     if close:
         headers["Connection"] = "close"
@@ -7751,45 +7730,45 @@ def encode_head(response: Response, request_id: str, close: bool, chunked: bool 
 
 
 class Connection:
-    """A client's connection. Its owner is one thread at a time: "accept", that of a request, or the streamer's."""
+    """The connection of a client. One thread owns it at a time: "accept", a "request" or the streamer's.
+
+    deadline: of time.monotonic(), for what the client must do next.
+    """
 
     __slots__ = (
-        "address",
-        "buffer",
-        "closing",
-        "deadline",
-        "end",
-        "mask",
-        "pending",
-        "searched",
-        "shaking",
-        "sock",
-        "tls",
-    )
+        "address", "buffer", "closing", "deadline", "end", "mask", "pending", "searched", "shaking", "sock", "tls"
+    )  # fmt: skip
 
     def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
-        self.sock, self.address, self.tls, self.deadline = sock, address, tls, deadline
-        self.shaking = tls  # the handshake goes on
-        self.buffer = bytearray()  # what the client has sent
-        self.searched = self.end = 0  # where the search for the end of the head goes on; that end, once it is there
-        self.pending = b""  # of an answer
-        self.closing = False  # after that
-        self.mask = 0  # what the selector waits for
+        self.sock = sock
+        self.address = address
+        self.tls = tls
+        self.deadline = deadline
+        self.shaking = tls  # the TLS handshake is not finished
+        self.buffer = bytearray()  # received, not yet used
+        self.searched = 0  # where the search for the end of the head goes on
+        self.end = 0  # of the head, once it is there
+        self.pending = b""  # bytes of an answer that remain to be sent
+        self.closing = False  # after them
+        self.mask = 0  # the events that the selector waits for
 
     def has_head(self) -> bool:
-        """Whether the head of a request, or what cannot become one, is there."""
+        """Tell whether buffer holds the whole head of a request, or bytes that cannot become one."""
         if self.searched == len(self.buffer):
             return self.end > 0
         if not self.searched:
-            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # [RFC9112 2.2]
+            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # before a request [RFC9112 2.2]
             del self.buffer[: empty.end() if empty else 0]
         found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
-        self.end = found.end() if found else len(self.buffer) if len(self.buffer) > MAX_HEAD else 0
+        if found:
+            self.end = found.end()
+        elif len(self.buffer) > MAX_HEAD:
+            self.end = len(self.buffer)
         self.searched = len(self.buffer) if self.buffer != b"\r" else 0
         return self.end > 0
 
     def take_head(self) -> bytes:
-        """Return the head, and leave what follows it."""
+        """Remove the head from buffer and return it."""
         data = bytes(self.buffer[: self.end])
         del self.buffer[: self.end]
         self.searched = self.end = 0
@@ -7797,16 +7776,33 @@ class Connection:
 
 
 class Exchange:
-    """One request and its answer, made in a thread of its own. It waits for the client only to read the body."""
+    """A request and its answer, made in one thread, which waits for the client only to read the body."""
 
     def __init__(self, server: "Server", connection: Connection) -> None:
-        self._server, self._connection = server, connection
-        self._close = True  # the connection, after the answer; as long as it is not known where the request ends
+        self._server = server
+        self._connection = connection
+        self._close = True  # the connection, after the answer: the end of the request is not known yet
         self._continue = False  # the client waits for 100 before it sends the body
-        self._unread, self._deadline = 0, 0.0
+        self._unread = 0  # bytes of the body
+        self._deadline = 0.0  # of the body, of time.monotonic()
 
-    def run(self) -> Watcher | None:
-        """Make the answer: the connection's pending, or a watcher for the streamer."""
+    def answer(self, seated: bool) -> None:
+        """Make the answer, and hand it to the server or to the streamer. seated: release a seat of the server."""
+        server, c, watcher = self._server, self._connection, None
+        try:
+            watcher = self._make()
+        except Exception:  # noqa: BLE001  # a bug
+            logger().exception("request")
+            c.pending, c.closing = b"", True
+        if seated:
+            server.seats.release()  # before the thread "accept" wakes up and looks for one
+        if watcher is not None:
+            server.streamer.add(watcher)
+        else:
+            server.take(c)
+
+    def _make(self) -> Watcher | None:
+        """Put the answer into the connection's pending, or return a watcher for the streamer."""
         c, head, request_id = self._connection, None, ""
         data = c.take_head()
         line = re.sub(r"[^\x20-\x7e]", "?", data[:4096].partition(b"\n")[0].decode("latin-1").rstrip("\r"))
@@ -7814,62 +7810,40 @@ class Exchange:
             head = parse_head(data)
             request_id = head.headers.get("x-request-id", "")
             response = self._respond(head)
-        except Refused as refused:
-            response = problem(refused)
-        except Exception as e:  # noqa: BLE001  # a bug of ours, unless
-            if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
-                response = problem(Refused(503, "Busy", "the server has too many files open", BUSY))
-            elif isinstance(e, OSError) and is_full(e):
-                logger().error("%s: %s", line, e)
-                response = problem(
-                    Refused(
-                        507,
-                        "InsufficientStorage",
-                        f"the disk of the server is full: {e.strerror}",
-                        {"Retry-After": "60"},
-                    )
-                )
-            else:
-                logger().exception("%s", line)
-                response = problem(Refused(500, "InternalError", "the server failed; its log tells more"))
+        except Exception as e:  # noqa: BLE001  # of a bug
+            response = problem(to_refused(e, line))
         logger().info('%s "%s" %d', c.address, line, response.status)
         c.closing = self._close or response.log is not None or self._unread > 0
         chunked = response.log is not None and head is not None and head.minor == 1
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
             request_id = uuid.uuid4().hex
         c.pending = encode_head(response, request_id, c.closing, chunked)
-        if (head is not None and head.method == "HEAD") or response.status in (204, 304):
+        if (head is not None and head.method == "HEAD") or response.status in NO_BODY:
             return None
         if response.log is None and response.file is None:
             c.pending += response.body
             return None
-        watcher = Watcher(
-            c.sock,
-            response.log,
-            response.start,
-            chunked,
-            c.tls,
-            self._server.api.greeting if response.log else b"",
-            response.file,
-            response.span if response.file else (-1, 0),
-            functools.partial(self._server.take, c),
-        )
-        watcher.pending, c.pending = c.pending + watcher.pending, b""
+        greeting = self._server.api.greeting if response.log else b""
+        span = response.span if response.file else (-1, 0)
+        then = functools.partial(self._server.take, c)
+        watcher = Watcher(c.sock, response.log, response.start, chunked, c.tls, greeting, response.file, span, then)
+        watcher.pending = c.pending + watcher.pending
+        c.pending = b""
         return watcher
 
     def _respond(self, head: Head) -> Response:
-        """What the API says. Raises Refused."""
+        """Return the answer of the API. Raises Refused."""
         length = head.headers.get("content-length", "0")
-        # Where the request ends is not known: before anything else is said, so that what follows is never taken for a request.
+        # First of all: if the end of the request is not known, bytes after it must not be taken for another request.
         if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-            raise Refused(411, "LengthRequired", "one Content-Length is needed, and no Transfer-Encoding")
+            raise Refused(411, "LengthRequired", "expected one Content-Length and no Transfer-Encoding")
         self._unread = int(length)
         self._deadline = time.monotonic() + 60 + self._unread / MIN_RATE
         self._continue = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
         options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
         self._close = head.minor == 0 or "close" in options
         path, _, query = head.target.partition("?")
-        path = re.sub("^//+", "/", path)  # of clients that add /build to a URL with / at its end
+        path = re.sub("^//+", "/", path)  # some clients add /build to a URL that ends with /
         server = self._server
         server.access.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
         route, arguments = find_route(head.method, path)
@@ -7885,22 +7859,22 @@ class Exchange:
                 server.bodies.release()
 
     def _read_body(self, size: int) -> bytes:
-        """Return up to size bytes of the body; none where it ends early. Raises Refused."""
+        """Return up to size bytes of the body, or none if it ends early. Raises Refused."""
         c, size = self._connection, min(size, self._unread)
         block = bytes(c.buffer[:size])
         del c.buffer[:size]
         try:
             if not block:
                 c.sock.settimeout(REQUEST_TIMEOUT_S)
-                if self._continue:  # not before: the body may be refused
+                if self._continue:  # only now: the route may have refused the request
                     c.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
                 if time.monotonic() > self._deadline:
                     raise TimeoutError
                 block = c.sock.recv(size)
         except TimeoutError:
-            raise Refused(408, "RequestTimeout", "the body comes too slowly") from None
+            raise Refused(408, "RequestTimeout", "the body arrives too slowly") from None
         except OSError:
-            pass  # the client is gone
+            pass  # the client has disconnected
         finally:
             c.sock.setblocking(False)
         self._continue = False
@@ -7908,11 +7882,26 @@ class Exchange:
         return block
 
 
+def listen(address: tuple[str, int]) -> "socket.socket":
+    """Return a non-blocking socket that listens on address. Raises OSError."""
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
+        sock.bind(address)
+        sock.listen(4096)
+    except BaseException:
+        sock.close()
+        raise
+    sock.setblocking(False)
+    return sock
+
+
 class Server:
     """Accepts connections, waits for their clients, and makes each answer in a thread.
 
-    What waits for a client has a deadline. If there is too much of it, the oldest connection is closed.
-    Raises OSError where it cannot listen.
+    A connection that waits has a deadline. If too many wait, or they hold too many bytes, the oldest is closed.
+    Raises OSError if it cannot listen on address.
     """
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
@@ -7925,30 +7914,25 @@ class Server:
         streamer: Streamer,
         tls: "ssl.SSLContext | None" = None,
     ) -> None:
-        self.api, self.access, self._streamer, self._tls = api, access, streamer, tls
-        self.seats, self.bodies = threading.BoundedSemaphore(MAX_REQUESTS), threading.BoundedSemaphore(MAX_BODIES)
+        self.api = api
+        self.access = access
+        self.seats = threading.BoundedSemaphore(MAX_REQUESTS)
+        self.bodies = threading.BoundedSemaphore(MAX_BODIES)
+        self.streamer = streamer
+        self._tls = tls
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
-        self._mailbox = Mailbox()  # notes: a connection that waits for its client again, None: stop
-        self._waiting: dict[Connection, int] = {}  # oldest first, and how many bytes it holds
-        self._held = 0  # the sum of those
-        self._ready: deque[Connection] = deque()  # of those that wait, who have a head and get the next threads
+        self._mailbox = Mailbox()  # notes: a connection that waits for its client again; None: stop
+        self._waiting: dict[Connection, int] = {}  # oldest first; how many bytes each holds
+        self._held = 0  # the sum of these bytes
+        self._ready: deque[Connection] = deque()  # those of _waiting that have a head and need a thread
         self._ended = threading.Event()
+        self.sock = listen(address)
         self.mask = 0
-        self.sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # and so its connections
-            self.sock.bind(address)
-            self.sock.listen(4096)
-        except BaseException:
-            self.sock.close()
-            raise
-        self.sock.setblocking(False)
         self.server_address = self.sock.getsockname()
 
     def serve_forever(self) -> None:
-        """Serve until stop."""
+        """Serve until stop() is called."""
         self._mailbox.want(self, selectors.EVENT_READ)
         scan_at, more = time.monotonic(), False
         while True:
@@ -7956,13 +7940,17 @@ class Server:
             for end, mask in self._mailbox.wait(0 if more else timeout):
                 if end is self:
                     self._accept()
-                elif mask & end.mask:  # closed meanwhile: its mask is 0
+                elif mask & end.mask:  # 0 if it has been closed meanwhile
                     self._advance(end, True)
             for note in self._mailbox.notes():
                 if note is None:
-                    self._end()
+                    while self._evict():
+                        pass
+                    self._mailbox.close()
+                    self.sock.close()
+                    self._ended.set()
                     return
-                note.deadline = time.monotonic() + (STALL_S if note.pending else self._rest(note))
+                self._set_deadline(note)
                 self._hold(note)
                 self._advance(note, note.tls)
             if time.monotonic() >= scan_at:
@@ -7970,26 +7958,19 @@ class Server:
             more = self._start_requests()
 
     def stop(self) -> None:
-        """Stop listening, close what waits for its client, and end serve_forever."""
+        """Close the listening socket and the waiting connections, and end serve_forever."""
         self._mailbox.post(None)
         self._ended.wait()
 
     def take(self, connection: Connection) -> None:
-        """Send what is pending of connection, and close it or wait for its next request. Any thread; never waits."""
+        """Send the rest of an answer, then close connection or wait for its next request. Any thread; never waits."""
         self._mailbox.post(connection)
         if self._ended.is_set():
             connection.sock.close()
 
-    def _end(self) -> None:
-        for connection in list(self._waiting):
-            self._close(connection)
-        self._mailbox.want(self, 0)
-        self._mailbox.close()
-        self.sock.close()
-        self._ended.set()
-
-    def _rest(self, c: Connection) -> float:
-        return self.linger_s if c.closing else self.idle_s
+    def _set_deadline(self, c: Connection) -> None:
+        rest_s = self.linger_s if c.closing else self.idle_s
+        c.deadline = time.monotonic() + (STALL_S if c.pending else rest_s)
 
     def _accept(self) -> None:
         for _ in range(_BATCH):
@@ -8000,7 +7981,7 @@ class Server:
             except OSError as e:
                 if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
                     logger().warning("accept: %s", e)
-                    self._mailbox.want(self, 0)  # until the next scan: there would be an event for ever
+                    self._mailbox.want(self, 0)  # until the next scan, or select would return at once, forever
                 return
             try:
                 if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
@@ -8017,9 +7998,9 @@ class Server:
             self._mailbox.want(connection, selectors.EVENT_READ)
 
     def _advance(self, c: Connection, readable: bool) -> None:
-        """Do what c's client lets happen now: handshake, send what is pending, read a head.
+        """Continue the handshake, the sending of an answer or the reading of a head, as far as c's client allows.
 
-        readable: something may be there to read.
+        readable: there may be something to read.
         """
         try:
             if c.shaking:
@@ -8027,13 +8008,13 @@ class Server:
                 c.shaking = False
             while c.pending:
                 c.pending = c.pending[c.sock.send(c.pending) :]
-                c.deadline = time.monotonic() + (STALL_S if c.pending else self._rest(c))
+                self._set_deadline(c)
             if c.closing:
-                c.sock.shutdown(socket.SHUT_WR)  # closing at once would take the answer away from one who still sends
-                if c.sock.recv(MAX_HEAD):
-                    self._mailbox.want(c, selectors.EVENT_READ)
-                else:
-                    self._close(c)
+                # Closing at once could destroy the answer on its way to a client that still sends. [RFC9112 9.6]
+                c.sock.shutdown(socket.SHUT_WR)
+                if not c.sock.recv(MAX_HEAD):
+                    raise ConnectionError("the client has closed its end")
+                self._mailbox.want(c, selectors.EVENT_READ)
                 return
             while not c.has_head():
                 if c.buffer:
@@ -8042,15 +8023,14 @@ class Server:
                     raise BlockingIOError
                 data = c.sock.recv(MAX_HEAD)
                 if not data:
-                    self._close(c)
-                    return
+                    raise ConnectionError("the client has closed its end")
                 c.buffer += data
-                readable = c.tls  # for the rest there is another event, but not for what a TLS socket has read already
+                readable = c.tls  # the selector reports the rest, but not what a TLS socket has already read
             self._mailbox.want(c, 0)
             self._hold(c)
-            if c.buffer.startswith(b"GET /health "):  # at once: no thread that others keep busy is needed
+            if c.buffer.startswith(b"GET /health "):  # in this thread: it works while all others are busy
                 self._leave(c)
-                self._run_request(c, seated=False)
+                Exchange(self, c).answer(seated=False)
             else:
                 self._ready.append(c)
         except OSError as e:
@@ -8060,12 +8040,12 @@ class Server:
                 self._hold(c)
             else:
                 self._close(c)
-        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's connection
+        except Exception:  # noqa: BLE001  # a bug must not end the connections of others
             logger().exception("connection")
             self._close(c)
 
     def _start_requests(self) -> bool:
-        """Give threads to some of those who are ready. Return whether there may be more of both."""
+        """Start threads for connections that have a head. Return whether to call it again at once."""
         for _ in range(_STARTS):
             if not self._ready or not self.seats.acquire(blocking=False):
                 return False
@@ -8075,44 +8055,28 @@ class Server:
                 continue
             self._leave(connection)
             try:
-                threading.Thread(target=self._run_request, args=(connection, True), name="request", daemon=True).start()
-            except RuntimeError as e:  # no thread is to be had
+                run = Exchange(self, connection).answer
+                threading.Thread(target=run, args=(True,), name="request", daemon=True).start()
+            except RuntimeError as e:  # the system has no thread left
                 logger().warning("request: %s", e)
                 self.seats.release()
                 connection.sock.close()
         return True
 
-    def _run_request(self, connection: Connection, seated: bool) -> None:
-        watcher = None
-        try:
-            watcher = Exchange(self, connection).run()
-        except Exception:  # noqa: BLE001  # a bug of ours
-            logger().exception("request")
-            connection.pending, connection.closing = b"", True
-        if seated:
-            self.seats.release()  # before the thread "accept" wakes up and looks for one
-        if watcher is not None:
-            self._streamer.add(watcher)
-        else:
-            self.take(connection)
-
     def _scan(self, now: float) -> bool:
-        """Accept again after a pause, and close whose deadline is over. Return whether there may be more of those."""
+        """Accept again after a pause, and close connections after their deadline. Return whether to call it again."""
         self._mailbox.want(self, selectors.EVENT_READ)
         late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
-        response = problem(Refused(408, "RequestTimeout", f"the head did not end within {self.head_s:g} seconds"))
-        answer = encode_head(response, uuid.uuid4().hex, True) + response.body if late else b""
         for c in late:
-            try:
-                if c.buffer and not (c.end or c.pending or c.closing):
-                    c.sock.send(answer)
-            except OSError:
-                pass  # the client is gone, or takes nothing
+            if c.buffer and not (c.end or c.pending or c.closing):
+                response = problem(Refused(408, "RequestTimeout", f"the head took more than {self.head_s:g} seconds"))
+                with contextlib.suppress(OSError):  # the client has disconnected, or reads nothing
+                    c.sock.send(encode_head(response, uuid.uuid4().hex, True) + response.body)
             self._close(c)
         return len(late) == _BATCH
 
     def _hold(self, c: Connection) -> None:
-        """c waits for its client, with what it holds now; if that is too much, close the oldest."""
+        """Let c wait for its client, and count what it holds; if that is too much, close the oldest connections."""
         held = len(c.buffer) + len(c.pending)
         self._held += held - self._waiting.get(c, 0)
         self._waiting[c] = held
@@ -8120,7 +8084,7 @@ class Server:
             self._evict()
 
     def _evict(self) -> bool:
-        """Close the connection that waits longest, if there is one."""
+        """Close the connection that has waited longest. Return False if none waits."""
         oldest = next(iter(self._waiting), None)
         if oldest is not None:
             self._close(oldest)

@@ -14093,7 +14093,7 @@ BODIES: list[tuple[Any, int, str, str]] = [
     (jsonish(f'"a": {2**53 + 1}'), 400, "InvalidJson", "an integer beyond"),
     (jsonish(f'"a": {-(2**53) - 1}'), 400, "InvalidJson", "an integer beyond"),
     (jsonish('"a": ' + "[" * 32 + "]" * 32), 400, "InvalidJson", "nested deeper than 32"),
-    (b"[]", 422, "InvalidRequest", "not an object"),
+    (b"[]", 422, "InvalidRequest", "not a JSON object"),
     (b"{}", 422, "InvalidRequest", "nonce is missing"),
     ({"nonce": 1}, 422, "InvalidRequest", "nonce is not a string"),
     ({"nonce": None}, 422, "InvalidRequest", "nonce is not a string"),
@@ -14135,8 +14135,8 @@ BODIES: list[tuple[Any, int, str, str]] = [
     ({"nonce": NONCE, "repo_url": ""}, 400, "ForbiddenUrl", ""),
     ({"nonce": NONCE, "repo_url": "http://169.254.169.254/x"}, 400, "ForbiddenUrl", ""),
     ({**URL, "repo_ref": "--upload-pack=x"}, 400, "InvalidRef", ""),
-    ({**GOOD_REQUEST, "repo_ref": "main"}, 400, "InvalidRef", "with repo_url only"),
-    (jsonish('"a": "' + "x" * (64 << 10) + '"'), 413, "PayloadTooLarge", "beside source_data"),
+    ({**GOOD_REQUEST, "repo_ref": "main"}, 400, "InvalidRef", "repo_ref requires repo_url"),
+    (jsonish('"a": "' + "x" * (64 << 10) + '"'), 413, "PayloadTooLarge", "besides source_data"),
     (
         {"nonce": NONCE, "source_data": base64.b64encode(gzip.compress(random.Random(1).randbytes(1 << 20))).decode()},
         413,
@@ -14278,7 +14278,7 @@ HEADS: list[tuple[bytes, list[bytes], int, bytes]] = [
     (b"GET /health\0 HTTP/1.1", _HOST, 400, b"control character"),
     (b"GET\r/health HTTP/1.1", _HOST, 400, b"control character"),
     *(
-        (line, _HOST, 400, b"first line")
+        (line, _HOST, 400, b"expected METHOD TARGET HTTP")
         for line in (
             b"HELLO",
             b"GET /health",
@@ -15154,7 +15154,7 @@ class TestHttp:
         self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(confbuild.Api, "health", lambda self, request: 1 / 0)
-        is_problem(site().ask("GET", "/health"), 500, "InternalError", "its log tells more")
+        is_problem(site().ask("GET", "/health"), 500, "InternalError", "the log of the server has the details")
         assert "ZeroDivisionError" in caplog.text
 
     def test_result(self, site: Callable[..., Site]) -> None:
