@@ -10771,18 +10771,43 @@ def console_text(line: str) -> str:
 # ==============================================================================
 # region 33. Broker                                            [uses 13, 14, 21]
 # ==============================================================================
-# Broker: to be described.
+# The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
+# Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
+# the agent.
+#
+# Protocol: a Unix socket of type SOCK_SEQPACKET.  A message is a JSON object; a connection carries one question.
+#
+#     question                                 its answer
+#     {"op": "run", "argv", "cwd", "env"}      {"pid"} once the program has started as the build user, then {"status"}
+#                                              once it has ended; status is negative for a signal.  The question comes
+#                                              with three file descriptors: its standard input, output and error
+#     {"op": "kill"}                           {} once no process of the build user is left
+#     {"op": "own", "paths"}                   {} once the build user owns these folders below /work, and all in them
+#     {"op": "report", "data"}                 {"report", "table"}: a hardware report over 64 bytes of data and the
+#                                              certificates that came with it, all of them in hexadecimal
+#     any of these, or a malformed one         {"errno", "error"} if it fails
+#
+# No threads: the first process forks builds.
+
+AGENT_UID, BUILD_UID = 1000, 1001
+SYSROOT = "/sysroot"
+_BROKER = "/run/broker/socket"  # below SYSROOT
+_CLONE_NEWIPC, _CLONE_NEWNET = 0x08000000, 0x40000000  # linux/sched.h
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C  # linux/sockios.h
+_IFF_UP = 1  # linux/if.h
+MAX_PROCESSES = 4096  # of a build
+MAX_PROGRAMS = 64  # that run for the agent at the same time
+BROKER_TIMEOUT_S = 5.0  # for a question to arrive, and for its answer to be accepted
 
 
 class Broker(Launcher):
-    """The socket of a guest's first process, which does for the agent what needs its rights (region 27): runs programs as the user of builds,
-    kills whatever that user runs, gives files to that user, and gets hardware reports. Every method raises OSError where it will not."""
+    """The agent's end. Every method raises OSError if the first process refuses or has gone."""
 
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
-        """A connection over which question was asked; fds: what the other side gets of ours."""
+    def _open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
+        """Return a connection over which question and file descriptors have been sent."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.connect(self._path)
@@ -10792,130 +10817,109 @@ class Broker(Launcher):
             raise
         return connection
 
-    @staticmethod
-    def answer(connection: "socket.socket") -> dict[str, Any]:
-        """The next answer over connection."""
-        data = connection.recv(64 * KIB)
-        doc: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE}
-        if "errno" in doc:
-            raise OSError(doc["errno"], doc.get("error") or os.strerror(doc["errno"]))
-        return doc
-
     def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to question."""
-        with self.open(question) as connection:
-            return self.answer(connection)
+        """Return the answer to question."""
+        with self._open(question) as connection:
+            return _receive(connection)
 
     def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
-        """Start argv as the user of builds."""
-        return BrokeredProcess(self, argv, **options)
+        """Start argv as the build user. options: those of subprocess.Popen that section Programs uses; no stdin."""
+        question = {"op": "run", "argv": list(argv), "cwd": options["cwd"], "env": dict(options["env"])}
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            fds: list[int] = [os.open(os.devnull, os.O_RDWR)]
+            theirs.callback(os.close, fds[0])
+            streams: list[IO[bytes] | None] = []
+            for target in (options["stdout"], options["stderr"]):
+                streams.append(None)
+                if target == subprocess.PIPE:
+                    end, fd = os.pipe()
+                    streams[-1] = ours.enter_context(open(end, "rb"))
+                    theirs.callback(os.close, fd)
+                else:
+                    fd = fds[1] if target == subprocess.STDOUT else target.fileno()
+                fds.append(fd)
+            connection = ours.enter_context(self._open(question, fds))
+            process = BrokeredProcess(connection, _receive(connection)["pid"], *streams)
+            ours.pop_all()
+        return process
 
     def kill(self, child: Any) -> None:
-        """Kill child, and with it everything that the user of builds runs."""
+        """Kill child and every other process of the build user."""
         self.kill_rest()
 
     def kill_rest(self) -> None:
-        """Kill everything that the user of builds runs."""
+        """Kill every process of the build user."""
         self.ask({"op": "kill"})
 
     def hand_over(self, paths: Sequence[str]) -> None:
-        """Let the user of builds own the files below paths."""
+        """Let the build user own the folders paths and everything in them."""
         self.ask({"op": "own", "paths": list(paths)})
 
 
+def _receive(connection: "socket.socket") -> dict[str, Any]:
+    """Return the next answer over connection. Raises OSError if the question failed or the first process has gone."""
+    data = connection.recv(64 * KIB)
+    answer: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE, "error": os.strerror(errno.EPIPE)}
+    if "errno" in answer:
+        raise OSError(answer["errno"], answer["error"])
+    return answer
+
+
 class BrokeredProcess:
-    """A program that runs as the user of builds; of subprocess.Popen as much as is used here."""
+    """A program that runs as the build user: the part of subprocess.Popen that section Programs uses."""
 
     def __init__(
-        self,
-        broker: Broker,
-        argv: Sequence[str],
-        cwd: str,
-        env: Mapping[str, str],
-        stdin: Any,
-        stdout: Any,
-        stderr: Any,
-        start_new_session: bool = True,
+        self, connection: "socket.socket", pid: int, stdout: IO[bytes] | None, stderr: IO[bytes] | None
     ) -> None:
-        self.stdin: IO[bytes] | None = None
-        self.stdout: IO[bytes] | None = None
-        self.stderr: IO[bytes] | None = None
+        self.pid = pid
+        self.stdout = stdout
+        self.stderr = stderr
         self.returncode: int | None = None
-        self._broker, given = broker, list[int]()
-        for name, target in (("stdin", stdin), ("stdout", stdout), ("stderr", stderr)):
-            if target == subprocess.PIPE:
-                end, theirs = os.pipe()
-                setattr(self, name, open(end, "rb"))  # noqa: SIM115  # closed by who reads it
-            elif target == subprocess.STDOUT:
-                theirs = os.dup(given[1])
-            else:
-                theirs = os.open(os.devnull, os.O_RDWR) if target == subprocess.DEVNULL else os.dup(target.fileno())
-            given.append(theirs)
-        try:
-            self._connection = broker.open({"op": "run", "argv": list(argv), "cwd": cwd, "env": dict(env)}, given)
-            try:
-                self.pid = int(broker.answer(self._connection)["pid"])
-            except OSError:
-                self._connection.close()
-                raise
-        except OSError:  # as Popen's, where there is no such program
-            for stream in (self.stdin, self.stdout, self.stderr):
-                if stream is not None:
-                    stream.close()
-            raise
-        finally:
-            for fd in given:
-                os.close(fd)
+        self._connection = connection
 
     def poll(self) -> int | None:
-        """The exit status, or None while it runs."""
+        """Return the exit status, or None while the program runs."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self.wait()
         return self.returncode
 
     def wait(self) -> int:
-        """The exit status, once it has ended."""
+        """Wait for the program to end and return its exit status."""
         if self.returncode is None:
-            self.returncode = int(self._broker.answer(self._connection)["status"])
+            self.returncode = int(_receive(self._connection)["status"])
             self._connection.close()
         return self.returncode
 
 
-AGENT_UID, BUILD_UID = 1000, 1001
-SYSROOT = "/sysroot"
-_BROKER = "/run/broker/socket"  # below SYSROOT
-_CLONE_NEWIPC, _CLONE_NEWNET, _RB_AUTOBOOT, _SYS_FINIT_MODULE = 0x08000000, 0x40000000, 0x01234567, 313
-_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x890B, 0x8913, 0x8914, 0x8916, 0x891C
-_IFF_UP, _RTF_UP, _RTF_GATEWAY = 1, 1, 2
-MAX_PROCESSES = 4096  # of a build
-MAX_PROGRAMS = 64  # that run at a time for the agent
-BROKER_TIMEOUT_S = 5.0  # for a question to arrive, or its answer to be taken
-
-
 def _set_up_interface(name: str, address: str, netmask: str) -> None:
-    """A network interface has this address, and is up. [netdevice(7)] Raises OSError."""
+    """Give a network interface an IPv4 address and start it.  [netdevice(7)] Raises OSError."""
 
     def ifreq(content: bytes) -> bytes:
         return struct.pack("16s24s", name.encode("ascii"), content)
 
-    def sockaddr(text: str) -> bytes:
-        return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(text))
-
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        fcntl.ioctl(s, _SIOCSIFADDR, ifreq(sockaddr(address)))
-        fcntl.ioctl(s, _SIOCSIFNETMASK, ifreq(sockaddr(netmask)))
+        for request, text in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, netmask)):
+            fcntl.ioctl(s, request, ifreq(_sockaddr_in(text)))
         [flags] = struct.unpack_from("H", fcntl.ioctl(s, _SIOCGIFFLAGS, ifreq(b"")), 16)
         fcntl.ioctl(s, _SIOCSIFFLAGS, ifreq(struct.pack("H", flags | _IFF_UP)))
 
 
+def _sockaddr_in(address: str) -> bytes:
+    """Return the struct sockaddr_in of an IPv4 address.  [ip(7)]"""
+    return struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(address))
+
+
 def give_up_rights() -> None:
-    """Let this process and its children gain no rights, and keep them from what no build needs of the kernel. Raises OSError."""
+    """Prevent this process and its children from gaining rights, and from using system calls that no build needs.
+
+    Raises OSError.
+    """
     system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     apply_filter(unix=True)
 
 
 def _become(uid: int) -> None:
-    """This process is that user's, below SYSROOT, and can gain no rights. Raises OSError."""
+    """Make this process one of the user uid, with the root SYSROOT and no way to gain rights. Raises OSError."""
     os.chroot(SYSROOT)
     os.chdir("/")
     os.setgroups([])
@@ -10926,66 +10930,64 @@ def _become(uid: int) -> None:
 
 
 class GuestBroker:
-    """The other end of Broker. network: whether builds have one."""
+    """The first process's end. network: whether builds have one."""
 
     def __init__(self, listener: "socket.socket", network: bool) -> None:
-        self._listener, self._network = listener, network
-        self._running: dict[int, socket.socket] = {}  # a build's process -> who waits for its end
+        self._listener = listener
+        self._network = network
+        self._running: dict[int, socket.socket] = {}  # pid -> the connection that waits for its end
 
     def answer(self) -> None:
-        """Answer the next question, whatever it is. An agent that does not ask or listen stops nothing for longer than BROKER_TIMEOUT_S."""
+        """Answer the next question, of any content.
+
+        An agent that does not send or receive blocks this for at most BROKER_TIMEOUT_S.
+        """
         connection, _ = self._listener.accept()
         connection.settimeout(BROKER_TIMEOUT_S)
         answer, fds = dict[str, Any](), list[int]()
         try:
             data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
             question = json.loads(data)
-            answer = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}[question["op"]](
-                question, fds
-            )
+            operations = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}
+            answer = operations[question["op"]](question, fds)
         except (OSError, NoAttester) as e:
             answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
-        except Exception as e:  # noqa: BLE001  # the agent may ask anything, and a guest whose first process ends panics
+        except Exception as e:  # noqa: BLE001  # the agent may send anything, and the kernel panics if its PID 1 ends
             answer = {"errno": errno.EINVAL, "error": f"malformed question: {type(e).__name__}: {e}"[:500]}
         finally:
             for fd in fds:
                 os.close(fd)
+        self._send(connection, answer)
         if "pid" in answer:
             self._running[answer["pid"]] = connection
-            self._send(connection, answer)
         else:
-            with connection:
-                self._send(connection, answer)
+            connection.close()
 
     def reaped(self, pid: int, status: int) -> None:
-        """A process has ended. status: as os.waitstatus_to_exitcode has it."""
+        """Send the end of a process to the connection that waits for it. status: from os.waitstatus_to_exitcode."""
         if pid in self._running:
             with self._running.pop(pid) as connection:
                 self._send(connection, {"status": status})
 
     @staticmethod
     def _send(connection: "socket.socket", answer: Mapping[str, Any]) -> None:
-        try:
+        with contextlib.suppress(OSError):  # the agent has gone, or does not receive
             connection.send(compact_json(answer).encode("ascii"))
-        except OSError:
-            pass  # the agent has gone, or does not listen
 
     def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
-        """Run a program as the user of builds. Raises OSError."""
+        """Run a program as the build user. Raises OSError."""
         if len(self._running) >= MAX_PROGRAMS:
-            raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs run already")
+            raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs are already running")
 
         def enter() -> None:
             with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
-                f.write("1000")  # where memory ends, the build ends first
+                f.write("1000")  # if memory runs out, kill the build first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
-            system_call(
-                "unshare", _CLONE_NEWIPC
-            )  # shared memory of System V would outlive its processes, and no mount's size bounds it
+            # System V's shared memory would outlive its processes, and no mount option bounds its size.
+            system_call("unshare", _CLONE_NEWIPC)
             if not self._network:
-                system_call(
-                    "unshare", _CLONE_NEWNET
-                )  # whatever network the host provides, this has none but its own loopback
+                # A namespace with only a loopback interface, whatever network the host provides.
+                system_call("unshare", _CLONE_NEWNET)
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
             _become(BUILD_UID)
             os.chdir(question["cwd"])
@@ -10998,17 +11000,20 @@ class GuestBroker:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
-                preexec_fn=enter,
+                preexec_fn=enter,  # safe: this process has no threads
                 start_new_session=True,
-            )  # no threads
-        except subprocess.SubprocessError:
-            raise OSError(errno.EAGAIN, "the user of builds cannot be entered") from None
-        child.returncode = 0  # run_guest reaps all
+            )
+        except subprocess.SubprocessError:  # enter has failed
+            raise OSError(errno.EAGAIN, "cannot become the build user") from None
+        child.returncode = 0  # _serve_guest reaps every process
         return {"pid": child.pid}
 
     @staticmethod
     def _own(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """Give folders below /work, with all that is in them, to the user of builds. No link is followed, whoever puts one there meanwhile. Raises OSError."""
+        """Let the build user own folders below /work and everything in them. Raises OSError.
+
+        Follows no link, even if one appears meanwhile.
+        """
         for path in question["paths"]:
             parts = path.split("/")
             if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
@@ -11027,252 +11032,252 @@ class GuestBroker:
 
     @staticmethod
     def _kill(*_: Any) -> dict[str, Any]:
-        """Whatever the user of builds runs is dead. As that user kill(2) reaches all of it at once, however fast it forks."""
-        pid = os.fork()
-        if pid == 0:
+        """Kill every process of the build user.
+
+        kill(2) by that user with pid -1 reaches all of them at once, however fast they fork.
+        """
+        child = os.fork()
+        if child == 0:
             try:
                 os.setuid(BUILD_UID)
                 os.kill(-1, signal.SIGKILL)
             finally:
                 os._exit(0)
-        os.waitpid(pid, 0)
-
-        def alive() -> list[int]:
-            return [pid for pid in descendants(1) if is_of_build(pid)]
+        os.waitpid(child, 0)
 
         def is_of_build(pid: int) -> bool:
             try:
-                with open(f"/proc/{pid}/status", "rb") as f:  # its folder is root's where it has hidden its memory
+                # The contents, since root owns the files of a process that has hidden its memory.
+                with open(f"/proc/{pid}/status", "rb") as f:
                     return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
             except OSError:
                 return False  # it has ended
 
-        kill_all(alive)  # what is killed takes a moment to end
+        kill_all(lambda: [pid for pid in descendants(1) if is_of_build(pid)])  # killed processes take a moment to end
         return {}
 
     @staticmethod
     def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """A hardware report. Raises NoAttester."""
+        """Return a hardware report. Raises NoAttester."""
         report, table = get_report(bytes.fromhex(question["data"]))
         return {"report": report.hex(), "table": table.hex()}
 
 
 # endregion 33
 # ==============================================================================
-# region 34. First process                  [uses 8, 13, 17, 21, 23, 29, 32, 33]
+# region 34. First process              [uses 8, 13, 17, 21, 23, 29, 31, 32, 33]
 # ==============================================================================
-# The first process inside of a guest, which the initrd's /init calls: root, and the only one.  It mounts what is measured (the tools disk, by
-# its dm-verity root hash on the kernel's command line) and what is empty, reads the agent's configuration from a virtio-serial port, and
-# starts the agent as a user without rights, in a root of its own where neither this file's memory nor /sys nor a device of the attestation is.
-# Then it answers that agent's Broker (section 13), reaps, and powers off when the agent ends.  A build runs as a third user, by default in
-# a network namespace without a way out, whatever the host does.  Everything here that ends, in whatever way, ends in reboot(2): a guest whose first
-# process exits panics.
+# The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
+# the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
+# configuration from a virtio-serial port; and starts the agent as a user without rights.  The agent's root has no /sys
+# and no device that attests, and hides this process.  Then this process answers the agent's Broker and reaps until the
+# agent ends.
+#
+# A build runs as a third user, by default in a network namespace without a way out.
+#
+# run_guest returns in every case, and /init then ends the machine by reboot(2), which also works without ACPI.
 #
 # No threads: builds are forked from here.
 GUEST_ADDRESS = "10.0.2.15"  # of QEMU's user network; its gateway is .2, its name server .3
-_GUEST_FILES = "/usr/lib/confbuild"  # of the initrd
-# Constants of Linux: sys/mount.h, sched.h, linux/reboot.h, asm/unistd_64.h, linux/module.h, linux/prctl.h, linux/sockios.h, linux/dm-ioctl.h.
-_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # suspend without its flag is resume
+_SYS_FINIT_MODULE = 313  # asm/unistd_64.h
+_SIOCADDRT, _RTF_UP, _RTF_GATEWAY = 0x890B, 1, 2  # linux/sockios.h, linux/route.h
+_DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # linux/dm-ioctl.h
 _DM_HEADER = 312  # bytes of struct dm_ioctl
-# What is mounted before anything is read, and below SYSROOT when the tools disk is there: source, target, type, flags, options. All that a build can
-# fill leaves memory for the agent's log and result, for the kernel and for both our processes, which then still say what has happened.
+# Sums of the mount flags RDONLY 1, NOSUID 2, NODEV 4 and NOEXEC 8 [sys/mount.h]; NOSUID is in all of them.
+_MS_DATA, _MS_DEVICES, _MS_PROGRAMS, _MS_READONLY = 2 | 4 | 8, 2 | 8, 2 | 4, 1 | 2 | 4
+# (type, target, flags, options) of the mounts before anything is read.
 _MOUNTS = (
-    ("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
-    ("sysfs", "/sys", "sysfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, ""),
-    ("devtmpfs", "/dev", "devtmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755"),
+    ("proc", "/proc", _MS_DATA, ""),
+    ("sysfs", "/sys", _MS_DATA, ""),
+    ("devtmpfs", "/dev", _MS_DEVICES, "mode=0755"),
 )
+# The mounts below SYSROOT. Together those that a build can fill leave memory for the agent's log and result, the kernel
+# and both our processes, which can then still report what happened.
 _SYSROOT_MOUNTS = (
-    ("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "hidepid=2"),
-    ("dev", "/dev", "tmpfs", _MS_NOSUID | _MS_NOEXEC, "mode=0755,size=64k"),
-    ("run", "/run", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "mode=0755,size=1m"),
-    ("tmp", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=1777,size=5%,nr_inodes=16k"),
-    ("work", "/work", "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=55%,nr_inodes=200k"),
-    (
-        "agent",
-        "/work/agent",
-        "tmpfs",
-        _MS_NOSUID | _MS_NODEV | _MS_NOEXEC,
-        f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%",
-    ),
+    ("proc", "/proc", _MS_DATA, "hidepid=2"),
+    ("tmpfs", "/dev", _MS_DEVICES, "mode=0755,size=64k"),
+    ("tmpfs", "/run", _MS_DATA, "mode=0755,size=1m"),
+    ("tmpfs", "/tmp", _MS_PROGRAMS, "mode=1777,size=5%,nr_inodes=16k"),
+    ("tmpfs", "/work", _MS_PROGRAMS, "mode=0755,size=55%,nr_inodes=200k"),
+    ("tmpfs", "/work/agent", _MS_DATA, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"),
 )
-# No user namespaces, in which a build would be root to much of the kernel; no kernel log for it; no io_uring; no further modules.
+# No user namespaces, which would make a build root towards much of the kernel; no kernel log for builds; no io_uring;
+# no further modules.
 _SYSCTL = (
     ("user/max_user_namespaces", "0"),
     ("kernel/dmesg_restrict", "1"),
     ("kernel/io_uring_disabled", "2"),
     ("kernel/modules_disabled", "1"),
 )
-# A mirror of cargo's registry in the image, as `cargo vendor` writes one, that stands in for the registry which a guest does not reach. [CARGO, Source Replacement]
+# A mirror of cargo's registry in the image, as `cargo vendor` writes it. It replaces the registry, which a guest
+# without a network cannot reach. [CARGO Source Replacement]
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
+# The agent's configuration, for check_schema. vek: base64 of a certificate.
+_CONFIG = {
+    "token": str,
+    "policy": dict,
+    "platform": ("qemu", "snp"),
+    "network": ("none", "open"),
+    "vek?": (str, None),
+}
 
 
 class GuestError(ConfbuildError):
-    """The guest cannot go on."""
+    """A reason why a guest cannot start."""
 
 
-def _mount(source: str, target: str, kind: str, flags: int, options: str) -> None:
+def _mount(kind: str, target: str, flags: int, options: str, source: str = "none") -> None:
+    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError."""
     os.makedirs(target, exist_ok=True)
     system_call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
 
 
 def parse_command_line(text: str) -> tuple[str, int]:
-    """(root hash, data blocks) of the tools disk, in the kernel's command line. Raises GuestError. What stands before the measured command line, as the
-    firmware's `initrd=`, is the host's word: the parameter may be there once."""
+    """Return (root hash, number of data blocks) of the disk of tools from the kernel's command line.
+
+    The firmware puts unmeasured words of the host before the measured ones, so a second parameter is an error.
+    Raises GuestError.
+    """
     found = [word.partition("=")[2] for word in text.split() if word.startswith("confbuild.tools=")]
     match = re.fullmatch(r"([0-9a-f]{64}),([1-9][0-9]{0,9})", found[0]) if len(found) == 1 else None
     if match is None:
-        raise GuestError("the kernel's command line has not one confbuild.tools=ROOTHASH,BLOCKS")
+        raise GuestError("expected confbuild.tools=ROOTHASH,BLOCKS exactly once on the kernel's command line")
     return match[1], int(match[2])
 
 
 def _load_modules(group: str) -> None:
-    """The kernel modules of a group, in the order of the image's list; the kernel has what is already there, or built in."""
-    with open(os.path.join(_GUEST_FILES, "modules"), encoding="ascii") as f:
+    """Load the kernel modules of a group, in the order of the initrd's list."""
+    with open(f"/{_AGENT}/modules", encoding="ascii") as f:
         paths = [path for kind, path in (line.split() for line in f) if kind == group]
     for path in paths:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             system_call("syscall", _SYS_FINIT_MODULE, fd, b"", 0)
         except OSError as e:
-            if e.errno != errno.EEXIST:
-                sys.stderr.write(f"confbuild: module {path}: {e.strerror}\n")  # what needs it will fail by its own name
+            if e.errno != errno.EEXIST:  # already loaded, or built in
+                sys.stderr.write(f"confbuild: module {path}: {e.strerror}\n")  # its users report their own errors
         finally:
             os.close(fd)
 
 
 def _await(find: Callable[[], "str | None"], what: str) -> str:
-    """What find returns, within ten seconds. Raises GuestError."""
+    """Call find until it returns a string, for at most ten seconds. what: names it in the error. Raises GuestError."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         found = find()
         if found is not None:
             return found
         time.sleep(0.02)
-    raise GuestError(f"there is no {what}")
+    raise GuestError(f"{what} did not appear within 10 s")
 
 
 def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
-    """The agent's configuration, a line of JSON: token, policy, platform ("qemu" or "snp"), network ("none" or "open"), perhaps vek. read: the next byte,
-    which the host chooses. Raises GuestError."""
+    """Return the agent's configuration, a line of JSON in the form _CONFIG.
+
+    read: returns the next byte, which the host chooses.
+    Raises GuestError.
+    """
     line = bytearray()
     while not line.endswith(b"\n"):
         byte = read()
         line += byte
         if not byte or len(line) > 64 * KIB:
-            raise GuestError("the configuration does not end")
+            raise GuestError("configuration: expected a line of at most 65536 bytes")
     try:
-        config = parse_object(
-            parse_json(bytes(line), "configuration", 8),
-            "configuration",
-            ("token", "policy", "platform", "network"),
-            ("vek",),
-        )
+        return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
     except Malformed as e:
         raise GuestError(str(e)) from None
-    if config["platform"] not in ("qemu", "snp") or config["network"] not in ("none", "open"):
-        raise GuestError("the configuration's platform or network is none")
-    return config
 
 
 def _find_channel() -> str | None:
-    """The virtio-serial port that the host has called `confbuild`."""
+    """Return the device of the virtio-serial port that the host has named `confbuild`, or None."""
     root = "/sys/class/virtio-ports"
     for name in os.listdir(root) if os.path.isdir(root) else []:
-        with open(os.path.join(root, name, "name"), encoding="ascii", errors="replace") as f:
+        with open(f"{root}/{name}/name", encoding="ascii", errors="replace") as f:
             if f.read().strip() == "confbuild":
-                return os.path.join("/dev", name)
+                return f"/dev/{name}"
     return None
 
 
 def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
-    """The dm_target_spec of a dm-verity device over a disk with blocks of 4096 bytes, whose tree follows the data: version 1, SHA-256, no salt.
-    [LINUX Documentation/admin-guide/device-mapper/verity.rst; linux/dm-ioctl.h]"""
+    """Return the struct dm_target_spec of a dm-verity device whose hash tree follows its data.
+
+    device: major:minor of the disk.
+    blocks: of data, 4096 bytes each. Version 1, SHA-256, no salt.
+    [LINUX Documentation/admin-guide/device-mapper/verity.rst; linux/dm-ioctl.h]
+    """
     parameters = f"1 {device} {device} 4096 4096 {blocks} {blocks} sha256 {root_hash} -".encode("ascii") + b"\0"
     parameters += bytes(-(40 + len(parameters)) % 8)
     return struct.pack("=QQiI16s", 0, 8 * blocks, 0, 40 + len(parameters), b"verity") + parameters
 
 
 def _device_mapper(command: int, target: bytes = b"", flags: int = 0) -> None:
-    """One request about the device `tools`. Raises OSError."""
-    request = bytearray(
-        struct.pack(
-            "=3I2IIiIIIQ128s129s7x",
-            4,
-            0,
-            0,
-            _DM_HEADER + len(target),
-            _DM_HEADER,
-            1 if target else 0,
-            0,
-            flags,
-            0,
-            0,
-            0,
-            b"tools",
-            b"",
-        )
-        + target
+    """Send one request about the device `tools`.  [struct dm_ioctl, linux/dm-ioctl.h] Raises OSError."""
+    # version, data_size, data_start, target_count, flags, name
+    header = struct.pack(
+        "=I8xIII4xI16x128s136x", 4, _DM_HEADER + len(target), _DM_HEADER, bool(target), flags, b"tools"
     )
     with open("/dev/mapper/control", "r+b", buffering=0) as control:
-        fcntl.ioctl(control, 3 << 30 | _DM_HEADER << 16 | 0xFD << 8 | command, request, True)
+        fcntl.ioctl(control, 3 << 30 | _DM_HEADER << 16 | 0xFD << 8 | command, bytearray(header + target), True)
 
 
 def _mount_tools(root_hash: str, blocks: int) -> None:
-    """The tools disk, of which every block is checked when it is read, at SYSROOT, with empty file systems in it. Raises OSError, GuestError."""
-    disk = os.stat(_await(lambda: "/dev/vda" if os.path.exists("/dev/vda") else None, "tools disk")).st_rdev
+    """Mount the disk of tools at SYSROOT through dm-verity, and empty file systems in it.
+
+    Raises OSError, GuestError.
+    """
+
+    def existing(path: str) -> str:
+        return _await(lambda: path if os.path.exists(path) else None, path)
+
+    disk = os.stat(existing("/dev/vda")).st_rdev
     os.makedirs("/dev/mapper", exist_ok=True)
     if not os.path.exists("/dev/mapper/control"):
         os.mknod("/dev/mapper/control", 0o600 | stat.S_IFCHR, os.makedev(10, 236))  # MAPPER_CTRL_MINOR
+    target = verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash)
     _device_mapper(_DM_DEV_CREATE)
-    _device_mapper(
-        _DM_TABLE_LOAD, verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash), _DM_READONLY_FLAG
-    )
-    _device_mapper(_DM_DEV_SUSPEND)
-    _await(lambda: "/dev/dm-0" if os.path.exists("/dev/dm-0") else None, "verified disk")
-    _mount("/dev/dm-0", SYSROOT, "erofs", _MS_RDONLY | _MS_NODEV | _MS_NOSUID, "")
-    for source, target, kind, flags, options in _SYSROOT_MOUNTS:
-        _mount(source, SYSROOT + target, kind, flags, options)
+    _device_mapper(_DM_TABLE_LOAD, target, _DM_READONLY_FLAG)
+    _device_mapper(_DM_DEV_SUSPEND)  # without its flag, this resumes
+    _mount("erofs", SYSROOT, _MS_READONLY, "", existing("/dev/dm-0"))
+    for kind, path, flags, options in _SYSROOT_MOUNTS:
+        _mount(kind, SYSROOT + path, flags, options)
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
-    for name, target in (
-        ("fd", "/proc/self/fd"),
-        ("stdin", "/proc/self/fd/0"),
-        ("stdout", "/proc/self/fd/1"),
-        ("stderr", "/proc/self/fd/2"),
-    ):
-        os.symlink(target, f"{SYSROOT}/dev/{name}")
-    for name, uid, mode in (
-        ("run/broker", AGENT_UID, 0o700),
-        *((f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS),
-    ):
+    for name, link in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
+        os.symlink(f"/proc/self/{link}", f"{SYSROOT}/dev/{name}")
+    folders = [(f"work/{name}", BUILD_UID, 0o755) for name in BUILD_FOLDERS]
+    for name, uid, mode in (("run/broker", AGENT_UID, 0o700), *folders):
         os.mkdir(f"{SYSROOT}/{name}")
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
     os.chown(f"{SYSROOT}/work", AGENT_UID, AGENT_UID)
     if os.path.isdir(SYSROOT + MIRROR):
-        with open(f"{SYSROOT}/work/cargo/config.toml", "w", encoding="ascii") as f:
-            f.write(MIRROR_CONFIG)
+        _write(f"{SYSROOT}/work/cargo/config.toml", MIRROR_CONFIG)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as f:
+        f.write(text)
 
 
 def _open_network() -> None:
-    """A way out, through QEMU's gateway. [struct rtentry, linux/route.h] Raises OSError."""
-    route = bytearray(120)
-    for at, address in ((8, "0.0.0.0"), (24, "10.0.2.2"), (40, "0.0.0.0")):  # destination, gateway, netmask
-        struct.pack_into("=HH4s8x", route, at, socket.AF_INET, 0, socket.inet_aton(address))
-    struct.pack_into("=H", route, 56, _RTF_UP | _RTF_GATEWAY)
+    """Add a route through QEMU's gateway, and QEMU's name server.  [struct rtentry, linux/route.h] Raises OSError."""
+    anywhere, gateway = _sockaddr_in("0.0.0.0"), _sockaddr_in("10.0.2.2")
+    # pad1, destination, gateway, netmask, flags
+    route = struct.pack("=8x16s16s16sH62x", anywhere, gateway, anywhere, _RTF_UP | _RTF_GATEWAY)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        fcntl.ioctl(s, _SIOCADDRT, bytes(route))
-    with open(f"{SYSROOT}/run/resolv.conf", "w", encoding="ascii") as f:
-        f.write("nameserver 10.0.2.3\n")
+        fcntl.ioctl(s, _SIOCADDRT, route)
+    _write(f"{SYSROOT}/run/resolv.conf", "nameserver 10.0.2.3\n")
 
 
 def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
-    """What attests in a guest with this configuration: the hardware, or, where the host has said that this is no confidential VM, nobody. Raises
-    NoAttester where the hardware does not: there is no way from one to the other."""
+    """Return the attester of a guest with this configuration: its hardware, or simulated evidence for platform "qemu".
+
+    Raises NoAttester if the hardware of platform "snp" gives no report; simulated evidence never replaces it.
+    """
     byproducts = {"guest_network": sha256_hex(config["network"].encode("ascii"))}
     if config["platform"] == "qemu":
         return Attester(QEMU_BUILDER, simulated_evidence, byproducts)
@@ -11291,20 +11296,19 @@ def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
 
 
 def _run_guest_agent(config: Mapping[str, Any]) -> None:
-    """The agent, in a process of its own."""
+    """Run the agent in this process, which _become has changed."""
     guard_process()
     os.environ.clear()
     os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, ()))
     os.chdir("/work")
     broker = Broker(_BROKER)
     use_launcher(broker)
-    serve_agent(
-        config, "/work", ("0.0.0.0", GUEST_PORT), guest_attester(config, broker), lambda: os._exit(0)
-    )  # the guest's one interface
+    address = ("0.0.0.0", GUEST_PORT)  # the guest has one interface
+    serve_agent(config, "/work", address, guest_attester(config, broker), lambda: os._exit(0))
 
 
 def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> None:
-    """Answer and reap until the agent has ended."""
+    """Answer questions and reap processes until the process agent has ended."""
     sleeper, waker = socket.socketpair()
     waker.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -11327,14 +11331,14 @@ def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> 
 
 
 def _start_guest() -> None:
-    """Everything that a guest does. Raises OSError, ConfbuildError."""
+    """Start a guest, and serve its agent until that ends. Raises OSError, ConfbuildError."""
     for row in _MOUNTS:
         _mount(*row)
     with open("/proc/cmdline", encoding="ascii", errors="replace") as f:
         root_hash, blocks = parse_command_line(f.read())
     _load_modules("base")
     _mount_tools(root_hash, blocks)
-    channel = os.open(_await(_find_channel, "virtio-serial port called confbuild"), os.O_RDWR)
+    channel = os.open(_await(_find_channel, "the virtio-serial port confbuild"), os.O_RDWR)
     config = read_config(lambda: os.read(channel, 1))
     network = config["network"] == "open"
     _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -11343,12 +11347,12 @@ def _start_guest() -> None:
         _open_network()
     if config["platform"] == "snp":
         _load_modules("snp")
-        _mount("configfs", "/sys/kernel/config", "configfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, "")
+        _mount("configfs", "/sys/kernel/config", _MS_DATA, "")
     for name, value in _SYSCTL:
-        if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without what it turns off
-            with open(f"/proc/sys/{name}", "w", encoding="ascii") as f:
-                f.write(value)
-    own_source()  # before the agent's root has it no more, as the modules that it will need
+        if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
+            _write(f"/proc/sys/{name}", value)
+    # Read this file and import the agent's modules now: its root has no compiled ones.
+    own_source()
     for module in (
         gzip,
         hmac,
@@ -11385,7 +11389,7 @@ def _start_guest() -> None:
             os.close(channel)
             _become(AGENT_UID)
             _run_guest_agent(config)
-        except BaseException as e:  # noqa: BLE001  # told on the console; the first process goes on
+        except BaseException as e:  # noqa: BLE001  # the first process only waits for the end of this one
             sys.stderr.write(f"confbuild: the agent has ended: {type(e).__name__}: {e}\n")
         finally:
             os._exit(1)
@@ -11393,17 +11397,12 @@ def _start_guest() -> None:
     _serve_guest(agent, GuestBroker(listener, network), listener)
 
 
-def run_guest() -> NoReturn:
-    """The first process of a guest; ends in reboot(2), which with QEMU's -no-reboot is the guest's end."""
+def run_guest() -> None:
+    """Run as the first process of a guest. Returns when the guest should end; errors go to the console."""
     try:
         _start_guest()
     except BaseException as e:  # noqa: BLE001
-        sys.stderr.write(f"confbuild: the guest cannot go on: {type(e).__name__}: {e}\n")
-    finally:
-        sys.stderr.flush()
-        while True:
-            ctypes.CDLL(None).reboot(_RB_AUTOBOOT)  # also where the guest has no ACPI, which powering off needs
-            time.sleep(1)
+        sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
 # endregion 34

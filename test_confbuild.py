@@ -19784,7 +19784,7 @@ class TestGuest:
         ],
     )
     def test_bad_command_lines(self, text: str) -> None:
-        with pytest.raises(confbuild.GuestError, match="has not one confbuild.tools=ROOTHASH,BLOCKS"):
+        with pytest.raises(confbuild.GuestError, match="^expected confbuild.tools=ROOTHASH,BLOCKS exactly once"):
             confbuild.parse_command_line(text)
 
     def test_command_line(self) -> None:
@@ -19805,14 +19805,31 @@ class TestGuest:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            (b"", "the configuration does not end"),
-            (b"{}", "the configuration does not end"),
-            (b" " * 70_000, "the configuration does not end"),
+            (b"", "configuration: expected a line of at most 65536 bytes"),
+            (b"{}", "configuration: expected a line of at most 65536 bytes"),
+            (b" " * 70_000, "configuration: expected a line of at most 65536 bytes"),
             (b"{\n", "configuration: not JSON"),
-            (b"[]\n", "configuration: not an object of token, policy, platform, network, perhaps vek"),
-            (b'{"token":"t","policy":{},"platform":"snp","network":"none","more":1}\n', "not an object of"),
-            (b'{"token":"t","policy":{},"platform":"tdx","network":"none"}\n', "platform or network is none"),
-            (b'{"token":"t","policy":{},"platform":"qemu","network":[]}\n', "platform or network is none"),
+            (b"[]\n", r"configuration: \[\], expected an object"),
+            (
+                b'{"token":"t","policy":{},"platform":"snp","network":"none","more":1}\n',
+                "configuration: has the keys token",
+            ),
+            (
+                b'{"token":"t","policy":{},"platform":"tdx","network":"none"}\n',
+                'configuration: .platform: "tdx", expected "',
+            ),
+            (
+                b'{"token":"t","policy":{},"platform":"qemu","network":[]}\n',
+                r'configuration: .network: \[\], expected "',
+            ),
+            (
+                b'{"token":1,"policy":{},"platform":"qemu","network":"none"}\n',
+                "configuration: .token: 1, expected text",
+            ),
+            (
+                b'{"token":"","policy":{},"platform":"qemu","network":"none","vek":1}\n',
+                "configuration: .vek: 1, expected text",
+            ),
         ],
     )
     def test_bad_configurations(self, line: bytes, message: str) -> None:
@@ -19960,7 +19977,7 @@ class TestBroker:
             with pytest.raises(OSError, match="No such file|Permission denied") as caught:
                 confbuild.capture(argv, "/", self.ENV, untrusted=True)
             assert caught.value.errno == number
-        with pytest.raises(OSError, match="cannot be entered"):
+        with pytest.raises(OSError, match="cannot become the build user"):
             confbuild.capture(["/bin/true"], "/nowhere", self.ENV, untrusted=True)
         with pytest.raises(OSError, match="not an SEV-SNP guest"):
             broker.ask({"op": "report", "data": "00" * 64})
@@ -20159,7 +20176,7 @@ class TestQuestions:
     def test_many_programs(self, tmp_path: Path) -> None:
         assert self.asked(tmp_path, b'{"op": "run"}', running=confbuild.MAX_PROGRAMS)[0] == {
             "errno": errno.EAGAIN,
-            "error": "64 programs run already",
+            "error": "64 programs are already running",
         }
 
 
