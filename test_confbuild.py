@@ -19910,7 +19910,7 @@ def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[confbuil
     os.close(ready)
     listener.close()
     found = confbuild.Broker(path)
-    monkeypatch.setattr(confbuild, "_launchers", [found])
+    monkeypatch.setattr(confbuild, "_launchers", [confbuild.Launcher(), found])
     yield found
     os.close(agent)
     os.waitpid(pid, 0)
