@@ -5941,20 +5941,21 @@ def _make_statement(
 # ==============================================================================
 # region 24. Event log                                                 [uses 16]
 # ==============================================================================
-# A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they go on the wire: it is
-# the only truth about what was emitted.  A reader is a position in it.  Frames are written whole and published afterwards,
-# so nobody reads a torn one.  Frames carry their number: the end of the file says how many there are, and a search by halves
-# finds any of them, so nothing is kept in memory and opening a log of any size takes a few reads.
+# A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they are sent.  It is
+# the only record of the events; a reader is a position in it.  A frame is written whole before it is published, so no
+# reader sees a part of one.  Frames carry their number: the last frame gives the count, and a binary search finds any
+# other frame, so nothing is kept in memory and a log of any size opens in a few reads.
+# Callers: jobs own the logs; the event streams and the host's relay read them.  Specifications: [SSE], [CONTRACT 1.7].
+# Any thread may append or read.
 
-MAX_FRAME = 4 * MIB  # more than the longest event that relay_events lets through
-COMPLETE = (
-    '\ndata: {"type":"complete",'  # only in the frame of a `complete` event: within a message, JSON escapes the LF
-)
-PLAIN = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # what JSON writes as it is
+MAX_FRAME = 4 * MIB  # more than the longest event that relay_events accepts
+# Occurs only in the frame of a `complete` event: inside a message, JSON escapes the LF.
+_COMPLETE_MARK = '\ndata: {"type":"complete",'
+UNESCAPED = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # the characters that compact_json does not escape
 
 
 class Payloads(NamedTuple):
-    """The JSON objects of some events, one line of ASCII each: every one of parts, between before and after."""
+    """The JSON objects of some events: each of parts, between before and after, is one line of ASCII."""
 
     parts: Sequence[str]
     before: str = ""
@@ -5962,24 +5963,26 @@ class Payloads(NamedTuple):
 
 
 def to_payloads(phase: str, messages: Sequence[str]) -> Payloads:
-    """The events of one phase, as compact_json would write them, quickly where a block is plain."""
+    """Return the events of one phase, as compact_json would write them; fast if no character needs an escape."""
     if phase in PHASES:
         joined = "".join(messages)
-        if joined.isascii() and not joined.encode("ascii").translate(None, PLAIN):
+        if joined.isascii() and not joined.encode("ascii").translate(None, UNESCAPED):
             return Payloads(messages, f'{{"type":"{phase}","msg":"', '"}')
     return Payloads(list(map(json.encoder.encode_basestring_ascii, messages)), f'{{"type":"{phase}","msg":', "}")
 
 
 def to_payload(event: Mapping[str, Any]) -> Payloads:
-    """One event."""
+    """Return the Payloads of one event."""
     return Payloads([compact_json(event)])
 
 
 def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
-    """Return (end, count, finished) of the log in the first size bytes of a file, from its last frame.
+    """Return (end, count, finished) of the log in the first size bytes of the file fd, from its last frame.
 
-    end: of the last whole frame; what follows it is torn. count: the number of that frame. finished: whether it is `complete`.
-    Raises Malformed if the file does not end with a frame and perhaps a part of the next one.
+    end: the offset of the end of the last whole frame; bytes after it are a torn frame.
+    count: the number of that frame.
+    finished: whether it is a `complete` event.
+    Raises Malformed if the file does not end with a frame, or with a frame and the beginning of the next one.
     """
     span, head = 4 * KIB, b"id: 1\ndata: {"
     while True:
@@ -5990,21 +5993,28 @@ def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
         if start >= 2 or span == size:
             break
         if span >= MAX_FRAME:
-            raise Malformed("events", f"no frame begins in the last {span} bytes")
+            raise Malformed("events", f"no frame begins in the last {span} bytes, expected one in {MAX_FRAME}")
         span *= 4
     if end < 2 and head.startswith(data[: len(head)]):
         return 0, 0, False
     frame = data[start if start >= 2 else 0 : end]
     match = re.match(rb"id: ([1-9][0-9]{0,17})\ndata: \{", frame)
     if not match or start < 2 and int(match[1]) != 1:
-        raise Malformed("events", "the last frame is damaged")
-    return size - span + end, int(match[1]), COMPLETE.encode() in frame
+        raise Malformed("events", "the last frame is damaged, expected `id: N` and `data: {...}`")
+    return size - span + end, int(match[1]), _COMPLETE_MARK.encode() in frame
 
 
 class EventLog:
-    """The log in the file at path. on_append is called after each append, by its thread. flags: of open(2); by default the file is
-    made if it is missing. A torn frame at the end is cut by the first append; what a crashed machine has lost (zeros) ends an
-    unfinished log before it. Raises Malformed for a file that is not a log, OSError."""
+    """The log of one job, in the file at path.
+
+    A torn frame at the end is cut off by the first append.  A crash of the machine can replace bytes by zeros; the log
+    of an unfinished job then ends before them.
+    on_append: called with the log after each append, by the thread that appended.
+    flags: of open(2); by default a missing file is created.
+    Raises Malformed if the file is not a log, OSError.
+
+    size, count and finished are written under _lock, in this order; a reader may read them without it.
+    """
 
     def __init__(
         self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
@@ -6020,13 +6030,13 @@ class EventLog:
             found = (0, 0, False)
         if not found[2]:
             found = find_log_end(self.fd, self._first_zero(length))
-        self.size, self.count, self.finished = (
-            found  # written under _lock, finished last; a reader may see them without
-        )
+        self.size = found[0]
+        self.count = found[1]
+        self.finished = found[2]
         self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
 
     def _first_zero(self, length: int) -> int:
-        """The offset of the first zero byte, or length: JSON has none; a file system fills with them what it has lost."""
+        """Return the offset of the first zero byte, or length.  JSON has none; lost blocks of a file read as zeros."""
         for offset in range(0, length, BLOCK):
             at = os.pread(self.fd, BLOCK, offset).find(b"\0")
             if at >= 0:
@@ -6034,7 +6044,7 @@ class EventLog:
         return length
 
     def append(self, payloads: Payloads) -> None:
-        """Emit events. Raises OSError, and nothing was emitted then."""
+        """Append events.  Raises OSError; the log is then unchanged."""
         if not payloads.parts:
             return
         before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
@@ -6056,18 +6066,21 @@ class EventLog:
                 raise
             self.count += len(frames)
             self.size += len(data)
-            self.finished = COMPLETE in frames[-1]
+            self.finished = _COMPLETE_MARK in frames[-1]
         if self._on_append is not None:
             self._on_append(self)
 
     def lacks_only(self, event: Payloads) -> bool:
-        """Whether nothing follows the last whole frame but a part of that of event, or zeros."""
+        """Return whether only the beginning of event's frame, or zeros, follow the last whole frame."""
         frame = f"id: {self.count + 1}\ndata: {event.parts[0]}\n\n".encode("ascii")
         rest = os.pread(self.fd, MIB, self.size)
         return len(rest) < MIB and frame.startswith(rest.rstrip(b"\0"))
 
     def offset_of(self, count: int) -> int:
-        """Where the event after the first count ones begins; count: at most self.count. Raises OSError for a damaged log."""
+        """Return the offset of event number count + 1, or the log's size if that does not exist yet.
+
+        Raises OSError if the log is damaged.
+        """
         with self._lock:
             if count >= self.count:
                 return self.size
@@ -6087,9 +6100,9 @@ class EventLog:
         return low + at
 
     def _next_frame(self, offset: int, end: int) -> tuple[int, float]:
-        """Where the first frame that begins at offset or later does, and its number; (end, inf) if none begins before end."""
+        """Return (offset, number) of the first frame that begins at offset or later; (end, inf) if none does."""
         data, at = b"", max(0, offset - 2)
-        while at + len(data) < end + 32:  # so that the number is there as well
+        while at + len(data) < end + 32:  # 32: the number of a frame that begins just before end
             more = os.pread(self.fd, max(4 * KIB, len(data)), at + len(data))
             data += more
             match = re.search(rb"\n\nid: ([0-9]{1,18})\n", data)
@@ -6100,7 +6113,7 @@ class EventLog:
         return end, float("inf")
 
     def last(self) -> dict[str, Any]:
-        """The last event, or an empty object."""
+        """Return the last event, or an empty object."""
         offset = self.offset_of(max(0, self.count - 1))
         frame = os.pread(self.fd, self.size - offset, offset)
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
@@ -6110,26 +6123,29 @@ class EventLog:
 # ==============================================================================
 # region 25. Event streams                                     [uses 13, 16, 24]
 # ==============================================================================
-# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head of
-# its answer; from then on the streamer thread owns it, and it gets the bytes from its position to the log's end, chunked
-# [RFC9112 7.1] where the client speaks HTTP/1.1: large ranges by sendfile, small ones, which many watchers want at once,
-# from one read.  Who appends only leaves a note and, where the thread sleeps, wakes it: it never waits for a reader.
-# A client that takes nothing for STALL_S is disconnected.
+# One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head
+# of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
+# the end of the log, chunked [RFC9112 7.1] for HTTP/1.1 clients.  Large ranges go through sendfile; small ones, which
+# many watchers want at once, are read once for all of them.  Appenders only enqueue a note, and wake the thread if it
+# sleeps; they never wait for a reader.  A client that takes nothing for STALL_S is disconnected.
+# Callers: the HTTP API; jobs through Streamer.grown.  Specifications: [CONTRACT 1.7], [SSE].
 #
-# Thread "streams": started by Streamer, owns its watchers and the selector, ends by stop().
+# Thread "streams": started by Streamer, owns its watchers and the selector, ended by stop().
 
-KEEPALIVE_S = 15.0  # of silence [CONTRACT 1]
-STALL_S = 60.0  # until a client that takes nothing of what it asked for is disconnected
+KEEPALIVE_S = 15.0  # silence before a comment [CONTRACT 1.7]
+STALL_S = 60.0  # until a client that takes nothing is disconnected [CONTRACT 1.7]
 _SMALL = 64 * KIB
-# What one watcher gets before the next one's turn: alone much, for few system calls; among others little, so that all of them
-# get a range of the log while the processor's cache still holds it (8 readers: 1.3 times the speed of turns of 1 MiB).
+# The bytes that one watcher gets before the next one's turn.  A single watcher gets many, for few system calls; several
+# get fewer, so that all of them get a range of the log while it is in the processor's cache (8 readers: 1.3 times the
+# speed of turns of 1 MiB).
 _TURN, _SHARED_TURN = MIB, 256 * KIB
 
 
 def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
-    """Return the event that a socket must wait for after its operation raised e, or 0 if the operation failed.
+    """Return the selector event to wait for before a socket operation that raised e is repeated, or 0 if it failed.
 
     sending: whether the operation was a send.
+    tls: whether the socket uses TLS.
     """
     if isinstance(e, BlockingIOError):
         return selectors.EVENT_WRITE if sending else selectors.EVENT_READ
@@ -6138,8 +6154,11 @@ def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
     return selectors.EVENT_WRITE if tls and isinstance(e, ssl.SSLWantWriteError) else 0
 
 
-class Mailbox:
-    """A selector for one thread, which other threads wake by posting notes. Whatever is registered has sock and mask."""
+class WakeableSelector:
+    """A selector for one thread, which other threads wake by posting notes.
+
+    A registered object has the attributes sock and mask; mask holds the events that the selector waits for.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -6151,17 +6170,17 @@ class Mailbox:
         self._asleep = False
 
     def post(self, note: Any) -> None:
-        """Leave note for the selector's thread. Any thread; never waits."""
+        """Enqueue note for the selector's thread.  Any thread may call this; it never waits."""
         self._notes.append(note)
-        if self._asleep:  # set before the notes are looked at for the last time: no note is slept over
+        if self._asleep:  # wait() sets it before it looks at the notes for the last time, so no note is missed
             self._asleep = False
             try:
                 self._waker.send(b"\0")
             except BlockingIOError:
-                pass  # it is awake enough
+                pass  # the socket is full, so the thread wakes anyway
 
     def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
-        """Wait for events, a note or the timeout in seconds. Return who has events, and their masks."""
+        """Wait for events, a note or the timeout in seconds.  Return the objects that have events, with the events."""
         self._asleep = True
         events = self._selector.select(0 if self._notes else timeout)
         self._asleep = False
@@ -6171,12 +6190,12 @@ class Mailbox:
         return ready
 
     def notes(self) -> Iterator[Any]:
-        """Yield the notes, the oldest first."""
+        """Remove and yield the notes, oldest first."""
         while self._notes:
             yield self._notes.popleft()
 
-    def want(self, end: Any, mask: int) -> None:
-        """Wait for these events of end.sock, or with mask 0 for none."""
+    def set_mask(self, end: Any, mask: int) -> None:
+        """Wait for the events in mask of end.sock from now on; 0 means for none."""
         if mask == end.mask:
             return
         if mask and end.mask:
@@ -6188,14 +6207,14 @@ class Mailbox:
         end.mask = mask
 
     def close(self) -> None:
-        """Close the selector; notes posted from now on stay unread."""
+        """Close the selector.  Later notes are ignored."""
         self._selector.close()
         self._sleeper.close()
         self._waker.close()
 
 
 class OpenFile:
-    """A file to read from, at any offset. It closes with the last reference. Raises Malformed, OSError."""
+    """A regular file, open for reading; it is closed with the last reference.  Raises Malformed, OSError."""
 
     def __init__(self, path: str) -> None:
         self.fd = open_regular(path)
@@ -6206,19 +6225,28 @@ class OpenFile:
 class Watcher:
     """A client that follows a log, or downloads a range of a file.
 
-    start: how many events of log it has; greeting: bytes to send first, in the log's framing.
-    file, span: instead of log and start; first byte and length of the range.
-    then: called when the whole range is sent, instead of closing the socket.
+    start: the number of events of log that the client already has.
+    chunked: whether the stream uses the chunked transfer coding.
+    greeting: bytes to send first, in the framing of the stream.
+    file, span: instead of log and start: the file, and the first byte and length of the range.
+    then: called when the whole range has been sent, instead of closing the socket.
+
+    position: the offset in the log or file; -1 until the log has start events.
+    left: the number of bytes to send from there.
+    pending: bytes to send before those.
+    ending: the last chunk has been sent.
+    peer_half_closed: the peer sends nothing more.
+    since: the time of the last progress, by the monotonic clock.
     """
 
     __slots__ = (
         "chunked",
-        "deaf",
         "ending",
         "file",
         "left",
         "log",
         "mask",
+        "peer_half_closed",
         "pending",
         "position",
         "since",
@@ -6240,18 +6268,23 @@ class Watcher:
         span: tuple[int, int] = (-1, 0),
         then: "Callable[[], None] | None" = None,
     ) -> None:
-        self.sock, self.log, self.start, self.chunked, self.tls = sock, log, start, chunked, tls
-        self.file, self.then = file, then
-        # position: in the log or file; -1: unknown until the log has `start` events.  left: bytes to be sent from there.
-        self.position, self.left = span
+        self.sock = sock
+        self.log = log
+        self.start = start
+        self.chunked = chunked
+        self.tls = tls
+        self.file = file
+        self.then = then
+        self.position = span[0]
+        self.left = span[1]
         self.pending = self.frame(greeting) if greeting else b""
         self.ending = False
-        self.deaf = file is not None  # not read from: the peer has closed its half, or may send its next request
-        self.mask = 0  # what the selector waits for
-        self.since = time.monotonic()  # the last progress
+        self.peer_half_closed = False
+        self.mask = 0
+        self.since = time.monotonic()
 
     def frame(self, data: bytes) -> bytes:
-        """data as one chunk, where the stream is chunked."""
+        """Return data, as one chunk if the stream is chunked."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
 
 
@@ -6260,43 +6293,51 @@ class Streamer:
 
     keepalive_s: silence after which a comment is sent.
     stall_s: time without progress after which a watcher is disconnected; it can resume.
+
+    files: the number of descriptors open for watchers: a socket each, and the file of a download.
     """
 
     def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
-        self._keepalive_s, self._stall_s = keepalive_s, stall_s
-        self._mailbox = Mailbox()  # notes: a log has grown, a watcher is new, None: stop
+        self._keepalive_s = keepalive_s
+        self._stall_s = stall_s
+        self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self._served: set[Watcher] = set()
-        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # who has everything there is
-        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
+        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # watchers that have received the whole log so far
+        self._block: tuple[EventLog | None, int, int, bytes] = (
+            None,
+            0,
+            0,
+            b"",
+        )  # the last small range: log[at:+length]
         self._turn = _TURN
-        self.files = 0  # open for watchers: a socket each, and what they download
+        self.files = 0
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
 
     def grown(self, log: EventLog) -> None:
-        """log has new events. Any thread; never waits."""
-        self._mailbox.post(log)
+        """Send the new events of log to its watchers.  Any thread may call this; it never waits."""
+        self._selector.post(log)
 
     def add(self, watcher: Watcher) -> None:
-        """Serve watcher, whose socket now belongs to the streamer. Any thread."""
-        self._mailbox.post(watcher)
+        """Serve watcher, whose socket now belongs to the streamer.  Any thread may call this."""
+        self._selector.post(watcher)
 
     def stop(self) -> None:
-        """Close every watcher's socket, in the middle of whatever it gets, and end the thread."""
-        self._mailbox.post(None)
+        """Close every watcher's socket, even in the middle of an event, and end the thread."""
+        self._selector.post(None)
         self._thread.join()
 
     def _run(self) -> None:
         every = min(1.0, self._keepalive_s, self._stall_s)
         scan_at = time.monotonic() + every
         while True:
-            events = self._mailbox.wait(max(0.0, scan_at - time.monotonic()))
+            events = self._selector.wait(max(0.0, scan_at - time.monotonic()))
             self._turn = _TURN if len(events) < 2 else _SHARED_TURN
             if not self._take_notes():
                 break
             for watcher, mask in events:
-                if mask & watcher.mask & selectors.EVENT_READ:  # dropped meanwhile: its mask is 0
-                    self._hear(watcher)
+                if mask & watcher.mask & selectors.EVENT_READ:  # the mask of a dropped watcher is 0
+                    self._on_readable(watcher)
                 if mask & watcher.mask & selectors.EVENT_WRITE:
                     self._pump(watcher)
             if time.monotonic() >= scan_at:
@@ -6304,13 +6345,13 @@ class Streamer:
                 self._scan(scan_at - every)
         for watcher in list(self._served):
             self._drop(watcher)
-        self._mailbox.close()
+        self._selector.close()
 
     def _take_notes(self) -> bool:
-        """Act on what other threads have said. False: stop."""
+        """Act on the notes of other threads.  Return False if one of them asks to stop."""
         grown: dict[EventLog, None] = {}
         going = True
-        for note in self._mailbox.notes():
+        for note in self._selector.notes():
             if note is None:
                 going = False
             elif isinstance(note, EventLog):
@@ -6331,45 +6372,48 @@ class Streamer:
         return going
 
     def _want(self, watcher: Watcher, mask: int) -> None:
-        """Wait for these events of watcher's socket."""
-        if watcher.deaf:
-            mask &= selectors.EVENT_WRITE  # it would be readable for ever
-        self._mailbox.want(watcher, mask)
+        """Wait for the events in mask of watcher's socket.
 
-    def _hear(self, watcher: Watcher) -> None:
-        """The peer has sent something, which nobody needs, or has closed its half."""
+        Input is ignored after a half-close, since the socket stays readable; during a download it is the next request.
+        """
+        if watcher.peer_half_closed or watcher.file is not None:
+            mask &= selectors.EVENT_WRITE
+        self._selector.set_mask(watcher, mask)
+
+    def _on_readable(self, watcher: Watcher) -> None:
+        """Discard input; on end of file, probe with a comment."""
         try:
-            said = watcher.sock.recv(_SMALL)
+            received = watcher.sock.recv(_SMALL)
         except OSError as e:
             if not wait_mask(e, False, watcher.tls):
                 self._drop(watcher)
             return
-        if not said:
-            # Perhaps it is gone, perhaps it only has nothing more to say: a comment will tell.
-            watcher.deaf = True
+        if not received:
+            # The peer has closed its socket, or only its sending half: sending a comment shows which.
+            watcher.peer_half_closed = True
             self._want(watcher, watcher.mask)
             if watcher in self._waiting.get(watcher.log, ()):
                 self._comment(watcher)
 
     def _comment(self, watcher: Watcher) -> None:
-        """Send a comment to one who waits, which shows whether the peer is still there."""
+        """Send a comment to a waiting watcher; this fails if the peer is gone."""
         self._forget(watcher)
         watcher.pending = watcher.frame(b": keepalive\n\n")
         self._pump(watcher)
 
     def _scan(self, now: float) -> None:
-        """Break the silence of those who wait, and disconnect those who take nothing."""
+        """Send comments to watchers after a silence, and disconnect those that take nothing."""
         for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
         for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
-            try:  # what the system still holds for it goes as well
+            try:  # also discards the bytes that the system still holds for the peer
                 watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             except OSError:
-                pass  # the peer was faster
+                pass  # the peer has closed the connection
             self._drop(watcher)
 
     def _pump(self, watcher: Watcher) -> None:
-        """Send what there is, until there is no more, the socket is full, or the turn is over."""
+        """Send to watcher until it has everything, the socket is full, or the turn is over."""
         turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
         try:
             while turn > 0:
@@ -6394,7 +6438,7 @@ class Streamer:
                 self._want(watcher, mask)
             else:
                 self._drop(watcher)
-        except Exception:  # noqa: BLE001  # a bug of ours must not end everybody's stream
+        except Exception:  # noqa: BLE001  # a bug in this code must not end the other streams
             logger().exception("stream")
             self._drop(watcher)
         finally:
@@ -6402,17 +6446,17 @@ class Streamer:
                 watcher.since = time.monotonic()
 
     def _send_range(self, watcher: Watcher, size: int) -> int:
-        """Send up to size bytes of the range at hand; with TLS, which has no sendfile, make them pending. Return how many."""
+        """Send at most size bytes of watcher's range, and return how many; TLS has no sendfile: read them instead."""
         source = watcher.file or watcher.log
         if source is None:
-            raise ValueError("a range of nothing")
+            raise ValueError("the watcher has neither a file nor a log")
         if watcher.tls:
             watcher.pending = os.pread(source.fd, min(size, _SMALL), watcher.position)
             size = len(watcher.pending)
         else:
             size = os.sendfile(watcher.sock.fileno(), source.fd, watcher.position, size)
         if size == 0:
-            raise OSError("the file has shrunk")
+            raise OSError("the file ends before the range does")
         watcher.position += size
         watcher.left -= size
         if not watcher.left and watcher.chunked:
@@ -6420,14 +6464,14 @@ class Streamer:
         return size
 
     def _next(self, watcher: Watcher) -> bool:
-        """Set up what watcher gets next; False where that is nothing now, or nothing ever."""
+        """Set up the next bytes for watcher.  Return False if there are none now, or none any more."""
         log = watcher.log
         if log is None:
             self._leave(watcher)
             if watcher.then is not None:
                 watcher.then()
             return False
-        finished = log.finished  # before size: what was there when the log was complete is then seen
+        finished = log.finished  # read before size: a finished log has its final size
         if watcher.position < 0 and (finished or log.count >= watcher.start):
             watcher.position = log.offset_of(watcher.start)
         size = log.size
@@ -6441,7 +6485,8 @@ class Streamer:
                 watcher.pending = b"%x\r\n" % watcher.left if watcher.chunked else b""
             return True
         if finished and watcher.chunked and not watcher.ending:
-            watcher.ending, watcher.pending = True, b"0\r\n\r\n"
+            watcher.ending = True
+            watcher.pending = b"0\r\n\r\n"
             return True
         if finished:
             self._drop(watcher)
@@ -6452,12 +6497,13 @@ class Streamer:
         return False
 
     def _read(self, log: EventLog, position: int, length: int) -> bytes:
-        """A range of the log, read once for all who ask for the same one after another."""
+        """Return a range of log; consecutive calls for the same range read it once."""
         if self._block[:3] != (log, position, length):
             self._block = (log, position, length, os.pread(log.fd, length, position))
         return self._block[3]
 
     def _forget(self, watcher: Watcher) -> None:
+        """Remove watcher from those that wait for events."""
         waiting = self._waiting.get(watcher.log)
         if waiting is not None:
             waiting.discard(watcher)
@@ -6465,7 +6511,7 @@ class Streamer:
                 del self._waiting[watcher.log]
 
     def _leave(self, watcher: Watcher) -> None:
-        """Serve watcher no more; its socket stays open."""
+        """Stop serving watcher; leave its socket open."""
         self._forget(watcher)
         self._want(watcher, 0)
         if self._block[0] is watcher.log:
@@ -6474,12 +6520,12 @@ class Streamer:
         self.files -= 1 if watcher.file is None else 2
 
     def _drop(self, watcher: Watcher) -> None:
-        """Serve watcher no more, and close its socket."""
+        """Stop serving watcher, and close its socket."""
         self._leave(watcher)
         try:
             watcher.sock.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # the peer was faster
+            pass  # the peer has closed the connection
         watcher.sock.close()
 
 
@@ -7922,7 +7968,7 @@ class Server:
         self._tls = tls
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
-        self._mailbox = Mailbox()  # notes: a connection that waits for its client again; None: stop
+        self._selector = WakeableSelector()  # notes: a connection that waits for its client again; None: stop
         self._waiting: dict[Connection, int] = {}  # oldest first; how many bytes each holds
         self._held = 0  # the sum of these bytes
         self._ready: deque[Connection] = deque()  # those of _waiting that have a head and need a thread
@@ -7933,20 +7979,20 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve until stop() is called."""
-        self._mailbox.want(self, selectors.EVENT_READ)
+        self._selector.set_mask(self, selectors.EVENT_READ)
         scan_at, more = time.monotonic(), False
         while True:
             timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
-            for end, mask in self._mailbox.wait(0 if more else timeout):
+            for end, mask in self._selector.wait(0 if more else timeout):
                 if end is self:
                     self._accept()
                 elif mask & end.mask:  # 0 if it has been closed meanwhile
                     self._advance(end, True)
-            for note in self._mailbox.notes():
+            for note in self._selector.notes():
                 if note is None:
                     while self._evict():
                         pass
-                    self._mailbox.close()
+                    self._selector.close()
                     self.sock.close()
                     self._ended.set()
                     return
@@ -7959,12 +8005,12 @@ class Server:
 
     def stop(self) -> None:
         """Close the listening socket and the waiting connections, and end serve_forever."""
-        self._mailbox.post(None)
+        self._selector.post(None)
         self._ended.wait()
 
     def take(self, connection: Connection) -> None:
         """Send the rest of an answer, then close connection or wait for its next request. Any thread; never waits."""
-        self._mailbox.post(connection)
+        self._selector.post(connection)
         if self._ended.is_set():
             connection.sock.close()
 
@@ -7981,7 +8027,7 @@ class Server:
             except OSError as e:
                 if e.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
                     logger().warning("accept: %s", e)
-                    self._mailbox.want(self, 0)  # until the next scan, or select would return at once, forever
+                    self._selector.set_mask(self, 0)  # until the next scan, or select would return at once, forever
                 return
             try:
                 if sock.fileno() >= self.max_fd and not self._evict():  # the number is the lowest free one
@@ -7995,7 +8041,7 @@ class Server:
                 continue
             connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
             self._hold(connection)
-            self._mailbox.want(connection, selectors.EVENT_READ)
+            self._selector.set_mask(connection, selectors.EVENT_READ)
 
     def _advance(self, c: Connection, readable: bool) -> None:
         """Continue the handshake, the sending of an answer or the reading of a head, as far as c's client allows.
@@ -8014,7 +8060,7 @@ class Server:
                 c.sock.shutdown(socket.SHUT_WR)
                 if not c.sock.recv(MAX_HEAD):
                     raise ConnectionError("the client has closed its end")
-                self._mailbox.want(c, selectors.EVENT_READ)
+                self._selector.set_mask(c, selectors.EVENT_READ)
                 return
             while not c.has_head():
                 if c.buffer:
@@ -8026,7 +8072,7 @@ class Server:
                     raise ConnectionError("the client has closed its end")
                 c.buffer += data
                 readable = c.tls  # the selector reports the rest, but not what a TLS socket has already read
-            self._mailbox.want(c, 0)
+            self._selector.set_mask(c, 0)
             self._hold(c)
             if c.buffer.startswith(b"GET /health "):  # in this thread: it works while all others are busy
                 self._leave(c)
@@ -8036,7 +8082,7 @@ class Server:
         except OSError as e:
             mask = wait_mask(e, bool(c.pending), c.tls)
             if mask:
-                self._mailbox.want(c, mask)
+                self._selector.set_mask(c, mask)
                 self._hold(c)
             else:
                 self._close(c)
@@ -8065,7 +8111,7 @@ class Server:
 
     def _scan(self, now: float) -> bool:
         """Accept again after a pause, and close connections after their deadline. Return whether to call it again."""
-        self._mailbox.want(self, selectors.EVENT_READ)
+        self._selector.set_mask(self, selectors.EVENT_READ)
         late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
         for c in late:
             if c.buffer and not (c.end or c.pending or c.closing):
@@ -8092,7 +8138,7 @@ class Server:
 
     def _leave(self, c: Connection) -> None:
         self._held -= self._waiting.pop(c, 0)
-        self._mailbox.want(c, 0)
+        self._selector.set_mask(c, 0)
 
     def _close(self, c: Connection) -> None:
         self._leave(c)
@@ -9143,7 +9189,7 @@ def relay_events(
         if end < 2:
             continue
         frames, text = text[:end], text[end:]
-        plain = not frames.encode("ascii").translate(None, PLAIN + b'\n"')
+        plain = not frames.encode("ascii").translate(None, UNESCAPED + b'\n"')
         messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
         if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(
             messages

@@ -12761,7 +12761,8 @@ class TestEventLog:
         """What is not a log is refused, and stays as it is."""
         (tmp_path / "log").write_bytes(data)
         with pytest.raises(
-            confbuild.Malformed, match=r"events: (the last frame is damaged|no frame begins in the last \d+ bytes)"
+            confbuild.Malformed,
+            match=r"events: (the last frame is damaged, expected|no frame begins in the last \d+ bytes, expected one in)",
         ):
             confbuild.EventLog(str(tmp_path / "log"))
         assert (tmp_path / "log").read_bytes() == data
@@ -12910,7 +12911,7 @@ class TestStreamer:
         assert wait_for(lambda: watcher.sock.fileno() == -1) and d.streamer.files == 0
 
     def test_slow_reader(self, desk: Callable[..., Desk]) -> None:
-        """One who does not read holds up neither the appender nor others, and gets all in the end."""
+        """A client that does not read delays neither the appender nor other clients, and gets everything in the end."""
         d = desk()
         slow = [d.watch(rcvbuf=4096, chunked=chunked)[0] for chunked in (True, False)]
         fast, _ = d.watch()
@@ -12921,7 +12922,7 @@ class TestStreamer:
         assert dechunk(read_all(slow[0])) == data == read_all(slow[1])
 
     def test_keepalive_and_departures(self, desk: Callable[..., Desk]) -> None:
-        """Silence is broken by comments, which also find out who has gone; one who only says no more is served on."""
+        """After a silence come comments, which detect closed peers; a half-closed peer is still served."""
         d = desk(keepalive_s=0.2)
         d.append("one")
         (stays, _), (closed, closing), (reset, resetting), (half, _) = (d.watch(start) for start in (0, 0, 1, 1))
@@ -12943,7 +12944,7 @@ class TestStreamer:
         assert dechunk(read_all(half)).replace(b": keepalive\n\n", b"") == data[d.log.offset_of(1) :]
 
     def test_stalled_reader(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
-        """One who takes nothing is disconnected after a while, of a log as of a file, and can resume; one who waits for events is not."""
+        """A client that takes nothing is disconnected, and can resume; one that waits for events is not."""
         d = desk(stall_s=0.2)
         d.append(*["s" * 500] * 20_000)
         waits, waiting = d.watch(20_000)
@@ -13024,7 +13025,7 @@ class TestStreamer:
         assert dechunk(read_all(late)) == b""
 
     def test_stop(self, desk: Callable[..., Desk]) -> None:
-        """The idle, the one in the middle of much, and the one who waits for what never came: all are closed."""
+        """stop() closes the idle client, the one in the middle of a range, and the one that waits for future events."""
         d = desk()
         d.append(*["m" * 9000] * 500)
         socks = [d.watch(500)[0], d.watch(0, rcvbuf=4096)[0], d.watch(900)[0]]
