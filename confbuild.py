@@ -186,7 +186,11 @@ else:
     concurrent = _Lazy("concurrent", "concurrent.futures")
 
 __version__ = "0.1.0"
-__all__ = ["BundleFiles", "Check", "ConfbuildError", "Expectations", "Verdict", "main", "verify_bundle"]
+# fmt: off
+__all__ = [  # names of the verifier; each further part adds its own, so that a cut file exports what it has
+    "BundleFiles", "Check", "ConfbuildError", "Endorsements", "Expectations", "ImageFacts", "Verdict", "verify_bundle",
+]
+# fmt: on
 
 # ==============================================================================
 # region 1. Names and limits                                      [uses nothing]
@@ -5578,6 +5582,9 @@ def is_bare_evidence(path: str) -> bool:
     folder, name = os.path.split(path)
     provenance = os.path.join(folder, "provenance.json")
     return name == "evidence.json" and os.path.isfile(path) and not os.path.lexists(provenance)
+
+
+__all__ += ["read_bundle"]
 
 
 def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool = False) -> BundleFiles:
@@ -13337,6 +13344,9 @@ def _add_fetch(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
     parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose; without it the nonce is not checked")
     _add_output(parser)
+
+
+__all__ += ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5362,6 +5362,31 @@ class TestVerdict:
             )
             assert json.loads(done.stdout) == json.loads(json.dumps(expected)) and done.stderr == ""
 
+    def test_star_import_of_the_whole_file_and_of_both_cuts(self, tmp_path: Path) -> None:
+        """A cut file exports the public names that it has."""
+        text = FILE.read_text("utf-8")
+        verifier = set(confbuild.__all__) - {"read_bundle", "main"}
+        for cut, names in (
+            ("verifier", verifier),
+            ("service", verifier | {"read_bundle"}),
+            ("", {*confbuild.__all__}),
+        ):
+            head = text.partition(f"\n# ---- End of the {cut}.")[0] if cut else text
+            assert bool(cut) == (head != text)
+            (tmp_path / "confbuild.py").write_text(head, "utf-8")
+            done = subprocess.run(
+                [sys.executable, "-W", "error", "-c", "from confbuild import *; print(*sorted(globals()))"],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(tmp_path)},
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=PATIENCE,
+            )
+            assert {name for name in done.stdout.split() if not name.startswith("__")} == names
+        assert {"BundleFiles", "Endorsements", "Expectations", "ImageFacts", "Verdict", "Check"} < verifier
+        assert len(set(confbuild.__all__)) == len(confbuild.__all__) == 10
+
     def test_the_verifier_uses_no_impure_name(self) -> None:
         """Sections 1 to 12 use their own names, six modules without effects, and builtins that neither open, print, import nor run."""
         head, _, part = FILE.read_text("utf-8").partition("\n# region 1. ")
