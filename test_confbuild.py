@@ -114,6 +114,25 @@ INSTALL = {
 }
 
 
+class SharedNote:
+    """A pytest plugin: one line at the end of a run without the shared folder."""
+
+    LINE = (
+        "{} is absent: with it, the tests also verify evidence of real AMD and Azure machines, AMD's certificates and "
+        "revocation lists, and build the sample projects; without it, the toy hierarchy covers every check"
+    )
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        if not SHARED.is_dir():
+            terminalreporter.write_line(self.LINE.format(SHARED))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_note(request: pytest.FixtureRequest) -> None:
+    """Register SharedNote: a test module cannot implement the hook itself."""
+    request.config.pluginmanager.register(SharedNote())
+
+
 def needs(tool: str) -> pytest.MarkDecorator:
     """Skip, with the command that installs what is missing."""
     return pytest.mark.skipif(shutil.which(tool) is None, reason=f"{tool} is missing: {INSTALL[tool]}")
@@ -6632,6 +6651,177 @@ class TestHardwareVerdict:
             assert ran == confbuild.REQUIRED_OF_PLATFORM[verdict.platform] | confbuild.REQUIRED_OF_BUNDLE | {
                 "artifact demo"
             }
+
+
+TOY_LIST = functools.partial(crl_of, "ARK-Milan", TOY_ARK)
+
+
+class TestToyHierarchy:
+    """Every check of every platform passes and fails on evidence that the toy keys sign, without the shared folder."""
+
+    # Check -> changes of the report and of the certificate that make it fail.
+    REPORTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+        "report version": ({"version": 1}, {}),
+        "signature algorithm": ({"signature_algo": 2}, {}),
+        "signing key": ({}, {"subject": "SEV-VLEK"}),
+        "VEK issuer": ({}, {"issuer": "SEV-VLEK-Milan"}),
+        "VEK signature": ({}, {"sign": TOY_AK.pss}),
+        "VEK validity": ({}, {"valid": EXPIRED}),
+        "VEK product": ({}, {"product": "Genoa-B0"}),
+        "VEK TCB": ({}, {"tcb": {**MILAN_TCB, "snp": 0}}),
+        "VEK chip_id": ({}, {"hwid": None}),
+        "report signature": ({"r": 0}, {}),
+        "VMPL": ({"vmpl": 1}, {}),
+        "migration agent": ({"policy": 0x70000, "report_id_ma": bytes(32)}, {}),
+        "debug": ({"policy": 0xB0000}, {}),
+    }
+    FIELDS: Mapping[str, Any] = {
+        "host_data": b"\xab" * 32,
+        "guest_svn": 7,
+        "family_id": b"\xcd",
+        "image_id": b"\xef",
+    }
+    RIGHT: Mapping[str, Any] = {
+        **TestHardwareVerdict.COMPLETE_RIGHT,
+        "host_data": "ab" * 32,
+        "image": TestHardwareVerdict.IMAGE,
+        "require_tee": True,
+        "require_crl": True,
+    }
+    WRONG_IMAGE = confbuild.ImageFacts("00" * 32, "parts", "firmware", {})
+
+    def hardware(self, platform: str, report: Mapping[str, Any], **vek: Any) -> confbuild.BundleFiles:
+        """A bundle of COMPLETE with hardware evidence."""
+        doc = replaced(COMPLETE, ("predicate", "runDetails", "builder", "id"), HARDWARE_BUILDER)
+        doc["predicate"]["runDetails"]["byproducts"] = [
+            *doc["predicate"]["runDetails"]["byproducts"],
+            {"digest": {"sha256": TestHardwareVerdict.DIGEST}, "name": "measurement"},
+        ]
+        fields = {**self.FIELDS, **report}
+        if platform != "az-snp":
+            return snp(fields, vek, platform, doc)
+        data = confbuild.to_canonical(doc)
+        fields = {"version": 2, "report_data": RUNTIME_DIGEST, **fields}
+        extra = confbuild.report_data(data, NONCE)
+        return azure_bundle(extra, report=made(snp_report, **fields), vek=made(vek_of, **vek))._replace(provenance=data)
+
+    def hardware_bundles(self, platform: str) -> Iterator[tuple[confbuild.BundleFiles, dict[str, Any], dict[str, Any]]]:
+        """(bundle, expectations, endorsements); the first is good."""
+        right = {**self.RIGHT, **({"pcrs": {4: hashlib.sha256(b"\4").hexdigest()}} if platform == "az-snp" else {})}
+        good = self.hardware(platform, {})
+        yield good, right, {"crls": [("a", TOY_LIST())]}
+        for report, vek in self.REPORTS.values():
+            yield self.hardware(platform, report, **vek), {}, {}
+        wrong = {key: values[0] for key, values in TestHardwareVerdict.COMPLETE_WRONG.items()}
+        wrong |= {"image": self.WRONG_IMAGE, "pcrs": {4: "00" * 32}}
+        yield good, wrong, {"crls": [("a", TOY_LIST(TestHardwareVerdict.ASK))]}
+        yield good, {"require_crl": True}, {"crls": [("b", b""), ("a", TOY_LIST(valid=EXPIRED))]}
+        yield good, {}, {"anchors": {}}
+        yield edited(good, *(CHAIN if platform != "az-snp" else ("evidence", "vcek")), new=""), {}, {}
+        other = replaced(json.loads(provenance_of(good)), ("predicate", "runDetails", "builder", "id"), "other")
+        other["predicate"]["runDetails"]["byproducts"] = [{"digest": LOCKED, "name": "measurement"}]
+        yield good._replace(provenance=confbuild.to_canonical(other)), {}, {}
+        if platform == "az-snp":
+            signed = azure_bundle(
+                bytes(48) + b"\1", report=made(snp_report, version=2), signature=b"", runtime_data=b"{"
+            )
+            yield signed, {}, {}
+            yield azure_bundle(bytes(48) + b"\1", signature=b""), {}, {}
+            yield edited(azure(), "evidence", "tpm_quote", "pcrs", 4, new="00" * 32), {}, {}
+            yield azure(message=b""), {}, {}
+            surplus = bytearray(made(snp_report, version=2, report_data=RUNTIME_DIGEST))
+            surplus[0x330] = 1
+            yield azure(report=bytes(surplus)), {}, {}
+        else:
+            yield edited(snp({"report_data": bytes(48) + b"\1"}), "platform", new=platform), {}, {}
+            yield edited(snp_bundle(tail(0x330), made(vek_of)), "platform", new=platform), {}, {}
+            yield edited(good, *CHAIN, new={"vcek": ""}), {}, {}
+
+    def simulated_bundles(self) -> Iterator[tuple[confbuild.BundleFiles, dict[str, Any], dict[str, Any]]]:
+        image = confbuild.ImageFacts("00" * 32, "", "", {})
+        yield bundle(COMPLETE), RIGHT, {}
+        yield bundle(COMPLETE), {"image": image}, {}
+        wrong = {key: values[0] for key, values in WRONG.items()}
+        yield bundle(COMPLETE), {**wrong, "image": self.WRONG_IMAGE, "require_tee": True}, {}
+        yield report_with(0x80, b"\1"), {}, {}
+        yield report_with(0x2A0, b"\1"), {}, {}
+        yield report_with(0x0A, b"\x08"), {}, {}
+        yield bundle(statement(predicate__runDetails__builder__id=HARDWARE_BUILDER)), {}, {}
+        root = [{"digest": LOCKED, "name": "input_merkle_root"}]
+        yield bundle(statement(predicate__runDetails__byproducts=root)), {}, {}
+
+    @pytest.mark.parametrize("platform", confbuild.REQUIRED_OF_PLATFORM)
+    def test_every_check_passes_and_fails(self, platform: str) -> None:
+        simulated = platform == "simulated"
+        rows = list(self.simulated_bundles() if simulated else self.hardware_bundles(platform))
+        good, doc = rows[0][0], json.loads(provenance_of(rows[0][0]))
+        rows += [
+            (good._replace(evidence=b"{"), {}, {}),
+            (good._replace(evidence=json.dumps({"platform": platform}).encode()), {}, {}),
+            (edited(good, "evidence", new={}), {}, {}),
+            (good._replace(provenance=b"{"), {"nonce": "00" * 16}, {}),
+            (good._replace(provenance=b"null\n"), {}, {}),
+            (good._replace(provenance=confbuild.to_canonical({**doc, "subject": []})), {}, {}),
+            (good._replace(artifacts={"demo": "00" * 32, "more": ""}), {}, {}),
+            (good, {"evidence_only": True, "builder_id": "x"}, {}),
+        ]
+        if not simulated:
+            builder = replaced(doc, ("predicate", "runDetails", "builder", "id"), confbuild.SIMULATED_BUILDER)
+            rows.append((good._replace(provenance=confbuild.to_canonical(builder)), {}, {}))
+        names: dict[str, set[str]] = {"passed": set(), "failed": set(), "not checked": set()}
+        for i, (files, expected, endorsements) in enumerate(rows):
+            verdict = verdict_over(
+                files, confbuild.Expectations(**expected), **{"anchors": TOY_ANCHORS, **endorsements}
+            )
+            assert verdict.verdict == ("failed" if i else "simulated" if simulated else "passed"), failed_checks(
+                verdict
+            )
+            for check in verdict.checks:
+                names[check.status].add(check.name)
+        every = {name for fields in confbuild.REQUESTED.values() for name in fields} | confbuild.REQUIRED_OF_BUNDLE
+        every |= confbuild.REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
+        if simulated:
+            every = every - {"revocation", "revocation list age", "PCR values"} | {"debug"}
+            never_passed, never_failed = {"hardware evidence", "image measurement", "image host_data"}, set()
+        else:
+            every |= {"measurement byproduct", "revocation list file a", "revocation list file b"}
+            every -= {"PCR values"} if platform != "az-snp" else set()
+            never_passed = {"revocation list file b"}
+            never_failed = {"revocation list file a", "hardware evidence"}
+        assert names["passed"] - {"trust anchors"} == every - never_passed
+        assert names["failed"] == (every - never_failed) | {"required checks"}
+
+    def test_no_check_has_another_name(self) -> None:
+        """The names in the source are those of the tables, and of the checks that a bundle or a caller adds."""
+        part = FILE.read_text("utf-8").partition("\n# region 12. ")[2].partition("\n# endregion 12")[0]
+        used = {
+            node.args[0].value if isinstance(node.args[0], ast.Constant) else ast.unparse(node.args[0])
+            for node in ast.walk(ast.parse("#" + part))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr in ("hold", "compare", "skip", "attempt", "derive")
+        }
+        tables = {name for fields in confbuild.REQUESTED.values() for name in fields} | confbuild.REQUIRED_OF_BUNDLE
+        tables |= frozenset().union(*confbuild.REQUIRED_OF_PLATFORM.values())
+        assert {name for name in used if name not in tables} == {
+            "name",
+            "f'artifact {name[:255]}'",
+            "f'revocation list file {name}'",
+            "measurement byproduct",
+            "nonce is not zero",
+            "other files",
+            "required checks",
+            "trust anchors",
+        }
+
+    def test_a_run_without_the_shared_folder_says_what_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        lines: list[str] = []
+        reporter = types.SimpleNamespace(write_line=lines.append)
+        for folder, count in ((FILE.parent, 0), (FILE.parent / "nowhere", 1)):
+            monkeypatch.setattr(sys.modules[__name__], "SHARED", folder)
+            SharedNote().pytest_terminal_summary(reporter)
+            assert len(lines) == count
+        assert lines[0].startswith(f"{FILE.parent / 'nowhere'} is absent: ") and "\n" not in lines[0]
 
 
 def parts_of(files: confbuild.BundleFiles) -> dict[str, tuple[bytes, Callable[[bytes], confbuild.BundleFiles]]]:
