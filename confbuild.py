@@ -8156,65 +8156,75 @@ class Server:
 # ==============================================================================
 # region 28. Client                                               [uses nothing]
 # ==============================================================================
-# The other end of the API: pack a source, submit it, follow the events over lost connections, download the archive.
+# The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
+# commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
+# size and in time.  The client starts no thread; one thread at a time may use an ApiClient.
+
 MAX_RESULT = 4 * GIB
-
-
-def request_body(request: BuildRequest, source: str | None) -> tuple[Iterator[bytes], int]:
-    """The body of POST /build, in blocks, and its size: the archive at source is never held as a whole."""
-    fields = {"nonce": request.nonce}
-    if request.repo_url:
-        fields.update(repo_url=request.repo_url, repo_ref=request.repo_ref)
-    else:
-        fields.update(source_name=request.source_name, source_data="")
-    text = compact_json(fields).encode("ascii")
-    if source is None:
-        return iter([text]), len(text)
-    path = source
-
-    def blocks() -> Iterator[bytes]:
-        yield text[:-2]
-        with open(path, "rb") as f:
-            for block in iter(lambda: f.read(3 * BLOCK), b""):
-                yield base64.b64encode(block)
-        yield text[-2:]
-
-    return blocks(), len(text) + -(-os.path.getsize(path) // 3) * 4
-
-
-RECONNECT_S = 300.0  # how long a lost server is looked for
+RECONNECT_S = 300.0  # how long events() looks for a lost server
 READ_TIMEOUT_S = 60.0  # four keepalives
 MAX_ANSWER = 2 * MAX_JSON  # bytes received for a head and a small body, or for one read of a stream
-MAX_SILENCE = MAX_JSON + BLOCK  # bytes of an event stream that do not end an event; keepalives for weeks are fewer
+MAX_SILENCE = MAX_JSON + BLOCK  # bytes of an event stream without an event; weeks of keepalives are fewer
+
+
+def request_body(request: BuildRequest, archive: str | None) -> tuple[Iterator[bytes], int]:
+    """Return the body of POST /build, in blocks, and its size in bytes. [CONTRACT 1.6]
+
+    archive: the path of the source, which is never held in memory as a whole; None for a repository.
+    """
+    if archive is None:
+        fields = {"nonce": request.nonce, "repo_url": request.repo_url, "repo_ref": request.repo_ref}
+        text = compact_json(fields).encode("ascii")
+        return iter([text]), len(text)
+    fields = {"nonce": request.nonce, "source_name": request.source_name, "source_data": ""}
+    head, tail = compact_json(fields).encode("ascii")[:-2], b'"}'
+
+    def blocks() -> Iterator[bytes]:
+        yield head
+        with open(archive, "rb") as f:
+            for block in iter(lambda: f.read(3 * BLOCK), b""):
+                yield base64.b64encode(block)
+        yield tail
+
+    return blocks(), len(head + tail) + -(-os.path.getsize(archive) // 3) * 4
 
 
 class BrokenProtocol(RemoteError):
-    """The server says what no server of the API says."""
+    """The server violated the protocol of the API."""
 
     def __init__(self, message: str) -> None:
         super().__init__(f"the server broke the protocol: {message}")
 
 
-class _Metered(io.RawIOBase):
-    """What a socket receives: at most MAX_ANSWER bytes in READ_TIMEOUT_S from one renew() to the next.
+class ResultTooLarge(BrokenProtocol):
+    """The archive has more than MAX_RESULT bytes."""
 
-    Without it, http.client reads interim responses, trailers and a chunk of negative size for ever."""
 
-    def __init__(self, sock: "socket.socket") -> None:
-        self._socket, self._stream, self.ended = sock, sock.makefile("rb", buffering=0), False
+class BoundedReader(io.RawIOBase):
+    """Raw stream of the bytes that a socket receives: at most MAX_ANSWER in timeout_s from one renew() to the next.
+
+    Without these bounds http.client reads interim responses, trailers and a chunk of negative size for ever.
+    """
+
+    def __init__(self, sock: "socket.socket", timeout_s: float) -> None:
+        self._socket = sock
+        self._stream = sock.makefile("rb", buffering=0)
+        self._timeout_s = timeout_s
+        self.ended = False
         self.renew()
 
     def renew(self) -> None:
-        """Allow as much again."""
-        self._left, self._until = MAX_ANSWER, time.monotonic() + READ_TIMEOUT_S
+        """Allow MAX_ANSWER bytes in timeout_s, from now on."""
+        self._left = MAX_ANSWER
+        self._deadline = time.monotonic() + self._timeout_s
 
     def readable(self) -> bool:
         """Return True, for BufferedReader."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive into buffer. Raises BrokenProtocol, OSError."""
-        remaining_s = self._until - time.monotonic()
+        """Receive into buffer and return the number of bytes, 0 at the end. Raises BrokenProtocol, OSError."""
+        remaining_s = self._deadline - time.monotonic()
         if remaining_s <= 0:
             raise TimeoutError("timed out")
         if self._left <= 0:
@@ -8231,12 +8241,15 @@ class _Metered(io.RawIOBase):
         super().close()
 
     def makefile(self, _: str) -> IO[bytes]:
-        """Return the buffered stream that http.client reads."""
+        """Return the buffered stream, for http.client, which takes this object for a socket."""
         return io.BufferedReader(self)
 
 
-def _read_http(received: _Metered, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return read(*arguments) of http.client. Raises BrokenProtocol for what is not HTTP, OSError for a lost connection."""
+def _read_http(received: BoundedReader, read: Callable[..., Any], *arguments: Any) -> Any:
+    """Return read(*arguments), a method of http.client's response that reads from received.
+
+    Raises BrokenProtocol if the bytes are not HTTP, OSError if the connection is lost.
+    """
     try:
         return read(*arguments)
     except OSError:
@@ -8247,23 +8260,69 @@ def _read_http(received: _Metered, read: Callable[..., Any], *arguments: Any) ->
         raise BrokenProtocol(f"{type(e).__name__}: {str(e)[:200]}") from None
 
 
+def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
+    """Return urllib's opener with bounded responses and without redirects. proxies: use those of the environment."""
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        """urllib would send the token to another host."""
+
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
+    class Response(http.client.HTTPResponse):
+        """Response that ends. Its methods raise BrokenProtocol, OSError."""
+
+        def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
+            self._received = BoundedReader(sock, READ_TIMEOUT_S)
+            super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
+
+        def begin(self) -> None:
+            _read_http(self._received, super().begin)
+            if self._received.ended:  # http.client would take that for the end of the head
+                raise ConnectionError("the connection broke")
+
+        def read(self, amt: int | None = None) -> bytes:
+            return bytes(_read_http(self._received, super().read, amt))
+
+        def read1(self, n: int = -1) -> bytes:
+            self._received.renew()
+            return bytes(_read_http(self._received, super().read1, n))
+
+    class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+        """Opens http and https URLs, with such responses."""
+
+        def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
+            def connect(*arguments: Any, **options: Any) -> Any:
+                connection = http_class(*arguments, **options)
+                connection.response_class = Response
+                return connection
+
+            return super().do_open(connect, req, **named)
+
+    return urllib.request.build_opener(NoRedirect, Handler, urllib.request.ProxyHandler(None if proxies else {}))
+
+
 class StreamEvent(NamedTuple):
-    """One event of an event stream. id: the last event id, empty = none yet."""
+    """One event of an event stream. id: the last event id; empty if the server has sent none."""
 
     data: str
     id: str
 
 
 class EventStreamParser:
-    """Bytes of an event stream in, events out, by the rules of [SSE 9.2.6]. retry_s: what the server asked for, or None."""
+    """Incremental parser of an event stream. retry_s: the delay that the server asked for, or None. [SSE 9.2.6]"""
 
     def __init__(self) -> None:
-        self._rest, self._data, self._id, self._silence = bytearray(), list[str](), "", 0
-        self._begun = self._after_cr = False
+        self._rest = bytearray()
+        self._data: list[str] = []
+        self._id = ""
+        self._silence = 0  # bytes since the last event
+        self._begun = False  # past the place of a byte order mark
+        self._after_cr = False
         self.retry_s: float | None = None
 
     def feed(self, block: bytes) -> list[StreamEvent]:
-        """The events that block ends. An event that is not ended by an empty line never comes. Raises BrokenProtocol."""
+        """Return the events that block completes; an empty line ends an event. Raises BrokenProtocol."""
         self._rest += block
         self._silence += len(block)
         if self._silence > MAX_SILENCE:
@@ -8271,9 +8330,11 @@ class EventStreamParser:
         if not self._begun:
             if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
                 return []
-            self._begun, self._rest = True, self._rest.removeprefix(b"\xef\xbb\xbf")
-        if self._after_cr and self._rest:  # CR LF is one end
-            self._after_cr, self._rest = False, self._rest.removeprefix(b"\n")
+            self._begun = True
+            self._rest = self._rest.removeprefix(b"\xef\xbb\xbf")
+        if self._after_cr and self._rest:  # CR LF is one end of a line
+            self._after_cr = False
+            self._rest = self._rest.removeprefix(b"\n")
         if b"\n" not in block and b"\r" not in block:  # a line may come byte by byte
             return []
         self._after_cr = self._rest.endswith(b"\r")
@@ -8285,7 +8346,8 @@ class EventStreamParser:
                 self._field(line.decode("utf-8", "replace"))
             elif self._data:
                 events.append(StreamEvent("\n".join(self._data), self._id))
-                self._data, self._silence = [], 0
+                self._data = []
+                self._silence = 0
         return events
 
     def _field(self, line: str) -> None:
@@ -8299,62 +8361,30 @@ class EventStreamParser:
             self.retry_s = int(value) / 1000
 
 
-class Service:
-    """A server of the API. Raises RemoteError for whatever goes wrong with it. told: hears what a user should know."""
+class ApiClient:
+    """Client of a server of the API. Its methods raise RemoteError.
 
-    def __init__(self, url: str, token: str = "", told: Callable[[str], None] = lambda _: None) -> None:
+    url: of the server; http if it names no scheme.
+    token: the bearer token; empty for none.
+    notify: is called with each message for the user.
+    """
+
+    def __init__(self, url: str, token: str = "", notify: Callable[[str], None] = lambda _: None) -> None:
         try:
             parts = urllib.parse.urlsplit(url if "://" in url else "http://" + url)
-            good = url.isascii() and parts.scheme in ("http", "https") and parts.port != 0
-        except ValueError:  # brackets, or a port that is none
-            good = False
-        if not good or not parts.hostname:
-            raise UsageError(f"{url!r} is no http or https URL")
-        self._url, self._token, self._told = parts.geturl().rstrip("/"), token, told
-
-        class NoRedirect(urllib.request.HTTPRedirectHandler):
-            """urllib would take the token along to another host."""
-
-            def redirect_request(self, *_: Any) -> None:
-                return None
-
-        class Answer(http.client.HTTPResponse):
-            """An answer that ends. Its methods raise BrokenProtocol, OSError."""
-
-            def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
-                self._received = _Metered(sock)
-                super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
-
-            def begin(self) -> None:
-                _read_http(self._received, super().begin)
-                if self._received.ended:  # http.client takes that for the end of the head
-                    raise ConnectionError("the connection broke")
-
-            def read(self, amt: int | None = None) -> bytes:
-                return bytes(_read_http(self._received, super().read, amt))
-
-            def read1(self, n: int = -1) -> bytes:
-                self._received.renew()
-                return bytes(_read_http(self._received, super().read1, n))
-
-        class Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-            """urllib with such answers."""
-
-            def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
-                def connect(*arguments: Any, **options: Any) -> Any:
-                    connection = http_class(*arguments, **options)
-                    connection.response_class = Answer
-                    return connection
-
-                return super().do_open(connect, req, **named)
-
-        loopback = parts.hostname == "localhost" or parts.hostname.startswith("127.") or parts.hostname == "::1"
-        self._opener = urllib.request.build_opener(
-            NoRedirect, Opener, *([urllib.request.ProxyHandler({})] if loopback else [])
-        )
+            host = parts.hostname or ""
+            valid = url.isascii() and parts.scheme in ("http", "https") and parts.port != 0 and host
+        except ValueError:  # brackets, or an invalid port
+            valid = False
+        if not valid:
+            raise UsageError(f"{url!r} is not an http or https URL")
+        self._url = parts.geturl().rstrip("/")
+        self._token = token
+        self._notify = notify
+        self._opener = _build_opener(not (host in ("localhost", "::1") or host.startswith("127.")))
 
     def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """The response, to be closed. Raises RemoteError, with the status of an HTTP error."""
+        """Return the response, which the caller closes. Raises RemoteError, with the status of an HTTP error."""
         request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
         if self._token:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
@@ -8369,94 +8399,98 @@ class Service:
             raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
-            raise RemoteError(
-                f"{self._url}: {getattr(reason, 'strerror', None) or reason}",
-                hint="is `confbuild serve` running there?",
-            ) from None
+            text = f"{self._url}: {getattr(reason, 'strerror', None) or reason}"
+            raise RemoteError(text, hint="is `confbuild serve` running there?") from None
 
-    def json(self, method: str, path: str) -> Any:
-        """The JSON of an answer."""
-        with self.open(method, path) as answer:
-            try:
-                return parse_json(answer.read(MAX_JSON + 1), "answer")
-            except (Malformed, OSError) as e:
-                raise BrokenProtocol(f"{e}") from None
-
-    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
-        """The status of one job, or of several."""
-        answer = self.json(method, path)
-        found = answer if several and isinstance(answer, list) else [answer]
-        for job in found:
-            if not isinstance(job, dict) or not all(
-                isinstance(job.get(name), str) for name in ("job_id", "status", "submitted_at")
-            ):
-                raise BrokenProtocol("a status that is none")
-        return found
-
-    def attestation(self, nonce: str) -> bytes:
-        """evidence.json of the VM that waits there. nonce: 32 hexadecimal digits."""
-        with self.open("GET", f"/attestation?nonce={nonce}") as answer:
+    def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
+        """Return the body of the answer, at most MAX_JSON + 1 bytes of it."""
+        with self.open(method, path, body, headers) as answer:
             try:
                 return bytes(answer.read(MAX_JSON + 1))
             except OSError as e:
-                raise RemoteError(f"{self._url}: {e}") from None
+                raise BrokenProtocol(f"{method} {path}: {e}") from None
+
+    def json(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+        """Return the JSON of the answer."""
+        try:
+            return parse_json(self._ask(method, path, body, headers), "answer")
+        except Malformed as e:
+            raise BrokenProtocol(f"{e}") from None
+
+    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
+        """Return the status of the job at path, or of several jobs."""
+        answer = self.json(method, path)
+        found = answer if several and isinstance(answer, list) else [answer]
+        for job in found:
+            names = ("job_id", "status", "submitted_at")
+            if not isinstance(job, dict) or not all(isinstance(job.get(name), str) for name in names):
+                raise BrokenProtocol(f"{method} {path}: invalid status of a job")
+        return found
+
+    def attestation(self, nonce: str) -> bytes:
+        """Return evidence.json of a VM that waits there for a build. nonce: 32 hexadecimal digits."""
+        return self._ask("GET", f"/attestation?nonce={nonce}")
 
     def submit(self, request: BuildRequest, archive: str | None) -> str:
-        """The id of the accepted job."""
+        """Return the id of the accepted job. archive: the path of the source, or None for a repository."""
         body, size = request_body(request, archive)
-        with self.open(
-            "POST", "/build", body, {"Content-Type": "application/json", "Content-Length": str(size)}
-        ) as answer:
-            try:
-                job_id = parse_json(answer.read(MIB), "answer")["job_id"]
-            except (Malformed, KeyError, TypeError, OSError):
-                job_id = None
+        headers = {"Content-Type": "application/json", "Content-Length": str(size)}
+        answer = self.json("POST", "/build", body, headers)
+        job_id = answer.get("job_id") if isinstance(answer, dict) else None
         if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
-            raise BrokenProtocol("no job_id")
+            raise BrokenProtocol("POST /build: no job_id")
         return job_id
 
     def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
-        """The events after the first start ones, each once, to `complete`, over lost connections: after one the stream is taken
-        up where it broke, with exponential back-off and jitter, for RECONNECT_S."""
-        position, delay, lost_at, base, told = start, 0.0, None, 0.25, False
+        """Yield the events after the first `start`, each once, up to `complete`.
+
+        After a lost connection, the stream is resumed where it broke. Attempts are repeated with exponential back-off
+        and jitter, for RECONNECT_S.
+        """
+        position = start
+        delay_s = 0.0
+        retry_s = 0.25
+        lost_at: float | None = None  # None: something has come since the last loss
+        notified = False  # of this loss
         while True:
+            path = f"/build/{job_id}/events?from={position}"
             try:
-                with self.open(
-                    "GET", f"/build/{job_id}/events?from={position}", headers={"Accept": "text/event-stream"}
-                ) as stream:
+                with self.open("GET", path, headers={"Accept": "text/event-stream"}) as stream:
                     if stream.status == 204:
                         return
                     if stream.headers.get_content_type() != "text/event-stream":
-                        raise BrokenProtocol("no event stream")
+                        raise BrokenProtocol(f"GET {path}: not an event stream")
                     parser = EventStreamParser()
                     for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
                         lost_at = None  # a comment is a sign of life, too
                         for event in parser.feed(block):
-                            position, doc = _next_event(event, position)
-                            delay, told = 0.0, False
+                            doc = _parse_event(event, position)
+                            position += 1
+                            delay_s = 0.0
+                            notified = False
                             yield doc
                             if doc["type"] == "complete":
                                 return
-                        base = parser.retry_s or base
+                        retry_s = parser.retry_s or retry_s
             except RemoteError as e:
                 if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
                     raise
             except OSError:
                 pass  # the connection broke
             now = time.monotonic()
-            if lost_at is None:
-                lost_at = now
-            if not told:
-                told = True
-                self._told(f"the connection was lost after event {position}; resuming")
+            lost_at = now if lost_at is None else lost_at
+            if not notified:
+                notified = True
+                self._notify(f"the connection was lost after event {position}; resuming")
             if now - lost_at > RECONNECT_S:
                 raise RemoteError(f"{self._url}: lost for {RECONNECT_S:.0f} s, after event {position}")
-            delay = min(30.0, max(base, 2 * delay))
-            time.sleep(delay * (0.5 + secrets.randbelow(512) / 1024))
+            delay_s = min(30.0, max(retry_s, 2 * delay_s))
+            time.sleep(delay_s * (0.5 + secrets.randbelow(512) / 1024))
 
     def download(self, job_id: str, path: str) -> None:
-        """Write the archive of a finished build to path. Raises OSError if path cannot be written."""
-        digest, size = hashlib.sha256(), 0
+        """Write the archive of a finished build to path. Raises ResultTooLarge; OSError if path cannot be written."""
+        digest = hashlib.sha256()
+        size = 0
 
         def read() -> bytes:
             try:
@@ -8465,51 +8499,51 @@ class Service:
                 raise RemoteError(f"the download broke off after {size} bytes: {e}") from None
 
         with self.open("GET", f"/build/{job_id}/result") as answer, open(path, "wb") as f:
-            announced = answer.headers.get("Content-Length")
             for block in iter(read, b""):
                 f.write(block)
                 digest.update(block)
                 size += len(block)
                 if size > MAX_RESULT:
-                    raise BrokenProtocol(f"a result of more than {MAX_RESULT} bytes")
-            wanted = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", answer.headers.get("Repr-Digest", ""))
-        if (
-            announced is not None
-            and str(size) != announced
-            or wanted
-            and base64.b64encode(digest.digest()).decode("ascii") != wanted[1]
-        ):
-            raise RemoteError("the download is not what the server announced")
+                    raise ResultTooLarge(f"the result has more than {MAX_RESULT} bytes")
+            headers = answer.headers
+        announced = re.search(r"sha-256=:([A-Za-z0-9+/=]+):", headers.get("Repr-Digest", ""))
+        found = base64.b64encode(digest.digest()).decode("ascii")
+        if headers.get("Content-Length", str(size)) != str(size) or announced and announced[1] != found:
+            raise RemoteError(f"the download of {size} bytes is not what the server announced")
 
 
-def _next_event(event: StreamEvent, position: int) -> tuple[int, dict[str, Any]]:
-    """(events so far, the object) of an event. A server without ids (Kettle's) is counted, one with ids is checked."""
+def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
+    """Return the object of the event after `position` events. Kettle's server sends no ids. Raises BrokenProtocol."""
     try:
         doc = parse_json(event.data.encode("utf-8"), "event", 32)
     except (Malformed, UnicodeEncodeError) as e:
         raise BrokenProtocol(f"{e}") from None
     if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
-        raise BrokenProtocol("an event without a type")
+        raise BrokenProtocol(f"event {position + 1}: no type")
     if event.id not in ("", str(position + 1)):
         raise BrokenProtocol(f"event {event.id[:20]} after event {position}")
-    return position + 1, doc
+    return doc
 
 
 # endregion 28
 # ==============================================================================
 # region 29. Agent         [uses 13, 14, 16, 17, 18, 19, 21, 23, 24, 25, 26, 27]
 # ==============================================================================
-# What runs inside of a VM: the same API, single-use, with the pipeline behind it.  It lives as long as its standard input, on which
-# its configuration comes: of a simulated VM a pipe, of a guest a virtio-serial port (region 27).
+# The program that runs inside a VM: the same API, single-use, with the pipeline behind it.  It reads its configuration
+# from standard input and lives until that ends.  The fetcher is another child of the server, with the same life: it
+# fetches a repository for a VM without a network.
 #
-# Thread "lifeline": started by serve_agent and run_fetcher, ends the process, also if it cannot read.
+# Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends or cannot be
+# read, since whoever started this process is then dead or needs it no more.
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def _start_lifeline(end: Callable[[], None]) -> None:
-    """end is called, by another thread, when stdin ends: whoever started this process is dead, or wants no more of it."""
+    """Call end, in the thread "lifeline", when standard input ends."""
 
     def follow() -> None:
-        with survive("standard input"):
+        with survive("cannot read standard input"):
             while sys.stdin.buffer.read(1):
                 pass
         end()
@@ -8518,61 +8552,71 @@ def _start_lifeline(end: Callable[[], None]) -> None:
 
 
 def _kill_and_sweep(workspace: str) -> NoReturn:
-    """Whatever this process has started is dead, and it becomes one that removes workspace."""
-    with survive("what a build has started may live on"):
+    """Kill every process that this one has started, and become the command that removes workspace."""
+    with survive("processes of a build may live on"):
         kill_all(lambda: descendants(os.getpid()))
-    os.execv(
-        sys.executable, [*own_program(), "sweep", workspace]
-    )  # ends the other threads, which may still write there
+    # Ends the other threads, which may still write there.
+    os.execv(sys.executable, [*own_program(), "sweep", workspace])
+
+
+def _read_configuration() -> dict[str, Any]:
+    """Protect this process, and return its configuration, a line of JSON on standard input."""
+    if guard_process():
+        # SimulatedVm.destroy stops this process before it kills it. If the server dies in between, this signal wakes
+        # it, and the lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+    return dict(json.loads(sys.stdin.buffer.readline()))
 
 
 def serve_agent(
     config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]
 ) -> None:
-    """Print the port on stdout, and serve until stdin ends; then end() is called, from another thread. workspace: of one build. config: token, policy."""
+    """Serve the API of one build: print the port on stdout, and serve until standard input ends.
+
+    config: `token`, the bearer token, and `policy`, the fields of a SourcePolicy.
+    workspace: the directory of the build, with the folders that it writes in.
+    end: is called by the thread "lifeline" when standard input has ended.
+    """
     _start_lifeline(end)
-    policy, streamer = SourcePolicy(**config["policy"]), Streamer()
+    policy = SourcePolicy(**config["policy"])
+    streamer = Streamer()
+    state = os.path.join(workspace, "agent")
+    reserve = os.path.join(state, "reserve")
 
     def build(_: Jobs, job: Job) -> str:
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
-        max_log = shutil.disk_usage(own).free // 2  # the rest is for what is told in the end
+        max_log = shutil.disk_usage(state).free // 2  # the rest is for the final events
 
         def emit(phase: str, messages: Sequence[str]) -> None:
             if log.size > max_log:
-                raise BuildFailed(
-                    "LimitError", f"the build's log has more than {max_log} bytes, half of the room in its VM"
-                )
+                reason = f"the build's log has more than {max_log} bytes, half of the free disk of its VM"
+                raise BuildFailed("LimitError", reason)
             log.append(to_payloads(phase, messages))
 
         try:
             with open(reserve, "wb") as f:
-                f.write(bytes(MIB))  # room to say in the end what has happened
+                f.write(bytes(MIB))  # room for the final events, if the build fills the disk
             return Pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit).run()
         except (BuildFailed, OSError) as e:
             if not lacks_room(e, workspace):
                 raise
             for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
-                with contextlib.suppress(
-                    OSError
-                ):  # a guest's build owns its files, but fills another disk than the agent's
+                # In a guest the build's user owns its files; they fill another disk than the agent's.
+                with contextlib.suppress(OSError):
                     remove_tree(os.path.join(workspace, name))
-            raise BuildFailed(
-                "LimitError",
-                f"the disk of the VM, which is {TMPDIR} or a guest's memory, is full: {getattr(e, 'strerror', e)}",
-            ) from None
+            reason = f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {getattr(e, 'strerror', e)}"
+            raise BuildFailed("LimitError", reason) from None
         finally:
             remove_tree(reserve)
 
     def attest(nonce: str) -> bytes:
         evidence = attester.attest(waiting_report_data(nonce))
-        jobs.check_open()  # after it: what it says of a VM that waits was true when it was made
+        jobs.check_open()  # afterwards: the VM was still waiting when the evidence was made
         return evidence
 
-    own = os.path.join(workspace, "agent")
-    reserve = os.path.join(own, "reserve")
-    jobs = Jobs(own, build, streamer.grown, single_use=True)
+    jobs = Jobs(state, build, streamer.grown, single_use=True)
     api = Api(jobs, policy, {}, attest)
     server = Server(address, api, AccessPolicy([config["token"]], ["127.0.0.1"]), streamer)
     jobs.start()
@@ -8582,117 +8626,108 @@ def serve_agent(
 
 
 def run_agent() -> None:
-    """The agent of a simulated VM: read the configuration, one line of JSON on stdin; print the port, and serve until stdin ends. Then everything
-    that the build has started is dead, and this process becomes one that removes the workspace, its current directory."""
+    """Run the agent of a simulated VM in the current directory, its workspace, until standard input ends.
+
+    Then kill everything that the build has started, and remove the workspace.
+    """
     workspace = os.getcwd()
-    guard_process()
+
+    def end() -> None:
+        _kill_and_sweep(workspace)
+
     try:
-        config = json.loads(sys.stdin.buffer.readline())
+        config = _read_configuration()
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
-        serve_agent(
-            config,
-            workspace,
-            ("127.0.0.1", 0),
-            Attester(SIMULATED_BUILDER, simulated_evidence),
-            lambda: _kill_and_sweep(workspace),
-        )
+        attester = Attester(SIMULATED_BUILDER, simulated_evidence)
+        serve_agent(config, workspace, ("127.0.0.1", 0), attester, end)
     finally:
-        _kill_and_sweep(workspace)
+        end()
 
 
 def run_fetcher() -> None:
-    """What fetches a repository for a guest that has no network, on the host but in a process of its own: read the configuration and the request, a
-    line of JSON each, on stdin; print the name of the archive with its depth-1 history, or what failed, as a line of JSON on stdout."""
+    """Fetch a repository into the current directory, its workspace, and stay until standard input ends.
+
+    The configuration has `policy`, the fields of a SourcePolicy, `repo_url` and `repo_ref`. The archive, with a history
+    of depth 1, is source.tar.gz. Standard output gets a line of JSON: `name`, or `error` and `error_type`.
+    """
     workspace = os.getcwd()
-    guard_process()
-    config = json.loads(sys.stdin.buffer.readline())
-    policy, url, ref = SourcePolicy(**config["policy"]), config["repo_url"], config["repo_ref"]
+    config = _read_configuration()
+    policy = SourcePolicy(**config["policy"])
     _start_lifeline(lambda: _kill_and_sweep(workspace))
-    name = repository_name(url)
+    name = repository_name(config["repo_url"])
+    root, archive = os.path.join(workspace, name), os.path.join(workspace, "source.tar.gz")
     try:
-        root = os.path.join(workspace, name)
-        fetch_git(url, ref, root, os.environ, policy.schemes, policy.loopback, policy.max_unpacked)
-        write_source(os.path.join(workspace, "source.tar.gz"), root, name, walk_files(root), history=True)
+        env, schemes = os.environ, policy.schemes
+        fetch_git(config["repo_url"], config["repo_ref"], root, env, schemes, policy.loopback, policy.max_unpacked)
+        write_source(archive, root, name, walk_files(root), history=True)
+        if os.path.getsize(archive) > policy.max_archive:
+            raise limit_error(f"the repository packs to more than {policy.max_archive} bytes")
         answer = {"name": name}
     except (BuildFailed, OSError) as e:
-        full, reason = lacks_room(e, workspace), getattr(e, "strerror", str(e))
-        answer = {
-            "error": f"the disk of {TMPDIR} is full: {reason}" if full else reason,
-            "error_type": "LimitError" if full else getattr(e, "error_type", "VmError"),
-        }
+        reason = getattr(e, "strerror", str(e))
+        answer = {"error": reason, "error_type": getattr(e, "error_type", "VmError")}
+        if lacks_room(e, workspace):
+            answer = {"error": f"the disk of {TMPDIR} is full: {reason}", "error_type": "LimitError"}
     sys.stdout.write(compact_json(answer) + "\n")
     sys.stdout.flush()
-    threading.Event().wait()  # until the lifeline ends
+    threading.Event().wait()  # until the lifeline ends this process
 
 
 # endregion 29
 # ==============================================================================
-# region 30. VMs               [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
+# region 30. VMs                  [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
 # ==============================================================================
-# The host side never runs a build.  A VM does: it is started, answers the HTTP API of section 25 as a single-use agent, and is
-# destroyed.  There are two kinds: a guest of QEMU (section 23), and the simulated VM, a child process of this same file in a session and a
-# workspace of its own, whose builds run as the server's user, in a sandbox (section 13) that protects the host as far as its kernel can.
+# The server never runs a build.  A VM does: it is spawned, answers the API as a single-use agent on a loopback port, and
+# is destroyed.  Each kind of VM is a Platform and a class with the methods of Vm.  The simulated VM is a child process
+# of this same file with a session and a workspace of its own; its builds run as the server's user, in a sandbox that
+# protects the server as far as its kernel can.
 #
-# Timers: one per running build, for its time limit; ends with it.  Thread "spares": started by VmHost.start, starts the VMs that wait for
-# a build (a guest dies with the thread that started it: this one, or a slot, lives as long as the server), ends by VmHost.stop.  Neither
-# dies of an exception.
-# Lock order: VmHost._changed or _spawning, then a VM's _lock; a VM's _telling, then EventLog._lock.  SimulatedVm._reading is held alone.
-
-
-def make_workspace(disk: str, folder: str | None = None) -> str:
-    """Make a new folder for a VM, on disk, and return its path. Raises BuildFailed LimitError if the disk is full, else VmError."""
-    try:
-        with room_on(disk):
-            return os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
-    except OSError as e:
-        raise BuildFailed("VmError", f"there is no folder for the VM: {e.strerror}") from None
-
-
-def _is_running(child: "subprocess.Popen[bytes] | None") -> bool:
-    """Whether child has not ended. It is not reaped: its id stays its own until it is waited for."""
-    try:
-        return child is not None and os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
-        return False  # somebody has reaped it
-
-
-def _configure(child: "subprocess.Popen[bytes]", config: Mapping[str, Any]) -> None:
-    """Write config, a line of JSON, to child's standard input, which stays open. Raises BuildFailed VmError."""
-    line = compact_json(config).encode("ascii") + b"\n"
-    if len(line) > 64 * KIB:  # what a pipe takes without waiting, and all that a guest reads
-        raise BuildFailed("VmError", f"the VM's configuration has more than {64 * KIB} bytes")
-    try:
-        _pipe(child.stdin).write(line)
-        _pipe(child.stdin).flush()
-    except BrokenPipeError:
-        pass  # it has ended, and wait_ready tells so
-
-
-def _close(child: "subprocess.Popen[bytes]") -> None:
-    """child's standard input has ended."""
-    try:
-        _pipe(child.stdin).close()
-    except OSError:
-        pass  # it holds what nobody has read
-
+# VmHost runs jobs in VMs.  Whatever a VM sends is checked: its events, its failures, its bundle.
+#
+# Threads: a timer for each running build, for its time limit; it ends with the build.  "spares", started by
+# VmHost.start, boots the VMs that wait for a build; it ends by VmHost.stop.  No exception ends either of them.
+# A VM dies with the *thread* that spawned it, which is "spares" or a slot of Jobs: both live as long as the server.
+# Lock order: VmHost._changed or _spawning, then Vm._lock.
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
-HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: what happens to a VM, not in it
-# A `build` event: of plain characters only, which was looked at before, or with escapes, those of surrogates in pairs.
+MAX_WAITING = 32  # requests at a time that wait for a VM: each holds a thread of the server
+MAX_CONFIGURATION = 64 * KIB  # the capacity of a pipe, so that writing it never waits
+MAX_EVENT = 2 * MIB
+_HOST_PHASES = frozenset(("queued", "vm"))  # events that only the server emits
+_HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
+# A `build` event: without escapes; or with escapes, those of surrogates in pairs.
 _PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
 _BUILD_EVENT = re.compile(
-    r'id: \d+\ndata: \{"type":"build","msg":"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u(?:[0-9a-ce-f][0-9a-f]{3}|d[0-7][0-9a-f]{2}|d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}))[ !#-\[\]-~]*)*)"\}\n\n'
+    r"""
+    id:\ \d+\n data:\ \{"type":"build","msg":"
+    (
+        [ !\#-\[\]-~]*                                  # printable ASCII, no quotation mark, no backslash
+        (?:
+            \\ (?:
+                ["\\/bfnrt]
+                | u (?:
+                    [0-9a-ce-f][0-9a-f]{3}              # a UTF-16 code unit that is not a surrogate
+                    | d[0-7][0-9a-f]{2}
+                    | d[89ab][0-9a-f]{2} \\ud[c-f][0-9a-f]{2}
+                )
+            )
+            [ !\#-\[\]-~]*
+        )*
+    )
+    "\}\n\n
+    """,
+    re.VERBOSE,
 )
 
 
 class Platform(NamedTuple):
-    """A kind of VM: one row for each.
+    """A kind of VM; each is one row.
 
     name: in GET /config and in the agent's configuration.
     builder_id: the builder.id of its provenance. [CONTRACT 3.3]
-    greeting: the comment at the head of each event stream; empty for none.
-    notice: the notice of GET /config; empty for none.
+    greeting: the comment at the head of each event stream; empty for none. [CONTRACT 1.7]
+    notice: the notice of GET /config; empty for none. [CONTRACT 1.13]
     label: the start of its `vm` events; empty if it emits none. [CONTRACT 1.8]
     confidential: its evidence must come from hardware and match the server's image.
     boot_timeout_s: the default time limit for its start.
@@ -8708,8 +8743,8 @@ class Platform(NamedTuple):
 
     def expectations(self, facts: ImageFacts | None) -> Expectations:
         """Return what a server requires of the bundles of its own VMs. facts: of the image that they boot."""
-        confidential = self.confidential
-        return Expectations(builder_id=self.builder_id, image=facts if confidential else None, require_tee=confidential)
+        image = facts if self.confidential else None
+        return Expectations(builder_id=self.builder_id, image=image, require_tee=self.confidential)
 
 
 SIMULATED_PLATFORM = Platform(
@@ -8721,43 +8756,153 @@ SIMULATED_PLATFORM = Platform(
 )
 
 
-class Vm(Protocol):
-    """A VM that runs one build: it is spawned, answers the HTTP API on a loopback port as a single-use agent, and is destroyed."""
+class Vm:
+    """A VM that runs one build: a child process with a workspace. Subclasses start the process and say how it ends.
 
-    token: str  # the bearer token that its agent asks for
-    port: int  # 0 until it is ready
-    console: Callable[[str], None] | None  # is called with what the VM prints while it boots
+    platform: its row.
+    networked: whether it can fetch a repository.
+    config: what its agent is told besides the token.
+    disk: the disk of the workspace, for error messages: TMPDIR or STATE.
+    folder: the directory of the workspace; None for TMPDIR.
+    Raises BuildFailed VmError, or LimitError if the disk is full.
+    """
 
-    @property
-    def platform(self) -> Platform:
-        """Its row of the table."""
+    def __init__(
+        self,
+        platform: Platform,
+        networked: bool,
+        config: Mapping[str, Any],
+        disk: str = TMPDIR,
+        folder: str | None = None,
+    ) -> None:
+        self.platform = platform
+        self.networked = networked
+        self.token = secrets.token_urlsafe(32)  # the bearer token of its agent
+        self.port = 0  # of its agent, on the loopback interface; 0 until it is ready
+        self.console_log = ""  # the path that gets its console when it is destroyed; empty for none
+        try:
+            with room_on(disk):
+                self.workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
+        except OSError as e:
+            raise BuildFailed("VmError", f"cannot make a workspace for the VM: {e.strerror}") from None
+        self._disk = disk
+        self._config = {"token": self.token, **config}
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._gone = False  # guarded by _lock
 
-    @property
-    def networked(self) -> bool:
-        """Whether it can fetch a repository."""
+    def _start_locked(self) -> "subprocess.Popen[bytes]":
+        """Caller must hold _lock. Start the process, with pipes for stdin and stdout."""
+        raise NotImplementedError
+
+    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
+        """Caller must hold _lock. Kill child, which is not reaped yet, and what it has started."""
+        raise NotImplementedError
+
+    def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
+        """Let child end by itself, for a bounded time."""
+
+    def _host_port(self, port: int, timeout_s: float) -> int:
+        """Return the port of this machine that leads to the agent's. Raises BuildFailed VmError."""
+        return port
 
     def spawn(self) -> int:
-        """Start it, and return its process id. Raises BuildFailed VmError."""
+        """Start the VM and return its process id.
+
+        Only for a thread that lives as long as the VM may: the kernel signals a child when the thread ends that
+        started it (prctl(2), PR_SET_PDEATHSIG).
+        Raises BuildFailed VmError, or LimitError if the disk is full.
+        """
+        line = compact_json(self._config).encode("ascii") + b"\n"
+        if len(line) > MAX_CONFIGURATION:
+            raise BuildFailed("VmError", f"the VM's configuration has more than {MAX_CONFIGURATION} bytes")
+        with self._lock:
+            if self._gone:
+                raise BuildFailed("VmError", "the VM was destroyed before it was started")
+            try:
+                with room_on(self._disk):
+                    self._child = child = self._start_locked()
+            except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
+                raise BuildFailed("VmError", f"the VM cannot be started: {e}") from None
+            try:
+                _pipe(child.stdin).write(line)
+                _pipe(child.stdin).flush()  # and it stays open: its end tells the agent to end
+            except BrokenPipeError:
+                pass  # it has ended, and wait_ready says so
+            return child.pid
+
+    def read_line(self, timeout_s: float) -> bytes:
+        """Return the first line that the VM prints, shorter if it has ended. For one caller.
+
+        Raises BuildFailed VmError, or LimitError if it has ended and the disk is full.
+        """
+        with self._lock:
+            child = self._child
+            if child is None or child.stdout is None:
+                raise BuildFailed("VmError", "the VM is gone")
+            stdout, child.stdout = child.stdout, None  # so that destroy does not close it under the reader
+        line, deadline = b"", time.monotonic() + timeout_s
+        with stdout, selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while not line.endswith(b"\n") and len(line) < MAX_LINE:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
+                block = os.read(stdout.fileno(), BLOCK)
+                if not block:
+                    break
+                line += block
+        if not line and not has_room(self.workspace):
+            raise BuildFailed("LimitError", f"the disk of {self._disk} is full")
+        return line
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Wait until its agent answers. Raises BuildFailed VmError."""
-
-    def hush(self) -> None:
-        """Call console no more."""
+        """Wait until the agent answers on port. Raises BuildFailed VmError, or LimitError if the disk is full."""
+        line = self.read_line(timeout_s)
+        if not line:
+            raise BuildFailed("VmError", "the VM ended while it booted")
+        if not re.fullmatch(rb"\d{1,5}\n", line):
+            raise BuildFailed("VmError", f"the VM's agent printed {line[:16]!r}, not its port")
+        self.port = self._host_port(int(line), timeout_s)
 
     def is_alive(self) -> bool:
-        """Return whether it may still answer."""
+        """Return whether the process may still answer, without reaping it: its id stays its own."""
+        with self._lock:
+            try:
+                options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                return self._child is not None and os.waitid(os.P_PID, self._child.pid, options) is None
+            except ChildProcessError:
+                return False  # another thread has reaped it
 
     def destroy(self, clean: bool = False) -> None:
-        """End it and remove what it has left. Any thread, any number of times. clean: it may power itself off."""
+        """End the VM and everything that it has started, and remove its workspace. For any thread, any number of times.
+
+        clean: let it end by itself first; a call without clean cuts that short.
+        """
+        with self._lock:
+            self._gone = True
+            child = self._child
+        if clean and child is not None:
+            self._power_off(child)
+        with self._lock:
+            child, self._child = self._child, None
+            if child is not None:
+                self._kill_locked(child)
+                child.wait()
+                for stream in filter(None, (child.stdin, child.stdout)):
+                    with contextlib.suppress(OSError):  # bytes that the VM has not read
+                        stream.close()
+            with survive(f"cannot remove {self.workspace}"):
+                remove_tree(self.workspace)
 
 
-class SimulatedVm:
-    """A child process that stands in for a confidential VM. env: further names of the server's environment that a build may see; command, config: of
-    a child with another task than a build; sandbox: of what the build starts."""
+class SimulatedVm(Vm):
+    """A child process that stands in for a confidential VM; also the fetcher, which is no VM but has the same life.
 
-    platform, networked = SIMULATED_PLATFORM, True
-    console: Callable[[str], None] | None = None
+    env: more names of the server's environment that a build may see.
+    command: the hidden command that the process runs.
+    config: what the command is told besides the token and the policy.
+    sandbox: of the programs that a build runs; None for none.
+    """
 
     def __init__(
         self,
@@ -8767,106 +8912,41 @@ class SimulatedVm:
         config: Mapping[str, Any] | None = None,
         sandbox: Sandbox | None = None,
     ) -> None:
-        self.token = secrets.token_urlsafe(32)
-        self.port = 0  # of the loopback interface, once it is ready
-        self.workspace = make_workspace(TMPDIR)
-        self.policy, self._env, self._command, self._config = (
-            policy,
-            build_environment(self.workspace, os.environ, env),
-            command,
-            {**(config or {}), "sandbox": sandbox and sandbox._asdict()},
-        )
+        told = {"policy": policy._asdict(), "sandbox": sandbox and sandbox._asdict(), **(config or {})}
+        super().__init__(SIMULATED_PLATFORM, True, told)
+        self._env = build_environment(self.workspace, os.environ, env)
+        self._command = command
         self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
-        self._lock = threading.Lock()
-        self._reading = (
-            threading.Lock()
-        )  # its holder reads what the child says, or closes it; never held together with _lock
-        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._gone = False  # guarded by _lock
 
-    def spawn(self) -> int:
-        """The process id of the VM, which begins to boot. Raises BuildFailed VmError."""
-        with self._lock:
-            if self._gone:
-                raise BuildFailed("VmError", "the VM was destroyed before it was started")
-            with room_on(TMPDIR):
-                for folder in BUILD_FOLDERS:
-                    os.mkdir(os.path.join(self.workspace, folder), 0o700)
-            self._child = subprocess.Popen(
-                [*own_program(), self._command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                cwd=self.workspace,
-                env=self._env,
-                start_new_session=True,
-                pass_fds=self._fds,
-            )
-            config = {"token": self.token, "policy": self.policy._asdict(), **self._config}
-            _configure(self._child, config)  # which ends with the server, and tells the agent so
-            return self._child.pid
+    def _start_locked(self) -> "subprocess.Popen[bytes]":
+        for folder in BUILD_FOLDERS:
+            os.mkdir(os.path.join(self.workspace, folder), 0o700)
+        return subprocess.Popen(
+            [*own_program(), self._command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=self.workspace,
+            env=self._env,
+            start_new_session=True,
+            pass_fds=self._fds,
+        )
 
-    def read_line(self, timeout_s: float) -> bytes:
-        """The one line that the child says. Raises BuildFailed VmError, and LimitError if it has ended for want of room."""
-        with self._lock:
-            child = self._child
-        line, deadline = b"", time.monotonic() + timeout_s
-        with self._reading, selectors.DefaultSelector() as selector:
-            if child is None or _pipe(child.stdout).closed:
-                raise BuildFailed("VmError", "the VM is gone")
-            selector.register(_pipe(child.stdout), selectors.EVENT_READ)
-            while not line.endswith(b"\n") and len(line) < 64 * KIB:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-                block = os.read(_pipe(child.stdout).fileno(), BLOCK)
-                if not block:
-                    break
-                line += block
-        if not line and not has_room(self.workspace):
-            raise BuildFailed("LimitError", f"the disk of {TMPDIR} is full")
-        return line
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """The agent answers on port. Raises BuildFailed VmError."""
-        line = self.read_line(timeout_s)
-        if not re.fullmatch(rb"\d{1,5}\n", line):
-            raise BuildFailed("VmError", "the VM ended while it booted")
-        self.port = int(line)
-
-    def hush(self) -> None:
-        """It says nothing while it boots."""
-
-    def is_alive(self) -> bool:
-        """Whether it may still answer."""
-        with self._lock:
-            return _is_running(self._child)
-
-    def destroy(self, clean: bool = False) -> None:
-        """The VM, everything that it has started and its workspace are gone. Any thread, any number of times. clean: of guests only."""
-        with self._lock:
-            self._gone = True
-            child, self._child = self._child, None
-            if child is not None:
-                with survive("what a VM has started may live on"):
-                    os.kill(child.pid, signal.SIGSTOP)  # not reaped yet, so the id is still its own
-                    kill_all(lambda: descendants(child.pid))
-                child.kill()
-                child.wait()
-                _close(child)
-            with survive(f"{self.workspace} is not removed"):
-                remove_tree(self.workspace)
-        if child is not None:
-            # Whoever reads has seen the end by now. A file that is closed during a read would never wake the reader.
-            with self._reading:
-                _pipe(child.stdout).close()
-
-
-MAX_WAITING = 32  # questions at a time that wait for a VM: each has a thread of the server
+    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
+        with survive("processes of a build may live on"):
+            os.kill(child.pid, signal.SIGSTOP)  # so that it starts nothing more
+            kill_all(lambda: descendants(child.pid))
+        child.kill()
 
 
 class VmHost:
-    """Runs jobs in VMs, each in a fresh one. make_vm: a VM that is not started; make_fetcher: url and ref -> the process that fetches a repository for a
-    VM without a network; reap: this process is a child subreaper that has no children but VMs, so any other is what a VM has left behind; warm: how
-    many VMs wait for a build; expected: of every bundle, beside the job's nonce."""
+    """Runs jobs in VMs, each in a fresh one.
+
+    make_vm: makes a VM that is not started.
+    make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
+    warm: how many VMs wait for a build.
+    reap: this process is a child subreaper whose only children are VMs; any other is what a VM has left behind.
+    expected: what every bundle must fulfil, besides the job's nonce.
+    """
 
     def __init__(
         self,
@@ -8877,29 +8957,27 @@ class VmHost:
         max_log: int = MAX_LOG,
         reap: bool = False,
         warm: int = 0,
-        expected: Expectations = Expectations(),
-    ) -> None:  # noqa: B008  # immutable
-        tempfile.gettempdir()  # found while there is room: on a full disk it finds none, for no reason that it gives
-        self._make_vm, self._make_fetcher, self._boot_timeout_s, self._build_timeout_s = (
-            make_vm,
-            make_fetcher,
-            boot_timeout_s,
-            build_timeout_s,
-        )
-        self._max_log, self._reap, self._warm, self._expected = max_log, reap, warm, expected
+        expected: Expectations = Expectations(),  # noqa: B008  # immutable
+    ) -> None:
+        tempfile.gettempdir()  # looked up while there is room: on a full disk it raises another error
+        self._make_vm = make_vm
+        self._make_fetcher = make_fetcher
+        self._boot_timeout_s = boot_timeout_s
+        self._build_timeout_s = build_timeout_s
+        self._max_log = max_log
+        self._reap = reap
+        self._warm = warm
+        self._expected = expected
         self._spawning = threading.Lock()
         self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
-        self._foreign = (
-            frozenset(descendants(os.getpid())) if reap else frozenset()
-        )  # who exec'ed us had children of its own
+        # The program that exec'ed this one may have had children of its own.
+        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()
         self._changed = threading.Condition()
-        self._spares: list[Vm] = []  # guarded by _changed; ready, and nobody's
-        self._booting: Vm | None = None  # guarded by _changed; what will be a spare
-        self._waiting = 0  # guarded by _changed; how many wait for a spare, whatever warm is
-        self._failures, self._failure = (
-            0,
-            "",
-        )  # guarded by _changed; how many spares did not boot, and why the last did not
+        self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
+        self._booting: Vm | None = None  # guarded by _changed; the next spare
+        self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is
+        self._failures = 0  # guarded by _changed; spares that did not boot
+        self._failure = ""  # guarded by _changed; why the last one did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -8908,23 +8986,21 @@ class VmHost:
         self._thread.start()
 
     def stop(self) -> None:
-        """No spare is left, and none will be."""
+        """Destroy the spares, and make no more."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = self._spares + [vm for vm in [self._booting] if vm is not None], []
+            spares, self._spares = [*self._spares, *filter(None, [self._booting])], []
             self._changed.notify_all()
         for vm in spares:
             self._destroy(vm)
         self._thread.join(self._boot_timeout_s)
 
-    def _boot(self, vm: Vm) -> None:
-        """vm is ready. Raises BuildFailed VmError."""
+    def _spawn(self, vm: Vm) -> None:
         with self._spawning:
             self._alive[vm] = vm.spawn()
-        vm.wait_ready(self._boot_timeout_s)
 
     def _destroy(self, vm: Vm, clean: bool = False) -> None:
-        """vm is gone, and what it has left behind."""
+        """Destroy vm, and kill what it has left behind."""
         with survive("a VM is not destroyed"):
             vm.destroy(clean)
         with survive("what a VM has left behind may live on"):
@@ -8933,8 +9009,24 @@ class VmHost:
         with self._spawning:
             self._alive.pop(vm, None)
 
+    def _kill_strays(self) -> None:
+        """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent."""
+
+        def strays() -> list[int]:
+            with self._spawning:
+                # One look: what a VM starts between two would be taken for a stray. Its processes are never our children.
+                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
+
+        kill_all(strays)
+        with self._spawning:  # what was killed here, or lost its parent before, is our child now
+            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
+                with contextlib.suppress(ChildProcessError):  # its own parent reaps it
+                    os.waitpid(pid, os.WNOHANG)
+
+    # ---- Spares.
+
     def _living_locked(self) -> list[Vm]:
-        """Caller must hold _changed. The spares that still live."""
+        """Caller must hold _changed. Return the spares that are alive."""
         return [vm for vm in self._spares if vm.is_alive()]
 
     def _lacks_spares_locked(self) -> bool:
@@ -8942,28 +9034,27 @@ class VmHost:
         return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
 
     def _keep_spares(self) -> None:
-        """The thread "spares"."""
+        """Run the thread "spares"."""
         going = True
         while going:
             try:
                 going = self._tend_spares()
-            except Exception as e:  # noqa: BLE001  # a full disk, no thread more: of whatever kind, this thread goes on
+            except Exception as e:  # noqa: BLE001  # a full disk, no more threads: whatever it is, this thread goes on
                 with self._changed:
                     if not self._stopping:
                         logger().error("no VM waits for a build: %s", e or type(e).__name__)
-                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._failures += 1
+                    self._failure = str(e) or type(e).__name__
                     self._changed.notify_all()
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
     def _tend_spares(self) -> bool:
-        """Wait until a spare has died or one more is wanted, and see to it. False: this stops. Raises whatever the making of a VM raises."""
+        """Wait until a spare has died or another one is wanted, and act. Return False if this stops."""
         with self._changed:
             dead = [vm for vm in self._spares if not vm.is_alive()]
             self._spares = [vm for vm in self._spares if vm not in dead]
-            if not dead:
-                self._changed.wait_for(
-                    lambda: self._stopping or self._lacks_spares_locked(), 1.0
-                )  # and look whether all still live
+            if not dead:  # look again every second whether all are alive
+                self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)
             if self._stopping:
                 return False
             wanted = self._lacks_spares_locked()
@@ -8975,14 +9066,15 @@ class VmHost:
         return True
 
     def _add_spare(self) -> None:
-        """One spare more, unless this stops meanwhile. Raises whatever its making raises."""
+        """Boot one more spare, unless this stops meanwhile."""
         vm, ready = self._make_vm(), False
         try:
             with self._changed:
                 if self._stopping:
                     return
                 self._booting = vm
-            self._boot(vm)
+            self._spawn(vm)
+            vm.wait_ready(self._boot_timeout_s)
             with self._changed:
                 ready = not self._stopping
                 if ready:
@@ -8995,7 +9087,7 @@ class VmHost:
                 self._destroy(vm)
 
     def _take_spare(self) -> Vm | None:
-        """A VM that is ready, which nobody else gets."""
+        """Return a VM that is ready and that no other caller gets, or None."""
         with self._changed:
             vm = next(iter(self._living_locked()), None)
             if vm is not None:
@@ -9004,11 +9096,12 @@ class VmHost:
         return vm
 
     def _await_spare(self) -> Vm:
-        """A VM that waits for a build, and goes on waiting; where none does, one is booted. Raises BuildFailed VmError."""
+        """Return a VM that waits for a build, without taking it; boot one if there is none. Raises BuildFailed VmError."""
         with self._changed:
             if self._waiting == MAX_WAITING:
-                raise BuildFailed("VmError", f"{MAX_WAITING} others wait for a VM")
-            before, self._waiting = self._failures, self._waiting + 1
+                raise BuildFailed("VmError", f"{MAX_WAITING} other requests wait for a VM")
+            before = self._failures
+            self._waiting += 1
             self._changed.notify_all()
             try:
                 self._changed.wait_for(
@@ -9021,8 +9114,14 @@ class VmHost:
                 return vm
             raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
 
+    # ---- Requests and jobs.
+
     def attestation(self, nonce: str) -> bytes:
-        """evidence.json of a VM that waits for a build; where none does, one is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
+        """Return evidence.json of a VM that waits for a build; boot one if there is none.
+
+        nonce: 32 hexadecimal digits.
+        Raises BuildFailed.
+        """
         attempts = 0
         while True:
             vm, attempts = self._await_spare(), attempts + 1
@@ -9034,27 +9133,21 @@ class VmHost:
                         raise  # else a build has taken it meanwhile, or it has died
 
     @staticmethod
-    def _ask_evidence(vm: Vm, nonce: str) -> bytes:
-        """evidence.json of vm. Raises BuildFailed."""
-        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=60)
+    def _client(vm: Vm) -> ApiClient:
+        return ApiClient(f"http://127.0.0.1:{vm.port}", vm.token)
+
+    def _ask_evidence(self, vm: Vm, nonce: str) -> bytes:
+        """Return evidence.json of vm. Raises BuildFailed."""
         try:
-            connection.request("GET", f"/attestation?nonce={nonce}", headers={"Authorization": f"Bearer {vm.token}"})
-            answer = connection.getresponse()
-            data = answer.read(MAX_JSON + 1)
-            doc = parse_json(data, "evidence of the VM")
-            if answer.status != 200:
-                raise BuildFailed(
-                    "AttestationError",
-                    f"the VM does not attest: {str(doc.get('detail') if isinstance(doc, dict) else doc)[:500]}",
-                )
-            return data
-        except (OSError, http.client.HTTPException, Malformed) as e:
-            raise BuildFailed("VmError", f"the VM does not attest: {e or type(e).__name__}") from None
-        finally:
-            connection.close()
+            evidence = self._client(vm).attestation(nonce)
+            parse_json(evidence, "evidence of the VM")
+        except (RemoteError, Malformed) as e:
+            error_type = "AttestationError" if getattr(e, "status", 0) else "VmError"
+            raise BuildFailed(error_type, f"the VM does not attest: {e}") from None
+        return evidence
 
     def run(self, jobs: Jobs, job: Job) -> str:
-        """Build the job in a VM; the path of its archive, which has been verified. Raises BuildFailed."""
+        """Build the job in a VM and return the path of its verified archive. Raises BuildFailed."""
         seconds = self._build_timeout_s
 
         def expire() -> None:
@@ -9063,10 +9156,10 @@ class VmHost:
 
         timer = threading.Timer(seconds, expire)
         timer.daemon = True
+        request, source = job.request, job.source
         fetcher, built = None, False
         vm = self._take_spare() or self._make_vm()
         try:
-            request, source = job.request, job.source
             if request.repo_url and not vm.networked:
                 timer.start()
                 fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
@@ -9074,24 +9167,23 @@ class VmHost:
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
             jobs.when_halted(job, vm.destroy)
-            if (
-                vm.port and not vm.is_alive()
-            ):  # a spare that has died meanwhile: the build was accepted, and gets another VM
+            if vm.port and not vm.is_alive():  # a spare that has died: the build was accepted, so it gets another VM
                 self._destroy(vm)
                 vm = self._make_vm()
                 jobs.when_halted(job, vm.destroy)
+            vm.console_log = os.path.join(job.folder, "console.log")
             if not vm.port:
                 self._tell(job, vm, "booting")
-                self._boot(vm)
+                self._spawn(vm)
+                vm.wait_ready(self._boot_timeout_s)
             self._tell(job, vm, "ready")
             if fetcher is None:
                 timer.start()
             path = self._drive(vm, job, request, source)
             built = True
             return path
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            reason = "its answer broke off" if isinstance(e, http.client.IncompleteRead) else str(e) or type(e).__name__
-            raise BuildFailed("VmError", f"the VM went away: {reason}") from None
+        except (OSError, ValueError, RemoteError) as e:
+            raise BuildFailed("VmError", f"the VM failed: {str(e) or type(e).__name__}") from None
         finally:
             timer.cancel()
             if fetcher is not None:
@@ -9101,106 +9193,74 @@ class VmHost:
     @staticmethod
     @room_on(STATE)
     def _tell(job: Job, vm: Vm, message: str) -> None:
-        """A `vm` event, of kinds of VMs that have such."""
+        """Emit a `vm` event, if vm's platform has any."""
         if vm.platform.label and job.log is not None:
             job.log.append(to_payloads("vm", [f"{vm.platform.label}: {message}"]))
 
     def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
-        """The request for the fetched repository as an archive, and that. Raises BuildFailed."""
-        with self._spawning:
-            self._alive[fetcher] = fetcher.spawn()
-        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b"{}")
+        """Return the request for the fetched repository as an archive, and the archive's path. Raises BuildFailed."""
+        self._spawn(fetcher)
+        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b'{"error": "the fetcher has ended"}')
         if "name" not in answer:
-            raise BuildFailed(
-                answer.get("error_type", "VmError"), answer.get("error", "what fetches the repository has ended")
-            )
-        archive = os.path.join(fetcher.workspace, "source.tar.gz")
-        if os.path.getsize(archive) > fetcher.policy.max_archive:
-            raise limit_error(f"the repository packs to more than {fetcher.policy.max_archive} bytes")
-        return BuildRequest(request.nonce, source_name=answer["name"] + ".tar.gz"), archive
-
-    def _kill_strays(self) -> None:
-        """Kill what outlived its VM's agent, which only happens where the build has killed the agent."""
-
-        def strays() -> list[int]:
-            with self._spawning:
-                # One look: what a VM starts between two would be taken for a stray. Its processes are never our own children.
-                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
-
-        kill_all(strays)
-        with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
-                try:
-                    os.waitpid(pid, os.WNOHANG)
-                except ChildProcessError:
-                    pass  # its own parent reaps it
+            raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
+        name = answer["name"] + ".tar.gz"
+        return BuildRequest(request.nonce, source_name=name), os.path.join(fetcher.workspace, "source.tar.gz")
 
     @room_on(STATE)
     def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
-        """Submit the request to the agent, relay its events, fetch and verify its archive."""
-        headers = {"Authorization": f"Bearer {vm.token}"}
-        connection = http.client.HTTPConnection("127.0.0.1", vm.port, timeout=120)
+        """Submit request to the agent, relay its events, and return the path of its verified archive.
+
+        source: the path of the source, or None for a repository.
+        Raises BuildFailed, RemoteError, OSError, ValueError.
+        """
+        log, agent = job.log, self._client(vm)
+        if log is None:
+            raise ValueError("a running job has a log")
         try:
-            body, size = request_body(request, source)
-            connection.request(
-                "POST", "/build", body, {**headers, "Content-Type": "application/json", "Content-Length": str(size)}
-            )
-            answer = connection.getresponse()
-            doc = parse_json(answer.read(MIB), "answer of the VM")
-            if (
-                answer.status != 200
-                or not isinstance(doc, dict)
-                or not re.fullmatch(r"[0-9a-f-]{36}", str(doc.get("job_id")))
-            ):
-                raise BuildFailed(
-                    "LimitError" if answer.status == 507 else "VmError",
-                    f"the VM did not take the build: {answer.status} {compact_json(doc)[:500]}",
-                )
-            path = f"/build/{doc['job_id']}"
-            connection.request("GET", path + "/events", headers=headers)
-            failure = (
-                relay_events(connection.getresponse(), job.log, self._max_log, job.id) if job.log is not None else None
-            )
-            connection.close()
-            if failure is not None:
-                raise failure
-            connection.request("GET", path + "/result", headers=headers)
-            answer = connection.getresponse()
-            if answer.status != 200:
-                raise BuildFailed("VmError", f"the VM has no result: status {answer.status}")
-            return _fetch_result(answer, job, self._expected._replace(nonce=request.nonce))
-        finally:
-            connection.close()
+            agent_job = agent.submit(request, source)
+        except RemoteError as e:
+            error_type = "LimitError" if e.status == http.HTTPStatus.INSUFFICIENT_STORAGE else "VmError"
+            raise BuildFailed(error_type, f"the VM did not accept the build: {e}") from None
+        with agent.open("GET", f"/build/{agent_job}/events") as stream:
+            failure = relay_events(stream, log, self._max_log, job.id)
+        if failure is not None:
+            raise failure
+        expected = self._expected._replace(nonce=request.nonce)
+        return fetch_result(agent, agent_job, os.path.join(job.folder, "result.tmp"), expected)
 
 
-def relay_events(
-    response: "http.client.HTTPResponse", log: EventLog, max_log: int, name: str = ""
-) -> BuildFailed | None:
-    """Append the agent's events to log until its `complete`, and return the failure that it tells, or None.
+def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
+    """Append the agent's events to log up to its `complete`, and return the failure that this reports, or None.
 
-    What comes is checked, not believed: known phases that never run backwards, exactly their keys.  `queued` and `vm` are the host's to
-    say: they are dropped, and this server's log tells so once, with name, the job's.  Raises BuildFailed VmError for a stream that breaks
-    off or is none, LimitError beyond max_log bytes, those of what is dropped among them."""
-    text, reached, room, noted = "", PHASES.index("detect"), max_log - log.size, False
+    The events are not trusted: their phases are known and never run backwards, and they have exactly their keys. `queued`
+    and `vm` events are dropped, since only the server may emit them; its own log says so once.
+    stream: the response, with read1().
+    max_log: bytes of the log, and of the dropped events.
+    name: the job's id.
+    Raises BuildFailed VmError, or LimitError beyond max_log; OSError, ValueError.
+    """
+    text = ""
+    reached = PHASES.index("detect")
+    room = max_log - log.size
+    warned = False
     while True:
-        block = response.read1(BLOCK)
+        block = stream.read1(BLOCK)
         if not block:
             raise BuildFailed("VmError", "the VM ended in the middle of the build")
         room -= len(block)
         if room < 0:
             raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
         text += block.decode("ascii")
-        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # what came before has none
-        if len(text) - end > 2 * MIB:
-            raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+        end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # the text before has none
+        if len(text) - end > MAX_EVENT:
+            raise BuildFailed("VmError", f"the VM sent an event of more than {MAX_EVENT} bytes")
         if end < 2:
             continue
         frames, text = text[:end], text[end:]
         plain = not frames.encode("ascii").translate(None, UNESCAPED + b'\n"')
         messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
-        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(
-            messages
-        ):  # nearly every block is all build events
+        # Nearly every block has nothing but build events.
+        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):
             reached = PHASES.index("build")
             log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
             continue
@@ -9210,86 +9270,63 @@ def relay_events(
             event = parse_json(frame.partition("\ndata: ")[2].encode("ascii"), "event of the VM", 32)
             kind = event.get("type") if isinstance(event, dict) else None
             if kind == "complete":
-                return _told_failure(event)
-            if kind in ("queued", "vm"):
-                if not noted and event != {"type": "queued", "position": 0}:  # which every agent says, of its own queue
-                    noted = True
-                    logger().warning(
-                        "job %s: the VM said what only its host may say, which is dropped: %.200a", name, event
-                    )
+                return _parse_complete(event)
+            if isinstance(kind, str) and kind in _HOST_PHASES:
+                # Every agent emits this one, of its own queue.
+                if not warned and event != {"type": "queued", "position": 0}:
+                    warned = True
+                    logger().warning("job %s: dropped an event that only the server may emit: %.200a", name, event)
                 continue
-            if (
-                kind is None
-                or set(event) != {"type", "msg"}
-                or event["type"] not in PHASES[reached:]
-                or not isinstance(event["msg"], str)
-            ):
-                raise BuildFailed("VmError", f"the VM sent an event that is none: {compact_json(event)[:200]}")
-            reached, payloads = PHASES.index(event["type"]), to_payloads(event["type"], [event["msg"]])
-            if len(payloads.parts[0]) > 2 * MIB:  # as the log writes it, which escapes more than others
-                raise BuildFailed("VmError", "the VM sent an event of more than 2 MiB")
+            if kind not in PHASES[reached:] or event.keys() != {"type", "msg"} or not isinstance(event["msg"], str):
+                raise BuildFailed("VmError", f"the VM sent an invalid event: {compact_json(event)[:200]}")
+            reached, payloads = PHASES.index(kind), to_payloads(kind, [event["msg"]])
+            if len(payloads.parts[0]) > MAX_EVENT:  # in the log, whose escapes are longer
+                raise BuildFailed("VmError", f"the VM sent an event of more than {MAX_EVENT} bytes")
             log.append(payloads)
 
 
-def _told_failure(event: Mapping[str, Any]) -> BuildFailed | None:
-    """What a `complete` event tells."""
+def _parse_complete(event: Mapping[str, Any]) -> BuildFailed | None:
+    """Return the failure that a `complete` event reports, or None. Raises BuildFailed VmError if it is invalid."""
+    result = event.get("result")
     if event == {"type": "complete", "result": {"status": "ok"}}:
         return None
-    outcome = event.get("result")
     if (
-        set(event) != {"type", "result"}
-        or not isinstance(outcome, dict)
-        or set(outcome) != {"status", "error", "error_type"}
-        or not (
-            outcome["status"] == "failed"
-            and isinstance(outcome["error"], str)
-            and isinstance(outcome["error_type"], str)
-        )
-        or (outcome["error_type"] not in FAILURES)
+        event != {"type": "complete", "result": result}
+        or not isinstance(result, dict)
+        or result.keys() != {"status", "error", "error_type"}
+        or not all(isinstance(value, str) for value in result.values())
+        or result["status"] != "failed"
+        or result["error_type"] not in FAILURES
     ):
-        raise BuildFailed("VmError", "the VM ended the build with a result that is none")
-    if outcome["error_type"] in HOST_FAILURES:
-        raise BuildFailed(
-            "VmError",
-            f"the VM ended the build with {outcome['error_type']}, which only its host can say: {outcome['error']}",
-        )
-    return BuildFailed(
-        outcome["error_type"], ("in the VM: " if outcome["error_type"] == "InternalError" else "") + outcome["error"]
-    )
+        raise BuildFailed("VmError", f"the VM sent an invalid result: {compact_json(event)[:200]}")
+    error_type, error = result["error_type"], result["error"]
+    if error_type in _HOST_FAILURES:
+        raise BuildFailed("VmError", f"the VM reported {error_type}, which only the server may report: {error}")
+    return BuildFailed(error_type, f"in the VM: {error}" if error_type == "InternalError" else error)
 
 
-def _fetch_result(answer: "http.client.HTTPResponse", job: Job, expected: Expectations) -> str:
-    """The path of the archive in answer, once it is a bundle that is as expected. Raises BuildFailed."""
-    path = os.path.join(job.folder, "result.tmp")
+def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectations) -> str:
+    """Download the archive of agent's job to path and return path, if its bundle verifies; else remove it.
+
+    Raises BuildFailed; RemoteError if the download fails; OSError if path cannot be written.
+    """
+    verified = False
     try:
-        return _check_result(answer, path, expected)
-    except BaseException:
-        remove_tree(path)
-        raise
-
-
-def _check_result(answer: "http.client.HTTPResponse", path: str, expected: Expectations) -> str:
-    """path, which holds what _fetch_result promises."""
-    size = 0
-    with open(path, "wb") as f:
-        for block in iter(lambda: answer.read1(BLOCK), b""):
-            size += len(block)
-            if size > MAX_RESULT:
-                raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes")
-            f.write(block)
-    if str(size) != answer.headers.get("Content-Length"):
-        raise BuildFailed("VmError", f"the VM's result broke off after {size} bytes")
-    try:
+        agent.download(agent_job, path)
         verdict = verify_bundle(read_bundle(path), expected, datetime.now(timezone.utc))
+        verified = verdict.verdict != "failed"
+    except ResultTooLarge:
+        raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes") from None
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
-    failed = [
-        check.name + (f" ({check.detail})" if check.name == "VEK form" else "")
-        for check in verdict.checks
-        if check.status == "failed"
-    ]
-    if verdict.verdict == "failed":
-        raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(failed)}")
+    finally:
+        if not verified:
+            remove_tree(path)
+    if not verified:
+        failed = [check for check in verdict.checks if check.status == "failed"]
+        # The detail of that check names the certificate that is missing.
+        names = [f"{check.name} ({check.detail})" if check.name == "VEK form" else check.name for check in failed]
+        raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(names)}")
     return path
 
 
@@ -10284,30 +10321,28 @@ def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
 
 # endregion 31
 # ==============================================================================
-# region 32. QEMU                                  [uses 10, 13, 15, 16, 30, 31]
+# region 32. QEMU                          [uses 10, 13, 15, 16, 28, 29, 30, 31]
 # ==============================================================================
-# A guest as a child process: QEMU's argument vector (a pure function), what this machine needs for it, and its life.
+# A guest as a child process: what this machine needs for it, QEMU's argument vector (a pure function), and QemuVm.
 #
-# Nothing here makes a guest confidential: the processor does, and only the agent's evidence shows it.  The host, this section
-# with it, can read and change whatever a guest says or hears.
+# Nothing here makes a guest confidential: the processor does, and only the agent's evidence shows it.  The server, and
+# so this section, can read and change whatever a guest sends or receives.
 #
-# The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console and QEMU's own words
-# come through QEMU's standard error: bytes of a guest that nobody trusts, so always read and never kept without a bound.
+# The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console
+# and QEMU's messages come through QEMU's standard error.  Nobody trusts them: they are always read, and never kept
+# without a bound.
 #
-# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU says; ends with QEMU. A callback that raises is not
-# called again, and a thread that cannot read ends the wait for the guest.
+# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU writes to standard error; ends with
+# QEMU.  If it fails, nothing waits for it.
 
 QEMU = "qemu-system-x86_64"
-GUEST_PORT = 8080  # of the agent, inside of the guest
-MAX_CONSOLE = MIB  # of a guest's console, kept in its workspace
+GUEST_PORT = 8080  # of the agent, inside the guest
+MAX_CONSOLE = MIB  # bytes of a guest's console that are kept
 POWER_OFF_S = 5.0  # for a guest whose standard input has ended; a prototype needed 0.2
 LAST_LINES = 8  # of the console, in an error message
-FIRMWARE_QEMU = (
-    10,
-    0,
-)  # the first that hands the kernel's file to the firmware as it is (fw_cfg etc/boot/kernel), so that its hash can fit
+# The first QEMU that gives the kernel's file to the firmware unchanged (fw_cfg etc/boot/kernel), so that its hash fits.
+FIRMWARE_QEMU = (10, 0)
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_SOCKET_PATH = 107  # unix(7): sun_path has 108 bytes with the NUL
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # Modern virtio through the guest's DMA API: under SNP by pages that it shares with its host.
@@ -10316,10 +10351,8 @@ _SNP_POLICY = 0x30000  # bit 17 is always 1, bit 16 allows SMT; no debugging, no
 _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES, _KVM_X86_SNP_VM = 0xAE03, 235, 4  # linux/kvm.h, asm/kvm.h
 _SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
 _TCG_WARNING = f"{QEMU}: warning: TCG doesn't support requested feature"  # a dozen for each emulated guest
-_CONSOLE_NOISE = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]"
-)  # terminal sequences, and whatever else could steer a terminal
-
+# Terminal sequences, and whatever else could control a terminal.
+_CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]")
 
 QEMU_PLATFORM = Platform(
     "qemu",
@@ -10333,9 +10366,13 @@ GUEST_PLATFORMS = {platform.name: platform for platform in (QEMU_PLATFORM, SNP_P
 
 
 class Guest(NamedTuple):
-    """A virtual machine for QEMU. platform: SNP_PLATFORM, or QEMU_PLATFORM: emulated; network: the guest reaches the network, and with it
-    its host's loopback interface; cbitpos: of this machine's processor, see sev_cpuid; firmware: False where QEMU boots the kernel itself
-    and nothing measures it, only of QEMU_PLATFORM."""
+    """A virtual machine for QEMU.
+
+    platform: SNP_PLATFORM; or QEMU_PLATFORM, whose guests are emulated.
+    network: the guest reaches the network, and with it its host's loopback interface.
+    cbitpos: the position of the C-bit on this machine's processor; see sev_cpuid.
+    firmware: False if QEMU boots the kernel itself, unmeasured; only for QEMU_PLATFORM.
+    """
 
     platform: Platform
     image: Image
@@ -10348,90 +10385,65 @@ class Guest(NamedTuple):
 
 
 def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashes_gpa: int = 0) -> list[str]:
-    """The argument vector of guest, with the agent at standard input and output. Pure. qmp: the path of QEMU's monitor, a unix socket;
-    console: the file that gets what the guest prints; hashes_page, hashes_gpa: a file, and where an emulated guest has it for the firmware
-    to compare kernel, initrd and command line with. For SEV-SNP guests QEMU makes that page itself."""
+    """Return the argument vector of guest, whose agent is at standard input and output. Pure.
+
+    qmp: the path of QEMU's monitor, a unix socket.
+    console: the file that gets what the guest prints.
+    hashes_page, hashes_gpa: the file and guest address of the page with which the firmware of an emulated guest
+        compares kernel, initrd and command line. For SEV-SNP guests QEMU makes that page itself.
+    """
 
     def quoted(path: str) -> str:
         return path.replace(",", ",,")  # a single one separates QEMU's options
 
-    image, memory = guest.image, f"{guest.memory_mib}M"
-    argv = [QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", _SANDBOX]
+    image, memory, vcpu_type = guest.image, f"{guest.memory_mib}M", guest.vcpu_type
+    # fmt: off
     if guest.platform.confidential:
         host_data = base64.b64encode(bytes.fromhex(image.manifest_sha256)).decode("ascii")
-        argv += [
-            "-accel",
-            "kvm",
+        accelerator = [
+            "-accel", "kvm",
             "-machine",
             "q35,confidential-guest-support=sev0,memory-backend=ram0,kernel-irqchip=split,vmport=off,smm=off",
-            "-object",
-            f"memory-backend-memfd,id=ram0,size={memory},share=on,prealloc=off",
-            "-object",
-            (
-                f"sev-snp-guest,id=sev0,cbitpos={guest.cbitpos},reduced-phys-bits=1,policy={_SNP_POLICY:#x},kernel-hashes=on,"
-                f"host-data={host_data}"
-            ),
-            "-bios",
-            image.firmware,
+            "-object", f"memory-backend-memfd,id=ram0,size={memory},share=on,prealloc=off",
+            "-object", f"sev-snp-guest,id=sev0,cbitpos={guest.cbitpos},reduced-phys-bits=1,policy={_SNP_POLICY:#x},"
+                       f"kernel-hashes=on,host-data={host_data}",
+            "-bios", image.firmware,
         ]
     else:
-        argv += [
-            "-accel",
-            "tcg,tb-size=64",
-            "-machine",
-            "q35,vmport=off",
-        ]  # MiB of translated code: QEMU's default costs 280 MB for a seventh of the time
+        # MiB of translated code: QEMU's default costs 280 MB for a seventh of the time.
+        accelerator = ["-accel", "tcg,tb-size=64", "-machine", "q35,vmport=off"]
         if guest.firmware:
-            argv += [
-                "-bios",
-                image.firmware,
-                "-device",
-                f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on",
-            ]
-    kind = (
-        guest.vcpu_type if guest.platform.confidential or guest.firmware else "max"
-    )  # which an older QEMU knows as well; nothing measures it
+            loader = f"loader,file={quoted(hashes_page)},addr={hashes_gpa:#x},force-raw=on"
+            accelerator += ["-bios", image.firmware, "-device", loader]
+        else:
+            vcpu_type = "max"  # which an older QEMU knows as well; nothing measures it
     return [
-        *argv,
-        "-cpu",
-        kind,
-        "-smp",
-        str(guest.vcpus),
-        "-m",
-        memory,
-        "-kernel",
-        image.kernel,
-        "-initrd",
-        image.initrd,
-        "-append",
-        image.append,
-        "-blockdev",
-        f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
-        "-device",
-        f"virtio-blk-pci,drive=tools,{_VIRTIO}",
+        QEMU, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-sandbox", _SANDBOX,
+        *accelerator,
+        "-cpu", vcpu_type,
+        "-smp", str(guest.vcpus),
+        "-m", memory,
+        "-kernel", image.kernel,
+        "-initrd", image.initrd,
+        "-append", image.append,
+        "-blockdev", f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
+        "-device", f"virtio-blk-pci,drive=tools,{_VIRTIO}",
         "-netdev",
         f"user,id=net,restrict={'off' if guest.network else 'on'},hostfwd=tcp:127.0.0.1:0-10.0.2.15:{GUEST_PORT}",
-        "-device",
-        f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
-        "-device",
-        f"virtio-rng-pci,{_VIRTIO}",
-        "-chardev",
-        "stdio,id=agent,signal=off",
-        "-device",
-        f"virtio-serial-pci,{_VIRTIO}",
-        "-device",
-        "virtserialport,chardev=agent,name=confbuild",
-        "-chardev",
-        f"file,id=console,path={quoted(console)}",
-        "-serial",
-        "chardev:console",
-        "-qmp",
-        f"unix:{quoted(qmp)},server=on,wait=off",
+        "-device", f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
+        "-device", f"virtio-rng-pci,{_VIRTIO}",
+        "-chardev", "stdio,id=agent,signal=off",
+        "-device", f"virtio-serial-pci,{_VIRTIO}",
+        "-device", "virtserialport,chardev=agent,name=confbuild",
+        "-chardev", f"file,id=console,path={quoted(console)}",
+        "-serial", "chardev:console",
+        "-qmp", f"unix:{quoted(qmp)},server=on,wait=off",
     ]
+    # fmt: on
 
 
 def _ask_qemu(*arguments: str) -> tuple[int, bytes]:
-    """(exit status, stdout) of a QEMU that runs no guest; (-1, b"") where there is none."""
+    """Run QEMU without a guest and return (exit status, stdout); (-1, b"") if it is not installed."""
     try:
         return capture([QEMU, *arguments], "/", {"PATH": os.environ.get("PATH", os.defpath)}, MIB)[:2]
     except OSError:
@@ -10439,13 +10451,13 @@ def _ask_qemu(*arguments: str) -> tuple[int, bytes]:
 
 
 def qemu_version() -> tuple[int, int] | None:
-    """Major and minor version of the QEMU in PATH, or None."""
+    """Return the major and minor version of the QEMU in PATH, or None."""
     found = re.match(rb"QEMU emulator version (\d{1,4})\.(\d{1,4})", _ask_qemu("--version")[1])
     return (int(found[1]), int(found[2])) if found else None
 
 
-class Host(NamedTuple):
-    """Where this machine says what it can do; ioctl: (descriptor, request, argument) -> answer, or OSError."""
+class HostFiles(NamedTuple):
+    """The files in which the kernel tells what this machine can do, and fcntl.ioctl; tests replace them."""
 
     kvm: str = "/dev/kvm"
     sev_snp: str = "/sys/module/kvm_amd/parameters/sev_snp"
@@ -10469,48 +10481,51 @@ def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
     return (eax, ebx) if last >= _SEV_LEAF else (0, 0)
 
 
-def preflight(host: Host = Host()) -> list[Check]:  # noqa: B008  # immutable
-    """What an SEV-SNP guest needs of this machine: each Check has in `actual` what is wrong and in `detail` what to do about it. Starts nothing but a QEMU
-    that prints its version and its help."""
+def preflight(host: HostFiles = HostFiles()) -> list[Check]:  # noqa: B008  # immutable
+    """Check whether this machine can run SEV-SNP guests. Starts only a QEMU that prints its version and its help.
+
+    A failed Check has the problem in `actual`, and in `detail` what to do.
+    """
 
     def check(name: str, problem: str, remedy: str) -> Check:
         return Check(name, "failed" if problem else "passed", actual=problem, detail=remedy if problem else "")
 
     version = qemu_version()
-    found = (
-        f"{QEMU} is {version[0]}.{version[1]}, and has no sev-snp-guest" if version else f"there is no {QEMU} in PATH"
-    )
-    knows = _ask_qemu("-object", "sev-snp-guest,help")[0] == 0
-    eax, _ = sev_cpuid(host.cpuid)
-    processor_known = eax >> 4 & 1 or not os.access(host.cpuid, os.R_OK)  # else KVM alone decides
+    problem = f"there is no {QEMU} in PATH"
+    if _ask_qemu("-object", "sev-snp-guest,help")[0] == 0:
+        problem = ""
+    elif version:
+        problem = f"{QEMU} {version[0]}.{version[1]} does not support sev-snp-guest"
+    # If the file cannot be read, KVM alone decides: it answers for the processor, too.
+    lacks_snp = os.access(host.cpuid, os.R_OK) and not sev_cpuid(host.cpuid)[0] >> 4 & 1
     return [
-        check("QEMU", "" if knows else found, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
+        check("QEMU", problem, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
         check(
             "KVM",
             _kvm_problem(host),
-            "needs an AMD EPYC 7003 or later, Linux 6.11 or later on it, SEV-SNP turned on in its BIOS (SMEE, SNP memory "
+            "needs an AMD EPYC 7003 or later, Linux 6.11 or later, SEV-SNP enabled in the BIOS (SMEE, SNP memory "
             "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER",
         ),
         check(
             "kvm_amd",
             _parameter_problem(host.sev_snp),
-            "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` says why it turned SNP off",
+            "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` tells why it disabled SNP",
         ),
         check(
             "/dev/sev",
             _open_problem(host.sev),
-            'load ccp, and open the device to this user, by a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"',
+            'load ccp, and open the device to this user with a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"',
         ),
         check(
             "processor",
-            "" if processor_known else "CPUID 0x8000001F has no SEV-SNP",
-            "run on an AMD EPYC 7003 or later, not inside of another VM",
+            "CPUID 0x8000001F reports no SEV-SNP" if lacks_snp else "",
+            "run on an AMD EPYC 7003 or later, not inside another VM",
         ),
     ]
 
 
 def _open_problem(path: str) -> str:
-    """Why path cannot be read and written, or nothing."""
+    """Return why path cannot be opened for reading and writing, or ""."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as e:
@@ -10518,8 +10533,8 @@ def _open_problem(path: str) -> str:
     return ""
 
 
-def _kvm_problem(host: Host) -> str:
-    """Why KVM makes no SEV-SNP guests, or nothing. This is the decisive test: KVM answers for kernel, processor and BIOS."""
+def _kvm_problem(host: HostFiles) -> str:
+    """Return why KVM cannot make SEV-SNP guests, or "". This decides: KVM answers for kernel, processor and BIOS."""
     problem = _open_problem(host.kvm)
     if problem:
         return problem
@@ -10534,31 +10549,27 @@ def _kvm_problem(host: Host) -> str:
 
 
 def _parameter_problem(path: str) -> str:
-    """Why kvm_amd runs without SEV-SNP, or nothing."""
+    """Return why kvm_amd runs without SEV-SNP, or ""."""
     try:
         with open(path, "rb") as f:
             value = f.read(16).strip()
     except OSError as e:
         return f"{path}: {e.strerror}"
-    return "" if value in (b"Y", b"1") else f"{path} is {value.decode('ascii', 'replace')!r}"
+    return "" if value in (b"Y", b"1") else f"{path} is {value.decode('ascii', 'replace')!r}, expected 'Y'"
 
 
 def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> Any:
-    """What a command returns at QEMU's monitor, the unix socket at path. Raises BuildFailed VmError: refused, not QMP, or not within timeout_s.
-    [QMP]"""
-    deadline, rest = time.monotonic() + timeout_s, b""
+    """Run command at QEMU's monitor, the unix socket at path, and return its answer. [QMP]
+
+    Raises BuildFailed VmError if it is refused, the answer is not QMP, or timeout_s is over.
+    """
 
     def read() -> dict[str, Any]:
-        nonlocal rest
-        while b"\n" not in rest:
-            if len(rest) > MAX_LINE:
-                raise ValueError(f"a line of more than {MAX_LINE} bytes")
-            monitor.settimeout(max(deadline - time.monotonic(), 0.001))
-            block = monitor.recv(BLOCK)
-            if not block:
-                raise ValueError("it was closed")
-            rest += block
-        line, _, rest = rest.partition(b"\n")
+        line = stream.readline(MAX_LINE + 1)
+        if len(line) > MAX_LINE:
+            raise ValueError(f"a line of more than {MAX_LINE} bytes")
+        if not line.endswith(b"\n"):
+            raise ValueError("it was closed")
         message = parse_json(line, "message", 32)
         if not isinstance(message, dict):
             raise Malformed("message", "not an object")
@@ -10568,35 +10579,43 @@ def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> 
         with socket.socket(socket.AF_UNIX) as monitor:
             monitor.settimeout(timeout_s)
             monitor.connect(path)
-            if "QMP" not in read():
-                raise ValueError("it did not greet")
-            for name, values in (("qmp_capabilities", {}), (command, arguments)):
-                monitor.sendall(compact_json({"execute": name, "arguments": values}).encode("ascii") + b"\n")
-                answer = read()
-                while "event" in answer:
+            with io.BufferedReader(BoundedReader(monitor, timeout_s)) as stream:
+                if "QMP" not in read():
+                    raise ValueError("it did not greet")
+                for name, values in (("qmp_capabilities", {}), (command, arguments)):
+                    monitor.sendall(compact_json({"execute": name, "arguments": values}).encode("ascii") + b"\n")
                     answer = read()
-                if "return" not in answer:
-                    raise ValueError(f"{name}: {compact_json(answer)[:500]}")
-            return answer["return"]
-    except (OSError, ValueError) as e:
+                    while "event" in answer:
+                        answer = read()
+                    if "return" not in answer:
+                        raise ValueError(f"{name}: {compact_json(answer)[:500]}")
+                return answer["return"]
+    except (OSError, ValueError, BrokenProtocol) as e:
         raise BuildFailed("VmError", f"QEMU's monitor: {e}") from None
 
 
 def forwarded_port(usernet: Any) -> int:
-    """The port of this machine that leads to the agent, out of what QEMU prints for `info usernet`. Raises BuildFailed VmError."""
-    found = re.findall(
-        rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} ",
-        str(usernet),
-        re.MULTILINE,
-    )
+    """Return the port of this machine that leads to the agent. Raises BuildFailed VmError.
+
+    usernet: what the monitor prints for `info usernet`.
+    """
+    port = rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} "
+    found = re.findall(port, str(usernet), re.MULTILINE)
     if len(found) != 1:
-        raise BuildFailed("VmError", "QEMU does not say which port it forwards")
+        raise BuildFailed("VmError", "QEMU does not tell which port it forwards")
     return int(found[0])
 
 
+def console_text(line: str) -> str:
+    """Return a line of a guest's console as printable ASCII, at most 400 characters."""
+    return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
+
+
 def _bound_to_parent() -> Callable[[], None]:
-    """What a child does between fork and exec: it dies with the thread that forked it, and leaves no memory behind in a core file.  All is
-    looked up here, before the fork; after it a lock of another thread would stay locked."""
+    """Return a function for the child between fork and exec: it binds its life to its parent's and forbids core files.
+
+    Everything is looked up here, before the fork: after it, a lock of another thread would stay locked.
+    """
     prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
     parent, kill = os.getpid(), int(signal.SIGKILL)
 
@@ -10609,215 +10628,113 @@ def _bound_to_parent() -> Callable[[], None]:
     return bind
 
 
-class QemuVm:
-    """A guest of QEMU that is used once, with the interface of SimulatedVm. config: what its agent is told besides: `policy`, `vek`; folder: where its
-    workspace is made, which stays there if this process is killed. label: what `vm` events call it; console: is given the lines that the guest or
-    QEMU prints, by the thread "console", without control characters, as fast as they come."""
+class QemuVm(Vm):
+    """A guest of QEMU.
+
+    config: what its agent is told besides token, platform and network: `policy`, `vek`.
+    folder: the directory of its workspace, which remains there if this process is killed; None for TMPDIR.
+    """
 
     def __init__(self, guest: Guest, config: Mapping[str, Any], folder: str | None = None) -> None:
-        self.token = secrets.token_urlsafe(32)
-        self.platform, self.networked = guest.platform, guest.network
-        self.console: Callable[[str], None] | None = None  # guarded by _telling, once spawned
-        self._telling = threading.Lock()
-        self.port = 0  # of the loopback interface, once it is ready
-        self._guest, self._config = guest, config
-        self._disk = TMPDIR if folder is None else STATE
-        self._workspace = make_workspace(self._disk, folder)
-        self._monitor = os.path.join(self._workspace, "qmp")
-        self._spoken = threading.Event()  # _answer holds the agent's first line, or QEMU has ended
-        self._answer = b""  # written by "console" before _spoken
-        self._last: Sequence[str] = ()  # replaced, never changed, by "console"
+        told = {"platform": guest.platform.name, "network": "open" if guest.network else "none", **config}
+        super().__init__(guest.platform, guest.network, told, TMPDIR if folder is None else STATE, folder)
+        self._guest = guest
+        self._monitor = os.path.join(self.workspace, "qmp")
+        self._console = os.path.join(self.workspace, "console")
+        self._last: Sequence[str] = ()  # lines of the console; replaced, never changed, by "console"
         self._reader: threading.Thread | None = None  # set once, by spawn
-        self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._gone = False  # guarded by _lock
 
-    def spawn(self) -> int:
-        """The process id of QEMU, whose guest begins to boot. Only for a thread that lives as long as the VM may: the kernel kills QEMU with the
-        *thread* that started it (prctl(2), PR_SET_PDEATHSIG). Raises BuildFailed VmError."""
-        with self._lock:
-            if self._gone:
-                raise BuildFailed("VmError", "the VM was destroyed before it was started")
-            if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
-                raise BuildFailed(
-                    "VmError", f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name"
-                )
-            try:
-                with room_on(self._disk):
-                    argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
-                    kept = open(os.path.join(self._workspace, "console"), "wb", buffering=0)  # noqa: SIM115  # "console" closes it
-                try:
-                    child = subprocess.Popen(
-                        argv,
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.PIPE,
-                        cwd=self._workspace,
-                        env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self._workspace},
-                        start_new_session=True,
-                        preexec_fn=_bound_to_parent(),
-                    )
-                except BaseException:
-                    kept.close()
-                    raise
-            except (OSError, Malformed, subprocess.SubprocessError) as e:
-                raise BuildFailed("VmError", f"QEMU cannot be started: {e}") from None
-            self._child, said = child, (_pipe(child.stdout), _pipe(child.stderr), kept)
-            reader = threading.Thread(target=self._read_all, args=said, name="console", daemon=True)
-            try:
-                reader.start()
-            except RuntimeError as e:
-                for stream in said:
-                    stream.close()
-                raise BuildFailed("VmError", f"QEMU's console cannot be read: {e}") from None
-            self._reader = reader
-            config = {
-                "token": self.token,
-                "platform": self.platform.name,
-                "network": "open" if self._guest.network else "none",
-                **self._config,
-            }
-            _configure(child, config)  # whose end tells the guest to power off
-            return child.pid
+    def _start_locked(self) -> "subprocess.Popen[bytes]":
+        if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
+            raise ValueError(f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name")
+        argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
+        kept = open(self._console, "wb", buffering=0)  # noqa: SIM115  # "console" closes it
+        with contextlib.ExitStack() as unread:
+            unread.enter_context(kept)
+            # It is assigned here, so that destroy kills it even if no thread can be started.
+            self._child = child = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=self.workspace,
+                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self.workspace},
+                start_new_session=True,
+                preexec_fn=_bound_to_parent(),
+            )
+            console = unread.enter_context(_pipe(child.stderr))
+            reader = threading.Thread(target=self._read_console, args=(console, kept), name="console", daemon=True)
+            reader.start()
+            unread.pop_all()
+        self._reader = reader
+        return child
 
     def _write_hashes(self) -> tuple[str, int]:
-        """(path, address) of the page that SNP would measure, for an emulated guest with firmware."""
+        """Write the page of hashes for an emulated guest with firmware, and return its path and guest address."""
         image = self._guest.image
         if self.platform.confidential or not self._guest.firmware:
             return "", 0
         with open(image.firmware, "rb") as f:
             firmware = parse_firmware(f.read())
-        gpa, page = hashes_page(
-            firmware,
-            boot_hashes(
-                bytes.fromhex(file_sha256(image.kernel)), bytes.fromhex(file_sha256(image.initrd)), image.append
-            ),
-        )
-        path = os.path.join(self._workspace, "hashes")
+        kernel, initrd = (bytes.fromhex(file_sha256(path)) for path in (image.kernel, image.initrd))
+        gpa, page = hashes_page(firmware, boot_hashes(kernel, initrd, image.append))
+        path = os.path.join(self.workspace, "hashes")
         with open(path, "wb") as out:
             out.write(page)
         return path, gpa
 
-    def _read_all(self, agent: IO[bytes], console: IO[bytes], kept: IO[bytes]) -> None:
-        """The thread "console": all that QEMU says, until it ends."""
-        try:
-            with survive("a guest's console is not read any more"), agent, console, kept:
-                self._read_streams(agent, console, kept)
-        finally:
-            self._spoken.set()  # nobody waits for what will not come
-
-    def _read_streams(self, agent: IO[bytes], console: IO[bytes], kept: IO[bytes]) -> None:
+    def _read_console(self, console: IO[bytes], kept: IO[bytes]) -> None:
+        """Run the thread "console": keep the beginning of the console in a file, and its last lines."""
         splitter, room = LineSplitter(), MAX_CONSOLE
-        with selectors.DefaultSelector() as selector:
-            selector.register(agent, selectors.EVENT_READ)
-            selector.register(console, selectors.EVENT_READ)
-            while selector.get_map():
-                for key, _ in selector.select():
-                    block = os.read(key.fd, BLOCK)
-                    if key.fileobj is agent:
-                        self._answer += block[:64]
-                        if (
-                            not block or b"\n" in block or len(self._answer) > 16
-                        ):  # what the agent says later, nobody reads
-                            selector.unregister(agent)
-                            self._spoken.set()
-                        continue
-                    if not block:
-                        selector.unregister(console)
-                    try:
-                        room -= kept.write(block[:room]) or 0
-                    except OSError:
-                        room = 0  # a full disk; the guest goes on
-                    self._tell(splitter.feed(block) if block else splitter.end())
-
-    def _tell(self, lines: Sequence[str]) -> None:
-        """The last lines are remembered, and all handed on, until console raises."""
-        lines = [line for line in lines if not line.startswith(_TCG_WARNING)]
-        self._last = [*self._last, *lines][-LAST_LINES:]
-        with self._telling:
-            tell, self.console = self.console, None
-            if tell is not None:
-                with survive("a guest's console is not told any more"):
-                    for text in filter(None, map(console_text, lines)):
-                        tell(text)
-                    self.console = tell  # it has not raised
-
-    def _failure(self, what: str) -> BuildFailed:
-        """VmError, with the last words of QEMU and its guest."""
-        words = " | ".join(filter(None, map(console_text, self._last)))
-        return BuildFailed("VmError", what + (f"; its last words: {words}" if words else ""))
+        with survive("cannot read a guest's console"), console, kept:
+            block = b"-"
+            while block:
+                block = os.read(console.fileno(), BLOCK)
+                try:
+                    room -= kept.write(block[:room]) or 0
+                except OSError:
+                    room = 0  # a full disk; the guest goes on
+                lines = splitter.feed(block) if block else splitter.end()
+                lines = [line for line in lines if not line.startswith(_TCG_WARNING)]
+                self._last = [*self._last, *lines][-LAST_LINES:]
 
     def wait_ready(self, timeout_s: float) -> None:
-        """The agent answers on port. Raises BuildFailed VmError."""
-        with self._lock:
-            child = self._child
-        if child is None:
-            raise BuildFailed("VmError", "the VM is gone")
-        if not self._spoken.wait(timeout_s):
-            raise self._failure(f"the VM did not boot within {timeout_s:g} s")
-        if self._answer != b"%d\n" % GUEST_PORT:
-            self._join(5)  # QEMU's last words may still be on their way
-            raise self._failure(
-                f"the agent said {self._answer[:16]!r}, not its port"
-                if self._answer
-                else "the VM ended while it booted"
-            )
+        """Wait until the agent answers on port. Raises BuildFailed VmError, with the last lines of the console."""
         try:
-            self.port = forwarded_port(
-                ask_monitor(self._monitor, "human-monitor-command", timeout_s, **{"command-line": "info usernet"})
-            )
+            super().wait_ready(timeout_s)
         except BuildFailed as e:
-            raise self._failure(str(e)) from None
+            self._join(1)  # the last lines may still be on their way
+            lines = " | ".join(filter(None, map(console_text, self._last)))
+            raise BuildFailed(e.error_type, f"{e}; last lines of the console: {lines}" if lines else f"{e}") from None
 
-    def hush(self) -> None:
-        """From now on, console is not called."""
-        with self._telling:
-            self.console = None
-
-    def is_alive(self) -> bool:
-        """Whether it may still answer."""
-        with self._lock:
-            return _is_running(self._child)
-
-    def destroy(self, clean: bool = False) -> None:
-        """QEMU and its workspace are gone, and its console has told all. clean: the guest may power itself off first, for POWER_OFF_S. Any thread
-        but the console's, any number of times; one without clean puts an end to the waiting of another."""
-        with self._lock:
-            self._gone = True
-            child = self._child
-        if clean and child is not None:
-            self._power_off(child)
-        with self._lock:
-            child, self._child = self._child, None
-            if child is not None:
-                child.kill()  # not reaped yet, so the id is still its own
-                child.wait()
-                _close(child)
-            with survive(f"{self._workspace} is not removed"):
-                remove_tree(self._workspace)
-        self._join(POWER_OFF_S)
-        self.hush()  # where it is still reading
+    def _host_port(self, port: int, timeout_s: float) -> int:
+        if port != GUEST_PORT:
+            raise BuildFailed("VmError", f"the VM's agent listens on port {port}, not {GUEST_PORT}")
+        command = {"command-line": "info usernet"}
+        return forwarded_port(ask_monitor(self._monitor, "human-monitor-command", timeout_s, **command))
 
     def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
-        """QEMU has ended, or heeds neither its guest nor its monitor."""
-        _close(child)
+        with contextlib.suppress(OSError):
+            _pipe(child.stdin).close()  # tells the guest to power off
         if not self._join(POWER_OFF_S):
             try:
                 ask_monitor(self._monitor, "quit", 1)
             except BuildFailed:
-                return  # nothing but the kill is left
+                return  # only the kill is left
             self._join(1)
 
+    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
+        child.kill()
+        self._join(POWER_OFF_S)
+        if self.console_log:
+            with survive(f"{self.console_log} is not written"):
+                os.replace(self._console, self.console_log)
+
     def _join(self, timeout_s: float) -> bool:
-        """Whether all that QEMU says has been read within timeout_s, which is when it has ended."""
+        """Wait until the console has been read to its end, which is QEMU's end. Return False after timeout_s."""
         if self._reader is not None:
             self._reader.join(timeout_s)
         return self._reader is None or not self._reader.is_alive()
-
-
-def console_text(line: str) -> str:
-    """A line of a guest's console as it may be shown: printable ASCII, at most 400 characters."""
-    return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
 
 
 # endregion 32
@@ -12137,10 +12054,10 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> Service:
+def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> ApiClient:
     """The server that the options name."""
     token = (_read_tokens(options.token_file) or [""])[0] if options.token_file else ""
-    return Service(options.server, token, told)
+    return ApiClient(options.server, token, told)
 
 
 def _nonce(options: "argparse.Namespace") -> str | None:
@@ -12192,7 +12109,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         else:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
-            service = Service(running.url, token, lambda text: _note(display, text))
+            service = ApiClient(running.url, token, lambda text: _note(display, text))
             _note(
                 display,
                 machine.note
@@ -12240,7 +12157,9 @@ def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expect
     return Expectations(measurements=options.measurement or None, image=facts, require_tee=True)
 
 
-def _check_waiting_vm(service: Service, vm: Expectations, endorsements: Endorsements, display: Display | None) -> None:
+def _check_waiting_vm(
+    service: ApiClient, vm: Expectations, endorsements: Endorsements, display: Display | None
+) -> None:
     """Raise ConfbuildError unless the VM that waits at the server is what is expected, by evidence that was made now."""
     nonce = secrets.token_hex(NONCE_SIZE)
     evidence = service.attestation(nonce)
@@ -12304,7 +12223,7 @@ def _is_ours(path: str) -> bool:
 
 
 def _follow(
-    options: "argparse.Namespace", service: Service, job_id: str, start: int, display: Display | None
+    options: "argparse.Namespace", service: ApiClient, job_id: str, start: int, display: Display | None
 ) -> tuple[Mapping[str, Any] | None, str]:
     """(result of `complete`, or None where the stream has ended before start; SHA-256 of the build lines)."""
     digest = hashlib.sha256()
@@ -12332,7 +12251,7 @@ def _follow(
 
 def _follow_and_fetch(
     options: "argparse.Namespace",
-    service: Service,
+    service: ApiClient,
     job_id: str,
     bundle: str,
     expected: Expectations,
@@ -12362,7 +12281,7 @@ def _follow_and_fetch(
 
 def _fetch_bundle(
     options: "argparse.Namespace",
-    service: Service,
+    service: ApiClient,
     job_id: str,
     bundle: str,
     expected: Expectations,
@@ -12403,7 +12322,7 @@ def _fetch_bundle(
 
 
 def _hold_bundle(
-    service: Service, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements
+    service: ApiClient, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements
 ) -> tuple[str, Verdict | None, str]:
     """Download a result and return (where it is now, verdict, why there is no verdict).
 
