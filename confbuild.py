@@ -3456,9 +3456,11 @@ def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict
 
 def protection_text(protections: Mapping[str, str]) -> str:
     """Return one line that lists which protections are in effect and which are not."""
-    effective = ", ".join(name for name, why in protections.items() if not why)
-    lost = ", ".join(name for name, why in protections.items() if why)
-    return "; ".join(["host protected: " + effective] * bool(effective) + ["not protected: " + lost] * bool(lost))
+    lists = {
+        label: ", ".join(name for name, why in protections.items() if bool(why) == lost)
+        for label, lost in (("host protected", False), ("not protected", True))
+    }
+    return "; ".join(f"{label}: {names}" for label, names in lists.items() if names)
 
 
 # endregion 14
@@ -3534,7 +3536,7 @@ def capture(
         start_new_session=True,
     )
     texts, size = [bytearray(), bytearray()], 0
-    with _pipe(child.stdout) as output, _pipe(child.stderr) as errors:
+    with child.stdout as output, child.stderr as errors:
         try:
             for index, block in _read_pipes(child, (output, errors), watch):
                 texts[index] += block
@@ -3573,7 +3575,7 @@ def run_tool(
             start_new_session=True,
         )
         splitter = LineSplitter()
-        with _pipe(child.stderr if keep_stdout else child.stdout) as pipe:
+        with child.stderr if keep_stdout else child.stdout as pipe:
             try:
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
             except (OSError, AttributeError):
@@ -3608,20 +3610,20 @@ def run_tool(
 # ==============================================================================
 # region 16. Files                                                [uses nothing]
 # ==============================================================================
-# Files: to be described.
+# Reads, writes and removes files so that a crash loses nothing that was promised, a full disk is reported as such, and
+# nothing that a build left behind can block or mislead the caller.  Free to all later sections; no threads.
 
-
-TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that an error can name
+TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that errors name
 
 
 def file_sha256(path: str) -> str:
-    """SHA-256 of a file, 64 digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_durably(path: str, data: bytes) -> None:
-    """path holds data, whole, also after a crash of the machine; before that what it held earlier."""
+    """Replace the contents of path by data, durably: a crash leaves either the old contents or the new."""
     with open(path + ".tmp", "wb") as f:
         f.write(data)
         f.flush()
@@ -3631,28 +3633,31 @@ def write_durably(path: str, data: bytes) -> None:
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of the regular file at path. flags: of open(2). Never waits. Raises Malformed for anything else,
-    also a link; OSError."""
+    """Open the regular file at path without waiting, and return its descriptor.
+
+    flags: as for open(2).
+    Raises Malformed if path is a link, a pipe or the like, and OSError."""
     try:
         fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as e:
-        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket, a directory
-            raise Malformed(os.path.basename(path), "not a regular file") from None
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
         os.close(fd)
-        raise Malformed(os.path.basename(path), "not a regular file")
-    return fd
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket or pipe, a directory
+            raise
+    raise Malformed(os.path.basename(path), "not a regular file")
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a write has failed because the disk, or what one may have of it, is full or read-only."""
+    """Return whether a write failed because the disk, or the user's share of it, is full or read-only."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def room_on(disk: str) -> Iterator[None]:
-    """Raise BuildFailed LimitError if the block finds the disk full. disk: whose it is, for the message."""
+    """Raise BuildFailed LimitError if the block finds the disk full.
+
+    disk: TMPDIR or STATE."""
     try:
         yield
     except OSError as e:
@@ -3662,8 +3667,9 @@ def room_on(disk: str) -> Iterator[None]:
 
 
 def has_room(folder: str) -> bool:
-    """Return whether a file of 1 MiB, and some more names, fit below folder. If not, a full disk may be why something
-    failed there."""
+    """Return whether a file of 1 MiB and some more names fit into folder.
+
+    If not, a full disk may be why something failed there."""
     try:
         disk = os.statvfs(folder)
         if disk.f_files and disk.f_favail < 16:  # 0 of 0: a file system without that limit
@@ -3676,13 +3682,14 @@ def has_room(folder: str) -> bool:
 
 
 def lacks_room(error: Exception, folder: str) -> bool:
-    """Return whether error comes from a full disk: it says so itself, or a program has failed and folder's disk is
-    full."""
+    """Return whether a full disk caused error.
+
+    folder: its disk is examined if error does not come from the system: a program has failed there."""
     return is_full(error) if isinstance(error, OSError) else not has_room(folder)
 
 
 def sync(path: str) -> None:
-    """The contents of a file, or the names in a directory, survive a crash of the machine."""
+    """Make a file's contents, or the names in a directory, survive a crash of the machine."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -3691,18 +3698,19 @@ def sync(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """path is gone, however deep it is, also where a build has taken its own permissions away. A link is removed, never
-    followed. Nothing outside of path is touched: folders are moved up inside of it before they are emptied, so that
-    none is too deep."""
+    """Delete path recursively at any depth, even if a build removed its own permissions. Links are not followed.
+
+    Folders are moved up inside path before they are emptied, so that no path becomes too long. Nothing outside is
+    touched."""
     if os.path.islink(path) or not os.path.isdir(path):
         if os.path.lexists(path):
             os.unlink(path)
         return
-    path = os.path.abspath(path)  # as mkdtemp's answer is, since Python 3.12
+    path = os.path.abspath(path)  # like the result of mkdtemp, since Python 3.12
     os.chmod(path, 0o700)
     try:
         heap = tempfile.mkdtemp(dir=path)
-    except OSError:  # a full disk has no room for a folder: what can go without one goes first
+    except OSError:  # a full disk has no room for a folder: first remove what can go without one
         try:
             shutil.rmtree(path, ignore_errors=True)
         except RecursionError:
@@ -3730,14 +3738,16 @@ def remove_tree(path: str) -> None:
 
 
 def walk_files(root: str) -> list[str]:
-    """The files and links below root, relative, without a top-level `.git`; other things (a pipe) count as files."""
+    """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
+
+    Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found: list[str] = []
     for directory, folders, files in os.walk(root):
         if directory[len(root) :].count(os.sep) > MAX_DEPTH:
             raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
-        if directory == root:
-            folders[:] = [name for name in folders if name != ".git"]
-            files = [name for name in files if name != ".git"]
+        for names in (folders, files):
+            if directory == root and ".git" in names:
+                names.remove(".git")
         links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
         found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
     return found
@@ -3747,42 +3757,40 @@ def walk_files(root: str) -> list[str]:
 # ==============================================================================
 # region 17. This file                                            [uses nothing]
 # ==============================================================================
-# This file: to be described.
+# Finds this file's own bytes, which every guest and every provenance contains, and runs the file again: as the agent of
+# a VM and other helpers, always isolated from whatever surrounds it.  Free to all later sections; no threads.
 
 
 @functools.cache
 def own_source() -> bytes:
-    """The bytes of this very file, also out of a zipapp."""
+    """Return the bytes of this file, also if it is inside a zipapp."""
     if os.path.isfile(__file__):
         with open(__file__, "rb") as f:
             return f.read()
     return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
 
 
-# Runs the file named after it as `python FILE` would, which for its whole life would keep the file's syntax tree, 10
-# MB.
+# Run the file named after it. `python FILE` would keep the file's syntax tree, 10 MB, as long as the process lives.
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 def own_program() -> list[str]:
-    """The argument vector that runs this file again, isolated from the environment, the current directory and
-    site-packages."""
+    """Return the arguments that run this file again.
+
+    It is isolated from the environment, the current directory and site-packages."""
     path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside of a zipapp
+    while not os.path.isfile(path):  # inside a zipapp
         path = os.path.dirname(path)
     return [sys.executable, "-I", "-S", "-c", _RUN, path]
 
 
-def shed_syntax_tree() -> None:
-    """Replace a process that was started as `python FILE ...` by one of the same options without the syntax tree."""
+def reexec_without_ast() -> None:
+    """Replace this process by one that runs FILE without its syntax tree, if it was started as `python FILE ...`."""
     options = len(sys.orig_argv) - len(sys.argv)
-    if (
-        __name__ == "__main__"
-        and sys.orig_argv[options : options + 1] == sys.argv[:1]
-        and "-c" not in sys.orig_argv[:options]
-    ):
+    before, script = sys.orig_argv[:options], sys.orig_argv[options : options + 1]
+    if __name__ == "__main__" and script == sys.argv[:1] and "-c" not in before:
         # -P: with -c, Python would look for modules in the current directory.
-        os.execv(sys.executable, [*sys.orig_argv[:options], "-P", "-c", _RUN, *sys.argv])
+        os.execv(sys.executable, [*before, "-P", "-c", _RUN, *sys.argv])
 
 
 # endregion 17
@@ -3981,18 +3989,11 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
                 raise source_error(
                     f"{info.filename[:80]!r} is a file with a directory's name, or a directory with a file's"
                 )
-            target = ""
-            if kind == "symlink":
-                with archive.open(info) as link:
-                    target = link.read(4097).decode("utf-8")
-            # orig_filename: zipfile cuts the other at a NUL.
-            yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, _zip_blocks(archive, info))
-
-
-def _zip_blocks(archive: "zipfile.ZipFile", info: "zipfile.ZipInfo") -> Iterator[bytes]:
-    """Yield the contents of a member in blocks."""
-    with archive.open(info) as f:
-        yield from iter(lambda: f.read(BLOCK), b"")
+            with archive.open(info) as contents:
+                target = contents.read(4097).decode("utf-8") if kind == "symlink" else ""
+                blocks = iter(functools.partial(contents.read, BLOCK), b"")
+                # orig_filename: zipfile ends the other at a NUL.
+                yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, blocks)
 
 
 MAX_EXTENDED = 64 * MIB  # of headers that extend another, of which a kilobyte unpacks to a MiB
@@ -4020,7 +4021,7 @@ _DISPUTED_PAX = (
 
 
 def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
-    """The members of a gzip tarball, in one pass. limit: of all contents, also of those that nobody reads."""
+    """Yield the members of a gzip tarball, in one pass. limit: as in _tar_stream."""
     with gzip.GzipFile(fileobj=f) as stream:
         yield from _tar_stream(stream, limit)
 
@@ -4183,26 +4184,34 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
 # ==============================================================================
 # region 19. Git                                               [uses 15, 16, 18]
 # ==============================================================================
-# Git: to be described.
+# Fetches a repository, names the tree of files as git would, believes a source's history, and packs a directory.  The
+# program git is used, but it never obeys what it reads: servers, repositories and work trees are hostile.  So git runs
+# with no configuration of a repository, with limits of memory and of file size, and connects only to addresses that
+# were checked.  Of a repository with a configuration only the objects are used, through a repository of our own.
+# A name of a tree or commit counts only after hashing the bytes here.  [GIT]  Everything runs in the caller's thread.
 
-_REF = re.compile(
-    r"(?!-)(?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))(?![./])[^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}"
+_REF = re.compile(  # git-check-ref-format(1)
+    r"""(?!-)(?![./])                               # not an option; no component begins with a dot
+    (?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))      # no range, reflog, empty component or lock
+    [^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}  # no control character, revision syntax or pattern""",
+    re.VERBOSE,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
-MAX_COMMIT = MIB  # bytes of a commit; the largest in the field have some hundred KiB of parents and signatures
-MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds whatever a server announces
+MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
+MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds everything that a server announces
 
 
 def repository_name(url: str) -> str:
-    """The name of the project at a git URL."""
+    """Return the name of the project at a git URL."""
     return plain_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
 def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
-    """Return the object name of the tree that git would make of these files (relative paths) below root. [GIT]
+    """Return the object name of the tree that git would make of these files. [GIT]
 
+    files: relative to root.
     algorithm: sha1 or sha256, the repository's object format.
-    Raises BuildFailed SourceError for what git has no mode for."""
+    Raises BuildFailed SourceError for a file that git cannot store, such as a pipe."""
     top: dict[bytes, Any] = {}
     for name in files:
         *folders, last = os.fsencode(name).split(b"/")
@@ -4225,18 +4234,17 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
     def tree(node: dict[bytes, Any]) -> bytes:
         # A folder sorts as if its name ended with a slash.
         rows = sorted(
-            (name + b"/", b"40000", name, tree(entry)) if isinstance(entry, dict) else (name, entry[0], name, entry[1])
+            (name + b"/", b"40000", tree(entry)) if isinstance(entry, dict) else (name, *entry)
             for name, entry in node.items()
         )
-        body = b"".join(mode + b" " + name + b"\0" + digest for _, mode, name, digest in rows)
+        body = b"".join(b"%s %s\0%s" % (mode, name.rstrip(b"/"), digest) for name, mode, digest in rows)
         return _git_object(algorithm, b"tree", len(body), [body])
 
     return tree(top).hex()
 
 
 def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
-    """Return the name of an object: the hash of its header and contents. SHA-1 is what most repositories have;
-    artifacts have SHA-256."""
+    """Return the name of an object: the hash of its header and contents. [GIT]"""
     digest = hashlib.new(algorithm, b"%s %d\0" % (kind, size), usedforsecurity=False)
     for block in blocks:
         digest.update(block)
@@ -4244,12 +4252,15 @@ def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes])
 
 
 def object_format(name: str) -> str:
-    """Return the object format of a repository in which an object has this name; SHA-1 without one."""
+    """Return the object format of a repository in which an object has this name; sha1 if name is empty."""
     return "sha256" if len(name) == 64 else "sha1"
 
 
 def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str, str]:
-    """env for git without anybody's configuration, prompts or helpers. env: with a HOME that holds nothing."""
+    """Return env for a git that reads no configuration of a user or system, never prompts and runs no helpers.
+
+    env: its HOME is an empty directory.
+    schemes: the only URL schemes that git may use."""
     return {
         **env,
         "GIT_CONFIG_NOSYSTEM": "1",
@@ -4262,49 +4273,18 @@ def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str,
     }
 
 
-_GIT_OPTIONS = (
-    "-c",
-    "core.hooksPath=/dev/null",
-    "-c",
-    "credential.helper=",
-    "-c",
-    "core.fsmonitor=false",
-    "-c",
-    "http.followRedirects=false",
-    "-c",
-    "http.lowSpeedLimit=100",
-    "-c",
-    "http.lowSpeedTime=60",
-    "-c",
-    "protocol.version=2",
-    "-c",
-    "gc.auto=0",
-    "-c",
-    "advice.detachedHead=false",
-    "-c",
-    "core.symlinks=true",
-    "-c",
-    "submodule.recurse=false",
-    "-c",
-    "core.untrackedCache=false",
-)
-# Little memory, and one pack whatever comes: files of their own would take a limit each.
-_GIT_LIMITS = (
-    "-c",
-    "core.packedGitWindowSize=32m",
-    "-c",
-    "core.packedGitLimit=256m",
-    "-c",
-    "core.bigFileThreshold=32m",
-    "-c",
-    "pack.threads=2",
-    "-c",
-    "fetch.unpackLimit=1",
-    "-c",
-    "transfer.unpackLimit=1",
-)
-# setrlimit(2) for git and all that it starts, in POSIX's units, and a write beyond the limit fails, with words. A limit
-# that is lower already, or that a system does not have, stays.
+# The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
+# own.
+_SETTINGS = """
+    core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false core.symlinks=true
+    http.followRedirects=false http.lowSpeedLimit=100 http.lowSpeedTime=60 protocol.version=2
+    gc.auto=0 advice.detachedHead=false submodule.recurse=false
+    core.packedGitWindowSize=32m core.packedGitLimit=256m core.bigFileThreshold=32m pack.threads=2
+    fetch.unpackLimit=1 transfer.unpackLimit=1
+""".split()
+_GIT = ("git", *(word for setting in _SETTINGS for word in ("-c", setting)))
+# setrlimit(2) for git and everything that it starts, in POSIX's units. Without SIGXFSZ, a write beyond the limit fails
+# with a message. A limit that is already lower, or that a system does not have, stays.
 _LIMIT = 'trap "" XFSZ; { ulimit -c 0; ulimit -f "$1"; ulimit -v "$2"; } 2>/dev/null; shift 2; exec "$@"'
 
 
@@ -4316,45 +4296,36 @@ def _git(
     max_output: int = 64 * MIB,
     watch: Callable[[], None] = lambda: None,
 ) -> bytes:
-    """Run git, whose input is hostile, and return its output.
+    """Run git on hostile input and return its output.
 
-    max_bytes: of each file that it writes.
-    watch: called a few times per second; what it raises ends git.
-    Raises BuildFailed SourceError with git's own words, or LimitError."""
+    max_bytes: size limit of each file that git writes.
+    watch: called a few times per second; if it raises, git is killed.
+    Raises BuildFailed SourceError with git's message, or LimitError."""
     if shutil.which("git", path=env.get("PATH")) is None:
         raise source_error("git is not installed here")
-    limits = [str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
-    status, output, errors = capture(
-        ["/bin/sh", "-c", _LIMIT, "sh", *limits, "git", *_GIT_OPTIONS, *_GIT_LIMITS, *arguments],
-        cwd,
-        env,
-        max_output,
-        watch=watch,
-    )
-    if status != 0:
-        lines = errors.splitlines() or [f"git ended with status {status}"]
-        cause = next(
-            (line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1]
-        )  # the first is the cause
-        if re.search("(?i)out of memory|cannot allocate|file too large", errors):
-            raise limit_error(
-                f"git needs more than {MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes: {cause}"
-            )
-        raise source_error(cause)
-    return output
+    limits = ["/bin/sh", "-c", _LIMIT, "sh", str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
+    status, output, errors = capture([*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch)
+    if status == 0:
+        return output
+    lines = errors.splitlines() or [f"git ended with status {status}"]
+    cause = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])  # the first one
+    if re.search("(?i)out of memory|cannot allocate|file too large", errors):
+        limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
+        raise limit_error(f"git needs more than {limits_text}: {cause}")
+    raise source_error(cause)
 
 
 def check_ref(ref: str) -> None:
-    """Raise Refused InvalidRef unless ref can name a branch, a tag, a full ref or a commit
-    (git-check-ref-format(1))."""
+    """Raise Refused InvalidRef unless ref can name a branch, tag, full ref or commit, or is empty."""
     if ref and not _REF.fullmatch(ref):
-        raise Refused(400, "InvalidRef", f"{ref[:80]!r} is no branch, tag or commit")
+        raise Refused(400, "InvalidRef", f"repo_ref: {ref[:80]!r} is not a valid branch, tag or commit name")
 
 
 def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
-    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, no credentials; a literal
-    address that is neither link-local, unspecified, multicast nor a cloud's metadata service, nor loopback unless that
-    is allowed. Names are looked up by fetch_git."""
+    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, a path, and no credentials.
+
+    loopback: allow loopback addresses. Link-local, unspecified and multicast addresses and metadata services of clouds
+    are never allowed. The addresses of names are checked by fetch_git."""
 
     def forbid(reason: str) -> NoReturn:
         raise Refused(400, "ForbiddenUrl", f"repo_url: {reason}")
@@ -4363,7 +4334,7 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         forbid("not a URL in plain ASCII of at most 2048 characters")
     try:
         parts = urllib.parse.urlsplit(url)
-        host, port = parts.hostname, parts.port
+        host, port = parts.hostname or "", parts.port
     except ValueError as e:
         forbid(str(e))
     if parts.scheme not in schemes:
@@ -4372,14 +4343,12 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         forbid("credentials, queries and fragments are not accepted")
     if parts.scheme == "file":
         if host or not parts.path.startswith("/"):
-            forbid("a file URL has no host and an absolute path")
+            forbid("a file URL must have no host and an absolute path")
         return
     if not host or port == 0 or not parts.path.strip("/"):
-        forbid("a host and a path are needed")
-    if not re.fullmatch(
-        r"[A-Za-z0-9_][A-Za-z0-9._-]*|[0-9a-f:.]+", host
-    ):  # what curl would decode, or take for an instruction
-        forbid("the host is no plain name or address")
+        forbid("a host and a path are required")
+    if not re.fullmatch(r"[a-z0-9_][a-z0-9._-]*|[0-9a-f:.]+", host):  # curl would decode or obey other characters
+        forbid("the host must be a plain name or address")
     bare = host.rstrip(".")
     try:  # also 2130706433 and 0x7f.1, which resolvers take for addresses
         literals = socket.getaddrinfo(bare, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
@@ -4391,44 +4360,41 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
             forbid(complaint)
     if ("." + bare).endswith(".localhost") and not loopback:
         forbid("loopback addresses are not accepted by this server")
-    if bare in _METADATA_NAMES or bare.endswith(tuple("." + name for name in _METADATA_NAMES if "." in name)):
-        forbid("a cloud's metadata service is not accepted by this server")
+    if _METADATA_NAMES.fullmatch(bare):
+        forbid("metadata services of clouds are not accepted by this server")
 
 
-# Where a cloud tells its VMs about themselves, credentials included; besides these, nearly all use 169.254.0.0/16 and
-# fe80::/10.
+# Metadata services, where a cloud gives its VMs their credentials. Nearly all others use 169.254.0.0/16 or fe80::/10.
 _METADATA_NETWORKS = (
     "100.100.100.200/32",  # Alibaba
     "168.63.129.16/32",  # Azure
-    "192.0.0.192/32",
+    "192.0.0.192/32",  # Oracle
     "fd00:c1::/32",  # Oracle
-    "fd00:ec2::/32",  # AWS: 254, and 23 for the credentials of pods
+    "fd00:ec2::/32",  # AWS: ::254, and ::23 for the credentials of pods
     "fd20:ce::/32",  # Google
     "fd00:42::/32",  # Scaleway
-    "fd00:a9fe:a9fe::/48",
-)  # Akamai
-_METADATA_NAMES = (
-    "metadata",
-    "metadata.google.internal",
-    "metadata.goog",
-    "instance-data",
-    "instance-data.ec2.internal",
-    "metadata.azure.internal",
-    "metadata.tencentyun.com",
-    "metadata.platformequinix.com",
-    "metadata.packet.net",
-    "rancher-metadata",
+    "fd00:a9fe:a9fe::/48",  # Akamai
 )
-# IPv6 addresses that lead to an IPv4 address: how they begin, and the indices of its bytes.
+_METADATA_NAMES = re.compile(
+    r"""metadata|instance-data|rancher-metadata
+    |(.+\.)?(metadata\.google\.internal|metadata\.goog|metadata\.azure\.internal|metadata\.tencentyun\.com
+    |metadata\.platformequinix\.com|metadata\.packet\.net|instance-data\.ec2\.internal)""",
+    re.VERBOSE,
+)
+# IPv6 addresses that lead to an IPv4 address, in hexadecimal digits.
 _IPV4_INSIDE = (
-    ("00" * 12, (12, 13, 14, 15)),  # IPv4-compatible [RFC4291 2.5.5.1]
-    ("00" * 10 + "ffff", (12, 13, 14, 15)),  # IPv4-mapped [RFC4291 2.5.5.2]
-    ("00" * 8 + "ffff0000", (12, 13, 14, 15)),  # IPv4-translated [RFC2765 2.1]
-    ("2002", (2, 3, 4, 5)),  # 6to4 [RFC3056 2]
-    ("20010000", (4, 5, 6, 7)),  # Teredo: its server [RFC4380 4]
-    ("0064ff9b" + "00" * 8, (12, 13, 14, 15)),  # NAT64 [RFC6052 2.1]
-    *(("0064ff9b0001", at) for at in ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))),
-)  # [RFC8215], prefixes of 48 to 96 bits [RFC6052 2.2]
+    r"(?:0{24}|0{20}ffff)(.{8})",  # IPv4-compatible and IPv4-mapped [RFC4291 2.5.5]
+    r"0{16}ffff0000(.{8})",  # IPv4-translated [RFC2765 2.1]
+    r"2002(.{8}).*",  # 6to4 [RFC3056 2]
+    r"20010000(.{8}).*",  # the server of Teredo [RFC4380 4]
+    r".{16}0[02]005efe(.{8})",  # ISATAP [RFC5214 6.1]
+    r"0064ff9b0{16}(.{8})",  # NAT64 [RFC6052 2.1]
+    # Local NAT64 [RFC8215] with prefixes of 48, 56, 64 and 96 bits; bits 64 to 71 are not used. [RFC6052 2.2]
+    r"0064ff9b0001(.{4})..(.{4}).*",
+    r"0064ff9b0001..(..)..(.{6}).*",
+    r"0064ff9b0001.{4}..(.{8}).*",
+    r"0064ff9b0001.{12}(.{8})",
+)
 
 
 def _forbidden_address(text: str, loopback: bool) -> str:
@@ -4438,24 +4404,20 @@ def _forbidden_address(text: str, loopback: bool) -> str:
         if getattr(address, "is_" + kind) and not (kind == "loopback" and loopback):
             return f"{kind.replace('_', '-')} addresses are not accepted by this server"
     if any(address in ipaddress.ip_network(network) for network in _METADATA_NETWORKS):
-        return "addresses of a cloud's metadata service are not accepted by this server"
-    packed = address.packed
-    inside = [
-        bytes(packed[i] for i in at)
-        for start, at in _IPV4_INSIDE
-        if address.version == 6 and packed.startswith(bytes.fromhex(start))
-    ]
-    if packed.startswith(b"\x20\x01\0\0"):
-        inside.append(bytes(byte ^ 0xFF for byte in packed[12:]))  # Teredo: its client
-    if packed[8:12] in (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe"):
-        inside.append(packed[12:])  # ISATAP [RFC5214 6.1]
-    if packed.startswith(b"\0\x64\xff\x9b\0\1") and any(packed[6:]):
-        inside = [four for four in inside if any(four)]  # of a shorter or longer prefix than this one's
-    return next(filter(None, (_forbidden_address(str(ipaddress.IPv4Address(four)), loopback) for four in inside)), "")
+        return "addresses of metadata services of clouds are not accepted by this server"
+    digits = address.packed.hex()
+    matches = filter(None, (re.fullmatch(pattern, digits) for pattern in _IPV4_INSIDE))
+    inside = ["".join(match.groups()) for match in matches]
+    if address.version == 6 and digits.startswith("20010000"):  # the client of Teredo
+        inside.append(f"{int(digits[24:], 16) ^ 0xFFFFFFFF:08x}")
+    if digits.startswith("0064ff9b0001") and int(digits[12:], 16):  # zeros belong to a prefix of another length
+        inside = [four for four in inside if int(four, 16)]
+    complaints = (_forbidden_address(str(ipaddress.IPv4Address(int(four, 16))), loopback) for four in inside)
+    return next(filter(None, complaints), "")
 
 
 def _pinned_address(url: str, loopback: bool) -> list[str]:
-    """Options that make git connect to the addresses that were checked, not to what the name says a moment later."""
+    """Return options that make git connect to the addresses that were checked, whatever the name resolves to later."""
     parts = urllib.parse.urlsplit(url)
     if not parts.hostname:
         return []
@@ -4470,8 +4432,7 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
             raise source_error(f"{parts.hostname} is {address}: {complaint}")
     if parts.scheme not in SCHEMES or ":" in parts.hostname or parts.hostname in found:
         return []  # an address needs no look-up
-    # git 2.37 and later; an older one ignores it, and resolves the name itself. Some versions of curl look for a name
-    # without its last dot.
+    # git before 2.37 ignores the option and resolves the name itself. Some versions of curl remove the name's last dot.
     return [
         option
         for name in sorted({parts.hostname, parts.hostname.rstrip(".")})
@@ -4487,13 +4448,16 @@ def fetch_git(
     schemes: Sequence[str] = SCHEMES,
     loopback: bool = False,
     max_bytes: int = MAX_UNPACKED,
+    origin: str | None = None,
 ) -> None:
-    """Check out the commit that ref names in the new directory root, bytes as they are in the repository, with a
-    depth-1 history.
+    """Check out a commit into the new directory root, with a history of depth 1 and the bytes of the repository.
 
-    url, ref: checked by check_url, check_ref. ref is a branch, tag, full ref or commit; empty: the default branch.
-    max_bytes: of the pack, and of the files.
-    Raises BuildFailed SourceError, LimitError."""
+    url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
+    branch.
+    loopback: as in check_url.
+    max_bytes: limit of the pack and of the files.
+    origin: the URL to record, or "" for none; url by default.
+    Raises BuildFailed SourceError or LimitError."""
     env, git, pinned = git_environment(env, schemes), os.path.join(root, ".git"), _pinned_address(url, loopback)
     os.mkdir(root)
     max_bytes = min(max_bytes, shutil.disk_usage(root).free // 2)
@@ -4502,28 +4466,14 @@ def fetch_git(
         if _folder_size(git) > max_bytes:
             raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
 
-    formats = ["sha1", "sha256"] if object_format(ref) == "sha1" else ["sha256", "sha1"]
+    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url, "+" + (ref or "HEAD")]
+    formats = ["sha256", "sha1"]
+    if object_format(ref) == "sha1":
+        formats.reverse()
     for algorithm in formats:
         _init_repository(root, algorithm, env)
         try:
-            _git(
-                [
-                    *pinned,
-                    "fetch",
-                    "-q",
-                    "--depth",
-                    "1",
-                    "--no-tags",
-                    "--no-recurse-submodules",
-                    "--",
-                    url,
-                    "+" + (ref or "HEAD"),
-                ],
-                root,
-                env,
-                max_bytes,
-                watch=watch,
-            )
+            _git(fetch, root, env, max_bytes, watch=watch)
             break
         except BuildFailed as e:
             if algorithm == formats[-1] or "mismatched algorithms" not in str(e):
@@ -4533,13 +4483,15 @@ def fetch_git(
     _check_listing(root, env, min(max_bytes, max(64 * MIB, MAX_RATIO * _folder_size(git))))
     os.makedirs(os.path.join(git, "info"), exist_ok=True)
     with open(os.path.join(git, "info", "attributes"), "w", encoding="ascii") as f:
-        f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # the bytes that the tree hash covers
+        f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # keep the bytes that the tree hash covers
     _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env, max_bytes)
-    _git(["config", "remote.origin.url", url], root, env)
+    os.unlink(os.path.join(git, "FETCH_HEAD"))  # it contains url
+    if origin != "":
+        _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
 
 
 def _folder_size(folder: str) -> int:
-    """Return the bytes in the files below folder, some of which may be gone meanwhile."""
+    """Return the size of all files below folder, ignoring those that disappear meanwhile."""
     size = 0
     for directory, _, files in os.walk(folder):
         for name in files:
@@ -4551,58 +4503,57 @@ def _folder_size(folder: str) -> int:
 
 
 def _init_repository(folder: str, algorithm: str, env: Mapping[str, str], *options: str) -> None:
-    """Make folder a repository without a template. algorithm: its object format."""
-    _git(
-        ["init", "-q", "--template=", *(["--object-format=sha256"] if algorithm == "sha256" else []), *options, "."],
-        folder,
-        env,
-    )  # git 2.29 and later
+    """Make folder a repository with this object format, without a template."""
+    # git before 2.29 does not know the option.
+    form = ["--object-format=sha256"] if algorithm == "sha256" else []
+    _git(["init", "-q", "--template=", *form, *options, "."], folder, env)
 
 
 def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
-    """Raise BuildFailed unless what FETCH_HEAD names may be checked out, before any of it is."""
+    """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out: before any file of it is.
+
+    max_bytes: limit of all files."""
+    many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
     try:
         listing = _git(["ls-tree", "-r", "-t", "-l", "-z", "FETCH_HEAD"], root, env, max_output=MAX_MEMBERS * 320)
     except BuildFailed as e:
-        raise (
-            limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
-            if e.error_type == "LimitError"
-            else e
-        ) from None
+        raise (many if e.error_type == "LimitError" else e) from None
     rows = [row.partition(b"\t") for row in listing.split(b"\0")[:-1]]
     if len(rows) > MAX_MEMBERS:
-        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders")
+        raise many
     total = 0
     for facts, _, name in rows:
         mode, _, _, size = facts.split()
+        shown = repr(os.fsdecode(name)[:80])
         if mode == b"160000":
             raise source_error("the repository has submodules, which are not fetched")
         if name.count(b"/") > MAX_DEPTH:
-            raise limit_error(f"{os.fsdecode(name)[:80]!r} lies deeper than {MAX_DEPTH} folders")
-        if not size.isdigit() and mode != b"040000":
-            raise source_error(f"the repository lacks {os.fsdecode(name)[:80]!r}")
-        total += int(size) if size.isdigit() else 0
+            raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
+        if mode != b"040000":
+            if not size.isdigit():
+                raise source_error(f"the repository lacks {shown}")
+            total += int(size)
     if total > max_bytes:
         raise limit_error(f"the repository unpacks to more than {max_bytes} bytes")
 
 
 def read_head(git: str, common: str) -> str:
-    """Return the commit that HEAD names, or "". git: the folder that holds HEAD; common: the one that holds refs,
-    usually the same."""
+    """Return the commit that HEAD names, or "".
+
+    git: the folder that holds HEAD.
+    common: the folder that holds refs; it differs in a linked work tree."""
     head = _read_text(os.path.join(git, "HEAD"))
     link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
     if link and _REF.fullmatch(link[1]):
         packed = _read_text(os.path.join(common, "packed-refs"), 16 * MIB)
-        rows = (line.partition(" ") for line in packed.split("\n"))
-        head = _read_text(os.path.join(common, link[1])) or next(
-            (commit for commit, _, name in rows if name == link[1]), ""
-        )
+        names = {name: commit for commit, _, name in (line.partition(" ") for line in packed.split("\n"))}
+        head = _read_text(os.path.join(common, link[1])) or names.get(link[1], "")
     return head if _COMMIT.fullmatch(head) else ""
 
 
 def _read_text(path: str, size: int = 4096) -> str:
-    """Return what a small file holds, stripped, or "" if it cannot be read."""
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
+    """Return the stripped beginning of a file, or "" if it cannot be read."""
+    if not os.path.isfile(path):  # opening a pipe would block
         return ""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape") as f:
@@ -4612,36 +4563,34 @@ def _read_text(path: str, size: int = 4096) -> str:
 
 
 def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Make the empty folder own a repository whose objects are those of git, whose HEAD is commit, and whose
-    configuration is empty.
+    """Make the empty folder own a repository with the objects of git and without its configuration.
 
-    Return git's configuration, of which the caller may believe facts. It is never obeyed, as it could name programs."""
+    commit: the HEAD of own, or "".
+    Return git's configuration as data: git never obeys it, since it could name programs."""
     try:
         listed = _git(["config", "-z", "--file", os.path.join(git, "config"), "--no-includes", "--list"], own, env)
     except BuildFailed:
         listed = b""
     rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
     config = {name: value if has_value else "true" for name, has_value, value in rows}
-    _init_repository(
-        own, object_format(commit) if commit else config.get("extensions.objectformat", "sha1"), env, "--bare"
-    )
+    algorithm = object_format(commit) if commit else config.get("extensions.objectformat", "sha1")
+    _init_repository(own, algorithm, env, "--bare")
     quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(git, "objects"))).replace("\n", "\\n")
     os.makedirs(os.path.join(own, "objects", "info"), exist_ok=True)
-    for name, text in (
-        ("objects/info/alternates", f'"{quoted}"\n'),
-        *((("HEAD", commit + "\n"), ("shallow", commit + "\n")) if commit else ()),
-    ):
-        with open(os.path.join(own, name), "w", encoding="utf-8", errors="surrogateescape") as f:
-            f.write(text)
+    files = {"objects/info/alternates": f'"{quoted}"\n', "HEAD": commit + "\n", "shallow": commit + "\n"}
+    for name, text in files.items():
+        if text != "\n":
+            with open(os.path.join(own, name), "w", encoding="utf-8", errors="surrogateescape") as f:
+                f.write(text)
     return config
 
 
 def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
-    """(commit, origin's URL) of project's own `.git` where its HEAD's tree is tree, the hash of the files that are
-    there: so nothing is untracked or modified. The URL has lost its credentials, and is only what the history's owner
-    says.
+    """Return (commit, URL of the origin) of project's own `.git` if the tree of its HEAD is tree.
 
-    Raises BuildFailed SourceError with the reason where history cannot be believed. The commit is hashed again here."""
+    tree: the object name of the tree of all files of project, so that none is untracked or modified.
+    The URL is an unverified claim of the history's owner, without credentials. The commit is hashed here.
+    Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
     git = os.path.join(project, ".git")
     if not os.path.isdir(os.path.join(git, "objects")) or os.path.islink(git):
         raise source_error("there is no history")
@@ -4654,17 +4603,21 @@ def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[st
         if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
             raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
         body = _git(["cat-file", "commit", commit], own, env)
-        if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
-            raise source_error("the commit is not what its name says")
-        if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
-            raise source_error("the files differ from the tree of HEAD")
+    if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
+        raise source_error("the commit's contents do not hash to its name")
+    if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
+        raise source_error("the files differ from the tree of HEAD")
     return commit, without_credentials(config.get("remote.origin.url", "").strip())
 
 
 class Checkout(NamedTuple):
-    """A work tree of git, read through a repository of our own. root: its top; own: our repository; commit: of its
-    HEAD, or "";
-    config: what its configuration says, which nobody obeys; env: of a git that sees the work tree and its index."""
+    """A work tree of git, read through a repository of our own, so that git never finds its configuration.
+
+    root: the top of the work tree.
+    own: the repository of our own.
+    commit: of its HEAD, or "".
+    config: its configuration, as data.
+    env: for a git that sees the work tree and its index."""
 
     root: str
     own: str
@@ -4673,17 +4626,17 @@ class Checkout(NamedTuple):
     env: Mapping[str, str]
 
     def ask(self, directory: str, *arguments: str) -> str | None:
-        """Return what git says in directory, or None if it fails."""
-        status, output, _ = capture(["git", *_GIT_OPTIONS, *arguments], directory, self.env)
+        """Run git in directory and return its output, or None if it fails."""
+        status, output, _ = capture([*_GIT, *arguments], directory, self.env)
         return None if status != 0 else os.fsdecode(output)
 
 
 def open_checkout(directory: str, own: str) -> Checkout | None:
-    """Return the work tree around directory, or None. own: an empty folder.
+    """Return the work tree that contains directory, or None.
 
-    The checkout is data: objects, HEAD, index and patterns of what is ignored. Its configuration could name programs
-    (core.fsmonitor, filters, a partial clone's remote, ...), so git never finds it. The user's own configuration is
-    obeyed."""
+    own: an empty folder.
+    Objects, HEAD, the index and the patterns of ignored files are used as data. The configuration is not used: it could
+    name programs (core.fsmonitor, filters, a partial clone's remote). The configuration of the user is obeyed."""
     root = os.path.realpath(directory)
     while not os.path.lexists(os.path.join(root, ".git", "HEAD")) and not os.path.isfile(os.path.join(root, ".git")):
         root, below = os.path.dirname(root), root
@@ -4695,39 +4648,24 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
     common = os.path.join(git, _read_text(os.path.join(git, "commondir")))
     if not os.path.isdir(os.path.join(common, "objects")):
         return None
-    commit, plain = (
-        read_head(git, common),
-        {name: value for name, value in os.environ.items() if name[:4] != "GIT_" or name.startswith("GIT_CONFIG_")},
-    )
+    commit = read_head(git, common)
+    plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
     try:
         config = _borrow_objects(common, commit, own, git_environment(plain, ()))
-    except BuildFailed:  # no git, or one that is too old
+    except BuildFailed:  # git is missing or too old
         return None
     os.symlink(os.path.join(common, "info"), os.path.join(own, "info"))
     for name in os.listdir(git):
-        if name.startswith("sharedindex."):  # which a split index names
+        if name.startswith("sharedindex."):  # the index refers to it
             os.symlink(os.path.join(git, name), os.path.join(own, name))
-    return Checkout(
-        root,
-        own,
-        commit,
-        config,
-        {
-            **plain,
-            "GIT_DIR": own,
-            "GIT_WORK_TREE": root,
-            "GIT_INDEX_FILE": os.path.join(git, "index"),
-            "GIT_OPTIONAL_LOCKS": "0",
-        },
-    )
+    index = {"GIT_DIR": own, "GIT_WORK_TREE": root, "GIT_INDEX_FILE": os.path.join(git, "index")}
+    return Checkout(root, own, commit, config, {**plain, **index, "GIT_OPTIONAL_LOCKS": "0"})
 
 
 def list_source(directory: str, checkout: Checkout | None) -> list[str]:
-    """Return the files of directory that belong to a source: those that git tracks or would track, or all without a
-    checkout."""
-    listed = checkout and checkout.ask(
-        directory, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"
-    )
+    """Return the files of directory that git tracks or would track, or without a checkout all files."""
+    options = ("--cached", "--others", "--exclude-standard", "--deduplicate")
+    listed = checkout and checkout.ask(directory, "ls-files", "-z", *options)
     if listed is None:
         return walk_files(directory)
     found = []
@@ -4735,13 +4673,13 @@ def list_source(directory: str, checkout: Checkout | None) -> list[str]:
         path = os.path.join(directory, name)
         if os.path.isdir(path) and not os.path.islink(path):  # a submodule
             found += [os.path.join(name, inner) for inner in walk_files(path)]
-        elif os.path.lexists(path):  # else it was deleted
+        elif os.path.lexists(path):  # otherwise it was deleted
             found.append(name)
     return found
 
 
 def without_credentials(url: str) -> str:
-    """url without user, password, query and fragment; empty where it is not one that may be shown."""
+    """Return url without user, password, query and fragment, or "" if it is not a URL."""
     scp = re.fullmatch(r"(?:[^@/]*@)?([A-Za-z0-9.-]+:(?!//)[^\x00-\x20\x7f@?#]+)", url)
     if scp:  # user@host:path
         return scp[1]
@@ -4760,90 +4698,77 @@ class Packed(NamedTuple):
 def pack_directory(
     directory: str, archive: str, workspace: str, outputs: Mapping[str, Sequence[str]], bundle: str = ""
 ) -> Packed:
-    """Pack directory into the gzip tarball archive: what git tracks with a depth-1 history, where nothing is modified
-    or untracked; else the files as they are, without those that git ignores. workspace: an empty directory for scratch;
-    bundle: where the last build's is and the next one's will be, which is no source; outputs: by the name of a marker
-    file, the folders that a build of such a project removes first. Raises UsageError."""
-    name = plain_name(os.path.basename(os.path.realpath(directory)))
-    why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
-    root, files, commit = os.path.realpath(directory), None, ""
+    """Pack directory into the gzip tarball archive. [CONTRACT 5.4]
+
+    A clean git work tree is packed with a history of depth 1; otherwise the files as they are, without ignored ones.
+    workspace: an empty directory for temporary files.
+    outputs: the folders that a build removes first, by the name of the toolchain's marker file.
+    bundle: the path of the last and the next bundle, which is not part of the source.
+    Raises UsageError."""
+    root, commit = os.path.realpath(directory), ""
+    name = plain_name(os.path.basename(root))
     inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
     inner = "" if inner.startswith(os.pardir) else inner
-    own = os.path.join(workspace, "our own")
+    own, fetched = os.path.join(workspace, "our own"), os.path.join(workspace, name)
     os.mkdir(own)
     checkout = open_checkout(directory, own)
     if checkout:
+        why, ignored = _why_not_clean(checkout, root, inner), ""
         files = list_source(directory, checkout)
-        why = _why_not_clean(checkout, root, inner)
         if not why:
+            env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
+            origin = without_credentials(checkout.config.get("remote.origin.url", ""))
+            url = "file://" + urllib.parse.quote(own)
             try:
-                env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
-                fetched = os.path.join(workspace, name)
-                fetch_git("file://" + urllib.parse.quote(own), checkout.commit, fetched, env, ("file",))
-                origin = without_credentials(checkout.config.get("remote.origin.url", ""))
-                _git(
-                    ["config", *(("remote.origin.url", origin) if origin else ("--unset", "remote.origin.url"))],
-                    fetched,
-                    git_environment(env, ()),
-                )
-                os.unlink(os.path.join(fetched, ".git", "FETCH_HEAD"))  # it names the directory
-                root, files, commit = fetched, None, checkout.commit
+                fetch_git(url, checkout.commit, fetched, env, ("file",), origin=origin)
+                root, files, commit = fetched, walk_files(fetched), checkout.commit
             except BuildFailed as e:
                 why = f"its history cannot be packed ({e})"
-    if files is None:  # .git of a repository inside is no source, and its configuration may hold credentials
-        files = [file for file in walk_files(root) if commit or ".git" not in file.split(os.sep)]
-    # What the build will remove is no part of the source, whatever git thinks of it: the tree would not be the one that
-    # is built.
+    else:
+        why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
+        ignored = ", ignored ones too"
+        files = walk_files(root)
+    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
     markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
     removed = outputs.get(next(markers, ""), ())
-    kept = [
-        file
-        for file in files
-        if file.split(os.sep)[0] not in removed and not (inner and not commit and file.startswith(inner + os.sep))
-    ]
+    kept = [file for file in files if file.split(os.sep)[0] not in removed]
     if commit and len(kept) < len(files):
         why, commit = f"git tracks {' and '.join(removed)}, which is removed before a build", ""
-    files = kept
-    if not files:
+    if not commit:
+        # The .git folder of an inner repository is not source, and its configuration may hold credentials.
+        kept = [
+            file
+            for file in kept
+            if ".git" not in file.split(os.sep) and not (inner and file.startswith(inner + os.sep))
+        ]
+    if not kept:
         raise UsageError(f"{directory}: there is nothing to build")
-    write_source(archive, root, name, files, bool(commit))
-    everything = why in ("there is no git", "it is no git work tree")
-    note = (
-        f"commit {commit} as git has it"
-        if commit
-        else (f"{len(files)} files as they are{', ignored ones too' if everything else ''}, without history: {why}")
-    )
-    return Packed(note, git_tree(root, files, object_format(commit)), commit)
+    write_source(archive, root, name, kept, bool(commit))
+    note = f"commit {commit}" if commit else f"{len(kept)} files as they are{ignored}, without history: {why}"
+    return Packed(note, git_tree(root, kept, object_format(commit)), commit)
 
 
-# Of a checkout's configuration, what says how its files compare with the index; none of it names a program.
-_COMPARISON = (
-    "core.filemode",
-    "core.ignorecase",
-    "core.symlinks",
-    "core.precomposeunicode",
-    "core.trustctime",
-    "core.checkstat",
-    "core.autocrlf",
-    "core.eol",
-)
+# The settings of a work tree that say how its files compare with the index; none of them names a program.
+_COMPARISON = """
+    core.filemode core.ignorecase core.symlinks core.precomposeunicode
+    core.trustctime core.checkstat core.autocrlf core.eol
+""".split()
 
 
 def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
-    """Return "" if the work tree at root, but for what is below inner, is exactly its HEAD, and else the reason."""
+    """Return "" if the work tree at root is exactly its HEAD, or else the reason.
+
+    inner: a path below root that is left out, or ""."""
     if checkout.root != root:
         return "it is a folder inside a git work tree"
     if not checkout.commit:
         return "git has no commit"
-    options = [
-        text for name in _COMPARISON if name in checkout.config for text in ("-c", f"{name}={checkout.config[name]}")
-    ]
+    settings = (f"{name}={checkout.config[name]}" for name in _COMPARISON if name in checkout.config)
+    options = [word for setting in settings for word in ("-c", setting)]
+    # git would obey the configuration of a submodule.
+    options += ["status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all"]
     pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
-    # A submodule has a configuration of its own, which git would obey there.
-    status = checkout.ask(
-        root, *options, "status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all", *pathspec
-    )
-    return "git has modified or untracked files" if status != "" else ""
+    return "git has modified or untracked files" if checkout.ask(root, *options, *pathspec) != "" else ""
 
 
 # endregion 19
@@ -12011,7 +11936,7 @@ def _colored(stream: IO[str]) -> bool:
 
 def cmd_serve(options: "argparse.Namespace") -> int:
     """The build service, until a signal."""
-    shed_syntax_tree()
+    reexec_without_ast()
     tokens = _read_tokens(options.token_file) if options.token_file else []
     if options.token_file and not tokens:
         raise UsageError(f"{options.token_file}: no token in it")
