@@ -3945,7 +3945,7 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
                 tree.add(member)
     except BuildFailed:
         raise
-    except Exception as e:  # noqa: BLE001  # zipfile, gzip and zlib raise a dozen kinds of errors for hostile bytes
+    except Exception as e:  # zipfile, gzip and zlib raise a dozen kinds of errors for hostile bytes
         # An OSError with a number is the system's, except EINVAL: zipfile seeks to where the archive says.
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):
             raise
