@@ -1699,121 +1699,108 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 # ==============================================================================
 # region 10. Launch digest                                        [uses nothing]
 # ==============================================================================
-# What the processor measures when an SEV-SNP guest starts by QEMU's measured direct boot: the firmware, page by page, the pages that the firmware's
-# metadata asks for (one of them holds the hashes of kernel, initrd and command line), and a VMSA page for each vCPU.  It is the `measurement` of the
-# report.  Integers are little-endian, GUIDs in the mixed form of UEFI.
+# Computes the launch digest, the `measurement` of a report, of a guest that QEMU starts by measured direct boot. The
+# processor measures the pages of the firmware, then the pages that the firmware's metadata asks for (one of them holds the
+# hashes of kernel, initrd and command line), then a VMSA page for each vCPU. Integers are little-endian. Pure; any
+# section and thread may call it.
 #
-# Not measured: memory size, devices, disks, CPU features, and whatever else the host hands in.  And the firmware is the first link: one that starts
-# something else than the measured kernel gives the same digest (firmware_state).
+# Not measured: memory size, devices, disks, CPU features, and everything else that the host provides. The firmware is
+# the first link: a firmware that can start something else than the measured kernel has the same digest (firmware_state).
 
 PAGE_SIZE = 4096
-MAX_FIRMWARE = 16 * MIB  # the most that QEMU loads [QEMU hw/i386/pc.c, max-fw-size]; Debian's has 4 MiB
-MAX_SECTIONS = 16 * MIB  # what the metadata may ask for in sum; edk2's asks for 192 KiB
-MAX_VOLUME = 64 * MIB  # of a firmware volume, decompressed; Debian's has 16 MiB
+MAX_FIRMWARE = 16 * MIB  # the limit of QEMU [QEMU hw/i386/pc.c, max-fw-size]; Debian's firmware has 4 MiB
+MAX_SECTIONS = 16 * MIB  # sum of the sections in the metadata; edk2 asks for 192 KiB
+MAX_VOLUME = 64 * MIB  # of a decompressed firmware volume; Debian's has 16 MiB
 MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
 
-# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]; contents are measured of the first two.
+# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]. Only the contents of NORMAL and VMSA pages are measured.
 PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
-# Types of the sections in the metadata [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and what QEMU makes of their pages [QEMU target/i386/sev.c].
-SNP_SEC_MEM, SNP_SECRETS, SNP_CPUID, SVSM_CAA, SNP_KERNEL_HASHES = 1, 2, 3, 4, 0x10
+# Section type of the metadata -> name [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and the type that QEMU gives
+# its pages [QEMU target/i386/sev.c].
+SNP_SEC_MEM, SNP_CPUID, SNP_KERNEL_HASHES = 1, 3, 0x10
 SECTION_TYPES = {
     SNP_SEC_MEM: ("SNP_SEC_MEM", PAGE_ZERO),
-    SNP_SECRETS: ("SNP_SECRETS", PAGE_SECRETS),
+    2: ("SNP_SECRETS", PAGE_SECRETS),
     SNP_CPUID: ("CPUID", PAGE_CPUID),
-    SVSM_CAA: ("SVSM_CAA", PAGE_ZERO),
+    4: ("SVSM_CAA", PAGE_ZERO),
     SNP_KERNEL_HASHES: ("SNP_KERNEL_HASHES", PAGE_ZERO),
 }
-VMSA_GPA = 0xFFFFFFFFF000  # the address that every VMSA page is measured with [KVM arch/x86/kvm/svm/sev.c, snp_launch_update_vmsa]
-BSP_RESET = 0xFFFFFFF0  # where a processor starts after a reset [APM2 14.1.5]
+VMSA_GPA = 0xFFFFFFFFF000  # the address of every VMSA page [KVM arch/x86/kvm/svm/sev.c, snp_launch_update_vmsa]
+BSP_RESET = 0xFFFFFFF0  # the first instruction of the first vCPU [APM2 14.1.5]
+
+
+def _guid(text: str) -> bytes:
+    """Return a GUID in the mixed byte order of UEFI."""
+    return uuid.UUID(text).bytes_le
 
 
 # Entries of the table near the end of a firmware [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm].
-_TABLE_FOOTER = uuid.UUID("96b582de-1fb2-45f7-baea-a366c55a082d").bytes_le
-_SEV_METADATA = uuid.UUID("dc886566-984a-4798-a75e-5585a7bf67cc").bytes_le
-_HASHES_AREA = uuid.UUID("7255371f-3a3b-4b04-927b-1da6efa8d454").bytes_le
-_RESET_BLOCK = uuid.UUID("00f771de-1a7e-4fcb-890e-68c77e2fb44e").bytes_le
+_TABLE_FOOTER = _guid("96b582de-1fb2-45f7-baea-a366c55a082d")
+_SEV_METADATA = _guid("dc886566-984a-4798-a75e-5585a7bf67cc")
+_HASHES_AREA = _guid("7255371f-3a3b-4b04-927b-1da6efa8d454")
+_RESET_BLOCK = _guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
 # The table of hashes and its entries [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes].
-_HASHES = uuid.UUID("9438d606-4f22-4cc9-b479-a793d411fd21").bytes_le
-_HASH_OF_CMDLINE = uuid.UUID("97d02dd8-bd20-4c94-aa78-e7714d36ab2a").bytes_le
-_HASH_OF_INITRD = uuid.UUID("44baf731-3a2f-4bd7-9af1-41e29169781d").bytes_le
-_HASH_OF_KERNEL = uuid.UUID("4de79437-abd2-427f-b835-d5b172d2045b").bytes_le
-_HASHES_SIZE = 176  # 18 + 3 * 50, and zeros to a multiple of 16
-# The type EFI_SECTION_GUID_DEFINED, and the GUID that says LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
-_LZMA_SECTION = b"\2" + uuid.UUID("ee4e5898-3914-4259-9d6e-dc7bd79403cf").bytes_le
-# The name under which the host hands in a program that is started in the kernel's place, unmeasured; edk2-stable202502 brought it.
+_HASHES = _guid("9438d606-4f22-4cc9-b479-a793d411fd21")
+_HASH_OF_CMDLINE = _guid("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
+_HASH_OF_INITRD = _guid("44baf731-3a2f-4bd7-9af1-41e29169781d")
+_HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
+_HASHES_SIZE = 176  # 18 + 3 * 50 bytes, and zeros up to a multiple of 16
+# The type EFI_SECTION_GUID_DEFINED and the GUID of LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
+_LZMA_SECTION = re.compile(re.escape(b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")))
+# The file name by which the host offers a program that the firmware starts, unmeasured, before the kernel. Firmware from
+# edk2-stable202502 on may look for it.
 SHIM_NAME = "shim\0".encode("utf-16-le")
 
 
 def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
-    """A segment register of a limit of 0xFFFF, as the 16 bytes of a VMSA."""
+    """Return a segment register with the limit 0xFFFF, as its 16 bytes in a VMSA."""
     return selector | attributes << 16 | 0xFFFF << 32 | base << 64
 
 
-# (offset, size, name) of the VMSA's fields that are not zero [APM2 table B-4].
-VMSA_FIELDS = (
-    (0x000, 16, "es"),
-    (0x010, 16, "cs"),
-    (0x020, 16, "ss"),
-    (0x030, 16, "ds"),
-    (0x040, 16, "fs"),
-    (0x050, 16, "gs"),
-    (0x060, 16, "gdtr"),
-    (0x070, 16, "ldtr"),
-    (0x080, 16, "idtr"),
-    (0x090, 16, "tr"),
-    (0x0D0, 8, "efer"),
-    (0x148, 8, "cr4"),
-    (0x158, 8, "cr0"),
-    (0x160, 8, "dr7"),
-    (0x168, 8, "dr6"),
-    (0x170, 8, "rflags"),
-    (0x178, 8, "rip"),
-    (0x268, 8, "g_pat"),
-    (0x310, 8, "rdx"),
-    (0x3B0, 8, "sev_features"),
-    (0x3E8, 8, "xcr0"),
-    (0x408, 4, "mxcsr"),
-    (0x410, 2, "x87_fcw"),
+# (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU target/i386/cpu.c,
+# x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW in cr0 [KVM
+# arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
+VMSA_FIELDS: Sequence[tuple[int, int, str, int | None]] = (
+    (0x000, 16, "es", _segment(0x93)),
+    (0x010, 16, "cs", None),
+    (0x020, 16, "ss", _segment(0x93)),
+    (0x030, 16, "ds", _segment(0x93)),
+    (0x040, 16, "fs", _segment(0x93)),
+    (0x050, 16, "gs", _segment(0x93)),
+    (0x060, 16, "gdtr", _segment(0)),
+    (0x070, 16, "ldtr", _segment(0x82)),
+    (0x080, 16, "idtr", _segment(0)),
+    (0x090, 16, "tr", _segment(0x8B)),
+    (0x0D0, 8, "efer", 0x1000),
+    (0x148, 8, "cr4", 0x40),
+    (0x158, 8, "cr0", 0x10),
+    (0x160, 8, "dr7", 0x400),
+    (0x168, 8, "dr6", 0xFFFF0FF0),
+    (0x170, 8, "rflags", 2),
+    (0x178, 8, "rip", None),
+    (0x268, 8, "g_pat", 0x0007040600070406),
+    (0x310, 8, "rdx", None),
+    (0x3B0, 8, "sev_features", None),
+    (0x3E8, 8, "xcr0", 1),
+    (0x408, 4, "mxcsr", 0x1F80),
+    (0x410, 2, "x87_fcw", 0x37F),
 )
-# What a vCPU has after a reset [QEMU target/i386/cpu.c, x86_cpu_reset_hold], but for cs, rip, rdx and sev_features.  KVM, from Linux 6.11 on, sets SVME
-# in efer and MCE in cr4, and takes CD and NW out of cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa].
-_RESET_STATE = {
-    "es": _segment(0x93),
-    "ss": _segment(0x93),
-    "ds": _segment(0x93),
-    "fs": _segment(0x93),
-    "gs": _segment(0x93),
-    "gdtr": _segment(0),
-    "ldtr": _segment(0x82),
-    "idtr": _segment(0),
-    "tr": _segment(0x8B),
-    "efer": 0x1000,
-    "cr4": 0x40,
-    "cr0": 0x10,
-    "dr7": 0x400,
-    "dr6": 0xFFFF0FF0,
-    "rflags": 2,
-    "g_pat": 0x0007040600070406,
-    "xcr0": 1,
-    "mxcsr": 0x1F80,
-    "x87_fcw": 0x37F,
-}
-# Where other hypervisors differ from QEMU.  No specification has it: these are the values of sev-snp-measure 0.0.13.
-_RESET_STATES: Mapping[str, Mapping[str, int]] = {
+# Differences of other hypervisors from QEMU. They are not specified: these are the values of sev-snp-measure 0.0.13.
+_DIFFERENCES: Mapping[str, Mapping[str, int]] = {
     "QEMU": {},
     "ec2": {"ss": _segment(0x92), "tr": _segment(0x83), "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
     "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
 }
-VMMS = tuple(_RESET_STATES)
+VMMS = tuple(_DIFFERENCES)
 
 
 def _signature(family: int, model: int, stepping: int) -> int:
-    """CPUID Fn0000_0001_EAX of a family from 15 on. [APM3 E.3.2]"""
+    """Return CPUID Fn0000_0001_EAX of a family from 15 on.  [APM3 E.3.2]"""
     return family - 15 << 20 | model >> 4 << 16 | 15 << 8 | (model & 15) << 4 | stepping
 
 
-# `-cpu` of QEMU -> what rdx is after a reset [QEMU target/i386/cpu.c, builtin_x86_defs]: (family, model, stepping), the last version in QEMU 10.1.  A
-# version changes features, which are not measured.
+# `-cpu` of QEMU -> rdx after a reset [QEMU target/i386/cpu.c, builtin_x86_defs], from (family, model, stepping) and the
+# last version in QEMU 10.1. Versions of a model differ in features only, which are not measured.
 CPU_SIGNATURES: Mapping[str, int] = {
     name: _signature(*cpu)
     for base, cpu, last in (
@@ -1829,12 +1816,16 @@ CPU_SIGNATURES: Mapping[str, int] = {
 
 
 class FirmwareError(Malformed):
-    """Not a firmware that measures what it boots."""
+    """An error in the form of a firmware, or a firmware without measured direct boot."""
 
 
 class Firmware(NamedTuple):
-    """What the digest needs to know of a firmware. sections: (gpa, size, type) of each, in the metadata's order; hashes_gpa, hashes_size: the area for
-    the table of hashes, 0 where there is none; reset_eip: where every vCPU but the first starts."""
+    """A parsed firmware.
+
+    sections: (gpa, size in bytes, type), in the order of the metadata.
+    hashes_gpa, hashes_size: the area for the table of hashes, or 0.
+    reset_eip: the first instruction of every vCPU but the first.
+    """
 
     data: bytes
     sections: Sequence[tuple[int, int, int]]
@@ -1844,7 +1835,10 @@ class Firmware(NamedTuple):
 
 
 class BootHashes(NamedTuple):
-    """SHA-256 of what a measured direct boot starts, 32 bytes each. cmdline: with the NUL behind it."""
+    """The SHA-256 (32 bytes each) of the parts of a measured direct boot.
+
+    cmdline: of the command line and a NUL.
+    """
 
     kernel: bytes
     initrd: bytes
@@ -1919,65 +1913,65 @@ def parse_firmware(data: bytes) -> Firmware:
 
 
 def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
-    """The hashes that QEMU makes of `-kernel`, `-initrd` and `-append`; None where the option is not there. append: bytes that are not UTF-8 as Python
-    has them of a command line. Raises Malformed where it cannot be one. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    """Return the hashes that QEMU computes for `-kernel`, `-initrd` and `-append`.
+
+    initrd_sha256, append: None if the option is absent.
+    append: bytes that are not UTF-8 are surrogates, as in sys.argv.
+    Raises Malformed if append cannot be a command line.  [QEMU target/i386/sev.c, build_kernel_loader_hashes]
+    """
     try:
-        cmdline = b"" if append is None else append.encode("utf-8", "surrogateescape")
+        cmdline = (append or "").encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise Malformed("command line", "a lone surrogate is no character") from None
+        raise Malformed("command line", "contains a lone surrogate") from None
     if b"\0" in cmdline:
-        raise Malformed("command line", "it contains a NUL, which ends it")
-    return BootHashes(
-        kernel_sha256,
-        hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256,
-        hashlib.sha256(cmdline + b"\0").digest(),
-    )
+        raise Malformed("command line", "contains a NUL")
+    initrd = hashlib.sha256(b"").digest() if initrd_sha256 is None else initrd_sha256
+    return BootHashes(kernel_sha256, initrd, hashlib.sha256(cmdline + b"\0").digest())
 
 
 def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
-    """(GPA, the PAGE_SIZE bytes) of the page by which the firmware knows what it may boot. Raises FirmwareError where it has no such page: its kernel
-    would be measured by nobody. [QEMU target/i386/sev.c, build_kernel_loader_hashes]"""
+    """Return (GPA, PAGE_SIZE bytes) of the page from which the firmware learns what it may boot.
+
+    Raises FirmwareError if the firmware has no such page: nothing would measure its kernel.
+    [QEMU target/i386/sev.c, build_kernel_loader_hashes]
+    """
+    section = f"of type {SNP_KERNEL_HASHES:#x} (SNP_KERNEL_HASHES)"
     places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
     if not places:
-        raise FirmwareError(
-            "firmware", "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot"
-        )
+        raise FirmwareError("firmware", f"no measured direct boot: it has no section {section}")
     if not firmware.hashes_gpa:
-        raise FirmwareError("firmware", "its area for hashes has no address: it has no measured direct boot")
-    [(gpa, size), *others] = places
-    if others or size != PAGE_SIZE:
-        raise FirmwareError("firmware", "its sections of type 0x10 (SNP_KERNEL_HASHES) are not one page")
+        raise FirmwareError("firmware", "no measured direct boot: its area for hashes has no address")
+    gpa, size = places[0]
+    if len(places) > 1 or size != PAGE_SIZE:
+        raise FirmwareError("firmware", f"{len(places)} sections {section}, expected one of {PAGE_SIZE} bytes")
     offset = firmware.hashes_gpa - gpa
-    if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:  # it would look elsewhere
-        raise FirmwareError(
-            "firmware", "its area for hashes does not lie in its section of type 0x10 (SNP_KERNEL_HASHES)"
-        )
-    entries = b"".join(
-        guid + (50).to_bytes(2, "little") + digest
-        for guid, digest in (
-            (_HASH_OF_CMDLINE, hashes.cmdline),
-            (_HASH_OF_INITRD, hashes.initrd),
-            (_HASH_OF_KERNEL, hashes.kernel),
-        )
-    )
-    table = _HASHES + (18 + len(entries)).to_bytes(2, "little") + entries
+    # Elsewhere, the firmware would read hashes that nobody measures.
+    if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:
+        raise FirmwareError("firmware", f"its area for hashes lies outside its section {section}")
+    # GUID || u16 size of the whole || entries of GUID || u16 size || SHA-256
+    rows = (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)
+    entries = b"".join(struct.pack("<16sH32s", guid, 50, digest) for guid, digest in rows)
+    table = struct.pack("<16sH", _HASHES, 18 + len(entries)) + entries
     return gpa, (bytes(offset) + table).ljust(PAGE_SIZE, b"\0")
 
 
 def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
-    """The page with the registers of a vCPU that starts at eip. [APM2 table B-4]"""
-    accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the first bit of an attribute
-    values = {
-        **_RESET_STATE,
+    """Return the page with the registers of a vCPU.  [APM2 table B-4]
+
+    eip: its first instruction.
+    The other parameters are those of compute_launch_digest.
+    """
+    accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the lowest bit of the attributes of cs
+    computed = {
         "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000),
         "rip": eip & 0xFFFF,
         "rdx": signature,
         "sev_features": guest_features,
-        **_RESET_STATES[vmm],
+        **_DIFFERENCES[vmm],
     }
     page = bytearray(PAGE_SIZE)
-    for offset, size, name in VMSA_FIELDS:
-        page[offset : offset + size] = values[name].to_bytes(size, "little")
+    for offset, size, name, value in VMSA_FIELDS:
+        page[offset : offset + size] = computed.get(name, value or 0).to_bytes(size, "little")
     return bytes(page)
 
 
@@ -1990,30 +1984,35 @@ def compute_launch_digest(
     vmm: str = "QEMU",
     explain: Callable[[str, bytes], None] = lambda step, digest: None,
 ) -> bytes:
-    """The 48 bytes of the launch digest. [SNP-ABI 8.17.2]
+    """Return the 48 bytes of the launch digest.  [SNP-ABI 8.17.2]
 
-    hashes: None without `kernel-hashes=on`; vcpus: those that are there at the launch; signature: one of CPU_SIGNATURES; guest_features: SEV_FEATURES
-    of the VMSA; vmm: one of VMMS; explain: hears each step and the digest after it. Raises Malformed."""
+    hashes: None for a launch without `kernel-hashes=on`.
+    vcpus: number of vCPUs at the launch.
+    signature: of the CPU model; see CPU_SIGNATURES.
+    guest_features: SEV_FEATURES of the VMSA.
+    vmm: one of VMMS.
+    explain: called after each step, with its name and the digest so far.
+    Raises Malformed if a number is out of range, and FirmwareError.
+    """
     if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
-        raise Malformed(
-            "launch digest",
-            f"there is none of {vcpus} vCPUs of signature {signature:#x} with features {guest_features:#x} on {vmm}",
-        )
+        found = f"{vcpus} vCPUs, signature {signature:#x}, guest features {guest_features:#x}, VMM {vmm}"
+        raise Malformed("launch digest", f"out of range: {found}")
     page = b"" if hashes is None else hashes_page(firmware, hashes)[1]
     sha384, digest = hashlib.sha384, bytes(48)
 
     def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
-        """PAGE_INFO: digest, contents, length 0x70, page type, IMI_PAGE, three permissions, a reserved byte, address."""
+        """Extend the digest by a PAGE_INFO.
+
+        It is digest || contents || u16 length 0x70 || page type || IMI_PAGE || three permissions || reserved || u64 GPA.
+        """
         nonlocal digest
-        digest = sha384(
-            digest + contents + bytes((0x70, 0, page_type, 0, 0, 0, 0, 0)) + gpa.to_bytes(8, "little")
-        ).digest()
+        digest = sha384(struct.pack("<48s48sHB5xQ", digest, contents, 0x70, page_type, gpa)).digest()
 
     base, data = (1 << 32) - len(firmware.data), firmware.data
     for at in range(0, len(data), PAGE_SIZE):
         update(PAGE_NORMAL, base + at, sha384(data[at : at + PAGE_SIZE]).digest())
     explain(f"firmware: {len(data):#x} bytes at {base:#x}", digest)
-    # EC2 adds the CPUID page last, GCE does not measure SNP_SEC_MEM.
+    # EC2 adds the CPUID page last; GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
         name, page_type = SECTION_TYPES[kind]
         if kind == SNP_KERNEL_HASHES and page:
@@ -2033,32 +2032,36 @@ def compute_launch_digest(
 
 
 def volume_place(data: bytes) -> tuple[int, int]:
-    """(begin, end) of the compressed firmware volume in data. Raises FirmwareError unless there is one. [PI volume 3, EFI_GUID_DEFINED_SECTION]"""
+    """Return (begin, end) of the compressed firmware volume in a firmware.  [PI volume 3, EFI_GUID_DEFINED_SECTION]
+
+    Raises FirmwareError unless data has exactly one.
+    """
     places: list[tuple[int, int]] = []
-    at = data.find(_LZMA_SECTION, 3)
-    while (
-        at >= 0 and len(places) < 2
-    ):  # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes; the GUID also stands in code
-        size = int.from_bytes(data[at - 3 : at], "little")
-        offset = int.from_bytes(data[at + 17 : at + 19], "little")
-        if 24 <= offset < size <= len(data) - (at - 3):
-            places.append((at - 3 + offset, at - 3 + size))
-        at = data.find(_LZMA_SECTION, at + 17)
-    if len(places) != 1:  # of two, one could hide the other
-        raise FirmwareError(
-            "firmware volume",
-            "there is more than one compressed section" if places else "there is no compressed section",
-        )
+    for match in _LZMA_SECTION.finditer(data, 3):
+        # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes. The GUID also occurs in code.
+        start = match.start() - 3
+        size = int.from_bytes(data[start : start + 3], "little")
+        offset = int.from_bytes(data[match.end() : match.end() + 2], "little")
+        if 24 <= offset < size <= len(data) - start:
+            places.append((start + offset, start + size))
+        if len(places) > 1:  # one could hide the other
+            break
+    if len(places) != 1:
+        count = "more than one" if places else "no"
+        raise FirmwareError("firmware volume", f"{count} compressed section, expected one")
     return places[0]
 
 
 def volume_blocks(data: bytes) -> Iterator[bytes]:
-    """The decompressed firmware volume of a firmware, which holds the programs that it boots with, block by block. Raises FirmwareError."""
+    """Yield the decompressed firmware volume, which holds the firmware's programs, in blocks.
+
+    Raises FirmwareError.
+    """
     begin, end = volume_place(data)
     packed = data[begin:end]
     left = int.from_bytes(packed[5:13], "little")  # after the properties; edk2 always writes the length
     if not 0 < left <= MAX_VOLUME:
-        raise FirmwareError("firmware volume", f"it says that it has {left} bytes, which is not 1 to {MAX_VOLUME}")
+        raise FirmwareError("firmware volume", f"{left} bytes decompressed, expected 1 to {MAX_VOLUME}")
     try:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * MAX_VOLUME)
         block = decoder.decompress(packed, MIB)
@@ -2067,23 +2070,26 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
             yield block
             block = b"" if decoder.eof or decoder.needs_input else decoder.decompress(b"", MIB)
     except ImportError:
-        raise FirmwareError("firmware volume", "this Python has no lzma") from None
+        raise FirmwareError("firmware volume", "this Python has no lzma module") from None
     except lzma.LZMAError as e:
-        raise FirmwareError("firmware volume", f"it cannot be decompressed: {e}") from None
+        raise FirmwareError("firmware volume", f"not LZMA data: {e}") from None
     if left:
         raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
 
 
 def firmware_state(data: bytes) -> str:
-    """Empty where the firmware admits no shim; else a sentence why its launch digest does not say what it boots."""
+    """Return "" if the firmware admits no shim, else a message why its launch digest does not tell what it boots."""
     tail = b""
     try:
         for block in volume_blocks(data):
             if SHIM_NAME in tail + block:
-                return "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
+                return (
+                    "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, with "
+                    "the same launch digest"
+                )
             tail = block[1 - len(SHIM_NAME) :]
     except FirmwareError as e:
-        return f"cannot be looked into: {e}"
+        return f"cannot be inspected: {e}"
     return ""
 
 

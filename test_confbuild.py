@@ -3811,7 +3811,7 @@ def toy_volume(*sections: bytes) -> bytes:
     return front + bytes(-len(front) % 4096) + TOY_FIRMWARE
 
 
-ADMITS = "it admits a shim: where the host names one, it starts that in place of the measured kernel, and its launch digest stays the same"
+ADMITS = "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, with the same launch digest"
 
 
 def short_id(value: object) -> str:
@@ -4081,15 +4081,24 @@ class TestLaunchDigest:
         [
             (
                 {"sections": TOY_SECTIONS[:4]},
-                "it has no section of type 0x10 (SNP_KERNEL_HASHES): it has no measured direct boot",
+                "no measured direct boot: it has no section of type 0x10 (SNP_KERNEL_HASHES)",
             ),
-            ({"entries": {HASHES_AREA: None}}, "its area for hashes has no address: it has no measured direct boot"),
+            ({"entries": {HASHES_AREA: None}}, "no measured direct boot: its area for hashes has no address"),
             ({"entries": {HASHES_AREA: bytes(8)}}, "its area for hashes has no address"),
             ({"entries": {HASHES_AREA: struct.pack("<II", 0, 0x400)}}, "no address"),
-            ({"sections": [*TOY_SECTIONS, TOY_SECTIONS[4]]}, "are not one page"),
-            ({"sections": [(0x805000, 0x2000, 0x10)]}, "are not one page"),
+            (
+                {"sections": [*TOY_SECTIONS, TOY_SECTIONS[4]]},
+                "2 sections of type 0x10 (SNP_KERNEL_HASHES), expected one of 4096 bytes",
+            ),
+            (
+                {"sections": [(0x805000, 0x2000, 0x10)]},
+                "1 sections of type 0x10 (SNP_KERNEL_HASHES), expected one of 4096 bytes",
+            ),
             *[
-                ({"entries": {HASHES_AREA: struct.pack("<II", gpa, size)}}, "does not lie in its section of type 0x10")
+                (
+                    {"entries": {HASHES_AREA: struct.pack("<II", gpa, size)}},
+                    "its area for hashes lies outside its section of type 0x10",
+                )
                 for gpa, size in (
                     (0x804FFF, 0x400),
                     (0x806000, 0x400),
@@ -4126,13 +4135,13 @@ class TestLaunchDigest:
         firmware = confbuild.parse_firmware(TOY_FIRMWARE)
         for arguments in ((0, 0), (4097, 0), (1, -1), (1, 1 << 32), (1, 0, -1), (1, 0, 1 << 64), (1, 0, 1, "qemu")):
             with pytest.raises(
-                confbuild.Malformed, match=rf"^launch digest: there is none of {arguments[0]} vCPUs of signature "
+                confbuild.Malformed, match=rf"^launch digest: out of range: {arguments[0]} vCPUs, signature "
             ):
                 confbuild.compute_launch_digest(firmware, None, *arguments)
 
     @pytest.mark.parametrize(
         ("append", "message"),
-        [("a\0b", "it contains a NUL, which ends it"), ("\ud800", "a lone surrogate is no character")],
+        [("a\0b", "contains a NUL"), ("\ud800", "contains a lone surrogate")],
     )
     def test_what_is_no_command_line(self, append: str, message: str) -> None:
         with pytest.raises(confbuild.Malformed, match=f"^command line: {message}"):
@@ -4232,25 +4241,25 @@ class TestFirmwareState:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (TOY_FIRMWARE, "there is no compressed section"),
-            (b"", "there is no compressed section"),
-            (toy_volume(lzma_section(b"a"), lzma_section(b"b")), "there is more than one compressed section"),
-            (toy_volume(lzma_section(b"a", 0)), "it says that it has 0 bytes, which is not 1 to 67108864"),
-            (toy_volume(lzma_section(b"a", (64 << 20) + 1)), "it says that it has 67108865 bytes"),
-            (toy_volume(lzma_section(b"a", 2**64 - 1)), "which is not 1 to 67108864"),
+            (TOY_FIRMWARE, "no compressed section"),
+            (b"", "no compressed section"),
+            (toy_volume(lzma_section(b"a"), lzma_section(b"b")), "more than one compressed section"),
+            (toy_volume(lzma_section(b"a", 0)), "0 bytes decompressed, expected 1 to 67108864"),
+            (toy_volume(lzma_section(b"a", (64 << 20) + 1)), "67108865 bytes decompressed"),
+            (toy_volume(lzma_section(b"a", 2**64 - 1)), "expected 1 to 67108864"),
             (toy_volume(lzma_section(b"a" * 5000, cut=12)), "bytes are missing"),
-            (toy_volume(lzma_section(b"a" * 5000, 64 << 20)), "it cannot be decompressed: Corrupt"),
-            (toy_volume(lzma_section(b"a", properties=b"\xff")), "it cannot be decompressed: Input format"),
+            (toy_volume(lzma_section(b"a" * 5000, 64 << 20)), "not LZMA data: Corrupt"),
+            (toy_volume(lzma_section(b"a", properties=b"\xff")), "not LZMA data: Input format"),
             (
                 toy_volume(lzma_section(b"a", properties=b"\x5d\0\0\0\x80")),
-                "it cannot be decompressed: Memory usage limit exceeded",
+                "not LZMA data: Memory usage limit exceeded",
             ),
         ],
         ids=short_id,
     )
     def test_what_cannot_be_looked_into(self, data: bytes, message: str) -> None:
         state = confbuild.firmware_state(data)
-        assert state.startswith("cannot be looked into: firmware volume: ") and message in state
+        assert state.startswith("cannot be inspected: firmware volume: ") and message in state
         with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
             b"".join(confbuild.volume_blocks(data))
 
@@ -4264,7 +4273,7 @@ class TestFirmwareState:
         monkeypatch.setattr(confbuild, "lzma", Missing())
         assert (
             confbuild.firmware_state(toy_volume(lzma_section(b"a")))
-            == "cannot be looked into: firmware volume: this Python has no lzma"
+            == "cannot be inspected: firmware volume: this Python has no lzma module"
         )
 
     @settings(max_examples=100)
@@ -4273,7 +4282,7 @@ class TestFirmwareState:
         section = lzma_section(bytes(range(256)) * 4)
         at = where % len(section)
         state = confbuild.firmware_state(toy_volume(section[:at] + new + section[at + old :]))
-        assert state == "" or state.startswith("cannot be looked into: ")
+        assert state == "" or state.startswith("cannot be inspected: ")
 
     def test_a_hostile_firmware_takes_bounded_time(self) -> None:
         """All of it GUIDs of sections that are none; and what unpacks to the most."""
@@ -18414,7 +18423,7 @@ class TestSealing:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (TOY_FIRMWARE, "the firmware cannot be inspected: firmware volume: there is no compressed section"),
+            (TOY_FIRMWARE, "the firmware cannot be inspected: firmware volume: no compressed section"),
             (b"", "the firmware cannot be inspected: firmware volume"),
             (
                 toy_volume(lzma_section(SHIM + random.Random(1).randbytes(3000), cut=500)),
@@ -18422,7 +18431,7 @@ class TestSealing:
             ),
             (
                 toy_volume(lzma_section(b"a"), lzma_section(SHIM)),
-                "cannot be inspected: firmware volume: there is more than one",
+                "cannot be inspected: firmware volume: more than one",
             ),
         ],
         ids=short_id,
@@ -18811,7 +18820,7 @@ class TestImage:
             self.make(tmp_path, root=root, vcpus=[("host", 1)])
         with pytest.raises(
             confbuild.ImageError,
-            match="no launch digest of EPYC, 9999 vCPUs: launch digest: there is none of 9999 vCPUs",
+            match="no launch digest of EPYC, 9999 vCPUs: launch digest: out of range: 9999 vCPUs",
         ):
             self.make(tmp_path, root=root, vcpus=[("EPYC", 9999)])
         with pytest.raises(confbuild.ImageError, match=f"more than {confbuild.MAX_FIRMWARE} bytes"):
@@ -22621,7 +22630,7 @@ class TestMeasure:
         [
             ("volume", ""),
             ("shim", ADMITS),
-            ("fw", "cannot be looked into: firmware volume: there is no compressed section"),
+            ("fw", "cannot be inspected: firmware volume: no compressed section, expected one"),
         ],
     )
     def test_what_the_firmware_admits(
@@ -22639,11 +22648,11 @@ class TestMeasure:
     @pytest.mark.parametrize(
         "name, options, message",
         [
-            ("bare", (), "bare: firmware: it has no section of type 0x10 (SNP_KERNEL_HASHES)"),
+            ("bare", (), "bare: firmware: no measured direct boot: it has no section of type 0x10"),
             ("large", (), "large: firmware: 16777217 bytes, expected 1 to"),
-            ("fw", ("--vcpus", "4097"), "launch digest: there is none of 4097 vCPUs"),
-            ("fw", ("--vcpu-sig", "0x100000000"), "launch digest: there is none of 1 vCPUs"),
-            ("fw", ("--append", "\udcff\ud800"), "command line: a lone surrogate"),
+            ("fw", ("--vcpus", "4097"), "launch digest: out of range: 4097 vCPUs"),
+            ("fw", ("--vcpu-sig", "0x100000000"), "launch digest: out of range: 1 vCPUs"),
+            ("fw", ("--append", "\udcff\ud800"), "command line: contains a lone surrogate"),
             ("fw", ("--kernel", "nowhere"), "nowhere: No such file"),
             ("fw", ("--initrd", "."), ".: Is a directory"),
         ],
