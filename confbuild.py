@@ -4810,10 +4810,6 @@ class Program(NamedTuple):
     version: str
     sha256: str
 
-    def to_wire(self) -> dict[str, Any]:
-        """Return the program's entry in the provenance.  [CONTRACT 3.2]"""
-        return {"digest": {"sha256": self.sha256}, "version": self.version}
-
 
 class Plan(NamedTuple):
     """The build of one project, and its inputs.
@@ -5034,8 +5030,8 @@ def _local_packages(project: str) -> set[str]:
     root = os.path.realpath(project) + os.sep
     for name in walk_files(project):
         path = os.path.join(project, name)
-        manifest = os.path.basename(name) == "Cargo.toml"
-        if not manifest and not re.search(r"(^|/)\.cargo/config(\.toml)?$", name) or not os.path.isfile(path):
+        match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
+        if not match or not os.path.isfile(path):
             continue
         with open(path, "rb") as f:
             data = f.read(MIB + 1)
@@ -5044,9 +5040,9 @@ def _local_packages(project: str) -> set[str]:
         except (ValueError, RecursionError):
             continue  # perhaps a test's fixture; cargo reports it if it matters
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-        if manifest and isinstance(package, dict) and isinstance(package.get("name"), str):
+        if match[2] == "Cargo.toml" and isinstance(package, dict) and isinstance(package.get("name"), str):
             inside.add(package["name"])
-        base = os.path.dirname(path if manifest else os.path.dirname(path))
+        base = os.path.join(project, name[: match.start(2)])
         tables = [doc]
         for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
             for key, value in table.items():
@@ -5491,21 +5487,25 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
     artifacts: the directory that holds the artifacts.
     """
 
-    def entry(name: str, size: int, mode: int, kind: bytes = b"0") -> "tarfile.TarInfo":
+    def add(name: str, mode: int, content: IO[bytes] | None = None) -> None:
         info = tarfile.TarInfo(f"{project}/{name}".rstrip("/"))
-        info.size, info.mode, info.type = size, mode, kind
-        return info
+        info.mode = mode
+        info.type = tarfile.DIRTYPE
+        if content is not None:
+            info.type = tarfile.REGTYPE
+            info.size = content.seek(0, os.SEEK_END)
+            content.seek(0)
+        archive.addfile(info, content)
 
     write_tar = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
     with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write_tar(fileobj=stream) as archive:
-        for name in ("", "artifacts"):
-            archive.addfile(entry(name, 0, 0o755, tarfile.DIRTYPE))
+        add("", 0o755)
+        add("artifacts", 0o755)
         for name in sorted(os.listdir(artifacts)):
-            artifact = os.path.join(artifacts, name)
-            with open(artifact, "rb") as content:
-                archive.addfile(entry(f"artifacts/{name}", os.path.getsize(artifact), 0o755), content)
-        for name, data in (("evidence.json", evidence), ("provenance.json", provenance)):
-            archive.addfile(entry(name, len(data), 0o644), io.BytesIO(data))
+            with open(os.path.join(artifacts, name), "rb") as artifact:
+                add(f"artifacts/{name}", 0o755, artifact)
+        add("evidence.json", 0o644, io.BytesIO(evidence))
+        add("provenance.json", 0o644, io.BytesIO(provenance))
 
 
 def is_bare_evidence(path: str) -> bool:
@@ -5662,8 +5662,9 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     extra: the names of further variables that are passed on, from --env.
     """
     env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
-    for name in [name for name in env if name.lower().endswith("_proxy") and "@" in env[name] and name not in extra]:
-        del env[name]  # it contains the proxy's password
+    for name in set(env) - {*extra}:
+        if name.lower().endswith("_proxy") and "@" in env[name]:
+            del env[name]  # it contains the proxy's password
     rustup = os.path.join(environ.get("HOME", "/nonexistent"), ".rustup")
     if os.path.isdir(rustup):
         env.setdefault("RUSTUP_HOME", rustup)
@@ -5744,7 +5745,7 @@ class Pipeline(NamedTuple):
             full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
             message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
-            raise BuildFailed("LimitError" if full else "BuildError", message.rstrip(": "))
+            raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
         self.emit("provenance", ["Generating provenance"])
         try:
             artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
@@ -5832,8 +5833,8 @@ def _make_statement(
     started: the time of startedOn.
     Raises BuildFailed ProvenanceError if our own verifier would refuse the statement.
     """
-    tool = Program("", f"confbuild {__version__}", sha256_hex(own_source()))
-    toolchain = {name: program.to_wire() for name, program in {**plan.programs, "kettle": tool}.items()}
+    programs = {**plan.programs, "kettle": Program("", f"confbuild {__version__}", sha256_hex(own_source()))}
+    toolchain = {name: {"digest": {"sha256": p.sha256}, "version": p.version} for name, p in programs.items()}
     root, *others = _resources({"input_merkle_root": "0" * 64, **byproducts})
     clock = re.sub("[-:]", "", started[:19]).replace("T", "-")
     doc = {
@@ -6177,23 +6178,6 @@ class Watcher:
     since: the time of the last progress, by the monotonic clock.
     """
 
-    __slots__ = (
-        "chunked",
-        "ending",
-        "file",
-        "left",
-        "log",
-        "mask",
-        "peer_half_closed",
-        "pending",
-        "position",
-        "since",
-        "sock",
-        "start",
-        "then",
-        "tls",
-    )
-
     def __init__(
         self,
         sock: "socket.socket",
@@ -6241,12 +6225,8 @@ class Streamer:
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self._served: set[Watcher] = set()
         self._waiting: dict[EventLog | None, set[Watcher]] = {}  # watchers that have received the whole log so far
-        self._block: tuple[EventLog | None, int, int, bytes] = (
-            None,
-            0,
-            0,
-            b"",
-        )  # the last small range: log[at:+length]
+        # The last small range that was read: log, position, length, bytes.
+        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
         self._turn = _TURN
         self.files = 0
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
@@ -6355,8 +6335,9 @@ class Streamer:
         turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
         try:
             while turn > 0:
+                sent = 0
                 if watcher.pending:
-                    more = socket.MSG_MORE if watcher.left and not watcher.tls and hasattr(socket, "MSG_MORE") else 0
+                    more = getattr(socket, "MSG_MORE", 0) if watcher.left and not watcher.tls else 0
                     sent = watcher.sock.send(watcher.pending, more)
                     watcher.pending = watcher.pending[sent:]
                 elif watcher.left:
@@ -6367,8 +6348,6 @@ class Streamer:
                         break  # the socket is full
                 elif not self._next(watcher):
                     return
-                else:
-                    sent = 0
                 turn -= sent
             self._want(watcher, mask)
         except OSError as e:
@@ -6412,21 +6391,20 @@ class Streamer:
         finished = log.finished  # read before size: a finished log has its final size
         if watcher.position < 0 and (finished or log.count >= watcher.start):
             watcher.position = log.offset_of(watcher.start)
-        size = log.size
-        if 0 <= watcher.position < size:
-            if size - watcher.position <= _SMALL:
-                length = size - watcher.position
-                watcher.pending = watcher.frame(self._read(log, watcher.position, length))
-                watcher.position += length
+        rest = log.size - watcher.position
+        if watcher.position >= 0 and rest > 0:
+            if rest <= _SMALL:
+                watcher.pending = watcher.frame(self._read(log, watcher.position, rest))
+                watcher.position += rest
             else:
-                watcher.left = size - watcher.position
-                watcher.pending = b"%x\r\n" % watcher.left if watcher.chunked else b""
-            return True
-        if finished and watcher.chunked and not watcher.ending:
-            watcher.ending = True
-            watcher.pending = b"0\r\n\r\n"
+                watcher.left = rest
+                watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
             return True
         if finished:
+            if watcher.chunked and not watcher.ending:
+                watcher.ending = True
+                watcher.pending = b"0\r\n\r\n"
+                return True
             self._drop(watcher)
             return False
         watcher.since = time.monotonic()
