@@ -3803,20 +3803,22 @@ def reexec_without_ast() -> None:
 # ==============================================================================
 # region 18. Archives                                             [uses nothing]
 # ==============================================================================
-# Where the bytes that are compiled come from: an archive or a git URL, both hostile.  What git says of them is believed
-# only where hashing the files themselves gives the same.
+# Unpacks ZIP files and tarballs, which are hostile, and packs sources.  An archive that two readers would understand
+# differently is refused, so that the bytes that were looked at are the bytes that are built.  TreeWriter also unpacks
+# the packages of an image.  Memory does not depend on the archive.  [POSIX.1-2017 pax], tar(5), [APPNOTE.TXT]; no
+# threads.
 
-MAX_RATIO = 200  # unpacked to packed, above the first 64 MiB; source code packs about 5:1, zeros 1000:1
+MAX_RATIO = 200  # unpacked to packed size above 64 MiB; source code packs about 5:1, zeros 1000:1
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
 
 
 def is_archive(head: bytes) -> bool:
-    """Whether head begins a ZIP file (also an empty one) or a gzip stream with deflate [RFC1952 2.3.1]."""
+    """Return whether head begins a ZIP file, also an empty one, or a gzip stream with deflate. [RFC1952 2.3.1]"""
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"\x1f\x8b\x08"))
 
 
-def plain_name(name: str) -> str:
-    """name reduced to [A-Za-z0-9._-], never empty, `.` or `..`: safe as a directory's name."""
+def safe_name(name: str) -> str:
+    """Reduce name to a folder name of the characters [A-Za-z0-9._-] that is not empty, `.` or `..`. [CONTRACT 1.11]"""
     reduced = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
     return reduced if reduced.strip(".") else "build"
 
@@ -3960,41 +3962,31 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
 
 
 def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
-    """The members of a ZIP file [APPNOTE.TXT 4.3.16]."""
+    """Yield the members of a ZIP file. [APPNOTE.TXT 4.3.16]"""
     f.seek(max(0, os.fstat(f.fileno()).st_size - 65557))  # the end record is at most that far from the end
     tail = f.read()
     end = tail.rfind(b"PK\5\6")
-    # zipfile would hold a directory of any size; ZIP64, which could announce one, is not needed below 4 GiB.
-    if int.from_bytes(tail[end + 12 : end + 16], "little") > 8 * MIB or tail[max(0, end - 20) : end].startswith(
-        b"PK\6\7"
-    ):
+    # zipfile would hold a directory of any size. ZIP64, which could announce a large one, is not needed below 4 GiB.
+    zip64 = tail[max(0, end - 20) : end].startswith(b"PK\6\7")
+    if zip64 or int.from_bytes(tail[end + 12 : end + 16], "little") > 8 * MIB:
         raise limit_error("the archive's directory has more than 8 MiB")
     with zipfile.ZipFile(f) as archive:
         for info in archive.infolist():
-            mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: made on Unix
+            shown = repr(info.filename[:80])
             if info.flag_bits & 1:
-                raise source_error(f"{info.filename[:80]!r} is encrypted")
-            if info.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):  # zipfile unpacks others without a limit
-                raise source_error(f"{info.filename[:80]!r} has a compression other than deflate")
-            says = {0: "", stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}.get(
-                stat.S_IFMT(mode)
-            )
-            if says is None:
-                raise source_error(f"{info.filename[:80]!r} is a device or a pipe")
-            kind = "directory" if info.is_dir() else says or "file"
+                raise source_error(f"{shown} is encrypted")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a limit
+                raise source_error(f"{shown} is compressed with another method than deflate")
+            mode = info.external_attr >> 16 if info.create_system == 3 else 0  # 3: made on Unix
+            kinds = {0: "", stat.S_IFDIR: "directory", stat.S_IFREG: "file", stat.S_IFLNK: "symlink"}
+            unix_kind = kinds.get(stat.S_IFMT(mode))
+            if unix_kind is None:
+                raise source_error(f"{shown} is a device or a pipe")
+            kind = "directory" if info.is_dir() else unix_kind or "file"
             # Some readers believe the slash, some the mode, and some the attribute of MS-DOS.
-            if (
-                says not in ("", kind)
-                or info.is_dir() != (kind == "directory" or bool(info.external_attr & 0x10))
-                or info.is_dir()
-                and info.file_size
-            ):
-                raise source_error(
-                    f"{info.filename[:80]!r} is a file with a directory's name, or a directory with a file's"
-                )
+            wrong = info.file_size if info.is_dir() else kind == "directory" or info.external_attr & 0x10
+            if wrong or unix_kind not in ("", kind):
+                raise source_error(f"{shown} is a file with a directory's name, or a directory with a file's name")
             with archive.open(info) as contents:
                 target = contents.read(4097).decode("utf-8") if kind == "symlink" else ""
                 blocks = iter(functools.partial(contents.read, BLOCK), b"")
@@ -4002,28 +3994,18 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
                 yield _Member(info.orig_filename, kind, bool(mode & 0o100), target, blocks)
 
 
-MAX_EXTENDED = 64 * MIB  # of headers that extend another, of which a kilobyte unpacks to a MiB
-# Mode, uid, gid, size, mtime and checksum; and numbers of a device, if there is a magic.
+MAX_EXTENDED = 64 * MIB  # all headers that extend another one; 1 KB of an archive can hold 1 MiB of them
+# Mode, uid, gid, size, mtime and checksum; with a magic, also the numbers of a device.
 _TAR_NUMBERS = ((100, 108), (108, 116), (116, 124), (124, 136), (136, 148), (148, 156), (329, 337), (337, 345))
-# Octal, or positive in base-256. Other readers take other things for a number: int() `1_0`, GNU tar `-7`, and none the
-# same ones.
+# Octal, or positive in base-256. Readers disagree about all others: Python's int accepts `1_0`, GNU tar `-7`.
 _TAR_NUMBER = re.compile(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", re.DOTALL)
 _TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"5": "directory"}
-_TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> what GNU's hold
+_TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> the field that GNU's types extend
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
-# What a global header may say: nothing that a reader needs (git's commit; `tar --pax-option=mtime=0`; star's archtype).
-_HARMLESS_PAX = frozenset(
-    (b"comment", b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname", b"SCHILY.archtype")
-)
+# Records of a global header that no reader needs: git's commit; `tar --pax-option=mtime=0`; star's archtype.
+_HARMLESS_PAX = b"comment mtime atime ctime uid gid uname gname SCHILY.archtype".split()
 # Names, kinds, sizes and holes that only some readers believe.
-_DISPUTED_PAX = (
-    b"GNU.sparse.",
-    b"GNU.dumpdir",
-    b"GNU.volume.",
-    b"SCHILY.realsize",
-    b"SCHILY.filetype",
-    b"SUN.holesdata",
-)
+_DISPUTED_PAX = tuple(b"GNU.sparse. GNU.dumpdir GNU.volume. SCHILY.realsize SCHILY.filetype SUN.holesdata".split())
 
 
 def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
@@ -4043,14 +4025,14 @@ def _take(stream: Any, size: int) -> Iterator[bytes]:
 
 
 def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
-    """Yield the members of a tarball that stream unpacks, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017
-    pax, tar(5)]
+    """Yield the members of the tarball in stream, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017 pax]
 
-    Holds one header and what extends it. Raises BuildFailed for whatever two readers understand differently."""
+    limit: of all contents, also of those that nobody reads.
+    It holds only one header and its extensions.
+    Raises BuildFailed for anything that two readers understand differently."""
     spare, total, header = MAX_EXTENDED, 0, b""
-    extended: dict[
-        bytes, bytes
-    ] = {}  # of the next member: its path, linkpath and size, and the types of the headers that say so
+    # Of the next member: its path, linkpath and size, and the types of the headers that contained them.
+    extended: dict[bytes, bytes] = {}
     for header in iter(lambda: stream.read(512), b""):
         if not header.strip(b"\0"):
             break
@@ -4060,19 +4042,13 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
             spare -= 512 + size
             if size > MIB or spare < 0:
                 raise limit_error(
-                    "the archive has "
-                    + (
-                        "a header of more than 1 MiB"
-                        if size > MIB
-                        else f"more than {MAX_EXTENDED} bytes of extended headers"
-                    )
+                    f"the archive has more than {MIB} bytes in one extended header, "
+                    f"or more than {MAX_EXTENDED} bytes of extended headers"
                 )
             if kind in extended or b"x" in extended or extended and kind in b"xg":
-                raise source_error(
-                    "the archive has two headers for one member, of which other readers believe the other"
-                )
+                raise source_error("the archive has two headers for one member, and readers disagree which one counts")
             body = b"".join(contents)
-            if kind in b"LK" and not re.fullmatch(rb"[^\0]+\0", body):  # GNU tar reads up to the NUL, wherever it is
+            if kind in b"LK" and not re.fullmatch(rb"[^\0]+\0", body):  # GNU tar reads up to the first NUL
                 raise source_error("the archive has a damaged long name")
             found = _read_pax(body, kind == b"g") if kind in b"xg" else {_TAR_EXTENSIONS[kind]: body[:-1]}
             extended |= {kind: b"", **found} if kind != b"g" else {}
@@ -4083,12 +4059,12 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
             yield _read_tar_member(header, size, mode, extended, contents)
             extended = {}
         for rest in (contents, _take(stream, -size % 512)):
-            for _ in rest:  # what nobody has read
+            for _ in rest:  # skip what nobody has read
                 pass
     if not header or extended:
         raise source_error("the archive ends within a member" if extended else "the archive is empty")
     after = 0
-    for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which is behind tar's end
+    for block in iter(lambda: stream.read(BLOCK), b""):  # up to gzip's checksum, which comes after tar's end
         after += len(block)
         if block.strip(b"\0"):  # another reader would go on
             raise source_error("the archive goes on after its end")
@@ -4097,13 +4073,15 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
 
 
 def _read_tar_numbers(header: bytes) -> tuple[int, int]:
-    """Return (size, mode). Raises BuildFailed unless all numbers of the header and its checksum are right."""
+    """Return (size, mode) of a header. Raise BuildFailed unless all its numbers and its checksum are valid."""
     fields = [
         _TAR_NUMBER.fullmatch(header, start, end)
         for start, end in _TAR_NUMBERS[: 8 if header[257:262] == b"ustar" else 6]
     ]
     if len(header) < 512 or None in fields:
-        raise source_error("the archive is no tarball, or has a number that is neither octal nor positive in base-256")
+        raise source_error(
+            "the archive is not a tarball, or has a number that is neither octal nor positive in base-256"
+        )
     mode, _, _, size, _, checksum, *_ = (
         int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field
     )
@@ -4113,8 +4091,9 @@ def _read_tar_numbers(header: bytes) -> tuple[int, int]:
 
 
 def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
-    """Return the path, linkpath and size in data, which must be records of `length name=value`, each as long as it
-    says."""
+    """Return the path, linkpath and size in the records `length name=value` of a pax header. [POSIX.1-2017 pax]
+
+    is_global: of a global header, which may contain only records that no reader needs."""
     found: dict[bytes, bytes] = {}
     at = 0
     while at < len(data):
@@ -4142,37 +4121,41 @@ def _read_pax(data: bytes, is_global: bool) -> dict[bytes, bytes]:
 def _read_tar_member(
     header: bytes, size: int, mode: int, extended: Mapping[bytes, bytes], contents: Iterator[bytes]
 ) -> _Member:
-    """Return the member that a header and what extends it describe."""
+    """Return the member of a header and its extensions."""
     name, target, prefix = (header[start:end].partition(b"\0")[0] for start, end in ((0, 100), (157, 257), (345, 500)))
-    # GNU's format has other fields there, and star's behind it.
+    # GNU's format has other fields there, and star's format has more fields after it.
     if prefix and (header[257:263] != b"ustar\0" or header[500:].strip(b"\0")):
-        raise source_error("the archive has a prefix in a header that is not of POSIX's format")
+        raise source_error("the archive has a prefix in a header that is not in POSIX format")
     path = extended.get(b"path", prefix + b"/" * bool(prefix) + name).decode("utf-8", "surrogateescape")
     kind = _TAR_KINDS.get(header[156:157], "")
     if kind == "directory":
         path = path.rstrip("/") or path
-    elif not kind or not path or path.endswith("/"):  # of which some readers make a directory
+    elif not kind or not path or path.endswith("/"):  # some readers make a directory of it
         raise source_error(f"{path[:80]!r} is a device, a pipe, a sparse file, or a file with a directory's name")
     if int(extended.get(b"size", size)) != size or size and kind != "file":
-        raise source_error(f"{path[:80]!r} has two sizes, or contents that are no file's")
+        raise source_error(f"{path[:80]!r} has two sizes, or is not a file and has contents")
     return _Member(
         path, kind, bool(mode & 0o100), extended.get(b"linkpath", target).decode("utf-8", "surrogateescape"), contents
     )
 
 
 def find_project(root: str, source_name: str) -> tuple[str, str]:
-    """(directory, name) of the project in an unpacked source: the single top-level directory, else root with the
-    archive's own name without its suffix. [CONTRACT 1]"""
+    """Return (directory, name) of the project in an unpacked source. [CONTRACT 1.11]
+
+    It is the single top-level directory, else root with source_name without its suffix.
+    source_name: the file name of the archive, unverified."""
     entries = os.listdir(root)
     if len(entries) == 1 and stat.S_ISDIR(os.lstat(os.path.join(root, entries[0])).st_mode):
-        return os.path.join(root, entries[0]), plain_name(entries[0])
+        return os.path.join(root, entries[0]), safe_name(entries[0])
     base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", os.path.basename(source_name.replace("\\", "/")))
-    return root, plain_name(base or "build")
+    return root, safe_name(base or "build")
 
 
 def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
-    """archive is the gzip tarball of files (relative paths) below root, and with history of its .git, in a directory
-    called name: owners and times say nothing."""
+    """Write files into the gzip tarball archive, in a directory called name, without owners and times.
+
+    files: relative to root.
+    history: also write root's .git."""
 
     def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
         info.uid = info.gid = info.mtime = 0
@@ -4209,7 +4192,7 @@ MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds everyt
 
 def repository_name(url: str) -> str:
     """Return the name of the project at a git URL."""
-    return plain_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
+    return safe_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
 def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
@@ -4712,7 +4695,7 @@ def pack_directory(
     bundle: the path of the last and the next bundle, which is not part of the source.
     Raises UsageError."""
     root, commit = os.path.realpath(directory), ""
-    name = plain_name(os.path.basename(root))
+    name = safe_name(os.path.basename(root))
     inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
     inner = "" if inner.startswith(os.pardir) else inner
     own, fetched = os.path.join(workspace, "our own"), os.path.join(workspace, name)
@@ -9317,7 +9300,7 @@ for source, target, shown in json.load(open(sys.argv[1])):
 _MANIFEST = {
     "version": 1,
     "parts": {
-        # The name of a file in the same folder, as plain_name returns it.
+        # The name of a file in the same folder, as safe_name returns it.
         part: {"file": re.compile(r"(?!\.+\Z)[A-Za-z0-9._-]{1,100}"), "sha256": _HEX64, "size": int}
         for part in _PARTS
     },
@@ -11988,7 +11971,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     if options.ref and not is_url:
         raise UsageError("--ref goes with a URL")
     nonce = _nonce(options) or secrets.token_hex(NONCE_SIZE)
-    name = repository_name(options.source) if is_url else plain_name(os.path.basename(os.path.realpath(options.source)))
+    name = repository_name(options.source) if is_url else safe_name(os.path.basename(os.path.realpath(options.source)))
     bundle = options.output_dir or name + "-build"
     _check_target(bundle)
     machine = None if options.server else _prepare_machine(options)
@@ -12317,7 +12300,7 @@ def cmd_cancel(options: "argparse.Namespace") -> int:
 def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     service = _service(options)
-    bundle = options.output_dir or plain_name(options.job) + "-build"
+    bundle = options.output_dir or safe_name(options.job) + "-build"
     return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=_nonce(options)), _display(options))
 
 

@@ -8348,7 +8348,7 @@ class TestArchives:
             tmp_path,
             data,
             "SourceError",
-            "the archive is no tarball, or has a number that is neither octal nor positive in base-256",
+            "the archive is not a tarball, or has a number that is neither octal nor positive in base-256",
         )
 
     @pytest.mark.parametrize(
@@ -8369,13 +8369,13 @@ class TestArchives:
             *(
                 (
                     lambda kind=kind: header("d/a", kind, 5, {157: b"d/b"}, b"x" * 5),
-                    "'d/a' has two sizes, or contents that are no file's",
+                    "'d/a' has two sizes, or is not a file and has contents",
                 )
                 for kind in (b"1", b"2", b"5")
             ),
             (
                 lambda: header("a", b"0", 0, {257: b"ustar\00000", 345: b"d", 500: b"0"}),
-                "a prefix in a header that is not of POSIX's format",
+                "a prefix in a header that is not in POSIX format",
             ),
             (lambda: header("a", b"0", 0, {257: b"ustar  \0", 345: b"d"}), "a prefix in a header"),
             (lambda: header("a", b"0", 0, {257: bytes(8), 345: b"d"}), "a prefix"),
@@ -8409,7 +8409,7 @@ class TestArchives:
             tmp_path,
             out.getvalue(),
             "SourceError",
-            f"'{name}' is a file with a directory's name, or a directory with a file's",
+            f"'{name}' is a file with a directory's name, or a directory with a file's name",
         )
 
     @pytest.mark.parametrize("writer", ["ustar", "gnu", "pax", "v7"])
@@ -8530,7 +8530,11 @@ class TestArchives:
         "data, error_type, fragment",
         [
             (central(zip_bytes(*files("a")), 8, b"\1"), "SourceError", "'a' is encrypted"),
-            (central(zip_bytes(*files("a")), 10, b"\x63"), "SourceError", "compression"),
+            (
+                central(zip_bytes(*files("a")), 10, b"\x63"),
+                "SourceError",
+                "'a' is compressed with another method than deflate",
+            ),
             (
                 central(zip_bytes(("a", "file", "abc")), 16, b"\0\0\0\0"),
                 "SourceError",
@@ -8570,7 +8574,7 @@ class TestArchives:
             (
                 gzip.compress(b"this is no tarball" * 99),
                 "SourceError",
-                "the archive is no tarball, or has a number that is neither octal nor positive",
+                "the archive is not a tarball, or has a number that is neither octal nor positive",
             ),
             (gzip.compress(b""), "SourceError", "the archive is empty"),
             (
@@ -8584,7 +8588,7 @@ class TestArchives:
             (
                 gzip.compress(tar_bytes(*files("a", "b"))[:1036]),
                 "SourceError",
-                "the archive is no tarball, or has a number",
+                "the archive is not a tarball, or has a number",
             ),
             (
                 gzip.compress(gzip.decompress(extended_tar((b"L", b"d/b\0")))[:1024]),
@@ -8594,7 +8598,7 @@ class TestArchives:
             (
                 gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)))),
                 "LimitError",
-                "the archive has a header of more than 1 MiB",
+                "more than 1048576 bytes in one extended header",
             ),
             (
                 gzip.compress(large_member(".DS_Store")),
@@ -8604,7 +8608,7 @@ class TestArchives:
             (
                 gzip.compress(tar_bytes(("a", "link", "x" * (1 << 20)), form=tarfile.GNU_FORMAT)),
                 "LimitError",
-                "a header of more than 1 MiB",
+                "more than 1048576 bytes in one extended header",
             ),
             (
                 gzip.compress(tar_bytes(*files("a\udcff"), form=tarfile.GNU_FORMAT)),
@@ -8769,10 +8773,10 @@ class TestProject:
     @example("")
     @example("a" * 300)
     @example("a\n")
-    def test_plain_name(self, name: str) -> None:
-        plain = confbuild.plain_name(name)
+    def test_safe_name(self, name: str) -> None:
+        plain = confbuild.safe_name(name)
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", plain) and plain not in (".", "..")
-        assert confbuild.plain_name(plain) == plain
+        assert confbuild.safe_name(plain) == plain
 
 
 # git that obeys nobody's configuration: the oracle.
@@ -11889,7 +11893,7 @@ class TestBundle:
                         header("demo", b"0", 8, {257: magic, 345: b"demo/artifacts"}, b"artifact"),
                         *WHOLE[3:],
                     ),
-                    "a prefix in a header that is not of POSIX's format",
+                    "a prefix in a header that is not in POSIX format",
                 )
                 for magic in (b"ustar  \0", bytes(8))
             ),
@@ -18189,7 +18193,7 @@ class TestDebs:
             (deb_of(b"x" * 1000)[:-500], "p0: the archive is cut off"),
             (deb_of(b"x" * 1000), "p0: damaged: LZMAError"),
             (deb_of(b"x" * 1000, "data.tar.gz"), "p0: damaged: BadGzipFile: Not a gzipped file"),
-            (deb_of(b"x" * 1000, "data.tar"), "p0: the archive is no tarball"),
+            (deb_of(b"x" * 1000, "data.tar"), "p0: the archive is not a tarball"),
             (
                 deb_of(lzma.compress(large_member("usr/share/doc/x"))),
                 "p0: the archive unpacks to more than 4294967296 bytes",
