@@ -9455,7 +9455,7 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
 
     lock: the lock file's path.
     debs: a folder with the .deb files, which may have any names.
-    Also makes the files that the packages' scripts would have made.
+    Also makes the files that the packages' scripts would make.
     Raises ImageError, OSError.
     """
     packages = parse_lock(_read_whole(lock, MAX_JSON), lock)
@@ -9465,96 +9465,89 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
     missing = [" ".join(package) for package in packages if package.sha256 not in paths]
     if missing:
         raise ImageError(f"{debs}: no file with the SHA-256 of " + ", ".join(missing))
-    unpacker = _DebUnpacker(root)
+    tree = TreeWriter(root, MAX_UNPACKED, "the root file system", is_source=False)
     for package in packages:
-        unpacker.add(package.name, paths[package.sha256])
+        try:
+            for member in _deb_members(paths[package.sha256]):
+                _add_member(tree, member)
+        except ConfbuildError as e:
+            raise ImageError(f"{package.name}: {e}", e.hint) from None
+        except Exception as e:  # zlib and lzma raise several kinds for hostile bytes
+            if isinstance(e, OSError) and e.errno is not None:  # gzip's own errors have no number
+                raise
+            raise ImageError(f"{package.name}: damaged: {type(e).__name__}: {str(e)[:200]}") from None
     try:
-        unpacker.finish()
+        _run_scripts(tree, root)
+        tree.finish()
     except BuildFailed as e:
         raise ImageError(f"{lock}: {e}") from None
     return packages
 
 
-class _DebUnpacker:
-    """Unpacks packages below root, the way a system with merged /usr has their files.
-
-    /bin, /sbin, /lib and /lib64 become links, and files that packages ship there are moved below /usr.
-    """
-
-    def __init__(self, root: str) -> None:
-        self._root = root
-        self._tree = TreeWriter(root, MAX_UNPACKED, "the root file system", is_source=False)
-
-    def add(self, name: str, path: str) -> None:
-        """Unpack one package. name: names it in errors. Raises ImageError, OSError."""
-        with _open_regular(path) as f, tempfile.TemporaryFile() as data:
-            try:
-                kind, size = self._find_data(f)
-                data.writelines(_take(f, size))
-                data.seek(0)
-                openers: Mapping[str, Callable[..., Any]] = {"gz": gzip.open, "xz": lzma.open}
-                for member in _tar_stream(openers[kind](data) if kind else data, MAX_UNPACKED):
-                    self._add_member(member)
-            except ConfbuildError as e:
-                raise ImageError(f"{name}: {e}", e.hint) from None
-            except Exception as e:  # zlib and lzma raise several kinds for hostile bytes
-                if isinstance(e, OSError) and e.errno is not None:  # gzip's own errors have no number
-                    raise
-                raise ImageError(f"{name}: damaged: {type(e).__name__}: {str(e)[:200]}") from None
-
-    @staticmethod
-    def _find_data(f: IO[bytes]) -> tuple[str, int]:
-        """Move to the contents of data.tar in a .deb file, and return its ("", "gz" or "xz", size).  [DEB]"""
+def _deb_members(path: str) -> Iterator[_Member]:
+    """Yield the members of data.tar in a .deb file.  [DEB] Raises ConfbuildError, OSError, and errors of zlib and lzma."""
+    with _open_regular(path) as f, tempfile.TemporaryFile() as data:
         if f.read(8) != b"!<arch>\n":
             raise ImageError("not a .deb file")
-        while True:
+        name, size = "", 0
+        while not name.startswith("data.tar"):
+            f.seek(size + size % 2, os.SEEK_CUR)
             header = f.read(60)
             # ar(5): name, time, uid, gid, mode; size; end
             match = re.fullmatch(rb"([^\0]{16})[0-9 ]{32}([0-9]{1,10}) *`\n", header)
             if match is None or len(header) != 60:
                 raise ImageError("not a .deb file, or one without data.tar")
-            member, size = match[1].rstrip(b" /").decode("ascii", "replace"), int(match[2])
-            if member in ("data.tar", "data.tar.gz", "data.tar.xz"):
-                return member[9:], size
-            if member.startswith("data.tar"):
-                raise ImageError(
-                    f"{member}: expected data.tar, data.tar.gz or data.tar.xz",
-                    "use the packages of a distribution that compresses with xz, such as Debian",
-                )
-            f.seek(size + size % 2, os.SEEK_CUR)
-
-    def _add_member(self, member: _Member) -> None:
-        """Write one file, folder or link. Raises BuildFailed, OSError."""
-        name = _merged_usr(member.name)
-        if _DROPPED.fullmatch(name) or (re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"):
-            return  # finish makes the link /bin -> usr/bin and the like
-        target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
-        self._tree.add(member._replace(name=name, target=target))
-
-    def finish(self) -> None:
-        """Make the links, and the files that scripts would make: alternatives, accounts, the bundle of certificates."""
-        kinds = self._tree.kinds
-        for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
-            if f"usr/bin/{name}" not in kinds and f"usr/bin/{target}" in kinds:
-                self._add_member(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
-        authorities = sorted(
-            os.path.join(self._root, name)
-            for name, kind in kinds.items()
-            if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
-        )
-        files = {
-            "etc/passwd": "".join(f"{user}:x:{uid}:{uid}::{home}:/bin/sh\n" for user, uid, home in _ACCOUNTS).encode(),
-            "etc/group": "".join(f"{user}:x:{uid}:\n" for user, uid, _ in _ACCOUNTS).encode(),
-            "etc/hosts": b"127.0.0.1 localhost\n",
-            "etc/ssl/certs/ca-certificates.crt": b"".join(_read_whole(path, MIB) for path in authorities),
+            name, size = match[1].rstrip(b" /").decode("ascii", "replace"), int(match[2])
+        openers: Mapping[str, Callable[..., Any]] = {
+            "data.tar": lambda f: f,
+            "data.tar.gz": gzip.open,
+            "data.tar.xz": lzma.open,
         }
-        for name, data in files.items():
-            if data and name not in kinds:
-                self._add_member(_Member(name, "file", False, "", [data]))
-        for name in ("bin", "sbin", "lib", "lib64"):
-            self._tree.add(_Member(f"usr/{name}", "directory", False, "", ()))
-            self._tree.add(_Member(name, "symlink", False, f"usr/{name}", ()))
-        self._tree.finish()
+        if name not in openers:
+            raise ImageError(
+                f"{name}: expected one of {', '.join(openers)}",
+                "use the packages of a distribution that compresses with xz, such as Debian",
+            )
+        data.writelines(_take(f, size))
+        data.seek(0)
+        yield from _tar_stream(openers[name](data), MAX_UNPACKED)
+
+
+def _add_member(tree: TreeWriter, member: _Member) -> None:
+    """Write one file, folder or link where a system with merged /usr has it. Raises BuildFailed, OSError."""
+    name = _merged_usr(member.name)
+    if _DROPPED.fullmatch(name) or (re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"):
+        return  # _run_scripts makes the link /bin -> usr/bin and the like
+    target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
+    tree.add(member._replace(name=name, target=target))
+
+
+def _run_scripts(tree: TreeWriter, root: str) -> None:
+    """Make what the packages' scripts would: alternatives, accounts, the bundle of certificates, and links for merged /usr.
+
+    Raises BuildFailed, OSError.
+    """
+    kinds = tree.kinds
+    for name, target in (("cc", "gcc"), ("c++", "g++"), ("awk", "mawk")):
+        if f"usr/bin/{name}" not in kinds and f"usr/bin/{target}" in kinds:
+            tree.add(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
+    authorities = sorted(
+        os.path.join(root, name)
+        for name, kind in kinds.items()
+        if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
+    )
+    files = {
+        "etc/passwd": "".join(f"{user}:x:{uid}:{uid}::{home}:/bin/sh\n" for user, uid, home in _ACCOUNTS).encode(),
+        "etc/group": "".join(f"{user}:x:{uid}:\n" for user, uid, _ in _ACCOUNTS).encode(),
+        "etc/hosts": b"127.0.0.1 localhost\n",
+        "etc/ssl/certs/ca-certificates.crt": b"".join(_read_whole(path, MIB) for path in authorities),
+    }
+    for name, data in files.items():
+        if data and name not in kinds:
+            tree.add(_Member(name, "file", False, "", [data]))
+    for name in ("bin", "sbin", "lib", "lib64"):
+        tree.add(_Member(f"usr/{name}", "directory", False, "", ()))
+        tree.add(_Member(name, "symlink", False, f"usr/{name}", ()))
 
 
 def _merged_usr(path: str) -> str:
@@ -10006,12 +9999,7 @@ def seal_firmware(data: bytes) -> bytes:
         "id": lzma.FILTER_LZMA1,
         # liblzma reads smaller dictionaries, but does not write them
         "dict_size": max(int.from_bytes(data[begin + 1 : begin + 5], "little"), 4096),
-        "lc": 3,
-        "lp": 0,
-        "pb": 2,
         "preset": 9 | lzma.PRESET_EXTREME,
-        "nice_len": 273,
-        "mf": lzma.MF_BT4,
         "depth": 1000,
     }
     packed = lzma.compress(volume.replace(SHIM_NAME, _NO_SHIM), format=lzma.FORMAT_ALONE, filters=[best])
@@ -11095,9 +11083,6 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         return _await(lambda: path if os.path.exists(path) else None, path)
 
     disk = os.stat(existing("/dev/vda")).st_rdev
-    os.makedirs("/dev/mapper", exist_ok=True)
-    if not os.path.exists("/dev/mapper/control"):
-        os.mknod("/dev/mapper/control", 0o600 | stat.S_IFCHR, os.makedev(10, 236))  # MAPPER_CTRL_MINOR
     target = verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash)
     _device_mapper(_DM_DEV_CREATE)
     _device_mapper(_DM_TABLE_LOAD, target, _DM_READONLY_FLAG)

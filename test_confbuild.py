@@ -18189,7 +18189,7 @@ class TestDebs:
             (deb_of(b"")[:150], "p0: not a .deb file, or one without"),
             (deb_of(b"", "other.tar.xz"), "or one without data.tar"),
             (deb_of(b"").replace(b"`", b"'"), "or one without data.tar"),
-            (deb_of(b"x", "data.tar.zst"), "p0: data.tar.zst: expected data.tar, data.tar.gz or data.tar.xz"),
+            (deb_of(b"x", "data.tar.zst"), "p0: data.tar.zst: expected one of data.tar, data.tar.gz, data.tar.xz"),
             (deb_of(b"x" * 1000)[:-500], "p0: the archive is cut off"),
             (deb_of(b"x" * 1000), "p0: damaged: LZMAError"),
             (deb_of(b"x" * 1000, "data.tar.gz"), "p0: damaged: BadGzipFile: Not a gzipped file"),
