@@ -17700,7 +17700,7 @@ class TestSpares:
 
 
 def elf(interpreter: str = "", needed: Sequence[str] = (), address: int = 0x400000) -> bytes:
-    """A file for x86-64 that asks for these, and does nothing."""
+    """Return an ELF file for x86-64 without code. needed: names of shared libraries."""
     strings, names = b"\0", []
     for name in needed:
         names.append(len(strings))
@@ -17799,7 +17799,7 @@ def toy_root(
     links: Mapping[str, str] | None = None,
     backwards: bool = False,
 ) -> Path:
-    """A root file system of which no program runs. changes: files that are other, None = that are not there."""
+    """Make a root file system whose programs cannot run. changes: other contents of files; None: no such file."""
     files = {name: data for name, data in {**ROOT_FILES, **(changes or {})}.items() if data is not None}
     order = sorted(files, reverse=backwards)
     folder.mkdir()
@@ -17814,7 +17814,7 @@ def toy_root(
 
 
 def toy_compiler(argv: Sequence[str], cwd: str, env: Mapping[str, str], **_: Any) -> tuple[int, bytes, str]:
-    """In place of the Python of a toy root, which does not run."""
+    """Stand in for the Python of a toy root, which cannot run."""
     assert (
         argv[0] == "./usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2"
         and argv[3] == "./usr/bin/python3.13"
@@ -17833,7 +17833,7 @@ def toy_python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read_cpio(data: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
-    """name -> (mode, content, device) of an archive in the form newc, in its order."""
+    """Return name -> (mode, content, device) of a cpio archive in the newc format, in its order."""
     found: dict[str, tuple[int, bytes, tuple[int, int]]] = {}
     at = 0
     while True:
@@ -17853,7 +17853,7 @@ def read_cpio(data: bytes) -> dict[str, tuple[int, bytes, tuple[int, int]]]:
 
 
 def read_erofs(data: bytes) -> dict[str, tuple[int, bytes]]:
-    """path -> (mode, content) of a file system that is not compressed."""
+    """Return path -> (mode, content) of an uncompressed EROFS image."""
     magic, _, _, bits, _, root, inodes, _, _, blocks, meta = struct.unpack_from("<IIIBBHQQIII", data, 1024)
     assert (magic, bits, meta) == (0xE0F5E1E2, 12, 1) and len(data) >= blocks << 12
     found: dict[str, tuple[int, bytes]] = {}
@@ -17886,7 +17886,7 @@ def read_erofs(data: bytes) -> dict[str, tuple[int, bytes]]:
 
 
 def deb_of(data: bytes, name: str = "data.tar.xz") -> bytes:
-    """A .deb file with this data."""
+    """Return a .deb file whose data.tar is data."""
 
     def member(name: str, content: bytes) -> bytes:
         return (
@@ -17903,7 +17903,7 @@ def deb(*members: TarEntry) -> bytes:
 
 
 def unpack_debs(folder: Path, *debs: bytes) -> Path:
-    """The root file system that these packages make."""
+    """Unpack these packages and return the root file system."""
     (folder / "debs").mkdir()
     lines = []
     for i, data in enumerate(debs):
@@ -17917,14 +17917,14 @@ def unpack_debs(folder: Path, *debs: bytes) -> Path:
 
 
 def stub_apt(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """apt-get is a shell script."""
+    """Replace apt-get by a shell script."""
     write_files(folder, {"bin/apt-get": "#!/bin/sh\n" + script})
     (folder / "bin/apt-get").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
 
 
 class TestLock:
-    # The package, its version, and what it depends on.
+    # (package, version, dependencies)
     PACKAGES = (
         ("git", "1:2.47-1", "libc6 (>= 2.38), perl, editor | pager"),
         ("libc6", "2.41", "libgcc-s1"),
@@ -17938,7 +17938,7 @@ class TestLock:
 
     @pytest.fixture
     def archive(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A package archive of our own is the one source of apt."""
+        """Let apt's only source be an archive of PACKAGES."""
         if shutil.which("apt-get") is None:
             pytest.skip("apt-get is missing: it comes with Debian")
         index = "\n".join(
@@ -17968,7 +17968,7 @@ class TestLock:
 
     @pytest.mark.usefixtures("archive")
     def test_closure(self) -> None:
-        """The newest version, with its epoch; alternatives; sorted by name; nothing that only a package in without needs."""
+        """Takes the newest version with its epoch, resolves alternatives, sorts by name, and leaves out what only `without` needs."""
         everything = [
             ("git", "1:2.47-1"),
             ("kmod", "1.0"),
@@ -18075,7 +18075,7 @@ class TestDebs:
         ids=lambda c: c[0],
     )
     def test_unpack(self, tmp_path: Path, compress: tuple[str, Callable[[bytes], bytes]]) -> None:
-        """What is there afterwards, by whatever umask."""
+        """All files, links and made files, with any umask."""
         before = os.umask(0o077)
         try:
             root = unpack_debs(
@@ -18126,7 +18126,7 @@ class TestDebs:
         ).exists()
 
     def test_missing(self, tmp_path: Path) -> None:
-        """All at once; a link to a file is none."""
+        """One error lists all missing packages; a link to a file does not count."""
         (tmp_path / "debs").mkdir()
         (tmp_path / "debs/x.deb").symlink_to("/etc/passwd")
         (tmp_path / "lock").write_text(f"a 1 {'a' * 64}\nb 2 {'b' * 64}\n")
@@ -18166,7 +18166,7 @@ class TestDebs:
         ],
     )
     def test_hostile_members(self, tmp_path: Path, members: Sequence[TarEntry], message: str) -> None:
-        """Nothing outside of the root is touched, and nothing through a link."""
+        """Nothing outside the root is touched, and nothing is written through a link."""
         with pytest.raises((confbuild.ImageError, OSError), match=message):
             unpack_debs(tmp_path, deb(*members))
         assert {path.name for path in tmp_path.iterdir()} == {"debs", "lock", "root"} and not Path("/tmp/x").exists()
@@ -18327,8 +18327,8 @@ class TestFileSystems:
 
     @needs("fsck.erofs")
     @needs("veritysetup")
-    def test_their_tools(self, tmp_path: Path) -> None:
-        """fsck.erofs and veritysetup take it; a changed byte they do not."""
+    def test_with_other_tools(self, tmp_path: Path) -> None:
+        """fsck.erofs and veritysetup accept the disk, and reject one with a changed byte."""
         big = {**self.TREE, "big": confbuild._new_file(random.Random(1).randbytes(1 << 20))}  # two levels of hashes
         root_hash, blocks = confbuild.write_erofs(str(tmp_path / "x"), big)
         data = (tmp_path / "x").read_bytes()
@@ -18362,7 +18362,7 @@ class TestFileSystems:
                 )
 
     def test_scan(self, tmp_path: Path) -> None:
-        """What is dropped, and what no image holds."""
+        """Some folders are dropped; pipes and deep folders are errors."""
         root = toy_root(tmp_path / "root")
         tree = confbuild.scan_tree(str(root))
         assert {"usr/share/doc", "var", "usr/bin/gcc.sh", "bin", f"{PYTHON}/os.py"} <= set(tree)
@@ -18380,7 +18380,7 @@ class TestFileSystems:
 
 
 def verity_root(data: bytes, blocks: int) -> str:
-    """The root hash, level by level, and that the levels are where the kernel looks for them."""
+    """Return the root hash, computed level by level; the levels must be where the kernel expects them."""
     level, at = data[: blocks * 4096], len(data)
     while True:
         level = b"".join(hashlib.sha256(level[i : i + 4096]).digest() for i in range(0, len(level), 4096))
@@ -18413,7 +18413,7 @@ class TestSealing:
 
     @pytest.mark.parametrize("size", [0, 1, 4095, 4096, 5000])
     def test_small_dictionaries(self, size: int) -> None:
-        """Which liblzma reads, and from 4096 on makes."""
+        """liblzma reads dictionaries of any size, but writes none smaller than 4096 bytes."""
         data = toy_volume(
             lzma_section(
                 b"x" * 100 + SHIM + b"y" * 30000 + bytes(range(256)) * 10, properties=b"\x5d" + struct.pack("<I", size)
@@ -18439,7 +18439,7 @@ class TestSealing:
         ],
         ids=short_id,
     )
-    def test_not_looked_into(self, data: bytes, message: str) -> None:
+    def test_not_inspected(self, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.ImageError, match=message):
             confbuild.seal_firmware(data)
 
@@ -18536,7 +18536,7 @@ class TestImage:
         )
 
     def test_initrd(self, tmp_path: Path) -> None:
-        """Python and what it needs, and nothing else; sources only of this file."""
+        """Python and its dependencies, and nothing else; confbuild.py is the only source file."""
         found = read_cpio(Path(self.make(tmp_path).initrd).read_bytes())
         lib, here = "usr/lib/x86_64-linux-gnu", "usr/lib/confbuild"
         base, snp_ = (
@@ -18595,7 +18595,7 @@ class TestImage:
         assert mode == 0o100755 and init.startswith(b"#!/usr/bin/python3 -IS\n") and compile(init, "init", "exec")
 
     def test_init_never_ends(self, tmp_path: Path) -> None:
-        """Whatever confbuild does, reboot is called; elsewhere than in a guest it is refused to a user that is nobody."""
+        """However confbuild ends, /init calls reboot."""
         for body in (
             "def main(argv): print(argv)",
             "def main(argv): raise SystemExit(2)",
@@ -18618,7 +18618,7 @@ class TestImage:
             ), done
 
     def test_tools(self, tmp_path: Path) -> None:
-        """All that the root has, but the kernel, and nothing setuid."""
+        """Everything in the root except the kernel; nothing is setuid."""
         root = toy_root(tmp_path / "root")
         found = read_erofs(Path(self.make(tmp_path, root=root).tools).read_bytes())
         assert found["usr/bin/gcc.sh"] == (0o100755, ROOT_FILES["usr/bin/gcc.sh"]) and found["usr/bin/python3"] == (
@@ -18643,7 +18643,7 @@ class TestImage:
         assert not [name for name in found if name.startswith(("boot", "usr/lib/modules", "var/", "usr/share/doc/"))]
 
     def test_same_bytes(self, tmp_path: Path) -> None:
-        """Whatever the folder, the umask, the times and the order in which files were made."""
+        """Folder, umask, times and the order in which files were made have no influence."""
         before = os.umask(0o077)
         try:
             one = self.make(tmp_path, "one", toy_root(tmp_path / "a", backwards=True))
@@ -18656,7 +18656,7 @@ class TestImage:
         assert one.manifest_sha256 == two.manifest_sha256
 
     def test_from_packages(self, tmp_path: Path) -> None:
-        """A file of one package and one of another, and what they are called in image.json."""
+        """Files come from two packages, and image.json lists both."""
         entries: list[TarEntry] = [
             (name, data if isinstance(data, bytes) else data.encode(), FILE_TYPE)
             for name, data in ROOT_FILES.items()
@@ -18682,7 +18682,7 @@ class TestImage:
         )
 
     def test_more_processors(self, tmp_path: Path) -> None:
-        """They are found by ACPI only."""
+        """The kernel finds further processors only by ACPI."""
         image = self.make(tmp_path, vcpus=[("EPYC-v4", 1), ("EPYC-Genoa", 2)])
         assert image.append.startswith("console=ttyS0 panic=-1 quiet rdinit=/init confbuild.tools=")
         assert [row[:2] for row in image.launch_digests] == [("EPYC-v4", 1), ("EPYC-Genoa", 2)] and list(
@@ -18690,7 +18690,7 @@ class TestImage:
         ) == ["EPYC-v4, 1 vCPU", "EPYC-Genoa, 2 vCPUs"]
 
     def test_named_parts(self, tmp_path: Path) -> None:
-        """A kernel, its modules and a firmware from elsewhere."""
+        """Kernel, modules and firmware from outside the root file system."""
         sealed = confbuild.seal_firmware(TOY_AMDSEV)
         write_files(
             tmp_path,
@@ -18774,10 +18774,10 @@ class TestImage:
             ),
         ],
     )
-    def test_what_makes_no_image(
+    def test_unusable_root(
         self, tmp_path: Path, changes: Mapping[str, bytes | None], links: Mapping[str, str], message: str
     ) -> None:
-        """And nothing is left of the attempt."""
+        """The attempt leaves no files."""
         root = toy_root(tmp_path / "root", changes, links)
         with pytest.raises(confbuild.ImageError, match=re.escape(message)):
             self.make(tmp_path, root=root)
@@ -18806,7 +18806,7 @@ class TestImage:
         ],
     )
     def test_many_modules(self, tmp_path: Path, count: int, message: str) -> None:
-        """A chain of them is no deep recursion. Eleven are loaded before it, and its last is missing."""
+        """A long chain does not recurse deeply. Eleven modules are loaded before it, and its last one is missing."""
         chain = {f"usr/lib/modules/6.1.0-toy/kernel/virt/m{i}.ko": module_file(f"m{i + 1}") for i in range(count)}
         root = toy_root(tmp_path / "root", {**chain, "usr/lib/modules/6.1.0-toy/kernel/virt/tsm.ko": module_file("m0")})
         with pytest.raises(confbuild.ImageError, match=message):
@@ -18840,7 +18840,7 @@ class TestImage:
         ],
     )
     def test_damaged_parts(self, tmp_path: Path, part: str, words: str) -> None:
-        """A bit, and a missing byte."""
+        """A flipped bit, a missing byte, a missing file, and a link."""
         image = self.make(tmp_path)
         path = Path(image.folder, part)
         data = path.read_bytes()
@@ -18860,7 +18860,7 @@ class TestImage:
             confbuild.read_image(image.folder)
 
     def test_another_disk(self, tmp_path: Path) -> None:
-        """image.json fits together, but the machine takes another disk than the one that lies there; or a firmware with a shim."""
+        """image.json is consistent, but the command line names another disk, or the firmware admits a shim."""
         image = self.make(tmp_path)
         manifest = Path(image.folder, "image.json")
         document = json.loads(manifest.read_text())
@@ -18967,7 +18967,7 @@ class TestImage:
 
 
 def test_a_real_python(tmp_path: Path) -> None:
-    """The Python that runs this makes the .pyc files of an image of itself, twice the same."""
+    """An image of the Python that runs this test: it compiles the .pyc files, twice with the same result."""
     program = os.path.realpath(sys.executable)
     listed = (
         subprocess.run(["ldd", program], capture_output=True, text=True, check=False)
@@ -18996,7 +18996,7 @@ def test_a_real_python(tmp_path: Path) -> None:
         ).stdout
     )
     library = os.path.dirname(os.__file__)
-    # By their names too: collections.abc, for one, has replaced itself by another module.
+    # By their names too: collections.abc, for example, replaces itself by another module.
     files = {
         path
         for name, file in loaded
@@ -19963,7 +19963,7 @@ FILTERS = sys.platform == "linux" and os.uname().machine == "x86_64"
 class TestRights:
     @pytest.mark.skipif(not FILTERS, reason="the filter is one for Linux on x86-64")
     def test_by_the_kernel(self) -> None:
-        """In a child of this process, with whatever rights that has."""
+        """In a child process, with any rights."""
         code = (
             "import ctypes, errno, json, os, sys; sys.path.insert(0, sys.argv[1]); import confbuild\nlibc = ctypes.CDLL(None, use_errno=True)\n"
             "def ask(n):\n ctypes.set_errno(0)\n return libc.syscall(n, -1, -1, -1, -1, -1) < 0 and errno.errorcode[ctypes.get_errno()]\n"
@@ -20005,7 +20005,7 @@ class TestGuest:
             confbuild.parse_command_line(text)
 
     def test_command_line(self) -> None:
-        """The firmware puts `initrd=` in front of it."""
+        """The firmware puts `initrd=` before the measured words."""
         assert confbuild.parse_command_line(
             f"initrd=initrd console=ttyS0 confbuild.tools={'0a' * 32},1234 quiet\n"
         ) == ("0a" * 32, 1234)
@@ -20050,7 +20050,7 @@ class TestGuest:
         ],
     )
     def test_bad_configurations(self, line: bytes, message: str) -> None:
-        """The host writes it."""
+        """The host writes the configuration."""
         with pytest.raises(confbuild.GuestError, match=message):
             confbuild.read_config(functools.partial(io.BytesIO(line).read, 1))
 
@@ -20063,7 +20063,7 @@ class TestGuest:
 
     @pytest.mark.parametrize("network", ["none", "open"])
     def test_attester(self, network: str) -> None:
-        """What the host calls a QEMU guest never looks like hardware, and what it calls SEV-SNP never falls back."""
+        """A QEMU guest never gets hardware evidence, and an SEV-SNP guest never falls back to simulated evidence."""
         attester = confbuild.guest_attester({"platform": "qemu", "network": network}, confbuild.Broker("/nowhere"))
         assert attester.builder == confbuild.QEMU_BUILDER and attester.byproducts == {
             "guest_network": hashlib.sha256(network.encode()).hexdigest()
@@ -20073,7 +20073,7 @@ class TestGuest:
             confbuild.guest_attester({"platform": "snp", "network": network}, confbuild.Broker("/nowhere"))
 
     def test_hardware_attester(self) -> None:
-        """The measurement is that of the report; the certificate may come from the host, where the firmware has none."""
+        """The measurement comes from the report. The host may provide the certificate if the firmware has none."""
         asked: list[Any] = []
 
         class Stand(confbuild.Broker):
@@ -20094,7 +20094,7 @@ class TestGuest:
 
 @pytest.fixture
 def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[confbuild.Broker]:
-    """A guest's first process, in a process of this machine, for which only /work is below tmp_path; its agent is this one."""
+    """Run a guest's first process on this machine. Only its /work is below tmp_path; this process is its agent."""
     if os.geteuid() != 0:
         pytest.skip("the first process of a guest is root")
     monkeypatch.setattr(confbuild, "SYSROOT", str(tmp_path))
@@ -20117,7 +20117,7 @@ def broker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[confbuil
     if pid == 0:
         try:
             os.close(agent)
-            stand_in = os.fork()  # the agent that it waits for: lives until this test ends
+            stand_in = os.fork()  # the agent whose end it waits for: lives until this test ends
             if stand_in == 0:
                 os.read(ready, 1)
                 os._exit(0)
@@ -20144,7 +20144,7 @@ class TestBroker:
         return status, kept, lines
 
     def test_builds(self, broker: confbuild.Broker) -> None:
-        """A program of the build is another user, without groups and network; streams and status are its own."""
+        """A program runs as the build user, without groups and network, with its own streams and exit status."""
         status, _, lines = self.run(
             "id -u; id -G; ls /sys/class/net | wc -l; cut -d: -f1 /proc/net/dev | tail -n +3; echo wrong >&2; exit 7"
         )
@@ -20156,10 +20156,12 @@ class TestBroker:
             b"/usr\n",
             "e",
         )
-        assert confbuild.capture(["/usr/bin/id", "-u"], "/", self.ENV)[1] == b"0\n"  # git, for one, is the agent's
+        assert (
+            confbuild.capture(["/usr/bin/id", "-u"], "/", self.ENV)[1] == b"0\n"
+        )  # trusted programs, such as git, run as the agent
 
     def test_leftovers(self, broker: confbuild.Broker, tmp_path: Path) -> None:
-        """What a build leaves behind is dead when it has ended, in whatever session."""
+        """When a build has ended, its remaining processes are dead, in any session."""
         tmp = tempfile.mkdtemp()
         os.chmod(tmp, 0o777)
         status, _, _ = self.run(
@@ -20177,7 +20179,7 @@ class TestBroker:
         not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3"
     )  # a build cannot read /root
     def test_hidden_leftovers(self, broker: confbuild.Broker) -> None:
-        """What hides its memory, and so has files of root in /proc, is dead as well; shared memory of System V goes with who made it."""
+        """Processes that hide their memory, whose /proc files root owns, die as well; System V shared memory is freed."""
         tmp = tempfile.mkdtemp()
         os.chmod(tmp, 0o777)
         code = (
@@ -20202,7 +20204,7 @@ class TestBroker:
             confbuild.Broker("/nowhere/socket").ask({"op": "kill"})
 
     def test_own(self, broker: confbuild.Broker, tmp_path: Path) -> None:
-        """Files change hands, links are not followed."""
+        """The build user owns everything below the folder; links are not followed."""
         outside = tmp_path / "outside"
         outside.write_bytes(b"")
         work = write_files(tmp_path / "work", {"deep/tree/a/b": "", "deep/tree/c": "", "deep/d": ""})
@@ -20244,7 +20246,7 @@ class TestBroker:
         ],
     )
     def test_own_is_confined(self, broker: confbuild.Broker, tmp_path: Path, path: str) -> None:
-        """The agent names the paths, and writes in /work: neither dots nor its links lead out."""
+        """The agent chooses the paths and writes in /work, but neither dots nor links lead out of it."""
         write_files(tmp_path, {"other/folder/file": "", "work/in/file": ""})
         for link in ("work/out", "work/in/out"):
             (tmp_path / link).symlink_to(tmp_path / "other")
@@ -20257,7 +20259,7 @@ class TestBroker:
     )  # a build cannot read /root
     @pytest.mark.skipif(not FILTERS, reason="the filter is one for Linux on x86-64")
     def test_forbidden_calls(self, broker: confbuild.Broker) -> None:
-        """A build, and what it starts, has them no more than a kernel that was built without."""
+        """For a build and its children, forbidden system calls do not exist."""
         numbers = sorted(FORBIDDEN["x86_64"].values())
         code = (
             f"import ctypes, errno; libc = ctypes.CDLL(None, use_errno=True)\n"
@@ -20269,7 +20271,7 @@ class TestBroker:
 
 
 class TestQuestions:
-    """What a first process makes of an agent that asks anything."""
+    """Questions of an agent that nobody trusts."""
 
     @staticmethod
     def asked(
@@ -20280,7 +20282,7 @@ class TestQuestions:
         close: bool = False,
         run: Any = None,
     ) -> tuple[Any, confbuild.GuestBroker]:
-        """(the answer to messages, each a question at the same connection, or None where there is none, the broker)."""
+        """Send messages over one connection and return (the answer or None, the broker)."""
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
             socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as agent,
@@ -20335,7 +20337,7 @@ class TestQuestions:
         ids=lambda question: repr(question[:40]),
     )
     def test_malformed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: bytes) -> None:
-        """Each is answered, with what is wrong, and no descriptor is left."""
+        """Each gets an error as its answer, and leaves no file descriptor open."""
         monkeypatch.setattr(confbuild, "SYSROOT", str(tmp_path))
         (tmp_path / "work").mkdir()
         before = len(os.listdir("/proc/self/fd"))
@@ -20374,13 +20376,13 @@ class TestQuestions:
             answer, broker = self.asked(tmp_path, json.dumps(whole).encode(), fds=[null.fileno()] * 3)
         assert set(answer) == {"errno", "error"} and broker._running == {}
 
-    def test_silent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One that asks nothing is given up, and told so."""
+    def test_silent_agent(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An agent that sends nothing gets an error after the timeout."""
         monkeypatch.setattr(confbuild, "BROKER_TIMEOUT_S", 0.01)
         assert self.asked(tmp_path)[0] == {"errno": errno.EIO, "error": "timed out"}
 
-    def test_deaf(self, tmp_path: Path) -> None:
-        """One that goes away before the answer, or before the end of its program."""
+    def test_agent_gone(self, tmp_path: Path) -> None:
+        """An agent that closes the connection before the answer, or before the end of its program."""
         for question in (b"{", b'{"op": "own", "paths": []}'):
             self.asked(tmp_path, question, close=True)
             (tmp_path / "socket").unlink()
@@ -20434,7 +20436,7 @@ exec "$@"
 
 
 class GuestRuns(NamedTuple):
-    """What guest_runs found. shim, other_kernel: (what the agent said, or nothing; the console)."""
+    """Results of guest_runs. shim, other_kernel: (the agent's output, maybe empty; the console)."""
 
     config: Any
     attestation: Any
@@ -20447,7 +20449,7 @@ class GuestRuns(NamedTuple):
 
 
 def guest_runs(folder: Path) -> GuestRuns:
-    """Real QEMU guests: a build of origin.git by a server with one that waits, and two that a hostile host boots with other files."""
+    """Boot QEMU guests: a server builds in one that waited, and a hostile host boots two with other files."""
     s = Server(
         folder / "state",
         os.environ["PATH"],
@@ -20477,14 +20479,14 @@ def guest_runs(folder: Path) -> GuestRuns:
     shim = boot_as_measured(folder, image, 5 * PATIENCE, "-shim", str(folder / "shim.efi"))
     other = boot_as_measured(
         folder, image._replace(kernel=str(folder / "vmlinuz")), 15
-    )  # twice what the right one takes
+    )  # twice as long as the right one takes
     return GuestRuns(
         config, attestation, events, str(folder / "result"), [pid for pid in left if living(pid)], folders, shim, other
     )
 
 
 def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *options: str) -> tuple[str, str]:
-    """(what the agent says within so many seconds, or empty; the console) of a guest that boots image, while the hashes are those of IMAGE."""
+    """Boot image with the hashes of IMAGE, and return (the agent's output within seconds, or ""; the console)."""
     config = {"token": "t", "policy": confbuild.SourcePolicy()._asdict()}
     honest = confbuild.QemuVm(
         confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.read_image(str(IMAGE))), config, str(folder)
@@ -20512,7 +20514,7 @@ def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *opti
 def guests(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[], GuestRuns]]:
-    """guest_runs, in a process of its own beside all the other tests: emulation takes most of a minute, and a second processor has nothing to do."""
+    """Run guest_runs in a process next to the other tests: emulation takes most of a minute."""
     if (
         not any(getattr(item, "cls", None) is TestRealGuest for item in request.session.items)
         or (confbuild.qemu_version() or (0, 0)) < (10, 0)
@@ -20552,7 +20554,7 @@ def guests(
 @needs_image
 class TestRealGuest:
     def test_config(self, guests: Callable[[], GuestRuns]) -> None:
-        """What a server of guests says before anything is built."""
+        """The server's configuration and evidence before a build."""
         runs, image = guests(), confbuild.read_image(str(IMAGE))
         assert (
             runs.config["platform"] == "qemu"
@@ -20566,7 +20568,7 @@ class TestRealGuest:
         assert runs.attestation["platform"] == "simulated"
 
     def test_events(self, guests: Callable[[], GuestRuns]) -> None:
-        """A repository, fetched by the host, in a guest that waited; and nothing of any guest is left."""
+        """The host fetches the repository for a guest that waited; no process or folder is left."""
         runs = guests()
         assert runs.events[-1] == OK_EVENT, runs.events
         vm = [event["msg"].partition(" file:")[0] for event in runs.events if event["type"] == "vm"]
@@ -20574,7 +20576,7 @@ class TestRealGuest:
         assert (runs.left, runs.folders) == ([], [])
 
     def test_bundle(self, guests: Callable[[], GuestRuns], tmp_path: Path) -> None:
-        """Built by a user who reaches neither the network nor the agent, the attestation or the guest's other files; the bundle says what it is."""
+        """The build user reaches neither the network, the agent, the attestation nor other files; the bundle says so."""
         result = Path(guests().result)
         confbuild.unpack_archive(str(result), str(tmp_path))
         files = confbuild.read_bundle(str(tmp_path / "spy"))
@@ -20617,11 +20619,11 @@ class TestRealGuest:
         )
 
     def test_shim(self, guests: Callable[[], GuestRuns]) -> None:
-        """The firmware of an image boots the measured kernel, whatever file the host offers in its place."""
+        """The firmware boots the measured kernel although the host offers another program."""
         assert guests().shim[0] == "8080\n", guests().shim[1]
 
     def test_another_kernel(self, guests: Callable[[], GuestRuns]) -> None:
-        """Nothing comes up where the kernel is not the one that was measured."""
+        """A kernel that was not measured does not start."""
         said, console = guests().other_kernel
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
