@@ -116,7 +116,18 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_type_hints,
+)
 
 # Parts III to VI. Modules that only some commands use are imported at their first use.
 import contextlib
@@ -195,39 +206,42 @@ __all__ = [  # names of the verifier; each further part adds its own, so that a 
 # ==============================================================================
 # region 1. Names and limits                                      [uses nothing]
 # ==============================================================================
-# What more than one section shares.  Sizes in bytes, times in seconds.
+# Numbers and words that several sections share. Sizes are in bytes, times in seconds.
 
+# Exit statuses of the command line [CONTRACT 5.3].
 EXIT_OK, EXIT_NO, EXIT_USAGE, EXIT_SIMULATED, EXIT_SERVER, EXIT_UNVERIFIED, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 256 * KIB  # one read of a pipe or a file
 NONCE_SIZE = 16
-WORKSPACE = "confbuild-vm-"  # how the name of a VM's folder begins, which is removed with the VM
-MAX_JSON = 4 * MIB  # provenance.json, evidence.json; the largest seen in the field has 300 KiB
-MAX_ARCHIVE = 64 * MIB  # the uploaded archive [CONTRACT 1]
+WORKSPACE = "confbuild-vm-"  # prefix of a VM's folder, which is removed with the VM
+MAX_JSON = 4 * MIB  # of provenance.json and evidence.json; the largest seen in the field has 300 KiB
+MAX_ARCHIVE = 64 * MIB  # of an uploaded source [CONTRACT 1.6]
 MAX_UNPACKED = 4 * GIB
-MAX_MEMBERS = 100_000
-MAX_DEPTH = 64  # folders inside each other; also keeps recursion on paths far from Python's limit
-MAX_LINE = 64 * KIB  # of build output in one event [CONTRACT 1]
+MAX_MEMBERS = 100_000  # of an archive or a repository
+MAX_DEPTH = 64  # of nested folders; also keeps recursion far from Python's limit
+MAX_LINE = 64 * KIB  # of build output in one event [CONTRACT 1.10]
 BOOT_TIMEOUT_S, GUEST_BOOT_TIMEOUT_S, BUILD_TIMEOUT_S = 30.0, 120.0, 30 * 60.0
-MAX_ATTEMPTS = 3  # of a job whose server died under it
+MAX_ATTEMPTS = 3  # of a job; a new attempt starts if the server died during the last one [CONTRACT 1.8]
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
+# builder.id of the provenance [CONTRACT 3.3].
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
-QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # in a QEMU guest, which is not confidential
+QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # a QEMU guest that is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
 SIMULATED_NOTICE = (
     "Simulated evidence: no confidential VM, no hardware signature. "
     "It proves nothing about where or by whom this was built."
 )
 
-# The phases of a build in their order, which never runs backwards; each is also the `type` of its events [CONTRACT 1].
+# Phases of a build, in order. Each is also the `type` of its events [CONTRACT 1.8].
 PHASES = ("queued", "vm", "detect", "init", "build", "provenance", "attest", "complete")
-# The `error_type` of a `complete` event [CONTRACT 1].
+# Every `error_type` of a failed build [CONTRACT 1.9].
 FAILURES = frozenset(
-    (
+    # fmt: off
+    {
         "BuildError",
         "UnsupportedToolchainError",
         "SourceError",
@@ -239,19 +253,23 @@ FAILURES = frozenset(
         "AttestationError",
         "VmError",
         "InternalError",
-    )
+    }
+    # fmt: on
 )
 
 # endregion 1
 # ==============================================================================
 # region 2. Errors                                                [uses nothing]
 # ==============================================================================
-# Whatever a caller may be told is a ConfbuildError; anything else is a bug and keeps its traceback.  The two edges, main
-# and the HTTP handler, translate by the class attributes.
+# Every error that a caller may see is a ConfbuildError. Any other exception is a bug and keeps its traceback.
+# Only two places turn these errors into output: `main`, by exit_code and hint, and the HTTP handler, by status.
 
 
 class ConfbuildError(Exception):
-    """Something that a caller may be told in one sentence. hint: what to do about it, or empty."""
+    """An error that is reported to the caller in one sentence.
+
+    hint: advice on how to fix it, or empty.
+    """
 
     exit_code = EXIT_NO
     hint = ""
@@ -262,13 +280,16 @@ class ConfbuildError(Exception):
 
 
 class UsageError(ConfbuildError):
-    """The command line, or an input that it names, is wrong."""
+    """An error in the command line, or in a file that the command line names."""
 
     exit_code = EXIT_USAGE
 
 
 class Malformed(ConfbuildError, ValueError):
-    """Bytes that do not have the form that their specification gives them. structure: the name of that form."""
+    """An error in the form of some input.
+
+    structure: the name of the malformed structure, which begins the message.
+    """
 
     def __init__(self, structure: str, message: str) -> None:
         super().__init__(f"{structure}: {message}")
@@ -276,23 +297,37 @@ class Malformed(ConfbuildError, ValueError):
 
 
 class BuildFailed(ConfbuildError):
-    """A build that ends in `complete` with status `failed`. error_type: one of FAILURES."""
+    """A failure that ends a build.
+
+    error_type: one of FAILURES, for the `complete` event.
+    """
 
     def __init__(self, error_type: str, message: str) -> None:
-        super().__init__(" ".join(message[:4096].split()) or error_type)  # one line, and no more than a reader can bear
+        # One line of bounded length, because the message may quote output of the build.
+        super().__init__(" ".join(message[:4096].split()) or error_type)
         self.error_type = error_type
 
 
 class Refused(ConfbuildError):
-    """A request that is answered with problem details [RFC9457]. status: of HTTP; error_type: the stable word."""
+    """An HTTP request that the server answers with problem details.  [RFC9457]
+
+    status: the HTTP status.
+    error_type: the stable word of [CONTRACT 1.4].
+    headers: further fields of the response.
+    """
 
     def __init__(self, status: int, error_type: str, message: str, headers: "Mapping[str, str] | None" = None) -> None:
         super().__init__(" ".join(message.split()))
-        self.status, self.error_type, self.headers = status, error_type, dict(headers or {})
+        self.status = status
+        self.error_type = error_type
+        self.headers = dict(headers or {})
 
 
 class RemoteError(ConfbuildError):
-    """The server said no, could not be reached, or broke the protocol. status: of HTTP, or 0."""
+    """A server that could not be reached, refused the request or broke the protocol.
+
+    status: the HTTP status, or 0 without a response.
+    """
 
     exit_code = EXIT_SERVER
 
@@ -302,12 +337,12 @@ class RemoteError(ConfbuildError):
 
 
 def source_error(message: str) -> BuildFailed:
-    """The error of a source that cannot be used."""
+    """Return the error for a source that cannot be used."""
     return BuildFailed("SourceError", message)
 
 
 def limit_error(message: str) -> BuildFailed:
-    """The error of a source beyond a limit."""
+    """Return the error for a source that exceeds a limit."""
     return BuildFailed("LimitError", message)
 
 
@@ -315,74 +350,78 @@ def limit_error(message: str) -> BuildFailed:
 # ==============================================================================
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
-# Bytes and JSON: to be described.
+# Decoders for untrusted input: JSON [RFC8259], base64 [RFC4648], hexadecimal digits and binary fields. Each accepts
+# exactly one spelling of a value where the format allows, needs time and memory linear in its input, and raises
+# Malformed for any other input. Their parameter `name` names the input in that error. Also two hashes. Pure.
 
-
-# A string also ends with the document, so that no input is scanned twice; possessive, since re remembers 120 bytes for each step that it could take back.
+# One string, bracket or brace. An unterminated string extends to the end, so no byte is scanned twice. The quantifiers
+# are possessive because re would otherwise remember 120 bytes for each step that it could take back.
 _JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-def parse_json(data: bytes, what: str, max_depth: int = 127, max_integer: int = 10**20 - 1) -> Any:
-    """The value of one JSON document [RFC8259]. Strict: at most MAX_JSON bytes of UTF-8 without a BOM, no duplicate names,
-    NaN, Infinity or lone surrogates, integers of at most max_integer, strings of at most 1 MiB as written, arrays and objects at most
-    max_depth deep.
+def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 10**20 - 1) -> Any:
+    """Return the value of one JSON document.  [RFC8259]
 
-    what: names the document in errors. Raises Malformed for everything else, whatever the bytes."""
+    data: at most MAX_JSON bytes of UTF-8 without a byte order mark. No duplicate names, NaN, Infinity or lone
+        surrogates; each string has at most 1 MiB as written.
+    max_depth: of nested arrays and objects.
+    max_integer: the largest absolute value of an integer.
+    Raises Malformed.
+    """
 
-    def reject_constant(text: str) -> NoReturn:
-        raise Malformed(what, f"{text} is not JSON")
+    def constant(text: str) -> NoReturn:
+        raise Malformed(name, f"{text} is not JSON")
 
     def integer(text: str) -> int:
-        if (
-            len(text) > 21 or abs(int(text)) > max_integer
-        ):  # the length first: Python refuses to convert thousands of digits
-            raise Malformed(what, f"an integer beyond {max_integer}")
+        # The length comes first: int() refuses more than 4300 digits with an error of its own.
+        if len(text) > 21 or abs(int(text)) > max_integer:
+            raise Malformed(name, f"an integer beyond {max_integer}")
         return int(text)
 
     def fraction(text: str) -> float:
-        if len(text) > 32 or float(text) in (float("inf"), float("-inf")):
-            raise Malformed(what, "a number with too many digits or too large")
+        if len(text) > 32 or abs(float(text)) == float("inf"):
+            raise Malformed(name, "a number with too many digits or too large")
         return float(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise Malformed(what, f"the name {name[:80]!r} occurs twice in one object")
-            found[name] = value
+        for key, value in pairs:
+            if key in found:
+                raise Malformed(name, f"the name {key[:80]!r} occurs twice in one object")
+            found[key] = value
         return found
 
     if len(data) > MAX_JSON:
-        raise Malformed(what, f"{len(data)} bytes, more than {MAX_JSON}")
+        raise Malformed(name, f"{len(data)} bytes, expected at most {MAX_JSON}")
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise Malformed(what, f"not UTF-8 at byte {e.start}") from None
+        raise Malformed(name, f"not UTF-8 at byte {e.start}") from None
     depth = 0
-    for token in _JSON_TOKEN.finditer(text):  # before json, whose own limit is Python's stack
+    for token in _JSON_TOKEN.finditer(text):  # before json.loads, which would exhaust Python's stack
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
         if token.end() - token.start() - 2 > MIB:  # without the quotes
-            raise Malformed(what, f"a string of more than {MIB} characters")
+            raise Malformed(name, f"a string of more than {MIB} characters")
         if depth > max_depth:
-            raise Malformed(what, f"nested deeper than {max_depth}")
+            raise Malformed(name, f"nested deeper than {max_depth}")
     try:
         value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=reject_constant, parse_int=integer, parse_float=fraction
+            text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=fraction
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise Malformed(what, "a lone surrogate is no character") from None
+        raise Malformed(name, "a lone surrogate is not a character") from None
     except json.JSONDecodeError as e:
-        raise Malformed(what, f"not JSON: {e}") from None
+        raise Malformed(name, f"not JSON: {e}") from None
     return value
 
 
 def compact_json(value: Any) -> str:
-    """One line of ASCII, as events and answers carry it."""
+    """Return value as JSON: one line of ASCII without spaces, the form of events and responses."""
     return json.dumps(value, separators=(",", ":"))
 
 
-NONCE_PATTERN = "[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # the second is a UUID
+NONCE_PATTERN = "[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # the second form is a UUID
 
 
 def parse_nonce(text: Any) -> str:
@@ -390,38 +429,35 @@ def parse_nonce(text: Any) -> str:
     return text.replace("-", "").lower() if isinstance(text, str) and re.fullmatch(NONCE_PATTERN, text) else ""
 
 
-def decode_base64(text: Any, what: str, urlsafe: bool = False) -> bytes:
-    """The bytes of canonical base64 [RFC4648]: the standard alphabet with padding; urlsafe: the other alphabet, with padding
-    or without. what: names it in errors. Raises Malformed for everything else, also for what is no text."""
-    if not isinstance(text, str) or not re.fullmatch(
-        r"[0-9A-Za-z_-]*={0,2}" if urlsafe else r"[0-9A-Za-z+/]*={0,2}", text
-    ):
-        raise Malformed(what, "not base64 text")
-    encode = base64.urlsafe_b64encode if urlsafe else base64.b64encode
-    try:
-        data = base64.b64decode(
-            text + "=" * (-len(text) % 4 if urlsafe else 0), b"-_" if urlsafe else None, validate=True
-        )
-    except binascii.Error as e:
-        raise Malformed(what, f"not base64: {e}") from None
-    whole = encode(data).decode("ascii")
-    if text != whole and not (urlsafe and text == whole.rstrip("=")):
-        raise Malformed(what, "not canonical base64")
-    return data
+def decode_base64(text: Any, name: str, urlsafe: bool = False) -> bytes:
+    """Return the bytes of canonical base64.  [RFC4648 4, 5]
+
+    text: of the standard alphabet with padding, or any other JSON value, which is refused.
+    urlsafe: text is of the URL-safe alphabet instead, with or without padding.
+    Raises Malformed.
+    """
+    if isinstance(text, str):
+        standard = text.replace("-", "+").replace("_", "/") + "=" * (-len(text) % 4) if urlsafe else text
+        try:
+            data = base64.b64decode(standard)
+        except ValueError:  # also for text that is not ASCII
+            data = b""
+        # b64decode skips foreign characters and ignores spare bits. Encoding again finds both.
+        whole = base64.b64encode(data, b"-_" if urlsafe else None).decode("ascii")
+        if text == whole or (urlsafe and text == whole.rstrip("=")):
+            return data
+    raise Malformed(name, f"expected canonical {'base64url' if urlsafe else 'base64'}")
 
 
-def decode_hex(text: Any, what: str) -> bytes:
-    """The bytes of hexadecimal digits of either case, and nothing else. Raises Malformed."""
-    if not isinstance(text, str) or len(text) % 2 or not re.fullmatch(r"[0-9a-fA-F]*", text):
-        raise Malformed(what, "not pairs of hexadecimal digits")
+def decode_hex(text: Any, name: str) -> bytes:
+    """Return the bytes of pairs of hexadecimal digits of either case.  [RFC4648 8]
+
+    Raises Malformed.
+    """
+    # bytes.fromhex would also accept spaces.
+    if not isinstance(text, str) or not re.fullmatch("(?:[0-9a-fA-F]{2})*+", text):
+        raise Malformed(name, "expected pairs of hexadecimal digits")
     return bytes.fromhex(text)
-
-
-def parse_object(value: Any, what: str, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
-    """value, which must be an object with all the required and none but the optional names beside. Raises Malformed."""
-    if not isinstance(value, dict) or not set(required) <= set(value) <= {*required, *optional}:
-        raise Malformed(what, "not an object of " + ", ".join((*required, *(f"perhaps {name}" for name in optional))))
-    return value
 
 
 # The value of a schema: text without control characters.
@@ -486,22 +522,30 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
 class Reader:
     """A bounds-checked cursor over the fields of a binary structure.
 
-    error: what every method raises, with structure and a message, if data is too short or too long.
+    error: the exception of every method, raised with structure and a message.
     at: the offset of the next field, in bytes.
     """
 
     def __init__(self, data: bytes, error: type[Malformed], structure: str) -> None:
         self.at = 0
-        self._data = data
+        self.data = data
         self._error = error
         self._structure = structure
 
+    def require(self, holds: bool, message: str) -> None:
+        """Raise the error with message unless holds."""
+        if not holds:
+            raise self._error(self._structure, message)
+
+    def left(self) -> int:
+        """Return the number of bytes that have not been read."""
+        return len(self.data) - self.at
+
     def take(self, size: int) -> bytes:
         """Return the next size bytes."""
-        if size > len(self._data) - self.at:
-            raise self._error(self._structure, f"ends at byte {len(self._data)}, inside a field")
+        self.require(size <= self.left(), f"ends at byte {len(self.data)}, inside a field")
         self.at += size
-        return self._data[self.at - size : self.at]
+        return self.data[self.at - size : self.at]
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         """Return the next fields, in the notation of the struct module: "<" little-endian, ">" big-endian."""
@@ -509,26 +553,27 @@ class Reader:
 
     def end(self) -> None:
         """Raise unless every byte has been read."""
-        if self.at != len(self._data):
-            raise self._error(self._structure, f"{len(self._data) - self.at} bytes are left over")
+        self.require(not self.left(), f"{self.left()} bytes are left over")
 
 
 def sha256_hex(data: bytes) -> str:
-    """SHA-256 of data, 64 lower-case digits."""
+    """Return the SHA-256 of data as 64 lower-case digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def merkle_root(entries: Sequence[str]) -> str:
-    """The root over entries: leaf = SHA-256 of the UTF-8 entry, parent = SHA-256(left || right), an unpaired node moves up
-    unchanged [CONTRACT 3]. Raises ValueError where there is no entry."""
+    """Return the root of the Merkle tree over entries, as 64 lower-case digits.  [CONTRACT 3.6]
+
+    A leaf is the SHA-256 of an entry in UTF-8, a parent is SHA-256(left || right), and an unpaired node moves up
+    unchanged.
+    Raises ValueError if entries is empty.
+    """
     level = [hashlib.sha256(entry.encode("utf-8")).digest() for entry in entries]
     if not level:
-        raise ValueError("a Merkle tree needs a leaf")
+        raise ValueError("a Merkle tree needs at least one entry")
     while len(level) > 1:
-        level = [
-            hashlib.sha256(b"".join(level[i : i + 2])).digest() if i + 1 < len(level) else level[i]
-            for i in range(0, len(level), 2)
-        ]
+        pairs = [b"".join(level[i : i + 2]) for i in range(0, len(level), 2)]
+        level = [pair if len(pair) == 32 else hashlib.sha256(pair).digest() for pair in pairs]
     return level[0].hex()
 
 
@@ -536,11 +581,17 @@ def merkle_root(entries: Sequence[str]) -> str:
 # ==============================================================================
 # region 4. Records                                               [uses nothing]
 # ==============================================================================
-# Records: to be described.
+# Immutable values that pass between sections: what the verifier takes and returns, what a server accepts, and the
+# forms of a time. None of them checks its fields; whoever makes one has done that. Only utc_now reads the clock.
 
 
 class Check(NamedTuple):
-    """One thing that was, or was not, compared. status: "passed", "failed" or "not checked"."""
+    """One comparison of a verdict.
+
+    status: "passed", "failed" or "not checked".
+    expected, actual: the compared values as text, or empty.
+    detail: the reason of the status, or empty.
+    """
 
     name: str
     status: str
@@ -550,27 +601,45 @@ class Check(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What verify_bundle found. verdict: "passed", "failed" or "simulated"; claims: what the evidence says, authenticated
-    only as far as the verdict goes."""
+    """The result of verify_bundle.
+
+    verdict: "passed", "failed", or "simulated": nothing failed, but no hardware signed the evidence.
+    claims: values from the evidence, as trustworthy as the verdict.
+    checks: every comparison, also those that were not asked for ("not checked").
+    """
 
     verdict: str
     platform: str
     claims: Mapping[str, Any]
     checks: Sequence[Check]
 
+    def __bool__(self) -> NoReturn:
+        """Raise TypeError: a tuple that is not empty would be true, even if the bundle failed."""
+        raise TypeError("a Verdict is neither true nor false: use .ok")
+
+    @property
+    def ok(self) -> bool:
+        """Whether the verdict is "passed". A simulated bundle is not ok."""
+        return self.verdict == "passed"
+
+    @property
+    def failures(self) -> list[Check]:
+        """The checks that failed, in their order."""
+        return [check for check in self.checks if check.status == "failed"]
+
     def to_wire(self) -> dict[str, Any]:
-        """The JSON object of `verify --format json` [CONTRACT 5]."""
-        return {
-            "verdict": self.verdict,
-            "platform": self.platform,
-            "claims": dict(self.claims),
-            "checks": [check._asdict() for check in self.checks],
-        }
+        """Return the JSON object of `verify --format json`.  [CONTRACT 5.5]"""
+        return {**self._asdict(), "checks": [check._asdict() for check in self.checks]}
 
 
 class BundleFiles(NamedTuple):
-    """A bundle as the verifier sees it. provenance: None where there is none; artifacts: name -> SHA-256 in hexadecimal, or a reason
-    in words why the entry is none that can be hashed ("no regular file"); others: of evidence alone, the names of the files next to it."""
+    """The files of a bundle, as the verifier needs them.
+
+    provenance: the bytes of provenance.json, or None if the file is absent.
+    evidence: the bytes of evidence.json.
+    artifacts: name -> SHA-256 in hexadecimal, or the reason why it cannot be hashed ("no regular file").
+    others: for evidence alone, the names of the files next to it, which the verdict does not cover.
+    """
 
     provenance: bytes | None
     evidence: bytes
@@ -579,9 +648,13 @@ class BundleFiles(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What was found in an image directory by hashing its parts. manifest_sha256: of image.json, which an SNP guest has as HOST_DATA;
-    parts, firmware: empty, or why the parts are not what image.json says, and why the firmware may boot something else than what is measured;
-    launch_digests: "EPYC-v4, 1 vCPU" -> the launch digest, recomputed, in hexadecimal."""
+    """What hashing the parts of an image directory found.
+
+    manifest_sha256: of image.json. An SNP guest that boots the image has it as HOST_DATA.
+    parts: empty, or why the parts differ from image.json.
+    firmware: empty, or why the firmware may boot something that is not measured.
+    launch_digests: "EPYC-v4, 1 vCPU" -> the recomputed launch digest in hexadecimal.
+    """
 
     manifest_sha256: str
     parts: str
@@ -590,13 +663,16 @@ class ImageFacts(NamedTuple):
 
 
 class Expectations(NamedTuple):
-    """What the caller knows and wants compared. None and False are not asked for; an empty text or list is. Bytes are hexadecimal: those of the report
-    of either case, those of the provenance in lower case, as it has them."""
+    """The reference values of the caller.
+
+    None and False mean: not checked. An empty text or list is compared like any other. Bytes are hexadecimal digits:
+    of either case for the report, in lower case for the provenance, which has no other.
+    """
 
     nonce: str | None = None
-    measurements: Sequence[str] | None = None  # of which one must be the report's
-    image: ImageFacts | None = None  # which the VM must have booted
-    min_tcb: Mapping[str, int] | None = None  # security patch levels that each TCB of the report reaches
+    measurements: Sequence[str] | None = None  # one of them must be the report's
+    image: ImageFacts | None = None  # the VM must have booted it
+    min_tcb: Mapping[str, int] | None = None  # the least security patch levels of each TCB in the report
     host_data: str | None = None
     guest_svn: int | None = None
     chip_id: str | None = None
@@ -607,23 +683,24 @@ class Expectations(NamedTuple):
     source_commit: str | None = None
     source_tree: str | None = None
     lockfile_sha256: str | None = None
-    dependencies: Sequence[str] | None = None  # all of them, as uris
-    packages: Sequence[str] | None = (
-        None  # NAME@VERSION of the default registry, or whole uris, that must be among the dependencies
-    )
+    dependencies: Sequence[str] | None = None  # every dependency, as uris
+    packages: Sequence[str] | None = None  # some: NAME@VERSION of the default registry, or a uri
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
-    pcrs: Mapping[int, str] | None = None  # values of registers, of az-snp
-    finished: tuple[str, str] | None = None  # earliest and latest time of finishedOn, as 2026-11-23T00:00:00Z
+    pcrs: Mapping[int, str] | None = None  # index -> value, for az-snp
+    finished: tuple[str, str] | None = None  # earliest and latest finishedOn, as 2026-11-23T00:00:00Z
     allow_legacy_digest: bool = False
-    evidence_only: bool = False  # provenance and artifacts are not looked at, and may be missing
+    evidence_only: bool = False  # provenance and artifacts are ignored and may be absent
     require_crl: bool = False
     require_tee: bool = False
 
 
 def utc_time(seconds: float) -> str:
-    """Seconds since 1970 as the verifier takes a time: 2026-11-23T00:00:00Z."""
+    """Return a time for the verifier, as 2026-11-23T00:00:00Z.
+
+    seconds: since 1970.
+    """
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
@@ -631,7 +708,11 @@ SCHEMES = ("https", "http")
 
 
 class BuildRequest(NamedTuple):
-    """What POST /build asked for, checked. Either repo_url, with repo_ref perhaps empty, or an archive called source_name."""
+    """A validated POST /build.  [CONTRACT 1.6]
+
+    repo_url: a git URL, or empty if the source is an archive called source_name.
+    repo_ref: a branch, tag or commit, or empty for the default branch.
+    """
 
     nonce: str
     repo_url: str = ""
@@ -640,7 +721,12 @@ class BuildRequest(NamedTuple):
 
 
 class SourcePolicy(NamedTuple):
-    """What a server lets in. max_archive, max_unpacked: bytes."""
+    """The limits of the sources that a server accepts.
+
+    schemes: of URLs.
+    loopback: whether a URL may lead to this machine.
+    max_archive, max_unpacked: in bytes.
+    """
 
     schemes: Sequence[str] = SCHEMES
     loopback: bool = True
@@ -649,259 +735,268 @@ class SourcePolicy(NamedTuple):
 
 
 def utc_now() -> str:
-    """The time in UTC with microseconds, as the provenance writes it."""
-    now = time.time_ns() // 1000
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now // 10**6)) + f".{now % 10**6:06d}+00:00"
+    """Return the current time in UTC with microseconds, in the form of the provenance.  [CONTRACT 3.3]"""
+    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
 
 
 # endregion 4
 # ==============================================================================
 # region 5. DER                                                   [uses nothing]
 # ==============================================================================
-# Reading of the subset of DER that certificates and revocation lists are written in [X690]: one-byte tags, definite
-# lengths, everything in its one shortest form.  One bounds-checked cursor for all of it.
+# A reader of DER [X690], the encoding of certificates and revocation lists: an element is a tag, a length and that
+# many contents octets; a constructed element contains elements. Only what X.509 needs is read: tags of one byte,
+# definite lengths, every value in its one shortest form. Every function raises DerError for any other bytes, in time
+# linear in their number. Nothing recurses on its input.
 
+# Tags [X680 8.4, X690 8.1.2].
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
-UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = (
-    0x0C,
-    0x13,
-    0x16,
-    0x17,
-    0x18,
-)  # [X690 8, X680 8.4]
-_DER_TIME = re.compile(rb"(\d{4})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])([01]\d|2[0-3])([0-5]\d)([0-5]\d)Z")
+UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = 0x0C, 0x13, 0x16, 0x17, 0x18
+_STRING_CODECS = {UTF8_STRING: "utf-8", PRINTABLE_STRING: "ascii", IA5_STRING: "ascii"}
+_DER_TIME = re.compile(
+    rb"""
+    (\d{4}) (0[1-9]|1[0-2]) (0[1-9]|[12]\d|3[01])  # year, month, day
+    ([01]\d|2[0-3]) ([0-5]\d) ([0-5]\d) Z          # hour, minute, second; no fraction, UTC only
+    """,
+    re.VERBOSE,
+)
+_T = TypeVar("_T")
 
 
 class DerError(Malformed):
-    """Bytes that are not DER, or not the DER that was asked for."""
+    """An error in bytes that are not DER, or not the expected DER element."""
 
 
 class Der:
-    """A cursor over DER elements that lie one after the other in data. structure: names them in errors.
+    """A cursor over DER elements that follow each other in data.
 
-    Every method raises DerError where the next element is not what it says, whatever the bytes."""
+    structure: names the data in errors.
+    Every method that reads the next element raises DerError if that element has another tag or a bad encoding.
+    """
 
     def __init__(self, data: bytes, structure: str) -> None:
-        self._data, self._structure, self._at = data, structure, 0
+        self._reader = Reader(data, DerError, structure)
+        self._structure = structure
 
     def fail(self, message: str) -> NoReturn:
-        """Raise DerError with the place that was reached, counted from the begin of the element that this cursor is in."""
-        raise DerError(self._structure, f"{message} at byte {self._at}")
+        """Raise DerError with message and the offset that this cursor has reached."""
+        raise DerError(self._structure, f"{message} at byte {self._reader.at}")
 
-    def peek(self) -> int:
-        """The tag of the next element, or -1 at the end."""
-        return self._data[self._at] if self._at < len(self._data) else -1
+    def require(self, holds: bool, message: str) -> None:
+        """Raise DerError unless holds."""
+        if not holds:
+            self.fail(message)
 
     def end(self) -> None:
-        """Nothing may be left."""
-        if self._at != len(self._data):
-            self.fail("bytes are left over")
+        """Raise DerError unless every element has been read."""
+        self.require(not self._reader.left(), "bytes are left over")
+
+    def peek(self) -> int:
+        """Return the tag of the next element, or -1 at the end."""
+        return self._reader.data[self._reader.at] if self._reader.left() else -1
 
     def element(self, tag: int) -> tuple[bytes, bytes]:
-        """(the whole encoding, the contents octets) of the next element, which must have this tag. [X690 8.1, 10.1]"""
-        data, start = self._data, self._at
-        if self.peek() != tag:
-            self.fail(f"tag {tag:#04x} is missing")
-        at = start + 2
-        length = data[start + 1] if start + 1 < len(data) else 0x80
-        if (
-            length >= 0x80
-        ):  # the long form: this many octets, of which none may be spared; 0x80 itself is the indefinite form
-            size = length - 0x80
-            length = int.from_bytes(data[at : at + size], "big")
-            if not 1 <= size <= 4 or at + size > len(data) or data[at] == 0 or length < 0x80:
-                self.fail("a length that is not definite and of the shortest form")
-            at += size
-        if length > len(data) - at:
-            self.fail("the element does not end")
-        self._at = at + length
-        return data[start : self._at], data[at : self._at]
+        """Return (the whole encoding, the contents octets) of the next element.  [X690 8.1, 10.1]"""
+        reader, start = self._reader, self._reader.at
+        self.require(self.peek() == tag, f"tag {tag:#04x} is missing")
+        length = reader.take(2)[1]
+        # From 0x80 on this octet is not the length but the number of octets that hold it. 0x80 itself would begin the
+        # indefinite form. DER wants the fewest octets: no leading zero, and none at all for a length below 0x80.
+        if length >= 0x80:
+            octets = reader.take(length - 0x80)
+            length = int.from_bytes(octets, "big")
+            shortest = 1 <= len(octets) <= 4 and octets[0] > 0 and length >= 0x80
+            self.require(shortest, "a length that is not definite and in the shortest form")
+        contents = reader.take(length)
+        return reader.data[start : reader.at], contents
 
     def contents(self, tag: int) -> bytes:
-        """The contents octets of the next element."""
+        """Return the contents octets of the next element."""
         return self.element(tag)[1]
 
     def enter(self, tag: int = SEQUENCE) -> "Der":
-        """A cursor inside the next element, which is constructed."""
+        """Return a cursor over the elements inside the next one."""
         return Der(self.contents(tag), self._structure)
 
+    def read_all(self, parse: Callable[["Der"], _T]) -> _T:
+        """Return parse(self), which must read every element."""
+        value = parse(self)
+        self.end()
+        return value
+
+    def each(self, tag: int = SEQUENCE) -> Iterator["Der"]:
+        """Yield a cursor inside each element of the next SEQUENCE. The caller reads all of it before it goes on.
+
+        tag: of the elements.
+        """
+        elements = self.enter()
+        while elements.peek() != -1:
+            inside = elements.enter(tag)
+            yield inside
+            inside.end()
+
     def boolean(self) -> bool:
-        """A BOOLEAN: 00 or FF. [X690 11.1]"""
+        """Return a BOOLEAN.  [X690 11.1]"""
         octets = self.contents(BOOLEAN)
-        if octets not in (b"\x00", b"\xff"):
-            self.fail("a BOOLEAN that is neither 00 nor FF")
+        self.require(octets in (b"\x00", b"\xff"), "a BOOLEAN that is neither 00 nor FF")
         return octets == b"\xff"
 
     def integer(self) -> int:
-        """An INTEGER, two's complement, in the fewest octets. [X690 8.3]"""
+        """Return an INTEGER, which is in two's complement.  [X690 8.3]"""
         octets = self.contents(INTEGER)
-        if not octets or (len(octets) > 1 and octets[0] in (0x00, 0xFF) and octets[0] >> 7 == octets[1] >> 7):
-            self.fail("an INTEGER that is empty or not of the fewest octets")
+        # The first nine bits must differ, or the first octet could be left out.
+        spare = len(octets) > 1 and octets[0] in (0x00, 0xFF) and octets[0] >> 7 == octets[1] >> 7
+        self.require(bool(octets) and not spare, "an INTEGER that is empty or not in the fewest octets")
         return int.from_bytes(octets, "big", signed=True)
 
     def oid(self) -> str:
-        """An OBJECT IDENTIFIER in dotted form. [X690 8.19]"""
+        """Return an OBJECT IDENTIFIER in dotted form, of at most 64 octets.  [X690 8.19]"""
         octets, arcs = self.contents(OID), [0]
-        if not octets or octets[-1] >= 0x80 or len(octets) > 64:
-            self.fail("an OBJECT IDENTIFIER that is empty, unfinished or too long")
-        for octet in octets:
-            if octet == 0x80 and arcs[-1] == 0:
-                self.fail("an OBJECT IDENTIFIER that is not of the shortest form")
+        ended = 0 < len(octets) <= 64 and octets[-1] < 0x80
+        self.require(ended, "an OBJECT IDENTIFIER that is empty, unfinished or too long")
+        for octet in octets:  # seven bits of an arc; the high bit says that more follow
+            self.require(octet != 0x80 or arcs[-1] > 0, "an OBJECT IDENTIFIER that is not in the shortest form")
             arcs[-1] = arcs[-1] << 7 | octet & 0x7F
             if octet < 0x80:
                 arcs.append(0)
-        first = min(arcs[0] // 40, 2)
+        first = min(arcs[0] // 40, 2)  # the first number holds two arcs: 40 * first + second [X690 8.19.4]
         return ".".join(map(str, (first, arcs[0] - 40 * first, *arcs[1:-1])))
 
     def bit_string(self) -> bytes:
-        """A BIT STRING of whole octets. [X690 8.6]"""
+        """Return a BIT STRING of whole octets.  [X690 8.6]"""
         octets = self.contents(BIT_STRING)
-        if octets[:1] != b"\x00":
-            self.fail("a BIT STRING with unused bits")
+        self.require(octets[:1] == b"\x00", "a BIT STRING with unused bits")
         return octets[1:]
 
     def text(self) -> str:
-        """A UTF8String, PrintableString or IA5String."""
+        """Return a UTF8String, PrintableString or IA5String."""
         tag = self.peek()
-        if tag not in (UTF8_STRING, PRINTABLE_STRING, IA5_STRING):
-            self.fail("no string")
+        self.require(tag in _STRING_CODECS, "expected a string")
         try:
-            return self.contents(tag).decode("utf-8" if tag == UTF8_STRING else "ascii")
+            return self.contents(tag).decode(_STRING_CODECS[tag])
         except UnicodeDecodeError:
-            self.fail("a string that is not of its alphabet")
+            self.fail("a string with bytes outside its alphabet")
 
     def time(self) -> str:
-        """A UTCTime or GeneralizedTime as 2026-11-23T00:00:00Z: such times compare as text does. [RFC5280 4.1.2.5]"""
+        """Return a UTCTime or GeneralizedTime as 2026-11-23T00:00:00Z; such texts compare as times do.
+
+        [RFC5280 4.1.2.5]
+        """
         tag = self.peek()
         octets = self.contents(UTC_TIME if tag == UTC_TIME else GENERALIZED_TIME)
-        if tag == UTC_TIME:  # 50 to 99 are of the last century
+        if tag == UTC_TIME:  # it has two digits for the year: 50 to 99 belong to the last century
             octets = (b"20" if octets < b"5" else b"19") + octets
         match = _DER_TIME.fullmatch(octets)
         if match is None:
-            self.fail("no time in UTC")
-        return "{}-{}-{}T{}:{}:{}Z".format(*(part.decode("ascii") for part in match.groups()))
+            self.fail("expected a time in UTC")
+        return match.expand(rb"\1-\2-\3T\4:\5:\6Z").decode("ascii")
 
 
 # endregion 5
 # ==============================================================================
 # region 6. Signatures                                            [uses nothing]
 # ==============================================================================
-# Verification of three signature schemes with public keys; nothing here makes a key or a signature.  Every input is public,
-# so no step needs constant time, and comparisons are plain.  Slow, and not audited by others: read it with the standards
-# beside it, whose numbered steps are the comments and whose symbols are the names.
+# Verification of the three signature schemes that AMD and TPMs use: RSASSA-PSS, RSASSA-PKCS1-v1_5 and ECDSA with
+# P-384. Only public keys occur here, and every input is public, so no step needs constant time and values are compared
+# with `==`. The code is slow and has had no outside audit. Read it next to the standards: comments number their steps,
+# variables have their symbols. "Inconsistent" or "invalid signature" in a standard is BadSignature here.
 
 
 class BadSignature(ConfbuildError):
-    """Not the signature of this key over this message."""
+    """An error for a signature that the key did not make over the message."""
 
 
 class RsaKey(NamedTuple):
-    """An RSA public key. [RFC8017 3.1]"""
+    """An RSA public key: modulus and exponent.  [RFC8017 3.1]"""
 
     n: int
     e: int
 
 
 class Point(NamedTuple):
-    """Affine coordinates on P-384; not checked to lie on it."""
+    """Affine coordinates, not checked to be on P-384. As a public key it is Q of the standard."""
 
     x: int
     y: int
 
 
-# P-384 [SP800-186 3.2.1.4]: y^2 = x^3 - 3x + b over the integers modulo p; g has the prime order n, the cofactor is 1.
+# P-384 [SP800-186 3.2.1.4]: y^2 = x^3 - 3x + b modulo p. The base point G has the prime order n; the cofactor is 1.
 P384_P = 2**384 - 2**128 - 2**96 + 2**32 - 1
-P384_N = int(
-    "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff c7634d81 f4372ddf 581a0db2 48b0a77a ecec196a ccc52973".replace(
-        " ", ""
-    ),
-    16,
-)
-P384_B = int(
-    "b3312fa7 e23ee7e4 988e056b e3f82d19 181d9c6e fe814112 0314088f 5013875a c656398d 8a2ed19d 2a85c8ed d3ec2aef".replace(
-        " ", ""
-    ),
-    16,
-)
+P384_N = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
+P384_B = 0xB3312FA7E23EE7E4988E056BE3F82D19181D9C6EFE8141120314088F5013875AC656398D8A2ED19D2A85C8EDD3EC2AEF
 P384_G = Point(
-    int(
-        "aa87ca22 be8b0537 8eb1c71e f320ad74 6e1d3b62 8ba79b98 59f741e0 82542a38 5502f25d bf55296c 3a545e38 72760ab7".replace(
-            " ", ""
-        ),
-        16,
-    ),
-    int(
-        "3617de4a 96262c6f 5d9e98bf 9292dc29 f8f41dbd 289a147c e9da3113 b5f0b8c0 0a60b1ce 1d7e819d 7a431d7c 90ea0e5f".replace(
-            " ", ""
-        ),
-        16,
-    ),
+    0xAA87CA22BE8B05378EB1C71EF320AD746E1D3B628BA79B9859F741E082542A385502F25DBF55296C3A545E3872760AB7,
+    0x3617DE4A96262C6F5D9E98BF9292DC29F8F41DBD289A147CE9DA3113B5F0B8C00A60B1CE1D7E819D7A431D7C90EA0E5F,
 )
 # DER of DigestInfo up to the digest, for SHA-256 [RFC8017 9.2 note 1].
 _SHA256_DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
 
 
+def _require(holds: bool, message: str = "the signature does not match the key and the signed bytes") -> None:
+    """Raise BadSignature unless holds."""
+    if not holds:
+        raise BadSignature(message)
+
+
 def _rsavp1(key: RsaKey, signature: bytes) -> int:
-    """The message representative. [RFC8017 5.2.2, and step 1 and 2 of 8.1.2 and 8.2.2]"""
+    """Return the message representative m.  [RFC8017 5.2.2; steps 1 and 2 of 8.1.2 and 8.2.2]"""
     k = (key.n.bit_length() + 7) // 8
-    if len(signature) != k:  # step 1
-        raise BadSignature(f"the signature has {len(signature)} bytes, the modulus {k}")
+    _require(len(signature) == k, f"the signature has {len(signature)} bytes, expected {k} like the modulus")  # step 1
     s = int.from_bytes(signature, "big")
-    if s >= key.n:  # RSAVP1 step 1: else s + n would be accepted as well
-        raise BadSignature("signature representative out of range")
+    _require(s < key.n, "the signature is not smaller than the modulus")  # otherwise s + n would be valid as well
     return pow(s, key.e, key.n)
 
 
 def _mgf1(seed: bytes, size: int) -> bytes:
-    """MGF1 with SHA-384. [RFC8017 B.2.1]"""
-    return b"".join(hashlib.sha384(seed + counter.to_bytes(4, "big")).digest() for counter in range((size + 47) // 48))[
-        :size
-    ]
+    """Return the mask of size bytes, made with SHA-384.  [RFC8017 B.2.1]"""
+    blocks = (hashlib.sha384(seed + counter.to_bytes(4, "big")).digest() for counter in range((size + 47) // 48))
+    return b"".join(blocks)[:size]
 
 
 def verify_rsassa_pss(key: RsaKey, message: bytes, signature: bytes) -> None:
-    """Raise BadSignature unless signature is key's RSASSA-PSS signature over message, with SHA-384, MGF1 with SHA-384, a salt
-    of 48 bytes and trailer field BC. [RFC8017 8.1.2, 9.1.2]"""
+    """Raise BadSignature unless signature is key's RSASSA-PSS signature over message.  [RFC8017 8.1.2, 9.1.2]
+
+    The parameters are those of AMD's certificates: SHA-384, MGF1 with SHA-384, a salt of 48 bytes, trailer field 0xBC.
+    """
     h_len = s_len = 48
     m = _rsavp1(key, signature)
     em_bits = key.n.bit_length() - 1
     em_len = (em_bits + 7) // 8
-    if m.bit_length() > 8 * em_len:  # 8.1.2 step 2c
-        raise BadSignature("inconsistent")
+    _require(m.bit_length() <= 8 * em_len)  # 8.1.2 step 2c: m fits in em, which may be a byte shorter than n
     em = m.to_bytes(em_len, "big")
     m_hash = hashlib.sha384(message).digest()  # 9.1.2 steps 1 and 2
-    if em_len < h_len + s_len + 2:  # step 3
-        raise BadSignature("inconsistent")
-    if em[-1] != 0xBC:  # step 4
-        raise BadSignature("inconsistent")
+    _require(em_len >= h_len + s_len + 2)  # step 3
+    _require(em[-1] == 0xBC)  # step 4
     masked_db, h = em[: em_len - h_len - 1], em[em_len - h_len - 1 : -1]  # step 5
     spare = 8 * em_len - em_bits
-    if masked_db[0] >> (8 - spare):  # step 6: the leftmost bits beyond em_bits are zero
-        raise BadSignature("inconsistent")
+    _require(masked_db[0] >> (8 - spare) == 0)  # step 6: the bits to the left of em_bits are zero
     db_mask = _mgf1(h, len(masked_db))  # step 7
-    db = (int.from_bytes(masked_db, "big") ^ int.from_bytes(db_mask, "big")).to_bytes(len(masked_db), "big")  # step 8
+    db = bytes(left ^ right for left, right in zip(masked_db, db_mask, strict=True))  # step 8
     db = bytes((db[0] & 0xFF >> spare,)) + db[1:]  # step 9
-    if db[:-s_len] != bytes(em_len - h_len - s_len - 2) + b"\x01":  # step 10
-        raise BadSignature("inconsistent")
+    _require(db[:-s_len] == bytes(em_len - h_len - s_len - 2) + b"\x01")  # step 10: zeros, then 0x01
     salt = db[-s_len:]  # step 11
-    if h != hashlib.sha384(bytes(8) + m_hash + salt).digest():  # steps 12 to 14
-        raise BadSignature("inconsistent")
+    _require(h == hashlib.sha384(bytes(8) + m_hash + salt).digest())  # steps 12 to 14
 
 
 def verify_rsassa_pkcs1_v1_5(key: RsaKey, message: bytes, signature: bytes) -> None:
-    """Raise BadSignature unless signature is key's RSASSA-PKCS1-v1_5 signature over message, with SHA-256. [RFC8017 8.2.2, 9.2]"""
+    """Raise BadSignature unless signature is key's RSASSA-PKCS1-v1_5 signature over message.  [RFC8017 8.2.2, 9.2]
+
+    The hash is SHA-256.
+    """
     m = _rsavp1(key, signature)  # steps 1 and 2
     t = _SHA256_DIGEST_INFO + hashlib.sha256(message).digest()
-    if len(signature) < len(t) + 11:  # step 3
-        raise BadSignature("the modulus is too short")
-    # The one encoding that is right is made and compared; nothing of what came is parsed.
+    _require(len(signature) >= len(t) + 11, "the modulus is too short")  # step 3
+    # Build the only correct encoding and compare. Parsing the encoding instead is how Bleichenbacher's forgery of 2006
+    # got past verifiers: they ignored bytes after the digest.
     em = b"\x00\x01" + b"\xff" * (len(signature) - len(t) - 3) + b"\x00" + t
-    if m.to_bytes(len(signature), "big") != em:  # step 4
-        raise BadSignature("inconsistent")
+    _require(m.to_bytes(len(signature), "big") == em)  # step 4
+
+
+# Points during a multiplication are in Jacobian coordinates: (x, y, z) stands for the affine point (x/z^2, y/z^3), and
+# z = 0 for the point at infinity. They need one modular division at the end instead of one in each step. [EFD]
 
 
 def _double(x: int, y: int, z: int) -> tuple[int, int, int]:
-    """Twice a point in Jacobian coordinates; z = 0 is the point at infinity. [EFD, shortw-jacobian-3, dbl-2001-b]"""
+    """Return twice a Jacobian point.  [EFD, shortw-jacobian-3, dbl-2001-b]"""
     delta, gamma = z * z % P384_P, y * y % P384_P
     beta, alpha = x * gamma % P384_P, 3 * (x - delta) * (x + delta) % P384_P
     x3 = (alpha * alpha - 8 * beta) % P384_P
@@ -909,12 +1004,12 @@ def _double(x: int, y: int, z: int) -> tuple[int, int, int]:
 
 
 def _add(x1: int, y1: int, z1: int, q: Point) -> tuple[int, int, int]:
-    """The sum of a point in Jacobian coordinates and an affine one. [EFD, shortw-jacobian-3, madd with Z2 = 1]"""
+    """Return the sum of a Jacobian point and an affine one.  [EFD, shortw-jacobian-3, madd with Z2 = 1]"""
     if z1 == 0:
         return q.x, q.y, 1
     zz = z1 * z1 % P384_P
     h, r = (q.x * zz - x1) % P384_P, (q.y * z1 * zz - y1) % P384_P
-    if h == 0:  # the formula divides by h: the same point, or its negative
+    if h == 0:  # the same point or its negative: the formula below holds for neither
         return _double(x1, y1, z1) if r == 0 else (1, 1, 0)
     hh = h * h % P384_P
     hhh, v = h * hh % P384_P, x1 * hh % P384_P
@@ -923,7 +1018,7 @@ def _add(x1: int, y1: int, z1: int, q: Point) -> tuple[int, int, int]:
 
 
 def _affine(x: int, y: int, z: int) -> "Point | None":
-    """The affine point, or None at infinity."""
+    """Return the affine form of a Jacobian point, or None for the point at infinity."""
     if z == 0:
         return None
     w = pow(z, -1, P384_P)
@@ -931,18 +1026,20 @@ def _affine(x: int, y: int, z: int) -> "Point | None":
 
 
 def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
-    """Raise BadSignature unless (r, s) is q's ECDSA signature over message, with P-384 and SHA-384. [FIPS186-5 6.4.2]
+    """Raise BadSignature unless (r, s) is q's ECDSA signature over message.  [FIPS186-5 6.4.2]
 
-    q, r, s: not checked before. A high s is no error: nothing in the standard forbids it, and AMD's firmware makes them."""
-    # The public key is valid [SP800-186 D.1.1]: in range and on the curve; the order follows from the cofactor 1.
-    if not (0 <= q.x < P384_P and 0 <= q.y < P384_P and (q.y * q.y - q.x**3 + 3 * q.x - P384_B) % P384_P == 0):
-        raise BadSignature("the public key is no point of P-384")
-    if not (0 < r < P384_N and 0 < s < P384_N):  # step 1
-        raise BadSignature("r or s is out of range")
+    The curve is P-384 and the hash SHA-384. No parameter needs to be checked before.
+    s may be above n / 2: the standard allows it, and AMD's firmware makes such signatures.
+    """
+    # q is valid [SP800-186 D.1.1]: in range and on the curve. Its order follows from the cofactor 1.
+    in_range = 0 <= q.x < P384_P and 0 <= q.y < P384_P
+    on_curve = (q.y * q.y - q.x**3 + 3 * q.x - P384_B) % P384_P == 0
+    _require(in_range and on_curve, "the public key is not a point of P-384")
+    _require(0 < r < P384_N and 0 < s < P384_N, "r or s is out of range")  # step 1
     e = int.from_bytes(hashlib.sha384(message).digest(), "big")  # steps 2 and 3: as long as n, so no bit is cut
     s_inverse = pow(s, -1, P384_N)  # step 4
     u, v = e * s_inverse % P384_N, r * s_inverse % P384_N  # step 5
-    # Step 6: R1 = [u]G + [v]Q, bit by bit of both at once (Shamir's trick).
+    # Step 6: R1 = [u]G + [v]Q. One pass over the bits of both factors: double, then add G, Q or G + Q (Shamir's trick).
     table = (None, P384_G, q, _affine(*_add(*P384_G, 1, q)))
     point = (1, 1, 0)
     for bit in range(383, -1, -1):
@@ -951,201 +1048,153 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
         if term is not None:
             point = _add(*point, term)
     r1 = _affine(*point)
-    if r1 is None or r1.x % P384_N != r:  # steps 6 to 8
-        raise BadSignature("inconsistent")
+    _require(r1 is not None and r1.x % P384_N == r)  # steps 6 to 8
 
 
 # endregion 6
 # ==============================================================================
 # region 7. Certificates                                             [uses 5, 6]
 # ==============================================================================
-# AMD's key hierarchy [VCEK, RFC5280]: ARK -> ASK -> VCEK, or ARK -> ASVK -> VLEK.  The upper two are facts and stand below;
-# only the VEK comes with the evidence.  RSA-4096 with RSASSA-PSS above, P-384 in the VEK.
+# X.509 certificates and revocation lists of AMD's key hierarchy [RFC5280, VCEK]. Two chains lead to the key that signs
+# a report: ARK -> ASK -> VCEK (of one chip) and ARK -> ASVK -> VLEK (of one cloud provider). "VEK" stands for either.
+# The CA keys (ARK, ASK, ASVK) are pinned in the table below; only the VEK comes with the evidence. The CA keys are
+# RSA-4096 and sign with RSASSA-PSS, a VEK is a P-384 key. parse_* authenticates nothing; verify_crl and make_anchors do.
 
-# AMD's CA keys: role, common name (with the product), serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
-# To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain, the ASK and then the ARK; vlek for
-# the ASVK):   openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
+# AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
+# To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
+# vlek/v1/Milan/cert_chain the ASVK and the ARK):
+#     openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
+# fmt: off
 _AMD_KEYS = (
-    (
-        "ark",
-        "ARK-Milan",
-        0x010000,
-        "2020-10-22T17:23:05Z",
-        "2045-10-22T17:23:05Z",
-        "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9",
-        (
-            "0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szNisdYc9isqk7mXT5+KfGRbfc4V/9zRIcE"
-            "8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP"
-            "59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs"
-            "+gVDkuVPhsnzIRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33wh4r0ZNQeTGfw03MBUty"
-            "uzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwUw3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas="
-        ),
-    ),
-    (
-        "ask",
-        "SEV-Milan",
-        0x010001,
-        "2020-10-22T18:24:20Z",
-        "2045-10-22T18:24:20Z",
-        "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6",
-        (
-            "nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQEuYjm+WKksLtxgdLp9E7EZNwNDqV1r0qR"
-            "P5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8YflEmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsN"
-            "bUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwdW3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMx"
-            "jup9mw5se6QUV7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJRPnaC/ZG5uP0K0z6GoO/3"
-            "uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARIs1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM="
-        ),
-    ),
-    (
-        "asvk",
-        "SEV-VLEK-Milan",
-        0x010101,
-        "2022-11-16T22:45:24Z",
-        "2047-11-16T22:45:24Z",
-        "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33",
-        (
-            "1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7ZWIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bA"
-            "Q5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGLHQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPm"
-            "trwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4CvgbHOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt"
-            "9/Crg6zyPpXDLR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asCE2CajT7kGC1AOtUzQuIK"
-            "ZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGimQTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc="
-        ),
-    ),
-    (
-        "ark",
-        "ARK-Genoa",
-        0x020000,
-        "2022-01-26T15:34:37Z",
-        "2047-01-26T15:34:37Z",
-        "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831",
-        (
-            "3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUeKzNBLDcBKDDGWo3v35NyrxbA1DnkYwUK"
-            "U5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92vJhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF"
-            "6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBFwNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNz"
-            "W9RmIhyOUnNFoclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKklIS5ruOfqlLMCBw8JLB3L"
-            "kjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREWA/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c="
-        ),
-    ),
-    (
-        "ask",
-        "SEV-Genoa",
-        0x020002,
-        "2022-10-31T13:33:48Z",
-        "2047-10-31T13:33:48Z",
-        "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8",
-        (
-            "oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJTBPj3uCzDm48vEZ8l5SXMO4wd/Qqwsrej"
-            "FERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn"
-            "7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1MJ4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklw"
-            "fe4iDLI25T9ku9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgEnCHQEcAt0hDQLLF799+2"
-            "lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUqAvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU="
-        ),
-    ),
-    (
-        "asvk",
-        "SEV-VLEK-Genoa",
-        0x020101,
-        "2022-11-18T20:48:34Z",
-        "2047-11-18T20:48:34Z",
-        "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e",
-        (
-            "zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJ"
-            "adBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr"
-            "4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwoYrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs"
-            "5U1Le441ypen2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIutZAYmC5TIQO+wWUqKYr0i"
-            "AobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXRwAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8="
-        ),
-    ),
-    (
-        "ark",
-        "ARK-Turin",
-        0x030000,
-        "2023-05-15T20:03:12Z",
-        "2048-05-15T20:03:12Z",
-        "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08",
-        (
-            "waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1XhVVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9"
-            "sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm"
-            "14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwu"
-            "AY4dEwwGqT8oIg4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ8hLDGc6BZJXsdd7Zf2e4"
-            "UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE="
-        ),
-    ),
-    (
-        "ask",
-        "SEV-Turin",
-        0x030001,
-        "2023-05-15T20:25:21Z",
-        "2048-05-15T20:25:21Z",
-        "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9",
-        (
-            "nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjp"
-            "RpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7KHH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdS"
-            "zEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsqYP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r"
-            "6UtT8Uc5h7MsWX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULAB+q9QgvrzC8XneaLP0MN"
-            "rHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tWLgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU="
-        ),
-    ),
-    (
-        "asvk",
-        "SEV-VLEK-Turin",
-        0x030101,
-        "2023-05-15T21:09:41Z",
-        "2048-05-15T21:09:41Z",
-        "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386",
-        (
-            "pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpGk9M4PQGF+nTqYi+hDguq14wQUEltN9wG"
-            "unnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0BfygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzu"
-            "nwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZApU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFS"
-            "HKKtp4F0UDoPnuIWw/djGDjkGXS9W5M2N3zVSbn94cJxCMzOTzILhcX/lJatooslfxvqucFH8PpS9xBMhuN4fTPlNk/oVbQ6w8pxEMibo0K8Q+gOqqzdVm6i7jotobsuYxH1Httjsc61"
-            "vSskSDT4JkPjqTWiyOmsFI+6Ob/hya/fqpe0EPy68TPk85COC7uqNMzu58xb0uAtt0beejDx29mRRbiPNL5tnwK9KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="
-        ),
-    ),
+    ("ark", "ARK-Milan", 0x010000, "2020-10-22T17:23:05Z", "2045-10-22T17:23:05Z",
+     "9f056bee44377e29308cb5ffa895bdfb62d18881fa6bed8d6f075b0204089cb9", """
+     0Ld52RJOdeiJlqK2JdsVmD7FktuotWwX1fNgW41XY9Xz1HEhSUmhLz9Cu9DHRlvgJSNxbeYYsnJfvyjx1MfU0V5tkKiU1EesNFta1kTA0szN
+     isdYc9isqk7mXT5+KfGRbfc4V/9zRIcE8jlHN61S1ju8X93+6dxDUrG2SzxqJ4BhqyYmUDruPXJSX4vUc01P7j98MpqOS95rORdGHeI52Naz
+     5m2B+O+vjsC060d37jY9LFeuOP4Meri8qgfi2S5kKqg/aF6aPtuAZQVR7u3KFYXP59XmJgtcog05gmI0T/OitLhuzVvpZcLph0odh/1IPXqx
+     3+MnjD97A7fXpqGd/y8KxX7jksTEzAOgbKAeam3lm+3yKIcTYMlsRMXPcjNbIvmsBykD//xSniusuHBkgnlENEWx1UcbQQrs+gVDkuVPhsnz
+     IRNgYvM48Y+7LGiJYnrmE8xcrexekBxrva2V9TJQqnN3Q53kt5viQi3+gCfmkwC0F0tirIZbLkXPrPwzZ0M9eNxhIySb2npJfgnqz55I0u33
+     wh4r0ZNQeTGfw03MBUtyuzGesGkcw+loqMaq1qR4tjGbPYxCvpCq7+OgpCCoMNit2uLo9M18fHz10lOMT8nWAUvRZFzteXCm+7PHdYPlmQwU
+     w3LvenJ/ILXoQPHfbkH0CyPfhl1jWhJFZas="""),
+    ("ask", "SEV-Milan", 0x010001, "2020-10-22T18:24:20Z", "2045-10-22T18:24:20Z",
+     "42491669ccb851d627ea9846cd24eccbeb7de7c2a62740120fff88001d38ebb6", """
+     nU2drrNTfbhNQIllf+W2y+ROCbSzId1aKZft2T9zjZQOzjGccl17i1mIKWl7NTcB0VYXt3JxZSzOZjsjLNVAEN2MGj9TiedL+QewKZX0JmQE
+     uYjm+WKksLtxgdLp9E7EZNwNDqV1r0qRP5tB8OWkyQbIdLeu4aCz7j/Sl1FkBytev9sbFGzt7cwnjzi9m7noqsk+uRVBp3+In35QPdcj8Yfl
+     EmnHBNvuUDJhLCJMW8KOjP6++Phbs3iCitJcANEtW4qTNFoKW3CHlbcSCjTM8KsNbUx3A8ek5EVLjZWH1pt9E3TfpR6XyfQKnY6kl5aEIPwd
+     W3eFYaqCFPrIo9pQT6WuDSP4JCYJbZneKKIbZjzXkJt3NQG32EukYImBb9SCkm9+fS5LZFg9ojzubMX3+NkBoSXI7OPvnHMxjup9mw5se6QU
+     V7GqpCA2TNypolmuQ+cAaxV7JqHE8dl9pWf+Y3arb+9iiFCwFt4lAlJw5D0CTRTC1Y5YWFDBCrA/vGnmTnqG8C+jjUAS7cjjR8q4OPhyDmJR
+     PnaC/ZG5uP0K0z6GoO/3uen9wqshCuHegLTpOeHEJRKrQFr4PVIwVOB0+ebO5FgoyOw43nyFD5UKBDxEB4BKo/0uAiKHLRvvgLbORbU8KARI
+     s1EoqEjmF8UtrmQWV2hUjwzqwvHFei8rPxM="""),
+    ("asvk", "SEV-VLEK-Milan", 0x010101, "2022-11-16T22:45:24Z", "2047-11-16T22:45:24Z",
+     "66450a123ea5876206df67f2514a4fea224c0f63b18313423078b0edc4535e33", """
+     1EUWkz5FTPz+uWT2hCEyisam8FRuXZAmS3l+rXgSCeS1Q0+1olcnFSJpiwfssfhoutJqePyicu+OhkX131PMeO/VOtH3upK4YNJmq36IJp7Z
+     WIm5nK2fJNkYEHW0m/NXcIA9U2iHl5bAQ5cbGp97/FaOJ4VmGoTMV658Yox/plFmZRFfRcsw2hyNhqUl1gzdpnIIgPkygUovFEgaa0IVSgGL
+     HQhZQiebNLLSVWRVReve0t94zlRIRRdrz84cckP9H9DTAUMyQaxSZbPINKbV6TPmtrwAV9UP1Qq418xn9I+C0SsWutP/5S1OiL8OTzQ4Cvgb
+     HOfd2F3yVv4xDBza4SelF2igoDf+BF4XI/IIHJL2N5uKy3+gkSB2Xl6prohgVmqRFvBW9OTCEa32WhXu0t1Z1abEKDZ3LpZt9/Crg6zyPpXD
+     LR/tLHHpSaPRj7CTzHieKMTz+Q6RrCCQcHGfaAD/ETNY56aHvNJRZgbzXDUJvnLr3dYyOvvn/DtKhCSimJynn7Len4ArDVQVwXRPe3hR/asC
+     E2CajT7kGC1AOtUzQuIKZS2D0Qk74g297JhLHpEBlQiyjRJ+LCWZNx9uJcixGyzav6fiOWx4U8uWhRzHs8nvDAdcS4LW31tPlA9BeOK/BGim
+     QTu7hM5MDFZL0C9dWK5puCUJex6I2vSqvyc="""),
+    ("ark", "ARK-Genoa", 0x020000, "2022-01-26T15:34:37Z", "2047-01-26T15:34:37Z",
+     "429a69c9422aa258ee4d8db5fcda9c6470ef15f8cd5a9cebd6cbc7d90b863831", """
+     3Cd95S/uFOuRIskW9vz9VDBF69NDQF79oRhL/L2PVQGhK3YdfEBgpF/JiwWFBsT/fXDhzA01p3LkcT/7LdjcRfKXjHl+0Qq/M4dZkh6QDoUe
+     KzNBLDcBKDDGWo3v35NyrxbA1DnkYwUKU5AAk4P94tKXLp80oxt84ahyHoLmc/LqsGsp+oq1Bz4PPsYLwTG4iMKVaaT90/oZ4I8oibSru92v
+     JhlqWO27d/Rxc3iUMyhNeGToOvgx/iUo4gGpG61NDpkEUvIzuKcaMx8IdTpWg2DF6SwF0IgVMffnvtJmA68BwJNWo1E4PLJdaPfBifcJpuBF
+     wNVQIPQEVX3aP89HJSp8YbY9lySS6PlVEqTBBtaQmi4ATGmMR+n2K/e+JAhU2Gj7jIpJhOkdH9firQDnmlA2SFfJ/Cc0mGNzW9RmIhyOUnNF
+     oclmkRhl3/AQU5Ys9Qsan1jT/EiyT+pCpmnA+y9edvhDCbOG8F2oxHGRdTBkylungrkXJGYiwGrR8kaiqv7NN8QhOBMqYjcbrkEr0f8QMKkl
+     IS5ruOfqlLMCBw8JLB3LkjpWgtD7OpxkzSsohN47Uom86RY6lp72g8eXHP1qYrnvhzaG1S70vw6OkbaaC9EjiH/uHgAJQGxon7u0Q7xgoREW
+     A/e7JcBQwLg80Hq/sbRuqesxz7wBWSY254c="""),
+    ("ask", "SEV-Genoa", 0x020002, "2022-10-31T13:33:48Z", "2047-10-31T13:33:48Z",
+     "0324d55bcd48ba877a8fd87c0e1b4934dec8448e3807a24384a34dc6a6c9ebb8", """
+     oHJhvk4Fwwkwb03AMfLySXJSXmEaCZMTRbLgPaj4oEzaD9tGfxCSw/nsCAiXHQaWUt++bnbjJO05TKT5d+Cdrz4/fiRBpbhf0xzvh11O+wJT
+     BPj3uCzDm48vEZ8l5SXMO4wd/QqwsrejFERPD/Hdfv1mGCMW7ac0ug8trDzqGe+l+p8NMjp/EqBDY2vd8hLaVLmS+XjAqlYVNRksh9aTzSYL
+     19/cTrBDmqQ2y8k23zNl2lW6q/BtQOpWGVs3EWvBHb/Qnf3f3S9+lC4H2jdDy9yn7kqyTWq4WCBnE4qhYJRokulYtzMZM1Ilk4Z6RPkOTR1M
+     J4gdFtj7lKmrkSuOoJYmqhJIsQJ854lAbJybgU7zyzWAwu3uaslkYKUEAQf2ja5Hyl3IBqOzpqY31SpKzbl8NXveZybRMklwfe4iDLI25T9k
+     u9CVetDYifCbdGeuHdTwZBBemW4NE57L7iEV8+zz8nxng8OMX//4pXntWqmQbEAnBLv2ToTgd1H2zYRthyDLc3V119/+FnTW17LK6bKzTCgE
+     nCHQEcAt0hDQLLF799+2lZTxxfBEoduAZax6IjgAMCi6e1ZfKPJSkdvb2m3BwfP8bniG7+AEJv1WOEmnBJc1pVQCttbJUodbi07Vfen5JRUq
+     AvSM3ObWQOzSAGzsGnpIigwFpW6m9F7uYVU="""),
+    ("asvk", "SEV-VLEK-Genoa", 0x020101, "2022-11-18T20:48:34Z", "2047-11-18T20:48:34Z",
+     "7d1633252ebbadaa75f96e9b4e6f7d43a90ceb3f843937482630f8da2459264e", """
+     zL2/xihHscEpxS3+OsQZpAuNIJGSEQZrkoWPtqKMjjZOyXMMRHAheTm56Ei0Mb8TJZlbGDS5x/AdbowstGmpHqh2zvSvjZO7V4v6Ft84p71P
+     6GXfOVEQgCuatiszfIwFrRQk/cmU7HuJadBq6XtYE+qBJMjus8C0WwW/IWY9j6pNbEA1SnUvVg6t89zfE+AcB5UDCKq09x7qw+rPt9pTpEch
+     0f1bHdRFJlpgWGTq02ohH9bT+6au8kPpvMa3m2p8zdIIqtuuSG6srIimrpt24lsr4tLhQG65R/RbVJT9MsK4ULpbAUO5NwdlLwbnpLWHiUwo
+     YrySMD8l3xRDvhPmInlXEFEo8lahcYllxiJJR8oqqA6x3jPFKmkfhEgaQefcn4P8nA4SScqAoLihn75iiDtU2+ZlkPnKgcNs5U1Le441ypen
+     2n7BOnRyhmwyAUBGk3OcMXHsJ6KGpDJyTVCaC3fWX3ex4Iv4LkuKRA6O9yu3zHP23N/ubE8/YykffIjMbtBoOAzdWCn9lE4amo4VZ+8ewIut
+     ZAYmC5TIQO+wWUqKYr0iAobccMnZdJjUORjVoqVQ+dLr+/1otk36gfPc0LpmhWZKfAXF9sgvYtQjcaR9wlGr8ySRtZ2YJWofuR7zgYFJPEXR
+     wAnbAR/05hBmog7CMt1F9YKSmku6JfRecY8="""),
+    ("ark", "ARK-Turin", 0x030000, "2023-05-15T20:03:12Z", "2048-05-15T20:03:12Z",
+     "4f125410563a2ab9a50356f9243f6fe0b6f73de98603f53f90339c70e9d7ad08", """
+     waAriB7EIuVc4ZB1wD3YfDxL+9eyS7+izm0Jj3W772NINCWl8Bj3w/JD2ZjmbRxWdIq/4d9iarCKorXloJUB1jRdgxqccTx1aOoig4+2w1Xh
+     VVJT7K457wT5ZLNJgQaxqa9Etkwjd6+9sOhlCDE9l43kQ0R2BikVJa/uyyVOSwEk5w5tXKOuG9jvq6QtAMJasW38wlqRDaKEGtZ9VUgGon27
+     ZuL4sTJuC/azz9/iQBw8kEilzOl95AiTkeY5jSEBDWbAqnZk5qlM7kISKG20kgQm14mhNKDI2p2oua+zuAG7i52epoRF2GfU0TYk/yf+vCNB
+     2tnechFQuP2e8bLk95ZdqPi9/UWw4JXjtdEA4u2JYplSSUPQVAXKt6LVqujtJcM59JKr2u0XQ75KwxcMp15gSXhBfInvPAwuAY4dEwwGqT8o
+     Ig4esPHwEsmChhYeDIxPG9R4fx9O0q6p8Gb+HXlTiS47P9YNeOpidOUKzDl/S1OvyhDtSL8LJc24QATFydo/iD/KUdvFTRlD0crkAMkZLoWQ
+     8hLDGc6BZJXsdd7Zf2e4UW3tI/1oh/2t23Ot3zyhTcv5gDbABu0LjVe98uRnS15SMwK//lJt9e5BqKvgABkSoABf+B4VFtPVEX0ygrYaFaI9
+     i5ABrxnVBmzXpRb21iI1NlNCfOGUPIhVpWE="""),
+    ("ask", "SEV-Turin", 0x030001, "2023-05-15T20:25:21Z", "2048-05-15T20:25:21Z",
+     "0000ead352025f208bf55297c4192c34cd1b878002107366d8f2065a9ae7d3a9", """
+     nvg5Grv2Emd9lAhKdO64RXU3UESb6JTm0Hhzevx1PyxinxYqJL329qTJM0XmdozLYb7rsHxgM5I2pU18M8gect2pN/YB2LQ1/bIq37TPDbg7
+     ym0MN6KkZ6aERxAX0voYtdDyNxjDAUjpRpCe1FccAev/Es2n/Fz1G1TmC2XepTQqaKpmt6mnDWSCHCVsQoY0gSibeaG6doM6OiNUCbKXaC7K
+     HH5b/96BD1DJ84M+JHqPClFhHqUJwzKF5Qxj4wgWAZzK8UPhiNGjrF6+TBdlFGdSzEqw1jOrCTHduYyLK+5OQ3OIw4S+vZeOVoxJajTIWdsq
+     YP2DLc0HkL0qWOumEOrrc2/4DeETShB0MyIpH05kSalyQN2eN5P6ptOB84hddCdbJPEepnD+FqQap1ukw3K8uBcgeBSAF23r6UtT8Uc5h7Ms
+     WX3MoZiEHcSkDQQ8IedTk7CLjsK6S7b/lfKqfYiRhKgGkRvsEd/MDNcumHZKIgzasJwgagzSggiUo9jXp3EWm84fqyxNXzSutPB7qD5P/ULA
+     B+q9QgvrzC8XneaLP0MNrHhM80UejmsBTIktMvFoWVIelYDLdcoi0eMD5DRccfsgrYaY6h/+/qf9tgg+mX09UJpuSPRF38oyqnNNFMl5v/tW
+     LgUsChPU6NCQC17Qaqr8mu2ynyyuHEs5JVU="""),
+    ("asvk", "SEV-VLEK-Turin", 0x030101, "2023-05-15T21:09:41Z", "2048-05-15T21:09:41Z",
+     "bfc441408b2f806c5dbf180bd8920e6e60dd404d82141780d85dbf962954d386", """
+     pjrui4l0ZogEh0fDdVfJ4unowGGolk2wXyzjbjC/fnqlhFqiFj1JSKdkYSvzPVfgDR0MU2WLlytrAGqOHYBdk4Moz3xHTXJus75Nef0EBZpG
+     k9M4PQGF+nTqYi+hDguq14wQUEltN9wGunnUeaMz0e6hfCasDevkypILMponvTvaM49RAipCvTgmPRTkQA8hjl3tA6R7S/HKTn6/Q3T74A0B
+     fygK49LLkdHF05Wo0pZ9qmPyhi0Rh9epY0L+/T2e17fohWcCavgE+KF5GO5XINzunwKolCCyH3930iAmb1vv5v4PimnGsfH4ic4kIApR1hZA
+     pU3YG3qUE84qkb5SEASQsTZCT0Jv/AxC9So5h2wraVzWz6GvpPHEtRKvue5vehkwPjFipJMT5Z7CmNuXc+0lcVSZMHSbswFSHKKtp4F0UDoP
+     nuIWw/djGDjkGXS9W5M2N3zVSbn94cJxCMzOTzILhcX/lJatooslfxvqucFH8PpS9xBMhuN4fTPlNk/oVbQ6w8pxEMibo0K8Q+gOqqzdVm6i
+     7jotobsuYxH1Httjsc61vSskSDT4JkPjqTWiyOmsFI+6Ob/hya/fqpe0EPy68TPk85COC7uqNMzu58xb0uAtt0beejDx29mRRbiPNL5tnwK9
+     KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="""),
 )
-_NAME_TYPES = {
-    "2.5.4.3": "CN",
-    "2.5.4.6": "C",
-    "2.5.4.7": "L",
-    "2.5.4.8": "ST",
-    "2.5.4.10": "O",
-    "2.5.4.11": "OU",
-}  # [X520]
-Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the certificate's order
-# AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384, salt 48 [RFC4055 3.1]: without and with the trailer field,
-# which is the default and should be left out; AMD's older certificates have it.
+# fmt: on
+# Attribute types of names [X520].
+_NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}
+Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the order of the certificate
+# AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes [RFC4055 3.1], without and
+# with the trailer field. The field has its default and should be absent, but AMD's older certificates contain it.
 _SHA384 = "300d06096086480165030402020500"
 _PSS = "06092a864886f70d01010a 30{}a00f" + _SHA384 + "a11c301a06092a864886f70d010108" + _SHA384 + "a203020130"
 _PSS_ALGORITHMS = (bytes.fromhex("3041" + _PSS.format("34")), bytes.fromhex("3046" + _PSS.format("39") + "a303020101"))
 _RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")  # rsaEncryption [RFC4055 1.2]
 _P384_ALGORITHM = bytes.fromhex("301006072a8648ce3d020106052b81040022")  # id-ecPublicKey, secp384r1 [RFC5480 2.1]
+_ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
-# Extensions of a VEK [VCEK 3.1, table 8 and 9].
+# Extensions of a VEK [VCEK 3.1, tables 8 and 9]. An SPL is a security patch level: one byte of TCB_VERSION.
 _PRODUCT_NAME, _HWID, _SPL = "1.3.6.1.4.1.3704.1.2", "1.3.6.1.4.1.3704.1.4", "1.3.6.1.4.1.3704.1.3."
 _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
 
 
 class CertificateError(Malformed):
-    """Not a certificate or revocation list of the kind that AMD issues."""
+    """An error in a certificate or revocation list: not of the kind that AMD issues."""
 
 
 class Anchor(NamedTuple):
-    """What is known of a CA that is trusted. not_before, not_after: as 2026-11-23T00:00:00Z."""
+    """A trusted CA key.
+
+    not_before, not_after: as 2026-11-23T00:00:00Z.
+    spki_sha256: for auditors to compare; no check uses it.
+    """
 
     name: Name
     serial: int
     not_before: str
     not_after: str
-    spki_sha256: str  # for people to compare; nothing here does
+    spki_sha256: str
     key: RsaKey
 
 
-Anchors = Mapping[str, Mapping[str, Anchor]]  # product ("Milan", ...) -> role ("ark", "ask", "asvk") -> its key
+Anchors = Mapping[str, Mapping[str, Anchor]]  # product ("Milan") -> role ("ark", "ask", "asvk") -> its key
 
 
 class Endorsements(NamedTuple):
-    """What the verifier takes from the manufacturer [RFC9334 4.3], beside the evidence. anchors: instead of AMD's pinned keys; crls: (name,
-    bytes) of each revocation list; vek: the certificate of a VCEK or VLEK, for evidence that has none. None of it is trusted before it is verified,
-    but anchors."""
+    """Statements of the manufacturer that the caller supplies besides the evidence.  [RFC9334 4.3]
+
+    anchors: trusted CA keys that replace AMD's pinned ones, or None.
+    crls: (name for messages, bytes) of each revocation list; verified before use.
+    vek: certificate of a VCEK or VLEK, for evidence that has none; verified before use.
+    """
 
     anchors: Anchors | None = None
     crls: Sequence[tuple[str, bytes]] = ()
@@ -1153,7 +1202,11 @@ class Endorsements(NamedTuple):
 
 
 class Certificate(NamedTuple):
-    """An X.509 certificate as read: nothing here has been authenticated. extensions: OID -> contents of its OCTET STRING."""
+    """The fields of an X.509 certificate. Nothing authenticates them yet.
+
+    tbs_certificate, subject_public_key_info: DER, as signed.
+    extensions: OID -> contents octets of extnValue.
+    """
 
     tbs_certificate: bytes
     signature: bytes
@@ -1168,247 +1221,236 @@ class Certificate(NamedTuple):
 
 
 class RevocationList(NamedTuple):
-    """A certificate revocation list. revoked: serial numbers."""
+    """The fields of a certificate revocation list.
+
+    revoked: serial numbers. Not a set: an attacker could choose numbers with equal hashes and make it slow.
+    """
 
     tbs_cert_list: bytes
     signature: bytes
     issuer: Name
     this_update: str
     next_update: str
-    revoked: tuple[int, ...]  # no set: whoever wrote the list chooses the numbers, and could make all of them collide
+    revoked: tuple[int, ...]
 
 
 def amd_name(common_name: str) -> Name:
-    """The name of one of AMD's keys."""
-    return (
-        ("OU", "Engineering"),
-        ("C", "US"),
-        ("L", "Santa Clara"),
-        ("ST", "CA"),
-        ("O", "Advanced Micro Devices"),
-        ("CN", common_name),
-    )
+    """Return the distinguished name of one of AMD's keys."""
+    organization = (("L", "Santa Clara"), ("ST", "CA"), ("O", "Advanced Micro Devices"))
+    return (("OU", "Engineering"), ("C", "US"), *organization, ("CN", common_name))
 
 
 def amd_anchors() -> Anchors:
-    """AMD's keys, as pinned above."""
+    """Return the pinned keys of AMD."""
     anchors: dict[str, dict[str, Anchor]] = {}
     for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
-        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = Anchor(
-            amd_name(common_name), serial, not_before, not_after, spki_sha256, key
-        )
+        anchor = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
+        anchors.setdefault(common_name.rpartition("-")[2], {})[role] = anchor
     return anchors
 
 
 def name_text(name: Name) -> str:
-    """A name for people."""
+    """Return a distinguished name for messages."""
     return ", ".join(f"{kind}={value}" for kind, value in name)
 
 
+def _parse_attribute(der: Der) -> tuple[str, str]:
+    """Return the type, abbreviated if known, and the value of an AttributeTypeAndValue.  [RFC5280 4.1.2.4]"""
+    oid = der.oid()
+    return _NAME_TYPES.get(oid, oid), der.text()
+
+
 def _parse_name(der: Der) -> Name:
-    """A Name of one attribute in each RelativeDistinguishedName. [RFC5280 4.1.2.4]"""
-    names, found = der.enter(), []
-    while names.peek() != -1:
-        attributes = names.enter(SET)
-        attribute = attributes.enter()
-        kind = attribute.oid()
-        found.append((_NAME_TYPES.get(kind, kind), attribute.text()))
-        attribute.end()
-        attributes.end()
-    return tuple(found)
+    """Return a Name. Each RelativeDistinguishedName must have one attribute.  [RFC5280 4.1.2.4]"""
+    return tuple(relative.enter().read_all(_parse_attribute) for relative in der.each(SET))
 
 
 def _parse_extensions(der: Der) -> dict[str, bytes]:
-    """OID -> value. What is critical must be known here. [RFC5280 4.2]"""
-    sequence, found = der.enter(), {}
-    while sequence.peek() != -1:
-        extension = sequence.enter()
+    """Return OID -> value.  [RFC5280 4.2]
+
+    An unknown extension may be ignored unless it is critical. The two that AMD marks as critical restrict CAs, and
+    the only CAs here are pinned keys, so nothing needs their values.
+    """
+    found: dict[str, bytes] = {}
+    for extension in der.each():
         oid = extension.oid()
         critical = extension.peek() == BOOLEAN
-        if critical and not extension.boolean():  # [X690 11.5]
-            sequence.fail(f"extension {oid} spells out a default")
-        value = extension.contents(OCTET_STRING)
-        extension.end()
-        if oid in found:
-            sequence.fail(f"extension {oid} occurs twice")
-        if critical and oid not in (_BASIC_CONSTRAINTS, _KEY_USAGE):
-            sequence.fail(f"extension {oid} is critical, and not known here")
-        found[oid] = value
+        if critical:  # the default, FALSE, must not be encoded [X690 11.5]
+            extension.require(extension.boolean(), f"extension {oid} spells out the default of critical")
+        extension.require(oid not in found, f"extension {oid} occurs twice")
+        known = oid in (_BASIC_CONSTRAINTS, _KEY_USAGE)
+        extension.require(known or not critical, f"extension {oid} is critical but unknown")
+        found[oid] = extension.contents(OCTET_STRING)
     return found
 
 
 def _parse_public_key(data: bytes, structure: str) -> "RsaKey | Point":
-    """The key in a SubjectPublicKeyInfo: RSA with 2048 to 4096 bits and e = 65537, or uncompressed P-384. [RFC5280 4.1.2.7]"""
+    """Return the key of a SubjectPublicKeyInfo.  [RFC5280 4.1.2.7]
+
+    RSA with 2048 to 4096 bits and exponent 65537, or an uncompressed point of P-384, not checked to be on the curve.
+    """
     info = Der(data, structure).enter()
-    algorithm, octets = info.element(SEQUENCE)[0], info.bit_string()
-    info.end()
+    algorithm, octets = info.read_all(lambda info: (info.element(SEQUENCE)[0], info.bit_string()))
     if algorithm == _P384_ALGORITHM:
-        if len(octets) != 97 or octets[0] != 4:  # [SEC1 2.3.4]
-            raise CertificateError(structure, "the public key is no uncompressed point of P-384")
+        info.require(len(octets) == 97 and octets[0] == 4, "expected an uncompressed point of P-384")  # [SEC1 2.3.4]
         return Point(int.from_bytes(octets[1:49], "big"), int.from_bytes(octets[49:], "big"))
-    if algorithm != _RSA_ALGORITHM:
-        raise CertificateError(structure, "the public key is neither RSA nor P-384")
-    key = Der(octets, structure)
-    numbers = key.enter()
-    n, e = numbers.integer(), numbers.integer()
-    numbers.end()
-    key.end()
-    if not 2048 <= n.bit_length() <= 4096 or n < 0 or e != 65537:
-        raise CertificateError(structure, "the RSA key has not 2048 to 4096 bits and the exponent 65537")
+    info.require(algorithm == _RSA_ALGORITHM, "expected a public key of RSA or P-384")
+    key = Der(octets, structure).read_all(Der.enter)  # RSAPublicKey [RFC8017 A.1.1]
+    n, e = key.read_all(lambda key: (key.integer(), key.integer()))
+    # The bounds keep the cost of a verification small. AMD's and Azure's keys are within them.
+    usable = n > 0 and 2048 <= n.bit_length() <= 4096 and e == 65537
+    key.require(usable, "expected an RSA key of 2048 to 4096 bits with exponent 65537")
     return RsaKey(n, e)
 
 
 def _parse_signed(data: bytes, structure: str) -> tuple[bytes, Der, bytes, bytes]:
-    """(tbs as signed, a cursor in it, signature, AlgorithmIdentifier) of SEQUENCE { tbs, AlgorithmIdentifier, BIT STRING }.
-    [RFC5280 4.1, 5.1]"""
-    outer = Der(data, structure)
-    signed = outer.enter()
-    outer.end()
-    tbs, contents = signed.element(SEQUENCE)
-    algorithm = signed.element(SEQUENCE)[0]
-    signature = signed.bit_string()
-    signed.end()
-    if algorithm not in _PSS_ALGORITHMS:
-        raise CertificateError(
-            structure, "not signed with RSASSA-PSS, SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
-        )
+    """Return (tbs as signed, a cursor inside it, signature, AlgorithmIdentifier).  [RFC5280 4.1, 5.1]
+
+    data: a certificate or a revocation list, SEQUENCE { tbs SEQUENCE, AlgorithmIdentifier, BIT STRING }.
+    """
+    signed = Der(data, structure).read_all(Der.enter)
+    (tbs, contents), (algorithm, _), signature = signed.read_all(
+        lambda signed: (signed.element(SEQUENCE), signed.element(SEQUENCE), signed.bit_string())
+    )
+    pss = "RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
+    signed.require(algorithm in _PSS_ALGORITHMS, f"expected the signature algorithm {pss}")
     return tbs, Der(contents, structure), signature, algorithm
 
 
 def parse_certificate(data: bytes, structure: str) -> Certificate:
-    """The certificate in data, version 3. structure: its name in errors. Raises DerError, CertificateError. [RFC5280 4.1]"""
+    """Parse an X.509 certificate, version 3.  [RFC5280 4.1]
+
+    structure: names the certificate in errors.
+    Raises DerError, also if the key or the signature algorithm is not one of AMD's.
+    """
     tbs, der, signature, algorithm = _parse_signed(data, structure)
-    version = der.enter(0xA0)
-    if version.integer() != 2:
-        raise CertificateError(structure, "not of version 3")
-    version.end()
+    der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
     serial = der.integer()
-    if der.element(SEQUENCE)[0] != algorithm:
-        raise CertificateError(structure, "the signature algorithm inside is another one")
+    # The algorithm occurs twice, and only this one is signed. [RFC5280 4.1.1.2]
+    der.require(der.element(SEQUENCE)[0] == algorithm, _ALGORITHMS_DIFFER)
     issuer = _parse_name(der)
-    validity = der.enter()
-    not_before, not_after = validity.time(), validity.time()
-    validity.end()
+    not_before, not_after = der.enter().read_all(lambda validity: (validity.time(), validity.time()))
     subject = _parse_name(der)
     spki = der.element(SEQUENCE)[0]
-    wrapped = der.enter(0xA3)
-    extensions = _parse_extensions(wrapped)
-    wrapped.end()
+    extensions = der.enter(0xA3).read_all(_parse_extensions)
     der.end()
-    return Certificate(
-        tbs,
-        signature,
-        serial,
-        issuer,
-        not_before,
-        not_after,
-        subject,
-        spki,
-        _parse_public_key(spki, structure),
-        extensions,
-    )
+    key = _parse_public_key(spki, structure)
+    return Certificate(tbs, signature, serial, issuer, not_before, not_after, subject, spki, key, extensions)
 
 
 def parse_crl(data: bytes, structure: str) -> RevocationList:
-    """The revocation list in data, version 2. Raises DerError, CertificateError. [RFC5280 5.1]"""
+    """Parse a certificate revocation list, version 2.  [RFC5280 5.1]
+
+    structure: names the list in errors.
+    Raises DerError.
+    """
     tbs, der, signature, algorithm = _parse_signed(data, structure)
-    if der.integer() != 1:
-        raise CertificateError(structure, "not of version 2")
-    if der.element(SEQUENCE)[0] != algorithm:
-        raise CertificateError(structure, "the signature algorithm inside is another one")
+    der.require(der.integer() == 1, "expected version 2")  # counted from 0
+    der.require(der.element(SEQUENCE)[0] == algorithm, _ALGORITHMS_DIFFER)
     issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
     revoked = []
-    entries = der.enter() if der.peek() == SEQUENCE else Der(b"", structure)
-    while entries.peek() != -1:
-        entry = entries.enter()
-        revoked.append(entry.integer())
-        entry.time()
-        if entry.peek() != -1:
-            _parse_extensions(entry)
-        entry.end()
+    if der.peek() == SEQUENCE:  # revokedCertificates is absent if empty
+        for entry in der.each():
+            revoked.append(entry.integer())
+            entry.time()
+            if entry.peek() != -1:
+                _parse_extensions(entry)
     if der.peek() != -1:
-        wrapped = der.enter(0xA0)
-        _parse_extensions(wrapped)
-        wrapped.end()
+        der.enter(0xA0).read_all(_parse_extensions)
     der.end()
     return RevocationList(tbs, signature, issuer, this_update, next_update, tuple(revoked))
 
 
 def verify_crl(data: bytes, structure: str, anchors: Anchors) -> RevocationList:
-    """The revocation list in data, signed by the ARK that it names. Raises DerError, CertificateError, BadSignature."""
+    """Return the revocation list in data if the ARK that it names has signed it.
+
+    structure: names the list in errors.
+    Raises DerError, CertificateError, BadSignature.
+    """
     crl = parse_crl(data, structure)
     arks = [roles["ark"] for roles in anchors.values() if roles["ark"].name == crl.issuer]
     if not arks:
-        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, which is no trusted ARK")
+        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, which is not a trusted ARK")
     verify_rsassa_pss(arks[0].key, crl.tbs_cert_list, crl.signature)
     return crl
 
 
-def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> "dict[str, Anchor]":
-    """The keys of one product from certificates that the caller trusts: the ARK signs itself, the ASK and the ASVK.
-    Raises DerError, CertificateError, BadSignature."""
+def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> dict[str, Anchor]:
+    """Return role -> key of one product, from certificates that the caller trusts.
+
+    product: names the certificates in errors.
+    Raises DerError, CertificateError or BadSignature unless the ARK signed all three, itself included.
+    """
     made: dict[str, Anchor] = {}
     for role, data in (("ark", ark), ("ask", ask), ("asvk", asvk)):
         structure = f"{product} {role}"
         certificate = parse_certificate(data, structure)
         key = certificate.key
         if not isinstance(key, RsaKey):
-            raise CertificateError(structure, "not an RSA key")
-        issuer = made.get("ark")
-        if certificate.issuer != (certificate.subject if issuer is None else issuer.name):
-            raise CertificateError(structure, f"issued by {name_text(certificate.issuer)}")
-        verify_rsassa_pss(key if issuer is None else issuer.key, certificate.tbs_certificate, certificate.signature)
+            raise CertificateError(structure, "expected an RSA key")
+        issuer_name, issuer_key = (made["ark"].name, made["ark"].key) if made else (certificate.subject, key)
+        if certificate.issuer != issuer_name:
+            issuers = f"{name_text(certificate.issuer)}, expected {name_text(issuer_name)}"
+            raise CertificateError(structure, f"issued by {issuers}")
+        verify_rsassa_pss(issuer_key, certificate.tbs_certificate, certificate.signature)
+        spki_sha256 = sha256_hex(certificate.subject_public_key_info)
         made[role] = Anchor(
-            certificate.subject,
-            certificate.serial,
-            certificate.not_before,
-            certificate.not_after,
-            sha256_hex(certificate.subject_public_key_info),
-            key,
+            certificate.subject, certificate.serial, certificate.not_before, certificate.not_after, spki_sha256, key
         )
     return made
 
 
+def _vek_extension(vek: Certificate, oid: str, structure: str) -> Der:
+    """Return a cursor over the value of an extension that every VEK has.
+
+    Raises CertificateError if it is missing.
+    """
+    if oid not in vek.extensions:
+        raise CertificateError(structure, f"the certificate has no extension {oid}")
+    return Der(vek.extensions[oid], structure)
+
+
 def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
-    """The security patch levels in a VEK. names: those that the product has. Raises DerError, CertificateError. [VCEK 3.1]"""
+    """Return the security patch levels in a VEK: of the firmware that its key belongs to.  [VCEK 3.1]
+
+    names: those that the product has, as in TCB_LAYOUTS.
+    Raises DerError, CertificateError.
+    """
     levels = {}
     for name in names:
-        if _SPL + _SPL_ARCS[name] not in vek.extensions:
-            raise CertificateError(f"VEK {name} SPL", "the extension is missing")
-        der = Der(vek.extensions[_SPL + _SPL_ARCS[name]], f"VEK {name} SPL")
-        levels[name] = der.integer()
-        der.end()
-        if not 0 <= levels[name] <= 255:
-            raise CertificateError(
-                f"VEK {name} SPL", "not in the range 0 to 255"
-            )  # without the number, which may be longer than str() bears
+        der = _vek_extension(vek, _SPL + _SPL_ARCS[name], f"VEK {name} SPL")
+        levels[name] = der.read_all(Der.integer)
+        # The number is not printed: str() refuses more than 4300 digits.
+        der.require(0 <= levels[name] <= 255, "not in the range 0 to 255")
     return levels
 
 
 def vek_product(vek: Certificate) -> str:
-    """The productName in a VEK without its stepping: "Milan-B0" is Milan. Raises DerError. [VCEK 3.1]"""
-    der = Der(vek.extensions.get(_PRODUCT_NAME, b""), "VEK productName")
-    name = der.text()
-    der.end()
-    return name.partition("-")[0]
+    """Return the productName of a VEK without its stepping: "Milan" for "Milan-B0".  [VCEK 3.1]
+
+    Raises DerError, CertificateError.
+    """
+    return _vek_extension(vek, _PRODUCT_NAME, "VEK productName").read_all(Der.text).partition("-")[0]
 
 
 def has_hwid(vek: Certificate) -> bool:
-    """Whether the VEK names a chip."""
+    """Return whether the VEK names a chip. A VCEK does, a VLEK does not.  [VCEK 3.1]"""
     return _HWID in vek.extensions
 
 
 def vek_chip_id(vek: Certificate) -> bytes:
-    """The chip_id that a VCEK is for, 64 bytes. Raises CertificateError. [VCEK 3.1]
+    """Return the chip_id of a VCEK, 64 bytes.  [VCEK 3.1]
 
-    Three encodings are in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and Turin's 8 bytes, which the
-    report fills up with zeros."""
+    Three encodings occur in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and on Turin 8 bytes,
+    which the report extends with zeros.
+    Raises CertificateError.
+    """
     hwid = vek.extensions.get(_HWID, b"")
     if len(hwid) == 66 and hwid[:2] == b"\x04\x40":
         hwid = hwid[2:]
     if len(hwid) not in (8, 64):
-        raise CertificateError("VEK HWID", f"{len(hwid)} bytes, neither 64 nor 8")
+        raise CertificateError("VEK HWID", f"{len(hwid)} bytes, expected 64 or 8")
     return hwid.ljust(64, b"\x00")
 
 
@@ -1416,55 +1458,23 @@ def vek_chip_id(vek: Certificate) -> bytes:
 # ==============================================================================
 # region 8. SEV-SNP report                                              [uses 6]
 # ==============================================================================
-# The layout of ATTESTATION_REPORT [SNP-ABI 7.3]: integers are little-endian, offsets in bytes.  Simulated evidence uses
-# the same layout with the fields that only hardware can fill left zero.
+# ATTESTATION_REPORT [SNP-ABI 7.3]: what the firmware of an AMD processor states about a VM and signs with its VEK.
+# Integers are little-endian. parse_report authenticates nothing; verify_report checks the signature with a key that
+# the caller has traced to AMD. Simulated evidence has the same layout, with zeros where only hardware has a value.
 
 REPORT_SIZE = 1184
-SIGNED_SIZE = 0x2A0  # what the signature covers; 0x330 to the end is signed by nobody, and zero
-POLICY_DEBUG, POLICY_MIGRATE_MA = 1 << 19, 1 << 18  # of the guest policy [SNP-ABI 4.3]
-ECDSA_P384_SHA384 = 1  # of signature_algo [SNP-ABI 10, "Signature algorithms"]
+SIGNED_SIZE = 0x2A0  # the signature covers the bytes before it; those after it, from 0x330 on, mean nothing
+POLICY_DEBUG, POLICY_MIGRATE_MA = 1 << 19, 1 << 18  # bits of the guest policy [SNP-ABI 4.3]
+ECDSA_P384_SHA384 = 1  # a signature_algo [SNP-ABI 10, "Signature algorithms"]
 SIGNING_KEYS = {0: "VCEK", 1: "VLEK"}  # bits 4:2 of the flags; 7 = none
-# (offset, size, name, kind) of ATTESTATION_REPORT [SNP-ABI 7.3]; what is missing is reserved.
-REPORT_FIELDS: Sequence[tuple[int, int, str, type]] = (
-    (0x000, 4, "version", int),
-    (0x004, 4, "guest_svn", int),
-    (0x008, 8, "policy", int),
-    (0x010, 16, "family_id", bytes),
-    (0x020, 16, "image_id", bytes),
-    (0x030, 4, "vmpl", int),
-    (0x034, 4, "signature_algo", int),
-    (0x038, 8, "current_tcb", bytes),
-    (0x040, 8, "platform_info", int),
-    (0x048, 4, "flags", int),
-    (0x050, 64, "report_data", bytes),
-    (0x090, 48, "measurement", bytes),
-    (0x0C0, 32, "host_data", bytes),
-    (0x0E0, 48, "id_key_digest", bytes),
-    (0x110, 48, "author_key_digest", bytes),
-    (0x140, 32, "report_id", bytes),
-    (0x160, 32, "report_id_ma", bytes),
-    (0x180, 8, "reported_tcb", bytes),
-    (0x188, 1, "cpuid_fam_id", int),
-    (0x189, 1, "cpuid_mod_id", int),
-    (0x18A, 1, "cpuid_step", int),
-    (0x1A0, 64, "chip_id", bytes),
-    (0x1E0, 8, "committed_tcb", bytes),
-    (0x1E8, 3, "current_version", bytes),
-    (0x1EC, 3, "committed_version", bytes),
-    (0x1F0, 8, "launch_tcb", bytes),
-    (0x1F8, 8, "launch_mit_vector", int),
-    (0x200, 8, "current_mit_vector", int),
-    (0x2A0, 72, "r", int),
-    (0x2E8, 72, "s", int),
-)
-# The byte of each security patch level in TCB_VERSION [SNP-ABI 2.2]; Turin put fmc in front.
+# The byte of each security patch level in TCB_VERSION [SNP-ABI 2.2]. Turin added fmc in front.
 _TCB_BEFORE_TURIN = {"bootloader": 0, "tee": 1, "snp": 6, "microcode": 7}
 TCB_LAYOUTS = {
     "Milan": _TCB_BEFORE_TURIN,
     "Genoa": _TCB_BEFORE_TURIN,
     "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
 }
-# (family, first model, last model) of CPUID -> product; Siena and Bergamo have Genoa's keys.
+# (family, first model, last model) of CPUID -> product. Siena and Bergamo (models A0 to AF) use Genoa's keys.
 _PRODUCTS = (
     (0x19, 0x00, 0x0F, "Milan"),
     (0x19, 0x10, 0x1F, "Genoa"),
@@ -1474,97 +1484,106 @@ _PRODUCTS = (
 
 
 class ReportError(Malformed):
-    """Not an ATTESTATION_REPORT."""
+    """An error in the form of an ATTESTATION_REPORT."""
 
 
 class Report(NamedTuple):
-    """The fields of an ATTESTATION_REPORT, as read: nothing here has been authenticated. r, s: of the signature, 72 bytes each, so that
-    bits beyond the 48 that are used are no valid number; data: all of the report."""
+    """The fields of an ATTESTATION_REPORT, each with its offset and size in bytes.  [SNP-ABI 7.3]
 
-    version: int
-    guest_svn: int
-    policy: int
-    family_id: bytes
-    image_id: bytes
-    vmpl: int
-    signature_algo: int
-    current_tcb: bytes
-    platform_info: int
-    flags: int
-    report_data: bytes
-    measurement: bytes
-    host_data: bytes
-    id_key_digest: bytes
-    author_key_digest: bytes
-    report_id: bytes
-    report_id_ma: bytes
-    reported_tcb: bytes
-    cpuid_fam_id: int
-    cpuid_mod_id: int
-    cpuid_step: int
-    chip_id: bytes
-    committed_tcb: bytes
-    current_version: bytes
-    committed_version: bytes
-    launch_tcb: bytes
-    launch_mit_vector: int
-    current_mit_vector: int
-    r: int
-    s: int
-    data: bytes
+    Nothing authenticates them yet. Bytes between the fields are reserved.
+    r, s: of the signature, with all 72 bytes each, so that the 24 unused bytes cannot hide a change.
+    data: the whole report.
+    """
+
+    version: Annotated[int, 0x000, 4]
+    guest_svn: Annotated[int, 0x004, 4]
+    policy: Annotated[int, 0x008, 8]
+    family_id: Annotated[bytes, 0x010, 16]
+    image_id: Annotated[bytes, 0x020, 16]
+    vmpl: Annotated[int, 0x030, 4]
+    signature_algo: Annotated[int, 0x034, 4]
+    current_tcb: Annotated[bytes, 0x038, 8]
+    platform_info: Annotated[int, 0x040, 8]
+    flags: Annotated[int, 0x048, 4]
+    report_data: Annotated[bytes, 0x050, 64]
+    measurement: Annotated[bytes, 0x090, 48]
+    host_data: Annotated[bytes, 0x0C0, 32]
+    id_key_digest: Annotated[bytes, 0x0E0, 48]
+    author_key_digest: Annotated[bytes, 0x110, 48]
+    report_id: Annotated[bytes, 0x140, 32]
+    report_id_ma: Annotated[bytes, 0x160, 32]
+    reported_tcb: Annotated[bytes, 0x180, 8]
+    cpuid_fam_id: Annotated[int, 0x188, 1]
+    cpuid_mod_id: Annotated[int, 0x189, 1]
+    cpuid_step: Annotated[int, 0x18A, 1]
+    chip_id: Annotated[bytes, 0x1A0, 64]
+    committed_tcb: Annotated[bytes, 0x1E0, 8]
+    current_version: Annotated[bytes, 0x1E8, 3]
+    committed_version: Annotated[bytes, 0x1EC, 3]
+    launch_tcb: Annotated[bytes, 0x1F0, 8]
+    launch_mit_vector: Annotated[int, 0x1F8, 8]
+    current_mit_vector: Annotated[int, 0x200, 8]
+    r: Annotated[int, 0x2A0, 72]
+    s: Annotated[int, 0x2E8, 72]
+    data: Annotated[bytes, 0x000, 1184]
 
     @property
     def signing_key(self) -> str:
-        """The kind of key that the report says it is signed with."""
-        return SIGNING_KEYS.get(self.flags >> 2 & 7, f"key {self.flags >> 2 & 7}")
+        """The kind of key that signed the report, as the report claims."""
+        kind = self.flags >> 2 & 7
+        return SIGNING_KEYS.get(kind, f"key {kind}")
 
     @property
     def product(self) -> str:
-        """The product by its CPUID, which reports have since version 3; empty where it is not known."""
-        found = [
-            product
-            for family, first, last, product in _PRODUCTS
-            if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last
-        ]
-        return found[0] if found and self.version >= 3 else ""
+        """The product according to CPUID, which reports contain since version 3; empty if unknown."""
+        if self.version >= 3:
+            for family, first, last, product in _PRODUCTS:
+                if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last:
+                    return product
+        return ""
+
+
+# name -> (kind, offset, size), in the order of Report.
+REPORT_FIELDS = {name: get_args(field) for name, field in get_type_hints(Report, include_extras=True).items()}
 
 
 def parse_report(data: bytes) -> Report:
-    """The report in data, which must be REPORT_SIZE bytes. Raises ReportError. [SNP-ABI 7.3]"""
+    """Parse a report of REPORT_SIZE bytes.  [SNP-ABI 7.3]
+
+    Raises ReportError.
+    """
     if len(data) != REPORT_SIZE:
-        raise ReportError("attestation_report", f"{len(data)} bytes, not {REPORT_SIZE}")
-    fields: dict[str, Any] = {}
-    for offset, size, name, kind in REPORT_FIELDS:
-        octets = data[offset : offset + size]
-        fields[name] = octets if kind is bytes else int.from_bytes(octets, "little")
-    return Report(data=data, **fields)
+        raise ReportError("attestation_report", f"{len(data)} bytes, expected {REPORT_SIZE}")
+    octets = ((kind, data[offset : offset + size]) for kind, offset, size in REPORT_FIELDS.values())
+    return Report._make(value if kind is bytes else int.from_bytes(value, "little") for kind, value in octets)
 
 
 def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
-    """REPORT_SIZE bytes in the layout of a version 3 report, without chip_id and signature. report_data: 64 bytes,
-    measurement: 48 bytes."""
-    values = {"version": (3).to_bytes(4, "little"), "report_data": report_data, "measurement": measurement}
-    report = bytearray(REPORT_SIZE)
-    for offset, size, name, _ in REPORT_FIELDS:
-        if name in values:
-            if len(values[name]) != size:
-                raise ValueError(f"{name} has {len(values[name])} bytes, not {size}")
-            report[offset : offset + size] = values[name]
-    return bytes(report)
+    """Return a report of version 3 with these two fields and zeros elsewhere.  [CONTRACT 4.4]
+
+    report_data: 64 bytes.
+    measurement: 48 bytes.
+    """
+    if (len(report_data), len(measurement)) != (64, 48):  # struct would cut or extend them
+        raise ValueError("expected report_data of 64 bytes and measurement of 48 bytes")
+    return struct.pack("<I76x64s48s992x", 3, report_data, measurement)
 
 
 def tcb_levels(product: str, tcb: bytes) -> dict[str, int]:
-    """The security patch levels in a TCB_VERSION. [SNP-ABI 2.2]"""
+    """Return the security patch levels in a TCB_VERSION.  [SNP-ABI 2.2]
+
+    product: a key of TCB_LAYOUTS.
+    """
     return {name: tcb[offset] for name, offset in TCB_LAYOUTS[product].items()}
 
 
 def tcb_text(levels: Mapping[str, int]) -> str:
-    """As --min-tcb takes it."""
+    """Return security patch levels in the form that --min-tcb takes: "bootloader=3,tee=0"."""
     return ",".join(f"{name}={level}" for name, level in levels.items())
 
 
 def vek_url(report: Report, product: str) -> str:
-    """Where AMD's key distribution service has the VCEK of this report. [VCEK 4.1]"""
+    """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]"""
     spl = {"bootloader": "blSPL", "tee": "teeSPL", "snp": "snpSPL", "microcode": "ucodeSPL", "fmc": "fmcSPL"}
     query = "&".join(f"{spl[name]}={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items())
     chip_id = report.chip_id[:8] if product == "Turin" else report.chip_id
@@ -1572,9 +1591,12 @@ def vek_url(report: Report, product: str) -> str:
 
 
 def verify_report(report: Report, vek: "RsaKey | Point") -> None:
-    """Raise BadSignature unless vek signed the report. vek: the caller knows whose it is. [SNP-ABI 10]"""
+    """Raise BadSignature unless vek signed the report.  [SNP-ABI 10]
+
+    vek: the public key of a VEK, which the caller authenticates.
+    """
     if not isinstance(vek, Point):
-        raise BadSignature("the certificate's key is not on P-384")
+        raise BadSignature("the certificate has an RSA key, expected P-384")
     verify_ecdsa_p384(vek, report.data[:SIGNED_SIZE], report.r, report.s)
 
 
@@ -1582,33 +1604,41 @@ def verify_report(report: Report, vek: "RsaKey | Point") -> None:
 # ==============================================================================
 # region 9. TPM quote                                                [uses 6, 8]
 # ==============================================================================
-# Azure's confidential VMs: the hardware report binds the key of a virtual TPM [AZURE], and that key signs the caller's data and
-# the values of the platform configuration registers [TPM2-2].
+# Evidence of confidential VMs on Azure [AZURE]. There a paravisor (HCL) runs below the VM, holds the hardware report
+# and offers a virtual TPM. Three links lead from the processor to the caller's data:
+#
+#   1. the VEK signs the hardware report, whose report_data begins with the SHA-256 of the runtime data;
+#   2. the runtime data contains HCLAkPub, the attestation key (AK) of the virtual TPM;
+#   3. the AK signs a quote [TPM2-2 10.12.12]: the caller's data and a digest of the PCR values.
+#
+# The functions here parse the parts of that chain and authenticate none; the section "Verdict" checks the links.
 
 TPM_GENERATED_VALUE, TPM_ST_ATTEST_QUOTE, TPM_ALG_SHA256 = 0xFF544347, 0x8018, 0x000B  # [TPM2-2 6.2, 6.9, 6.3]
-PCR_COUNT, PCR_SIZE = 24, 32
-HCL_REPORT, HCL_HEADER, HCL_DATA = (
-    0x20,
-    0x4C0,
-    0x4D4,
-)  # offsets of the report, the header of the runtime data and the data
-HCL_SNP = 2  # report type; 4 = TDX
-HCL_REQUEST = 2  # what the VM asked its host for; the same for all
+PCR_COUNT, PCR_SIZE = 24, 32  # platform configuration registers of the SHA-256 bank
+HCL_SNP = 2  # a report type; 4 is TDX
+HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 
 
 class QuoteError(Malformed):
-    """Not the report of an Azure VM, or not a quote of its TPM."""
+    """An error in the form of an HCL report, its runtime data or a TPM quote."""
 
 
 class HclReport(NamedTuple):
-    """What an Azure VM hands out. attestation_report: of the hardware; runtime_data: JSON whose SHA-256 begins its report_data."""
+    """The two parts of an HCL report.
+
+    attestation_report: of the hardware.
+    runtime_data: JSON. Its SHA-256 is the first half of the hardware report's report_data.
+    """
 
     attestation_report: bytes
     runtime_data: bytes
 
 
 class TpmQuote(NamedTuple):
-    """A TPMS_ATTEST of a quote, as read. pcr_select: the indexes that pcr_digest is over."""
+    """The fields of a quote's TPMS_ATTEST that the verifier compares.
+
+    pcr_select: indexes of the registers that pcr_digest covers, ascending.
+    """
 
     extra_data: bytes
     pcr_select: Sequence[int]
@@ -1616,50 +1646,50 @@ class TpmQuote(NamedTuple):
 
 
 def parse_hcl_report(data: bytes) -> HclReport:
-    """Parse the HCL report in data.  [AZURE]
+    """Parse the HCL report of an Azure VM.  [AZURE]
 
-    Nobody signs its headers.  Every value in them is known, so each is compared: no bit can be changed unseen.
-    Only the number of zeros after the runtime data is free.
+    Integers are little-endian. Nobody signs the headers, but every value in them is known, so each is compared and no
+    bit can change unnoticed. Only the number of zeros after the runtime data is free.
     Raises QuoteError.
     """
-
-    def expect(holds: bool, message: str) -> None:
-        if not holds:
-            raise QuoteError("HCL report", message)
-
-    expect(len(data) >= HCL_DATA, f"{len(data)} bytes, expected at least {HCL_DATA}")
-    magic, version, size, request = struct.unpack_from("<4s3I", data)
-    whole, header_version, report_type, hash_type, length = struct.unpack_from("<5I", data, HCL_HEADER)
-    content, tail = data[HCL_DATA : HCL_DATA + length], data[HCL_DATA + length :]
-    expect(magic == b"HCLA", "does not begin with HCLA")
-    expect(version in (1, 2), f"version {version}, expected 1 or 2")
-    expect(report_type == HCL_SNP, f"report type {report_type}, expected {HCL_SNP} (SEV-SNP)")
-    expect(len(content) == length > 0, f"runtime data of {length} bytes, {len(content)} are there")
-    expect((whole, size) == (length + 20, length + HCL_DATA), "the sizes in its headers contradict each other")
-    expect((request, header_version, hash_type) == (HCL_REQUEST, 1, 1), "unknown request, header version or hash type")
-    expect(not any(data[16:HCL_REPORT]), "reserved bytes are not zero")
-    expect(not any(tail), "bytes after the runtime data")
-    return HclReport(data[HCL_REPORT : HCL_REPORT + REPORT_SIZE], content.rstrip(b"\x00"))
+    r = Reader(data, QuoteError, "HCL report")
+    magic, version, size, request, reserved = r.unpack("<4s3I16s")
+    attestation_report = r.take(REPORT_SIZE)
+    whole, header_version, report_type, hash_type, length = r.unpack("<5I")
+    r.require(magic == b"HCLA", "does not begin with HCLA")
+    r.require(version in (1, 2), f"version {version}, expected 1 or 2")
+    r.require(report_type == HCL_SNP, f"report type {report_type}, expected {HCL_SNP} (SEV-SNP)")
+    r.require(0 < length <= r.left(), f"runtime data of {length} bytes, {r.left()} bytes are present")
+    content, tail = r.take(length), data[r.at :]
+    # One header counts everything up to here, the other its own 20 bytes and the content.
+    r.require((size, whole) == (r.at, 20 + length), "the sizes in its headers contradict each other")
+    r.require(
+        (request, header_version, hash_type) == (HCL_REQUEST, 1, 1), "unknown request, header version or hash type"
+    )
+    r.require(not any(reserved), "reserved bytes are not zero")
+    r.require(not any(tail), "bytes after the runtime data")
+    return HclReport(attestation_report, content.rstrip(b"\x00"))
 
 
 def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
-    """(the TPM's attestation key, the whole document) of the runtime data. Raises QuoteError, Malformed. [AZURE, RFC7517]"""
-    doc = parse_json(data, "runtime data", 16)  # deeper, and the indentation of --format json would take gigabytes
+    """Return (the attestation key of the virtual TPM, the whole document).  [AZURE, RFC7517]
+
+    data: the runtime data of an HCL report, which has a JWK with the kid HCLAkPub.
+    Raises QuoteError, Malformed.
+    """
+    # The verdict repeats the document. The depth is small because indentation multiplies the size of deep documents.
+    doc = parse_json(data, "runtime data", 16)
     keys = doc.get("keys") if isinstance(doc, dict) else None
-    found = (
-        [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
-        if isinstance(keys, list)
-        else []
-    )
+    if not isinstance(keys, list):
+        keys = []
+    found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
     if len(found) != 1 or found[0].get("kty") != "RSA":
-        raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, not exactly one, of RSA")
-    n, e = (
-        int.from_bytes(decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True), "big")
-        for name in ("n", "e")
-    )
-    if n.bit_length() != 2048 or e != 65537:
-        raise QuoteError("runtime data", "HCLAkPub has not 2048 bits and the exponent 65537")
-    return RsaKey(n, e), doc
+        raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, expected exactly one, of RSA")
+    octets = (decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True) for name in ("n", "e"))
+    key = RsaKey(*(int.from_bytes(number, "big") for number in octets))
+    if (key.n.bit_length(), key.e) != (2048, 65537):
+        raise QuoteError("runtime data", "expected HCLAkPub with 2048 bits and exponent 65537")
+    return key, doc
 
 
 def parse_quote(message: bytes) -> TpmQuote:
@@ -1670,28 +1700,30 @@ def parse_quote(message: bytes) -> TpmQuote:
     """
     r = Reader(message, QuoteError, "TPMS_ATTEST")
     magic, tag = r.unpack(">IH")
-    if magic != TPM_GENERATED_VALUE:
-        raise QuoteError("TPMS_ATTEST", "magic is not TPM_GENERATED_VALUE")
-    if tag != TPM_ST_ATTEST_QUOTE:
-        raise QuoteError("TPMS_ATTEST", "type is not TPM_ST_ATTEST_QUOTE")
+    # The TPM signs other data of this form only if the magic differs, so the magic proves that the TPM made it.
+    r.require(magic == TPM_GENERATED_VALUE, "magic is not TPM_GENERATED_VALUE")
+    r.require(tag == TPM_ST_ATTEST_QUOTE, "type is not TPM_ST_ATTEST_QUOTE")
     r.take(*r.unpack(">H"))  # qualifiedSigner
     extra_data = r.take(*r.unpack(">H"))
     r.take(17 + 8)  # clockInfo, firmwareVersion
-    if r.unpack(">IH") != (1, TPM_ALG_SHA256):  # TPML_PCR_SELECTION: count, hash
-        raise QuoteError("TPMS_ATTEST", "expected one selection of registers, in the SHA-256 bank")
+    selection = r.unpack(">IH")  # TPML_PCR_SELECTION: count, hash
+    r.require(selection == (1, TPM_ALG_SHA256), "expected one selection of registers, in the SHA-256 bank")
     bits = r.take(*r.unpack(">B"))  # pcrSelect: register i is bit i % 8 of octet i // 8
     pcr_select = [i for i in range(8 * len(bits)) if bits[i // 8] >> i % 8 & 1]
     pcr_digest = r.take(*r.unpack(">H"))
     r.end()
-    if not pcr_select or pcr_select[-1] >= PCR_COUNT:
-        raise QuoteError("TPMS_ATTEST", f"selects no register, or one above {PCR_COUNT - 1}")
-    if len(extra_data) > 64:  # as report data
-        raise QuoteError("TPMS_ATTEST", f"extraData has {len(extra_data)} bytes, expected at most 64")
+    in_range = bool(pcr_select) and pcr_select[-1] < PCR_COUNT
+    r.require(in_range, f"selects no register, or one above {PCR_COUNT - 1}")
+    r.require(len(extra_data) <= 64, f"extraData has {len(extra_data)} bytes, expected at most 64")  # as report_data
     return TpmQuote(extra_data, pcr_select, pcr_digest)
 
 
 def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> bytes:
-    """SHA-256 over the selected registers, in ascending order. pcrs: PCR_COUNT values. [TPM2-1 17.6.2]"""
+    """Return the SHA-256 over the selected registers.  [TPM2-1 17.6.2]
+
+    pcrs: the values of all PCR_COUNT registers.
+    pcr_select: indexes, ascending.
+    """
     return hashlib.sha256(b"".join(pcrs[i] for i in pcr_select)).digest()
 
 

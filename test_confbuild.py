@@ -690,7 +690,7 @@ def snp_report(key: ToyVek = TOY_VEK, **changes: Any) -> bytes:
         **changes,
     }
     data = bytearray(confbuild.REPORT_SIZE)
-    for offset, size, name, _ in confbuild.REPORT_FIELDS:
+    for name, (_, offset, size) in list(confbuild.REPORT_FIELDS.items())[:-1]:  # without data, which is all of it
         value = values.get(name, 0)
         data[offset : offset + size] = (
             value.to_bytes(size, "little") if isinstance(value, int) else value.ljust(size, b"\0")
@@ -1026,7 +1026,7 @@ class TestJson:
         assert confbuild.parse_json(b"[" * 127 + b"]" * 127, "name")
         monkeypatch.setattr(confbuild, "MAX_JSON", 4)
         assert confbuild.parse_json(b"1234", "name") == 1234
-        with pytest.raises(confbuild.Malformed, match="^name: 5 bytes, more than 4$"):
+        with pytest.raises(confbuild.Malformed, match="^name: 5 bytes, expected at most 4$"):
             confbuild.parse_json(b"12345", "name")
 
     @pytest.mark.parametrize("unit", ["a", "\u00e9", "\\n", '\\"', "\\\\"])
@@ -1187,17 +1187,17 @@ class TestJson:
             (text, False) for text in (urlsafe, padded) if text != standard
         ]
         for text, other in wrong:
-            with pytest.raises(confbuild.Malformed, match="^name: not "):
+            with pytest.raises(confbuild.Malformed, match="^name: expected canonical base64"):
                 confbuild.decode_base64(text, "name", other)
 
     NO_TEXT: tuple[Any, ...] = (None, 1, True, [], {}, b"Zg==", bytearray(b"00"))
 
-    # Of each: with the standard alphabet, with the other one.
+    # Of each: whether it is accepted with the standard alphabet, and with the URL-safe one.
     @pytest.mark.parametrize(
-        ("text", "messages"),
+        ("text", "accepted"),
         [
             *[
-                (text, ("not base64 text", "not base64 text"))
+                (text, (False, False))
                 for text in (
                     *NO_TEXT,
                     " Zg==",
@@ -1225,32 +1225,29 @@ class TestJson:
                     "\ufeffZm9v",
                 )
             ],
-            ("Zm+v", (None, "not base64 text")),
-            ("Zm/v", (None, "not base64 text")),
-            ("Zm-v", ("not base64 text", None)),
-            ("Zm_v", ("not base64 text", None)),
-            ("Zg", ("not base64: ", None)),
-            ("Zm8", ("not base64: ", None)),
-            ("Zm9vYg", ("not base64: ", None)),
-            ("Zg=", ("not base64: ", "not canonical base64")),
-            *[(text, ("not base64: ", "not base64: ")) for text in ("Z", "Zm9vY", "Z=", "Z==", "=", "==", "Zm8==")],
-            ("Zm9v=", ("not ", "not ")),
-            ("Zm9v==", ("not ", "not ")),  # which of the two depends on the version of Python
+            ("Zm+v", (True, False)),
+            ("Zm/v", (True, False)),
+            ("Zm-v", (False, True)),
+            ("Zm_v", (False, True)),
+            ("Zg", (False, True)),
+            ("Zm8", (False, True)),
+            ("Zm9vYg", (False, True)),
+            ("Zg=", (False, False)),
+            *[(text, (False, False)) for text in ("Z", "Zm9vY", "Z=", "Z==", "=", "==", "Zm8==")],
+            ("Zm9v=", (False, False)),
+            ("Zm9v==", (False, False)),
             # Spare bits that are not zero: four after one byte, two after two.
-            *[(f"Z{c}==", ("not canonical base64", "not canonical base64")) for c in "hijklmnopqrstuv"],
-            *[(f"Zm{c}=", ("not canonical base64", "not canonical base64")) for c in "5679"],
-            ("Zh", ("not base64: ", "not canonical base64")),
-            ("Zm9", ("not base64: ", "not canonical base64")),
+            *[(f"Z{c}==", (False, False)) for c in "hijklmnopqrstuv"],
+            *[(f"Zm{c}=", (False, False)) for c in "5679"],
+            ("Zh", (False, False)),
+            ("Zm9", (False, False)),
         ],
     )
-    def test_base64_has_one_form(self, text: Any, messages: tuple[str | None, str | None]) -> None:
-        for urlsafe, message in enumerate(messages):
-            with (
-                contextlib.nullcontext()
-                if message is None
-                else pytest.raises(confbuild.Malformed, match=f"^name: {re.escape(message)}")
-            ):
-                confbuild.decode_base64(text, "name", bool(urlsafe))
+    def test_base64_has_one_form(self, text: Any, accepted: tuple[bool, bool]) -> None:
+        for urlsafe, name in ((False, "base64"), (True, "base64url")):
+            refusal = pytest.raises(confbuild.Malformed, match=f"^name: expected canonical {name}$")
+            with contextlib.nullcontext() if accepted[urlsafe] else refusal:
+                confbuild.decode_base64(text, "name", urlsafe)
 
     @pytest.mark.parametrize(
         ("text", "data"),
@@ -1291,7 +1288,7 @@ class TestJson:
         with (
             contextlib.nullcontext()
             if data is not None
-            else pytest.raises(confbuild.Malformed, match="^name: not pairs of hexadecimal digits$")
+            else pytest.raises(confbuild.Malformed, match="^name: expected pairs of hexadecimal digits$")
         ):
             assert confbuild.decode_hex(text, "name") == data
 
@@ -1311,35 +1308,6 @@ class TestJson:
         for encode, decode in ((b64, confbuild.decode_base64), (bytes.hex, confbuild.decode_hex), (url, of_url)):
             with contextlib.suppress(confbuild.Malformed):
                 assert encode(decode(text, "name")) in (text, text.lower(), text.rstrip("="))
-
-    @pytest.mark.parametrize(
-        ("value", "required", "optional", "message"),
-        [
-            ({"a": 1}, ("a",), (), None),
-            ({"b": None, "a": 1}, ("a", "b"), (), None),
-            ({"a": 1}, ("a",), ("b",), None),
-            ({"b": 1, "a": 1}, ("a",), ("b",), None),
-            ({}, (), (), None),
-            ({}, ("a",), (), "not an object of a"),
-            ({"b": 1}, ("a",), ("b",), "not an object of a, perhaps b"),
-            ({"a": 1, "c": 1}, ("a",), ("b",), "not an object of a, perhaps b"),
-            ({"A": 1}, ("a",), (), "not an object of a"),
-            ({"a": 1, "": 1}, ("a",), (), "not an object of a"),
-            *[
-                (value, ("a", "b"), ("c",), "not an object of a, b, perhaps c")
-                for value in (None, 1, "ab", ["a", "b"], True, 1.5)
-            ],
-        ],
-    )
-    def test_parse_object(
-        self, value: Any, required: Sequence[str], optional: Sequence[str], message: str | None
-    ) -> None:
-        with (
-            contextlib.nullcontext()
-            if message is None
-            else pytest.raises(confbuild.Malformed, match=f"^name: {message}$")
-        ):
-            assert confbuild.parse_object(value, "name", required, optional) is value
 
     @pytest.mark.parametrize(
         ("value", "schema", "message"),
@@ -1442,7 +1410,7 @@ class TestJson:
         }
         assert {n: confbuild.merkle_root(entries[:n]) for n in roots} == {n: root.hex() for n, root in roots.items()}
         assert confbuild.merkle_root([""]) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-        with pytest.raises(ValueError, match="a Merkle tree needs a leaf"):
+        with pytest.raises(ValueError, match="a Merkle tree needs at least one entry"):
             confbuild.merkle_root([])
 
 
@@ -1535,9 +1503,9 @@ DER_GOOD: list[tuple[str, str, Any]] = [
     ("time", "180f" + b"20501231235959Z".hex(), "2050-12-31T23:59:59Z"),
     ("time", "180f" + b"00000101000000Z".hex(), "0000-01-01T00:00:00Z"),
 ]
-NO_LENGTH, NO_END = "a length that is not definite and of the shortest form", "the element does not end"
-NO_INTEGER = "an INTEGER that is empty or not of the fewest octets"
-NO_TEXT, NO_TIME = "a string that is not of its alphabet", "no time in UTC"
+NO_LENGTH, NO_END = "a length that is not definite and in the shortest form", "ends at byte "
+NO_INTEGER = "an INTEGER that is empty or not in the fewest octets"
+NO_TEXT, NO_TIME = "a string with bytes outside its alphabet", "expected a time in UTC"
 DER_BAD: list[tuple[str, str, str]] = [
     *[
         ("integer", encoding, message)
@@ -1545,14 +1513,14 @@ DER_BAD: list[tuple[str, str, str]] = [
             ("", "tag 0x02 is missing"),
             ("0400", "tag 0x02 is missing"),
             ("2201ff", "tag 0x02 is missing"),
-            ("02", NO_LENGTH),
+            ("02", NO_END),
             ("0280", NO_LENGTH),
             ("028001000000", NO_LENGTH),
-            ("0281", NO_LENGTH),
+            ("0281", NO_END),
             ("02810100", NO_LENGTH),
             ("02817f" + "01" * 127, NO_LENGTH),
             ("02820080" + "01" * 128, NO_LENGTH),
-            ("0282ff", NO_LENGTH),
+            ("0282ff", NO_END),
             ("028500000000010100", NO_LENGTH),
             ("02850100000000", NO_LENGTH),
             ("02ff" + "01" * 127, NO_LENGTH),
@@ -1576,14 +1544,14 @@ DER_BAD: list[tuple[str, str, str]] = [
         for encoding in ("0600", "060180", "06025581", "0641" + "ff" * 64 + "7f", "06822710" + "01" * 10000)
     ],
     *[
-        ("oid", encoding, "an OBJECT IDENTIFIER that is not of the shortest form")
+        ("oid", encoding, "an OBJECT IDENTIFIER that is not in the shortest form")
         for encoding in ("06028001", "0603558001", "060555048001" + "01", "06038080" + "01")
     ],
     *[
         ("bit_string", encoding, "a BIT STRING with unused bits")
         for encoding in ("0300", "030101", "03020780", "030208ff", "0302ff00")
     ],
-    *[("text", encoding, "no string") for encoding in ("", "0400", "140141", "1e020041", "3000")],
+    *[("text", encoding, "expected a string") for encoding in ("", "0400", "140141", "1e020041", "3000")],
     *[("text", encoding, NO_TEXT) for encoding in ("0c01ff", "0c02c080", "0c03eda080", "0c01c3", "1302c3a9", "160180")],
     *[
         ("time", f"{tag:02x}" + tlv(0, text).hex()[2:], NO_TIME)
@@ -1660,7 +1628,8 @@ class TestDer:
 
     @pytest.mark.parametrize(("method", "encoding", "message"), DER_BAD, ids=lambda value: str(value)[:30])
     def test_bad(self, method: str, encoding: str, message: str) -> None:
-        with pytest.raises(confbuild.DerError, match=f"^x y: {re.escape(message)} at byte [0-9]+$") as caught:
+        place = f"{len(encoding) // 2}, inside a field" if message is NO_END else " at byte [0-9]+"
+        with pytest.raises(confbuild.DerError, match=f"^x y: {re.escape(message)}{place}$") as caught:
             getattr(confbuild.Der(bytes.fromhex(encoding), "x y"), method)()
         assert caught.value.structure == "x y"
 
@@ -1671,7 +1640,7 @@ class TestDer:
         assert confbuild.Der(data + b"x", "x").element(4) == (data, bytes(size))
         with pytest.raises(
             confbuild.DerError,
-            match="^x: the element does not end at byte 0$|^x: a length that is not definite .* at byte 0$",
+            match=f"^x: ends at byte {len(data) - 1}, inside a field$",
         ):
             confbuild.Der(data[:-1], "x").element(4)
 
@@ -1702,7 +1671,7 @@ class TestDer:
         except confbuild.DerError:
             return
         written = der_write(method, data[0], value)
-        assert data.startswith(written) and len(written) == len(data) - len(der._data[der._at :])
+        assert data.startswith(written) and len(written) == der._reader.at
 
     @given(
         st.integers() | st.integers(-(2**3000), 2**3000),
@@ -1732,6 +1701,7 @@ class TestDer:
 # ==============================================================================
 
 
+MISMATCH = "the signature does not match the key and the signed bytes"
 MESSAGE = b"123400"  # of the rows of Wycheproof
 
 # Wycheproof testvectors_v1/ecdsa_secp384r1_sha384_p1363_test.json, message "123400": tcId, comment, whether it is valid, x y r s.
@@ -2074,7 +2044,7 @@ def ecdsa_verifies(q: Sequence[int], message: bytes, r: int, s: int) -> bool:
     try:
         confbuild.verify_ecdsa_p384(confbuild.Point(*q), message, r, s)
     except confbuild.BadSignature as e:
-        assert str(e) == ("inconsistent" if 0 < r < P384[1] and 0 < s < P384[1] else "r or s is out of range")
+        assert str(e) == (MISMATCH if 0 < r < P384[1] and 0 < s < P384[1] else "r or s is out of range")
         return False
     return True
 
@@ -2216,7 +2186,7 @@ class TestSignatures:
         ],
     )
     def test_ecdsa_no_key(self, q: tuple[int, int]) -> None:
-        with pytest.raises(confbuild.BadSignature, match="^the public key is no point of P-384$"):
+        with pytest.raises(confbuild.BadSignature, match="^the public key is not a point of P-384$"):
             confbuild.verify_ecdsa_p384(confbuild.Point(*q), MESSAGE, 1, 1)
 
     @pytest.mark.parametrize("d", [1, P384[1] - 1, 2, P384[1] - 2, (P384[1] + 1) // 2, 3])
@@ -2261,7 +2231,7 @@ class TestSignatures:
         verdict = rsa_verdict(
             confbuild.verify_rsassa_pss, confbuild.RsaKey(WYCHEPROOF_PSS_N, 65537), MESSAGE, bytes.fromhex(signature)
         )
-        assert verdict == ("" if valid else "inconsistent")
+        assert verdict == ("" if valid else MISMATCH)
 
     @pytest.mark.parametrize(("case", "comment", "valid", "signature"), WYCHEPROOF_PKCS1)
     def test_pkcs1_wycheproof(self, case: int, comment: str, valid: bool, signature: str) -> None:
@@ -2271,13 +2241,13 @@ class TestSignatures:
             MESSAGE,
             bytes.fromhex(signature),
         )
-        assert verdict == ("" if valid else "inconsistent")
+        assert verdict == ("" if valid else MISMATCH)
 
     @pytest.mark.parametrize(("line", "result", "message", "signature"), CAVP_PKCS1)
     def test_pkcs1_cavp(self, line: int, result: str, message: str, signature: str) -> None:
         key = confbuild.RsaKey(CAVP_PKCS1_N, 65537)
         verdict = rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, key, bytes.fromhex(message), bytes.fromhex(signature))
-        assert verdict == ("" if result == "P" else "inconsistent")
+        assert verdict == ("" if result == "P" else MISMATCH)
 
     @pytest.mark.parametrize("scheme", ["pss", "pkcs1"])
     def test_rsa_ranges(self, scheme: str) -> None:
@@ -2286,7 +2256,7 @@ class TestSignatures:
         key, good = confbuild.RsaKey(n, 65537), bytes.fromhex(rows[0][3])
         assert (
             rsa_verdict(verify, key, MESSAGE, good) == ""
-            and rsa_verdict(verify, key, MESSAGE + b"\0", good) == "inconsistent"
+            and rsa_verdict(verify, key, MESSAGE + b"\0", good) == MISMATCH
         )
         for size, bad in (
             (0, b""),
@@ -2296,17 +2266,21 @@ class TestSignatures:
             (257, good + b"\0"),
             (257, (int.from_bytes(good, "big") + n).to_bytes(257, "big")),
         ):
-            assert rsa_verdict(verify, key, MESSAGE, bad) == f"the signature has {size} bytes, the modulus 256"
+            assert (
+                rsa_verdict(verify, key, MESSAGE, bad)
+                == f"the signature has {size} bytes, expected 256 like the modulus"
+            )
         for value in (n, n + 1, 2**2048 - 1, int.from_bytes(good, "big") % (2**2048 - n) + n):
             assert (
-                rsa_verdict(verify, key, MESSAGE, value.to_bytes(256, "big")) == "signature representative out of range"
+                rsa_verdict(verify, key, MESSAGE, value.to_bytes(256, "big"))
+                == "the signature is not smaller than the modulus"
             )
         for value in (0, 1, n - 1, n - int.from_bytes(good, "big"), int.from_bytes(good, "little") % n):
-            assert rsa_verdict(verify, key, MESSAGE, value.to_bytes(256, "big")) == "inconsistent"
+            assert rsa_verdict(verify, key, MESSAGE, value.to_bytes(256, "big")) == MISMATCH
         assert (
             rsa_verdict(verify, confbuild.RsaKey(n - 2, 65537), MESSAGE, good)
             == rsa_verdict(verify, confbuild.RsaKey(n, 3), MESSAGE, good)
-            == "inconsistent"
+            == MISMATCH
         )
         for small in (0, 1, 2, 255, 256, 2**391 - 1, 2**400):  # keys that have no room: no error but this one
             size = (small.bit_length() + 7) // 8
@@ -2320,11 +2294,11 @@ class TestSignatures:
         key, signature = bare_key(bits), em.rjust(size, b"\0")
         assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, signature) == ""
         if len(em) < size:
-            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, b"\1" + signature[1:]) == "inconsistent"
+            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, b"\1" + signature[1:]) == MISMATCH
 
     def test_pss_of_a_modulus_too_short(self) -> None:
         """Step 3: 98 bytes are needed, so at least 777 bits of the 778 of the modulus."""
-        for bits, verdict in ((776, "inconsistent"), (777, "inconsistent"), (778, "")):
+        for bits, verdict in ((776, MISMATCH), (777, MISMATCH), (778, "")):
             em = pss_em(bits - 1) if verdict == "" else bytes((bits + 7) // 8 - 1) + b"\xbc"
             assert (
                 rsa_verdict(confbuild.verify_rsassa_pss, bare_key(bits), MESSAGE, em.rjust((bits + 7) // 8, b"\0"))
@@ -2338,11 +2312,11 @@ class TestSignatures:
         for i in range(2048):
             changed = bytearray(em)
             changed[i // 8] ^= 0x80 >> i % 8
-            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, bytes(changed)) == "inconsistent", i
+            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, bytes(changed)) == MISMATCH, i
         for salt in (b"", b"s", b"s" * 20, b"s" * 32, b"s" * 47, b"s" * 49, b"s" * 64, b"s" * 206):
-            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, pss_em(salt=salt)) == "inconsistent"
+            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, pss_em(salt=salt)) == MISMATCH
         for flip in ({0: 1}, {80: 1}, {157: 1}, {157: 1, 158: 1}, {158: 1}, {158: 3}, {158: 0x80}, {159: 1}, {206: 1}):
-            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, pss_em(flip=flip)) == "inconsistent", flip
+            assert rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, pss_em(flip=flip)) == MISMATCH, flip
         assert (
             rsa_verdict(confbuild.verify_rsassa_pss, key, MESSAGE, pss_em(flip={0: 0x80})) == ""
         )  # a bit that step 9 clears
@@ -2351,18 +2325,18 @@ class TestSignatures:
         ("em", "verdict"),
         [
             (EM_PKCS1, ""),
-            (b"\x00\x00" + EM_PKCS1[2:], "inconsistent"),
-            (b"\x00\x02" + EM_PKCS1[2:], "inconsistent"),
-            (b"\x01" + EM_PKCS1[1:], "inconsistent"),
+            (b"\x00\x00" + EM_PKCS1[2:], MISMATCH),
+            (b"\x00\x02" + EM_PKCS1[2:], MISMATCH),
+            (b"\x01" + EM_PKCS1[1:], MISMATCH),
             (
                 b"\x00\x01" + b"\xff" * 8 + b"\x00" + T + bytes(194),
-                "inconsistent",
+                MISMATCH,
             ),  # Bleichenbacher 2006: bytes after the digest
-            (b"\x00\x01" + b"\xff" * 201 + b"\x00\x00" + T, "inconsistent"),
-            (b"\x00\x01" + b"\xff" * 203 + T, "inconsistent"),
-            (b"\x00\x01" + b"\xff" * 204 + b"\x00" + T[:1] + b"\x2f" + T[2:13] + T[15:], "inconsistent"),
-            (b"\x00\x01" + b"\xff" * 221 + b"\x00" + T[19:], "inconsistent"),
-            (EM_PKCS1[1:] + b"\0", "inconsistent"),
+            (b"\x00\x01" + b"\xff" * 201 + b"\x00\x00" + T, MISMATCH),
+            (b"\x00\x01" + b"\xff" * 203 + T, MISMATCH),
+            (b"\x00\x01" + b"\xff" * 204 + b"\x00" + T[:1] + b"\x2f" + T[2:13] + T[15:], MISMATCH),
+            (b"\x00\x01" + b"\xff" * 221 + b"\x00" + T[19:], MISMATCH),
+            (EM_PKCS1[1:] + b"\0", MISMATCH),
         ],
     )
     def test_pkcs1_encodings(self, em: bytes, verdict: str) -> None:
@@ -2374,7 +2348,7 @@ class TestSignatures:
         for i in range(2048):
             em = bytearray(EM_PKCS1)
             em[i // 8] ^= 0x80 >> i % 8
-            assert rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, bare_key(2048), MESSAGE, bytes(em)) == "inconsistent"
+            assert rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, bare_key(2048), MESSAGE, bytes(em)) == MISMATCH
 
     @pytest.mark.parametrize(
         ("size", "verdict"),
@@ -2394,11 +2368,9 @@ class TestSignatures:
     def test_toy_keys(self) -> None:
         assert rsa_verdict(confbuild.verify_rsassa_pss, TOY_ARK.public, b"m", TOY_ARK.pss(b"m")) == ""
         assert rsa_verdict(confbuild.verify_rsassa_pss, TOY_ASK.public, b"m", TOY_ARK.pss(b"m")) != ""
-        assert rsa_verdict(confbuild.verify_rsassa_pss, TOY_ARK.public, b"m", TOY_ARK.pkcs1(b"m")) == "inconsistent"
+        assert rsa_verdict(confbuild.verify_rsassa_pss, TOY_ARK.public, b"m", TOY_ARK.pkcs1(b"m")) == MISMATCH
         assert rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, TOY_ARK.public, b"m", TOY_ARK.pkcs1(b"m")) == ""
-        assert (
-            rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, TOY_ARK.public, b"m", TOY_ARK.pss(b"m")) == "inconsistent"
-        )
+        assert rsa_verdict(confbuild.verify_rsassa_pkcs1_v1_5, TOY_ARK.public, b"m", TOY_ARK.pss(b"m")) == MISMATCH
 
 
 # endregion 6
@@ -2461,9 +2433,9 @@ def name_of(*relative: bytes) -> bytes:
 
 
 CN = seq(oid("2.5.4.3"), tlv(0x0C, b"x"))
-NO_PSS = "not signed with RSASSA-PSS, SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
-NO_RSA = "the RSA key has not 2048 to 4096 bits and the exponent 65537"
-ANOTHER, LEFT = "the signature algorithm inside is another one", "bytes are left over at byte "
+NO_PSS = "expected the signature algorithm RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
+NO_RSA = "expected an RSA key of 2048 to 4096 bits with exponent 65537"
+ANOTHER, LEFT = "the signed and the unsigned signature algorithm differ", "bytes are left over at byte "
 BAD_SIGNED: list[tuple[dict[str, bytes], str]] = [
     ({"tail": b"\0"}, LEFT),
     ({"outer": SHA384_RSA, "inner": SHA384_RSA}, NO_PSS),
@@ -2480,20 +2452,23 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
     *BAD_SIGNED,
     ({"signature": tlv(3, b"\1s")}, "a BIT STRING with unused bits"),
     ({"signature": bits(b"s") + b"\5\0"}, LEFT),
-    ({"version": tlv(0xA0, number(1))}, "not of version 3"),
-    ({"version": tlv(0xA0, number(3))}, "not of version 3"),
+    ({"version": tlv(0xA0, number(1))}, "expected version 3"),
+    ({"version": tlv(0xA0, number(3))}, "expected version 3"),
     ({"version": b""}, "tag 0xa0 is missing"),
     ({"version": tlv(0xA0, number(2), b"\0")}, LEFT),
-    ({"serial": tlv(2, b"\0\1")}, "an INTEGER that is empty or not of the fewest octets"),
+    ({"serial": tlv(2, b"\0\1")}, "an INTEGER that is empty or not in the fewest octets"),
     ({"validity": seq(utc("2026-01-01T00:00:00Z"))}, "tag 0x18 is missing"),
     ({"validity": seq(*[utc("2026-01-01T00:00:00Z")] * 3)}, LEFT),
-    ({"validity": seq(tlv(0x17, b"20260101000000Z"), tlv(0x18, b"20330101000000Z"))}, "no time in UTC"),
+    ({"validity": seq(tlv(0x17, b"20260101000000Z"), tlv(0x18, b"20330101000000Z"))}, "expected a time in UTC"),
     ({"subject": name_of(tlv(0x31))}, "tag 0x30 is missing"),
     ({"subject": name_of(tlv(0x31, CN, CN))}, LEFT),
     ({"subject": name_of(CN)}, "tag 0x31 is missing"),
-    ({"subject": name_of(tlv(0x31, seq(oid("2.5.4.3"), tlv(0x14, b"x"))))}, "no string"),
+    ({"subject": name_of(tlv(0x31, seq(oid("2.5.4.3"), tlv(0x14, b"x"))))}, "expected a string"),
     ({"subject": name_of(tlv(0x31, seq(oid("2.5.4.3"), tlv(0x0C, b"x"), b"\5\0")))}, LEFT),
-    ({"subject": name_of(tlv(0x31, seq(oid("2.5.4.3"), tlv(0x0C, b"\xff"))))}, "a string that is not of its alphabet"),
+    (
+        {"subject": name_of(tlv(0x31, seq(oid("2.5.4.3"), tlv(0x0C, b"\xff"))))},
+        "a string with bytes outside its alphabet",
+    ),
     ({"extensions": b""}, "tag 0xa3 is missing"),
     ({"extensions": tlv(0x81, b"\0") + extensions_of()}, "tag 0xa3 is missing"),
     ({"extensions": extensions_of() + b"\5\0"}, LEFT),
@@ -2508,15 +2483,15 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
     ),
     (
         {"extensions": extensions_of(extension("2.5.29.30", b"", True))},
-        "extension 2.5.29.30 is critical, and not known here",
+        "extension 2.5.29.30 is critical but unknown",
     ),
     (
         {"extensions": extensions_of(extension(SPL + "1", number(1), True))},
-        f"extension {SPL}1 is critical, and not known here",
+        f"extension {SPL}1 is critical but unknown",
     ),
     (
         {"extensions": extensions_of(seq(oid("2.5.29.15"), tlv(1, b"\0"), tlv(4)))},
-        "extension 2.5.29.15 spells out a default",
+        "extension 2.5.29.15 spells out the default of critical",
     ),
     (
         {"extensions": extensions_of(seq(oid("2.5.29.15"), tlv(1, b"\1"), tlv(4)))},
@@ -2543,7 +2518,7 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
     ({"spki": rsa_spki(0, octets=seq(number(2**2047)))}, "tag 0x02 is missing"),
     ({"spki": seq(RSA_SPKI, bits(b""), b"\5\0")}, LEFT),
     *[
-        ({"spki": seq(P384_SPKI, bits(octets))}, "the public key is no uncompressed point of P-384")
+        ({"spki": seq(P384_SPKI, bits(octets))}, "expected an uncompressed point of P-384")
         for octets in (
             b"",
             b"\4",
@@ -2556,7 +2531,7 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
         )
     ],
     *[
-        ({"spki": seq(algorithm, bits(b"\4" + bytes(96)))}, "the public key is neither RSA nor P-384")
+        ({"spki": seq(algorithm, bits(b"\4" + bytes(96)))}, "expected a public key of RSA or P-384")
         for algorithm in (
             seq(),
             bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107"),
@@ -2569,8 +2544,8 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
 ENTRY, REASON = seq(number(5), utc("2026-10-01T00:00:00Z")), extension("2.5.29.21", b"\x0a\1\1")
 BAD_CRLS: list[tuple[dict[str, bytes], str]] = [
     *BAD_SIGNED,
-    ({"version": number(0)}, "not of version 2"),
-    ({"version": number(2)}, "not of version 2"),
+    ({"version": number(0)}, "expected version 2"),
+    ({"version": number(2)}, "expected version 2"),
     ({"version": b""}, "tag 0x02 is missing"),
     ({"next": b""}, "tag 0x18 is missing"),
     ({"extensions": tlv(0xA0, seq(), seq())}, LEFT),
@@ -2578,22 +2553,22 @@ BAD_CRLS: list[tuple[dict[str, bytes], str]] = [
     ({"extensions": tlv(0xA0, seq()) + b"\5\0"}, LEFT),
     (
         {"extensions": tlv(0xA0, seq(extension("2.5.29.28", b"", True)))},
-        "extension 2.5.29.28 is critical, and not known here",
+        "extension 2.5.29.28 is critical but unknown",
     ),
     (
         {"extensions": tlv(0xA0, seq(extension("2.5.29.27", number(1), True)))},
-        "extension 2.5.29.27 is critical, and not known here",
+        "extension 2.5.29.27 is critical but unknown",
     ),
     ({"revoked": seq(ENTRY, seq(number(6)))}, "tag 0x18 is missing"),
     ({"revoked": seq(seq(number(5), utc("2026-10-01T00:00:00Z"), seq(REASON), b"\5\0"))}, LEFT),
     (
         {"revoked": seq(seq(number(5), utc("2026-10-01T00:00:00Z"), seq(extension("2.5.29.29", b"", True))))},
-        "extension 2.5.29.29 is critical, and not known here",
+        "extension 2.5.29.29 is critical but unknown",
     ),
     ({"revoked": seq(number(5))}, "tag 0x30 is missing"),
     (
         {"revoked": seq(seq(tlv(2, b"\0\5"), utc("2026-10-01T00:00:00Z")))},
-        "an INTEGER that is empty or not of the fewest octets",
+        "an INTEGER that is empty or not in the fewest octets",
     ),
 ]
 
@@ -2654,9 +2629,7 @@ class TestCertificates:
 
     @needs("openssl")
     def test_the_command_of_the_comment(self, tmp_path: Path) -> None:
-        command = next(line for line in FILE.read_text().splitlines() if "openssl x509 -in FILE" in line).partition(
-            ":   "
-        )[2]
+        command = next(line for line in FILE.read_text().splitlines() if "openssl x509 -in FILE" in line).lstrip("# ")
         files = {"toy": TOY_CAS["ark"]}
         expected = {"toy": hashlib.sha256(TOY_ARK.spki()).hexdigest()}
         if (SHARED / "vectors" / "amd").is_dir():
@@ -2731,7 +2704,7 @@ class TestCertificates:
             if row["signed_by"] is None:
                 with pytest.raises(
                     (confbuild.BadSignature, confbuild.CertificateError),
-                    match="^inconsistent$|: issued by CN=ARK-Milan, which is no trusted ARK$",
+                    match=f"^{MISMATCH}$|: issued by CN=ARK-Milan, which is not a trusted ARK$",
                 ):
                     confbuild.verify_crl(data, name, confbuild.amd_anchors())
             else:
@@ -2842,7 +2815,7 @@ class TestCertificates:
         with pytest.raises(
             confbuild.CertificateError,
             match="^list: issued by OU=Engineering, C=US, L=Santa Clara, ST=CA, "
-            "O=Advanced Micro Devices, CN=SEV-Milan, which is no trusted ARK$",
+            "O=Advanced Micro Devices, CN=SEV-Milan, which is not a trusted ARK$",
         ):
             confbuild.verify_crl(crl_of("SEV-Milan", TOY_ASK), "list", TOY_ANCHORS)  # an ASK is no ARK
         for bad in (
@@ -2850,7 +2823,7 @@ class TestCertificates:
             data[:-1] + bytes((data[-1] ^ 1,)),
             data.replace(number(0x010001), number(0x010002)),
         ):
-            with pytest.raises(confbuild.BadSignature, match="^inconsistent$"):
+            with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
                 confbuild.verify_crl(bad, "list", TOY_ANCHORS)
         with pytest.raises(confbuild.BadSignature):
             confbuild.verify_crl(data, "list", confbuild.amd_anchors())
@@ -2859,33 +2832,37 @@ class TestCertificates:
         ("changes", "error", "message"),
         [
             ({}, None, ""),
-            ({"ark": "ask"}, confbuild.CertificateError, "Milan ark: issued by OU=Engineering, .*CN=ARK-Milan$"),
+            (
+                {"ark": "ask"},
+                confbuild.CertificateError,
+                "Milan ark: issued by OU=Engineering, .*CN=ARK-Milan, expected OU=.*CN=SEV-Milan$",
+            ),
             ({"ask": "asvk"}, None, ""),
-            ({"ark": x509("ARK-Milan", "ARK-Milan", TOY_ARK.spki(), TOY_ASK)}, confbuild.BadSignature, "inconsistent$"),
+            ({"ark": x509("ARK-Milan", "ARK-Milan", TOY_ARK.spki(), TOY_ASK)}, confbuild.BadSignature, MISMATCH + "$"),
             (
                 {"ark": x509("ARK-Milan", "ARK-Milan", TOY_VEK.spki(), TOY_ARK)},
                 confbuild.CertificateError,
-                "Milan ark: not an RSA key$",
+                "Milan ark: expected an RSA key$",
             ),
             (
                 {"ask": x509("SEV-Milan", "ARK-Milan", TOY_VEK.spki(), TOY_ARK)},
                 confbuild.CertificateError,
-                "Milan ask: not an RSA key$",
+                "Milan ask: expected an RSA key$",
             ),
             (
                 {"ask": x509("SEV-Milan", "ARK-Genoa", TOY_ASK.spki(), TOY_ARK)},
                 confbuild.CertificateError,
-                "Milan ask: issued by .*CN=ARK-Genoa$",
+                "Milan ask: issued by .*CN=ARK-Genoa, expected .*CN=ARK-Milan$",
             ),
             (
                 {"ask": x509("SEV-Milan", "SEV-Milan", TOY_ASK.spki(), TOY_ASK)},
                 confbuild.CertificateError,
-                "Milan ask: issued by .*CN=SEV-Milan$",
+                "Milan ask: issued by .*CN=SEV-Milan, expected .*CN=ARK-Milan$",
             ),
             (
                 {"asvk": x509("SEV-VLEK-Milan", "ARK-Milan", TOY_ASVK.spki(), TOY_ASVK)},
                 confbuild.BadSignature,
-                "inconsistent$",
+                MISMATCH + "$",
             ),
             ({"asvk": b""}, confbuild.DerError, "Milan asvk: tag 0x30 is missing at byte 0$"),
             ({"ask": certificate_of(tail=b"\0")}, confbuild.DerError, "Milan ask: bytes are left over"),
@@ -2943,7 +2920,9 @@ class TestCertificates:
             else:
                 with pytest.raises(NO_CERTIFICATE, match=f"^VEK {name} SPL: {re.escape(level)}"):
                     confbuild.vek_tcb(vek, [name])
-        with pytest.raises(confbuild.CertificateError, match="^VEK tee SPL: the extension is missing$"):
+        with pytest.raises(
+            confbuild.CertificateError, match="^VEK tee SPL: the certificate has no extension 1.3.6.1.4.1.3704.1.3.2$"
+        ):
             confbuild.vek_tcb(vek_with(extension(SPL + "1", number(1))), ["tee"])
         assert confbuild.vek_tcb(vek_with(), []) == {}
 
@@ -2958,18 +2937,18 @@ class TestCertificates:
             (tlv(0x16, b"Milan B0"), "Milan B0"),
             (tlv(0x16), ""),
             (tlv(0x16, b"-B0"), ""),
-            (b"", "no string"),
-            (tlv(4, b"Milan"), "no string"),
+            (b"", "expected a string"),
+            (tlv(4, b"Milan"), "expected a string"),
             (tlv(0x16, b"Milan") + b"\0", "bytes are left over"),
-            (tlv(0x16, b"Mil\xe4n"), "a string that"),
-            (b"\x16\x06Milan", "the element does not end"),
-            (None, "no string"),
+            (tlv(0x16, b"Mil\xe4n"), "a string with"),
+            (b"\x16\x06Milan", "ends at byte 7, inside a field"),
+            (None, "the certificate has no extension 1.3.6.1.4.1.3704.1.2"),
         ],
     )
     def test_product(self, value: bytes | None, product: str) -> None:
         vek = vek_with(*([] if value is None else [extension("1.3.6.1.4.1.3704.1.2", value)]))
         if " " in product and product != "Milan B0":
-            with pytest.raises(confbuild.DerError, match=f"^VEK productName: {product}"):
+            with pytest.raises(NO_CERTIFICATE, match=f"^VEK productName: {product}"):
                 confbuild.vek_product(vek)
         else:
             assert confbuild.vek_product(vek) == product
@@ -3010,12 +2989,12 @@ class TestCertificates:
         if isinstance(chip_id, bytes):
             assert confbuild.vek_chip_id(vek) == chip_id
         else:
-            with pytest.raises(confbuild.CertificateError, match=f"^VEK HWID: {chip_id} bytes, neither 64 nor 8$"):
+            with pytest.raises(confbuild.CertificateError, match=f"^VEK HWID: {chip_id} bytes, expected 64 or 8$"):
                 confbuild.vek_chip_id(vek)
 
     def test_no_chip(self) -> None:
         assert not confbuild.has_hwid(vek_with())
-        with pytest.raises(confbuild.CertificateError, match="^VEK HWID: 0 bytes, neither 64 nor 8$"):
+        with pytest.raises(confbuild.CertificateError, match="^VEK HWID: 0 bytes, expected 64 or 8$"):
             confbuild.vek_chip_id(vek_with())
 
     def test_a_hostile_number_is_a_failed_check(self) -> None:
@@ -3095,9 +3074,12 @@ def report_of(**values: Any) -> confbuild.Report:
 
 
 class TestReport:
-    def test_the_table_is_the_record(self) -> None:
-        ends = [0, *(offset + size for offset, size, _, _ in confbuild.REPORT_FIELDS)]
-        starts = [*(offset for offset, _, _, _ in confbuild.REPORT_FIELDS), confbuild.REPORT_SIZE]
+    def test_the_layout(self) -> None:
+        """The fields lie in order without overlap, and what is between them is reserved; SEV-SNP ABI, 7.3."""
+        *fields, (whole, at, size) = confbuild.REPORT_FIELDS.values()
+        assert (whole, at, size) == (bytes, 0, confbuild.REPORT_SIZE) and tuple(confbuild.REPORT_FIELDS)[-1] == "data"
+        ends = [0, *(offset + size for _, offset, size in fields)]
+        starts = [*(offset for _, offset, _ in fields), confbuild.REPORT_SIZE]
         reserved = [(end, start - end) for end, start in zip(ends, starts, strict=True) if end != start]
         assert reserved == [
             (0x4C, 4),
@@ -3107,9 +3089,7 @@ class TestReport:
             (0x208, 152),
             (0x330, 368),
         ]  # none negative: no field overlaps another
-        assert (*(name for _, _, name, _ in confbuild.REPORT_FIELDS), "data") == confbuild.Report._fields
-        kinds = [kind for _, _, _, kind in confbuild.REPORT_FIELDS]
-        assert [confbuild.Report.__annotations__[name] for name in confbuild.Report._fields] == [*kinds, bytes]
+        assert tuple(confbuild.REPORT_FIELDS) == confbuild.Report._fields
         assert LAYOUT.size == confbuild.REPORT_SIZE == 1184 and confbuild.SIGNED_SIZE == 0x2A0
 
     @settings(max_examples=10)
@@ -3242,7 +3222,7 @@ class TestReport:
             data[:0x29F] + bytes((data[0x29F] ^ 1,)) + data[0x2A0:],
             data[:0x2A0] + data[0x2E8:0x330] + data[0x2A0:0x2E8] + data[0x330:],
         ):
-            with pytest.raises(confbuild.BadSignature, match="^inconsistent$"):
+            with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
                 confbuild.verify_report(confbuild.parse_report(changed), key)
 
     def test_what_a_signature_is_of(self) -> None:
@@ -3253,12 +3233,12 @@ class TestReport:
             report._replace(s=confbuild.P384_N - report.s), TOY_VEK.public
         )  # no rule of ECDSA is against it
         confbuild.verify_report(confbuild.parse_report(data[:0x330] + b"\xff" * 368), TOY_VEK.public)
-        with pytest.raises(confbuild.BadSignature, match="^the certificate's key is not on P-384$"):
+        with pytest.raises(confbuild.BadSignature, match="^the certificate has an RSA key, expected P-384$"):
             confbuild.verify_report(report, TOY_AK.public)
-        with pytest.raises(confbuild.BadSignature, match="^inconsistent$"):
+        with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
             confbuild.verify_report(report, OTHER_VEK.public)
         for offset in (0, 0x30, 0x4F, 0x18B, 0x207, 0x29F):  # reserved bytes are signed as well
-            with pytest.raises(confbuild.BadSignature, match="^inconsistent$"):
+            with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
                 confbuild.verify_report(
                     confbuild.parse_report(data[:offset] + bytes((data[offset] ^ 0x80,)) + data[offset + 1 :]),
                     TOY_VEK.public,
@@ -3278,15 +3258,15 @@ class TestReport:
 
     @pytest.mark.parametrize("size", [0, 1, 1183, 1185, 2368])
     def test_no_other_length_is_a_report(self, size: int) -> None:
-        with pytest.raises(confbuild.ReportError, match=f"^attestation_report: {size} bytes, not 1184$"):
+        with pytest.raises(confbuild.ReportError, match=f"^attestation_report: {size} bytes, expected 1184$"):
             confbuild.parse_report(bytes(size))
 
     @pytest.mark.parametrize(
-        ("sizes", "message"),
-        [((63, 48), "report_data has 63 bytes, not 64"), ((64, 49), "measurement has 49 bytes, not 48")],
+        "sizes",
+        [(63, 48), (65, 48), (64, 47), (64, 49)],
     )
-    def test_a_field_is_never_cut_or_shifted(self, sizes: tuple[int, int], message: str) -> None:
-        with pytest.raises(ValueError, match=message):
+    def test_a_field_is_never_cut_or_shifted(self, sizes: tuple[int, int]) -> None:
+        with pytest.raises(ValueError, match="^expected report_data of 64 bytes and measurement of 48 bytes$"):
             confbuild.simulated_report(bytes(sizes[0]), bytes(sizes[1]))
 
 
@@ -3336,19 +3316,19 @@ class TestTpmQuote:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (b"", "0 bytes, expected at least 1236"),
-            (TOY_HCL[:0x4D3], "1235 bytes, expected at least 1236"),
-            (TOY_HCL[:0x4D4], f"runtime data of {len(RUNTIME_DATA)} bytes, 0 are there"),
+            (b"", "ends at byte 0, inside a field"),
+            (TOY_HCL[:0x4D3], "ends at byte 1235, inside a field"),
+            (TOY_HCL[:0x4D4], f"runtime data of {len(RUNTIME_DATA)} bytes, 0 bytes are present"),
             (hcl_with((0, 0)), "does not begin with HCLA"),
             (b"hcla" + TOY_HCL[4:], "does not begin with HCLA"),
             *[(hcl_with((4, value)), f"version {value}, expected 1 or 2") for value in (0, 3, 0x01000000, 2**32 - 1)],
             *[(hcl_with((0x4C8, value)), f"report type {value}, expected 2 (SEV-SNP)") for value in (0, 4, 2**31)],
             *[
-                (hcl_with((0x4D0, value)), f"runtime data of {value} bytes, {min(value, 1364)} are there")
+                (hcl_with((0x4D0, value)), f"runtime data of {value} bytes, 1364 bytes are present")
                 for value in (0, 2600, 2**31, 2**32 - 1)
             ],
-            (hcl_with((0x4D0, 0), (0x4C0, 20), (8, 0x4D4)), "runtime data of 0 bytes, 0 are there"),
-            (hcl_with((0x4D0, 1365), (0x4C0, 1385), (8, 2601)), "runtime data of 1365 bytes, 1364 are there"),
+            (hcl_with((0x4D0, 0), (0x4C0, 20), (8, 0x4D4)), "runtime data of 0 bytes, 1364 bytes are present"),
+            (hcl_with((0x4D0, 1365), (0x4C0, 1385), (8, 2601)), "runtime data of 1365 bytes, 1364 bytes are present"),
             *[
                 (hcl_with((0x4D0, size)), "the sizes in its headers contradict each other")
                 for size in (1364, len(RUNTIME_DATA) - 1, len(RUNTIME_DATA) + 1)
@@ -3410,7 +3390,7 @@ class TestTpmQuote:
             (keys_of(AK).replace(b'"kty"', b'"n":"AA","kty"'), "the name 'n' occurs twice in one object"),
             (keys_of(AK).replace(b'"e"', b'"k\\u0069d":"x","e"'), "the name 'kid' occurs twice in one object"),
             *[
-                (data, "0 keys are called HCLAkPub, not exactly one, of RSA")
+                (data, "0 keys are called HCLAkPub, expected exactly one, of RSA")
                 for data in (
                     b"null",
                     b"1",
@@ -3427,33 +3407,33 @@ class TestTpmQuote:
                     *(keys_of({**AK, "kid": kid}) for kid in ("HCLAkPub\0", "hclakpub", ["HCLAkPub"], None)),
                 )
             ],
-            (keys_of(AK, AK), "2 keys are called HCLAkPub, not exactly one, of RSA"),
-            (keys_of(AK, {"kid": "HCLAkPub"}), "2 keys are called HCLAkPub, not exactly one, of RSA"),
+            (keys_of(AK, AK), "2 keys are called HCLAkPub, expected exactly one, of RSA"),
+            (keys_of(AK, {"kid": "HCLAkPub"}), "2 keys are called HCLAkPub, expected exactly one, of RSA"),
             *[
-                (keys_of({**AK, "kty": kind}), "1 keys are called HCLAkPub, not exactly one, of RSA")
+                (keys_of({**AK, "kty": kind}), "1 keys are called HCLAkPub, expected exactly one, of RSA")
                 for kind in ("EC", "rsa", None, ["RSA"])
             ],
             *[
-                (keys_of({**AK, "e": e}), "HCLAkPub has not 2048 bits and the exponent 65537")
+                (keys_of({**AK, "e": e}), "expected HCLAkPub with 2048 bits and exponent 65537")
                 for e in ("Aw", "", "AQAC", "AQABAA", "AQ", "AAAAAAAA")
             ],
             *[
                 (
                     keys_of({**AK, "n": base64.urlsafe_b64encode(n).decode()}),
-                    "HCLAkPub has not 2048 bits and the exponent 65537",
+                    "expected HCLAkPub with 2048 bits and exponent 65537",
                 )
                 for n in (b"", b"\1", bytes(256), b"\x7f" + b"\xff" * 255, b"\1" + bytes(256), b"\xff" * 512)
             ],
             *[
-                (keys_of({**AK, "n": n}), "n: not base64 text")
+                (keys_of({**AK, "n": n}), "n: expected canonical base64url")
                 for n in (None, 1, [AK["n"]], AK["n"] + "\n", " " + AK["n"], "+" + AK["n"][1:], "\u0663" + AK["n"][1:])
             ],
-            (keys_of({**AK, "n": AK["n"].replace("=", "") + "="}), "n: not "),
-            (keys_of({**AK, "n": AK["n"].rstrip("=")[:-1]}), "n: not "),
-            (keys_of({**AK, "e": "AQA"}), "HCLAkPub has not 2048 bits and the exponent 65537"),
-            (keys_of({**AK, "e": "AQB"}), "e: not canonical base64"),
-            (keys_of({**AK, "e": 65537}), "e: not base64 text"),
-            (keys_of({name: AK[name] for name in ("kid", "kty", "n")}), "e: not base64 text"),
+            (keys_of({**AK, "n": AK["n"].replace("=", "") + "="}), "n: expected canonical base64url"),
+            (keys_of({**AK, "n": AK["n"].rstrip("=")[:-1]}), "n: expected canonical base64url"),
+            (keys_of({**AK, "e": "AQA"}), "expected HCLAkPub with 2048 bits and exponent 65537"),
+            (keys_of({**AK, "e": "AQB"}), "e: expected canonical base64url"),
+            (keys_of({**AK, "e": 65537}), "e: expected canonical base64url"),
+            (keys_of({name: AK[name] for name in ("kid", "kty", "n")}), "e: expected canonical base64url"),
         ],
     )
     def test_each_rule_of_the_runtime_data_broken_once(self, data: bytes, message: str) -> None:
@@ -5168,10 +5148,14 @@ class TestVerdict:
             ),
             (evidence(version=2), "report form", "simulated evidence: .version: 2, expected 1"),
             (evidence(notice=1), "report form", "simulated evidence: .notice: 1, expected text"),
-            (evidence("=" + ENCODED[1:]), "report form", "simulated evidence, attestation_report: not base64 text"),
-            (evidence("\u00e9"), "report form", "attestation_report: not base64 text"),
-            (evidence(ENCODED[:-2] + "B="), "report form", "attestation_report: not canonical base64"),
-            (evidence(REPORT[1:]), "report form", "attestation_report: 1183 bytes, not 1184"),
+            (
+                evidence("=" + ENCODED[1:]),
+                "report form",
+                "simulated evidence, attestation_report: expected canonical base64",
+            ),
+            (evidence("\u00e9"), "report form", "attestation_report: expected canonical base64"),
+            (evidence(ENCODED[:-2] + "B="), "report form", "attestation_report: expected canonical base64"),
+            (evidence(REPORT[1:]), "report form", "attestation_report: 1183 bytes, expected 1184"),
             (GOOD_BUNDLE._replace(evidence=b"{"), "evidence form", "evidence: not JSON"),
             (evidence(version=2), "simulated report", "it needs a check that failed"),
             (bundle(provenance=b"{"), "artifacts", "it needs a check that failed"),
@@ -5770,7 +5754,7 @@ CHANGES: list[Change] = [
         "VEK with an RSA key",
         lambda: snp(vek={"spki": TOY_AK.spki()}),
         {"report signature"},
-        {"detail": "the certificate's key is not on P-384"},
+        {"detail": "the certificate has an RSA key, expected P-384"},
     ),
     ("issuer of another name", lambda: snp(vek={"issuer": "SEV-Genoa"}), {"VEK issuer"}, {}),
     ("VCEK by the ASVK", lambda: snp(vek={"sign": TOY_ASVK.pss}), SIGNED_BY_NOBODY, {}),
@@ -5917,7 +5901,7 @@ CHANGES: list[Change] = [
         "report short",
         lambda: snp_bundle(made(snp_report)[:-1], made(vek_of)),
         {"report form"},
-        {"detail": "attestation_report: 1183 bytes, not 1184"},
+        {"detail": "attestation_report: 1183 bytes, expected 1184"},
     ),
     (
         "chain without a vcek",
@@ -6031,7 +6015,7 @@ CHANGES: list[Change] = [
         "signature short",
         lambda: azure(signature=b""),
         {"TPM signature"},
-        {"detail": "the signature has 0 bytes, the modulus 256"},
+        {"detail": "the signature has 0 bytes, expected 256 like the modulus"},
     ),
     (
         "clock",
@@ -6082,7 +6066,7 @@ class Perfect:
             real(*arguments)
             self.seen.add((real, arguments))
         elif (real, arguments) not in self.seen:
-            raise confbuild.BadSignature("inconsistent")
+            raise confbuild.BadSignature(MISMATCH)
 
 
 class TestHardwareVerdict:
@@ -11511,7 +11495,7 @@ class TestAttester:
             (None, True, b"from the device"),
             ({}, False, b"from configfs"),
             ({"other": True}, False, "the report has other report data than requested"),
-            ({"size": 1000}, False, "attestation_report: 1000 bytes, not 1184"),
+            ({"size": 1000}, False, "attestation_report: 1000 bytes, expected 1184"),
             ({"fail": {"mkdir": errno.ENXIO}}, False, "No such device or address"),
             ({"provider": b"tdx_guest"}, False, "the provider is 'tdx_guest'"),
         ],
@@ -11637,7 +11621,7 @@ class TestAttester:
         [
             ({}, {"key": OTHER_VEK}, None, "the certificate for the report does not verify it: "),
             ({}, b"junk", None, "does not verify it: VEK: "),
-            ({}, TOY_CAS["ask"], None, "does not verify it: the certificate's key is not on P-384"),
+            ({}, TOY_CAS["ask"], None, "does not verify it: the certificate has an RSA key, expected P-384"),
             ({}, None, b"", "does not verify it: VEK: "),
             ({}, None, b"<html>", "does not verify it: VEK: "),
             (
@@ -11663,7 +11647,7 @@ class TestAttester:
             )
 
     def test_no_report(self) -> None:
-        with pytest.raises(confbuild.ReportError, match="attestation_report: 1183 bytes, not 1184"):
+        with pytest.raises(confbuild.ReportError, match="attestation_report: 1183 bytes, expected 1184"):
             confbuild.hardware_evidence(bytes(1183), b"", "snp", None)
 
 
@@ -23886,6 +23870,10 @@ class TestLayout:
             "Any",
             "NamedTuple",
             "NoReturn",
+            "TypeVar",
+            "Annotated",
+            "get_args",
+            "get_type_hints",
             "Counter",
             "datetime",
             "timezone",
