@@ -1,25 +1,56 @@
-"""confbuild: turn source code into an attested build, and verify one, with the standard library alone.
+"""Build source code into an attested bundle, and verify such bundles, with the standard library alone.
 
-    python confbuild.py build DIR             build DIR here and now, watch it, get a bundle, verify it
-    python confbuild.py serve                 the build service: POST /build, GET /build/{id}/events, .../result
-    python confbuild.py build DIR --server U  the same build on a service
-    python confbuild.py verify BUNDLE         is this bundle what it says? (opens no socket)
-    python confbuild.py measure --firmware F  the SEV-SNP launch digest of a firmware, a kernel, an initrd and a command line
-    python confbuild.py image -o DIR ...      what a confidential guest boots, byte for byte reproducible
-    python confbuild.py serve --tee --image D each build in a fresh SEV-SNP guest of QEMU
-    python confbuild.py attest FILE --nonce N inside of an SEV-SNP guest: evidence for a provenance
-    python confbuild.py --version             the version, and the SHA-256 of this very file
+Example, from the shell and from Python:
 
-A *bundle* is a directory: artifacts/, provenance.json (what was built, from what, with what: in-toto and SLSA) and
-evidence.json (the attestation that binds the provenance and the client's nonce).
+    $ python3 confbuild.py build hello
+    $ python3 confbuild.py verify hello-build
 
-What a verdict means.  Every required check ran, and passed: the artifacts are the provenance's subjects, the evidence carries
-the digest of this provenance, and whatever the caller asked for is so.  "passed": an AMD SEV-SNP processor signed that
-evidence, with a key that AMD certifies for its firmware, about a VM that its host can neither read nor change.  It says
-what that VM was only to a caller who gives a measurement or an image (on Azure PCR values as well).  On Azure the report only names the key that
-signed, and without a measurement anybody can have such a report for a key of their own: no VM is then claimed.  That the evidence is not an old one
-it says only to a caller who gives a nonce, and that the keys are not revoked only to one who gives a list.  "simulated": no hardware signed it; whoever made the bundle could have
-made it up.  No verdict says that the source is free of malice.
+    >>> import confbuild, datetime
+    >>> files = confbuild.read_bundle("hello-build")
+    >>> expected = confbuild.Expectations(source_commit="8f2b337c5cf2ab4e3bd0ec5f2d1f5fbb3a4ad3c0")
+    >>> verdict = confbuild.verify_bundle(files, expected, datetime.datetime.now(datetime.timezone.utc))
+    >>> verdict.ok, verdict.verdict, verdict.failures
+    (False, 'simulated', [])
+
+Usage
+
+    python3 confbuild.py build DIR                    build DIR on this machine and verify the bundle
+    python3 confbuild.py build DIR --server URL       build DIR on a server and verify the bundle
+    python3 confbuild.py verify BUNDLE                verify a bundle; opens no socket
+    python3 confbuild.py serve                        run the build service
+    python3 confbuild.py serve --tee --image D        run each build in a fresh SEV-SNP guest
+    python3 confbuild.py image -o D ...               make the image that such a guest boots
+    python3 confbuild.py measure --firmware F ...     compute the launch digest of a guest
+    python3 confbuild.py attest FILE --nonce N        inside a guest: make evidence for a provenance
+    python3 confbuild.py --version                    print the version and the SHA-256 of this file
+
+A bundle is a directory: artifacts/ (the files that were built), provenance.json (which source, tools and dependencies
+they were built from: an in-toto Statement with SLSA provenance) and evidence.json (the statement of the processor
+about the VM of the build, the provenance and the nonce of the client).
+
+What PASSED means
+
+Every required check passed and no check failed. The platform requires checks, a bundle requires checks, and each
+option of the caller requires one. Together they say:
+
+    - The files in artifacts/ are the subjects of provenance.json, with the same digests, and there are no others.
+    - evidence.json contains the digest of this provenance.json.
+    - An AMD SEV-SNP processor signed that evidence about a VM whose memory its host can neither read nor change.
+      AMD certifies the key for that processor or its operator, and for the version of its firmware.
+    - Every value that the caller gave matches.
+
+What PASSED does not mean
+
+    - Without --measurement or --image (on Azure also --pcr) it does not say which software ran in the VM. Anybody who
+      rents such a machine can run software there that attests any provenance. On Azure the report only names the key
+      that signed the evidence, and anybody can get a report for a key of their own, even without a VM.
+    - Without --nonce the evidence may be old.
+    - Without --crl the key may have been revoked.
+    - Without --source or --source-commit the source may be any source.
+    - It never says that the source is harmless.
+
+SIMULATED means: everything matches, but no hardware signed the evidence. Whoever made the bundle could have invented
+all of it.
 
 Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
 
@@ -70,32 +101,40 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
 
 Specifications
 
-    [CONTRACT]  of this project, by section: 1 HTTP API, 2 toolchains, 3 provenance, 4 evidence, 5 command line; README.md has its gist
+    [CONTRACT]  "The contract" in README.md; [CONTRACT 1.6] is its section 1.6
     [SNP-ABI]   AMD 56860, SEV Secure Nested Paging Firmware ABI, rev 1.58
     [VCEK]      AMD 57230, Versioned Chip Endorsement Key (VCEK) Certificate and KDS Interface, rev 1.00
-    [X680]      ITU-T X.680, ASN.1          [X690] ITU-T X.690, DER      [X520] ITU-T X.520, attribute types
-    [RFC5280]   X.509 certificates and revocation lists    [RFC4055], [RFC5480] their RSA and elliptic curve keys
-    [RFC8017]   PKCS #1: RSASSA-PSS, RSASSA-PKCS1-v1_5     [RFC7517] JSON Web Key     [RFC9334] RATS architecture
+    [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03
+    [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
+    [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
+    [AZURE]     https://learn.microsoft.com/azure/confidential-computing/
+                guest-attestation-confidential-virtual-machines-design
+    [X680] [X690] [X520]  ITU-T X.680 ASN.1, X.690 DER, X.520 attribute types
+    [RFC5280]   X.509 certificates and revocation lists; [RFC4055] and [RFC5480] define their RSA and EC keys
+    [RFC8017]   PKCS #1: RSASSA-PSS, RSASSA-PKCS1-v1_5
     [FIPS186-5] ECDSA    [SP800-186] NIST SP 800-186, P-384    [SEC1] SEC 1, encoding of points
     [EFD]       Explicit-Formulas Database, https://hyperelliptic.org/EFD/g1p/auto-shortw-jacobian-3.html
-    [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
-    [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report      [SEV-GUEST] Linux, Documentation/virt/coco/sev-guest.rst
-    [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03      [TOML] https://toml.io/en/v1.0.0
-    [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
-    [QEMU]      QEMU 10.0.2     [KVM] Linux 6.12     [EDK2] edk2-stable202502     [PI] UEFI Platform Initialization 1.8
-    [LINUX]     Linux 6.12, by its files: of Documentation/ those on dm-verity, EROFS, the initrd (cpio newc) and the boot protocol; the headers in include/uapi/
-    [QMP]       QEMU's monitor, docs/interop/qmp-spec.rst     [ELF] System V ABI     [DEB] deb(5), ar(5)     [POLICY] Debian Policy 4.7
+    [RFC7517]   JSON Web Key    [RFC9334] RATS architecture
+    [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report
+    [SEV-GUEST] Linux, Documentation/virt/coco/sev-guest.rst
+    [LINUX]     Linux 6.12: Documentation/ on dm-verity, EROFS, the initrd (cpio newc) and the boot protocol;
+                headers in include/uapi/
+    [QEMU]      QEMU 10.0.2    [QMP] its monitor, docs/interop/qmp-spec.rst    [KVM] Linux 6.12
+    [EDK2]      edk2-stable202502    [PI] UEFI Platform Initialization 1.8
+    [ELF]       System V ABI    [DEB] deb(5), ar(5)    [POLICY] Debian Policy 4.7
     [CARGO]     The Cargo Book, https://doc.rust-lang.org/cargo
-    [AZURE]     https://learn.microsoft.com/azure/confidential-computing/guest-attestation-confidential-virtual-machines-design
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
-    [SSE]       WHATWG HTML, 9.2 Server-sent events
+    [K]         Kettle, https://github.com/confidential-dot-ai/kettle
     [GIT]       git object format: gitformat-pack(5), git-hash-object(1), git-mktree(1)
-    [RFC8259]   JSON      [RFC9110] HTTP semantics      [RFC9112] HTTP/1.1      [RFC9457] problem details
-    [SRI]       W3C Subresource Integrity, as npm has it: with sha1 and md5      [K] Kettle, https://github.com/confidential-dot-ai/kettle
-    [RFC4648]   base64    [RFC9530] Repr-Digest         [RFC6750] bearer tokens
+    [SSE]       WHATWG HTML, 9.2 Server-sent events
+    [SRI]       W3C Subresource Integrity, with sha1 and md5 as in npm
+    [TOML]      https://toml.io/en/v1.0.0
+    [RFC8259]   JSON      [RFC4648] base64          [RFC9530] Repr-Digest
+    [RFC9110]   HTTP      [RFC9112] HTTP/1.1        [RFC9457] problem details    [RFC6750] bearer tokens
 
-Stable: the HTTP API, the files, the JSON, the command line and its exit codes.  Python names are not.
+Stable: the HTTP API, the files, the JSON, the command line and its exit statuses. Of the Python names, those in __all__
+are stable within a minor version.
 """
 
 # SPDX-License-Identifier: MIT
@@ -175,7 +214,7 @@ if TYPE_CHECKING:
 else:
 
     class _Lazy:
-        """A module that is imported at its first use. Together these take as long to import as Python takes to start."""
+        """A module that is imported at its first use. Importing all of them would double the time to start."""
 
         def __init__(self, *names):
             self._names = names
@@ -1058,7 +1097,8 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 # X.509 certificates and revocation lists of AMD's key hierarchy [RFC5280, VCEK]. Two chains lead to the key that signs
 # a report: ARK -> ASK -> VCEK (of one chip) and ARK -> ASVK -> VLEK (of one cloud provider). "VEK" stands for either.
 # The CA keys (ARK, ASK, ASVK) are pinned in the table below; only the VEK comes with the evidence. The CA keys are
-# RSA-4096 and sign with RSASSA-PSS, a VEK is a P-384 key. parse_* authenticates nothing; verify_crl and make_anchors do.
+# RSA-4096 and sign with RSASSA-PSS; a VEK is a P-384 key. parse_* authenticates nothing, but verify_crl and make_anchors
+# do.
 
 # AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,

@@ -863,7 +863,7 @@ JSON_VALUES = st.recursive(
 
 class TestNames:
     def test_contract(self) -> None:
-        """Transcribed from CONTRACT.md, sections 1 and 5, not from the code."""
+        """Transcribed from [CONTRACT 1.6, 1.8 to 1.10, 5.3], not from the code."""
         assert (
             confbuild.EXIT_OK,
             confbuild.EXIT_NO,
@@ -888,6 +888,17 @@ class TestNames:
             "InternalError",
         }
         assert (confbuild.MAX_ARCHIVE, confbuild.MAX_LINE) == (64 << 20, 64 << 10)
+
+    def test_public_names(self) -> None:
+        """Issue 10, section 5."""
+        assert set(confbuild.__all__) == {
+            *("verify_bundle", "read_bundle", "BundleFiles", "Expectations", "Endorsements", "ImageFacts"),
+            *("Verdict", "Check", "ConfbuildError", "main"),
+        }
+
+    def test_help_begins_with_an_example(self) -> None:
+        first, second, *_ = (confbuild.__doc__ or "").split("\n\n")
+        assert "\n" not in first and first.endswith(".") and second.startswith("Example")
 
 
 # endregion 1
@@ -1013,7 +1024,7 @@ class TestJson:
         assert confbuild.parse_json(data, "name") == value
 
     def test_limits_of_the_caller(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a request may hold: 2^53 and a depth of 32 [CONTRACT 1]."""
+        """What a request may hold: 2^53 and a depth of 32 [CONTRACT 1.3]."""
         for data, most in (
             (b"[" * 32 + b"]" * 32, None),
             (b"[" * 33 + b"]" * 33, "nested deeper than 32"),
@@ -1392,7 +1403,7 @@ class TestJson:
         assert confbuild.sha256_hex(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
     def test_merkle_roots_by_hand(self) -> None:
-        """leaf = SHA-256(entry), parent = SHA-256(left || right), an unpaired node moves up unchanged [CONTRACT 3]."""
+        """leaf = SHA-256(entry), parent = SHA-256(left || right), an unpaired node moves up unchanged [CONTRACT 3.6]."""
 
         def h(*parts: bytes) -> bytes:
             return hashlib.sha256(b"".join(parts)).digest()
@@ -1421,6 +1432,15 @@ class TestJson:
 
 
 class TestRecords:
+    def test_a_verdict_is_not_a_truth_value(self) -> None:
+        """`if verify_bundle(...):` would be true for a failed verdict, because a tuple that is not empty is true."""
+        checks = [confbuild.Check(name, status) for name, status in (("a", "passed"), ("b", "failed"), ("c", "failed"))]
+        for word in ("passed", "failed", "simulated"):
+            verdict = confbuild.Verdict(word, "snp", {}, checks)
+            with pytest.raises(TypeError, match=r"^a Verdict is neither true nor false: use \.ok$"):
+                bool(verdict)
+            assert verdict.ok == (word == "passed") and verdict.failures == checks[1:]
+
     def test_wire_forms(self) -> None:
         verdict = confbuild.Verdict(
             "failed",
