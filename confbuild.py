@@ -1097,8 +1097,8 @@ def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
 # X.509 certificates and revocation lists of AMD's key hierarchy [RFC5280, VCEK]. Two chains lead to the key that signs
 # a report: ARK -> ASK -> VCEK (of one chip) and ARK -> ASVK -> VLEK (of one cloud provider). "VEK" stands for either.
 # The CA keys (ARK, ASK, ASVK) are pinned in the table below; only the VEK comes with the evidence. The CA keys are
-# RSA-4096 and sign with RSASSA-PSS; a VEK is a P-384 key. parse_* authenticates nothing, but verify_crl and make_anchors
-# do.
+# RSA-4096 and sign with RSASSA-PSS; a VEK is a P-384 key. parse_* authenticates nothing, unlike verify_crl and
+# make_anchors.
 
 # AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
