@@ -5800,7 +5800,7 @@ CHANGES: list[Change] = [
         "sha256WithRSA",
         lambda: snp(vek={"algorithm": seq(oid("1.2.840.113549.1.1.11"), b"\5\0")}),
         {"VEK form"},
-        {"detail": "not signed with RSASSA-PSS"},
+        {"detail": "expected the signature algorithm RSASSA-PSS"},
     ),
     ("VEK empty", lambda: snp(vek=b""), {"VEK form"}, {}),
     ("VEK with a tail", lambda: snp(vek=made(vek_of) + b"\0"), {"VEK form"}, {}),
