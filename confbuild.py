@@ -5693,7 +5693,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
 # ==============================================================================
 # Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run
 # once, in a process that does nothing else and is thrown away afterwards; everything runs in the caller's thread.
-# Specifications: provenance.json follows [SLSA] and [IN-TOTO] in the form of [CONTRACT 3].
+# Specifications: provenance.json follows [SLSA] and [IN-TOTO] in the form of [CONTRACT 3.2].
 
 # The server's environment variables that a build sees; --env adds to them [CONTRACT 2.2].  All others, and so every
 # secret, are left out.
@@ -6264,13 +6264,45 @@ class Watcher:
         """Return data, as one chunk if the stream is chunked."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
 
+    def send_range(self, size: int) -> int:
+        """Send at most size bytes from position, and return how many; TLS has no sendfile: read them instead."""
+        source = self.file or self.log
+        if source is None:
+            raise ValueError("the watcher has neither a file nor a log")
+        if self.tls:
+            self.pending = os.pread(source.fd, min(size, _SMALL), self.position)
+            size = len(self.pending)
+        else:
+            size = os.sendfile(self.sock.fileno(), source.fd, self.position, size)
+        if size == 0:
+            raise OSError("the file ends before the range does")
+        self.position += size
+        self.left -= size
+        if not self.left and self.chunked:
+            self.pending += b"\r\n"
+        return size
+
+    def discard(self) -> None:
+        """Make close() discard the bytes that the system still holds for the peer."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        except OSError:
+            pass  # the peer has closed the connection
+
+    def close(self) -> None:
+        """Close the socket."""
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer has closed the connection
+        self.sock.close()
+
 
 class Streamer:
     """The thread that serves watchers.
 
     keepalive_s: silence after which a comment is sent.
     stall_s: time without progress after which a watcher is disconnected; it can resume.
-
     files: the number of descriptors open for watchers: a socket each, and the file of a download.
     """
 
@@ -6280,7 +6312,7 @@ class Streamer:
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self._served: set[Watcher] = set()
         self._waiting: dict[EventLog | None, set[Watcher]] = {}  # watchers that have received the whole log so far
-        # The last small range that was read: log, position, length, bytes.
+        # The last small range, read once for all watchers that want it: log, position, length, bytes.
         self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
         self._turn = _TURN
         self.files = 0
@@ -6345,11 +6377,8 @@ class Streamer:
         return going
 
     def _want(self, watcher: Watcher, mask: int) -> None:
-        """Wait for the events in mask of watcher's socket.
-
-        Input is ignored after a half-close, since the socket stays readable; during a download it is the next request.
-        """
-        if watcher.peer_half_closed or watcher.file is not None:
+        """Wait for the events in mask of watcher's socket."""
+        if watcher.peer_half_closed or watcher.file is not None:  # a download does not read the next request
             mask &= selectors.EVENT_WRITE
         self._selector.set_mask(watcher, mask)
 
@@ -6379,10 +6408,7 @@ class Streamer:
         for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
         for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
-            try:  # also discards the bytes that the system still holds for the peer
-                watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except OSError:
-                pass  # the peer has closed the connection
+            watcher.discard()
             self._drop(watcher)
 
     def _pump(self, watcher: Watcher) -> None:
@@ -6397,7 +6423,7 @@ class Streamer:
                     watcher.pending = watcher.pending[sent:]
                 elif watcher.left:
                     asked = min(watcher.left, turn)
-                    sent = self._send_range(watcher, asked)
+                    sent = watcher.send_range(asked)
                     if sent < asked and not watcher.tls:
                         turn -= sent
                         break  # the socket is full
@@ -6417,24 +6443,6 @@ class Streamer:
             if turn < self._turn:
                 watcher.since = time.monotonic()
 
-    def _send_range(self, watcher: Watcher, size: int) -> int:
-        """Send at most size bytes of watcher's range, and return how many; TLS has no sendfile: read them instead."""
-        source = watcher.file or watcher.log
-        if source is None:
-            raise ValueError("the watcher has neither a file nor a log")
-        if watcher.tls:
-            watcher.pending = os.pread(source.fd, min(size, _SMALL), watcher.position)
-            size = len(watcher.pending)
-        else:
-            size = os.sendfile(watcher.sock.fileno(), source.fd, watcher.position, size)
-        if size == 0:
-            raise OSError("the file ends before the range does")
-        watcher.position += size
-        watcher.left -= size
-        if not watcher.left and watcher.chunked:
-            watcher.pending += b"\r\n"
-        return size
-
     def _next(self, watcher: Watcher) -> bool:
         """Set up the next bytes for watcher.  Return False if there are none now, or none any more."""
         log = watcher.log
@@ -6449,7 +6457,9 @@ class Streamer:
         rest = log.size - watcher.position
         if watcher.position >= 0 and rest > 0:
             if rest <= _SMALL:
-                watcher.pending = watcher.frame(self._read(log, watcher.position, rest))
+                if self._block[:3] != (log, watcher.position, rest):
+                    self._block = (log, watcher.position, rest, os.pread(log.fd, rest, watcher.position))
+                watcher.pending = watcher.frame(self._block[3])
                 watcher.position += rest
             else:
                 watcher.left = rest
@@ -6466,12 +6476,6 @@ class Streamer:
         self._waiting.setdefault(log, set()).add(watcher)
         self._want(watcher, selectors.EVENT_READ)
         return False
-
-    def _read(self, log: EventLog, position: int, length: int) -> bytes:
-        """Return a range of log; consecutive calls for the same range read it once."""
-        if self._block[:3] != (log, position, length):
-            self._block = (log, position, length, os.pread(log.fd, length, position))
-        return self._block[3]
 
     def _forget(self, watcher: Watcher) -> None:
         """Remove watcher from those that wait for events."""
@@ -6493,11 +6497,7 @@ class Streamer:
     def _drop(self, watcher: Watcher) -> None:
         """Stop serving watcher, and close its socket."""
         self._leave(watcher)
-        try:
-            watcher.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer has closed the connection
-        watcher.sock.close()
+        watcher.close()
 
 
 # endregion 25
