@@ -8,7 +8,7 @@ Example, from the shell and from Python:
     >>> import confbuild, datetime
     >>> files = confbuild.read_bundle("hello-build")
     >>> expected = confbuild.Expectations(source_commit="8f2b337c5cf2ab4e3bd0ec5f2d1f5fbb3a4ad3c0")
-    >>> verdict = confbuild.verify_bundle(files, expected, datetime.datetime.now(datetime.timezone.utc))
+    >>> verdict = confbuild.verify_bundle(files, expected, datetime.datetime.now(datetime.UTC))
     >>> verdict.ok, verdict.verdict, verdict.failures
     (False, 'simulated', [])
 
@@ -154,7 +154,7 @@ import struct
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -775,7 +775,7 @@ class SourcePolicy(NamedTuple):
 
 def utc_now() -> str:
     """Return the current time in UTC with microseconds, in the form of the provenance.  [CONTRACT 3.3]"""
-    return datetime.now(timezone.utc).isoformat(timespec="microseconds")
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 # endregion 4
@@ -1772,12 +1772,12 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 # region 10. Launch digest                                        [uses nothing]
 # ==============================================================================
 # Computes the launch digest, the `measurement` of a report, of a guest that QEMU starts by measured direct boot. The
-# processor measures the pages of the firmware, then the pages that the firmware's metadata asks for (one of them holds the
-# hashes of kernel, initrd and command line), then a VMSA page for each vCPU. Integers are little-endian. Pure; any
+# processor measures the pages of the firmware, then the pages that the firmware's metadata asks for (one of them holds
+# the hashes of kernel, initrd and command line), then a VMSA page for each vCPU. Integers are little-endian. Pure; any
 # section and thread may call it.
 #
 # Not measured: memory size, devices, disks, CPU features, and everything else that the host provides. The firmware is
-# the first link: a firmware that can start something else than the measured kernel has the same digest (firmware_state).
+# the first link: if it can start something else than the measured kernel, its digest stays the same (firmware_state).
 
 PAGE_SIZE = 4096
 MAX_FIRMWARE = 16 * MIB  # the limit of QEMU [QEMU hw/i386/pc.c, max-fw-size]; Debian's firmware has 4 MiB
@@ -1819,8 +1819,8 @@ _HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
 _HASHES_SIZE = 176  # 18 + 3 * 50 bytes, and zeros up to a multiple of 16
 # The type EFI_SECTION_GUID_DEFINED and the GUID of LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
 _LZMA_SECTION = re.compile(re.escape(b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")))
-# The file name by which the host offers a program that the firmware starts, unmeasured, before the kernel. Firmware from
-# edk2-stable202502 on may look for it.
+# The file name by which the host offers a program that the firmware starts, unmeasured, instead of the kernel. Firmware
+# from edk2-stable202502 on may look for it.
 SHIM_NAME = "shim\0".encode("utf-16-le")
 
 
@@ -1829,8 +1829,8 @@ def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
     return selector | attributes << 16 | 0xFFFF << 32 | base << 64
 
 
-# (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU target/i386/cpu.c,
-# x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW in cr0 [KVM
+# (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU
+# target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW in cr0 [KVM
 # arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
 VMSA_FIELDS: Sequence[tuple[int, int, str, int | None]] = (
     (0x000, 16, "es", _segment(0x93)),
@@ -2075,7 +2075,7 @@ def compute_launch_digest(
     def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
         """Extend the digest by a PAGE_INFO.
 
-        It is digest || contents || u16 length 0x70 || page type || IMI_PAGE || three permissions || reserved || u64 GPA.
+        digest || contents || u16 length 0x70 || page type || IMI_PAGE || three permissions || reserved || u64 GPA
         """
         nonlocal digest
         digest = sha384(struct.pack("<48s48sHB5xQ", digest, contents, 0x70, page_type, gpa)).digest()
@@ -2156,8 +2156,8 @@ def firmware_state(data: bytes) -> str:
         for block in volume_blocks(data):
             if SHIM_NAME in tail + block:
                 return (
-                    "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, with "
-                    "the same launch digest"
+                    "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, "
+                    "with the same launch digest"
                 )
             tail = block[1 - len(SHIM_NAME) :]
     except FirmwareError as e:
@@ -2169,26 +2169,28 @@ def firmware_state(data: bytes) -> str:
 # ==============================================================================
 # region 11. Statement                                            [uses nothing]
 # ==============================================================================
-# provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA], in the exact shape that
-# [CONTRACT 3] gives it.  The shape is data: a schema is a constant (equal), a compiled pattern (a string that matches), a
-# type, a dict (an object with exactly these names in this order, `?` = optional), a list of one schema (an array), or a
-# tuple of alternatives.
+# The schema of provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA]. The schema is
+# data, for check_schema, with the keys in the order of [CONTRACT 3.2]. The functions below it read a Statement. Pure;
+# any section and thread may call them.
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-_OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, in a SHA-1 or a SHA-256 repository
+_OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, by SHA-1 or SHA-256
 _TIME = re.compile(
-    r"(?a)\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])T([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,9})?(\+00:00|Z)"
+    r"""(?ax)
+    \d{4} - (0[1-9]|1[0-2]) - (0[1-9]|[12]\d|3[01])  # year, month, day
+    T ([01]\d|2[0-3]) : [0-5]\d : [0-5]\d            # hour, minute, second
+    (\.\d{1,9})?                                     # fraction
+    (\+00:00|Z)                                      # UTC
+    """
 )
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": WORD}
-_KETTLE = {
-    "digest": {"sha256": str},
-    "version": str,
-}  # the older generation put its whole banner here; ours is looked at again
-# What pnpm-lock.yaml calls integrity: one hash or more of the form of [SRI]. [K]
+# The older generation writes its whole banner here; check_statement is stricter with the other one.
+_KETTLE = {"digest": {"sha256": str}, "version": str}
+# `integrity` in pnpm-lock.yaml: a hash in the form of [SRI]. [K]
 _INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
-# Kettle writes a nix hash in base64, and one of any algorithm under the name sha256; under sha512 the integrity of a pnpm package as the lock file
-# has it, or the commit of one that is a GitHub tarball.
+# [K] writes every nix hash as sha256, whatever its algorithm, in hexadecimal digits or base64. As sha512 it writes the
+# integrity of a pnpm package, or the commit of a package that is a GitHub tarball.
 _DIGEST = (
     {"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")},
     {"sha512": re.compile(rf"[0-9a-f]{{128}}|[0-9a-f]{{40}}|{_INTEGRITY}( {_INTEGRITY})*")},
@@ -2196,8 +2198,8 @@ _DIGEST = (
     {"sha1": _HEX40},
     {"md5": re.compile(r"[0-9a-f]{32}")},
 )
-# The build types of the older generation, which is read and not written, and the toolchain that each names [CONTRACT 3]. Which type a
-# build has is for the caller to judge (--build-type); all have one shape.
+# Build types of the older generation, which are read but never written, and the toolchain that each requires
+# [CONTRACT 3.8]. All build types have one schema; the caller decides which to accept (--build-type).
 OLDER_BUILD_TYPES = {
     "https://lunal.dev/kettle/cargo@v1": "cargo",
     "https://lunal.dev/kettle/nix@v1": "nix",
@@ -2250,29 +2252,35 @@ _STATEMENT = {
 
 
 def check_statement(doc: Any) -> None:
-    """Raise Malformed unless doc has exactly the shape of provenance.json, either generation. [CONTRACT 3]"""
+    """Raise Malformed unless doc has the schema of provenance.json, of either generation.  [CONTRACT 3.2, 3.8]
+
+    doc: a parsed JSON document.
+    """
     structure = "provenance schema"
     check_schema(doc, _STATEMENT, structure, ordered=True)
-    build_type = doc["predicate"]["buildDefinition"]["buildType"]
-    toolchain = doc["predicate"]["buildDefinition"]["internalParameters"]["toolchain"]
+    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
+    build_type, toolchain = definition["buildType"], definition["internalParameters"]["toolchain"]
     if build_type not in OLDER_BUILD_TYPES:
-        check_schema(toolchain["kettle"], _PROGRAM, structure, ".toolchain.kettle", ordered=True)
+        path = ".predicate.buildDefinition.internalParameters.toolchain.kettle"
+        check_schema(toolchain["kettle"], _PROGRAM, structure, path, ordered=True)
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
-    [(name, count)] = Counter(b["name"] for b in doc["predicate"]["runDetails"]["byproducts"]).most_common(1) or [
-        ("", 0)
-    ]
-    if count > 1:
-        raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
+    # A reader of two byproducts with one name could take the other one.
+    for name, count in Counter(b["name"] for b in run["byproducts"]).items():
+        if count > 1:
+            raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
 
 
 def to_canonical(doc: Any) -> bytes:
-    """The one form in which provenance.json is written and signed. [CONTRACT 3]"""
+    """Return the only bytes that provenance.json may have for doc.  [CONTRACT 3.1]"""
     return json.dumps(doc, indent=2, ensure_ascii=False).encode("utf-8")
 
 
+# In the following functions, `doc` is a Statement that check_statement has accepted.
+
+
 def merkle_entries(doc: Any) -> list[str]:
-    """The inputs that the byproduct input_merkle_root binds, in their order. doc: of the right shape. [CONTRACT 3]"""
+    """Return the leaves of the byproduct input_merkle_root, in order.  [CONTRACT 3.6]"""
     definition = doc["predicate"]["buildDefinition"]
     source = definition["externalParameters"]["source"]["digest"]
     parameters = definition["internalParameters"]
@@ -2280,17 +2288,22 @@ def merkle_entries(doc: Any) -> list[str]:
     dependencies = definition["resolvedDependencies"]
     entries = [source["gitCommit"], source["gitTree"]]
     if "nix" in tools:
-        fetches = [
-            "fetch:" + d["name"] + ":" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies
-        ]  # a name may hold `?hash=`
+        # The name is part of the separator because a name may itself contain `?hash=`.
+        fetches = (f"fetch:{d['name']}:" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies)
         return [*entries, lock, *fetches, tools["nix"]["digest"]["sha256"], tools["nix"]["version"]]
     for name in ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm"):
         entries += [tools[name]["digest"]["sha256"], tools[name]["version"]]
     return [*entries, lock, *(d["uri"] for d in dependencies)]
 
 
+def byproduct(doc: Any, name: str) -> str | None:
+    """Return the SHA-256 of the byproduct with this name, or None."""
+    digests = (b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name)
+    return next(digests, None)
+
+
 def subject_names(data: bytes) -> list[str]:
-    """The names of the subjects in the bytes of provenance.json; none where they are no provenance."""
+    """Return the names of the subjects in the bytes of provenance.json, or [] if they are malformed."""
     try:
         doc = parse_json(data, "provenance")
         check_statement(doc)
@@ -2300,18 +2313,14 @@ def subject_names(data: bytes) -> list[str]:
 
 
 def package_of(uri: str) -> str:
-    """NAME@VERSION in the uri of a dependency, pkg:TYPE/NAME@VERSION?...; of nix only the name. [CONTRACT 3]
+    """Return NAME@VERSION (for nix: NAME) of a dependency of the default registry, or "".  [CONTRACT 3.5]
 
-    Empty for any other uri, and for what is not from the default registry (vcs_url, repository_url): anybody can call a fork by that name."""
+    uri: such as pkg:cargo/NAME@VERSION?checksum=...
+    With a vcs_url or repository_url, the result is "": anybody can give a fork the name of a package.
+    """
     path, _, query = uri.partition("?")
     elsewhere = re.search(r"(?i)(^|&)(vcs|repository)_url=", query)
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
-
-
-def byproduct(doc: Any, name: str) -> str | None:
-    """The SHA-256 of the byproduct called name, or None. doc: of the right shape."""
-    found = [b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name]
-    return found[0] if found else None
 
 
 # endregion 11
@@ -2523,7 +2532,7 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
 
 
 def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors) -> None:
-    """Check that AMD's ASK or ASVK certifies vek for the chip and the TCB of the report, and that vek signed the report.
+    """Check that AMD's ASK or ASVK certifies vek for the report's chip and TCB, and that vek signed the report.
 
     vek: not authenticated yet.  [VCEK 3]
     """
@@ -2937,7 +2946,7 @@ def verify_bundle(
     bundle: BundleFiles,
     expected: Expectations,
     now: datetime,
-    endorsements: Endorsements = Endorsements(),  # noqa: B008  # immutable
+    endorsements: Endorsements = Endorsements(),
 ) -> Verdict:
     """Return the verdict over bundle, with every check, its expected value and its actual value.
 
@@ -2955,8 +2964,8 @@ def verify_bundle(
     Raises TypeError unless now is an aware datetime. No content of bundle or endorsements raises.  [CONTRACT 4, 5.5]
     """
     if not isinstance(now, datetime) or now.utcoffset() is None:
-        raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(timezone.utc)")
-    second = now.astimezone(timezone.utc).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
+        raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(UTC)")
+    second = now.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
     checks = _Checks(expected, second, endorsements, [])
     if expected.evidence_only:
         bundle = _evidence_alone(bundle)
@@ -9277,7 +9286,7 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     verified = False
     try:
         agent.download(agent_job, path)
-        verdict = verify_bundle(read_bundle(path), expected, datetime.now(timezone.utc))
+        verdict = verify_bundle(read_bundle(path), expected, datetime.now(UTC))
         verified = verdict.verdict != "failed"
     except ResultTooLarge:
         raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes") from None
@@ -12115,7 +12124,7 @@ def _check_waiting_vm(
     verdict = verify_bundle(
         BundleFiles(None, evidence, {}),
         vm._replace(nonce=nonce, evidence_only=True),
-        datetime.now(timezone.utc),
+        datetime.now(UTC),
         endorsements,
     )
     if verdict.verdict != "passed":
@@ -12289,9 +12298,7 @@ def _hold_bundle(
         try:
             unpack_archive(archive, root, MAX_RESULT)
             root, _ = find_project(root, "")
-            verdict = verify_bundle(
-                read_bundle(archive, MAX_RESULT), expected, datetime.now(timezone.utc), endorsements
-            )
+            verdict = verify_bundle(read_bundle(archive, MAX_RESULT), expected, datetime.now(UTC), endorsements)
         except BuildFailed as e:
             root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
         except UsageError as e:
@@ -12521,7 +12528,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             ):
                 wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
             verdict = verify_bundle(
-                files, wanted._replace(evidence_only=alone), datetime.fromtimestamp(now, timezone.utc), endorsements
+                files, wanted._replace(evidence_only=alone), datetime.fromtimestamp(now, UTC), endorsements
             )
         except UsageError as e:
             if len(options.bundles) == 1:

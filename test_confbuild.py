@@ -4672,7 +4672,9 @@ class TestStatement:
             "digest": {"sha256": "\npkg_version:1.0.0\nbranch:"},
             "version": "\npkg_version:1.0.0",
         }
-        message = r"^provenance schema: \.toolchain\.kettle\.digest\.sha256: "
+        message = (
+            r"^provenance schema: \.predicate\.buildDefinition\.internalParameters\.toolchain\.kettle\.digest\.sha256: "
+        )
         with contextlib.nullcontext() if good else pytest.raises(confbuild.Malformed, match=message):
             confbuild.check_statement(
                 statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": inner})
@@ -23898,7 +23900,7 @@ class TestLayout:
             "get_type_hints",
             "Counter",
             "datetime",
-            "timezone",
+            "UTC",
             "lzma",
         }
         assert {"os", "time", "socket", "subprocess", "threading", "secrets"} <= impure
