@@ -1830,8 +1830,8 @@ def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
 
 
 # (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU
-# target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW in cr0 [KVM
-# arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
+# target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW
+# in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
 VMSA_FIELDS: Sequence[tuple[int, int, str, int | None]] = (
     (0x000, 16, "es", _segment(0x93)),
     (0x010, 16, "cs", None),
