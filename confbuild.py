@@ -6513,44 +6513,59 @@ class Streamer:
 # ==============================================================================
 # region 26. Jobs                                              [uses 13, 16, 24]
 # ==============================================================================
-# The queue, and what of it survives the server: jobs/<id>/ holds job.json (written durably before the job is accepted), source
-# (the archive), events (the log) and, in the end, result.tar.gz.  Whether a job has ended, its log says; job.json holds the rest.
-# What is wrong with one job's files makes that job "damaged": it is listed, its files are left alone, and no other job notices.
+# The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
+# accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
+# a `complete`; job.json holds the rest.  If the files of a job are invalid or contradict each other, the job is
+# "damaged": it is listed, its files are left alone, and no other job is affected.  Any thread may call Job and Jobs.
 #
-# Files are written outside of Jobs._changed and published under it, so that a slow disk delays only those who wait for that job.
-# Job.writing serializes what is written of one job.  Lock order: Job.writing, then Jobs._changed or an EventLog's own lock.
+# Files are written outside of Jobs._changed, so that a slow disk delays only those who wait for that job.  Job.writing
+# serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an EventLog's lock.
 #
-# Threads "slot N": started by Jobs.start, each runs one job at a time.  Thread "queue": announces positions, and completes jobs
-# that a full disk did not let end.  All end by Jobs.stop, and outlive every exception.
+# Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
+# announces positions, and completes jobs that a full disk has kept from ending.  All end by Jobs.stop and survive any
+# exception.
 
 STATE_VERSION = 1
 _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-MAX_SEQ = 10**18  # beyond it jobs are in the order of their times
-RETRY_S = 5.0  # until a job that has ended tries again to say so, where a full disk forbids it
-ANNOUNCE_S = 1.0  # between two positions that one job is told
+MAX_SEQ = 10**18  # jobs with this number are ordered by their times
+RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
+ANNOUNCE_S = 1.0  # least time between two positions that a job announces
 
-# From each state, where a job can go. [CONTRACT 1: every stream ends with exactly one `complete`]
-JOB_STATES = {
-    "queued": ("running", "failed"),  # failed: cancelled, or its server died MAX_ATTEMPTS times
-    "running": ("queued", "ok", "failed"),  # queued: the server stopped or died
-    "ok": (),
-    "failed": (),
-    "damaged": (),  # never written
+_RESULT = {"size": int, "sha256": re.compile("[0-9a-f]{64}")}
+_FAILURE = {"error": str, "error_type": str}
+# state -> (the states that may follow; in job.json: finished_at, result, failure).  [CONTRACT 1.12]
+# A job that has not ended has a failure if its cancellation is recorded, but not published yet.
+# fmt: off
+JOB_STATES: Mapping[str, tuple[Sequence[str], Any, Any, Any]] = {
+    "queued":  (("running", "failed"),       "",   None,    (None, _FAILURE)),  # failed: cancelled
+    "running": (("queued", "ok", "failed"),  "",   None,    (None, _FAILURE)),  # queued: parked by Jobs.stop
+    "ok":      ((),                          WORD, _RESULT, None),
+    "failed":  ((),                          WORD, None,    _FAILURE),
 }
-# In each state that job.json can have: whether there are finished_at, result and failure.
-_HELD = {
-    "queued": ((False, False, False), (False, False, True)),  # True: its cancel is written down, its end is not yet
-    "running": ((False, False, False), (False, False, True)),
-    "ok": ((True, True, False),),
-    "failed": ((True, False, True),),
+# fmt: on
+_JOB_SCHEMAS = {
+    state: {
+        "seq": int,
+        "request": dict.fromkeys(BuildRequest._fields, str),
+        "attempts": int,
+        "submitted_at": str,
+        "started_at": str,
+        "state": state,
+        "finished_at": finished_at,
+        "result": result,
+        "failure": failure,
+    }
+    for state, (_, finished_at, result, failure) in JOB_STATES.items()
 }
 
 
 def claim_state(state: str) -> int:
-    """Make state the state directory of this process, until the descriptor that is returned is closed. Raises UsageError, OSError.
+    """Claim the directory state for this process, creating it if absent. Return the descriptor that holds the claim.
 
-    A directory of somebody else is refused: it has no marker, and is neither empty nor what confbuild 0.1 has left."""
+    Raises UsageError if another server uses it or it is not a state directory: it has no marker, and is neither empty
+    nor written by confbuild 0.1, which wrote no marker. [CONTRACT 1.15] Raises OSError.
+    """
     os.makedirs(state, mode=0o700, exist_ok=True)
     marker = os.path.join(state, _STATE_MARKER)
     if os.path.lexists(marker):
@@ -6563,11 +6578,11 @@ def claim_state(state: str) -> int:
             raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
         if int(match[1]) > STATE_VERSION:
             raise UsageError(
-                f"{state} was written by a newer confbuild: version {int(match[1])}, this one knows {STATE_VERSION}"
+                f"{state} was written by a newer confbuild: state version {int(match[1])}, expected {STATE_VERSION}"
             )
     elif not _is_unmarked_state(state):
         raise UsageError(
-            f"{state} is neither empty nor a state directory of confbuild", "name another directory with --state"
+            f"{state} is neither empty nor a state directory of confbuild", "choose another directory with --state"
         )
     lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
@@ -6582,7 +6597,7 @@ def claim_state(state: str) -> int:
 
 
 def _is_unmarked_state(state: str) -> bool:
-    """Whether state is empty but for our own output, was being made when its server died, or is a state of confbuild 0.1, which wrote no marker."""
+    """Tell whether state is empty except for our output, a state of 0.1, or one that could not be marked before."""
     names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
     jobs = os.path.join(state, "jobs")
     return (
@@ -6593,7 +6608,7 @@ def _is_unmarked_state(state: str) -> bool:
 
 
 def _is_our_output(path: str) -> bool:
-    """Whether stdout or stderr goes to the file at path: `serve --state DIR > DIR/server.log` makes it before the server starts."""
+    """Tell whether stdout or stderr is the file at path: `serve --state DIR > DIR/server.log` creates it first."""
     for fd in (1, 2):
         try:
             if os.path.samestat(os.fstat(fd), os.lstat(path)):
@@ -6604,7 +6619,11 @@ def _is_our_output(path: str) -> bool:
 
 
 class JobRecord(NamedTuple):
-    """What job.json holds of a job. result: of the archive; failure: the two names of the `complete` event."""
+    """The contents of job.json.
+
+    result: size and SHA-256 of the archive.
+    failure: error and error_type of the `complete` event.
+    """
 
     seq: int
     request: BuildRequest
@@ -6617,110 +6636,90 @@ class JobRecord(NamedTuple):
     failure: Mapping[str, str] | None = None
 
     def to_bytes(self) -> bytes:
-        """job.json."""
+        """Return job.json."""
         return compact_json(self._asdict() | {"request": self.request._asdict()}).encode("ascii")
 
     @classmethod
     def parse(cls, data: bytes) -> "JobRecord":
-        """The record that to_bytes has written. Raises Malformed."""
+        """Parse job.json. Raises Malformed."""
         try:
             doc = json.loads(data)
-            request = BuildRequest(**doc["request"])
-            record = cls(**doc | {"request": request})
-            result = {"size": 0, "sha256": "0" * 64} if record.result is None else record.result
-            failure = {"error": "", "error_type": ""} if record.failure is None else record.failure
-            valid = (
-                [*map(len, (doc, doc["request"], result, failure))]
-                == [len(cls._fields), len(BuildRequest._fields), 2, 2]
-                and all(
-                    type(number) is int and 0 <= number <= MAX_SEQ
-                    for number in (record.seq, record.attempts, result["size"])
-                )
-                and all(
-                    type(text) is str
-                    for text in (*request, *record[3:7], result["sha256"], failure["error"], failure["error_type"])
-                )
-                and re.fullmatch("[0-9a-f]{64}", str(result["sha256"]))
-                and (record.finished_at != "", record.result is not None, record.failure is not None)
-                in _HELD[record.state]
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            valid = False
-        if not valid:
-            raise Malformed("job.json", "not the record of a job")
+        except (ValueError, RecursionError):
+            raise Malformed("job.json", "not JSON") from None
+        state = str(doc.get("state")) if isinstance(doc, dict) else ""
+        check_schema(doc, _JOB_SCHEMAS.get(state, tuple(_JOB_SCHEMAS.values())), "job.json")
+        record = cls(**doc | {"request": BuildRequest(**doc["request"])})
+        if not (0 <= record.seq <= MAX_SEQ and 0 <= record.attempts <= MAX_SEQ):
+            raise Malformed("job.json", f"seq {record.seq} or attempts {record.attempts}: not between 0 and {MAX_SEQ}")
         return record
 
-    def untold_end(self) -> BuildFailed | dict[str, Any] | None:
-        """Why a job whose log lacks the last event has failed, or its result; None: it waits, or is run again."""
-        if self.failure is not None:  # cancelled, or the server died between job.json and the event
+    def unpublished_end(self) -> BuildFailed | Mapping[str, Any] | None:
+        """Return the failure or the result of a job whose log is not complete, or None if the job must run."""
+        if self.failure is not None:  # cancelled, or the server died before it wrote the last event
             return BuildFailed(self.failure["error_type"], self.failure["error"])
         if self.state == "running" and self.attempts >= MAX_ATTEMPTS:
             return BuildFailed("InternalError", f"the server ended {self.attempts} times during this build")
-        return None if self.result is None else dict(self.result)
+        return self.result
 
     def complete_event(self) -> Payloads:
-        """The last event of a job that has ended."""
-        return to_payload(
-            {"type": "complete", "result": {"status": "failed", **self.failure} if self.failure else {"status": "ok"}}
-        )
+        """Return the last event of a job that has ended."""
+        result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
+        return to_payload({"type": "complete", "result": result})
 
     @property
     def ended(self) -> bool:
-        """Whether nothing changes any more."""
-        return not JOB_STATES[self.state]
+        """Whether no other state can follow."""
+        return not JOB_STATES[self.state][0]
+
+
+End = BuildFailed | Mapping[str, Any]  # of a job: its failure or its result
 
 
 class Job:
-    """One build. record is replaced in Jobs, under its lock, when job.json holds it; the log has its own lock."""
+    """A build.
+
+    record: as job.json holds it; replaced by update().
+    log: None if the job has ended or is damaged.
+    """
 
     def __init__(self, job_id: str, folder: str, record: JobRecord) -> None:
-        self.id, self.folder, self.record = job_id, folder, record
-        self.writing = threading.Lock()  # its holder writes job.json or a position
-        self.position = -1  # the last one emitted
-        self.tried_at = float("-inf")  # when that was, or the last try to complete
-        self.halted: tuple[str, str] | None = (
-            None  # (error_type, error): why the build must stop; "Parked": it will go on
-        )
-        self.on_halt: Callable[[], None] | None = None  # stops the build; called at most once, by any thread
-        self.log: EventLog | None = None  # kept while the job can still emit
+        self.id = job_id
+        self.folder = folder
+        self.record = record
+        self.result_path = os.path.join(folder, "result.tar.gz")
+        self.events_path = os.path.join(folder, "events")
+        self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
+        self.position = -1  # the last one announced
+        self.tried_at = float("-inf")  # the time of the last try to announce a position, or to complete
+        self.log: EventLog | None = None
+        self.open_log: Callable[[], EventLog | None] = lambda: None  # the log, as long as somebody uses it
+        self._halting = threading.Lock()
+        self._reason: tuple[str, str] | None = None  # guarded by _halting; (error_type, error), why the build must stop
+        self._stop: Callable[[], None] | None = None  # guarded by _halting; stops the build; called at most once
 
     @property
     def request(self) -> BuildRequest:
-        """What was asked for."""
+        """The request of the client."""
         return self.record.request
 
     @property
     def state(self) -> str:
-        """A key of JOB_STATES."""
+        """A key of JOB_STATES, or "damaged"."""
         return self.record.state
 
     @property
     def source(self) -> str | None:
-        """The uploaded archive, or None for a repo_url."""
+        """The path of the uploaded archive, or None for a repo_url."""
         return None if self.request.repo_url else os.path.join(self.folder, "source")
 
-    @property
-    def result_path(self) -> str:
-        """The archive that clients get."""
-        return self.folder + "/result.tar.gz"
-
-    @property
-    def events_path(self) -> str:
-        """The log."""
-        return self.folder + "/events"
-
-    def to_wire(self) -> dict[str, Any]:
-        """The status that clients get."""
+    def to_wire(self, position: int | None) -> dict[str, Any]:
+        """Return the status of the job. position: in the queue, if it waits. [CONTRACT 1.12]"""
         record = self.record
-        source = (
-            {"repo_url": record.request.repo_url, "repo_ref": record.request.repo_ref}
-            if record.request.repo_url
-            else {"source_name": record.request.source_name}
-        )
+        url, ref = record.request.repo_url, record.request.repo_ref
         return {
             "job_id": self.id,
             "status": record.state,
-            **source,
+            **({"repo_url": url, "repo_ref": ref} if url else {"source_name": record.request.source_name}),
             "nonce": record.request.nonce,
             "attempts": record.attempts,
             "submitted_at": record.submitted_at,
@@ -6728,100 +6727,194 @@ class Job:
             "finished_at": record.finished_at or None,
             "result": record.result,
             **(record.failure or {}),
+            **({} if position is None else {"position": position}),
         }
 
-    def write_new(self, archive: str | None, grown: Callable[[EventLog], None]) -> EventLog:
-        """Make the folder of a new job, durably, and return its log. archive: is moved. Raises OSError."""
+    def create(self, archive: str | None, grown: Callable[[EventLog], None]) -> None:
+        """Write the folder of a new job, durably. archive: the uploaded archive; is moved. Raises OSError."""
         if archive is not None:
             sync(archive)
         os.mkdir(self.folder, 0o700)
         if archive is not None:
-            os.rename(archive, self.folder + "/source")
-        self.log = EventLog(self.events_path, grown)
-        write_durably(self.folder + "/job.json", self.record.to_bytes())
-        return self.log
-
-    def drop_source(self) -> None:
-        """Remove the uploaded archive, which nobody needs any more."""
-        try:
-            if self.source is not None:
-                os.unlink(self.source)
-        except OSError:
-            pass  # it is gone
+            os.rename(archive, os.path.join(self.folder, "source"))
+        self._use(EventLog(self.events_path, grown))
+        write_durably(os.path.join(self.folder, "job.json"), self.record.to_bytes())
+        sync(os.path.dirname(self.folder))
 
     def read(self, grown: Callable[[EventLog], None]) -> None:
-        """Take the record and, where the job can still emit, the log from the files of an earlier server, and change nothing.
+        """Read the files of an earlier server, without changing them: record, and log if the job has not ended.
 
-        Raises Malformed for files that contradict each other, OSError."""
-        fd = open_regular(self.folder + "/job.json")
+        Raises Malformed if the files are invalid or contradict each other, OSError.
+        """
+        fd = open_regular(os.path.join(self.folder, "job.json"))
         try:
             record = JobRecord.parse(os.read(fd, MIB))
         finally:
             os.close(fd)
-        self.record = record._replace(result=None)
+        self.record = record._replace(result=None)  # until the archive is there
         if record.result is not None:
             _check_file(self.result_path, record.result["size"])
             self.record = record
-        if record.ended:
-            fd = open_regular(self.events_path)
-            try:
-                if find_log_end(fd, os.fstat(fd).st_size)[2]:
-                    return
-            finally:
-                os.close(fd)
-        elif self.source is not None:
+        if not record.ended and self.source is not None:
             _check_file(self.source)
-        log = EventLog(self.events_path, grown, os.O_RDWR)
+        log = EventLog(self.events_path, grown, os.O_RDONLY if record.ended else os.O_RDWR)
+        if record.ended and log.finished:
+            return
         if log.finished:
-            raise Malformed("job.json", "its build has not ended, but its log has")
-        if record.ended and not log.lacks_only(record.complete_event()):
-            raise Malformed("events", "its build has ended, but its log has not")
+            raise Malformed("job.json", f"the job is {record.state}, but its log is complete")
+        if record.ended:
+            if not log.lacks_only(record.complete_event()):
+                raise Malformed("events", f"the job is {record.state}, but its log is not complete")
+            log = EventLog(self.events_path, grown, os.O_RDWR)
         last = log.last()
         if record.state == "queued" and last.get("type") == "queued" and type(last.get("position")) is int:
             self.position = last["position"]
+        self._use(log)
+
+    def _use(self, log: EventLog) -> None:
         self.log = log
+        self.open_log = weakref.ref(log)
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the record, after job.json. Caller must hold writing.
+
+        Raises ValueError for a step that JOB_STATES lacks; OSError, and then nothing has changed.
+        """
+        record = self.record._replace(**changes)
+        if record.state not in (self.state, *JOB_STATES[self.state][0]):
+            raise ValueError(f"a job that is {self.state} cannot become {record.state}")
+        write_durably(os.path.join(self.folder, "job.json"), record.to_bytes())
+        self.record = record
+
+    def announce(self, position: int) -> None:
+        """Append an event with the place in the queue, if it has changed. Caller must hold writing."""
+        self.tried_at = time.monotonic()
+        if position == self.position or self.log is None:
+            return
+        try:
+            self.log.append(to_payload({"type": "queued", "position": position}))
+            self.position = position
+        except OSError as e:  # the disk may be full; the next announcement makes up for it
+            logger().error("job %s: cannot announce its position: %s", self.id, e)
+
+    def halt(self, error_type: str, message: str) -> None:
+        """Let a running build stop soon, for the first reason given.
+
+        error_type: of FAILURES, or "Parked" if the next server runs the job again; "Cancelled" replaces it.
+        Raises OSError if a cancellation cannot be recorded.
+        """
+        with self._halting:
+            if self._reason is not None and (self._reason[0], error_type) != ("Parked", "Cancelled"):
+                return
+            self._reason = (error_type, message)
+            stop = self._stop
+        if stop is not None:
+            stop()
+        if error_type == "Cancelled":  # holds even if the server dies before the build has stopped
+            with self.writing:
+                if not self.record.ended:
+                    self.update(failure={"error": message, "error_type": error_type})
+
+    def when_halted(self, stop: Callable[[], None]) -> None:
+        """Call stop when the job is halted, or at once if it has been. Replaces an earlier stop."""
+        with self._halting:
+            self._stop = stop
+            halted = self._reason is not None
+        if halted:
+            stop()
+
+    def run(self, build: Callable[[], str]) -> End:
+        """Run the build. Return its failure, or the result after moving the archive, whose path build returns."""
+        try:
+            with self.writing:
+                self.announce(0)
+                self.update(state="running", started_at=utc_now(), attempts=self.record.attempts + 1)
+            archive = build()
+            end: End = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
+            shutil.move(archive, self.result_path)
+            sync(self.result_path)
+        except BuildFailed as e:
+            end = e
+        except Exception as e:  # noqa: BLE001  # a bug must not end the slot
+            if isinstance(e, OSError) and is_full(e):
+                end = BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
+            else:
+                logger().exception("job %s", self.id)
+                end = BuildFailed("InternalError", "internal error; the log of the server has the details")
+        with self._halting:
+            if isinstance(end, BuildFailed) and self._reason is not None:
+                end = BuildFailed(*self._reason)
+            self._reason = ("", "")  # nothing is left to halt
+        return end
+
+    def complete(self, end: End) -> None:
+        """Record the end durably, then publish it as the last event; park the job if it was halted for that reason.
+
+        Caller must hold writing. Raises OSError.
+        """
+        changes: dict[str, Any] = {"state": "ok", "failure": None, "result": end}
+        if isinstance(end, BuildFailed):
+            changes = {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
+            if end.error_type == "Parked":  # the next server runs it again, at no cost
+                self.update(state="queued", attempts=self.record.attempts - 1)
+                return
+        if not self.record.ended:
+            self.update(finished_at=utc_now(), **changes)
+        if self.log is not None:
+            self.log.append(self.record.complete_event())
+        self.log = None
+        if self.source is not None:
+            with contextlib.suppress(OSError):  # it is gone already
+                os.unlink(self.source)
 
 
-def _read_job(jobs: str, job_id: str, grown: Callable[[EventLog], None]) -> Job | None:
-    """The job of an earlier server in the folder jobs; damaged where it cannot be used; None if it was never accepted."""
-    folder = f"{jobs}/{job_id}"
-    job = Job(job_id, folder, JobRecord(0, BuildRequest("")))
+def _open_ended(job: Job, grown: Callable[[EventLog], None]) -> EventLog:
+    """Open the log of a job that has ended. Caller must hold job.writing. Raises Refused 404 if damaged, OSError."""
+    try:
+        log = EventLog(job.events_path, grown, os.O_RDONLY)
+    except (Malformed, FileNotFoundError) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise Refused(404, "Damaged", f"the log of this build is damaged: {reason}") from None
+    if not log.finished:
+        failure = job.record.failure or {"error": "the log of this build has no end"}
+        raise Refused(404, "Damaged", failure["error"])
+    job.open_log = weakref.ref(log)
+    return log
+
+
+def _read_job(folder: str, grown: Callable[[EventLog], None]) -> Job | None:
+    """Return the job that an earlier server left in folder, damaged if unusable, or None if it was never accepted."""
+    job = Job(os.path.basename(folder), folder, JobRecord(0, BuildRequest("")))
     try:
         job.read(grown)
-    except Exception as e:  # noqa: BLE001  # nothing in one job's folder may hinder another job
+    except Exception as e:  # noqa: BLE001  # the folder of one job must not affect another job
         if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
             return None
-        why = (
-            f"{os.path.basename(e.filename or folder)}: {e.strerror}"
-            if isinstance(e, OSError)
-            else f"{e or type(e).__name__}"
-        )
-        logger().error("%s is damaged, and left alone: %s", folder, why)
-        job.record = job.record._replace(
-            state="damaged", failure={"error": f"the files of this build are damaged: {why}", "error_type": "Damaged"}
-        )
+        reason = str(e) or type(e).__name__
+        if isinstance(e, OSError):
+            reason = f"{os.path.basename(e.filename or folder)}: {e.strerror}"
+        logger().error("%s is damaged, and left alone: %s", folder, reason)
+        failure = {"error": f"the files of this build are damaged: {reason}", "error_type": "Damaged"}
+        job.record = job.record._replace(state="damaged", failure=failure)
     return job
 
 
 def _check_file(path: str, size: int | None = None) -> None:
-    """Raise Malformed unless path is a regular file, of size bytes where that is given; OSError."""
+    """Raise Malformed unless path is a regular file, of size bytes if given. Raises OSError."""
     found = os.lstat(path)
     if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-        raise Malformed(
-            os.path.basename(path), "not a regular file" if size is None else f"not a regular file of {size} bytes"
-        )
+        expected = "a regular file" if size is None else f"a regular file of {size} bytes"
+        raise Malformed(os.path.basename(path), f"not {expected}")
 
 
 def _remove_unaccepted(folder: str) -> bool:
-    """Remove the folder of a job that was never accepted, and nothing else. False: it is something else."""
+    """Remove the folder of a job that was never accepted. Return False, and touch nothing, if it is something else."""
     try:
         entries = [] if os.path.islink(folder) else list(os.scandir(folder))
-        if not all(
-            e.is_file(follow_symlinks=False)
-            and (e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0)
-            for e in entries
-        ):
-            return False
+        for e in entries:
+            ours = e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0
+            if not (e.is_file(follow_symlinks=False) and ours):
+                return False
         for entry in entries:
             os.unlink(entry)
         os.rmdir(folder)
@@ -6830,26 +6923,37 @@ def _remove_unaccepted(folder: str) -> bool:
     return True
 
 
-def _build(job: Job, run: Callable[[], str]) -> BuildFailed | dict[str, Any]:
-    """Why run has failed, or the result of the archive whose path it has returned, and which is now job's."""
-    try:
-        archive = run()
-        result = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
-        shutil.move(archive, job.result_path)
-        sync(job.result_path)
-        return result
-    except BuildFailed as e:
-        return e
-    except Exception as e:  # noqa: BLE001  # a bug of ours must not take the slot with it
-        if isinstance(e, OSError) and is_full(e):
-            return BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
-        logger().exception("job %s", job.id)
-        return BuildFailed("InternalError", "the server failed; its log tells more")
+def _order(job: Job) -> tuple[int, str]:
+    return job.record.seq, job.record.submitted_at
+
+
+def _read_jobs(jobs: str, incoming: str, grown: Callable[[EventLog], None]) -> list[Job]:
+    """Return the jobs in the folder jobs, sorted by _order, and empty the folder incoming. Create both if absent."""
+    for folder in (jobs, incoming):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    for name in os.listdir(incoming):
+        if re.fullmatch(r"[0-9a-f]{32}", name):  # an upload that was not accepted
+            os.unlink(os.path.join(incoming, name))
+    names = filter(_JOB_ID.fullmatch, os.listdir(jobs))
+    return sorted(filter(None, [_read_job(os.path.join(jobs, name), grown) for name in names]), key=_order)
+
+
+def _repeat(work: Callable[[], None], stopping: threading.Event) -> None:
+    """Call work until the server stops, whatever it raises."""
+    while not stopping.is_set():
+        with survive(f"thread {threading.current_thread().name}"):
+            work()
+            continue
+        stopping.wait(RETRY_S)
 
 
 class Jobs:
-    """All jobs of one server. run: builds one job and returns the path of its archive, which is moved away, or raises
-    BuildFailed; it appends to job.log and sets job.on_halt. grown: is told of each log that has grown."""
+    """All jobs of a server, and the threads that run them.
+
+    run: builds a job and returns the path of its archive, which is moved away; appends to job.log; raises BuildFailed.
+    grown: is called with every log after each append.
+    slots: the number of builds at a time.
+    """
 
     def __init__(
         self,
@@ -6860,74 +6964,54 @@ class Jobs:
         max_queue: int = 1000,
         single_use: bool = False,
     ) -> None:
+        self.incoming = os.path.join(state, "incoming")
         self._folder = os.path.join(state, "jobs")
-        self._run, self._grown, self._slots, self._max_queue, self._single_use = (
-            run,
-            grown,
-            slots,
-            max_queue,
-            single_use,
-        )
+        self._run = run
+        self._grown = grown
+        self._slots = slots
+        self._max_queue = max_queue
+        self._single_use = single_use
+        self._threads: list[threading.Thread] = []
+        self._stopping = threading.Event()  # set under _changed
         self._changed = threading.Condition()
         self._jobs: dict[str, Job] = {}  # guarded by _changed
-        self._queue: list[Job] = []  # guarded by _changed; in the order of seq
-        self._running: set[Job] = set()  # guarded by _changed; also those that are about to
-        self._accepting = 0  # guarded by _changed; how many are being written for the first time
-        self._seq = 0  # guarded by _changed
-        self._stopping = False  # guarded by _changed
-        self._ending: dict[
-            Job, BuildFailed | dict[str, Any]
-        ] = {}  # guarded by _changed; why they failed, or the result; not yet published
-        self._logs: weakref.WeakValueDictionary[str, EventLog] = (
-            weakref.WeakValueDictionary()
-        )  # guarded by _changed; those that are open
-        self._threads: list[threading.Thread] = []
-        self.incoming = os.path.join(state, "incoming")
-        for folder in (self._folder, self.incoming):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-        for name in os.listdir(self.incoming):
-            if re.fullmatch(r"[0-9a-f]{32}", name):  # what an earlier server was receiving
-                os.unlink(os.path.join(self.incoming, name))
+        self._queue: list[Job] = []  # guarded by _changed; sorted by _order
+        self._running: set[Job] = set()  # guarded by _changed; from leaving the queue until run() has returned
+        self._ending: dict[Job, End] = {}  # guarded by _changed; not yet published
+        self._accepting = 0  # guarded by _changed; how many new jobs are being written
+        self._seq = 0  # guarded by _changed; of the newest job
 
     def start(self) -> None:
-        """Take up what an earlier server has left, and begin to build."""
-        found = [
-            _read_job(self._folder, name, self._grown) for name in os.listdir(self._folder) if _JOB_ID.fullmatch(name)
-        ]
-        for job in sorted(filter(None, found), key=lambda job: (job.record.seq, job.record.submitted_at)):
-            end = job.record.untold_end()
-            with self._changed:
+        """Read the jobs of earlier servers, and start the threads."""
+        found = _read_jobs(self._folder, self.incoming, self._grown)
+        with self._changed:
+            for job in found:
                 self._jobs[job.id] = job
                 self._seq = max(self._seq, job.record.seq)
-                if job.log is not None:  # else it has ended, or is damaged
-                    self._logs[job.id] = job.log
-                    if end is not None:
-                        self._ending[job] = end
-                    else:
-                        self._queue.append(job)
+                end = job.record.unpublished_end()
+                if job.log is not None and end is not None:
+                    self._ending[job] = end
+                elif job.log is not None:
+                    self._queue.append(job)
         for name, work in [("queue", self._tend), *((f"slot {number}", self._work) for number in range(self._slots))]:
-            self._threads.append(threading.Thread(target=self._forever, args=(work,), name=name, daemon=True))
+            self._threads.append(threading.Thread(target=_repeat, args=(work, self._stopping), name=name, daemon=True))
             self._threads[-1].start()
 
     def check_open(self) -> None:
-        """Raise Refused where no build can be accepted now: 409, 429 or 503. [CONTRACT 1]"""
+        """Raise Refused 409, 429 or 503 if no build can be accepted now. [CONTRACT 1.6]"""
         with self._changed:
-            self._check_open_locked()
-
-    def _check_open_locked(self) -> None:
-        """Caller must hold _changed."""
-        if self._single_use and (self._jobs or self._accepting):
-            raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
-        if self._stopping:
-            raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
-        if len(self._queue) + self._accepting >= self._max_queue:
-            raise Refused(429, "QueueFull", f"{len(self._queue)} builds are waiting", {"Retry-After": "60"})
+            if self._single_use and (self._jobs or self._accepting):
+                raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
+            if self._stopping.is_set():
+                raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
+            if len(self._queue) + self._accepting >= self._max_queue:
+                message = f"the queue is full: {len(self._queue)} builds are waiting"
+                raise Refused(429, "QueueFull", message, {"Retry-After": "60"})
 
     def submit(self, request: BuildRequest, archive: str | None) -> Job:
-        """Accept a build, which survives the server from here on. archive: the uploaded source, which is moved away. Raises
-        Refused, OSError."""
+        """Accept a build, durably. archive: the uploaded source; is moved. Raises Refused, OSError."""
         with self._changed:
-            self._check_open_locked()
+            self.check_open()
             self._seq = min(self._seq + 1, MAX_SEQ)
             record = JobRecord(self._seq, request, submitted_at=utc_now())
             self._accepting += 1
@@ -6935,8 +7019,7 @@ class Jobs:
         job = Job(job_id, os.path.join(self._folder, job_id), record)
         with job.writing:
             try:
-                log = job.write_new(archive, self._grown)
-                sync(self._folder)
+                job.create(archive, self._grown)
             except BaseException:
                 with self._changed:
                     self._accepting -= 1
@@ -6944,227 +7027,124 @@ class Jobs:
                 raise
             with self._changed:
                 self._accepting -= 1
-                self._jobs[job_id], self._logs[job_id] = job, log
+                self._jobs[job_id] = job
                 self._queue.append(job)
-                self._queue.sort(
-                    key=lambda job: (job.record.seq, job.record.submitted_at)
-                )  # another was faster, perhaps
+                self._queue.sort(key=_order)  # a later job may have been written sooner
                 self._changed.notify_all()
             self._announce(job)
         return job
 
-    def _update(self, job: Job, **changes: Any) -> None:
-        """Replace fields of a job's record, when job.json holds them. Caller must hold job.writing. Raises OSError, and nothing has changed then;
-        ValueError for a step that JOB_STATES does not have."""
-        record = job.record._replace(**changes)
-        if record.state not in (job.state, *JOB_STATES[job.state]):
-            raise ValueError(f"a job that is {job.state} cannot become {record.state}")
-        write_durably(os.path.join(job.folder, "job.json"), record.to_bytes())
-        with self._changed:
-            job.record = record
-
     def _announce(self, job: Job) -> None:
-        """Tell a job its place in the queue, where that has changed; 0 if it has just left it. Caller must hold job.writing."""
+        """Announce the place of a job in the queue, if it waits. Caller must hold job.writing."""
         with self._changed:
-            position = self._queue.index(job) if job in self._queue else 0 if job in self._running else job.position
-        job.tried_at = time.monotonic()
-        if position == job.position or job.log is None:
-            return
-        try:
-            job.log.append(to_payload({"type": "queued", "position": position}))
-            job.position = position
-        except OSError as e:  # a full disk, perhaps: it is told the next time
-            logger().error("job %s is not told its position: %s", job.id, e)
+            position = self._queue.index(job) if job in self._queue else job.position
+        job.announce(position)
 
     def get(self, job_id: str) -> Job:
-        """The job. Raises Refused 404."""
+        """Return the job with this id. Raises Refused 404."""
         with self._changed:
             if job_id not in self._jobs:
-                raise Refused(404, "NotFound", "no such build")
+                raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
             return self._jobs[job_id]
 
     def log_of(self, job: Job) -> EventLog:
-        """The log of any job, opened where it is not. Raises Refused 404 where it is damaged, OSError."""
-        with self._changed:
-            log = self._logs.get(job.id)
-        if log is None:  # so it has ended
-            try:
-                log = EventLog(job.events_path, self._grown, os.O_RDONLY)
-            except (Malformed, FileNotFoundError) as e:
-                raise Refused(
-                    404, "Damaged", f"the log of this build is damaged: {e if isinstance(e, Malformed) else e.strerror}"
-                ) from None
-            if not log.finished:
-                raise Refused(
-                    404, "Damaged", str((job.record.failure or {}).get("error", "the log of this build has no end"))
-                )
-            with self._changed:
-                log = self._logs.setdefault(job.id, log)  # one file for all who follow it
+        """Return the log of a job, the same for all who use it. Raises Refused 404 if it is damaged, OSError."""
+        log = job.open_log()
+        if log is None:  # so the job has ended
+            with job.writing:
+                log = job.open_log() or _open_ended(job, self._grown)
         return log
 
     def describe(self, job: Job) -> dict[str, Any]:
-        """The status that GET /build/{id} answers."""
+        """Return the status of a job. [CONTRACT 1.12]"""
         with self._changed:
-            return job.to_wire() | ({"position": self._queue.index(job)} if job in self._queue else {})
+            return job.to_wire(self._queue.index(job) if job in self._queue else None)
 
     def newest(self, count: int) -> list[dict[str, Any]]:
-        """The status of the last count jobs, newest first."""
+        """Return the status of the last count jobs, newest first."""
         with self._changed:
-            places = {job: {"position": position} for position, job in enumerate(self._queue)}
+            positions = {job: position for position, job in enumerate(self._queue)}
             jobs = sorted(self._jobs.values(), key=lambda job: -job.record.seq)[:count]
-            return [job.to_wire() | places.get(job, {}) for job in jobs]
+            return [job.to_wire(positions.get(job)) for job in jobs]
 
     def cancel(self, job: Job) -> None:
-        """The build stops, or is never started; its stream ends with Cancelled. Nothing happens where it has ended. Raises OSError where
-        that cannot be written down; it stops all the same, and the thread "queue" tries again."""
+        """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops even so."""
         with self._changed:
-            waiting = job in self._queue
-            if waiting:
+            running = job in self._running
+            if job in self._queue:
                 self._queue.remove(job)
-                job.tried_at, self._ending[job] = (
-                    time.monotonic(),
-                    BuildFailed("Cancelled", "cancelled before it was started"),
-                )
-                self._changed.notify_all()
-        if waiting:
-            self._complete(job)
+                self._end_locked(job, BuildFailed("Cancelled", "cancelled before it was started"))
+        if running:
+            job.halt("Cancelled", "cancelled")
         else:
-            self.halt(job, "Cancelled", "cancelled")
-
-    def halt(self, job: Job, error_type: str, message: str) -> None:
-        """A running build stops soon, for this reason; the first one counts. Raises OSError like cancel."""
-        with self._changed:
-            if (
-                job not in self._running
-                or job.halted is not None
-                and (job.halted[0], error_type) != ("Parked", "Cancelled")
-            ):
-                return
-            job.halted = (error_type, message)
-            stop = job.on_halt
-        if stop is not None:
-            stop()
-        if error_type == "Cancelled":  # also where the server dies before the build does
-            with job.writing:
-                if not job.record.ended:
-                    self._update(job, failure={"error": message, "error_type": error_type})
-
-    def when_halted(self, job: Job, stop: Callable[[], None]) -> None:
-        """stop is called once when the job is halted; now, where it is already. For run()."""
-        with self._changed:
-            job.on_halt = stop
-            halted = job.halted is not None
-        if halted:
-            stop()
-
-    def _forever(self, work: Callable[[], None]) -> None:
-        """A thread: work again and again, whatever it raises, until this stops."""
-        while True:
-            with self._changed:
-                if self._stopping:
-                    return
-            try:
-                work()
-            except Exception:  # noqa: BLE001  # a bug of ours must not take the thread with it
-                logger().exception("thread %s", threading.current_thread().name)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopping, RETRY_S)
+            self._complete(job)
 
     def _tend(self) -> None:
-        """Thread "queue": announce positions that have changed, and complete what a full disk has not let end."""
+        """Thread "queue": announce positions that have changed, and complete jobs that could not end before."""
         with self._changed:
             now = time.monotonic()
             moved = [job for position, job in enumerate(self._queue) if job.position != position]
-            ending = list(self._ending)
             due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
-            late = [job for job in ending if job.tried_at + RETRY_S <= now]
+            late = [job for job in self._ending if job.tried_at + RETRY_S <= now]
             if not due and not late:
-                self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or ending else None)
+                self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
             with job.writing:
                 self._announce(job)
         for job in late:
-            try:
-                self._complete(job)
-            except OSError as e:
-                logger().error("job %s has ended, and cannot say so yet: %s", job.id, e)
+            self._try_to_complete(job)
 
     def _work(self) -> None:
-        """A slot: the next job, from its start to its end."""
+        """A slot: run the next job from its start to its end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if self._stopping:
+            self._changed.wait_for(lambda: self._queue or self._stopping.is_set())
+            if self._stopping.is_set():
                 return
             job = self._queue.pop(0)
-            job.halted, job.on_halt = None, None
             self._running.add(job)
             self._changed.notify_all()
-
-        def run() -> str:
-            with job.writing:
-                self._announce(job)
-                self._update(job, state="running", started_at=utc_now(), attempts=job.record.attempts + 1)
-            return self._run(self, job)
-
-        end = _build(job, run)
+        end = job.run(lambda: self._run(self, job))
         with self._changed:
-            if isinstance(end, BuildFailed) and job.halted is not None:
-                end = BuildFailed(*job.halted)
-            parked = isinstance(end, BuildFailed) and end.error_type == "Parked"
             self._running.discard(job)
-            if not parked:
-                job.tried_at, self._ending[job] = time.monotonic(), end
-            self._changed.notify_all()
+            self._end_locked(job, end)
+        self._try_to_complete(job)
+
+    def _end_locked(self, job: Job, end: End) -> None:
+        """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
+        job.tried_at = time.monotonic()
+        self._ending[job] = end
+        self._changed.notify_all()
+
+    def _try_to_complete(self, job: Job) -> None:
         try:
-            if not parked:
-                self._complete(job)
-            elif job.state == "running":
-                with job.writing:
-                    job.position = -1
-                    self._update(job, state="queued", attempts=job.record.attempts - 1)
+            self._complete(job)
         except OSError as e:
-            logger().error("job %s has stopped, and cannot say so yet: %s", job.id, e)
+            logger().error("job %s: cannot record its end yet: %s", job.id, e)
 
     def _complete(self, job: Job) -> None:
-        """The one way to the end of a job in _ending: its last event, when all that it promises is durable. Any thread. Raises OSError, and the
-        thread "queue" tries again."""
+        """Publish the end of a job, if that is due: the only way to a `complete` event. Any thread. Raises OSError."""
         with job.writing:
             job.tried_at = time.monotonic()
             with self._changed:
                 end = self._ending.get(job)
-            if end is None or job.log is None:
-                return  # another thread was faster
-            if not job.record.ended:
-                self._update(
-                    job,
-                    finished_at=utc_now(),
-                    **(
-                        {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
-                        if isinstance(end, BuildFailed)
-                        else {"state": "ok", "failure": None, "result": end}
-                    ),
-                )
-            job.log.append(job.record.complete_event())
-            with self._changed:
-                del self._ending[job]
-                job.log = None
-        job.drop_source()
+            if end is not None:  # else another thread was faster
+                job.complete(end)
+                with self._changed:
+                    del self._ending[job]
 
     def stop(self, grace_s: float) -> bool:
-        """Accept nothing more; let running builds end for grace_s seconds, then park them: they wait for the next server. True
-        where one has ended meanwhile."""
+        """Accept no build, and park those that run after grace_s seconds. Return whether one has ended meanwhile."""
         with self._changed:
-            self._stopping = True
+            self._stopping.set()
             self._changed.notify_all()
             before = len(self._running)
             self._changed.wait_for(lambda: not self._running, grace_s)
-            ended = len(self._running) < before
             left = list(self._running)
         for job in left:
-            self.halt(job, "Parked", "the server was stopped")
+            job.halt("Parked", "the server was stopped")
         for thread in self._threads:
             thread.join(10)
-        return ended
+        return len(left) < before
 
 
 # endregion 26
@@ -9125,7 +9105,7 @@ class VmHost:
 
         def expire() -> None:
             with survive(f"job {job.id} is not stopped"):
-                jobs.halt(job, "TimeoutError", f"the build took longer than {seconds:g} s")
+                job.halt("TimeoutError", f"the build took longer than {seconds:g} s")
 
         timer = threading.Timer(seconds, expire)
         timer.daemon = True
@@ -9136,14 +9116,14 @@ class VmHost:
             if request.repo_url and not vm.networked:
                 timer.start()
                 fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
-                jobs.when_halted(job, fetcher.destroy)
+                job.when_halted(fetcher.destroy)
                 self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
                 request, source = self._fetch(fetcher, request)
-            jobs.when_halted(job, vm.destroy)
+            job.when_halted(vm.destroy)
             if vm.port and not vm.is_alive():  # a spare that has died: the build was accepted, so it gets another VM
                 self._destroy(vm)
                 vm = self._make_vm()
-                jobs.when_halted(job, vm.destroy)
+                job.when_halted(vm.destroy)
             vm.console_log = os.path.join(job.folder, "console.log")
             if not vm.port:
                 self._tell(job, vm, "booting")
