@@ -5787,21 +5787,31 @@ class Pipeline(NamedTuple):
         When it returns, no process that the build has started is alive.
         Raises BuildFailed.
         """
+        request, archive, workspace, env, policy, attester, emit = self
         started = utc_now()
-        own = os.path.join(self.workspace, "agent")
+        own = os.path.join(workspace, "agent")
         copies = os.path.join(own, "artifacts")
         os.makedirs(own, exist_ok=True)
-        project, name = self._get_source()
+        # A real path, so that collect_cargo notices the symbolic links that a build makes.
+        root = os.path.join(os.path.realpath(workspace), "source")
+        if archive is None:
+            url, ref = request.repo_url, request.repo_ref
+            fetch_git(url, ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
+            project, name = root, repository_name(url)
+        else:
+            os.mkdir(root)
+            unpack_archive(archive, root, policy.max_unpacked)
+            project, name = find_project(root, request.source_name)
         toolchain = detect_toolchain(project)
-        _launchers[-1].share([self.env.get(variable, default) for variable, default in toolchain.shared.items()])
-        self.emit("detect", [toolchain.name])
-        self.emit("init", ["Verifying build inputs"])
+        _launchers[-1].share([env.get(variable, default) for variable, default in toolchain.shared.items()])
+        emit("detect", [toolchain.name])
+        emit("init", ["Verifying build inputs"])
         refuse_outside_influence(project)
         for output in toolchain.outputs:
             remove_tree(os.path.join(project, output))
-        source = self._describe_source(project)
-        plan = toolchain.plan(project, self.env)
-        log = BuildLog(self.emit)
+        source = _describe_source(project, env, emit)
+        plan = toolchain.plan(project, env)
+        log = BuildLog(emit)
         hand_to_build(project)
         argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
         status, stdout = run_tool(argv, project, plan.env, log, toolchain.keep_stdout)
@@ -5810,49 +5820,39 @@ class Pipeline(NamedTuple):
             ending = f"status {status}" if status > 0 else f"signal {-status}"
             message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
             raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
-        self.emit("provenance", ["Generating provenance"])
+        emit("provenance", ["Generating provenance"])
         try:
             artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
         except PermissionError as e:  # the build can take the permissions away
             raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
-        byproducts = {"build_log": log.hexdigest(), **self.attester.byproducts}
-        statement = _make_statement(plan, source, self.attester.builder, byproducts, artifacts, started)
-        self.emit("attest", ["Generating attestation"])
+        byproducts = {"build_log": log.hexdigest(), **attester.byproducts}
+        statement = _make_statement(plan, source, attester.builder, byproducts, artifacts, started)
+        emit("attest", ["Generating attestation"])
         try:
-            evidence = self.attester.attest(report_data(statement, self.request.nonce))
+            evidence = attester.attest(report_data(statement, request.nonce))
         except NoAttester as e:
             raise BuildFailed("AttestationError", str(e)) from None
         path = os.path.join(own, "result.tar.gz")
         write_archive(path, name, statement, evidence, copies)
         return path
 
-    def _get_source(self) -> tuple[str, str]:
-        """Fetch or unpack the source; return the real path and the name of the project."""
-        url, policy = self.request.repo_url, self.policy
-        root = os.path.join(os.path.realpath(self.workspace), "source")
-        if self.archive is None:
-            fetch_git(url, self.request.repo_ref, root, self.env, policy.schemes, policy.loopback, policy.max_unpacked)
-            return root, repository_name(url)
-        os.mkdir(root)
-        unpack_archive(self.archive, root, policy.max_unpacked)
-        return find_project(root, self.request.source_name)
 
-    def _describe_source(self, project: str) -> dict[str, Any]:
-        """Return the `source` of externalParameters; delete a history that does not match the files.  [CONTRACT 3.4]"""
-        files = walk_files(project)
-        git = os.path.join(project, ".git")
-        algorithm = object_format(read_head(git, git))
-        tree = git_tree(project, files, algorithm)
-        try:
-            commit, uri = believe_history(project, tree, self.env)
-        except BuildFailed as e:
-            commit = uri = ""
-            if os.path.lexists(git):
-                self.emit("init", [f"Commit not recorded: {e}"])
-                remove_tree(git)
-            if algorithm != "sha1":
-                tree = git_tree(project, files)
-        return {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}
+def _describe_source(project: str, env: Mapping[str, str], emit: Emit) -> dict[str, Any]:
+    """Return the `source` of externalParameters; delete a history that does not match the files.  [CONTRACT 3.4]"""
+    files = walk_files(project)
+    git = os.path.join(project, ".git")
+    algorithm = object_format(read_head(git, git))
+    tree = git_tree(project, files, algorithm)
+    try:
+        commit, uri = believe_history(project, tree, env)
+    except BuildFailed as e:
+        commit = uri = ""
+        if os.path.lexists(git):
+            emit("init", [f"Commit not recorded: {e}"])
+            remove_tree(git)
+        if algorithm != "sha1":
+            tree = git_tree(project, files)
+    return {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}
 
 
 def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, str]:

@@ -12610,11 +12610,18 @@ class TestPipeline:
             == hashlib.sha256("".join(line + "\n" for line in told["build"]).encode()).hexdigest()
         )
 
-    def test_a_workspace_behind_a_link(self, tmp_path: Path) -> None:
+    def test_a_workspace_behind_a_link(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The project's path has no symbolic links, so collect_cargo notices those that a build makes."""
         (tmp_path / "real").mkdir()
         (tmp_path / "link").symlink_to("real")
         archive = packed(tmp_path / "a", gzip.compress(tar_of(("demo", "", FOLDER), ("demo/a", b"", FILE_TYPE))))
+        detected: list[str] = []
+
+        def detect(path: str) -> None:
+            detected.append(path)
+            raise confbuild.BuildFailed("UnsupportedToolchainError", "none")
+
+        monkeypatch.setattr(confbuild, "detect_toolchain", detect)
         pipeline = confbuild.Pipeline(
             confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"),
             archive,
@@ -12624,7 +12631,8 @@ class TestPipeline:
             confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
             lambda *_: None,
         )
-        assert pipeline._get_source() == (str(tmp_path / "real/source/demo"), "demo")
+        assert failure(pipeline.run) == ("UnsupportedToolchainError", "none")
+        assert detected == [str(tmp_path / "real/source/demo")]
 
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
     @needs("git")
