@@ -8682,7 +8682,7 @@ class Platform(NamedTuple):
     greeting: the comment at the head of each event stream; empty for none. [CONTRACT 1.7]
     notice: the notice of GET /config; empty for none. [CONTRACT 1.13]
     label: the start of its `vm` events; empty if it emits none. [CONTRACT 1.8]
-    confidential: its evidence must come from hardware and match the server's image.
+    confidential: its evidence must come from hardware, and match the facts that the server gives to expectations().
     boot_timeout_s: the default time limit for its start.
     """
 
@@ -8695,9 +8695,9 @@ class Platform(NamedTuple):
     boot_timeout_s: float = GUEST_BOOT_TIMEOUT_S
 
     def expectations(self, facts: ImageFacts | None) -> Expectations:
-        """Return what a server requires of the bundles of its own VMs. facts: of the image that they boot."""
-        image = facts if self.confidential else None
-        return Expectations(builder_id=self.builder_id, image=image, require_tee=self.confidential)
+        """Return what a server requires of the bundles of its own VMs. facts: about what they boot."""
+        known, tee = (facts, True) if self.confidential else (None, False)
+        return Expectations(builder_id=self.builder_id, image=known, require_tee=tee)
 
 
 SIMULATED_PLATFORM = Platform(

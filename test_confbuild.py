@@ -16528,6 +16528,30 @@ class TestAgent:
             ), (script, result)
         assert s.events(s.submit())[-1] == OK_EVENT
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has PR_SET_PDEATHSIG")
+    def test_stopped_while_its_server_dies(self, tmp_path: Path) -> None:
+        """A server that is killed between the SIGSTOP and the SIGKILL of destroy() leaves no stopped agent behind."""
+        code = (
+            "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
+            "vm = confbuild.SimulatedVm(confbuild.SourcePolicy())\npid = vm.spawn()\nvm.wait_ready(60)\n"
+            "os.kill(pid, signal.SIGSTOP)\nprint(pid, vm.workspace, flush=True)\nsignal.pause()\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(COMPILED.parent)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)},
+        ) as server:
+            assert server.stdout is not None
+            pid, workspace = server.stdout.readline().split()
+            fd = os.pidfd_open(int(pid))
+            server.kill()
+        try:
+            assert select.select([fd], [], [], PATIENCE)[0] == [fd]
+        finally:
+            os.close(fd)
+        assert not os.path.exists(workspace)
+
     def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A standard input that cannot be read is one that has ended."""
         monkeypatch.setattr(
@@ -23936,6 +23960,63 @@ class TestLayout:
             half["verify_bundle"](half["BundleFiles"](*files), half["Expectations"](nonce=NONCE), NOON).verdict
             == "simulated"
         )
+
+    SERVICE = SOURCE[: SOURCE.index("# ---- End of the service.")]
+
+    def test_service_half(self, tmp_path: Path, stub_path: str) -> None:
+        """Everything above the second cut is a program, with a few lines of glue: it builds, serves, watches and verifies."""
+        glue = """
+if __name__ == "__main__":
+    command, *arguments = sys.argv[1:]
+    if command == "agent":
+        run_agent()
+    if command == "sweep":
+        remove_tree(*arguments)
+    if command == "demo":
+        state, archive, nonce = arguments
+        policy, streamer = SourcePolicy(), Streamer()
+        expected = SIMULATED_PLATFORM.expectations(None)
+        lock = claim_state(state)
+        vms = VmHost(lambda: SimulatedVm(policy), None, reap=guard_process(), expected=expected)
+        jobs = Jobs(state, vms.run, streamer.grown)
+        api = Api(jobs, policy, {}, vms.attestation)
+        server = Server(("127.0.0.1", 0), api, AccessPolicy(["t0"], ["127.0.0.1"]), streamer)
+        vms.start()
+        jobs.start()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = ApiClient("127.0.0.1:%d" % server.server_address[1], "t0")
+        job = client.submit(BuildRequest(nonce, source_name="demo.tar.gz"), archive)
+        print(json.dumps(list(client.events(job))))
+        client.download(job, state + "/bundle")
+        now = datetime.now(timezone.utc)
+        print(verify_bundle(read_bundle(state + "/bundle"), expected._replace(nonce=nonce), now).verdict)
+        jobs.stop(0)
+        server.stop()
+        vms.stop()
+"""
+        (tmp_path / "half.py").write_text(self.SERVICE + glue, encoding="utf-8")
+        half = py_compile.compile(str(tmp_path / "half.py"), str(tmp_path / "half.pyc"), doraise=True)
+        (tmp_path / "archive").write_bytes(tarball(project()))
+        (tmp_path / "tmp").mkdir()
+        done = subprocess.run(
+            [*confbuild.own_program()[:-1], half, "demo", str(tmp_path / "state"), str(tmp_path / "archive"), NONCE],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            env={"PATH": stub_path, "TMPDIR": str(tmp_path / "tmp"), "HOME": str(tmp_path)},
+        )
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        events, verdict = done.stdout.splitlines()
+        assert json.loads(events)[-1] == OK_EVENT and verdict == "simulated"
+        assert list((tmp_path / "tmp").iterdir()) == []
+
+    def test_service_half_knows_no_guests(self) -> None:
+        """Parts III and IV mention neither QEMU nor an image nor the broker; `image=` is a field of Expectations."""
+        part = self.SERVICE[self.SERVICE.index("# ---- End of the verifier.") :]
+        word = re.compile(r"(?i)qemu|broker|image\.json|\bimages?\b(?!=)")
+        assert [line for line in part.splitlines() if word.search(line)] == []
+        assert len(word.findall(self.SOURCE[len(self.SERVICE) :])) > 100, "the pattern finds Part V"
 
     def test_habits(self) -> None:
         long: list[str] = []
