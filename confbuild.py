@@ -8631,10 +8631,10 @@ def run_fetcher() -> None:
 # ==============================================================================
 # region 30. VMs                  [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
 # ==============================================================================
-# The server never runs a build.  A VM does: it is spawned, answers the API as a single-use agent on a loopback port, and
-# is destroyed.  Each kind of VM is a Platform and a class with the methods of Vm.  The simulated VM is a child process
-# of this same file with a session and a workspace of its own; its builds run as the server's user, in a sandbox that
-# protects the server as far as its kernel can.
+# The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
+# and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
+# same file with a session and a workspace of its own; its builds run as the server's user, in a sandbox that protects
+# the server as far as its kernel can.
 #
 # VmHost runs jobs in VMs.  Whatever a VM sends is checked: its events, its failures, its bundle.
 #
@@ -8910,7 +8910,7 @@ class VmHost:
         max_log: int = MAX_LOG,
         reap: bool = False,
         warm: int = 0,
-        expected: Expectations = Expectations(),  # noqa: B008  # immutable
+        expected: Expectations = Expectations(),
     ) -> None:
         tempfile.gettempdir()  # looked up while there is room: on a full disk it raises another error
         self._make_vm = make_vm
@@ -8967,7 +8967,7 @@ class VmHost:
 
         def strays() -> list[int]:
             with self._spawning:
-                # One look: what a VM starts between two would be taken for a stray. Its processes are never our children.
+                # One look: what a VM starts between two would be taken for a stray. Its processes are not ours.
                 return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
 
         kill_all(strays)
@@ -9049,7 +9049,7 @@ class VmHost:
         return vm
 
     def _await_spare(self) -> Vm:
-        """Return a VM that waits for a build, without taking it; boot one if there is none. Raises BuildFailed VmError."""
+        """Return a VM that waits for a build, without taking it; boot one if none does. Raises BuildFailed VmError."""
         with self._changed:
             if self._waiting == MAX_WAITING:
                 raise BuildFailed("VmError", f"{MAX_WAITING} other requests wait for a VM")
@@ -9185,8 +9185,8 @@ class VmHost:
 def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
     """Append the agent's events to log up to its `complete`, and return the failure that this reports, or None.
 
-    The events are not trusted: their phases are known and never run backwards, and they have exactly their keys. `queued`
-    and `vm` events are dropped, since only the server may emit them; its own log says so once.
+    The events are not trusted: their phases are known and never run backwards, and they have exactly their keys.
+    `queued` and `vm` events are dropped, since only the server may emit them; its own log says so once.
     stream: the response, with read1().
     max_log: bytes of the log, and of the dropped events.
     name: the job's id.

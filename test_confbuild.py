@@ -15699,7 +15699,7 @@ END = '"result":{"status":"ok"}'
 
 
 class StandIn:
-    """A small server that gives the next of answers to each request, the last one for ever, and closes the connection."""
+    """A small server that gives each request the next answer, in the end always the last one, and hangs up."""
 
     def __init__(self, *answers: Answer | Callable[[str, str], Answer]) -> None:
         self.seen: list[tuple[str, str, Mapping[str, str]]] = []
@@ -15739,7 +15739,7 @@ class StandIn:
 
 
 class Endless:
-    """A server that answers every request with head, and then with the same bytes for ever, until the client hangs up."""
+    """A server that answers every request with head, then with the same bytes until the client hangs up."""
 
     def __init__(self, head: bytes, again: bytes) -> None:
         self._head, self._again = head, again * max(1, 4096 // len(again or b"x"))
@@ -15917,7 +15917,7 @@ class TestEventStream:
     )
     @pytest.mark.parametrize("size", [1, 1000])
     def test_no_event(self, monkeypatch: pytest.MonkeyPatch, again: bytes, size: int) -> None:
-        """A server that never ends an event costs neither unlimited memory nor quadratic time; each event allows as much again."""
+        """An event without an end costs bounded memory and linear time; each event starts the count again."""
         monkeypatch.setattr(confbuild, "MAX_SILENCE", 2000)
         parser = confbuild.EventStreamParser()
         for _ in range(3):
@@ -16254,7 +16254,7 @@ class TestApiClient:
             confbuild.ApiClient(url)
 
 
-# Every kind of key by which git's configuration names a program, and what leads git to another configuration or work tree.
+# Every key of git's configuration that names a program, another configuration or another work tree.
 HOSTILE_CONFIG = """
 [core]
     fsmonitor = {run}
@@ -16364,7 +16364,7 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
 
 class TestAgent:
     def test_lifeline(self, tmp_path: Path, stub_path: str) -> None:
-        """The API of one build, for whoever has the token; when stdin ends, whatever it has started and its workspace are gone."""
+        """It serves one build to the holder of the token; when stdin ends, its processes and its workspace are gone."""
         workspace = tmp_path / f"{confbuild.WORKSPACE}1"
         for name in ("home", "tmp", "cargo"):
             (workspace / name).mkdir(parents=True)
@@ -16388,7 +16388,8 @@ class TestAgent:
             s.headers = {"Authorization": "Bearer once"}
             assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200
             script = (
-                f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' & while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
+                f"setsid sh -c 'echo $$ > {tmp_path}/daemon; sleep 300' &\n"
+                f"while [ ! -s {tmp_path}/daemon ]; do sleep 0.01; done\n"
                 f"echo $$ > {tmp_path}/tool; echo up; sleep 300"
             )
             job = s.submit(project(script))
@@ -16498,7 +16499,7 @@ class TestAgent:
         )
 
     def test_small_disk(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """A build that fills TMPDIR ends at once with LimitError, whatever its tool makes of it; the slot and the disk are free for the next one."""
+        """A build that fills TMPDIR ends at once with LimitError, whatever its tool does; the next build has room."""
         (tmp_path / "small").mkdir()
         mounted = [
             "unshare",
@@ -16627,7 +16628,8 @@ class TestFetcher:
         """A full TMPDIR is LimitError, whoever met it."""
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
-            f"def fetch(*_): raise {raised}\nconfbuild.fetch_git, confbuild.has_room = fetch, lambda folder: {room}\nconfbuild.run_fetcher()"
+            f"def fetch(*_): raise {raised}\n"
+            f"confbuild.fetch_git, confbuild.has_room = fetch, lambda folder: {room}\nconfbuild.run_fetcher()"
         )
         monkeypatch.setattr(confbuild, "own_program", lambda: [sys.executable, "-S", "-c", code, str(COMPILED.parent)])
         vm = confbuild.SimulatedVm(
@@ -16777,7 +16779,7 @@ class TestVm:
     def test_the_host_s_word(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: Any, before: list[Any]
     ) -> None:
-        """What only the host may say is dropped wherever a guest says it, however it is cut, and the server's log tells it once."""
+        """Events that only the server may emit are dropped, however they are cut; its log says so once."""
         data = wire({"type": "queued", "position": 0}, *before, lie, lie, ev("attest"), OK_EVENT)
         for blocks in ([data], [data[n : n + 1] for n in range(len(data))]):
             caplog.clear()
@@ -16814,7 +16816,7 @@ class TestVm:
     def test_any_split(
         self, tmp_path_factory: pytest.TempPathFactory, drawn: list[tuple[int, str]], cuts: list[int], comments: bool
     ) -> None:
-        """The same log however the stream is cut into blocks: `queued` and comments are left out, all else is taken over."""
+        """The log is the same however the stream is cut; only `queued` and comments are left out."""
         events = [ev(confbuild.PHASES[phase], text) for phase, text in sorted(drawn, key=lambda pair: pair[0])]
         whole = [{"type": "queued", "position": 0}, *events, OK_EVENT]
         comment = b": keepalive\n\n" * comments
@@ -16943,7 +16945,7 @@ class TestVm:
         ],
     )
     def test_no_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, disk: str) -> None:
-        """Whatever a full disk forbids the host of a build, the build ends with LimitError, which names the disk by what it is for, and nothing is left of the VM."""
+        """On a full disk the build ends with LimitError, which names the disk; nothing is left of the VM."""
         full = OSError(errno.ENOSPC, "No space left on device", "/secret/path")
         (tmp_path / "vms").mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "vms"))
@@ -17029,7 +17031,7 @@ class TestVm:
         assert agent.seen[0][2]["Authorization"] == f"Bearer {vm.token}"
 
     def test_long_in_the_log(self, tmp_path: Path) -> None:
-        """An event that is short as it comes, and long as the log writes it, is too long; the longest line of a build is not."""
+        """The limit counts an event as the log escapes it; the longest line of a build is below it."""
         with pytest.raises(confbuild.BuildFailed, match="more than 2097152 bytes"):
             relayed(tmp_path, wire('{"type":"build","msg":"' + "\x7f" * (1 << 19) + '"}'))
         line = "\U0001f600\x7f" * (confbuild.MAX_LINE // 2)
@@ -17037,14 +17039,16 @@ class TestVm:
 
     @pytest.mark.parametrize("how", ["delete", "murder"])
     def test_everything_dies(self, server: Callable[..., Server], how: str) -> None:
-        """A cancelled build, and one whose agent is killed: all that it started is dead within two seconds, daemons too, reaped
-        as well, and so is the workspace; the server then builds on."""
+        """After a cancellation, or if its agent is killed, every process of a build is dead and reaped, daemons too.
+
+        The workspace is gone as well, and the server runs the next build."""
         s = server()
         daemon = "setsid sh -c 'echo $$ >> pids; setsid sh -c \"echo \\$\\$ >> pids; sleep 300\" & sleep 300' &\n"
         many = "mkdir -p m; cd m; for i in $(seq 1500); do : > $i; done; cd ..\n"
         job = s.submit(
             project(
-                f"{many}echo $$ > pids; {daemon}while [ $(wc -l < pids) -lt 3 ]; do sleep 0.01; done; echo $PPID $(cat pids) $PWD; sleep 300"
+                f"{many}echo $$ > pids; {daemon}while [ $(wc -l < pids) -lt 3 ]; do sleep 0.01; done\n"
+                "echo $PPID $(cat pids) $PWD; sleep 300"
             )
         )
         agent, *pids, workspace = until(s, job)["msg"].split()
@@ -17063,7 +17067,8 @@ class TestVm:
         assert "Traceback" not in s.stop()
 
 
-# Run by a build: each attack, then what every build needs. Prints a line of JSON: name -> the error's name, or what it got, or nothing where it was to work.
+# Run by a build: each attack, then what every build needs. Prints a line of JSON: name -> the error's name, or its
+# result, or "" if it was meant to work and did.
 HOSTILE = r"""
 import ctypes, errno, json, os, signal, socket, subprocess, sys, tempfile
 given, libc, got = json.load(open("given.json")), ctypes.CDLL(None, use_errno=True), {}
@@ -17090,7 +17095,9 @@ def call(name, *arguments):
 def connect(family, protocol, address, flags=None):
     with socket.socket(family, socket.SOCK_STREAM, protocol) as s:
         s.settimeout(5)
-        return s.connect(address) if flags is None else s.sendto(b"x", flags, address) if flags else s.sendmsg([b"x"], [], 0x20000000, address)
+        if flags is None:
+            return s.connect(address)
+        return s.sendto(b"x", flags, address) if flags else s.sendmsg([b"x"], [], 0x20000000, address)
 
 def listen(address):
     with socket.socket(socket.AF_INET6) as s:
@@ -17108,7 +17115,8 @@ for path in (f"{state}/jobs/{job}/job.json", log, given["secret"], given["token"
     attempt(f"read {path} by way of /proc", lambda: open(f"/proc/self/root{path}", "rb").read(1))
     attempt(f"link {path}", lambda: os.link(path, "hard"))
     attempt(f"move {path}", lambda: os.rename(path, "moved"))
-for path in (state, f"{state}/jobs", agent, os.path.join(os.environ["HOME"], ".."), tempfile.gettempdir() + "/../..", given["home"]):
+up = os.path.join(os.environ["HOME"], "..")
+for path in (state, f"{state}/jobs", agent, up, tempfile.gettempdir() + "/../..", given["home"]):
     attempt(f"list {path}", lambda: os.listdir(path))
     attempt(f"write in {path}", lambda: open(path + "/planted", "w"))
     attempt(f"make a folder in {path}", lambda: os.mkdir(path + "/planted"))
@@ -17120,18 +17128,21 @@ attempt("write in /tmp", lambda: open("/tmp/planted", "w"))
 attempt("change the kernel", lambda: open("/proc/sys/kernel/core_pattern", "r+"))
 attempt("make a device", lambda: os.mknod("device", 0o600 | 0o20000, os.makedev(1, 3)))
 attempt("mount", lambda: call("mount", b"none", os.getcwd().encode(), b"tmpfs", 0, None))
-attempt("enter namespaces", lambda: (call("unshare", 0x10000000 | 0x20000), call("mount", b"/", os.getcwd().encode(), None, 4096, None)))
+bind = (b"/", os.getcwd().encode(), None, 4096, None)
+attempt("enter namespaces", lambda: (call("unshare", 0x10000000 | 0x20000), call("mount", *bind)))
 for pid in outside:
     attempt(f"signal {pid}", lambda: os.kill(pid, 0))
     attempt(f"signal {pid} by its descriptor", lambda: signal.pidfd_send_signal(os.pidfd_open(pid), 0))
     attempt(f"limit {pid}", lambda: call("prlimit", pid, 7, b"\xff" * 16, None))
     attempt(f"trace {pid}", lambda: call("ptrace", 16, pid, None, None))
-    attempt(f"read the memory of {pid}", lambda: call("process_vm_readv", pid, None, 0, None, 0, 0) or open(f"/proc/{pid}/mem", "rb"))
+    memory = f"/proc/{pid}/mem"
+    attempt(f"read the memory of {pid}", lambda: call("process_vm_readv", pid, None, 0, None, 0, 0) or open(memory, "rb"))
     attempt(f"take a file of {pid}", lambda: call("syscall", 438, os.pidfd_open(pid), 0, 0))
     for name in ("environ", "fd/0", "root/etc", "cwd/agent"):
         path = f"/proc/{pid}/{name}"
         attempt(path, lambda: os.listdir(path) if "/" in name[2:] else open(path, "rb").read())
-for name, address in (("127.0.0.1", (socket.AF_INET, ("127.0.0.1", port))), ("mapped", (socket.AF_INET6, ("::ffff:127.0.0.1", port)))):
+addresses = {"127.0.0.1": (socket.AF_INET, ("127.0.0.1", port)), "mapped": (socket.AF_INET6, ("::ffff:127.0.0.1", port))}
+for name, address in addresses.items():
     for protocol in (0, 262):
         attempt(f"connect to {name} over {protocol}", lambda: connect(address[0], protocol, address[1]))
     for flags in (0x20000000, 0):
@@ -17142,7 +17153,8 @@ attempt("io_uring", lambda: call("syscall", 425, 1, b"\0" * 120))
 attempt("keys", lambda: call("syscall", given["keyctl"], 0, -4, 0))
 attempt("an abstract socket", lambda: connect(socket.AF_UNIX, 0, "\0" + given["abstract"]))
 attempt("a socket with a path", lambda: connect(socket.AF_UNIX, 0, given["socket"]))
-attempt("a datagram to a path", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", given["socket"]))
+datagrams = (socket.AF_UNIX, socket.SOCK_DGRAM)
+attempt("a datagram to a path", lambda: socket.socketpair(*datagrams)[0].sendto(b"x", given["socket"]))
 attempt("raise a limit", lambda: call("prlimit", 0, 1, b"\xff" * 16, None))
 attacks, got = got, {}
 
@@ -17156,9 +17168,10 @@ def own_child():
     with subprocess.Popen(["sleep", "300"]) as child:
         child.kill()
 
-for path in ("file", os.environ["HOME"] + "/file", os.environ["TMPDIR"] + "/file", os.environ["CARGO_HOME"] + "/file", "/dev/null"):
+for path in ("file", *(os.environ[name] + "/file" for name in ("HOME", "TMPDIR", "CARGO_HOME")), "/dev/null"):
     attempt(f"write {path}", lambda: open(path, "w").write("x"), True)
-for path in ("/etc/passwd", "/proc/self/status", "/proc/meminfo", "/dev/urandom", given["readable"] + "/file", "/etc/resolv.conf"):
+readable = given["readable"] + "/file"
+for path in ("/etc/passwd", "/proc/self/status", "/proc/meminfo", "/dev/urandom", readable, "/etc/resolv.conf"):
     attempt(f"read {path}", lambda: open(path, "rb").read(1), True)
 attempt("list /usr", lambda: os.listdir("/usr"), True)
 attempt("move between folders", lambda: os.rename(os.environ["TMPDIR"] + "/file", os.environ["HOME"] + "/other"), True)
@@ -17234,7 +17247,7 @@ class TestSandboxedBuilds:
 
     @needs_sandbox
     def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub_path: str) -> None:
-        """A file of more than the limit ends the tool; no core is dumped; root's processes are not counted, those of other users are."""
+        """Too large a file ends the tool; no core is dumped; the processes of other users than root are counted."""
         monkeypatch.setenv("PATH", stub_path)
         box = SANDBOX._replace(
             readable=confbuild.readable_paths({"PATH": stub_path}, "/nonexistent"), file_bytes=1 << 20, processes=1000
@@ -17294,7 +17307,7 @@ class TestSandboxedBuilds:
     def test_require_isolation(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Without the protections nothing is started, and the refusal names each; without the option, everybody is told."""
+        """Without the protections nothing is started, and the error names each; without the option, a note does."""
         monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(), "no Landlock", "no seccomp"))
         (tmp_path / "demo").mkdir()
         for command in (["serve", "--state", str(tmp_path / "state")], ["build", str(tmp_path / "demo")]):
@@ -17364,7 +17377,7 @@ class TestSandboxedBuilds:
             assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
 
     def test_no_isolation(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """For builds that need more than a sandbox lets them: they do what the server's user may, and everybody is told."""
+        """A build may then do whatever the server's user may, and the server says so to everybody."""
         s = server("--no-isolation")
         job = s.submit(project(f"echo written > {tmp_path}/outside\n{QUICK}"))
         assert s.events(job)[-1] == OK_EVENT and (tmp_path / "outside").read_text() == "written\n"
@@ -17389,7 +17402,8 @@ class TestSandboxedBuilds:
         assert s.process is not None and s.process.stderr is not None
         assert (
             s.process.stderr.readline()
-            == f"confbuild: simulated VMs: builds are not confidential, and run as this user; {confbuild.protection_text(KEPT)}\n"
+            == "confbuild: simulated VMs: builds are not confidential, and run as this user; "
+            f"{confbuild.protection_text(KEPT)}\n"
         )
 
 
@@ -17456,7 +17470,7 @@ def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception,
 
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
-        """A VM waits; one that dies is replaced; a build takes it, another one follows; what waits attests; nothing is left in the end."""
+        """A spare attests; if it dies it is replaced; if a build takes it, the next one boots; nothing is left at the end."""
         s = server("--warm", "1")
         assert s.process is not None
         [first] = wait_for(lambda: confbuild.descendants(s.process.pid) if s.process else None)
@@ -17495,7 +17509,7 @@ class TestSpares:
         wait_for(lambda: counted(s) == 0)
 
     def test_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A VM that a build takes while it is asked is no answer: the next one is asked. One that stays, and fails, is."""
+        """If a build takes the VM that was asked, the next one is asked. If a VM stays and fails, that is the answer."""
         host, asked = stand_in_host(tmp_path), []
 
         def ask(vm: Any, nonce: str) -> bytes:
@@ -19103,7 +19117,7 @@ def test_a_real_python(tmp_path: Path) -> None:
 # region 32. QEMU
 # ==============================================================================
 
-# A QEMU in Python: it boots by running what a test gives it, with the agent's streams and the monitor that the argument vector names.
+# A QEMU in Python: it "boots" by running code of the test, with the agent's streams and the monitor of the argv.
 QEMU_STAND_IN = '''#!%s -IS
 import json, os, select, signal, socket, sys
 def say(text):
@@ -19118,7 +19132,8 @@ def monitor():
         for line in stream:
             name = json.loads(line)["execute"]
             stream.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESUME"}\\r\\n')
-            stream.write(json.dumps({"return": USERNET if name == "human-monitor-command" else {}}).encode() + b"\\r\\n")
+            answer = {"return": USERNET if name == "human-monitor-command" else {}}
+            stream.write(json.dumps(answer).encode() + b"\\r\\n")
             if name != "qmp_capabilities":
                 return name
 def wait(*heeded):
@@ -19135,7 +19150,10 @@ listener.bind(path)
 listener.listen()
 %s
 '''
-BOOTED = 'config = os.read(0, 4096); open(os.path.join(os.path.dirname(sys.argv[0]), "told"), "wb").write(config)\nagent("8080\\n")\n'
+BOOTED = (
+    'config = os.read(0, 4096); open(os.path.join(os.path.dirname(sys.argv[0]), "told"), "wb").write(config)\n'
+    'agent("8080\\n")\n'
+)
 SNP_CPUID = (0x80000021, 0x1F | 1 << 4, 51)  # the last leaf, EAX and EBX of 0x8000001F
 
 
@@ -19418,10 +19436,13 @@ def raising(error: Exception) -> Callable[..., Any]:
 class TestMonitor:
     GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}\r\n'
     OK = b'{"return": {}}\r\n'
-    EVENT = b'{"timestamp": {"seconds": 1764000000, "microseconds": 5}, "event": "NIC_RX_FILTER_CHANGED", "data": {"name": "x"}}\r\n'
+    EVENT = (
+        b'{"timestamp": {"seconds": 1764000000, "microseconds": 5}, '
+        b'"event": "NIC_RX_FILTER_CHANGED", "data": {"name": "x"}}\r\n'
+    )
 
     def ask(self, folder: Path, *blocks: bytes, timeout_s: float = 20) -> tuple[Any, list[Any]]:
-        """What ask_monitor returns from a monitor that sends the blocks, a command before each but the first; and the commands."""
+        """Return what ask_monitor returns if the monitor sends blocks, one for each command; and the commands."""
         asked: list[Any] = []
 
         def serve() -> None:
@@ -19557,7 +19578,7 @@ class TestQemuVm:
         )
 
     def test_life(self, tmp_path: Path, vm: Callable[..., confbuild.QemuVm]) -> None:
-        """Configured at its standard input, ready with the port that the monitor tells, and powered off when the input ends."""
+        """It is configured by standard input, ready on the port of the monitor, and powers off when the input ends."""
         said = "qemu-system-x86_64: warning: TCG doesn't support requested feature: x\nreboot: Power down\n"
         one = vm(BOOTED + f'wait("stdin"); say({said!r})', kept=True)
         assert stat.S_IMODE(os.stat(one.workspace).st_mode) == 0o700
@@ -19606,7 +19627,7 @@ class TestQemuVm:
     def test_will_not_power_off(
         self, vm: Callable[..., confbuild.QemuVm], monkeypatch: pytest.MonkeyPatch, heeded: str
     ) -> None:
-        """A guest that ignores the end of its input is ended by the monitor, and one whose monitor does nothing is killed."""
+        """A guest that ignores the end of its input is ended by the monitor; if that does nothing, it is killed."""
         monkeypatch.setattr(confbuild, "POWER_OFF_S", 0.05)
         asked: list[str] = []
         ask = confbuild.ask_monitor
@@ -19810,7 +19831,8 @@ class TestQemuVm:
         vm("signal.pause()")
         code = (
             "import sys; sys.path.insert(0, sys.argv[1])\nimport confbuild, signal\n"
-            "vm = confbuild.QemuVm(confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.Image('', '', '', '', '', '', '', [], {}), firmware=False), {})\n"
+            "image = confbuild.Image('', '', '', '', '', '', '', [], {})\n"
+            "vm = confbuild.QemuVm(confbuild.Guest(confbuild.QEMU_PLATFORM, image, firmware=False), {})\n"
             "print(vm.spawn(), vm.workspace, flush=True)\nsignal.pause()\n"
         )
         server = subprocess.Popen(
@@ -19833,7 +19855,7 @@ class TestQemuVm:
 
 
 def measured(record: bytes, reset_eip: int, signature: int) -> str:
-    """The launch digest over what QEMU had measured, as tools/fakesnp.c recorded it, and the VMSA of each vCPU, which KVM adds."""
+    """Return the launch digest of what tools/fakesnp.c recorded, and of each vCPU's VMSA, which KVM adds."""
     digest, at, items = bytes(48), 0, []
     while at < len(record):
         size = int.from_bytes(record[at + 1 : at + 5], "little")
@@ -19927,8 +19949,11 @@ class TestRealQemu:
 
     @staticmethod
     def with_cbitpos(run: Callable[[int], tuple[int, str]]) -> tuple[int, str]:
-        """What run returns with the position of the C-bit that QEMU takes for this machine's: EBX[5:0] of CPUID leaf 0x8000001F, and where the processor
-        has no such leaf, as Intel's, any value, of each processor perhaps another one. Only QEMU knows, and says so. [QEMU target/i386/sev.c]"""
+        """Call run with the position of the C-bit that QEMU takes for this machine's, and return its result.
+
+        That is EBX[5:0] of CPUID leaf 0x8000001F; a processor without that leaf, as Intel's, answers with any value,
+        each core perhaps with another one. Only QEMU knows, and says so. [QEMU target/i386/sev.c]
+        """
         position = 51  # AMD's, and a wrong one wherever SEV is not
         for _ in range(8):
             status, output = run(position)
@@ -19950,7 +19975,8 @@ class TestRealQemu:
                 if host == position
                 else (
                     1,
-                    f"qemu: sev_common_kvm_init: cbitpos check failed, host '{host}' requested '{position}'\nqemu: failed to initialize kvm",
+                    f"qemu: sev_common_kvm_init: cbitpos check failed, host '{host}' requested '{position}'\n"
+                    "qemu: failed to initialize kvm",
                 )
             )
 
@@ -19972,7 +19998,7 @@ class TestRealQemu:
     )
     @pytest.mark.parametrize(("vcpus", "vcpu_type"), [(1, "EPYC-v4"), (2, "EPYC-Genoa")])
     def test_what_snp_would_measure(self, tmp_path: Path, vcpus: int, vcpu_type: str) -> None:
-        """QEMU's own launch sequence for the production argument vector, against an imitation of KVM's SNP ioctls: its pages give our digest."""
+        """QEMU launches the production argv against an imitation of KVM's SNP ioctls: its pages give our digest."""
         subprocess.run(
             ["cc", "-shared", "-fPIC", "-o", tmp_path / "fakesnp.so", SHARED / "tools/fakesnp.c", "-ldl"],
             check=True,
@@ -23964,7 +23990,7 @@ class TestLayout:
     SERVICE = SOURCE[: SOURCE.index("# ---- End of the service.")]
 
     def test_service_half(self, tmp_path: Path, stub_path: str) -> None:
-        """Everything above the second cut is a program, with a few lines of glue: it builds, serves, watches and verifies."""
+        """Everything above the second cut, with a few lines of glue, builds, serves, watches and verifies."""
         glue = """
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
