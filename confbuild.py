@@ -3886,7 +3886,7 @@ def reexec_without_ast() -> None:
 # ==============================================================================
 # Unpacks ZIP files and tarballs, which are hostile, and packs sources.  An archive that two readers would understand
 # differently is refused, so that the bytes that were looked at are the bytes that are built.  TreeWriter also unpacks
-# the packages of an image.  Memory does not depend on the archive.  [POSIX.1-2017 pax], tar(5), [APPNOTE.TXT]; no
+# Debian packages for Part V.  Memory does not depend on the archive.  [POSIX.1-2017 pax], tar(5), [APPNOTE.TXT]; no
 # threads.
 
 MAX_RATIO = 200  # unpacked to packed size above 64 MiB; source code packs about 5:1, zeros 1000:1
