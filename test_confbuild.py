@@ -24014,7 +24014,7 @@ if __name__ == "__main__":
         job = client.submit(BuildRequest(nonce, source_name="demo.tar.gz"), archive)
         print(json.dumps(list(client.events(job))))
         client.download(job, state + "/bundle")
-        now = datetime.now(timezone.utc)
+        now = datetime.now().astimezone()
         print(verify_bundle(read_bundle(state + "/bundle"), expected._replace(nonce=nonce), now).verdict)
         jobs.stop(0)
         server.stop()
