@@ -158,14 +158,11 @@ from datetime import UTC, datetime
 from typing import (
     IO,
     TYPE_CHECKING,
-    Annotated,
     Any,
     NamedTuple,
     NoReturn,
     Protocol,
     TypeVar,
-    get_args,
-    get_type_hints,
 )
 
 # Parts III to VI. Modules that only some commands use are imported at their first use.
@@ -1504,6 +1501,19 @@ def vek_chip_id(vek: Certificate) -> bytes:
 
 REPORT_SIZE = 1184
 SIGNED_SIZE = 0x2A0  # the signature covers the bytes before it; those after it, from 0x330 on, mean nothing
+# The fields of Report, in the notation of the struct module; "x" is a reserved byte.
+# fmt: off
+_REPORT_LAYOUT = struct.Struct(
+    "<IIQ 16s16s"        # 0x000 version to policy, family_id, image_id
+    "II 8s QI 4x"        # 0x030 vmpl, signature_algo, current_tcb, platform_info, flags
+    "64s48s32s"          # 0x050 report_data, measurement, host_data
+    "48s48s 32s32s 8s"   # 0x0E0 two key digests, two report ids, reported_tcb
+    "BBB 21x 64s"        # 0x188 CPUID, chip_id
+    "8s 3sx 3sx 8s"      # 0x1E0 committed_tcb, two versions, launch_tcb
+    "QQ 152x"            # 0x1F8 two mitigation vectors
+    "72s72s 368x"        # 0x2A0 r, s
+)
+# fmt: on
 POLICY_DEBUG, POLICY_MIGRATE_MA = 1 << 19, 1 << 18  # bits of the guest policy [SNP-ABI 4.3]
 ECDSA_P384_SHA384 = 1  # a signature_algo [SNP-ABI 10, "Signature algorithms"]
 SIGNING_KEYS = {0: "VCEK", 1: "VLEK"}  # bits 4:2 of the flags; 7 = none
@@ -1528,44 +1538,44 @@ class ReportError(Malformed):
 
 
 class Report(NamedTuple):
-    """The fields of an ATTESTATION_REPORT, each with its offset and size in bytes.  [SNP-ABI 7.3]
+    """The fields of an ATTESTATION_REPORT. A comment gives the offset of each.  [SNP-ABI 7.3]
 
-    Nothing authenticates them yet. Bytes between the fields are reserved.
+    Nothing authenticates them yet.
     r, s: of the signature, with all 72 bytes each, so that the 24 unused bytes cannot hide a change.
     data: the whole report.
     """
 
-    version: Annotated[int, 0x000, 4]
-    guest_svn: Annotated[int, 0x004, 4]
-    policy: Annotated[int, 0x008, 8]
-    family_id: Annotated[bytes, 0x010, 16]
-    image_id: Annotated[bytes, 0x020, 16]
-    vmpl: Annotated[int, 0x030, 4]
-    signature_algo: Annotated[int, 0x034, 4]
-    current_tcb: Annotated[bytes, 0x038, 8]
-    platform_info: Annotated[int, 0x040, 8]
-    flags: Annotated[int, 0x048, 4]
-    report_data: Annotated[bytes, 0x050, 64]
-    measurement: Annotated[bytes, 0x090, 48]
-    host_data: Annotated[bytes, 0x0C0, 32]
-    id_key_digest: Annotated[bytes, 0x0E0, 48]
-    author_key_digest: Annotated[bytes, 0x110, 48]
-    report_id: Annotated[bytes, 0x140, 32]
-    report_id_ma: Annotated[bytes, 0x160, 32]
-    reported_tcb: Annotated[bytes, 0x180, 8]
-    cpuid_fam_id: Annotated[int, 0x188, 1]
-    cpuid_mod_id: Annotated[int, 0x189, 1]
-    cpuid_step: Annotated[int, 0x18A, 1]
-    chip_id: Annotated[bytes, 0x1A0, 64]
-    committed_tcb: Annotated[bytes, 0x1E0, 8]
-    current_version: Annotated[bytes, 0x1E8, 3]
-    committed_version: Annotated[bytes, 0x1EC, 3]
-    launch_tcb: Annotated[bytes, 0x1F0, 8]
-    launch_mit_vector: Annotated[int, 0x1F8, 8]
-    current_mit_vector: Annotated[int, 0x200, 8]
-    r: Annotated[int, 0x2A0, 72]
-    s: Annotated[int, 0x2E8, 72]
-    data: Annotated[bytes, 0x000, 1184]
+    version: int  # 0x000
+    guest_svn: int  # 0x004
+    policy: int  # 0x008
+    family_id: bytes  # 0x010
+    image_id: bytes  # 0x020
+    vmpl: int  # 0x030
+    signature_algo: int  # 0x034
+    current_tcb: bytes  # 0x038
+    platform_info: int  # 0x040
+    flags: int  # 0x048
+    report_data: bytes  # 0x050
+    measurement: bytes  # 0x090
+    host_data: bytes  # 0x0C0
+    id_key_digest: bytes  # 0x0E0
+    author_key_digest: bytes  # 0x110
+    report_id: bytes  # 0x140
+    report_id_ma: bytes  # 0x160
+    reported_tcb: bytes  # 0x180
+    cpuid_fam_id: int  # 0x188
+    cpuid_mod_id: int  # 0x189
+    cpuid_step: int  # 0x18A
+    chip_id: bytes  # 0x1A0
+    committed_tcb: bytes  # 0x1E0
+    current_version: bytes  # 0x1E8
+    committed_version: bytes  # 0x1EC
+    launch_tcb: bytes  # 0x1F0
+    launch_mit_vector: int  # 0x1F8
+    current_mit_vector: int  # 0x200
+    r: int  # 0x2A0
+    s: int  # 0x2E8
+    data: bytes
 
     @property
     def signing_key(self) -> str:
@@ -1583,10 +1593,6 @@ class Report(NamedTuple):
         return ""
 
 
-# name -> (kind, offset, size), in the order of Report.
-REPORT_FIELDS = {name: get_args(field) for name, field in get_type_hints(Report, include_extras=True).items()}
-
-
 def parse_report(data: bytes) -> Report:
     """Parse a report of REPORT_SIZE bytes.  [SNP-ABI 7.3]
 
@@ -1594,8 +1600,8 @@ def parse_report(data: bytes) -> Report:
     """
     if len(data) != REPORT_SIZE:
         raise ReportError("attestation_report", f"{len(data)} bytes, expected {REPORT_SIZE}")
-    octets = ((kind, data[offset : offset + size]) for kind, offset, size in REPORT_FIELDS.values())
-    return Report._make(value if kind is bytes else int.from_bytes(value, "little") for kind, value in octets)
+    *fields, r, s = _REPORT_LAYOUT.unpack(data)
+    return Report._make([*fields, int.from_bytes(r, "little"), int.from_bytes(s, "little"), data])
 
 
 def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
