@@ -405,9 +405,6 @@ def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 
     Raises Malformed.
     """
 
-    def constant(text: str) -> NoReturn:
-        raise Malformed(name, f"{text} is not JSON")
-
     def integer(text: str) -> int:
         # The length comes first: int() refuses more than 4300 digits with an error of its own.
         if len(text) > 21 or abs(int(text)) > max_integer:
@@ -415,8 +412,9 @@ def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 
         return int(text)
 
     def fraction(text: str) -> float:
-        if len(text) > 32 or abs(float(text)) == float("inf"):
-            raise Malformed(name, "a number with too many digits or too large")
+        # NaN is not less than anything. json also calls this for NaN and Infinity, which are not JSON.
+        if len(text) > 32 or not abs(float(text)) < float("inf"):
+            raise Malformed(name, f"{text[:40]}, expected a finite number of at most 32 characters")
         return float(text)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -442,7 +440,7 @@ def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 
             raise Malformed(name, f"nested deeper than {max_depth}")
     try:
         value = json.loads(
-            text, object_pairs_hook=unique, parse_constant=constant, parse_int=integer, parse_float=fraction
+            text, object_pairs_hook=unique, parse_constant=fraction, parse_int=integer, parse_float=fraction
         )
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -869,12 +867,6 @@ class Der:
             inside = elements.enter(tag)
             yield inside
             inside.end()
-
-    def boolean(self) -> bool:
-        """Return a BOOLEAN.  [X690 11.1]"""
-        octets = self.contents(BOOLEAN)
-        self.require(octets in (b"\x00", b"\xff"), "a BOOLEAN that is neither 00 nor FF")
-        return octets == b"\xff"
 
     def integer(self) -> int:
         """Return an INTEGER, which is in two's complement.  [X690 8.3]"""
@@ -1313,8 +1305,8 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
     for extension in der.each():
         oid = extension.oid()
         critical = extension.peek() == BOOLEAN
-        if critical:  # the default, FALSE, must not be encoded [X690 11.5]
-            extension.require(extension.boolean(), f"extension {oid} spells out the default of critical")
+        if critical:  # TRUE is FF, and FALSE, the default, must not be encoded [X690 11.1, 11.5]
+            extension.require(extension.contents(BOOLEAN) == b"\xff", f"extension {oid}: critical is not TRUE")
         extension.require(oid not in found, f"extension {oid} occurs twice")
         known = oid in (_BASIC_CONSTRAINTS, _KEY_USAGE)
         extension.require(known or not critical, f"extension {oid} is critical but unknown")

@@ -999,15 +999,15 @@ class TestJson:
             (b'{"a":1,"\\u0061":2}', "the name 'a' occurs twice"),
             (b'[{"x":{"b":0,"b":0}}]', "the name 'b' occurs twice"),
             (b'{"\\ud800":1,"\\ud800":2}', r"the name '\ud800' occurs twice"),
-            (b"NaN", "NaN is not JSON"),
-            (b"[Infinity]", "Infinity is not JSON"),
-            (b"[-Infinity]", "-Infinity is not JSON"),
+            (b"NaN", "NaN, expected a finite number"),
+            (b"[Infinity]", "Infinity, expected a finite number"),
+            (b"[-Infinity]", "-Infinity, expected a finite number"),
             (b"100000000000000000000", f"an integer beyond {10**20 - 1}"),
             (b"-100000000000000000000", "an integer beyond"),
             (b"[" + b"9" * 10_000 + b"]", "an integer beyond"),
-            (b"1e999", "too many digits or too large"),
-            (b"-1e999", "too many digits or too large"),
-            (b"0." + b"1" * 31, "too many digits or too large"),
+            (b"1e999", ", expected a finite number of at most 32 characters"),
+            (b"-1e999", ", expected a finite number of at most 32 characters"),
+            (b"0." + b"1" * 31, ", expected a finite number of at most 32 characters"),
             (b"[" * 128 + b"]" * 128, "nested deeper than 127"),
             (b'{"a":' * 128 + b"1" + b"}" * 128, "nested deeper than 127"),
             (b"{} x", "not JSON: Extra data"),
@@ -1502,8 +1502,6 @@ class TestRecords:
 
 # method, encoding, value, source; what the tests' own writer makes of the value is the same encoding.
 DER_GOOD: list[tuple[str, str, Any]] = [
-    ("boolean", "0101ff", True),
-    ("boolean", "010100", False),  # X.690 8.2, 11.1
     *[
         ("integer", encoding, value)
         for encoding, value in (  # X.690 8.3
@@ -1591,10 +1589,6 @@ DER_BAD: list[tuple[str, str, str]] = [
         )
     ],
     *[
-        ("boolean", encoding, "a BOOLEAN that is neither 00 nor FF")
-        for encoding in ("0100", "010101", "0101fe", "0102ffff", "01020000")
-    ],
-    *[
         ("oid", encoding, "an OBJECT IDENTIFIER that is empty, unfinished or too long")
         for encoding in ("0600", "060180", "06025581", "0641" + "ff" * 64 + "7f", "06822710" + "01" * 10000)
     ],
@@ -1637,7 +1631,7 @@ DER_BAD: list[tuple[str, str, str]] = [
     ("time", "0400", "tag 0x18 is missing"),
     ("time", "", "tag 0x18 is missing"),
 ]
-DER_METHODS = ("boolean", "integer", "oid", "bit_string", "text", "time")
+DER_METHODS = ("integer", "oid", "bit_string", "text", "time")
 DER_LIKE = (
     st.binary(max_size=24)
     | st.builds(
@@ -1657,7 +1651,6 @@ def der_write(method: str, tag: int, value: Any) -> bytes:
         digits = re.sub(r"[-:T]", "", value).encode()
         return tlv(tag, digits[2:] if tag == 0x17 else digits)
     return {
-        "boolean": lambda: tlv(1, b"\xff" if value else b"\0"),
         "integer": lambda: tlv(
             2, value.to_bytes((value if value >= 0 else ~value).bit_length() // 8 + 1, "big", signed=True)
         ),
@@ -2546,12 +2539,19 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
     ),
     (
         {"extensions": extensions_of(seq(oid("2.5.29.15"), tlv(1, b"\0"), tlv(4)))},
-        "extension 2.5.29.15 spells out the default of critical",
+        "extension 2.5.29.15: critical is not TRUE",
     ),
     (
         {"extensions": extensions_of(seq(oid("2.5.29.15"), tlv(1, b"\1"), tlv(4)))},
-        "a BOOLEAN that is neither 00 nor FF",
+        "extension 2.5.29.15: critical is not TRUE",
     ),
+    *[
+        (
+            {"extensions": extensions_of(seq(oid("2.5.29.15"), tlv(1, octets), tlv(4)))},
+            "extension 2.5.29.15: critical is not TRUE",
+        )
+        for octets in (b"", b"\xfe", b"\xff\xff", b"\0\0")  # X.690 8.2, 11.1
+    ],
     ({"extensions": extensions_of(seq(oid("1.2.3"), tlv(4), b"\5\0"))}, LEFT),
     ({"extensions": extensions_of(seq(oid("1.2.3")))}, "tag 0x04 is missing"),
     *[
