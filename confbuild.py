@@ -3992,15 +3992,12 @@ class TreeWriter:
         parts = [part for part in name.rstrip("/").split("/") if part != "."]
         if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or "" in parts and name.strip("./"):
             raise source_error(f"{shown} is not a plain relative path")
-        if re.search(r"[\x00-\x1f\x7f]", name) or self._is_source and "\\" in name:
-            raise source_error(f"{shown} has a control character or a backslash")
+        if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name) or self._is_source and "\\" in name:
+            raise source_error(f"{shown} has a control character or a backslash, or is not UTF-8")
         if len(parts) > MAX_DEPTH:
             raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
-        try:
-            if len(name.encode("utf-8")) > 2048 or any(len(part.encode("utf-8")) > 255 for part in parts):
-                raise limit_error(f"{shown} is longer than 2048 bytes, or has a component of more than 255 bytes")
-        except UnicodeEncodeError:
-            raise source_error(f"{shown} is not UTF-8") from None
+        if len(name.encode("utf-8")) > 2048 or any(len(part.encode("utf-8")) > 255 for part in parts):
+            raise limit_error(f"{shown} is longer than 2048 bytes, or has a component of more than 255 bytes")
         return [part for part in parts if part]
 
     def _claim(self, name: str, kind: str) -> None:
@@ -4137,9 +4134,7 @@ def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
                 raise limit_error(f"the archive unpacks to more than {limit} bytes")
             yield _read_tar_member(header, size, mode, extended, contents)
             extended = {}
-        for rest in (contents, _take(stream, -size % 512)):
-            for _ in rest:  # skip what nobody has read
-                pass
+        deque(itertools.chain(contents, _take(stream, -size % 512)), 0)  # skip what nobody has read
     if not header or extended:
         raise source_error("the archive ends within a member" if extended else "the archive is empty")
     after = 0

@@ -8653,7 +8653,7 @@ class TestArchives:
             (
                 gzip.compress(tar_bytes(*files("a\udcff"), form=tarfile.GNU_FORMAT)),
                 "SourceError",
-                "'a\\udcff' is not UTF-8",
+                "'a\\udcff' has a control character or a backslash, or is not UTF-8",
             ),
         ],
     )
@@ -12527,8 +12527,10 @@ class TestMakeStatement:
         assert kind == "ProvenanceError" and fragment in message
 
     def test_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(time, "time_ns", lambda: 1_795_465_282_000_001_999)
-        assert confbuild.utc_now() == time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(1_795_465_282)) + ".000001+00:00"
+        for microseconds in (0, 1, 999_999):
+            now = datetime.datetime(2026, 11, 23, 1, 2, 3, microseconds, datetime.timezone.utc)
+            monkeypatch.setattr(confbuild, "datetime", types.SimpleNamespace(now=now.astimezone))
+            assert confbuild.utc_now() == f"2026-11-23T01:02:03.{microseconds:06d}+00:00"
 
 
 INTO_RELEASE = "mkdir -p target/release; cd target/release; "
