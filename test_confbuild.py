@@ -7201,7 +7201,8 @@ confbuild.guard_process()
 confbuild.PIPE_GRACE_S = 0.2
 lines = []
 status, kept = confbuild.run_tool(["sh", "-c", sys.argv[2]], "/", dict(os.environ), lines.extend, sys.argv[3] == "keep")
-answer([status, kept.decode(), lines[:9] + lines[-1:] if len(lines) > 9 else lines, len(confbuild.descendants(os.getpid()))])
+left = len(confbuild.descendants(os.getpid()))
+answer([status, kept.decode(), lines[:9] + lines[-1:] if len(lines) > 9 else lines, left])
 """
 HELD = "confbuild: killed processes that sh left behind: they held its output open for 0 s after its end"
 
@@ -7323,7 +7324,7 @@ FORBIDDEN: Mapping[str, Mapping[str, int]] = {
 
 
 class FakeLibc:
-    """A kernel with Landlock of this ABI, which notes what it is asked; abi of less than 0: the error of who asks for it."""
+    """A kernel with Landlock that records its calls. abi: of Landlock, or if negative the error of asking for it."""
 
     def __init__(self, abi: int) -> None:
         self.abi, self.asked = abi, list[tuple[Any, ...]]()
@@ -7356,7 +7357,7 @@ class FakeLibc:
 
 
 def run_filter(program: bytes, arch: int, number: int, *arguments: int) -> int:
-    """What seccomp's program (of the kinds of instructions that it may have) answers to a system call: an errno, 0 = it is let through."""
+    """Run a program of seccomp for one system call, and return the error number, or 0 if the call is allowed."""
     rows = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     data = struct.pack("=IIQ6Q", number, arch, 0, *arguments, *[0] * (6 - len(arguments)))
     at = loaded = 0
@@ -7544,7 +7545,7 @@ class TestSandbox:
         ],
     )
     def test_rules(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, abi: int, handled: int, scoped: int) -> None:
-        """What the kernel is asked, by one thread, before it starts the first program; a second one is started in the same sandbox."""
+        """One thread makes all calls before it starts the first program; a second program needs no further calls."""
         libc = FakeLibc(abi)
         monkeypatch.setattr(confbuild, "_libc", lambda: libc)
         monkeypatch.setattr(confbuild, "_private", lambda _: iter(()))
@@ -7583,7 +7584,7 @@ class TestSandbox:
         ]
 
     def test_nix(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """nix writes in its store, and needs terminals; with a daemon, Unix sockets instead; what cannot be made is nix's to tell."""
+        """nix writes in its store and needs terminals, or Unix sockets if it has a daemon."""
         for daemon in (False, True):
             confined = confbuild.Confinement(confbuild.Sandbox(), "/w", ("tmp",))
             confined.share([])
@@ -7705,7 +7706,7 @@ class TestSandbox:
         }
 
     def test_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The number of processes is beyond those that the user has, as many threads as RLIMIT_NPROC counts; a lower limit stays."""
+        """The limit of processes is added to the user's present number of threads; a lower limit stays."""
         limits = {
             resource.RLIMIT_CORE: resource.RLIM_INFINITY,
             resource.RLIMIT_FSIZE: resource.RLIM_INFINITY,
@@ -7730,7 +7731,8 @@ class TestSandbox:
                 sys.executable,
                 "-c",
                 (
-                    "import threading; e = threading.Event(); [threading.Thread(target=e.wait, daemon=True).start() for _ in range(200)];"
+                    "import threading; e = threading.Event();"
+                    "[threading.Thread(target=e.wait, daemon=True).start() for _ in range(200)];"
                     "print(1, flush=True); input()"
                 ),
             ],
@@ -7844,7 +7846,9 @@ except ValueError as e:
         assert (status, set(lines[:-1]), lines[-1], left, marked(mark)) == (0, {"flood"}, HELD, 0, [])
 
     def test_capture(self) -> None:
-        call = "confbuild.PIPE_GRACE_S = 0.2\nanswer([*map(str, confbuild.capture(['sh', '-c', sys.argv[2]], '/', dict(os.environ)))])"
+        call = """
+confbuild.PIPE_GRACE_S = 0.2
+answer([*map(str, confbuild.capture(["sh", "-c", sys.argv[2]], "/", dict(os.environ)))])"""
         assert drive(call, "echo out; echo err >&2; exit 4") == ["4", "b'out\\n'", "err"]
         assert drive(call, "head -c 9000 /dev/zero | tr '\\0' e >&2; echo last >&2") == [
             "0",
@@ -7862,7 +7866,8 @@ except ValueError as e:
                 drive(
                     """
 try:
-    status, output, _ = confbuild.capture(["sh", "-c", f"head -c {sys.argv[2]} /dev/zero"], "/", dict(os.environ), max_bytes=100)
+    command = ["sh", "-c", f"head -c {sys.argv[2]} /dev/zero"]
+    status, output, _ = confbuild.capture(command, "/", dict(os.environ), max_bytes=100)
     answer([status, len(output)])
 except confbuild.BuildFailed as e:
     answer([e.error_type, str(e)])""",
@@ -7872,7 +7877,7 @@ except confbuild.BuildFailed as e:
             )
 
     def test_capture_watches(self) -> None:
-        """What watch raises ends the program and what it has started; the errors that a program prints count as well, and only their end is held."""
+        """If watch raises, the program and its children are killed; stderr counts as well, but only its end is held."""
         mark = f"mark-{os.urandom(8).hex()}"
         for command, watch, expected in (
             ("sleep 300 | sleep 300", "lambda: 1 / 0", "ZeroDivisionError division by zero"),
@@ -7922,7 +7927,8 @@ os._exit(0)""",
     def test_descendants_without_a_first_thread(self) -> None:
         """A process whose first thread has ended is a zombie in /proc, and lives, with all that is below it."""
         code = (
-            "import ctypes, subprocess, threading, time; subprocess.Popen(['sleep', '300']); threading.Thread(target=lambda: time.sleep(300)).start(); "
+            "import ctypes, subprocess, threading, time; subprocess.Popen(['sleep', '300']); "
+            "threading.Thread(target=lambda: time.sleep(300)).start(); "
             "ctypes.CDLL(None).syscall(60, 0)"
         )
         with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as child:
@@ -8750,7 +8756,7 @@ class TestArchives:
     def test_damage_stays_inside(
         self, tmp_path_factory: pytest.TempPathFactory, form: str, position: int, flip: int, cut: bool
     ) -> None:
-        """A flipped byte (in a tar header with its checksum made right again) or a missing end: a tree inside, or BuildFailed."""
+        """A flipped byte, in a tar header with a valid checksum, or a missing end: a tree inside, or BuildFailed."""
         data = {"zip": zip_bytes(*GOOD_MEMBERS, method=0), "tar": pack("tar", *GOOD_MEMBERS)}.get(form) or tar_bytes(
             *GOOD_MEMBERS, ("h", "hard", "p/a")
         )[: 9 * 512]
@@ -9074,7 +9080,8 @@ class TestChecks:
             confbuild.check_url(url, ("https", "http"), False)
         assert (caught.value.status, caught.value.error_type) == (400, "ForbiddenUrl")
 
-    # Refused in every notation that a resolver, a tunnel or a translator takes for it. Alibaba, Azure, Oracle, link-local, loopback.
+    # Alibaba, Azure, Oracle, link-local, loopback: refused in every notation that a resolver, a tunnel or a translator
+    # understands.
     REFUSED = ("100.100.100.200", "168.63.129.16", "192.0.0.192", "169.254.169.254", "169.254.170.2", "127.0.0.1")
 
     @staticmethod
@@ -9323,7 +9330,9 @@ class Ipv6Server(http.server.ThreadingHTTPServer):
 
 @pytest.fixture(scope="session")
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A folder of repositories, what they hold, and where they are served: demo (branches main, side and tag; tags v1 and light), modules."""
+    """Repositories, their commits by name, and the URLs that serve them.
+
+    demo has the branches main, side and tag and the tags v1 and light; modules has a submodule."""
     root = tmp_path_factory.mktemp("origin")
     demo, facts = root / "demo", {"root": str(root)}
     demo.mkdir()
@@ -9515,7 +9524,8 @@ class TestFetch:
         env = confbuild.git_environment({"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, ())
         script(
             tmp_path / "limits",
-            f"exec {sys.executable} -c 'from resource import *; print(*map(getrlimit, (RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_CORE)))'\n",
+            f"exec {sys.executable} -c 'from resource import *; "
+            "print(*map(getrlimit, (RLIMIT_AS, RLIMIT_FSIZE, RLIMIT_CORE)))'\n",
         )
         found = confbuild._git(["-c", f"alias.x=!{tmp_path}/limits", "x"], str(tmp_path), env, 7 << 20)
         assert found.decode().partition(") ")[2] == f"{((7 << 20),) * 2} (0, 0)\n"
@@ -9649,8 +9659,10 @@ def hostile_config(clone: Path) -> None:
     (clone / "included").write_text('[remote "origin"]\nurl = https://included/\n')
     with open(clone / ".git/config", "a") as f:
         f.write(
-            f'[core]\nfsmonitor = "{touch}"\nhooksPath = hooks\nsshCommand = "{touch}"\npager = "{touch}"\nalternateRefsCommand = "{touch}"\n'
-            f'[alias]\ncat-file = "!{touch}"\nconfig = "!{touch}"\n[include]\npath = ../included\n[extensions]\npartialClone = origin\n'
+            f'[core]\nfsmonitor = "{touch}"\nhooksPath = hooks\nsshCommand = "{touch}"\npager = "{touch}"\n'
+            f'alternateRefsCommand = "{touch}"\n'
+            f'[alias]\ncat-file = "!{touch}"\nconfig = "!{touch}"\n[include]\npath = ../included\n'
+            "[extensions]\npartialClone = origin\n"
         )
     os.unlink(clone / "included")
 
@@ -9898,7 +9910,7 @@ class TestCheckout:
         assert (tmp_path / "ran").exists()
 
     def test_what_works(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Kinds of checkouts: a linked work tree, a shallow one, one without some blobs, a link to one, one of SHA-256, odd names and forms."""
+        """Kinds of checkouts: a linked work tree, a shallow or partial clone, a link to one, odd names and forms."""
         origin = write_files(
             tmp_path / "origin", {"a.txt": "a", "sub/b.txt": "b", ".gitignore": "ignored\n"}, commit=True
         )
@@ -10178,7 +10190,7 @@ class TestPackDirectory:
             assert not [name for name in tar.getnames() if "demo-build" in name]
 
     def test_nothing_of_this_machine(self, tmp_path: Path) -> None:
-        """A name of a folder here is nobody's business, nor are the credentials of a repository inside of the directory."""
+        """The archive contains neither the name of a local folder nor the credentials of an inner repository."""
         assert str(tmp_path).encode() not in self.pack(self.repository(tmp_path), tmp_path)[2]
 
     def test_inner_repository(self, tmp_path: Path) -> None:
@@ -12528,7 +12540,7 @@ class TestMakeStatement:
 
     def test_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for microseconds in (0, 1, 999_999):
-            now = datetime.datetime(2026, 11, 23, 1, 2, 3, microseconds, datetime.timezone.utc)
+            now = datetime.datetime(2026, 11, 23, 1, 2, 3, microseconds, datetime.UTC)
             monkeypatch.setattr(confbuild, "datetime", types.SimpleNamespace(now=now.astimezone))
             assert confbuild.utc_now() == f"2026-11-23T01:02:03.{microseconds:06d}+00:00"
 
