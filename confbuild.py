@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Build source code into an attested bundle, and verify such bundles, with the standard library alone.
 
 Example, from the shell and from Python:
@@ -11310,149 +11311,175 @@ def run_guest() -> None:
 # ==============================================================================
 # region 35. Rendering                                            [uses nothing]
 # ==============================================================================
-# Verdicts and events for people.  Whatever a build or a server says is stripped of what could steer a terminal.
+# Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
-# Thread "clock": started by a live Display, draws while nothing comes, ends with the build.
+# Thread "clock": started by a live Display; redraws while no event arrives; ends with the build.
 
 _CONTROL = re.compile(
-    r"[\ud800-\udfff]|\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.?|[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+    r"""
+    [\ud800-\udfff]                         # lone surrogates, which no encoding can print
+    | \x1b\[ [0-?]* [\ -/]* [@-~]           # CSI: colours, cursor movement
+    | \x1b\] [^\x07\x1b]* (?:\x07|\x1b\\)   # OSC: titles, links
+    | \x1b .?                               # every other escape sequence
+    | [\x00-\x08\x0a-\x1f\x7f-\x9f]         # control characters except tab
+    | [\u202a-\u202e\u2066-\u2069]          # bidirectional overrides
+    """,
+    re.VERBOSE,
 )
 TAIL = 40  # lines shown of a failed build
 
 
 def plain_text(text: str) -> str:
-    """text without ANSI sequences and control characters; tabs become blanks."""
+    """Return text without ANSI sequences and control characters; tabs become spaces."""
     return _CONTROL.sub("", text).expandtabs()
 
 
 def cut_to_cells(text: str, width: int) -> str:
-    """The beginning of text that fills at most width cells of a terminal."""
+    """Return the beginning of text that fills at most width cells of a terminal."""
     cells = itertools.accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
     return text[: sum(1 for filled in cells if filled <= width)]
 
 
-def render_verdict(verdict: Verdict, color: bool) -> str:
-    """What the evidence says, the checks, aligned, and one sentence that says what is proven and what is not."""
-    width = min(40, max(len(name) for name in (*(check.name for check in verdict.checks), *verdict.claims)))
-    marks = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}
-    rows: list[str] = []
-    skipped: dict[str, list[str]] = {}
-    if verdict.claims.get("report_version") is not None:
-        rows.append("what the evidence says" + (":" if verdict.verdict == "passed" else ", and nothing proves:"))
-        rows += [
-            f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}"
-            for name, text in (
-                (name, value if isinstance(value, str) else compact_json(value))
-                for name, value in verdict.claims.items()
-            )
-        ]
-    for check in verdict.checks:
-        mark, sgr = marks[check.status]
-        if check.status == "not checked" and not check.actual:
-            skipped.setdefault(check.detail, []).append(check.name)  # one line for all that were skipped for one reason
-            continue
-        shown = check.actual if check.status != "failed" or not check.expected else ""
-        shown = shown if len(shown) <= 128 and "\n" not in shown else shown[:60].partition("\n")[0] + " ..."
-        notes = (
-            [check.detail[:1000]]
-            if check.detail and (check.status != "passed" or check.detail.startswith("legacy"))
-            else []
-        )
-        if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
-            notes.insert(0, f"({check.expected})")  # what holds without being equal
-        rows.append(
-            _paint(mark, sgr, color)
-            + " "
-            + plain_text("  ".join(filter(None, [check.name.ljust(width), shown, *notes]))).rstrip()
-        )
-        if check.status == "failed" and check.expected:
-            rows += [
-                f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
-                for word, value in (("expected", check.expected), ("actual  ", check.actual))
-            ]
-    mark, sgr = marks["not checked"]
-    rows += [
-        _paint(mark, sgr, color) + " " + plain_text(f"{', '.join(names)}: {why}") for why, names in skipped.items()
+def size_text(size: int) -> str:
+    """Return a number of bytes for people, such as 435 KiB."""
+    for unit, word in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.{0 if size >= 10 * unit else 1}f} {word}"
+    return f"{size} bytes"
+
+
+def wants_color(stream: IO[str]) -> bool:
+    """Return True if output to stream is coloured: https://no-color.org and https://force-color.org."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
+# Check, option that requests it, evidence that has it ("" = every kind), most important first.
+# fmt: off
+_REQUESTED_BY = (
+    ("nonce",               "--nonce",                ""),
+    ("measurement",         "--image, --measurement", ""),
+    ("PCR values",          "--pcr",                  "az"),
+    ("source tree",         "--source",               ""),
+    ("minimum TCB",         "--min-tcb",              "snp"),
+    ("revocation",          "--crl",                  "snp"),
+    ("revocation list age", "--crl that is valid now", "snp"),
+    ("source commit",       "--source-commit",        ""),
+    ("source uri",          "--source-uri",           ""),
+    ("packages",            "--dep",                  ""),
+    ("builder id",          "--builder-id",           ""),
+    ("build type",          "--build-type",           ""),
+    ("age",                 "--max-age",              ""),
+    ("host_data",           "--host-data",            "snp"),
+    ("guest_svn",           "--guest-svn",            "snp"),
+    ("chip_id",             "--chip-id",              "snp"),
+    ("family_id",           "--family-id",            "snp"),
+    ("image_id",            "--image-id",             "snp"),
+)
+# fmt: on
+
+
+def not_requested(verdict: Verdict) -> list[str]:
+    """Return the checks that the caller could have requested, each with its option: "nonce (--nonce)"."""
+    status = {check.name: check.status for check in verdict.checks}
+    skipped = {check.name for check in verdict.checks if check.status == "not checked" and check.detail != ALONE}
+    skipped -= {check.name for check in verdict.checks if check.detail.startswith(_BLOCKED)}
+    if status.get("image measurement", "not checked") != "not checked":
+        skipped.discard("measurement")
+    if "revocation" in skipped:
+        skipped.discard("revocation list age")
+    return [
+        f"{name} ({option})" for name, option, kind in _REQUESTED_BY if name in skipped and kind in verdict.platform
     ]
-    return "\n".join([*rows, _sentence(verdict, color)])
+
+
+def render_verdict(verdict: Verdict, color: bool, verbose: bool = False) -> str:
+    """Return the verdict in one sentence, the failed checks, and one line with the checks that nobody requested.
+
+    verbose: show every field of the evidence and every check.
+    """
+    checks = [check for check in verdict.checks if verbose or check.status == "failed"]
+    claims = verdict.claims if verbose and verdict.claims.get("report_version") is not None else {}
+    width = min(40, max((len(name) for name in (*(check.name for check in checks), *claims)), default=0))
+    rows = [_sentence(verdict, color)]
+    if claims:
+        rows.append("The evidence says" + (":" if verdict.verdict == "passed" else " (not proven):"))
+    for name, value in claims.items():
+        text = value if isinstance(value, str) else compact_json(value)
+        rows.append(f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}")
+    skipped: dict[str, list[str]] = {}
+    for check in checks:
+        if check.status == "not checked" and not check.actual:
+            skipped.setdefault(check.detail, []).append(check.name)  # one line for all with the same reason
+        else:
+            rows += _check_rows(check, width, color)
+    for why, names in skipped.items():
+        rows.append(_paint("--  ", "33", color) + " " + plain_text(f"{', '.join(names)}: {why}"))
+    missing = not_requested(verdict)
+    return "\n".join([*rows, *(["Not checked: " + ", ".join(missing)] if missing else [])])
+
+
+def _check_rows(check: Check, width: int, color: bool) -> Iterator[str]:
+    """Yield the line of a check, and for a failed one the expected and the actual value."""
+    mark, sgr = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}[check.status]
+    shown = check.actual if check.status != "failed" or not check.expected else ""
+    if len(shown) > 128 or "\n" in shown:
+        shown = shown[:60].partition("\n")[0] + " ..."
+    cells = [check.name.ljust(width), shown]
+    if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
+        cells.append(f"({check.expected})")  # for example a range
+    if check.status != "passed" or check.detail.startswith("legacy"):
+        cells.append(check.detail[:1000])
+    yield _paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, cells))).rstrip()
+    if check.status == "failed" and check.expected:
+        for word, value in (("expected", check.expected), ("actual  ", check.actual)):
+            yield f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
 
 
 def _sentence(verdict: Verdict, color: bool) -> str:
-    """The last line of a verdict."""
-    passed = {check.name for check in verdict.checks if check.status == "passed"}
+    """Return the verdict in one sentence: what is proven, and what is not."""
+    status = {check.name: check.status for check in verdict.checks}
+    alone = status.get("provenance digest") == "not checked"
+    others = "".join(
+        f"; not covered: {plain_text(check.actual)[:1000]}" for check in verdict.checks if check.name == "other files"
+    )
     if verdict.verdict == "failed":
-        names, ran = (
-            [check.name for check in verdict.checks if check.status == "failed"],
-            sum(check.status != "not checked" for check in verdict.checks),
-        )
-        return (
-            _paint("FAILED", "31;1", color)
-            + f": {len(names)} of {ran} checks failed ({', '.join(map(plain_text, names[:4]))}"
-            + (", ...)" if len(names) > 4 else ")")
-            + ": nothing is proven"
-        )
-    alone = "evidence alone: no provenance and no artifact"
-    others = [plain_text(check.actual)[:1000] for check in verdict.checks if check.name == "other files"]
-    uncovered = "".join(f"; not covered: {names}" for names in others)
+        names = [plain_text(check.name) for check in verdict.checks if check.status == "failed"]
+        ran = sum(check.status != "not checked" for check in verdict.checks)
+        shown = ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
+        return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({shown}): nothing is proven"
     if verdict.verdict == "simulated":
-        unasked = "" if "nonce" in passed else "; not checked: nonce (--nonce)"
-        bare = any(check.name == "provenance digest" and check.status == "not checked" for check in verdict.checks)
-        agree = alone if bare else "artifacts, provenance and evidence agree"
+        agree = "the evidence is consistent" if alone else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (
-            f": {agree}, but no hardware signed the evidence: "
-            f"it does not prove where or by whom this was built{uncovered}{unasked}"
+            f": {agree}, but no hardware signed the evidence, so it does not prove where or by whom this was built{others}"
         )
-    azure = verdict.platform.startswith("az-")
-    # The report names a key, and that key signs: anybody can have a report that names a key of their own, if nobody asks which VM it is about.
-    unbound = azure and not passed & {"measurement", "image measurement"}
-    unasked = ", ".join(
-        text
-        for name, text in (
-            ("nonce", "nonce, so it may be old (--nonce)"),
-            ("measurement" if unbound else "", "whether it was signed in a VM at all (--measurement)"),
-            (
-                "" if unbound or "image measurement" in passed else "measurement",
-                "what the VM was launched with (--image, --measurement)",
-            ),
-            (
-                "PCR values" if azure else "",
-                "what booted in the VM (--pcr)",
-            ),  # there, the measurement is of Microsoft's firmware alone
-            ("minimum TCB", "how old the processor's firmware is (--min-tcb)"),
-            ("revocation", "whether the keys are revoked (--crl)"),
-            (
-                "revocation list age" if "revocation" in passed else "",
-                "whether the keys are revoked today: the list is not valid now",
-            ),
-            (
-                "source tree" if "provenance digest" in passed and "source commit" not in passed else "",
-                "what the source is (--source)",
-            ),
-        )
-        if name and name not in passed
-    )
+    passed = {name for name in status if status[name] == "passed"}
     proven = (
-        "these artifacts are those that the provenance lists, and it was signed"
-        if "provenance digest" in passed
-        else (alone + ", signed")
+        "the evidence alone (no provenance, no artifact)"
+        if alone
+        else "the provenance lists exactly these artifacts, and it"
     )
+    return _paint("PASSED", "32;1", color) + f": {proven} was signed {_signer(verdict, passed)}{others}"
+
+
+def _signer(verdict: Verdict, passed: set[str]) -> str:
+    """Return where the evidence was signed, as far as the passed checks prove it."""
     processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
-    place = (
-        f"with a key that a report of {processor} names, which anybody can have for a key of their own"
-        if unbound
-        else f"in a VM in debug mode, which its host could read and change, on {processor}"
-        if verdict.claims.get("debug")
-        else f"in a confidential VM on {processor}"
-    )
-    if "trust anchors" not in passed:
-        place += ", if the keys of --roots are AMD's"
-    return (
-        _paint("PASSED", "32;1", color)
-        + f": {proven} {place}{uncovered}"
-        + (f"; not checked: {unasked}" if unasked else "")
-    )
+    # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
+    # only a check of the measurement ties the key to a VM.
+    if verdict.platform.startswith("az-") and not passed & {"measurement", "image measurement"}:
+        place = (
+            f"with a key that a report of {processor} names; anybody can obtain such a report for their own key, "
+            "so it may not have been signed in a VM at all"
+        )
+    elif verdict.claims.get("debug"):
+        place = f"in a VM in debug mode, which its host can read and change, on {processor}"
+    else:
+        place = f"in a confidential VM on {processor}"
+    return place if "trust anchors" in passed else place + ", if the keys of --roots are AMD's"
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -11460,17 +11487,27 @@ def _paint(text: str, sgr: str, color: bool) -> str:
 
 
 class Display:
-    """The talk about one build, on stderr. live: a terminal: a line for each phase with its time, the latest lines of the build
-    below it; else every event is a line. A failed build's last TAIL lines are shown where they were not."""
+    """Progress of one build.
 
-    def __init__(self, stream: IO[str], live: bool, color: bool) -> None:
-        self._stream, self._live, self._color = stream, live, color
-        self._phase, self._began, self._lines = "", time.monotonic(), 0
+    form: "plain" prints one line per event to stream; "live" draws one line per phase with its time, and the latest
+    lines of the build below it; "quiet" prints only failures; "json" prints the events to stdout instead.
+    timed: show how long phases took; False if the events may be older than the display.
+    """
+
+    def __init__(self, stream: IO[str], form: str, color: bool, timed: bool = True) -> None:
+        self._stream = stream
+        self.form = form
+        self._color = color
+        self._timed = timed
+        self._phase = ""
+        self._began = time.monotonic()
+        self._lines = 0
         self._tail: deque[str] = deque(maxlen=TAIL)
-        self._drawn, self._drawn_at = 0, 0.0
-        self._lock = threading.RLock()  # whoever writes to the stream holds it
+        self._drawn = 0
+        self._drawn_at = 0.0
+        self._lock = threading.RLock()  # held while writing to the stream
         self._over = threading.Event()
-        if live:
+        if form == "live":
             threading.Thread(target=self._tick, name="clock", daemon=True).start()
 
     def _tick(self) -> None:
@@ -11480,56 +11517,64 @@ class Display:
                     self._draw()
 
     def note(self, text: str) -> None:
-        """A line of our own."""
-        with self._lock:
-            self._erase()
-            self._stream.write(f"confbuild: {plain_text(text)}\n")
-            self._stream.flush()
+        """Print a line of confbuild itself, unless the form is quiet or json."""
+        if self.form in ("plain", "live"):
+            with self._lock:
+                self._erase()
+                self._stream.write(f"confbuild: {plain_text(text)}\n")
+                self._stream.flush()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """One event of the stream; also of a type that is not known."""
-        with self._lock:
-            self._event(event)
+        """Show one event of the stream, also of an unknown type."""
+        if self.form == "json":
+            sys.stdout.write(compact_json(event) + "\n")
+            sys.stdout.flush()
+        elif event["type"] != "complete":  # end() follows
+            with self._lock:
+                self._event(plain_text(str(event["type"]))[:20], event)
 
-    def _event(self, event: Mapping[str, Any]) -> None:
-        kind = plain_text(str(event["type"]))[:20]
-        text = (
-            str(event["msg"])
-            if "msg" in event
-            else ""
-            if kind == "complete"
-            else compact_json({k: v for k, v in event.items() if k != "type"})
-        )
-        if kind == "queued" and set(event) == {"type", "position"}:
-            text = "next" if event["position"] == 0 else f"place {event['position']} in line"
-        text = plain_text(text)
-        if not self._live:
-            if kind != "complete":
-                self._stream.write(f"{kind:10} {text}\n")
+    def _event(self, kind: str, event: Mapping[str, Any]) -> None:
+        if "msg" in event:
+            text = plain_text(str(event["msg"]))
+        elif kind == "queued" and set(event) == {"type", "position"}:
+            text = plain_text("next" if event["position"] == 0 else f"place {event['position']} in line")
+        else:
+            text = plain_text(compact_json({name: value for name, value in event.items() if name != "type"}))
+        if self.form == "plain":
+            self._stream.write(f"{kind:10} {text}\n")
             return
-        if kind == "complete":
-            return  # end() comes, and needs the phase that was the last
         if kind != self._phase:
             self._end_phase()
-            self._phase, self._began, self._lines = kind, time.monotonic(), 0
+            self._phase = kind
+            self._began = time.monotonic()
+            self._lines = 0
             self._tail.clear()
         self._lines += 1
         self._tail.append(text)
-        if time.monotonic() - self._drawn_at > 0.05:
+        if self.form == "live" and time.monotonic() - self._drawn_at > 0.05:
             self._draw()
 
-    def end(self, failure: Mapping[str, Any] | None) -> None:
-        """The build is over. failure: the result of `complete`, where it failed."""
+    def end(self, failure: Mapping[str, Any] | None, tail: bool = True) -> None:
+        """Show the end of the build.
+
+        failure: the result of `complete` if the build failed.
+        tail: show the last lines of a failed build unless they were all shown.
+        """
         self._over.set()
+        if self.form == "json":
+            return
         with self._lock:
-            if self._live:
+            if self.form == "live":
                 self._end_phase()
-                if failure is not None and self._phase == "build":
-                    self._stream.write("".join(f"  {line}\n" for line in self._tail))
+            if failure is not None and tail and self._phase == "build":
+                if self._lines > TAIL:
+                    self._stream.write(f"  ... {self._lines - TAIL:,} earlier lines (--format plain shows all)\n")
+                self._stream.write("".join(f"  {line}\n" for line in self._tail))
             if failure is not None:
+                word = "confbuild: error:" if self.form == "quiet" else _paint("failed", "31;1", self._color) + "    "
                 error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
-                self._stream.write(_paint("failed", "31;1", self._color) + f"     {error}\n")
-            else:
+                self._stream.write(f"{word} {error}\n")
+            elif self.form != "quiet":
                 self._stream.write(_paint("complete", "32", self._color) + "   ok\n")
             self._phase = ""
             self._stream.flush()
@@ -11540,20 +11585,17 @@ class Display:
             self._drawn = 0
 
     def _head(self) -> str:
-        """The line of the phase at hand."""
-        said = (
-            f"{self._lines} line{'s' if self._lines != 1 else ''}"
-            if self._phase == "build"
-            else self._tail[-1]
-            if self._tail
-            else ""
-        )
-        return f"{self._phase:10} {time.monotonic() - self._began:6.1f} s  {said}"
+        """Return the line of the current phase."""
+        said = self._tail[-1] if self._tail else ""
+        if self._phase == "build":
+            said = f"{self._lines} line{'s' if self._lines != 1 else ''}"
+        took = f"{time.monotonic() - self._began:6.1f} s" if self._timed else ""
+        return f"{self._phase:10} {took}  {said}"
 
     def _end_phase(self) -> None:
-        """The phase's line stays, with its whole time."""
+        """Replace the drawing by the phase's line with its whole time."""
         self._erase()
-        if self._phase:
+        if self._phase and self.form == "live":
             self._stream.write(cut_to_cells(self._head(), self._width()) + "\n")
             self._stream.flush()
 
@@ -11566,8 +11608,8 @@ class Display:
         self._stream.flush()
 
     def _width(self) -> int:
-        try:  # of the terminal that is drawn on: stdout may be a pipe
-            return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1  # 0: nobody has told it
+        try:  # the terminal that is drawn on: stdout may be a pipe
+            return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1  # 0: unknown
         except OSError:
             return shutil.get_terminal_size().columns - 1
 
@@ -11602,9 +11644,9 @@ _OF_GUESTS = ("vcpus", "vcpu_type", "memory", "guest_network")  # options that s
 
 
 def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> None:
-    """Raise UsageError for the first of these options that was given: nothing is ignored silently."""
+    """Raise UsageError if one of these options was given, since it would have no effect."""
     for name in names:
-        if getattr(options, name) not in (None, False, []):
+        if getattr(options, name) != options.default_of(name):
             raise UsageError(f"--{name.replace('_', '-')}{why}")
 
 
@@ -11631,14 +11673,14 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
         _refuse(
             options,
             ("image", *_OF_GUESTS, "cbitpos", "vek"),
-            " goes with --tee, --vm snp or --vm qemu: a simulated VM is no guest",
+            " requires --tee, --vm snp or --vm qemu",
         )
         return _simulated_machine(options)
     if options.env:
         raise UsageError("--env: a guest sees nothing of this machine's environment")
-    _refuse(options, ("readable", "no_isolation"), " goes with simulated VMs")
+    _refuse(options, ("readable", "no_isolation"), " requires simulated VMs")
     if not platform.confidential:
-        _refuse(options, ("cbitpos",), " goes with --tee or --vm snp")
+        _refuse(options, ("cbitpos",), " requires --tee or --vm snp")
     elif not options.print_command:
         _require_snp(options.image)
     if not options.image:
@@ -11781,7 +11823,13 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         if not (options.tls_cert and options.tls_key):
             raise UsageError("--tls-cert and --tls-key go together")
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(options.tls_cert, options.tls_key)
+        try:
+            tls.load_cert_chain(options.tls_cert, options.tls_key)
+        except OSError as e:  # also ssl.SSLError
+            raise UsageError(
+                f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {e.strerror or e}",
+                "both must be readable PEM files that belong together",
+            ) from None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a watcher is a file
@@ -11812,7 +11860,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         greeting.encode("ascii"),
         lambda: streamer.files >= max(files - 1024, files // 2),
     )  # the rest is for requests, jobs and VMs
-    server = Server((host, port), api, access, streamer, tls)
+    try:
+        server = Server((host, port), api, access, streamer, tls)
+    except OSError as e:
+        raise UsageError(
+            f"--listen {options.listen}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
+        ) from None
     vms.start()
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
@@ -11933,19 +11986,34 @@ def _read_der(path: str) -> bytes:
 # ==============================================================================
 # region 37. Commands  [uses 6, 7, 8, 10, 12, 14, 16, 17, 18, 19, 20, 21, 22, 28, 29, 31, 32, 35, 36]
 # ==============================================================================
-# Where the sections are wired together.  stdout is the answer, stderr is the talk.
+# The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
+
+MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
+CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
+_BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
+_ARCHIVE = "result.tar.gz"  # in a directory DIR.unverified: a result that is not unpacked
 
 
-def _colored(stream: IO[str]) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR")
+def say(text: str, hint: str = "") -> None:
+    """Write a line about confbuild's own work to stderr, and what to do about it."""
+    sys.stderr.write(f"confbuild: {plain_text(text)}\n" + (f"confbuild: hint: {plain_text(hint)}\n" if hint else ""))
+    sys.stderr.flush()
+
+
+def own_command() -> list[str]:
+    """Return the words with which this program was started, for commands that people can paste."""
+    program = sys.argv[0] or "-c"
+    if program.endswith((".py", ".pyz")):
+        return [sys.orig_argv[0], program]
+    return ["confbuild" if program == "-c" or shutil.which("confbuild") == program else program]
 
 
 def cmd_serve(options: "argparse.Namespace") -> int:
-    """The build service, until a signal."""
+    """Run the build service until a signal."""
     reexec_without_ast()
     tokens = _read_tokens(options.token_file) if options.token_file else []
     if options.token_file and not tokens:
-        raise UsageError(f"{options.token_file}: no token in it")
+        raise UsageError(f"--token-file {options.token_file}: there is no token in it")
     host = _parse_address(options.listen)[0]
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(
@@ -11955,16 +12023,14 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     machine = _prepare_machine(options)
     if options.print_command:
         if machine.guest is None:
-            raise UsageError("--print-command goes with --vm qemu, --vm snp or --tee")
+            raise UsageError("--print-command requires --tee, --vm snp or --vm qemu")
         sys.stdout.write(shlex.join(qemu_argv(machine.guest, "QMP", "CONSOLE", "HASHES_PAGE")) + "\n")
         return EXIT_OK
     stopped = threading.Event()
 
     def stop(*_: Any) -> None:
-        if stopped.is_set():
-            os._exit(
-                EXIT_INTERRUPTED
-            )  # the second time: the VMs end with this process, the jobs are run again by the next
+        if stopped.is_set():  # the second signal: VMs end with this process, and the next server runs their jobs again
+            os._exit(EXIT_INTERRUPTED)
         stopped.set()
 
     sleeper, waker = socket.socketpair()
@@ -11972,293 +12038,349 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    state = options.state or os.path.join(
-        os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share"), "confbuild"
-    )
-    running = start_server(options, state, tokens, machine)
-    sys.stderr.write(f"confbuild: serving on {running.url}\nconfbuild: {machine.note}\n")
-    sys.stderr.flush()
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    running = start_server(options, options.state or os.path.join(data, "confbuild"), tokens, machine)
+    say(f"serving on {running.url}")
+    say(machine.note)
     while not stopped.is_set():
-        sleeper.recv(1)  # a signal that another thread received would not wake an Event
-    sys.stderr.write(f"confbuild: stopping; running builds have {options.grace:g} s\n")
+        sleeper.recv(1)  # an Event would not wake up if another thread received the signal
+    say(f"stopping; running builds have {options.grace:g} s")
     running.stop(options.grace)
     return EXIT_OK
 
 
-def _service(options: "argparse.Namespace", told: Callable[[str], None] = lambda _: None) -> ApiClient:
-    """The server that the options name."""
-    token = (_read_tokens(options.token_file) or [""])[0] if options.token_file else ""
-    return ApiClient(options.server, token, told)
+class Client(NamedTuple):
+    """A server and how to talk about it. arguments: the options that name the server, for commands in hints."""
+
+    service: ApiClient
+    display: Display
+    arguments: Sequence[str]
 
 
-def _nonce(options: "argparse.Namespace") -> str | None:
-    """Return the nonce that --nonce gives as 32 digits, or None if it was not given. Raises UsageError."""
-    nonce = None if options.nonce is None else parse_nonce(options.nonce)
-    if nonce == "":
-        raise UsageError("--nonce: 32 hexadecimal digits or a UUID are needed")
-    return nonce
+def _display(options: "argparse.Namespace", timed: bool = True) -> Display:
+    """Return the display that --format asks for."""
+    form = options.format
+    if form == "auto":
+        form = "live" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+    return Display(sys.stderr, form, wants_color(sys.stderr), timed)
+
+
+def _server_of(options: "argparse.Namespace") -> str:
+    """Return --server, or CONFBUILD_SERVER, or "" to build here."""
+    return str(os.environ.get("CONFBUILD_SERVER", "") if options.server is None else options.server)
+
+
+def _client(options: "argparse.Namespace", display: Display) -> Client:
+    """Return the server that the options or the environment name. Raises UsageError."""
+    server = _server_of(options)
+    if not server:
+        raise UsageError("no server is named", "give --server URL, or set CONFBUILD_SERVER")
+    path = os.environ.get("CONFBUILD_TOKEN_FILE") if options.token_file is None else options.token_file
+    tokens = _read_tokens(path) if path else []
+    arguments = ["--server", server, *(["--token-file", path] if path else [])]
+    return Client(ApiClient(server, tokens[0] if tokens else "", display.note), display, arguments)
+
+
+def _find_job(client: Client, job: str) -> str:
+    """Return the id of the only job of the server that begins with job. Raises UsageError, RemoteError."""
+    if not re.fullmatch("[0-9a-f-]{2,35}", job):  # an id, or a server's own kind of id
+        return job
+    found = [str(row["job_id"]) for row in client.service.jobs("GET", "/builds", several=True)]
+    found = [job_id for job_id in found if job_id.startswith(job)]
+    if len(found) != 1:
+        raise UsageError(
+            f"{job}: {len(found) or 'no'} builds begin with that",
+            " ".join(found[:5]) or "`confbuild list` shows the builds of a server",
+        )
+    return found[0]
+
+
+class Delivery(NamedTuple):
+    """A bundle that is to be fetched. expected: of it; again: what to do if it cannot be written."""
+
+    bundle: str
+    expected: Expectations
+    endorsements: Endorsements
+    again: str
+    checks: Sequence[str] = ()  # options with which `verify` checks the bundle again
+    began: float | None = None
 
 
 def cmd_build(options: "argparse.Namespace") -> int:
-    """Submit, follow, download and verify one build; without --server on a private server that lives as long."""
-    is_url = "://" in options.source
-    if not is_url and not os.path.isdir(options.source):
-        raise UsageError(
-            f"{options.source}: neither a directory nor a URL",
-            "a repository has a URL like https://example.org/a/b.git" if ":" in options.source else "",
-        )
-    if options.ref and not is_url:
-        raise UsageError("--ref goes with a URL")
-    nonce = _nonce(options) or secrets.token_hex(NONCE_SIZE)
+    """Submit, follow, download and verify one build.
+
+    Without --server, a temporary server on loopback builds it and exits with the build.
+    """
+    is_url, server = "://" in options.source, _server_of(options)
+    _check_build_options(options, is_url, server)
+    began = time.monotonic()
+    nonce = options.nonce or secrets.token_hex(NONCE_SIZE)
     name = repository_name(options.source) if is_url else safe_name(os.path.basename(os.path.realpath(options.source)))
     bundle = options.output_dir or name + "-build"
     _check_target(bundle)
-    machine = None if options.server else _prepare_machine(options)
-    vm, endorsements = (
-        _expect_vm(options, machine),
-        Endorsements(vek=None if options.vek is None else _read_der(options.vek)),
-    )
+    machine = None if server else _prepare_machine(options)
+    vm = _expect_vm(options, machine)
+    endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
     display = _display(options)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         packed = running = None
-        archive = os.path.join(scratch, "source.tar.gz")
+        archive = os.path.join(scratch, name + ".tar.gz")
         if not is_url:
-            os.mkdir(os.path.join(scratch, "pack"))
-            try:
-                packed = pack_directory(options.source, archive, os.path.join(scratch, "pack"), OUTPUTS, bundle)
-            except OSError as e:  # a full disk names no file
-                raise UsageError(
-                    f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
-                    "" if e.filename else "TMPDIR names the folder of temporary files",
-                ) from None
-            _note(display, f"packed {packed.note}")
+            packed = _pack(options.source, archive, scratch, bundle)
+            display.note(f"packed {packed.note}")
         if machine is None:
-            service = _service(options, lambda text: _note(display, text))
+            client = _client(options, display)
         else:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
-            service = ApiClient(running.url, token, lambda text: _note(display, text))
-            _note(
-                display,
-                machine.note
-                if machine.protections is None
-                else "simulated VM on this machine: not confidential, its evidence is signed by no hardware; "
-                + protection_text(machine.protections),
-            )
+            client = Client(ApiClient(running.url, token, display.note), display, ())
+            display.note(_build_note(machine))
         try:
-            request = BuildRequest(
-                nonce, *((options.source, options.ref) if is_url else ("", "", os.path.basename(archive)))
-            )
-            expected = vm._replace(
-                nonce=nonce,
-                source_tree=packed.tree if packed else None,
-                source_commit=packed.commit if packed else None,
-            )
+            request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", name + ".tar.gz")))
+            expected = vm._replace(nonce=nonce)
+            if packed is not None:
+                expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
             if options.tee:
-                _check_waiting_vm(service, vm, endorsements, display)
-            job_id = service.submit(request, None if is_url else archive)
-            return _follow_and_fetch(options, service, job_id, bundle, expected, display, endorsements)
+                _check_waiting_vm(client.service, vm, endorsements, display)
+            job_id = client.service.submit(request, None if is_url else archive)
+            checks = [
+                *(() if is_url else ("--source", options.source)),
+                "--nonce",
+                nonce,
+                *(("--image", options.image) if options.image and options.tee else ()),
+            ]
+            again = "the temporary server and its result are gone: build again"
+            if server:
+                display.note(f"submitted job {job_id}; to follow it again: " + _command(client, "watch", job_id))
+                again = _result_hint(client, job_id, bundle, nonce)
+            delivery = Delivery(bundle, expected, endorsements, again, checks, began)
+            return _follow_and_fetch(client, job_id, delivery)
         finally:
             if running is not None:
                 running.stop(0.0)
 
 
-def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
-    """What the VM must be that gets the source. Raises UsageError."""
-    if options.server:
+def _command(client: Client, *arguments: str) -> str:
+    """Return a command line for client's server that people can paste."""
+    return shlex.join([*own_command(), *arguments, *client.arguments])
+
+
+def _result_hint(client: Client, job_id: str, bundle: str, nonce: str | None) -> str:
+    """Return how to get a result that stays on the server."""
+    command = [*own_command(), "fetch", job_id, *client.arguments, "-o", bundle]
+    return "the result stays on the server: " + shlex.join([*command, *(["--nonce", nonce] if nonce else [])])
+
+
+def _build_note(machine: Machine) -> str:
+    """Return what to know about a build on a temporary server."""
+    if machine.protections is None:
+        return machine.note
+    note = "simulated VM on this machine: not confidential; no hardware signs its evidence; "
+    return note + protection_text(machine.protections)
+
+
+def _check_build_options(options: "argparse.Namespace", is_url: bool, server: str) -> None:
+    """Raise UsageError for a source that cannot be built, and for options that would have no effect."""
+    source = options.source
+    if not is_url and not os.path.isdir(source):
+        hint = f"is it https://{source}?" if re.match(r"[\w-]+(\.[\w-]+)+/", source) else ""
+        if ":" in source:
+            hint = "a repository has a URL like https://example.org/a/b.git"
+        raise UsageError(f"{source}: neither a directory nor a URL", hint)
+    if options.ref and not is_url:
+        raise UsageError("--ref requires a URL")
+    if options.nonce is not None and not options.nonce.strip("0"):
+        raise UsageError("--nonce: a nonce of zeros proves nothing, and its verification fails", "leave --nonce out")
+    if server:
         _refuse(
             options,
-            ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation"),
-            ": that is the server's to say",
+            ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation", "env", "max_archive"),
+            " cannot be combined with --server: the server decides it",
         )
+        _refuse(
+            options,
+            ("build_timeout", "boot_timeout", "allow_scheme"),
+            " cannot be combined with --server: the server decides it",
+        )
+        return
+    _refuse(options, ("token_file",), " requires --server")
+    scheme = source.partition("://")[0].lower()
+    if is_url and scheme in ("file", "git") and scheme not in options.allow_scheme:
+        raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", f"--allow-scheme {scheme} accepts them")
+    names = [] if is_url else os.listdir(source)
+    markers = [toolchain.marker for toolchain in TOOLCHAINS]
+    if names and not set(markers) & set(names):
+        found = sorted(set(names) & {"package.json", "pyproject.toml", "go.mod", "Cargo.toml", "Makefile", "pom.xml"})
+        raise UsageError(
+            f"{source}: confbuild builds projects with {' or '.join(markers)}; found "
+            + (", ".join(found) or "neither"),
+            "`cargo generate-lockfile` makes Cargo.lock" if "Cargo.toml" in found else "",
+        )
+
+
+def _pack(source: str, archive: str, scratch: str, bundle: str) -> Packed:
+    """Pack the directory source into archive. Raises UsageError."""
+    workspace = os.path.join(scratch, "pack")
+    os.mkdir(workspace)
+    try:
+        return pack_directory(source, archive, workspace, OUTPUTS, bundle)
+    except OSError as e:  # a full disk names no file
+        raise UsageError(
+            f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
+            "" if e.filename else "TMPDIR names the folder of temporary files",
+        ) from None
+
+
+def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
+    """Return what the VM must be before it gets the source. machine: None = at another server. Raises UsageError."""
     if not options.tee:
-        _refuse(options, ("image",) if options.server else (), " goes with --tee")
-        if options.measurement:
-            raise UsageError("--measurement goes with --tee")
+        _refuse(options, ("image",) if machine is None else (), " requires --tee")
+        if options.measurements:
+            raise UsageError("--measurement requires --tee")
         return Expectations()
-    for digits in options.measurement:
-        if not re.fullmatch(r"[0-9a-fA-F]{96}", digits):
-            raise UsageError("--measurement: 96 hexadecimal digits are needed")
-    facts = machine.facts if machine is not None else check_image(options.image) if options.image else None
-    if facts is None and not options.measurement:
-        raise UsageError("--tee needs --image DIR or --measurement HEX: else a VM that runs anything would do")
-    return Expectations(measurements=options.measurement or None, image=facts, require_tee=True)
+    facts = None if machine is None else machine.facts
+    if machine is None and options.image:
+        facts = check_image(options.image)
+    if facts is None and not options.measurements:
+        raise UsageError("--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do")
+    return Expectations(measurements=options.measurements, image=facts, require_tee=True)
 
 
-def _check_waiting_vm(
-    service: ApiClient, vm: Expectations, endorsements: Endorsements, display: Display | None
-) -> None:
-    """Raise ConfbuildError unless the VM that waits at the server is what is expected, by evidence that was made now."""
+def _check_waiting_vm(service: ApiClient, vm: Expectations, endorsements: Endorsements, display: Display) -> None:
+    """Raise ConfbuildError unless fresh evidence proves that the server's waiting VM is the expected one."""
     nonce = secrets.token_hex(NONCE_SIZE)
     evidence = service.attestation(nonce)
-    verdict = verify_bundle(
-        BundleFiles(None, evidence, {}),
-        vm._replace(nonce=nonce, evidence_only=True),
-        datetime.now(UTC),
-        endorsements,
-    )
+    expected = vm._replace(nonce=nonce, evidence_only=True)
+    verdict = verify_bundle(BundleFiles(None, evidence, {}), expected, datetime.now(UTC), endorsements)
     if verdict.verdict != "passed":
-        if display is not None:
-            display.note("the evidence of the VM that waits for the source:")
-            sys.stderr.write(render_verdict(verdict, _colored(sys.stderr)) + "\n")
+        display.note("the evidence of the VM that waits for the source:")
+        if display.form in ("plain", "live"):
+            sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
         raise ConfbuildError("the server's VM does not verify: no byte of the source was sent")
     if verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
         raise ConfbuildError(
-            "the server's evidence is of a VM that has built something, not of one that waits: no byte of the source was sent"
+            "the server's evidence comes from a VM that has built something, not from a waiting one: "
+            "no byte of the source was sent"
         )
-    _note(display, "the VM that waits for the source verifies")
-
-
-def _note(display: Display | None, text: str) -> None:
-    if display is not None:
-        display.note(text)
-
-
-def _display(options: "argparse.Namespace") -> Display | None:
-    """The talk that --output asks for; None: none."""
-    if options.output in ("quiet", "json"):
-        return None
-    return Display(
-        sys.stderr,
-        options.output == "auto" and sys.stderr.isatty() and os.environ.get("TERM") != "dumb",
-        _colored(sys.stderr),
-    )
-
-
-_OF_BUNDLE = {"artifacts", "provenance.json", "evidence.json"}
-_ARCHIVE = "result.tar.gz"  # in a directory called .unverified: a result that is not unpacked
+    display.note("the VM that waits for the source verifies")
 
 
 def _check_target(path: str) -> None:
-    """Raise UsageError unless path is free, or a directory that may be replaced: empty, or nothing but a bundle and what its provenance lists."""
+    """Raise UsageError unless path is free, an empty directory, or a bundle without foreign files, which is replaced."""
+    hint = "name another directory with -o"
     if os.path.realpath(path) == os.path.realpath("."):
-        raise UsageError(f"{path} is the current directory, which cannot be replaced", "name another directory with -o")
-    if os.path.lexists(path) and not (os.path.isdir(path) and not os.path.islink(path) and _is_ours(path)):
-        raise UsageError(f"{path} exists, and is no bundle", "name another directory with -o")
+        raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
+    if os.path.lexists(path) and not (os.path.isdir(path) and not os.path.islink(path) and _is_replaceable(path)):
+        raise UsageError(f"{path} exists and is not a bundle", hint)
 
 
-def _is_ours(path: str) -> bool:
-    """Whether a directory holds nothing that somebody else has put there."""
+def _is_replaceable(path: str) -> bool:
+    """Return True if the directory holds only files of a bundle."""
     names = set(os.listdir(path))
     if path.endswith(".unverified") or not names:
-        return names <= {*_OF_BUNDLE, _ARCHIVE}
+        return names <= {*_BUNDLE_FILES, _ARCHIVE}
     try:
         files = read_bundle(path)
         listed = {subject["name"] for subject in parse_json(files.provenance or b"", "provenance.json")["subject"]}
     except (UsageError, Malformed, KeyError, TypeError):
         return False
-    return names == _OF_BUNDLE and set(files.artifacts) <= listed
+    return names == _BUNDLE_FILES and set(files.artifacts) <= listed
 
 
-def _follow(
-    options: "argparse.Namespace", service: ApiClient, job_id: str, start: int, display: Display | None
-) -> tuple[Mapping[str, Any] | None, str]:
-    """(result of `complete`, or None where the stream has ended before start; SHA-256 of the build lines)."""
+def _follow(client: Client, job_id: str, start: int) -> tuple[Mapping[str, Any] | None, str]:
+    """Show the events of a job after the first start ones.
+
+    Returns the result of `complete` (None if the stream had ended before start) and the SHA-256 of the build lines.
+    """
     digest = hashlib.sha256()
-    for event in service.events(job_id, start):
-        if event["type"] == "queued":
-            digest = (
-                hashlib.sha256()
-            )  # a build that its server did not survive begins again, and so does its log's digest
+    for event in client.service.events(job_id, start):
+        if event["type"] == "queued":  # a new attempt after a crash of the server: its log starts again
+            digest = hashlib.sha256()
         if event["type"] == "build" and isinstance(event.get("msg"), str):
             digest.update((event["msg"] + "\n").encode("utf-8", "replace"))
-        if options.output == "json":
-            sys.stdout.write(compact_json(event) + "\n")
-            sys.stdout.flush()
-        if display is not None:
-            display.event(event)
+        client.display.event(event)
         if event["type"] == "complete":
             result = event.get("result")
             if not isinstance(result, dict) or result.get("status") not in ("ok", "failed"):
-                raise BrokenProtocol("a `complete` without a result")
-            if display is not None:
-                display.end(result if result["status"] == "failed" else None)
+                raise BrokenProtocol("a `complete` event without a valid result")
+            client.display.end(result if result["status"] == "failed" else None)
             return result, digest.hexdigest()
     return None, digest.hexdigest()
 
 
-def _follow_and_fetch(
-    options: "argparse.Namespace",
-    service: ApiClient,
-    job_id: str,
-    bundle: str,
-    expected: Expectations,
-    display: Display | None,
-    endorsements: Endorsements,
-) -> int:
-    """Follow a job to its end, and hold a verified bundle. An interrupt cancels the job."""
+def _follow_and_fetch(client: Client, job_id: str, delivery: Delivery) -> int:
+    """Follow a job to its end, and fetch its bundle. An interrupt cancels the job."""
     try:
-        result, log_sha256 = _follow(options, service, job_id, 0, display)
+        result, log_sha256 = _follow(client, job_id, 0)
     except KeyboardInterrupt:
-        if display is not None:
-            display.end({"error_type": "Cancelled", "error": "interrupted"})
+        client.display.end({"error_type": "Cancelled", "error": "interrupted"}, tail=False)
         try:
-            service.jobs("DELETE", f"/build/{job_id}")
-            _note(display, f"interrupted; job {job_id} is cancelled")
+            client.service.jobs("DELETE", f"/build/{job_id}")
+            client.display.note(f"interrupted; job {job_id} is cancelled")
         except RemoteError as e:
-            _note(display, f"interrupted; job {job_id} could not be cancelled: {e}")
+            client.display.note(f"interrupted; job {job_id} could not be cancelled: {e}")
         raise
     if result is not None and result["status"] == "failed":
-        if display is None and options.output == "quiet":
-            sys.stderr.write(f"confbuild: error: {plain_text(str(result.get('error')))}\n")
         return EXIT_NO
-    return _fetch_bundle(
-        options, service, job_id, bundle, expected._replace(build_log_sha256=log_sha256), display, endorsements
-    )
+    expected = delivery.expected._replace(build_log_sha256=log_sha256)
+    return _fetch_bundle(client, job_id, delivery._replace(expected=expected))
 
 
-def _fetch_bundle(
-    options: "argparse.Namespace",
-    service: ApiClient,
-    job_id: str,
-    bundle: str,
-    expected: Expectations,
-    display: Display | None,
-    endorsements: Endorsements = Endorsements(),
-) -> int:  # noqa: B008  # immutable
-    """Download, unpack and verify; print the answer."""
-    _check_target(bundle)
-    start = ["python", sys.argv[0]] if sys.argv[0].endswith((".py", ".pyz")) else [sys.argv[0]]
-    nonce = ("--nonce", expected.nonce) if expected.nonce else ()
-    again = "the private server and its result are gone: build again"
-    if options.server:
-        token = ("--token-file", options.token_file) if options.token_file else ()
-        again = "the result stays on the server: " + shlex.join(
-            [*start, "fetch", job_id, "--server", options.server, *token, "-o", bundle, *nonce]
-        )
+def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
+    """Download, unpack and verify a bundle; print its path."""
+    _check_target(delivery.bundle)
     try:
-        path, verdict, why = _hold_bundle(service, job_id, bundle, expected, endorsements)
+        path, verdict, why = _hold_bundle(client.service, job_id, delivery)
     except OSError as e:
-        raise UsageError(f"{bundle} cannot be written: {e.strerror or e}", again) from None
+        raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", delivery.again) from None
     except RemoteError as e:
-        e.hint = e.hint or ("" if e.status else again)
+        e.hint = e.hint or ("" if e.status else delivery.again)
         raise
     good = verdict is not None and verdict.verdict != "failed"
-    if options.output == "json":
+    if client.display.form == "json":
         wire = {"verdict": "failed", "error": why} if verdict is None else verdict.to_wire()
-        sys.stdout.write(compact_json({"type": "bundle", "path": path, "nonce": expected.nonce, **wire}) + "\n")
+        doc = {"type": "bundle", "path": path, "nonce": delivery.expected.nonce, **wire}
+        sys.stdout.write(compact_json(doc) + "\n")
     else:
         if verdict is None:
-            sys.stderr.write(f"confbuild: error: {plain_text(why)}: nothing is verified; it is kept as {path}\n")
-        elif display is not None or not good:
-            shown = render_verdict(verdict, _colored(sys.stderr))
-            sys.stderr.write((shown.rpartition("\n")[2] if good else shown) + "\n")
-            _note(display, "verify it again, offline: " + shlex.join([*start, "verify", path, *nonce]))
+            say(f"error: {why}: nothing is verified; it is kept as {path}")
+        elif good:
+            _tell_result(client.display, path, verdict, delivery)
+        else:
+            sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
         sys.stdout.write(path + "\n")
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
 
 
-def _hold_bundle(
-    service: ApiClient, job_id: str, bundle: str, expected: Expectations, endorsements: Endorsements
-) -> tuple[str, Verdict | None, str]:
-    """Download a result and return (where it is now, verdict, why there is no verdict).
+def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delivery) -> None:
+    """Say what was built, how long it took, what the verdict is, and which command verifies the bundle again."""
+    if display.form == "quiet":
+        return
+    folder = os.path.join(path, "artifacts")
+    for name in walk_files(folder):
+        file = os.path.join(folder, name)
+        display.note(f"artifact {name}  {size_text(os.path.getsize(file))}  sha256:{file_sha256(file)}")
+    sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)).partition("\n")[0] + "\n")
+    if delivery.expected.nonce is None:
+        display.note("not checked: nonce (--nonce)")
+    if delivery.began is not None:
+        display.note(f"took {time.monotonic() - delivery.began:.1f} s")
+    status = " (exit status 3: simulated)" if verdict.verdict == "simulated" else ""
+    display.note("to verify it again: " + shlex.join([*own_command(), "verify", path, *delivery.checks]) + status)
 
-    bundle: replaced by a result that verifies, with all artifacts in artifacts/. Any other one is kept as bundle + ".unverified": unpacked if
-    it has nothing but files of a bundle, else as the archive that came. Raises OSError, RemoteError, UsageError."""
+
+def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[str, Verdict | None, str]:
+    """Download a result; return its path, its verdict, and the reason if there is no verdict.
+
+    A result that verifies replaces the directory delivery.bundle, with all artifacts in artifacts/. Any other one is
+    kept as bundle + ".unverified": unpacked if it holds only files of a bundle, otherwise as the archive that came.
+    Raises OSError, RemoteError, UsageError.
+    """
+    bundle = delivery.bundle
     parent = os.path.dirname(os.path.abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
@@ -12271,15 +12393,16 @@ def _hold_bundle(
         try:
             unpack_archive(archive, root, MAX_RESULT)
             root, _ = find_project(root, "")
-            verdict = verify_bundle(read_bundle(archive, MAX_RESULT), expected, datetime.now(UTC), endorsements)
+            files = read_bundle(archive, MAX_RESULT)
+            verdict = verify_bundle(files, delivery.expected, datetime.now(UTC), delivery.endorsements)
         except BuildFailed as e:
             root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
         except UsageError as e:
             missing = sorted({"provenance.json", "evidence.json"} - set(os.listdir(root)))
             why = "the result has no " + " and no ".join(missing) if missing else str(e).replace(archive, "the result")
-        beside, files = set(os.listdir(root)) - _OF_BUNDLE, walk_files(root)
-        if verdict is None or verdict.verdict == "failed":  # it takes no good one's place
-            if beside or not files or any(os.path.islink(os.path.join(root, file)) for file in files):
+        beside, paths = set(os.listdir(root)) - _BUNDLE_FILES, walk_files(root)
+        if verdict is None or verdict.verdict == "failed":  # it must not replace a good bundle
+            if beside or not paths or any(os.path.islink(os.path.join(root, path)) for path in paths):
                 root = packed
             bundle += ".unverified"
             _check_target(bundle)
@@ -12296,125 +12419,91 @@ def _hold_bundle(
 
 def cmd_watch(options: "argparse.Namespace") -> int:
     """Follow a job."""
-    display = _display(options)
-    service = _service(options, lambda text: _note(display, text))
-    result, _ = _follow(options, service, options.job, options.start, display)
+    client = _client(options, _display(options, timed=False))
+    job_id = _find_job(client, options.job)
+    result, _ = _follow(client, job_id, options.start)
     if result is None:  # it had ended before
-        [result] = service.jobs("GET", f"/build/{options.job}")
-        _note(display, f"there is nothing after event {options.start}; the build is {result['status']}")
+        [result] = client.service.jobs("GET", f"/build/{job_id}")
+        client.display.note(f"there is nothing after event {options.start}; the build is {_status_text(result)}")
     return EXIT_OK if result["status"] == "ok" else EXIT_NO
 
 
+def _status_text(job: Mapping[str, Any]) -> str:
+    """Return the status of a job for people, who call a cancelled build cancelled."""
+    return "cancelled" if job.get("error_type") == "Cancelled" else str(job["status"])
+
+
 def cmd_list(options: "argparse.Namespace") -> int:
-    """The jobs of a server, newest first."""
-    for job in _service(options).jobs("GET", "/builds", several=True):
-        if options.output == "json":
-            sys.stdout.write(compact_json(job) + "\n")
-        else:
-            source = job.get("repo_url") or job.get("source_name") or ""
-            sys.stdout.write(
-                plain_text(f"{job['job_id']}  {job['status']:8} {job['submitted_at'][:19]}  {source}") + "\n"
-            )
+    """List the jobs of a server, newest first."""
+    client = _client(options, _display(options))
+    jobs = client.service.jobs("GET", "/builds", several=True)
+    if options.format == "json":
+        sys.stdout.write("".join(compact_json(job) + "\n" for job in jobs))
+        return EXIT_OK
+    if not jobs:
+        client.display.note("no builds yet")
+        return EXIT_OK
+    sys.stdout.write(f"{'JOB':36}  {'STATUS':9}  {'SUBMITTED (UTC)':19}  {'TOOK':>8}  SOURCE\n")
+    for job in jobs:
+        source = job.get("repo_url") or job.get("source_name") or ""
+        row = f"{job['job_id']:36}  {_status_text(job):9}  {job['submitted_at'][:19]}  {_took(job):>8}  {source}"
+        sys.stdout.write(plain_text(row).rstrip() + "\n")
     return EXIT_OK
+
+
+def _took(job: Mapping[str, Any]) -> str:
+    """Return how long a finished job ran, or "" if its server does not say."""
+    try:
+        began, ended = (datetime.fromisoformat(job[f"{word}_at"]) for word in ("started", "finished"))
+        return f"{(ended - began).total_seconds():.1f} s"
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def cmd_cancel(options: "argparse.Namespace") -> int:
     """Cancel a job."""
-    service = _service(options)
-    [job] = service.jobs("DELETE", f"/build/{options.job}")
+    client = _client(options, _display(options))
+    path = f"/build/{_find_job(client, options.job)}"
+    [job] = client.service.jobs("DELETE", path)
+    finished = "already finished" if job["status"] not in ("queued", "running") else ""
     deadline = time.monotonic() + 5
-    while job["status"] in ("queued", "running") and time.monotonic() < deadline:  # the build takes a moment to die
+    while job["status"] in ("queued", "running") and time.monotonic() < deadline:  # ending the build takes a moment
         time.sleep(0.1)
-        [job] = service.jobs("GET", f"/build/{options.job}")
-    sys.stdout.write(
-        compact_json(job) + "\n"
-        if options.output == "json"
-        else plain_text(f"{job['job_id']}  {job['status']}  {job.get('error_type', '')}").rstrip() + "\n"
-    )
+        [job] = client.service.jobs("GET", path)
+    if options.format == "json":
+        sys.stdout.write(compact_json(job) + "\n")
+        return EXIT_OK
+    status = _status_text(job)
+    if finished and status != "cancelled":
+        status = f"{finished} ({status})"
+    sys.stdout.write(plain_text(f"{job['job_id']}  {status}") + "\n")
     return EXIT_OK
 
 
 def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
-    service = _service(options)
-    bundle = options.output_dir or safe_name(options.job) + "-build"
-    return _fetch_bundle(options, service, options.job, bundle, Expectations(nonce=_nonce(options)), _display(options))
-
-
-# Options of verify in hexadecimal, and how many digits they have.
-_HEX_OPTIONS = {
-    "measurement": (96,),
-    "host_data": (64,),
-    "chip_id": (128,),
-    "family_id": (32,),
-    "image_id": (32,),
-    "source_commit": (40, 64),
-    "source_tree": (40, 64),
-}
-_PATH_OPTIONS = ("source", "image", "crl", "vek", "roots")  # in a policy file: relative to it
-MAX_VERIFIED = 256 * GIB  # of an archive; nothing of it is held, so this bounds only the time that a hostile one takes
-CLOCK_SKEW_S = 300  # by which a builder's clock may be ahead of ours
-
-
-def _policy_arguments(options: "argparse.Namespace") -> list[str]:
-    """The options that a policy file [TOML] stands for. Raises UsageError, OSError."""
-    path, *others = options.policy
-    if others:
-        raise UsageError("--policy is given more than once")
+    client = _client(options, _display(options))
+    job_id = _find_job(client, options.job)
+    bundle = options.output_dir or safe_name(job_id) + "-build"
+    delivery = Delivery(
+        bundle,
+        Expectations(nonce=options.nonce),
+        Endorsements(),
+        _result_hint(client, job_id, bundle, options.nonce),
+        ["--nonce", options.nonce] if options.nonce else [],
+    )
     try:
-        with open(path, "rb") as f:
-            data = f.read(MIB + 1)
-        if len(data) > MIB:  # its end would be lost
-            raise UsageError(f"--policy {path}: more than {MIB} bytes")
-        policy = tomllib.loads(data.decode("utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as e:  # ValueError: its own, that of UTF-8, and that of a number with thousands of digits
-        raise UsageError(f"--policy {path}: not TOML: {e}") from None
-    known = {name.replace("_", "-") for name in vars(options)} - {"run", "policy", "format", "bundles", "version"}
-    arguments = []
-    for name, value in policy.items():
-        if name not in known:
-            raise UsageError(f"--policy {path}: {name!r} is unknown", "known are " + ", ".join(sorted(known)))
-        if isinstance(getattr(options, name.replace("-", "_")), bool):
-            if not isinstance(value, bool):
-                raise UsageError(f"--policy {path}: {name} is neither true nor false")
-            arguments += [f"--{name}"] if value else []
-            continue
-        if isinstance(value, list) and not isinstance(
-            getattr(options, name.replace("-", "_")), list
-        ):  # the last one would win, silently
-            raise UsageError(f"--policy {path}: {name} is given once, not as a list")
-        if (
-            isinstance(value, list) and not value
-        ):  # would ask for nothing, where its author means that nothing is good enough
-            raise UsageError(f"--policy {path}: {name} is an empty list")
-        if name == "measurement" and options.measurement:
-            continue  # each of them would be enough: the command line wins
-        if (
-            name == "min-tcb"
-            and isinstance(value, dict)
-            and all(type(level) is int and 0 <= level < 256 for level in value.values())
-        ):
-            value = tcb_text(value)
-        for item in value if isinstance(value, list) else [value]:
-            if name == "pcr" and (str(item).partition("=")[0].lstrip("0") or "0") in [
-                str(register) for register, _ in options.pcr
-            ]:
-                continue
-            if not (
-                isinstance(item, str) and "\0" not in item or type(item) is int and abs(item) < 1 << 63
-            ):  # [TOML] 64 bits
-                raise UsageError(f"--policy {path}: {name} is neither text nor a whole number, nor a list of them")
-            if name in _PATH_OPTIONS:
-                item = os.path.join(os.path.dirname(path), str(item))
-            arguments.append(f"--{name}={item}")
-    return arguments
+        return _fetch_bundle(client, job_id, delivery)
+    except RemoteError as e:
+        if e.status == 404:
+            [job] = client.service.jobs("GET", f"/build/{job_id}")
+            if job["status"] == "failed":
+                raise ConfbuildError(f"the build failed: {job.get('error_type')}: {job.get('error')}") from None
+        raise
 
 
 def _read_roots(directory: str) -> Anchors:
-    """The keys in <product>/{ark,ask,asvk}.der of directory. Raises UsageError, OSError."""
+    """Return the keys in <product>/{ark,ask,asvk}.der of directory. Raises UsageError, OSError."""
     anchors = {}
     for name in os.listdir(directory):
         product = name.capitalize()
@@ -12424,18 +12513,17 @@ def _read_roots(directory: str) -> Anchors:
             )
             anchors[product] = make_anchors(product, ark, ask, asvk)
     if not anchors:
-        raise UsageError(
-            f"--roots {directory}: no directory of {', '.join(name.lower() for name in TCB_LAYOUTS)} in it"
-        )
+        products = ", ".join(name.lower() for name in TCB_LAYOUTS)
+        raise UsageError(f"--roots {directory}: expected a directory {products} in it")
     return anchors
 
 
 def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
-    """What --roots, --crl and --vek name. Raises UsageError, OSError."""
+    """Return the certificates and lists that --roots, --crl and --vek name. Raises UsageError, OSError."""
     try:
         return Endorsements(
             None if options.roots is None else _read_roots(options.roots),
-            [(os.path.basename(path), _read_der(path)) for path in options.crl],
+            [(os.path.basename(path), _read_der(path)) for path in options.crl or ()],
             None if options.vek is None else _read_der(options.vek),
         )
     except (Malformed, BadSignature) as e:
@@ -12443,102 +12531,79 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
-    """What the options ask for. Raises UsageError."""
-    for name, sizes in _HEX_OPTIONS.items():
-        value = getattr(options, name)
-        for text in value if isinstance(value, list) else [] if value is None else [value]:
-            if len(text) not in sizes or not re.fullmatch("[0-9a-fA-F]*", text):
-                raise UsageError(
-                    f"--{name.replace('_', '-')}: {' or '.join(map(str, sizes))} hexadecimal digits are needed"
-                )
-    if len(dict(options.pcr)) != len(options.pcr):
-        raise UsageError("--pcr: a register is given twice")
-    expected = Expectations(
-        nonce=_nonce(options),
-        measurements=options.measurement or None,
-        image=None if options.image is None else check_image(options.image),
-        min_tcb=options.min_tcb,
-        host_data=options.host_data,
-        guest_svn=options.guest_svn,
-        chip_id=options.chip_id,
-        family_id=options.family_id,
-        image_id=options.image_id,
-        pcrs=dict(options.pcr) or None,
-        allow_debug=options.allow_debug,
-        source_uri=options.source_uri,
-        source_commit=options.source_commit and options.source_commit.lower(),
-        source_tree=options.source_tree and options.source_tree.lower(),
-        packages=options.dep or None,
-        builder_id=options.builder_id,
-        build_type=options.build_type,
-        allow_legacy_digest=options.allow_legacy_digest,
-        require_crl=options.require_crl,
-        require_tee=options.require_tee,
-        finished=None if options.max_age is None else (utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)),
-    )
-    return (
-        expected
-        if options.source is None
-        else source_expectations(options.source, expected, object_format(expected.source_tree or ""))
-    )
+    """Return what the options require; an option's dest is the name of the field. Raises UsageError."""
+    given = vars(options)
+    expected = Expectations(**{name: given[name] for name in Expectations._fields if name in given})
+    if options.pcrs is not None:
+        expected = expected._replace(pcrs=dict(options.pcrs))
+        if len(dict(options.pcrs)) != len(options.pcrs):
+            raise UsageError("--pcr: a register is given twice")
+    if options.image is not None:
+        expected = expected._replace(image=check_image(options.image))
+    if options.max_age is not None:
+        expected = expected._replace(finished=(utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
+    if options.source is None:
+        return expected
+    return source_expectations(options.source, expected, object_format(expected.source_tree or ""))
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
-    """The verdicts over bundles. Opens no socket."""
+    """Print the verdicts over bundles. Opens no socket."""
     now = time.time()
+    when = datetime.fromtimestamp(now, UTC)
     expected, endorsements = _read_expectations(options, now), _read_endorsements(options)
-    statuses, wires = [], []
+    statuses = []
     for path in options.bundles:
-        shown, status = {"bundle": path}, EXIT_USAGE
         try:
             alone = options.evidence_only or is_bare_evidence(path)
             files, wanted = read_bundle(path, MAX_VERIFIED, alone), expected
-            # The bundle says by which hash, and the checkout what it must be.
-            if (
-                options.source is not None
-                and options.source_tree is None
-                and re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
-            ):
+            # The bundle says which hash its repository uses; the checkout must then have that tree.
+            long_tree = re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
+            if options.source is not None and options.source_tree is None and long_tree:
                 wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
-            verdict = verify_bundle(
-                files, wanted._replace(evidence_only=alone), datetime.fromtimestamp(now, UTC), endorsements
-            )
+            verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
-            if len(options.bundles) == 1:
-                raise
-            sys.stderr.write(
-                f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else "")
-            )
-            wires.append({**shown, "verdict": "failed", "error": str(e)})
+            say(f"error: {e}", e.hint or _bundle_hint(path))
+            status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
         else:
-            status = {
-                "passed": EXIT_OK,
-                "failed": EXIT_NO,
-                "simulated": EXIT_OK if options.allow_simulated else EXIT_SIMULATED,
-            }[verdict.verdict]
-            wires.append({**shown, **verdict.to_wire()})
+            simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
+            status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
+            wire = verdict.to_wire()
             if options.format == "text":
-                sys.stdout.write(
-                    (plain_text(path) + "\n" if len(options.bundles) > 1 else "")
-                    + render_verdict(verdict, _colored(sys.stdout))
-                    + "\n"
-                )
+                heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
+                shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose)
+                sys.stdout.write(f"{heading}{shown}\n")
+        if options.format == "json":
+            sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **wire}) + "\n")
         statuses.append(status)
-    if options.format == "json":
-        if len(wires) == 1:
-            del wires[0]["bundle"]
-        sys.stdout.write(json.dumps(wires if len(wires) > 1 else wires[0], indent=2) + "\n")
     return next(status for status in (EXIT_USAGE, EXIT_NO, EXIT_SIMULATED, EXIT_OK) if status in statuses)
 
 
-def cmd_measure(options: "argparse.Namespace") -> int:
-    """The launch digest of what the options name."""
-    if options.kernel is None and (options.initrd is not None or options.append is not None):
-        raise UsageError("--initrd and --append go with --kernel")
-
-    def digest_of(path: str) -> bytes:
+def _bundle_hint(path: str) -> str:
+    """Return what the user may have meant by a path at which there is no bundle, or ""."""
+    try:
+        if os.path.isdir(path):
+            inside = [name for name in sorted(os.listdir(path)) if os.path.isfile(f"{path}/{name}/evidence.json")]
+            return f"{os.path.join(path, inside[0])} is a bundle" if inside else ""
+        folder, name = os.path.split(path)
+        if name in _BUNDLE_FILES and os.path.isfile(os.path.join(folder, "evidence.json")):
+            return f"that is part of a bundle: verify {folder or '.'}"
         with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").digest()
+            head = f.read(KIB)
+        return "this is a server's error message, not a bundle: use curl -f" if b'"error_type"' in head else ""
+    except OSError:
+        return ""
+
+
+def cmd_measure(options: "argparse.Namespace") -> int:
+    """Print the launch digest of a firmware, a kernel, an initrd and a command line."""
+    if options.kernel is None and (options.initrd is not None or options.append is not None):
+        raise UsageError("--initrd and --append require --kernel")
+    if (options.vcpu_type is None) == (options.vcpu_sig is None):
+        raise UsageError("exactly one of --vcpu-type and --vcpu-sig is needed")
+
+    def digest_of(path: str | None) -> bytes | None:
+        return None if path is None else bytes.fromhex(file_sha256(path))
 
     def explain(step: str, digest: bytes) -> None:
         if options.explain:
@@ -12547,62 +12612,50 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
     try:
-        firmware = parse_firmware(data)
-        hashes = (
-            None
-            if options.kernel is None
-            else boot_hashes(
-                digest_of(options.kernel), None if options.initrd is None else digest_of(options.initrd), options.append
-            )
-        )
+        firmware, kernel, hashes = parse_firmware(data), digest_of(options.kernel), None
+        if kernel is not None:
+            hashes = boot_hashes(kernel, digest_of(options.initrd), options.append)
         signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
         digest = compute_launch_digest(
             firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain
         )
     except Malformed as e:
         raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
-    state = (
-        "" if hashes is None else firmware_state(data)
-    )  # without a kernel in it, the digest is of the firmware alone
+    state = "" if hashes is None else firmware_state(data)  # without a kernel, only the firmware is measured
     if state:
-        sys.stderr.write(
-            f"confbuild: warning: {plain_text(options.firmware)}: {state}\n"
-            "confbuild: warning: this digest proves nothing about the code that ran\n"
-        )
+        say(f"warning: {options.firmware}: {state}")
+        say("warning: this digest proves nothing about the code that ran")
     sys.stdout.write(digest.hex() + "\n")
     return EXIT_OK
 
 
 def cmd_attest(options: "argparse.Namespace") -> int:
-    """Evidence for a provenance, from the hardware that this runs on."""
-    nonce = _nonce(options) or ""
+    """Print evidence for a provenance, from the hardware of this SEV-SNP guest."""
     with open(options.provenance, "rb") as f:
         provenance = f.read(MAX_JSON + 1)
     if len(provenance) > MAX_JSON:
         raise UsageError(f"{options.provenance}: more than {MAX_JSON} bytes")
-    report, table = get_report(report_data(provenance, nonce))
+    report, table = get_report(report_data(provenance, options.nonce))
     evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
-        sys.stderr.write(
-            "confbuild: the host handed out no certificate of the key that signed: verifiers will need --vek\n"
-        )
+        say("the host handed out no certificate of the signing key: verifiers will need --vek")
     sys.stdout.write(evidence.decode("ascii"))
     return EXIT_OK
 
 
 def cmd_image(options: "argparse.Namespace") -> int:
-    """Make an image, check one, or write the lock file of the packages that one is made of."""
+    """Make an image, check one, or write the lock file of an image's packages."""
     if [options.output_dir, options.check, options.lock].count(None) != 2:
         raise UsageError("exactly one of -o, --check and --lock is needed")
+    if options.names and options.lock is None:
+        raise UsageError("the names of packages require --lock")
     if options.lock is not None:
         if not options.names:
             raise UsageError("--lock needs the names of packages")
-        data = write_lock(options.names, options.without)
+        data = write_lock(options.names, options.without or ())
         write_durably(os.path.abspath(options.lock), data)
         sys.stdout.write(f"{len(data.splitlines())} packages in {options.lock}\n")
         return EXIT_OK
-    if options.names:
-        raise UsageError("the names of packages go with --lock")
     if options.check is not None:
         facts = check_image(options.check)
         sys.stdout.write(
@@ -12615,18 +12668,9 @@ def cmd_image(options: "argparse.Namespace") -> int:
     if (options.rootfs is None) == (options.packages is None or options.debs is None):
         raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
     vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
-    image = make_image(
-        options.output_dir,
-        ImageInput(
-            options.rootfs or "",
-            options.packages or "",
-            options.debs or "",
-            options.kernel or "",
-            options.firmware or "",
-            options.modules or "",
-            vcpus,
-        ),
-    )
+    names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")
+    rootfs, lock, debs, kernel, firmware, modules = (getattr(options, name) or "" for name in names)
+    image = make_image(options.output_dir, ImageInput(rootfs, lock, debs, kernel, firmware, modules, vcpus))
     sys.stdout.write(
         f"image.json  sha256 {image.manifest_sha256}\n"
         + "".join(f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests)
@@ -12635,19 +12679,19 @@ def cmd_image(options: "argparse.Namespace") -> int:
 
 
 def cmd_agent(_: "argparse.Namespace") -> int:
-    """Inside of a VM; not for people."""
+    """Serve the agent inside a VM; not for people."""
     run_agent()
     return EXIT_OK
 
 
 def cmd_fetcher(_: "argparse.Namespace") -> int:
-    """Beside a VM; not for people."""
+    """Fetch a repository for a VM; not for people."""
     run_fetcher()
     return EXIT_OK
 
 
 def cmd_sweep(options: "argparse.Namespace") -> int:
-    """Remove what a VM leaves behind; not for people."""
+    """Remove the workspace of a VM; not for people."""
     if not os.path.basename(options.workspace).startswith(WORKSPACE):
         raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
@@ -12659,264 +12703,173 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 # ==============================================================================
 # region 38. Options                             [uses 8, 9, 10, 17, 32, 35, 37]
 # ==============================================================================
-# Options: to be described.
+# The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
+# main, which translates errors to exit statuses.
 
 
-def _count(text: str) -> int:
-    """A whole number, for argparse."""
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+def _typed(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """Return an argparse type that converts a text that matches pattern and refuses any other.
+
+    expected: names the accepted texts in errors.
+    convert: may raise ValueError.
+    """
+
+    def parse(text: str) -> Any:
+        try:
+            if re.fullmatch(pattern, text, re.ASCII):
+                return convert(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+
+    return parse
+
+
+def _hex(*digits: int) -> Callable[[str], Any]:
+    """Return an argparse type for one of these numbers of hexadecimal digits, in lower case."""
+    pattern = "|".join(f"[0-9a-fA-F]{{{count}}}" for count in digits)
+    return _typed(pattern, f"{' or '.join(map(str, digits))} hexadecimal digits", str.lower)
+
+
+def _read_levels(text: str) -> dict[str, int]:
+    levels = {name: int(level) for name, _, level in (part.partition("=") for part in text.split(","))}
+    if len(levels) <= text.count(",") or not levels.keys() <= TCB_LAYOUTS["Turin"].keys() or max(levels.values()) > 255:
         raise ValueError(text)
-    return int(text)
-
-
-def _integer(text: str) -> int:
-    """A whole number of at most 64 bits, decimal or hexadecimal with 0x, for argparse."""
-    if not re.fullmatch(r"0x[0-9a-fA-F]{1,16}|[0-9]{1,20}", text, re.ASCII):
-        raise ValueError(text)
-    return int(text, 16 if text[:2] == "0x" else 10)
-
-
-def _job_id(text: str) -> str:
-    """What can be the id of a job, for argparse."""
-    if not re.fullmatch(r"[0-9A-Za-z-]{1,64}", text):
-        raise ValueError(text)
-    return text
-
-
-def _positive(text: str) -> int:
-    """A whole number above zero, for argparse."""
-    if _count(text) == 0:
-        raise ValueError(text)
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    """A time above zero, for argparse."""
-    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,3})?", text, re.ASCII):
-        raise ValueError(text)
-    return float(text)
-
-
-def _age(text: str) -> int:
-    """A time in seconds, minutes, hours or days, as 30d, for argparse. Returns seconds."""
-    if not re.fullmatch(r"[0-9]{1,6}[smhd]", text, re.ASCII):
-        raise ValueError(text)
-    return int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]]
-
-
-def _levels(text: str) -> dict[str, int]:
-    """Security patch levels, as bootloader=4,snp=24, for argparse."""
-    levels = {}
-    for part in text.split(","):
-        name, _, level = part.partition("=")
-        if (
-            name not in TCB_LAYOUTS["Turin"]
-            or name in levels
-            or not re.fullmatch(r"[0-9]{1,3}", level, re.ASCII)
-            or int(level) > 255
-        ):
-            raise ValueError(text)
-        levels[name] = int(level)
     return levels
 
 
-def _pcr(text: str) -> tuple[int, str]:
-    """A register and its value, as 4=..., for argparse."""
-    match = re.fullmatch(r"([0-9]{1,2})=([0-9a-fA-F]{64})", text, re.ASCII)
-    if match is None or int(match[1]) >= PCR_COUNT:
+def _read_pcr(text: str) -> tuple[int, str]:
+    register, _, value = text.partition("=")
+    if int(register) >= PCR_COUNT:
         raise ValueError(text)
-    return int(match[1]), match[2]
+    return int(register), value
 
 
-# As argparse names them in errors.
-_count.__name__, _positive.__name__, _seconds.__name__, _job_id.__name__ = (
-    "number",
-    "number above zero",
-    "number of seconds",
-    "job",
+_count = _typed("[0-9]{1,9}", "a whole number", int)
+_positive = _typed(r"(?!0+\Z)[0-9]{1,9}", "a whole number above zero", int)
+_integer = _typed(
+    "0x[0-9a-fA-F]{1,16}|[0-9]{1,20}",
+    "a whole number such as 33 or 0x21",
+    lambda text: int(text, 16 if text[:2] == "0x" else 10),
 )
-_integer.__name__ = "number such as 33 or 0x21"
-_age.__name__, _levels.__name__, _pcr.__name__ = (
-    "age such as 30d",
-    "list of levels such as bootloader=4,snp=24",
-    "register such as 4=HEX",
+_seconds = _typed(r"[0-9]{1,9}(\.[0-9]{1,3})?", "a number of seconds", float)
+_age = _typed(
+    "[0-9]{1,6}[smhd]",
+    "an age such as 90m, 24h or 30d",
+    lambda text: int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]],
 )
+_job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
+_nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
+_levels = _typed("[a-z]+=[0-9]{1,3}(,[a-z]+=[0-9]{1,3})*", "a list of levels such as bootloader=4,snp=24", _read_levels)
+_pcr = _typed("[0-9]{1,2}=[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr)
 
 
-def build_parser(arguments: Sequence[str] | None = None) -> "argparse.ArgumentParser":
-    """The command line [CONTRACT 5]. arguments: what it is for; a command that they cannot mean has no options, which saves their time."""
+def _add_options(parser: Any, *rows: tuple[Any, ...]) -> None:
+    """Add an option per row: (names and metavar, help, type or choices, default).
 
-    class Version(argparse.Action):
-        """The digest is made only where it is asked for."""
-
-        def __call__(self, *_: Any) -> NoReturn:
-            sys.stdout.write(f"confbuild {__version__} sha256:{sha256_hex(own_source())}\n")
-            sys.stdout.flush()
-            raise SystemExit(0)
-
-    parser = argparse.ArgumentParser(
-        prog="confbuild",
-        description="Turn source code into an attested build, and verify one.",
-        allow_abbrev=False,
-        epilog="Without --tee, builds run in simulated VMs, which are not confidential, and whose evidence no hardware signs. Firmware that starts a file of the host instead of "
-        "the measured kernel (stock AmdSev firmware does, with an unchanged launch digest) is sealed by `image`; `verify --image` and `image --check` fail on one that is not.",
-    )
-    parser.add_argument("--version", action=Version, nargs=0, help="print the version and the SHA-256 of this file")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, add, text in (
-        ("build", cmd_build, _add_build, "build a directory or a git URL, watch it, hold a verified bundle"),
-        ("serve", cmd_serve, _add_serve, "run the build service"),
-        ("verify", cmd_verify, _add_verify, "verify bundles, offline"),
-        ("measure", cmd_measure, _add_measure, "compute the SEV-SNP launch digest of a firmware and a kernel"),
-        (
-            "attest",
-            cmd_attest,
-            _add_attest,
-            "inside of an SEV-SNP guest: get evidence for a provenance from the hardware",
-        ),
-        ("image", cmd_image, _add_image, "make the image that guests are booted from, or check one"),
-        ("watch", cmd_watch, _add_watch, "follow a build"),
-        ("list", cmd_list, _add_list, "list the builds of a server, newest first"),
-        ("cancel", cmd_cancel, _add_cancel, "cancel a build"),
-        ("fetch", cmd_fetch, _add_fetch, "download and verify the bundle of a finished build"),
-    ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        command.set_defaults(run=run)
-        if arguments is None or name in arguments:
-            add(command)
-    commands.add_parser("agent").set_defaults(run=cmd_agent)  # without help: not listed
-    commands.add_parser("fetcher").set_defaults(run=cmd_fetcher)
-    sweep = commands.add_parser("sweep")
-    sweep.add_argument("workspace")
-    sweep.set_defaults(run=cmd_sweep)
-    return parser
+    A row without a metavar is a flag. After the metavar, "..." makes the option repeatable and "!" required.
+    """
+    for words, text, *more in rows:
+        names = [word for word in words.split() if word.startswith("-")]
+        metavar = words.split()[len(names) :]
+        if not metavar:
+            parser.add_argument(*names, action="store_true", help=text)
+            continue
+        kind, default, *_ = (*more, None, None)
+        named: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind or str}
+        if metavar[0].endswith("..."):
+            named["action"] = "append"
+            text += " (repeatable)"
+        elif metavar[0].endswith("!"):
+            named["required"] = True
+        dest = _DESTS.get(names[-1], names[-1].lstrip("-").replace("-", "_"))
+        parser.add_argument(*names, metavar=metavar[0].rstrip(".!"), dest=dest, default=default, help=text, **named)
 
 
-def _add_output(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument(
-        "--output",
-        choices=("auto", "plain", "json", "quiet"),
-        default="auto",
-        help="how to talk about it (default: auto)",
-    )
-
-
-def _add_server(parser: "argparse.ArgumentParser", required: bool = True) -> None:
-    parser.add_argument(
-        "--server",
-        metavar="URL",
-        required=required,
-        help="the server" + ("" if required else "; without it, a private one builds here"),
-    )
-    parser.add_argument("--token-file", metavar="FILE", help="a file with a bearer token")
+# Options whose value has another name in the program; those of `verify` are fields of Expectations.
+_DESTS = {
+    "--measurement": "measurements",
+    "--pcr": "pcrs",
+    "--dep": "packages",
+    "--out": "output_dir",
+    "--output": "format",
+    "--from": "start",
+}
+_FORMAT = (
+    "--format --output FORMAT",
+    "progress: auto (live on a terminal), plain, json or quiet (default: auto)",
+    ("auto", "plain", "json", "quiet"),
+    "auto",
+)
+_SERVER = ("--server URL", "the server (default: CONFBUILD_SERVER; empty: build here)")
+_CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)")
 
 
 def _add_limits(parser: "argparse.ArgumentParser") -> None:
-    """What a server that builds here needs to know, private or not."""
-    parser.add_argument(
-        "--allow-scheme", action="append", default=[], choices=("file", "git"), help="let git URLs have this scheme too"
-    )
-    parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME", help="let builds see this variable of the environment"
-    )
-    parser.add_argument(
-        "--readable",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="let builds in simulated VMs read this folder too (repeatable)",
-    )
-    parser.add_argument(
-        "--require-isolation",
-        action="store_true",
-        help="build only where the host is protected from its builds, or refuse to start",
-    )
-    parser.add_argument(
-        "--no-isolation", action="store_true", help="let builds in simulated VMs do whatever this user may"
-    )
-    parser.add_argument(
-        "--boot-timeout",
-        type=_seconds,
-        metavar="S",
-        help=f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
-    )
-    parser.add_argument(
-        "--build-timeout",
-        type=_seconds,
-        default=BUILD_TIMEOUT_S,
-        metavar="S",
-        help="limit for a build (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--max-archive",
-        type=_positive,
-        default=MAX_ARCHIVE // MIB,
-        metavar="MIB",
-        help="limit for an uploaded archive (default: %(default)s)",
+    """Add the options of a server that builds on this machine, temporary or not."""
+    _add_options(
+        parser.add_argument_group("builds on this machine"),
+        ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
+        ("--env NAME...", "pass this environment variable to builds", str, []),
+        ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
+        ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
+        ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
+        (
+            "--boot-timeout S",
+            f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
+            _seconds,
+        ),
+        ("--build-timeout S", "limit for a build (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
+        (
+            "--max-archive MIB",
+            "limit for an uploaded archive (default: %(default)s)",
+            _positive,
+            MAX_ARCHIVE // MIB,
+        ),
     )
 
 
 def _add_machine(parser: "argparse.ArgumentParser") -> None:
-    """What builds run in, where they run here."""
-    group, default = parser.add_argument_group("what builds run in"), Guest._field_defaults
-    group.add_argument(
-        "--tee",
-        action="store_true",
-        help="SEV-SNP guests, or a refusal that says what is missing (the same as --vm snp)",
-    )
-    group.add_argument(
-        "--vm",
-        choices=("sim", "qemu", "snp"),
-        help="simulated VMs (default), QEMU guests that are not confidential, or SEV-SNP guests",
-    )
-    group.add_argument("--image", metavar="DIR", help="what guests boot, as `image` makes it")
-    group.add_argument(
-        "--vcpus",
-        type=_positive,
-        metavar="N",
-        help=f"virtual processors of a guest, which are measured (default: {default['vcpus']})",
-    )
-    group.add_argument(
-        "--vcpu-type", metavar="T", help=f"their kind, which is measured (default: {default['vcpu_type']})"
-    )
-    group.add_argument(
-        "--memory", type=_positive, metavar="MIB", help=f"memory of a guest (default: {default['memory_mib']})"
-    )
-    group.add_argument(
-        "--guest-network", action="store_true", help="let guests reach the network; the provenance says so"
-    )
-    group.add_argument(
-        "--cbitpos",
-        type=_positive,
-        metavar="N",
-        help="position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid if it can be read, else 51)",
-    )
-    group.add_argument(
-        "--vek",
-        metavar="FILE",
-        help="the certificate of the host's VCEK, for the evidence of guests where the host's firmware hands them none",
+    """Add the options that choose the VMs of builds on this machine."""
+    default = Guest._field_defaults
+    _add_options(
+        parser.add_argument_group("VMs"),
+        ("--tee", "build in SEV-SNP guests, or name what this machine lacks for them (same as --vm snp)"),
+        (
+            "--vm KIND",
+            "sim: simulated VMs (default); qemu: QEMU guests that are not confidential; snp: SEV-SNP guests",
+            ("sim", "qemu", "snp"),
+        ),
+        ("--image DIR", "image that guests boot, made by `confbuild image`"),
+        ("--vcpus N", f"virtual processors of a guest; measured (default: {default['vcpus']})", _positive),
+        ("--vcpu-type T", f"their QEMU model; measured (default: {default['vcpu_type']})"),
+        ("--memory MIB", f"memory of a guest (default: {default['memory_mib']})", _positive),
+        ("--guest-network", "let guests reach the network; the provenance says so"),
+        (
+            "--cbitpos N",
+            "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)",
+            _positive,
+        ),
+        ("--vek FILE", "certificate of the host's VCEK, if the host's firmware hands none to guests"),
     )
 
 
 def _add_build(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = (
-        "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source "
-        "elsewhere afterwards, since TLS does not end inside the VM yet."
+    parser.add_argument("source", metavar="DIR|URL", help="project directory or git URL")
+    _add_options(
+        parser,
+        _SERVER,
+        _CLIENT_TOKEN,
+        ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
+        ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
+        ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
+        _FORMAT,
     )
-    parser.add_argument("source", metavar="DIR|URL")
-    _add_server(parser, required=False)
-    parser.add_argument("--ref", default="", help="branch, tag or commit of the URL (default: its default branch)")
-    parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: NAME-build)")
-    parser.add_argument("--nonce", metavar="HEX", help="32 hexadecimal digits or a UUID (default: random)")
-    _add_output(parser)
     _add_limits(parser)
     _add_machine(parser)
-    parser.add_argument(
-        "--measurement",
-        action="append",
-        default=[],
-        metavar="HEX",
-        help="with --tee: a launch digest that the server's VM may have (repeatable)",
+    _add_options(
+        parser,
+        ("--measurement HEX...", "with --tee: launch digest that the server's VM may have", _hex(96)),
     )
     parser.set_defaults(
         listen="127.0.0.1:0",
@@ -12932,325 +12885,551 @@ def _add_build(parser: "argparse.ArgumentParser") -> None:
 
 
 def _add_serve(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument(
-        "--listen",
-        default="127.0.0.1:8080",
-        metavar="HOST:PORT",
-        help="where to listen (default: %(default)s; port 0: any free one)",
+    _add_options(
+        parser,
+        ("--listen HOST:PORT", "address (default: %(default)s); port 0: any free one", str, "127.0.0.1:8080"),
+        ("--state DIR", "directory for jobs (default: ~/.local/share/confbuild)"),
+        ("--slots N", "builds at a time (default: %(default)s)", _positive, 1),
+        ("--queue N", "builds that may wait (default: %(default)s)", _positive, 1000),
+        ("--single-use", "accept one build, ever"),
+        ("--token-file FILE", "file with bearer tokens, one per line; a client needs one of them"),
+        ("--insecure", "let other machines build without a token"),
+        ("--tls-cert FILE", "certificate chain, PEM"),
+        ("--tls-key FILE", "private key of the certificate, PEM"),
+        ("--public-host NAME...", "name by which clients reach this server", str, []),
+        (
+            "--grace S",
+            "time for running builds to finish when the server is stopped (default: %(default)g)",
+            _seconds,
+            30.0,
+        ),
+        ("-v --verbose", "log requests"),
+        ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
+        ("--print-command", "print the command line of a guest, and exit"),
     )
-    parser.add_argument("--state", metavar="DIR", help="where jobs are kept (default: a directory of this user)")
-    parser.add_argument(
-        "--slots", type=_positive, default=1, metavar="N", help="builds at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--queue", type=_positive, default=1000, metavar="N", help="builds that may wait (default: %(default)s)"
-    )
-    parser.add_argument("--single-use", action="store_true", help="accept one build, ever")
-    parser.add_argument("--token-file", metavar="FILE", help="bearer tokens, one a line, of which a client needs one")
-    parser.add_argument("--insecure", action="store_true", help="let other machines build without a token")
-    parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM")
-    parser.add_argument("--tls-key", metavar="FILE", help="its key, PEM")
-    parser.add_argument(
-        "--public-host", action="append", default=[], metavar="NAME", help="a name by which clients reach this server"
-    )
-    parser.add_argument(
-        "--grace",
-        type=_seconds,
-        default=30.0,
-        metavar="S",
-        help="what running builds get when the server is stopped (default: %(default)g)",
-    )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log requests")
     _add_limits(parser)
     _add_machine(parser)
-    parser.add_argument(
-        "--warm",
-        type=_count,
-        default=0,
-        metavar="N",
-        help="VMs that wait for a build, beyond those of --slots (default: %(default)s)",
-    )
-    parser.add_argument("--print-command", action="store_true", help="print the command line of a guest, and end")
 
 
 def _add_verify(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = (
-        "PASSED: every required check ran and passed. What was not asked for is shown as not checked; in particular, without --measurement "
-        "or --image a VM that ran anything passes (on Azure without --pcr as well; there, without --measurement, evidence made outside of any VM does), and "
-        "without --nonce an old bundle does."
-    )
     parser.add_argument(
         "bundles",
         metavar="BUNDLE",
         nargs="+",
-        help="its directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no provenance.json is next to it",
+        help="directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no "
+        "provenance.json is next to it",
     )
-    parser.add_argument(
-        "--format", choices=("text", "json"), default="text", help="how to tell the verdict (default: text)"
+    _add_options(
+        parser,
+        ("--format FORMAT", "text, or json: one object per line and bundle (default: text)", ("text", "json"), "text"),
+        ("-v --verbose", "show every check, and every field of the evidence"),
+        ("--policy FILE...", "TOML file with any of the options below, without dashes; the command line wins"),
+        ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
     )
-    parser.add_argument(
-        "--policy",
-        action="append",
-        default=[],
-        metavar="FILE.toml",
-        help="a file with any of the options below, without their dashes; the command line wins",
+    _add_options(
+        parser.add_argument_group("what was built"),
+        ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
+        ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),
+        ("--source-uri URI", "origin of the source in the provenance"),
+        ("--source-commit HEX", "commit in the provenance", _hex(40, 64)),
+        ("--source-tree HEX", "git tree in the provenance", _hex(40, 64)),
+        ("--dep NAME@VERSION...", "dependency from the default registry, or a whole pkg: uri"),
+        ("--builder-id ID", "builder in the provenance"),
+        ("--build-type URI", "buildType in the provenance"),
+        ("--max-age AGE", "greatest age of the build, by the builder's clock: 90m, 24h, 30d", _age),
+        ("--allow-legacy-digest", "accept the compact digest that the five oldest bundles signed"),
     )
-    parser.add_argument(
-        "--evidence-only",
-        action="store_true",
-        help="verify evidence.json alone; the verdict names the other files as not covered",
+    _add_options(
+        parser.add_argument_group("where it was built"),
+        ("--measurement HEX...", "launch digest of the VM; one must match", _hex(96)),
+        ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA"),
+        (
+            "--min-tcb LEVELS",
+            "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219",
+            _levels,
+        ),
+        ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
+        ("--guest-svn N", "GUEST_SVN of the report", _count),
+        ("--chip-id HEX", "CHIP_ID of the report", _hex(128)),
+        ("--family-id HEX", "FAMILY_ID of the report", _hex(32)),
+        ("--image-id HEX", "IMAGE_ID of the report", _hex(32)),
+        ("--pcr N=HEX...", "Azure: value of the virtual TPM's register N; all must match", _pcr),
+        ("--allow-debug", "accept a VM that its host can read and change"),
+        ("--require-tee", "fail for simulated evidence"),
+        ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
     )
-    group = parser.add_argument_group("what the build must have been")
-    group.add_argument(
-        "--nonce", metavar="HEX", help="the nonce that the build was asked for with: 32 hexadecimal digits or a UUID"
-    )
-    group.add_argument(
-        "--source", metavar="DIR", help="a checkout whose tree, lock file and dependencies must be those of the bundle"
-    )
-    group.add_argument("--source-uri", metavar="URI", help="where the provenance must say that the source is from")
-    group.add_argument("--source-commit", metavar="HEX", help="the commit that it must name")
-    group.add_argument("--source-tree", metavar="HEX", help="the git tree that it must name")
-    group.add_argument(
-        "--dep",
-        action="append",
-        default=[],
-        metavar="NAME@VERSION",
-        help="a dependency from the default registry that it must list, or a whole pkg: uri (repeatable)",
-    )
-    group.add_argument("--builder-id", metavar="ID", help="the builder that it must name")
-    group.add_argument("--build-type", metavar="URI", help="the buildType that it must name")
-    group.add_argument("--max-age", type=_age, metavar="AGE", help="how old it may be: 90m, 24h, 30d")
-    group.add_argument(
-        "--allow-legacy-digest",
-        action="store_true",
-        help="accept the compact digest that the five oldest bundles have signed",
-    )
-    group = parser.add_argument_group("what must have run it")
-    group.add_argument(
-        "--measurement",
-        action="append",
-        default=[],
-        metavar="HEX",
-        help="the launch digest that the VM may have (repeatable)",
-    )
-    group.add_argument(
-        "--image", metavar="DIR", help="the image that the VM must have booted, by its launch digest and HOST_DATA"
-    )
-    group.add_argument(
-        "--min-tcb",
-        type=_levels,
-        metavar="LEVELS",
-        help="security patch levels that each TCB of the report must reach, such as bootloader=4,tee=0,snp=24,microcode=219",
-    )
-    group.add_argument("--host-data", metavar="HEX", help="HOST_DATA of the report")
-    group.add_argument("--guest-svn", type=_count, metavar="N", help="GUEST_SVN of the report")
-    group.add_argument("--chip-id", metavar="HEX", help="CHIP_ID of the report")
-    group.add_argument("--family-id", metavar="HEX", help="FAMILY_ID of the report")
-    group.add_argument("--image-id", metavar="HEX", help="IMAGE_ID of the report")
-    group.add_argument(
-        "--pcr",
-        action="append",
-        default=[],
-        type=_pcr,
-        metavar="N=HEX",
-        help="on Azure: a value of the virtual TPM's PCRs (repeatable)",
-    )
-    group.add_argument("--allow-debug", action="store_true", help="accept a VM that its host may read and change")
-    group.add_argument("--require-tee", action="store_true", help="simulated evidence fails")
-    group.add_argument(
-        "--allow-simulated", action="store_true", help="exit 0 for simulated evidence that agrees with everything"
-    )
-    group = parser.add_argument_group("what the manufacturer says")
-    group.add_argument("--crl", action="append", default=[], metavar="FILE", help="AMD's revocation list (repeatable)")
-    group.add_argument(
-        "--require-crl", action="store_true", help="fail unless a list of the right key is given that is valid now"
-    )
-    group.add_argument("--vek", metavar="FILE", help="the VCEK's or VLEK's certificate, where the evidence has none")
-    group.add_argument(
-        "--roots", metavar="DIR", help="certificates to trust instead of AMD's keys: <product>/{ark,ask,asvk}.der"
+    _add_options(
+        parser.add_argument_group("keys"),
+        ("--crl FILE...", "AMD's revocation list"),
+        ("--require-crl", "fail without a list of the right key that is valid now"),
+        ("--vek FILE", "certificate of the VCEK or VLEK, if the evidence has none"),
+        ("--roots DIR", "certificates to trust instead of AMD's: <product>/{ark,ask,asvk}.der"),
     )
 
 
 def _add_measure(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("--firmware", metavar="FILE", required=True, help="OVMF, as -bios of QEMU has it")
-    parser.add_argument("--kernel", metavar="FILE", help="-kernel, with kernel-hashes=on (default: none is measured)")
-    parser.add_argument("--initrd", metavar="FILE", help="-initrd")
-    parser.add_argument("--append", metavar="TEXT", help="-append, to the byte")
-    parser.add_argument(
-        "--vcpus",
-        type=_positive,
-        metavar="N",
-        required=True,
-        help="how many there are at the launch: the first number of -smp",
+    _add_options(
+        parser,
+        ("--firmware FILE!", "OVMF, as for QEMU's -bios"),
+        ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
+        ("--initrd FILE", "as for -initrd"),
+        ("--append TEXT", "as for -append, to the byte"),
+        ("--vcpus N!", "virtual processors at the launch: the first number of -smp", _positive),
+        ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
+        ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
+        ("--guest-features X", "SEV_FEATURES (default: %(default)s; with debug-swap 0x21)", _integer, 1),
+        ("--vmm VMM", f"hypervisor: {', '.join(VMMS)} (default: %(default)s)", tuple(VMMS), VMMS[0]),
+        ("--explain", "print the digest after each step"),
     )
-    group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--vcpu-type", choices=CPU_SIGNATURES, metavar="MODEL", help="-cpu, such as EPYC-v4")
-    group.add_argument(
-        "--vcpu-sig", type=_integer, metavar="X", help="the CPUID signature of another model: EAX of Fn0000_0001"
-    )
-    parser.add_argument(
-        "--guest-features",
-        type=_integer,
-        default=1,
-        metavar="X",
-        help="SEV_FEATURES (default: %(default)s; with debug-swap 0x21)",
-    )
-    parser.add_argument("--vmm", choices=VMMS, default=VMMS[0], help="the hypervisor (default: %(default)s)")
-    parser.add_argument("--explain", action="store_true", help="print the digest after each step")
 
 
 def _add_attest(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is written to stdout")
-    parser.add_argument("--nonce", metavar="HEX", required=True, help="32 hexadecimal digits or a UUID")
-    parser.add_argument("--platform", choices=("snp", "gcp-snp"), default="snp", help="what to call it (default: snp)")
-    parser.add_argument(
-        "--fetch-vek",
-        action="store_true",
-        help="ask AMD's key service for the certificate where the host has none: opens a socket",
+    parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is printed")
+    _add_options(
+        parser,
+        ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
+        ("--platform PLATFORM", "snp (default) or gcp-snp", ("snp", "gcp-snp"), "snp"),
+        ("--fetch-vek", "fetch a missing certificate from AMD's key service (opens a socket)"),
     )
 
 
 def _add_image(parser: "argparse.ArgumentParser") -> None:
-    parser.epilog = (
-        "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware that would start a file of the host "
-        "instead of the measured kernel (edk2 from 2025 on does) is sealed, or refused. The Python of the root file system is run, nothing else "
-        "of it. A lock file pins the SHA-256 of every package, as apt knows it."
+    parser.add_argument("names", metavar="NAME", nargs="*", help="with --lock: a package, with its dependencies")
+    _add_options(
+        parser.add_argument_group("one of"),
+        ("-o --out DIR", "make an image in this new directory"),
+        ("--check DIR", "recompute an image's hashes and launch digests, and look for a shim in its firmware"),
+        ("--lock LOCK", "write a lock file: a line NAME VERSION SHA256 for each package"),
     )
-    parser.add_argument(
-        "names",
-        metavar="NAME",
-        nargs="*",
-        help="with --lock: a package that the lock file has, with all that it depends on",
+    _add_options(
+        parser.add_argument_group("to make an image"),
+        ("--rootfs DIR", "the root file system"),
+        ("--packages LOCK", "or the Debian packages that are unpacked to one"),
+        ("--debs FOLDER", "folder with their .deb files, which are recognised by SHA-256"),
+        ("--kernel FILE", "kernel (default: boot/vmlinuz-* of the root file system)"),
+        ("--modules DIR", "kernel modules (default: those of the root file system)"),
+        ("--firmware FILE", "AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)"),
+        ("--vcpus N...", "number of vCPUs to compute the launch digest for (default: 1)", _positive),
+        ("--vcpu-type TYPE...", "QEMU model of the vCPUs (default: EPYC-v4)"),
     )
-    group = parser.add_argument_group("to do one of")
-    group.add_argument("-o", dest="output_dir", metavar="DIR", help="make an image in this new directory")
-    group.add_argument(
-        "--check",
-        metavar="DIR",
-        help="hash the parts of an image, look into its firmware, compute its launch digests; exit 1 where image.json says otherwise",
-    )
-    group.add_argument("--lock", metavar="LOCK", help="write a lock file: a line NAME VERSION SHA256 for each package")
-    group = parser.add_argument_group("to make an image")
-    group.add_argument("--rootfs", metavar="DIR", help="the root file system")
-    group.add_argument("--packages", metavar="LOCK", help="or the Debian packages that are unpacked to one")
-    group.add_argument(
-        "--debs", metavar="FOLDER", help="where their .deb files are, known by SHA-256, whatever their names"
-    )
-    group.add_argument("--kernel", metavar="FILE", help="the kernel (default: boot/vmlinuz-* of the root file system)")
-    group.add_argument("--modules", metavar="DIR", help="its modules (default: those of the root file system)")
-    group.add_argument(
-        "--firmware",
-        metavar="FILE",
-        help="AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)",
-    )
-    group.add_argument(
-        "--vcpus",
-        type=_positive,
-        action="append",
-        metavar="N",
-        help="number of vCPUs to compute the launch digest for (repeatable; default: 1)",
-    )
-    group.add_argument(
-        "--vcpu-type",
-        action="append",
-        metavar="TYPE",
-        help="type of vCPU, as of QEMU's -cpu (repeatable; default: EPYC-v4)",
-    )
-    group = parser.add_argument_group("to write a lock file")
-    group.add_argument(
-        "--without",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="leave out this package, though others depend on it (repeatable)",
+    _add_options(
+        parser.add_argument_group("to write a lock file"),
+        ("--without NAME...", "leave out this package, although others depend on it"),
     )
 
 
 def _add_watch(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("job", metavar="JOB", type=_job_id)
-    _add_server(parser)
-    parser.add_argument(
-        "--from", dest="start", type=_count, default=0, metavar="N", help="leave out the first N events"
-    )
-    _add_output(parser)
+    _add_job(parser)
+    _add_options(parser, ("--from N", "leave out the first N events", _count, 0))
+
+
+def _add_job(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument("job", metavar="JOB", type=_job, help="id of the job, or its first characters")
+    _add_list(parser)
 
 
 def _add_list(parser: "argparse.ArgumentParser") -> None:
-    _add_server(parser)
-    _add_output(parser)
-
-
-def _add_cancel(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("job", metavar="JOB", type=_job_id)
-    _add_server(parser)
-    _add_output(parser)
+    _add_options(parser, _SERVER, _CLIENT_TOKEN, _FORMAT)
 
 
 def _add_fetch(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("job", metavar="JOB", type=_job_id)
-    _add_server(parser)
-    parser.add_argument("-o", dest="output_dir", metavar="DIR", help="where the bundle goes (default: JOB-build)")
-    parser.add_argument("--nonce", metavar="HEX", help="the nonce that you chose; without it the nonce is not checked")
-    _add_output(parser)
+    _add_job(parser)
+    _add_options(
+        parser,
+        ("-o --out DIR", "directory of the bundle (default: JOB-build)"),
+        ("--nonce HEX", "nonce that you sent with the build; without it the nonce is not checked", _nonce),
+    )
+
+
+def _add_completion(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
+
+
+def _add_sweep(parser: "argparse.ArgumentParser") -> None:
+    parser.add_argument("workspace")
+
+
+def cmd_completion(options: "argparse.Namespace") -> int:
+    """Print a script that completes commands, options and choices."""
+    known = {row.name: _completed(row) for row in COMMANDS if row.group}
+    if options.shell == "fish":
+        for row in (row for row in COMMANDS if row.group):
+            here = f"complete -c confbuild -n '__fish_seen_subcommand_from {row.name}'"
+            summary = shlex.quote(row.summary)
+            sys.stdout.write(f"complete -c confbuild -n __fish_use_subcommand -a {row.name} -d {summary}\n")
+            for name, values in known[row.name].items():
+                flag = f" -l {name[2:]}" if name.startswith("--") else f" -s {name[1:]}"
+                flag = flag if name.startswith("-") else ""  # the argument of the command
+                choices = f" -xa {shlex.quote(values)}" if values else ""
+                sys.stdout.write(f"{here}{flag}{choices}\n")
+        return EXIT_OK
+    lines = [*(["autoload -Uz compinit bashcompinit", "compinit -u", "bashcompinit"] if options.shell == "zsh" else [])]
+    lines += ["_confbuild() {", "  local words=", '  case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in']
+    lines += [
+        f"    '{command} {name}') words='{values}';;"
+        for command, names in known.items()
+        for name, values in names.items()
+        if values
+    ]
+    lines += ["    *)", '      case "$COMP_CWORD ${COMP_WORDS[1]}" in', f"        '1 '*) words='{' '.join(known)}';;"]
+    lines += [
+        f"        *' {command}') words='{' '.join(name for name in names if name[0] == '-')}';;"
+        for command, names in known.items()
+    ]
+    lines += ["      esac;;", "  esac", '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}"]
+    sys.stdout.write("\n".join([*lines, "complete -o default -F _confbuild confbuild confbuild.py"]) + "\n")
+    return EXIT_OK
+
+
+def _completed(row: "Command") -> dict[str, str]:
+    """Return the options of a command, each with the values that it accepts, or "" if there is no list of them."""
+    actions = command_parser(row)._actions
+    options = {name: " ".join(action.choices or ()) for action in actions for name in action.option_strings}
+    return {**options, row.name: " ".join(actions[-1].choices or ())} if row.name == "completion" else options
+
+
+class Command(NamedTuple):
+    """A command. group: of the help; "" = hidden."""
+
+    name: str
+    run: "Callable[[argparse.Namespace], int]"
+    add: "Callable[[argparse.ArgumentParser], None]"
+    group: str = ""
+    summary: str = ""
+    example: str = ""
+    note: str = ""
+
+
+_BUILD, _SERVICE, _CONFIDENTIAL = "Build and verify", "Service", "Confidential VMs"
+COMMANDS = (
+    Command(
+        "build",
+        cmd_build,
+        _add_build,
+        _BUILD,
+        "build a directory or a git URL, and verify the bundle",
+        "confbuild build hello",
+        "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server "
+        "can still send the source elsewhere afterwards, since TLS does not end inside the VM yet.",
+    ),
+    Command(
+        "verify",
+        cmd_verify,
+        _add_verify,
+        _BUILD,
+        "verify bundles, offline",
+        "confbuild verify hello-build --source hello --allow-simulated",
+        "PASSED: every required check ran and passed. The last line names the checks that you did not request: without "
+        "--measurement or --image, any VM passes (on Azure, without --measurement, even evidence made outside of a "
+        "VM); without --nonce, an old bundle passes.",
+    ),
+    Command(
+        "serve",
+        cmd_serve,
+        _add_serve,
+        _SERVICE,
+        "run the build service",
+        "confbuild serve --listen 127.0.0.1:8080",
+    ),
+    Command(
+        "watch",
+        cmd_watch,
+        _add_watch,
+        _SERVICE,
+        "follow a build",
+        "confbuild watch d3d8 --server http://127.0.0.1:8080",
+    ),
+    Command(
+        "list",
+        cmd_list,
+        _add_list,
+        _SERVICE,
+        "list the builds of a server, newest first",
+        "confbuild list --server http://127.0.0.1:8080",
+    ),
+    Command(
+        "cancel",
+        cmd_cancel,
+        _add_job,
+        _SERVICE,
+        "cancel a build",
+        "confbuild cancel d3d8 --server http://127.0.0.1:8080",
+    ),
+    Command(
+        "fetch",
+        cmd_fetch,
+        _add_fetch,
+        _SERVICE,
+        "download and verify the bundle of a finished build",
+        "confbuild fetch d3d8 -o bundle --server http://127.0.0.1:8080",
+    ),
+    Command(
+        "image",
+        cmd_image,
+        _add_image,
+        _CONFIDENTIAL,
+        "make or check the image that guests boot",
+        "confbuild image --check image",
+        "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware "
+        "that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is sealed or "
+        "refused. Only the Python of the root file system is run.",
+    ),
+    Command(
+        "measure",
+        cmd_measure,
+        _add_measure,
+        _CONFIDENTIAL,
+        "compute the SEV-SNP launch digest of a firmware and a kernel",
+        "confbuild measure --firmware OVMF.fd --vcpus 1 --vcpu-type EPYC-v4",
+    ),
+    Command(
+        "attest",
+        cmd_attest,
+        _add_attest,
+        _CONFIDENTIAL,
+        "inside an SEV-SNP guest: get evidence for a provenance",
+        "confbuild attest provenance.json --nonce 00112233445566778899aabbccddeeff",
+    ),
+    Command(
+        "completion",
+        cmd_completion,
+        _add_completion,
+        "Shell",
+        "print a completion script for bash, zsh or fish",
+        'eval "$(confbuild completion bash)"',
+    ),
+    Command("agent", cmd_agent, lambda _: None),
+    Command("fetcher", cmd_fetcher, lambda _: None),
+    Command("sweep", cmd_sweep, _add_sweep),
+)
+_EXAMPLES = """
+Examples
+  confbuild build hello
+  confbuild verify hello-build --source hello --allow-simulated
+  confbuild serve --listen 127.0.0.1:8080
+
+Exit status
+  0    yes: built and verified, or verified
+  1    no: the build failed, or the bundle does not verify
+  2    usage error, unreadable input, or a machine that lacks a requirement of --tee
+  3    verify: everything matches, but the evidence is only simulated
+  4    the server could not be reached, refused the request, or broke the protocol
+  5    built, but the bundle does not verify
+  130  interrupted
+
+`confbuild COMMAND --help` explains a command; `confbuild --version` prints the version and the SHA-256 of this file.
+"""
+# Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
+_NOT_IN_POLICY = {"help", "policy", "format", "verbose"}
+_POLICY_PATHS = {"source", "image", "crl", "vek", "roots"}
+
+
+def command_parser(command: Command) -> "argparse.ArgumentParser":
+    """Return the parser of one command. Its errors are UsageErrors."""
+
+    class Parser(argparse.ArgumentParser):
+        """argparse would print its usage and exit."""
+
+        def error(self, message: str) -> NoReturn:
+            message = message.removeprefix("argument ").replace("unrecognized arguments:", "unexpected argument")
+            raise UsageError(f"{command.name}: {message}", f"`confbuild {command.name} --help` lists the options")
+
+    example = f"Example: {command.example}"
+    parser = Parser(
+        prog=f"confbuild {command.name}",
+        description=command.summary[:1].upper() + command.summary[1:] + ".",
+        epilog=f"{command.note} {example}" if command.note else example,
+        allow_abbrev=False,
+    )
+    command.add(parser)
+    parser.set_defaults(run=command.run, default_of=parser.get_default)
+    return parser
+
+
+def help_text() -> str:
+    """Return the help of the program: its commands in groups, examples and exit statuses."""
+    rows = ["usage: confbuild COMMAND ...", "", "Turn source code into an attested build, and verify one."]
+    for group in dict.fromkeys(command.group for command in COMMANDS if command.group):
+        rows += ["", group, *(f"  {row.name:11} {row.summary}" for row in COMMANDS if row.group == group)]
+    return "\n".join(rows) + "\n" + _EXAMPLES
+
+
+def _similar(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a hint that names the known word that was probably meant."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
+    """Return the options of a command; `run` is its function. Raises UsageError, and SystemExit after --help."""
+    name, *words = arguments
+    command = next((row for row in COMMANDS if row.name == name), None)
+    if command is None:
+        names = [row.name for row in COMMANDS if row.group] + ["--help", "--version"]
+        kind = "option" if name.startswith("-") else "command"
+        raise UsageError(f"unknown {kind} {name}", _similar(name, names, "`confbuild --help` lists the commands"))
+    parser = command_parser(command)
+    known = parser._option_string_actions
+    for word in itertools.takewhile("--".__ne__, words):
+        option = word.partition("=")[0]
+        if word.startswith("--") and " " not in word and option not in known:  # argparse would first miss others
+            more = f"`confbuild {name} --help` lists the options"
+            raise UsageError(f"{name}: unknown option {option}", _similar(option, known, more))
+    options = parser.parse_args(words)
+    if getattr(options, "policy", None):
+        options = parser.parse_args(words, _read_policy(parser, options))  # the command line adds to it, or wins
+    return options
+
+
+def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace") -> "argparse.Namespace":
+    """Return the values of the options in a policy file [TOML], unless the command line replaces them.
+
+    Raises UsageError, OSError.
+    """
+    path, *others = options.policy
+    if others:
+        raise UsageError("--policy is given more than once")
+    where = f"--policy {path}: "
+    with open(path, "rb") as f:
+        data = f.read(MIB + 1)
+    if len(data) > MIB:
+        raise UsageError(f"{where}more than {MIB} bytes")
+    try:
+        policy = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as e:  # ValueError: also of UTF-8, and of a number with thousands of digits
+        raise UsageError(f"{where}not TOML: {e}") from None
+    known = {action.option_strings[-1][2:]: action for action in parser._actions if action.option_strings}
+    known = {name: action for name, action in known.items() if name not in _NOT_IN_POLICY}
+    values = argparse.Namespace()
+    for name, value in policy.items():
+        if name not in known:
+            raise UsageError(f"{where}unknown option {name!r}", "known options are " + ", ".join(sorted(known)))
+        setattr(values, known[name].dest, _policy_value(known[name], value, where + name, os.path.dirname(path)))
+    if options.measurements and hasattr(values, "measurements"):  # any of them would do: the command line wins
+        del values.measurements
+    if options.pcrs and hasattr(values, "pcrs"):
+        values.pcrs = [pcr for pcr in values.pcrs if pcr[0] not in dict(options.pcrs)]
+    return values
+
+
+def _policy_value(action: "argparse.Action", value: Any, where: str, folder: str) -> Any:
+    """Return value as the command line would read it for this option. Raises UsageError."""
+    if action.nargs == 0:
+        if isinstance(value, bool):
+            return value
+        raise UsageError(f"{where}: expected true or false")
+    repeatable = isinstance(action, argparse._AppendAction)
+    if isinstance(value, list) and not (repeatable and value):
+        # An empty list would require nothing, although its author probably means that nothing is good enough.
+        raise UsageError(f"{where}: expected " + ("at least one value" if repeatable else "one value, not a list"))
+    levels = list(value.values()) if action.dest == "min_tcb" and isinstance(value, dict) else [None]
+    if all(type(level) is int and 0 <= level < 256 for level in levels):
+        value = tcb_text(value)
+    found = []
+    for item in value if isinstance(value, list) else [value]:
+        good = (
+            "\0" not in item if isinstance(item, str) else type(item) is int and abs(item) < 1 << 63
+        )  # [TOML] 64 bits
+        if not good:
+            raise UsageError(f"{where}: expected text or a whole number" + ", or a list of them" * repeatable)
+        text = str(item)
+        if action.dest in _POLICY_PATHS:
+            text = os.path.join(folder, text)
+        try:
+            found.append(action.type(text) if callable(action.type) else text)
+        except argparse.ArgumentTypeError as e:
+            raise UsageError(f"{where}: {e}") from None
+    return found if repeatable else found[0]
+
+
+class _ErrorStream:
+    """stderr whose failures do no harm: a full disk behind it must not end a build."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Write text if possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flush if possible."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 __all__ += ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, and return the exit status [CONTRACT 5]. Without argv, as the whole program: raises SystemExit with it, since
-    a zipapp's own start file drops what this returns."""
+    """Run a command, and return the exit status [CONTRACT 5.3].
+
+    Without argv, runs as the whole program: raises SystemExit with the status, since a zipapp's own start file drops
+    what this returns.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(
-            getattr(sys, name), "reconfigure"
-        ):  # a name that the locale has no letters for must not end a build
+        elif hasattr(getattr(sys, name), "reconfigure"):  # a name that the locale cannot print must not end a build
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    if argv is None:
+        setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:
         try:
-            status = _run(argv)
+            status = _run(sys.argv[1:] if argv is None else list(argv))
         finally:  # --help raises
             sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read the answer has gone; nothing more can be said
+    except BrokenPipeError:  # the reader of the results has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = EXIT_NO
+        if argv is None and hasattr(signal, "SIGPIPE"):  # end as other programs do, which shells expect
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGPIPE)
     if argv is None:
         raise SystemExit(status)
     return status
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    """The exit status of a command. Raises BrokenPipeError, and SystemExit for usage and help."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    options = build_parser(arguments).parse_args(arguments)
-    if options.run not in (cmd_verify, cmd_measure):
-        logging.basicConfig(
-            stream=sys.stderr,
-            level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
-            format="confbuild: %(levelname)s: %(message)s",
-        )
+def _run(arguments: Sequence[str]) -> int:
+    """Return the exit status of a command. Raises BrokenPipeError, and SystemExit after --help."""
+    if arguments[:1] in (["--help"], ["-h"]):
+        sys.stdout.write(help_text())
+        return EXIT_OK
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"confbuild {__version__} sha256:{sha256_hex(own_source())}\n")
+        return EXIT_OK
+    if not arguments:
+        sys.stderr.write(help_text())
+        return EXIT_USAGE
     try:
-        if getattr(options, "policy", None):  # as if it stood in front of what is on the command line, which so wins
-            options = build_parser(arguments).parse_args([arguments[0], *_policy_arguments(options), *arguments[1:]])
+        options = parse_arguments(arguments)
+        if options.run not in (cmd_verify, cmd_measure):
+            logging.basicConfig(
+                stream=sys.stderr,
+                level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
+                format="confbuild: %(levelname)s: %(message)s",
+            )
         return int(options.run(options))
     except ConfbuildError as e:
-        sys.stderr.write(
-            f"confbuild: error: {plain_text(str(e))}\n" + (f"confbuild: hint: {e.hint}\n" if e.hint else "")
-        )
+        say(f"error: {e}", e.hint)
         return e.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except OSError as e:
-        sys.stderr.write(
-            "confbuild: error: " + plain_text(f"{e.filename + ': ' if e.filename else ''}{e.strerror or e}") + "\n"
-        )
+        say(f"error: {e.filename + ': ' if e.filename else ''}{e.strerror or e}")
         return EXIT_USAGE
 
 
 if __name__ == "__main__":
     sys.exit(main())
+
 
 # endregion 38
