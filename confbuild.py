@@ -11309,7 +11309,7 @@ def run_guest() -> None:
 
 # endregion 34
 # ==============================================================================
-# region 35. Rendering                                            [uses nothing]
+# region 35. Rendering                                                 [uses 12]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -12701,7 +12701,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 
 # endregion 37
 # ==============================================================================
-# region 38. Options                             [uses 8, 9, 10, 17, 32, 35, 37]
+# region 38. Options                                 [uses 8, 9, 10, 17, 32, 37]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
