@@ -21628,10 +21628,10 @@ class TestUsage:
             (
                 "image -o i --rootfs empty",
                 2,
-                "has 0 kernels boot/vmlinuz-*, not one\nconfbuild: hint: name one with --kernel",
+                "has 0 files boot/vmlinuz-*, not one\nconfbuild: hint: use --kernel FILE",
             ),
             ("image -o empty --rootfs empty", 2, "empty exists"),
-            ("image -o i --packages blank --debs empty", 2, "blank: no package in it"),
+            ("image -o i --packages blank --debs empty", 2, "blank: lists no package"),
             ("image --check nowhere", 2, "nowhere: no image.json in it"),
             ("verify b --policy blank --policy blank", 2, "--policy is given more than once"),
             ("verify b --policy binary", 2, "--policy binary: not TOML: "),
