@@ -23416,7 +23416,7 @@ class TestBuild:
         ), said.stderr
 
     def test_a_full_tmpdir(self, tmp_path: Path, shell: Shell) -> None:
-        write_files(tmp_path, {"large/x": random.Random(1).randbytes(20_000)})
+        write_files(tmp_path, {"large/x": random.Random(1).randbytes(20_000), "large/Cargo.lock": ""})
         said = shell("build", "large", how=("-c", self.FULL + "full(); sys.exit(confbuild.main())", str(FILE.parent)))
         assert said.returncode == 2 and re.search(
             rf"error: {re.escape(str(tmp_path))}/tmp/confbuild-\w+ cannot be written: File too large\n"
