@@ -6726,10 +6726,9 @@ class Job:
 
     def create(self, archive: str | None, grown: Callable[[EventLog], None]) -> None:
         """Write the folder of a new job, durably. archive: the uploaded archive; is moved. Raises OSError."""
-        if archive is not None:
-            sync(archive)
         os.mkdir(self.folder, 0o700)
         if archive is not None:
+            sync(archive)
             os.rename(archive, os.path.join(self.folder, "source"))
         self._use(EventLog(self.events_path, grown))
         write_durably(os.path.join(self.folder, "job.json"), self.record.to_bytes())

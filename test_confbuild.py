@@ -13415,7 +13415,7 @@ def has_finished(log: confbuild.EventLog) -> Callable[[], bool]:
 
 class TestJobs:
     def test_example_stream(self, server: Callable[..., Server]) -> None:
-        """Source: the example of the public documentation, in CONTRACT.md; and what it says of from, HEAD and the end."""
+        """The example of the public documentation, and its rules for from, HEAD and the end. [CONTRACT 1.7]"""
         s = server()
         job = s.submit(project("echo one; echo two >&2; echo 'some data: x'\n" + QUICK))
         assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", job)
@@ -13511,7 +13511,7 @@ class TestJobs:
         }
 
     def test_order(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """First in, first out; each waiting job hears of its place on entry and on every change, also by a cancelled one."""
+        """First in, first out. A waiting job announces its place on entry and on each change, as by a cancellation."""
         s = server()
         jobs = []
         for n in range(5):
@@ -13537,7 +13537,7 @@ class TestJobs:
         assert s.request("DELETE", f"/build/{jobs[0]}")[0] == 200 and s.status(jobs[0])["status"] == "ok"
 
     def test_slots(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """Two builds at once: each waits for the other. Neither has the other's files in its workspace, nor a secret of the server."""
+        """Two builds run at once. Neither sees the files of the other, or a secret of the server."""
         s = server(
             "--slots",
             "2",
@@ -13562,7 +13562,7 @@ class TestJobs:
             assert home and not os.path.exists(home[1])  # the VM is gone, and its workspace
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """kill -9 at two moments of two builds of 10,000 lines: each client ends with every event once, and each job is complete."""
+        """After kill -9 at two random moments, each client has every event once, and each job is complete."""
         s, rng = server("--slots", "2"), random.Random(4)
         build = "echo pid $$\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
         followers = [Follower(s, s.submit(project(build))) for _ in range(2)]
@@ -13590,7 +13590,7 @@ class TestJobs:
             wait_for(lambda lines=lines: not any(living(int(line[4:])) for line in lines if line.startswith("pid ")))
 
     def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """A build under which the server dies three times has failed; what waits keeps its order, what is finished its bytes."""
+        """A build fails after its server has died three times. Waiting jobs keep order, finished ones their bytes."""
         s = server()
         done = s.submit()
         s.events(done)
@@ -13643,7 +13643,7 @@ class TestJobs:
         assert s.events(second)[-1]["result"] == {"status": "ok"}
 
     def test_parked(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """A build that the grace did not suffice for is run by the next server, at no cost; one server at a time has the state."""
+        """The next server runs a build that outlasted --grace, as the same attempt. A state has only one server."""
         s = server("--grace", "0.1")
         job = s.submit(project(f"echo $$; {gated(tmp_path / 'gate')}"))
         pid = int(until(s, job)["msg"])
@@ -13689,7 +13689,7 @@ class TestJobs:
 
     @pytest.mark.parametrize("what", ["submit", "cancel waiting", "cancel running", "run", "end"])
     def test_a_slow_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-        """While one job is being written down, everything else is answered, and another job is accepted, built and cancelled."""
+        """While a slow disk delays one job, other requests are answered, and another job is accepted and cancelled."""
         go, blocked, release, real = threading.Event(), threading.Event(), threading.Event(), confbuild.write_durably
         slow: list[str] = []
 
@@ -14102,7 +14102,7 @@ class TestState:
         ),
     )
     def test_mutations(self, status: str, name: str, where: float, length: int, put: bytes) -> None:
-        """Whatever bytes are lost, changed or added: the server starts, answers, builds the others, and cuts no log that has ended."""
+        """Whatever bytes change, the server starts, answers, builds the other jobs, and never cuts a complete log."""
         with tempfile.TemporaryDirectory() as name_:
             state = Path(name_)
             folder, other = store(state, 1, status), store(state, 2, "queued")
@@ -14130,7 +14130,7 @@ class TestState:
 
     @pytest.mark.parametrize("status", ["ok", "failed"])
     def test_killed_before_complete(self, tmp_path: Path, status: str) -> None:
-        """A server that died between job.json and the last event, or within it: the next one completes it, to the byte."""
+        """If a server died between job.json and the end of the last event, the next one writes the same bytes."""
         folder = store(tmp_path, 1, status)
         whole = (folder / "events").read_bytes()
         start = whole.index(b"id: 3\n")
@@ -14142,7 +14142,7 @@ class TestState:
                     assert jobs.describe(jobs.get(job_id(1)))["status"] == status
 
     def test_never_accepted(self, tmp_path: Path) -> None:
-        """Only what a server leaves that died while it accepted a build is removed: nothing else, and nothing elsewhere."""
+        """Remove only the folders of jobs that a dead server had not accepted yet, and nothing elsewhere."""
         jobs_, incoming = tmp_path / "jobs", tmp_path / "incoming"
         for n, names in enumerate(
             [
@@ -14218,7 +14218,7 @@ class TestState:
         assert contents(tmp_path / "state") == before
 
     def test_our_own_log(self, tmp_path: Path) -> None:
-        """`serve --state DIR > DIR/server.log` finds a directory that is not empty; a log of somebody else is refused."""
+        """`serve --state DIR > DIR/server.log` works although DIR is not empty; a log of another process is refused."""
         code = "import sys; sys.path.insert(0, sys.argv[1]); import confbuild; confbuild.claim_state(sys.argv[2])"
         for fd in (1, 2):
             (tmp_path / f"state{fd}").mkdir()
@@ -14664,7 +14664,7 @@ class TestBody:
     def test_any_split(
         self, tmp_path_factory: pytest.TempPathFactory, data: bytes, trick: int, block: int, late: bool
     ) -> None:
-        """Every spelling of a string in JSON, in blocks of any length, gives the same file; the rest of the object is kept."""
+        """Every spelling of a JSON string, in blocks of any length, gives the same file. The rest is kept."""
         text = self.TRICKS[trick](base64.b64encode(b"\x1f\x8b\x08" + data).decode())
         other = '"x": {"source_data": ["source_data", "a\\"b"], "y": [{"source_data": "no"}]}, "nonce": "source_data"'
         body = (
@@ -14751,7 +14751,7 @@ class TestBody:
 
 class TestHttp:
     def test_bodies(self, site: Callable[..., Site]) -> None:
-        """Every row of the first table of CONTRACT 1 that a body can bring about. None of them uses up a single-use server."""
+        """Every refusal that a body can cause. None of them uses up a single-use server. [CONTRACT 1.6]"""
         s = site(single_use=True)
         for body, status, error_type, fragment in BODIES:
             is_problem(s.ask("POST", "/build", body), status, error_type, fragment)
@@ -14853,7 +14853,7 @@ class TestHttp:
         assert s.ask("POST", "/build", URL)[0] == 200  # it is not used up
 
     def test_heads(self, site: Callable[..., Site]) -> None:
-        """What RFC 9112 says of a head, or leaves to the server. Where a request is malformed, there is one answer, and nothing after it counts."""
+        """Valid and malformed heads. A malformed one gets one answer, and the bytes after it are ignored. [RFC9112]"""
         s = site()
         for line, fields, status, fragment in HEADS:
             data = line + b"\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
@@ -14890,7 +14890,7 @@ class TestHttp:
         ],
     )
     def test_no_end_is_needed(self, site: Callable[..., Site], data: bytes, status: int) -> None:
-        """What cannot become a request is refused at once. Empty lines before a request, and lines that end with LF, are allowed."""
+        """Bytes that cannot become a request are refused at once. Leading empty lines and LF alone are allowed."""
         answer = site().raw(data)
         if status == 200:
             assert answer[::2] == (200, b"ok")
@@ -15040,7 +15040,7 @@ class TestHttp:
         where: str,
         number: int,
     ) -> None:
-        """A full disk refuses a build, with the reason and without a traceback, and leaves nothing behind; a single-use server is not used up."""
+        """If the disk is full, a build is refused; nothing is left behind, and a single-use server is not used up."""
         s, names, opened = site(single_use=True), where.rpartition("."), list[Any]()
 
         def fail(*_: Any, **__: Any) -> None:
@@ -15106,7 +15106,7 @@ class TestHttp:
         assert s.server.seats._value == seats and s.ask("GET", "/health")[0] == 200
 
     def test_deadlines(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """A head must come within a time as a whole, however it comes; so must the next request; and an answer must be taken."""
+        """A whole head, the next request and the reading of an answer each have a deadline."""
         s = site()
         s.server.scan_s = 0.02
         get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -15155,13 +15155,14 @@ class TestHttp:
         assert s.server._held == 0 and s.ask("GET", "/health")[0] == 200
 
     def test_waiting_needs_no_thread(self, site: Callable[..., Site]) -> None:
-        """Those who send nothing, half a head, or a body slowly, and those who take a download slowly, leave the threads to others."""
+        """Clients that send nothing, half a head or a slow body, or read slowly, do not use up the threads."""
         s = site()
         job = s.jobs.get(s.finished())
         data = s.large_result(job, 300_000)
         s.server.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         s.server.seats, s.server.bodies = threading.BoundedSemaphore(2), threading.BoundedSemaphore(1)
-        get = f"GET /build/{job.id}/result HTTP/1.1\r\nHost: localhost\r\nRange: bytes=1-\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+        get = f"GET /build/{job.id}/result HTTP/1.1\r\nHost: localhost\r\nRange: bytes=1-\r\n\r\n".encode()
+        get += b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
         post = (
             b"POST /build HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
         )
@@ -15208,7 +15209,7 @@ class TestHttp:
             s.server.seats.acquire()
 
     def test_oldest_gives_way(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where connections are too many, hold too much, or leave too few files, the one that waits longest is closed."""
+        """If connections are too many, hold too much or leave too few files, the oldest waiting one is closed."""
         s = site()
 
         def connect(sent: bytes = b"") -> socket.socket:
@@ -15242,7 +15243,7 @@ class TestHttp:
             sock.close()
 
     def test_no_files(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """With no file left, accept closes who waits, and then waits itself; a request that needs a file can be repeated."""
+        """Without free files, accept closes a waiting connection, then pauses. A request that needs a file gets 503."""
         s = site()
         job = s.finished()
         idle = socket.create_connection(("127.0.0.1", s.port), 20)
@@ -15300,7 +15301,8 @@ class TestHttp:
                 m.setattr(confbuild, name, value)
                 is_problem(
                     s.raw(
-                        b"POST /build HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n"
+                        b"POST /build HTTP/1.1\r\nHost: localhost\r\n"
+                        b"Content-Type: application/json\r\nContent-Length: 999\r\n\r\n"
                     ),
                     408,
                     "RequestTimeout",
@@ -15343,7 +15345,7 @@ class TestHttp:
             assert method == "HEAD" or fragment in json.loads(answer[2])["error"]
 
     def test_connections(self, site: Callable[..., Site]) -> None:
-        """Pipelined, kept alive, with 100-continue, cut off, HTTP/1.0: who may go on, goes on; who may not is told so."""
+        """Pipelining, keep-alive, 100-continue, truncated bodies and HTTP/1.0."""
         s = site()
         host = b"Host: localhost\r\n"
         body = json.dumps(URL).encode()
@@ -15570,7 +15572,7 @@ class TestHttp:
         }
 
     def test_options(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """What the command line promises of the tables: --max-archive, --token-file, --queue, --single-use; /config says so."""
+        """--max-archive, --token-file, --queue and --public-host work, and /config shows the limits."""
         (tmp_path / "tokens").write_text("t0\nt1\n")
         s = server(
             "--max-archive",
@@ -15643,7 +15645,7 @@ class TestHttp:
 
     @needs("openssl")
     def test_tls_connections(self, site: Callable[..., Site], tmp_path: Path) -> None:
-        """A handshake holds up nobody and has a deadline; then all is as without TLS: pipelined, bodies, downloads, and what follows them."""
+        """A handshake blocks nobody and has a deadline. Pipelining, bodies and downloads work as without TLS."""
         cert, key = self.certificate(tmp_path)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cert, key)
@@ -15697,7 +15699,7 @@ class TestHttp:
 
     @needs("openssl")
     def test_tls(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """Events, of 2 MiB, and the result over TLS are those of the files; a client without TLS gets nothing and hurts nobody."""
+        """2 MiB of events and the result arrive unchanged over TLS. A client without TLS gets no answer."""
         cert, key = self.certificate(tmp_path)
         s = server("--tls-cert", cert, "--tls-key", key)
         context = ssl.create_default_context(cafile=cert)
