@@ -9726,7 +9726,8 @@ def write_cpio(path: str, tree: _Tree) -> None:
 # ---- The disk of tools: EROFS, followed by a dm-verity tree.
 
 VERITY_BLOCK = 4096
-_EROFS_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}  # EROFS_FT_*
+_EROFS_DIR = 2  # EROFS_FT_DIR
+_EROFS_TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: _EROFS_DIR, stat.S_IFLNK: 7}  # EROFS_FT_*
 
 
 def block_digests(data: bytes) -> bytes:
@@ -9756,24 +9757,24 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
     tree = {"": _FOLDER, **tree}
     order = sorted(tree, key=os.fsencode)
     numbers = {name: 2 * i for i, name in enumerate(order)}  # a nid counts 32 bytes
-    children: dict[str, list[str]] = {name: [] for name in order if stat.S_ISDIR(tree[name].mode)}
+    entries = {
+        name: [(b".", numbers[name], _EROFS_DIR), (b"..", numbers[name.rpartition("/")[0]], _EROFS_DIR)]
+        for name in order
+        if stat.S_ISDIR(tree[name].mode)
+    }
     for name in order[1:]:
-        children[name.rpartition("/")[0]].append(name)
-    for name, inside in children.items():
-        entries = [(b".", numbers[name], 2), (b"..", numbers[name.rpartition("/")[0]], 2)]
-        for child in inside:
-            kind = _EROFS_TYPES[stat.S_IFMT(tree[child].mode)]
-            entries.append((os.fsencode(child.rpartition("/")[2]), numbers[child], kind))
-        data = _erofs_folder(entries)
+        parent, _, base = name.rpartition("/")
+        entries[parent].append((os.fsencode(base), numbers[name], _EROFS_TYPES[stat.S_IFMT(tree[name].mode)]))
+    for name, rows in entries.items():
+        data = _erofs_folder(rows)
         tree[name] = tree[name]._replace(content=data, size=len(data))
     inodes = bytearray()
     block = 1 + -(-64 * len(order) // VERITY_BLOCK)
-    for i, name in enumerate(order):
+    for i, name in enumerate(order, 1):
         node = tree[name]
-        links = 2 + sum(child in children for child in children[name]) if name in children else 1
+        links = sum(kind == _EROFS_DIR for _, _, kind in entries[name]) if name in entries else 1
         # struct erofs_inode_extended: format (1: extended), xattrs, mode, size, first block, ino, nlink; else zero
-        first = block if node.size else 0
-        inodes += struct.pack("<HHH2xQII20xI16x", 1, 0, node.mode, node.size, first, i + 1, links)
+        inodes += struct.pack("<HHH2xQII20xI16x", 1, 0, node.mode, node.size, block if node.size else 0, i, links)
         block += -(-node.size // VERITY_BLOCK)
     # struct erofs_super_block: magic, log2 of block size, root nid, inodes, blocks, first block of inodes, volume name
     superblock = struct.pack("<I8xBxHQ12xII20x16s48x", 0xE0F5E1E2, 12, numbers[""], len(order), block, 1, b"confbuild")
@@ -10117,14 +10118,12 @@ def make_image(folder: str, given: ImageInput) -> Image:
 def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Package]) -> None:
     """Write all files of an image into the empty directory made. Raises ImageError, OSError."""
     tree = scan_tree(root)
-    kernels = [node for name, node in tree.items() if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
+    kernels = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
     if not given.kernel and len(kernels) != 1:
         raise ImageError(f"the root file system has {len(kernels)} files boot/vmlinuz-*, not one", "use --kernel FILE")
-    kernel = _read_whole(given.kernel, MAX_KERNEL) if given.kernel else _content(kernels[0])
-    if given.firmware:
-        origin = _read_whole(given.firmware, MAX_FIRMWARE)
-    else:
-        origin = _content(tree[_resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1]])
+    kernel = _read_whole(given.kernel or os.path.join(root, kernels[0]), MAX_KERNEL)
+    origin_path = given.firmware or os.path.join(root, _resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1])
+    origin = _read_whole(origin_path, MAX_FIRMWARE)
     firmware = seal_firmware(origin)
     modules = scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
     initrd, tools = _make_trees(root, tree, modules)
@@ -11044,8 +11043,8 @@ def parse_command_line(text: str) -> tuple[str, int]:
     The firmware puts unmeasured words of the host before the measured ones, so a second parameter is an error.
     Raises GuestError.
     """
-    found = [word.partition("=")[2] for word in text.split() if word.startswith("confbuild.tools=")]
-    match = re.fullmatch(r"([0-9a-f]{64}),([1-9][0-9]{0,9})", found[0]) if len(found) == 1 else None
+    found = re.findall(r"(?<!\S)confbuild\.tools=(\S*)", text)
+    match = re.fullmatch(r"([0-9a-f]{64}),([1-9][0-9]{0,9})", " ".join(found))
     if match is None:
         raise GuestError("expected confbuild.tools=ROOTHASH,BLOCKS exactly once on the kernel's command line")
     return match[1], int(match[2])
