@@ -11197,6 +11197,8 @@ def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
 
 def _run_guest_agent(config: Mapping[str, Any]) -> None:
     """Run the agent in this process, which _become has changed."""
+    # Further modules come from the disk of tools, whose folders Python would take for the initrd's: all times are 0.
+    sys.path_importer_cache.clear()
     guard_process()
     os.environ.clear()
     os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, ()))
@@ -11251,7 +11253,7 @@ def _start_guest() -> None:
     for name, value in _SYSCTL:
         if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
             _write(f"/proc/sys/{name}", value)
-    # Read this file and import the agent's modules now: its root has no compiled ones.
+    # Read this file and import the agent's modules now, from the initrd: its own root has no compiled ones.
     own_source()
     for module in (
         gzip,
