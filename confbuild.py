@@ -9539,7 +9539,10 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
 
 
 def _deb_members(path: str) -> Iterator[_Member]:
-    """Yield the members of data.tar in a .deb file.  [DEB] Raises ConfbuildError, OSError, and errors of zlib and lzma."""
+    """Yield the members of data.tar in a .deb file.  [DEB]
+
+    Raises ConfbuildError, OSError, and errors of zlib and lzma.
+    """
     with _open_regular(path) as f, tempfile.TemporaryFile() as data:
         if f.read(8) != b"!<arch>\n":
             raise ImageError("not a .deb file")
@@ -9577,7 +9580,7 @@ def _add_member(tree: TreeWriter, member: _Member) -> None:
 
 
 def _run_scripts(tree: TreeWriter, root: str) -> None:
-    """Make what the packages' scripts would: alternatives, accounts, the bundle of certificates, and links for merged /usr.
+    """Make what the packages' scripts would: alternatives, accounts, the bundle of certificates, links for merged /usr.
 
     Raises BuildFailed, OSError.
     """
