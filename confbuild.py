@@ -2533,7 +2533,7 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
 def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors) -> None:
     """Check that AMD's ASK or ASVK certifies vek for the report's chip and TCB, and that vek signed the report.
 
-    vek: not authenticated yet.  [VCEK 3]
+    vek: not authenticated yet.  [VCEK]
     """
     roles, kind = anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
@@ -2613,7 +2613,7 @@ def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
 
 
 def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors) -> None:
-    """Check that no revocation list names the ASK or ASVK, and that a list is valid now.  [VCEK 3.4]
+    """Check that no revocation list names the ASK or ASVK, and that a list is valid now.  [VCEK, RFC5280 5]
 
     kind: VCEK or VLEK.
     A list that is not valid now fails only if expected.require_crl; otherwise its validity is shown.
