@@ -500,38 +500,6 @@ WORD = re.compile(r"[^\x00-\x1f\x7f]+")
 _KINDS = {int: "an integer", str: "text", dict: "an object", list: "an array"}
 
 
-def _mismatch(value: Any, schema: Any, path: str, ordered: bool) -> str:
-    """Return "" if value matches schema, else a message that begins with the path of the first mismatch."""
-    if isinstance(schema, tuple):
-        found = [_mismatch(value, alternative, path, ordered) for alternative in schema]
-        # The alternative that matches deepest is the one that the writer meant.
-        return "" if "" in found else max(found, key=lambda text: text.partition(":")[0].count("."))
-    if isinstance(schema, dict) and isinstance(value, dict):
-        wanted = {
-            name.rstrip("?"): inner for name, inner in schema.items() if not name.endswith("?") or name[:-1] in value
-        }
-        arrange = list if ordered else sorted
-        if arrange(value) != arrange(wanted):
-            names = ", ".join(value)[:200] or "none"
-            order = " in this order" if ordered else ""
-            return f"{path}: has the keys {names}, expected {', '.join(wanted)}{order}"
-        return next(filter(None, (_mismatch(value[k], v, f"{path}.{k}", ordered) for k, v in wanted.items())), "")
-    if isinstance(schema, list) and isinstance(value, list):
-        if len(schema) not in (1, len(value)):
-            return f"{path}: has {len(value)} items, expected {len(schema)}"
-        items = enumerate(value)
-        return next(filter(None, (_mismatch(item, schema[0], f"{path}[{i}]", ordered) for i, item in items)), "")
-    if isinstance(schema, re.Pattern):
-        matches = isinstance(value, str) and schema.fullmatch(value) is not None
-        expected = "text without control characters" if schema is WORD else f"the form {schema.pattern}"
-    elif isinstance(schema, type | dict | list):
-        kind = schema if isinstance(schema, type) else type(schema)
-        matches, expected = kind is object or type(value) is kind, _KINDS.get(kind, "")
-    else:
-        matches, expected = type(value) is type(schema) and value == schema, json.dumps(schema)
-    return "" if matches else f"{path}: {json.dumps(value)[:80]}, expected {expected}"
-
-
 def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordered: bool = False) -> Any:
     """Return value, a parsed JSON document, if it matches schema.
 
@@ -548,9 +516,43 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
 
     Raises Malformed, with the path of the first mismatch.
     """
-    problem = _mismatch(value, schema, path, ordered)
-    if problem:
-        raise Malformed(structure, problem.removeprefix(":").lstrip())
+
+    def refuse(problem: str) -> NoReturn:
+        raise Malformed(structure, f"{path}: {problem}".removeprefix(": "))
+
+    if isinstance(schema, tuple):
+        errors: list[Malformed] = []
+        for alternative in schema:
+            try:
+                return check_schema(value, alternative, structure, path, ordered)
+            except Malformed as e:
+                errors.append(e)
+        # The alternative that matches deepest is the one that the writer meant.
+        raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
+    if isinstance(schema, dict) and isinstance(value, dict):
+        wanted = {k.rstrip("?"): v for k, v in schema.items() if not k.endswith("?") or k[:-1] in value}
+        arrange = list if ordered else sorted
+        if arrange(value) != arrange(wanted):
+            order = " in this order" if ordered else ""
+            refuse(f"has the keys {', '.join(value)[:200] or 'none'}, expected {', '.join(wanted)}{order}")
+        for name, inner in wanted.items():
+            check_schema(value[name], inner, structure, f"{path}.{name}", ordered)
+    elif isinstance(schema, list) and isinstance(value, list):
+        if len(schema) not in (1, len(value)):
+            refuse(f"has {len(value)} items, expected {len(schema)}")
+        for i, item in enumerate(value):
+            check_schema(item, schema[0], structure, f"{path}[{i}]", ordered)
+    else:
+        if isinstance(schema, re.Pattern):
+            matches = isinstance(value, str) and schema.fullmatch(value) is not None
+            expected = "text without control characters" if schema is WORD else f"the form {schema.pattern}"
+        elif isinstance(schema, type | dict | list):
+            kind = schema if isinstance(schema, type) else type(schema)
+            matches, expected = kind is object or type(value) is kind, _KINDS.get(kind, "")
+        else:
+            matches, expected = type(value) is type(schema) and value == schema, json.dumps(schema)
+        if not matches:
+            refuse(f"{json.dumps(value)[:80]}, expected {expected}")
     return value
 
 
