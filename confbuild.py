@@ -387,9 +387,10 @@ def limit_error(message: str) -> BuildFailed:
 # ==============================================================================
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
-# Decoders for untrusted input: JSON [RFC8259], base64 [RFC4648], hexadecimal digits and binary fields. Each accepts
-# exactly one spelling of a value where the format allows, needs time and memory linear in its input, and raises
-# Malformed for any other input. Their parameter `name` names the input in that error. Also two hashes. Pure.
+# Decoders for untrusted input: JSON [RFC8259], base64 [RFC4648], hexadecimal digits and binary fields, and check_schema,
+# the one check of the form of a JSON document. Each needs time and memory linear in its input and raises Malformed for
+# any input that it does not accept; the parameter `name` or `structure` names the input in that error. Also two hashes.
+# Everything here is pure, and any thread may call it.
 
 # One string, bracket or brace. An unterminated string extends to the end, so no byte is scanned twice. The quantifiers
 # are possessive because re would otherwise remember 120 bytes for each step that it could take back.
