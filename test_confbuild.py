@@ -11549,7 +11549,7 @@ def table_of(*certificates: tuple[str, bytes], little: bool = False) -> bytes:
 
 class TestAttester:
     def test_report_data(self) -> None:
-        """[CONTRACT 4], with the digest of "abc" from FIPS 180-2."""
+        """[CONTRACT 4.1], with the digest of "abc" from FIPS 180-2."""
         expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" + NONCE + "00" * 16
         assert (
             confbuild.report_data(b"abc", NONCE).hex() == expected == confbuild.report_data(b"abc", NONCE.upper()).hex()
@@ -12645,7 +12645,7 @@ class TestMakeStatement:
             },
             "resolvedDependencies": [LIBC],
         }
-        # The tree of CONTRACT 3, by hand: commit, tree, rustc hash and version, cargo hash and version, lock file, uris.
+        # The tree of [CONTRACT 3.6], by hand: commit, tree, rustc hash and version, cargo hash and version, lock file, uris.
         level = [
             hashlib.sha256(text.encode()).digest()
             for text in (COMMIT, "12" * 20, SHA, "tool 1", SHA, "tool 1", SHA, str(LIBC["uri"]))
@@ -13104,7 +13104,7 @@ def sent(payloads: confbuild.Payloads) -> list[str]:
 
 
 def frames(texts: list[str], first: int = 1) -> list[bytes]:
-    """The frames of CONTRACT 1, written independently: id, data, an empty line."""
+    """The frames of [CONTRACT 1.7], written independently: id, data, an empty line."""
     return [f"id: {n}\ndata: {text}\n\n".encode() for n, text in enumerate(texts, first)]
 
 
@@ -13121,7 +13121,7 @@ COMPLETE_EVENT = confbuild.to_payload({"type": "complete", "result": {"status": 
 
 class TestEventLog:
     def test_known_bytes(self, tmp_path: Path) -> None:
-        """Source: the example in CONTRACT.md, section 1."""
+        """Source: the example in [CONTRACT 1.7]."""
         log = confbuild.EventLog(str(tmp_path / "log"))
         log.append(confbuild.to_payload({"type": "queued", "position": 0}))
         log.append(confbuild.to_payloads("detect", ["cargo"]))
