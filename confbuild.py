@@ -4383,13 +4383,13 @@ def _git(
 
 
 def check_ref(ref: str) -> None:
-    """Raise Refused InvalidRef unless ref can name a branch, tag, full ref or commit, or is empty."""
+    """Raise Refused InvalidRef unless ref can name a branch, tag, full ref or commit, or is empty. [CONTRACT 1.6]"""
     if ref and not _REF.fullmatch(ref):
         raise Refused(400, "InvalidRef", f"repo_ref: {ref[:80]!r} is not a valid branch, tag or commit name")
 
 
 def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
-    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host, a path, and no credentials.
+    """Raise Refused ForbiddenUrl unless url may be fetched: an allowed scheme, a host and a path, no credentials.
 
     loopback: allow loopback addresses. Link-local, unspecified and multicast addresses and metadata services of clouds
     are never allowed. The addresses of names are checked by fetch_git."""
@@ -4653,7 +4653,7 @@ def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> 
 
 
 def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
-    """Return (commit, URL of the origin) of project's own `.git` if the tree of its HEAD is tree.
+    """Return (commit, URL of the origin) of project's own `.git` if the tree of its HEAD is tree. [CONTRACT 3.4]
 
     tree: the object name of the tree of all files of project, so that none is untracked or modified.
     The URL is an unverified claim of the history's owner, without credentials. The commit is hashed here.
