@@ -4919,6 +4919,12 @@ class TestStatement:
         ):
             assert verdict_over(files, other).verdict == "failed"
 
+    def test_subject_names(self) -> None:
+        good = provenance_of(named("demo", "other"))
+        assert confbuild.subject_names(good) == ["demo", "other"]
+        for data in (b"", b"{}", good[:-1], good.replace(b"_type", b"type")):
+            assert confbuild.subject_names(data) == []
+
     def test_canonical_form(self) -> None:
         assert (
             confbuild.to_canonical({"b": ["\u00e9"], "a": {}})
