@@ -22409,7 +22409,7 @@ class TestVerify:
     @pytest.mark.parametrize(
         "options, message",
         [
-            ("--roots swapped", "Milan ask: not an RSA key"),
+            ("--roots swapped", "Milan ask: expected an RSA key"),
             ("--roots partial", "asvk.der: No such file"),
             ("--roots hollow", "Milan ark: "),
             ("--roots files", "Not a directory"),
