@@ -162,7 +162,6 @@ from typing import (
     Any,
     NamedTuple,
     NoReturn,
-    Protocol,
     TypeVar,
 )
 

@@ -18546,7 +18546,7 @@ class TestElf:
 
 
 class TestFileSystems:
-    TREE: confbuild._Tree = {  # noqa: RUF012
+    TREE: confbuild._Tree = {
         "a": confbuild._FOLDER,
         "a/b": confbuild._new_file(b"x" * 5000, True),
         "a-b": confbuild._new_file(b""),
@@ -20822,6 +20822,7 @@ def guests(
 @needs_qemu(10, 0)
 @needs("git")
 @needs_image
+@pytest.mark.guest
 class TestRealGuest:
     def test_config(self, guests: Callable[[], GuestRuns]) -> None:
         """The server's configuration and evidence before a build."""
@@ -24242,7 +24243,7 @@ class TestLayout:
         assert [self.REGIONS[n].title for n in (11, 12)] == ["Verdict", "Processes"]
         assert self.region(self.CUT - 1) is self.REGIONS[11] and self.region(self.CUT + 2) is self.REGIONS[12]
         half: dict[str, Any] = {"__name__": "half", "__file__": "half"}
-        exec(compile("\n".join(self.SOURCE.splitlines()[: self.CUT]), "half", "exec"), half)  # noqa: S102
+        exec(compile("\n".join(self.SOURCE.splitlines()[: self.CUT]), "half", "exec"), half)
         files = bundle()
         assert (
             half["verify_bundle"](half["BundleFiles"](*files), half["Expectations"](nonce=NONCE), NOON).verdict
@@ -24385,70 +24386,119 @@ if __name__ == "__main__":
 
 
 class TestReadme:
+    """The README says what the program does, and can be pasted."""
+
+    TEXT = (FILE.parent / "README.md").read_text(encoding="utf-8")
+    TEST = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
+
+    @staticmethod
+    def blocks(text: str) -> Iterator[tuple[str, str]]:
+        """Yield (language, code) of each block of code; indented blocks have the language "sh"."""
+        for language, code, indented in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$|((?:^    [^\n]*\n)+)", text):
+            yield ("sh", re.sub(r"(?m)^    ", "", indented)) if indented else (language, code)
+
     def test_what_ci_installs(self) -> None:
         """.ci/run runs the README's command, and installs whatever a test that skips says is missing."""
         script = (FILE.parent / ".ci/run").read_text(encoding="utf-8")
         named = set(
             re.findall(r"apt-get install (?:-t [a-z-]+ )?([a-z0-9-]+)", Path(__file__).read_text(encoding="utf-8"))
         )
-        assert (
-            named >= {"git", "gcc", "qemu-system-x86", "strace"}
-            and {name for name in named if not re.search(rf"[ :]{name}[ ;\n]", script)} == set()
-        )
-        assert (
-            "sed -n 's/^    \\(python -m pytest.*\\)$/\\1/p' README.md" in script
-            and "\n    python -m pytest\n" in self.TEXT
-        )
+        assert named >= {"git", "gcc", "qemu-system-x86", "strace"}
+        assert {name for name in named if not re.search(rf"[ :]{name}[ ;\n]", script)} == set()
+        found = re.search(r"sed -n '(s/.*/p)' README\.md", script)
+        assert found, ".ci/run takes the test command from README.md"
+        command = subprocess.run(["sed", "-n", found[1]], input=self.TEXT, capture_output=True, text=True, check=True)
+        assert command.stdout == self.TEST + "\n"
 
-    TEXT = (FILE.parent / "README.md").read_text(encoding="utf-8")
+    def test_form(self) -> None:
+        """Lines of at most 100 columns and paragraphs of at most 5 lines, except tables and code; every block parses."""
+        prose = re.sub(r"(?ms)^```.*?^```$|^(?:    |\|).*?$", "", self.TEXT)
+        assert [line for line in prose.splitlines() if len(line) > 100] == []
+        paragraphs = [p.strip() for p in prose.split("\n\n") if p.strip() and not re.match(r"\s*([-#>]|\d\.)", p)]
+        assert [p[:60] for p in paragraphs if p.count("\n") > 4] == []
+        for language, code in self.blocks(self.TEXT):
+            if language == "python":
+                compile(code, "README.md", "exec")
+        shell = "".join(code for language, code in self.blocks(self.TEXT) if language == "sh")
+        assert re.findall(r"(?<![\w/])python .*", shell) == []
+
+    def test_links(self) -> None:
+        """A link to a heading of the README has that heading."""
+        headings = {
+            re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"(?m)^#+ (.+)$", self.TEXT)
+        }
+        assert [link for link in re.findall(r"\]\(#([^)]+)\)", self.TEXT) if link not in headings] == []
 
     def test_a_real_verification(self) -> None:
-        """What the README shows is what the program says, but for what it cuts and the time."""
+        """The README shows what the program prints."""
         folder = SHARED / "vectors/vectors/az-snp-kettle-kex"
         if not folder.is_dir():
-            pytest.skip("shared/vectors is not beside the project")
-        files = confbuild.read_bundle(str(folder), evidence_only=True)._replace(others=())  # expect.json, which is ours
-        rows = confbuild.render_verdict(verdict_over(files, confbuild.Expectations(evidence_only=True)), False).split(
-            "\n"
-        )
-        said = (
-            self.TEXT[self.TEXT.index("    $ python confbuild.py verify kex/evidence.json\n") :]
-            .split("\n\n")[0]
-            .replace("\n    ", "\n")
-            .split("\n")[1:]
-        )
-        assert said == rows
+            pytest.skip("shared/vectors is not next to the project")
+        files = confbuild.read_bundle(str(folder), evidence_only=True)._replace(others=())  # expect.json is ours
+        verdict = verdict_over(files, confbuild.Expectations(evidence_only=True))
+        assert f"```\n{confbuild.render_verdict(verdict, False)}\n```" in self.TEXT
 
     def test_commands(self) -> None:
-        assert re.search(r"^    (\$ )?python confbuild\.py build \S+$", self.TEXT, re.MULTILINE) and re.search(
-            r"^    python -m pytest$", self.TEXT, re.MULTILINE
-        )
-        commands = {row.name: confbuild.command_parser(row) for row in confbuild.COMMANDS}
-        for name in [row.name for row in confbuild.COMMANDS if row.group]:
-            row = re.search(rf"^\| `{name}\b.*$", self.TEXT, re.MULTILINE)
-            assert row, f"README does not name {name}"
-            for action in (a for a in commands[name]._actions if a.option_strings and a.dest != "help"):
-                assert any(re.search(rf"`{option}[ `]", self.TEXT) for option in action.option_strings), (
-                    f"README does not name {name} {action.option_strings}"
-                )
-        known = {o for parser in commands.values() for a in parser._actions for o in a.option_strings} | {"--version"}
-        table = "\n".join(
-            line
-            for line in self.TEXT.splitlines()
-            if re.match(r"\| `(build|serve|verify|watch|list|cancel|fetch)\b", line)
-        )
-        assert set(re.findall(r"`(--?[a-z-]+)`", table)) <= known, "README names what does not exist"
+        """Each command and option is in the contract, and the contract names no other."""
+        rows = [row for row in confbuild.COMMANDS if row.group]  # the others are hidden
+        contract = self.TEXT[self.TEXT.index("### 5. Command line") :]
+        contract = contract[: contract.index("\n## ")]
+        assert [row.name for row in rows if f"confbuild {row.name}" not in contract] == []
+        actions = [action for row in rows for action in confbuild.command_parser(row)._actions]
+        options = {option for action in actions for option in action.option_strings} - {"-h", "--help"}
+        named = set(re.findall(r"(?<![\w-])(--?[a-z][a-z-]*)(?![\w-])", contract)) - {"--version"}
+        assert sorted(option for option in options - named if option.startswith("--")) == []
+        assert sorted(named - options) == []
 
     def test_routes(self) -> None:
         listed = re.findall(r"^\| `(GET|POST|DELETE|PUT|HEAD) (/[^`]*)` \|", self.TEXT, re.MULTILINE)
-        assert sorted(listed) == sorted((route.method, route.path) for route in confbuild.ROUTES)
+        assert sorted(re.sub(r"\?.*", "", f"{m} {p}") for m, p in listed) == sorted(
+            f"{route.method} {route.path}" for route in confbuild.ROUTES
+        )
 
     def test_words(self) -> None:
         """Statuses, failures and verdicts are all there."""
-        assert set(re.findall(r"^\| (\d+) \|", self.TEXT, re.MULTILINE)) == {"0", "1", "2", "3", "4", "5", "130"}
-        assert [
-            word for word in (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED") if f"`{word}`" not in self.TEXT
-        ] == []
+        for form in (r"(?m)^\| (\d|\d\d|130) \|", r"(?m)^\| \*\*(\d+)\*\* \|"):
+            assert set(re.findall(form, self.TEXT)) == {"0", "1", "2", "3", "4", "5", "130"}
+        words = (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED")
+        assert [word for word in words if f"`{word}`" not in self.TEXT] == []
+
+    def test_python(self, tmp_path: Path) -> None:
+        """The program of the README runs, on a bundle that is not what it asks for."""
+        write_bundle(tmp_path / "demo", bundle())
+        program = next(code for language, code in self.blocks(self.TEXT) if language == "python")
+        assert len(program.strip().splitlines()) <= 11
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / "demo"), NONCE],
+            cwd=FILE.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stderr) == (1, "") and "hardware" in done.stdout
+
+
+class TestContract:
+    """The contract's numbers hold: the code cites sections that exist, and a test cites each of them."""
+
+    CONTRACT = TestReadme.TEXT[TestReadme.TEXT.index("\n## The contract\n") :]
+    SECTIONS = re.findall(r"(?m)^####? (\d+(?:\.\d+)?)\.? ", CONTRACT[: CONTRACT.index("\n## Python")])
+
+    def test_numbers(self) -> None:
+        counted: list[str] = []
+        for number in self.SECTIONS:
+            chapter = sum("." not in one for one in counted) + ("." not in number)
+            inside = sum(one.startswith(f"{chapter}.") for one in counted) + 1
+            assert number == (f"{chapter}.{inside}" if "." in number else str(chapter))
+            counted.append(number)
+        assert len(counted) > 30
+
+    def test_citations(self) -> None:
+        """Each citation names a section n.m."""
+        for path in (FILE, Path(__file__)):
+            cited = re.findall(r"\[CONTRACT (\d[^\]]*)\]", path.read_text(encoding="utf-8"))
+            numbers = {number for text in cited for number in re.split(r", ?| to ", text)}
+            assert sorted(numbers - set(self.SECTIONS)) == [], path.name
 
 
 # endregion 39
