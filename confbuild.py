@@ -12568,7 +12568,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
-            say(f"error: {e}", e.hint or _bundle_hint(path))
+            say(f"error: {e}", _bundle_hint(path) or e.hint)
             status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
         else:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
@@ -13422,7 +13422,11 @@ def _run(arguments: Sequence[str]) -> int:
             )
         return int(options.run(options))
     except ConfbuildError as e:
-        say(f"error: {e}", e.hint)
+        refused = isinstance(e, RemoteError) and e.status == 401
+        say(
+            f"error: {e}",
+            "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" if refused else e.hint,
+        )
         return e.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

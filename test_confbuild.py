@@ -21930,6 +21930,51 @@ class TestUsage:
                     f"{name} {action.option_strings} says nothing"
                 )
 
+    @pytest.mark.parametrize(
+        ("name", "words", "found"),
+        [
+            ("bash", "verify --requi", ["--require-crl", "--require-tee"]),
+            ("bash", "verify --format j", ["json"]),
+            ("bash", "completion ", ["bash", "fish", "zsh"]),
+            ("bash", "wat", ["watch"]),
+            ("fish", "verify --requi", ["--require-crl", "--require-tee"]),
+            ("fish", "verify --format j", ["json"]),
+            ("fish", "wat", ["watch"]),
+        ],
+    )
+    def test_completion(self, tmp_path: Path, shell: Shell, name: str, words: str, found: list[str]) -> None:
+        """What the shell itself offers after these words."""
+        if shutil.which(name) is None:
+            pytest.skip(f"{name} is missing: apt-get install {name}")
+        script = write_files(tmp_path, {"script": shell("completion", name).stdout}) / "script"
+        if name == "fish":
+            ask = f"source {script}; complete -C {shlex.quote('confbuild ' + words)}"
+        else:
+            listed = shlex.join(["confbuild", *words.split(" ")])
+            ask = f"source {script}; COMP_WORDS=({listed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
+            ask += "_confbuild; printf '%s\\n' \"${COMPREPLY[@]}\""
+        done = subprocess.run([name, "-c", ask], capture_output=True, text=True, timeout=PATIENCE, check=True)
+        assert (sorted(line.split("\t")[0] for line in done.stdout.splitlines()), done.stderr) == (found, "")
+
+    def test_completion_of_zsh(self, tmp_path: Path, shell: Shell) -> None:
+        if shutil.which("zsh") is None:
+            pytest.skip("zsh is missing: apt-get install zsh")
+        script = write_files(tmp_path, {"script": shell("completion", "zsh").stdout}) / "script"
+        ask = f"source {script}; print -r -- $_comps[confbuild]; "
+        ask += "COMP_WORDS=(confbuild verify --format ''); COMP_CWORD=3; compgen -F _confbuild; "
+        ask += "COMP_WORDS=(confbuild watch --); COMP_CWORD=2; compgen -F _confbuild"
+        done = subprocess.run(
+            ["zsh", "-fc", ask],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HOME": str(tmp_path)},
+            timeout=PATIENCE,
+            check=True,
+        )
+        watch = "-h --help --server --token-file --format --output --from"
+        assert done.stdout.split("\n", 1)[0] == "_bash_complete -o default -F _confbuild"
+        assert done.stdout.split()[5:] == ["text", "json", *watch.split()], "zsh itself keeps those that fit"
+
     def test_broken_pipe(self, shell: Shell, tmp_path: Path) -> None:
         """Who reads the answer may go away: no noise."""
         write_bundle(tmp_path / "b", bundle())
@@ -22648,6 +22693,19 @@ class TestVerify:
                 "error": "nowhere: No such file or directory",
             }
             assert (form == "text") == (said.out == "")
+
+    def test_hints(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """What the user may have meant."""
+        write_files(bench, {"404": json.dumps({"title": "Not Found", "error_type": "NotFound"}), "up/x": ""})
+        shutil.copytree(bench / "b", bench / "up/b-build")
+        for path, hint in (
+            ("up", "up/b-build is a bundle"),
+            ("b/provenance.json", "that is part of a bundle: verify b"),
+            ("404", "this is a server's error message, not a bundle: use curl -f"),
+            ("nowhere", ""),
+        ):
+            assert confbuild.main(["verify", path]) == 2
+            assert (f"confbuild: hint: {hint}\n" in capsys.readouterr().err) == bool(hint)
 
     def test_bundles_with_odd_names(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
         names = ["a\nPASSED: all", "\x1b[2Jx", os.fsdecode(b"\xff"), "--", "\u202egpj"]
@@ -23700,6 +23758,7 @@ class TestBuild:
         )
         done = shell("build", "demo", "--server", to[1])
         assert done.returncode == 4 and "the server said 401" in done.stderr
+        assert "hint: --token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" in done.stderr
         job = json.loads(shell("list", *to, "--output", "json").stdout)["job_id"]
         assert re.fullmatch(
             rf"JOB  .*  SOURCE\n{job}  ok +\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d +\d+\.\d s  demo.tar.gz\n",
