@@ -386,10 +386,10 @@ def limit_error(message: str) -> BuildFailed:
 # ==============================================================================
 # region 3. Bytes and JSON                                        [uses nothing]
 # ==============================================================================
-# Decoders for untrusted input: JSON [RFC8259], base64 [RFC4648], hexadecimal digits and binary fields, and check_schema,
-# the one check of the form of a JSON document. Each needs time and memory linear in its input and raises Malformed for
-# any input that it does not accept; the parameter `name` or `structure` names the input in that error. Also two hashes.
-# Everything here is pure, and any thread may call it.
+# Decoders for untrusted input: JSON [RFC8259], base64 [RFC4648], hexadecimal digits and binary fields, and
+# check_schema, the one check of the form of a JSON document. Each needs time and memory linear in its input and
+# raises Malformed for any input that it does not accept; the parameter `name` or `structure` names the input in that
+# error. Also two hashes. Everything here is pure, and any thread may call it.
 
 # One string, bracket or brace. An unterminated string extends to the end, so no byte is scanned twice. The quantifiers
 # are possessive because re would otherwise remember 120 bytes for each step that it could take back.
@@ -1831,8 +1831,8 @@ def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
 
 
 # (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU
-# target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and NW
-# in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
+# target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and
+# NW in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
 VMSA_FIELDS: Sequence[tuple[int, int, str, int | None]] = (
     (0x000, 16, "es", _segment(0x93)),
     (0x010, 16, "cs", None),
@@ -11459,7 +11459,8 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (
-            f": {agree}, but no hardware signed the evidence, so it does not prove where or by whom this was built{others}"
+            f": {agree}, but no hardware signed the evidence, "
+            f"so it does not prove where or by whom this was built{others}"
         )
     passed = {name for name in status if status[name] == "passed"}
     proven = (

@@ -71,8 +71,8 @@ import confbuild
 settings.register_profile("confbuild", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("confbuild")
 
-# Of the machine, what would change what tests see: who may read the files that they make, and below which folder these are. Unix sockets have short
-# names, and scripts words without spaces; pytest names its folder after the user.
+# Set what would otherwise change with the machine: the permissions of new files, and the folder of temporary files.
+# Names of Unix sockets must be short, the scripts split words at spaces, and pytest names its folder after the user.
 os.umask(0o022)
 if len(tempfile.gettempdir()) > 12 or " " in tempfile.gettempdir():
     os.environ["TMPDIR"] = tempfile.tempdir = "/tmp"
@@ -83,8 +83,8 @@ if len(os.environ.get("LOGNAME") or os.environ.get("USER") or "") > 12:
 
 FILE = Path(confbuild.__file__).resolve()
 SHARED = FILE.parent.parent / "shared"
-# confbuild.own_program() of the compiled file: a start of Python, of a server, of each of its VMs and of what sweeps up behind it takes half the time. What
-# the first lines of a real start do is for the tests that name FILE.
+# The compiled file, for confbuild.own_program(): Python, a server, its VMs and the process that removes their folders
+# start in half the time. The tests that name FILE check what the first lines of a real start do.
 COMPILED = Path(tempfile.mkdtemp(prefix="confbuild-test-"), "confbuild.pyc")
 atexit.register(shutil.rmtree, COMPILED.parent)
 py_compile.compile(str(FILE), str(COMPILED), doraise=True)
@@ -324,11 +324,11 @@ def server(tmp_path: Path, stub_path: str) -> Iterator[Callable[..., Server]]:
             one.process.communicate()
 
 
-def wait_for(condition: Callable[[], Any]) -> Any:
-    """What condition returns when it is true at last."""
+def wait_for(condition: Callable[..., Any], *arguments: object) -> Any:
+    """The first true value that condition(*arguments) returns."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        value = condition()
+        value = condition(*arguments)
         if value:
             return value
         time.sleep(0.01)
@@ -336,7 +336,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 def statement(**changes: Any) -> dict[str, Any]:
-    """A provenance that verifies: changes replace what `a__b` names in it, from the predicate's buildDefinition or runDetails."""
+    """A provenance that verifies; changes: by a__b, a member of its predicate's buildDefinition or runDetails."""
     digest = {"sha256": "ab" * 32}
     doc: dict[str, Any] = {
         "_type": confbuild.STATEMENT_TYPE,
@@ -854,7 +854,8 @@ def status_of(verdict: confbuild.Verdict, name: str) -> str:
 def within(seconds: float) -> Iterator[None]:
     """Fail where a hostile input keeps the code under test busy; a generous deadline, no measurement.
 
-    seconds: of this process's own processor time, whatever else the machine does. What stands still fails too, after PATIENCE.
+    seconds: processor time of this process, so that other load does not count. A call that only waits fails after
+    PATIENCE.
     """
 
     def late(*_: object) -> None:
@@ -2475,7 +2476,7 @@ class TestSignatures:
 
     @pytest.mark.parametrize("bits", [784, 785, 786, 791, 792, 2048, 2049, 2055, 4096])
     def test_pss_for_each_length_of_a_modulus(self, bits: int) -> None:
-        """em_bits is one less than the modulus has. If it is a multiple of 8, em is a byte shorter than the signature."""
+        """em_bits is the modulus's bits less one. If it is a multiple of 8, em is a byte shorter than the signature."""
         size, em = (bits + 7) // 8, pss_em(bits - 1)
         assert len(em) == (bits + 6) // 8
         key, signature = bare_key(bits), em.rjust(size, b"\0")
@@ -3803,8 +3804,11 @@ def toy_firmware(
     header: bytes = b"",
     table: bytes | None = None,
 ) -> bytes:
-    """The test firmware of shared/notes/launch-digest.md. entries: what is changed of its table, None = left out; header: other first bytes of the
-    metadata; table: another one, without its footer."""
+    """The test firmware of shared/notes/launch-digest.md.
+
+    entries: changes of its table, None = left out; header: replaces the first bytes of the metadata; table: replaces
+    the table, without its footer.
+    """
     size = 8192
     data = bytearray((7 * i + (i >> 8)) & 0xFF for i in range(size))
 
@@ -3830,7 +3834,8 @@ def toy_firmware(
 TOY_FIRMWARE = toy_firmware()
 TOY_KERNEL, TOY_INITRD, TOY_APPEND = bytes(range(256)) * 20, b"initrd\n" * 1000, "console=ttyS0 panic=-1"
 TOY_BOOT = confbuild.boot_hashes(hashlib.sha256(TOY_KERNEL).digest(), hashlib.sha256(TOY_INITRD).digest(), TOY_APPEND)
-# Of that file, computed with sev-snp-measure 0.0.13: (vCPUs, model, SEV_FEATURES, hypervisor, what boots) -> launch digest.
+# Launch digests of that file, computed with sev-snp-measure 0.0.13:
+# (vCPUs, model, SEV_FEATURES, hypervisor, what boots) -> launch digest.
 TOY_DIGESTS = (
     (
         1,
@@ -3957,7 +3962,8 @@ TOY_STEPS = (
         "ea1901026138605ae2588d36982836543dd252a91cd36dac0f3d11aa0d4e490ef3859d4a435517ed9e2207e6b80851b6",
     ),
     (
-        "section: 0x1000 bytes at 0x805000, type 0x10 SNP_KERNEL_HASHES, with the hashes of kernel, initrd and command line",
+        "section: 0x1000 bytes at 0x805000, type 0x10 SNP_KERNEL_HASHES, with the hashes of kernel, initrd and "
+        "command line",
         "abd08e12330de5d7aa5be56af89d3c8b3b7f0aab3b68dfe3ab41bcff656e0ce303cc543e263c3652f85abba946b135c4",
     ),
     ("VMSA: vCPU 0", TOY_DIGESTS[0][-1]),
@@ -3967,7 +3973,10 @@ SHIM = "shim\0".encode("utf-16-le")
 
 
 def lzma_section(volume: bytes, length: int | None = None, cut: int = 0, properties: bytes = b"") -> bytes:
-    """A compressed section as edk2 makes one. length: what it says; cut: bytes that are missing at its end; properties: other first bytes."""
+    """A compressed section as edk2 makes one.
+
+    length: the one that it states; cut: bytes missing at its end; properties: replaces its first bytes.
+    """
     packed = lzma.compress(
         volume,
         lzma.FORMAT_ALONE,
@@ -3984,7 +3993,10 @@ def toy_volume(*sections: bytes) -> bytes:
     return front + bytes(-len(front) % 4096) + TOY_FIRMWARE
 
 
-ADMITS = "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, with the same launch digest"
+ADMITS = (
+    "admits a shim: if the host offers one, the firmware starts it instead of the measured kernel, with the same "
+    "launch digest"
+)
 
 
 def short_id(value: object) -> str:
@@ -4482,7 +4494,7 @@ def parameters(*tools: str, **more: Any) -> dict[str, Any]:
     return {**more, "lockfileHash": LOCKED, "toolchain": {name: TOOLS[name] for name in (*tools, "kettle")}}
 
 
-def dependency(name: str, uri: str, **digest: str) -> dict[str, Any]:
+def dependency(name: str, uri: str, **digest: object) -> dict[str, Any]:
     return {"digest": digest or {"sha256": "cd" * 32}, "name": name, "uri": uri}
 
 
@@ -4517,7 +4529,7 @@ REAL = {
 class TestStatement:
     @pytest.mark.parametrize("name", REAL)
     def test_real_statements(self, name: str) -> None:
-        """Both generations; the Merkle root is the one that Kettle computed, and the one that expect.json's author did."""
+        """Both generations; the Merkle root is the one in Kettle's output and in expect.json."""
         folder = real_bundle(name)
         data = (folder / "provenance.json").read_bytes()
         doc = confbuild.parse_json(data, "provenance")
@@ -4724,7 +4736,7 @@ class TestStatement:
             )
 
     def test_no_node_may_be_anything_else(self) -> None:
-        """Every node of a full statement replaced by every kind of value, every name dropped, doubled, or out of its order."""
+        """Every node of a full statement replaced by every kind of value; every name left out, doubled, or moved."""
         confbuild.check_statement(FULL)
         inner = "resolvedDependencies", "byproducts", "subject", "flakeInputs"
         free: dict[str, list[Any]] = {
@@ -4864,7 +4876,8 @@ class TestStatement:
                 confbuild.check_statement(doc)
             assert len(str(caught.value)) < 500
 
-    # The forms of [CONTRACT 3]: cargo from a registry, from git, from a folder; nix; npm, also scoped, and as a commit's tarball.
+    # The forms of [CONTRACT 3]: cargo from a registry, from git and from a folder; nix; npm, also with a scope, and as
+    # the tarball of a commit.
     @pytest.mark.parametrize(
         ("uri", "package"),
         [
@@ -5345,7 +5358,8 @@ class TestVerdict:
             (
                 evidence(more=1),
                 "report form",
-                "simulated evidence: has the keys version, notice, attestation_report, more, expected version, notice, attestation_report",
+                "simulated evidence: has the keys version, notice, attestation_report, more, expected version, "
+                "notice, attestation_report",
             ),
             (evidence(version=2), "report form", "simulated evidence: .version: 2, expected 1"),
             (evidence(notice=1), "report form", "simulated evidence: .notice: 1, expected text"),
@@ -5391,7 +5405,7 @@ class TestVerdict:
                 ) and "another" in verdict.checks[-1].actual
 
     def test_each_check_compares_two_values(self) -> None:
-        """No check is given one value twice, nor words of its own as both: a file called `none` would then be as expected."""
+        """No check compares a value with itself or with its own words: a file called `none` would pass."""
         class_ = next(
             node
             for node in ast.parse(FILE.read_text("utf-8")).body
@@ -5434,7 +5448,7 @@ class TestVerdict:
     EXPECTED = confbuild.Expectations(nonce=NONCE, measurements=[confbuild.simulated_measurement().hex()])
 
     def check_change(self, files: confbuild.BundleFiles) -> None:
-        """Not one bit of the provenance may change. Of the evidence: blanks between its tokens and the text of its notice."""
+        """No bit of the provenance may change. In the evidence, only spaces between tokens and the notice may."""
         verdict = verdict_over(files, self.EXPECTED)
         try:
             same = files.provenance == GOOD_BUNDLE.provenance and reports_are_equal_where_it_counts(
@@ -5530,7 +5544,7 @@ class TestVerdict:
         assert verdict.verdict == "failed" and max(len(check.name) for check in verdict.checks) < 300
 
     def test_the_cut_verifier_stands_alone(self) -> None:
-        """The file up to `End of the verifier`, without this process's modules, under -O as well, says the same of every tampering, and of hardware."""
+        """The file up to `End of the verifier`, even under -O, agrees on every tampered bundle and on hardware."""
 
         def text(data: bytes | None) -> str | None:
             return None if data is None else b64(data)
@@ -5602,7 +5616,7 @@ class TestVerdict:
         assert len(set(confbuild.__all__)) == len(confbuild.__all__) == 10
 
     def test_the_verifier_uses_no_impure_name(self) -> None:
-        """Sections 1 to 12 use their own names, six modules without effects, and builtins that neither open, print, import nor run."""
+        """Sections 1 to 12 use only their own names, six modules without effects, and builtins without effects."""
         head, _, part = FILE.read_text("utf-8").partition("\n# region 1. ")
         tree = ast.parse("# " + part.partition("\n# ---- End of the verifier.")[0])
         own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
@@ -5747,7 +5761,10 @@ def snp(
     platform: str = "snp",
     doc: Any = None,
 ) -> confbuild.BundleFiles:
-    """A bundle of doc with evidence of the toy hierarchy. report: changes of the report; vek: changes of the certificate, or the one that is there."""
+    """A bundle of doc with evidence of the toy hierarchy.
+
+    report: changes of the report; vek: changes of the certificate, or the certificate itself.
+    """
     data = provenance_of(ATTESTED) if doc is None else confbuild.to_canonical(doc)
     signed = made(
         snp_report, **{**({} if doc is None else {"report_data": confbuild.report_data(data, NONCE)}), **(report or {})}
@@ -5816,7 +5833,8 @@ def of(**fields: Any) -> dict[str, Any]:
     return {"expected": confbuild.Expectations(**fields)}
 
 
-# (name, what makes the bundle, the checks that fail, none = "passed"; beside: `expected`, endorsements, `detail` of the first failure).
+# (name, function that makes the bundle, checks that fail, other arguments). No failing check means that all pass. The
+# other arguments are `expected`, endorsements, and `detail` of the first failure.
 Change = tuple[str, Callable[[], confbuild.BundleFiles], set[str], dict[str, Any]]
 SIGNED_BY_NOBODY = {"VEK signature"}
 CHANGES: list[Change] = [
@@ -6256,7 +6274,7 @@ CHANGES: list[Change] = [
 
 
 class Perfect:
-    """Signature schemes that nobody can forge and that take no time: valid is what has been seen valid before freeze()."""
+    """Signature schemes without cost or forgery: valid is the set of signatures seen before freeze()."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seen: set[Any] = set()
@@ -6380,7 +6398,7 @@ class TestHardwareVerdict:
 
     @pytest.mark.parametrize("field", ["reported_tcb", "committed_tcb", "current_tcb", "launch_tcb"])
     def test_minimum_tcb_of_each_kind(self, field: str) -> None:
-        """A VM launched on old firmware and updated later, or whose host may go back to the old one, is as bad as one that reports it."""
+        """Fails for a VM launched on old firmware and updated later, and for a host that may go back to it."""
         for low, name in (
             (bytes((4, 0, 0, 0, 0, 0, 23, 219)), "snp"),
             (bytes((4, 0, 0, 0, 0, 0, 24, 218)), "microcode"),
@@ -6466,7 +6484,8 @@ class TestHardwareVerdict:
         )
         last = confbuild.render_verdict(verdict, False).rpartition("\n")[2]
         assert last.startswith(
-            "PASSED: evidence alone: no provenance and no artifact, signed in a confidential VM on an AMD Milan processor"
+            "PASSED: evidence alone: no provenance and no artifact, signed in a confidential VM on an AMD Milan "
+            "processor"
         )
         assert (f"; not covered: {names.replace(chr(27) + '[2J', '').strip()}; not checked: " in last) == bool(
             names
@@ -6497,7 +6516,8 @@ class TestHardwareVerdict:
         check = next(check for check in verdict.checks if check.name == "provenance digest")
         assert check.detail.startswith("legacy compact digest: ") == (files == "compact")
 
-    # Name, uri, digest as Kettle derives them from a key of pnpm-lock.yaml and its resolution: integrity, or the commit of a GitHub tarball.
+    # Name, uri and digest, as Kettle derives them from a key of pnpm-lock.yaml and its resolution: its integrity, or
+    # the commit of a GitHub tarball.
     INTEGRITY, SHORT = (
         "sha512-" + base64.b64encode(bytes(range(64))).decode(),
         "sha1-" + base64.b64encode(bytes(range(20))).decode(),
@@ -7169,7 +7189,8 @@ def roots_of(folder: Path) -> confbuild.Anchors:
 
 
 class TestVectors:
-    # Where reasonable verifiers differ, we reject what could be changed unseen, and accept what the envelope may carry beside.
+    # Where reasonable verifiers differ, we reject everything that could be changed unnoticed, and accept additional
+    # members of the envelope.
     AMBIGUOUS: Mapping[str, bool] = {
         "json-depth-127-ok": True,
         "json-unknown-top-key": True,
@@ -9933,13 +9954,13 @@ class TestHistory:
         assert confbuild.believe_history(str(pristine), tree, ORACLE_ENV)[0] == git(pristine, "rev-parse", "HEAD")
         monkeypatch.setattr(confbuild, "MAX_COMMIT", size - 1)
         asked = list[Sequence[str]]()
-        monkeypatch.setattr(
-            confbuild,
-            "_git",
-            lambda arguments, *rest, _git=confbuild._git, **more: (
-                asked.append(arguments) or _git(arguments, *rest, **more)
-            ),
-        )
+        real = confbuild._git
+
+        def recording(arguments: Sequence[str], *rest: Any, **more: Any) -> Any:
+            asked.append(arguments)
+            return real(arguments, *rest, **more)
+
+        monkeypatch.setattr(confbuild, "_git", recording)
         with pytest.raises(confbuild.BuildFailed, match=f"the commit has more than {size - 1} bytes") as caught:
             confbuild.believe_history(str(pristine), tree, ORACLE_ENV)
         assert caught.value.error_type == "LimitError" and [row[:2] for row in asked if row[0] == "cat-file"] == [
@@ -10457,7 +10478,7 @@ class TestPrograms:
             assert found == confbuild.Program(str(path), f"cargo {name}", digest)
 
     def test_a_shim_by_hard_link_or_by_a_chain_of_links(self, tmp_path: Path, rustup: Path) -> None:
-        """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the file at its end is rustup, which is no cargo."""
+        """`ln -s ~/.cargo/bin/cargo /usr/local/bin/cargo` is common; the link leads to rustup, which is not cargo."""
         (tmp_path / "hard").mkdir()
         os.link(rustup / "rustup", tmp_path / "hard" / "rustup")
         os.link(rustup / "rustup", tmp_path / "hard" / "cargo")
@@ -10553,6 +10574,11 @@ class TestOutsideInfluence:
         assert "real/Cargo.toml" in failure(lambda: confbuild.refuse_outside_influence(str(tmp_path / "link")))[1]
 
 
+def zeros(path: Path, size: int) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
 class TestLockfile:
     def test_none_and_some(self, tmp_path: Path) -> None:
         assert confbuild.read_lockfile(str(tmp_path / "flake.lock")) == b""
@@ -10566,7 +10592,7 @@ class TestLockfile:
             (lambda p: p.symlink_to("/etc/passwd"), "not a regular file"),
             (lambda p: p.symlink_to("nowhere"), "not a regular file"),
             (os.mkfifo, "not a regular file"),
-            (lambda p: (p.touch(), os.truncate(p, (64 << 20) + 1)), "more than 67108864 bytes"),
+            (lambda p: zeros(p, (64 << 20) + 1), "more than 67108864 bytes"),
         ],
         ids=["folder", "link", "dangling", "pipe", "large"],
     )
@@ -11165,7 +11191,8 @@ class TestFlakeInputs:
         [
             (b"", []),
             (json.dumps({"nodes": {"root": {}}, "root": "root"}).encode(), []),
-            # The name is the input's, not the node's; one that follows another has no node; relative paths have no narHash since 2.26.
+            # The name is the input's, not the node's; an input that follows another has no node; relative paths have no
+            # narHash since Nix 2.26.
             (
                 flake_lock(
                     {"z": "n_2", "a": "n", "f": ["z", "a"], "rel": "r", "bare": "b"},
@@ -11296,7 +11323,8 @@ class TestPlanNix:
             (
                 {"derivations": "[]"},
                 "ProvenanceError",
-                "the output of `nix derivation show` has an unexpected form: AttributeError: 'list' object has no attribute 'get'",
+                "the output of `nix derivation show` has an unexpected form: AttributeError: 'list' object has no "
+                "attribute 'get'",
             ),
             ({"derivations": "x" * 2000}, "LimitError", "@/nix printed more than 1000 bytes"),
         ],
@@ -11313,7 +11341,7 @@ class TestPlanNix:
         )
 
     def test_artifacts(self, tmp_path: Path) -> None:
-        """Executables in bin/ of each output, also those that lie in another output; nothing that a link takes out of the store."""
+        """Executables in bin/ of each output, also links into other outputs, but no link to outside the store."""
         store = tmp_path / "store"
         tool = script(store / "b-tool" / "libexec" / "tool", "echo tool\n")
         hello = script(store / "a-hello" / "bin" / "hello", "echo hello\n")
@@ -11362,10 +11390,15 @@ class TestPlanNix:
 
 
 class Configfs:
-    """root becomes like /sys/kernel/config/tsm/report [TSM; drivers/virt/coco/tsm.c, fs/configfs/file.c of Linux 6.12]: mkdir makes the attributes, which only
-    rmdir removes; what is written to inblob counts when it is closed, which hides its error; the first read of outblob or auxblob makes the report.
-    fail: errno by attribute, or by "mkdir", "rmdir", "write"; generations: writes of others before an attribute is read; short: bytes that a
-    write takes; claim: that it says it took; generation: what that reads instead; other, size: of the report."""
+    """Make root behave like /sys/kernel/config/tsm/report.
+
+    The source is [TSM; drivers/virt/coco/tsm.c, fs/configfs/file.c of Linux 6.12].
+    mkdir makes the attributes, and only rmdir removes them. A write to inblob takes effect when the file is closed,
+    which hides its error. The first read of outblob or auxblob makes the report.
+    fail: errno by attribute, or by "mkdir", "rmdir", "write"; generations: writes of other processes before an
+    attribute is read; short: number of bytes that a write takes; claim: number of bytes that it reports;
+    generation: content read from that attribute instead; other, size: of the report.
+    """
 
     def __init__(
         self,
@@ -11395,7 +11428,8 @@ class Configfs:
 
         def make(path: str, *arguments: Any) -> None:
             if os.path.dirname(path) != str(root):
-                return mkdir(path, *arguments)
+                mkdir(path, *arguments)
+                return
             self.check("mkdir", path)
             mkdir(path)
             self.made.append(path)
@@ -11413,7 +11447,8 @@ class Configfs:
 
         def remove(path: str, *arguments: Any, **keywords: Any) -> None:
             if os.path.dirname(path) != str(root):
-                return rmdir(path, *arguments, **keywords)
+                rmdir(path, *arguments, **keywords)
+                return
             self.check("rmdir", path)
             for attribute in Path(path).iterdir():
                 attribute.unlink()
@@ -11499,8 +11534,10 @@ class Attribute(io.RawIOBase):
 
 
 class SevGuest:
-    """An ioctl of /dev/sev-guest [SEV-GUEST; drivers/virt/coco/sev-guest/sev-guest.c]. answers: to each request in turn, an errno with exitinfo2, or the 4000 bytes;
-    then it answers well."""
+    """An ioctl of /dev/sev-guest [SEV-GUEST; drivers/virt/coco/sev-guest/sev-guest.c].
+
+    answers: for each request in turn, an errno with exitinfo2, or the 4000 bytes. Later requests succeed.
+    """
 
     def __init__(self, table: bytes = b"", *answers: Any) -> None:
         self.table, self.answers, self.requests = table, list(answers), list[int]()
@@ -11657,7 +11694,8 @@ class TestAttester:
             ([SevGuest.answer(b"r" * 1184, status=0x16)], ""),
             (
                 [(errno.EIO, 0x1_0000_0000), (errno.ENOTTY, 0xFF)],
-                "Input/output error (firmware error 0x0, VMM error 0x1), then Inappropriate ioctl for device (firmware error 0xff, VMM error 0x0)",
+                "Input/output error (firmware error 0x0, VMM error 0x1), then Inappropriate ioctl for device "
+                "(firmware error 0xff, VMM error 0x0)",
             ),
             (
                 [(errno.EIO, 0x2_0000_0000), SevGuest.answer(b"r" * 1184, status=0x16)],
@@ -11685,7 +11723,7 @@ class TestAttester:
         assert device.requests == [self.EXTENDED, 0xC0205300]
 
     def test_a_real_ioctl(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The kernel looks at the request, not at us: of a file that is no such device, ENOTTY, and of none at all, the reason."""
+        """The kernel checks the request: another file gives ENOTTY, and a missing one its own error."""
         (tmp_path / "device").write_bytes(b"")
         monkeypatch.setattr(confbuild, "TSM_REPORTS", str(tmp_path / "none"))
         for name, message in (
@@ -12169,7 +12207,7 @@ class TestBundle:
     def test_a_damaged_archive_is_refused_or_the_same(
         self, tmp_path_factory: pytest.TempPathFactory, where: float, change: int | None
     ) -> None:
-        """Both at the level of gzip and, compressed again, at that of tar, where a header's checksum hides nothing that matters."""
+        """Both as gzip and, compressed again, as tar, where the checksum of a header hides nothing relevant."""
         raw = tar_of(*WHOLE)
         for data, pack in ((gzip.compress(raw), bytes), (raw, gzip.compress)):
             i = math.floor(where * len(data))
@@ -12217,7 +12255,7 @@ class TestBundle:
     @pytest.mark.parametrize("place", [place for _, place in OLDER], ids=[name for name, _ in OLDER])
     @pytest.mark.parametrize("where", [("artifacts/demo",), ("demo",), ("demo", "artifacts/demo")], ids=" and ".join)
     def test_older_layouts(self, tmp_path: Path, where: Sequence[str], place: Callable[[str], str]) -> None:
-        """As an archive and as a directory; an artifact in artifacts/, next to the provenance, or in both. A file more is one that nobody lists."""
+        """As an archive and a directory; an artifact in artifacts/, next to the provenance, or both; an extra file."""
 
         def both(more: Mapping[str, bytes]) -> Iterator[confbuild.BundleFiles]:
             files = {
@@ -12252,7 +12290,7 @@ class TestBundle:
                 assert failed_checks(verdict_over(found, ANY)) == {"artifact demo", "artifacts"}
 
     def test_an_artifact_at_the_root_beside_others(self, tmp_path: Path) -> None:
-        """Some in artifacts/, some next to the provenance; what else lies there is no part of it, and is never opened."""
+        """Some in artifacts/, some next to the provenance; other files there are never opened."""
         files = named("demo", "second")
         root = folder_of(tmp_path / "b", files, {"demo": b"artifact"})
         (root / "second").write_bytes(b"artifact")
@@ -12292,11 +12330,16 @@ class TestBundle:
         root = write_files(tmp_path / "b", {"evidence.json": GOOD_BUNDLE.evidence})
         assert confbuild.read_bundle(str(root)) == confbuild.BundleFiles(None, GOOD_BUNDLE.evidence, {})
         assert status_of(verdict_over(confbuild.read_bundle(str(root)), ANY), "provenance form") == "failed"
+
+        def folder_for_link() -> None:
+            (root / "artifacts").unlink()
+            (root / "artifacts").mkdir()
+
         steps: Sequence[tuple[Callable[[], Any], list[str]]] = [
             (lambda: None, []),
             (lambda: os.mkfifo(root / "pipe"), ["pipe"]),
             (lambda: (root / "artifacts").symlink_to("nowhere"), ["artifacts", "pipe"]),
-            (lambda: (root / "artifacts").unlink() or (root / "artifacts").mkdir(), ["artifacts", "pipe"]),
+            (folder_for_link, ["artifacts", "pipe"]),
             (lambda: os.mkfifo(root / "artifacts/demo"), ["artifacts/demo", "pipe"]),
             (lambda: (root / "provenance.json").symlink_to("nowhere"), ["artifacts/demo", "pipe", "provenance.json"]),
         ]
@@ -12651,7 +12694,8 @@ class TestMakeStatement:
             },
             "resolvedDependencies": [LIBC],
         }
-        # The tree of [CONTRACT 3.6], by hand: commit, tree, rustc hash and version, cargo hash and version, lock file, uris.
+        # The tree of [CONTRACT 3.6], computed by hand: commit, tree, rustc hash and version, cargo hash and
+        # version, lock file, uris.
         level = [
             hashlib.sha256(text.encode()).digest()
             for text in (COMMIT, "12" * 20, SHA, "tool 1", SHA, "tool 1", SHA, str(LIBC["uri"]))
@@ -12755,7 +12799,7 @@ class TestPipeline:
             assert running.request("GET", f"/build/{job}/result")[0] == 404
 
     def test_a_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """Its events; no secret in its environment; a history that proves nothing is told and gone; what was planted is gone."""
+        """Its events; no secret in its environment; an unusable history is reported and removed, planted files too."""
 
         environ = {
             "AWS_SECRET": "s3cret",
@@ -12765,7 +12809,8 @@ class TestPipeline:
         }
         running = server("--env", "GREETING", "--env", "ABSENT", env=environ)
         build = (
-            'test -e .git && exit 9; test -e target && exit 8; env; echo "$PWD $HOME $TMPDIR $CARGO_HOME"; echo odd >&2; '
+            'test -e .git && exit 9; test -e target && exit 8; env; echo "$PWD $HOME $TMPDIR $CARGO_HOME"; '
+            "echo odd >&2; "
             'printf "\\377\\r\\nlast"\n' + QUICK + "chmod +x target/release/*\n"
         )
         job = running.submit({**project(build), ".git/HEAD": "1" * 64, "target/release/evil": "x", "target/evil": "x"})
@@ -12830,7 +12875,7 @@ class TestPipeline:
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
     @needs("git")
     def test_a_planted_output(self, tmp_path: Path, stub_path: str, history: str) -> None:
-        """A target directory of earlier builds, whatever git thinks of it, is no part of the source; and what is built verifies."""
+        """A target directory of earlier builds is not part of the source, even if tracked; the result verifies."""
         demo = write_files(tmp_path / "demo", project(QUICK + "chmod +x target/release/*\n"))
         if history == "untracked":
             commit_all(demo)
@@ -12868,7 +12913,10 @@ class TestPipeline:
 WORKSPACE = {
     ".gitignore": "/target\n",
     "Cargo.toml": '[workspace]\nmembers = ["app", "part"]\nresolver = "2"\n',
-    "app/Cargo.toml": '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n[dependencies]\npart = { path = "../part" }\ntiny = "1"\n',
+    "app/Cargo.toml": (
+        '[package]\nname = "app"\nversion = "0.1.0"\nedition = "2021"\n[dependencies]\npart = { path = "../part" }\n'
+        'tiny = "1"\n'
+    ),
     "app/build.rs": 'fn main() { eprintln!("to stderr"); println!("cargo:warning=from build.rs"); }\n',
     "app/src/main.rs": 'fn main() { println!("{} {}", part::name(), tiny::name()); }\n',
     "part/Cargo.toml": '[package]\nname = "part"\nversion = "0.2.0"\nedition = "2021"\n',
@@ -12940,7 +12988,7 @@ class TestRealCargo:
 
     @needs("cargo")
     def test_a_mirror(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What a guest whose image has a mirror of the registry tells cargo: the lock's crate comes from there, and no other one."""
+        """In a guest with a registry mirror, cargo takes the crate of the lock file from there and no other."""
         project_files = {
             name: content for name, content in WORKSPACE.items() if not name.startswith((".cargo", "vendor/"))
         }
@@ -13135,7 +13183,8 @@ class TestEventLog:
         log.append(confbuild.to_payloads("build", []))
         assert (tmp_path / "log").read_bytes() == (
             b'id: 1\ndata: {"type":"queued","position":0}\n\nid: 2\ndata: {"type":"detect","msg":"cargo"}\n\n'
-            b'id: 3\ndata: {"type":"build","msg":"a\\tb"}\n\nid: 4\ndata: {"type":"build","msg":"\\u00e9\\"\\\\\\u007f"}\n\n'
+            b'id: 3\ndata: {"type":"build","msg":"a\\tb"}\n\nid: 4\n'
+            b'data: {"type":"build","msg":"\\u00e9\\"\\\\\\u007f"}\n\n'
         )
         assert (log.count, log.finished, log.last()) == (4, False, {"type": "build", "msg": 'é"\\\x7f'})
 
@@ -13200,7 +13249,8 @@ class TestEventLog:
         (tmp_path / "log").write_bytes(data)
         with pytest.raises(
             confbuild.Malformed,
-            match=r"events: (the last frame is damaged, expected|no frame begins in the last \d+ bytes, expected one in)",
+            match=r"events: (the last frame is damaged, expected|"
+            r"no frame begins in the last \d+ bytes, expected one in)",
         ):
             confbuild.EventLog(str(tmp_path / "log"))
         assert (tmp_path / "log").read_bytes() == data
@@ -13416,7 +13466,7 @@ class TestStreamer:
         assert dechunk(read_all(waits)) == data[d.log.offset_of(20_000) :]
 
     def test_download(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
-        """A range of a file; then the socket belongs to somebody else, with what its client has sent meanwhile. A file that shrinks ends it."""
+        """Sends a range, then hands on the socket with all that the client sent. A file that shrinks ends it."""
         d, data = desk(), random.Random(1).randbytes(3 << 20)
         (tmp_path / "file").write_bytes(data)
         file = confbuild.OpenFile(str(tmp_path / "file"))
@@ -13734,7 +13784,8 @@ class TestJobs:
             assert (
                 s.request("GET", f"/build/{follower.job}/result")[0] == 200 and s.status(follower.job)["attempts"] <= 3
             )
-            wait_for(lambda lines=lines: not any(living(int(line[4:])) for line in lines if line.startswith("pid ")))
+            pids = [int(line[4:]) for line in lines if line.startswith("pid ")]
+            wait_for(lambda pids: not any(map(living, pids)), pids)
 
     def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """A build fails after its server has died three times. Waiting jobs keep order, finished ones their bytes."""
@@ -13745,7 +13796,7 @@ class TestJobs:
         fatal = s.submit(project(f"echo $$; {gated(tmp_path / 'never')}"))
         waiting, pids, log = [s.submit() for _ in range(3)], list[int](), s.state / "jobs" / fatal / "events"
         for attempt in range(1, 4):
-            wait_for(lambda attempt=attempt: log.read_bytes().count(b'"waiting"') == attempt)
+            wait_for(lambda n: log.read_bytes().count(b'"waiting"') == n, attempt)
             pids = [int(pid) for pid in re.findall(rb'"msg":"(\d+)"', log.read_bytes())]
             assert s.status(fatal)["attempts"] == attempt
             s.stop(signal.SIGKILL)
@@ -14388,9 +14439,16 @@ class TestState:
         lines = ['{"type":"build","msg":"%s"}' % ("x" * 1000)] * 3000
         store(tmp_path, 1, "ok", [*lines, *sent(COMPLETE_EVENT)])
         read: list[int] = []
-        real = {"read": os.read, "pread": os.pread}
-        for name in real:
-            monkeypatch.setattr(os, name, lambda fd, n, *at, name=name: (read.append(n), real[name](fd, n, *at))[1])
+
+        def recording(real: Callable[..., bytes]) -> Callable[..., bytes]:
+            def call(fd: int, n: int, *at: int) -> bytes:
+                read.append(n)
+                return real(fd, n, *at)
+
+            return call
+
+        for name in ("read", "pread"):
+            monkeypatch.setattr(os, name, recording(getattr(os, name)))
         with started(tmp_path, slots=0) as jobs:
             assert jobs.newest(1)[0]["status"] == "ok" and read == [confbuild.MIB, 4096]
             log = jobs.log_of(jobs.get(job_id(1)))
@@ -15272,7 +15330,7 @@ class TestHttp:
                 waiting = wait_for(
                     lambda n=left, most=limit: [
                         c
-                        for c in list(s.server._waiting)  # type: ignore[misc]
+                        for c in list(s.server._waiting)
                         if len(c.buffer) == n and not c.closing and most - 10 < c.deadline - time.monotonic() <= most
                     ]
                 )
@@ -16863,7 +16921,7 @@ def relayed(tmp: Path, *blocks: bytes, max_log: int = 1 << 30) -> tuple[confbuil
     """(what relay_events returns, the events of the log)."""
     with tempfile.TemporaryDirectory(dir=tmp) as folder:
         log = confbuild.EventLog(f"{folder}/log")
-        failure = confbuild.relay_events(Blocks(*blocks), log, max_log)  # type: ignore[arg-type]
+        failure = confbuild.relay_events(Blocks(*blocks), log, max_log)
         return failure, [
             json.loads(frame.partition("data: ")[2]) for frame in Path(f"{folder}/log").read_text().split("\n\n")[:-1]
         ]
@@ -17164,7 +17222,7 @@ class TestVm:
             elif where == "guest's hashes":
                 os.symlink("/dev/full", os.path.join(vm.workspace, "hashes"))
             elif "guest" not in where:
-                vm.platform, vm.port = confbuild.Platform("stand-in", "", label="stand-in"), 1  # type: ignore[misc]
+                vm.platform, vm.port = confbuild.Platform("stand-in", "", label="stand-in"), 1
                 monkeypatch.setattr(vm, "is_alive", lambda: True)
             return vm
 
@@ -17331,12 +17389,18 @@ for pid in outside:
     attempt(f"limit {pid}", lambda: call("prlimit", pid, 7, b"\xff" * 16, None))
     attempt(f"trace {pid}", lambda: call("ptrace", 16, pid, None, None))
     memory = f"/proc/{pid}/mem"
-    attempt(f"read the memory of {pid}", lambda: call("process_vm_readv", pid, None, 0, None, 0, 0) or open(memory, "rb"))
+    attempt(
+        f"read the memory of {pid}",
+        lambda: call("process_vm_readv", pid, None, 0, None, 0, 0) or open(memory, "rb"),
+    )
     attempt(f"take a file of {pid}", lambda: call("syscall", 438, os.pidfd_open(pid), 0, 0))
     for name in ("environ", "fd/0", "root/etc", "cwd/agent"):
         path = f"/proc/{pid}/{name}"
         attempt(path, lambda: os.listdir(path) if "/" in name[2:] else open(path, "rb").read())
-addresses = {"127.0.0.1": (socket.AF_INET, ("127.0.0.1", port)), "mapped": (socket.AF_INET6, ("::ffff:127.0.0.1", port))}
+addresses = {
+    "127.0.0.1": (socket.AF_INET, ("127.0.0.1", port)),
+    "mapped": (socket.AF_INET6, ("::ffff:127.0.0.1", port)),
+}
 for name, address in addresses.items():
     for protocol in (0, 262):
         attempt(f"connect to {name} over {protocol}", lambda: connect(address[0], protocol, address[1]))
@@ -17511,9 +17575,11 @@ class TestSandboxedBuilds:
             assert capsys.readouterr() == (
                 "",
                 (
-                    "confbuild: error: --require-isolation: builds here would run without the protection of files (no Landlock), sockets (no Landlock), "
+                    "confbuild: error: --require-isolation: builds here would run without the protection of files "
+                    "(no Landlock), sockets (no Landlock), "
                     "signals (no Landlock), ports (no Landlock)\n"
-                    "confbuild: hint: leave the option out to build without it, or build in guests: --tee or --vm qemu\n"
+                    "confbuild: hint: leave the option out to build without it, or build in guests: --tee or --vm "
+                    "qemu\n"
                 ),
             )
             assert os.listdir(tmp_path) == ["demo"]
@@ -17665,7 +17731,7 @@ def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception,
 
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
-        """A spare attests; if it dies it is replaced; if a build takes it, the next one boots; nothing is left at the end."""
+        """A spare attests; if it dies it is replaced; if a build takes it, the next one boots; none remains."""
         s = server("--warm", "1")
         assert s.process is not None
         [first] = wait_for(lambda: confbuild.descendants(s.process.pid) if s.process else None)
@@ -17704,7 +17770,7 @@ class TestSpares:
         wait_for(lambda: counted(s) == 0)
 
     def test_taken(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If a build takes the VM that was asked, the next one is asked. If a VM stays and fails, that is the answer."""
+        """If a build takes the VM that was asked, the next one is asked. If a VM stays and fails, it ends there."""
         host, asked = stand_in_host(tmp_path), []
 
         def ask(vm: Any, nonce: str) -> bytes:
@@ -17809,7 +17875,7 @@ class TestSpares:
             wait_for(lambda: not os.path.exists(f"/proc/{pid}"))  # killed and reaped
             return real()
 
-        monkeypatch.setattr(confbuild.selectors, "DefaultSelector", selector)
+        monkeypatch.setattr(selectors, "DefaultSelector", selector)
         said: list[bytes] = []
         threads = [
             threading.Thread(target=lambda: said.append(vm.read_line(60)), daemon=True),
@@ -17836,11 +17902,11 @@ class TestSpares:
         jobs.start()
         for number in range(3):
             job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
-            wait_for(lambda number=number: len(made) == number + 1 and made[number].is_alive())
+            wait_for(lambda n: len(made) == n + 1 and made[n].is_alive(), number)
             if how == "stop":
                 break
             jobs.cancel(job)
-            wait_for(lambda job=job: jobs.describe(job).get("error_type") == "Cancelled")
+            wait_for(lambda j: jobs.describe(j).get("error_type") == "Cancelled", job)
         jobs.stop(0)
         assert not any(thread.is_alive() for thread in jobs._threads)
         assert not any(os.path.exists(vm.workspace) for vm in made)
@@ -18200,8 +18266,8 @@ class TestLock:
         if shutil.which("apt-get") is None:
             pytest.skip("apt-get is missing: it comes with Debian")
         index = "\n".join(
-            f"Package: {name}\nVersion: {version}\nArchitecture: all\nFilename: ./{name}.deb\nSize: 1\nSHA256: {self.sha256(name, version)}\n"
-            + (f"Depends: {depends}\n" if depends else "")
+            f"Package: {name}\nVersion: {version}\nArchitecture: all\nFilename: ./{name}.deb\nSize: 1\n"
+            f"SHA256: {self.sha256(name, version)}\n" + (f"Depends: {depends}\n" if depends else "")
             for name, version, depends in self.PACKAGES
         )
         root = tmp_path / "apt"
@@ -18213,7 +18279,8 @@ class TestLock:
                 "cache/archives/partial/x": "",
                 "status": "",
                 "sources.list": f"deb [trusted=yes] file:{urllib.parse.quote(str(root))} ./\n",
-                "apt.conf": f'Dir::Etc::sourcelist "{root}/sources.list"; Dir::Etc::sourceparts "-"; Dir::Etc::preferencesparts "-"; Dir::State::lists "{root}/lists"; '
+                "apt.conf": f'Dir::Etc::sourcelist "{root}/sources.list"; Dir::Etc::sourceparts "-"; '
+                f'Dir::Etc::preferencesparts "-"; Dir::State::lists "{root}/lists"; '
                 f'Dir::Cache "{root}/cache"; Dir::State::status "{root}/status"; APT::Sandbox::User "";',
             },
         )
@@ -18226,7 +18293,7 @@ class TestLock:
 
     @pytest.mark.usefixtures("archive")
     def test_closure(self) -> None:
-        """Takes the newest version with its epoch, resolves alternatives, sorts by name, and leaves out what only `without` needs."""
+        """Takes the newest version with its epoch, resolves alternatives, sorts by name, and honours `without`."""
         everything = [
             ("git", "1:2.47-1"),
             ("kmod", "1.0"),
@@ -18365,7 +18432,8 @@ class TestDebs:
             "usr/share/ca-certificates/b.crt": b"B\n",
             "etc/ssl/certs/ca-certificates.crt": b"A\nB\n",
             "etc/hosts": b"127.0.0.1 localhost\n",
-            "etc/passwd": b"root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/:/bin/sh\nbuild:x:1001:1001::/work/home:/bin/sh\n",
+            "etc/passwd": b"root:x:0:0::/root:/bin/sh\nagent:x:1000:1000::/:/bin/sh\n"
+            b"build:x:1001:1001::/work/home:/bin/sh\n",
             "etc/group": b"root:x:0:\nagent:x:1000:\nbuild:x:1001:\n",
         }
         assert (root / "usr/bin/gcc").stat().st_mode & 0o777 == 0o644 and not list(
@@ -19246,7 +19314,8 @@ def test_a_real_python(tmp_path: Path) -> None:
                 program,
                 "-IS",
                 "-c",
-                "import json, py_compile, sys; print(json.dumps([(n, getattr(m, '__file__', None)) for n, m in sys.modules.items()]))",
+                "import json, py_compile, sys; print(json.dumps([(n, getattr(m, '__file__', None)) for n, m in "
+                "sys.modules.items()]))",
             ],
             capture_output=True,
             text=True,
@@ -19810,7 +19879,12 @@ class TestQemuVm:
         assert not living(pid)
         two: confbuild.QemuVm = vm("say('booting\\n'); signal.pause()")
         pid = two.spawn()
-        threading.Thread(target=lambda: wait_for(lambda: two._last) and two.destroy()).start()
+
+        def destroy_early() -> None:
+            wait_for(lambda: two._last)
+            two.destroy()
+
+        threading.Thread(target=destroy_early).start()
         with pytest.raises(
             confbuild.BuildFailed, match="the VM ended while it booted; last lines of the console: booting"
         ):
@@ -19847,7 +19921,12 @@ class TestQemuVm:
         one: confbuild.QemuVm = vm(BOOTED + "monitor()\nwhile os.read(0, 100): pass\nsay('ignored\\n'); signal.pause()")
         one.spawn()
         one.wait_ready(PATIENCE)
-        threading.Thread(target=lambda: wait_for(lambda: one._last) and one.destroy()).start()
+
+        def destroy() -> None:
+            wait_for(lambda: one._last)
+            one.destroy()
+
+        threading.Thread(target=destroy).start()
         one.destroy(clean=True)
         assert list(one._last) == ["ignored"]
 
@@ -20235,10 +20314,13 @@ class TestRights:
     def test_by_the_kernel(self) -> None:
         """In a child process, with any rights."""
         code = (
-            "import ctypes, errno, json, os, sys; sys.path.insert(0, sys.argv[1]); import confbuild\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-            "def ask(n):\n ctypes.set_errno(0)\n return libc.syscall(n, -1, -1, -1, -1, -1) < 0 and errno.errorcode[ctypes.get_errno()]\n"
+            "import ctypes, errno, json, os, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
+            "libc = ctypes.CDLL(None, use_errno=True)\n"
+            "def ask(n):\n ctypes.set_errno(0)\n"
+            " return libc.syscall(n, -1, -1, -1, -1, -1) < 0 and errno.errorcode[ctypes.get_errno()]\n"
             "confbuild.give_up_rights()\n"
-            "print(json.dumps([{n: ask(n) for n in map(int, sys.argv[2].split(','))}, ask(39), ask(0), ask(0x40000000 + 39), os.system('exit 3')]))"
+            "print(json.dumps([{n: ask(n) for n in map(int, sys.argv[2].split(','))}, ask(39), ask(0), "
+            "ask(0x40000000 + 39), os.system('exit 3')]))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(FILE.parent), ",".join(map(str, FORBIDDEN["x86_64"].values()))],
@@ -20435,7 +20517,8 @@ class TestBroker:
         tmp = tempfile.mkdtemp()
         os.chmod(tmp, 0o777)
         status, _, _ = self.run(
-            f"setsid sh -c 'echo $$ > {tmp}/a; exec sleep 300' >/dev/null 2>&1 & while [ ! -s {tmp}/a ]; do sleep 0.01; done"
+            f"setsid sh -c 'echo $$ > {tmp}/a; exec sleep 300' >/dev/null 2>&1 & while [ ! -s {tmp}/a ]; do sleep "
+            "0.01; done"
         )
         assert status == 0 and not living(int(Path(tmp, "a").read_text()))
         with pytest.raises(confbuild.BuildFailed, match="printed more than 1000 bytes"):
@@ -20449,11 +20532,12 @@ class TestBroker:
         not os.path.exists("/usr/bin/python3"), reason="python3 is missing: apt-get install python3"
     )  # a build cannot read /root
     def test_hidden_leftovers(self, broker: confbuild.Broker) -> None:
-        """Processes that hide their memory, whose /proc files root owns, die as well; System V shared memory is freed."""
+        """Processes that hide their memory, whose /proc files root owns, are killed; shared memory is freed."""
         tmp = tempfile.mkdtemp()
         os.chmod(tmp, 0o777)
         code = (
-            f"import ctypes, os, time; libc = ctypes.CDLL(None); libc.shmget(0, 4096, 0o1600)\nif os.fork(): os._exit(0)\nos.setsid(); libc.prctl(4, 0)\n"
+            "import ctypes, os, time; libc = ctypes.CDLL(None); libc.shmget(0, 4096, 0o1600)\n"
+            "if os.fork(): os._exit(0)\nos.setsid(); libc.prctl(4, 0)\n"
             f"open('{tmp}/pid', 'w').write(str(os.getpid())); os.close(1); os.close(2); time.sleep(300)"
         )
         before = Path("/proc/sysvipc/shm").read_text()
@@ -20533,7 +20617,8 @@ class TestBroker:
         numbers = sorted(FORBIDDEN["x86_64"].values())
         code = (
             f"import ctypes, errno; libc = ctypes.CDLL(None, use_errno=True)\n"
-            f"print(*(errno.errorcode[ctypes.get_errno()] for n in {numbers} if libc.syscall(n, -1, -1, -1, -1, -1) < 0))"
+            f"print(*(errno.errorcode[ctypes.get_errno()] for n in {numbers} if libc.syscall(n, -1, -1, -1, -1, "
+            "-1) < 0))"
         )
         assert self.run(
             f"/bin/sh -c \"exec /usr/bin/python3 -c '{code}'\"; grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status"
@@ -20676,7 +20761,8 @@ IS_IMAGE = (IMAGE / "image.json").is_file() and json.loads((IMAGE / "image.json"
 needs_image = pytest.mark.skipif(
     not IS_IMAGE, reason="a guest image with this confbuild.py is missing: .ci/run makes one"
 )
-# What the compiler's wrapper finds out before it compiles for the first time: it runs as the build, and leaves what it saw as an artifact.
+# What the compiler's wrapper finds before the first compilation: it runs as the build, and its output becomes an
+# artifact.
 SPY = """#!/bin/sh
 report=target/release/report
 if [ ! -e $report ]; then
@@ -20686,8 +20772,12 @@ if [ ! -e $report ]; then
     echo devices $(ls /dev)
     echo interfaces $(tail -n +3 /proc/net/dev | cut -d: -f1)
     echo others $(cat /proc/[0-9]*/status 2>/dev/null | grep '^Uid:' | grep -v 1001)
-    for file in /run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow; do [ -r $file ] && echo reads $file; done
-    for folder in / /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp; do [ -w $folder ] && echo writes $folder; done
+    for file in /run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow; do
+      [ -r $file ] && echo reads $file
+    done
+    for folder in / /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp; do
+      [ -w $folder ] && echo writes $folder
+    done
     python3 -c 'import socket
 for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
     try: socket.create_connection(address, 5); print("reaches", address)
@@ -20697,7 +20787,10 @@ for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
     python3 -c 'import ctypes, errno
 libc = ctypes.CDLL(None, use_errno=True)
 print(*(errno.errorcode[ctypes.get_errno()] for n in (154, 250, 323, 425) if libc.syscall(n, -1, -1, -1, -1, -1) < 0))'
-    python3 -c 'import os; [os.fork() for _ in range(3)]; os.setsid() if os.getpgrp() != os.getpid() else 0; os.close(1); os.close(2); import time; time.sleep(300)' &
+    python3 -c 'import os, time
+[os.fork() for _ in range(3)]
+os.setsid() if os.getpgrp() != os.getpid() else 0
+os.close(1); os.close(2); time.sleep(300)' &
   } > $report 2>&1
   chmod +x $report
 fi
@@ -20798,7 +20891,10 @@ def guests(
     )
     (origin / "spy.sh").chmod(0o755)
     write_files(origin, {}, commit=True)
-    code = "import json, sys; sys.path.insert(0, sys.argv[1]); from test_confbuild import *; print(json.dumps(guest_runs(Path(sys.argv[2]))))"
+    code = (
+        "import json, sys; sys.path.insert(0, sys.argv[1]); from test_confbuild import *; "
+        "print(json.dumps(guest_runs(Path(sys.argv[2]))))"
+    )
     with open(folder / "errors", "wb") as errors:
         child = subprocess.Popen(
             [sys.executable, "-c", code, str(FILE.parent), str(folder)],
@@ -20847,7 +20943,7 @@ class TestRealGuest:
         assert (runs.left, runs.folders) == ([], [])
 
     def test_bundle(self, guests: Callable[[], GuestRuns], tmp_path: Path) -> None:
-        """The build user reaches neither the network, the agent, the attestation nor other files; the bundle says so."""
+        """The build user cannot reach the network, the agent, the attestation or other files; the bundle says so."""
         result = Path(guests().result)
         confbuild.unpack_archive(str(result), str(tmp_path))
         files = confbuild.read_bundle(str(tmp_path / "spy"))
@@ -20906,7 +21002,7 @@ class TestRealGuest:
 
 
 def screen(text: str, width: int = 10_000) -> list[str]:
-    """What a terminal of that width shows at last: LF, cursor up to the start of a line, erase below, and nothing else."""
+    """The final content of a terminal of that width, which knows LF, cursor up to line start, and erase below."""
     rows, at = [""], 0
     for part in re.findall(r"\x1b\[\d+F|\x1b\[J|\n|\r|[^\x1b\n\r]+", re.sub(r"\x1b\[[\d;]*m", "", text)):
         if part == "\n":
@@ -21149,7 +21245,7 @@ class TestRendering:
         assert confbuild.render_verdict(record, True) == "\x1b[32;1mPASSED\x1b[0m" + text[6:]
 
     def test_no_vm_is_claimed_of_a_key_that_anybody_may_have_made(self) -> None:
-        """One report whose data is the digest of runtime data that somebody wrote: its key then signs whatever they like, in no VM."""
+        """A report over runtime data that an attacker wrote: its key then signs anything, outside any VM."""
         other = {
             "report": made(snp_report, version=2, report_data=hashlib.sha256(OTHER_RUNTIME).digest()),
             "vek": made(vek_of),
@@ -21349,7 +21445,8 @@ class TestMachine:
             n - 1 for n, row in enumerate(rows) if row.startswith("confbuild:       -> ")
         ]
         assert rows[-2:] == [
-            f"confbuild: error: this machine cannot run SEV-SNP guests: {len(missing)} of 6 conditions are not met, and nothing was started",
+            f"confbuild: error: this machine cannot run SEV-SNP guests: {len(missing)} of 6 conditions are not "
+            "met, and nothing was started",
             "confbuild: hint: `--vm qemu` boots the same image in a guest that is not confidential",
         ]
 
@@ -21614,7 +21711,10 @@ TEE = "serve --tee --state new"
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
-    """[status, stdout, stderr] of TEE and each of BUILD_AND_SERVE, which change the process that they run in: a fork each, and one start of Python for all."""
+    """[status, stdout, stderr] of TEE and of each of BUILD_AND_SERVE.
+
+    These commands change their process: each runs in a fork, and Python starts once for all of them.
+    """
     folder = tmp_path_factory.mktemp("messages")
     write_files(
         folder,
@@ -21996,7 +22096,7 @@ class TestUsage:
         assert noise == []
 
     def test_old_pythons(self) -> None:
-        """Those that are here, and one that is called so: an old Python reads the whole file before it runs the first line."""
+        """Those installed here, and a simulated old one: Python parses the whole file before its first line."""
         ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 7))
         found = [
             [str(p)]
@@ -22008,7 +22108,8 @@ class TestUsage:
             [
                 sys.executable,
                 "-c",
-                "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0); runpy.run_path(sys.argv[1], run_name='__main__')",
+                "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0); runpy.run_path(sys.argv[1], "
+                "run_name='__main__')",
             ]
         )
         for python in found:
@@ -22178,7 +22279,8 @@ class TestBeforeTheSource:
             confbuild.main(["build", "--help"])
         said = " ".join(capsys.readouterr().out.split())
         assert (
-            "the evidence of the VM that waits at the server is verified before the source is sent. The server can still send the source elsewhere afterwards, "
+            "the evidence of the VM that waits at the server is verified before the source is sent. The server "
+            "can still send the source elsewhere afterwards, "
             "since TLS does not end inside the VM yet."
         ) in said
         readme = " ".join((FILE.parent / "README.md").read_text(encoding="utf-8").split())
@@ -22278,8 +22380,10 @@ class TestVerify:
         write_bundle(tmp_path / "b", bundle())
         (tmp_path / "b.tar.gz").write_bytes(result_archive(bundle()))
         watched = (
-            "import sys\ndef hook(event, arguments):\n    if event.startswith('socket.'): raise SystemExit('a socket: ' + event)\n"
-            f"sys.addaudithook(hook); sys.path.insert(0, {str(FILE.parent)!r}); import confbuild; sys.exit(confbuild.main(sys.argv[1:]))"
+            "import sys\ndef hook(event, arguments):\n"
+            "    if event.startswith('socket.'): raise SystemExit('a socket: ' + event)\n"
+            f"sys.addaudithook(hook); sys.path.insert(0, {str(FILE.parent)!r}); import confbuild; "
+            "sys.exit(confbuild.main(sys.argv[1:]))"
         )
         for path in ("b", "b.tar.gz"):
             done = shell("verify", path, "--source", "demo", "--format", "json", how=("-c", watched))
@@ -22642,7 +22746,7 @@ class TestVerify:
         options: str,
         status: int,
     ) -> None:
-        """The worst of all is the status: unreadable, failed, simulated, passed. Each is told, whatever the others are."""
+        """The worst result is the status: unreadable, failed, simulated, passed. Every result is printed."""
         verdicts = {"b": "passed", "b.tar.gz": "passed", "sim": "simulated", "-": "passed"}
         for form in ("text", "json"):
             monkeypatch.setattr(
@@ -22938,7 +23042,8 @@ class TestImageCommand:
         assert confbuild.main(["image", "--check", "image"]) == 0
         assert capsys.readouterr().out == said.replace(
             "measured",
-            "parts       ok: those of image.json\nfirmware    ok: starts nothing but the kernel that is measured\nmeasured",
+            "parts       ok: those of image.json\nfirmware    ok: starts nothing but the kernel that is measured\n"
+            "measured",
             1,
         )
         Path("image/firmware.fd").write_bytes(TOY_AMDSEV)
@@ -23277,7 +23382,8 @@ class TestBuild:
         done = shell("build", "demo", how=(str(FILE),))
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith(
-            "confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\nconfbuild: simulated VM on this machine"
+            "confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\n"
+            "confbuild: simulated VM on this machine"
         )
         assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
         digest = hashlib.sha256(b"built\n").hexdigest()
@@ -23308,7 +23414,7 @@ class TestBuild:
 
     @needs("git")
     def test_a_repository_of_sha256(self, shell: Shell, tmp_path: Path) -> None:
-        """Built from a directory and from its URL, and verified against a checkout; without its history, the tree has the hash of others."""
+        """Built from a directory and from its URL, verified against a checkout; no history, another tree hash."""
         root = tmp_path / "demo"
         git(root, "init", "-q", "--object-format=sha256")
         git(root, "add", "-A")
@@ -23487,7 +23593,8 @@ class TestBuild:
             (
                 tarball({"../evil": "x"}),
                 4,
-                "error: the server broke the protocol: 'demo/../evil' is not a plain relative path; what it sent is kept as out.unverified\n",
+                "error: the server broke the protocol: 'demo/../evil' is not a plain relative path; what it sent "
+                "is kept as out.unverified\n",
                 "result.tar.gz",
             ),
             (b"<html>", 4, "error: the server broke the protocol: the archive is damaged: ", "result.tar.gz"),
@@ -23566,7 +23673,10 @@ class TestBuild:
             ]
             assert confbuild.main(["verify", "out", "--nonce", NONCE, "--allow-simulated"]) == 0
 
-    FULL = "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import confbuild; full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    FULL = (
+        "import resource, sys; sys.path.insert(0, sys.argv.pop(1)); import confbuild; full = lambda: "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); "
+    )
 
     @pytest.mark.parametrize(
         "content", [random.Random(1).randbytes(20_000), bytes(20_000)], ids=["the download", "unpacked"]
@@ -23574,7 +23684,7 @@ class TestBuild:
     def test_a_full_disk(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: bytes
     ) -> None:
-        """As a limit to the size of files imitates it: the message names the path, and the command that gets the result, which is not lost."""
+        """Imitated by a limit to file sizes: the message names the path and the command that fetches the result."""
         monkeypatch.chdir(tmp_path)
         Path("token").write_text("secret")
         monkeypatch.setattr(sys, "argv", ["confbuild"])
@@ -23600,8 +23710,8 @@ class TestBuild:
         """Of another server, which keeps the result, and of a private one, which does not."""
         how = (
             "-c",
-            self.FULL
-            + "hold = confbuild._hold_bundle; confbuild._hold_bundle = lambda *a: (full(), hold(*a))[-1]; sys.exit(confbuild.main())",
+            self.FULL + "hold = confbuild._hold_bundle; confbuild._hold_bundle = lambda *a: (full(), hold(*a))[-1]; "
+            "sys.exit(confbuild.main())",
             str(FILE.parent),
         )
         with StandIn(
@@ -23612,7 +23722,8 @@ class TestBuild:
             said = shell("build", "demo", "--server", one.url, "--nonce", NONCE, how=how)
             assert said.returncode == 2 and said.stderr.endswith(
                 "error: demo-build cannot be written: File too large\n"
-                f"confbuild: hint: the result stays on the server: confbuild fetch j --server {one.url} -o demo-build --nonce {NONCE}\n"
+                f"confbuild: hint: the result stays on the server: confbuild fetch j --server {one.url} -o "
+                f"demo-build --nonce {NONCE}\n"
             ), said.stderr
         said = shell(
             "build",
@@ -23620,7 +23731,8 @@ class TestBuild:
             how=(*how[:1], how[1].replace("full()", "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))"), *how[2:]),
         )
         assert said.returncode == 2 and said.stderr.endswith(
-            "error: demo-build cannot be written: File too large\nconfbuild: hint: the temporary server and its result are gone: build again\n"
+            "error: demo-build cannot be written: File too large\n"
+            "confbuild: hint: the temporary server and its result are gone: build again\n"
         ), said.stderr
 
     def test_a_full_tmpdir(self, tmp_path: Path, shell: Shell) -> None:
@@ -23912,7 +24024,10 @@ def defined(tree: ast.Module) -> dict[str, int]:
 
 
 def names_read(source: str) -> Iterator[tuple[int, str]]:
-    """(line, name) of each global that is read, annotations included; the line is that of a function for what it contains."""
+    """(line, name) of each global that is read, annotations included.
+
+    For code inside a function, line is that of the function.
+    """
 
     def inside(table: symtable.SymbolTable) -> Iterator[tuple[int, str]]:
         for child in table.get_children():
@@ -23928,8 +24043,8 @@ def names_read(source: str) -> Iterator[tuple[int, str]]:
 
     yield from inside(symtable.symtable(source, "confbuild", "exec"))
     for node in ast.walk(tree := ast.parse(source)):
-        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            for n in ast.walk(part) if part else ():
+        for part in filter(None, (getattr(node, "annotation", None), getattr(node, "returns", None))):
+            for n in ast.walk(part):
                 quoted = (
                     ast.walk(ast.parse(n.value)) if isinstance(n, ast.Constant) and isinstance(n.value, str) else ()
                 )
@@ -23945,8 +24060,11 @@ def names_read(source: str) -> Iterator[tuple[int, str]]:
 
 
 def unguarded(source: str) -> list[str]:
-    """Where what is `# guarded by` a lock is touched without it, or a *_locked method is called without any. Lexically:
-    each method but __init__ holds what its `with self.lock:` names; *_locked methods, and only they, begin with all of them."""
+    """List each access to a `# guarded by` field without its lock, and each call of a *_locked method without any lock.
+
+    The check is lexical: each method but __init__ holds the locks that its `with self.lock:` names; exactly the
+    *_locked methods begin with all of them.
+    """
     lines, bad = source.splitlines(), []
     for cls in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
         notes = (
@@ -23982,9 +24100,13 @@ def unguarded(source: str) -> list[str]:
 
 
 class LockOrder:
-    """The order in which a file's classes take their locks, from its text: `edges` has (held, taken) for each lock, "Class._name", that is taken
-    while another is held, in the same method or by what it calls.  What is called is found by the receiver's type, as annotations and constructors
-    tell it; of an unknown type it may be any class's method of that name.  callbacks: name of a callable that is handed over -> what it may be."""
+    """The order in which a file's classes take their locks, read from its text.
+
+    `edges` has (held, taken) for each lock, "Class._name", that is taken while another is held, by the same method or
+    by one that it calls. The receiver's type, from annotations and constructors, tells which method is called; if the
+    type is unknown, it may be the method of that name of any class. callbacks: name of a callable argument -> what it
+    may be.
+    """
 
     CONTAINERS = frozenset(
         dir(dict)
@@ -24046,7 +24168,7 @@ class LockOrder:
         """Each way back to a lock from itself."""
         found = []
         for start in sorted({held for held, _ in self.edges}):
-            paths = [(start,)]
+            paths: list[tuple[str, ...]] = [(start,)]
             for path in paths:
                 for taken in sorted(taken for held, taken in self.edges if held == path[-1]):
                     if taken == start:
@@ -24223,7 +24345,7 @@ class TestLayout:
         assert all(one in rest for one in mine[1:-1]), "the tests' sections are the file's, in its order"
 
     def test_names_read(self) -> None:
-        """The same of every Python, whichever evaluates annotations and when: each on its own line, or on that of the function around it."""
+        """The same in every Python, whenever it evaluates annotations: each on its own line or that of its function."""
         source = (
             "A = B = C = D = E = F = G = H = 0\n"
             "x: A = 0\n\n"
@@ -24343,7 +24465,8 @@ if __name__ == "__main__":
         vms.stop()
 """
         (tmp_path / "half.py").write_text(self.SERVICE + glue, encoding="utf-8")
-        half = py_compile.compile(str(tmp_path / "half.py"), str(tmp_path / "half.pyc"), doraise=True)
+        half = str(tmp_path / "half.pyc")
+        py_compile.compile(str(tmp_path / "half.py"), half, doraise=True)
         (tmp_path / "archive").write_bytes(tarball(project()))
         (tmp_path / "tmp").mkdir()
         done = subprocess.run(
@@ -24383,8 +24506,10 @@ if __name__ == "__main__":
         """And the check itself finds what is planted."""
         assert unguarded(self.SOURCE) == [] and len(re.findall(r"# guarded by _\w+", self.SOURCE)) >= 5
         demo = (
-            "class Job:\n def __init__(self):\n  self._log = []  # guarded by _changed\n def add(self):\n  with self._changed:\n   self._add_locked()\n"
-            " def _add_locked(self):\n  self._log.append(1)\n def wait(self):\n  with self._changed:\n   self._changed.wait_for(lambda: self._log)\n"
+            "class Job:\n def __init__(self):\n  self._log = []  # guarded by _changed\n def add(self):\n"
+            "  with self._changed:\n   self._add_locked()\n"
+            " def _add_locked(self):\n  self._log.append(1)\n def wait(self):\n  with self._changed:\n"
+            "   self._changed.wait_for(lambda: self._log)\n"
         )
         assert unguarded(demo) == []
         assert unguarded(demo + " def bad(self):\n  return self._log\n") == [
@@ -24408,16 +24533,21 @@ if __name__ == "__main__":
         assert [taken for held, taken in order.edges if held == "Jobs._changed"] == []  # nor is a file written under it
         assert all(re.search(rf"\b{name}\(", self.SOURCE) for name in CALLBACKS)
         demo = (
-            "import threading\nclass Log:\n def __init__(self, done):\n  self._lock = threading.Lock()\n  self._done = done\n def append(self):\n  with self._lock:\n   pass\n"
-            "class Job:\n def __init__(self, log: Log):\n  self._changed, self._log = threading.Condition(), log\n def add(self):\n  with self._changed:\n   self._add()\n"
+            "import threading\nclass Log:\n def __init__(self, done):\n  self._lock = threading.Lock()\n"
+            "  self._done = done\n def append(self):\n  with self._lock:\n   pass\n"
+            "class Job:\n def __init__(self, log: Log):\n  self._changed, self._log = threading.Condition(), log\n"
+            " def add(self):\n  with self._changed:\n   self._add()\n"
             " def _add(self):\n  self._log.append()\n def over(self):\n  with self._changed:\n   self.add()\n"
         )
         assert LockOrder(demo, {}).edges == {("Job._changed", "Log._lock")} and LockOrder(demo, {}).cycles() == []
         both = ["Job._changed -> Log._lock -> Job._changed", "Log._lock -> Job._changed -> Log._lock"]
         for bad in (
             " def bad(self):\n  with self._log._lock:\n   with self._changed:\n    pass\n",
-            " def bad(self):\n  def later():\n   with self._changed:\n    pass\n  with self._log._lock:\n   run(later)\n",
-            "class More:\n def bad(self, log: Log, jobs: 'list[Job] | None'):\n  with log._lock:\n   [job._changed_of_all() for job in jobs]\nclass Other:\n def _changed_of_all(self, job: 'Job | None'):\n  with job._changed:\n   pass\n",
+            " def bad(self):\n  def later():\n   with self._changed:\n    pass\n  with self._log._lock:\n"
+            "   run(later)\n",
+            "class More:\n def bad(self, log: Log, jobs: 'list[Job] | None'):\n  with log._lock:\n"
+            "   [job._changed_of_all() for job in jobs]\nclass Other:\n"
+            " def _changed_of_all(self, job: 'Job | None'):\n  with job._changed:\n   pass\n",
         ):
             assert LockOrder(demo + bad, {}).cycles() == both
         called_back = demo.replace("   pass\n", "   self._done()\n")
@@ -24470,7 +24600,7 @@ class TestReadme:
         assert command.stdout == self.TEST + "\n"
 
     def test_form(self) -> None:
-        """Lines of at most 100 columns and paragraphs of at most 5 lines, except tables and code; every block parses."""
+        """Lines of at most 100 columns, paragraphs of at most 5 lines, except tables and code; every block parses."""
         prose = re.sub(r"(?ms)^```.*?^```$|^(?:    |\|).*?$", "", self.TEXT)
         assert [line for line in prose.splitlines() if len(line) > 100] == []
         paragraphs = [p.strip() for p in prose.split("\n\n") if p.strip() and not re.match(r"\s*([-#>]|\d\.)", p)]
