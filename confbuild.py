@@ -2922,7 +2922,7 @@ def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verd
     required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
     required_of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     # 0 and "" are expectations; None and False are not.
-    asked = {field for field in REQUESTED if (v := getattr(expected, field)) is not None and v is not False}
+    asked = {field for field in REQUESTED if not any(getattr(expected, field) is unset for unset in (None, False))}
     requested = {name for field in asked for name in REQUESTED[field]}
     required = required_of_platform | required_of_bundle | requested
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
@@ -6933,7 +6933,7 @@ def _read_jobs(jobs: str, incoming: str, grown: Callable[[EventLog], None]) -> l
     return sorted(filter(None, [_read_job(os.path.join(jobs, name), grown) for name in names]), key=_order)
 
 
-def _repeat(work: Callable[[], None], stopping: threading.Event) -> None:
+def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
     """Call work until the server stops, whatever it raises."""
     while not stopping.is_set():
         with survive(f"thread {threading.current_thread().name}"):
@@ -11624,29 +11624,31 @@ class Display:
 # ==============================================================================
 # region 36. Server set-up  [uses 13, 14, 16, 20, 21, 23, 25, 26, 27, 30, 31, 32, 35]
 # ==============================================================================
-# Server set-up: to be described.
+# From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
+# and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
+#
+# Thread "accept": started by start_server, runs Server.serve_forever, ends by Running.stop.
 
 
 def _parse_address(text: str) -> tuple[str, int]:
-    """HOST:PORT, also [::1]:PORT."""
+    """Return (host, port) of HOST:PORT or [IPv6]:PORT. Raises UsageError."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {text}: not HOST:PORT")
+        raise UsageError(f"--listen {text}: expected HOST:PORT, with a port of at most 65535")
     return host.strip("[]"), int(port)
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether host can only be reached from this machine."""
+    """Return whether only this machine can reach host."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-MIN_MEMORY = (
-    384  # MiB; with an image of 33 MB of initrd, a guest of QEMU 10.0.2 does not boot with 200, and builds with 384
-)
-_OF_GUESTS = ("vcpus", "vcpu_type", "memory", "guest_network")  # options that say what a guest is like
+# MiB. Measured with QEMU 10.0.2 and an initrd of 33 MB: a guest does not boot with 200, and builds with 384.
+MIN_MEMORY = 384
+_GUEST_OPTIONS = ("vcpus", "vcpu_type", "memory", "guest_network")
 
 
 def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> None:
@@ -11656,9 +11658,13 @@ def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> No
             raise UsageError(f"--{name.replace('_', '-')}{why}")
 
 
-class Machine(NamedTuple):
-    """What builds run in here. guest: None = simulated VMs; facts: of the guest's image; launch_digest: of the guest, in hexadecimal, or empty; note: in
-    words, for people; sandbox, protections: of builds in simulated VMs."""
+class BuildPlatform(NamedTuple):
+    """The VMs that this machine can offer to builds.
+
+    guest, facts, launch_digest: of QEMU guests: how each is started, its image, and its launch digest in hexadecimal.
+    note: one sentence for people.
+    sandbox, protections: of simulated VMs: how builds are confined, and for each protection "" or why it is missing.
+    """
 
     platform: Platform
     guest: Guest | None
@@ -11669,8 +11675,11 @@ class Machine(NamedTuple):
     protections: Mapping[str, str] | None = None
 
 
-def _prepare_machine(options: "argparse.Namespace") -> Machine:
-    """What --vm, --tee and --image ask for, once everything that it needs is here and as it should be: there is no fall-back. Raises UsageError."""
+def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
+    """Return the platform that --vm, --tee and --image ask for.
+
+    There is no fallback: raises UsageError if this machine or the image lacks something that the platform needs.
+    """
     kind = options.vm or ("snp" if options.tee else "sim")
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
@@ -11678,28 +11687,28 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     if platform is None:
         _refuse(
             options,
-            ("image", *_OF_GUESTS, "cbitpos", "vek"),
+            ("image", *_GUEST_OPTIONS, "cbitpos", "vek"),
             " requires --tee, --vm snp or --vm qemu",
         )
-        return _simulated_machine(options)
+        return _simulated_platform(options)
     if options.env:
-        raise UsageError("--env: a guest sees nothing of this machine's environment")
+        raise UsageError("--env requires simulated VMs: a guest does not see this machine's environment")
     _refuse(options, ("readable", "no_isolation"), " requires simulated VMs")
     if not platform.confidential:
         _refuse(options, ("cbitpos",), " requires --tee or --vm snp")
     elif not options.print_command:
         _require_snp(options.image)
     if not options.image:
-        raise UsageError(f"--vm {kind} needs --image DIR: what the guest boots", "`confbuild image` makes one")
-    image, facts = (
-        read_image(os.path.abspath(options.image)),
-        check_image(options.image),
-    )  # QEMU runs in a folder of its own
+        raise UsageError(
+            f"--vm {kind} requires --image DIR, the image that the guest boots", "`confbuild image` makes one"
+        )
+    image = read_image(os.path.abspath(options.image))  # QEMU runs in another folder
+    facts = check_image(options.image)
     for complaint in (facts.parts, facts.firmware):
         if complaint:
             raise ImageError(
                 f"{options.image}: {complaint}",
-                "`confbuild image -o DIR` makes the image anew, --check DIR says what is wrong with one",
+                "`confbuild image --check DIR` says what is wrong; `confbuild image -o DIR` makes a new image",
             )
     given = {
         "vcpus": options.vcpus,
@@ -11719,36 +11728,37 @@ def _prepare_machine(options: "argparse.Namespace") -> Machine:
     if label not in facts.launch_digests:
         raise ImageError(
             f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
-            "`confbuild image --vcpu-type T --vcpus N` lists more: with another number the launch digest is another one",
+            "`confbuild image --vcpu-type T --vcpus N` adds a launch digest for other vCPUs",
         )
     if platform.confidential:
         eax, ebx = sev_cpuid()
         guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 and options.cbitpos is None else guest
-        return Machine(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
+        return BuildPlatform(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
     version = qemu_version()
     if version is None:
         raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
     guest = guest._replace(firmware=version >= FIRMWARE_QEMU)
-    how = (
-        "the image's firmware, which checks kernel, initrd and command line"
-        if guest.firmware
-        else (f"QEMU {version[0]}.{version[1]} itself, without the image's firmware: that takes QEMU 10")
-    )
-    return Machine(
+    how = f"QEMU {version[0]}.{version[1]} itself (the image's firmware requires QEMU 10)"
+    if guest.firmware:
+        how = "the image's firmware, which checks kernel, initrd and command line"
+    return BuildPlatform(
         platform,
         guest,
         facts,
         facts.launch_digests[label],
-        f"QEMU guests, booted by {how}: builds are not confidential, and their evidence is signed by no hardware",
+        f"QEMU guests, booted by {how}: builds are not confidential, and no hardware signs their evidence",
     )
 
 
-def _simulated_machine(options: "argparse.Namespace") -> Machine:
-    """Simulated VMs, and how far this machine can be protected from what runs in them. Raises UsageError."""
+def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
+    """Return simulated VMs, with the protections that this kernel offers against their builds.
+
+    Raises UsageError if --require-isolation asks for more.
+    """
     env, port = build_environment("", os.environ, options.env), _parse_address(options.listen)[1]
     for path in options.readable:
         if not os.path.exists(path):
-            raise UsageError(f"--readable {path}: there is no such file or folder")
+            raise UsageError(f"--readable {path}: no such file or folder")
     usable, landlock, seccomp = probe_sandbox()
     proxies = {
         int(number)
@@ -11763,13 +11773,13 @@ def _simulated_machine(options: "argparse.Namespace") -> Machine:
     missing = [f"{name} ({why})" for name, why in protections.items() if why]
     if missing and options.require_isolation:
         raise UsageError(
-            f"--require-isolation: builds here would run without the protection of {', '.join(missing)}",
-            "leave the option out to build without it, or build in guests: --tee or --vm qemu",
+            f"--require-isolation: this machine cannot protect {', '.join(missing)}",
+            "leave the option out, or build in guests: --tee or --vm qemu",
         )
     sandbox = usable._replace(
         readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
     )
-    return Machine(
+    return BuildPlatform(
         SIMULATED_PLATFORM,
         None,
         None,
@@ -11781,20 +11791,20 @@ def _simulated_machine(options: "argparse.Namespace") -> Machine:
 
 
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
-    """sandbox, in which builds see neither state nor other workspaces nor secrets of the service, whatever is readable else."""
+    """Return sandbox with state, secrets of the service and all workspaces hidden, even below readable folders."""
     files = [os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key) if path]
     return sandbox._replace(hidden=[*files, os.path.join(os.path.realpath(tempfile.gettempdir()), "confbuild-")])
 
 
 def _require_snp(image: str | None) -> None:
-    """Raise UsageError, after a table, where something is missing that an SEV-SNP guest needs."""
+    """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
     checks = [
         *preflight(),
         Check(
             "image",
             "passed" if image else "failed",
-            actual="none is named",
-            detail="`confbuild image` makes one, --image DIR names it",
+            actual="--image is missing",
+            detail="`confbuild image` makes one; name it with --image DIR",
         ),
     ]
     missing = sum(check.status != "passed" for check in checks)
@@ -11808,21 +11818,26 @@ def _require_snp(image: str | None) -> None:
         )
         sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
     raise UsageError(
-        f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} conditions are not met, and nothing was started",
+        f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} requirements are missing; "
+        "nothing was started",
         "`--vm qemu` boots the same image in a guest that is not confidential",
     )
 
 
 class Running(NamedTuple):
-    """A server that runs in this process, with what stops it."""
+    """A server in this process. stop: ends it; running builds get that many seconds."""
 
     url: str
     jobs: Jobs
     stop: Callable[[float], None]
 
 
-def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: Machine) -> Running:
-    """A server with VMs of machine on options.listen, its state below state. Raises UsageError, OSError."""
+def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: BuildPlatform) -> Running:
+    """Start a server on options.listen, with its state in the directory state.
+
+    tokens: accepted bearer tokens; none: everybody may build.
+    Raises UsageError, OSError.
+    """
     host, port = _parse_address(options.listen)
     tls = None
     if options.tls_cert or options.tls_key:
@@ -11838,16 +11853,16 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
             ) from None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a watcher is a file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
     except (OSError, ValueError):
-        pass  # a system that says there is no limit, and has one
+        pass  # some systems report no limit and have one
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    sys.setswitchinterval(0.0005)  # the streamer gets its turn between two blocks of a build's output
+    sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
     vms = VmHost(
         *_makers(options, state, policy, machine, lambda: int(server.server_address[1])),
-        _boot_timeout(options, machine),
+        options.boot_timeout or machine.platform.boot_timeout_s,
         options.build_timeout,
         reap=guard_process(),
         warm=options.warm,
@@ -11879,7 +11894,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
 
     def stop(grace_s: float) -> None:
         if jobs.stop(grace_s):
-            time.sleep(min(grace_s, 2.0))  # whoever followed that build comes for the result
+            time.sleep(min(grace_s, 2.0))  # for clients that followed the build and now download its result
         server.stop()
         streamer.stop()
         vms.stop()
@@ -11890,10 +11905,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
 
 
 def _makers(
-    options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: Machine, port: Callable[[], int]
+    options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: BuildPlatform, port: Callable[[], int]
 ) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
-    """What makes a VM of machine, and what makes the process that fetches a repository for one without a network. port: of
-    the service, once it listens."""
+    """Return (make a VM, make the process that fetches a repository for a VM without a network).
+
+    port: returns the port of the service; called when the first VM is made.
+    """
 
     def fetcher(url: str, ref: str) -> SimulatedVm:
         return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
@@ -11901,7 +11918,7 @@ def _makers(
     guest = machine.guest
     if guest is None:
         box = machine.sandbox and _hide(machine.sandbox, options, state)
-        closed = functools.cache(lambda: close_port(port()))  # one for all, which is first needed by the first of them
+        closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
 
         def simulated() -> Vm:
             return SimulatedVm(
@@ -11915,35 +11932,24 @@ def _makers(
     folder = os.path.join(state, "guests")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
-        if name.startswith(WORKSPACE):  # of guests whose server was killed, and they with it
+        if name.startswith(WORKSPACE):  # of a guest that died with an earlier server
             remove_tree(os.path.join(folder, name))
     return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}, folder), fetcher
 
 
-def _boot_timeout(options: "argparse.Namespace", machine: Machine) -> float:
-    """What --boot-timeout says, or what suits the machine."""
-    asked: float | None = options.boot_timeout
-    return machine.platform.boot_timeout_s if asked is None else asked
-
-
-def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[str, Any]:
-    """What GET /config answers."""
+def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> dict[str, Any]:
+    """Return the document of GET /config.  [CONTRACT 1.13]"""
     facts, platform = machine.facts, machine.platform
     confined = machine.protections and not machine.protections["files"]
-    isolation = (
-        (
-            "Landlock, seccomp and limits: a build is a process of the server's user which writes in its workspace alone"
-            if confined
-            else "none: a build is a process of the server's user with an environment and folders of its own"
+    isolation = "none: a build is a process of the server's user, with its own environment and folders"
+    if confined:
+        isolation = (
+            "Landlock, seccomp and limits: a build is a process of the server's user that writes only in its workspace"
         )
-        if facts is None
-        else (
-            "a guest for each build, in which it runs as a user of its own, "
-            + ("with" if options.guest_network else "without")
-            + " a network"
-            + ("" if platform.confidential else "; the host can read and change it")
-        )
-    )
+    if facts is not None:
+        network = "with" if options.guest_network else "without"
+        isolation = f"a guest for each build, which runs there as another user, {network} a network"
+        isolation += "" if platform.confidential else "; the host can read and change it"
     return {
         "platform": platform.name,
         "confidential": platform.confidential,
@@ -11958,7 +11964,7 @@ def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[st
             "members": MAX_MEMBERS,
             "queue": options.queue,
             "slots": options.slots,
-            "boot_s": _boot_timeout(options, machine),
+            "boot_s": options.boot_timeout or platform.boot_timeout_s,
             "build_s": options.build_timeout,
             "single_use": options.single_use,
         },
@@ -11970,16 +11976,16 @@ def _describe_server(options: "argparse.Namespace", machine: Machine) -> dict[st
 
 
 def _read_tokens(path: str) -> list[str]:
-    """The bearer tokens in a file. Raises UsageError, OSError."""
+    """Return the bearer tokens in the file at path. Raises UsageError, OSError."""
     with open(path, "rb") as f:
         data = f.read(MIB)
     if not data.isascii():
-        raise UsageError(f"{path}: tokens are plain ASCII")
+        raise UsageError(f"--token-file {path}: tokens must be ASCII")
     return data.decode("ascii").split()
 
 
 def _read_der(path: str) -> bytes:
-    """A certificate or revocation list, of which a PEM file may hold the DER. Raises UsageError, OSError."""
+    """Return the DER of a certificate or revocation list in a DER or PEM file. Raises Malformed, OSError."""
     with open(path, "rb") as f:
         data = f.read(MAX_JSON)
     match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
@@ -12026,7 +12032,7 @@ def cmd_serve(options: "argparse.Namespace") -> int:
             f"--listen {options.listen}: other machines can reach that",
             "give --token-file FILE, or --insecure to let everybody build",
         )
-    machine = _prepare_machine(options)
+    machine = prepare_platform(options)
     if options.print_command:
         if machine.guest is None:
             raise UsageError("--print-command requires --tee, --vm snp or --vm qemu")
@@ -12124,7 +12130,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     name = repository_name(options.source) if is_url else safe_name(os.path.basename(os.path.realpath(options.source)))
     bundle = options.output_dir or name + "-build"
     _check_target(bundle)
-    machine = None if server else _prepare_machine(options)
+    machine = None if server else prepare_platform(options)
     vm = _expect_vm(options, machine)
     endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
     display = _display(options)
@@ -12180,7 +12186,7 @@ def _result_hint(client: Client, job_id: str, bundle: str, nonce: str | None) ->
     return "the result stays on the server: " + shlex.join([*command, *(["--nonce", nonce] if nonce else [])])
 
 
-def _build_note(machine: Machine) -> str:
+def _build_note(machine: BuildPlatform) -> str:
     """Return what to know about a build on a temporary server."""
     if machine.protections is None:
         return machine.note
@@ -12203,7 +12209,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool, server: st
     if server:
         _refuse(
             options,
-            ("vm", *_OF_GUESTS, "readable", "require_isolation", "no_isolation", "env", "max_archive"),
+            ("vm", *_GUEST_OPTIONS, "readable", "require_isolation", "no_isolation", "env", "max_archive"),
             " cannot be combined with --server: the server decides it",
         )
         _refuse(
@@ -12240,7 +12246,7 @@ def _pack(source: str, archive: str, scratch: str, bundle: str) -> Packed:
         ) from None
 
 
-def _expect_vm(options: "argparse.Namespace", machine: Machine | None) -> Expectations:
+def _expect_vm(options: "argparse.Namespace", machine: BuildPlatform | None) -> Expectations:
     """Return what the VM must be before it gets the source. machine: None = at another server. Raises UsageError."""
     if not options.tee:
         _refuse(options, ("image",) if machine is None else (), " requires --tee")
@@ -12275,7 +12281,7 @@ def _check_waiting_vm(service: ApiClient, vm: Expectations, endorsements: Endors
 
 
 def _check_target(path: str) -> None:
-    """Raise UsageError unless path is free, an empty directory, or a bundle without foreign files, which is replaced."""
+    """Raise UsageError unless path is free, an empty directory, or a bundle without foreign files."""
     hint = "name another directory with -o"
     if os.path.realpath(path) == os.path.realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
@@ -13176,8 +13182,8 @@ COMMANDS = (
         _CONFIDENTIAL,
         "make or check the image that guests boot",
         "confbuild image --check image",
-        "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. Firmware "
-        "that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is sealed or "
+        "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. "
+        "Firmware that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is sealed or "
         "refused. Only the Python of the root file system is run.",
     ),
     Command(

@@ -17517,8 +17517,8 @@ class TestSandboxedBuilds:
             jobs = confbuild.Jobs(tempfile.mkdtemp(dir=tmp_path), host.run, lambda log: None)
             archive = tmp_path / "archive"
             archive.write_bytes(tarball(project(build)))
-            job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"), str(archive))
             jobs.start()
+            job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"), str(archive))
             wait_for(lambda: jobs.describe(job)["status"] in ("ok", "failed"))
             jobs.stop(0)
             log = (Path(job.folder) / "events").read_text()
@@ -17575,16 +17575,14 @@ class TestSandboxedBuilds:
             assert capsys.readouterr() == (
                 "",
                 (
-                    "confbuild: error: --require-isolation: builds here would run without the protection of files "
-                    "(no Landlock), sockets (no Landlock), "
-                    "signals (no Landlock), ports (no Landlock)\n"
-                    "confbuild: hint: leave the option out to build without it, or build in guests: --tee or --vm "
-                    "qemu\n"
+                    "confbuild: error: --require-isolation: this machine cannot protect files (no Landlock), "
+                    "sockets (no Landlock), signals (no Landlock), ports (no Landlock)\n"
+                    "confbuild: hint: leave the option out, or build in guests: --tee or --vm qemu\n"
                 ),
             )
             assert os.listdir(tmp_path) == ["demo"]
         options = confbuild.parse_arguments(["serve"])
-        machine = confbuild._prepare_machine(options)
+        machine = confbuild.prepare_platform(options)
         assert machine.note.endswith("host protected: limits; not protected: files, sockets, signals, ports")
         described = confbuild._describe_server(options, machine)
         assert described["isolation"].startswith("none: ") and described["protections"] == {
@@ -17611,28 +17609,28 @@ class TestSandboxedBuilds:
         monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(7, True), "", ""))
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        machine = confbuild._prepare_machine(confbuild.parse_arguments(["serve", "--listen", listen]))
+        machine = confbuild.prepare_platform(confbuild.parse_arguments(["serve", "--listen", listen]))
         assert machine.protections == {"files": "", "sockets": "", "signals": "", "ports": why, "limits": ""}
 
     def test_options(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         for arguments, said in (
             (
                 ["serve", "--readable", str(tmp_path / "gone")],
-                f"--readable {tmp_path}/gone: there is no such file or folder",
+                f"--readable {tmp_path}/gone: no such file or folder",
             ),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--readable", "/usr"],
-                "--readable: that is the server's to say",
+                "--readable cannot be combined with --server: the server decides it",
             ),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--require-isolation"],
-                "--require-isolation: that is the server's to say",
+                "--require-isolation cannot be combined with --server: the server decides it",
             ),
-            (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable goes with simulated VMs"),
-            (["serve", "--tee", "--no-isolation"], "--no-isolation goes with simulated VMs"),
+            (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable requires simulated VMs"),
+            (["serve", "--tee", "--no-isolation"], "--no-isolation requires simulated VMs"),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--no-isolation"],
-                "--no-isolation: that is the server's to say",
+                "--no-isolation cannot be combined with --server: the server decides it",
             ),
         ):
             assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
@@ -21445,8 +21443,8 @@ class TestMachine:
             n - 1 for n, row in enumerate(rows) if row.startswith("confbuild:       -> ")
         ]
         assert rows[-2:] == [
-            f"confbuild: error: this machine cannot run SEV-SNP guests: {len(missing)} of 6 conditions are not "
-            "met, and nothing was started",
+            f"confbuild: error: this machine cannot run SEV-SNP guests: {len(missing)} of 6 requirements are missing; "
+            "nothing was started",
             "confbuild: hint: `--vm qemu` boots the same image in a guest that is not confidential",
         ]
 
@@ -21470,8 +21468,8 @@ class TestMachine:
         return confbuild.read_image(str(tmp_path / "image"))
 
     @staticmethod
-    def prepare(*options: str) -> confbuild.Machine:
-        return confbuild._prepare_machine(confbuild.parse_arguments(["serve", "--image", "image", *options]))
+    def prepare(*options: str) -> confbuild.BuildPlatform:
+        return confbuild.prepare_platform(confbuild.parse_arguments(["serve", "--image", "image", *options]))
 
     def test_what_is_asked_for(self, image: confbuild.Image, monkeypatch: pytest.MonkeyPatch) -> None:
         """QEMU runs in a folder of its own, so that paths are absolute."""
@@ -21513,7 +21511,7 @@ class TestMachine:
         emulated = self.prepare("--vm", "qemu")
         assert (
             emulated.guest == confbuild.Guest(confbuild.QEMU_PLATFORM, image, firmware=False)
-            and "QEMU 9.2 itself, without the image's firmware: that takes QEMU 10" in emulated.note
+            and "QEMU 9.2 itself (the image's firmware requires QEMU 10)" in emulated.note
         )
 
     @pytest.mark.usefixtures("image")
@@ -21532,7 +21530,7 @@ class TestMachine:
         Path("image/initrd").write_bytes(b"another")
         with pytest.raises(confbuild.ImageError, match="image: initrd does not match image.json") as e:
             self.prepare("--tee")
-        assert "makes the image anew" in e.value.hint
+        assert "makes a new image" in e.value.hint
 
     def test_print_command(
         self, image: confbuild.Image, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -21648,8 +21646,8 @@ BUILD_AND_SERVE = (
     ),
     ("serve --listen [::]:0", 2, "other machines can reach that"),
     ("serve --listen example.com:0", 2, "other machines can reach that"),
-    ("serve --listen nonsense", 2, "--listen nonsense: not HOST:PORT"),
-    ("serve --listen 127.0.0.1:70000", 2, "not HOST:PORT"),
+    ("serve --listen nonsense", 2, "--listen nonsense: expected HOST:PORT"),
+    ("serve --listen 127.0.0.1:70000", 2, "expected HOST:PORT, with a port of at most 65535"),
     ("serve --slots 0", 2, "--slots: '0' is not a whole number above zero"),
     ("serve --token-file empty/../blank", 2, "no token in it"),
     ("serve --token-file nowhere", 2, "nowhere: No such file or directory"),
@@ -21678,10 +21676,14 @@ BUILD_AND_SERVE = (
     (
         "serve --vm qemu",
         2,
-        "--vm qemu needs --image DIR: what the guest boots\nconfbuild: hint: `confbuild image` makes one",
+        "--vm qemu requires --image DIR, the image that the guest boots\nconfbuild: hint: `confbuild image` makes one",
     ),
     ("serve --vm qemu --image empty", 2, "empty: no image.json in it"),
-    ("serve --vm qemu --image empty --env X", 2, "--env: a guest sees nothing of this machine's environment"),
+    (
+        "serve --vm qemu --image empty --env X",
+        2,
+        "--env requires simulated VMs: a guest does not see this machine's environment",
+    ),
     ("serve --print-command", 2, "--print-command requires --tee, --vm snp or --vm qemu"),
     (f"build demo --measurement {'0' * 96}", 2, "--measurement requires --tee"),
     *[
@@ -22003,7 +22005,7 @@ class TestUsage:
         done = shell("serve", "--listen", "127.0.0.1:0", "--state", "foreign")
         assert done.returncode == 2 and done.stderr.splitlines() == [
             "confbuild: error: foreign is neither empty nor a state directory of confbuild",
-            "confbuild: hint: name another directory with --state",
+            "confbuild: hint: choose another directory with --state",
         ]
         assert os.listdir(tmp_path / "foreign") == ["notes"]
         done = shell("serve", "--listen", f"127.0.0.1:{one.port}", "--state", "other")
