@@ -13183,8 +13183,8 @@ COMMANDS = (
         "make or check the image that guests boot",
         "confbuild image --check image",
         "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. "
-        "Firmware that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is sealed or "
-        "refused. Only the Python of the root file system is run.",
+        "Firmware that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is "
+        "sealed or refused. Only the Python of the root file system is run.",
     ),
     Command(
         "measure",
