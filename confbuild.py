@@ -232,7 +232,7 @@ else:
     urllib = _Lazy("urllib", "urllib.request")
     concurrent = _Lazy("concurrent", "concurrent.futures")
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # fmt: off
 __all__ = [  # names of the verifier; each further part adds its own, so that a cut file exports what it has
     "BundleFiles", "Check", "ConfbuildError", "Endorsements", "Expectations", "ImageFacts", "Verdict", "verify_bundle",
@@ -6975,6 +6975,8 @@ class Jobs:
         self._ending: dict[Job, End] = {}  # guarded by _changed; not yet published
         self._accepting = 0  # guarded by _changed; how many new jobs are being written
         self._seq = 0  # guarded by _changed; of the newest job
+        for folder in (self._folder, self.incoming):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
 
     def start(self) -> None:
         """Read the jobs of earlier servers, and start the threads."""
@@ -12813,7 +12815,7 @@ _FORMAT = (
     ("auto", "plain", "json", "quiet"),
     "auto",
 )
-_SERVER = ("--server URL", "the server (default: CONFBUILD_SERVER; empty: build here)")
+_SERVER = ("--server URL", "the server (default: CONFBUILD_SERVER)")
 _CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)")
 
 
@@ -12870,7 +12872,7 @@ def _add_build(parser: "argparse.ArgumentParser") -> None:
     parser.add_argument("source", metavar="DIR|URL", help="project directory or git URL")
     _add_options(
         parser,
-        _SERVER,
+        ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
         _CLIENT_TOKEN,
         ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
         ("-o --out DIR", "directory of the bundle (default: NAME-build)"),

@@ -6482,14 +6482,10 @@ class TestHardwareVerdict:
             if names
             else []
         )
-        last = confbuild.render_verdict(verdict, False).rpartition("\n")[2]
-        assert last.startswith(
-            "PASSED: evidence alone: no provenance and no artifact, signed in a confidential VM on an AMD Milan "
-            "processor"
-        )
-        assert (f"; not covered: {names.replace(chr(27) + '[2J', '').strip()}; not checked: " in last) == bool(
-            names
-        ) and "\x1b" not in last
+        first = confbuild.render_verdict(verdict, False).partition("\n")[0]
+        assert first.startswith("PASSED: ") and first.count(" confidential VM on an AMD Milan processor") == 1
+        assert (f"not covered: {names.replace(chr(27) + '[2J', '').strip()}" in first) == bool(names)
+        assert "\x1b" not in first
 
     @pytest.mark.parametrize(
         ("files", "allow", "failed"),
@@ -11467,8 +11463,8 @@ class Configfs:
             : self.size
         ]
 
-    def open(self, path: str, mode: str, buffering: int = -1) -> Any:
-        if not path.startswith(f"{self.root}/"):
+    def open(self, path: str | int, mode: str, buffering: int = -1) -> Any:
+        if isinstance(path, int) or not path.startswith(f"{self.root}/"):
             return open(path, mode, buffering)
         name = os.path.basename(path)
         if not os.path.exists(path):
@@ -12092,8 +12088,8 @@ class TestBundle:
             ((*WHOLE, ("other/artifacts/demo2", b"", FILE_TYPE)), "unexpected archive member"),
             ((*WHOLE, header("demo/artifacts/x", b"0", -1024)), "neither a bundle nor its archive"),
             ((*WHOLE, header("x", b"x", -1024)), "a number that is neither octal nor positive in base-256"),
-            ((*WHOLE, header("x", b"x", 1 << 40)), "a header of more than"),
-            ((*WHOLE, header("x", b"L", 1 << 40)), "a header of more than"),
+            ((*WHOLE, header("x", b"x", 1 << 40)), "in one extended header"),
+            ((*WHOLE, header("x", b"L", 1 << 40)), "in one extended header"),
             ((*WHOLE, SPARSE), "neither a bundle nor its archive"),
             ((*WHOLE, header("x", b"x", len(DIGITS), content=DIGITS)), "neither a bundle nor its archive"),
             ((*WHOLE, header("x", b"x", 50_000, content=DIGITS[:50_000])), "damaged pax header"),
@@ -17982,7 +17978,7 @@ class TestSpares:
         monkeypatch.setattr(host, "_drive", lambda *_: str(over.wait(20)))
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
-        monkeypatch.setattr(jobs, "halt", halt)
+        monkeypatch.setattr(job, "halt", halt)
         assert host.run(jobs, job) == "True"
         wait_for(lambda: f"job {job.id} is not stopped" in caplog.text)
         assert died == [] and "a VM is not destroyed" in caplog.text and not host._alive
@@ -22286,7 +22282,7 @@ class TestBeforeTheSource:
             "since TLS does not end inside the VM yet."
         ) in said
         readme = " ".join((FILE.parent / "README.md").read_text(encoding="utf-8").split())
-        assert "can still send it elsewhere afterwards" in readme and "no byte of" not in readme
+        assert "can still send the source elsewhere afterwards" in readme and "no byte of" not in readme
 
     def test_on_the_wire(self, shell: Shell) -> None:
         """A server whose VM is simulated is asked for evidence, and told nothing else."""
