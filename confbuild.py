@@ -11687,11 +11687,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     platform = GUEST_PLATFORMS.get(kind)
     if platform is None:
-        _refuse(
-            options,
-            ("image", *_GUEST_OPTIONS, "cbitpos", "vek"),
-            " requires --tee, --vm snp or --vm qemu",
-        )
+        _refuse(options, ("image", *_GUEST_OPTIONS, "cbitpos", "vek"), " requires --tee, --vm snp or --vm qemu")
         return _simulated_platform(options)
     if options.env:
         raise UsageError("--env requires simulated VMs: a guest does not see this machine's environment")
