@@ -8626,7 +8626,7 @@ def run_fetcher() -> None:
 
 # endregion 29
 # ==============================================================================
-# region 30. VMs                  [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
+# region 30. VMs               [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
 # ==============================================================================
 # The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
 # and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
@@ -11994,7 +11994,7 @@ def _read_der(path: str) -> bytes:
 
 # endregion 36
 # ==============================================================================
-# region 37. Commands  [uses 6, 7, 8, 10, 12, 14, 16, 17, 18, 19, 20, 21, 22, 28, 29, 31, 32, 35, 36]
+# region 37. Commands  [uses 6, 7, 8, 10, 12, 14, 16, 17, 18, 19, 20, 21, 22, 28, 31, 32, 35, 36]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -12126,7 +12126,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     began = time.monotonic()
     nonce = options.nonce or secrets.token_hex(NONCE_SIZE)
     name = repository_name(options.source) if is_url else safe_name(os.path.basename(os.path.realpath(options.source)))
-    bundle = options.output_dir or name + "-build"
+    bundle = options.out or name + "-build"
     _check_target(bundle)
     machine = None if server else prepare_platform(options)
     vm = _expect_vm(options, machine)
@@ -12494,7 +12494,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     client = _client(options, _display(options))
     job_id = _find_job(client, options.job)
-    bundle = options.output_dir or safe_name(job_id) + "-build"
+    bundle = options.out or safe_name(job_id) + "-build"
     delivery = Delivery(
         bundle,
         Expectations(nonce=options.nonce),
@@ -12655,7 +12655,7 @@ def cmd_attest(options: "argparse.Namespace") -> int:
 
 def cmd_image(options: "argparse.Namespace") -> int:
     """Make an image, check one, or write the lock file of an image's packages."""
-    if [options.output_dir, options.check, options.lock].count(None) != 2:
+    if [options.out, options.check, options.lock].count(None) != 2:
         raise UsageError("exactly one of -o, --check and --lock is needed")
     if options.names and options.lock is None:
         raise UsageError("the names of packages require --lock")
@@ -12680,23 +12680,11 @@ def cmd_image(options: "argparse.Namespace") -> int:
     vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
     names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")
     rootfs, lock, debs, kernel, firmware, modules = (getattr(options, name) or "" for name in names)
-    image = make_image(options.output_dir, ImageInput(rootfs, lock, debs, kernel, firmware, modules, vcpus))
+    image = make_image(options.out, ImageInput(rootfs, lock, debs, kernel, firmware, modules, vcpus))
     sys.stdout.write(
         f"image.json  sha256 {image.manifest_sha256}\n"
         + "".join(f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests)
     )
-    return EXIT_OK
-
-
-def cmd_agent(_: "argparse.Namespace") -> int:
-    """Serve the agent inside a VM; not for people."""
-    run_agent()
-    return EXIT_OK
-
-
-def cmd_fetcher(_: "argparse.Namespace") -> int:
-    """Fetch a repository for a VM; not for people."""
-    run_fetcher()
     return EXIT_OK
 
 
@@ -12711,7 +12699,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 
 # endregion 37
 # ==============================================================================
-# region 38. Options                                 [uses 8, 9, 10, 17, 32, 37]
+# region 38. Options                             [uses 8, 9, 10, 17, 29, 32, 37]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -12774,358 +12762,204 @@ _levels = _typed("[a-z]+=[0-9]{1,3}(,[a-z]+=[0-9]{1,3})*", "a list of levels suc
 _pcr = _typed("[0-9]{1,2}=[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr)
 
 
-def _add_options(parser: Any, *rows: tuple[Any, ...]) -> None:
-    """Add an option per row: (names and metavar, help, type or choices, default).
-
-    A row without a metavar is a flag. After the metavar, "..." makes the option repeatable and "!" required.
-    """
-    for words, text, *more in rows:
-        names = [word for word in words.split() if word.startswith("-")]
-        metavar = words.split()[len(names) :]
-        if not metavar:
-            parser.add_argument(*names, action="store_true", help=text)
-            continue
-        kind, default, *_ = (*more, None, None)
-        named: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind or str}
-        if metavar[0].endswith("..."):
-            named["action"] = "append"
-            text += " (repeatable)"
-        elif metavar[0].endswith("!"):
-            named["required"] = True
-        dest = _DESTS.get(names[-1], names[-1].lstrip("-").replace("-", "_"))
-        parser.add_argument(*names, metavar=metavar[0].rstrip(".!"), dest=dest, default=default, help=text, **named)
-
-
-# Options whose value has another name in the program; those of `verify` are fields of Expectations.
-_DESTS = {
-    "--measurement": "measurements",
-    "--pcr": "pcrs",
-    "--dep": "packages",
-    "--out": "output_dir",
-    "--output": "format",
-    "--from": "start",
-}
+# Rows that several commands share.
 _FORMAT = (
     "--format --output FORMAT",
     "progress: auto (live on a terminal), plain, json or quiet (default: auto)",
     ("auto", "plain", "json", "quiet"),
     "auto",
 )
-_SERVER = ("--server URL", "the server (default: CONFBUILD_SERVER)")
 _CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)")
-
-
-def _add_limits(parser: "argparse.ArgumentParser") -> None:
-    """Add the options of a server that builds on this machine, temporary or not."""
-    _add_options(
-        parser.add_argument_group("builds on this machine"),
-        ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
-        ("--env NAME...", "pass this environment variable to builds", str, []),
-        ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
-        ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
-        ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
-        (
-            "--boot-timeout S",
-            f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
-            _seconds,
-        ),
-        ("--build-timeout S", "limit for a build (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
-        (
-            "--max-archive MIB",
-            "limit for an uploaded archive (default: %(default)s)",
-            _positive,
-            MAX_ARCHIVE // MIB,
-        ),
-    )
-
-
-def _add_machine(parser: "argparse.ArgumentParser") -> None:
-    """Add the options that choose the VMs of builds on this machine."""
-    default = Guest._field_defaults
-    _add_options(
-        parser.add_argument_group("VMs"),
-        ("--tee", "build in SEV-SNP guests, or name what this machine lacks for them (same as --vm snp)"),
-        (
-            "--vm KIND",
-            "sim: simulated VMs (default); qemu: QEMU guests that are not confidential; snp: SEV-SNP guests",
-            ("sim", "qemu", "snp"),
-        ),
-        ("--image DIR", "image that guests boot, made by `confbuild image`"),
-        ("--vcpus N", f"virtual processors of a guest; measured (default: {default['vcpus']})", _positive),
-        ("--vcpu-type T", f"their QEMU model; measured (default: {default['vcpu_type']})"),
-        ("--memory MIB", f"memory of a guest (default: {default['memory_mib']})", _positive),
-        ("--guest-network", "let guests reach the network; the provenance says so"),
-        (
-            "--cbitpos N",
-            "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)",
-            _positive,
-        ),
-        ("--vek FILE", "certificate of the host's VCEK, if the host's firmware hands none to guests"),
-    )
-
-
-def _add_build(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("source", metavar="DIR|URL", help="project directory or git URL")
-    _add_options(
-        parser,
-        ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
-        _CLIENT_TOKEN,
-        ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
-        ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
-        ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
-        _FORMAT,
-    )
-    _add_limits(parser)
-    _add_machine(parser)
-    _add_options(
-        parser,
-        ("--measurement HEX...", "with --tee: launch digest that the server's VM may have", _hex(96)),
-    )
-    parser.set_defaults(
-        listen="127.0.0.1:0",
-        slots=1,
-        queue=1,
-        single_use=True,
-        public_host=[],
-        tls_cert=None,
-        tls_key=None,
-        warm=0,
-        print_command=False,
-    )
-
-
-def _add_serve(parser: "argparse.ArgumentParser") -> None:
-    _add_options(
-        parser,
-        ("--listen HOST:PORT", "address (default: %(default)s); port 0: any free one", str, "127.0.0.1:8080"),
-        ("--state DIR", "directory for jobs (default: ~/.local/share/confbuild)"),
-        ("--slots N", "builds at a time (default: %(default)s)", _positive, 1),
-        ("--queue N", "builds that may wait (default: %(default)s)", _positive, 1000),
-        ("--single-use", "accept one build, ever"),
-        ("--token-file FILE", "file with bearer tokens, one per line; a client needs one of them"),
-        ("--insecure", "let other machines build without a token"),
-        ("--tls-cert FILE", "certificate chain, PEM"),
-        ("--tls-key FILE", "private key of the certificate, PEM"),
-        ("--public-host NAME...", "name by which clients reach this server", str, []),
-        (
-            "--grace S",
-            "time for running builds to finish when the server is stopped (default: %(default)g)",
-            _seconds,
-            30.0,
-        ),
-        ("-v --verbose", "log requests"),
-        ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
-        ("--print-command", "print the command line of a guest, and exit"),
-    )
-    _add_limits(parser)
-    _add_machine(parser)
-
-
-def _add_verify(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument(
-        "bundles",
-        metavar="BUNDLE",
-        nargs="+",
-        help="directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no "
-        "provenance.json is next to it",
-    )
-    _add_options(
-        parser,
-        ("--format FORMAT", "text, or json: one object per line and bundle (default: text)", ("text", "json"), "text"),
-        ("-v --verbose", "show every check, and every field of the evidence"),
-        ("--policy FILE...", "TOML file with any of the options below, without dashes; the command line wins"),
-        ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
-    )
-    _add_options(
-        parser.add_argument_group("what was built"),
-        ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
-        ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),
-        ("--source-uri URI", "origin of the source in the provenance"),
-        ("--source-commit HEX", "commit in the provenance", _hex(40, 64)),
-        ("--source-tree HEX", "git tree in the provenance", _hex(40, 64)),
-        ("--dep NAME@VERSION...", "dependency from the default registry, or a whole pkg: uri"),
-        ("--builder-id ID", "builder in the provenance"),
-        ("--build-type URI", "buildType in the provenance"),
-        ("--max-age AGE", "greatest age of the build, by the builder's clock: 90m, 24h, 30d", _age),
-        ("--allow-legacy-digest", "accept the compact digest that the five oldest bundles signed"),
-    )
-    _add_options(
-        parser.add_argument_group("where it was built"),
-        ("--measurement HEX...", "launch digest of the VM; one must match", _hex(96)),
-        ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA"),
-        (
-            "--min-tcb LEVELS",
-            "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219",
-            _levels,
-        ),
-        ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
-        ("--guest-svn N", "GUEST_SVN of the report", _count),
-        ("--chip-id HEX", "CHIP_ID of the report", _hex(128)),
-        ("--family-id HEX", "FAMILY_ID of the report", _hex(32)),
-        ("--image-id HEX", "IMAGE_ID of the report", _hex(32)),
-        ("--pcr N=HEX...", "Azure: value of the virtual TPM's register N; all must match", _pcr),
-        ("--allow-debug", "accept a VM that its host can read and change"),
-        ("--require-tee", "fail for simulated evidence"),
-        ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
-    )
-    _add_options(
-        parser.add_argument_group("keys"),
-        ("--crl FILE...", "AMD's revocation list"),
-        ("--require-crl", "fail without a list of the right key that is valid now"),
-        ("--vek FILE", "certificate of the VCEK or VLEK, if the evidence has none"),
-        ("--roots DIR", "certificates to trust instead of AMD's: <product>/{ark,ask,asvk}.der"),
-    )
-
-
-def _add_measure(parser: "argparse.ArgumentParser") -> None:
-    _add_options(
-        parser,
-        ("--firmware FILE!", "OVMF, as for QEMU's -bios"),
-        ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
-        ("--initrd FILE", "as for -initrd"),
-        ("--append TEXT", "as for -append, to the byte"),
-        ("--vcpus N!", "virtual processors at the launch: the first number of -smp", _positive),
-        ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
-        ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
-        ("--guest-features X", "SEV_FEATURES (default: %(default)s; with debug-swap 0x21)", _integer, 1),
-        ("--vmm VMM", f"hypervisor: {', '.join(VMMS)} (default: %(default)s)", tuple(VMMS), VMMS[0]),
-        ("--explain", "print the digest after each step"),
-    )
-
-
-def _add_attest(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("provenance", metavar="FILE", help="provenance.json; its evidence.json is printed")
-    _add_options(
-        parser,
-        ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
-        ("--platform PLATFORM", "snp (default) or gcp-snp", ("snp", "gcp-snp"), "snp"),
-        ("--fetch-vek", "fetch a missing certificate from AMD's key service (opens a socket)"),
-    )
-
-
-def _add_image(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("names", metavar="NAME", nargs="*", help="with --lock: a package, with its dependencies")
-    _add_options(
-        parser.add_argument_group("one of"),
-        ("-o --out DIR", "make an image in this new directory"),
-        ("--check DIR", "recompute an image's hashes and launch digests, and look for a shim in its firmware"),
-        ("--lock LOCK", "write a lock file: a line NAME VERSION SHA256 for each package"),
-    )
-    _add_options(
-        parser.add_argument_group("to make an image"),
-        ("--rootfs DIR", "the root file system"),
-        ("--packages LOCK", "or the Debian packages that are unpacked to one"),
-        ("--debs FOLDER", "folder with their .deb files, which are recognised by SHA-256"),
-        ("--kernel FILE", "kernel (default: boot/vmlinuz-* of the root file system)"),
-        ("--modules DIR", "kernel modules (default: those of the root file system)"),
-        ("--firmware FILE", "AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)"),
-        ("--vcpus N...", "number of vCPUs to compute the launch digest for (default: 1)", _positive),
-        ("--vcpu-type TYPE...", "QEMU model of the vCPUs (default: EPYC-v4)"),
-    )
-    _add_options(
-        parser.add_argument_group("to write a lock file"),
-        ("--without NAME...", "leave out this package, although others depend on it"),
-    )
-
-
-def _add_watch(parser: "argparse.ArgumentParser") -> None:
-    _add_job(parser)
-    _add_options(parser, ("--from N", "leave out the first N events", _count, 0))
-
-
-def _add_job(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("job", metavar="JOB", type=_job, help="id of the job, or its first characters")
-    _add_list(parser)
-
-
-def _add_list(parser: "argparse.ArgumentParser") -> None:
-    _add_options(parser, _SERVER, _CLIENT_TOKEN, _FORMAT)
-
-
-def _add_fetch(parser: "argparse.ArgumentParser") -> None:
-    _add_job(parser)
-    _add_options(
-        parser,
-        ("-o --out DIR", "directory of the bundle (default: JOB-build)"),
-        ("--nonce HEX", "nonce that you sent with the build; without it the nonce is not checked", _nonce),
-    )
-
-
-def _add_completion(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
-
-
-def _add_sweep(parser: "argparse.ArgumentParser") -> None:
-    parser.add_argument("workspace")
-
-
-def cmd_completion(options: "argparse.Namespace") -> int:
-    """Print a script that completes commands, options and choices."""
-    known = {row.name: _completed(row) for row in COMMANDS if row.group}
-    if options.shell == "fish":
-        for row in (row for row in COMMANDS if row.group):
-            here = f"complete -c confbuild -n '__fish_seen_subcommand_from {row.name}'"
-            summary = shlex.quote(row.summary)
-            sys.stdout.write(f"complete -c confbuild -n __fish_use_subcommand -a {row.name} -d {summary}\n")
-            for name, values in known[row.name].items():
-                flag = f" -l {name[2:]}" if name.startswith("--") else f" -s {name[1:]}"
-                flag = flag if name.startswith("-") else ""  # the argument of the command
-                choices = f" -xa {shlex.quote(values)}" if values else ""
-                sys.stdout.write(f"{here}{flag}{choices}\n")
-        return EXIT_OK
-    lines = [*(["autoload -Uz compinit bashcompinit", "compinit -u", "bashcompinit"] if options.shell == "zsh" else [])]
-    lines += ["_confbuild() {", "  local words=", '  case "${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in']
-    lines += [
-        f"    '{command} {name}') words='{values}';;"
-        for command, names in known.items()
-        for name, values in names.items()
-        if values
-    ]
-    lines += ["    *)", '      case "$COMP_CWORD ${COMP_WORDS[1]}" in', f"        '1 '*) words='{' '.join(known)}';;"]
-    lines += [
-        f"        *' {command}') words='{' '.join(name for name in names if name[0] == '-')}';;"
-        for command, names in known.items()
-    ]
-    lines += ["      esac;;", "  esac", '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}"]
-    sys.stdout.write("\n".join([*lines, "complete -o default -F _confbuild confbuild confbuild.py"]) + "\n")
-    return EXIT_OK
-
-
-def _completed(row: "Command") -> dict[str, str]:
-    """Return the options of a command, each with the values that it accepts, or "" if there is no list of them."""
-    actions = command_parser(row)._actions
-    options = {name: " ".join(action.choices or ()) for action in actions for name in action.option_strings}
-    return {**options, row.name: " ".join(actions[-1].choices or ())} if row.name == "completion" else options
+_CLIENT = (("--server URL", "the server (default: CONFBUILD_SERVER)"), _CLIENT_TOKEN, _FORMAT)
+_JOB = ("JOB job", "id of the job, or its first characters", _job)
+# Of a server that builds on this machine, temporary or not.
+_MACHINE: Sequence[Any] = (
+    "builds on this machine",
+    ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
+    ("--env NAME...", "pass this environment variable to builds", str, []),
+    ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
+    ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
+    ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
+    (
+        "--boot-timeout S",
+        f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
+        _seconds,
+    ),
+    ("--build-timeout S", "limit for a build (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
+    ("--max-archive MIB", "limit for an uploaded archive (default: %(default)s)", _positive, MAX_ARCHIVE // MIB),
+    "VMs",
+    ("--tee", "build in SEV-SNP guests, or name what this machine lacks for them (same as --vm snp)"),
+    (
+        "--vm KIND",
+        "sim: simulated VMs (default); qemu: QEMU guests that are not confidential; snp: SEV-SNP guests",
+        ("sim", "qemu", "snp"),
+    ),
+    ("--image DIR", "image that guests boot, made by `confbuild image`"),
+    ("--vcpus N", f"virtual processors of a guest; measured (default: {Guest._field_defaults['vcpus']})", _positive),
+    ("--vcpu-type T", f"their QEMU model; measured (default: {Guest._field_defaults['vcpu_type']})"),
+    ("--memory MIB", f"memory of a guest (default: {Guest._field_defaults['memory_mib']})", _positive),
+    ("--guest-network", "let guests reach the network; the provenance says so"),
+    ("--cbitpos N", "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)", _positive),
+    ("--vek FILE", "certificate of the host's VCEK, if the host's firmware hands none to guests"),
+)
 
 
 class Command(NamedTuple):
-    """A command. group: of the help; "" = hidden."""
+    """A command of the program.
+
+    group: its heading in the help; "" hides it.
+    rows: its arguments and options. A text is the heading of the rows below it. A row is (words, help, type or
+        choices, default), where words are the names of the option, its metavar and its dest:
+            "--verbose"              without a metavar: a flag
+            "--crl FILE..."          repeatable
+            "--vcpus N!"             required
+            "BUNDLE+ bundles"        without a name: an argument, here one or more; "*" is any number
+            "--pcr N=HEX... pcrs"    a dest, if it is not the first long name; those of `verify` are fields of
+                                     Expectations
+    defaults: of options that the command does not have, but its function reads.
+    """
 
     name: str
-    run: "Callable[[argparse.Namespace], int]"
-    add: "Callable[[argparse.ArgumentParser], None]"
+    run: "Callable[[argparse.Namespace], int | None]"
+    rows: Sequence[Any] = ()
     group: str = ""
     summary: str = ""
     example: str = ""
     note: str = ""
+    defaults: Mapping[str, Any] = {}
 
 
+def cmd_completion(options: "argparse.Namespace") -> None:
+    """Print a script that completes commands, options and choices."""
+    shown = {row.name: command_parser(row)._actions for row in COMMANDS if row.group}
+    # A row: the words to offer, if "(number of words before) (command) (word before)" has the form of the pattern.
+    rows = [("1 *", " ".join(shown))]
+    for command, actions in shown.items():
+        rows += [
+            (f"* {command} {name}", " ".join(action.choices))
+            for action in actions
+            for name in action.option_strings or [command]
+            if action.choices
+        ]
+        rows.append((f"* {command} *", " ".join(name for action in actions for name in action.option_strings)))
+    fish = options.shell == "fish"
+    head, line, tail = _COMPLETION[fish]
+    lines = [line % (pattern if fish else pattern.replace(" ", "\\ "), words) for pattern, words in rows]
+    zsh = "autoload -Uz compinit bashcompinit\ncompinit -u\nbashcompinit\n" if options.shell == "zsh" else ""
+    sys.stdout.write(zsh + head + "".join(lines) + tail)
+
+
+# Head, row and tail of the script for bash and zsh, and of the one for fish.
+_COMPLETION = (
+    (
+        """_confbuild() {
+  local words=
+  case "$COMP_CWORD ${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
+""",
+        "    %s) words='%s';;\n",
+        """  esac
+  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -o default -F _confbuild confbuild confbuild.py
+""",
+    ),
+    (
+        """function __confbuild
+  set -l words (commandline -opc)
+  switch (count $words)" $words[2] $words[-1]"
+""",
+        "    case '%s'\n      string split -- ' ' '%s'\n",
+        """  end
+end
+complete -c confbuild -c confbuild.py -a '(__confbuild)'
+""",
+    ),
+)
 _BUILD, _SERVICE, _CONFIDENTIAL = "Build and verify", "Service", "Confidential VMs"
 COMMANDS = (
     Command(
         "build",
         cmd_build,
-        _add_build,
+        (
+            ("DIR|URL source", "project directory or git URL"),
+            ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
+            _CLIENT_TOKEN,
+            ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
+            ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
+            ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
+            _FORMAT,
+            ("--measurement HEX... measurements", "with --tee: launch digest that the server's VM may have", _hex(96)),
+            *_MACHINE,
+        ),
         _BUILD,
         "build a directory or a git URL, and verify the bundle",
         "confbuild build hello",
         "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server "
         "can still send the source elsewhere afterwards, since TLS does not end inside the VM yet.",
+        {
+            "listen": "127.0.0.1:0",
+            "slots": 1,
+            "queue": 1,
+            "single_use": True,
+            "public_host": [],
+            "tls_cert": None,
+            "tls_key": None,
+            "warm": 0,
+            "print_command": False,
+        },
     ),
     Command(
         "verify",
         cmd_verify,
-        _add_verify,
+        (
+            (
+                "BUNDLE+ bundles",
+                "directory or archive; - for an archive on stdin; or an evidence.json, which is verified alone if no "
+                "provenance.json is next to it",
+            ),
+            (
+                "--format FORMAT",
+                "text, or json: one object per line and bundle (default: text)",
+                ("text", "json"),
+                "text",
+            ),
+            ("-v --verbose", "show every check, and every field of the evidence"),
+            ("--policy FILE...", "TOML file with any of the options below, without dashes; the command line wins"),
+            ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
+            "what was built",
+            ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
+            ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),
+            ("--source-uri URI", "origin of the source in the provenance"),
+            ("--source-commit HEX", "commit in the provenance", _hex(40, 64)),
+            ("--source-tree HEX", "git tree in the provenance", _hex(40, 64)),
+            ("--dep NAME@VERSION... packages", "dependency from the default registry, or a whole pkg: uri"),
+            ("--builder-id ID", "builder in the provenance"),
+            ("--build-type URI", "buildType in the provenance"),
+            ("--max-age AGE", "greatest age of the build, by the builder's clock: 90m, 24h, 30d", _age),
+            ("--allow-legacy-digest", "accept the compact digest that the five oldest bundles signed"),
+            "where it was built",
+            ("--measurement HEX... measurements", "launch digest of the VM; one must match", _hex(96)),
+            ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA"),
+            (
+                "--min-tcb LEVELS",
+                "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219",
+                _levels,
+            ),
+            ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
+            ("--guest-svn N", "GUEST_SVN of the report", _count),
+            ("--chip-id HEX", "CHIP_ID of the report", _hex(128)),
+            ("--family-id HEX", "FAMILY_ID of the report", _hex(32)),
+            ("--image-id HEX", "IMAGE_ID of the report", _hex(32)),
+            ("--pcr N=HEX... pcrs", "Azure: value of the virtual TPM's register N; all must match", _pcr),
+            ("--allow-debug", "accept a VM that its host can read and change"),
+            ("--require-tee", "fail for simulated evidence"),
+            ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
+            "keys",
+            ("--crl FILE...", "AMD's revocation list"),
+            ("--require-crl", "fail without a list of the right key that is valid now"),
+            ("--vek FILE", "certificate of the VCEK or VLEK, if the evidence has none"),
+            ("--roots DIR", "certificates to trust instead of AMD's: <product>/{ark,ask,asvk}.der"),
+        ),
         _BUILD,
         "verify bundles, offline",
         "confbuild verify hello-build --source hello --allow-simulated",
@@ -13136,7 +12970,28 @@ COMMANDS = (
     Command(
         "serve",
         cmd_serve,
-        _add_serve,
+        (
+            ("--listen HOST:PORT", "address (default: %(default)s); port 0: any free one", str, "127.0.0.1:8080"),
+            ("--state DIR", "directory for jobs (default: ~/.local/share/confbuild)"),
+            ("--slots N", "builds at a time (default: %(default)s)", _positive, 1),
+            ("--queue N", "builds that may wait (default: %(default)s)", _positive, 1000),
+            ("--single-use", "accept one build, ever"),
+            ("--token-file FILE", "file with bearer tokens, one per line; a client needs one of them"),
+            ("--insecure", "let other machines build without a token"),
+            ("--tls-cert FILE", "certificate chain, PEM"),
+            ("--tls-key FILE", "private key of the certificate, PEM"),
+            ("--public-host NAME...", "name by which clients reach this server", str, []),
+            (
+                "--grace S",
+                "time for running builds to finish when the server is stopped (default: %(default)g)",
+                _seconds,
+                30.0,
+            ),
+            ("-v --verbose", "log requests"),
+            ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
+            ("--print-command", "print the command line of a guest, and exit"),
+            *_MACHINE,
+        ),
         _SERVICE,
         "run the build service",
         "confbuild serve --listen 127.0.0.1:8080",
@@ -13144,7 +12999,7 @@ COMMANDS = (
     Command(
         "watch",
         cmd_watch,
-        _add_watch,
+        (_JOB, *_CLIENT, ("--from N start", "leave out the first N events", _count, 0)),
         _SERVICE,
         "follow a build",
         "confbuild watch d3d8 --server http://127.0.0.1:8080",
@@ -13152,7 +13007,7 @@ COMMANDS = (
     Command(
         "list",
         cmd_list,
-        _add_list,
+        _CLIENT,
         _SERVICE,
         "list the builds of a server, newest first",
         "confbuild list --server http://127.0.0.1:8080",
@@ -13160,7 +13015,7 @@ COMMANDS = (
     Command(
         "cancel",
         cmd_cancel,
-        _add_job,
+        (_JOB, *_CLIENT),
         _SERVICE,
         "cancel a build",
         "confbuild cancel d3d8 --server http://127.0.0.1:8080",
@@ -13168,7 +13023,12 @@ COMMANDS = (
     Command(
         "fetch",
         cmd_fetch,
-        _add_fetch,
+        (
+            _JOB,
+            *_CLIENT,
+            ("-o --out DIR", "directory of the bundle (default: JOB-build)"),
+            ("--nonce HEX", "nonce that you sent with the build; without it the nonce is not checked", _nonce),
+        ),
         _SERVICE,
         "download and verify the bundle of a finished build",
         "confbuild fetch d3d8 -o bundle --server http://127.0.0.1:8080",
@@ -13176,7 +13036,24 @@ COMMANDS = (
     Command(
         "image",
         cmd_image,
-        _add_image,
+        (
+            ("NAME* names", "with --lock: a package, with its dependencies"),
+            "one of",
+            ("-o --out DIR", "make an image in this new directory"),
+            ("--check DIR", "recompute an image's hashes and launch digests, and look for a shim in its firmware"),
+            ("--lock LOCK", "write a lock file: a line NAME VERSION SHA256 for each package"),
+            "to make an image",
+            ("--rootfs DIR", "the root file system"),
+            ("--packages LOCK", "or the Debian packages that are unpacked to one"),
+            ("--debs FOLDER", "folder with their .deb files, which are recognised by SHA-256"),
+            ("--kernel FILE", "kernel (default: boot/vmlinuz-* of the root file system)"),
+            ("--modules DIR", "kernel modules (default: those of the root file system)"),
+            ("--firmware FILE", "AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)"),
+            ("--vcpus N...", "number of vCPUs to compute the launch digest for (default: 1)", _positive),
+            ("--vcpu-type TYPE...", "QEMU model of the vCPUs (default: EPYC-v4)"),
+            "to write a lock file",
+            ("--without NAME...", "leave out this package, although others depend on it"),
+        ),
         _CONFIDENTIAL,
         "make or check the image that guests boot",
         "confbuild image --check image",
@@ -13187,7 +13064,18 @@ COMMANDS = (
     Command(
         "measure",
         cmd_measure,
-        _add_measure,
+        (
+            ("--firmware FILE!", "OVMF, as for QEMU's -bios"),
+            ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
+            ("--initrd FILE", "as for -initrd"),
+            ("--append TEXT", "as for -append, to the byte"),
+            ("--vcpus N!", "virtual processors at the launch: the first number of -smp", _positive),
+            ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
+            ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
+            ("--guest-features X", "SEV_FEATURES (default: %(default)s; with debug-swap 0x21)", _integer, 1),
+            ("--vmm VMM", f"hypervisor: {', '.join(VMMS)} (default: %(default)s)", tuple(VMMS), VMMS[0]),
+            ("--explain", "print the digest after each step"),
+        ),
         _CONFIDENTIAL,
         "compute the SEV-SNP launch digest of a firmware and a kernel",
         "confbuild measure --firmware OVMF.fd --vcpus 1 --vcpu-type EPYC-v4",
@@ -13195,7 +13083,12 @@ COMMANDS = (
     Command(
         "attest",
         cmd_attest,
-        _add_attest,
+        (
+            ("FILE provenance", "provenance.json; its evidence.json is printed"),
+            ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
+            ("--platform PLATFORM", "snp (default) or gcp-snp", ("snp", "gcp-snp"), "snp"),
+            ("--fetch-vek", "fetch a missing certificate from AMD's key service (opens a socket)"),
+        ),
         _CONFIDENTIAL,
         "inside an SEV-SNP guest: get evidence for a provenance",
         "confbuild attest provenance.json --nonce 00112233445566778899aabbccddeeff",
@@ -13203,14 +13096,15 @@ COMMANDS = (
     Command(
         "completion",
         cmd_completion,
-        _add_completion,
+        (("SHELL shell", "the shell that reads the script", ("bash", "zsh", "fish")),),
         "Shell",
         "print a completion script for bash, zsh or fish",
         'eval "$(confbuild completion bash)"',
     ),
-    Command("agent", cmd_agent, lambda _: None),
-    Command("fetcher", cmd_fetcher, lambda _: None),
-    Command("sweep", cmd_sweep, _add_sweep),
+    # For the machinery, not for people: serve in a VM, fetch a repository for one, remove its workspace.
+    Command("agent", lambda _: run_agent()),
+    Command("fetcher", lambda _: run_fetcher()),
+    Command("sweep", cmd_sweep, [("DIR workspace", "the workspace")]),
 )
 _EXAMPLES = """
 Examples
@@ -13244,16 +13138,46 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
             message = message.removeprefix("argument ").replace("unrecognized arguments:", "unexpected argument")
             raise UsageError(f"{command.name}: {message}", f"`confbuild {command.name} --help` lists the options")
 
-    example = f"Example: {command.example}"
+    usage = [f"confbuild {command.name} [options]"]
     parser = Parser(
         prog=f"confbuild {command.name}",
         description=command.summary[:1].upper() + command.summary[1:] + ".",
-        epilog=f"{command.note} {example}" if command.note else example,
+        epilog=command.note,
         allow_abbrev=False,
     )
-    command.add(parser)
-    parser.set_defaults(run=command.run, default_of=parser.get_default)
+    section: Any = parser
+    for row in command.rows:
+        if isinstance(row, str):
+            section = parser.add_argument_group(row)
+        else:
+            usage += _add_row(section, *row)
+    parser.usage = " ".join(usage)
+    parser.add_argument_group("example", command.example)
+    parser.set_defaults(run=command.run, default_of=parser.get_default, **command.defaults)
     return parser
+
+
+# Mark after a metavar -> what it means to argparse.
+_MARKS: Mapping[str, Mapping[str, Any]] = {
+    "...": {"action": "append"},
+    "!": {"required": True},
+    "+": {"nargs": "+"},
+    "*": {"nargs": "*"},
+}
+
+
+def _add_row(parser: Any, words: str, text: str, kind: Any = str, default: Any = None) -> list[str]:
+    """Add the argument or option of a row of Command to parser, and return it for the usage if it is required."""
+    [(names, metavar, mark, dest)] = re.findall(r"^((?:-\S+ ?)*)(?:(\S+?)(\.\.\.|[!+*])?(?: (\w+))?)?$", words)
+    named: dict[str, Any] = {"dest": dest} if names and dest else {}
+    if metavar:
+        named |= {"choices" if isinstance(kind, tuple) else "type": kind, "metavar": metavar, "default": default}
+    else:
+        named["action"] = "store_true"
+    text += " (repeatable)" if mark == "..." else ""
+    parser.add_argument(*names.split() or [dest], help=text, **named, **_MARKS.get(mark, {}))
+    many = f"[{metavar} ...]" if mark == "*" else metavar + " ..." * (mark == "+")
+    return [names + many] if mark == "!" or not names else []
 
 
 def help_text() -> str:
@@ -13425,7 +13349,7 @@ def _run(arguments: Sequence[str]) -> int:
                 level=logging.INFO if getattr(options, "verbose", False) else logging.WARNING,
                 format="confbuild: %(levelname)s: %(message)s",
             )
-        return int(options.run(options))
+        return int(options.run(options) or EXIT_OK)
     except ConfbuildError as e:
         refused = isinstance(e, RemoteError) and e.status == 401
         say(
@@ -13444,6 +13368,5 @@ def _run(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-
 
 # endregion 38

@@ -22015,9 +22015,8 @@ class TestUsage:
         top = shell("--help").stdout
         for name in [row.name for row in confbuild.COMMANDS if row.group]:
             text = shell(name, "--help").stdout
-            assert f"Example: {next(row.example for row in confbuild.COMMANDS if row.name == name)}" in " ".join(
-                text.split()
-            )
+            example = next(row.example for row in confbuild.COMMANDS if row.name == name)
+            assert f"\nexample:\n  {example}\n" in text and len(text.partition("\n")[0]) < 80
             assert re.search(rf"^ +{name} ", top, re.MULTILINE)
             for action in commands[name]._actions:
                 assert all(re.search(rf"(^|[\s\[]){option}\b", text) for option in action.option_strings), (
