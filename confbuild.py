@@ -506,7 +506,8 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
     schema: one of
         a type: int, str, dict or list (True is not an int), or object: any value
         a compiled pattern: text that matches from its first to its last character
-        a dict: an object with exactly these keys; a key that ends with "?" is optional
+        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "...", any
+            further keys may follow
         a list of one schema: an array of any length; of n copies of a schema: an array of n items
         a tuple of schemas: one of these alternatives
         anything else: this value
@@ -531,8 +532,9 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
     if isinstance(schema, dict) and isinstance(value, dict):
         wanted = {k.rstrip("?"): v for k, v in schema.items() if not k.endswith("?") or k[:-1] in value}
+        is_open = wanted.pop("...", None) is not None
         arrange = list if ordered else sorted
-        if arrange(value) != arrange(wanted):
+        if arrange(key for key in value if key in wanted or not is_open) != arrange(wanted):
             order = " in this order" if ordered else ""
             refuse(f"has the keys {', '.join(value)[:200] or 'none'}, expected {', '.join(wanted)}{order}")
         for name, inner in wanted.items():
@@ -7177,6 +7179,7 @@ BUSY = {"Retry-After": "10"}
 JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store"}
 NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
 REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build [CONTRACT 1.6]
+_REQUEST = {"nonce": str, "...": object} | dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
 
 
 class Request(NamedTuple):
@@ -7545,13 +7548,11 @@ class Api:
             doc = parse_json(text, "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
-        if not isinstance(doc, dict):
-            raise Refused(422, "InvalidRequest", "the body is not a JSON object")
-        fields = {name: doc.get(name) for name in REQUEST_FIELDS}
-        for name, value in fields.items():
-            if not isinstance(value, str) and (value is not None or name == "nonce"):
-                raise Refused(422, "InvalidRequest", f"{name} is {'missing' if name not in doc else 'not a string'}")
-        nonce, url, ref, source, source_name = fields.values()
+        try:
+            check_schema(doc, _REQUEST, "body")
+        except Malformed as e:
+            raise Refused(422, "InvalidRequest", str(e)) from None
+        nonce, url, ref, source, source_name = map(doc.get, REQUEST_FIELDS)
         if source and not start:  # its name was written with an escape
             string = io.BytesIO(compact_json(source).encode("ascii"))
             string.seek(1)
@@ -8311,6 +8312,11 @@ class EventStreamParser:
             self.retry_s = int(value) / 1000
 
 
+# Answers of the server, for check_schema. It may add keys [CONTRACT 1.3].
+_STATUS = {"job_id": str, "status": str, "submitted_at": str, "...": object}
+_ACCEPTED = {"job_id": re.compile(r"[0-9A-Za-z-]{1,64}"), "...": object}
+
+
 class ApiClient:
     """Client of a server of the API. Its methods raise RemoteError.
 
@@ -8360,22 +8366,19 @@ class ApiClient:
             except OSError as e:
                 raise BrokenProtocol(f"{method} {path}: {e}") from None
 
-    def json(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """Return the JSON of the answer."""
+    def json(
+        self, method: str, path: str, schema: Any, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> Any:
+        """Return the JSON of the answer, which must match schema: see check_schema."""
         try:
-            return parse_json(self._ask(method, path, body, headers), "answer")
+            return check_schema(parse_json(self._ask(method, path, body, headers), "answer"), schema, "answer")
         except Malformed as e:
-            raise BrokenProtocol(f"{e}") from None
+            raise BrokenProtocol(f"{method} {path}: {e}") from None
 
     def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
         """Return the status of the job at path, or of several jobs."""
-        answer = self.json(method, path)
-        found = answer if several and isinstance(answer, list) else [answer]
-        for job in found:
-            names = ("job_id", "status", "submitted_at")
-            if not isinstance(job, dict) or not all(isinstance(job.get(name), str) for name in names):
-                raise BrokenProtocol(f"{method} {path}: invalid status of a job")
-        return found
+        found = self.json(method, path, [_STATUS] if several else _STATUS)
+        return list(found) if several else [found]
 
     def attestation(self, nonce: str) -> bytes:
         """Return evidence.json of a VM that waits there for a build. nonce: 32 hexadecimal digits."""
@@ -8385,11 +8388,7 @@ class ApiClient:
         """Return the id of the accepted job. archive: the path of the source, or None for a repository."""
         body, size = request_body(request, archive)
         headers = {"Content-Type": "application/json", "Content-Length": str(size)}
-        answer = self.json("POST", "/build", body, headers)
-        job_id = answer.get("job_id") if isinstance(answer, dict) else None
-        if not isinstance(job_id, str) or not re.fullmatch(r"[0-9A-Za-z-]{1,64}", job_id):
-            raise BrokenProtocol("POST /build: no job_id")
-        return job_id
+        return str(self.json("POST", "/build", _ACCEPTED, body, headers)["job_id"])
 
     def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
         """Yield the events after the first `start`, each once, up to `complete`.
@@ -8465,11 +8464,10 @@ class ApiClient:
 def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
     """Return the object of the event after `position` events. Kettle's server sends no ids. Raises BrokenProtocol."""
     try:
-        doc = parse_json(event.data.encode("utf-8"), "event", 32)
+        doc: dict[str, Any] = parse_json(event.data.encode("utf-8"), "event", 32)
+        check_schema(doc, {"type": str, "...": object}, f"event {position + 1}")
     except (Malformed, UnicodeEncodeError) as e:
         raise BrokenProtocol(f"{e}") from None
-    if not isinstance(doc, dict) or not isinstance(doc.get("type"), str):
-        raise BrokenProtocol(f"event {position + 1}: no type")
     if event.id not in ("", str(position + 1)):
         raise BrokenProtocol(f"event {event.id[:20]} after event {position}")
     return doc
@@ -9235,20 +9233,19 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
             log.append(payloads)
 
 
+# The `complete` event of an agent, for check_schema [CONTRACT 1.9].
+_RESULTS = ({"status": "ok"}, {"status": "failed", "error": str, "error_type": tuple(sorted(FAILURES))})
+_COMPLETE = {"type": "complete", "result": _RESULTS}
+
+
 def _parse_complete(event: Mapping[str, Any]) -> BuildFailed | None:
     """Return the failure that a `complete` event reports, or None. Raises BuildFailed VmError if it is invalid."""
-    result = event.get("result")
-    if event == {"type": "complete", "result": {"status": "ok"}}:
+    try:
+        result = check_schema(event, _COMPLETE, "complete")["result"]
+    except Malformed:
+        raise BuildFailed("VmError", f"the VM sent an invalid result: {compact_json(event)[:200]}") from None
+    if result["status"] == "ok":
         return None
-    if (
-        event != {"type": "complete", "result": result}
-        or not isinstance(result, dict)
-        or result.keys() != {"status", "error", "error_type"}
-        or not all(isinstance(value, str) for value in result.values())
-        or result["status"] != "failed"
-        or result["error_type"] not in FAILURES
-    ):
-        raise BuildFailed("VmError", f"the VM sent an invalid result: {compact_json(event)[:200]}")
     error_type, error = result["error_type"], result["error"]
     if error_type in _HOST_FAILURES:
         raise BuildFailed("VmError", f"the VM reported {error_type}, which only the server may report: {error}")

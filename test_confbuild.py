@@ -1413,6 +1413,10 @@ class TestJson:
             ({"A": "x"}, {"a": str}, "has the keys A, expected a"),
             ({"a": "x", "": 1}, {"a": str}, "has the keys a, , expected a"),
             ({"a": [{"b": 1}]}, {"a": [{"b": str}]}, ".a[0].b: 1, expected text"),
+            ({"x": 1, "a": "", "y": []}, {"a": str, "...": object}, None),
+            ({"x": 1, "b": ""}, {"a": str, "b?": str, "...": object}, "has the keys x, b, expected a, b"),
+            ({"x": 1, "a": 1}, {"a": str, "...": object}, ".a: 1, expected text"),
+            ({"...": 1}, {"...": object}, None),
             *[(value, {"a": str}, f"{json.dumps(value)}, expected an object") for value in (None, 1, "a", ["a"], True)],
             (1, (str, int), None),
             ({"a": {"b": 1}}, ({"c": int}, {"a": {"b": str}}, None), ".a.b: 1, expected text"),
@@ -14595,13 +14599,13 @@ BODIES: list[tuple[Any, int, str, str]] = [
     (jsonish(f'"a": {2**53 + 1}'), 400, "InvalidJson", "an integer beyond"),
     (jsonish(f'"a": {-(2**53) - 1}'), 400, "InvalidJson", "an integer beyond"),
     (jsonish('"a": ' + "[" * 32 + "]" * 32), 400, "InvalidJson", "nested deeper than 32"),
-    (b"[]", 422, "InvalidRequest", "not a JSON object"),
-    (b"{}", 422, "InvalidRequest", "nonce is missing"),
-    ({"nonce": 1}, 422, "InvalidRequest", "nonce is not a string"),
-    ({"nonce": None}, 422, "InvalidRequest", "nonce is not a string"),
-    ({**URL, "repo_ref": 1}, 422, "InvalidRequest", "repo_ref is not a string"),
-    ({**GOOD_REQUEST, "source_data": 5}, 422, "InvalidRequest", "source_data is not a string"),
-    ({**GOOD_REQUEST, "source_name": []}, 422, "InvalidRequest", "source_name is not a string"),
+    (b"[]", 422, "InvalidRequest", "body: [], expected an object"),
+    (b"{}", 422, "InvalidRequest", "body: has the keys none, expected nonce"),
+    ({"nonce": 1}, 422, "InvalidRequest", "body: .nonce: 1, expected text"),
+    ({"nonce": None}, 422, "InvalidRequest", "body: .nonce: null, expected text"),
+    ({**URL, "repo_ref": 1}, 422, "InvalidRequest", "body: .repo_ref: 1, expected text"),
+    ({**GOOD_REQUEST, "source_data": 5}, 422, "InvalidRequest", "body: .source_data: 5, expected text"),
+    ({**GOOD_REQUEST, "source_name": []}, 422, "InvalidRequest", "body: .source_name: [], expected text"),
     *(
         ({**URL, "nonce": nonce}, 400, "InvalidNonce", "16 bytes in hexadecimal: 32 digits, or a UUID")
         for nonce in (
@@ -16274,8 +16278,8 @@ class TestApiClient:
             ((200, SSE, frame(1) + frame(3)), "the server broke the protocol: event 3 after event 1"),
             ((200, SSE, b"data: nope\n\n"), "the server broke the protocol: event: not JSON"),
             ((200, SSE, b"data: " + b"[" * 33 + b"\n\n"), "nested deeper than 32"),
-            ((200, SSE, b"data: [1]\n\n"), "event 1: no type"),
-            ((200, SSE, b'data: {"type":1}\n\n'), "event 1: no type"),
+            ((200, SSE, b"data: [1]\n\n"), "event 1: [1], expected an object"),
+            ((200, SSE, b'data: {"type":1}\n\n'), "event 1: .type: 1, expected text"),
             (
                 (200, {"Content-Type": "text/html"}, b"<p>"),
                 "the server broke the protocol: GET /build/j/events?from=0: not an event stream",
@@ -16420,7 +16424,7 @@ class TestApiClient:
         with StandIn() as server:
             url = server.url
         with pytest.raises(confbuild.RemoteError, match="refused"):
-            confbuild.ApiClient(url).json("GET", "/builds")
+            confbuild.ApiClient(url).json("GET", "/builds", object)
 
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     def test_no_redirect(self, status: int) -> None:
@@ -16481,7 +16485,7 @@ class TestApiClient:
                 confbuild.ApiClient(server.url).submit(request, None)
             if not body.endswith((b"]", b"}")):
                 with pytest.raises(confbuild.RemoteError, match="the server broke the protocol"):
-                    confbuild.ApiClient(server.url).json("GET", "/builds")
+                    confbuild.ApiClient(server.url).json("GET", "/builds", object)
 
     def test_proxy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A proxy of the environment is for other hosts, never for this machine."""
@@ -16490,9 +16494,9 @@ class TestApiClient:
             monkeypatch.delenv("NO_PROXY", raising=False)
             monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
             for host in ("127.0.0.1", "localhost"):
-                assert confbuild.ApiClient(server.url.replace("127.0.0.1", host)).json("GET", "/builds") == "ok"
+                assert confbuild.ApiClient(server.url.replace("127.0.0.1", host)).json("GET", "/builds", object) == "ok"
             monkeypatch.setenv("http_proxy", server.url)
-            assert confbuild.ApiClient("http://builds.invalid").json("GET", "/x") == "ok"
+            assert confbuild.ApiClient("http://builds.invalid").json("GET", "/x", object) == "ok"
             assert server.seen[-1][1] == "http://builds.invalid/x"
 
     @pytest.mark.parametrize(
