@@ -1804,87 +1804,95 @@ VMSA_GPA = 0xFFFFFFFFF000  # the address of every VMSA page [KVM arch/x86/kvm/sv
 BSP_RESET = 0xFFFFFFF0  # the first instruction of the first vCPU [APM2 14.1.5]
 
 
-def _guid(text: str) -> bytes:
-    """Return a GUID in the mixed byte order of UEFI."""
-    return uuid.UUID(text).bytes_le
-
-
-# Entries of the table near the end of a firmware [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm].
-_TABLE_FOOTER = _guid("96b582de-1fb2-45f7-baea-a366c55a082d")
-_SEV_METADATA = _guid("dc886566-984a-4798-a75e-5585a7bf67cc")
-_HASHES_AREA = _guid("7255371f-3a3b-4b04-927b-1da6efa8d454")
-_RESET_BLOCK = _guid("00f771de-1a7e-4fcb-890e-68c77e2fb44e")
-# The table of hashes and its entries [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes].
-_HASHES = _guid("9438d606-4f22-4cc9-b479-a793d411fd21")
-_HASH_OF_CMDLINE = _guid("97d02dd8-bd20-4c94-aa78-e7714d36ab2a")
-_HASH_OF_INITRD = _guid("44baf731-3a2f-4bd7-9af1-41e29169781d")
-_HASH_OF_KERNEL = _guid("4de79437-abd2-427f-b835-d5b172d2045b")
+# GUIDs, in the mixed byte order of UEFI. First, the entries of the table near the end of a firmware
+# [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm]; then the table of hashes and its entries
+# [QEMU target/i386/sev.c, EDK2 OvmfPkg/AmdSev/BlobVerifierLibSevHashes]; last, LZMA
+# [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
+(
+    _TABLE_FOOTER,
+    _SEV_METADATA,
+    _HASHES_AREA,
+    _RESET_BLOCK,
+    _HASHES,
+    _HASH_OF_CMDLINE,
+    _HASH_OF_INITRD,
+    _HASH_OF_KERNEL,
+    _LZMA,
+) = (
+    uuid.UUID(text).bytes_le
+    for text in """
+    96b582de-1fb2-45f7-baea-a366c55a082d
+    dc886566-984a-4798-a75e-5585a7bf67cc
+    7255371f-3a3b-4b04-927b-1da6efa8d454
+    00f771de-1a7e-4fcb-890e-68c77e2fb44e
+    9438d606-4f22-4cc9-b479-a793d411fd21
+    97d02dd8-bd20-4c94-aa78-e7714d36ab2a
+    44baf731-3a2f-4bd7-9af1-41e29169781d
+    4de79437-abd2-427f-b835-d5b172d2045b
+    ee4e5898-3914-4259-9d6e-dc7bd79403cf
+    """.split()
+)
 _HASHES_SIZE = 176  # 18 + 3 * 50 bytes, and zeros up to a multiple of 16
-# The type EFI_SECTION_GUID_DEFINED and the GUID of LZMA [EDK2 MdeModulePkg/Include/Guid/LzmaDecompress.h].
-_LZMA_SECTION = re.compile(re.escape(b"\2" + _guid("ee4e5898-3914-4259-9d6e-dc7bd79403cf")))
+_LZMA_SECTION = re.compile(re.escape(b"\2" + _LZMA))  # of type EFI_SECTION_GUID_DEFINED
 # The file name by which the host offers a program that the firmware starts, unmeasured, instead of the kernel. Firmware
 # from edk2-stable202502 on may look for it.
 SHIM_NAME = "shim\0".encode("utf-16-le")
 
-
-def _segment(attributes: int, selector: int = 0, base: int = 0) -> int:
-    """Return a segment register with the limit 0xFFFF, as its 16 bytes in a VMSA."""
-    return selector | attributes << 16 | 0xFFFF << 32 | base << 64
-
-
-# (offset, size, name, value after a reset) of the VMSA's fields that are not zero [APM2 table B-4; QEMU
+# offset, size, name and value after a reset of the VMSA's fields that are not zero [APM2 table B-4; QEMU
 # target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and
-# NW in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. None: vmsa_page computes the value.
-VMSA_FIELDS: Sequence[tuple[int, int, str, int | None]] = (
-    (0x000, 16, "es", _segment(0x93)),
-    (0x010, 16, "cs", None),
-    (0x020, 16, "ss", _segment(0x93)),
-    (0x030, 16, "ds", _segment(0x93)),
-    (0x040, 16, "fs", _segment(0x93)),
-    (0x050, 16, "gs", _segment(0x93)),
-    (0x060, 16, "gdtr", _segment(0)),
-    (0x070, 16, "ldtr", _segment(0x82)),
-    (0x080, 16, "idtr", _segment(0)),
-    (0x090, 16, "tr", _segment(0x8B)),
-    (0x0D0, 8, "efer", 0x1000),
-    (0x148, 8, "cr4", 0x40),
-    (0x158, 8, "cr0", 0x10),
-    (0x160, 8, "dr7", 0x400),
-    (0x168, 8, "dr6", 0xFFFF0FF0),
-    (0x170, 8, "rflags", 2),
-    (0x178, 8, "rip", None),
-    (0x268, 8, "g_pat", 0x0007040600070406),
-    (0x310, 8, "rdx", None),
-    (0x3B0, 8, "sev_features", None),
-    (0x3E8, 8, "xcr0", 1),
-    (0x408, 4, "mxcsr", 0x1F80),
-    (0x410, 2, "x87_fcw", 0x37F),
-)
+# NW in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. A segment register is base || limit || attributes ||
+# selector. vmsa_page computes the values that are "-".
+VMSA_FIELDS = [
+    (int(offset, 16), int(size), name, None if value == "-" else int(value, 16))
+    for offset, size, name, value in map(
+        str.split,
+        """
+        0x000 16 es            0xFFFF_0093_0000
+        0x010 16 cs            -
+        0x020 16 ss            0xFFFF_0093_0000
+        0x030 16 ds            0xFFFF_0093_0000
+        0x040 16 fs            0xFFFF_0093_0000
+        0x050 16 gs            0xFFFF_0093_0000
+        0x060 16 gdtr          0xFFFF_0000_0000
+        0x070 16 ldtr          0xFFFF_0082_0000
+        0x080 16 idtr          0xFFFF_0000_0000
+        0x090 16 tr            0xFFFF_008B_0000
+        0x0D0  8 efer          0x1000
+        0x148  8 cr4           0x40
+        0x158  8 cr0           0x10
+        0x160  8 dr7           0x400
+        0x168  8 dr6           0xFFFF0FF0
+        0x170  8 rflags        0x2
+        0x178  8 rip           -
+        0x268  8 g_pat         0x0007_0406_0007_0406
+        0x310  8 rdx           -
+        0x3B0  8 sev_features  -
+        0x3E8  8 xcr0          0x1
+        0x408  4 mxcsr         0x1F80
+        0x410  2 x87_fcw       0x37F
+        """.strip().splitlines(),
+    )
+]
 # Differences of other hypervisors from QEMU. They are not specified: these are the values of sev-snp-measure 0.0.13.
 _DIFFERENCES: Mapping[str, Mapping[str, int]] = {
     "QEMU": {},
-    "ec2": {"ss": _segment(0x92), "tr": _segment(0x83), "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
+    "ec2": {"ss": 0xFFFF_0092_0000, "tr": 0xFFFF_0083_0000, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
     "gce": {"g_pat": 0x00070106, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
 }
 VMMS = tuple(_DIFFERENCES)
 
-
-def _signature(family: int, model: int, stepping: int) -> int:
-    """Return CPUID Fn0000_0001_EAX of a family from 15 on.  [APM3 E.3.2]"""
-    return family - 15 << 20 | model >> 4 << 16 | 15 << 8 | (model & 15) << 4 | stepping
-
-
-# `-cpu` of QEMU -> rdx after a reset [QEMU target/i386/cpu.c, builtin_x86_defs], from (family, model, stepping) and the
-# last version in QEMU 10.1. Versions of a model differ in features only, which are not measured.
+# `-cpu` of QEMU -> rdx after a reset: CPUID Fn0000_0001_EAX of its family, model and stepping [APM3 E.3.2; QEMU
+# target/i386/cpu.c, builtin_x86_defs]. The versions up to the last one, in QEMU 10.2, differ from the model in features
+# only, which are not measured.
 CPU_SIGNATURES: Mapping[str, int] = {
-    name: _signature(*cpu)
-    for base, cpu, last in (
-        ("EPYC", (23, 1, 2), 5),
-        ("EPYC-IBPB", (23, 1, 2), 0),
-        ("EPYC-Rome", (23, 49, 0), 5),
-        ("EPYC-Milan", (25, 1, 1), 3),
-        ("EPYC-Genoa", (25, 17, 0), 2),
-        ("EPYC-Turin", (26, 0, 0), 1),
+    name: signature
+    for base, signature, last in (
+        ("EPYC", 0x800F12, 5),  # 17h, model 01h, stepping 2
+        ("EPYC-IBPB", 0x800F12, 0),
+        ("EPYC-Rome", 0x830F10, 5),
+        ("EPYC-Milan", 0xA00F11, 3),
+        ("EPYC-Genoa", 0xA10F10, 2),
+        ("EPYC-Turin", 0xB00F00, 2),  # 1Ah, model 00h, stepping 0
     )
     for name in (base, *(f"{base}-v{version}" for version in range(1, last + 1)))
 }
@@ -1920,6 +1928,9 @@ class BootHashes(NamedTuple):
     cmdline: bytes
 
 
+_require_form = Reader(b"", FirmwareError, "firmware").require
+
+
 def _footer_table(data: bytes) -> dict[bytes, bytes]:
     """Return {GUID: data} of the table of GUIDs in a firmware.  [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm]
 
@@ -1929,18 +1940,15 @@ def _footer_table(data: bytes) -> dict[bytes, bytes]:
     """
     at = len(data) - 32 - 18
     size, guid = struct.unpack_from("<H16s", data, at)
-    if guid != _TABLE_FOOTER:
-        raise FirmwareError("firmware", "no table of GUIDs ends 32 bytes before its end: not OVMF")
+    _require_form(guid == _TABLE_FOOTER, "no table of GUIDs ends 32 bytes before its end: not OVMF")
     start = at + 18 - size
-    if size < 18 or start < 0:
-        raise FirmwareError("firmware", f"its table of GUIDs cannot have {size} bytes")
+    _require_form(size >= 18 and start >= 0, f"its table of GUIDs cannot have {size} bytes")
     table: dict[bytes, bytes] = {}
     while at > start:
         size, guid = struct.unpack_from("<H16s", data, at - 18) if at - start >= 18 else (0, b"")
-        if not 18 <= size <= at - start:
-            raise FirmwareError("firmware", f"entry of {size} bytes, its table of GUIDs has {at - start} left")
-        if guid in table:  # QEMU takes one, another reader takes the other
-            raise FirmwareError("firmware", f"two entries {guid.hex()} in its table of GUIDs")
+        _require_form(18 <= size <= at - start, f"entry of {size} bytes, its table of GUIDs has {at - start} left")
+        # QEMU takes one of two equal entries, another reader takes the other.
+        _require_form(guid not in table, f"two entries {guid.hex()} in its table of GUIDs")
         table[guid] = data[at - size : at - 18]
         at -= size
     return table
@@ -1951,15 +1959,14 @@ def parse_firmware(data: bytes) -> Firmware:
 
     Raises FirmwareError.
     """
-    if not 0 < len(data) <= MAX_FIRMWARE or len(data) % PAGE_SIZE:
-        raise FirmwareError(
-            "firmware", f"{len(data)} bytes, expected 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}"
-        )
+    _require_form(
+        0 < len(data) <= MAX_FIRMWARE and len(data) % PAGE_SIZE == 0,
+        f"{len(data)} bytes, expected 1 to {MAX_FIRMWARE // PAGE_SIZE} pages of {PAGE_SIZE}",
+    )
     table = _footer_table(data)
 
     def entry(guid: bytes, name: str, layout: str) -> tuple[Any, ...]:
-        if guid not in table:
-            raise FirmwareError("firmware", f"has no {name}")
+        _require_form(guid in table, f"has no {name}")
         reader = Reader(table[guid], FirmwareError, f"firmware, {name}")
         values = reader.unpack(layout)
         reader.end()
@@ -1968,22 +1975,19 @@ def parse_firmware(data: bytes) -> Firmware:
     [offset] = entry(_SEV_METADATA, "SEV metadata", "<I")
     [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", "<I")
     area, area_size = entry(_HASHES_AREA, "area for hashes", "<2I") if _HASHES_AREA in table else (0, 0)
-    if not 16 <= offset <= len(data):
-        raise FirmwareError("firmware", f"its SEV metadata cannot be {offset} bytes before its end")
+    _require_form(16 <= offset <= len(data), f"its SEV metadata cannot be {offset} bytes before its end")
     metadata = data[len(data) - offset :]
     magic, size, version, count = struct.unpack_from("<4s3I", metadata)
-    if magic != b"ASEV" or version != 1:
-        raise FirmwareError("firmware", "its SEV metadata does not begin with ASEV and version 1")
-    if size != 16 + 12 * count or size > offset:
-        raise FirmwareError("firmware", f"its SEV metadata of {size} bytes cannot have {count} sections")
+    _require_form(magic == b"ASEV" and version == 1, "its SEV metadata does not begin with ASEV and version 1")
+    fits = size == 16 + 12 * count and size <= offset
+    _require_form(fits, f"its SEV metadata of {size} bytes cannot have {count} sections")
     sections = list(struct.iter_unpack("<3I", metadata[16:size]))
     for gpa, length, kind in sections:
-        if kind not in SECTION_TYPES:
-            raise FirmwareError("firmware", f"section of unknown type {kind:#x}")
-        if gpa % PAGE_SIZE or length % PAGE_SIZE or not length:
-            raise FirmwareError("firmware", f"section of {length:#x} bytes at {gpa:#x}, expected whole pages")
-    if sum(length for _, length, _ in sections) > MAX_SECTIONS:
-        raise FirmwareError("firmware", f"sections of more than {MAX_SECTIONS} bytes in sum")
+        _require_form(kind in SECTION_TYPES, f"section of unknown type {kind:#x}")
+        whole = length and (gpa | length) % PAGE_SIZE == 0
+        _require_form(whole, f"section of {length:#x} bytes at {gpa:#x}, expected whole pages")
+    total = sum(length for _, length, _ in sections)
+    _require_form(total <= MAX_SECTIONS, f"sections of more than {MAX_SECTIONS} bytes in sum")
     return Firmware(data, sections, area, area_size, reset_eip)
 
 
@@ -2012,17 +2016,15 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
     """
     section = f"of type {SNP_KERNEL_HASHES:#x} (SNP_KERNEL_HASHES)"
     places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
-    if not places:
-        raise FirmwareError("firmware", f"no measured direct boot: it has no section {section}")
-    if not firmware.hashes_gpa:
-        raise FirmwareError("firmware", "no measured direct boot: its area for hashes has no address")
+    _require_form(bool(places), f"no measured direct boot: it has no section {section}")
+    _require_form(firmware.hashes_gpa > 0, "no measured direct boot: its area for hashes has no address")
     gpa, size = places[0]
-    if len(places) > 1 or size != PAGE_SIZE:
-        raise FirmwareError("firmware", f"{len(places)} sections {section}, expected one of {PAGE_SIZE} bytes")
+    single = len(places) == 1 and size == PAGE_SIZE
+    _require_form(single, f"{len(places)} sections {section}, expected one of {PAGE_SIZE} bytes")
     offset = firmware.hashes_gpa - gpa
     # Elsewhere, the firmware would read hashes that nobody measures.
-    if not 0 <= offset <= PAGE_SIZE - _HASHES_SIZE or firmware.hashes_size < _HASHES_SIZE:
-        raise FirmwareError("firmware", f"its area for hashes lies outside its section {section}")
+    inside = 0 <= offset <= PAGE_SIZE - _HASHES_SIZE and firmware.hashes_size >= _HASHES_SIZE
+    _require_form(inside, f"its area for hashes lies outside its section {section}")
     # GUID || u16 size of the whole || entries of GUID || u16 size || SHA-256
     rows = (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)
     entries = b"".join(struct.pack("<16sH32s", guid, 50, digest) for guid, digest in rows)
@@ -2038,7 +2040,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
     """
     accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the lowest bit of the attributes of cs
     computed = {
-        "cs": _segment(0x9A | accessed, 0xF000, eip & 0xFFFF0000),
+        "cs": (eip & 0xFFFF0000) << 64 | 0xFFFF_009A_F000 | accessed << 16,
         "rip": eip & 0xFFFF,
         "rdx": signature,
         "sev_features": guest_features,
@@ -2050,6 +2052,38 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
     return bytes(page)
 
 
+class Step(NamedTuple):
+    """Pages that the host adds in one step: it takes `size` bytes at gpa.
+
+    data: their contents, which are measured in pages of type NORMAL and VMSA only.
+    """
+
+    name: str
+    page_type: int
+    gpa: int
+    size: int
+    data: bytes = b""
+
+
+Explain = Callable[[str, bytes], None]
+
+
+def extend_digest(steps: Iterable[Step], explain: Explain) -> bytes:
+    """Return the launch digest after these steps.  [SNP-ABI 8.17.2 PAGE_INFO]
+
+    explain: called after each step, with its name and the digest so far.
+    """
+    sha384, digest = hashlib.sha384, bytes(48)
+    for name, page_type, gpa, size, data in steps:
+        for at in range(0, size, PAGE_SIZE):
+            # digest || contents || u16 length || page type || IMI_PAGE || three permissions || reserved || u64 GPA
+            measured = page_type in (PAGE_NORMAL, PAGE_VMSA)
+            contents = sha384(data[at : at + PAGE_SIZE]).digest() if measured else b""
+            digest = sha384(struct.pack("<48s48sHB5xQ", digest, contents, 0x70, page_type, gpa + at)).digest()
+        explain(name, digest)
+    return digest
+
+
 def compute_launch_digest(
     firmware: Firmware,
     hashes: BootHashes | None,
@@ -2057,7 +2091,7 @@ def compute_launch_digest(
     signature: int,
     guest_features: int = 1,
     vmm: str = "QEMU",
-    explain: Callable[[str, bytes], None] = lambda step, digest: None,
+    explain: Explain = lambda step, digest: None,
 ) -> bytes:
     """Return the 48 bytes of the launch digest.  [SNP-ABI 8.17.2]
 
@@ -2066,44 +2100,28 @@ def compute_launch_digest(
     signature: of the CPU model; see CPU_SIGNATURES.
     guest_features: SEV_FEATURES of the VMSA.
     vmm: one of VMMS.
-    explain: called after each step, with its name and the digest so far.
+    explain: see extend_digest.
     Raises Malformed if a number is out of range, and FirmwareError.
     """
     if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
         found = f"{vcpus} vCPUs, signature {signature:#x}, guest features {guest_features:#x}, VMM {vmm}"
         raise Malformed("launch digest", f"out of range: {found}")
     page = b"" if hashes is None else hashes_page(firmware, hashes)[1]
-    sha384, digest = hashlib.sha384, bytes(48)
-
-    def update(page_type: int, gpa: int, contents: bytes = bytes(48)) -> None:
-        """Extend the digest by a PAGE_INFO.
-
-        digest || contents || u16 length 0x70 || page type || IMI_PAGE || three permissions || reserved || u64 GPA
-        """
-        nonlocal digest
-        digest = sha384(struct.pack("<48s48sHB5xQ", digest, contents, 0x70, page_type, gpa)).digest()
-
-    base, data = (1 << 32) - len(firmware.data), firmware.data
-    for at in range(0, len(data), PAGE_SIZE):
-        update(PAGE_NORMAL, base + at, sha384(data[at : at + PAGE_SIZE]).digest())
-    explain(f"firmware: {len(data):#x} bytes at {base:#x}", digest)
+    data, size = firmware.data, len(firmware.data)
+    base = (1 << 32) - size
+    steps = [Step(f"firmware: {size:#x} bytes at {base:#x}", PAGE_NORMAL, base, size, data)]
     # EC2 adds the CPUID page last; GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
         name, page_type = SECTION_TYPES[kind]
         if kind == SNP_KERNEL_HASHES and page:
-            update(PAGE_NORMAL, gpa, sha384(page).digest())
-            name += ", with the hashes of kernel, initrd and command line"
-        else:
-            for at in range(gpa, gpa + size, PAGE_SIZE):
-                update(PAGE_UNMEASURED if kind == SNP_SEC_MEM and vmm == "gce" else page_type, at)
-        explain(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", digest)
-    first, other = (
-        sha384(vmsa_page(eip, signature, guest_features, vmm)).digest() for eip in (BSP_RESET, firmware.reset_eip)
-    )
+            name, page_type = name + ", with the hashes of kernel, initrd and command line", PAGE_NORMAL
+        elif kind == SNP_SEC_MEM and vmm == "gce":
+            page_type = PAGE_UNMEASURED
+        steps.append(Step(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", page_type, gpa, size, page))
     for number in range(vcpus):
-        update(PAGE_VMSA, VMSA_GPA, other if number else first)
-        explain(f"VMSA: vCPU {number}", digest)
-    return digest
+        vmsa = vmsa_page(firmware.reset_eip if number else BSP_RESET, signature, guest_features, vmm)
+        steps.append(Step(f"VMSA: vCPU {number}", PAGE_VMSA, VMSA_GPA, PAGE_SIZE, vmsa))
+    return extend_digest(steps, explain)
 
 
 def volume_place(data: bytes) -> tuple[int, int]:

@@ -4073,7 +4073,7 @@ class TestLaunchDigest:
         assert confbuild.parse_firmware(TOY_FIRMWARE) == (TOY_FIRMWARE, list(TOY_SECTIONS), 0x805C00, 0x400, 0x80B004)
 
     def test_signatures(self) -> None:
-        """[QEMU target/i386/cpu.c]; each version is the same."""
+        """[QEMU target/i386/cpu.c]; each version is the same. EPYC-Turin-v2 came with QEMU 10.2."""
         known = {
             "EPYC": 0x800F12,
             "EPYC-Rome": 0x830F10,
@@ -4087,7 +4087,8 @@ class TestLaunchDigest:
         assert {
             name: known[re.sub(r"-v\d$|-IBPB$", "", name)] for name in confbuild.CPU_SIGNATURES
         } == confbuild.CPU_SIGNATURES
-        assert len(confbuild.CPU_SIGNATURES) == 5 + 1 + 5 + 5 + 3 + 2 + 1
+        assert len(confbuild.CPU_SIGNATURES) == 5 + 1 + 5 + 5 + 3 + 2 + 2
+        assert confbuild.CPU_SIGNATURES["EPYC-Turin-v2"] == 0xB00F00
 
     @pytest.mark.parametrize(("vcpus", "model", "features", "vmm", "boots", "digest"), TOY_DIGESTS)
     def test_known_digests(self, vcpus: int, model: str, features: int, vmm: str, boots: str, digest: str) -> None:
