@@ -1521,12 +1521,16 @@ TCB_LAYOUTS = {
     "Genoa": _TCB_BEFORE_TURIN,
     "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
 }
-# (family, first model, last model) of CPUID -> product. Siena and Bergamo (models A0 to AF) use Genoa's keys.
+# (family, first model, last model) of CPUID -> product. Siena and Bergamo (models A0 to AF) use Genoa's keys. Venice is
+# known by name only, to refuse it: AMD has published no keys of it. Its models are those of the crate sev 7.1.
 _PRODUCTS = (
     (0x19, 0x00, 0x0F, "Milan"),
     (0x19, 0x10, 0x1F, "Genoa"),
     (0x19, 0xA0, 0xAF, "Genoa"),
-    (0x1A, 0x00, 0x11, "Turin"),
+    (0x1A, 0x00, 0x1F, "Turin"),
+    (0x1A, 0x50, 0x57, "Venice"),
+    (0x1A, 0x90, 0xAF, "Venice"),
+    (0x1A, 0xC0, 0xC7, "Venice"),
 )
 
 
@@ -2587,7 +2591,7 @@ def _find_vek(checks: _Checks, evidence: _Evidence) -> Certificate | None:
     source = ""
     if report.signing_key == "VLEK":
         source = "; the cloud that runs the VM has its VLEK"
-    elif report.signing_key == "VCEK" and report.product:
+    elif report.signing_key == "VCEK" and report.product in TCB_LAYOUTS:
         source = f"; AMD has it at {vek_url(report, report.product)}"
     detail = f"the evidence holds no certificate, and none was given (--vek){source}"
     checks.hold("VEK form", False, "a certificate", "none", detail)
@@ -2614,7 +2618,8 @@ def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
             issuers = {roles[role].name: name for name, roles in anchors.items() for role in ("ask", "asvk")}
             product = issuers.get(vek.issuer, "")
     known = [name for name in TCB_LAYOUTS if name in anchors]
-    checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown")
+    detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
+    checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:
         _check_vek(checks, report, product, vek, anchors)
     # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
@@ -5535,7 +5540,7 @@ def hardware_evidence(
     if given is not None and (vek is None or complaint()):
         vek = given
     if fetch is not None and (vek is None or complaint()):
-        if not product or kind != "VCEK":
+        if product not in TCB_LAYOUTS or kind != "VCEK":
             raise NoAttester(
                 f"the report is signed by {kind} of {product or 'an unknown product'}; "
                 "AMD's key service has only the VCEKs of known products"

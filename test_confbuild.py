@@ -3351,9 +3351,10 @@ class TestReport:
         [
             (0x19, (0x00, 0x01, 0x0F), "Milan"),
             (0x19, (0x10, 0x11, 0x1F, 0xA0, 0xA1, 0xAF), "Genoa"),
-            (0x1A, (0x00, 0x02, 0x11), "Turin"),
+            (0x1A, (0x00, 0x02, 0x11, 0x12, 0x1F), "Turin"),
+            (0x1A, (0x50, 0x57, 0x90, 0x9F, 0xA0, 0xAF, 0xC0, 0xC7), "Venice"),
             (0x19, (0x20, 0x9F, 0xB0, 0xFF), ""),
-            (0x1A, (0x12, 0xA0, 0xFF), ""),
+            (0x1A, (0x20, 0x4F, 0x58, 0x8F, 0xB0, 0xBF, 0xC8, 0xFF), ""),
             (0x18, (0x00, 0x11), ""),
             (0x1B, (0x00,), ""),
             (0x00, (0x00, 0x19), ""),
@@ -5822,6 +5823,7 @@ RUNTIME_DIGEST, QUOTE = hashlib.sha256(HCL.runtime_data).digest(), bytes.fromhex
 OTHER_RUNTIME = HCL.runtime_data.replace(
     url_of(TOY_AK.n.to_bytes(256, "big")).encode(), url_of(TOY_ASVK.n.to_bytes(256, "big")).encode()
 )
+VENICE = {"cpuid_fam_id": 0x1A, "cpuid_mod_id": 0x50}
 CHAIN = ("evidence", "cert_chain")
 NOT_YET, EXPIRED = ("2026-11-23T12:00:01Z", "2033-01-01T00:00:00Z"), ("2026-01-01T00:00:00Z", "2026-11-23T11:59:59Z")
 KDS = f"https://kdsintf.amd.com/vcek/v1/Milan/{CHIP_ID.hex()}?blSPL=04&teeSPL=00&snpSPL=24&ucodeSPL=219"
@@ -5907,6 +5909,12 @@ CHANGES: list[Change] = [
     (
         "no VEK, unknown product",
         lambda: edited(snp({"cpuid_fam_id": 0x1B}), *CHAIN),
+        {"VEK form", "product"},
+        {"detail": "none was given (--vek)"},
+    ),
+    (
+        "no VEK, Venice",
+        lambda: edited(snp(VENICE), *CHAIN),
         {"VEK form", "product"},
         {"detail": "none was given (--vek)"},
     ),
@@ -6083,6 +6091,7 @@ CHANGES: list[Change] = [
     ("CPUID of Genoa", lambda: snp({"cpuid_mod_id": 0x11}), {"product"}, {"anchors": TOY_ANCHORS}),
     ("CPUID of Genoa, trusted too", lambda: snp({"cpuid_mod_id": 0x11}), {"VEK issuer", "VEK product"}, {}),
     ("CPUID of nothing", lambda: snp({"cpuid_mod_id": 0x20}), {"product"}, {}),
+    ("CPUID of Venice", lambda: snp(VENICE), {"product"}, {"detail": "cannot verify reports of Venice"}),
     ("CPUID zero", lambda: snp({"cpuid_fam_id": 0, "cpuid_mod_id": 0}), {"product"}, {}),
     ("VLEK by the ASK", lambda: vlek(sign=TOY_ASK.pss), SIGNED_BY_NOBODY, {}),
     ("flags of a VCEK", lambda: vlek({"flags": 0}), {"signing key", "VEK issuer", "VEK signature", "VEK chip_id"}, {}),
@@ -11885,6 +11894,7 @@ class TestAttester:
                 "the report is signed by VCEK of an unknown product; AMD's key service has only",
             ),
             ({**VLEK}, None, b"", "the report is signed by VLEK of Milan"),
+            (VENICE, None, b"", "the report is signed by VCEK of Venice"),
             ({"flags": 7 << 2}, None, b"", "the report is signed by key 7 of Milan"),
         ],
     )
