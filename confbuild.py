@@ -928,10 +928,10 @@ class Der:
 # ==============================================================================
 # region 6. Signatures                                            [uses nothing]
 # ==============================================================================
-# Verification of the three signature schemes that AMD and TPMs use: RSASSA-PSS, RSASSA-PKCS1-v1_5 and ECDSA with
-# P-384. Only public keys occur here, and every input is public, so no step needs constant time and values are compared
-# with `==`. The code is slow and has had no outside audit. Read it next to the standards: comments number their steps,
-# variables have their symbols. "Inconsistent" or "invalid signature" in a standard is BadSignature here.
+# Verification of the signature schemes that AMD, Intel and TPMs use: RSASSA-PSS, RSASSA-PKCS1-v1_5 and ECDSA with
+# P-384 or P-256. Only public keys occur here, and every input is public, so no step needs constant time and values are
+# compared with `==`. The code is slow and has had no outside audit. Read it next to the standards: comments number
+# their steps, variables have their symbols. "Inconsistent" or "invalid signature" in a standard is BadSignature here.
 
 
 class BadSignature(ConfbuildError):
@@ -945,21 +945,54 @@ class RsaKey(NamedTuple):
     e: int
 
 
-class Point(NamedTuple):
-    """Affine coordinates, not checked to be on P-384. As a public key it is Q of the standard."""
+class Curve(NamedTuple):
+    """The curve y^2 = x^3 - 3x + b modulo p, and the hash of its signatures, as long as n.  [SP800-186 3.2.1]
 
+    g: base point (x, y) of the prime order n; the cofactor is 1.
+    sha: a constructor of hashlib.
+    """
+
+    name: str
+    p: int
+    n: int
+    b: int
+    g: tuple[int, int]
+    sha: Callable[[bytes], Any]
+
+
+P256 = Curve(
+    "P-256",
+    2**256 - 2**224 + 2**192 + 2**96 - 1,
+    0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551,
+    0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B,
+    (
+        0x6B17D1F2E12C4247F8BCE6E563A440F277037D812DEB33A0F4A13945D898C296,
+        0x4FE342E2FE1A7F9B8EE7EB4A7C0F9E162BCE33576B315ECECBB6406837BF51F5,
+    ),
+    hashlib.sha256,
+)
+P384 = Curve(
+    "P-384",
+    2**384 - 2**128 - 2**96 + 2**32 - 1,
+    0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973,
+    0xB3312FA7E23EE7E4988E056BE3F82D19181D9C6EFE8141120314088F5013875AC656398D8A2ED19D2A85C8EDD3EC2AEF,
+    (
+        0xAA87CA22BE8B05378EB1C71EF320AD746E1D3B628BA79B9859F741E082542A385502F25DBF55296C3A545E3872760AB7,
+        0x3617DE4A96262C6F5D9E98BF9292DC29F8F41DBD289A147CE9DA3113B5F0B8C00A60B1CE1D7E819D7A431D7C90EA0E5F,
+    ),
+    hashlib.sha384,
+)
+
+
+class Point(NamedTuple):
+    """Affine coordinates, not checked to be on the curve. As a public key it is Q of the standard."""
+
+    curve: Curve
     x: int
     y: int
 
 
-# P-384 [SP800-186 3.2.1.4]: y^2 = x^3 - 3x + b modulo p. The base point G has the prime order n; the cofactor is 1.
-P384_P = 2**384 - 2**128 - 2**96 + 2**32 - 1
-P384_N = 0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973
-P384_B = 0xB3312FA7E23EE7E4988E056BE3F82D19181D9C6EFE8141120314088F5013875AC656398D8A2ED19D2A85C8EDD3EC2AEF
-P384_G = Point(
-    0xAA87CA22BE8B05378EB1C71EF320AD746E1D3B628BA79B9859F741E082542A385502F25DBF55296C3A545E3872760AB7,
-    0x3617DE4A96262C6F5D9E98BF9292DC29F8F41DBD289A147CE9DA3113B5F0B8C00A60B1CE1D7E819D7A431D7C90EA0E5F,
-)
+PublicKey = RsaKey | Point
 # DER of DigestInfo up to the digest, for SHA-256 [RFC8017 9.2 note 1].
 _SHA256_DIGEST_INFO = bytes.fromhex("3031300d060960864801650304020105000420")
 
@@ -1028,71 +1061,79 @@ def verify_rsassa_pkcs1_v1_5(key: RsaKey, message: bytes, signature: bytes) -> N
 # z = 0 for the point at infinity. They need one modular division at the end instead of one in each step. [EFD]
 
 
-def _double(x: int, y: int, z: int) -> tuple[int, int, int]:
+def _double(p: int, x: int, y: int, z: int) -> tuple[int, int, int]:
     """Return twice a Jacobian point.  [EFD, shortw-jacobian-3, dbl-2001-b]"""
-    delta, gamma = z * z % P384_P, y * y % P384_P
-    beta, alpha = x * gamma % P384_P, 3 * (x - delta) * (x + delta) % P384_P
-    x3 = (alpha * alpha - 8 * beta) % P384_P
-    return x3, (alpha * (4 * beta - x3) - 8 * gamma * gamma) % P384_P, 2 * y * z % P384_P
+    delta, gamma = z * z % p, y * y % p
+    beta, alpha = x * gamma % p, 3 * (x - delta) * (x + delta) % p
+    x3 = (alpha * alpha - 8 * beta) % p
+    return x3, (alpha * (4 * beta - x3) - 8 * gamma * gamma) % p, 2 * y * z % p
 
 
-def _add(x1: int, y1: int, z1: int, q: Point) -> tuple[int, int, int]:
+def _add(p: int, x1: int, y1: int, z1: int, x2: int, y2: int) -> tuple[int, int, int]:
     """Return the sum of a Jacobian point and an affine one.  [EFD, shortw-jacobian-3, madd with Z2 = 1]"""
     if z1 == 0:
-        return q.x, q.y, 1
-    zz = z1 * z1 % P384_P
-    h, r = (q.x * zz - x1) % P384_P, (q.y * z1 * zz - y1) % P384_P
+        return x2, y2, 1
+    zz = z1 * z1 % p
+    h, r = (x2 * zz - x1) % p, (y2 * z1 * zz - y1) % p
     if h == 0:  # the same point or its negative: the formula below holds for neither
-        return _double(x1, y1, z1) if r == 0 else (1, 1, 0)
-    hh = h * h % P384_P
-    hhh, v = h * hh % P384_P, x1 * hh % P384_P
-    x3 = (r * r - hhh - 2 * v) % P384_P
-    return x3, (r * (v - x3) - y1 * hhh) % P384_P, z1 * h % P384_P
+        return _double(p, x1, y1, z1) if r == 0 else (1, 1, 0)
+    hh = h * h % p
+    hhh, v = h * hh % p, x1 * hh % p
+    x3 = (r * r - hhh - 2 * v) % p
+    return x3, (r * (v - x3) - y1 * hhh) % p, z1 * h % p
 
 
-def _affine(x: int, y: int, z: int) -> "Point | None":
+def _affine(p: int, x: int, y: int, z: int) -> tuple[int, int] | None:
     """Return the affine form of a Jacobian point, or None for the point at infinity."""
     if z == 0:
         return None
-    w = pow(z, -1, P384_P)
-    return Point(x * w * w % P384_P, y * w * w * w % P384_P)
+    w = pow(z, -1, p)
+    return x * w * w % p, y * w * w * w % p
 
 
-def verify_ecdsa_p384(q: Point, message: bytes, r: int, s: int) -> None:
+def verify_ecdsa(curve: Curve, q: PublicKey, message: bytes, r: int, s: int) -> None:
     """Raise BadSignature unless (r, s) is q's ECDSA signature over message.  [FIPS186-5 6.4.2]
 
-    The curve is P-384 and the hash SHA-384. No parameter needs to be checked before.
+    curve: that the key must be of; it also tells the hash. No other parameter needs to be checked before.
     s may be above n / 2: the standard allows it, and AMD's firmware makes such signatures.
     """
+    if not isinstance(q, Point) or q.curve is not curve:
+        raise BadSignature(f"the public key is not of {curve.name}")
+    p, n = curve.p, curve.n
     # q is valid [SP800-186 D.1.1]: in range and on the curve. Its order follows from the cofactor 1.
-    in_range = 0 <= q.x < P384_P and 0 <= q.y < P384_P
-    on_curve = (q.y * q.y - q.x**3 + 3 * q.x - P384_B) % P384_P == 0
-    _require(in_range and on_curve, "the public key is not a point of P-384")
-    _require(0 < r < P384_N and 0 < s < P384_N, "r or s is out of range")  # step 1
-    e = int.from_bytes(hashlib.sha384(message).digest(), "big")  # steps 2 and 3: as long as n, so no bit is cut
-    s_inverse = pow(s, -1, P384_N)  # step 4
-    u, v = e * s_inverse % P384_N, r * s_inverse % P384_N  # step 5
+    in_range = 0 <= q.x < p and 0 <= q.y < p
+    on_curve = (q.y * q.y - q.x**3 + 3 * q.x - curve.b) % p == 0
+    _require(in_range and on_curve, f"the public key is not a point of {curve.name}")
+    _require(0 < r < n and 0 < s < n, "r or s is out of range")  # step 1
+    e = int.from_bytes(curve.sha(message).digest(), "big")  # steps 2 and 3: as long as n, so no bit is cut
+    s_inverse = pow(s, -1, n)  # step 4
+    u, v = e * s_inverse % n, r * s_inverse % n  # step 5
     # Step 6: R1 = [u]G + [v]Q. One pass over the bits of both factors: double, then add G, Q or G + Q (Shamir's trick).
-    table = (None, P384_G, q, _affine(*_add(*P384_G, 1, q)))
+    table = (None, curve.g, q[1:], _affine(p, *_add(p, *curve.g, 1, *q[1:])))
     point = (1, 1, 0)
-    for bit in range(383, -1, -1):
-        point = _double(*point)
+    for bit in range(n.bit_length() - 1, -1, -1):
+        point = _double(p, *point)
         term = table[(u >> bit & 1) + 2 * (v >> bit & 1)]
         if term is not None:
-            point = _add(*point, term)
-    r1 = _affine(*point)
-    _require(r1 is not None and r1.x % P384_N == r)  # steps 6 to 8
+            point = _add(p, *point, *term)
+    r1 = _affine(p, *point)
+    _require(r1 is not None and r1[0] % n == r)  # steps 6 to 8
 
 
 # endregion 6
 # ==============================================================================
 # region 7. Certificates                                             [uses 5, 6]
 # ==============================================================================
-# X.509 certificates and revocation lists of AMD's key hierarchy [RFC5280, VCEK]. Two chains lead to the key that signs
-# a report: ARK -> ASK -> VCEK (of one chip) and ARK -> ASVK -> VLEK (of one cloud provider). "VEK" stands for either.
-# The CA keys (ARK, ASK, ASVK) are pinned in the table below; only the VEK comes with the evidence. The CA keys are
-# RSA-4096 and sign with RSASSA-PSS; a VEK is a P-384 key. parse_* authenticates nothing, unlike verify_crl and
-# make_anchors.
+# X.509 certificates and revocation lists of the key hierarchies of AMD and Intel [RFC5280, VCEK, PCK].
+#
+# AMD: two chains lead to the key that signs a report: ARK -> ASK -> VCEK (of one chip) and ARK -> ASVK -> VLEK (of one
+# cloud provider). "VEK" stands for either. The CA keys (ARK, ASK, ASVK) are pinned in the table below; only the VEK
+# comes with the evidence. The CA keys are RSA-4096 and sign with RSASSA-PSS; a VEK is a P-384 key.
+#
+# Intel: root -> PCK CA -> PCK (of one machine), and root -> TCB signer. Only the root's key is pinned; the other
+# certificates come with the evidence. All are P-256 keys and sign with ECDSA and SHA-256.
+#
+# parse_* authenticates nothing, unlike verify_*, make_anchors.
 
 # AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
@@ -1183,6 +1224,19 @@ _AMD_KEYS = (
      KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="""),
 )
 # fmt: on
+# Intel's root: serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, key. To compare it with
+# https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer, use openssl as above.
+_INTEL_KEY = (
+    0x22650CD65A9D3489F383B49552BF501B392706AC,
+    "2018-05-21T10:45:10Z",
+    "2049-12-31T23:59:59Z",
+    "a0af031289f5d5d4132f9186068a7fc13628633ba235777472e29b6b6c67a49e",
+    Point(
+        P256,
+        0x0BA9C4C0C0C86193A3FE23D6B02CDA10A8BBD4E88E48B4458561A36E705525F5,
+        0x67918E2EDC88E40D860BD0CC4EE26AACC988E505A953558C453F6B0904AE7394,
+    ),
+)
 # Attribute types of names [X520].
 _NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}
 Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the order of the certificate
@@ -1191,8 +1245,14 @@ Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the or
 _SHA384 = "300d06096086480165030402020500"
 _PSS = "06092a864886f70d01010a 30{}a00f" + _SHA384 + "a11c301a06092a864886f70d010108" + _SHA384 + "a203020130"
 _PSS_ALGORITHMS = (bytes.fromhex("3041" + _PSS.format("34")), bytes.fromhex("3046" + _PSS.format("39") + "a303020101"))
+_ECDSA_ALGORITHM = bytes.fromhex("300a06082a8648ce3d040302")  # ecdsa-with-SHA256 [RFC5758 3.2]
 _RSA_ALGORITHM = bytes.fromhex("300d06092a864886f70d0101010500")  # rsaEncryption [RFC4055 1.2]
-_P384_ALGORITHM = bytes.fromhex("301006072a8648ce3d020106052b81040022")  # id-ecPublicKey, secp384r1 [RFC5480 2.1]
+_EC_ALGORITHMS = {  # id-ecPublicKey with a named curve [RFC5480 2.1]
+    bytes.fromhex("301006072a8648ce3d020106052b81040022"): P384,
+    bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107"): P256,
+}
+# One block of a PEM file [RFC7468]; a chain may end with a NUL.
+_PEM = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n]*+)-----END CERTIFICATE-----")
 _ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
 # Extensions of a VEK [VCEK 3.1, tables 8 and 9]. An SPL is a security patch level: one byte of TCB_VERSION.
@@ -1201,7 +1261,7 @@ _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc":
 
 
 class CertificateError(Malformed):
-    """An error in a certificate or revocation list: not of the kind that AMD issues."""
+    """An error in a certificate or revocation list: not of the kind that AMD or Intel issues."""
 
 
 class Anchor(NamedTuple):
@@ -1211,15 +1271,16 @@ class Anchor(NamedTuple):
     spki_sha256: for auditors to compare; no check uses it.
     """
 
-    name: Name
+    subject: Name
     serial: int
     not_before: str
     not_after: str
     spki_sha256: str
-    key: RsaKey
+    key: PublicKey
 
 
-Anchors = Mapping[str, Mapping[str, Anchor]]  # product ("Milan") -> role ("ark", "ask", "asvk") -> its key
+# Product ("Milan", "Intel") -> role ("ark", "ask", "asvk"; of Intel "root") -> its key.
+Anchors = Mapping[str, Mapping[str, Anchor]]
 
 
 class Endorsements(NamedTuple):
@@ -1250,7 +1311,7 @@ class Certificate(NamedTuple):
     not_after: str
     subject: Name
     subject_public_key_info: bytes
-    key: "RsaKey | Point"
+    key: PublicKey
     extensions: Mapping[str, bytes]
 
 
@@ -1274,9 +1335,14 @@ def amd_name(common_name: str) -> Name:
     return (("OU", "Engineering"), ("C", "US"), *organization, ("CN", common_name))
 
 
-def amd_anchors() -> Anchors:
-    """Return the pinned keys of AMD."""
-    anchors: dict[str, dict[str, Anchor]] = {}
+def intel_name(common_name: str) -> Name:
+    """Return the distinguished name of one of Intel's keys."""
+    return (("CN", common_name), ("O", "Intel Corporation"), ("L", "Santa Clara"), ("ST", "CA"), ("C", "US"))
+
+
+def pinned_anchors() -> Anchors:
+    """Return the pinned keys of AMD and Intel."""
+    anchors = {"Intel": {"root": Anchor(intel_name("Intel SGX Root CA"), *_INTEL_KEY)}}
     for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
         anchor = Anchor(amd_name(common_name), serial, not_before, not_after, spki_sha256, key)
@@ -1303,8 +1369,7 @@ def _parse_name(der: Der) -> Name:
 def _parse_extensions(der: Der) -> dict[str, bytes]:
     """Return OID -> value.  [RFC5280 4.2]
 
-    An unknown extension may be ignored unless it is critical. The two that AMD marks as critical restrict CAs, and
-    the only CAs here are pinned keys, so nothing needs their values.
+    An unknown extension may be ignored unless it is critical. The two that are critical here restrict CAs.
     """
     found: dict[str, bytes] = {}
     for extension in der.each():
@@ -1319,17 +1384,20 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
     return found
 
 
-def _parse_public_key(data: bytes, structure: str) -> "RsaKey | Point":
+def _parse_public_key(data: bytes, structure: str) -> PublicKey:
     """Return the key of a SubjectPublicKeyInfo.  [RFC5280 4.1.2.7]
 
-    RSA with 2048 to 4096 bits and exponent 65537, or an uncompressed point of P-384, not checked to be on the curve.
+    RSA with 2048 to 4096 bits and exponent 65537, or an uncompressed point, not checked to be on the curve.
     """
     info = Der(data, structure).enter()
     algorithm, octets = info.read_all(lambda info: (info.element(SEQUENCE)[0], info.bit_string()))
-    if algorithm == _P384_ALGORITHM:
-        info.require(len(octets) == 97 and octets[0] == 4, "expected an uncompressed point of P-384")  # [SEC1 2.3.4]
-        return Point(int.from_bytes(octets[1:49], "big"), int.from_bytes(octets[49:], "big"))
-    info.require(algorithm == _RSA_ALGORITHM, "expected a public key of RSA or P-384")
+    curve = _EC_ALGORITHMS.get(algorithm)
+    if curve is not None:
+        size = curve.p.bit_length() // 8
+        uncompressed = len(octets) == 2 * size + 1 and octets[0] == 4
+        info.require(uncompressed, f"expected an uncompressed point of {curve.name}")  # [SEC1 2.3.4]
+        return Point(curve, int.from_bytes(octets[1 : size + 1], "big"), int.from_bytes(octets[size + 1 :], "big"))
+    info.require(algorithm == _RSA_ALGORITHM, "expected a public key of RSA, P-384 or P-256")
     key = Der(octets, structure).read_all(Der.enter)  # RSAPublicKey [RFC8017 A.1.1]
     n, e = key.read_all(lambda key: (key.integer(), key.integer()))
     # The bounds keep the cost of a verification small. AMD's and Azure's keys are within them.
@@ -1347,8 +1415,8 @@ def _parse_signed(data: bytes, structure: str) -> tuple[bytes, Der, bytes, bytes
     (tbs, contents), (algorithm, _), signature = signed.read_all(
         lambda signed: (signed.element(SEQUENCE), signed.element(SEQUENCE), signed.bit_string())
     )
-    pss = "RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
-    signed.require(algorithm in _PSS_ALGORITHMS, f"expected the signature algorithm {pss}")
+    known = (*_PSS_ALGORITHMS, _ECDSA_ALGORITHM)
+    signed.require(algorithm in known, "expected a signature by RSASSA-PSS (SHA-384, salt 48) or ECDSA (SHA-256)")
     return tbs, Der(contents, structure), signature, algorithm
 
 
@@ -1356,7 +1424,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     """Parse an X.509 certificate, version 3.  [RFC5280 4.1]
 
     structure: names the certificate in errors.
-    Raises DerError, also if the key or the signature algorithm is not one of AMD's.
+    Raises DerError, also if the key or the signature algorithm is not one of AMD's or Intel's.
     """
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
@@ -1396,43 +1464,97 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     return RevocationList(tbs, signature, issuer, this_update, next_update, tuple(revoked))
 
 
-def verify_crl(data: bytes, structure: str, anchors: Anchors) -> RevocationList:
-    """Return the revocation list in data if the ARK that it names has signed it.
+def verify_signature(key: PublicKey, tbs: bytes, signature: bytes) -> None:
+    """Raise BadSignature or DerError unless key signed tbs, the signed part of a certificate or list.
+
+    An RSA key signs with RSASSA-PSS, any other with ECDSA and P-256; the signature is then DER [RFC3279 2.2.3].
+    """
+    if isinstance(key, RsaKey):
+        verify_rsassa_pss(key, tbs, signature)
+    else:
+        pair = Der(signature, "ECDSA signature").read_all(Der.enter)
+        verify_ecdsa(P256, key, tbs, *pair.read_all(lambda pair: (pair.integer(), pair.integer())))
+
+
+def verify_crl(data: bytes, structure: str, issuers: Mapping[Name, PublicKey]) -> RevocationList:
+    """Return the revocation list in data if the issuer that it names has signed it.
 
     structure: names the list in errors.
+    issuers: trusted keys.
     Raises DerError, CertificateError, BadSignature.
     """
     crl = parse_crl(data, structure)
-    arks = [roles["ark"] for roles in anchors.values() if roles["ark"].name == crl.issuer]
-    if not arks:
-        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, which is not a trusted ARK")
-    verify_rsassa_pss(arks[0].key, crl.tbs_cert_list, crl.signature)
+    if crl.issuer not in issuers:
+        expected = " or ".join(map(name_text, issuers))
+        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, expected {expected}")
+    verify_signature(issuers[crl.issuer], crl.tbs_cert_list, crl.signature)
     return crl
 
 
-def make_anchors(product: str, ark: bytes, ask: bytes, asvk: bytes) -> dict[str, Anchor]:
+def make_anchors(product: str, **certificates: bytes) -> dict[str, Anchor]:
     """Return role -> key of one product, from certificates that the caller trusts.
 
     product: names the certificates in errors.
-    Raises DerError, CertificateError or BadSignature unless the ARK signed all three, itself included.
+    certificates: role -> DER; the first one must have signed all of them, itself included.
+    Raises DerError, CertificateError, BadSignature.
     """
     made: dict[str, Anchor] = {}
-    for role, data in (("ark", ark), ("ask", ask), ("asvk", asvk)):
+    for role, data in certificates.items():
         structure = f"{product} {role}"
         certificate = parse_certificate(data, structure)
-        key = certificate.key
-        if not isinstance(key, RsaKey):
-            raise CertificateError(structure, "expected an RSA key")
-        issuer_name, issuer_key = (made["ark"].name, made["ark"].key) if made else (certificate.subject, key)
-        if certificate.issuer != issuer_name:
-            issuers = f"{name_text(certificate.issuer)}, expected {name_text(issuer_name)}"
-            raise CertificateError(structure, f"issued by {issuers}")
-        verify_rsassa_pss(issuer_key, certificate.tbs_certificate, certificate.signature)
-        spki_sha256 = sha256_hex(certificate.subject_public_key_info)
-        made[role] = Anchor(
-            certificate.subject, certificate.serial, certificate.not_before, certificate.not_after, spki_sha256, key
+        if isinstance(certificate.key, RsaKey) is (product == "Intel"):
+            raise CertificateError(structure, "expected a P-256 key" if product == "Intel" else "expected an RSA key")
+        anchor = Anchor(
+            certificate.subject,
+            certificate.serial,
+            certificate.not_before,
+            certificate.not_after,
+            sha256_hex(certificate.subject_public_key_info),
+            certificate.key,
         )
+        made[role] = anchor
+        verify_issued(certificate, next(iter(made.values())), structure)
     return made
+
+
+def verify_issued(certificate: Certificate, issuer: Anchor | Certificate, structure: str) -> None:
+    """Raise CertificateError, DerError or BadSignature unless issuer has signed certificate.
+
+    structure: names the certificate in errors.
+    """
+    if certificate.issuer != issuer.subject:
+        issuers = f"{name_text(certificate.issuer)}, expected {name_text(issuer.subject)}"
+        raise CertificateError(structure, f"issued by {issuers}")
+    verify_signature(issuer.key, certificate.tbs_certificate, certificate.signature)
+
+
+def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]:
+    """Parse PEM with length certificates and nothing else but white space and NUL.  [RFC7468]
+
+    Raises CertificateError, Malformed.
+    """
+    *pieces, rest = _PEM.split(text)  # text, base64, text, base64, ..., text
+    count = len(pieces) // 2
+    if count != length or "".join([*pieces[::2], rest]).strip("\r\n\0"):
+        raise CertificateError(structure, f"{count} certificates in PEM, expected {length} and nothing else")
+    return [parse_certificate(decode_base64("".join(base64.split()), structure), structure) for base64 in pieces[1::2]]
+
+
+def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tuple[bytes, bytes]]) -> None:
+    """Raise CertificateError, DerError or BadSignature unless each certificate has signed the one before it.
+
+    The last one must have signed itself.
+    Every certificate but the first must be one of a CA. Neither the time nor the key of the last one is checked.
+    structure: names the chain in errors.
+    verified: certificates of such chains, which need no second look; this chain is added.
+    """
+    for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
+        if (certificate.tbs_certificate, certificate.signature) not in verified:
+            # BasicConstraints begins with cA; FALSE is the default, which must not be encoded. [RFC5280 4.2.1.9]
+            if issuer.extensions.get(_BASIC_CONSTRAINTS, b"")[2:5] != b"\x01\x01\xff":
+                raise CertificateError(structure, f"{name_text(issuer.subject)} is not a CA")
+            verify_issued(certificate, issuer, structure)
+    verified.update((certificate.tbs_certificate, certificate.signature) for certificate in chain)
 
 
 def _vek_extension(vek: Certificate, oid: str, structure: str) -> Der:
@@ -1637,14 +1759,12 @@ def vek_url(report: Report, product: str) -> str:
     return f"https://kdsintf.amd.com/vcek/v1/{product}/{chip_id.hex()}?{query}"
 
 
-def verify_report(report: Report, vek: "RsaKey | Point") -> None:
+def verify_report(report: Report, vek: PublicKey) -> None:
     """Raise BadSignature unless vek signed the report.  [SNP-ABI 10]
 
     vek: the public key of a VEK, which the caller authenticates.
     """
-    if not isinstance(vek, Point):
-        raise BadSignature("the certificate has an RSA key, expected P-384")
-    verify_ecdsa_p384(vek, report.data[:SIGNED_SIZE], report.r, report.s)
+    verify_ecdsa(P384, vek, report.data[:SIGNED_SIZE], report.r, report.s)
 
 
 # endregion 8
@@ -2564,8 +2684,8 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     roles, kind = anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     chain = (vek, issuer, roles["ark"])
-    checks.hold("VEK issuer", vek.issuer == issuer.name, name_text(issuer.name), name_text(vek.issuer))
-    checks.attempt("VEK signature", verify_rsassa_pss, issuer.key, vek.tbs_certificate, vek.signature)
+    checks.hold("VEK issuer", vek.issuer == issuer.subject, name_text(issuer.subject), name_text(vek.issuer))
+    checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
     first, last = max(c.not_before for c in chain), min(c.not_after for c in chain)
     valid = first <= checks.now <= last
     checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, "of the VEK, its issuer and the ARK")
@@ -2604,7 +2724,7 @@ def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
     versions: of the report that are accepted.
     """
     report, endorsements = evidence.report, checks.endorsements
-    anchors = amd_anchors() if endorsements.anchors is None else endorsements.anchors
+    anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
     checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, evidence), report.product, report.signing_key
@@ -2615,7 +2735,7 @@ def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
         detail = "bits 4:2 of the flags, and the certificate's name"
         checks.hold("signing key", holds, f"SEV-{kind}", subject, detail)
         if report.version < 3:  # such a report has no CPUID: the issuer tells the product
-            issuers = {roles[role].name: name for name, roles in anchors.items() for role in ("ask", "asvk")}
+            issuers = {anchor.subject: name for name, roles in anchors.items() for anchor in roles.values()}
             product = issuers.get(vek.issuer, "")
     known = [name for name in TCB_LAYOUTS if name in anchors]
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
@@ -2646,9 +2766,10 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
     A list that is not valid now fails only if expected.require_crl; otherwise its validity is shown.
     """
     lists: list[RevocationList] = []
+    arks = {roles["ark"].subject: roles["ark"].key for roles in anchors.values() if "ark" in roles}
     for name, data in checks.endorsements.crls:
-        crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", anchors)
-        if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].name:
+        crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", arks)
+        if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].subject:
             lists.append(crl)
     if not lists:
         for name in REQUESTED["require_crl"]:
@@ -12533,17 +12654,16 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
 
 
 def _read_roots(directory: str) -> Anchors:
-    """Return the keys in <product>/{ark,ask,asvk}.der of directory. Raises UsageError, OSError."""
+    """Return the keys in <product>/{ark,ask,asvk}.der and intel/root.der of directory. Raises UsageError, OSError."""
+    roles = {**dict.fromkeys(TCB_LAYOUTS, ("ark", "ask", "asvk")), "Intel": ("root",)}
     anchors = {}
     for name in os.listdir(directory):
         product = name.capitalize()
-        if product in TCB_LAYOUTS:
-            ark, ask, asvk = (
-                _read_der(os.path.join(directory, name, f"{role}.der")) for role in ("ark", "ask", "asvk")
-            )
-            anchors[product] = make_anchors(product, ark, ask, asvk)
+        files = {role: _read_der(os.path.join(directory, name, f"{role}.der")) for role in roles.get(product, ())}
+        if files:
+            anchors[product] = make_anchors(product, **files)
     if not anchors:
-        products = ", ".join(name.lower() for name in TCB_LAYOUTS)
+        products = ", ".join(name.lower() for name in roles)
         raise UsageError(f"--roots {directory}: expected a directory {products} in it")
     return anchors
 

@@ -458,8 +458,9 @@ TOY_PRIMES = tuple(
 PSS_SHA384 = bytes.fromhex(
     "304106092a864886f70d01010a3034a00f300d06096086480165030402020500a11c301a06092a864886f70d010108300d06096086480165030402020500a203020130"
 )
-P384_SPKI, RSA_SPKI = (
+P384_SPKI, P256_SPKI, RSA_SPKI = (
     bytes.fromhex("301006072a8648ce3d020106052b81040022"),
+    bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107"),
     bytes.fromhex("300d06092a864886f70d0101010500"),
 )
 
@@ -498,47 +499,61 @@ class ToyKey:
         return seq(RSA_SPKI, bits(seq(number(self.n), number(self.e))))
 
 
-P = confbuild.P384_P
+CURVES = (confbuild.P384, confbuild.P256)
+P, N, G = confbuild.P384.p, confbuild.P384.n, confbuild.P384.g
 
 
-def p384_multiply(k: int, point: tuple[int, int] | None = confbuild.P384_G) -> tuple[int, int] | None:
-    """k times a point, by the formulas of the textbook."""
-    total: tuple[int, int] | None = None
+def multiply(
+    k: int, point: tuple[int, int] | None = None, curve: confbuild.Curve = confbuild.P384
+) -> tuple[int, int] | None:
+    """k times a point, or times G, by the formulas of the textbook."""
+    total, point = None, point or curve.g
     while k:
         if k & 1:
-            total = p384_add(total, point)
-        point, k = p384_add(point, point), k >> 1
+            total = add(total, point, curve.p)
+        point, k = add(point, point, curve.p), k >> 1
     return total
 
 
-def p384_add(a: tuple[int, int] | None, b: tuple[int, int] | None) -> tuple[int, int] | None:
+def add(a: tuple[int, int] | None, b: tuple[int, int] | None, p: int = P) -> tuple[int, int] | None:
     if a is None or b is None:
         return a or b
-    if a[0] == b[0] and (a[1] + b[1]) % P == 0:
+    if a[0] == b[0] and (a[1] + b[1]) % p == 0:
         return None
-    slope = (3 * a[0] * a[0] - 3) * pow(2 * a[1], -1, P) if a == b else (b[1] - a[1]) * pow(b[0] - a[0], -1, P)
-    x = (slope * slope - a[0] - b[0]) % P
-    return x, (slope * (a[0] - x) - a[1]) % P
+    slope = (3 * a[0] * a[0] - 3) * pow(2 * a[1], -1, p) if a == b else (b[1] - a[1]) * pow(b[0] - a[0], -1, p)
+    x = (slope * slope - a[0] - b[0]) % p
+    return x, (slope * (a[0] - x) - a[1]) % p
 
 
-TOY_K = 2**383 + 0x1234567
-TOY_R = (p384_multiply(TOY_K) or (0, 0))[0] % confbuild.P384_N
+TOY_K = 2**255 + 0x1234567
+TOY_R = {curve: (multiply(TOY_K, None, curve) or (0, 0))[0] % curve.n for curve in CURVES}
 
 
-class ToyVek:
-    """A P-384 key that signs."""
+class ToyEc:
+    """A key of an elliptic curve that signs."""
 
-    def __init__(self, d: int) -> None:
-        self.d = d
-        self.public = confbuild.Point(*(p384_multiply(d) or (0, 0)))
+    def __init__(self, d: int, curve: confbuild.Curve = confbuild.P384) -> None:
+        self.d, self.curve, self.size = d, curve, curve.p.bit_length() // 8
+        self.public = confbuild.Point(curve, *(multiply(d, None, curve) or (0, 0)))
 
     def sign(self, message: bytes) -> tuple[int, int]:
         """(r, s) [FIPS186-5 6.4.1], with the same k every time, which gives the key away."""
-        e, n, k, r = int.from_bytes(hashlib.sha384(message).digest(), "big"), confbuild.P384_N, TOY_K, TOY_R
-        return r, pow(k, -1, n) * (e + r * self.d) % n
+        e, n, r = int.from_bytes(self.curve.sha(message).digest(), "big"), self.curve.n, TOY_R[self.curve]
+        return r, pow(TOY_K, -1, n) * (e + r * self.d) % n
+
+    def raw(self, message: bytes) -> bytes:
+        """r and s, as in quotes."""
+        return b"".join(value.to_bytes(self.size, "big") for value in self.sign(message))
+
+    def der(self, message: bytes) -> bytes:
+        """r and s, as in certificates."""
+        return seq(*map(number, self.sign(message)))
+
+    def point(self) -> bytes:
+        return b"".join(c.to_bytes(self.size, "big") for c in self.public[1:])
 
     def spki(self) -> bytes:
-        return seq(P384_SPKI, bits(b"\x04" + b"".join(c.to_bytes(48, "big") for c in self.public)))
+        return seq(P384_SPKI if self.size == 48 else P256_SPKI, bits(b"\x04" + self.point()))
 
 
 def tlv(tag: int, *parts: bytes) -> bytes:
@@ -639,13 +654,17 @@ def crl_of(
 
 
 TOY_ARK, TOY_ASK, TOY_ASVK, TOY_AK = map(ToyKey, range(4))
-TOY_VEK, OTHER_VEK = ToyVek(0x1234567), ToyVek(0x7654321)
+TOY_VEK, OTHER_VEK = ToyEc(0x1234567), ToyEc(0x7654321)
 TOY_CAS = {
     "ark": x509("ARK-Milan", "ARK-Milan", TOY_ARK.spki(), TOY_ARK, serial=0x010000),
     "ask": x509("SEV-Milan", "ARK-Milan", TOY_ASK.spki(), TOY_ARK, serial=0x010001),
     "asvk": x509("SEV-VLEK-Milan", "ARK-Milan", TOY_ASVK.spki(), TOY_ARK, serial=0x010101),
 }
 TOY_ANCHORS = {"Milan": confbuild.make_anchors("Milan", **TOY_CAS)}
+ARKS, TOY_ARKS = (
+    {roles["ark"].subject: roles["ark"].key for roles in anchors.values() if "ark" in roles}
+    for anchors in (confbuild.pinned_anchors(), TOY_ANCHORS)
+)
 CHIP_ID = bytes(range(64))
 MILAN_TCB = {"bootloader": 4, "tee": 0, "snp": 24, "microcode": 219}
 
@@ -655,7 +674,7 @@ def vek_of(
     tcb: Mapping[str, int] = MILAN_TCB,
     hwid: bytes | None = CHIP_ID,
     product: str = "Milan-B0",
-    key: ToyVek = TOY_VEK,
+    key: ToyEc = TOY_VEK,
     **changes: Any,
 ) -> bytes:
     """The certificate of a VCEK or VLEK of the toy hierarchy. changes: of x509."""
@@ -720,7 +739,7 @@ REPORT_FIELDS: Sequence[tuple[int, int, str, type]] = (
 )
 
 
-def snp_report(key: ToyVek = TOY_VEK, **changes: Any) -> bytes:
+def snp_report(key: ToyEc = TOY_VEK, **changes: Any) -> bytes:
     """A signed report of version 5 of a Milan. changes: of its fields, as int or bytes."""
     tcb = bytes((4, 0, 0, 0, 0, 0, 24, 219))
     values = {
@@ -2224,15 +2243,14 @@ CAVP_PKCS1 = (
         ),
     ),
 )
-P384 = (confbuild.P384_P, confbuild.P384_N, confbuild.P384_B)
 
 
 def ecdsa_verifies(q: Sequence[int], message: bytes, r: int, s: int) -> bool:
     """Whether; and where not, for the reason that is no other."""
     try:
-        confbuild.verify_ecdsa_p384(confbuild.Point(*q), message, r, s)
+        confbuild.verify_ecdsa(confbuild.P384, confbuild.Point(confbuild.P384, *q), message, r, s)
     except confbuild.BadSignature as e:
-        assert str(e) == (MISMATCH if 0 < r < P384[1] and 0 < s < P384[1] else "r or s is out of range")
+        assert str(e) == (MISMATCH if 0 < r < N and 0 < s < N else "r or s is out of range")
         return False
     return True
 
@@ -2287,10 +2305,9 @@ EM_PKCS1 = b"\x00\x01" + b"\xff" * 202 + b"\x00" + T
 class TestSignatures:
     def test_the_curve(self) -> None:
         """SP 800-186 3.2.1.4, recomputed: g lies on the curve, and has the order n, which is a prime near p (Hasse)."""
-        p, n, b = P384
-        x, y = confbuild.P384_G
+        _, p, n, b, (x, y), _ = confbuild.P384
         assert p == 2**384 - 2**128 - 2**96 + 2**32 - 1 and (y * y - x**3 + 3 * x - b) % p == 0
-        assert p384_multiply(n) is None and p384_multiply(n - 1) == (x, p - y) and abs(n - p - 1) <= 2 * math.isqrt(p)
+        assert multiply(n) is None and multiply(n - 1) == (x, p - y) and abs(n - p - 1) <= 2 * math.isqrt(p)
         assert all(pow(a, n - 1, n) == 1 == pow(a, p - 1, p) for a in (2, 3, 5, 7))  # Fermat
         seed = bytes.fromhex(
             "a335926aa319a27a1d00896a6773a4827acdac73"
@@ -2299,6 +2316,63 @@ class TestSignatures:
         hashes = [hashlib.sha1(((z + i) % 2**160).to_bytes(20, "big")).digest() for i in range(3)]
         c = int.from_bytes(hashes[0], "big") % 2**63 << 320 | int.from_bytes(hashes[1] + hashes[2], "big")
         assert (b * b * c + 27) % p == 0
+        _, p, n, b, (x, y), _ = confbuild.P256  # SP 800-186 3.2.1.3; the seed is that of FIPS 186-4 D.1.2.3
+        assert p == 2**256 - 2**224 + 2**192 + 2**96 - 1 and (y * y - x**3 + 3 * x - b) % p == 0
+        assert multiply(n, None, confbuild.P256) is None and abs(n - p - 1) <= 2 * math.isqrt(p)
+        assert all(pow(a, n - 1, n) == 1 == pow(a, p - 1, p) for a in (2, 3, 5, 7))
+        z = int("c49d360886e704936a6678e1139d26b7819f7e90", 16)
+        hashes = [hashlib.sha1(((z + i) % 2**160).to_bytes(20, "big")).digest() for i in range(2)]
+        c = int.from_bytes(hashes[0], "big") % 2**95 << 160 | int.from_bytes(hashes[1], "big")
+        assert (b * b * c + 27) % p == 0
+
+    def test_p256_rfc_6979(self) -> None:
+        """RFC 6979 A.2.5: P-256, SHA-256, messages "sample" and "test"."""
+        q = confbuild.Point(
+            confbuild.P256,
+            0x60FED4BA255A9D31C961EB74C6356D68C049B8923B61FA6CE669622E60F29FB6,
+            0x7903FE1008B8BC99A41AE9E95628BC64F2F1B20C2D7E9F5177A3C294D4462299,
+        )
+        for message, r, s in (
+            (
+                b"sample",
+                0xEFD48B2AACB6A8FD1140DD9CD45E81D69D2C877B56AAF991C34D0EA84EAF3716,
+                0xF7CB1C942D657C41D436C7A1B6E29F65F3E900DBB9AFF4064DC4AB2F843ACDA8,
+            ),
+            (
+                b"test",
+                0xF1ABB023518351CD71D881567B1EA663ED3EFCF6C5132B354F28D3B0B7D38367,
+                0x019F4113742A2B14BD25926B49C649155F267E60D3814B4C0CC84250E46F0083,
+            ),
+        ):
+            n = confbuild.P256.n
+            for good in (s, n - s):
+                confbuild.verify_ecdsa(confbuild.P256, q, message, r, good)
+            for bad in ((s, r), (r, s ^ 1), (r ^ 1, s), (1, 1), (n - r, s)):
+                with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
+                    confbuild.verify_ecdsa(confbuild.P256, q, message, *bad)
+            for bad in ((0, s), (r, 0), (r + n, s), (r, s + n), (-r, s), (n, s), (r, n)):
+                with pytest.raises(confbuild.BadSignature, match="^r or s is out of range$"):
+                    confbuild.verify_ecdsa(confbuild.P256, q, message, *bad)
+
+    @pytest.mark.parametrize("d", [1, 2, 3, confbuild.P256.n - 1, (confbuild.P256.n + 1) // 2])
+    def test_p256_signed_here(self, d: int) -> None:
+        key = ToyEc(d, confbuild.P256)
+        confbuild.verify_ecdsa(confbuild.P256, key.public, MESSAGE, *key.sign(MESSAGE))
+        with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
+            confbuild.verify_ecdsa(confbuild.P256, key.public, b"123401", *key.sign(MESSAGE))
+
+    def test_keys_of_other_kinds(self) -> None:
+        toy, p256 = ToyEc(5), ToyEc(5, confbuild.P256)
+        for curve, key in (
+            (confbuild.P256, toy.public),
+            (confbuild.P384, p256.public),
+            (confbuild.P256, confbuild.RsaKey(TOY_ARK.n, 65537)),
+        ):
+            with pytest.raises(confbuild.BadSignature, match=f"^the public key is not of {curve.name}$"):
+                confbuild.verify_ecdsa(curve, key, MESSAGE, 1, 1)
+        for x, y in ((0, 0), (1, 1), (confbuild.P256.p, 1), (p256.public.x, p256.public.y + confbuild.P256.p)):
+            with pytest.raises(confbuild.BadSignature, match="^the public key is not a point of P-256$"):
+                confbuild.verify_ecdsa(confbuild.P256, confbuild.Point(confbuild.P256, x, y), MESSAGE, 1, 1)
 
     @pytest.mark.parametrize(("case", "comment", "valid", "row"), WYCHEPROOF_ECDSA)
     def test_ecdsa_wycheproof(self, case: int, comment: str, valid: bool, row: str) -> None:
@@ -2326,7 +2400,7 @@ class TestSignatures:
 
     def test_ecdsa_ranges_and_symmetry(self) -> None:
         x, y, r, s = four_numbers(WYCHEPROOF_ECDSA[0][3])
-        n = P384[1]
+        n = N
         assert ecdsa_verifies((x, y), MESSAGE, r, s) and ecdsa_verifies(
             (x, y), MESSAGE, r, n - s
         )  # both halves of s are good
@@ -2369,53 +2443,55 @@ class TestSignatures:
             (-1, 1),
             (P, 0),
             (P, 1),
-            (confbuild.P384_G.x, confbuild.P384_G.y + P),
-            (confbuild.P384_G.x + P, confbuild.P384_G.y),
-            (confbuild.P384_G.x - P, confbuild.P384_G.y),
-            (confbuild.P384_G.x, -confbuild.P384_G.y),
-            (confbuild.P384_G.y, confbuild.P384_G.x),
+            (G[0], G[1] + P),
+            (G[0] + P, G[1]),
+            (G[0] - P, G[1]),
+            (G[0], -G[1]),
+            (G[1], G[0]),
             (2**384 - 1, 2**384 - 1),
         ],
     )
     def test_ecdsa_no_key(self, q: tuple[int, int]) -> None:
         with pytest.raises(confbuild.BadSignature, match="^the public key is not a point of P-384$"):
-            confbuild.verify_ecdsa_p384(confbuild.Point(*q), MESSAGE, 1, 1)
+            confbuild.verify_ecdsa(confbuild.P384, confbuild.Point(confbuild.P384, *q), MESSAGE, 1, 1)
 
-    @pytest.mark.parametrize("d", [1, P384[1] - 1, 2, P384[1] - 2, (P384[1] + 1) // 2, 3])
+    @pytest.mark.parametrize("d", [1, N - 1, 2, N - 2, (N + 1) // 2, 3])
     def test_ecdsa_keys_close_to_g(self, d: int) -> None:
         """Q = G, Q = -G and multiples: sums meet the same point, its negative, and infinity."""
-        key = ToyVek(d)
+        key = ToyEc(d)
         r, s = key.sign(MESSAGE)
-        assert ecdsa_verifies(key.public, MESSAGE, r, s) and not ecdsa_verifies(key.public, b"123401", r, s)
+        assert ecdsa_verifies(key.public[1:], MESSAGE, r, s) and not ecdsa_verifies(key.public[1:], b"123401", r, s)
 
     def test_ecdsa_infinity(self) -> None:
         """u1 * G + u2 * Q = infinity, for Q = -(e / r) * G; and, with s doubled, still."""
-        n, e, r = P384[1], int.from_bytes(hashlib.sha384(MESSAGE).digest(), "big"), 0x1234567
-        q = p384_multiply(-e * pow(r, -1, n) % n)
+        n, e, r = N, int.from_bytes(hashlib.sha384(MESSAGE).digest(), "big"), 0x1234567
+        q = multiply(-e * pow(r, -1, n) % n)
         assert q is not None and not ecdsa_verifies(q, MESSAGE, r, 77) and not ecdsa_verifies(q, MESSAGE, r, 154)
 
-    @given(st.integers(1, P384[1] - 1), st.binary(max_size=200), st.integers(0, 383))
+    @given(st.integers(1, N - 1), st.binary(max_size=200), st.integers(0, 383))
     @settings(max_examples=6)
     def test_ecdsa_signed_here(self, d: int, message: bytes, bit: int) -> None:
-        key = ToyVek(d)
+        key = ToyEc(d)
         r, s = key.sign(message)
-        assert ecdsa_verifies(key.public, message, r, s) and not ecdsa_verifies(key.public, message, r, s ^ 1 << bit)
+        assert ecdsa_verifies(key.public[1:], message, r, s) and not ecdsa_verifies(
+            key.public[1:], message, r, s ^ 1 << bit
+        )
 
-    @given(st.integers(1, 50), st.integers(1, 50), st.integers(2, P384[1] - 1))
+    @given(st.integers(1, 50), st.integers(1, 50), st.integers(2, N - 1))
     @settings(max_examples=10)
     def test_group_law(self, a: int, b: int, z: int) -> None:
         """Jacobian sums, for any z, are those of the textbook."""
-        first, second = p384_multiply(a), p384_multiply(b)
+        first, second = multiply(a), multiply(b)
         assert first is not None and second is not None
         jacobian = (first[0] * z * z % P, first[1] * z**3 % P, z)
-        assert confbuild._affine(*confbuild._add(*jacobian, confbuild.Point(*second))) == p384_add(first, second)
-        assert confbuild._affine(*confbuild._add(*jacobian, confbuild.Point(second[0], P - second[1]))) == p384_add(
+        assert confbuild._affine(P, *confbuild._add(P, *jacobian, *second)) == add(first, second)
+        assert confbuild._affine(P, *confbuild._add(P, *jacobian, second[0], P - second[1])) == add(
             first, (second[0], P - second[1])
         )
-        assert confbuild._affine(*confbuild._double(*jacobian)) == p384_add(first, first)
+        assert confbuild._affine(P, *confbuild._double(P, *jacobian)) == add(first, first)
         assert (
-            confbuild._affine(*confbuild._double(1, 1, 0)) is None
-            and confbuild._affine(*confbuild._add(1, 1, 0, confbuild.Point(*second))) == second
+            confbuild._affine(P, *confbuild._double(P, 1, 1, 0)) is None
+            and confbuild._affine(P, *confbuild._add(P, 1, 1, 0, *second)) == second
         )
 
     @pytest.mark.parametrize(("case", "comment", "valid", "signature"), WYCHEPROOF_PSS)
@@ -2625,7 +2701,7 @@ def name_of(*relative: bytes) -> bytes:
 
 
 CN = seq(oid("2.5.4.3"), tlv(0x0C, b"x"))
-NO_PSS = "expected the signature algorithm RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes"
+NO_PSS = "expected a signature by RSASSA-PSS (SHA-384, salt 48) or ECDSA (SHA-256)"
 NO_RSA = "expected an RSA key of 2048 to 4096 bits with exponent 65537"
 ANOTHER, LEFT = "the signed and the unsigned signature algorithm differ", "bytes are left over at byte "
 BAD_SIGNED: list[tuple[dict[str, bytes], str]] = [
@@ -2730,10 +2806,14 @@ BAD_CERTIFICATES: list[tuple[dict[str, bytes], str]] = [
         )
     ],
     *[
-        ({"spki": seq(algorithm, bits(b"\4" + bytes(96)))}, "expected a public key of RSA or P-384")
+        ({"spki": seq(P256_SPKI, bits(octets))}, "expected an uncompressed point of P-256")
+        for octets in (b"", b"\4" + bytes(63), b"\4" + bytes(96), b"\2" + bytes(64), b"\2" + bytes(32))
+    ],
+    *[
+        ({"spki": seq(algorithm, bits(b"\4" + bytes(96)))}, "expected a public key of RSA, P-384 or P-256")
         for algorithm in (
             seq(),
-            bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107"),
+            bytes.fromhex("301006072a8648ce3d020106052b8104000a"),  # secp256k1
             bytes.fromhex("300b06092a864886f70d010101"),
             PSS_SHA384,
             P384_SPKI[:-1] + b"\x23",
@@ -2791,11 +2871,13 @@ def vek_with(*extensions: bytes) -> confbuild.Certificate:
 class TestCertificates:
     def test_the_pinned_keys(self) -> None:
         """Each digest belongs to the modulus in its row; sizes, serial numbers and names follow one pattern."""
-        rows = [
-            (product, role, anchor)
-            for product, roles in confbuild.amd_anchors().items()
-            for role, anchor in roles.items()
-        ]
+        pinned = dict(confbuild.pinned_anchors())
+        intel = pinned.pop("Intel")["root"]
+        spki = seq(P256_SPKI, bits(b"\x04" + b"".join(c.to_bytes(32, "big") for c in intel.key[1:])))
+        assert hashlib.sha256(spki).hexdigest() == intel.spki_sha256 and intel.not_before < NOW < intel.not_after
+        with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):  # not: no point of the curve
+            confbuild.verify_ecdsa(confbuild.P256, intel.key, b"", 1, 1)
+        rows = [(product, role, anchor) for product, roles in pinned.items() for role, anchor in roles.items()]
         assert [row[:2] for row in rows] == [
             (product, role) for product in ("Milan", "Genoa", "Turin") for role in ("ark", "ask", "asvk")
         ]
@@ -2810,21 +2892,27 @@ class TestCertificates:
                 and anchor.not_before < NOW < anchor.not_after
                 and anchor.not_after[4:] == anchor.not_before[4:]
             )
-            assert anchor.name == confbuild.amd_name(
+            assert anchor.subject == confbuild.amd_name(
                 {"ark": "ARK-", "ask": "SEV-", "asvk": "SEV-VLEK-"}[role] + product
             )
         assert len({anchor.key.n for *_, anchor in rows} | {anchor.serial for *_, anchor in rows}) == 18
 
     def test_the_pinned_keys_are_amds(self) -> None:
         for product, files in amd_files():
-            anchors = confbuild.amd_anchors()[product]
+            anchors = confbuild.pinned_anchors()[product]
             assert confbuild.make_anchors(product, **files) == anchors  # the ARK signs itself, the ASK and the ASVK
             for role, data in files.items():  # and without the parser
                 assert rsa_spki(anchors[role].key.n) in data and number(anchors[role].serial) in data
                 assert (
-                    x_name(anchors[role].name[-1][1]) in data
+                    x_name(anchors[role].subject[-1][1]) in data
                     and utc(anchors[role].not_before) + utc(anchors[role].not_after) in data
                 )
+
+    def test_the_pinned_root_is_intels(self) -> None:
+        path = SHARED / "vectors" / "intel" / "sgx_root_ca.der"
+        if not path.is_file():
+            pytest.skip(f"{path} is missing: it is no part of the repository")
+        assert confbuild.make_anchors("Intel", root=path.read_bytes()) == confbuild.pinned_anchors()["Intel"]
 
     @needs("openssl")
     def test_the_command_of_the_comment(self, tmp_path: Path) -> None:
@@ -2839,7 +2927,7 @@ class TestCertificates:
                 if product == "Turin"
             }
             expected |= {
-                f"Turin-{role}": anchor.spki_sha256 for role, anchor in confbuild.amd_anchors()["Turin"].items()
+                f"Turin-{role}": anchor.spki_sha256 for role, anchor in confbuild.pinned_anchors()["Turin"].items()
             }
         for name, data in files.items():
             (tmp_path / name).write_bytes(ssl.DER_cert_to_PEM_cert(data).encode())
@@ -2865,8 +2953,8 @@ class TestCertificates:
             report = confbuild.parse_report((path.parent / "report.bin").read_bytes())
             product, kind = confbuild.vek_product(vek), dict(vek.subject)["CN"]
             role = {"SEV-VCEK": "ask", "SEV-VLEK": "asvk"}[kind]
-            anchor = confbuild.amd_anchors()[product][role]
-            assert vek.issuer == anchor.name and vek.serial == 0 and isinstance(vek.key, confbuild.Point)
+            anchor = confbuild.pinned_anchors()[product][role]
+            assert vek.issuer == anchor.subject and vek.serial == 0 and isinstance(vek.key, confbuild.Point)
             levels = confbuild.tcb_levels(product, report.reported_tcb)
             assert confbuild.vek_tcb(vek, levels) == levels
             assert confbuild.has_hwid(vek) == (kind == "SEV-VCEK") and (
@@ -2903,13 +2991,13 @@ class TestCertificates:
             if row["signed_by"] is None:
                 with pytest.raises(
                     (confbuild.BadSignature, confbuild.CertificateError),
-                    match=f"^{MISMATCH}$|: issued by CN=ARK-Milan, which is not a trusted ARK$",
+                    match=f"^{MISMATCH}$|: issued by CN=ARK-Milan, expected .*CN=ARK-Genoa or .*$",
                 ):
-                    confbuild.verify_crl(data, name, confbuild.amd_anchors())
+                    confbuild.verify_crl(data, name, ARKS)
             else:
                 assert (
                     row["signed_by"] == f"{row['issuer'].removeprefix('ARK-').lower()}/ark"
-                    and confbuild.verify_crl(data, name, confbuild.amd_anchors()) == crl
+                    and confbuild.verify_crl(data, name, ARKS) == crl
                 )
 
     def test_a_certificate(self) -> None:
@@ -2996,14 +3084,14 @@ class TestCertificates:
 
     def test_revocation_lists(self) -> None:
         data = crl_of("ARK-Milan", TOY_ARK, 0x010001, 7)
-        crl = confbuild.verify_crl(data, "list", TOY_ANCHORS)
+        crl = confbuild.verify_crl(data, "list", TOY_ARKS)
         assert (
             crl == confbuild.parse_crl(data, "list")
             and list(crl.revoked) == [0x010001, 7]
             and crl.issuer == confbuild.amd_name("ARK-Milan")
         )
         assert (crl.this_update, crl.next_update) == ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z")
-        assert list(confbuild.verify_crl(crl_of("ARK-Milan", TOY_ARK), "list", TOY_ANCHORS).revoked) == []
+        assert list(confbuild.verify_crl(crl_of("ARK-Milan", TOY_ARK), "list", TOY_ARKS).revoked) == []
         for parts, revoked in (
             ({"revoked": seq(ENTRY, seq(number(6), utc("2026-10-01T00:00:00Z"), seq(REASON)))}, [5, 6]),
             ({"revoked": seq()}, []),
@@ -3014,18 +3102,18 @@ class TestCertificates:
         with pytest.raises(
             confbuild.CertificateError,
             match="^list: issued by OU=Engineering, C=US, L=Santa Clara, ST=CA, "
-            "O=Advanced Micro Devices, CN=SEV-Milan, which is not a trusted ARK$",
+            "O=Advanced Micro Devices, CN=SEV-Milan, expected .*CN=ARK-Milan$",
         ):
-            confbuild.verify_crl(crl_of("SEV-Milan", TOY_ASK), "list", TOY_ANCHORS)  # an ASK is no ARK
+            confbuild.verify_crl(crl_of("SEV-Milan", TOY_ASK), "list", TOY_ARKS)  # an ASK is no ARK
         for bad in (
             crl_of("ARK-Milan", TOY_ASK, 7),
             data[:-1] + bytes((data[-1] ^ 1,)),
             data.replace(number(0x010001), number(0x010002)),
         ):
             with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
-                confbuild.verify_crl(bad, "list", TOY_ANCHORS)
+                confbuild.verify_crl(bad, "list", TOY_ARKS)
         with pytest.raises(confbuild.BadSignature):
-            confbuild.verify_crl(data, "list", confbuild.amd_anchors())
+            confbuild.verify_crl(data, "list", ARKS)
 
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
@@ -3428,11 +3516,9 @@ class TestReport:
         data = snp_report()
         report = confbuild.parse_report(data)
         confbuild.verify_report(report, TOY_VEK.public)
-        confbuild.verify_report(
-            report._replace(s=confbuild.P384_N - report.s), TOY_VEK.public
-        )  # no rule of ECDSA is against it
+        confbuild.verify_report(report._replace(s=N - report.s), TOY_VEK.public)  # no rule of ECDSA is against it
         confbuild.verify_report(confbuild.parse_report(data[:0x330] + b"\xff" * 368), TOY_VEK.public)
-        with pytest.raises(confbuild.BadSignature, match="^the certificate has an RSA key, expected P-384$"):
+        with pytest.raises(confbuild.BadSignature, match="^the public key is not of P-384$"):
             confbuild.verify_report(report, TOY_AK.public)
         with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
             confbuild.verify_report(report, OTHER_VEK.public)
@@ -3446,7 +3532,7 @@ class TestReport:
     @pytest.mark.parametrize("offset", [0x2A0, 0x2E8])
     def test_no_other_number_is_r_or_s(self, offset: int) -> None:
         """Zero, n, n more, and each of the 24 bytes beyond the 48 that a number of P-384 has."""
-        data, n = snp_report(), confbuild.P384_N
+        data, n = snp_report(), N
         value = int.from_bytes(data[offset : offset + 72], "little")
         for other in (0, n, value + n, 1 << 384, *(value | 1 << bit for bit in (384, 391, *range(392, 576, 8), 575))):
             with pytest.raises(confbuild.BadSignature, match="^r or s is out of range$"):
@@ -5577,7 +5663,7 @@ class TestVerdict:
             "head, cut, _ = text.partition('\\n# ---- End of the verifier.')\nif not cut: sys.exit('no cut')\n"
             "space = {'__name__': 'verifier'}\nexec(compile(head, 'verifier', 'exec'), space)\nun = base64.b64decode\n"
             "now = space['datetime'].fromisoformat(sys.argv[2])\n"
-            "toy = {'Milan': space['make_anchors']('Milan', *map(un, cas))}\nprint(json.dumps(["
+            "toy = {'Milan': space['make_anchors']('Milan', **{k: un(v) for k, v in cas.items()})}\nprint(json.dumps(["
             "space['verify_bundle'](space['BundleFiles'](p and un(p), un(e), a), space['Expectations'](**x), now,"
             " space['Endorsements'](toy if t else None)).to_wire() for p, e, a, x, t in cases]))"
         )
@@ -5592,7 +5678,7 @@ class TestVerdict:
                 text=True,
                 timeout=PATIENCE,
                 check=True,
-                input=json.dumps([cases, [b64(TOY_CAS[role]) for role in ("ark", "ask", "asvk")]]),
+                input=json.dumps([cases, {role: b64(TOY_CAS[role]) for role in ("ark", "ask", "asvk")}]),
             )
             assert json.loads(done.stdout) == json.loads(json.dumps(expected)) and done.stderr == ""
 
@@ -5735,7 +5821,7 @@ def toy_anchors(product: str, **roles: dict[str, Any]) -> confbuild.Anchors:
     """The toy hierarchy under the names of another product. roles: what is changed of an anchor."""
     return {
         product: {
-            role: anchor._replace(**{"name": confbuild.amd_name(f"{prefix}-{product}"), **roles.get(role, {})})
+            role: anchor._replace(**{"subject": confbuild.amd_name(f"{prefix}-{product}"), **roles.get(role, {})})
             for (role, anchor), prefix in zip(TOY_ANCHORS["Milan"].items(), ("ARK", "SEV", "SEV-VLEK"), strict=True)
         }
     }
@@ -5988,7 +6074,7 @@ CHANGES: list[Change] = [
         "VEK with an RSA key",
         lambda: snp(vek={"spki": TOY_AK.spki()}),
         {"report signature"},
-        {"detail": "the certificate has an RSA key, expected P-384"},
+        {"detail": "the public key is not of P-384"},
     ),
     ("issuer of another name", lambda: snp(vek={"issuer": "SEV-Genoa"}), {"VEK issuer"}, {}),
     ("VCEK by the ASVK", lambda: snp(vek={"sign": TOY_ASVK.pss}), SIGNED_BY_NOBODY, {}),
@@ -6012,7 +6098,7 @@ CHANGES: list[Change] = [
         "sha256WithRSA",
         lambda: snp(vek={"algorithm": seq(oid("1.2.840.113549.1.1.11"), b"\5\0")}),
         {"VEK form"},
-        {"detail": "expected the signature algorithm RSASSA-PSS"},
+        {"detail": "expected a signature by RSASSA-PSS"},
     ),
     ("VEK empty", lambda: snp(vek=b""), {"VEK form"}, {}),
     ("VEK with a tail", lambda: snp(vek=made(vek_of) + b"\0"), {"VEK form"}, {}),
@@ -6293,7 +6379,7 @@ class Perfect:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.seen: set[Any] = set()
         self.frozen = False
-        for name in ("verify_ecdsa_p384", "verify_rsassa_pss", "verify_rsassa_pkcs1_v1_5"):
+        for name in ("verify_ecdsa", "verify_rsassa_pss", "verify_rsassa_pkcs1_v1_5"):
             patch.setattr(confbuild, name, functools.partial(self.verify, getattr(confbuild, name)))
 
     def verify(self, real: Callable[..., None], *arguments: Any) -> None:
@@ -7192,7 +7278,8 @@ def roots_of(folder: Path) -> confbuild.Anchors:
     """Anchors of every product in a folder of certificates."""
     return {
         name.capitalize(): confbuild.make_anchors(
-            name.capitalize(), *((folder / name / f"{role}.der").read_bytes() for role in ("ark", "ask", "asvk"))
+            name.capitalize(),
+            **{role: (folder / name / f"{role}.der").read_bytes() for role in ("ark", "ask", "asvk")},
         )
         for name in ("milan", "genoa", "turin")
     }
@@ -11884,7 +11971,7 @@ class TestAttester:
         [
             ({}, {"key": OTHER_VEK}, None, "the certificate for the report does not verify it: "),
             ({}, b"junk", None, "does not verify it: VEK: "),
-            ({}, TOY_CAS["ask"], None, "does not verify it: the certificate has an RSA key, expected P-384"),
+            ({}, TOY_CAS["ask"], None, "does not verify it: the public key is not of P-384"),
             ({}, None, b"", "does not verify it: VEK: "),
             ({}, None, b"<html>", "does not verify it: VEK: "),
             (
@@ -21843,7 +21930,7 @@ class TestUsage:
             ("verify b --vek nowhere", 2, "nowhere: No such file"),
             ("verify b --vek demo", 2, "demo: Is a directory"),
             ("verify b --roots nowhere", 2, "nowhere: No such file"),
-            ("verify b --roots empty", 2, "--roots empty: expected a directory milan, genoa, turin in it"),
+            ("verify b --roots empty", 2, "--roots empty: expected a directory milan, genoa, turin, intel in it"),
             ("verify b --roots blank", 2, "blank: Not a directory"),
             ("verify b --policy nowhere", 2, "nowhere: No such file"),
             ("verify b --image nowhere", 2, "nowhere"),
