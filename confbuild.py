@@ -3936,22 +3936,16 @@ def remove_tree(path: str) -> None:
 
     Folders are moved up inside path before they are emptied, so that no path becomes too long. Nothing outside is
     touched."""
-    if os.path.islink(path) or not os.path.isdir(path):
-        if os.path.lexists(path):
-            os.unlink(path)
+    if os.path.isdir(path) and not os.path.islink(path):
+        path = os.path.abspath(path)  # like the result of mkdtemp, since Python 3.12
+        os.chmod(path, 0o700)
+        with contextlib.suppress(RecursionError):
+            shutil.rmtree(path, ignore_errors=True)  # also makes room on a full disk for the heap
+    elif os.path.lexists(path):
+        os.unlink(path)
+    if not os.path.lexists(path):
         return
-    path = os.path.abspath(path)  # like the result of mkdtemp, since Python 3.12
-    os.chmod(path, 0o700)
-    try:
-        heap = tempfile.mkdtemp(dir=path)
-    except OSError:  # a full disk has no room for a folder: first remove what can go without one
-        try:
-            shutil.rmtree(path, ignore_errors=True)
-        except RecursionError:
-            pass
-        if not os.path.lexists(path):
-            return
-        heap = tempfile.mkdtemp(dir=path)
+    heap = tempfile.mkdtemp(dir=path)
     folders, moved = [path], 0
     while folders:
         folder = folders.pop()
@@ -3971,19 +3965,18 @@ def remove_tree(path: str) -> None:
     os.rmdir(path)
 
 
-def walk_files(root: str) -> list[str]:
+def walk_files(root: str, folder: str = "") -> list[str]:
     """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
 
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
-    found: list[str] = []
-    for directory, folders, files in os.walk(root):
-        if directory[len(root) :].count(os.sep) > MAX_DEPTH:
-            raise limit_error(f"{os.path.relpath(directory, root)[:80]!r} lies deeper than {MAX_DEPTH} folders")
-        for names in (folders, files):
-            if directory == root and ".git" in names:
-                names.remove(".git")
-        links = [name for name in folders if os.path.islink(os.path.join(directory, name))]
-        found += [os.path.relpath(os.path.join(directory, name), root) for name in files + links]
+    found = []
+    with contextlib.suppress(PermissionError):
+        for entry in list(os.scandir(os.path.join(root, folder))):
+            name = os.path.join(folder, entry.name)
+            if folder.count(os.sep) >= MAX_DEPTH:
+                raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+            if name != ".git":
+                found += walk_files(root, name) if entry.is_dir(follow_symlinks=False) else [name]
     return found
 
 
@@ -4051,6 +4044,12 @@ def safe_name(name: str) -> str:
     return reduced if reduced.strip(".") else "build"
 
 
+def leads_out(root: str, name: str) -> bool:
+    """Return whether the symbolic link name, relative to root, is absolute or leads out of root."""
+    path, root = os.path.join(root, name), os.path.realpath(root)
+    return os.path.isabs(os.readlink(path)) or os.path.commonpath((root, os.path.realpath(path))) != root
+
+
 class _Member(NamedTuple):
     """One entry of an archive. kind: "file", "directory", "symlink" or "hardlink"."""
 
@@ -4086,14 +4085,14 @@ class TreeWriter:
         parts = self._parts(member.name)
         if not parts or self._is_source and IGNORED & set(parts):
             return
-        name, kind = "/".join(parts), member.kind
-        path = os.path.join(self._root, name)
+        *above, name = itertools.accumulate(parts, "{}/{}".format)
+        kind, path = member.kind, os.path.join(self._root, name)
         if kind == "hardlink":
             kind, target = "file", "/".join(self._parts(member.target))
             if self.kinds.get(target) != "file":
                 raise source_error(f"{name!r} is a link to {member.target!r}, which is not an earlier file")
-        for depth in range(1, len(parts)):
-            self._claim("/".join(parts[:depth]), "directory")
+        for folder in above:
+            self._claim(folder, "directory")
         self._claim(name, kind)
         os.makedirs(path if kind == "directory" else os.path.dirname(path), exist_ok=True)
         if member.kind == "hardlink":
@@ -4118,14 +4117,11 @@ class TreeWriter:
                 os.symlink(target, os.path.join(self._root, name))
             except (OSError, ValueError) as e:
                 raise source_error(f"{name!r} cannot be a link to {target[:80]!r}: {e}") from None
-        root = os.path.realpath(self._root)
         for name, target in self._links.items() if self._is_source else ():
-            path = os.path.join(root, name)
             try:
-                real = os.path.realpath(path)
-                if target.startswith("/") or os.path.commonpath((root, real)) != root:
+                if leads_out(self._root, name):
                     raise source_error(f"{name!r} is a link to {target[:80]!r}, outside the archive")
-                os.stat(path)
+                os.stat(os.path.join(self._root, name))
             except (OSError, RecursionError) as e:  # a dangling link is harmless
                 if isinstance(e, RecursionError) or e.errno == errno.ELOOP:
                     raise source_error(f"{name!r} is a link through too many links") from None
@@ -4172,7 +4168,8 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            for count, member in enumerate(_zip_members(f) if zipped else _tar_members(f, max_bytes), 1):
+            members = _zip_members(f) if zipped else tar_members(gzip.GzipFile(fileobj=f), max_bytes)
+            for count, member in enumerate(members, 1):
                 if count > MAX_MEMBERS:
                     raise limit_error(f"the archive has more than {MAX_MEMBERS} members")
                 tree.add(member)
@@ -4233,12 +4230,6 @@ _HARMLESS_PAX = b"comment mtime atime ctime uid gid uname gname SCHILY.archtype"
 _DISPUTED_PAX = tuple(b"GNU.sparse. GNU.dumpdir GNU.volume. SCHILY.realsize SCHILY.filetype SUN.holesdata".split())
 
 
-def _tar_members(f: IO[bytes], limit: int) -> Iterator[_Member]:
-    """Yield the members of a gzip tarball, in one pass. limit: as in _tar_stream."""
-    with gzip.GzipFile(fileobj=f) as stream:
-        yield from _tar_stream(stream, limit)
-
-
 def _take(stream: Any, size: int) -> Iterator[bytes]:
     """Yield the next size bytes of stream in blocks."""
     while size:
@@ -4249,7 +4240,7 @@ def _take(stream: Any, size: int) -> Iterator[bytes]:
         yield block
 
 
-def _tar_stream(stream: Any, limit: int) -> Iterator[_Member]:
+def tar_members(stream: Any, limit: int) -> Iterator[_Member]:
     """Yield the members of the tarball in stream, in one pass: ustar, pax and GNU's long names. [POSIX.1-2017 pax]
 
     limit: of all contents, also of those that nobody reads.
@@ -4386,10 +4377,8 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
         return info
 
     with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.PAX_FORMAT) as tar:
-        for file in sorted(files):
-            tar.add(os.path.join(root, file), f"{name}/{file}", recursive=False, filter=forget)
-        if history:
-            tar.add(os.path.join(root, ".git"), f"{name}/.git", filter=forget)
+        for file in [*sorted(files), *[".git"] * history]:
+            tar.add(os.path.join(root, file), f"{name}/{file}", filter=forget)
 
 
 # endregion 18
@@ -4424,41 +4413,35 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
     files: relative to root.
     algorithm: sha1 or sha256, the repository's object format.
     Raises BuildFailed SourceError for a file that git cannot store, such as a pipe."""
-    top: dict[bytes, Any] = {}
+    found = []
     for name in files:
-        *folders, last = os.fsencode(name).split(b"/")
-        node = top
-        for folder in folders:
-            node = node.setdefault(folder, {})
         path = os.path.join(root, name)
         mode = os.lstat(path).st_mode
-        if stat.S_ISLNK(mode):
-            target = os.fsencode(os.readlink(path))
-            node[last] = b"120000", _git_object(algorithm, b"blob", len(target), [target])
-        elif stat.S_ISREG(mode):
-            with open(path, "rb") as f:
-                size = os.fstat(f.fileno()).st_size
-                blocks = iter(lambda: f.read(BLOCK), b"")  # consumed before the next round
-                node[last] = b"100755" if mode & 0o100 else b"100644", _git_object(algorithm, b"blob", size, blocks)
-        else:
+        is_link = stat.S_ISLNK(mode)
+        if not is_link and not stat.S_ISREG(mode):
             raise source_error(f"{name!r} is neither a file nor a link")
+        with io.BytesIO(os.fsencode(os.readlink(path))) if is_link else open(path, "rb") as f:
+            digest = _git_object(algorithm, b"blob", f)
+        git_mode = b"120000" if is_link else b"100%o" % (0o644 | (mode >> 6 & 1) * 0o111)
+        found.append((os.fsencode(name).split(b"/"), git_mode, digest))
 
-    def tree(node: dict[bytes, Any]) -> bytes:
-        # A folder sorts as if its name ended with a slash.
-        rows = sorted(
-            (name + b"/", b"40000", tree(entry)) if isinstance(entry, dict) else (name, *entry)
-            for name, entry in node.items()
-        )
-        body = b"".join(b"%s %s\0%s" % (mode, name.rstrip(b"/"), digest) for name, mode, digest in rows)
-        return _git_object(algorithm, b"tree", len(body), [body])
+    def tree(entries: list[tuple[list[bytes], bytes, bytes]]) -> bytes:
+        rows = []
+        for name, group in itertools.groupby(sorted(entries), lambda entry: entry[0][0]):
+            inner = [(path[1:], mode, digest) for path, mode, digest in group]
+            # A folder sorts as if its name ended with a slash.
+            rows.append((name + b"/", b"40000", tree(inner)) if inner[0][0] else (name, *inner[0][1:]))
+        body = b"".join(b"%s %s\0%s" % (mode, name.rstrip(b"/"), digest) for name, mode, digest in sorted(rows))
+        return _git_object(algorithm, b"tree", io.BytesIO(body))
 
-    return tree(top).hex()
+    return tree(found).hex()
 
 
-def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
+def _git_object(algorithm: str, kind: bytes, contents: IO[bytes]) -> bytes:
     """Return the name of an object: the hash of its header and contents. [GIT]"""
-    digest = hashlib.new(algorithm, b"%s %d\0" % (kind, size), usedforsecurity=False)
-    for block in blocks:
+    digest = hashlib.new(algorithm, b"%s %d\0" % (kind, contents.seek(0, os.SEEK_END)), usedforsecurity=False)
+    contents.seek(0)
+    for block in iter(functools.partial(contents.read, BLOCK), b""):
         digest.update(block)
     return digest.digest()
 
@@ -4473,16 +4456,10 @@ def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str,
 
     env: its HOME is an empty directory.
     schemes: the only URL schemes that git may use."""
-    return {
-        **env,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ASKPASS": "true",
-        "GIT_ALLOW_PROTOCOL": ":".join(schemes),
-        "GIT_OPTIONAL_LOCKS": "0",
-        "LC_ALL": "C",
-    }
+    settings = f"""
+        GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL={os.devnull} GIT_ATTR_NOSYSTEM=1 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true
+        GIT_ALLOW_PROTOCOL={":".join(schemes)} GIT_OPTIONAL_LOCKS=0 LC_ALL=C"""
+    return {**env, **dict(setting.split("=") for setting in settings.split())}
 
 
 # The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
@@ -4815,7 +4792,7 @@ def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[st
         if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
             raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
         body = _git(["cat-file", "commit", commit], own, env)
-    if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
+    if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
         raise source_error("the files differ from the tree of HEAD")
@@ -5798,7 +5775,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     folders: set[str] = set()
     tops: set[str] = set()  # the first folder of each path: at most one, which also limits the documents that are held
     try:
-        for count, member in enumerate(_tar_members(f, max_unpacked), 1):
+        for count, member in enumerate(tar_members(gzip.GzipFile(fileobj=f), max_unpacked), 1):
             if count > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
             name = "" if member.name == "." else member.name.removeprefix("./")
@@ -9712,7 +9689,7 @@ def _deb_members(path: str) -> Iterator[_Member]:
             )
         data.writelines(_take(f, size))
         data.seek(0)
-        yield from _tar_stream(openers[name](data), MAX_UNPACKED)
+        yield from tar_members(openers[name](data), MAX_UNPACKED)
 
 
 def _add_member(tree: TreeWriter, member: _Member) -> None:
