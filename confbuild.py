@@ -8473,7 +8473,8 @@ class ApiClient:
                     detail = str(parse_json(e.read(MIB), "answer")["detail"])
                 except (Malformed, KeyError, TypeError, OSError):
                     detail = f"{method} {path}: {e.reason}"
-            raise RemoteError(f"the server said {e.code}: {detail}", e.code) from None
+            hint = "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" if e.code == 401 else ""
+            raise RemoteError(f"the server said {e.code}: {detail}", e.code, hint) from None
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
             text = f"{self._url}: {getattr(reason, 'strerror', None) or reason}"
@@ -11459,6 +11460,12 @@ def plain_text(text: str) -> str:
     return _CONTROL.sub("", text).expandtabs()
 
 
+def say(text: str, hint: str = "") -> None:
+    """Write a line about confbuild's own work to stderr, and what to do about it."""
+    sys.stderr.write(f"confbuild: {plain_text(text)}\n" + (f"confbuild: hint: {plain_text(hint)}\n" if hint else ""))
+    sys.stderr.flush()
+
+
 def cut_to_cells(text: str, width: int) -> str:
     """Return the beginning of text that fills at most width cells of a terminal."""
     cells = itertools.accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
@@ -11750,32 +11757,33 @@ class Display:
 # Thread "accept": started by start_server, runs Server.serve_forever, ends by Running.stop.
 
 
-def _parse_address(text: str) -> tuple[str, int]:
-    """Return (host, port) of HOST:PORT or [IPv6]:PORT. Raises UsageError."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"--listen {text}: expected HOST:PORT, with a port of at most 65535")
-    return host.strip("[]"), int(port)
+def read_limited(path: str, limit: int) -> bytes:
+    """Return the contents of a file. Raises UsageError if it has more than limit bytes, OSError."""
+    with open(path, "rb") as f:
+        data = f.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(f"{path}: more than {limit} bytes")
+    return data
 
 
 def _is_loopback(host: str) -> bool:
     """Return whether only this machine can reach host."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 
 
 # MiB. Measured with QEMU 10.0.2 and an initrd of 33 MB: a guest does not boot with 200, and builds with 384.
 MIN_MEMORY = 384
-_GUEST_OPTIONS = ("vcpus", "vcpu_type", "memory", "guest_network")
+_GUEST_OPTIONS = "--vcpus --vcpu-type --memory --guest-network"
 
 
-def _refuse(options: "argparse.Namespace", names: Iterable[str], why: str) -> None:
+def _refuse(options: "argparse.Namespace", names: str, why: str) -> None:
     """Raise UsageError if one of these options was given, since it would have no effect."""
-    for name in names:
-        if getattr(options, name) != options.default_of(name):
-            raise UsageError(f"--{name.replace('_', '-')}{why}")
+    for name in names.split():
+        if name in options.given:
+            raise UsageError(name + why)
 
 
 class BuildPlatform(NamedTuple):
@@ -11805,39 +11813,24 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     platform = GUEST_PLATFORMS.get(kind)
     if platform is None:
-        _refuse(options, ("image", *_GUEST_OPTIONS, "cbitpos", "vek"), " requires --tee, --vm snp or --vm qemu")
+        _refuse(options, f"--image {_GUEST_OPTIONS} --cbitpos --vek", " requires --tee, --vm snp or --vm qemu")
         return _simulated_platform(options)
-    if options.env:
-        raise UsageError("--env requires simulated VMs: a guest does not see this machine's environment")
-    _refuse(options, ("readable", "no_isolation"), " requires simulated VMs")
+    _refuse(options, "--env --readable --no-isolation", " requires simulated VMs: a guest sees nothing of this machine")
     if not platform.confidential:
-        _refuse(options, ("cbitpos",), " requires --tee or --vm snp")
+        _refuse(options, "--cbitpos", " requires --tee or --vm snp")
     elif not options.print_command:
         _require_snp(options.image)
     if not options.image:
         raise UsageError(
             f"--vm {kind} requires --image DIR, the image that the guest boots", "`confbuild image` makes one"
         )
-    image = read_image(os.path.abspath(options.image))  # QEMU runs in another folder
-    facts = check_image(options.image)
-    for complaint in (facts.parts, facts.firmware):
-        if complaint:
-            raise ImageError(
-                f"{options.image}: {complaint}",
-                "`confbuild image --check DIR` says what is wrong; `confbuild image -o DIR` makes a new image",
-            )
-    given = {
-        "vcpus": options.vcpus,
-        "vcpu_type": options.vcpu_type,
-        "memory_mib": options.memory,
-        "cbitpos": options.cbitpos,
-    }
-    guest = Guest(
-        platform,
-        image,
-        network=options.guest_network,
-        **{field: value for field, value in given.items() if value is not None},
-    )
+    image, facts = read_image(os.path.abspath(options.image)), check_image(options.image)  # QEMU runs in another folder
+    if facts.parts or facts.firmware:
+        raise ImageError(
+            f"{options.image}: {facts.parts or facts.firmware}",
+            "`confbuild image --check DIR` says what is wrong; `confbuild image -o DIR` makes a new image",
+        )
+    guest = Guest(platform, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
     if guest.memory_mib < MIN_MEMORY:
         raise UsageError(f"--memory {guest.memory_mib}: a guest needs {MIN_MEMORY} MiB to boot")
     label = vcpu_label(guest.vcpu_type, guest.vcpus)
@@ -11848,7 +11841,8 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         )
     if platform.confidential:
         eax, ebx = sev_cpuid()
-        guest = guest._replace(cbitpos=ebx & 63) if eax >> 4 & 1 and options.cbitpos is None else guest
+        found = ebx & 63 if eax >> 4 & 1 else guest.cbitpos
+        guest = guest._replace(cbitpos=options.cbitpos or found)
         return BuildPlatform(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
     version = qemu_version()
     if version is None:
@@ -11871,18 +11865,14 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
 
     Raises UsageError if --require-isolation asks for more.
     """
-    env, port = build_environment("", os.environ, options.env), _parse_address(options.listen)[1]
+    env, port = build_environment("", os.environ, options.env), options.listen[1]
     for path in options.readable:
         if not os.path.exists(path):
             raise UsageError(f"--readable {path}: no such file or folder")
     usable, landlock, seccomp = probe_sandbox()
-    proxies = {
-        int(number)
-        for name, value in env.items()
-        if name.lower().endswith("_proxy")
-        for number in re.findall(r":(\d{1,5})\b", value)
-    }
-    taken = f"builds fetch from port {port}, on which the service listens" if port in {80, 443, *proxies} else ""
+    proxies = " ".join(value for name, value in env.items() if name.lower().endswith("_proxy"))
+    shared = port in {80, 443, *map(int, re.findall(r":(\d{1,5})\b", proxies))}
+    taken = f"builds fetch from port {port}, on which the service listens" if shared else ""
     protections = judge_protections(usable.abi, landlock, seccomp, taken)
     if options.no_isolation:
         protections = dict.fromkeys(protections, "switched off by --no-isolation")
@@ -11914,30 +11904,20 @@ def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbo
 
 def _require_snp(image: str | None) -> None:
     """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
-    checks = [
-        *preflight(),
-        Check(
-            "image",
-            "passed" if image else "failed",
-            actual="--image is missing",
-            detail="`confbuild image` makes one; name it with --image DIR",
-        ),
-    ]
-    missing = sum(check.status != "passed" for check in checks)
-    if not missing:
-        return
-    for check in checks:
-        rows = (
-            [f"ok    {check.name}"]
-            if check.status == "passed"
-            else [f"MISS  {check.name}: {check.actual}", f"      -> {check.detail}"]
+    remedy = "`confbuild image` makes one; name it with --image DIR"
+    checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image is missing", remedy)]
+    missing = [check for check in checks if check.status != "passed"]
+    for check in checks if missing else ():
+        if check in missing:
+            say(f"MISS  {check.name}: {check.actual}", check.detail)
+        else:
+            say(f"ok    {check.name}")
+    if missing:
+        raise UsageError(
+            f"this machine cannot run SEV-SNP guests: {len(missing)} of {len(checks)} requirements are missing; "
+            "nothing was started",
+            "`--vm qemu` boots the same image in a guest that is not confidential",
         )
-        sys.stderr.write("".join(f"confbuild: {plain_text(row)}\n" for row in rows))
-    raise UsageError(
-        f"this machine cannot run SEV-SNP guests: {missing} of {len(checks)} requirements are missing; "
-        "nothing was started",
-        "`--vm qemu` boots the same image in a guest that is not confidential",
-    )
 
 
 class Running(NamedTuple):
@@ -11954,11 +11934,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     tokens: accepted bearer tokens; none: everybody may build.
     Raises UsageError, OSError.
     """
-    host, port = _parse_address(options.listen)
+    address, port = options.listen
+    host = address.strip("[]")
     tls = None
-    if options.tls_cert or options.tls_key:
-        if not (options.tls_cert and options.tls_key):
-            raise UsageError("--tls-cert and --tls-key go together")
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if options.tls_cert is not None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             tls.load_cert_chain(options.tls_cert, options.tls_key)
@@ -11968,10 +11949,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
                 "both must be readable PEM files that belong together",
             ) from None
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    try:
+    with contextlib.suppress(OSError, ValueError):  # some systems report no limit and have one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
-    except (OSError, ValueError):
-        pass  # some systems report no limit and have one
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
@@ -12001,7 +11980,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         server = Server((host, port), api, access, streamer, tls)
     except OSError as e:
         raise UsageError(
-            f"--listen {options.listen}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
+            f"--listen {address}:{port}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
         ) from None
     vms.start()
     jobs.start()
@@ -12016,8 +11995,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         vms.stop()
         os.close(lock)
 
-    shown = f"[{host}]" if ":" in host else host
-    return Running(f"{'https' if tls else 'http'}://{shown}:{server.server_address[1]}", jobs, stop)
+    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", jobs, stop)
 
 
 def _makers(
@@ -12056,16 +12034,16 @@ def _makers(
 def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> dict[str, Any]:
     """Return the document of GET /config.  [CONTRACT 1.13]"""
     facts, platform = machine.facts, machine.platform
-    confined = machine.protections and not machine.protections["files"]
-    isolation = "none: a build is a process of the server's user, with its own environment and folders"
-    if confined:
-        isolation = (
-            "Landlock, seccomp and limits: a build is a process of the server's user that writes only in its workspace"
-        )
     if facts is not None:
         network = "with" if options.guest_network else "without"
         isolation = f"a guest for each build, which runs there as another user, {network} a network"
         isolation += "" if platform.confidential else "; the host can read and change it"
+    elif machine.protections and not machine.protections["files"]:
+        isolation = (
+            "Landlock, seccomp and limits: a build is a process of the server's user that writes only in its workspace"
+        )
+    else:
+        isolation = "none: a build is a process of the server's user, with its own environment and folders"
     return {
         "platform": platform.name,
         "confidential": platform.confidential,
@@ -12093,8 +12071,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
 
 def _read_tokens(path: str) -> list[str]:
     """Return the bearer tokens in the file at path. Raises UsageError, OSError."""
-    with open(path, "rb") as f:
-        data = f.read(MIB)
+    data = read_limited(path, MIB)
     if not data.isascii():
         raise UsageError(f"--token-file {path}: tokens must be ASCII")
     return data.decode("ascii").split()
@@ -12102,8 +12079,7 @@ def _read_tokens(path: str) -> list[str]:
 
 def _read_der(path: str) -> bytes:
     """Return the DER of a certificate or revocation list in a DER or PEM file. Raises Malformed, OSError."""
-    with open(path, "rb") as f:
-        data = f.read(MAX_JSON)
+    data = read_limited(path, MAX_JSON)
     match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
     if match is None:
         return data
@@ -12122,12 +12098,6 @@ _BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
 _ARCHIVE = "result.tar.gz"  # in a directory DIR.unverified: a result that is not unpacked
 
 
-def say(text: str, hint: str = "") -> None:
-    """Write a line about confbuild's own work to stderr, and what to do about it."""
-    sys.stderr.write(f"confbuild: {plain_text(text)}\n" + (f"confbuild: hint: {plain_text(hint)}\n" if hint else ""))
-    sys.stderr.flush()
-
-
 def own_command() -> list[str]:
     """Return the words with which this program was started, for commands that people can paste."""
     program = sys.argv[0] or "-c"
@@ -12142,10 +12112,10 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     tokens = _read_tokens(options.token_file) if options.token_file else []
     if options.token_file and not tokens:
         raise UsageError(f"--token-file {options.token_file}: there is no token in it")
-    host = _parse_address(options.listen)[0]
+    host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(
-            f"--listen {options.listen}: other machines can reach that",
+            f"--listen {host}:{port}: other machines can reach that",
             "give --token-file FILE, or --insecure to let everybody build",
         )
     machine = prepare_platform(options)
@@ -12325,16 +12295,12 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool, server: st
     if server:
         _refuse(
             options,
-            ("vm", *_GUEST_OPTIONS, "readable", "require_isolation", "no_isolation", "env", "max_archive"),
-            " cannot be combined with --server: the server decides it",
-        )
-        _refuse(
-            options,
-            ("build_timeout", "boot_timeout", "allow_scheme"),
+            f"--vm {_GUEST_OPTIONS} --readable --require-isolation --no-isolation --env --max-archive --build-timeout "
+            "--boot-timeout --allow-scheme",
             " cannot be combined with --server: the server decides it",
         )
         return
-    _refuse(options, ("token_file",), " requires --server")
+    _refuse(options, "--token-file", " requires --server")
     scheme = source.partition("://")[0].lower()
     if is_url and scheme in ("file", "git") and scheme not in options.allow_scheme:
         raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", f"--allow-scheme {scheme} accepts them")
@@ -12365,9 +12331,7 @@ def _pack(source: str, archive: str, scratch: str, bundle: str) -> Packed:
 def _expect_vm(options: "argparse.Namespace", machine: BuildPlatform | None) -> Expectations:
     """Return what the VM must be before it gets the source. machine: None = at another server. Raises UsageError."""
     if not options.tee:
-        _refuse(options, ("image",) if machine is None else (), " requires --tee")
-        if options.measurements:
-            raise UsageError("--measurement requires --tee")
+        _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
         return Expectations()
     facts = None if machine is None else machine.facts
     if machine is None and options.image:
@@ -12758,10 +12722,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
 
 def cmd_attest(options: "argparse.Namespace") -> int:
     """Print evidence for a provenance, from the hardware of this SEV-SNP guest."""
-    with open(options.provenance, "rb") as f:
-        provenance = f.read(MAX_JSON + 1)
-    if len(provenance) > MAX_JSON:
-        raise UsageError(f"{options.provenance}: more than {MAX_JSON} bytes")
+    provenance = read_limited(options.provenance, MAX_JSON)
     report, table = get_report(report_data(provenance, options.nonce))
     evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
@@ -12860,6 +12821,18 @@ def _read_pcr(text: str) -> tuple[int, str]:
     return int(register), value
 
 
+def _read_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if int(port) > 65535:
+        raise ValueError(text)
+    return host, int(port)
+
+
+_address = _typed(
+    r"([^:\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
+    "HOST:PORT or [IPV6]:PORT, with a port of at most 65535",
+    _read_address,
+)
 _count = _typed("[0-9]{1,9}", "a whole number", int)
 _positive = _typed(r"(?!0+\Z)[0-9]{1,9}", "a whole number above zero", int)
 _integer = _typed(
@@ -12912,9 +12885,9 @@ _MACHINE: Sequence[Any] = (
         ("sim", "qemu", "snp"),
     ),
     ("--image DIR", "image that guests boot, made by `confbuild image`"),
-    ("--vcpus N", f"virtual processors of a guest; measured (default: {Guest._field_defaults['vcpus']})", _positive),
-    ("--vcpu-type T", f"their QEMU model; measured (default: {Guest._field_defaults['vcpu_type']})"),
-    ("--memory MIB", f"memory of a guest (default: {Guest._field_defaults['memory_mib']})", _positive),
+    ("--vcpus N", "virtual processors of a guest; measured (default: %(default)s)", _positive, 1),
+    ("--vcpu-type T", "their QEMU model; measured (default: %(default)s)", str, "EPYC-v4"),
+    ("--memory MIB", "memory of a guest (default: %(default)s)", _positive, 2048),
     ("--guest-network", "let guests reach the network; the provenance says so"),
     ("--cbitpos N", "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)", _positive),
     ("--vek FILE", "certificate of the host's VCEK, if the host's firmware hands none to guests"),
@@ -13014,7 +12987,7 @@ COMMANDS = (
         "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server "
         "can still send the source elsewhere afterwards, since TLS does not end inside the VM yet.",
         {
-            "listen": "127.0.0.1:0",
+            "listen": ("127.0.0.1", 0),
             "slots": 1,
             "queue": 1,
             "single_use": True,
@@ -13088,7 +13061,12 @@ COMMANDS = (
         "serve",
         cmd_serve,
         (
-            ("--listen HOST:PORT", "address (default: %(default)s); port 0: any free one", str, "127.0.0.1:8080"),
+            (
+                "--listen HOST:PORT",
+                "address (default: 127.0.0.1:8080); port 0: any free one",
+                _address,
+                ("127.0.0.1", 8080),
+            ),
             ("--state DIR", "directory for jobs (default: ~/.local/share/confbuild)"),
             ("--slots N", "builds at a time (default: %(default)s)", _positive, 1),
             ("--queue N", "builds that may wait (default: %(default)s)", _positive, 1000),
@@ -13270,7 +13248,7 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
             usage += _add_row(section, *row)
     parser.usage = " ".join(usage)
     parser.add_argument_group("example", command.example)
-    parser.set_defaults(run=command.run, default_of=parser.get_default, **command.defaults)
+    parser.set_defaults(run=command.run, **command.defaults)
     return parser
 
 
@@ -13331,6 +13309,7 @@ def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
     options = parser.parse_args(words)
     if getattr(options, "policy", None):
         options = parser.parse_args(words, _read_policy(parser, options))  # the command line adds to it, or wins
+    options.given = {word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)}
     return options
 
 
@@ -13343,21 +13322,19 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
     if others:
         raise UsageError("--policy is given more than once")
     where = f"--policy {path}: "
-    with open(path, "rb") as f:
-        data = f.read(MIB + 1)
-    if len(data) > MIB:
-        raise UsageError(f"{where}more than {MIB} bytes")
     try:
-        policy = tomllib.loads(data.decode("utf-8"))
+        policy = tomllib.loads(read_limited(path, MIB).decode("utf-8"))
     except (ValueError, RecursionError) as e:  # ValueError: also of UTF-8, and of a number with thousands of digits
         raise UsageError(f"{where}not TOML: {e}") from None
-    known = {action.option_strings[-1][2:]: action for action in parser._actions if action.option_strings}
+    known = {name[2:]: action for name, action in parser._option_string_actions.items() if name[:2] == "--"}
     known = {name: action for name, action in known.items() if name not in _NOT_IN_POLICY}
     values = argparse.Namespace()
     for name, value in policy.items():
         if name not in known:
             raise UsageError(f"{where}unknown option {name!r}", "known options are " + ", ".join(sorted(known)))
-        setattr(values, known[name].dest, _policy_value(known[name], value, where + name, os.path.dirname(path)))
+        setattr(
+            values, known[name].dest, _policy_value(parser, known[name], value, where + name, os.path.dirname(path))
+        )
     if options.measurements and hasattr(values, "measurements"):  # any of them would do: the command line wins
         del values.measurements
     if options.pcrs and hasattr(values, "pcrs"):
@@ -13365,33 +13342,32 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
     return values
 
 
-def _policy_value(action: "argparse.Action", value: Any, where: str, folder: str) -> Any:
-    """Return value as the command line would read it for this option. Raises UsageError."""
+def _policy_value(
+    parser: "argparse.ArgumentParser", action: "argparse.Action", value: Any, where: str, folder: str
+) -> Any:
+    """Return value as the command line would read it for this option. Raises UsageError.
+
+    folder: the one of the policy file.
+    """
     if action.nargs == 0:
         if isinstance(value, bool):
             return value
         raise UsageError(f"{where}: expected true or false")
     repeatable = isinstance(action, argparse._AppendAction)
-    if isinstance(value, list) and not (repeatable and value):
-        # An empty list would require nothing, although its author probably means that nothing is good enough.
-        raise UsageError(f"{where}: expected " + ("at least one value" if repeatable else "one value, not a list"))
-    levels = list(value.values()) if action.dest == "min_tcb" and isinstance(value, dict) else [None]
-    if all(type(level) is int and 0 <= level < 256 for level in levels):
-        value = tcb_text(value)
-    found = []
-    for item in value if isinstance(value, list) else [value]:
-        good = (
-            "\0" not in item if isinstance(item, str) else type(item) is int and abs(item) < 1 << 63
-        )  # [TOML] 64 bits
-        if not good:
-            raise UsageError(f"{where}: expected text or a whole number" + ", or a list of them" * repeatable)
-        text = str(item)
-        if action.dest in _POLICY_PATHS:
-            text = os.path.join(folder, text)
-        try:
-            found.append(action.type(text) if callable(action.type) else text)
-        except argparse.ArgumentTypeError as e:
-            raise UsageError(f"{where}: {e}") from None
+    if isinstance(value, dict) and action.dest == "min_tcb":
+        value = ",".join(f"{name}={level!r}" for name, level in value.items())
+    items = value if isinstance(value, list) and repeatable else [value]
+    folder *= action.dest in _POLICY_PATHS
+    try:
+        texts = [str(item) for item in items if type(item) in (str, int)]
+        found = [parser._get_values(action, [os.path.join(folder, text)]) for text in texts if "\0" not in text]
+    except ValueError:  # a number with thousands of digits
+        found = []
+    except argparse.ArgumentError as e:
+        raise UsageError(f"{where}: {e.message}") from None
+    # An empty list would require nothing, although its author probably means that nothing is good enough.
+    if not found or len(found) < len(items):
+        raise UsageError(f"{where}: expected text or a whole number" + ", or a list of them" * repeatable)
     return found if repeatable else found[0]
 
 
@@ -13425,10 +13401,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     what this returns.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-        elif hasattr(getattr(sys, name), "reconfigure"):  # a name that the locale cannot print must not end a build
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # None: it was closed
+        setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
+            stream.reconfigure(errors="backslashreplace")
     if argv is None:
         setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:
@@ -13468,11 +13444,7 @@ def _run(arguments: Sequence[str]) -> int:
             )
         return int(options.run(options) or EXIT_OK)
     except ConfbuildError as e:
-        refused = isinstance(e, RemoteError) and e.status == 401
-        say(
-            f"error: {e}",
-            "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" if refused else e.hint,
-        )
+        say(f"error: {e}", e.hint)
         return e.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
