@@ -3856,6 +3856,15 @@ def file_sha256(path: str) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def read_limited(path: str, limit: int) -> bytes:
+    """Return the contents of a file. Raises UsageError if it has more than limit bytes, OSError."""
+    with open(path, "rb") as f:
+        data = f.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(f"{path}: more than {limit} bytes")
+    return data
+
+
 def write_durably(path: str, data: bytes) -> None:
     """Replace the contents of path by data, durably: a crash leaves either the old contents or the new."""
     with open(path + ".tmp", "wb") as f:
@@ -11757,15 +11766,6 @@ class Display:
 # Thread "accept": started by start_server, runs Server.serve_forever, ends by Running.stop.
 
 
-def read_limited(path: str, limit: int) -> bytes:
-    """Return the contents of a file. Raises UsageError if it has more than limit bytes, OSError."""
-    with open(path, "rb") as f:
-        data = f.read(limit + 1)
-    if len(data) > limit:
-        raise UsageError(f"{path}: more than {limit} bytes")
-    return data
-
-
 def _is_loopback(host: str) -> bool:
     """Return whether only this machine can reach host."""
     try:
@@ -12777,7 +12777,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 
 # endregion 37
 # ==============================================================================
-# region 38. Options                             [uses 8, 9, 10, 17, 29, 32, 37]
+# region 38. Options                         [uses 8, 9, 10, 16, 17, 29, 35, 37]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
