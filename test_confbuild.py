@@ -47,6 +47,7 @@ import tempfile
 import termios
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import urllib.parse
@@ -128,10 +129,113 @@ class SharedNote:
             terminalreporter.write_line(self.LINE.format(SHARED))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shared_note(request: pytest.FixtureRequest) -> None:
-    """Register SharedNote: a test module cannot implement the hook itself."""
-    request.config.pluginmanager.register(SharedNote())
+class Workers:
+    """A pytest plugin: run the tests in several forked processes.
+
+    Each takes the next few tests from a queue and sends its reports to the first process, which prints them.
+    A debugger, `-x` and a short selection get pytest's own loop.
+    """
+
+    def pytest_runtestloop(self, session: Any) -> bool | None:
+        option, items = session.config.option, session.items
+        workers = min(len(os.sched_getaffinity(0)) + 1, 16)  # one more than cores: tests also wait
+        if option.collectonly or option.usepdb or option.maxfail or len(items) < 200 or session.testsfailed:
+            return None
+        queue, filled = os.pipe()
+        # The tests that share guests are one process's, which starts them first and asks for their results last.
+        alone = [item for item in items if item.cls is TestRealGuest]
+        tests = [item for item in items if item.cls is not TestRealGuest]
+        os.write(filled, b"".join(struct.pack("<I", start) for start in range(0, len(tests), 8)))
+        os.close(filled)
+        base = session.config._tmp_path_factory.getbasetemp()
+        ready = selectors.DefaultSelector()
+        for number in range(workers):
+            reports, written = os.pipe()
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    session.items = [*tests, *(alone if number == 0 else [])]
+                    session.config._tmp_path_factory._basetemp = base / str(number)
+                    (base / str(number)).mkdir(0o700)
+                    with open(written, "w", encoding="ascii", buffering=1) as pipe:
+                        self._work(session, queue, pipe, alone if number == 0 else [])
+                    status = 0
+                except BaseException:
+                    traceback.print_exc(file=sys.__stderr__)
+                finally:
+                    os._exit(status)
+            os.close(written)
+            ready.register(reports, selectors.EVENT_READ, (child, bytearray()))
+        os.close(queue)
+        lost = []
+        while ready.get_map():
+            for key, _ in ready.select():
+                child, partial = key.data
+                piece = os.read(key.fd, 1 << 16)
+                *lines, partial[:] = (partial + piece).split(b"\n")
+                for line in lines:
+                    call, data = json.loads(line)
+                    if call == "report":
+                        if isinstance(data["longrepr"], list):  # of a skipped test: pytest asks for a tuple
+                            data["longrepr"] = tuple(data["longrepr"])
+                        report = session.config.hook.pytest_report_from_serializable(config=session.config, data=data)
+                        session.ihook.pytest_runtest_logreport(report=report)
+                    else:
+                        session.ihook.pytest_runtest_logstart(nodeid=data[0], location=tuple(data[1]))
+                if not piece:
+                    ready.unregister(key.fd)
+                    os.close(key.fd)
+                    if os.waitpid(child, 0)[1] != 0:
+                        lost.append(child)
+        ready.close()
+        if lost:
+            raise RuntimeError(f"processes that ran tests died: {lost}; their tests did not all run")
+        return True
+
+    def _work(self, session: Any, queue: int, reports: io.TextIOBase, last: list[Any]) -> None:
+        """Run tests by the queue, then last; write each report as a line of JSON."""
+        plugins = session.config.pluginmanager
+        plugins.unregister(name="terminalreporter")
+        capture = plugins.getplugin("capturemanager")
+        capture.stop_global_capturing()  # its files are the other processes' too
+        capture.start_global_capturing()
+        capture.suspend_global_capture(in_=False)
+        plugins.register(self.Reports(session.config, reports))
+
+        def taken() -> Iterator[Any]:
+            tests = [item for item in session.items if item not in last]
+            while entry := os.read(queue, 4):
+                (start,) = struct.unpack("<I", entry)
+                yield from tests[start : start + 8]
+            yield from last
+
+        items = taken()
+        item = next(items, None)
+        while item is not None:
+            following = next(items, None)
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            item = following
+
+    class Reports:
+        def __init__(self, config: Any, file: io.TextIOBase) -> None:
+            self._config = config
+            self._file = file
+
+        def pytest_runtest_logstart(self, nodeid: str, location: tuple[str, int | None, str]) -> None:
+            self._file.write(json.dumps(["start", [nodeid, location]]) + "\n")
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            data = self._config.hook.pytest_report_to_serializable(config=self._config, report=report)
+            self._file.write(json.dumps(["report", data]) + "\n")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Register the plugins: a test module cannot implement their hooks itself."""
+    plugins = metafunc.config.pluginmanager
+    if not plugins.hasplugin("confbuild"):
+        plugins.register(SharedNote(), "confbuild")
+        plugins.register(Workers())
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
