@@ -181,6 +181,7 @@ if TYPE_CHECKING:
     import ctypes
     import email.utils
     import fcntl
+    import glob
     import gzip
     import hmac
     import http.client
@@ -223,7 +224,7 @@ else:
             return getattr(sys.modules[self._names[0]], attribute)
 
     for _name in (
-        "argparse ctypes fcntl gzip hmac io ipaddress logging lzma resource secrets select selectors shlex shutil "
+        "argparse ctypes fcntl glob gzip hmac io ipaddress logging lzma resource secrets select selectors shlex shutil "
         "signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
     ).split():
         globals()[_name] = _Lazy(_name)
@@ -4374,6 +4375,14 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     return root, safe_name(base or "build")
 
 
+@contextlib.contextmanager
+def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
+    """Open path for a new gzip tarball, whose bytes depend only on its members."""
+    write = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
+    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write(fileobj=stream) as tar:
+        yield tar
+
+
 def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
     """Write files into the gzip tarball archive, in a directory called name, without owners and times.
 
@@ -4385,7 +4394,7 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
         info.uname = info.gname = ""
         return info
 
-    with tarfile.open(archive, "w:gz", compresslevel=6, format=tarfile.PAX_FORMAT) as tar:
+    with open_tar(archive) as tar:
         for file in [*sorted(files), *[".git"] * history]:
             tar.add(os.path.join(root, file), f"{name}/{file}", filter=forget)
 
@@ -4974,19 +4983,17 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
 # region 20. Toolchains                                        [uses 15, 16, 19]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
-# and two functions: plan_* reads the lock file and finds the programs, collect_* finds the artifacts after the build.
-# A program is looked up once, in the project's directory; that same file is hashed, asked for its version and run.
+# and two functions: plan_* reads the lock file and runs nothing, collect_* finds the artifacts after the build.
+# prepare looks up the programs of a plan once, in the project's directory; that same file is hashed, asked for its
+# version and run.
 # Callers: the pipeline builds with these rows; `verify --source` reads a checkout with source_expectations.
 # Specifications: [CARGO] for Cargo.lock; the nix manual, "derivation show" (JSON formats 0 to 5); [K] for the uris.
 
-_NIX_FEATURES = ("--extra-experimental-features", "nix-command", "--extra-experimental-features", "flakes")
+_NIX_FEATURES = "--extra-experimental-features nix-command --extra-experimental-features flakes".split()
 # The default registry of purl's type cargo, as Cargo.lock names it; some tools write the second form.
-_CRATES_IO = ("registry+https://github.com/rust-lang/crates.io-index", "sparse+https://index.crates.io/")
-_HASH_BYTES = {"md5": 16, "sha1": 20, "sha256": 32, "sha512": 64}
+_CRATES_IO = "registry+https://github.com/rust-lang/crates.io-index sparse+https://index.crates.io/".split()
 # cargo, rustup and nix read these files in the folders above a project, where the tree hash does not cover them.
-_OUTSIDE = (
-    ".cargo/config", ".cargo/config.toml", "Cargo.toml", "rust-toolchain", "rust-toolchain.toml", ".git", "flake.nix"
-)  # fmt: skip
+_OUTSIDE = ".cargo/config .cargo/config.toml Cargo.toml rust-toolchain rust-toolchain.toml .git flake.nix".split()
 _MAX_LOCKFILE = 64 * MIB
 
 
@@ -5006,41 +5013,44 @@ class Program(NamedTuple):
 class Plan(NamedTuple):
     """The build of one project, and its inputs.
 
-    command: the argument vector, beginning with the name of one of programs; it runs in the project's directory.
-    programs: by name, in the order of the provenance.
-    dependencies: the provenance's resolvedDependencies.
+    command: the argument vector, beginning with the name of one of tools; it runs in the project's directory.
+    tools: the names of the programs, in the order of the provenance.
+    lock: the contents of the lock file, which pins the dependencies.
+    dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
+    env: added to the environment of the build; the name of a tool stands for its path.
+    programs: those of tools; prepare fills them in.
     parameters: the internalParameters that come before lockfileHash.
     """
 
     command: Sequence[str]
-    env: Mapping[str, str]
-    programs: Mapping[str, Program]
-    lockfile_sha256: str
-    dependencies: Sequence[Mapping[str, Any]]
-    parameters: Mapping[str, Any]
+    tools: Sequence[str]
+    lock: bytes
+    dependencies: Sequence[Mapping[str, Any]] | None
+    env: Mapping[str, str] = {}  # never changed, like the two below
+    programs: Mapping[str, Program] = {}
+    parameters: Mapping[str, Any] = {}
 
 
 class Toolchain(NamedTuple):
     """One kind of build.
 
     marker: the file whose presence in a project selects this toolchain.
-    lockfile: the file that pins the dependencies.
-    outputs: directories of the project that are removed before the build.
-    plan: called with the project's directory and the environment.
+    plan: called with the project's directory; runs nothing and may read any checkout.
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
         each artifact, sorted by name.
-    keep_stdout: whether collect needs stdout.
-    shared: directories outside of the workspace that a build writes to: environment variable -> default.
+    outputs: directories of the project that are removed before the build.
+    evaluate: completes a plan with its programs; called with the plan and the project's directory.
+    store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
+        environment variable -> default.
     """
 
     name: str
     marker: str
-    lockfile: str
-    outputs: Sequence[str]
-    plan: Callable[[str, Mapping[str, str]], Plan]
+    plan: Callable[[str], Plan]
     collect: Callable[[str, bytes], list[tuple[str, str]]]
-    keep_stdout: bool = False
-    shared: Mapping[str, str] = {}  # never changed
+    outputs: Sequence[str] = ()
+    evaluate: Callable[[Plan, str], Plan] | None = None
+    store: Mapping[str, str] = {}  # never changed
 
 
 @contextlib.contextmanager
@@ -5067,6 +5077,21 @@ def detect_toolchain(project: str) -> Toolchain:
     raise BuildFailed("UnsupportedToolchainError", message)
 
 
+def prepare(toolchain: Toolchain, project: str, env: Mapping[str, str]) -> Plan:
+    """Return the plan of project with its programs, their environment and the result of an evaluation.
+
+    env: of the build.
+    Raises BuildFailed.
+    """
+    plan = toolchain.plan(project)
+    programs = {name: find_program(name, project, env) for name in plan.tools}
+    folders = dict.fromkeys(os.path.dirname(program.path) for program in programs.values())
+    own = {name: programs[value].path if value in programs else value for name, value in plan.env.items()}
+    path = os.pathsep.join((*folders, env["PATH"]))
+    plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
+    return toolchain.evaluate(plan, project) if toolchain.evaluate else plan
+
+
 def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
@@ -5085,7 +5110,7 @@ def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
         reason = (errors.splitlines() or [f"exit status {status}, expected one line of text"])[-1]
         raise BuildFailed("UnsupportedToolchainError", f"`{' '.join(argv)}` failed: {reason}")
 
-    found = shutil.which(name, path=env.get("PATH", os.defpath))
+    found = shutil.which(name, path=env["PATH"])
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
     path = os.path.realpath(found)
@@ -5124,19 +5149,13 @@ def read_lockfile(path: str) -> bytes:
     return data
 
 
-def plan_cargo(project: str, env: Mapping[str, str]) -> Plan:
+def plan_cargo(project: str) -> Plan:
     """Return the plan of `cargo build --locked --release` in project.  Raises BuildFailed."""
     lock = read_lockfile(os.path.join(project, "Cargo.lock"))
-    programs = {name: find_program(name, project, env) for name in ("cargo", "rustc")}
     # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-    env = {
-        **env,
-        "PATH": os.path.dirname(programs["cargo"].path) + os.pathsep + env.get("PATH", os.defpath),
-        "RUSTC": programs["rustc"].path,
-        "CARGO_TARGET_DIR": os.path.join(project, "target"),
-    }
-    command = ("cargo", "build", "--locked", "--release")
-    return Plan(command, env, programs, sha256_hex(lock), cargo_dependencies(lock, project), {})
+    env = {"RUSTC": "rustc", "CARGO_TARGET_DIR": os.path.join(project, "target")}
+    command = "cargo build --locked --release".split()
+    return Plan(command, ("cargo", "rustc"), lock, cargo_dependencies(lock, project), env)
 
 
 def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
@@ -5152,11 +5171,10 @@ def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
             "ProvenanceError", f"target/release is a symbolic link to {real}, expected a directory that the build made"
         )
     found = []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
         path = os.path.join(folder, name)
         mode = os.lstat(path).st_mode
-        plain = not name.startswith(".") and os.path.splitext(name)[1] in ("", ".exe")
-        if plain and stat.S_ISREG(mode) and mode & 0o111:
+        if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", name) and stat.S_ISREG(mode) and mode & 0o111:
             found.append((name, path))
     return found
 
@@ -5190,24 +5208,22 @@ def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
 
 def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> dict[str, Any]:
     """Return one entry of resolvedDependencies.  Raises BuildFailed ProvenanceError, which names the entry."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or not re.fullmatch(r"[0-9A-Za-z.+-]+", version):
-        raise BuildFailed(
-            "ProvenanceError", f"Cargo.lock: invalid package name or version: {name[:80]!r} {version[:80]!r}"
-        )
-    package = f"Cargo.lock: {name} {version}"
     kind, _, url = source.partition("+")
-    if kind not in ("registry", "sparse", "git"):
-        raise BuildFailed(
-            "ProvenanceError", f"{package} has the unknown source {source[:80]!r}, expected registry+, sparse+ or git+"
-        )
-    algorithm, digest, pattern = "sha256", str(checksum), "[0-9a-f]{64}"
+    algorithm, digest = "sha256", str(checksum)
     if kind == "git":
         url, _, digest = url.rpartition("#")
-        algorithm, pattern = "gitCommit", "[0-9a-f]{40}|[0-9a-f]{64}"
-    if not re.fullmatch(pattern, digest):
-        raise BuildFailed("ProvenanceError", f"{package} has no {'commit' if kind == 'git' else 'checksum'}")
-    if not re.fullmatch(r"[\x21-\x7e]+", url):
-        raise BuildFailed("ProvenanceError", f"{package} has a source whose URL is not printable ASCII")
+        algorithm = "gitCommit"
+    problem = ""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+ [0-9A-Za-z.+-]+", f"{name} {version}"):
+        problem = f"invalid package name or version: {name[:80]!r} {version[:80]!r}"
+    elif kind not in ("registry", "sparse", "git"):
+        problem = f"{name} {version} has the unknown source {source[:80]!r}, expected registry+, sparse+ or git+"
+    elif not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}" if kind == "git" else "[0-9a-f]{64}", digest):
+        problem = f"{name} {version} has no {'commit' if kind == 'git' else 'checksum'}"
+    elif not re.fullmatch(r"[\x21-\x7e]+", url):
+        problem = f"{name} {version} has a source whose URL is not printable ASCII"
+    if problem:
+        raise BuildFailed("ProvenanceError", f"Cargo.lock: {problem}")
     url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # without credentials
     url = re.sub("[?#&]", lambda match: f"%{ord(match[0]):02X}", url)
     query = f"vcs_url=git+{url}@{digest}" if kind == "git" else f"checksum=sha256:{digest}"
@@ -5249,37 +5265,40 @@ def _local_packages(project: str) -> set[str]:
     return inside - outside
 
 
-def plan_nix(project: str, env: Mapping[str, str]) -> Plan:
+def plan_nix(project: str) -> Plan:
     """Return the plan of `nix build` of the flake in project.  Raises BuildFailed.
+
+    A flake without inputs needs no flake.lock.
+    """
+    lock = read_lockfile(os.path.join(project, "flake.lock"))
+    return Plan(["nix", "build", "--no-link"], ("nix",), lock, None)
+
+
+def evaluate_nix(plan: Plan, project: str) -> Plan:
+    """Return plan with the dependencies that nix finds.  Raises BuildFailed.
 
     The project's .git is moved away: with it, nix builds the files that git knows instead of those that were hashed,
     and refuses a history of depth 1.
-    A flake without inputs needs no flake.lock; its lockfile_sha256 is then that of no bytes.
     """
-    program = find_program("nix", project, env)
-    match = re.search(r"(\d+)\.(\d+)", program.version.rpartition(")")[2])
-    release = (int(match[1]), int(match[2])) if match else (99, 0)
+    program = plan.programs["nix"]
+    release = [int(digits) for digits in re.findall(r"\d+", program.version.rpartition(")")[2])] or [99]
     if os.path.lexists(os.path.join(project, ".git")):
         os.rename(os.path.join(project, ".git"), os.path.join(os.path.dirname(project), "history-set-aside"))
-    lock_path = os.path.join(project, "flake.lock")
-    lock = read_lockfile(lock_path)
-    show = ("derivation", "show") if release >= (2, 15) else ("show-derivation",)
-    argv = [program.path, *show, "--recursive", *_NIX_FEATURES]
-    status, output, errors = capture(argv, project, env, GIB, untrusted=True)
+    show = "derivation show" if release >= [2, 15] else "show-derivation"
+    argv = [program.path, *show.split(), "--recursive", *_NIX_FEATURES]
+    status, output, errors = capture(argv, project, plan.env, GIB, untrusted=True)
     if status != 0:
-        lines = [line.strip() for line in errors.splitlines() if line.strip()] or ["no message"]
-        reason = next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
-        raise BuildFailed("BuildError", f"`nix {' '.join(show)}` failed: {reason}")
-    if read_lockfile(lock_path) != lock:
+        reasons = re.findall(r"(?m)^\s*(error:.*)", errors) or re.findall(r"(?m)\S.*", errors) or ["no message"]
+        raise BuildFailed("BuildError", f"`nix {show}` failed: {reasons[-1]}")
+    if plan_nix(project).lock != plan.lock:
         raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
     count, fetches = parse_derivations(output)
-    inputs = flake_inputs(lock)
     parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
+    inputs = flake_inputs(plan.lock)
     if inputs:
         parameters["flakeInputs"] = inputs
-    printing = "--print-out-paths" if release >= (2, 9) else "--json"
-    command = ("nix", "build", "--no-link", printing, *_NIX_FEATURES)
-    return Plan(command, env, {"nix": program}, sha256_hex(lock), fetches, parameters)
+    command = [*plan.command, "--print-out-paths" if release >= [2, 9] else "--json", *_NIX_FEATURES]
+    return plan._replace(command=command, dependencies=fetches, parameters=parameters)
 
 
 def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
@@ -5293,34 +5312,31 @@ def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
         doc = doc.get("derivations", doc)  # nix 2.33 and later wrap the table
         fetches = []
         for path, derivation in doc.items():
-            outputs = [output for _, output in sorted(derivation["outputs"].items()) if output.get("hash")]
-            if outputs:
-                fetches.append(_nix_dependency(path, derivation, outputs[0]))
+            output = next((output for _, output in sorted(derivation["outputs"].items()) if output.get("hash")), None)
+            if not output:
+                continue
+            env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
+            plain = re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
+            name = derivation.get("name") or env.get("name") or plain
+            recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before nix 2.23
+            algorithm, digest = _parse_hash(output["hash"], algorithm)
+            annotations = {
+                "drvPath": path,
+                "outputHashMode": output.get("method") or ("nar" if recursive == "r" else "flat"),
+            }
+            if not isinstance(name + annotations["outputHashMode"], str):
+                raise TypeError("name and method must be strings")
+            for key in ("url", "urls"):
+                value = env.get(key)
+                value = value.get("value") if isinstance(value, dict) else value
+                if value:
+                    annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
+            uri = f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"
+            fetches.append({"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": uri})
         return len(doc), sorted(fetches, key=lambda fetch: (fetch["name"], fetch["annotations"]["drvPath"]))
 
 
-def _nix_dependency(path: str, derivation: Any, output: Any) -> dict[str, Any]:
-    """Return a fixed-output derivation as an entry of resolvedDependencies.
-
-    Raises ValueError, KeyError, TypeError or AttributeError if the derivation has another shape.
-    """
-    env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
-    name = derivation.get("name") or env.get("name") or re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
-    if not isinstance(name, str) or not isinstance(output.get("method", ""), str):
-        raise TypeError("name and method must be strings")
-    recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before nix 2.23
-    algorithm, digest = _nix_hash(output["hash"], algorithm)
-    annotations = {"drvPath": path, "outputHashMode": output.get("method") or ("nar" if recursive == "r" else "flat")}
-    for key in ("url", "urls"):
-        value = env.get(key)
-        value = value.get("value") if isinstance(value, dict) else value
-        if value:
-            annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
-    uri = f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"
-    return {"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": uri}
-
-
-def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
+def _parse_hash(value: Any, algorithm: str = "") -> tuple[str, str]:
     """Return (algorithm, digest in hexadecimal).  Raises ValueError, KeyError, TypeError or AttributeError.
 
     value: hexadecimal digits of algorithm, an SRI string [SRI], or an object with the keys algorithm and hash.
@@ -5329,7 +5345,7 @@ def _nix_hash(value: Any, algorithm: str) -> tuple[str, str]:
         algorithm, value = value["algorithm"], value["hash"]
     if "-" in value:
         algorithm, _, value = value.partition("-")
-    size = _HASH_BYTES[algorithm]
+    size = hashlib.new(algorithm, usedforsecurity=False).digest_size
     raw = bytes.fromhex(value) if len(value) == 2 * size else base64.b64decode(value, validate=True)
     if len(raw) != size:
         raise ValueError(f"{value[:100]!r} has {len(raw)} bytes, expected {size} for {algorithm}")
@@ -5341,54 +5357,49 @@ def flake_inputs(lock: bytes) -> list[dict[str, str]]:
 
     Raises BuildFailed SourceError.
     """
-    if not lock:
-        return []
     with _parsing("flake.lock", "SourceError"):
-        doc = json.loads(lock)
+        doc = json.loads(lock or b'{"nodes": {"": {}}, "root": ""}')
         nodes = doc["nodes"]
+        direct = sorted(nodes[doc["root"]].get("inputs", {}).items())
         # An input that follows another one is a list, and has no node of its own.
-        direct = {name: node for name, node in nodes[doc["root"]].get("inputs", {}).items() if isinstance(node, str)}
-        locked = {name: nodes[node].get("locked", {}).get("narHash") for name, node in sorted(direct.items())}
-    return [{"name": name, "narHash": str(digest)} for name, digest in locked.items() if digest]
+        locked = [
+            (name, nodes[node].get("locked", {}).get("narHash")) for name, node in direct if isinstance(node, str)
+        ]
+    return [{"name": name, "narHash": str(digest)} for name, digest in locked if digest]
 
 
 def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
-    """Return (name, path) of each executable in bin/ of each output that nix printed, as lines or JSON.  [CONTRACT 2.1]
+    """Return (name, path) of each executable in bin/ of each output that nix printed.  [CONTRACT 2.1]
 
-    Raises BuildFailed ProvenanceError if two outputs have different executables of one name.
+    stdout: one path per line, or JSON.
     """
     text = stdout.decode("utf-8", "replace").strip()
     outputs = text.split("\n")
     if text.startswith("["):
         outputs = [path for row in json.loads(text) for path in row["outputs"].values()]
-    found: dict[str, str] = {}
+    found = []
     for output in filter(None, outputs):
-        folder = os.path.join(output, "bin")
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-            path = os.path.realpath(os.path.join(folder, name))
-            if not path.startswith(os.path.dirname(output) + "/"):
-                continue  # a link out of the store
-            if os.path.isfile(path) and os.stat(path).st_mode & 0o111:
-                if name in found and file_sha256(found[name]) != file_sha256(path):
-                    raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
-                found[name] = path
-    return sorted(found.items())
+        for link in sorted(glob.glob("bin/*", root_dir=output, include_hidden=True)):
+            path = os.path.realpath(os.path.join(output, link))
+            store = path.startswith(os.path.dirname(output) + "/")  # otherwise it is a link out of the store
+            if store and os.path.isfile(path) and os.stat(path).st_mode & 0o111:
+                found.append((os.path.basename(link), path))
+    return sorted(found)
 
 
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
 TOOLCHAINS = (
-    Toolchain("nix", "flake.nix", "flake.lock", (), plan_nix, collect_nix, keep_stdout=True, shared={
+    Toolchain("nix", "flake.nix", plan_nix, collect_nix, (), evaluate_nix, {
         "NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
-    Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("target",), plan_cargo, collect_cargo),
+    Toolchain("cargo", "Cargo.lock", plan_cargo, collect_cargo, ("target",)),
 )
 # fmt: on
-
 OUTPUTS = {toolchain.marker: toolchain.outputs for toolchain in TOOLCHAINS}
 
 
 def source_expectations(directory: str, expected: Expectations, algorithm: str) -> Expectations:
-    """Return expected with the tree, lock file digest and, for cargo, dependencies of the checkout in directory.
+    """Return expected with the tree, lock file digest and dependencies of the checkout in directory.
 
     The dependencies of nix are known only after an evaluation, and pnpm's lock file is YAML: they stay "not checked",
     and the digest of the lock file stands for them.
@@ -5397,24 +5408,25 @@ def source_expectations(directory: str, expected: Expectations, algorithm: str) 
     """
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
+    pnpm = os.path.join(directory, "pnpm-lock.yaml")
     try:
         try:
             toolchain = detect_toolchain(directory)
-            outputs, lock_name = toolchain.outputs, toolchain.lockfile
-        except BuildFailed:
-            lock_name, outputs = "pnpm-lock.yaml", ("dist", "node_modules")  # verified, though never built here
-            if not os.path.isfile(os.path.join(directory, lock_name)):
+            plan, outputs = toolchain.plan(directory), toolchain.outputs
+        except BuildFailed as e:
+            if e.error_type != "UnsupportedToolchainError" or not os.path.isfile(pnpm):
                 raise
+            # verified, though never built here
+            plan, outputs = Plan((), (), read_lockfile(pnpm), None), ("dist", "node_modules")
         with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
             files = list_source(directory, open_checkout(directory, own))
         tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
-        lock = read_lockfile(os.path.join(directory, lock_name))
-        dependencies = [d["uri"] for d in cargo_dependencies(lock, directory)] if lock_name == "Cargo.lock" else None
     except BuildFailed as e:
         raise UsageError(f"--source {directory}: {e}") from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
-    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(lock), dependencies=dependencies)
+    uris = None if plan.dependencies is None else [d["uri"] for d in plan.dependencies]
+    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
 
 
 # endregion 20
@@ -5679,32 +5691,24 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
     artifacts: the directory that holds the artifacts.
     """
 
-    def add(name: str, mode: int, content: IO[bytes] | None = None) -> None:
-        info = tarfile.TarInfo(f"{project}/{name}".rstrip("/"))
-        info.mode = mode
-        info.type = tarfile.DIRTYPE
-        if content is not None:
-            info.type = tarfile.REGTYPE
-            info.size = content.seek(0, os.SEEK_END)
-            content.seek(0)
-        archive.addfile(info, content)
-
-    write_tar = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
-    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write_tar(fileobj=stream) as archive:
-        add("", 0o755)
-        add("artifacts", 0o755)
-        for name in sorted(os.listdir(artifacts)):
-            with open(os.path.join(artifacts, name), "rb") as artifact:
-                add(f"artifacts/{name}", 0o755, artifact)
-        add("evidence.json", 0o644, io.BytesIO(evidence))
-        add("provenance.json", 0o644, io.BytesIO(provenance))
+    files = {f"artifacts/{name}": os.path.join(artifacts, name) for name in sorted(os.listdir(artifacts))}
+    documents = {"evidence.json": evidence, "provenance.json": provenance}
+    with open_tar(path) as archive:
+        for name in ("", "artifacts", *files, *documents):
+            info = tarfile.TarInfo(f"{project}/{name}".rstrip("/"))
+            info.mode = 0o644 if name in documents else 0o755
+            info.type = tarfile.REGTYPE if "." in name or "/" in name else tarfile.DIRTYPE
+            with io.BytesIO(documents.get(name, b"")) if name not in files else open(files[name], "rb") as content:
+                info.size = content.seek(0, os.SEEK_END)
+                content.seek(0)
+                archive.addfile(info, content)
 
 
 def is_bare_evidence(path: str) -> bool:
     """Return whether path is an evidence.json without a provenance.json next to it.  [CONTRACT 5.5]"""
     folder, name = os.path.split(path)
-    provenance = os.path.join(folder, "provenance.json")
-    return name == "evidence.json" and os.path.isfile(path) and not os.path.lexists(provenance)
+    alone = not os.path.lexists(os.path.join(folder, "provenance.json"))
+    return name == "evidence.json" and os.path.isfile(path) and alone
 
 
 __all__ += ["read_bundle"]
@@ -5724,10 +5728,10 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
             if sys.stdin is None:
                 raise UsageError("stdin is closed")
             return _read_archive("stdin", sys.stdin.buffer, max_unpacked, evidence_only)
+        if os.path.basename(path) == "evidence.json" and not os.path.isdir(path):
+            return _read_directory(os.path.dirname(path) or ".", evidence_only)
         if os.path.isdir(path):
             return _read_directory(find_project(path, "")[0], evidence_only)
-        if os.path.basename(path) == "evidence.json":
-            return _read_directory(os.path.dirname(path) or ".", evidence_only)
         with open(path, "rb") as f:
             return _read_archive(path, f, max_unpacked, evidence_only)
     except Malformed as e:
@@ -5736,39 +5740,52 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
         raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None
 
 
+def _assemble(
+    names: Sequence[str],
+    digest: Callable[[str], str],
+    document: Callable[[str], bytes],
+    evidence_only: bool,
+    strict: bool,
+) -> BundleFiles:
+    """Return the bundle that consists of these files.
+
+    names: of all files, relative to the bundle; an empty folder `artifacts` counts as one.
+    digest: returns the SHA-256 of a file, or the reason why it has none.
+    document: returns the contents of a file.
+    strict: every file next to artifacts/ belongs to the bundle. Otherwise those named like a subject or artifact do,
+        or all of them if artifacts/ is empty.
+    """
+    evidence = document("evidence.json")
+    if evidence_only:
+        return BundleFiles(None, evidence, {}, sorted(set(names) - {"evidence.json"}))
+    provenance = document("provenance.json") if "provenance.json" in names else None
+    inside = {name[10:] for name in names if name.startswith("artifacts/")}
+    beside = {name for name in names if "/" not in name} - _DOCUMENTS - {"artifacts"}
+    if not strict and (inside or provenance is None):
+        beside &= {*inside, *subject_names(provenance or b"")}
+    artifacts = {}
+    for name in sorted(inside | beside):
+        found = {digest(path) for path, known in ((f"artifacts/{name}", inside), (name, beside)) if name in known}
+        # Two of one name must be equal, since users may run either.
+        artifacts[name] = found.pop() if len(found) == 1 else "differs from the file of this name next to artifacts/"
+    return BundleFiles(provenance, evidence, artifacts)
+
+
 def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
     """Return the bundle in the directory root.  Raises UsageError, Malformed or OSError."""
-    folder = os.path.join(root, "artifacts")
-    evidence = _read_document(root, "evidence.json")
-    names = set(os.listdir(root)) - {"evidence.json"}
-    is_link = os.path.islink(folder)
-    if evidence_only:
-        inside = {f"artifacts/{name}" for name in (os.listdir(folder) if os.path.isdir(folder) and not is_link else ())}
-        return BundleFiles(None, evidence, {}, sorted(names - {"artifacts"} | inside if inside else names))
-    if is_link:
-        raise UsageError(f"{folder} is a symbolic link, expected a directory")
-    artifacts = _digest_entries(folder, os.listdir(folder) if "artifacts" in names else ())
-    provenance = _read_document(root, "provenance.json") if "provenance.json" in names else None
-    beside = names - {"artifacts", "provenance.json"}
-    if artifacts or provenance is None:  # then only files named like a subject or artifact belong to the bundle
-        beside &= {*artifacts, *subject_names(provenance or b"")}
-    return BundleFiles(provenance, evidence, _with_copies(artifacts, _digest_entries(root, beside)))
 
+    def digest(name: str) -> str:
+        path = os.path.join(root, name)
+        return file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
 
-def _digest_entries(folder: str, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of each of these files of folder by name, or the reason why it has none."""
-    found = {}
-    for name in names:
-        path = os.path.join(folder, name)
-        found[name] = file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
-    return found
-
-
-def _with_copies(artifacts: Mapping[str, str], beside: Mapping[str, str]) -> dict[str, str]:
-    """Return artifacts, with those next to artifacts/.  Two of one name must be equal, since users may run either."""
-    differs = "differs from the file of this name next to artifacts/"
-    equal = {name: d if beside.get(name, d) == d else differs for name, d in artifacts.items()}
-    return {**beside, **equal}
+    folder, names = os.path.join(root, "artifacts"), os.listdir(root)
+    if os.path.islink(folder):
+        if not evidence_only:
+            raise UsageError(f"{folder} is a symbolic link, expected a directory")
+    elif os.path.isdir(folder) or "artifacts" in names and not evidence_only:
+        inside = [f"artifacts/{name}" for name in os.listdir(folder)]
+        names = inside + [name for name in names if not inside or name != "artifacts"]
+    return _assemble(names, digest, functools.partial(_read_document, root), evidence_only, False)
 
 
 def _read_document(folder: str, name: str) -> bytes:
@@ -5780,69 +5797,57 @@ def _read_document(folder: str, name: str) -> bytes:
 def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: bool) -> BundleFiles:
     """Return the bundle in the gzip tarball f, in one pass.  path: for errors.  Raises UsageError or OSError."""
     documents: dict[str, bytes] = {}
-    files: dict[str, str] = {}
-    folders: set[str] = set()
+    files: dict[str, str] = {}  # a folder has a name with a slash at its end, and no digest
     tops: set[str] = set()  # the first folder of each path: at most one, which also limits the documents that are held
     try:
         for count, member in enumerate(tar_members(gzip.GzipFile(fileobj=f), max_unpacked), 1):
             if count > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
-            name = "" if member.name == "." else member.name.removeprefix("./")
+            folder = member.kind == "directory"
+            name = re.sub(r"\A\./", "", member.name + "/" * folder)
             top, slash, rest = name.partition("/")
-            tops.update([top] if slash or member.kind == "directory" and name else [])
-            if member.kind not in ("file", "directory") or name in files or len(tops) > 1 or tops & {"", ".", ".."}:
+            tops.update([top] if slash else [])
+            if not (folder or member.kind == "file") or files.get(name) or len(tops) > 1 or tops & {"", ".", ".."}:
                 raise UsageError(f"{path}: unexpected archive member {member.name[:80]!r}")
-            if member.kind == "directory":
-                folders.add(name + "/")
-                continue
             digest, head = hashlib.sha256(), bytearray()
             limit = MAX_JSON + 1 if {name, rest} & _DOCUMENTS else 0
             for block in member.contents:
                 digest.update(block)
                 head += block[: limit - len(head)]
-            files[name], documents[name] = digest.hexdigest(), bytes(head)
+            files[name], documents[name] = "" if folder else digest.hexdigest(), bytes(head)
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and the reader raise several kinds for hostile bytes
         hint = "give a directory that holds evidence.json, or a gzip tarball of a bundle"
         raise UsageError(f"{path}: neither a bundle nor its archive: {e}", hint) from None
-    root = "" if _DOCUMENTS & set(files) else "".join(tops) + "/"
-    place = re.compile(re.escape(root) + r"(?!artifacts\Z)(artifacts/)?[^/]+")
-    odd = [name for name in files if not place.fullmatch(name)]
-    odd += sorted(folders - {"/", root, root + "artifacts/"})
-    if odd:
-        raise UsageError(f"{path}: unexpected archive member {odd[0][:80]!r}")
-    names = {name.removeprefix(root): digest for name, digest in files.items()}
+    root = "" if files.keys() & _DOCUMENTS else "".join(tops) + "/"
+    place = re.compile(rf"({re.escape(root)}(?!artifacts\Z)(artifacts/)?[^/]*)?")
+    for name in files:
+        if not place.fullmatch(name):
+            raise UsageError(f"{path}: unexpected archive member {name[:80]!r}")
+    names = {name.removeprefix(root): digest for name, digest in files.items() if digest}
     for name in ("evidence.json",) if evidence_only else sorted(_DOCUMENTS):
         if name not in names:
             raise UsageError(f"{path}: no {name} in the archive")
-    evidence, provenance = documents[root + "evidence.json"], documents.get(root + "provenance.json")
-    if evidence_only:
-        return BundleFiles(None, evidence, {}, sorted(set(names) - {"evidence.json"}))
-    inside = {name.removeprefix("artifacts/"): digest for name, digest in names.items() if "/" in name}
-    beside = {name: digest for name, digest in names.items() if "/" not in name and name not in _DOCUMENTS}
-    return BundleFiles(provenance, evidence, _with_copies(inside, beside))
+    return _assemble([*names], names.__getitem__, lambda name: documents[root + name], evidence_only, True)
 
 
 # endregion 22
 # ==============================================================================
 # region 23. Pipeline          [uses 11, 12, 13, 15, 16, 17, 18, 19, 20, 21, 22]
 # ==============================================================================
-# Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls Pipeline.run
+# Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls run_pipeline
 # once, in a process that does nothing else and is thrown away afterwards; everything runs in the caller's thread.
 # Specifications: provenance.json follows [SLSA] and [IN-TOTO] in the form of [CONTRACT 3.2].
 
 # The server's environment variables that a build sees; --env adds to them [CONTRACT 2.2].  All others, and so every
 # secret, are left out.
-# fmt: off
-ALLOWED_ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ",
-    "SSL_CERT_FILE", "SSL_CERT_DIR", "NIX_SSL_CERT_FILE", "GIT_SSL_CAINFO", "CURL_CA_BUNDLE", "CARGO_HTTP_CAINFO",
-    "CARGO_NET_OFFLINE", "RUSTUP_HOME", "RUSTUP_AUTO_INSTALL", "RUSTUP_DIST_SERVER",
-    "NIX_CONF_DIR", "NIX_REMOTE", "NIX_STORE_DIR", "NIX_STATE_DIR", "NIX_LOG_DIR",
-    "http_proxy", "https_proxy", "no_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY",
-)
-# fmt: on
+ALLOWED_ENVIRONMENT = """
+    PATH LANG LC_ALL LC_CTYPE TZ SSL_CERT_FILE SSL_CERT_DIR NIX_SSL_CERT_FILE GIT_SSL_CAINFO CURL_CA_BUNDLE
+    CARGO_HTTP_CAINFO CARGO_NET_OFFLINE RUSTUP_HOME RUSTUP_AUTO_INSTALL RUSTUP_DIST_SERVER
+    NIX_CONF_DIR NIX_REMOTE NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR
+    http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
+""".split()
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 
 
@@ -5854,16 +5859,16 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     extra: the names of further variables that are passed on, from --env.
     """
     env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
-    for name in set(env) - {*extra}:
-        if name.lower().endswith("_proxy") and "@" in env[name]:
-            del env[name]  # it contains the proxy's password
+    for name in [name for name in env if re.search("(?i)_proxy$", name) and "@" in env[name] and name not in extra]:
+        del env[name]  # it contains the proxy's password
     rustup = os.path.join(environ.get("HOME", "/nonexistent"), ".rustup")
-    if os.path.isdir(rustup):
-        env.setdefault("RUSTUP_HOME", rustup)
-    env.setdefault("PATH", os.defpath)
-    for name, folder in zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True):
-        env[name] = os.path.join(workspace, folder)
-    return env
+    own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
+    return {
+        "PATH": os.defpath,
+        **({"RUSTUP_HOME": rustup} if os.path.isdir(rustup) else {}),
+        **env,
+        **{name: os.path.join(workspace, folder) for name, folder in own},
+    }
 
 
 class BuildLog:
@@ -5879,12 +5884,12 @@ class BuildLog:
 
     def __call__(self, lines: list[str]) -> None:
         """Emit lines as events of the phase `build`."""
+        text = "".join(line + "\n" for line in lines)
+        self._digest.update(text.encode("utf-8"))
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", text) if "error" in text else ""  # without colours
+        match = re.search(r"(?m)^[ \t]*(error(\[\w+\])?:.*)", plain)
+        self.cause = self.cause or (match[1].strip() if match else "")
         if lines:
-            text = "\n".join(lines) + "\n"
-            self._digest.update(text.encode("utf-8"))
-            if not self.cause and "error" in text:
-                plain = re.sub(r"\x1b\[[0-9;]*m", "", text).split("\n")  # without colours
-                self.cause = next((line.strip() for line in plain if re.match(r"\s*error(\[\w+\])?:", line)), "")
             self._emit("build", lines)
 
     def hexdigest(self) -> str:
@@ -5892,77 +5897,71 @@ class BuildLog:
         return self._digest.hexdigest()
 
 
-class Pipeline(NamedTuple):
-    """One build.
+def run_pipeline(
+    request: BuildRequest,
+    archive: str | None,
+    workspace: str,
+    env: Mapping[str, str],
+    policy: SourcePolicy,
+    attester: Attester,
+    emit: Emit,
+) -> str:
+    """Build a source and return the path of the bundle's archive.
 
+    When it returns, no process that the build has started is alive.
     archive: the path of the uploaded source, or None if the request names a repository.
     workspace: a directory that is empty except for `agent`, which the build cannot write to.
     env: the environment of the build.
     emit: called with a phase and its messages.
+    Raises BuildFailed.
     """
-
-    request: BuildRequest
-    archive: str | None
-    workspace: str
-    env: Mapping[str, str]
-    policy: SourcePolicy
-    attester: Attester
-    emit: Emit
-
-    def run(self) -> str:
-        """Build the source and return the path of the bundle's archive.
-
-        When it returns, no process that the build has started is alive.
-        Raises BuildFailed.
-        """
-        request, archive, workspace, env, policy, attester, emit = self
-        started = utc_now()
-        own = os.path.join(workspace, "agent")
-        copies = os.path.join(own, "artifacts")
-        os.makedirs(own, exist_ok=True)
-        # A real path, so that collect_cargo notices the symbolic links that a build makes.
-        root = os.path.join(os.path.realpath(workspace), "source")
-        if archive is None:
-            url, ref = request.repo_url, request.repo_ref
-            fetch_git(url, ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
-            project, name = root, repository_name(url)
-        else:
-            os.mkdir(root)
-            unpack_archive(archive, root, policy.max_unpacked)
-            project, name = find_project(root, request.source_name)
-        toolchain = detect_toolchain(project)
-        _launchers[-1].share([env.get(variable, default) for variable, default in toolchain.shared.items()])
-        emit("detect", [toolchain.name])
-        emit("init", ["Verifying build inputs"])
-        refuse_outside_influence(project)
-        for output in toolchain.outputs:
-            remove_tree(os.path.join(project, output))
-        source = _describe_source(project, env, emit)
-        plan = toolchain.plan(project, env)
-        log = BuildLog(emit)
-        hand_to_build(project)
-        argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
-        status, stdout = run_tool(argv, project, plan.env, log, toolchain.keep_stdout)
-        if status != 0:
-            full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-            ending = f"status {status}" if status > 0 else f"signal {-status}"
-            message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
-            raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
-        emit("provenance", ["Generating provenance"])
-        try:
-            artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
-        except PermissionError as e:  # the build can take the permissions away
-            raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
-        byproducts = {"build_log": log.hexdigest(), **attester.byproducts}
-        statement = _make_statement(plan, source, attester.builder, byproducts, artifacts, started)
-        emit("attest", ["Generating attestation"])
-        try:
-            evidence = attester.attest(report_data(statement, request.nonce))
-        except NoAttester as e:
-            raise BuildFailed("AttestationError", str(e)) from None
-        path = os.path.join(own, "result.tar.gz")
-        write_archive(path, name, statement, evidence, copies)
-        return path
+    started = utc_now()
+    own = os.path.join(workspace, "agent")
+    os.makedirs(own, exist_ok=True)
+    # A real path, so that collect_cargo notices the symbolic links that a build makes.
+    root = os.path.join(os.path.realpath(workspace), "source")
+    if archive is None:
+        url, ref = request.repo_url, request.repo_ref
+        fetch_git(url, ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
+        project, name = root, repository_name(url)
+    else:
+        os.mkdir(root)
+        unpack_archive(archive, root, policy.max_unpacked)
+        project, name = find_project(root, request.source_name)
+    toolchain = detect_toolchain(project)
+    _launchers[-1].share([env.get(variable, default) for variable, default in toolchain.store.items()])
+    emit("detect", [toolchain.name])
+    emit("init", ["Verifying build inputs"])
+    refuse_outside_influence(project)
+    for output in toolchain.outputs:
+        remove_tree(os.path.join(project, output))
+    source = _describe_source(project, env, emit)
+    plan = prepare(toolchain, project, env)
+    log = BuildLog(emit)
+    hand_to_build(project)
+    argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
+    status, stdout = run_tool(argv, project, plan.env, log, bool(toolchain.store))
+    if status != 0:
+        full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        ending = f"status {status}" if status > 0 else f"signal {-status}"
+        message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
+        raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
+    emit("provenance", ["Generating provenance"])
+    copies = os.path.join(own, "artifacts")
+    try:
+        artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
+    except PermissionError as e:  # the build can take the permissions away
+        raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
+    byproducts = {"build_log": log.hexdigest(), **attester.byproducts}
+    statement = _make_statement(plan, source, attester.builder, byproducts, artifacts, started)
+    emit("attest", ["Generating attestation"])
+    try:
+        evidence = attester.attest(report_data(statement, request.nonce))
+    except NoAttester as e:
+        raise BuildFailed("AttestationError", str(e)) from None
+    path = os.path.join(own, "result.tar.gz")
+    write_archive(path, name, statement, evidence, copies)
+    return path
 
 
 def _describe_source(project: str, env: Mapping[str, str], emit: Emit) -> dict[str, Any]:
@@ -5992,7 +5991,7 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
     if not found:
         raise BuildFailed("NoArtifacts", "the build succeeded but made no executable")
     os.mkdir(folder)
-    taken = {}
+    taken = dict[str, str]()
     for name, path in found:
         if not PLAIN_NAME.fullmatch(name) or not name.isprintable():
             raise BuildFailed("ProvenanceError", f"the artifact name {name!r} is not a plain file name")
@@ -6000,7 +5999,8 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
         shutil.copyfile(path, copy, follow_symlinks=False)
         if os.path.islink(copy):
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
-        taken[name] = file_sha256(copy)
+        if taken.setdefault(name, file_sha256(copy)) != file_sha256(copy):
+            raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
     return taken
 
 
@@ -6025,8 +6025,7 @@ def _make_statement(
     started: the time of startedOn.
     Raises BuildFailed ProvenanceError if our own verifier would refuse the statement.
     """
-    programs = {**plan.programs, "kettle": Program("", f"confbuild {__version__}", sha256_hex(own_source()))}
-    toolchain = {name: {"digest": {"sha256": p.sha256}, "version": p.version} for name, p in programs.items()}
+    kettle = Program("", f"confbuild {__version__}", sha256_hex(own_source()))
     root, *others = _resources({"input_merkle_root": "0" * 64, **byproducts})
     clock = re.sub("[-:]", "", started[:19]).replace("T", "-")
     doc = {
@@ -6040,10 +6039,13 @@ def _make_statement(
                 },
                 "internalParameters": {
                     **plan.parameters,
-                    "lockfileHash": {"sha256": plan.lockfile_sha256},
-                    "toolchain": toolchain,
+                    "lockfileHash": {"sha256": sha256_hex(plan.lock)},
+                    "toolchain": {
+                        name: {"digest": {"sha256": program.sha256}, "version": program.version}
+                        for name, program in {**plan.programs, "kettle": kettle}.items()
+                    },
                 },
-                "resolvedDependencies": list(plan.dependencies),
+                "resolvedDependencies": plan.dependencies,
             },
             "runDetails": {
                 "builder": {"id": builder},
@@ -6059,13 +6061,11 @@ def _make_statement(
         "subject": _resources(dict(sorted(subjects.items()))),
     }
     try:
-        check_statement(doc)
-        root["digest"]["sha256"] = merkle_root(merkle_entries(doc))
-        data = to_canonical(doc)
-        check_statement(parse_json(data, "provenance"))
+        check_statement(parse_json(to_canonical(doc), "provenance"))
     except (Malformed, UnicodeEncodeError) as e:
         raise BuildFailed("ProvenanceError", str(e)) from None
-    return data
+    root["digest"]["sha256"] = merkle_root(merkle_entries(doc))
+    return to_canonical(doc)
 
 
 # endregion 23
@@ -8677,7 +8677,7 @@ def serve_agent(
         try:
             with open(reserve, "wb") as f:
                 f.write(bytes(MIB))  # room for the final events, if the build fills the disk
-            return Pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit).run()
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
         except (BuildFailed, OSError) as e:
             if not lacks_room(e, workspace):
                 raise

@@ -11095,8 +11095,9 @@ class TestPlanCargo:
         (tmp_path / "Cargo.lock").write_text(LOCK + entry(source=REGISTRY, checksum=SHA))
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
-        plan = confbuild.plan_cargo(str(tmp_path), {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"})
-        assert plan.command == ("cargo", "build", "--locked", "--release")
+        env = {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"}
+        plan = confbuild.prepare(confbuild.detect_toolchain(str(tmp_path)), str(tmp_path), env)
+        assert plan.command == ["cargo", "build", "--locked", "--release"]
         assert list(plan.programs.items()) == [
             (
                 name,
@@ -11112,7 +11113,7 @@ class TestPlanCargo:
             "RUSTC": f"{stub}/rustc",
             "CARGO_TARGET_DIR": str(tmp_path / "target"),
         }
-        assert plan.lockfile_sha256 == hashlib.sha256((tmp_path / "Cargo.lock").read_bytes()).hexdigest()
+        assert plan.lock == (tmp_path / "Cargo.lock").read_bytes()
         assert (plan.dependencies, plan.parameters) == ([LIBC], {})
         assert confbuild.collect_cargo(str(tmp_path), b"") == []  # no target/release at all
         release = tmp_path / "target" / "release"
@@ -11461,6 +11462,11 @@ def nix(tmp_path: Path) -> Path:
     return folder
 
 
+def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Plan:
+    flake = str(tmp_path / "source" / "flake")
+    return confbuild.prepare(confbuild.detect_toolchain(flake), flake, on_path(nix))
+
+
 class TestPlanNix:
     @pytest.mark.parametrize(
         ("version", "show", "printing"),
@@ -11480,30 +11486,30 @@ class TestPlanNix:
     ) -> None:
         (nix / "version").write_text(version + "\n")
         (nix / "derivations").write_bytes(SHAPES["2.8" if printing == "--json" else "2.33"][0])
-        plan = confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        plan = plan_flake(tmp_path, nix)
         assert (nix / "calls").read_text().splitlines() == ["--version", f"{show} --recursive {FEATURES}"]
-        assert plan.command == ("nix", "build", "--no-link", printing, *FEATURES.split())
+        assert plan.command == ["nix", "build", "--no-link", printing, *FEATURES.split()]
         assert plan.programs == {
             "nix": confbuild.Program(str(nix / "nix"), version, hashlib.sha256((nix / "nix").read_bytes()).hexdigest())
         }
         assert plan.parameters == {"evaluation": {"derivationCount": 2, "fetchCount": 1}}
-        assert plan.dependencies[0]["digest"] == {"sha256": KNOWN_DIGESTS["sha256"]}
-        assert plan.lockfile_sha256 == hashlib.sha256(b"").hexdigest()
+        assert plan.dependencies and plan.dependencies[0]["digest"] == {"sha256": KNOWN_DIGESTS["sha256"]}
+        assert plan.lock == b""
 
     def test_inputs_and_lock(self, tmp_path: Path, nix: Path) -> None:
         lock = flake_lock({"dep": "d"}, d={"locked": {"narHash": "sha256-A="}})
         (tmp_path / "source" / "flake" / "flake.lock").write_bytes(lock)
-        plan = confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        plan = plan_flake(tmp_path, nix)
         assert list(plan.parameters) == ["evaluation", "flakeInputs"] and plan.parameters["flakeInputs"] == [
             {"name": "dep", "narHash": "sha256-A="}
         ]
-        assert plan.lockfile_sha256 == hashlib.sha256(lock).hexdigest()
+        assert plan.lock == lock
 
     def test_history_is_set_aside(self, tmp_path: Path, nix: Path) -> None:
         """The fake nix fails where it finds a .git, as the real one would read only what git knows."""
         (tmp_path / "source" / "flake" / ".git").mkdir()
         (tmp_path / "source" / "flake" / ".git" / "HEAD").touch()
-        confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))
+        plan_flake(tmp_path, nix)
         assert [*tmp_path.glob("source/*/HEAD")] == [tmp_path / "source" / "history-set-aside" / "HEAD"]
 
     @pytest.mark.parametrize(
@@ -11536,7 +11542,7 @@ class TestPlanNix:
         monkeypatch.setattr(confbuild, "GIB", 1000)
         for name, text in files.items():
             (nix / name).write_text(text)
-        assert failure(lambda: confbuild.plan_nix(str(tmp_path / "source" / "flake"), on_path(nix))) == (
+        assert failure(lambda: plan_flake(tmp_path, nix)) == (
             kind,
             message.replace("@", str(nix)),
         )
@@ -11576,9 +11582,12 @@ class TestPlanNix:
         assert collect(("\n".join(paths) + "\n").encode()) == collect(json.dumps(rows).encode()) == expected
         assert collect(b"") == collect(b"[]\n") == []
         other = script(store / "g-other" / "bin" / "hello", "echo hello\n")
-        assert collect(f"{paths[0]}\n{store}/g-other\n".encode())[1] == ("hello", str(other))  # the same bytes
+        found = collect(f"{paths[0]}\n{store}/g-other\n".encode())
+        assert found[1:3] == [("hello", str(hello)), ("hello", str(other))]
+        taken = confbuild._take_artifacts(found, str(tmp_path / "equal"))
+        assert list(taken) == [".hello-wrapped", "hello", "tool"]
         other.write_text("#!/bin/sh\nrm -rf /\n")
-        assert failure(lambda: collect(f"{paths[0]}\n{store}/g-other\n".encode())) == (
+        assert failure(lambda: confbuild._take_artifacts(found, str(tmp_path / "different"))) == (
             "ProvenanceError",
             "two outputs have different executables called hello",
         )
@@ -12851,7 +12860,7 @@ def plan(**changes: Any) -> confbuild.Plan:
     """A plan of cargo."""
     tool = confbuild.Program("/bin/tool", "tool 1", SHA)
     command = ("cargo", "build", "--locked", "--release")
-    made = confbuild.Plan(command, {}, {"cargo": tool, "rustc": tool}, SHA, [LIBC], {})
+    made = confbuild.Plan(command, ("cargo", "rustc"), b"", [LIBC], {}, {"cargo": tool, "rustc": tool})
     return made._replace(**changes)
 
 
@@ -12891,7 +12900,7 @@ class TestMakeStatement:
                 "source": {"digest": {"gitCommit": COMMIT, "gitTree": "12" * 20}, "uri": "https://h/r"},
             },
             "internalParameters": {
-                "lockfileHash": {"sha256": SHA},
+                "lockfileHash": {"sha256": hashlib.sha256(b"").hexdigest()},
                 "toolchain": {"cargo": tool, "rustc": tool, "kettle": kettle},
             },
             "resolvedDependencies": [LIBC],
@@ -12900,7 +12909,10 @@ class TestMakeStatement:
         # version, lock file, uris.
         level = [
             hashlib.sha256(text.encode()).digest()
-            for text in (COMMIT, "12" * 20, SHA, "tool 1", SHA, "tool 1", SHA, str(LIBC["uri"]))
+            for text in (
+                *(COMMIT, "12" * 20, SHA, "tool 1", SHA, "tool 1", hashlib.sha256(b"").hexdigest()),
+                str(LIBC["uri"]),
+            )
         ]
         while len(level) > 1:
             level = [hashlib.sha256(level[i] + level[i + 1]).digest() for i in range(0, len(level), 2)]
@@ -12916,7 +12928,7 @@ class TestMakeStatement:
         ("changes", "fragment"),
         [
             ({"command": ["cargo\tbuild"]}, "buildCommand"),
-            ({"lockfile_sha256": ""}, "lockfileHash"),
+            ({"tools": (), "programs": {}}, "toolchain"),
             ({"parameters": {"extra": 1}}, "internalParameters"),
             ({"programs": {"nix": confbuild.Program("/bin/nix", "nix 1", "x")}}, "toolchain"),
             ({"dependencies": [{**LIBC, "extra": 1}]}, "resolvedDependencies[0]"),
@@ -13062,16 +13074,18 @@ class TestPipeline:
             raise confbuild.BuildFailed("UnsupportedToolchainError", "none")
 
         monkeypatch.setattr(confbuild, "detect_toolchain", detect)
-        pipeline = confbuild.Pipeline(
-            confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"),
-            archive,
-            str(tmp_path / "link"),
-            {},
-            confbuild.SourcePolicy(),
-            confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
-            lambda *_: None,
+        found = failure(
+            lambda: confbuild.run_pipeline(
+                confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"),
+                archive,
+                str(tmp_path / "link"),
+                {},
+                confbuild.SourcePolicy(),
+                confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
+                lambda *_: None,
+            )
         )
-        assert failure(pipeline.run) == ("UnsupportedToolchainError", "none")
+        assert found == ("UnsupportedToolchainError", "none")
         assert detected == [str(tmp_path / "real/source/demo")]
 
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
@@ -16900,14 +16914,14 @@ class TestAgent:
         """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
         folders = ("source", *confbuild.BUILD_FOLDERS, "agent/artifacts")
 
-        def run(pipeline: Any) -> str:
+        def run(*arguments: Any) -> str:
             assert (tmp_path / "agent/reserve").stat().st_blocks * 512 >= 1 << 20
             for name in folders:
                 write_files(tmp_path / name, {"a/b": "x"})
             if error is not None:
                 raise error
             for _ in range(20):
-                pipeline.emit("build", ["x" * 20])
+                arguments[-1]("build", ["x" * 20])
             raise AssertionError("the log has no limit")
 
         made: list[Any] = []
@@ -16918,8 +16932,7 @@ class TestAgent:
                 super().__init__(jobs, *arguments)
 
         served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
-        monkeypatch.setattr(confbuild.Pipeline, "run", run)
-        for name, value in (("Api", Api), ("Server", lambda *_: served)):
+        for name, value in (("run_pipeline", run), ("Api", Api), ("Server", lambda *_: served)):
             monkeypatch.setattr(confbuild, name, value)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
         monkeypatch.setattr(confbuild, "has_room", lambda folder: folder != str(tmp_path) or room > 0)
