@@ -122,7 +122,7 @@ Specifications
                 headers in include/uapi/
     [QEMU]      QEMU 10.0.2    [QMP] its monitor, docs/interop/qmp-spec.rst    [KVM] Linux 6.12
     [EDK2]      edk2-stable202502    [PI] UEFI Platform Initialization 1.8
-    [ELF]       System V ABI    [DEB] deb(5), ar(5)    [POLICY] Debian Policy 4.7
+    [ELF]       System V ABI    [DEB] deb(5), dpkg-deb(1)    [POLICY] Debian Policy 4.7
     [CARGO]     The Cargo Book, https://doc.rust-lang.org/cargo
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
@@ -9455,13 +9455,11 @@ _NOT_IN_INITRD = re.compile(
 )
 # In the order in which ld.so(8) searches them.
 _LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")
-# The kernel modules that a guest loads, besides their dependencies.
-_MODULES = {
-    "base": ("virtio_net", "virtio_blk", "dm_verity", "erofs"),
-    "snp": ("crypto_null", "gf128mul", "ghash_generic", "gcm", "sev_guest"),
-}
+_LOADER = "lib64/ld-linux-x86-64.so.2"  # the program interpreter [ELF, x86-64 supplement 5.2.1]
 # sev_guest asks the crypto API for these without declaring it; newer kernels have them built into sev_guest.
-_OPTIONAL = frozenset(("crypto_null", "gf128mul", "ghash_generic", "gcm"))
+_OPTIONAL = ("crypto_null", "gf128mul", "ghash_generic", "gcm")
+# The kernel modules that a guest loads, besides their dependencies.
+_MODULES = ("virtio_net", "virtio_blk", "dm_verity", "erofs", *_OPTIONAL, "sev_guest")
 
 # /init. If PID 1 ended, the kernel would panic: in every case it ends the machine instead (QEMU runs with -no-reboot).
 _INIT = b"""#!/usr/bin/python3 -IS
@@ -9475,12 +9473,6 @@ except BaseException as error:
 finally:
     import ctypes
     ctypes.CDLL(None).reboot(0x01234567)  # RB_AUTOBOOT
-"""
-# Runs in the Python of the image. Each .pyc file names its source by the path that it has in a guest.
-_COMPILE = """import json, py_compile, sys
-for source, target, shown in json.load(open(sys.argv[1])):
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    py_compile.compile(source, target, shown, doraise=True, invalidation_mode=mode)
 """
 # image.json, for check_schema.
 _MANIFEST = {
@@ -9658,10 +9650,6 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
                 _add_member(tree, member)
         except ConfbuildError as e:
             raise ImageError(f"{package.name}: {e}", e.hint) from None
-        except Exception as e:  # zlib and lzma raise several kinds for hostile bytes
-            if isinstance(e, OSError) and e.errno is not None:  # gzip's own errors have no number
-                raise
-            raise ImageError(f"{package.name}: damaged: {type(e).__name__}: {str(e)[:200]}") from None
     try:
         _run_scripts(tree, root)
         tree.finish()
@@ -9671,35 +9659,24 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
 
 
 def _deb_members(path: str) -> Iterator[_Member]:
-    """Yield the members of data.tar in a .deb file.  [DEB]
-
-    Raises ConfbuildError, OSError, and errors of zlib and lzma.
-    """
-    with _open_regular(path) as f, tempfile.TemporaryFile() as data:
-        if f.read(8) != b"!<arch>\n":
-            raise ImageError("not a .deb file")
-        name, size = "", 0
-        while not name.startswith("data.tar"):
-            f.seek(size + size % 2, os.SEEK_CUR)
-            header = f.read(60)
-            # ar(5): name, time, uid, gid, mode; size; end
-            match = re.fullmatch(rb"([^\0]{16})[0-9 ]{32}([0-9]{1,10}) *`\n", header)
-            if match is None or len(header) != 60:
-                raise ImageError("not a .deb file, or one without data.tar")
-            name, size = match[1].rstrip(b" /").decode("ascii", "replace"), int(match[2])
-        openers: Mapping[str, Callable[..., Any]] = {
-            "data.tar": lambda f: f,
-            "data.tar.gz": gzip.open,
-            "data.tar.xz": lzma.open,
-        }
-        if name not in openers:
-            raise ImageError(
-                f"{name}: expected one of {', '.join(openers)}",
-                "use the packages of a distribution that compresses with xz, such as Debian",
+    """Yield the files of a .deb file. Raises ConfbuildError, OSError.  [DEB]"""
+    with tempfile.TemporaryFile() as data:
+        try:
+            done = subprocess.run(
+                ["dpkg-deb", "--fsys-tarfile", path],
+                stdin=subprocess.DEVNULL,
+                stdout=data,
+                stderr=subprocess.PIPE,
+                check=False,
+                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 * GIB + MAX_UNPACKED,) * 2),
             )
-        data.writelines(_take(f, size))
+        except FileNotFoundError:
+            raise ImageError("dpkg-deb is not installed", "install the package dpkg") from None
+        if done.returncode != 0:
+            message = "; ".join(done.stderr.decode("utf-8", "replace").splitlines())
+            raise ImageError(message[:500] or f"dpkg-deb exited with status {done.returncode}")
         data.seek(0)
-        yield from tar_members(openers[name](data), MAX_UNPACKED)
+        yield from tar_members(data, MAX_UNPACKED)
 
 
 def _add_member(tree: TreeWriter, member: _Member) -> None:
@@ -9929,21 +9906,16 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
 
     Each block holds sorted entries (nid, offset of the name, type), then their names.
     """
-    blocks: list[list[tuple[bytes, int, int]]] = [[]]
-    used = 0
-    for entry in sorted(entries):
-        used += 12 + len(entry[0])
-        if used > VERITY_BLOCK:
-            blocks.append([])
-            used = 12 + len(entry[0])
-        blocks[-1].append(entry)
-    data = b""
-    for block in blocks:
+    data, rest = b"", sorted(entries)
+    while rest:
+        sizes = itertools.accumulate(12 + len(name) for name, _, _ in rest)
+        count = sum(size <= VERITY_BLOCK for size in sizes)
+        block, rest = rest[:count], rest[count:]
+        places = itertools.accumulate((len(name) for name, _, _ in block), initial=12 * count)
         data += bytes(-len(data) % VERITY_BLOCK)
-        at = 12 * len(block)
-        for name, number, kind in block:
-            data += struct.pack("<QHBx", number, at, kind)
-            at += len(name)
+        data += b"".join(
+            struct.pack("<QHBx", number, at, kind) for (_, number, kind), at in zip(block, places, strict=False)
+        )
         data += b"".join(name for name, _, _ in block)
     return data
 
@@ -9951,56 +9923,33 @@ def _erofs_folder(entries: list[tuple[bytes, int, int]]) -> bytes:
 # ---- The initrd.
 
 
-def elf_needs(data: bytes) -> tuple[str, list[str]]:
-    """Return (interpreter or "", names of the shared libraries) that an ELF file for x86-64 asks for.
-
-    Raises Malformed.  [ELF]
-    """
-    reader = Reader(data, Malformed, "ELF")
-
-    def unpack(at: int, layout: str) -> tuple[Any, ...]:
-        reader.at = at
-        return reader.unpack(layout)
-
-    def text(at: int) -> str:
-        end = data.find(b"\0", at, at + 4096)
-        if end < 0:
-            raise Malformed("ELF", "a name has no end")
-        return os.fsdecode(data[at:end])
-
-    if data[:6] != b"\x7fELF\2\1" or unpack(18, "<H") != (62,):  # 64 bits, little-endian, EM_X86_64
-        raise Malformed("ELF", "not a file for x86-64")
-    [table], [width, count] = unpack(32, "<Q"), unpack(54, "<HH")  # e_phoff, e_phentsize, e_phnum
-    if width != 56 or count > 64:  # each may lead to thousands of entries
-        raise Malformed("ELF", f"{count} program headers of {width} bytes: expected at most 64 of 56")
-    # p_type, p_offset, p_vaddr, p_filesz
-    headers = [unpack(table + 56 * i, "<I4xQQ8xQ") for i in range(count)]
-    interpreter, entries = "", list[tuple[Any, ...]]()
-    for kind, offset, _, size in headers:
-        if kind == 3:  # PT_INTERP
-            interpreter = text(offset)
-        elif kind == 2:  # PT_DYNAMIC
-            rows = (unpack(at, "<QQ") for at in range(offset, offset + min(size, 1 << 16), 16))
-            entries += itertools.takewhile(lambda row: row[0], rows)  # up to DT_NULL
-    names = [value for tag, value in entries if tag == 1]  # DT_NEEDED
-    strings = dict(entries).get(5, 0)  # DT_STRTAB, an address
-    for kind, offset, address, size in headers:
-        if kind == 1 and address <= strings < address + size:  # PT_LOAD
-            return interpreter, [text(strings - address + offset + name) for name in names]
-    if names:
-        raise Malformed("ELF", "no segment holds the names")
-    return interpreter, []
+def _run_in_root(root: str, *arguments: str) -> str:
+    """Run the loader of the root file system with these arguments, and return what it prints. Raises ImageError."""
+    # Relative: the loader and Python split paths at colons, and a .pyc file must not depend on root's path.
+    argv = [f"./{_LOADER}", "--library-path", ":".join(_LIBRARY_FOLDERS), *arguments]
+    try:
+        status, output, errors = capture(argv, root, {"PYTHONHOME": "usr", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
+    except OSError as e:
+        raise ImageError(
+            f"{root}: {_LOADER} cannot be run here: {e.strerror}", "make the image on Linux on x86-64"
+        ) from None
+    text = output.decode("utf-8", "replace")
+    if status != 0:
+        last = (errors or text.rstrip()).rpartition("\n")[2] or f"exited with status {status}"
+        raise ImageError(f"the root file system's {arguments[-1]} does not run: {last}")
+    return text
 
 
-def _python_files(tree: _Tree) -> tuple[list[str], str, str]:
-    """Return (paths that Python needs, with the links and folders on the way; its version, as "3.13"; its loader)."""
+def _python_files(root: str, tree: _Tree) -> tuple[list[str], str]:
+    """Return (paths that Python needs, with the links and folders on the way; its version, as "3.13")."""
     program = _resolve(tree, "usr/bin/python3")[-1]
     match = re.fullmatch(r"usr/bin/python(3\.[0-9]+)", program)
     if not match or not stat.S_ISREG(tree[program].mode):
         raise ImageError(f"the root file system's usr/bin/python3 is {program}: expected a file usr/bin/python3.N")
     library = f"usr/lib/python{match[1]}/"
-    pending = ["usr/bin/python3"]
-    pending += (
+    # glibc opens libgcc_s when a thread ends.
+    names = ["usr/bin/python3", _LOADER, "usr/lib/x86_64-linux-gnu/libgcc_s.so.1"]
+    names += (
         name
         for name in tree
         if name.startswith(library)
@@ -10008,65 +9957,32 @@ def _python_files(tree: _Tree) -> tuple[list[str], str, str]:
         and not _NOT_IN_INITRD.match(name[len(library) :])
         and stat.S_ISREG(tree[name].mode)
     )
-    pending.append(_find_library(tree, "Python", "libgcc_s.so.1"))  # glibc opens it when a thread ends
     chosen: dict[str, None] = {}
-    loader = ""
-    for name in pending:  # grows
-        passed = _resolve(tree, name)
-        done = passed[-1] in chosen or name.endswith(".py") or not stat.S_ISREG(tree[passed[-1]].mode)
-        chosen.update(dict.fromkeys(passed))
-        if done:
-            continue
-        try:
-            interpreter, needed = elf_needs(_content(tree[passed[-1]]))
-        except Malformed as e:
-            raise ImageError(f"the root file system's {name}: {e}") from None
-        if interpreter:
-            loader = _resolve(tree, interpreter)[-1]
-            pending.append(interpreter)
-        pending += [_find_library(tree, name, soname) for soname in needed]
-    if not loader:
-        raise ImageError(f"the root file system's {program} is linked statically, so it cannot load modules")
-    return list(chosen), match[1], loader
+    for name in names:
+        chosen.update(dict.fromkeys(_resolve(tree, name)))
+        listed = "" if name.endswith(".py") else _run_in_root(root, "--list", f"./{name}")
+        for soname, found in re.findall(r"(?m)^\t(\S+) => (\S+)", listed):
+            if found.startswith(("/", "not")):  # a file of this machine, or none
+                raise ImageError(f"the root file system has no {soname}, which {name} needs")
+            chosen.update(dict.fromkeys(_resolve(tree, found)))
+    return list(chosen), match[1]
 
 
-def _find_library(tree: _Tree, wanted_by: str, soname: str) -> str:
-    """Return the path of a shared library. wanted_by: for the error. Raises ImageError if it is absent."""
-    for folder in _LIBRARY_FOLDERS:
-        with contextlib.suppress(ImageError):
-            _resolve(tree, f"{folder}/{soname}")
-            return f"{folder}/{soname}"
-    raise ImageError(f"the root file system has no {soname}, which {wanted_by} needs")
-
-
-def _compile_python(root: str, version: str, loader: str, sources: _Tree) -> _Tree:
+def _compile_python(root: str, version: str, sources: _Tree) -> _Tree:
     """Return the .pyc file of each of sources under the name of its source, compiled by the Python of root.
 
-    sources: by the path that they have in a guest.
-    version, loader: as _python_files returns them.
+    sources: by the path that they have in a guest. Each .pyc file names its source by this path.
+    version: as _python_files returns it.
     """
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
-        jobs = []
-        for i, name in enumerate(sorted(sources, key=os.fsencode)):
-            path = os.path.join(scratch, f"{i}.py")
+        for name, node in sources.items():
+            path = os.path.join(scratch, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "xb") as f:
-                f.writelines(_blocks(sources[name]))
-            jobs.append((path, path + "c", f"/{name}"))
-        with open(os.path.join(scratch, "jobs"), "w", encoding="ascii") as listed:
-            json.dump(jobs, listed)
-        # Relative: the loader and Python split paths at colons, and a .pyc file must not depend on root's path.
-        argv = [f"./{loader}", "--library-path", ":".join(_LIBRARY_FOLDERS), f"./usr/bin/python{version}"]
-        argv += ["-S", "-s", "-B", "-c", _COMPILE, listed.name]
-        try:
-            status, _, errors = capture(argv, root, {"PYTHONHOME": "usr", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1"})
-        except OSError as e:
-            raise ImageError(
-                f"{root}: {loader} cannot be run here: {e.strerror}", "make the image on Linux on x86-64"
-            ) from None
-        if status != 0:
-            last = errors.rpartition("\n")[2] or f"exited with status {status}"
-            raise ImageError(f"the root file system's Python does not run: {last}")
-        return {shown[1:]: _new_file(_read_whole(target, 64 * MIB)) for _, target, shown in jobs}
+                f.writelines(_blocks(node))
+        python = (f"./usr/bin/python{version}", "-S", "-s", "-B", "-m", "compileall", "-q", "-b")
+        _run_in_root(root, *python, "--invalidation-mode=unchecked-hash", "-s", scratch, "-p", "/", scratch)
+        return {name: _new_file(_read_whole(os.path.join(scratch, name + "c"), 64 * MIB)) for name in sources}
 
 
 def kernel_release(data: bytes) -> str:
@@ -10081,8 +9997,8 @@ def kernel_release(data: bytes) -> str:
     return release[0].decode("ascii")
 
 
-def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
-    """Return (group, name, bytes) of the modules that a guest loads, dependencies first.
+def _kernel_modules(tree: _Tree) -> dict[str, bytes]:
+    """Return name -> bytes of the modules that a guest loads, dependencies first.
 
     tree: the folder of one kernel's modules.
     Raises ImageError.
@@ -10094,27 +10010,25 @@ def _kernel_modules(tree: _Tree) -> list[tuple[str, str, bytes]]:
             files.setdefault(module[1].replace("-", "_"), name)
     listed = _content(tree.get("modules.builtin", _FOLDER)).decode("utf-8", "replace")
     built_in = {line.rpartition("/")[2].removesuffix(".ko").replace("-", "_") for line in listed.split("\n")}
-    loaded: dict[str, tuple[str, str, bytes]] = {}
+    loaded: dict[str, bytes] = {}
 
-    def load(name: str, group: str, wanted_by: str) -> None:
-        if name in loaded or name in built_in or (name in _OPTIONAL and name not in files):
+    def load(name: str, wanted_by: str) -> None:
+        if name in loaded or name in built_in:
             return
         if name not in files:
             raise ImageError(f"the kernel has no module {name}, which {wanted_by} needs")
         if len(loaded) == MAX_MODULES:  # also bounds the depth of this recursion
             raise ImageError(f"a guest would need more than {MAX_MODULES} modules")
-        data = _unpack_module(files[name], _content(tree[files[name]]))
+        loaded[name] = data = _unpack_module(files[name], _content(tree[files[name]]))  # now, so that a circle ends
         depends = re.search(rb"\0depends=([A-Za-z0-9_,-]*)\0", data)
-        loaded[name] = group, name, data  # before its dependencies, so that a circle ends
-        for other in depends[1].decode("ascii").split(",") if depends else []:
-            if other:
-                load(other.replace("-", "_"), group, name)
+        for other in filter(None, depends[1].decode("ascii").split(",") if depends else []):
+            load(other.replace("-", "_"), name)
         loaded[name] = loaded.pop(name)  # after its dependencies
 
-    for group, names in _MODULES.items():
-        for name in names:
-            load(name, group, "a guest")
-    return list(loaded.values())
+    for name in _MODULES:
+        if name in files or name not in _OPTIONAL:
+            load(name, "a guest")
+    return loaded
 
 
 def _unpack_module(name: str, data: bytes) -> bytes:
@@ -10138,21 +10052,20 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     tree: of root.
     modules: the folder of the kernel's modules.
     """
-    names, version, loader = _python_files(tree)
+    names, version = _python_files(root, tree)
     own, agent = f"{_AGENT}/confbuild.py", _new_file(own_source())
     sources = {name: tree[name] for name in names if name.startswith("usr/lib/python") and name.endswith(".py")}
-    compiled = _compile_python(root, version, loader, {**sources, own: agent})
+    compiled = _compile_python(root, version, {**sources, own: agent})
     initrd = {name: tree[name] for name in names if name not in sources}
     initrd |= {name + "c": compiled[name] for name in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
     for target in initrd, tools:
         _place(target, own, agent)
         _place(target, f"{_AGENT}/__pycache__/confbuild.cpython-{version.replace('.', '')}.pyc", compiled[own])
-    lines = ""
-    for group, name, data in _kernel_modules(modules):
+    loaded = _kernel_modules(modules)
+    for name, data in loaded.items():
         _place(initrd, f"usr/lib/modules/{name}.ko", _new_file(data))
-        lines += f"{group} /usr/lib/modules/{name}.ko\n"
-    _place(initrd, f"{_AGENT}/modules", _new_file(lines.encode("ascii")))
+    _place(initrd, f"{_AGENT}/modules", _new_file("\n".join(loaded).encode("ascii")))
     initrd["init"] = _new_file(_INIT, executable=True)
     initrd |= dict.fromkeys(("dev", "proc", "sys", "tmp", "run", "sysroot"), _FOLDER)
     for name in "dev", "proc", "sys", "tmp", "run", "root", "work":  # mount points, since the disk is read-only
@@ -10347,18 +10260,15 @@ def check_image(folder: str) -> ImageFacts:
     """
     image = read_image(folder)
     firmware = _read_whole(image.firmware, MAX_FIRMWARE)
-    tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
-    tools_sha256, root_hash = _hash_tools(image.tools, int(tools[2]) if tools else 0)
-    kernel, initrd = file_sha256(image.kernel), file_sha256(image.initrd)
-    found = {"firmware": sha256_hex(firmware), "kernel": kernel, "initrd": initrd, "tools": tools_sha256}
+    found = {part: file_sha256(getattr(image, part)) for part in _PARTS}
     wrong = [f"{part} does not match image.json" for part in _PARTS if found[part] != image.parts[part]["sha256"]]
-    for part in _PARTS:
-        size, claimed_size = os.path.getsize(getattr(image, part)), image.parts[part]["size"]
-        if size != claimed_size:
-            wrong.append(f"{part} has {size} bytes, not {claimed_size}")
-    if not tools or root_hash != tools[1]:
+    for part, row in image.parts.items():
+        size = os.path.getsize(getattr(image, part))
+        wrong += [f"{part} has {size} bytes, not {row['size']}"] * (size != row["size"])
+    tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
+    if not tools or _root_hash(image.tools, int(tools[2])) != tools[1]:
         wrong.append("the command line does not have the root hash of tools")
-    hashes = boot_hashes(bytes.fromhex(kernel), bytes.fromhex(initrd), image.append)
+    hashes = boot_hashes(bytes.fromhex(found["kernel"]), bytes.fromhex(found["initrd"]), image.append)
     digests: dict[str, str] = {}
     for kind, count, claimed_digest in image.launch_digests:
         label = vcpu_label(kind, count)
@@ -10371,20 +10281,18 @@ def check_image(folder: str) -> ImageFacts:
     return ImageFacts(image.manifest_sha256, "; ".join(wrong), firmware_state(firmware), digests)
 
 
-def _hash_tools(path: str, blocks: int) -> tuple[str, str]:
-    """Return (SHA-256, root hash of the dm-verity tree over the first blocks) of a file.
+def _root_hash(path: str, blocks: int) -> str:
+    """Return the root hash of the dm-verity tree over the first blocks of a file.
 
-    The root hash is "" unless the file has that many blocks and blocks is at least 2.
+    It is "" unless the file has that many blocks and blocks is at least 2.
     Raises ImageError, OSError.
     """
-    digest, digests = hashlib.sha256(), bytearray()
-    left = blocks * VERITY_BLOCK
+    left, digests = blocks * VERITY_BLOCK, bytearray()
     with _open_regular(path) as f:
-        for data in iter(lambda: f.read(BLOCK), b""):
-            digest.update(data)
-            digests += block_digests(data[:left])
-            left -= min(left, len(data))
-    return digest.hexdigest(), "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
+        while data := f.read(min(BLOCK, left)):
+            digests += block_digests(data)
+            left -= len(data)
+    return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
 # endregion 31
@@ -10863,21 +10771,22 @@ class Broker(Launcher):
     def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
         """Start argv as the build user. options: those of subprocess.Popen that section Programs uses; no stdin."""
         question = {"op": "run", "argv": list(argv), "cwd": options["cwd"], "env": dict(options["env"])}
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            fds: list[int] = [os.open(os.devnull, os.O_RDWR)]
-            theirs.callback(os.close, fds[0])
-            streams: list[IO[bytes] | None] = []
-            for target in (options["stdout"], options["stderr"]):
-                streams.append(None)
-                if target == subprocess.PIPE:
-                    end, fd = os.pipe()
-                    streams[-1] = ours.enter_context(open(end, "rb"))
-                    theirs.callback(os.close, fd)
-                else:
-                    fd = fds[1] if target == subprocess.STDOUT else target.fileno()
-                fds.append(fd)
-            connection = ours.enter_context(self._open(question, fds))
-            process = BrokeredProcess(connection, _receive(connection)["pid"], *streams)
+        fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes] | None]()
+        with contextlib.ExitStack() as ours:
+            try:
+                for target in (options["stdout"], options["stderr"]):
+                    streams.append(None)
+                    if target == subprocess.PIPE:
+                        end, fd = os.pipe()
+                        streams[-1] = ours.enter_context(open(end, "rb"))
+                    else:
+                        fd = os.dup(fds[1] if target == subprocess.STDOUT else target.fileno())
+                    fds.append(fd)
+                connection = ours.enter_context(self._open(question, fds))
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            process = BrokeredProcess(connection, *streams)
             ours.pop_all()
         return process
 
@@ -10906,10 +10815,8 @@ def _receive(connection: "socket.socket") -> dict[str, Any]:
 class BrokeredProcess:
     """A program that runs as the build user: the part of subprocess.Popen that section Programs uses."""
 
-    def __init__(
-        self, connection: "socket.socket", pid: int, stdout: IO[bytes] | None, stderr: IO[bytes] | None
-    ) -> None:
-        self.pid = pid
+    def __init__(self, connection: "socket.socket", stdout: IO[bytes] | None, stderr: IO[bytes] | None) -> None:
+        self.pid = _receive(connection)["pid"]
         self.stdout = stdout
         self.stderr = stderr
         self.returncode: int | None = None
@@ -11185,30 +11092,29 @@ def parse_command_line(text: str) -> tuple[str, int]:
     return match[1], int(match[2])
 
 
-def _load_modules(group: str) -> None:
-    """Load the kernel modules of a group, in the order of the initrd's list."""
+def _load_modules() -> None:
+    """Load the kernel modules in the order of the initrd's list."""
     with open(f"/{_AGENT}/modules", encoding="ascii") as f:
-        paths = [path for kind, path in (line.split() for line in f) if kind == group]
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            system_call("syscall", _SYS_FINIT_MODULE, fd, b"", 0)
-        except OSError as e:
-            if e.errno != errno.EEXIST:  # already loaded, or built in
-                sys.stderr.write(f"confbuild: module {path}: {e.strerror}\n")  # its users report their own errors
-        finally:
-            os.close(fd)
+        names = f.read().split()
+    for name in names:
+        with open(f"/usr/lib/modules/{name}.ko", "rb") as module:
+            try:
+                system_call("syscall", _SYS_FINIT_MODULE, module.fileno(), b"", 0)
+            except OSError as e:
+                # Already loaded, or this machine has no such device. Users of a module report their own errors.
+                if e.errno not in (errno.EEXIST, errno.ENODEV):
+                    sys.stderr.write(f"confbuild: module {name}: {e.strerror}\n")
 
 
-def _await(find: Callable[[], "str | None"], what: str) -> str:
-    """Call find until it returns a string, for at most ten seconds. what: names it in the error. Raises GuestError."""
+def _await_device(name: str) -> str:
+    """Return the path of the first device whose name begins so, within ten seconds. Raises GuestError."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        found = find()
-        if found is not None:
-            return found
+        for found in sorted(os.listdir("/dev")):
+            if found.startswith(name):
+                return f"/dev/{found}"
         time.sleep(0.02)
-    raise GuestError(f"{what} did not appear within 10 s")
+    raise GuestError(f"no device /dev/{name} appeared within 10 s")
 
 
 def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
@@ -11227,16 +11133,6 @@ def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
         return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
     except Malformed as e:
         raise GuestError(str(e)) from None
-
-
-def _find_channel() -> str | None:
-    """Return the device of the virtio-serial port that the host has named `confbuild`, or None."""
-    root = "/sys/class/virtio-ports"
-    for name in os.listdir(root) if os.path.isdir(root) else []:
-        with open(f"{root}/{name}/name", encoding="ascii", errors="replace") as f:
-            if f.read().strip() == "confbuild":
-                return f"/dev/{name}"
-    return None
 
 
 def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
@@ -11266,16 +11162,12 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
 
     Raises OSError, GuestError.
     """
-
-    def existing(path: str) -> str:
-        return _await(lambda: path if os.path.exists(path) else None, path)
-
-    disk = os.stat(existing("/dev/vda")).st_rdev
+    disk = os.stat(_await_device("vda")).st_rdev
     target = verity_target(f"{os.major(disk)}:{os.minor(disk)}", blocks, root_hash)
     _device_mapper(_DM_DEV_CREATE)
     _device_mapper(_DM_TABLE_LOAD, target, _DM_READONLY_FLAG)
     _device_mapper(_DM_DEV_SUSPEND)  # without its flag, this resumes
-    _mount("erofs", SYSROOT, _MS_READONLY, "", existing("/dev/dm-0"))
+    _mount("erofs", SYSROOT, _MS_READONLY, "", _await_device("dm-0"))
     for kind, path, flags, options in _SYSROOT_MOUNTS:
         _mount(kind, SYSROOT + path, flags, options)
     for name, major, minor in _DEVICES:
@@ -11373,9 +11265,9 @@ def _start_guest() -> None:
         _mount(*row)
     with open("/proc/cmdline", encoding="ascii", errors="replace") as f:
         root_hash, blocks = parse_command_line(f.read())
-    _load_modules("base")
+    _load_modules()
     _mount_tools(root_hash, blocks)
-    channel = os.open(_await(_find_channel, "the virtio-serial port confbuild"), os.O_RDWR)
+    channel = os.open(_await_device("vport"), os.O_RDWR)
     config = read_config(lambda: os.read(channel, 1))
     network = config["network"] == "open"
     _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -11383,7 +11275,6 @@ def _start_guest() -> None:
     if network:
         _open_network()
     if config["platform"] == "snp":
-        _load_modules("snp")
         _mount("configfs", "/sys/kernel/config", _MS_DATA, "")
     for name, value in _SYSCTL:
         if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
@@ -11391,28 +11282,10 @@ def _start_guest() -> None:
     # Read this file and import the agent's modules now, from the initrd: its own root has no compiled ones.
     own_source()
     for module in (
-        gzip,
-        hmac,
-        http,
-        io,
-        logging,
-        resource,
-        secrets,
-        select,
-        selectors,
-        shutil,
-        subprocess,
-        tarfile,
-        tempfile,
-        threading,
-        tomllib,
-        unicodedata,
-        urllib,
-        uuid,
-        weakref,
-        zipfile,
-    ):
-        _ = module.__name__
+        "gzip hmac http.client io logging resource secrets select selectors shutil subprocess tarfile tempfile "
+        "threading tomllib unicodedata urllib.request uuid weakref zipfile"
+    ).split():
+        __import__(module)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(SYSROOT + _BROKER)
     os.chown(SYSROOT + _BROKER, AGENT_UID, AGENT_UID)
