@@ -505,6 +505,7 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
     """Return value, a parsed JSON document, if it matches schema.
 
     schema: one of
+        a function, such as decode_base64: is called with the value and its place, and its result replaces the value
         a type: int, str, dict or list (True is not an int), or object: any value
         a compiled pattern: text that matches from its first to its last character
         a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "...", any
@@ -522,6 +523,8 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
     def refuse(problem: str) -> NoReturn:
         raise Malformed(structure, f"{path}: {problem}".removeprefix(": "))
 
+    if callable(schema) and not isinstance(schema, type):
+        return schema(value, structure + path)
     if isinstance(schema, tuple):
         errors: list[Malformed] = []
         for alternative in schema:
@@ -538,24 +541,22 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         if arrange(key for key in value if key in wanted or not is_open) != arrange(wanted):
             order = " in this order" if ordered else ""
             refuse(f"has the keys {', '.join(value)[:200] or 'none'}, expected {', '.join(wanted)}{order}")
-        for name, inner in wanted.items():
-            check_schema(value[name], inner, structure, f"{path}.{name}", ordered)
-    elif isinstance(schema, list) and isinstance(value, list):
+        inner = {k: check_schema(value[k], v, structure, f"{path}.{k}", ordered) for k, v in wanted.items()}
+        return value | inner
+    if isinstance(schema, list) and isinstance(value, list):
         if len(schema) not in (1, len(value)):
             refuse(f"has {len(value)} items, expected {len(schema)}")
-        for i, item in enumerate(value):
-            check_schema(item, schema[0], structure, f"{path}[{i}]", ordered)
+        return [check_schema(item, schema[0], structure, f"{path}[{i}]", ordered) for i, item in enumerate(value)]
+    if isinstance(schema, re.Pattern):
+        matches = isinstance(value, str) and schema.fullmatch(value) is not None
+        expected = "text without control characters" if schema is WORD else f"the form {schema.pattern}"
+    elif isinstance(schema, type | dict | list):
+        kind = schema if isinstance(schema, type) else type(schema)
+        matches, expected = kind is object or type(value) is kind, _KINDS.get(kind, "")
     else:
-        if isinstance(schema, re.Pattern):
-            matches = isinstance(value, str) and schema.fullmatch(value) is not None
-            expected = "text without control characters" if schema is WORD else f"the form {schema.pattern}"
-        elif isinstance(schema, type | dict | list):
-            kind = schema if isinstance(schema, type) else type(schema)
-            matches, expected = kind is object or type(value) is kind, _KINDS.get(kind, "")
-        else:
-            matches, expected = type(value) is type(schema) and value == schema, json.dumps(schema)
-        if not matches:
-            refuse(f"{json.dumps(value)[:80]}, expected {expected}")
+        matches, expected = type(value) is type(schema) and value == schema, json.dumps(schema)
+    if not matches:
+        refuse(f"{json.dumps(value)[:80]}, expected {expected}")
     return value
 
 
@@ -2397,10 +2398,11 @@ _STATEMENT = {
 }
 
 
-def check_statement(doc: Any) -> None:
-    """Raise Malformed unless doc has the schema of provenance.json, of either generation.  [CONTRACT 3.2, 3.8]
+def check_statement(doc: Any) -> Any:
+    """Return doc, a parsed JSON document, if it has the schema of provenance.json.  [CONTRACT 3.2, 3.8]
 
-    doc: a parsed JSON document.
+    Both generations are accepted.
+    Raises Malformed.
     """
     structure = "provenance schema"
     check_schema(doc, _STATEMENT, structure, ordered=True)
@@ -2412,9 +2414,10 @@ def check_statement(doc: Any) -> None:
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
     # A reader of two byproducts with one name could take the other one.
-    for name, count in Counter(b["name"] for b in run["byproducts"]).items():
-        if count > 1:
-            raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
+    [(name, count), *_] = [*Counter(b["name"] for b in run["byproducts"]).most_common(1), ("", 0)]
+    if count > 1:
+        raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
+    return doc
 
 
 def to_canonical(doc: Any) -> bytes:
@@ -2428,34 +2431,31 @@ def to_canonical(doc: Any) -> bytes:
 def merkle_entries(doc: Any) -> list[str]:
     """Return the leaves of the byproduct input_merkle_root, in order.  [CONTRACT 3.6]"""
     definition = doc["predicate"]["buildDefinition"]
-    source = definition["externalParameters"]["source"]["digest"]
-    parameters = definition["internalParameters"]
-    tools, lock = parameters["toolchain"], parameters["lockfileHash"]["sha256"]
-    dependencies = definition["resolvedDependencies"]
-    entries = [source["gitCommit"], source["gitTree"]]
-    if "nix" in tools:
+    source, parameters = definition["externalParameters"]["source"]["digest"], definition["internalParameters"]
+    tools = {name: (tool["digest"]["sha256"], tool["version"]) for name, tool in parameters["toolchain"].items()}
+    before, after = [source["gitCommit"], source["gitTree"]], [parameters["lockfileHash"]["sha256"]]
+    for dependency in definition["resolvedDependencies"]:
+        name, uri = dependency["name"], dependency["uri"]
         # The name is part of the separator because a name may itself contain `?hash=`.
-        fetches = (f"fetch:{d['name']}:" + d["uri"].partition(d["name"] + "?hash=")[2] for d in dependencies)
-        return [*entries, lock, *fetches, tools["nix"]["digest"]["sha256"], tools["nix"]["version"]]
-    for name in ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm"):
-        entries += [tools[name]["digest"]["sha256"], tools[name]["version"]]
-    return [*entries, lock, *(d["uri"] for d in dependencies)]
+        after.append(f"fetch:{name}:" + uri.partition(name + "?hash=")[2] if "nix" in tools else uri)
+    if "nix" in tools:
+        return [*before, *after, *tools["nix"]]
+    first, second = ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm")
+    return [*before, *tools[first], *tools[second], *after]
 
 
 def byproduct(doc: Any, name: str) -> str | None:
     """Return the SHA-256 of the byproduct with this name, or None."""
-    digests = (b["digest"]["sha256"] for b in doc["predicate"]["runDetails"]["byproducts"] if b["name"] == name)
-    return next(digests, None)
+    byproducts = doc["predicate"]["runDetails"]["byproducts"]
+    return {entry["name"]: entry["digest"]["sha256"] for entry in byproducts}.get(name)
 
 
 def subject_names(data: bytes) -> list[str]:
     """Return the names of the subjects in the bytes of provenance.json, or [] if they are malformed."""
     try:
-        doc = parse_json(data, "provenance")
-        check_statement(doc)
+        return [subject["name"] for subject in check_statement(parse_json(data, "provenance"))["subject"]]
     except Malformed:
         return []
-    return [subject["name"] for subject in doc["subject"]]
 
 
 def package_of(uri: str) -> str:
@@ -2479,7 +2479,8 @@ def package_of(uri: str) -> str:
 # platform requires, that a bundle requires or that the caller requests has passed, and none failed. Any thread may call
 # verify_bundle; it shares nothing.
 
-# The checks that must pass, whatever the caller expects: for all evidence, for each platform, and for a bundle.
+# The checks that must pass, whatever the caller expects: for all evidence, and for a bundle. PLATFORMS has those of
+# each platform.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
 # fmt: off
 _REQUIRED_SNP = _REQUIRED_EVIDENCE | {
@@ -2487,52 +2488,54 @@ _REQUIRED_SNP = _REQUIRED_EVIDENCE | {
     "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "report signature", "VMPL", "migration agent", "debug",
     "unsigned bytes",
 }
-REQUIRED_OF_PLATFORM = {
-    "simulated": _REQUIRED_EVIDENCE | {"simulated report"},
-    "snp": _REQUIRED_SNP,
-    "gcp-snp": _REQUIRED_SNP,
-    "az-snp": _REQUIRED_SNP | {"runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"},
-}
+_REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
 REQUIRED_OF_BUNDLE = frozenset((
     "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail",
     "input Merkle root", "builder", "subjects", "artifacts", "unlisted files",
 ))
-# Field of Expectations -> the checks that must pass if the caller sets it.
-OF_IMAGE = ("image parts", "image firmware", "image measurement", "image host_data")
-_REQUESTED_OF_STATEMENT: Mapping[str, Sequence[str]] = {
-    "source_uri": ("source uri",),
-    "source_commit": ("source commit",),
-    "source_tree": ("source tree",),
-    "lockfile_sha256": ("lock file",),
-    "dependencies": ("dependencies",),
-    "packages": ("packages",),
-    "builder_id": ("builder id",),
-    "build_type": ("build type",),
-    "build_log_sha256": ("build log",),
-    "finished": ("age",),
-}
-REQUESTED: Mapping[str, Sequence[str]] = {
-    "nonce": ("nonce",),
-    "measurements": ("measurement",),
-    "min_tcb": ("minimum TCB",),
-    "host_data": ("host_data",),
-    "guest_svn": ("guest_svn",),
-    "chip_id": ("chip_id",),
-    "family_id": ("family_id",),
-    "image_id": ("image_id",),
-    "pcrs": ("PCR values",),
-    **_REQUESTED_OF_STATEMENT,
-    "require_crl": ("revocation", "revocation list age"),
-    "require_tee": ("hardware evidence",),
-    "image": OF_IMAGE,
-}
+# The checks that must pass if the caller sets a field of Expectations, the most important first: field, check, the
+# option that asks for it, and where it occurs: in the provenance, or in evidence of a platform with this in its name.
+# A check that is called like a claim compares that claim with the field.
+EXPECTED = (
+    ("nonce",            "nonce",               "--nonce",                 ""),
+    ("measurements",     "measurement",         "--image, --measurement",  ""),
+    ("image",            "image parts",         "",                        ""),
+    ("image",            "image firmware",      "",                        ""),
+    ("image",            "image measurement",   "",                        ""),
+    ("image",            "image host_data",     "",                        ""),
+    ("pcrs",             "PCR values",          "--pcr",                   "az-"),
+    ("source_tree",      "source tree",         "--source",                "provenance"),
+    ("min_tcb",          "minimum TCB",         "--min-tcb",               "snp"),
+    ("require_crl",      "revocation",          "--crl",                   "snp"),
+    ("require_crl",      "revocation list age", "--crl that is valid now", "snp"),
+    ("require_tee",      "hardware evidence",   "",                        ""),
+    ("source_commit",    "source commit",       "--source-commit",         "provenance"),
+    ("source_uri",       "source uri",          "--source-uri",            "provenance"),
+    ("lockfile_sha256",  "lock file",           "",                        "provenance"),
+    ("dependencies",     "dependencies",        "",                        "provenance"),
+    ("packages",         "packages",            "--dep",                   "provenance"),
+    ("builder_id",       "builder id",          "--builder-id",            "provenance"),
+    ("build_type",       "build type",          "--build-type",            "provenance"),
+    ("build_log_sha256", "build log",           "",                        "provenance"),
+    ("finished",         "age",                 "--max-age",               "provenance"),
+    ("host_data",        "host_data",           "--host-data",             "snp"),
+    ("guest_svn",        "guest_svn",           "--guest-svn",             "snp"),
+    ("chip_id",          "chip_id",             "--chip-id",               "snp"),
+    ("family_id",        "family_id",           "--family-id",             "snp"),
+    ("image_id",         "image_id",            "--image-id",              "snp"),
+)
 # fmt: on
-_OF_PROVENANCE = [*sorted(REQUIRED_OF_BUNDLE), *(name for [name] in _REQUESTED_OF_STATEMENT.values())]
+OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
+_CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 # Why a check did not run.
 ALONE = "evidence alone: provenance and artifacts are not checked"
 _BLOCKED = "it needs a check that failed"
 _UNASKED = "no expectation given"
+_LEGACY_DIGEST = (
+    "legacy compact digest: a compact form of provenance.json was signed, as in the five oldest bundles; "
+    "--allow-legacy-digest accepts it"
+)
 
 
 class _Checks(NamedTuple):
@@ -2552,13 +2555,25 @@ class _Checks(NamedTuple):
         """True if the last check passed."""
         return self.made[-1].status == "passed"
 
-    def hold(self, name: str, holds: bool, expected: Any, actual: Any, detail: str = "") -> None:
-        """Add a check that passes if holds is true. expected, actual: shown to the reader."""
+    def hold(self, name: str, holds: bool, expected: Any = "", actual: Any = None, detail: str = "") -> None:
+        """Add a check that passes if holds is true.
+
+        expected, actual: shown to the reader; actual may be left out if there is nothing to say about it.
+        """
+        if actual is None:
+            actual = expected if holds else "something else"
         self.made.append(Check(name, "passed" if holds else "failed", str(expected), str(actual), detail))
 
     def compare(self, name: str, expected: Any, actual: Any, detail: str = "") -> None:
-        """Add a check that passes if both values are equal. They are public, so the time that this takes may vary."""
-        self.hold(name, expected == actual, expected, actual, detail)
+        """Add a check that passes if both values are equal. They are public, so the time that this takes may vary.
+
+        actual: a value, or a function that returns it; the check fails if it raises Malformed.
+        """
+        try:
+            value = actual() if callable(actual) else actual
+        except Malformed as e:
+            value, detail = "unreadable", str(e)
+        self.hold(name, expected == value, expected, value, detail)
 
     def skip(self, name: str, why: str, actual: Any = "", expected: str = "") -> None:
         """Add a check that does not run."""
@@ -2570,110 +2585,36 @@ class _Checks(NamedTuple):
         holds: whether actual is as expected; None: compare actual with the field.
         shown: the expected value as text, if holds is given.
         """
-        [name], value = REQUESTED[field], getattr(self.expected, field)
-        if isinstance(value, str) and field not in _REQUESTED_OF_STATEMENT:
-            value = value.lower()  # hexadecimal digits
+        name, value = _CHECK_OF[field], getattr(self.expected, field)
         if value is None:
             self.skip(name, _UNASKED, actual)
         elif holds is None:
-            self.compare(name, value, actual)
+            self.compare(name, value if isinstance(value, str) else "\n".join(value), actual)
         else:
             self.hold(name, holds, shown, actual)
 
     def attempt(self, name: str, parse: Callable[..., Any], *arguments: Any) -> Any:
         """Add a check that passes unless parse raises, and return the value of parse, or None."""
-        value, problem = None, ""
         try:
             value = parse(*arguments)
         except (Malformed, BadSignature) as e:
-            problem = str(e)
-        self.hold(name, not problem, "", "", problem)
+            return self.hold(name, False, "", "", str(e))
+        self.hold(name, True)
         return value
-
-    def derive(self, name: str, expected: str, actual: Callable[[], str]) -> None:
-        """Add a check that compares expected with the value of actual, and fails if actual raises Malformed."""
-        try:
-            self.compare(name, expected, actual())
-        except Malformed as e:
-            self.hold(name, False, expected, "unreadable", str(e))
-
-
-class _Evidence(NamedTuple):
-    """The decoded value of `evidence`.
-
-    report: of the hardware, or simulated.
-    vek: a DER certificate.
-    runtime_data, message, signature, pcrs: of az-snp; see section 9.
-    """
-
-    report: Report
-    vek: bytes | None = None
-    runtime_data: bytes = b""
-    message: bytes = b""
-    signature: bytes = b""
-    pcrs: Sequence[bytes] = ()
-
-
-def _read_simulated(evidence: Any) -> _Evidence:
-    """Parse the `evidence` of platform simulated.  [CONTRACT 4.4]
-
-    Raises Malformed.
-    """
-    structure = "simulated evidence"
-    parts = check_schema(evidence, {"version": 1, "notice": str, "attestation_report": str}, structure)
-    return _Evidence(parse_report(decode_base64(parts["attestation_report"], f"{structure}, attestation_report")))
-
-
-def _read_snp(evidence: Any) -> _Evidence:
-    """Parse the `evidence` of platforms snp and gcp-snp; ignore its ASK and ARK.  [CONTRACT 4.2]
-
-    Raises Malformed.
-    """
-    chain = {"vcek": str, "ask?": object, "ark?": object}
-    parts = check_schema(evidence, {"attestation_report": str, "cert_chain?": (chain, None)}, "snp evidence")
-    report = parse_report(decode_base64(parts["attestation_report"], "attestation_report"))
-    certificates = parts.get("cert_chain")
-    return _Evidence(report, certificates and decode_base64(certificates["vcek"], "vcek"))
-
-
-def _read_az_snp(evidence: Any) -> _Evidence:
-    """Parse the `evidence` of platform az-snp.  [CONTRACT 4.3]
-
-    Raises Malformed.
-    """
-    register = re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")
-    quote = {"signature": str, "message": str, "pcrs": [register] * PCR_COUNT}
-    schema = {"version": 1, "tpm_quote": quote, "hcl_report": str, "vcek": str}
-    parts = check_schema(evidence, schema, "az-snp evidence")
-    quote = parts["tpm_quote"]
-    hcl = parse_hcl_report(decode_base64(parts["hcl_report"], "hcl_report", urlsafe=True))
-    return _Evidence(
-        parse_report(hcl.attestation_report),
-        decode_base64(parts["vcek"], "vcek", urlsafe=True),
-        hcl.runtime_data,
-        decode_hex(quote["message"], "tpm_quote.message"),
-        decode_hex(quote["signature"], "tpm_quote.signature"),
-        [bytes.fromhex(value) for value in quote["pcrs"]],
-    )
 
 
 def _report_claims(report: Report, product: str) -> dict[str, Any]:
     """Return every field of the report as JSON values. `tcb` is the reported TCB, which the VEK is for."""
-    claims: dict[str, Any] = {
-        "product": product,
-        "key_type": report.signing_key.lower(),
-        "report_version": report.version,
-        "policy": f"{report.policy:#x}",
-        "debug": bool(report.policy & POLICY_DEBUG),
-    }
-    for name, value in report._asdict().items():
-        if name in ("data", "r", "s", "version", "policy"):
-            continue
-        if name.endswith("_tcb"):
-            value = tcb_levels(product, value) if product in TCB_LAYOUTS else value
+    claims = {"product": product, "key_type": report.signing_key.lower(), "debug": bool(report.policy & POLICY_DEBUG)}
+    for name, value in list(report._asdict().items())[:-3]:  # without the signature and the whole
+        if name.endswith("_tcb") and product in TCB_LAYOUTS:
+            value = tcb_levels(product, value)
         elif name.endswith("_version"):
             value = f"{value[2]}.{value[1]}.{value[0]}"  # build, minor, major
-        claims["tcb" if name == "reported_tcb" else name] = value.hex() if isinstance(value, bytes) else value
+        elif name == "policy":
+            value = f"{value:#x}"
+        renamed = {"version": "report_version", "reported_tcb": "tcb"}.get(name, name)
+        claims[renamed] = value.hex() if isinstance(value, bytes) else value
     return claims
 
 
@@ -2690,22 +2631,22 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     first, last = max(c.not_before for c in chain), min(c.not_after for c in chain)
     valid = first <= checks.now <= last
     checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, "of the VEK, its issuer and the ARK")
-    checks.derive("VEK product", product, lambda: vek_product(vek))
+    checks.compare("VEK product", product, lambda: vek_product(vek))
     levels = tcb_levels(product, report.reported_tcb)
-    checks.derive("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
+    checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
     if kind == "VLEK":  # it belongs to a cloud, not to a chip
-        checks.hold("VEK chip_id", not has_hwid(vek), "none", "present" if has_hwid(vek) else "none")
+        checks.hold("VEK chip_id", not has_hwid(vek), "none")
     else:
-        checks.derive("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
+        checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
-def _find_vek(checks: _Checks, evidence: _Evidence) -> Certificate | None:
+def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Certificate | None:
     """Check the form of the certificate in the evidence, or else of the caller's, and return it.
 
-    A VEK of the caller completes evidence but never replaces its certificate.
+    data: the certificate in the evidence, or None. A VEK of the caller completes evidence but never replaces it.
     """
-    report, data = evidence.report, checks.endorsements.vek if evidence.vek is None else evidence.vek
+    data = checks.endorsements.vek if data is None else data
     if data is not None:
         vek: Certificate | None = checks.attempt("VEK form", parse_certificate, data, "VEK")
         return vek
@@ -2719,22 +2660,22 @@ def _find_vek(checks: _Checks, evidence: _Evidence) -> Certificate | None:
     return None
 
 
-def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
-    """Check a report of real hardware and its signature, and return its product, or "" if unknown.  [SNP-ABI 7.3]
+def _check_report(checks: _Checks, report: Report, certificate: bytes | None, oldest: int) -> dict[str, Any]:
+    """Check a report of real hardware, its signature and the caller's expectations of it, and return its claims.
 
-    versions: of the report that are accepted.
+    certificate: of the VEK, from the evidence, or None.
+    oldest: the oldest report version that is accepted.  [SNP-ABI 7.3]
     """
-    report, endorsements = evidence.report, checks.endorsements
+    endorsements = checks.endorsements
     anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
-    checks.hold("report version", report.version in versions, f"{versions[0]} to {versions[-1]}", report.version)
+    checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
-    vek, product, kind = _find_vek(checks, evidence), report.product, report.signing_key
+    vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
     if vek is not None:
         # The report names the kind of its key in signed bits; the certificate must be of the same kind.
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
-        detail = "bits 4:2 of the flags, and the certificate's name"
-        checks.hold("signing key", holds, f"SEV-{kind}", subject, detail)
+        checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
         if report.version < 3:  # such a report has no CPUID: the issuer tells the product
             issuers = {anchor.subject: name for name, roles in anchors.items() for anchor in roles.values()}
             product = issuers.get(vek.issuer, "")
@@ -2750,14 +2691,14 @@ def _check_report(checks: _Checks, evidence: _Evidence, versions: range) -> str:
     agent = report.report_id_ma.hex() if migrates else "none"
     checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
     # The signature ends before these bytes. A value there would be a claim that nobody made.
-    surplus = any(report.data[0x330:])
-    checks.hold("unsigned bytes", not surplus, "zero", "not zero" if surplus else "zero", "of the report from 0x330 on")
+    checks.hold("unsigned bytes", not any(report.data[0x330:]), "zero", detail="of the report from 0x330 on")
     _check_revocation(checks, product, kind, anchors)
     if endorsements.anchors is None:
         checks.hold("trust anchors", True, "", "AMD's, as pinned in this file")
     else:
         checks.skip("trust anchors", "the caller's keys, which may not be AMD's", "given by --roots")
-    return product
+    _check_guest(checks, report, product)
+    return _report_claims(report, product)
 
 
 def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors) -> None:
@@ -2773,7 +2714,7 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
         if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].subject:
             lists.append(crl)
     if not lists:
-        for name in REQUESTED["require_crl"]:
+        for name in ("revocation", "revocation list age"):
             checks.skip(name, "no revocation list of this product's ARK was given (--crl)")
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
@@ -2794,66 +2735,11 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
         checks.skip("revocation list age", detail, checks.now, f"{first} to {last}")
 
 
-# The result of the checks of a platform: the 64 bytes that the attester signed, or None; the product; the claims.
-_Attested = tuple[bytes | None, str, dict[str, Any]]
-
-
-def _check_simulated(checks: _Checks, evidence: _Evidence) -> _Attested:
-    """Check that simulated evidence does not look like a report of hardware.  [CONTRACT 4.4]"""
-    report = evidence.report
-    alike = report == parse_report(simulated_report(report.report_data, report.measurement))
-    actual = "nothing else" if alike else "further fields are set"
-    checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement", actual)
-    return report.report_data, "Milan", _report_claims(report, "")  # Milan and Genoa lay out the TCB alike
-
-
-def _check_snp(checks: _Checks, evidence: _Evidence) -> _Attested:
-    """Check evidence of platforms snp and gcp-snp.  [CONTRACT 4.5]"""
-    product = _check_report(checks, evidence, range(3, 6))
-    return evidence.report.report_data, product, _report_claims(evidence.report, product)
-
-
-def _check_az_snp(checks: _Checks, evidence: _Evidence) -> _Attested:
-    """Check evidence of platform az-snp: the hardware report binds the vTPM's key, which signed the quote.  [AZURE]"""
-    product = _check_report(checks, evidence, range(2, 6))
-    claims = _report_claims(evidence.report, product)
-    # Step 1: the report binds the runtime data, which hold the key.
-    found = checks.attempt("runtime data", parse_runtime_data, evidence.runtime_data)
-    digest, actual = sha256_hex(evidence.runtime_data), evidence.report.report_data[:32].hex()
-    checks.compare("runtime data digest", digest, actual, "report_data[0:32] is the SHA-256 of the runtime data")
-    # Step 2: the key signed the quote.
-    quote = checks.attempt("TPM quote", parse_quote, evidence.message)
-    if found is not None:
-        checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], evidence.message, evidence.signature)
-        claims["vm_configuration"] = found[1].get("vm-configuration")
-    if quote is None:
-        return None, product, claims
-    # Step 3: the quote binds the registers, and the caller's data.
-    checks.compare("PCR digest", compute_pcr_digest(evidence.pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
-    claims["pcrs"] = {str(i): evidence.pcrs[i].hex() for i in quote.pcr_select}
-    wanted = checks.expected.pcrs
-    if wanted is not None:
-        checks.compare(
-            "PCR values",
-            compact_json({i: value.lower() for i, value in sorted(wanted.items())}),
-            compact_json({i: claims["pcrs"].get(str(i), "not quoted") for i in sorted(wanted)}),
-        )
-    return quote.extra_data.ljust(64, b"\x00"), product, claims
-
-
-# Evidence that can be verified: platform -> the parser of `evidence`, and its checks.
-_PLATFORMS: Mapping[str, tuple[Callable[[Any], _Evidence], Callable[[_Checks, _Evidence], _Attested]]] = {
-    "simulated": (_read_simulated, _check_simulated),
-    "snp": (_read_snp, _check_snp),
-    "gcp-snp": (_read_snp, _check_snp),
-    "az-snp": (_read_az_snp, _check_az_snp),
-}
-# Evidence that is recognised by name and refused [CONTRACT 4.5].
-_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
-
-
 def _check_guest(checks: _Checks, report: Report, product: str) -> None:
-    """Check the caller's expectations of the guest and of the platform."""
+    """Check the caller's expectations of the guest and of the platform that are no claims.
+
+    product: of the report; of a simulated one, any that has its layout of the TCB.
+    """
     expected, debug = checks.expected, bool(report.policy & POLICY_DEBUG)
     checks.hold(
         "debug",
@@ -2862,8 +2748,6 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         "on" if debug else "off",
         "the host may read and change the guest's memory" if debug else "",
     )
-    measurement, wanted = report.measurement.hex(), [m.lower() for m in expected.measurements or ()]
-    checks.expect("measurements", measurement, " or ".join(wanted), measurement in wanted)
     if expected.min_tcb is not None and product in TCB_LAYOUTS:
         # A VM that was launched on old firmware stays suspect after an update, and the host can return to any version
         # from the committed one on. So each of the four must reach the minimum.
@@ -2878,9 +2762,118 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
             "; ".join(f"{kind} {tcb_text(tcbs[kind])}" for kind in low) or tcb_text(tcbs["reported"]),
             "the reported, committed, current and launch TCB must all reach it",
         )
-    for field in ("host_data", "guest_svn", "chip_id", "family_id", "image_id"):
-        actual = getattr(report, field)
-        checks.expect(field, actual.hex() if isinstance(actual, bytes) else actual)
+
+
+def _check_tpm(
+    checks: _Checks, tpm: Mapping[str, Any], runtime_data: bytes, report_data: bytes, claims: dict[str, Any]
+) -> bytes | None:
+    """Check that a hardware report binds the key of a virtual TPM, and that this key signed a quote.  [AZURE]
+
+    tpm: the decoded `tpm_quote` of the evidence.
+    report_data: of the hardware report.
+    claims: get what the quote says.
+    Return the 64 bytes that the attester signed, or None.
+    """
+    # Step 1: the report binds the runtime data, which hold the key.
+    found = checks.attempt("runtime data", parse_runtime_data, runtime_data)
+    digest, actual = sha256_hex(runtime_data), report_data[:32].hex()
+    checks.compare("runtime data digest", digest, actual, "report_data[0:32] is the SHA-256 of the runtime data")
+    # Step 2: the key signed the quote.
+    quote = checks.attempt("TPM quote", parse_quote, tpm["message"])
+    if found is not None:
+        checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], tpm["message"], tpm["signature"])
+        claims["vm_configuration"] = found[1].get("vm-configuration")
+    if quote is None:
+        return None
+    # Step 3: the quote binds the registers, and the caller's data.
+    pcrs = [bytes.fromhex(value) for value in tpm["pcrs"]]
+    checks.compare("PCR digest", compute_pcr_digest(pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
+    claims["pcrs"] = {str(i): pcrs[i].hex() for i in quote.pcr_select}
+    if checks.expected.pcrs is not None:
+        wanted = {i: value.lower() for i, value in sorted(checks.expected.pcrs.items())}
+        quoted = {i: claims["pcrs"].get(str(i), "not quoted") for i in wanted}
+        checks.compare("PCR values", compact_json(wanted), compact_json(quoted))
+    return bytes(quote.extra_data.ljust(64, b"\x00"))
+
+
+# What a platform's checks return: the 64 bytes that the attester signed, or None; the claims.
+_Attested = tuple[bytes | None, dict[str, Any]]
+
+
+def _check_simulated(checks: _Checks, evidence: Any) -> _Attested:
+    """Check that simulated evidence does not look like a report of hardware.  [CONTRACT 4.4]"""
+    report = evidence["attestation_report"]
+    alike = report == parse_report(simulated_report(report.report_data, report.measurement))
+    checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement")
+    _check_guest(checks, report, "Milan")
+    return report.report_data, _report_claims(report, "")
+
+
+def _check_snp(checks: _Checks, evidence: Any) -> _Attested:
+    """Check evidence of platforms snp and gcp-snp; ignore its ASK and ARK.  [CONTRACT 4.2, 4.5]"""
+    report, chain = evidence["attestation_report"], evidence.get("cert_chain")
+    return report.report_data, _check_report(checks, report, chain and chain["vcek"], 3)
+
+
+def _check_az_snp(checks: _Checks, evidence: Any) -> _Attested:
+    """Check evidence of platform az-snp.  [CONTRACT 4.3, 4.5]"""
+    hcl = evidence["hcl_report"]
+    report = parse_report(hcl.attestation_report)
+    claims = _check_report(checks, report, evidence["vcek"], 2)
+    return _check_tpm(checks, evidence["tpm_quote"], hcl.runtime_data, report.report_data, claims), claims
+
+
+# Decoders of the evidence, for check_schema.
+
+
+def _report(text: Any, name: str) -> Report:
+    return parse_report(decode_base64(text, name))
+
+
+def _base64url(text: Any, name: str) -> bytes:
+    return decode_base64(text, name, urlsafe=True)
+
+
+def _hcl(text: Any, name: str) -> HclReport:
+    return parse_hcl_report(_base64url(text, name))
+
+
+class Evidence(NamedTuple):
+    """A kind of evidence that can be verified.
+
+    schema: of `evidence`, for check_schema, which decodes it.
+    check: adds the checks of the decoded evidence.
+    required: the checks that must pass.
+    """
+
+    schema: Any
+    check: Callable[[_Checks, Any], _Attested]
+    required: frozenset[str]
+
+
+_TPM_QUOTE = {
+    "signature": decode_hex,
+    "message": decode_hex,
+    "pcrs": [re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")] * PCR_COUNT,
+}
+_CHAIN = {"vcek": decode_base64, "ask?": object, "ark?": object}
+_SNP = Evidence({"attestation_report": _report, "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
+PLATFORMS: Mapping[str, Evidence] = {
+    "simulated": Evidence(
+        {"version": 1, "notice": str, "attestation_report": _report},
+        _check_simulated,
+        _REQUIRED_EVIDENCE | {"simulated report"},
+    ),
+    "snp": _SNP,
+    "gcp-snp": _SNP,
+    "az-snp": Evidence(
+        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl, "vcek": _base64url},
+        _check_az_snp,
+        _REQUIRED_SNP | _REQUIRED_TPM,
+    ),
+}
+# Evidence that is recognised by name and refused [CONTRACT 4.5].
+_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
 
 
 def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, dict[str, Any]]:
@@ -2889,43 +2882,42 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, di
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     if not checks.ok:
         return "unknown", None, claims
-    value = doc.get("platform") if isinstance(doc, dict) else None
-    platform, problem = value if isinstance(value, str) else "unknown", ""
-    if platform in _UNSUPPORTED:
-        problem = "this version of confbuild cannot verify such evidence"
-    elif platform not in _PLATFORMS:
-        problem = "unknown kind of evidence"
-    elif "evidence" not in doc:
-        problem = "the document has no `evidence`"
-    shown = platform if isinstance(value, str) else json.dumps(value)[:80]
-    checks.hold("platform", not problem, ", ".join(_PLATFORMS), shown, problem)
-    if problem:
+    claimed = doc.get("platform") if isinstance(doc, dict) else None
+    row, platform = PLATFORMS.get(str(claimed)), claimed if isinstance(claimed, str) else "unknown"
+    problem = "" if row and "evidence" in doc else "the document has no `evidence`"
+    if row is None:
+        known = "this version of confbuild cannot verify such evidence"
+        problem = known if claimed in _UNSUPPORTED else "unknown kind of evidence"
+    checks.hold("platform", not problem, ", ".join(PLATFORMS), str(claimed)[:80], problem)
+    if row is None or problem:
         return platform, None, claims
-    read, check = _PLATFORMS[platform]
-    evidence = checks.attempt("report form", read, doc["evidence"])
+    evidence = checks.attempt("report form", check_schema, doc["evidence"], row.schema, f"{platform} evidence")
     if evidence is None:
         return platform, None, claims
-    signed, product, claims = check(checks, evidence)
-    _check_guest(checks, evidence.report, product)
+    signed, claims = row.check(checks, evidence)
     if signed is not None:
         claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
+    for field, check, _, _ in EXPECTED:
+        actual, value = claims.get(check), getattr(checks.expected, field)
+        if actual is not None:  # of several values, one must be the claim; the case of digits does not count
+            wanted = [str(v).lower() for v in (value if isinstance(value, list | tuple) else [value])]
+            checks.expect(field, actual, " or ".join(wanted), str(actual) in wanted)
     return platform, signed, claims
 
 
-def _check_provenance(checks: _Checks, data: bytes | None) -> tuple[Any, bool]:
-    """Check provenance.json, and return (its JSON value or None, whether it is a Statement of the right schema)."""
+def _check_provenance(checks: _Checks, data: bytes | None) -> Any:
+    """Check the form of provenance.json, and return the Statement in it, or None."""
     if data is None:
         hint = "--evidence-only verifies evidence without it"
         checks.hold("provenance form", False, "provenance.json", "missing", hint)
-        return None, False
+        return None
     # A deeper document could grow to gigabytes by the indentation of the canonical form.
     doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)
     if not checks.ok:
-        return None, False
+        return None
     canonical = sha256_hex(to_canonical(doc))
     checks.compare("canonical form", canonical, sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
-    checks.attempt("provenance schema", check_statement, doc)
-    return doc, checks.ok
+    return checks.attempt("provenance schema", check_statement, doc)
 
 
 def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
@@ -2934,60 +2926,51 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
     source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
-    checks.expect("source_uri", source["uri"])
-    checks.expect("source_commit", source["digest"]["gitCommit"])
-    checks.expect("source_tree", source["digest"]["gitTree"])
-    checks.expect("lockfile_sha256", definition["internalParameters"]["lockfileHash"]["sha256"])
-    listed = "\n".join(checks.expected.dependencies or ())
-    checks.expect("dependencies", "\n".join(uris), listed, listed == "\n".join(uris))
+    said = {
+        "source_uri": source["uri"],
+        "source_commit": source["digest"]["gitCommit"],
+        "source_tree": source["digest"]["gitTree"],
+        "lockfile_sha256": definition["internalParameters"]["lockfileHash"]["sha256"],
+        "builder_id": run["builder"]["id"],
+        "build_type": definition["buildType"],
+        "build_log_sha256": byproduct(doc, "build_log") or "none",
+        "dependencies": "\n".join(uris),
+    }
+    for field, actual in said.items():
+        checks.expect(field, actual)
     packages = checks.expected.packages or ()
     missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
-    actual = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
-    checks.expect("packages", actual, ", ".join(packages), not missing)
-    checks.expect("builder_id", run["builder"]["id"])
-    checks.expect("build_type", definition["buildType"])
-    checks.expect("build_log_sha256", byproduct(doc, "build_log") or "none")
+    found = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
+    checks.expect("packages", found, ", ".join(packages), not missing)
     oldest, newest = checks.expected.finished or ("", "")
     recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
-    claims = {
-        "builder_id": run["builder"]["id"],
-        "build_type": definition["buildType"],
-        "source": source,
-        "finished_on": finished,
-    }
-    for word in ("none", "open"):  # the byproduct is the SHA-256 of a word  [CONTRACT 3.7]
-        if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")):
-            claims["guest_network"] = word
-    return claims
+    claims = {name: said[name] for name in ("builder_id", "build_type")} | {"source": source, "finished_on": finished}
+    # The byproduct is the SHA-256 of a word  [CONTRACT 3.7].
+    words = {sha256_hex(word.encode("ascii")): word for word in ("none", "open")}
+    network = words.get(byproduct(doc, "guest_network") or "")
+    return claims | ({"guest_network": network} if network else {})
 
 
 def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any) -> None:
-    """Check that the attester signed this provenance and this nonce.  [CONTRACT 4.1]
+    """Check that the attester signed this provenance, and that the nonce proves something.  [CONTRACT 4.1]
 
     signed: the 64 bytes that the attester signed, or None.
-    doc: the JSON value of provenance, or None.
+    doc: the Statement in provenance, or None.
     """
     nonce = checks.expected.nonce
     if nonce is not None:
         zero = nonce == bytes(NONCE_SIZE).hex()
         checks.hold("nonce is not zero", not zero, "not all zero", nonce, "an all-zero nonce does not prove freshness")
-    if signed is None:
+    if signed is None or provenance is None:
         return
-    if provenance is not None:
-        digest, actual = sha256_hex(provenance), signed[:32].hex()
-        holds, detail = digest == actual, "signed[0:32] is the SHA-256 of provenance.json"
-        if not holds and doc is not None:
-            compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False)
-            if actual == sha256_hex(compact.encode("utf-8")):
-                holds = checks.expected.allow_legacy_digest
-                detail = (
-                    "legacy compact digest: a compact form of provenance.json was signed, as in the five oldest "
-                    "bundles; --allow-legacy-digest accepts it"
-                )
-        checks.hold("provenance digest", holds, digest, actual, detail)
-        checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
-    checks.expect("nonce", signed[32:48].hex())
+    digest, actual, detail = sha256_hex(provenance), signed[:32].hex(), "signed[0:32] is the SHA-256 of provenance.json"
+    holds = digest == actual
+    compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    if not holds and doc is not None and actual == sha256_hex(compact):
+        holds, detail = checks.expected.allow_legacy_digest, _LEGACY_DIGEST
+    checks.hold("provenance digest", holds, digest, actual, detail)
+    checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
 
 
 def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) -> None:
@@ -2996,18 +2979,17 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
     artifacts: as in BundleFiles.
     """
     subjects = [(subject["name"], subject["digest"]["sha256"]) for subject in doc["subject"]]
-    count = Counter(name for name, _ in subjects)
-    odd = [name for name, _ in subjects if not PLAIN_NAME.fullmatch(name)] + sorted(n for n in count if count[n] > 1)
-    shown = f"odd: {odd[:5]}" if odd else str(len(subjects))
+    listed = Counter(name for name, _ in subjects)
+    odd = [name for name in listed if listed[name] > 1 or not PLAIN_NAME.fullmatch(name)]
+    shown = f"odd: {odd[:5]}" if odd else len(subjects)
     checks.hold("subjects", bool(subjects) and not odd, "at least one, unique, plain file names", shown)
     for name, digest in subjects:
         checks.compare(f"artifact {name[:255]}", digest, artifacts.get(name, "missing"))
     wrong = [name for name, digest in subjects if artifacts.get(name) != digest]
     shown = f"not: {wrong[:5]}" if wrong else f"{len(subjects)} equal"
     checks.hold("artifacts", bool(subjects) and not wrong, "every subject exists and is equal", shown)
-    extra = sorted(set(artifacts) - set(count))
-    detail = "files that the provenance does not name"
-    checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or "none", detail)
+    extra = sorted(artifacts.keys() - listed)
+    checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or None, "that the provenance does not name")
 
 
 def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
@@ -3016,11 +2998,11 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -
     measurement: of the report, in hexadecimal digits.
     """
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
-    open_ones = (SIMULATED_BUILDER, QEMU_BUILDER)
+    of_no_vm = (SIMULATED_BUILDER, QEMU_BUILDER)
     checks.hold(
         "builder",
-        (builder_id in open_ones) is not confidential,
-        ("none of " if confidential else "") + " or ".join(open_ones),
+        (builder_id in of_no_vm) is not confidential,
+        "any but " * confidential + " or ".join(of_no_vm),
         builder_id,
         "this builder has no confidential VM" if confidential else "no hardware signed the evidence",
     )
@@ -3032,54 +3014,37 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -
 
 def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
     """Check that the image is intact and that the VM was launched from it.  [CONTRACT 5.6]"""
-    checks.hold("image parts", not image.parts, "as image.json says", image.parts or "as image.json says")
-    checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or "admits no shim")
+    checks.hold("image parts", not image.parts, "as image.json says", image.parts or None)
+    checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or None)
     measurement = claims["measurement"]
     if measurement is None:
         return
     hardware = platform != "simulated"
-    digests = " or ".join(f"{digest} ({label})" for label, digest in image.launch_digests.items())
-    labels = [f" ({label})" for label, digest in image.launch_digests.items() if digest == measurement]
-    checks.hold(
-        "image measurement",
-        hardware and bool(labels),
-        digests or "none: image.json lists no launch digest",
-        measurement + "".join(labels[:1]),
-        "" if hardware else "simulated evidence: no hardware measured this VM",
-    )
-    checks.hold(
-        "image host_data",
-        hardware and claims["host_data"] == image.manifest_sha256,
-        image.manifest_sha256,
-        claims["host_data"],
-        "HOST_DATA is the SHA-256 of image.json" if hardware else "simulated evidence: no hardware measured this VM",
-    )
-
-
-def _evidence_alone(bundle: BundleFiles) -> BundleFiles:
-    """Return bundle without provenance and artifacts, whose names move to `others`."""
-    provenance = ["provenance.json"] if bundle.provenance is not None else []
-    others = [*provenance, *(f"artifacts/{name}" for name in bundle.artifacts), *bundle.others]
-    return BundleFiles(None, bundle.evidence, {}, sorted(others))
+    why = "" if hardware else "simulated evidence: no hardware measured this VM"
+    digests = [f"{digest} ({label})" for label, digest in image.launch_digests.items()]
+    actual = next((digest for digest in digests if digest[:96] == measurement), measurement)
+    expected = " or ".join(digests) or "none: image.json lists no launch digest"
+    checks.hold("image measurement", hardware and actual in digests, expected, actual, why)
+    holds = hardware and claims["host_data"] == image.manifest_sha256
+    why = why or "HOST_DATA is the SHA-256 of image.json"
+    checks.hold("image host_data", holds, image.manifest_sha256, claims["host_data"], why)
 
 
 def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verdict:
     """Show the checks that did not run, and return the verdict."""
     expected = checks.expected
-    required_of_platform = REQUIRED_OF_PLATFORM.get(platform, _REQUIRED_EVIDENCE)
-    required_of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
-    # 0 and "" are expectations; None and False are not.
-    asked = {field for field in REQUESTED if not any(getattr(expected, field) is unset for unset in (None, False))}
-    requested = {name for field in asked for name in REQUESTED[field]}
-    required = required_of_platform | required_of_bundle | requested
+    defaults = Expectations._field_defaults
+    requested = {check for field, check, _, _ in EXPECTED if getattr(expected, field) != defaults[field]}
+    of_platform = PLATFORMS[platform].required if platform in PLATFORMS else _REQUIRED_EVIDENCE
+    of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
+    required = of_platform | of_bundle | requested
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
-    plan = dict.fromkeys(sorted(required), _BLOCKED)
-    plan |= {name: _UNASKED for names in REQUESTED.values() for name in names if name not in required}
+    plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(sorted(required), _BLOCKED)
     if expected.evidence_only:
-        plan |= dict.fromkeys(_OF_PROVENANCE, ALONE)
-    made = {check.name for check in checks.made}
+        plan |= dict.fromkeys(sorted(OF_PROVENANCE), ALONE)
+    made = {check.name for check in checks.made} | {"hardware evidence"}  # the verdict says whether it is of hardware
     for name, why in plan.items():
-        if name not in made and name != "hardware evidence":  # the verdict itself says whether it is of hardware
+        if name not in made:
             checks.skip(name, why)
     # The verdict: a set inclusion.
     passed, failed = ({check.name for check in checks.made if check.status == s} for s in ("passed", "failed"))
@@ -3113,36 +3078,35 @@ def verify_bundle(
     """
     if not isinstance(now, datetime) or now.utcoffset() is None:
         raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(UTC)")
-    second = now.astimezone(UTC).replace(microsecond=0, tzinfo=None).isoformat() + "Z"
-    checks = _Checks(expected, second, endorsements, [])
+    checks, others = _Checks(expected, utc_time(now.timestamp()), endorsements, []), list(bundle.others)
     if expected.evidence_only:
-        bundle = _evidence_alone(bundle)
+        others += ["provenance.json"] * (bundle.provenance is not None)
+        others += [f"artifacts/{name}" for name in bundle.artifacts]
+        bundle = bundle._replace(provenance=None)
 
     # 1. Who signed the evidence, and about what?
     platform, signed, claims = _check_evidence(checks, bundle.evidence)
     # 2. Is provenance.json a Statement, and did the attester sign it for this nonce?
-    doc, is_statement = None, False
-    if not expected.evidence_only:
-        doc, is_statement = _check_provenance(checks, bundle.provenance)
+    doc = None if expected.evidence_only else _check_provenance(checks, bundle.provenance)
     if bundle.provenance is not None:
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
     _check_binding(checks, signed, bundle.provenance, doc)
     # 3. Does the Statement say what the caller expects, about these artifacts and this evidence?
-    if is_statement:
+    if doc is not None:
         claims |= _check_statement(checks, doc)
         _check_artifacts(checks, doc, bundle.artifacts)
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc, claims["measurement"])
     # 4. Is the evidence of hardware, and of the caller's image?
     if expected.require_tee:
-        hardware = platform in REQUIRED_OF_PLATFORM and platform != "simulated"
-        checks.hold("hardware evidence", hardware, "of hardware", platform, "--require-tee")
+        hardware = platform in PLATFORMS and platform != "simulated"
+        checks.hold("hardware evidence", hardware, "signed by hardware", platform, "--require-tee")
     if expected.image is not None:
         _check_image(checks, platform, claims, expected.image)
     # 5. What else is in the folder of evidence alone?
-    if bundle.others:
-        more = f" and {len(bundle.others) - 10} more" if len(bundle.others) > 10 else ""
-        checks.skip("other files", "not covered: this is evidence alone", ", ".join(bundle.others[:10]) + more)
+    if others:
+        more = f" and {len(others) - 10} more" if len(others) > 10 else ""
+        checks.skip("other files", "not covered: this is evidence alone", ", ".join(sorted(others)[:10]) + more)
     return _conclude(checks, platform, claims)
 
 
@@ -11369,42 +11333,19 @@ def wants_color(stream: IO[str]) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
-# Check, option that requests it, evidence that has it ("" = every kind), most important first.
-# fmt: off
-_REQUESTED_BY = (
-    ("nonce",               "--nonce",                ""),
-    ("measurement",         "--image, --measurement", ""),
-    ("PCR values",          "--pcr",                  "az"),
-    ("source tree",         "--source",               ""),
-    ("minimum TCB",         "--min-tcb",              "snp"),
-    ("revocation",          "--crl",                  "snp"),
-    ("revocation list age", "--crl that is valid now", "snp"),
-    ("source commit",       "--source-commit",        ""),
-    ("source uri",          "--source-uri",           ""),
-    ("packages",            "--dep",                  ""),
-    ("builder id",          "--builder-id",           ""),
-    ("build type",          "--build-type",           ""),
-    ("age",                 "--max-age",              ""),
-    ("host_data",           "--host-data",            "snp"),
-    ("guest_svn",           "--guest-svn",            "snp"),
-    ("chip_id",             "--chip-id",              "snp"),
-    ("family_id",           "--family-id",            "snp"),
-    ("image_id",            "--image-id",             "snp"),
-)
-# fmt: on
-
-
 def not_requested(verdict: Verdict) -> list[str]:
     """Return the checks that the caller could have requested, each with its option: "nonce (--nonce)"."""
+    blocked = (ALONE, _BLOCKED)
     status = {check.name: check.status for check in verdict.checks}
-    skipped = {check.name for check in verdict.checks if check.status == "not checked" and check.detail != ALONE}
-    skipped -= {check.name for check in verdict.checks if check.detail.startswith(_BLOCKED)}
+    skipped = {check.name for check in verdict.checks if check.status == "not checked" and check.detail not in blocked}
     if status.get("image measurement", "not checked") != "not checked":
         skipped.discard("measurement")
     if "revocation" in skipped:
         skipped.discard("revocation list age")
     return [
-        f"{name} ({option})" for name, option, kind in _REQUESTED_BY if name in skipped and kind in verdict.platform
+        f"{check} ({option})"
+        for _, check, option, part in EXPECTED
+        if option and check in skipped and (part in verdict.platform or part == "provenance")
     ]
 
 

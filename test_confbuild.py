@@ -1549,7 +1549,8 @@ class TestJson:
     )
     def test_check_schema(self, value: Any, schema: Any, message: str | None) -> None:
         if message is None:
-            assert confbuild.check_schema(value, schema, "name") is value
+            same = confbuild.check_schema(value, schema, "name")
+            assert same == value and type(same) is type(value)
             confbuild.check_schema([value], [schema], "name")
             return
         with pytest.raises(confbuild.Malformed, match=f"^name: {re.escape(message)}$") as caught:
@@ -1562,7 +1563,7 @@ class TestJson:
     def test_check_schema_looks_at_the_order_of_keys_if_asked(self) -> None:
         schema, doc = [{"a": int, "b?": int, "c": {"d": int, "e": int}}], [{"a": 1, "c": {"d": 1, "e": 2}}]
         for ordered in (False, True):
-            assert confbuild.check_schema(doc, schema, "name", ordered=ordered) is doc
+            assert confbuild.check_schema(doc, schema, "name", ordered=ordered) == doc
         for other, place in (({"c": doc[0]["c"], "a": 1}, ".z[0]"), ({"a": 1, "c": {"e": 2, "d": 1}}, ".z[0].c")):
             assert confbuild.check_schema([other], schema, "name") == [other]
             with pytest.raises(
@@ -1577,7 +1578,16 @@ class TestJson:
                 return {name: schema_of(inner) for name, inner in part.items()}
             return type(part) if isinstance(part, str | dict | list) else part
 
-        assert confbuild.check_schema(value, schema_of(value), "name", ordered=True) is value
+        assert json.dumps(confbuild.check_schema(value, schema_of(value), "name", ordered=True)) == json.dumps(value)
+
+    def test_check_schema_decodes(self) -> None:
+        """A function of the schema gets the value and its place, and what it returns takes the value's place."""
+        schema = {"a": ([{"b": confbuild.decode_hex}], None), "...": object}
+        doc = {"z": 1, "a": [{"b": "00"}, {"b": "ff"}]}
+        assert confbuild.check_schema(doc, schema, "name") == {"z": 1, "a": [{"b": b"\0"}, {"b": b"\xff"}]}
+        assert doc == {"z": 1, "a": [{"b": "00"}, {"b": "ff"}]} and list(doc) == ["z", "a"]
+        with pytest.raises(confbuild.Malformed, match=r"^name\.a\[1\]\.b: expected pairs of hexadecimal digits$"):
+            confbuild.check_schema({"a": [{"b": "00"}, {"b": "f"}]}, schema, "name")
 
     def test_sha256_of_fips_180(self) -> None:
         assert confbuild.sha256_hex(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
@@ -5468,7 +5478,9 @@ def reports_are_equal_where_it_counts(doc: Any) -> bool:
     return bool(doc == good and type(doc["evidence"]["version"]) is int)
 
 
-UNASKED = {"revocation", "revocation list age", "PCR values", *confbuild.OF_IMAGE}
+REQUIRED_OF_PLATFORM = {name: row.required for name, row in confbuild.PLATFORMS.items()}
+OF_IMAGE = [check for field, check, _, _ in confbuild.EXPECTED if field == "image"]
+UNASKED = {"revocation", "revocation list age", "PCR values", *OF_IMAGE}
 
 
 def failed_checks(verdict: confbuild.Verdict) -> set[str]:
@@ -5478,18 +5490,20 @@ def failed_checks(verdict: confbuild.Verdict) -> set[str]:
 
 def shown(platform: str) -> frozenset[str]:
     """What every verdict over a bundle shows, whatever fails."""
-    known = confbuild.REQUIRED_OF_PLATFORM.get(platform, frozenset(("evidence form", "platform", "report form")))
+    known = REQUIRED_OF_PLATFORM.get(platform, frozenset(("evidence form", "platform", "report form")))
     return known | confbuild.REQUIRED_OF_BUNDLE | {*OPTIONAL.values(), *UNASKED}
 
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
         requested = {**OPTIONAL, "pcrs": "PCR values", "require_tee": "hardware evidence"}
-        assert {
-            **{field: (name,) for field, name in requested.items()},
-            "image": confbuild.OF_IMAGE,
-            "require_crl": ("revocation", "revocation list age"),
-        } == confbuild.REQUESTED
+        requested |= {"image": OF_IMAGE, "require_crl": ["revocation", "revocation list age"]}
+        assert sorted((field, check) for field, check, _, _ in confbuild.EXPECTED) == sorted(
+            (field, check)
+            for field, checks in requested.items()
+            for check in (checks if isinstance(checks, list) else [checks])
+        )
+        assert OF_IMAGE == ["image parts", "image firmware", "image measurement", "image host_data"]
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**RIGHT))
         assert (verdict.verdict, verdict.platform) == ("simulated", "simulated")
         assert {check.name for check in verdict.checks if check.status != "passed"} == UNASKED
@@ -5563,7 +5577,7 @@ class TestVerdict:
             (
                 evidence("=" + ENCODED[1:]),
                 "report form",
-                "simulated evidence, attestation_report: expected canonical base64",
+                "simulated evidence.attestation_report: expected canonical base64",
             ),
             (evidence("\u00e9"), "report form", "attestation_report: expected canonical base64"),
             (evidence(ENCODED[:-2] + "B="), "report form", "attestation_report: expected canonical base64"),
@@ -5591,7 +5605,10 @@ class TestVerdict:
         assert verdict_over(GOOD_BUNDLE, ANY).verdict == "simulated"
         for table, changed in (
             ("REQUIRED_OF_BUNDLE", confbuild.REQUIRED_OF_BUNDLE | {"another"}),
-            ("REQUIRED_OF_PLATFORM", {"simulated": frozenset({"another"})}),
+            (
+                "PLATFORMS",
+                {"simulated": confbuild.PLATFORMS["simulated"]._replace(required=frozenset({"another"}))},
+            ),
         ):
             with monkeypatch.context() as patch:
                 patch.setattr(confbuild, table, changed)
@@ -5615,7 +5632,7 @@ class TestVerdict:
             for node in ast.walk(top)
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("compare", "expect", "derive")
+            and node.func.attr in ("compare", "expect")
         ]
         assert len(calls) > 15
         for call in calls:
@@ -5853,6 +5870,7 @@ class TestVerdict:
             "bool",
             "bytearray",
             "bytes",
+            "callable",
             "dict",
             "enumerate",
             "filter",
@@ -6342,7 +6360,7 @@ CHANGES: list[Change] = [
         "vcek null",
         lambda: edited(snp(), *CHAIN, "vcek"),
         {"report form"},
-        {"detail": "snp evidence: .cert_chain.vcek: null, expected text"},
+        {"detail": "snp evidence.cert_chain.vcek: expected canonical base64"},
     ),
     ("more in the evidence", lambda: edited(snp(), "evidence", "more", new=1), {"report form"}, {}),
     ("snp as az-snp", lambda: edited(snp(), "platform", new="az-snp"), {"report form"}, {}),
@@ -6974,7 +6992,7 @@ class TestHardwareVerdict:
                 {"image measurement"},
                 "00" * 48 + " (EPYC-v4, 1 vCPU)",
             ),
-            ({"measurement": b"n" * 48}, {"parts": "x", "firmware": "y"}, set(confbuild.OF_IMAGE), "x"),
+            ({"measurement": b"n" * 48}, {"parts": "x", "firmware": "y"}, set(OF_IMAGE), "x"),
         ],
     )
     def test_image(self, report: Mapping[str, Any], changes: Mapping[str, Any], failed: set[str], said: str) -> None:
@@ -6982,7 +7000,7 @@ class TestHardwareVerdict:
         verdict = verdict_over(snp(report), confbuild.Expectations(image=facts), anchors=TOY_ANCHORS)
         assert (failed_checks(verdict), verdict.verdict) == (failed, "failed" if failed else "passed")
         checks = {check.name: check for check in verdict.checks}
-        assert set(confbuild.OF_IMAGE) <= set(checks) and any(
+        assert set(OF_IMAGE) <= set(checks) and any(
             said in "".join(check) for check in checks.values() if check.status == "failed"
         ) == bool(failed)
         assert failed or checks["image measurement"] == confbuild.Check(
@@ -7001,15 +7019,13 @@ class TestHardwareVerdict:
             "simulated evidence: no hardware measured this VM"
         }
         verdict = verdict_over(GOOD_BUNDLE._replace(evidence=b"{"), confbuild.Expectations(image=facts))
-        assert [status_of(verdict, name) for name in confbuild.OF_IMAGE] == [
+        assert [status_of(verdict, name) for name in OF_IMAGE] == [
             "passed",
             "passed",
             "not checked",
             "not checked",
         ]
-        assert "no expectation" not in "".join(
-            check.detail for check in verdict.checks if check.name in confbuild.OF_IMAGE
-        )
+        assert "no expectation" not in "".join(check.detail for check in verdict.checks if check.name in OF_IMAGE)
         verdict = verdict_over(
             snp(self.BOOTED), confbuild.Expectations(image=self.IMAGE, evidence_only=True), anchors=TOY_ANCHORS
         )
@@ -7018,7 +7034,7 @@ class TestHardwareVerdict:
         verdict = verdict_over(snp(self.BOOTED), confbuild.Expectations(image=self.IMAGE), anchors=TOY_ANCHORS)
         assert failed_checks(verdict) == {"required checks"} and verdict.checks[
             -1
-        ].actual == "not checked: " + ", ".join(sorted(confbuild.OF_IMAGE))
+        ].actual == "not checked: " + ", ".join(sorted(OF_IMAGE))
 
     def test_a_hostile_list_takes_linear_time(self) -> None:
         """Nobody signed it: numbers of one hash, which for Python are the multiples of 2^61 - 1."""
@@ -7053,11 +7069,8 @@ class TestHardwareVerdict:
         for files in (snp(), azure()):
             platform = json.loads(files.evidence)["platform"]
             with monkeypatch.context() as patch:
-                patch.setattr(
-                    confbuild,
-                    "REQUIRED_OF_PLATFORM",
-                    {platform: confbuild.REQUIRED_OF_PLATFORM[platform] | {"another"}},
-                )
+                row = confbuild.PLATFORMS[platform]
+                patch.setattr(confbuild, "PLATFORMS", {platform: row._replace(required=row.required | {"another"})})
                 verdict = verdict_over(files, ANY, anchors=TOY_ANCHORS)
                 assert (verdict.verdict, failed_checks(verdict)) == ("failed", {"required checks"})
 
@@ -7066,9 +7079,7 @@ class TestHardwareVerdict:
         for files in (snp(), azure(), vlek(), turin()):
             verdict = verdict_over(files, confbuild.Expectations(), anchors=THREE)
             ran = {check.name for check in verdict.checks if check.status == "passed"}
-            assert ran == confbuild.REQUIRED_OF_PLATFORM[verdict.platform] | confbuild.REQUIRED_OF_BUNDLE | {
-                "artifact demo"
-            }
+            assert ran == REQUIRED_OF_PLATFORM[verdict.platform] | confbuild.REQUIRED_OF_BUNDLE | {"artifact demo"}
 
 
 TOY_LIST = functools.partial(crl_of, "ARK-Milan", TOY_ARK)
@@ -7168,7 +7179,7 @@ class TestToyHierarchy:
         root = [{"digest": LOCKED, "name": "input_merkle_root"}]
         yield bundle(statement(predicate__runDetails__byproducts=root)), {}, {}
 
-    @pytest.mark.parametrize("platform", confbuild.REQUIRED_OF_PLATFORM)
+    @pytest.mark.parametrize("platform", REQUIRED_OF_PLATFORM)
     def test_every_check_passes_and_fails(self, platform: str) -> None:
         simulated = platform == "simulated"
         rows = list(self.simulated_bundles() if simulated else self.hardware_bundles(platform))
@@ -7196,8 +7207,8 @@ class TestToyHierarchy:
             )
             for check in verdict.checks:
                 names[check.status].add(check.name)
-        every = {name for fields in confbuild.REQUESTED.values() for name in fields} | confbuild.REQUIRED_OF_BUNDLE
-        every |= confbuild.REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
+        every = {check for _, check, _, _ in confbuild.EXPECTED} | confbuild.REQUIRED_OF_BUNDLE
+        every |= REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
         if simulated:
             every = every - {"revocation", "revocation list age", "PCR values"} | {"debug"}
             never_passed, never_failed = {"hardware evidence", "image measurement", "image host_data"}, set()
@@ -7217,10 +7228,10 @@ class TestToyHierarchy:
             for node in ast.walk(ast.parse("#" + part))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
-            and node.func.attr in ("hold", "compare", "skip", "attempt", "derive")
+            and node.func.attr in ("hold", "compare", "skip", "attempt")
         }
-        tables = {name for fields in confbuild.REQUESTED.values() for name in fields} | confbuild.REQUIRED_OF_BUNDLE
-        tables |= frozenset().union(*confbuild.REQUIRED_OF_PLATFORM.values())
+        tables = {check for _, check, _, _ in confbuild.EXPECTED} | confbuild.REQUIRED_OF_BUNDLE
+        tables |= frozenset().union(*REQUIRED_OF_PLATFORM.values())
         assert {name for name in used if name not in tables} == {
             "name",
             "f'artifact {name[:255]}'",
