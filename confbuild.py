@@ -67,38 +67,40 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
      8. SEV-SNP report
      9. TPM quote
     10. Launch digest
-    11. Statement
-    12. Verdict
+    11. IGVM
+    12. dm-verity
+    13. Statement
+    14. Verdict
     Part III - Build: a source in, a bundle out
-    13. Processes
-    14. Sandbox
-    15. Programs
-    16. Files
-    17. This file
-    18. Archives
-    19. Git
-    20. Toolchains
-    21. Attester
-    22. Bundle
-    23. Pipeline
+    15. Processes
+    16. Sandbox
+    17. Programs
+    18. Files
+    19. This file
+    20. Archives
+    21. Git
+    22. Toolchains
+    23. Attester
+    24. Bundle
+    25. Pipeline
     Part IV - Service: jobs in, event streams out
-    24. Event log
-    25. Event streams
-    26. Jobs
-    27. HTTP API
-    28. Client
-    29. Agent
-    30. VMs
+    26. Event log
+    27. Event streams
+    28. Jobs
+    29. HTTP API
+    30. Client
+    31. Agent
+    32. VMs
     Part V - Guest: how --tee runs
-    31. Image
-    32. QEMU
-    33. Broker
-    34. First process
+    33. Image
+    34. QEMU
+    35. Broker
+    36. First process
     Part VI - Command line
-    35. Rendering
-    36. Server set-up
-    37. Commands
-    38. Options
+    37. Rendering
+    38. Server set-up
+    39. Commands
+    40. Options
 
 Specifications
 
@@ -122,6 +124,9 @@ Specifications
                 headers in include/uapi/
     [QEMU]      QEMU 10.0.2    [QMP] its monitor, docs/interop/qmp-spec.rst    [KVM] Linux 6.12
     [EDK2]      edk2-stable202502    [PI] UEFI Platform Initialization 1.8
+    [IGVM]      igvm_defs 0.4, https://docs.rs/igvm_defs    [PE] Microsoft PE Format
+    [GPT]       UEFI 2.10    [DPS] UAPI Discoverable Partitions Specification
+    [VERITY]    dm-verity on-disk format: https://gitlab.com/cryptsetup/cryptsetup/-/wikis/DMVerity
     [ELF]       System V ABI    [DEB] deb(5), dpkg-deb(1)    [POLICY] Debian Policy 4.7
     [CARGO]     The Cargo Book, https://doc.rust-lang.org/cargo
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
@@ -149,6 +154,7 @@ if sys.version_info < (3, 11):  # noqa: UP036  # before anything that an older P
 import base64  # noqa: I001  # a group for each Part
 import binascii
 import hashlib
+import itertools
 import json
 import re
 import struct
@@ -169,7 +175,6 @@ from typing import (
 import contextlib
 import errno
 import functools
-import itertools
 import os
 import stat
 import time
@@ -2188,7 +2193,7 @@ class Step(NamedTuple):
     page_type: int
     gpa: int
     size: int
-    data: bytes = b""
+    data: bytes | memoryview = b""
 
 
 Explain = Callable[[str, bytes], None]
@@ -2314,7 +2319,347 @@ def firmware_state(data: bytes) -> str:
 
 # endregion 10
 # ==============================================================================
-# region 11. Statement                                            [uses nothing]
+# region 11. IGVM                                                      [uses 10]
+# ==============================================================================
+# Computes the launch digest of an SEV-SNP guest that QEMU starts from an IGVM file, and reads the command line of its
+# kernel out of the pages that this digest covers [IGVM]. A file consists of a fixed header, variable headers and file
+# data, all little-endian. It can serve several platforms; each variable header names those that it is for by a mask.
+# What a loader refuses is refused, and so is what QEMU, KVM or the firmware would refuse later: no guest has that
+# digest.
+# Pure; any section and thread may call it.
+
+MAX_IGVM = GIB  # of a file, and of the memory that it fills
+MAX_IGVM_HEADERS = 16 * MIB  # 1 GiB of pages has 8 MiB of headers
+# Type of a variable header -> its fields. Relocations (0x102, 0x103) and CoRIM documents are for other platforms.
+_IGVM_LAYOUTS = {
+    0x001: "<I2BHQ",  # platform: mask, highest VTL, type, version, shared GPA boundary
+    0x101: "<Q2I",  # guest policy: policy, mask, reserved
+    0x301: "<Q2I",  # area: size, index, offset of its first contents
+    0x302: "<Q3I2H",  # page: gpa, mask, offset of its contents or 0 for zeros, flags, data type, reserved
+    0x303: "<Q2I",  # insert: gpa, mask, index of an area
+    0x304: "<Q2I2H",  # VMSA: gpa, mask, offset of its contents, vCPU, reserved
+    0x305: "<Q4I",  # required memory: gpa, mask, size, flags, reserved
+    0x30B: "<I692x",  # ID block: mask, ...
+    0x30D: "<Q2I",  # error range: gpa, mask, size
+    0x311: "<I860x",  # VBS measurement: mask, ...
+    # Parameters that a host writes to an area, which is not measured: index of the area, offset in it.
+    **dict.fromkeys((0x307, 0x308, 0x309, 0x30A, 0x30C, 0x30E, 0x30F, 0x310, 0x312, 0x313), "<2I"),
+}
+_SEV_SNP, _SEV_ES = 2, 5  # types of platforms; the last one that is known
+_DATA_TYPES = (PAGE_NORMAL, PAGE_SECRETS, PAGE_CPUID, PAGE_CPUID)  # of a page; the last one is CPUID_XF
+_UNMEASURED = 2  # a flag of a page
+_SEV_FEATURES = 0x3B0  # in a VMSA; bit 0: SNP is active
+_ZERO_PAGE = memoryview(bytes(PAGE_SIZE))
+# The item of the HOB list by which the firmware finds the kernel: EFI_HOB_GUID_TYPE of 48 bytes [PI volume 3], then
+# u64 address, u64 length, u32 type 0x201.
+_KERNEL_ITEM = re.compile(
+    b"\4\0\x30\0....%b(.{16})\1\2\0\0...." % re.escape(uuid.UUID("3dd177ff-b632-4e25-bef3-065063d55fc4").bytes_le),
+    re.DOTALL,
+)
+
+
+class IgvmError(Malformed):
+    """An error in an IGVM file, or in the kernel that it holds."""
+
+
+_require_igvm = Reader(b"", IgvmError, "IGVM").require
+
+
+def _igvm_headers(data: bytes) -> tuple[int, bytes]:
+    """Return (offset of the file data, the variable headers).  [IGVM IGVM_FIXED_HEADER]
+
+    Raises IgvmError.
+    """
+    reader = Reader(data, IgvmError, "IGVM")
+    magic, version, start, size, total, checksum = reader.unpack("<4s5I")
+    _require_igvm(magic == b"IGVM" and version in (1, 2), "not an IGVM file of version 1 or 2")
+    if version == 2:
+        _require_igvm(reader.unpack("<2I") == (0, PAGE_SIZE), "not for x86-64 with pages of 4096 bytes")
+    _require_igvm(total == len(data), f"{len(data)} bytes, its header says {total}")
+    end = start + size
+    inside = reader.at <= start and start % 8 == 0 and end < total and size <= MAX_IGVM_HEADERS
+    _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data behind them")
+    headers = data[start:end]
+    # The field itself counts as zero.
+    actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + headers)
+    _require_igvm(actual == checksum, f"CRC-32 {actual:#010x}, its header says {checksum:#010x}")
+    return end, headers
+
+
+def _variable_headers(headers: bytes) -> Iterator[tuple[int, ...]]:
+    """Yield (type, fields...) of each variable header.  [IGVM IGVM_VHS_VARIABLE_HEADER]
+
+    Raises IgvmError.
+    """
+    reader, stage = Reader(headers, IgvmError, "IGVM"), 0
+    while reader.left():
+        kind, length = reader.unpack("<2I")
+        layout = _IGVM_LAYOUTS.get(kind, "")
+        known = layout != "" and length == struct.calcsize(layout)
+        _require_igvm(known, f"header of type {kind:#x} with {length} bytes: no SEV-SNP guest of QEMU has one")
+        # Platforms, then initialization, then directives.
+        _require_igvm(kind >> 8 >= stage, f"header of type {kind:#x} after those of a later stage")
+        stage = kind >> 8
+        fields = reader.unpack(layout)
+        # A directive that begins with 64 bits begins with an address or a size of pages.
+        whole = stage < 3 or layout[1] != "Q" or fields[0] % PAGE_SIZE == 0
+        _require_igvm(whole, f"{fields[0]:#x} in a header of type {kind:#x}, expected whole pages")
+        clean = not any(reader.take(-length % 8)) and not (kind in (0x101, 0x302, 0x305) and fields[-1])
+        _require_igvm(clean, f"header of type {kind:#x}: its reserved bytes are not zero")
+        yield kind, *fields
+
+
+def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
+    """Check all directives, and yield (step, key) of those for SEV-SNP, in the order of the file.
+
+    key: of a page, (number of the directive, GPA, attributes...); of a VMSA, (vCPU,); else empty.
+    Raises IgvmError.  [IGVM]
+    """
+    start, headers = _igvm_headers(data)
+    masks: dict[int, int] = {}  # type of a platform -> its mask
+    areas: dict[int, int] = {}  # index -> size, or -1 after the insert
+
+    def contents(offset: int, size: int = PAGE_SIZE) -> memoryview:
+        inside = start <= offset <= len(data) - size or not offset
+        _require_igvm(inside, f"{size} bytes at {offset:#x} lie outside of the file data")
+        return memoryview(data)[offset : offset + size] if offset else _ZERO_PAGE
+
+    for number, header in enumerate(_variable_headers(headers)):
+        snp = masks.get(_SEV_SNP, 0)
+        match header:
+            case 0x001, mask, vtl, platform, version, boundary:
+                known = vtl in (0, 2) and platform <= _SEV_ES and version == 1 and (platform > 1 or not boundary)
+                once = mask.bit_count() == 1 and platform not in masks
+                _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or not the first")
+                masks[platform] = mask
+            case 0x301, size, index, offset:
+                # An area of 2^60 bytes would keep a machine busy for years.
+                _require_igvm(
+                    size <= MAX_IGVM and index not in areas, f"area {index} of {size} bytes, or declared twice"
+                )
+                areas[index] = size
+                contents(offset, size)
+            case 0x302, gpa, mask, offset, flags, data_type, _:
+                _require_igvm(data_type < len(_DATA_TYPES), f"page of unknown type {data_type}")
+                page = contents(offset)
+                if mask & snp:
+                    # QEMU ignores `shared` and fills 2 MiB pages: the digest would not cover what it seems to.
+                    _require_igvm(not flags & ~_UNMEASURED, f"page with flags {flags:#x} at {gpa:#x}, expected 0 or 2")
+                    kind = PAGE_UNMEASURED if flags and not data_type else _DATA_TYPES[data_type]
+                    key = (number, gpa, mask, flags, data_type, not offset)
+                    yield Step(f"page at {gpa:#x}, type {kind}", kind, gpa, PAGE_SIZE, page), key
+            case 0x303, gpa, mask, index:
+                size, areas[index] = areas.get(index, -1), -1
+                _require_igvm(size >= 0, f"insert of area {index}, which does not exist or is inserted already")
+                if mask & snp:
+                    yield Step(f"parameters: {size:#x} bytes at {gpa:#x}", PAGE_UNMEASURED, gpa, size), ()
+            case 0x304, gpa, mask, offset, vcpu, _:
+                of_sev = mask in (snp, masks.get(_SEV_ES))
+                _require_igvm(of_sev, f"VMSA with mask {mask:#x}, expected that of one SEV-SNP or SEV-ES platform")
+                page = contents(offset)
+                if mask == snp:
+                    active = gpa == VMSA_GPA and page[_SEV_FEATURES] & 1 == 1
+                    _require_igvm(active, f"VMSA of vCPU {vcpu} at {gpa:#x}: in the wrong place, or not of SNP")
+                    yield Step(f"VMSA: vCPU {vcpu}", PAGE_VMSA, gpa, PAGE_SIZE, page), (vcpu,)
+            case 0x305, _, _, size, *_:
+                _require_igvm(size % PAGE_SIZE == 0, f"required memory of {size} bytes, expected whole pages")
+            case _, index, _:
+                _require_igvm(areas.get(index, -1) >= 0, f"parameter of area {index}, which does not exist")
+
+
+def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
+    """Return what QEMU adds to an SEV-SNP guest, in its order, and {GPA: page} whose contents are measured.
+
+    Raises IgvmError.  [IGVM; QEMU backends/igvm.c]
+    """
+    used: set[int] = set()  # the GPA of each page
+    measured: dict[int, memoryview] = {}
+    vmsas: dict[int, Step] = {}
+    steps: list[Step] = []
+    held: list[Step] = []  # the run of pages that QEMU holds back
+    following: tuple[int, ...] = ()  # the page that continues it
+    for step, key in _snp_steps(data):
+        name, page_type, gpa, size, page = step
+        if page_type == PAGE_VMSA:
+            vmsa = bytearray(page)
+            vmsa[0x0D1] |= 0x10  # KVM sets EFER.SVME, CR4.MCE and bit 1 of RFLAGS; see VMSA_FIELDS
+            vmsa[0x148] |= 0x40
+            vmsa[0x170] |= 2
+            _require_igvm(key[0] not in vmsas and key[0] < MAX_VCPUS, f"{name}: not the first, or beyond KVM's limit")
+            vmsas[key[0]] = step._replace(data=bytes(vmsa))
+            continue
+        pages = range(gpa, gpa + size, PAGE_SIZE)
+        fits = gpa + size <= 1 << 64 and len(used) + len(pages) <= MAX_IGVM // PAGE_SIZE
+        _require_igvm(fits and used.isdisjoint(pages), f"{name}: beyond the limits of memory, or filled twice")
+        used.update(pages)
+        if not key:  # QEMU adds an insert at once, and so before the run
+            steps.append(step)
+            continue
+        if key != following:
+            steps += held
+            held = []
+        following = (key[0] + 1, gpa + PAGE_SIZE, *key[2:])
+        held.append(step)
+        if page_type == PAGE_NORMAL:
+            measured[gpa] = memoryview(page)
+    # KVM adds a VMSA for every vCPU, in their order; one that the file lacks would have unknown registers.
+    order = sorted(vmsas)
+    _require_igvm(order == [*range(len(order) or 1)], f"{len(order)} VMSAs, expected one of each vCPU from 0 on")
+    return [*steps, *held, *map(vmsas.__getitem__, order)], measured
+
+
+def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
+    """Return the command line in the section `.cmdline` of the kernel that the firmware boots.  [PE; PI volume 3]
+
+    measured: GPA -> page. Any other page may have been changed by the host, so none is read.
+    Raises IgvmError.
+    """
+    items: list[bytes] = []
+    for gpa, page in measured.items():
+        # An item may end in the next page.
+        items += _KERNEL_ITEM.findall(bytes(page) + bytes(measured.get(gpa + PAGE_SIZE, b"")[:47]))
+    require = Reader(b"", IgvmError, "kernel").require
+    require(len(items) == 1, f"{len(items)} items in measured pages name one, expected 1")
+    address, length = struct.unpack("<2Q", items[0])
+    begin, image = address & -PAGE_SIZE, bytearray()
+    for gpa in range(begin, address + length, PAGE_SIZE):
+        require(gpa in measured, f"the page at {gpa:#x} is not measured")
+        image += measured[gpa]
+    reader = Reader(bytes(image[address - begin :][:length]), IgvmError, "kernel")
+    magic, reader.at = reader.unpack("<2s58xI")
+    signature, count, optional = reader.unpack("<4s2xH12xH2x")
+    require(magic + signature == b"MZPE\0\0", "not a PE file")
+    reader.at += optional
+    sections = [reader.unpack("<8s4I16x") for _ in range(count)]
+    found = [section for section in sections if section[0] == b".cmdline"]
+    require(len(found) == 1, f"{len(found)} sections .cmdline, expected 1")
+    [[_, virtual_size, _, size, reader.at]] = found
+    raw = reader.take(size)
+    # The kernel's stub reads what lies within VirtualSize; other readers take all.
+    text = raw[:virtual_size].rstrip(b"\0\n")
+    require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text behind its end")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise IgvmError("kernel", f"command line is not UTF-8 at byte {e.start}") from None
+
+
+def root_hash_of(cmdline: str) -> str:
+    """Return the value of `roothash=` in a kernel's command line, as 64 lower-case digits.
+
+    Raises IgvmError unless there is exactly one.
+    """
+    # Blanks in double quotes are part of a word [LINUX lib/cmdline.c, next_arg].
+    words = re.findall(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', cmdline)
+    values = {word.replace('"', "").lower() for word in words if re.match('"?roothash=', word)}
+    if len(values) == 1 and (match := re.fullmatch("roothash=([0-9a-f]{64})", values.pop())):
+        return match[1]
+    raise IgvmError("kernel", "command line does not have one root hash of 64 hexadecimal digits")
+
+
+# endregion 11
+# ==============================================================================
+# region 12. dm-verity                                            [uses nothing]
+# ==============================================================================
+# Recomputes the dm-verity tree over a disk's root partition: every block of data, not only the stored root. The disk is
+# read through a callable, in bounded memory, so it may have any size. Pure; any section and thread may call it.
+
+ROOT_PARTITION, VERITY_PARTITION = (  # of x86-64 [DPS]
+    uuid.UUID(text).bytes_le
+    for text in ("4f68bce3-e8cd-4db1-96e7-fbcaf984b709", "2c7357ed-ebd2-46d9-aec1-23d437ec2bf5")
+)
+SECTOR = 512
+MAX_PARTITION_TABLE = MIB
+
+
+class DiskError(Malformed):
+    """An error in a disk, or a disk that does not have the expected root hash."""
+
+
+_require_disk = Reader(b"", DiskError, "disk").require
+
+
+def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
+    """Return (begin, size) in bytes of the root partition and of its verity partition.  [GPT 5.3]
+
+    Raises DiskError unless there is exactly one of each.
+    """
+    header = take(SECTOR, SECTOR)
+    magic, size, checksum, table_lba, count, entry_size, table_checksum = struct.unpack("<8s4x2I52xQ3I420x", header)
+    # The field itself counts as zero.
+    actual = binascii.crc32(header[:16] + bytes(4) + header[20:size])
+    whole = magic == b"EFI PART" and 92 <= size <= SECTOR and actual == checksum
+    _require_disk(whole, "sector 1 is not a GPT header, or its CRC-32 is wrong")
+    whole = entry_size >= 128 and count * entry_size <= MAX_PARTITION_TABLE
+    table = take(table_lba * SECTOR, count * entry_size if whole else 0)
+    whole = whole and binascii.crc32(table) == table_checksum
+    _require_disk(whole, f"table of {count} partitions with {entry_size} bytes each: too large, or its CRC-32 is wrong")
+    rows = [struct.unpack_from("<16s16x2Q", table, at) for at in range(0, len(table), entry_size)]
+    places: list[tuple[int, int]] = []
+    for kind in (ROOT_PARTITION, VERITY_PARTITION):
+        found = [(first * SECTOR, (last + 1 - first) * SECTOR) for row, first, last in rows if row == kind]
+        _require_disk(len(found) == 1, f"{len(found)} partitions of type {uuid.UUID(bytes_le=kind)}, expected 1")
+        places += found
+    return places
+
+
+def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
+    """Raise DiskError unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
+
+    read: returns so many bytes at an offset; fewer at the end of the disk.
+    root_hash: 64 lower-case digits.
+    """
+
+    def take(at: int, size: int) -> bytes:
+        data = read(at, size) if at + size < 1 << 63 else b""  # a disk can name any offset of 64 bits
+        _require_disk(len(data) == size, f"ends before byte {at + size}")
+        return data
+
+    (data_at, data_size), (area, area_size) = _partitions(take)
+    # Magic, version, hash type, UUID, algorithm, block sizes of data and hashes, data blocks, size of the salt, salt.
+    *known, algorithm, data_block, block, blocks, salt_size, salt = struct.unpack(
+        "<8s2I16x32s2IQH6x256s168x", take(area, 512)
+    )
+    known.append(algorithm.rstrip(b"\0"))
+    # Type 1 puts the salt in front.
+    expected = [b"verity\0\0", 1, 1, b"sha256"]
+    _require_disk(known == expected, "no superblock of version 1, type 1 and sha256 in the verity partition")
+    sizes = {1 << n for n in range(9, 17)}
+    possible = {data_block, block} <= sizes and salt_size <= len(salt)
+    _require_disk(possible, f"blocks of {data_block} and {block} bytes, salt of {salt_size}: expected 512 to 65536")
+    # Nothing would protect the rest of the partition.
+    whole = blocks * data_block == data_size > 0
+    _require_disk(whole, f"tree for {blocks} blocks of {data_block} bytes, the root partition has {data_size} bytes")
+    counts: list[int] = []  # hash blocks of each level, the one of the data blocks first
+    while blocks > 1:
+        blocks = -(-blocks // (block // 32))
+        counts.append(blocks)
+    _require_disk((sum(counts) + 1) * block <= area_size, "the verity partition is too small for the tree")
+
+    def digest_of(data: bytes) -> bytes:
+        return hashlib.sha256(salt[:salt_size] + data).digest()
+
+    def level(below: Iterator[bytes], begin: int, end: int) -> Iterator[bytes]:
+        for at in range(begin, end, block):
+            computed = b"".join(itertools.islice(below, block // 32)).ljust(block, b"\0")
+            _require_disk(take(at, block) == computed, f"hash block at byte {at} differs from what it covers")
+            yield digest_of(computed)
+
+    digests: Iterator[bytes] = (
+        digest_of(take(at, data_block)) for at in range(data_at, data_at + data_size, data_block)
+    )
+    end = area + block * (sum(counts) + 1)  # the superblock fills a block; the top level follows it
+    for count in counts:
+        digests = level(digests, end - count * block, end)
+        end -= count * block
+    actual = next(digests).hex()
+    _require_disk(actual == root_hash, f"root hash {actual}, expected {root_hash}")
+    return data_size
+
+
+# endregion 12
+# ==============================================================================
+# region 13. Statement                                            [uses nothing]
 # ==============================================================================
 # The schema of provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA]. The schema is
 # data, for check_schema, with the keys in the order of [CONTRACT 3.2]. The functions below it read a Statement. Pure;
@@ -2469,9 +2814,9 @@ def package_of(uri: str) -> str:
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
 
 
-# endregion 11
+# endregion 13
 # ==============================================================================
-# region 12. Verdict                                       [uses 6, 7, 8, 9, 11]
+# region 14. Verdict                                       [uses 6, 7, 8, 9, 13]
 # ==============================================================================
 # verify_bundle takes the bytes of a bundle and what the caller expects, and returns a verdict [CONTRACT 4, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
@@ -3110,10 +3455,10 @@ def verify_bundle(
     return _conclude(checks, platform, claims)
 
 
-# endregion 12
+# endregion 14
 # ---- End of the verifier.
 # ==============================================================================
-# region 13. Processes                                            [uses nothing]
+# region 15. Processes                                            [uses nothing]
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
@@ -3292,9 +3637,9 @@ class LineSplitter:
         return [*pieces, line]
 
 
-# endregion 13
+# endregion 15
 # ==============================================================================
-# region 14. Sandbox                                                   [uses 13]
+# region 16. Sandbox                                                   [uses 15]
 # ==============================================================================
 # Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service:
 #
@@ -3662,9 +4007,9 @@ def protection_text(protections: Mapping[str, str]) -> str:
     return "; ".join(f"{label}: {names}" for label, names in lists.items() if names)
 
 
-# endregion 14
+# endregion 16
 # ==============================================================================
-# region 15. Programs                                                  [uses 13]
+# region 17. Programs                                                  [uses 15]
 # ==============================================================================
 # Runs programs to their end: capture for a program whose answer is needed whole, run_tool for a build tool whose lines
 # are passed on as they come.  Both bound what they hold, and neither waits for processes that a program leaves behind.
@@ -3805,9 +4150,9 @@ def run_tool(
         return status, output
 
 
-# endregion 15
+# endregion 17
 # ==============================================================================
-# region 16. Files                                                [uses nothing]
+# region 18. Files                                                [uses nothing]
 # ==============================================================================
 # Reads, writes and removes files so that a crash loses nothing that was promised, a full disk is reported as such, and
 # nothing that a build left behind can block or mislead the caller.  Free to all later sections; no threads.
@@ -3954,9 +4299,9 @@ def walk_files(root: str, folder: str = "") -> list[str]:
     return found
 
 
-# endregion 16
+# endregion 18
 # ==============================================================================
-# region 17. This file                                            [uses nothing]
+# region 19. This file                                            [uses nothing]
 # ==============================================================================
 # Finds this file's own bytes, which every guest and every provenance contains, and runs the file again: as the agent of
 # a VM and other helpers, always isolated from whatever surrounds it.  Free to all later sections; no threads.
@@ -3994,9 +4339,9 @@ def reexec_without_ast() -> None:
         os.execv(sys.executable, [*before, "-P", "-c", _RUN, *sys.argv])
 
 
-# endregion 17
+# endregion 19
 # ==============================================================================
-# region 18. Archives                                             [uses nothing]
+# region 20. Archives                                             [uses nothing]
 # ==============================================================================
 # Unpacks ZIP files and tarballs, which are hostile, and packs sources.  An archive that two readers would understand
 # differently is refused, so that the bytes that were looked at are the bytes that are built.  TreeWriter also unpacks
@@ -4363,9 +4708,9 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
             tar.add(os.path.join(root, file), f"{name}/{file}", filter=forget)
 
 
-# endregion 18
+# endregion 20
 # ==============================================================================
-# region 19. Git                                               [uses 15, 16, 18]
+# region 21. Git                                               [uses 17, 18, 20]
 # ==============================================================================
 # Fetches a repository, names the tree of files as git would, believes a source's history, and packs a directory.  The
 # program git is used, but it never obeys what it reads: servers, repositories and work trees are hostile.  So git runs
@@ -4942,9 +5287,9 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
     return "git has modified or untracked files" if checkout.ask(root, *options, *pathspec) != "" else ""
 
 
-# endregion 19
+# endregion 21
 # ==============================================================================
-# region 20. Toolchains                                        [uses 15, 16, 19]
+# region 22. Toolchains                                        [uses 17, 18, 21]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
 # and two functions: plan_* reads the lock file and runs nothing, collect_* finds the artifacts after the build.
@@ -5393,9 +5738,9 @@ def source_expectations(directory: str, expected: Expectations, algorithm: str) 
     return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
 
 
-# endregion 20
+# endregion 22
 # ==============================================================================
-# region 21. Attester                                     [uses 6, 7, 8, 11, 17]
+# region 23. Attester                                     [uses 6, 7, 8, 13, 19]
 # ==============================================================================
 # Makes the evidence for a provenance: simulated evidence, which says that it is simulated, or the report of the SEV-SNP
 # guest that this process runs in.  The guest's host is hostile: the certificate table that it adds to a report is used
@@ -5635,9 +5980,9 @@ def hardware_evidence(
     return _evidence(platform, attestation_report=_base64(report), cert_chain=chain)
 
 
-# endregion 21
+# endregion 23
 # ==============================================================================
-# region 22. Bundle                                            [uses 11, 16, 18]
+# region 24. Bundle                                            [uses 13, 18, 20]
 # ==============================================================================
 # Writes the archive that a client downloads, and reads bundles for the verifier, from a directory or from the archive
 # itself, which is never unpacked.  The pipeline writes; `build` and `verify` read.  Readers trust nothing: they follow
@@ -5796,9 +6141,9 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     return _assemble([*names], names.__getitem__, lambda name: documents[root + name], evidence_only, True)
 
 
-# endregion 22
+# endregion 24
 # ==============================================================================
-# region 23. Pipeline          [uses 11, 12, 13, 15, 16, 17, 18, 19, 20, 21, 22]
+# region 25. Pipeline          [uses 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24]
 # ==============================================================================
 # Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls run_pipeline
 # once, in a process that does nothing else and is thrown away afterwards; everything runs in the caller's thread.
@@ -6032,9 +6377,9 @@ def _make_statement(
     return to_canonical(doc)
 
 
-# endregion 23
+# endregion 25
 # ==============================================================================
-# region 24. Event log                                                 [uses 16]
+# region 26. Event log                                                 [uses 18]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they are sent.  It is
 # the only record of the events; a reader is a position in it.  A frame is written whole before it is published, so no
@@ -6214,9 +6559,9 @@ class EventLog:
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
 
-# endregion 24
+# endregion 26
 # ==============================================================================
-# region 25. Event streams                                     [uses 13, 16, 24]
+# region 27. Event streams                                     [uses 15, 18, 26]
 # ==============================================================================
 # One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head
 # of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
@@ -6601,9 +6946,9 @@ class Streamer:
         watcher.close()
 
 
-# endregion 25
+# endregion 27
 # ==============================================================================
-# region 26. Jobs                                              [uses 13, 16, 24]
+# region 28. Jobs                                              [uses 15, 18, 26]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -7240,9 +7585,9 @@ class Jobs:
         return len(left) < before
 
 
-# endregion 26
+# endregion 28
 # ==============================================================================
-# region 27. HTTP API                          [uses 13, 16, 18, 19, 24, 25, 26]
+# region 29. HTTP API                          [uses 15, 18, 20, 21, 26, 27, 28]
 # ==============================================================================
 # The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
@@ -8197,9 +8542,9 @@ class Server:
         c.sock.close()
 
 
-# endregion 27
+# endregion 29
 # ==============================================================================
-# region 28. Client                                               [uses nothing]
+# region 30. Client                                               [uses nothing]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -8568,9 +8913,9 @@ def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
     return doc
 
 
-# endregion 28
+# endregion 30
 # ==============================================================================
-# region 29. Agent         [uses 13, 14, 16, 17, 18, 19, 21, 23, 24, 25, 26, 27]
+# region 31. Agent         [uses 15, 16, 18, 19, 20, 21, 23, 25, 26, 27, 28, 29]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it.  It reads its configuration
 # from standard input and lives until that ends.  The fetcher is another child of the server, with the same life: it
@@ -8717,9 +9062,9 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
-# endregion 29
+# endregion 31
 # ==============================================================================
-# region 30. VMs               [uses 12, 13, 14, 15, 16, 17, 22, 23, 24, 26, 28]
+# region 32. VMs               [uses 14, 15, 16, 17, 18, 19, 24, 25, 26, 28, 30]
 # ==============================================================================
 # The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
 # and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
@@ -9372,10 +9717,10 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     return path
 
 
-# endregion 30
+# endregion 32
 # ---- End of the service.
 # ==============================================================================
-# region 31. Image                                 [uses 10, 11, 15, 16, 17, 18]
+# region 33. Image                                 [uses 10, 13, 17, 18, 19, 20]
 # ==============================================================================
 # Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
 # digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
@@ -10259,9 +10604,9 @@ def _root_hash(path: str, blocks: int) -> str:
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 31
+# endregion 33
 # ==============================================================================
-# region 32. QEMU                          [uses 10, 13, 15, 16, 28, 29, 30, 31]
+# region 34. QEMU                          [uses 10, 15, 17, 18, 30, 31, 32, 33]
 # ==============================================================================
 # A guest as a child process: what this machine needs for it, QEMU's argument vector (a pure function), and QemuVm.
 #
@@ -10677,9 +11022,9 @@ class QemuVm(Vm):
         return self._reader is None or not self._reader.is_alive()
 
 
-# endregion 32
+# endregion 34
 # ==============================================================================
-# region 33. Broker                                            [uses 13, 14, 21]
+# region 35. Broker                                            [uses 15, 16, 23]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -10972,9 +11317,9 @@ class GuestBroker:
         return {"report": report.hex(), "table": table.hex()}
 
 
-# endregion 33
+# endregion 35
 # ==============================================================================
-# region 34. First process              [uses 8, 13, 17, 21, 23, 29, 31, 32, 33]
+# region 36. First process              [uses 8, 15, 19, 23, 25, 31, 33, 34, 35]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -11279,9 +11624,9 @@ def run_guest() -> None:
         sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
-# endregion 34
+# endregion 36
 # ==============================================================================
-# region 35. Rendering                                                 [uses 12]
+# region 37. Rendering                                                 [uses 14]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -11570,9 +11915,9 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 35
+# endregion 37
 # ==============================================================================
-# region 36. Server set-up  [uses 13, 14, 16, 20, 21, 23, 25, 26, 27, 30, 31, 32, 35]
+# region 38. Server set-up  [uses 15, 16, 18, 22, 23, 25, 27, 28, 29, 32, 33, 34, 37]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -11900,9 +12245,9 @@ def _read_der(path: str) -> bytes:
     return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
 
 
-# endregion 36
+# endregion 38
 # ==============================================================================
-# region 37. Commands  [uses 6, 7, 8, 10, 12, 14, 16, 17, 18, 19, 20, 21, 22, 28, 31, 32, 35, 36]
+# region 39. Commands  [uses 6, 7, 8, 10, 14, 16, 18, 19, 20, 21, 22, 23, 24, 30, 33, 34, 37, 38]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -12589,9 +12934,9 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-# endregion 37
+# endregion 39
 # ==============================================================================
-# region 38. Options                         [uses 8, 9, 10, 16, 17, 29, 35, 37]
+# region 40. Options                         [uses 8, 9, 10, 18, 19, 31, 37, 39]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -13272,4 +13617,4 @@ def _run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-# endregion 38
+# endregion 40
