@@ -11680,10 +11680,8 @@ def wants_color(stream: IO[str]) -> bool:
 
 def not_requested(verdict: Verdict) -> list[str]:
     """Return the checks that the caller could have requested, each with its option: "nonce (--nonce)"."""
-    blocked = (ALONE, _BLOCKED)
-    status = {check.name: check.status for check in verdict.checks}
-    skipped = {check.name for check in verdict.checks if check.status == "not checked" and check.detail not in blocked}
-    if status.get("image measurement", "not checked") != "not checked":
+    skipped = {c.name for c in verdict.checks if c.status == "not checked" and c.detail not in (ALONE, _BLOCKED)}
+    if "image measurement" not in skipped:
         skipped.discard("measurement")
     if "revocation" in skipped:
         skipped.discard("revocation list age")
@@ -11791,12 +11789,17 @@ class Display:
     """Progress of one build.
 
     form: "plain" prints one line per event to stream; "live" draws one line per phase with its time, and the latest
-    lines of the build below it; "quiet" prints only failures; "json" prints the events to stdout instead.
+    lines of the build below it; "auto" is "live" if stream is a terminal, else "plain"; "quiet" prints only failures;
+    "json" prints the events to stdout instead.
     timed: show how long phases took; False if the events may be older than the display.
+    began: when it was made.
     """
 
     def __init__(self, stream: IO[str], form: str, color: bool, timed: bool = True) -> None:
         self._stream = stream
+        self.began = time.monotonic()
+        if form == "auto":
+            form = "live" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         self.form = form
         self._color = color
         self._timed = timed
@@ -12228,12 +12231,12 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
     }
 
 
-def _read_tokens(path: str) -> list[str]:
-    """Return the bearer tokens in the file at path. Raises UsageError, OSError."""
-    data = read_limited(path, MIB)
-    if not data.isascii():
-        raise UsageError(f"--token-file {path}: tokens must be ASCII")
-    return data.decode("ascii").split()
+def _read_tokens(path: str | None) -> list[str]:
+    """Return the bearer tokens in the file at path; none without a path. Raises UsageError, OSError."""
+    tokens = read_limited(path, MIB).split() if path else []
+    if path and not (tokens and all(token.isascii() for token in tokens)):
+        raise UsageError(f"--token-file {path}: there is no token in it, or one that is not ASCII")
+    return [token.decode("ascii") for token in tokens]
 
 
 def _read_der(path: str) -> bytes:
@@ -12247,14 +12250,13 @@ def _read_der(path: str) -> bytes:
 
 # endregion 38
 # ==============================================================================
-# region 39. Commands  [uses 6, 7, 8, 10, 14, 16, 18, 19, 20, 21, 22, 23, 24, 30, 33, 34, 37, 38]
+# region 39. Commands  [uses 6, 7, 8, 10, 14, 18, 19, 20, 21, 22, 23, 24, 30, 33, 34, 37, 38]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
 MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 _BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
-_ARCHIVE = "result.tar.gz"  # in a directory DIR.unverified: a result that is not unpacked
 
 
 def own_command() -> list[str]:
@@ -12268,9 +12270,7 @@ def own_command() -> list[str]:
 def cmd_serve(options: "argparse.Namespace") -> int:
     """Run the build service until a signal."""
     reexec_without_ast()
-    tokens = _read_tokens(options.token_file) if options.token_file else []
-    if options.token_file and not tokens:
-        raise UsageError(f"--token-file {options.token_file}: there is no token in it")
+    tokens = _read_tokens(options.token_file)
     host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(
@@ -12290,17 +12290,14 @@ def cmd_serve(options: "argparse.Namespace") -> int:
             os._exit(EXIT_INTERRUPTED)
         stopped.set()
 
-    sleeper, waker = socket.socketpair()
-    waker.setblocking(False)
-    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     running = start_server(options, options.state or os.path.join(data, "confbuild"), tokens, machine)
     say(f"serving on {running.url}")
     say(machine.note)
-    while not stopped.is_set():
-        sleeper.recv(1)  # an Event would not wake up if another thread received the signal
+    while not stopped.wait(1.0):  # if another thread gets the signal, the handler runs when this one wakes up
+        pass
     say(f"stopping; running builds have {options.grace:g} s")
     running.stop(options.grace)
     return EXIT_OK
@@ -12311,39 +12308,29 @@ class Client(NamedTuple):
 
     service: ApiClient
     display: Display
-    arguments: Sequence[str]
+    arguments: Sequence[str] = ()
+
+    def command(self, *arguments: str) -> str:
+        """Return a command line for this server that people can paste."""
+        return shlex.join([*own_command(), *arguments, *self.arguments])
 
 
-def _display(options: "argparse.Namespace", timed: bool = True) -> Display:
-    """Return the display that --format asks for."""
-    form = options.format
-    if form == "auto":
-        form = "live" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
-    return Display(sys.stderr, form, wants_color(sys.stderr), timed)
-
-
-def _server_of(options: "argparse.Namespace") -> str:
-    """Return --server, or CONFBUILD_SERVER, or "" to build here."""
-    return str(os.environ.get("CONFBUILD_SERVER", "") if options.server is None else options.server)
-
-
-def _client(options: "argparse.Namespace", display: Display) -> Client:
+def _client(options: "argparse.Namespace", timed: bool = True) -> Client:
     """Return the server that the options or the environment name. Raises UsageError."""
-    server = _server_of(options)
-    if not server:
+    if not options.server:
         raise UsageError("no server is named", "give --server URL, or set CONFBUILD_SERVER")
-    path = os.environ.get("CONFBUILD_TOKEN_FILE") if options.token_file is None else options.token_file
-    tokens = _read_tokens(path) if path else []
-    arguments = ["--server", server, *(["--token-file", path] if path else [])]
-    return Client(ApiClient(server, tokens[0] if tokens else "", display.note), display, arguments)
+    [token, *_] = [*_read_tokens(options.token_file), ""]
+    display = Display(sys.stderr, options.format, wants_color(sys.stderr), timed)
+    arguments = ["--server", options.server, *(["--token-file", options.token_file] if options.token_file else [])]
+    return Client(ApiClient(options.server, token, display.note), display, arguments)
 
 
 def _find_job(client: Client, job: str) -> str:
     """Return the id of the only job of the server that begins with job. Raises UsageError, RemoteError."""
     if not re.fullmatch("[0-9a-f-]{2,35}", job):  # an id, or a server's own kind of id
         return job
-    found = [str(row["job_id"]) for row in client.service.jobs("GET", "/builds", several=True)]
-    found = [job_id for job_id in found if job_id.startswith(job)]
+    rows = client.service.jobs("GET", "/builds", several=True)
+    found = [str(row["job_id"]) for row in rows if row["job_id"].startswith(job)]
     if len(found) != 1:
         raise UsageError(
             f"{job}: {len(found) or 'no'} builds begin with that",
@@ -12353,14 +12340,12 @@ def _find_job(client: Client, job: str) -> str:
 
 
 class Delivery(NamedTuple):
-    """A bundle that is to be fetched. expected: of it; again: what to do if it cannot be written."""
+    """A bundle that is to be fetched. checks: options, besides --nonce, with which `verify` checks it again."""
 
     bundle: str
     expected: Expectations
-    endorsements: Endorsements
-    again: str
-    checks: Sequence[str] = ()  # options with which `verify` checks the bundle again
-    began: float | None = None
+    endorsements: Endorsements = Endorsements()
+    checks: Sequence[str] = ()
 
 
 def cmd_build(options: "argparse.Namespace") -> int:
@@ -12368,78 +12353,48 @@ def cmd_build(options: "argparse.Namespace") -> int:
 
     Without --server, a temporary server on loopback builds it and exits with the build.
     """
-    is_url, server = "://" in options.source, _server_of(options)
-    _check_build_options(options, is_url, server)
-    began = time.monotonic()
+    source, is_url = options.source, "://" in options.source
+    _check_build_options(options, is_url)
     nonce = options.nonce or secrets.token_hex(NONCE_SIZE)
-    name = repository_name(options.source) if is_url else safe_name(os.path.basename(os.path.realpath(options.source)))
+    name = repository_name(source) if is_url else safe_name(os.path.basename(os.path.realpath(source)))
     bundle = options.out or name + "-build"
     _check_target(bundle)
-    machine = None if server else prepare_platform(options)
-    vm = _expect_vm(options, machine)
+    machine = None if options.server else prepare_platform(options)
+    expected = _expect_vm(options, machine)._replace(nonce=nonce)
     endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
-    display = _display(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cancels, as Ctrl-C does
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
-        packed = running = None
-        archive = os.path.join(scratch, name + ".tar.gz")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they cancel, as Ctrl-C does; nohup ignores SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
+        archive, request = None, BuildRequest(nonce, source, options.ref)
+        display = Display(sys.stderr, options.format, wants_color(sys.stderr))
         if not is_url:
-            packed = _pack(options.source, archive, scratch, bundle)
+            archive, request = (
+                os.path.join(scratch, name + ".tar.gz"),
+                BuildRequest(nonce, source_name=name + ".tar.gz"),
+            )
+            packed = _pack(source, archive, scratch, bundle)
             display.note(f"packed {packed.note}")
+            expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
         if machine is None:
-            client = _client(options, display)
+            client = _client(options)
         else:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
-            client = Client(ApiClient(running.url, token, display.note), display, ())
-            display.note(_build_note(machine))
-        try:
-            request = BuildRequest(nonce, *((options.source, options.ref) if is_url else ("", "", name + ".tar.gz")))
-            expected = vm._replace(nonce=nonce)
-            if packed is not None:
-                expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
-            if options.tee:
-                _check_waiting_vm(client.service, vm, endorsements, display)
-            job_id = client.service.submit(request, None if is_url else archive)
-            checks = [
-                *(() if is_url else ("--source", options.source)),
-                "--nonce",
-                nonce,
-                *(("--image", options.image) if options.image and options.tee else ()),
-            ]
-            again = "the temporary server and its result are gone: build again"
-            if server:
-                display.note(f"submitted job {job_id}; to follow it again: " + _command(client, "watch", job_id))
-                again = _result_hint(client, job_id, bundle, nonce)
-            delivery = Delivery(bundle, expected, endorsements, again, checks, began)
-            return _follow_and_fetch(client, job_id, delivery)
-        finally:
-            if running is not None:
-                running.stop(0.0)
+            stack.callback(running.stop, 0.0)
+            client = Client(ApiClient(running.url, token, display.note), display)
+            display.note(machine.note)
+        if options.tee:
+            _check_waiting_vm(client, expected, endorsements)
+        job_id = client.service.submit(request, archive)
+        if client.arguments:
+            display.note(f"submitted job {job_id}; to follow it again: " + client.command("watch", job_id))
+        checks = [] if is_url else ["--source", source]
+        checks += ["--image", options.image] if options.image and options.tee else []
+        return _follow_and_fetch(client, job_id, Delivery(bundle, expected, endorsements, checks))
 
 
-def _command(client: Client, *arguments: str) -> str:
-    """Return a command line for client's server that people can paste."""
-    return shlex.join([*own_command(), *arguments, *client.arguments])
-
-
-def _result_hint(client: Client, job_id: str, bundle: str, nonce: str | None) -> str:
-    """Return how to get a result that stays on the server."""
-    command = [*own_command(), "fetch", job_id, *client.arguments, "-o", bundle]
-    return "the result stays on the server: " + shlex.join([*command, *(["--nonce", nonce] if nonce else [])])
-
-
-def _build_note(machine: BuildPlatform) -> str:
-    """Return what to know about a build on a temporary server."""
-    if machine.protections is None:
-        return machine.note
-    note = "simulated VM on this machine: not confidential; no hardware signs its evidence; "
-    return note + protection_text(machine.protections)
-
-
-def _check_build_options(options: "argparse.Namespace", is_url: bool, server: str) -> None:
+def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     """Raise UsageError for a source that cannot be built, and for options that would have no effect."""
     source = options.source
     if not is_url and not os.path.isdir(source):
@@ -12451,7 +12406,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool, server: st
         raise UsageError("--ref requires a URL")
     if options.nonce is not None and not options.nonce.strip("0"):
         raise UsageError("--nonce: a nonce of zeros proves nothing, and its verification fails", "leave --nonce out")
-    if server:
+    if options.server:
         _refuse(
             options,
             f"--vm {_GUEST_OPTIONS} --readable --require-isolation --no-isolation --env --max-archive --build-timeout "
@@ -12500,22 +12455,22 @@ def _expect_vm(options: "argparse.Namespace", machine: BuildPlatform | None) -> 
     return Expectations(measurements=options.measurements, image=facts, require_tee=True)
 
 
-def _check_waiting_vm(service: ApiClient, vm: Expectations, endorsements: Endorsements, display: Display) -> None:
+def _check_waiting_vm(client: Client, expected: Expectations, endorsements: Endorsements) -> None:
     """Raise ConfbuildError unless fresh evidence proves that the server's waiting VM is the expected one."""
-    nonce = secrets.token_hex(NONCE_SIZE)
-    evidence = service.attestation(nonce)
-    expected = vm._replace(nonce=nonce, evidence_only=True)
-    verdict = verify_bundle(BundleFiles(None, evidence, {}), expected, datetime.now(UTC), endorsements)
-    if verdict.verdict != "passed":
+    display, nonce = client.display, secrets.token_hex(NONCE_SIZE)
+    wanted = Expectations(nonce, expected.measurements, expected.image, require_tee=True, evidence_only=True)
+    evidence = BundleFiles(None, client.service.attestation(nonce), {})
+    verdict = verify_bundle(evidence, wanted, datetime.now(UTC), endorsements)
+    problem = ""
+    if not verdict.ok:
         display.note("the evidence of the VM that waits for the source:")
         if display.form in ("plain", "live"):
             sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
-        raise ConfbuildError("the server's VM does not verify: no byte of the source was sent")
-    if verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
-        raise ConfbuildError(
-            "the server's evidence comes from a VM that has built something, not from a waiting one: "
-            "no byte of the source was sent"
-        )
+        problem = "the server's VM does not verify"
+    elif verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
+        problem = "the server's evidence comes from a VM that has built something, not from a waiting one"
+    if problem:
+        raise ConfbuildError(problem + ": no byte of the source was sent")
     display.note("the VM that waits for the source verifies")
 
 
@@ -12531,14 +12486,14 @@ def _check_target(path: str) -> None:
 def _is_replaceable(path: str) -> bool:
     """Return True if the directory holds only files of a bundle."""
     names = set(os.listdir(path))
-    if path.endswith(".unverified") or not names:
-        return names <= {*_BUNDLE_FILES, _ARCHIVE}
+    if not names:
+        return True
     try:
-        files = read_bundle(path)
-        listed = {subject["name"] for subject in parse_json(files.provenance or b"", "provenance.json")["subject"]}
-    except (UsageError, Malformed, KeyError, TypeError):
+        with open(os.path.join(path, "provenance.json"), "rb") as f:
+            listed = {subject["name"] for subject in parse_json(f.read(MAX_JSON + 1), "provenance.json")["subject"]}
+        return names == _BUNDLE_FILES and set(walk_files(os.path.join(path, "artifacts"))) <= listed
+    except (OSError, Malformed, BuildFailed, KeyError, TypeError):
         return False
-    return names == _BUNDLE_FILES and set(files.artifacts) <= listed
 
 
 def _follow(client: Client, job_id: str, start: int) -> tuple[Mapping[str, Any] | None, str]:
@@ -12583,12 +12538,16 @@ def _follow_and_fetch(client: Client, job_id: str, delivery: Delivery) -> int:
 def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
     """Download, unpack and verify a bundle; print its path."""
     _check_target(delivery.bundle)
+    again = "the temporary server and its result are gone: build again"
+    if client.arguments:
+        more = ["--nonce", delivery.expected.nonce] if delivery.expected.nonce else []
+        again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *more)
     try:
         path, verdict, why = _hold_bundle(client.service, job_id, delivery)
     except OSError as e:
-        raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", delivery.again) from None
+        raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", again) from None
     except RemoteError as e:
-        e.hint = e.hint or ("" if e.status else delivery.again)
+        e.hint = e.hint or ("" if e.status else again)
         raise
     good = verdict is not None and verdict.verdict != "failed"
     if client.display.form == "json":
@@ -12611,66 +12570,59 @@ def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delive
     """Say what was built, how long it took, what the verdict is, and which command verifies the bundle again."""
     if display.form == "quiet":
         return
-    folder = os.path.join(path, "artifacts")
+    folder, nonce = os.path.join(path, "artifacts"), delivery.expected.nonce
     for name in walk_files(folder):
         file = os.path.join(folder, name)
         display.note(f"artifact {name}  {size_text(os.path.getsize(file))}  sha256:{file_sha256(file)}")
     sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)).partition("\n")[0] + "\n")
-    if delivery.expected.nonce is None:
+    if nonce is None:
         display.note("not checked: nonce (--nonce)")
-    if delivery.began is not None:
-        display.note(f"took {time.monotonic() - delivery.began:.1f} s")
+    display.note(f"took {time.monotonic() - display.began:.1f} s")
+    command = [*own_command(), "verify", path, *delivery.checks, *(["--nonce", nonce] if nonce else [])]
     status = " (exit status 3: simulated)" if verdict.verdict == "simulated" else ""
-    display.note("to verify it again: " + shlex.join([*own_command(), "verify", path, *delivery.checks]) + status)
+    display.note("to verify it again: " + shlex.join(command) + status)
 
 
 def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[str, Verdict | None, str]:
     """Download a result; return its path, its verdict, and the reason if there is no verdict.
 
     A result that verifies replaces the directory delivery.bundle, with all artifacts in artifacts/. Any other one is
-    kept as bundle + ".unverified": unpacked if it holds only files of a bundle, otherwise as the archive that came.
-    Raises OSError, RemoteError, UsageError.
+    kept as it came, as bundle + ".unverified.tar.gz".
+    Raises OSError, RemoteError.
     """
-    bundle = delivery.bundle
+    bundle, verdict, why = delivery.bundle, None, ""
     parent = os.path.dirname(os.path.abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
-        packed, root = os.path.join(scratch, "packed"), os.path.join(scratch, "bundle")
-        os.mkdir(packed)
+        archive, root = os.path.join(scratch, "result.tar.gz"), os.path.join(scratch, "bundle")
         os.mkdir(root)
-        archive = os.path.join(packed, _ARCHIVE)
         service.download(job_id, archive)
-        verdict, why, damage = None, "", ""
         try:
-            unpack_archive(archive, root, MAX_RESULT)
-            root, _ = find_project(root, "")
             files = read_bundle(archive, MAX_RESULT)
             verdict = verify_bundle(files, delivery.expected, datetime.now(UTC), delivery.endorsements)
-        except BuildFailed as e:
-            root, damage = packed, f"{e}; what it sent is kept as {bundle}.unverified"
-        except UsageError as e:
-            missing = sorted({"provenance.json", "evidence.json"} - set(os.listdir(root)))
-            why = "the result has no " + " and no ".join(missing) if missing else str(e).replace(archive, "the result")
-        beside, paths = set(os.listdir(root)) - _BUNDLE_FILES, walk_files(root)
-        if verdict is None or verdict.verdict == "failed":  # it must not replace a good bundle
-            if beside or not paths or any(os.path.islink(os.path.join(root, path)) for path in paths):
-                root = packed
-            bundle += ".unverified"
-            _check_target(bundle)
-        else:
-            os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
-            for name in beside:  # an artifact, or an equal copy of one
-                os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
+            if verdict.verdict != "failed":
+                unpack_archive(archive, root, MAX_RESULT)
+        except (UsageError, BuildFailed) as e:
+            why = str(e).replace(archive, "the result")
+        if why or verdict is None or verdict.verdict == "failed":  # it must not replace a good bundle
+            bundle += ".unverified.tar.gz"
+            os.replace(archive, bundle)
+            return bundle, None if why else verdict, why
+        root, _ = find_project(root, "")
+        os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
+        for name in set(os.listdir(root)) - _BUNDLE_FILES:  # an artifact, or an equal copy of one
+            os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
         remove_tree(bundle)
         os.rename(root, bundle)
-    if damage:
-        raise BrokenProtocol(damage)
     return bundle, verdict, why
+
+
+_OPEN = ("queued", "running")
 
 
 def cmd_watch(options: "argparse.Namespace") -> int:
     """Follow a job."""
-    client = _client(options, _display(options, timed=False))
+    client = _client(options, timed=False)
     job_id = _find_job(client, options.job)
     result, _ = _follow(client, job_id, options.start)
     if result is None:  # it had ended before
@@ -12686,7 +12638,7 @@ def _status_text(job: Mapping[str, Any]) -> str:
 
 def cmd_list(options: "argparse.Namespace") -> int:
     """List the jobs of a server, newest first."""
-    client = _client(options, _display(options))
+    client = _client(options)
     jobs = client.service.jobs("GET", "/builds", several=True)
     if options.format == "json":
         sys.stdout.write("".join(compact_json(job) + "\n" for job in jobs))
@@ -12713,38 +12665,28 @@ def _took(job: Mapping[str, Any]) -> str:
 
 def cmd_cancel(options: "argparse.Namespace") -> int:
     """Cancel a job."""
-    client = _client(options, _display(options))
+    client = _client(options)
     path = f"/build/{_find_job(client, options.job)}"
     [job] = client.service.jobs("DELETE", path)
-    finished = "already finished" if job["status"] not in ("queued", "running") else ""
+    status = "" if job["status"] in _OPEN else f"already finished ({_status_text(job)})"
     deadline = time.monotonic() + 5
-    while job["status"] in ("queued", "running") and time.monotonic() < deadline:  # ending the build takes a moment
+    while job["status"] in _OPEN and time.monotonic() < deadline:  # ending the build takes a moment
         time.sleep(0.1)
         [job] = client.service.jobs("GET", path)
     if options.format == "json":
         sys.stdout.write(compact_json(job) + "\n")
         return EXIT_OK
-    status = _status_text(job)
-    if finished and status != "cancelled":
-        status = f"{finished} ({status})"
-    sys.stdout.write(plain_text(f"{job['job_id']}  {status}") + "\n")
+    sys.stdout.write(plain_text(f"{job['job_id']}  {status or _status_text(job)}") + "\n")
     return EXIT_OK
 
 
 def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
-    client = _client(options, _display(options))
+    client = _client(options)
     job_id = _find_job(client, options.job)
     bundle = options.out or safe_name(job_id) + "-build"
-    delivery = Delivery(
-        bundle,
-        Expectations(nonce=options.nonce),
-        Endorsements(),
-        _result_hint(client, job_id, bundle, options.nonce),
-        ["--nonce", options.nonce] if options.nonce else [],
-    )
     try:
-        return _fetch_bundle(client, job_id, delivery)
+        return _fetch_bundle(client, job_id, Delivery(bundle, Expectations(options.nonce)))
     except RemoteError as e:
         if e.status == 404:
             [job] = client.service.jobs("GET", f"/build/{job_id}")
@@ -12781,7 +12723,7 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
-    """Return what the options require; an option's dest is the name of the field. Raises UsageError."""
+    """Return what the options but --source require; an option's dest is the name of the field. Raises UsageError."""
     given = vars(options)
     expected = Expectations(**{name: given[name] for name in Expectations._fields if name in given})
     if options.pcrs is not None:
@@ -12792,9 +12734,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
         expected = expected._replace(image=check_image(options.image))
     if options.max_age is not None:
         expected = expected._replace(finished=(utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
-    if options.source is None:
-        return expected
-    return source_expectations(options.source, expected, object_format(expected.source_tree or ""))
+    return expected
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
@@ -12802,15 +12742,20 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     now = time.time()
     when = datetime.fromtimestamp(now, UTC)
     expected, endorsements = _read_expectations(options, now), _read_endorsements(options)
+
+    @functools.cache
+    def of_source(algorithm: str) -> Expectations:
+        return expected if options.source is None else source_expectations(options.source, expected, algorithm)
+
+    of_source(object_format(options.source_tree or ""))  # complain about the options before any bundle
     statuses = []
     for path in options.bundles:
         try:
             alone = options.evidence_only or is_bare_evidence(path)
-            files, wanted = read_bundle(path, MAX_VERIFIED, alone), expected
+            files = read_bundle(path, MAX_VERIFIED, alone)
             # The bundle says which hash its repository uses; the checkout must then have that tree.
-            long_tree = re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', files.provenance or b"")
-            if options.source is not None and options.source_tree is None and long_tree:
-                wanted = source_expectations(options.source, expected._replace(source_tree=None), "sha256")
+            tree = re.search(rb'"gitTree"\s*:\s*"([0-9a-f]+)"', files.provenance or b"")
+            wanted = of_source(object_format(options.source_tree or (tree[1].decode("ascii") if tree else "")))
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
             say(f"error: {e}", _bundle_hint(path) or e.hint)
@@ -12821,28 +12766,26 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             wire = verdict.to_wire()
             if options.format == "text":
                 heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
-                shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose)
-                sys.stdout.write(f"{heading}{shown}\n")
+                sys.stdout.write(heading + render_verdict(verdict, wants_color(sys.stdout), options.verbose) + "\n")
         if options.format == "json":
             sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **wire}) + "\n")
         statuses.append(status)
-    return next(status for status in (EXIT_USAGE, EXIT_NO, EXIT_SIMULATED, EXIT_OK) if status in statuses)
+    return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
 
 
 def _bundle_hint(path: str) -> str:
     """Return what the user may have meant by a path at which there is no bundle, or ""."""
-    try:
+    with contextlib.suppress(OSError):
         if os.path.isdir(path):
-            inside = [name for name in sorted(os.listdir(path)) if os.path.isfile(f"{path}/{name}/evidence.json")]
-            return f"{os.path.join(path, inside[0])} is a bundle" if inside else ""
+            inside = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+            return next((f"{p} is a bundle" for p in inside if os.path.isfile(os.path.join(p, "evidence.json"))), "")
         folder, name = os.path.split(path)
-        if name in _BUNDLE_FILES and os.path.isfile(os.path.join(folder, "evidence.json")):
+        if name in _BUNDLE_FILES:
             return f"that is part of a bundle: verify {folder or '.'}"
         with open(path, "rb") as f:
-            head = f.read(KIB)
-        return "this is a server's error message, not a bundle: use curl -f" if b'"error_type"' in head else ""
-    except OSError:
-        return ""
+            if b'"error_type"' in f.read(KIB):
+                return "this is a server's error message, not a bundle: use curl -f"
+    return ""
 
 
 def cmd_measure(options: "argparse.Namespace") -> int:
@@ -12852,9 +12795,6 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     if (options.vcpu_type is None) == (options.vcpu_sig is None):
         raise UsageError("exactly one of --vcpu-type and --vcpu-sig is needed")
 
-    def digest_of(path: str | None) -> bytes | None:
-        return None if path is None else bytes.fromhex(file_sha256(path))
-
     def explain(step: str, digest: bytes) -> None:
         if options.explain:
             sys.stdout.write(f"{digest.hex()}  {step}\n")
@@ -12862,9 +12802,11 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
     try:
-        firmware, kernel, hashes = parse_firmware(data), digest_of(options.kernel), None
-        if kernel is not None:
-            hashes = boot_hashes(kernel, digest_of(options.initrd), options.append)
+        firmware, hashes = parse_firmware(data), None
+        if options.kernel is not None:
+            paths = (options.kernel, options.initrd)
+            kernel, initrd = (None if path is None else bytes.fromhex(file_sha256(path)) for path in paths)
+            hashes = boot_hashes(kernel or b"", initrd, options.append)
         signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
         digest = compute_launch_digest(
             firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain
@@ -13423,6 +13365,8 @@ _MARKS: Mapping[str, Mapping[str, Any]] = {
 def _add_row(parser: Any, words: str, text: str, kind: Any = str, default: Any = None) -> list[str]:
     """Add the argument or option of a row of Command to parser, and return it for the usage if it is required."""
     [(names, metavar, mark, dest)] = re.findall(r"^((?:-\S+ ?)*)(?:(\S+?)(\.\.\.|[!+*])?(?: (\w+))?)?$", words)
+    variable = re.search(r"default: (CONFBUILD_\w+)", text)
+    default = os.environ.get(variable[1], "") if variable else default
     named: dict[str, Any] = {"dest": dest} if names and dest else {}
     if metavar:
         named |= {"choices" if isinstance(kind, tuple) else "type": kind, "metavar": metavar, "default": default}

@@ -1,6 +1,5 @@
 """Tests of confbuild, section by section: known answers first, then properties, then the real thing."""
 
-import argparse
 import ast
 import atexit
 import base64
@@ -22636,12 +22635,8 @@ class TestBeforeTheSource:
             if message
             else contextlib.nullcontext()
         ):
-            confbuild._check_waiting_vm(
-                service,
-                self.BOOTED,
-                confbuild.Endorsements(THREE),
-                confbuild._display(argparse.Namespace(format="plain")),
-            )
+            client = confbuild.Client(service, confbuild.Display(sys.stderr, "plain", False))
+            confbuild._check_waiting_vm(client, self.BOOTED, confbuild.Endorsements(THREE))
         said = capsys.readouterr().err
         assert (f"\nFAIL {failed}" in said) == bool(failed) and (
             "the VM that waits for the source verifies" in said
@@ -23756,7 +23751,7 @@ class TestBuild:
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith(
             "confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\n"
-            "confbuild: simulated VM on this machine"
+            "confbuild: simulated VMs: builds are not confidential, and run as this user; "
         )
         assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
         digest = hashlib.sha256(b"built\n").hexdigest()
@@ -23902,7 +23897,9 @@ class TestBuild:
             done = shell("build", "demo", "--server", one.url, "--nonce", NONCE)
             submitted = one.seen[0]
         assert done.returncode == status and message in done.stderr, done.stderr
-        assert done.stdout == {0: "demo-build\n", 5: "demo-build.unverified\n"}.get(status, "") and submitted[:2] == (
+        assert done.stdout == {0: "demo-build\n", 5: "demo-build.unverified.tar.gz\n"}.get(status, "") and submitted[
+            :2
+        ] == (
             "POST",
             "/build",
         )
@@ -23931,54 +23928,33 @@ class TestBuild:
     PARTS: Mapping[str, str | bytes] = {"artifacts/demo": b"artifact", "provenance.json": provenance_of(bundle())}
 
     @pytest.mark.parametrize(
-        ("answer", "status", "message", "kept"),
+        ("answer", "message"),
         [
             (
                 tarball(PARTS),
-                5,
-                "error: the result has no evidence.json: nothing is verified; it is kept as out.unverified\n",
-                "artifacts artifacts/demo provenance.json",
+                "error: the result: no evidence.json in the archive: nothing is verified; it is kept as "
+                "out.unverified.tar.gz\n",
             ),
-            (
-                tarball({"evidence.json": "{}", "artifacts/a": "x"}),
-                5,
-                "the result has no provenance.json: ",
-                "artifacts artifacts/a evidence.json",
-            ),
-            (
-                tarball({"artifacts/a": "x"}),
-                5,
-                "the result has no evidence.json and no provenance.json: ",
-                "artifacts artifacts/a",
-            ),
+            (tarball({"evidence.json": "{}", "artifacts/a": "x"}), "the result: no provenance.json in the archive: "),
+            (tarball({"artifacts/a": "x"}), "the result: no evidence.json in the archive: "),
             (
                 tarball({**PARTS, "evidence.json": "{}", "a/README": "x"}),
-                5,
                 "error: the result: unexpected archive member 'demo/a/README': nothing is verified",
-                "result.tar.gz",
             ),
-            (tarball({**PARTS, "evidence.json": bundle().evidence, "README": "x"}), 5, "FAILED", "result.tar.gz"),
-            (tarball({"evil.sh": "x"}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
-            (tarball({}), 5, "the result has no evidence.json and no provenance.json: ", "result.tar.gz"),
-            # Unpacked one folder higher, this link would lead out of the folder that it is kept in.
-            (linked(demo__artifacts__x="../../other"), 5, "the result has no evidence.json: ", "result.tar.gz"),
-            (linked(demo__evidence__json="provenance.json"), 5, "the result has no evidence.json: ", "result.tar.gz"),
+            (tarball({**PARTS, "evidence.json": bundle().evidence, "README": "x"}), "FAILED"),
+            (tarball({"evil.sh": "x"}), "the result: no evidence.json in the archive: "),
+            (tarball({}), "the result: no evidence.json in the archive: "),
+            # Unpacked, this link would lead out of the folder.
+            (linked(demo__artifacts__x="../../other"), "unexpected archive member 'demo/artifacts/x'"),
+            (linked(demo__evidence__json="provenance.json"), "unexpected archive member 'demo/evidence/json'"),
             (
                 tarball({"../evil": "x"}),
-                4,
-                "error: the server broke the protocol: 'demo/../evil' is not a plain relative path; what it sent "
-                "is kept as out.unverified\n",
-                "result.tar.gz",
+                "error: the result: unexpected archive member 'demo/../evil': nothing is verified; it is kept as ",
             ),
-            (b"<html>", 4, "error: the server broke the protocol: the archive is damaged: ", "result.tar.gz"),
-            (b"", 4, "the archive is empty", "result.tar.gz"),
-            (tarball(PARTS)[:-9], 4, "the archive is damaged: ", "result.tar.gz"),
-            (
-                result_archive(bundle(nonce="f" * 32)),
-                5,
-                "FAILED",
-                "artifacts artifacts/demo evidence.json provenance.json",
-            ),
+            (b"<html>", "error: the result: neither a bundle nor its archive: "),
+            (b"", "the archive is empty"),
+            (tarball(PARTS)[:-9], "the result: neither a bundle nor its archive: "),
+            (result_archive(bundle(nonce="f" * 32)), "FAILED"),
         ],
     )
     def test_what_does_not_verify_is_kept(
@@ -23987,39 +23963,29 @@ class TestBuild:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
         answer: bytes,
-        status: int,
         message: str,
-        kept: str,
     ) -> None:
         """As it came, where it can do no harm, in the place of what was kept before; what verified earlier stays."""
         monkeypatch.chdir(tmp_path)
         assert self.fetch(result_archive(bundle())) == 0
+        kept = "out.unverified.tar.gz"
         for more in ([], ["--output", "quiet"], ["--output", "json"]):
             capsys.readouterr()
-            assert self.fetch(answer, "--nonce", NONCE, *more) == status
+            assert self.fetch(answer, "--nonce", NONCE, *more) == 5
             said = capsys.readouterr()
-            if "json" in more and status == 5:
+            if "json" in more:
                 doc = json.loads(said.out)
-                assert (doc["path"], doc["verdict"], said.err) == ("out.unverified", "failed", "") and (
-                    message == "FAILED" or doc["error"] in message or message[:-2] in doc["error"]
+                assert (doc["path"], doc["verdict"], said.err) == (kept, "failed", "") and (
+                    message == "FAILED" or doc["error"] in message or message[:-2] in "error: " + doc["error"] + ": "
                 )
             else:
-                assert message in said.err and said.out == ("out.unverified\n" if status == 5 else "")
-            assert (
-                sorted(str(path.relative_to("out.unverified")) for path in Path("out.unverified").rglob("*"))
-                == kept.split()
-            )
-        if kept == "result.tar.gz":
-            assert Path("out.unverified/result.tar.gz").read_bytes() == answer
-        assert (
-            sorted(os.listdir()) == ["out", "out.unverified"]
-            and self.fetch(result_archive(bundle()), "--nonce", NONCE) == 0
-        )
-        write_files(tmp_path, {"out.unverified/mine": "x"})
-        assert (
-            self.fetch(answer, "--nonce", NONCE) == 2
-            and "error: out.unverified exists and is not a bundle" in capsys.readouterr().err
-        )
+                assert message in said.err and said.out == kept + "\n"
+            assert sorted(os.listdir()) == ["out", kept] and Path(kept).read_bytes() == answer
+        assert self.fetch(result_archive(bundle()), "--nonce", NONCE) == 0
+        Path(kept).unlink()
+        write_files(tmp_path, {f"{kept}/mine": "x"})
+        assert self.fetch(answer, "--nonce", NONCE) == 2
+        assert "error: out cannot be written: Is a directory" in capsys.readouterr().err
 
     @pytest.mark.parametrize("names", [["demo"], ["demo", "artifacts/demo"]])
     @pytest.mark.parametrize("top", ["demo", "", "."])
@@ -24062,8 +24028,11 @@ class TestBuild:
         Path("token").write_text("secret")
         monkeypatch.setattr(sys, "argv", ["confbuild"])
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        with StandIn((200, {}, tarball({**self.PARTS, "artifacts/big": content}))) as one:
-            command = ["fetch", "j", "--server", one.url, "--token-file", "token", "-o", "deep/out", "--nonce", NONCE]
+        digest = hashlib.sha256(content).hexdigest()
+        files = bundle(statement(subject=[{"digest": {"sha256": digest}, "name": "big"}]))
+        parts = {"provenance.json": provenance_of(files), "evidence.json": files.evidence}
+        with StandIn((200, {}, tarball({**parts, "artifacts/big": content}))) as one:
+            command = ["fetch", "j", "-o", "deep/out", "--nonce", NONCE, "--server", one.url, "--token-file", "token"]
             resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))
             try:
                 assert confbuild.main(command) == 2
@@ -24075,8 +24044,8 @@ class TestBuild:
             )
             assert (
                 os.listdir("deep") == []
-                and confbuild.main(command) == 5
-                and Path("deep/out.unverified/artifacts/big").read_bytes() == content
+                and confbuild.main(command) == 0
+                and Path("deep/out/artifacts/big").read_bytes() == content
             )
 
     def test_a_full_disk_after_a_build(self, shell: Shell) -> None:
@@ -24095,8 +24064,8 @@ class TestBuild:
             said = shell("build", "demo", "--server", one.url, "--nonce", NONCE, how=how)
             assert said.returncode == 2 and said.stderr.endswith(
                 "error: demo-build cannot be written: File too large\n"
-                f"confbuild: hint: the result stays on the server: confbuild fetch j --server {one.url} -o "
-                f"demo-build --nonce {NONCE}\n"
+                f"confbuild: hint: the result stays on the server: confbuild fetch j -o demo-build --nonce {NONCE} "
+                f"--server {one.url}\n"
             ), said.stderr
         said = shell(
             "build",
@@ -24152,7 +24121,7 @@ class TestBuild:
                 assert shell("build", "demo", "--server", one.url, "--nonce", NONCE).returncode == status
         assert (
             shell("verify", "demo-build", "--nonce", NONCE).returncode == 3
-            and shell("verify", "demo-build.unverified", "--nonce", NONCE).returncode == 1
+            and shell("verify", "demo-build.unverified.tar.gz", "--nonce", NONCE).returncode == 1
         )
         done = shell("build", "demo", "-o", ".")
         assert done.returncode == 2 and "is the current directory" in done.stderr
