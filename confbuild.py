@@ -66,41 +66,44 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
      7. Certificates
      8. SEV-SNP report
      9. TPM quote
-    10. Launch digest
-    11. IGVM
-    12. dm-verity
-    13. Statement
-    14. Verdict
+    10. TDX quote
+    11. TDX collateral
+    12. Event logs
+    13. Launch digest
+    14. IGVM
+    15. dm-verity
+    16. Statement
+    17. Verdict
     Part III - Build: a source in, a bundle out
-    15. Processes
-    16. Sandbox
-    17. Programs
-    18. Files
-    19. This file
-    20. Archives
-    21. Git
-    22. Toolchains
-    23. Attester
-    24. Bundle
-    25. Pipeline
+    18. Processes
+    19. Sandbox
+    20. Programs
+    21. Files
+    22. This file
+    23. Archives
+    24. Git
+    25. Toolchains
+    26. Attester
+    27. Bundle
+    28. Pipeline
     Part IV - Service: jobs in, event streams out
-    26. Event log
-    27. Event streams
-    28. Jobs
-    29. HTTP API
-    30. Client
-    31. Agent
-    32. VMs
+    29. Event log
+    30. Event streams
+    31. Jobs
+    32. HTTP API
+    33. Client
+    34. Agent
+    35. VMs
     Part V - Guest: how --tee runs
-    33. Image
-    34. QEMU
-    35. Broker
-    36. First process
+    36. Image
+    37. QEMU
+    38. Broker
+    39. First process
     Part VI - Command line
-    37. Rendering
-    38. Server set-up
-    39. Commands
-    40. Options
+    40. Rendering
+    41. Server set-up
+    42. Commands
+    43. Options
 
 Specifications
 
@@ -110,12 +113,19 @@ Specifications
     [GHCB]      AMD 56421, SEV-ES Guest-Hypervisor Communication Block, rev 2.03
     [APM2] [APM3]  AMD 24593 and 24594, AMD64 Architecture Programmer's Manual, volumes 2 and 3
     [TPM2-1] [TPM2-2]  TCG TPM 2.0 Library, Part 1: Architecture, Part 2: Structures, rev 1.59
+    [TDX-QUOTE] Intel TDX DCAP, Quote Generation Library and Quote Verification Library, appendix A
+    [TDX-MODULE] Intel 348551, TDX Module Base Architecture Specification, and 348550, its ABI reference
+    [PCK]       Intel SGX PCK Certificate and Certificate Revocation List Profile Specification
+    [PCS]       https://api.portal.trustedservices.intel.com/content/documentation.html, version 4
+    [CCEL]      ACPI 6.5, CC Event Log table; TCG PC Client Platform Firmware Profile, event log
+    [DSTACK]    https://github.com/Dstack-TEE/dstack, attestation guide
     [AZURE]     https://learn.microsoft.com/azure/confidential-computing/
                 guest-attestation-confidential-virtual-machines-design
     [X680] [X690] [X520]  ITU-T X.680 ASN.1, X.690 DER, X.520 attribute types
     [RFC5280]   X.509 certificates and revocation lists; [RFC4055] and [RFC5480] define their RSA and EC keys
+    [RFC3279] [RFC5758] ECDSA signatures in them    [RFC7468] PEM
     [RFC8017]   PKCS #1: RSASSA-PSS, RSASSA-PKCS1-v1_5
-    [FIPS186-5] ECDSA    [SP800-186] NIST SP 800-186, P-384    [SEC1] SEC 1, encoding of points
+    [FIPS186-5] ECDSA    [SP800-186] NIST SP 800-186, P-256 and P-384    [SEC1] SEC 1, encoding of points
     [EFD]       Explicit-Formulas Database, https://hyperelliptic.org/EFD/g1p/auto-shortw-jacobian-3.html
     [RFC7517]   JSON Web Key    [RFC9334] RATS architecture
     [TSM]       Linux, Documentation/ABI/testing/configfs-tsm-report
@@ -540,7 +550,10 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         # The alternative that matches deepest is the one that the writer meant.
         raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
     if isinstance(schema, dict) and isinstance(value, dict):
-        wanted = {k.rstrip("?"): v for k, v in schema.items() if not k.endswith("?") or k[:-1] in value}
+        others = dict.fromkeys(value, object) if "*" in schema else {}
+        wanted = others | {
+            k.rstrip("?"): v for k, v in schema.items() if k != "*" and (not k.endswith("?") or k[:-1] in value)
+        }
         is_open = wanted.pop("...", None) is not None
         arrange = list if ordered else sorted
         if arrange(key for key in value if key in wanted or not is_open) != arrange(wanted):
@@ -1903,7 +1916,434 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 
 # endregion 9
 # ==============================================================================
-# region 10. Launch digest                                        [uses nothing]
+# region 10. TDX quote                                         [uses 5, 6, 7, 9]
+# ==============================================================================
+# The quote of an Intel TD [TDX-QUOTE]: what the TDX module states about a VM, signed by Intel's quoting enclave (QE).
+# Integers are little-endian, keys and signatures big-endian. Three links lead from Intel's root to the TD:
+#
+#   1. the PCK certificate of the machine, whose key signs the report of its QE;
+#   2. that report holds the hash of the QE's attestation key;
+#   3. the attestation key signs the header and the body of the quote.
+#
+# The functions here parse the parts of that chain and authenticate none, except verify_raw; the section "Verdict"
+# checks the links.
+
+# The body, TD Quote Body 1.0 of 584 bytes, and what 1.5 appends; "x" is a reserved byte [TDX-QUOTE, TD Quote Body].
+_TD_BODY = struct.Struct("<16s 48s48s8s 8s8s 48s48s48s48s 192s 64s 16s48s")
+_TD_BODIES = ((2, 584), (3, 648))  # type and size
+QE_VENDOR = "939a7233f79c4ca9940a0db3957f0607"  # Intel's quoting enclave
+TDX_TEE, ECDSA_P256 = 0x81, 2  # TEE type, attestation key type
+_QE_CERTIFICATION, _PCK_CHAIN = 6, 5  # types of certification data
+# Bits of TDATTRIBUTES [TDX-MODULE, ATTRIBUTES]. Those of the byte TUD, except DEBUG, profile a TD; others are reserved.
+TD_DEBUG, TD_MIGRATABLE, TD_FORBIDDEN = 1, 1 << 29, 0x3FFFFFFF0780FF00 | 0xFE
+XFAM_REQUIRED = 3  # x87 and SSE state, which every processor has
+# The extension of a PCK certificate [PCK, SGX extensions]: PPID .1, TCB .2, PCEID .3, FMSPC .4.
+_SGX = "1.2.840.113741.1.13.1"
+
+
+class TdQuote(NamedTuple):
+    """The fields of a quote.  [TDX-QUOTE]
+
+    measurement: MRTD.
+    rtmr: the four registers.
+    tee_tcb_svn2, mr_service_td: zero in a body of TD 1.0, which has neither.
+    signed: header and body, which the attestation key has signed.
+    pck_chain: PEM, from the machine's certificate to the root.
+    """
+
+    quote_version: int
+    key_type: int
+    tee_type: int
+    qe_vendor: bytes
+    body_type: int
+    tee_tcb_svn: bytes
+    mr_seam: bytes
+    mr_signer_seam: bytes
+    seam_attributes: bytes
+    td_attributes: bytes
+    xfam: bytes
+    measurement: bytes
+    mr_config_id: bytes
+    mr_owner: bytes
+    mr_owner_config: bytes
+    rtmr: tuple[bytes, ...]
+    report_data: bytes
+    tee_tcb_svn2: bytes
+    mr_service_td: bytes
+    signed: bytes
+    signature: bytes
+    attestation_key: bytes
+    qe_report: bytes
+    qe_signature: bytes
+    authentication_data: bytes
+    pck_chain: str
+
+
+class Pck(NamedTuple):
+    """What a PCK certificate says about the machine.
+
+    svns: security version numbers of its 16 components.
+    """
+
+    svns: tuple[int, ...]
+    pcesvn: int
+    pce_id: bytes
+    fmspc: bytes
+
+
+def parse_td_quote(data: bytes) -> TdQuote:
+    """Parse a quote of version 4 or 5.  [TDX-QUOTE]
+
+    Only zeros may follow it: Azure pads quotes.
+    Raises QuoteError.
+    """
+
+    def certification(inside: Reader, expected: int) -> Reader:
+        kind, size = inside.unpack("<HI")
+        inside.require(kind == expected, f"certification data of type {kind}, expected {expected}")
+        content = inside.take(size)
+        inside.end()
+        return Reader(content, QuoteError, "TDX quote")
+
+    r = Reader(data, QuoteError, "TDX quote")
+    version, key_type, tee_type, vendor = r.unpack("<HHI4x16s20x")
+    r.require(version in (4, 5), f"version {version}, expected 4 or 5")
+    body = r.unpack("<HI") if version == 5 else _TD_BODIES[0]
+    r.require(body in _TD_BODIES, f"body type {body[0]} with {body[1]} bytes, expected 2 with 584 or 3 with 648")
+    fields = list(_TD_BODY.unpack(r.take(body[1]).ljust(_TD_BODY.size, b"\x00")))
+    registers = fields[10]
+    fields[10] = tuple(registers[i : i + 48] for i in range(0, 192, 48))
+    signed = data[: r.at]
+    inside = Reader(r.take(*r.unpack("<I")), QuoteError, "TDX quote")
+    r.require(not any(data[r.at :]), "bytes after its end")
+    signatures = inside.unpack("<64s64s")
+    inside = certification(inside, _QE_CERTIFICATION)
+    *report, size = inside.unpack("<384s64sH")
+    authentication_data = inside.take(size)
+    inside = certification(inside, _PCK_CHAIN)
+    # latin-1 decodes any byte; those that are not PEM are refused later.
+    pem = inside.take(inside.left()).decode("latin-1")
+    header = (version, key_type, tee_type, vendor, body[0])
+    return TdQuote._make([*header, *fields, signed, *signatures, *report, authentication_data, pem])
+
+
+def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
+    """Raise BadSignature unless signature, r and s of 32 bytes each, is key's over message, with P-256."""
+    r, s = raw_pair(signature)
+    verify_ecdsa(P256, key, message, r, s)
+
+
+def raw_pair(data: bytes) -> tuple[int, int]:
+    """Return the two numbers of 32 bytes each in a signature or a public key."""
+    if len(data) != 64:
+        raise BadSignature(f"the signature has {len(data)} bytes, expected 64")
+    return int.from_bytes(data[:32], "big"), int.from_bytes(data[32:], "big")
+
+
+def _sgx_fields(der: Der) -> dict[str, Der]:
+    """Return OID -> value of a SEQUENCE of pairs of both."""
+    return {field.oid(): Der(field.element(field.peek())[0], "SGX extension") for field in der.each()}
+
+
+def parse_pck(certificate: Certificate) -> Pck:
+    """Return what a PCK certificate says about its machine.  [PCK, SGX extensions]
+
+    Raises DerError, CertificateError.
+    """
+    try:
+        fields = Der(certificate.extensions[_SGX], "SGX extension").read_all(_sgx_fields)
+        tcb = fields[f"{_SGX}.2"].read_all(_sgx_fields)
+        *svns, pcesvn = (tcb[f"{_SGX}.2.{i}"].read_all(Der.integer) for i in range(1, 18))
+        pce_id, fmspc = (fields[f"{_SGX}.{i}"].contents(OCTET_STRING) for i in (3, 4))
+    except KeyError as e:
+        raise CertificateError("PCK certificate", f"extension {e.args[0]} is missing") from None
+    return Pck(tuple(svns), pcesvn, pce_id, fmspc)
+
+
+# endregion 10
+# ==============================================================================
+# region 11. TDX collateral                                      [uses 6, 7, 10]
+# ==============================================================================
+# What Intel publishes about machines of a kind [PCS]: TCB info (the levels of a machine's firmware and of the TDX
+# module, with their status), the identity of the quoting enclave, and two revocation lists. The caller supplies them in
+# one JSON file. parse_collateral authenticates nothing. verify_document returns a document that Intel's root has
+# signed; what the others take has been verified by the caller.
+
+TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "Revoked",
+)
+REFUSED_TCB = TCB_STATUSES[4:]  # unless the caller accepts one by name; never Revoked
+# What a platform's status becomes if the quoting enclave or the TDX module is out of date.
+_OUT_OF_DATE = dict(zip(TCB_STATUSES[:4], (TCB_STATUSES[4],) * 2 + (TCB_STATUSES[5],) * 2, strict=True))
+TCB_SIGNER = intel_name("Intel SGX TCB Signing")
+_ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
+
+
+def _hex_of(size: int) -> re.Pattern[str]:
+    return re.compile(f"[0-9A-Fa-f]{{{2 * size}}}")
+
+
+# The members that are read; Intel may add others ("*").
+_LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "*": object}
+_ISVSVN = [{**_LEVEL, "tcb": {"isvsvn": int}}]
+_COMPONENTS = [{"svn": int, "*": object}] * 16
+_WINDOW = {"issueDate": _ISO_TIME, "nextUpdate": _ISO_TIME, "*": object}
+_MODULE = {"mrsigner": _hex_of(48), "attributes": _hex_of(8), "attributesMask": _hex_of(8), "*": object}
+DOCUMENT_SCHEMAS = {
+    "tcb_info": {
+        **_WINDOW,
+        "id": "TDX",
+        "version": 3,
+        "fmspc": _hex_of(6),
+        "pceId": _hex_of(2),
+        "tdxModule": _MODULE,
+        "tdxModuleIdentities?": [{**_MODULE, "id": str, "tcbLevels": _ISVSVN}],
+        "tcbLevels": [
+            {
+                **_LEVEL,
+                "tcb": {"sgxtcbcomponents": _COMPONENTS, "pcesvn": int, "tdxtcbcomponents": _COMPONENTS, "*": object},
+            }
+        ],
+    },
+    "qe_identity": {
+        **_WINDOW,
+        "id": "TD_QE",
+        "version": 2,
+        "miscselect": _hex_of(4),
+        "miscselectMask": _hex_of(4),
+        "attributes": _hex_of(16),
+        "attributesMask": _hex_of(16),
+        "mrsigner": _hex_of(32),
+        "isvprodid": int,
+        "tcbLevels": _ISVSVN,
+    },
+}
+
+
+class CollateralError(Malformed):
+    """An error in collateral, or a machine that it does not cover."""
+
+
+class Collateral(NamedTuple):
+    """The members of a collateral file: documents as signed, chains in PEM, the rest in hexadecimal."""
+
+    tcb_info: str
+    tcb_info_signature: str
+    tcb_info_issuer_chain: str
+    qe_identity: str
+    qe_identity_signature: str
+    qe_identity_issuer_chain: str
+    root_ca_crl: str
+    pck_crl: str
+    pck_crl_issuer_chain: str
+
+
+class TcbStatus(NamedTuple):
+    """The status of a machine's TCB.
+
+    date: of the level that the platform reached. newest: the date of the newest level of such platforms.
+    """
+
+    status: str
+    advisories: Sequence[str]
+    date: str
+    newest: str
+
+
+def parse_collateral(data: bytes) -> Collateral:
+    """Parse a collateral file.
+
+    Raises Malformed.
+    """
+    doc = check_schema(
+        parse_json(data, "collateral"), {**dict.fromkeys(Collateral._fields, str), "*": object}, "collateral"
+    )
+    return Collateral(*(doc[name] for name in Collateral._fields))
+
+
+def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> Any:
+    """Return TCB info or a QE identity if signer has signed its text.  [PCS]
+
+    name: a key of DOCUMENT_SCHEMAS.
+    signature: in hexadecimal.
+    Raises BadSignature, Malformed.
+    """
+    data = text.encode("utf-8")
+    verify_raw(signer, data, decode_hex(signature, f"{name}_signature"))
+    return check_schema(parse_json(data, name), DOCUMENT_SCHEMAS[name], name)
+
+
+def _masked(data: bytes, mask: str) -> str:
+    """Return the bits of data under a mask, both as lower-case digits."""
+    return bytes(a & b for a, b in zip(data, bytes.fromhex(mask), strict=True)).hex()
+
+
+def module_identity(info: Any, quote: TdQuote) -> Any:
+    """Return the entry of the TDX module in TCB info.  [PCS, tdxModuleIdentities]
+
+    Its version is the second component of TEE_TCB_SVN. Version 0 has no entry of its own and no levels.
+    Raises CollateralError.
+    """
+    version = f"TDX_{quote.tee_tcb_svn[1]:02X}"
+    if version == "TDX_00":
+        return info["tdxModule"]
+    for identity in info.get("tdxModuleIdentities", ()):
+        if identity["id"] == version:
+            return identity
+    raise CollateralError("tcb_info", f"no identity of TDX module {version}")
+
+
+def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
+    """Return (what the entry of a TDX module says, what the quote says), which must be equal."""
+    expected = _identity_text(module["mrsigner"], module["attributes"])
+    return expected, _identity_text(
+        quote.mr_signer_seam.hex(), _masked(quote.seam_attributes, module["attributesMask"])
+    )
+
+
+def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
+    """Return (what the QE identity says, what the QE's report says), which must be equal.  [PCS, QE identity]"""
+    names = ("mrsigner", "attributes", "miscselect", "isvprodid")
+    attributes, miscselect = (
+        _masked(report[at : at + size], identity[f"{name}Mask"])
+        for name, at, size in (("attributes", 48, 16), ("miscselect", 16, 4))
+    )
+    isvprodid = int.from_bytes(report[256:258], "little")
+    expected = _identity_text(*(identity[name] for name in names))
+    return expected, _identity_text(report[128:160].hex(), attributes, miscselect, isvprodid)
+
+
+def _identity_text(*values: Any) -> str:
+    return " ".join(map(str, values)).lower()
+
+
+def _numbers(tcb: Any) -> list[int]:
+    """Return the security version numbers of a level, in the order in which levels are sorted."""
+    if "pcesvn" not in tcb:
+        return [tcb["isvsvn"]]
+    sgx, tdx = ([component["svn"] for component in tcb[f"{kind}tcbcomponents"]] for kind in ("sgx", "tdx"))
+    return [*sgx, tcb["pcesvn"], *tdx]
+
+
+def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> Any:
+    """Return the highest level whose numbers are all reached.
+
+    Raises CollateralError.
+    """
+    for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
+        if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
+            return level
+    raise CollateralError("collateral", f"{what} is below every TCB level")
+
+
+def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck) -> TcbStatus:
+    """Return the status of the platform, merged with those of its TDX module and its quoting enclave.  [PCS]
+
+    info, identity: documents. module: entry of the quote's TDX module.
+    Raises CollateralError if one of the three is below every level.
+    """
+    svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
+    # The first two components are those of the module, which has levels of its own from version 1 on.
+    tdx = (255, 255, *svn[2:]) if minor else svn
+    platform = _reached_level(info["tcbLevels"], [*pck.svns, pck.pcesvn, *tdx], "the platform")
+    isvsvn = int.from_bytes(quote.qe_report[258:260], "little")
+    others = [_reached_level(identity["tcbLevels"], [isvsvn], "the quoting enclave")]
+    if minor:
+        others.append(_reached_level(module["tcbLevels"], [svn[0]], "the TDX module"))
+    status = platform["tcbStatus"]
+    for level in others:
+        if level["tcbStatus"] == "Revoked":
+            status = "Revoked"
+        elif level["tcbStatus"] in REFUSED_TCB:
+            status = _OUT_OF_DATE.get(status, status)
+    advisories = {name for level in (platform, *others) for name in level.get("advisoryIDs", ())}
+    newest = max(level["tcbDate"] for level in info["tcbLevels"])
+    return TcbStatus(status, sorted(advisories), platform["tcbDate"], newest)
+
+
+# endregion 11
+# ==============================================================================
+# region 12. Event logs                                                [uses 11]
+# ==============================================================================
+# Logs of what a TD's registers RTMR0 to RTMR3 were extended with. Nobody signs a log: it is right if replaying it gives
+# the registers of a quote. Then its digests are proven, and of an event only what its digest was recomputed from here.
+# Specifications: [CCEL], [DSTACK].
+
+_CCEL_DIGESTS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x0D: 64}  # algorithm -> size [TPM2-2 6.3]
+TPM_ALG_SHA384, _NO_ACTION = 0x0C, 3
+DSTACK_EVENT = 0x08000001  # events of dstack and of the app that runs on it
+
+
+class EventLogError(Malformed):
+    """An error in the form of an event log."""
+
+
+def _extend(registers: list[bytes], index: int, digest: bytes) -> None:
+    registers[index] = hashlib.sha384(registers[index] + digest).digest()
+
+
+def replay_ccel(data: bytes) -> list[bytes]:
+    """Return the registers RTMR0 to RTMR3 after the events of a CCEL log.  [CCEL]
+
+    Integers are little-endian. The log ends at a register of 0xFFFFFFFF, at zeros, or at the end of data.
+    Raises EventLogError.
+    """
+    r = Reader(data, EventLogError, "cc_eventlog")
+    # The first event has the old form with a SHA-1 digest, and describes the others.
+    _, kind, size = r.unpack("<II20xI")
+    r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
+    r.take(size)
+    registers = [bytes(48)] * 4
+    while any(head := data[r.at : r.at + 8]) and head[:4] != b"\xff" * 4:
+        register, kind, count = r.unpack("<III")
+        digests = {}
+        for _ in range(count):
+            [algorithm] = r.unpack("<H")
+            r.require(algorithm in _CCEL_DIGESTS, f"digest of unknown algorithm {algorithm:#x}")
+            digests[algorithm] = r.take(_CCEL_DIGESTS[algorithm])
+        r.take(*r.unpack("<I"))
+        if kind == _NO_ACTION or register == 0:  # register 0 is MRTD
+            continue
+        r.require(register <= 4, f"event of register {register}, expected at most 4")
+        r.require(TPM_ALG_SHA384 in digests, "event without a SHA-384 digest")
+        _extend(registers, register - 1, digests[TPM_ALG_SHA384])
+    return registers
+
+
+def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
+    """Return (the registers RTMR0 to RTMR3 after the events of a dstack log, name and payload of each proven event).
+
+    The digest of an event of type DSTACK_EVENT is recomputed from its name and payload. Events after "system-ready"
+    are those of the app, which can give them any name; they are replayed but not returned.  [DSTACK]
+    Raises Malformed.
+    """
+    event = {"imr": int, "event_type": int, "digest": _hex_of(48), "event": str, "event_payload": str}
+    log = check_schema(parse_json(text.encode("utf-8"), "event_log"), [{**event, "*": object}], "event_log")
+    registers, proven = [bytes(48)] * 4, []
+    for entry in log:
+        index, digest, name = entry["imr"], bytes.fromhex(entry["digest"]), entry["event"]
+        if not 0 <= index <= 3:
+            raise EventLogError("event_log", f"event of register {index}, expected 0 to 3")
+        if entry["event_type"] == DSTACK_EVENT:
+            payload = decode_hex(entry["event_payload"], "event_log, event_payload")
+            content = (DSTACK_EVENT.to_bytes(4, "little"), name.encode("utf-8"), payload)
+            digest = hashlib.sha384(b":".join(content)).digest()
+            if index == 3:
+                proven.append((name, payload.hex()))
+        _extend(registers, index, digest)
+    ready = [name for name, _ in proven].index("system-ready") if ("system-ready", "") in proven else len(proven)
+    return registers, proven[:ready]
+
+
+# endregion 12
+# ==============================================================================
+# region 13. Launch digest                                        [uses nothing]
 # ==============================================================================
 # Computes the launch digest, the `measurement` of a report, of a guest that QEMU starts by measured direct boot. The
 # processor measures the pages of the firmware, then the pages that the firmware's metadata asks for (one of them holds
@@ -2317,9 +2757,9 @@ def firmware_state(data: bytes) -> str:
     return ""
 
 
-# endregion 10
+# endregion 13
 # ==============================================================================
-# region 11. IGVM                                                      [uses 10]
+# region 14. IGVM                                                      [uses 13]
 # ==============================================================================
 # Computes the launch digest of an SEV-SNP guest that QEMU starts from an IGVM file, and reads the command line of its
 # kernel out of the pages that this digest covers [IGVM]. A file consists of a fixed header, variable headers and file
@@ -2557,9 +2997,9 @@ def root_hash_of(cmdline: str) -> str:
     raise IgvmError("kernel", "command line does not have one root hash of 64 hexadecimal digits")
 
 
-# endregion 11
+# endregion 14
 # ==============================================================================
-# region 12. dm-verity                                            [uses nothing]
+# region 15. dm-verity                                            [uses nothing]
 # ==============================================================================
 # Recomputes the dm-verity tree over a disk's root partition: every block of data, not only the stored root. The disk is
 # read through a callable, in bounded memory, so it may have any size. Pure; any section and thread may call it.
@@ -2657,9 +3097,9 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
     return data_size
 
 
-# endregion 12
+# endregion 15
 # ==============================================================================
-# region 13. Statement                                            [uses nothing]
+# region 16. Statement                                            [uses nothing]
 # ==============================================================================
 # The schema of provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA]. The schema is
 # data, for check_schema, with the keys in the order of [CONTRACT 3.2]. The functions below it read a Statement. Pure;
@@ -2814,9 +3254,9 @@ def package_of(uri: str) -> str:
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
 
 
-# endregion 13
+# endregion 16
 # ==============================================================================
-# region 14. Verdict                                       [uses 6, 7, 8, 9, 13]
+# region 17. Verdict                                       [uses 6, 7, 8, 9, 16]
 # ==============================================================================
 # verify_bundle takes the bytes of a bundle and what the caller expects, and returns a verdict [CONTRACT 4, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
@@ -3455,10 +3895,10 @@ def verify_bundle(
     return _conclude(checks, platform, claims)
 
 
-# endregion 14
+# endregion 17
 # ---- End of the verifier.
 # ==============================================================================
-# region 15. Processes                                            [uses nothing]
+# region 18. Processes                                            [uses nothing]
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
@@ -3637,9 +4077,9 @@ class LineSplitter:
         return [*pieces, line]
 
 
-# endregion 15
+# endregion 18
 # ==============================================================================
-# region 16. Sandbox                                                   [uses 15]
+# region 19. Sandbox                                                   [uses 18]
 # ==============================================================================
 # Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service:
 #
@@ -4007,9 +4447,9 @@ def protection_text(protections: Mapping[str, str]) -> str:
     return "; ".join(f"{label}: {names}" for label, names in lists.items() if names)
 
 
-# endregion 16
+# endregion 19
 # ==============================================================================
-# region 17. Programs                                                  [uses 15]
+# region 20. Programs                                                  [uses 18]
 # ==============================================================================
 # Runs programs to their end: capture for a program whose answer is needed whole, run_tool for a build tool whose lines
 # are passed on as they come.  Both bound what they hold, and neither waits for processes that a program leaves behind.
@@ -4150,9 +4590,9 @@ def run_tool(
         return status, output
 
 
-# endregion 17
+# endregion 20
 # ==============================================================================
-# region 18. Files                                                [uses nothing]
+# region 21. Files                                                [uses nothing]
 # ==============================================================================
 # Reads, writes and removes files so that a crash loses nothing that was promised, a full disk is reported as such, and
 # nothing that a build left behind can block or mislead the caller.  Free to all later sections; no threads.
@@ -4299,9 +4739,9 @@ def walk_files(root: str, folder: str = "") -> list[str]:
     return found
 
 
-# endregion 18
+# endregion 21
 # ==============================================================================
-# region 19. This file                                            [uses nothing]
+# region 22. This file                                            [uses nothing]
 # ==============================================================================
 # Finds this file's own bytes, which every guest and every provenance contains, and runs the file again: as the agent of
 # a VM and other helpers, always isolated from whatever surrounds it.  Free to all later sections; no threads.
@@ -4339,9 +4779,9 @@ def reexec_without_ast() -> None:
         os.execv(sys.executable, [*before, "-P", "-c", _RUN, *sys.argv])
 
 
-# endregion 19
+# endregion 22
 # ==============================================================================
-# region 20. Archives                                             [uses nothing]
+# region 23. Archives                                             [uses nothing]
 # ==============================================================================
 # Unpacks ZIP files and tarballs, which are hostile, and packs sources.  An archive that two readers would understand
 # differently is refused, so that the bytes that were looked at are the bytes that are built.  TreeWriter also unpacks
@@ -4708,9 +5148,9 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
             tar.add(os.path.join(root, file), f"{name}/{file}", filter=forget)
 
 
-# endregion 20
+# endregion 23
 # ==============================================================================
-# region 21. Git                                               [uses 17, 18, 20]
+# region 24. Git                                               [uses 20, 21, 23]
 # ==============================================================================
 # Fetches a repository, names the tree of files as git would, believes a source's history, and packs a directory.  The
 # program git is used, but it never obeys what it reads: servers, repositories and work trees are hostile.  So git runs
@@ -5287,9 +5727,9 @@ def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
     return "git has modified or untracked files" if checkout.ask(root, *options, *pathspec) != "" else ""
 
 
-# endregion 21
+# endregion 24
 # ==============================================================================
-# region 22. Toolchains                                        [uses 17, 18, 21]
+# region 25. Toolchains                                        [uses 20, 21, 24]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
 # and two functions: plan_* reads the lock file and runs nothing, collect_* finds the artifacts after the build.
@@ -5738,9 +6178,9 @@ def source_expectations(directory: str, expected: Expectations, algorithm: str) 
     return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
 
 
-# endregion 22
+# endregion 25
 # ==============================================================================
-# region 23. Attester                                     [uses 6, 7, 8, 13, 19]
+# region 26. Attester                                     [uses 6, 7, 8, 16, 22]
 # ==============================================================================
 # Makes the evidence for a provenance: simulated evidence, which says that it is simulated, or the report of the SEV-SNP
 # guest that this process runs in.  The guest's host is hostile: the certificate table that it adds to a report is used
@@ -5980,9 +6420,9 @@ def hardware_evidence(
     return _evidence(platform, attestation_report=_base64(report), cert_chain=chain)
 
 
-# endregion 23
+# endregion 26
 # ==============================================================================
-# region 24. Bundle                                            [uses 13, 18, 20]
+# region 27. Bundle                                            [uses 16, 21, 23]
 # ==============================================================================
 # Writes the archive that a client downloads, and reads bundles for the verifier, from a directory or from the archive
 # itself, which is never unpacked.  The pipeline writes; `build` and `verify` read.  Readers trust nothing: they follow
@@ -6141,9 +6581,9 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     return _assemble([*names], names.__getitem__, lambda name: documents[root + name], evidence_only, True)
 
 
-# endregion 24
+# endregion 27
 # ==============================================================================
-# region 25. Pipeline          [uses 13, 14, 15, 17, 18, 19, 20, 21, 22, 23, 24]
+# region 28. Pipeline          [uses 16, 17, 18, 20, 21, 22, 23, 24, 25, 26, 27]
 # ==============================================================================
 # Turns a source into a bundle: source -> build -> provenance -> evidence -> archive.  The agent calls run_pipeline
 # once, in a process that does nothing else and is thrown away afterwards; everything runs in the caller's thread.
@@ -6377,9 +6817,9 @@ def _make_statement(
     return to_canonical(doc)
 
 
-# endregion 25
+# endregion 28
 # ==============================================================================
-# region 26. Event log                                                 [uses 18]
+# region 29. Event log                                                 [uses 21]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they are sent.  It is
 # the only record of the events; a reader is a position in it.  A frame is written whole before it is published, so no
@@ -6559,9 +6999,9 @@ class EventLog:
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
 
-# endregion 26
+# endregion 29
 # ==============================================================================
-# region 27. Event streams                                     [uses 15, 18, 26]
+# region 30. Event streams                                     [uses 18, 21, 29]
 # ==============================================================================
 # One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head
 # of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
@@ -6946,9 +7386,9 @@ class Streamer:
         watcher.close()
 
 
-# endregion 27
+# endregion 30
 # ==============================================================================
-# region 28. Jobs                                              [uses 15, 18, 26]
+# region 31. Jobs                                              [uses 18, 21, 29]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -7585,9 +8025,9 @@ class Jobs:
         return len(left) < before
 
 
-# endregion 28
+# endregion 31
 # ==============================================================================
-# region 29. HTTP API                          [uses 15, 18, 20, 21, 26, 27, 28]
+# region 32. HTTP API                          [uses 18, 21, 23, 24, 29, 30, 31]
 # ==============================================================================
 # The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
@@ -8542,9 +8982,9 @@ class Server:
         c.sock.close()
 
 
-# endregion 29
+# endregion 32
 # ==============================================================================
-# region 30. Client                                               [uses nothing]
+# region 33. Client                                               [uses nothing]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -8913,9 +9353,9 @@ def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
     return doc
 
 
-# endregion 30
+# endregion 33
 # ==============================================================================
-# region 31. Agent         [uses 15, 16, 18, 19, 20, 21, 23, 25, 26, 27, 28, 29]
+# region 34. Agent         [uses 18, 19, 21, 22, 23, 24, 26, 28, 29, 30, 31, 32]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it.  It reads its configuration
 # from standard input and lives until that ends.  The fetcher is another child of the server, with the same life: it
@@ -9062,9 +9502,9 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
-# endregion 31
+# endregion 34
 # ==============================================================================
-# region 32. VMs               [uses 14, 15, 16, 17, 18, 19, 24, 25, 26, 28, 30]
+# region 35. VMs               [uses 17, 18, 19, 20, 21, 22, 27, 28, 29, 31, 33]
 # ==============================================================================
 # The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
 # and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
@@ -9717,10 +10157,10 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     return path
 
 
-# endregion 32
+# endregion 35
 # ---- End of the service.
 # ==============================================================================
-# region 33. Image                                 [uses 10, 13, 17, 18, 19, 20]
+# region 36. Image                                 [uses 13, 16, 20, 21, 22, 23]
 # ==============================================================================
 # Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
 # digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
@@ -10604,9 +11044,9 @@ def _root_hash(path: str, blocks: int) -> str:
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 33
+# endregion 36
 # ==============================================================================
-# region 34. QEMU                          [uses 10, 15, 17, 18, 30, 31, 32, 33]
+# region 37. QEMU                          [uses 13, 18, 20, 21, 33, 34, 35, 36]
 # ==============================================================================
 # A guest as a child process: what this machine needs for it, QEMU's argument vector (a pure function), and QemuVm.
 #
@@ -11022,9 +11462,9 @@ class QemuVm(Vm):
         return self._reader is None or not self._reader.is_alive()
 
 
-# endregion 34
+# endregion 37
 # ==============================================================================
-# region 35. Broker                                            [uses 15, 16, 23]
+# region 38. Broker                                            [uses 18, 19, 26]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -11317,9 +11757,9 @@ class GuestBroker:
         return {"report": report.hex(), "table": table.hex()}
 
 
-# endregion 35
+# endregion 38
 # ==============================================================================
-# region 36. First process              [uses 8, 15, 19, 23, 25, 31, 33, 34, 35]
+# region 39. First process              [uses 8, 18, 22, 26, 28, 34, 36, 37, 38]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -11624,9 +12064,9 @@ def run_guest() -> None:
         sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
-# endregion 36
+# endregion 39
 # ==============================================================================
-# region 37. Rendering                                                 [uses 14]
+# region 40. Rendering                                                 [uses 17]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -11918,9 +12358,9 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 37
+# endregion 40
 # ==============================================================================
-# region 38. Server set-up  [uses 15, 16, 18, 22, 23, 25, 27, 28, 29, 32, 33, 34, 37]
+# region 41. Server set-up  [uses 18, 19, 21, 25, 26, 28, 30, 31, 32, 35, 36, 37, 40]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -12248,9 +12688,9 @@ def _read_der(path: str) -> bytes:
     return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
 
 
-# endregion 38
+# endregion 41
 # ==============================================================================
-# region 39. Commands  [uses 6, 7, 8, 10, 14, 18, 19, 20, 21, 22, 23, 24, 30, 33, 34, 37, 38]
+# region 42. Commands  [uses 6, 7, 8, 13, 17, 21, 22, 23, 24, 25, 26, 27, 33, 36, 37, 40, 41]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -12876,9 +13316,9 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-# endregion 39
+# endregion 42
 # ==============================================================================
-# region 40. Options                         [uses 8, 9, 10, 18, 19, 31, 37, 39]
+# region 43. Options                         [uses 8, 9, 13, 21, 22, 34, 40, 42]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -13561,4 +14001,4 @@ def _run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-# endregion 40
+# endregion 43

@@ -726,15 +726,17 @@ def x509(
     valid: tuple[str, str] = ("2026-01-01T00:00:00Z", "2033-01-01T00:00:00Z"),
     algorithm: bytes = PSS_SHA384,
     sign: Callable[[bytes], bytes] | None = None,
+    names: tuple[bytes, bytes] | None = None,
 ) -> bytes:
-    """A certificate."""
+    """A certificate. names: of the issuer and the subject, where they are not AMD's."""
+    issuer_name, subject_name = names or (x_name(issuer), x_name(subject))
     tbs = seq(
         tlv(0xA0, number(2)),
         number(serial),
         algorithm,
-        x_name(issuer),
+        issuer_name,
         seq(*map(utc, valid)),
-        x_name(subject),
+        subject_name,
         spki,
         tlv(0xA3, seq(*extensions)),
     )
@@ -742,19 +744,25 @@ def x509(
 
 
 def crl_of(
-    issuer: str, key: ToyKey, *serials: int, valid: tuple[str, str] = ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z")
+    issuer: str,
+    key: ToyKey,
+    *serials: int,
+    valid: tuple[str, str] = ("2026-11-01T00:00:00Z", "2026-12-01T00:00:00Z"),
+    algorithm: bytes = PSS_SHA384,
+    sign: Callable[[bytes], bytes] | None = None,
+    name: bytes | None = None,
 ) -> bytes:
-    """A revocation list."""
+    """A revocation list. name: of the issuer, where it is not AMD's."""
     revoked = [seq(*(seq(number(serial), utc(valid[0])) for serial in serials))] if serials else []
     tbs = seq(
         number(1),
-        PSS_SHA384,
-        x_name(issuer),
+        algorithm,
+        x_name(issuer) if name is None else name,
         *map(utc, valid),
         *revoked,
         tlv(0xA0, seq(extension("2.5.29.20", number(1)))),
     )
-    return seq(tbs, PSS_SHA384, bits(key.pss(tbs)))
+    return seq(tbs, algorithm, bits((sign or key.pss)(tbs)))
 
 
 TOY_ARK, TOY_ASK, TOY_ASVK, TOY_AK = map(ToyKey, range(4))
@@ -952,6 +960,282 @@ def azure_bundle(extra_data: bytes | None = None, **changes: Any) -> confbuild.B
     return attested()._replace(
         evidence=json.dumps({"platform": "az-snp", "evidence": azure_evidence(extra_data, **changes)}).encode()
     )
+
+
+# Intel's hierarchy, in toy keys of P-256, and what a TD hands out.
+
+TOY_ROOT, TOY_PCK_CA, TOY_PCK, TOY_SIGNER, TOY_QE = (ToyEc(0x1000 + i, confbuild.P256) for i in range(5))
+FMSPC, PCE_ID = bytes.fromhex("b0c06f0000aa"), bytes(2)
+SGX = "1.2.840.113741.1.13.1"
+ECDSA = bytes.fromhex("300a06082a8648ce3d040302")
+CA = extension("2.5.29.19", seq(tlv(0x01, b"\xff")), True)
+
+
+def intel_x_name(common_name: str) -> bytes:
+    """A Name as Intel writes it."""
+    names = {"2.5.4.3": common_name, "2.5.4.10": "Intel Corporation"} | dict(
+        zip(("2.5.4.7", "2.5.4.8", "2.5.4.6"), ("Santa Clara", "CA", "US"), strict=True)
+    )
+    return seq(
+        *(
+            tlv(0x31, seq(oid(kind), tlv(0x13 if kind == "2.5.4.6" else 0x0C, text.encode())))
+            for kind, text in names.items()
+        )
+    )
+
+
+def intel_x509(subject: str, issuer: str, key: ToyEc, signer: ToyEc, *extensions: bytes, **changes: Any) -> bytes:
+    """A certificate of Intel's hierarchy. changes: of x509, and spki."""
+    return x509(
+        "",
+        "",
+        changes.pop("spki", key.spki()),
+        TOY_ARK,
+        *extensions,
+        **{
+            "names": (intel_x_name(issuer), intel_x_name(subject)),
+            "algorithm": ECDSA,
+            "sign": signer.der,
+            **changes,
+        },
+    )
+
+
+def sgx_extension(svns: Sequence[int] = (5,) * 16, pcesvn: int = 13, **changes: bytes) -> bytes:
+    """The SGX extension of a PCK certificate. changes: of its members, by name, as DER; b"" leaves one out."""
+    rows = [*((f"{SGX}.2.{i}", number(svn)) for i, svn in enumerate((*svns, pcesvn), 1))]
+    tcb = seq(*(seq(oid(name), value) for name, value in [*rows, (f"{SGX}.2.18", tlv(4, bytes(svns)))]))
+    members = {
+        "ppid": tlv(4, bytes(16)),
+        "tcb": tcb,
+        "pce_id": tlv(4, PCE_ID),
+        "fmspc": tlv(4, FMSPC),
+        "type": tlv(0x0A, b"\1"),
+        **changes,
+    }
+    return extension(SGX, seq(*(seq(oid(f"{SGX}.{i}"), v) for i, v in enumerate(members.values(), 1) if v)))
+
+
+ROOT_CA, PLATFORM_CA, PCK_NAME = "Intel SGX Root CA", "Intel SGX PCK Platform CA", "Intel SGX PCK Certificate"
+INTEL_CERTIFICATES = {
+    "root": intel_x509(ROOT_CA, ROOT_CA, TOY_ROOT, TOY_ROOT, CA, serial=1),
+    "ca": intel_x509(PLATFORM_CA, ROOT_CA, TOY_PCK_CA, TOY_ROOT, CA, serial=2),
+    "pck": intel_x509(PCK_NAME, PLATFORM_CA, TOY_PCK, TOY_PCK_CA, sgx_extension(), serial=3),
+    "signer": intel_x509("Intel SGX TCB Signing", ROOT_CA, TOY_SIGNER, TOY_ROOT, serial=4),
+}
+INTEL_ANCHORS = {**TOY_ANCHORS, "Intel": confbuild.make_anchors("Intel", root=INTEL_CERTIFICATES["root"])}
+
+
+def pem_of(*names: str | bytes) -> str:
+    """PEM of certificates, by name in INTEL_CERTIFICATES or as DER."""
+    ders = [INTEL_CERTIFICATES[name] if isinstance(name, str) else name for name in names]
+    return "".join(ssl.DER_cert_to_PEM_cert(der) for der in ders)
+
+
+# (name, size) of the fields of a TD report body. [TDX DCAP Quoting Library, A.3.2, A.3.3]
+TD_FIELDS: Mapping[str, int] = {
+    "tee_tcb_svn": 16,
+    "mr_seam": 48,
+    "mr_signer_seam": 48,
+    "seam_attributes": 8,
+    "td_attributes": 8,
+    "xfam": 8,
+    "measurement": 48,
+    "mr_config_id": 48,
+    "mr_owner": 48,
+    "mr_owner_config": 48,
+    "rtmr0": 48,
+    "rtmr1": 48,
+    "rtmr2": 48,
+    "rtmr3": 48,
+    "report_data": 64,
+    "tee_tcb_svn2": 16,
+    "mr_service_td": 48,
+}
+
+
+def qe_report(attestation_key: bytes, authentication_data: bytes, **changes: Any) -> bytes:
+    """The report of a quoting enclave. changes: offset -> bytes, by at_OFFSET."""
+    data = bytearray(384)
+    fields = {
+        48: bytes((0x11,)) + bytes(7) + b"\xe7",
+        128: b"q" * 32,
+        256: (2).to_bytes(2, "little"),
+        258: (6).to_bytes(2, "little"),
+        320: hashlib.sha256(attestation_key + authentication_data).digest(),
+        **{int(name[3:]): value for name, value in changes.items()},
+    }
+    for offset, value in fields.items():
+        data[offset : offset + len(value)] = value
+    return bytes(data)
+
+
+def td_quote(**changes: Any) -> bytes:
+    """A quote of the toy hierarchy. changes: of its fields, of the parts below, and version, body_type, tail."""
+    version, body_type = changes.get("version", 4), changes.get("body_type", 2)
+    values = {
+        "tee_tcb_svn": bytes((5, 1, 4)),
+        "td_attributes": b"\0\0\0\x10",
+        "xfam": bytes.fromhex("e702060000000000"),
+        "measurement": b"m" * 48,
+        "report_data": confbuild.report_data(attested().provenance or b"", NONCE),
+        **changes,
+    }
+    body = b"".join(values.get(name, b"").ljust(size, b"\0") for name, size in TD_FIELDS.items())
+    header = struct.pack("<HHI", version, changes.get("key_type", 2), changes.get("tee_type", 0x81)) + bytes(4)
+    header += changes.get("qe_vendor", bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")) + bytes(20)
+    descriptor = struct.pack("<HI", body_type, {2: 584, 3: 648}.get(body_type, 584)) if version == 5 else b""
+    signed = header + changes.get("descriptor", descriptor) + (body if body_type == 3 else body[:584])
+    auth = changes.get("authentication_data", bytes(range(32)))
+    report = changes.get("qe_report", qe_report(TOY_QE.point(), auth))
+    chain = changes.get("chain", pem_of("pck", "ca", "root") + "\0").encode("latin-1")
+    inner = report + changes.get("qe_signature", TOY_PCK.raw(report)) + len(auth).to_bytes(2, "little") + auth
+    inner += struct.pack("<HI", changes.get("chain_type", 5), len(chain)) + chain + changes.get("chain_tail", b"")
+    outer = changes.get("signature", TOY_QE.raw(signed)) + changes.get("attestation_key", TOY_QE.point())
+    outer += struct.pack("<HI", changes.get("outer_type", 6), len(inner)) + inner + changes.get("outer_tail", b"")
+    return signed + struct.pack("<I", len(outer)) + outer + changes.get("tail", b"")
+
+
+def tdx_bundle(quote: bytes | None = None, platform: str = "tdx", **evidence: Any) -> confbuild.BundleFiles:
+    """The good bundle with a quote of the toy hierarchy. evidence: further members."""
+    doc = {"platform": platform, "evidence": {"quote": b64(td_quote() if quote is None else quote), **evidence}}
+    return attested()._replace(evidence=json.dumps(doc).encode())
+
+
+def tcb_level(date: str, status: str, tcb: Any, *advisories: str) -> dict[str, Any]:
+    more = {"advisoryIDs": list(advisories)} if advisories else {}
+    return {"tcb": tcb, "tcbDate": f"{date}T00:00:00Z", "tcbStatus": status, **more}
+
+
+def platform_tcb(sgx: int, pcesvn: int, *tdx: int) -> dict[str, Any]:
+    """Sixteen equal SGX components, and the first TDX components."""
+    components = [{"svn": svn} for svn in (*tdx, *[0] * (16 - len(tdx)))]
+    return {"sgxtcbcomponents": [{"svn": sgx, "type": "x"}] * 16, "pcesvn": pcesvn, "tdxtcbcomponents": components}
+
+
+ISSUED, EXPIRES = "2026-11-10T00:00:00Z", "2026-12-10T00:00:00Z"
+
+
+def tcb_info(**changes: Any) -> dict[str, Any]:
+    module = {"mrsigner": "00" * 48, "attributes": "00" * 8, "attributesMask": "FF" * 8}
+    return {
+        "id": "TDX",
+        "version": 3,
+        "issueDate": ISSUED,
+        "nextUpdate": EXPIRES,
+        "fmspc": FMSPC.hex().upper(),
+        "pceId": "0000",
+        "tcbType": 0,
+        "tdxModule": module,
+        "tdxModuleIdentities": [
+            {
+                "id": "TDX_01",
+                **module,
+                "tcbLevels": [
+                    tcb_level("2026-05-13", "UpToDate", {"isvsvn": 5}),
+                    tcb_level("2025-05-13", "OutOfDate", {"isvsvn": 4}, "INTEL-SA-2"),
+                ],
+            }
+        ],
+        "tcbLevels": [
+            tcb_level("2026-05-13", "UpToDate", platform_tcb(5, 13, 9, 0, 4)),
+            tcb_level("2025-05-03", "SWHardeningNeeded", platform_tcb(5, 13, 9, 0, 3), "INTEL-SA-1"),
+            tcb_level("2024-05-13", "OutOfDate", platform_tcb(4, 5, 9, 0, 3), "INTEL-SA-1", "INTEL-SA-3"),
+        ],
+        **changes,
+    }
+
+
+def qe_identity(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": "TD_QE",
+        "version": 2,
+        "issueDate": ISSUED,
+        "nextUpdate": EXPIRES,
+        "miscselect": "00000000",
+        "miscselectMask": "FFFFFFFF",
+        "attributes": "11" + "00" * 15,
+        "attributesMask": "FB" + "FF" * 7 + "00" * 8,
+        "mrsigner": "71" * 32,
+        "isvprodid": 2,
+        "tcbLevels": [
+            tcb_level("2026-05-13", "UpToDate", {"isvsvn": 6}),
+            tcb_level("2025-05-13", "OutOfDate", {"isvsvn": 4}, "INTEL-SA-4"),
+        ],
+        **changes,
+    }
+
+
+def intel_crl(issuer: str, key: ToyEc, *serials: int, valid: tuple[str, str] = (ISSUED, EXPIRES)) -> bytes:
+    return crl_of("", TOY_ARK, *serials, valid=valid, name=intel_x_name(issuer), algorithm=ECDSA, sign=key.der)
+
+
+def collateral(**changes: Any) -> bytes:
+    """A collateral file of the toy hierarchy. changes: of its members; tcb_info and qe_identity as documents."""
+    members: dict[str, Any] = {
+        "tcb_info": tcb_info(),
+        "qe_identity": qe_identity(),
+        "root_ca_crl": intel_crl(ROOT_CA, TOY_ROOT, 99).hex(),
+        "pck_crl": intel_crl(PLATFORM_CA, TOY_PCK_CA, 98).hex(),
+        "pck_crl_issuer_chain": pem_of("ca", "root"),
+        **changes,
+    }
+    for name in ("tcb_info", "qe_identity"):
+        if isinstance(members[name], dict):
+            members[name] = json.dumps(members[name], separators=(",", ":"))
+        members.setdefault(f"{name}_signature", TOY_SIGNER.raw(str(members[name]).encode()).hex())
+        members.setdefault(f"{name}_issuer_chain", pem_of("signer", "root"))
+    return json.dumps({name: value for name, value in members.items() if value is not None}).encode()
+
+
+def ccel_event(
+    register: int, kind: int, digest: bytes | None, data: bytes = b"data", *more: tuple[int, bytes]
+) -> bytes:
+    """An event of a CCEL log with a SHA-384 digest. more: (algorithm, digest)."""
+    digests = [*more, *([] if digest is None else [(0x0C, digest)])]
+    head = struct.pack("<III", register, kind, len(digests))
+    return head + b"".join(struct.pack("<H", a) + d for a, d in digests) + struct.pack("<I", len(data)) + data
+
+
+CCEL_HEADER = struct.pack("<II20xI", 1, 3, 16) + b"Spec ID Event03\0"
+DIGESTS = [hashlib.sha384(bytes((i,))).digest() for i in range(8)]
+
+
+def extended(*digests: bytes) -> bytes:
+    """A register after these extensions."""
+    value = bytes(48)
+    for digest in digests:
+        value = hashlib.sha384(value + digest).digest()
+    return value
+
+
+def dstack_event(name: str, payload: str, imr: int = 3, kind: int = 0x08000001, **changes: Any) -> dict[str, Any]:
+    """An event of a dstack log. payload: hexadecimal."""
+    digest = hashlib.sha384(
+        kind.to_bytes(4, "little") + b":" + name.encode() + b":" + bytes.fromhex(payload)
+    ).hexdigest()
+    return {"imr": imr, "event_type": kind, "digest": digest, "event": name, "event_payload": payload, **changes}
+
+
+COMPOSE_HASH = hashlib.sha256(b"compose").hexdigest()
+DSTACK_LOG = [
+    *({"imr": i, "event_type": 4, "digest": DIGESTS[i].hex(), "event": "", "event_payload": "x"} for i in range(3)),
+    dstack_event("system-preparing", ""),
+    dstack_event("app-id", "aa" * 20),
+    dstack_event("compose-hash", COMPOSE_HASH),
+    dstack_event("system-ready", ""),
+    dstack_event("compose-hash", "bb" * 32),
+]
+
+
+def dstack_bundle(log: Any = None, **changes: Any) -> confbuild.BundleFiles:
+    """The good bundle of dstack. log: list of events, or its text. changes: of td_quote."""
+    log = DSTACK_LOG if log is None else log
+    registers = {
+        f"rtmr{i}": extended(*(bytes.fromhex(e["digest"]) for e in DSTACK_LOG if e["imr"] == i)) for i in range(4)
+    }
+    text = log if isinstance(log, str) else json.dumps(log)
+    return tdx_bundle(td_quote(**{**registers, **changes}), "dstack", event_log=text, vm_config="{}")
 
 
 def provenance_of(files: confbuild.BundleFiles) -> bytes:
@@ -3977,7 +4261,463 @@ class TestTpmQuote:
 
 # endregion 9
 # ==============================================================================
-# region 10. Launch digest
+# region 10. TDX quote
+# ==============================================================================
+
+
+class TestTdQuote:
+    @pytest.mark.parametrize(("version", "body_type"), [(4, 2), (5, 2), (5, 3)])
+    def test_the_fields(self, version: int, body_type: int) -> None:
+        """Each field holds another byte, so that a wrong offset shows."""
+        values = {name: bytes((i,)) * size for i, (name, size) in enumerate(TD_FIELDS.items(), 1)}
+        data = td_quote(version=version, body_type=body_type, **values, tail=bytes(9))
+        read = confbuild.parse_td_quote(data)
+        for name, value in values.items():
+            if name.startswith("rtmr"):
+                assert read.rtmr[int(name[4:])] == value
+            elif body_type == 3 or name not in ("tee_tcb_svn2", "mr_service_td"):
+                assert getattr(read, name) == value
+        assert body_type == 3 or not any(read.tee_tcb_svn2 + read.mr_service_td)
+        assert (read.quote_version, read.key_type, read.tee_type, read.body_type) == (version, 2, 0x81, body_type)
+        assert read.qe_vendor.hex() == confbuild.QE_VENDOR and read.authentication_data == bytes(range(32))
+        assert read.pck_chain == pem_of("pck", "ca", "root") + "\0" and data.startswith(read.signed)
+        assert len(read.signed) == {(4, 2): 632, (5, 2): 638, (5, 3): 702}[version, body_type]
+        confbuild.verify_raw(TOY_QE.public, read.signed, read.signature)
+        confbuild.verify_raw(TOY_PCK.public, read.qe_report, read.qe_signature)
+        assert confbuild.raw_pair(read.attestation_key) == TOY_QE.public[1:]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"version": 3}, "version 3, expected 4 or 5"),
+            ({"version": 6}, "version 6, expected 4 or 5"),
+            ({"version": 5, "body_type": 1}, "body type 1 with 584 bytes, expected 2 with 584 or 3 with 648"),
+            ({"version": 5, "descriptor": struct.pack("<HI", 2, 648)}, "body type 2 with 648 bytes, expected"),
+            ({"version": 5, "descriptor": struct.pack("<HI", 3, 584)}, "body type 3 with 584 bytes, expected"),
+            ({"outer_type": 5}, "certification data of type 5, expected 6"),
+            ({"chain_type": 1}, "certification data of type 1, expected 5"),
+            ({"chain_tail": b"\0"}, "1 bytes are left over"),
+            ({"outer_tail": b"\0"}, "1 bytes are left over"),
+            ({"tail": b"\0\1"}, "bytes after its end"),
+        ],
+    )
+    def test_a_bad_form(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(confbuild.QuoteError, match=f"^TDX quote: {message}") as caught:
+            confbuild.parse_td_quote(td_quote(**changes))
+        assert caught.value.structure == "TDX quote"
+
+    def test_each_prefix(self) -> None:
+        for version in (4, 5):
+            data = td_quote(version=version, chain="")
+            for size in range(len(data)):
+                with pytest.raises(confbuild.QuoteError):
+                    confbuild.parse_td_quote(data[:size])
+
+    @pytest.mark.parametrize("size", [0, 63, 65, 128])
+    def test_a_raw_signature_of_another_size(self, size: int) -> None:
+        with pytest.raises(confbuild.BadSignature, match=f"^the signature has {size} bytes, expected 64$"):
+            confbuild.verify_raw(TOY_QE.public, b"", bytes(size))
+
+    def test_a_pck_certificate(self) -> None:
+        def read(*extensions: bytes) -> confbuild.Pck:
+            data = intel_x509(PCK_NAME, PLATFORM_CA, TOY_PCK, TOY_PCK_CA, *extensions)
+            return confbuild.parse_pck(confbuild.parse_certificate(data, "PCK"))
+
+        svns = tuple(range(1, 17))
+        assert read(sgx_extension(svns, 300)) == confbuild.Pck(svns, 300, PCE_ID, FMSPC)
+        missing: list[tuple[tuple[bytes, ...], str]] = [
+            ((), SGX),
+            ((sgx_extension(fmspc=b""),), f"{SGX}.4"),
+            ((sgx_extension(tcb=b""),), f"{SGX}.2"),
+            ((sgx_extension(tcb=seq()),), f"{SGX}.2.1"),
+        ]
+        for extensions, name in missing:
+            # A member that is left out moves the numbers of those behind it.
+            with pytest.raises(
+                confbuild.Malformed, match=rf"^(PCK certificate: extension {name} is missing|SGX ext.*)$"
+            ):
+                read(*extensions)
+        for bad in (
+            extension(SGX, b""),
+            extension(SGX, seq(oid(SGX))),
+            extension(SGX, seq(seq(oid(SGX), number(1), number(2)))),
+            extension(SGX, seq() + seq()),
+            sgx_extension(fmspc=number(5)),
+            sgx_extension(tcb=number(5)),
+        ):
+            with pytest.raises(confbuild.DerError, match="^SGX extension: "):
+                read(bad)
+
+    @pytest.mark.parametrize(
+        ("chain", "message"),
+        [
+            ("", "0 certificates in PEM, expected 3 and nothing else"),
+            (pem_of("pck", "ca"), "2 certificates in PEM, expected 3 and nothing else"),
+            (pem_of("pck", "ca", "root", "root"), "4 certificates"),
+            ("x" + pem_of("pck", "ca", "root"), "3 certificates in PEM, expected 3 and nothing else"),
+            (pem_of("pck", "ca", "root") + "x", "3 certificates in PEM, expected 3 and nothing else"),
+            (pem_of("pck", "ca") + "x" + pem_of("root"), "3 certificates in PEM, expected 3 and nothing else"),
+            (pem_of("pck", "ca", "root").replace("MII", "M*I", 1), "2 certificates in PEM, expected 3"),
+            (pem_of("pck", "ca", b"x"), "tag 0x30 is missing"),
+            (pem_of("pck", "ca", "root").replace("MII", "=MII", 1), "expected canonical base64"),
+        ],
+    )
+    def test_a_bad_pem_chain(self, chain: str, message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=f"^chain: {message}"):
+            confbuild.parse_pem_chain(chain, 3, "chain")
+
+    def test_pem_chains(self) -> None:
+        text = pem_of("pck", "ca", "root")
+        certificates = [confbuild.parse_certificate(INTEL_CERTIFICATES[name], "x") for name in ("pck", "ca", "root")]
+        for good in (text, text + "\0", text.replace("\n", "\r\n"), "\n" + text + "\n\n", text.rstrip()):
+            assert confbuild.parse_pem_chain(good, 3, "chain") == certificates
+        verified: set[tuple[bytes, bytes]] = set()
+        confbuild.verify_chain(certificates, "chain", verified)
+        assert verified == {(c.tbs_certificate, c.signature) for c in certificates}
+        confbuild.verify_chain(certificates, "chain", verified)  # from memory
+        bad = certificates[0]._replace(signature=b"0")
+        with pytest.raises(confbuild.DerError):
+            confbuild.verify_chain([bad, *certificates[1:]], "chain", verified)
+        assert len(verified) == 3
+
+    @pytest.mark.parametrize(
+        ("leaf", "ca", "root", "message"),
+        [
+            ({}, {"signer": TOY_PCK}, {}, MISMATCH),
+            ({"signer": TOY_ROOT}, {}, {}, MISMATCH),
+            ({}, {}, {"signer": TOY_PCK}, MISMATCH),
+            ({}, {"extensions": ()}, {}, "chain: CN=Intel SGX PCK Platform CA, .* is not a CA"),
+            ({}, {"extensions": [extension("2.5.29.19", seq(), True)]}, {}, "chain: CN=Intel SGX PCK P.* is not a CA"),
+            ({}, {}, {"extensions": ()}, "chain: CN=Intel SGX Root CA, .* is not a CA"),
+            (
+                {"issuer": "Intel SGX PCK Processor CA"},
+                {},
+                {},
+                "chain: issued by CN=.* Processor CA, .*Platform CA, .*",
+            ),
+            ({}, {"key": ToyEc(77)}, {}, "the public key is not of P-256"),
+            ({}, {"spki": TOY_ARK.spki()}, {}, "the signature has 7. bytes, expected 256 like the modulus"),
+            ({"sign": lambda _: b""}, {}, {}, "ECDSA signature: tag 0x30 is missing at byte 0"),
+            ({"sign": lambda _: seq(number(1))}, {}, {}, "ECDSA signature: tag 0x02 is missing at byte 3"),
+            (
+                {"sign": lambda _: seq(number(1), number(1), number(1))},
+                {},
+                {},
+                "ECDSA signature: bytes are left over .*",
+            ),
+            ({"sign": lambda _: seq(number(-1), number(1))}, {}, {}, "r or s is out of range"),
+        ],
+    )
+    def test_a_bad_chain(self, leaf: dict[str, Any], ca: dict[str, Any], root: dict[str, Any], message: str) -> None:
+        rows: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (
+                leaf,
+                {"subject": PCK_NAME, "issuer": PLATFORM_CA, "key": TOY_PCK, "signer": TOY_PCK_CA, "extensions": ()},
+            ),
+            (
+                ca,
+                {"subject": PLATFORM_CA, "issuer": ROOT_CA, "key": TOY_PCK_CA, "signer": TOY_ROOT, "extensions": [CA]},
+            ),
+            (root, {"subject": ROOT_CA, "issuer": ROOT_CA, "key": TOY_ROOT, "signer": TOY_ROOT, "extensions": [CA]}),
+        )
+        chain = []
+        for changes, row in rows:
+            row |= changes
+            extensions = row.pop("extensions")
+            names = [row.pop(name) for name in ("subject", "issuer", "key", "signer")]
+            chain.append(confbuild.parse_certificate(intel_x509(*names, *extensions, **row), "chain"))
+        with pytest.raises(confbuild.ConfbuildError, match=f"^{message}$"):
+            confbuild.verify_chain(chain, "chain", set())
+
+
+# endregion 10
+# ==============================================================================
+# region 11. TDX collateral
+# ==============================================================================
+
+TOY_QUOTE = confbuild.parse_td_quote(td_quote())
+PCK = confbuild.Pck((5,) * 16, 13, PCE_ID, FMSPC)
+
+
+def tcb_of(info: Any = None, identity: Any = None, pck: confbuild.Pck = PCK, **fields: Any) -> confbuild.TcbStatus:
+    """The status of the toy machine. fields: of the quote; components that are left out are 0."""
+    if "tee_tcb_svn" in fields:
+        fields["tee_tcb_svn"] = fields["tee_tcb_svn"].ljust(16, b"\0")
+    info, quote = tcb_info() if info is None else info, TOY_QUOTE._replace(**fields)
+    module = confbuild.module_identity(info, quote)
+    return confbuild.evaluate_tcb(info, qe_identity() if identity is None else identity, module, quote, pck)
+
+
+class TestCollateral:
+    def test_documents(self) -> None:
+        read = confbuild.parse_collateral(collateral(pck_certificate_chain="ignored"))
+        for name, doc in (("tcb_info", tcb_info()), ("qe_identity", qe_identity())):
+            text, signature = getattr(read, name), getattr(read, f"{name}_signature")
+            assert confbuild.verify_document(name, text, signature, TOY_SIGNER.public) == doc
+            assert confbuild.verify_document(name, text, signature.upper(), TOY_SIGNER.public) == doc
+            with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
+                confbuild.verify_document(name, text + " ", signature, TOY_SIGNER.public)
+            with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
+                confbuild.verify_document(name, text, signature, TOY_PCK.public)
+            with pytest.raises(confbuild.Malformed, match=f"^{name}_signature: expected pairs of hex"):
+                confbuild.verify_document(name, text, signature[1:], TOY_SIGNER.public)
+            with pytest.raises(confbuild.BadSignature, match="^the signature has 63 bytes"):
+                confbuild.verify_document(name, text, signature[2:], TOY_SIGNER.public)
+
+    @pytest.mark.parametrize(
+        ("name", "path", "value", "message"),
+        [
+            ("tcb_info", ("id",), "SGX", '.id: "SGX", expected "TDX"'),
+            ("tcb_info", ("version",), 2, ".version: 2, expected 3"),
+            ("qe_identity", ("id",), "QE", '.id: "QE", expected "TD_QE"'),
+            ("qe_identity", ("version",), 3, ".version: 3, expected 2"),
+            ("tcb_info", ("issueDate",), "2026-11-10", ".issueDate: "),
+            ("tcb_info", ("fmspc",), "00", ".fmspc: "),
+            ("tcb_info", ("tcbLevels",), {}, ".tcbLevels: "),
+            ("tcb_info", ("tcbLevels", 0, "tcbStatus"), "Good", ".tcbLevels[0].tcbStatus: "),
+            ("tcb_info", ("tcbLevels", 0, "advisoryIDs"), [1], ".tcbLevels[0].advisoryIDs[0]: 1, expected text"),
+            ("tcb_info", ("tcbLevels", 0, "tcb", "pcesvn"), "1", ".tcbLevels[0].tcb.pcesvn: "),
+            ("tcb_info", ("tcbLevels", 0, "tcb", "sgxtcbcomponents"), [], ".tcbLevels[0].tcb.sgxtcbcomponents: has 0"),
+            (
+                "tcb_info",
+                ("tcbLevels", 0, "tcb", "tdxtcbcomponents", 3),
+                {},
+                ".tcbLevels[0].tcb.tdxtcbcomponents[3]: has",
+            ),
+            ("tcb_info", ("tdxModuleIdentities", 0, "tcbLevels", 0, "tcb"), {"isvsvn": 1, "pcesvn": 1}, ".tdxModule"),
+            ("tcb_info", ("tdxModule", "attributesMask"), "F", ".tdxModule.attributesMask: "),
+            ("qe_identity", ("isvprodid",), True, ".isvprodid: true, expected an integer"),
+            ("qe_identity", ("mrsigner",), "71" * 31, ".mrsigner: "),
+            ("tcb_info", (), [], "[], expected an object"),
+        ],
+    )
+    def test_signed_documents_of_a_bad_form(self, name: str, path: tuple[Any, ...], value: Any, message: str) -> None:
+        doc = {"tcb_info": tcb_info(), "qe_identity": qe_identity()}[name]
+        text = json.dumps(replaced(doc, path, value))
+        signature = TOY_SIGNER.raw(text.encode()).hex()
+        with pytest.raises(confbuild.Malformed, match=f"^{name}: {re.escape(message)}"):
+            confbuild.verify_document(name, text, signature, TOY_SIGNER.public)
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "not JSON"),
+            (b"{}", "has the keys none, expected tcb_info, tcb_info_signature"),
+            (b"[]", r"\[\], expected an object"),
+            (collateral(pck_crl=None), "has the keys .*, expected tcb_info"),
+            (collateral(tcb_info=1), ".tcb_info: 1, expected text"),
+        ],
+    )
+    def test_a_bad_file(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.Malformed, match=f"^collateral: {message}"):
+            confbuild.parse_collateral(data)
+
+    def test_levels(self) -> None:
+        """The highest level of which every number is reached, however the levels are sorted."""
+        newest, second, oldest = tcb_info()["tcbLevels"]
+        for levels in itertools.permutations((newest, second, oldest)):
+            info = tcb_info(tcbLevels=list(levels))
+            assert tcb_of(info) == ("UpToDate", [], newest["tcbDate"], newest["tcbDate"])
+            assert tcb_of(info, tee_tcb_svn=bytes((5, 1, 3))) == (
+                "SWHardeningNeeded",
+                ["INTEL-SA-1"],
+                second["tcbDate"],
+                newest["tcbDate"],
+            )
+            old = tcb_of(info, pck=PCK._replace(svns=(5,) * 15 + (4,)), tee_tcb_svn=bytes((5, 1, 3)))
+            assert old == ("OutOfDate", ["INTEL-SA-1", "INTEL-SA-3"], oldest["tcbDate"], newest["tcbDate"])
+            assert tcb_of(info, pck=PCK._replace(pcesvn=12)).status == "OutOfDate"
+        for pck, svn in (
+            (PCK._replace(pcesvn=4), (5, 1, 4)),
+            (PCK._replace(svns=(3,) * 16), (5, 1, 4)),
+            (PCK, (5, 1, 2)),
+        ):
+            with pytest.raises(confbuild.CollateralError, match="^collateral: the platform is below every TCB level$"):
+                tcb_of(pck=pck, tee_tcb_svn=bytes(svn))
+
+    def test_the_module(self) -> None:
+        """Version 0 has no levels of its own, and its first two components count for the platform."""
+        assert tcb_of(tee_tcb_svn=bytes((9, 0, 4))).status == "UpToDate"
+        with pytest.raises(confbuild.CollateralError, match="the platform is below"):
+            tcb_of(tee_tcb_svn=bytes((8, 0, 4)))
+        late = tcb_of(tee_tcb_svn=bytes((4, 1, 4)))
+        assert (late.status, late.advisories) == ("OutOfDate", ["INTEL-SA-2"])
+        with pytest.raises(confbuild.CollateralError, match="^collateral: the TDX module is below every TCB level$"):
+            tcb_of(tee_tcb_svn=bytes((3, 1, 4)))
+        with pytest.raises(confbuild.CollateralError, match="^tcb_info: no identity of TDX module TDX_1A$"):
+            tcb_of(tee_tcb_svn=bytes((5, 0x1A, 4)))
+        info = tcb_info()
+        del info["tdxModuleIdentities"]
+        with pytest.raises(confbuild.CollateralError, match="^tcb_info: no identity of TDX module TDX_01$"):
+            tcb_of(info)
+        module = {"mrsigner": "AB" * 48, "attributes": "01" + "00" * 7, "attributesMask": "01" + "FF" * 7}
+        expected, actual = confbuild.describe_module(module, TOY_QUOTE)
+        assert expected == "ab" * 48 + " 01" + "00" * 7 and actual == "00" * 48 + " " + "00" * 8
+        quote = TOY_QUOTE._replace(mr_signer_seam=b"\xab" * 48, seam_attributes=b"\xff" + bytes(7))
+        expected, actual = confbuild.describe_module(module, quote)
+        assert expected == actual
+
+    def test_the_quoting_enclave(self) -> None:
+        with pytest.raises(
+            confbuild.CollateralError, match="^collateral: the quoting enclave is below every TCB level$"
+        ):
+            tcb_of(qe_report=qe_report(b"", b"", at_258=b"\3\0"))
+        late = tcb_of(qe_report=qe_report(b"", b"", at_258=b"\5\0"))
+        assert (late.status, late.advisories) == ("OutOfDate", ["INTEL-SA-4"])
+        for changes, same in (
+            ({}, True),
+            ({"at_16": b"\1"}, False),
+            ({"at_48": b"\x15"}, True),  # outside of the mask
+            ({"at_48": b"\x13"}, False),
+            ({"at_63": b"\1"}, True),
+            ({"at_128": b"x"}, False),
+            ({"at_159": b"x"}, False),
+            ({"at_256": b"\1"}, False),
+            ({"at_257": b"\1"}, False),
+        ):
+            expected, actual = confbuild.describe_qe(qe_identity(), qe_report(b"", b"", **changes))
+            assert (expected == actual) == same, changes
+
+    @pytest.mark.parametrize(
+        ("platform", "module", "enclave", "merged"),
+        [
+            *((status, "UpToDate", "UpToDate", status) for status in confbuild.TCB_STATUSES),
+            *((status, "Revoked", "UpToDate", "Revoked") for status in confbuild.TCB_STATUSES),
+            *((status, "OutOfDate", "Revoked", "Revoked") for status in confbuild.TCB_STATUSES),
+            *((status, "Revoked", "OutOfDate", "Revoked") for status in confbuild.TCB_STATUSES),
+            ("UpToDate", "OutOfDate", "UpToDate", "OutOfDate"),
+            ("UpToDate", "UpToDate", "OutOfDate", "OutOfDate"),
+            ("SWHardeningNeeded", "UpToDate", "OutOfDate", "OutOfDate"),
+            ("ConfigurationNeeded", "OutOfDate", "UpToDate", "OutOfDateConfigurationNeeded"),
+            ("ConfigurationAndSWHardeningNeeded", "OutOfDate", "OutOfDate", "OutOfDateConfigurationNeeded"),
+            ("OutOfDate", "OutOfDate", "UpToDate", "OutOfDate"),
+            ("OutOfDateConfigurationNeeded", "UpToDate", "OutOfDate", "OutOfDateConfigurationNeeded"),
+            ("Revoked", "OutOfDate", "OutOfDate", "Revoked"),
+            ("UpToDate", "ConfigurationNeeded", "SWHardeningNeeded", "UpToDate"),
+        ],
+    )
+    def test_merged_statuses(self, platform: str, module: str, enclave: str, merged: str) -> None:
+        info, identity = tcb_info(), qe_identity()
+        info["tcbLevels"][0]["tcbStatus"] = platform
+        info["tdxModuleIdentities"][0]["tcbLevels"][0]["tcbStatus"] = module
+        identity["tcbLevels"][0]["tcbStatus"] = enclave
+        assert tcb_of(info, identity).status == merged
+
+    @given(st.lists(st.sampled_from(list(nodes(tcb_info()))), min_size=1, max_size=3), JSON_VALUES)
+    def test_any_document(self, paths: list[tuple[Any, ...]], value: Any) -> None:
+        """What Intel signs never raises anything but Malformed."""
+        doc = tcb_info()
+        for path in paths:
+            with contextlib.suppress(KeyError, IndexError, TypeError):
+                doc = replaced(doc, path, value)
+        with contextlib.suppress(confbuild.Malformed):
+            checked = confbuild.check_schema(doc, confbuild.DOCUMENT_SCHEMAS["tcb_info"], "tcb_info")
+            tcb_of(checked)
+            confbuild.describe_module(confbuild.module_identity(checked, TOY_QUOTE), TOY_QUOTE)
+
+
+# endregion 11
+# ==============================================================================
+# region 12. Event logs
+# ==============================================================================
+
+
+class TestEventLogs:
+    def test_ccel(self) -> None:
+        a, b, c, d = DIGESTS[:4]
+        log = (
+            CCEL_HEADER
+            + ccel_event(0, 1, a)
+            + ccel_event(1, 0x80000001, a)
+            + ccel_event(2, 4, b, b"", (4, bytes(20)), (0x0B, bytes(32)), (0x0D, bytes(64)))
+            + ccel_event(1, 3, d)  # EV_NO_ACTION extends nothing
+            + ccel_event(7, 3, None)
+            + ccel_event(1, 4, c)
+            + ccel_event(4, 4, d)
+        )
+        registers = [extended(a, c), extended(b), bytes(48), extended(d)]
+        for end in (b"", b"\xff" * 4, b"\xff" * 100, bytes(3), bytes(8), bytes(100) + b"x"):
+            assert confbuild.replay_ccel(log + end) == registers
+        assert confbuild.replay_ccel(CCEL_HEADER) == [bytes(48)] * 4
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "ends at byte 0, inside a field"),
+            (struct.pack("<II20xI", 1, 4, 0), "first event of type 0x4, expected 0x3"),
+            (struct.pack("<II20xI", 1, 3, 2**32 - 1), "ends at byte 32, inside a field"),
+            (CCEL_HEADER + ccel_event(5, 4, DIGESTS[0]), "event of register 5, expected at most 4"),
+            (CCEL_HEADER + ccel_event(1, 4, None), "event without a SHA-384 digest"),
+            (CCEL_HEADER + ccel_event(1, 4, None, b"", (0x0B, bytes(32))), "event without a SHA-384 digest"),
+            (CCEL_HEADER + ccel_event(1, 4, None, b"", (0x12, bytes(32))), "digest of unknown algorithm 0x12"),
+            (CCEL_HEADER + struct.pack("<III", 1, 4, 2**32 - 1), "ends at byte 60, inside a field"),
+            (CCEL_HEADER + b"\1", "ends at byte 49, inside a field"),
+        ],
+    )
+    def test_a_bad_ccel(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.EventLogError, match=f"^cc_eventlog: {message}$"):
+            confbuild.replay_ccel(data)
+
+    def test_each_prefix_of_a_ccel(self) -> None:
+        log = CCEL_HEADER + ccel_event(1, 4, DIGESTS[0])
+        for size in range(len(log)):
+            if size != len(CCEL_HEADER):
+                with pytest.raises(confbuild.EventLogError):
+                    confbuild.replay_ccel(log[:size])
+
+    @given(st.binary(max_size=200))
+    def test_any_ccel(self, data: bytes) -> None:
+        for log in (data, CCEL_HEADER + data):
+            with contextlib.suppress(confbuild.EventLogError):
+                assert len(confbuild.replay_ccel(log)) == 4
+
+    def test_dstack(self) -> None:
+        registers, events = confbuild.replay_dstack(json.dumps(DSTACK_LOG))
+        assert registers[:3] == [extended(digest) for digest in DIGESTS[:3]]
+        assert registers[3] == extended(*(bytes.fromhex(e["digest"]) for e in DSTACK_LOG[3:]))
+        assert events == [("system-preparing", ""), ("app-id", "aa" * 20), ("compose-hash", COMPOSE_HASH)]
+
+    def test_dstack_recomputes(self) -> None:
+        """A digest in the log counts only where the payload does not tell it."""
+        wrong = [{**event, "digest": "00" * 48} for event in DSTACK_LOG[3:]]
+        right = confbuild.replay_dstack(json.dumps(DSTACK_LOG[3:]))
+        assert confbuild.replay_dstack(json.dumps(wrong)) == right
+        for changes in ({"event_payload": COMPOSE_HASH[:-2]}, {"event": "compose-has"}):
+            other = [{**event, **changes} if event["event"] == "compose-hash" else event for event in DSTACK_LOG[3:]]
+            assert confbuild.replay_dstack(json.dumps(other))[0] != right[0]
+        # Other types and other registers prove no payload.
+        typed = [dstack_event("compose-hash", "11", kind=4), dstack_event("compose-hash", "22", imr=0)]
+        registers, events = confbuild.replay_dstack(json.dumps(typed))
+        assert events == [] and registers[0] == extended(bytes.fromhex(typed[1]["digest"]))
+        # dstack: SHA-384 of the type, the name and the payload, with colons between them
+        digest = hashlib.sha384(b"\x01\x00\x00\x08:a:b:\xff").hexdigest()
+        assert confbuild.replay_dstack(json.dumps([dstack_event("a:b", "ff", digest="0" * 96)]))[0][3] == extended(
+            bytes.fromhex(digest)
+        )
+
+    @pytest.mark.parametrize(
+        ("log", "message"),
+        [
+            ("", "not JSON"),
+            ("{}", "{}, expected an array"),
+            ([{**DSTACK_LOG[0], "imr": 4}], "event of register 4, expected 0 to 3"),
+            ([{**DSTACK_LOG[0], "imr": -1}], "event of register -1, expected 0 to 3"),
+            ([{**DSTACK_LOG[0], "imr": True}], "[0].imr: true, expected an integer"),
+            ([{**DSTACK_LOG[0], "digest": "00" * 32}], "[0].digest: "),
+            ([{**DSTACK_LOG[5], "event_payload": "0"}], "event_payload: expected pairs of hexadecimal digits"),
+            ([{**DSTACK_LOG[5], "event_payload": None}], "[0].event_payload: null, expected text"),
+            ([{"imr": 0}], "[0]: has the keys imr, expected "),
+        ],
+    )
+    def test_a_bad_dstack_log(self, log: Any, message: str) -> None:
+        text = log if isinstance(log, str) else json.dumps(log)
+        with pytest.raises(confbuild.Malformed, match=f"^event_log(, |: ){re.escape(message)}"):
+            confbuild.replay_dstack(text)
+
+
+# endregion 12
+# ==============================================================================
+# region 13. Launch digest
 # ==============================================================================
 
 TOY_SECTIONS: Sequence[tuple[int, int, int]] = (
@@ -4682,9 +5422,9 @@ class TestFirmwareState:
             assert confbuild.firmware_state(toy_volume(lzma_section(bytes(64 << 20)))) == ""
 
 
-# endregion 10
+# endregion 13
 # ==============================================================================
-# region 11. IGVM
+# region 14. IGVM
 # ==============================================================================
 # The builder packs every header by hand from the tables of igvm_defs, and chain() is a second implementation of the
 # page chain of shared/notes/launch-digest.md: nothing of the program is used to make an expected value.
@@ -4852,9 +5592,9 @@ class TestIgvm:
             assert (cmdline, root_hash) == (row["cmdline"], row["roothash"]), name
 
 
-# endregion 11
+# endregion 14
 # ==============================================================================
-# region 12. dm-verity
+# region 15. dm-verity
 # ==============================================================================
 
 
@@ -4876,9 +5616,9 @@ class TestVerity:
             assert valid is pair["valid"], pair
 
 
-# endregion 12
+# endregion 15
 # ==============================================================================
-# region 13. Statement
+# region 16. Statement
 # ==============================================================================
 
 
@@ -5345,9 +6085,9 @@ class TestStatement:
         )
 
 
-# endregion 13
+# endregion 16
 # ==============================================================================
-# region 14. Verdict
+# region 17. Verdict
 # ==============================================================================
 
 
@@ -7758,9 +8498,9 @@ class TestVectors:
                 assert (got.verdict == "passed") == (list_ == "passed" and (revocation == "passed" or not required))
 
 
-# endregion 14
+# endregion 17
 # ==============================================================================
-# region 15. Processes
+# region 18. Processes
 # ==============================================================================
 
 
@@ -7891,9 +8631,9 @@ FORBIDDEN: Mapping[str, Mapping[str, int]] = {
     },
 }
 
-# endregion 15
+# endregion 18
 # ==============================================================================
-# region 16. Sandbox
+# region 19. Sandbox
 # ==============================================================================
 
 
@@ -8324,9 +9064,9 @@ class TestSandbox:
             child.communicate(b"\n")
 
 
-# endregion 16
+# endregion 19
 # ==============================================================================
-# region 17. Programs
+# region 20. Programs
 # ==============================================================================
 
 
@@ -8527,9 +9267,9 @@ os._exit(0)""",
                 child.kill()
 
 
-# endregion 17
+# endregion 20
 # ==============================================================================
-# region 18. Files
+# region 21. Files
 # ==============================================================================
 
 
@@ -8667,9 +9407,9 @@ answer(None)""",
         assert confbuild.logger().name == "confbuild"
 
 
-# endregion 18
+# endregion 21
 # ==============================================================================
-# region 20. Archives
+# region 23. Archives
 # ==============================================================================
 
 
@@ -9427,9 +10167,9 @@ TREES = st.recursive(
     max_leaves=14,
 )
 
-# endregion 20
+# endregion 23
 # ==============================================================================
-# region 21. Git
+# region 24. Git
 # ==============================================================================
 
 
@@ -10804,9 +11544,9 @@ class TestPackDirectory:
         assert packed.commit == head and "secret" not in members
 
 
-# endregion 21
+# endregion 24
 # ==============================================================================
-# region 22. Toolchains
+# region 25. Toolchains
 # ==============================================================================
 
 
@@ -11798,9 +12538,9 @@ class TestPlanNix:
         )
 
 
-# endregion 22
+# endregion 25
 # ==============================================================================
-# region 23. Attester
+# region 26. Attester
 # ==============================================================================
 
 
@@ -12320,9 +13060,9 @@ class TestAttester:
             confbuild.hardware_evidence(bytes(1183), b"", "snp", None)
 
 
-# endregion 23
+# endregion 26
 # ==============================================================================
-# region 24. Bundle
+# region 27. Bundle
 # ==============================================================================
 
 
@@ -12893,9 +13633,9 @@ class TestBundle:
             confbuild.read_bundle(str(root))
 
 
-# endregion 24
+# endregion 27
 # ==============================================================================
-# region 25. Pipeline
+# region 28. Pipeline
 # ==============================================================================
 
 
@@ -13567,9 +14307,9 @@ class TestRealNix:
             subprocess.run(["chmod", "-R", "u+w", str(tmp_path)], check=False)
 
 
-# endregion 25
+# endregion 28
 # ==============================================================================
-# region 26. Event log
+# region 29. Event log
 # ==============================================================================
 
 
@@ -13724,9 +14464,9 @@ class TestEventLog:
                 one.append(COMPLETE_EVENT)
 
 
-# endregion 26
+# endregion 29
 # ==============================================================================
-# region 27. Event streams
+# region 30. Event streams
 # ==============================================================================
 
 
@@ -13965,9 +14705,9 @@ class TestStreamer:
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start) :], (seed, n)
 
 
-# endregion 27
+# endregion 30
 # ==============================================================================
-# region 28. Jobs
+# region 31. Jobs
 # ==============================================================================
 
 
@@ -14880,9 +15620,9 @@ class TestState:
                 assert sum(read) < 256 * 1024
 
 
-# endregion 28
+# endregion 31
 # ==============================================================================
-# region 29. HTTP API
+# region 32. HTTP API
 # ==============================================================================
 
 
@@ -16352,9 +17092,9 @@ class TestHttp:
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
 
-# endregion 29
+# endregion 32
 # ==============================================================================
-# region 30. Client
+# region 33. Client
 # ==============================================================================
 
 
@@ -17030,9 +17770,9 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
                 f.write(config.replace("worktree", "nothing"))
 
 
-# endregion 30
+# endregion 33
 # ==============================================================================
-# region 31. Agent
+# region 34. Agent
 # ==============================================================================
 
 
@@ -17320,9 +18060,9 @@ class TestFetcher:
         assert answer["error_type"] == "SourceError" and "nowhere" in answer["error"] and not os.path.exists(workspace)
 
 
-# endregion 31
+# endregion 34
 # ==============================================================================
-# region 32. VMs
+# region 35. VMs
 # ==============================================================================
 
 
@@ -18435,9 +19175,9 @@ class TestSpares:
             host.attestation(NONCE)
 
 
-# endregion 32
+# endregion 35
 # ==============================================================================
-# region 33. Image
+# region 36. Image
 # ==============================================================================
 
 
@@ -19745,9 +20485,9 @@ def test_a_real_python(tmp_path: Path) -> None:
     )
 
 
-# endregion 33
+# endregion 36
 # ==============================================================================
-# region 34. QEMU
+# region 37. QEMU
 # ==============================================================================
 
 # A QEMU in Python: it "boots" by running code of the test, with the agent's streams and the monitor of the argv.
@@ -20667,9 +21407,9 @@ class TestRealQemu:
         assert measured((tmp_path / "record").read_bytes(), 0x80B004, signature) == ours.hex()
 
 
-# endregion 34
+# endregion 37
 # ==============================================================================
-# region 36. First process
+# region 39. First process
 # ==============================================================================
 
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
@@ -21364,9 +22104,9 @@ class TestRealGuest:
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 
-# endregion 36
+# endregion 39
 # ==============================================================================
-# region 37. Rendering
+# region 40. Rendering
 # ==============================================================================
 
 
@@ -21788,9 +22528,9 @@ class TestRendering:
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
 
-# endregion 37
+# endregion 40
 # ==============================================================================
-# region 38. Server set-up
+# region 41. Server set-up
 # ==============================================================================
 
 
@@ -21916,9 +22656,9 @@ class TestMachine:
             assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "QMP", "CONSOLE", "HASHES_PAGE")
 
 
-# endregion 38
+# endregion 41
 # ==============================================================================
-# region 39. Commands
+# region 42. Commands
 # ==============================================================================
 
 
@@ -24314,9 +25054,9 @@ class TestBuild:
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
 
-# endregion 39
+# endregion 42
 # ==============================================================================
-# region 41. Layout and README
+# region 44. Layout and README
 # ==============================================================================
 
 
@@ -25035,4 +25775,4 @@ class TestContract:
             assert sorted(numbers - set(self.SECTIONS)) == [], path.name
 
 
-# endregion 41
+# endregion 44
