@@ -7109,7 +7109,7 @@ class Watcher:
     chunked: whether the stream uses the chunked transfer coding.
     greeting: bytes to send first, in the framing of the stream.
     file, span: instead of log and start: the file, and the first byte and length of the range.
-    then: called when the whole range has been sent, instead of closing the socket.
+    then: called when everything has been sent, instead of closing the socket.
 
     position: the offset in the log or file; -1 until the log has start events.
     left: the number of bytes to send from there.
@@ -7276,7 +7276,9 @@ class Streamer:
             if not wait_mask(e, False, watcher.tls):
                 self._drop(watcher)
             return
-        if not received:
+        if received:
+            watcher.then = None  # a request that came too early is lost: close the connection at the end
+        else:
             # The peer has closed its socket, or only its sending half: sending a comment shows which.
             watcher.peer_half_closed = True
             self._want(watcher, watcher.mask)
@@ -7333,9 +7335,7 @@ class Streamer:
         """Set up the next bytes for watcher.  Return False if there are none now, or none any more."""
         log = watcher.log
         if log is None:
-            self._leave(watcher)
-            if watcher.then is not None:
-                watcher.then()
+            self._drop(watcher, whole=True)
             return False
         finished = log.finished  # read before size: a finished log has its final size
         if watcher.position < 0 and (finished or log.count >= watcher.start):
@@ -7356,7 +7356,7 @@ class Streamer:
                 watcher.ending = True
                 watcher.pending = b"0\r\n\r\n"
                 return True
-            self._drop(watcher)
+            self._drop(watcher, whole=True)
             return False
         watcher.since = time.monotonic()
         self._waiting.setdefault(log, set()).add(watcher)
@@ -7371,19 +7371,18 @@ class Streamer:
             if not waiting:
                 del self._waiting[watcher.log]
 
-    def _leave(self, watcher: Watcher) -> None:
-        """Stop serving watcher; leave its socket open."""
+    def _drop(self, watcher: Watcher, whole: bool = False) -> None:
+        """Stop serving watcher, and close its socket, unless it has received the whole answer and goes on."""
         self._forget(watcher)
         self._want(watcher, 0)
         if self._block[0] is watcher.log:
             self._block = (None, 0, 0, b"")
         self._served.discard(watcher)
         self.files -= 1 if watcher.file is None else 2
-
-    def _drop(self, watcher: Watcher) -> None:
-        """Stop serving watcher, and close its socket."""
-        self._leave(watcher)
-        watcher.close()
+        if whole and watcher.then is not None:
+            watcher.then()
+        else:
+            watcher.close()
 
 
 # endregion 30
@@ -8696,8 +8695,8 @@ class Exchange:
         except Exception as e:  # noqa: BLE001  # of a bug
             response = problem(to_refused(e, line))
         logger().info('%s "%s" %d', c.address, line, response.status)
-        c.closing = self._close or response.log is not None or self._unread > 0
         chunked = response.log is not None and head is not None and head.minor == 1
+        c.closing = self._close or (response.log is not None and not chunked) or self._unread > 0
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
             request_id = uuid.uuid4().hex
         c.pending = encode_head(response, request_id, c.closing, chunked)
@@ -8708,7 +8707,7 @@ class Exchange:
             return None
         greeting = self._server.api.greeting if response.log else b""
         span = response.span if response.file else (-1, 0)
-        then = functools.partial(self._server.take, c)
+        then = None if response.log and c.closing else functools.partial(self._server.take, c)
         watcher = Watcher(c.sock, response.log, response.start, chunked, c.tls, greeting, response.file, span, then)
         watcher.pending = c.pending + watcher.pending
         c.pending = b""
@@ -8728,7 +8727,9 @@ class Exchange:
         path, _, query = head.target.partition("?")
         path = re.sub("^//+", "/", path)  # some clients add /build to a URL that ends with /
         server = self._server
-        server.access.check(head.headers, path, self._connection.sock.getsockname()[0].removeprefix("::ffff:"))
+        server.access.check(
+            head.headers, path, (self._connection.sock.getsockname() or ("localhost",))[0].removeprefix("::ffff:")
+        )
         route, arguments = find_route(head.method, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
         request = Request(head.method, arguments, fields, head.headers, self._read_body)
@@ -8765,8 +8766,10 @@ class Exchange:
         return block
 
 
-def listen(address: tuple[str, int]) -> "socket.socket":
-    """Return a non-blocking socket that listens on address. Raises OSError."""
+def listen(address: tuple[str, int] | None) -> "socket.socket":
+    """Return a non-blocking socket that listens on address. None: one that nobody can reach. Raises OSError."""
+    if address is None:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -8791,7 +8794,7 @@ class Server:
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: tuple[str, int] | None,
         api: Api,
         access: AccessPolicy,
         streamer: Streamer,

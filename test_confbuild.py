@@ -16771,6 +16771,32 @@ class TestHttp:
             )
         )
 
+    def test_after_an_event_stream(self, site: Callable[..., Site]) -> None:
+        """An HTTP/1.1 client asks the next question over the same connection; one that asks too early loses it."""
+        s = site()
+        job = s.finished()
+        wait_for(lambda: s.jobs.log_of(s.jobs.get(job)).finished)
+        connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=PATIENCE)
+        bodies = []
+        for _ in range(3):
+            connection.request("GET", f"/build/{job}/events")
+            answer = connection.getresponse()
+            assert answer.getheader("Connection") is None
+            bodies.append(answer.read())
+            assert connection.sock is not None
+        assert bodies[0] and len(set(bodies)) == 1
+        connection.close()
+        s.gate.clear()
+        running = json.loads(s.ask("POST", "/build", GOOD_REQUEST)[2])["job_id"]
+        with socket.create_connection(("127.0.0.1", s.port), PATIENCE) as sock:
+            question = f"GET /build/{running}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+            sock.sendall(question)
+            got = sock.recv(1)
+            sock.sendall(question)
+            wait_for(lambda: [watcher.then for watcher in s.streamer._served] == [None])
+            s.gate.set()
+            assert (got + read_all(sock)).count(b"HTTP/1.1 200") == 1
+
     def test_tokens(self, site: Callable[..., Site]) -> None:
         s = site(tokens=("alpha", "bêta"))
         assert s.ask("GET", "/health")[0] == 200
