@@ -7014,6 +7014,7 @@ class EventLog:
 
 KEEPALIVE_S = 15.0  # silence before a comment [CONTRACT 1.7]
 STALL_S = 60.0  # until a client that takes nothing is disconnected [CONTRACT 1.7]
+READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, which would be imported for them
 _SMALL = 64 * KIB
 # The bytes that one watcher gets before the next one's turn.  A single watcher gets many, for few system calls; several
 # get fewer, so that all of them get a range of the log while it is in the processor's cache (8 readers: 1.3 times the
@@ -7021,17 +7022,17 @@ _SMALL = 64 * KIB
 _TURN, _SHARED_TURN = MIB, 256 * KIB
 
 
-def wait_mask(e: OSError, sending: bool, tls: bool) -> int:
+def wait_mask(e: OSError, sending: bool) -> int:
     """Return the selector event to wait for before a socket operation that raised e is repeated, or 0 if it failed.
 
     sending: whether the operation was a send.
-    tls: whether the socket uses TLS.
     """
-    if isinstance(e, BlockingIOError):
-        return selectors.EVENT_WRITE if sending else selectors.EVENT_READ
-    if tls and isinstance(e, ssl.SSLWantReadError):
-        return selectors.EVENT_READ
-    return selectors.EVENT_WRITE if tls and isinstance(e, ssl.SSLWantWriteError) else 0
+    waits = {
+        "BlockingIOError": WRITE if sending else READ,
+        "SSLWantReadError": READ,  # by name: most servers never import ssl
+        "SSLWantWriteError": WRITE,
+    }
+    return waits.get(type(e).__name__, 0)
 
 
 class WakeableSelector:
@@ -7042,10 +7043,9 @@ class WakeableSelector:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
-        self._sleeper, self._waker = socket.socketpair()
-        self._sleeper.setblocking(False)
-        self._waker.setblocking(False)
-        self._selector.register(self._sleeper, selectors.EVENT_READ)
+        self._waker = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._waker)  # not earlier: another thread may be about to write to it
+        self._selector.register(self._waker, READ)
         self._notes: deque[Any] = deque()
         self._asleep = False
 
@@ -7054,10 +7054,7 @@ class WakeableSelector:
         self._notes.append(note)
         if self._asleep:  # wait() sets it before it looks at the notes for the last time, so no note is missed
             self._asleep = False
-            try:
-                self._waker.send(b"\0")
-            except BlockingIOError:
-                pass  # the socket is full, so the thread wakes anyway
+            os.eventfd_write(self._waker, 1)
 
     def wait(self, timeout: float | None) -> list[tuple[Any, int]]:
         """Wait for events, a note or the timeout in seconds.  Return the objects that have events, with the events."""
@@ -7066,7 +7063,7 @@ class WakeableSelector:
         self._asleep = False
         ready = [(key.data, mask) for key, mask in events if key.data is not None]
         if len(ready) < len(events):
-            self._sleeper.recv(4096)
+            os.eventfd_read(self._waker)
         return ready
 
     def notes(self) -> Iterator[Any]:
@@ -7078,110 +7075,82 @@ class WakeableSelector:
         """Wait for the events in mask of end.sock from now on; 0 means for none."""
         if mask == end.mask:
             return
-        if mask and end.mask:
-            self._selector.modify(end.sock, mask, end)
-        elif mask:
-            self._selector.register(end.sock, mask, end)
-        else:
+        if end.mask:
             self._selector.unregister(end.sock)
+        if mask:
+            self._selector.register(end.sock, mask, end)
         end.mask = mask
 
     def close(self) -> None:
         """Close the selector.  Later notes are ignored."""
         self._selector.close()
-        self._sleeper.close()
-        self._waker.close()
 
 
 class OpenFile:
-    """A regular file, open for reading; it is closed with the last reference.  Raises Malformed, OSError."""
+    """A regular file, open for reading; it is closed with the last reference.  Raises Malformed, OSError.
+
+    size: where a watcher's range ends; at first, the size of the file.
+    count, finished, offset_of: as of a complete EventLog whose events are bytes.
+    """
+
+    count, finished = 0, True
 
     def __init__(self, path: str) -> None:
         self.fd = open_regular(path)
         weakref.finalize(self, os.close, self.fd)
         self.size = os.fstat(self.fd).st_size
 
+    def offset_of(self, count: int) -> int:
+        """Return count."""
+        return count
+
 
 class Watcher:
-    """A client that follows a log, or downloads a range of a file.
+    """A client that follows a log, or downloads a file up to its size.
 
-    start: the number of events of log that the client already has.
+    start: the number of events of the log, or of bytes of the file, that the client does not want.
     chunked: whether the stream uses the chunked transfer coding.
     greeting: bytes to send first, in the framing of the stream.
-    file, span: instead of log and start: the file, and the first byte and length of the range.
     then: called when everything has been sent, instead of closing the socket.
 
-    position: the offset in the log or file; -1 until the log has start events.
-    left: the number of bytes to send from there.
+    position: the offset in source; -1 until the log has start events.
+    left: the number of bytes to send from there by sendfile.
     pending: bytes to send before those.
     ending: the last chunk has been sent.
     peer_half_closed: the peer sends nothing more.
     since: the time of the last progress, by the monotonic clock.
+    files: the number of its descriptors: a socket, and the source unless that is the log of a running job.
     """
 
     def __init__(
         self,
         sock: "socket.socket",
-        log: EventLog | None,
+        source: EventLog | OpenFile,
         start: int,
         chunked: bool,
         tls: bool,
         greeting: bytes,
-        file: OpenFile | None = None,
-        span: tuple[int, int] = (-1, 0),
         then: "Callable[[], None] | None" = None,
     ) -> None:
+        sock.setblocking(False)
         self.sock = sock
-        self.log = log
+        self.source = source
         self.start = start
         self.chunked = chunked
         self.tls = tls
-        self.file = file
         self.then = then
-        self.position = span[0]
-        self.left = span[1]
+        self.position = -1
+        self.left = 0
         self.pending = self.frame(greeting) if greeting else b""
         self.ending = False
         self.peer_half_closed = False
         self.mask = 0
         self.since = time.monotonic()
+        self.files = 1 + source.finished
 
     def frame(self, data: bytes) -> bytes:
         """Return data, as one chunk if the stream is chunked."""
         return b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
-
-    def send_range(self, size: int) -> int:
-        """Send at most size bytes from position, and return how many; TLS has no sendfile: read them instead."""
-        source = self.file or self.log
-        if source is None:
-            raise ValueError("the watcher has neither a file nor a log")
-        if self.tls:
-            self.pending = os.pread(source.fd, min(size, _SMALL), self.position)
-            size = len(self.pending)
-        else:
-            size = os.sendfile(self.sock.fileno(), source.fd, self.position, size)
-        if size == 0:
-            raise OSError("the file ends before the range does")
-        self.position += size
-        self.left -= size
-        if not self.left and self.chunked:
-            self.pending += b"\r\n"
-        return size
-
-    def discard(self) -> None:
-        """Make close() discard the bytes that the system still holds for the peer."""
-        try:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        except OSError:
-            pass  # the peer has closed the connection
-
-    def close(self) -> None:
-        """Close the socket."""
-        try:
-            self.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer has closed the connection
-        self.sock.close()
 
 
 class Streamer:
@@ -7189,7 +7158,9 @@ class Streamer:
 
     keepalive_s: silence after which a comment is sent.
     stall_s: time without progress after which a watcher is disconnected; it can resume.
-    files: the number of descriptors open for watchers: a socket each, and the file of a download.
+    files: the number of descriptors open for watchers.
+    grown: sends the new events of a log to its watchers.  Any thread may call this; it never waits.
+    add: serves a watcher, whose socket now belongs to the streamer.  Any thread may call this.
     """
 
     def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
@@ -7197,21 +7168,15 @@ class Streamer:
         self._stall_s = stall_s
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self._served: set[Watcher] = set()
-        self._waiting: dict[EventLog | None, set[Watcher]] = {}  # watchers that have received the whole log so far
+        self._waiting: dict[EventLog | OpenFile, set[Watcher]] = {}  # watchers that have received the whole log so far
         # The last small range, read once for all watchers that want it: log, position, length, bytes.
-        self._block: tuple[EventLog | None, int, int, bytes] = (None, 0, 0, b"")
+        self._block: tuple[EventLog | OpenFile | None, int, int, bytes] = (None, 0, 0, b"")
         self._turn = _TURN
         self.files = 0
+        self.grown: Callable[[EventLog], None] = self._selector.post
+        self.add: Callable[[Watcher], None] = self._selector.post
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
-
-    def grown(self, log: EventLog) -> None:
-        """Send the new events of log to its watchers.  Any thread may call this; it never waits."""
-        self._selector.post(log)
-
-    def add(self, watcher: Watcher) -> None:
-        """Serve watcher, whose socket now belongs to the streamer.  Any thread may call this."""
-        self._selector.post(watcher)
 
     def stop(self) -> None:
         """Close every watcher's socket, even in the middle of an event, and end the thread."""
@@ -7227,9 +7192,9 @@ class Streamer:
             if not self._take_notes():
                 break
             for watcher, mask in events:
-                if mask & watcher.mask & selectors.EVENT_READ:  # the mask of a dropped watcher is 0
+                if mask & watcher.mask & READ:  # the mask of a dropped watcher is 0
                     self._on_readable(watcher)
-                if mask & watcher.mask & selectors.EVENT_WRITE:
+                if mask & watcher.mask & WRITE:
                     self._pump(watcher)
             if time.monotonic() >= scan_at:
                 scan_at = time.monotonic() + every
@@ -7240,32 +7205,23 @@ class Streamer:
 
     def _take_notes(self) -> bool:
         """Act on the notes of other threads.  Return False if one of them asks to stop."""
-        grown: dict[EventLog, None] = {}
         going = True
-        for note in self._selector.notes():
-            if note is None:
+        for note in dict.fromkeys(self._selector.notes()):  # a log may have grown many times
+            if isinstance(note, EventLog):
+                for watcher in self._waiting.pop(note, ()):
+                    self._pump(watcher)
+            elif note is None:
                 going = False
-            elif isinstance(note, EventLog):
-                grown[note] = None
             else:
                 self._served.add(note)
-                self.files += 1 if note.file is None else 2
-                try:
-                    note.sock.setblocking(False)
-                    self._want(note, selectors.EVENT_READ)
-                except (OSError, ValueError):
-                    self._drop(note)
-                    continue
+                self.files += note.files
                 self._pump(note)
-        for log in grown:
-            for watcher in self._waiting.pop(log, ()):
-                self._pump(watcher)
         return going
 
     def _want(self, watcher: Watcher, mask: int) -> None:
         """Wait for the events in mask of watcher's socket."""
-        if watcher.peer_half_closed or watcher.file is not None:  # a download does not read the next request
-            mask &= selectors.EVENT_WRITE
+        if watcher.peer_half_closed or isinstance(watcher.source, OpenFile):  # a download leaves the next request
+            mask &= WRITE
         self._selector.set_mask(watcher, mask)
 
     def _on_readable(self, watcher: Watcher) -> None:
@@ -7273,7 +7229,7 @@ class Streamer:
         try:
             received = watcher.sock.recv(_SMALL)
         except OSError as e:
-            if not wait_mask(e, False, watcher.tls):
+            if not wait_mask(e, False):
                 self._drop(watcher)
             return
         if received:
@@ -7282,7 +7238,7 @@ class Streamer:
             # The peer has closed its socket, or only its sending half: sending a comment shows which.
             watcher.peer_half_closed = True
             self._want(watcher, watcher.mask)
-            if watcher in self._waiting.get(watcher.log, ()):
+            if watcher in self._waiting.get(watcher.source, ()):
                 self._comment(watcher)
 
     def _comment(self, watcher: Watcher) -> None:
@@ -7295,24 +7251,30 @@ class Streamer:
         """Send comments to watchers after a silence, and disconnect those that take nothing."""
         for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
-        for watcher in [w for w in self._served if w.mask & selectors.EVENT_WRITE and w.since <= now - self._stall_s]:
-            watcher.discard()
+        for watcher in [w for w in self._served if w.mask & WRITE and w.since <= now - self._stall_s]:
+            with contextlib.suppress(OSError):  # the system discards the bytes that it holds for the peer
+                watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._drop(watcher)
 
     def _pump(self, watcher: Watcher) -> None:
         """Send to watcher until it has everything, the socket is full, or the turn is over."""
-        turn, mask = self._turn, selectors.EVENT_READ | selectors.EVENT_WRITE
+        turn, mask = self._turn, READ | WRITE
         try:
             while turn > 0:
                 sent = 0
                 if watcher.pending:
-                    more = getattr(socket, "MSG_MORE", 0) if watcher.left and not watcher.tls else 0
-                    sent = watcher.sock.send(watcher.pending, more)
+                    sent = watcher.sock.send(watcher.pending, socket.MSG_MORE if watcher.left else 0)
                     watcher.pending = watcher.pending[sent:]
                 elif watcher.left:
                     asked = min(watcher.left, turn)
-                    sent = watcher.send_range(asked)
-                    if sent < asked and not watcher.tls:
+                    sent = os.sendfile(watcher.sock.fileno(), watcher.source.fd, watcher.position, asked)
+                    if not sent:
+                        raise OSError("the file ends before the range does")
+                    watcher.position += sent
+                    watcher.left -= sent
+                    if watcher.chunked and not watcher.left:
+                        watcher.pending = b"\r\n"
+                    if sent < asked:
                         turn -= sent
                         break  # the socket is full
                 elif not self._next(watcher):
@@ -7320,7 +7282,7 @@ class Streamer:
                 turn -= sent
             self._want(watcher, mask)
         except OSError as e:
-            if wait_mask(e, True, watcher.tls):
+            if wait_mask(e, True):
                 self._want(watcher, mask)
             else:
                 self._drop(watcher)
@@ -7333,61 +7295,58 @@ class Streamer:
 
     def _next(self, watcher: Watcher) -> bool:
         """Set up the next bytes for watcher.  Return False if there are none now, or none any more."""
-        log = watcher.log
-        if log is None:
-            self._drop(watcher, whole=True)
-            return False
-        finished = log.finished  # read before size: a finished log has its final size
-        if watcher.position < 0 and (finished or log.count >= watcher.start):
-            watcher.position = log.offset_of(watcher.start)
-        rest = log.size - watcher.position
+        source = watcher.source
+        finished = source.finished  # read before size: a finished log has its final size
+        if watcher.position < 0 and (finished or source.count >= watcher.start):
+            watcher.position = source.offset_of(watcher.start)
+        rest = source.size - watcher.position
         if watcher.position >= 0 and rest > 0:
-            if rest <= _SMALL:
-                if self._block[:3] != (log, watcher.position, rest):
-                    self._block = (log, watcher.position, rest, os.pread(log.fd, rest, watcher.position))
-                watcher.pending = watcher.frame(self._block[3])
-                watcher.position += rest
-            else:
+            if rest > _SMALL and not watcher.tls:
                 watcher.left = rest
                 watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
+                return True
+            rest = min(rest, _SMALL)  # TLS has no sendfile
+            if self._block[:3] != (source, watcher.position, rest):
+                self._block = (source, watcher.position, rest, os.pread(source.fd, rest, watcher.position))
+            data = self._block[3]
+            if not data:
+                raise OSError("the file ends before the range does")
+            watcher.pending = watcher.frame(data)
+            watcher.position += len(data)
+            return True
+        if finished and watcher.chunked and not watcher.ending:
+            watcher.ending = True
+            watcher.pending = b"0\r\n\r\n"
             return True
         if finished:
-            if watcher.chunked and not watcher.ending:
-                watcher.ending = True
-                watcher.pending = b"0\r\n\r\n"
-                return True
-            self._drop(watcher, whole=True)
+            self._drop(watcher, watcher.then)
             return False
         watcher.since = time.monotonic()
-        self._waiting.setdefault(log, set()).add(watcher)
-        self._want(watcher, selectors.EVENT_READ)
+        self._waiting.setdefault(source, set()).add(watcher)
+        self._want(watcher, READ)
         return False
 
     def _forget(self, watcher: Watcher) -> None:
         """Remove watcher from those that wait for events."""
-        waiting = self._waiting.get(watcher.log)
-        if waiting is not None:
-            waiting.discard(watcher)
-            if not waiting:
-                del self._waiting[watcher.log]
+        waiting = self._waiting.get(watcher.source, set())
+        waiting.discard(watcher)
+        if not waiting:
+            self._waiting.pop(watcher.source, None)
 
-    def _drop(self, watcher: Watcher, whole: bool = False) -> None:
-        """Stop serving watcher, and close its socket, unless it has received the whole answer and goes on."""
+    def _drop(self, watcher: Watcher, then: "Callable[[], None] | None" = None) -> None:
+        """Stop serving watcher, and call then instead of closing its socket."""
         self._forget(watcher)
         self._want(watcher, 0)
-        if self._block[0] is watcher.log:
+        if self._block[0] is watcher.source:
             self._block = (None, 0, 0, b"")
         self._served.discard(watcher)
-        self.files -= 1 if watcher.file is None else 2
-        if whole and watcher.then is not None:
-            watcher.then()
-        else:
-            watcher.close()
+        self.files -= watcher.files
+        (then or watcher.sock.close)()
 
 
 # endregion 30
 # ==============================================================================
-# region 31. Jobs                                              [uses 18, 21, 29]
+# region 31. Jobs                                          [uses 18, 21, 29, 30]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -7395,7 +7354,9 @@ class Streamer:
 # "damaged": it is listed, its files are left alone, and no other job is affected.  Any thread may call Job and Jobs.
 #
 # Files are written outside of Jobs._changed, so that a slow disk delays only those who wait for that job.  Job.writing
-# serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an EventLog's lock.
+# serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an EventLog's lock;
+# EndedJobs._lock last.  Of the jobs that have ended, memory holds only the order, so that a state of any size costs
+# little.
 #
 # Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
 # announces positions, and completes jobs that a full disk has kept from ending.  All end by Jobs.stop and survive any
@@ -7518,10 +7479,7 @@ class JobRecord(NamedTuple):
     @classmethod
     def parse(cls, data: bytes) -> "JobRecord":
         """Parse job.json. Raises Malformed."""
-        try:
-            doc = json.loads(data)
-        except (ValueError, RecursionError):
-            raise Malformed("job.json", "not JSON") from None
+        doc = parse_json(data, "job.json")
         state = str(doc.get("state")) if isinstance(doc, dict) else ""
         check_schema(doc, _JOB_SCHEMAS.get(state, tuple(_JOB_SCHEMAS.values())), "job.json")
         record = cls(**doc | {"request": BuildRequest(**doc["request"])})
@@ -7542,6 +7500,23 @@ class JobRecord(NamedTuple):
         result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
         return to_payload({"type": "complete", "result": result})
 
+    def to_wire(self, job_id: str, position: int | None) -> dict[str, Any]:
+        """Return the status of the job. position: in the queue, if it waits. [CONTRACT 1.12]"""
+        url, ref = self.request.repo_url, self.request.repo_ref
+        return {
+            "job_id": job_id,
+            "status": self.state,
+            **({"repo_url": url, "repo_ref": ref} if url else {"source_name": self.request.source_name}),
+            "nonce": self.request.nonce,
+            "attempts": self.attempts,
+            "submitted_at": self.submitted_at,
+            "started_at": self.started_at or None,
+            "finished_at": self.finished_at or None,
+            "result": self.result,
+            **(self.failure or {}),
+            **({} if position is None else {"position": position}),
+        }
+
     @property
     def ended(self) -> bool:
         """Whether no other state can follow."""
@@ -7558,20 +7533,21 @@ class Job:
     log: None if the job has ended or is damaged.
     """
 
-    def __init__(self, job_id: str, folder: str, record: JobRecord) -> None:
-        self.id = job_id
+    def __init__(self, folder: str, record: JobRecord) -> None:
+        self.id = os.path.basename(folder)
         self.folder = folder
         self.record = record
-        self.result_path = os.path.join(folder, "result.tar.gz")
-        self.events_path = os.path.join(folder, "events")
         self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
-        self.position = -1  # the last one announced
+        self.position: Any = -1  # the last one announced
         self.tried_at = float("-inf")  # the time of the last try to announce a position, or to complete
         self.log: EventLog | None = None
-        self.open_log: Callable[[], EventLog | None] = lambda: None  # the log, as long as somebody uses it
         self._halting = threading.Lock()
         self._reason: tuple[str, str] | None = None  # guarded by _halting; (error_type, error), why the build must stop
         self._stop: Callable[[], None] | None = None  # guarded by _halting; stops the build; called at most once
+
+    def path(self, name: str) -> str:
+        """Return the path of the file called name in the job's folder."""
+        return os.path.join(self.folder, name)
 
     @property
     def request(self) -> BuildRequest:
@@ -7586,53 +7562,37 @@ class Job:
     @property
     def source(self) -> str | None:
         """The path of the uploaded archive, or None for a repo_url."""
-        return None if self.request.repo_url else os.path.join(self.folder, "source")
+        return None if self.request.repo_url else self.path("source")
 
-    def to_wire(self, position: int | None) -> dict[str, Any]:
-        """Return the status of the job. position: in the queue, if it waits. [CONTRACT 1.12]"""
-        record = self.record
-        url, ref = record.request.repo_url, record.request.repo_ref
-        return {
-            "job_id": self.id,
-            "status": record.state,
-            **({"repo_url": url, "repo_ref": ref} if url else {"source_name": record.request.source_name}),
-            "nonce": record.request.nonce,
-            "attempts": record.attempts,
-            "submitted_at": record.submitted_at,
-            "started_at": record.started_at or None,
-            "finished_at": record.finished_at or None,
-            "result": record.result,
-            **(record.failure or {}),
-            **({} if position is None else {"position": position}),
-        }
+    def create(self, folder: str, grown: Callable[[EventLog], None], archive: str) -> None:
+        """Move the job into folder, after its files were written durably. Raises OSError.
 
-    def create(self, archive: str | None, grown: Callable[[EventLog], None]) -> None:
-        """Write the folder of a new job, durably. archive: the uploaded archive; is moved. Raises OSError."""
+        archive: the uploaded archive; is moved, if the request has one.
+        """
         os.mkdir(self.folder, 0o700)
-        if archive is not None:
+        if self.source is not None:
             sync(archive)
-            os.rename(archive, os.path.join(self.folder, "source"))
-        self._use(EventLog(self.events_path, grown))
-        write_durably(os.path.join(self.folder, "job.json"), self.record.to_bytes())
-        sync(os.path.dirname(self.folder))
+            os.rename(archive, self.source)
+        self.log = EventLog(self.path("events"), grown)
+        write_durably(self.path("job.json"), self.record.to_bytes())
+        os.rename(self.folder, os.path.join(folder, self.id))
+        self.folder = os.path.join(folder, self.id)
+        sync(folder)
 
     def read(self, grown: Callable[[EventLog], None]) -> None:
         """Read the files of an earlier server, without changing them: record, and log if the job has not ended.
 
         Raises Malformed if the files are invalid or contradict each other, OSError.
         """
-        fd = open_regular(os.path.join(self.folder, "job.json"))
-        try:
-            record = JobRecord.parse(os.read(fd, MIB))
-        finally:
-            os.close(fd)
+        with open(open_regular(self.path("job.json")), "rb") as f:
+            record = JobRecord.parse(f.read(MIB))
         self.record = record._replace(result=None)  # until the archive is there
         if record.result is not None:
-            _check_file(self.result_path, record.result["size"])
+            self._open_result(record.result["size"])
             self.record = record
         if not record.ended and self.source is not None:
-            _check_file(self.source)
-        log = EventLog(self.events_path, grown, os.O_RDONLY if record.ended else os.O_RDWR)
+            OpenFile(self.source)
+        log = EventLog(self.path("events"), grown, os.O_RDONLY if record.ended else os.O_RDWR)
         if record.ended and log.finished:
             return
         if log.finished:
@@ -7640,15 +7600,37 @@ class Job:
         if record.ended:
             if not log.lacks_only(record.complete_event()):
                 raise Malformed("events", f"the job is {record.state}, but its log is not complete")
-            log = EventLog(self.events_path, grown, os.O_RDWR)
-        last = log.last()
-        if record.state == "queued" and last.get("type") == "queued" and type(last.get("position")) is int:
-            self.position = last["position"]
-        self._use(log)
-
-    def _use(self, log: EventLog) -> None:
+            log = EventLog(self.path("events"), grown, os.O_RDWR)
+        if record.state == "queued":
+            self.position = log.last().get("position", -1)
         self.log = log
-        self.open_log = weakref.ref(log)
+
+    def _open_result(self, size: int) -> OpenFile:
+        file = OpenFile(self.path("result.tar.gz"))
+        if file.size != size:
+            raise Malformed("result.tar.gz", f"not a regular file of {size} bytes")
+        return file
+
+    def open_log(self) -> EventLog:
+        """Return the log. Raises Refused 404 if it is damaged, OSError."""
+        log = self.log
+        if log is None:  # so the job has ended
+            with _refuse_damaged():
+                log = EventLog(self.path("events"), flags=os.O_RDONLY)
+            if not log.finished:
+                failure = self.record.failure or {"error": "the log of this build has no end"}
+                raise Refused(404, "Damaged", failure["error"])
+        return log
+
+    def open_result(self) -> OpenFile:
+        """Return the archive. Raises Refused 404 if there is none, OSError."""
+        record = self.record
+        if record.result is None:
+            error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
+            reason = (record.failure or {}).get("error", "it has not ended")
+            raise Refused(404, error_type, f"the build is {record.state}: {reason}")
+        with _refuse_damaged():
+            return self._open_result(record.result["size"])
 
     def update(self, **changes: Any) -> None:
         """Change fields of the record, after job.json. Caller must hold writing.
@@ -7658,7 +7640,7 @@ class Job:
         record = self.record._replace(**changes)
         if record.state not in (self.state, *JOB_STATES[self.state][0]):
             raise ValueError(f"a job that is {self.state} cannot become {record.state}")
-        write_durably(os.path.join(self.folder, "job.json"), record.to_bytes())
+        write_durably(self.path("job.json"), record.to_bytes())
         self.record = record
 
     def announce(self, position: int) -> None:
@@ -7706,8 +7688,8 @@ class Job:
                 self.update(state="running", started_at=utc_now(), attempts=self.record.attempts + 1)
             archive = build()
             end: End = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
-            shutil.move(archive, self.result_path)
-            sync(self.result_path)
+            shutil.move(archive, self.path("result.tar.gz"))
+            sync(self.path("result.tar.gz"))
         except BuildFailed as e:
             end = e
         except Exception as e:  # noqa: BLE001  # a bug must not end the slot
@@ -7743,74 +7725,109 @@ class Job:
                 os.unlink(self.source)
 
 
-def _open_ended(job: Job, grown: Callable[[EventLog], None]) -> EventLog:
-    """Open the log of a job that has ended. Caller must hold job.writing. Raises Refused 404 if damaged, OSError."""
+@contextlib.contextmanager
+def _refuse_damaged() -> Iterator[None]:
+    """Raise Refused 404 if the block finds a file of a job missing or damaged."""
     try:
-        log = EventLog(job.events_path, grown, os.O_RDONLY)
+        yield
     except (Malformed, FileNotFoundError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise Refused(404, "Damaged", f"the log of this build is damaged: {reason}") from None
-    if not log.finished:
-        failure = job.record.failure or {"error": "the log of this build has no end"}
-        raise Refused(404, "Damaged", failure["error"])
-    job.open_log = weakref.ref(log)
-    return log
+        reason = f"{os.path.basename(e.filename)}: {e.strerror}" if isinstance(e, OSError) else e
+        raise Refused(404, "Damaged", f"the files of this build are damaged: {reason}") from None
 
 
-def _read_job(folder: str, grown: Callable[[EventLog], None]) -> Job | None:
-    """Return the job that an earlier server left in folder, damaged if unusable, or None if it was never accepted."""
-    job = Job(os.path.basename(folder), folder, JobRecord(0, BuildRequest("")))
+def _read_job(folder: str, grown: Callable[[EventLog], None]) -> Job:
+    """Return the job that an earlier server left in folder, damaged if its files are unusable."""
+    job = Job(folder, JobRecord(0, BuildRequest("")))
     try:
         job.read(grown)
-    except Exception as e:  # noqa: BLE001  # the folder of one job must not affect another job
-        if isinstance(e, FileNotFoundError) and _remove_unaccepted(folder):
-            return None
+    except Exception as e:  # the folder of one job must not affect another job
         reason = str(e) or type(e).__name__
         if isinstance(e, OSError):
+            if e.errno in (errno.EMFILE, errno.ENFILE):
+                raise
             reason = f"{os.path.basename(e.filename or folder)}: {e.strerror}"
-        logger().error("%s is damaged, and left alone: %s", folder, reason)
         failure = {"error": f"the files of this build are damaged: {reason}", "error_type": "Damaged"}
         job.record = job.record._replace(state="damaged", failure=failure)
     return job
-
-
-def _check_file(path: str, size: int | None = None) -> None:
-    """Raise Malformed unless path is a regular file, of size bytes if given. Raises OSError."""
-    found = os.lstat(path)
-    if not stat.S_ISREG(found.st_mode) or size not in (None, found.st_size):
-        expected = "a regular file" if size is None else f"a regular file of {size} bytes"
-        raise Malformed(os.path.basename(path), f"not {expected}")
-
-
-def _remove_unaccepted(folder: str) -> bool:
-    """Remove the folder of a job that was never accepted. Return False, and touch nothing, if it is something else."""
-    try:
-        entries = [] if os.path.islink(folder) else list(os.scandir(folder))
-        for e in entries:
-            ours = e.name in ("source", "job.json.tmp") or e.name == "events" and e.stat().st_size == 0
-            if not (e.is_file(follow_symlinks=False) and ours):
-                return False
-        for entry in entries:
-            os.unlink(entry)
-        os.rmdir(folder)
-    except OSError:
-        return False
-    return True
 
 
 def _order(job: Job) -> tuple[int, str]:
     return job.record.seq, job.record.submitted_at
 
 
-def _read_jobs(jobs: str, incoming: str, grown: Callable[[EventLog], None]) -> list[Job]:
-    """Return the jobs in the folder jobs, sorted by _order, and empty the folder incoming. Create both if absent."""
-    for folder in (jobs, incoming):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-    for name in os.listdir(incoming):
-        if re.fullmatch(r"[0-9a-f]{32}", name):  # an upload that was not accepted
-            os.unlink(os.path.join(incoming, name))
-    names = filter(_JOB_ID.fullmatch, os.listdir(jobs))
-    return sorted(filter(None, [_read_job(os.path.join(jobs, name), grown) for name in names]), key=_order)
+# The job.json of a job that has ended.  It is only looked at: whoever asks for the job gets all checks.
+_ENDED = re.compile(
+    rb'\{"seq":([0-9]{1,18}),"request":.*,"state":"(?:ok|failed)","submitted_at":"([^"]*)","started_at":"[^"]*"'
+    rb',"finished_at":"[^"]+",.*\}'
+)
+
+
+class EndedJobs:
+    """The jobs that have ended. Memory holds only their order; a job is read when somebody asks for it.
+
+    folder: of the jobs.
+    incoming: of files that do not belong to a job yet.
+    """
+
+    def __init__(self, folder: str, incoming: str) -> None:
+        self.folder = folder
+        self._incoming = incoming
+        for path in (folder, incoming):
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        self._lock = threading.Lock()
+        self._order: dict[str, tuple[int, str]] = {}  # guarded by _lock; id -> _order()
+        # guarded by _lock; those that somebody uses
+        self._used: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
+
+    def read(self, grown: Callable[[EventLog], None]) -> list[Job]:
+        """Read the jobs of earlier servers. Return those that have not ended, in the order of submission."""
+        for name in os.listdir(self._incoming):
+            if re.fullmatch(r"[0-9a-f-]{32,36}", name):  # it was not accepted
+                remove_tree(os.path.join(self._incoming, name))
+        names = filter(_JOB_ID.fullmatch, os.listdir(self.folder))
+        found = [_read_job(os.path.join(self.folder, name), grown) for name in names if not self._glance(name)]
+        for job in found:
+            if job.log is None:
+                logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
+                self.add(job)
+        return sorted((job for job in found if job.log is not None), key=_order)
+
+    def _glance(self, job_id: str) -> bool:
+        """Add the job if a look at its files shows that it has ended, and return whether it was added."""
+        folder = os.path.join(self.folder, job_id)
+        try:
+            with open(open_regular(os.path.join(folder, "job.json")), "rb") as f:
+                match = _ENDED.fullmatch(f.read(MIB))
+            if match and EventLog(os.path.join(folder, "events"), flags=os.O_RDONLY).finished:
+                with self._lock:
+                    self._order[job_id] = (int(match[1]), match[2].decode("ascii"))
+                return True
+        except (Malformed, OSError, ValueError):
+            pass  # damaged
+        return False
+
+    def add(self, job: Job) -> None:
+        """Add a job that has ended just now, or is damaged."""
+        with self._lock:
+            self._order[job.id] = _order(job)
+            self._used[job.id] = job
+
+    def get(self, job_id: str) -> Job:
+        """Return the job with this id, the same object for all who use it. Raises Refused 404."""
+        with self._lock:
+            job, known = self._used.get(job_id), job_id in self._order
+        if not known:
+            raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
+        if job is None:
+            job = _read_job(os.path.join(self.folder, job_id), lambda _: None)
+            with self._lock:
+                job = self._used.setdefault(job_id, job)
+        return job
+
+    def order(self) -> dict[str, tuple[int, str]]:
+        """Return the places of all jobs in the order of submission, by id."""
+        with self._lock:
+            return dict(self._order)
 
 
 def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
@@ -7826,123 +7843,118 @@ class Jobs:
     """All jobs of a server, and the threads that run them.
 
     run: builds a job and returns the path of its archive, which is moved away; appends to job.log; raises BuildFailed.
-    grown: is called with every log after each append.
-    slots: the number of builds at a time.
+    grown: is called with every log after each append. slots: the number of builds at a time.
     """
 
     def __init__(
         self,
         state: str,
-        run: "Callable[[Jobs, Job], str]",
+        run: Callable[[Job], str],
         grown: Callable[[EventLog], None],
         slots: int = 1,
         max_queue: int = 1000,
         single_use: bool = False,
     ) -> None:
         self.incoming = os.path.join(state, "incoming")
-        self._folder = os.path.join(state, "jobs")
         self._run = run
         self._grown = grown
-        self._slots = slots
         self._max_queue = max_queue
         self._single_use = single_use
-        self._threads: list[threading.Thread] = []
         self._stopping = threading.Event()  # set under _changed
         self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}  # guarded by _changed
+        self._jobs: dict[str, Job] = {}  # guarded by _changed; those that have not ended
+        self._ended = EndedJobs(os.path.join(state, "jobs"), self.incoming)
         self._queue: list[Job] = []  # guarded by _changed; sorted by _order
         self._running: set[Job] = set()  # guarded by _changed; from leaving the queue until run() has returned
         self._ending: dict[Job, End] = {}  # guarded by _changed; not yet published
         self._accepting = 0  # guarded by _changed; how many new jobs are being written
+        self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
-        for folder in (self._folder, self.incoming):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+        work = {"queue": self._tend} | {f"slot {number}": self._work for number in range(slots)}
+        self._threads = [
+            threading.Thread(target=_repeat, args=(step, self._stopping), name=name, daemon=True)
+            for name, step in work.items()
+        ]
 
     def start(self) -> None:
         """Read the jobs of earlier servers, and start the threads."""
-        found = _read_jobs(self._folder, self.incoming, self._grown)
-        with self._changed:
-            for job in found:
+        for job in self._ended.read(self._grown):
+            with self._changed:
                 self._jobs[job.id] = job
-                self._seq = max(self._seq, job.record.seq)
                 end = job.record.unpublished_end()
-                if job.log is not None and end is not None:
+                if end is not None:
                     self._ending[job] = end
-                elif job.log is not None:
+                else:
                     self._queue.append(job)
-        for name, work in [("queue", self._tend), *((f"slot {number}", self._work) for number in range(self._slots))]:
-            self._threads.append(threading.Thread(target=_repeat, args=(work, self._stopping), name=name, daemon=True))
-            self._threads[-1].start()
+        order = self._order()
+        with self._changed:
+            self._accepted = bool(order)
+            self._seq = max((seq for seq, _ in order.values()), default=0)
+        for thread in self._threads:
+            thread.start()
 
     def check_open(self) -> None:
         """Raise Refused 409, 429 or 503 if no build can be accepted now. [CONTRACT 1.6]"""
         with self._changed:
-            if self._single_use and (self._jobs or self._accepting):
+            if self._single_use and (self._accepted or self._accepting):
                 raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
             if self._stopping.is_set():
                 raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
             if len(self._queue) + self._accepting >= self._max_queue:
-                message = f"the queue is full: {len(self._queue)} builds are waiting"
-                raise Refused(429, "QueueFull", message, {"Retry-After": "60"})
+                raise Refused(429, "QueueFull", f"the queue is full: {len(self._queue)} builds", {"Retry-After": "60"})
 
-    def submit(self, request: BuildRequest, archive: str | None) -> Job:
+    def submit(self, request: BuildRequest, archive: str = "") -> Job:
         """Accept a build, durably. archive: the uploaded source; is moved. Raises Refused, OSError."""
         with self._changed:
             self.check_open()
             self._seq = min(self._seq + 1, MAX_SEQ)
             record = JobRecord(self._seq, request, submitted_at=utc_now())
             self._accepting += 1
-        job_id = str(uuid.uuid4())
-        job = Job(job_id, os.path.join(self._folder, job_id), record)
+        job, accepted = Job(os.path.join(self.incoming, str(uuid.uuid4())), record), False
         with job.writing:
             try:
-                job.create(archive, self._grown)
-            except BaseException:
+                job.create(self._ended.folder, self._grown, archive)
+                accepted = True
+            finally:
                 with self._changed:
                     self._accepting -= 1
-                remove_tree(job.folder)
-                raise
-            with self._changed:
-                self._accepting -= 1
-                self._jobs[job_id] = job
-                self._queue.append(job)
-                self._queue.sort(key=_order)  # a later job may have been written sooner
-                self._changed.notify_all()
-            self._announce(job)
+                    if accepted:
+                        self._accepted = True
+                        self._jobs[job.id] = job
+                        self._queue.append(job)
+                        self._queue.sort(key=_order)  # a later job may have been written sooner
+                        self._changed.notify_all()
+                if not accepted:
+                    remove_tree(job.folder)
+            job.announce(self._positions().get(job, job.position))
         return job
 
-    def _announce(self, job: Job) -> None:
-        """Announce the place of a job in the queue, if it waits. Caller must hold job.writing."""
+    def _positions(self) -> dict[Job, int]:
+        """Return the places in the queue."""
         with self._changed:
-            position = self._queue.index(job) if job in self._queue else job.position
-        job.announce(position)
+            return {job: position for position, job in enumerate(self._queue)}
+
+    def _order(self) -> dict[str, tuple[int, str]]:
+        """Return the places of all jobs in the order of submission, by id."""
+        with self._changed:
+            order = {job.id: _order(job) for job in self._jobs.values()}
+        return self._ended.order() | order  # a job that ends meanwhile is in both
 
     def get(self, job_id: str) -> Job:
         """Return the job with this id. Raises Refused 404."""
         with self._changed:
-            if job_id not in self._jobs:
-                raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
-            return self._jobs[job_id]
-
-    def log_of(self, job: Job) -> EventLog:
-        """Return the log of a job, the same for all who use it. Raises Refused 404 if it is damaged, OSError."""
-        log = job.open_log()
-        if log is None:  # so the job has ended
-            with job.writing:
-                log = job.open_log() or _open_ended(job, self._grown)
-        return log
+            job = self._jobs.get(job_id)
+        return job or self._ended.get(job_id)
 
     def describe(self, job: Job) -> dict[str, Any]:
         """Return the status of a job. [CONTRACT 1.12]"""
-        with self._changed:
-            return job.to_wire(self._queue.index(job) if job in self._queue else None)
+        return job.record.to_wire(job.id, self._positions().get(job))
 
     def newest(self, count: int) -> list[dict[str, Any]]:
         """Return the status of the last count jobs, newest first."""
-        with self._changed:
-            positions = {job: position for position, job in enumerate(self._queue)}
-            jobs = sorted(self._jobs.values(), key=lambda job: -job.record.seq)[:count]
-            return [job.to_wire(positions.get(job)) for job in jobs]
+        order, positions = self._order(), self._positions()
+        jobs = [self.get(job_id) for job_id in sorted(order, key=lambda job_id: order[job_id], reverse=True)[:count]]
+        return [job.record.to_wire(job.id, positions.get(job)) for job in jobs]
 
     def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops even so."""
@@ -7967,7 +7979,7 @@ class Jobs:
                 self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
             with job.writing:
-                self._announce(job)
+                job.announce(self._positions().get(job, job.position))
         for job in late:
             self._try_to_complete(job)
 
@@ -7980,7 +7992,7 @@ class Jobs:
             job = self._queue.pop(0)
             self._running.add(job)
             self._changed.notify_all()
-        end = job.run(lambda: self._run(self, job))
+        end = job.run(lambda: self._run(job))
         with self._changed:
             self._running.discard(job)
             self._end_locked(job, end)
@@ -8006,8 +8018,12 @@ class Jobs:
                 end = self._ending.get(job)
             if end is not None:  # else another thread was faster
                 job.complete(end)
+                if job.log is None:
+                    self._ended.add(job)
                 with self._changed:
                     del self._ending[job]
+                    if job.log is None:
+                        del self._jobs[job.id]
 
     def stop(self, grace_s: float) -> bool:
         """Accept no build, and park those that run after grace_s seconds. Return whether one has ended meanwhile."""
@@ -8061,33 +8077,34 @@ _REQUEST = {"nonce": str, "...": object} | dict.fromkeys((f"{name}?" for name in
 
 
 class Request(NamedTuple):
-    """A request as Api sees it.
+    """A request: its head, and what Api needs besides.
 
-    arguments: the values of the {names} in the route's path.
+    target: in origin-form [RFC9112 3.2.1].
+    minor: of the HTTP version, 0 or 1.
     headers: by names in lower case; a Content-Length consists of digits.
+    arguments: the values of the {names} in the route's path.
     read: returns up to n bytes of the body; none if it ends early.
     """
 
     method: str
-    arguments: Sequence[str]
-    query: Mapping[str, str]
+    target: str
+    minor: int
     headers: Mapping[str, str]
-    read: Callable[[int], bytes]
+    arguments: Sequence[str] = ()
+    query: Mapping[str, str] = {}
+    read: Callable[[int], bytes] = bytes
 
 
 class Response(NamedTuple):
-    """An answer, which has a body, a range of a file or an event stream.
+    """An answer, which has a body, or a source: an event stream or a range of a file.
 
-    span: the first byte and the length of the range of file.
-    start: how many events of log the client has.
+    start: how many events of the log the client has, or the first byte of the range.
     """
 
     status: int
     headers: Mapping[str, str]
     body: bytes = b""
-    file: OpenFile | None = None
-    span: tuple[int, int] = (0, 0)
-    log: EventLog | None = None
+    source: EventLog | OpenFile | None = None
     start: int = 0
 
 
@@ -8109,6 +8126,9 @@ class Route(NamedTuple):
     parameters: Sequence[Mapping[str, Any]] = ()
 
 
+_PROBLEM = "application/problem+json"
+_NAME = re.compile(r"\{(\w+)\}")  # in the path of a route
+_ID = {"type": "string", "format": "uuid"}
 _NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
 _FROM = {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
 _ASKED_NONCE = {"name": "nonce", "in": "query", "required": True, "schema": _NONCE}
@@ -8149,7 +8169,7 @@ def problem(refused: Refused) -> Response:
         "error": str(refused),
         "error_type": refused.error_type,
     }
-    headers = {"Content-Type": "application/problem+json", **refused.headers}
+    headers = {"Content-Type": _PROBLEM, **refused.headers}
     return Response(refused.status, headers, compact_json(doc).encode("ascii"))
 
 
@@ -8200,45 +8220,38 @@ def find_source_data(head: bytes) -> int:
     return 0
 
 
-def save_archive(body: IO[bytes], path: str, max_bytes: int) -> bytes:
-    """Decode the rest of a JSON string of base64 [RFC4648 4] to the file at path. Return the file's first bytes.
+def save_archive(body: IO[bytes], path: str, max_bytes: int) -> None:
+    """Decode the rest of a JSON string of base64 [RFC4648 4] to the file at path.
 
     body: positioned inside the string; afterwards at the quote that ends it, or at the end of the body.
     Raises Refused if the string is not base64 or holds more than max_bytes; OSError.
     """
-    first, rest, size, padded, ended = b"", b"", 0, False, False
+    rest, ended = b"", False
     try:
         with open(path, "wb") as file:
             while not ended:
                 block = body.read(BLOCK)
-                end = block.find(b'"')
-                ended = end >= 0 or not block
-                if end < 0:  # an escape, of up to 6 bytes, may go on in the next block
-                    cut = block.rfind(b"\\", -5)
-                    end = cut if cut > 0 else len(block)
-                body.seek(end - len(block), os.SEEK_CUR)
-                text = block[:end]
+                text, quote, _ = block.partition(b'"')
+                ended = bool(quote) or not block
+                escape = text.rfind(b"\\", -5)  # of up to 6 bytes; it may go on in the next block
+                if escape > 0 and not ended:
+                    text = text[:escape]
+                body.seek(len(text) - len(block), os.SEEK_CUR)
                 if b"\\" in text:  # \/ or \u002b, which some encoders write
-                    text = json.loads(f'"{text.decode("ascii")}"').encode("ascii")
+                    text = json.loads(b'"%b"' % text).encode("ascii")
                 text = rest + text
-                whole = len(text) & ~3
-                rest = text[whole:]
-                data = binascii.a2b_base64(text[:whole], strict_mode=True)
-                if padded and text:
+                rest = b"" if ended else text[(len(text) - 1) & ~3 :]  # the last group, which may have padding
+                text = text[: len(text) - len(rest)]
+                if rest and b"=" in text:
                     raise ValueError("base64 goes on after its padding")
-                padded = text.endswith(b"=", 0, whole)
-                size += len(data)
-                if size > max_bytes:
+                data = binascii.a2b_base64(text, strict_mode=True)
+                if file.tell() + len(data) > max_bytes:
                     raise Refused(413, "PayloadTooLarge", f"the archive has more than {max_bytes} bytes")
-                first = (first + data[:4])[:4]
                 file.write(data)
-        if rest:
-            raise ValueError("base64 ends inside a group")
     except ValueError:
         raise Refused(
             400, "InvalidSource", "source_data is not standard base64 with padding, without line breaks"
         ) from None
-    return first
 
 
 def parse_range(text: str, size: int) -> tuple[int, int] | None:
@@ -8258,30 +8271,45 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
     return first, min(last, size - 1) - first + 1
 
 
-class Api:
+def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Response:
+    """Return the answer with file, or the range of it that request asks for.  [RFC9110 13.2, 14]
+
+    headers: with the ETag. They are completed.
+    Raises Refused 416.
+    """
+    headers["Accept-Ranges"] = "bytes"
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if headers["ETag"] in known or "*" in known:
+        return Response(304, headers)
+    asked = request.headers.get("range", "")
+    if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
+        asked = ""
+    size, span = file.size, parse_range(asked, file.size)
+    if span is None:
+        return Response(200, headers, source=file)
+    if span[1] < 1:
+        message = f"{asked[:80]}: there are {size} bytes"
+        raise Refused(416, "RangeNotSatisfiable", message, {"Content-Range": f"bytes */{size}"})
+    file.size = sum(span)
+    headers["Content-Range"] = f"bytes {span[0]}-{file.size - 1}/{size}"
+    return Response(206, headers, source=file, start=span[0])
+
+
+class Api(NamedTuple):
     """The routes of ROUTES.
 
-    config: the answer of GET /config.
+    description: the answer of GET /config.
     attest: returns the evidence of the VM that waits, for a nonce; raises ConfbuildError.
     greeting: the comment that begins every event stream, or nothing.
     crowded: tells whether no further event stream or download can be served.
     """
 
-    def __init__(
-        self,
-        jobs: Jobs,
-        policy: SourcePolicy,
-        config: Mapping[str, Any],
-        attest: Callable[[str], bytes],
-        greeting: bytes = b"",
-        crowded: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self.greeting = greeting
-        self._jobs = jobs
-        self._policy = policy
-        self._config = config
-        self._attest = attest
-        self._crowded = crowded
+    jobs: Jobs
+    policy: SourcePolicy
+    description: Mapping[str, Any]
+    attest: Callable[[str], bytes]
+    greeting: bytes = b""
+    crowded: Callable[[], bool] = bool
 
     def health(self, _: Request) -> Response:
         """Return 200 `ok`."""
@@ -8289,7 +8317,7 @@ class Api:
 
     def config(self, _: Request) -> Response:
         """Return the description of the server. [CONTRACT 1.13]"""
-        return json_response(self._config)
+        return json_response(self.description)
 
     def attestation(self, request: Request) -> Response:
         """Return the evidence of the VM that waits. [CONTRACT 1.14]"""
@@ -8297,7 +8325,7 @@ class Api:
         if not nonce:
             raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         try:
-            return Response(200, JSON_HEADERS, self._attest(nonce))
+            return Response(200, JSON_HEADERS, self.attest(nonce))
         except Refused:
             raise
         except ConfbuildError as e:
@@ -8309,77 +8337,49 @@ class Api:
 
     def list_builds(self, _: Request) -> Response:
         """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
-        return json_response(self._jobs.newest(MAX_LISTED))
+        return json_response(self.jobs.newest(MAX_LISTED))
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
-        return json_response(self._jobs.describe(self._jobs.get(request.arguments[0])))
+        return json_response(self.jobs.describe(self.jobs.get(request.arguments[0])))
 
     def cancel(self, request: Request) -> Response:
         """Cancel a build. Return its status, which is still "running" until the build has stopped. [CONTRACT 1.12]"""
-        self._jobs.cancel(self._jobs.get(request.arguments[0]))
+        self.jobs.cancel(self.jobs.get(request.arguments[0]))
         return self.status(request)
+
+    def _open(self, open_source: Callable[[], Any]) -> Any:
+        """Return what open_source opens for a watcher. Raises Refused 503 if too many are open."""
+        source = open_source()
+        if self.crowded():
+            raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
+        return source
 
     def events(self, request: Request) -> Response:
         """Return the event stream of a build. [CONTRACT 1.7]"""
-        job = self._jobs.get(request.arguments[0])
+        job = self.jobs.get(request.arguments[0])
         text = request.query.get("from", request.headers.get("last-event-id") or "0")
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
             raise Refused(400, "InvalidFrom", f"from: {text[:80]!r} is not a number of events, such as 0")
-        self._check_room()
-        log, start = self._jobs.log_of(job), int(text)
+        log, start = self._open(job.open_log), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(200, headers, log=log, start=start)
-
-    def _check_room(self) -> None:
-        if self._crowded():
-            raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
+        return Response(200, headers, source=log, start=start)
 
     def result(self, request: Request) -> Response:
-        """Return the archive, or a range of it. [CONTRACT 1.11] [RFC9110 13.2, 14]"""
-        job = self._jobs.get(request.arguments[0])
-        record = job.record
-        failure = record.failure or {"error": ""}
-        if record.state == "failed":
-            raise Refused(404, "BuildFailed", f"the build failed: {failure['error']}")
-        if record.result is None and record.state == "damaged":
-            raise Refused(404, "Damaged", failure["error"])
-        if record.result is None:
-            raise Refused(404, "NotReady", f"the build has not ended: it is {record.state}")
-        self._check_room()
-        size, digest = int(record.result["size"]), str(record.result["sha256"])
-        try:
-            file = OpenFile(job.result_path)
-        except FileNotFoundError:
-            raise Refused(404, "NotFound", "the archive is no longer on the server") from None
-        except Malformed as e:
-            raise Refused(500, "InternalError", f"the archive on the server is damaged: {e}") from None
-        if file.size != size:
-            raise Refused(500, "InternalError", f"the archive on the server has {file.size} bytes instead of {size}")
+        """Return the archive, or a range of it. [CONTRACT 1.11]"""
+        job = self.jobs.get(request.arguments[0])
+        file = self._open(job.open_result)
+        digest = str((job.record.result or {})["sha256"])
         headers = {
             "Content-Type": "application/gzip",
             "ETag": f'"{digest}"',
-            "Accept-Ranges": "bytes",
             "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode('ascii')}:",  # [RFC9530 3]
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
         }
-        known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
-        if headers["ETag"] in known or "*" in known:
-            return Response(304, headers)
-        asked = request.headers.get("range", "")
-        if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
-            asked = ""
-        span = parse_range(asked, size)
-        if span is None:
-            return Response(200, headers, file=file, span=(0, size))
-        if span[1] < 1:
-            headers = {"Content-Range": f"bytes */{size}"}
-            raise Refused(416, "RangeNotSatisfiable", f"{asked[:80]}: the archive has {size} bytes", headers)
-        headers["Content-Range"] = f"bytes {span[0]}-{sum(span) - 1}/{size}"
-        return Response(206, headers, file=file, span=span)
+        return serve_file(request, file, headers)
 
     def submit(self, request: Request) -> Response:
         """Accept a build. [CONTRACT 1.6]"""
@@ -8389,36 +8389,37 @@ class Api:
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
         length = int(request.headers["content-length"])
-        if length > self._policy.max_archive * 4 // 3 + MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {self._policy.max_archive} bytes")
-        self._jobs.check_open()
-        archive = os.path.join(self._jobs.incoming, uuid.uuid4().hex)
+        if length > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
+            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
+        self.jobs.check_open()
+        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
         try:
-            with tempfile.TemporaryFile(dir=self._jobs.incoming) as body:
+            with tempfile.TemporaryFile(dir=self.jobs.incoming) as body:
                 while body.tell() < length:
                     block = request.read(min(length - body.tell(), BLOCK))
                     if not block:
                         raise Refused(400, "InvalidJson", "the body ended early")
                     body.write(block)
-                build = self._read_request(body, archive)
-            job = self._jobs.submit(build, None if build.repo_url else archive)
+                fields = self._read_fields(body, archive)
+            job = self.jobs.submit(self._check_fields(fields, archive), archive)
         finally:
             if os.path.exists(archive):
                 os.unlink(archive)
         return json_response({"job_id": job.id})
 
-    def _read_request(self, body: IO[bytes], archive: str) -> BuildRequest:
-        """Return the build that body asks for, and write its source_data to the new file archive.
+    def _read_fields(self, body: IO[bytes], archive: str) -> Any:
+        """Return the JSON document in body, and write its source_data to the new file archive.
 
         Only source_data may be long. It is decoded in blocks, and the rest is parsed as if it were empty.
         Raises Refused, OSError.
         """
         body.seek(0)
-        text, magic = body.read(MAX_FIELDS), b""
+        text = body.read(MAX_FIELDS)
         start = find_source_data(text)
         if start:
             body.seek(start)
-            text, magic = text[:start], save_archive(body, archive, self._policy.max_archive)
+            text = text[:start]
+            save_archive(body, archive, self.policy.max_archive)
         text += body.read(MAX_FIELDS + 1)
         if len(text) > MAX_FIELDS:
             raise Refused(413, "PayloadTooLarge", f"the body has more than {MAX_FIELDS} bytes besides source_data")
@@ -8430,55 +8431,55 @@ class Api:
             check_schema(doc, _REQUEST, "body")
         except Malformed as e:
             raise Refused(422, "InvalidRequest", str(e)) from None
-        nonce, url, ref, source, source_name = map(doc.get, REQUEST_FIELDS)
-        if source and not start:  # its name was written with an escape
-            string = io.BytesIO(compact_json(source).encode("ascii"))
+        if doc.get("source_data") and not start:  # its name was written with an escape
+            string = io.BytesIO(compact_json(doc["source_data"]).encode("ascii"))
             string.seek(1)
-            magic = save_archive(string, archive, self._policy.max_archive)
-        if not parse_nonce(nonce):
+            save_archive(string, archive, self.policy.max_archive)
+        return doc
+
+    def _check_fields(self, fields: Mapping[str, Any], archive: str) -> BuildRequest:
+        """Return the build that fields ask for. archive: the path of source_data. Raises Refused, OSError."""
+        text, url, ref, source, source_name = map(fields.get, REQUEST_FIELDS)
+        nonce = parse_nonce(text)
+        if not nonce:
             raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
         if (url is None) == (source is None):
             raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is required")
-        if url is None:
-            if ref:
-                raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
-            if not is_archive(magic):
+        if url is not None:
+            check_url(url, self.policy.schemes, self.policy.loopback)
+            check_ref(ref or "")
+            return BuildRequest(nonce, url, ref or "")
+        if ref:
+            raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
+        with open(archive, "rb") as f:
+            if not is_archive(f.read(4)):
                 raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
-            return BuildRequest(parse_nonce(nonce), source_name=(source_name or "")[:255])
-        check_url(url, self._policy.schemes, self._policy.loopback)
-        check_ref(ref or "")
-        return BuildRequest(parse_nonce(nonce), url, ref or "")
+        return BuildRequest(nonce, source_name=(source_name or "")[:255])
 
 
 def openapi_document() -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of ROUTES."""
     paths: dict[str, Any] = {}
+    schema = {
+        "type": "object",
+        "required": ["nonce"],
+        "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"}) | {"nonce": _NONCE},
+        "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
+    }
+    bodies = {"POST": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}}
     for route in ROUTES:
-        parameters = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string", "format": "uuid"}}
-            for name in re.findall(r"{(\w+)}", route.path)
-        ]
-        responses: dict[str, Any] = {}
-        for status, text in route.answers.items():
-            responses[str(status)] = {"description": text}
-            if status not in NO_BODY:
-                media_type = route.media_type if status < 300 else "application/problem+json"
-                responses[str(status)]["content"] = {media_type: {}}
-        operation = {
+        names = [{"name": name, "in": "path", "required": True, "schema": _ID} for name in _NAME.findall(route.path)]
+        paths.setdefault(route.path, {})[route.method.lower()] = {
             "operationId": route.name,
             "summary": route.summary,
-            "parameters": [*parameters, *route.parameters],
-            "responses": responses,
+            "parameters": [*names, *route.parameters],
+            "responses": {
+                str(status): {"description": text}
+                | ({} if status in NO_BODY else {"content": {route.media_type if status < 300 else _PROBLEM: {}}})
+                for status, text in route.answers.items()
+            },
+            **bodies.get(route.method, {}),
         }
-        if route.method == "POST":
-            schema = {
-                "type": "object",
-                "required": ["nonce"],
-                "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"}) | {"nonce": _NONCE},
-                "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
-            }
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        paths.setdefault(route.path, {})[route.method.lower()] = operation
     return {"openapi": "3.1.0", "info": {"title": "confbuild", "version": __version__}, "paths": paths}
 
 
@@ -8489,7 +8490,7 @@ def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
     """
     allowed = []
     for route in ROUTES:
-        match = re.fullmatch(re.escape(route.path).replace(r"\{id\}", "([^/]+)"), path)
+        match = re.fullmatch(_NAME.sub("([^/]+)", route.path), path)
         if match:
             if route.method == ("GET" if method == "HEAD" else method):
                 return route, match.groups()
@@ -8527,20 +8528,6 @@ class AccessPolicy(NamedTuple):
             raise Refused(401, "Unauthorized", "a valid bearer token is required", headers)
 
 
-class Head(NamedTuple):
-    """The head of a request.
-
-    target: in origin-form [RFC9112 3.2.1].
-    minor: of the HTTP version, 0 or 1.
-    headers: by names in lower case.
-    """
-
-    method: str
-    target: str
-    minor: int
-    headers: Mapping[str, str]
-
-
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # [RFC9110 5.6.2]
 # uri-host [":" port] [RFC9110 4.1]
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
@@ -8548,7 +8535,7 @@ _AUTHORITY = re.compile(r"(?:\[[0-9A-Za-z:.%_~-]+\]|[0-9A-Za-z._~!$&'()*+,;=%-]*
 _HEAD_END = re.compile(rb"\n\r?\n|\r[^\n]|\A[^!-~\r\n]")
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data: bytes) -> Request:
     """Parse the head of a request. [RFC9112 2 to 5]
 
     data: includes the empty line at the end. A line may end with LF alone [RFC9112 2.2].
@@ -8556,54 +8543,53 @@ def parse_head(data: bytes) -> Head:
     Raises Refused.
     """
 
-    def bad(reason: str, status: int = 400) -> Refused:
-        return Refused(status, "BadRequest", reason)
+    def require(holds: Any, reason: str, status: int = 400) -> None:
+        if not holds:
+            raise Refused(status, "BadRequest", reason)
 
-    if len(data) > MAX_HEAD:
-        raise bad(f"the head has more than {MAX_HEAD} bytes", 431 if b"\n" in data[:MAX_HEAD] else 414)
-    if re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data):
-        raise bad("the head has a control character, or a CR without LF")
+    require(len(data) <= MAX_HEAD, f"the head has more than {MAX_HEAD} bytes", 431 if b"\n" in data[:MAX_HEAD] else 414)
+    bad = re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data)
+    require(not bad, "the head has a control character, or a CR without LF")
     first, *rows = re.split("\r?\n", data.decode("latin-1"))
-    rows = rows[:-2]
-    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
-    if not line:
-        raise bad(f"the first line is {first[:80]!r}, expected METHOD TARGET HTTP/1.1")
-    if line[3] != "1":
-        raise bad(f"HTTP/{line[3]}.{line[4]}: expected HTTP/1.1", 505)
-    if len(rows) > MAX_HEADERS:
-        raise bad(f"the head has more than {MAX_HEADERS} fields", 431)
+    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first) or [""] * 5
+    method, target, minor = line[1], line[2], min(int(line[4] or 0), 1)
+    require(method, f"the first line is {first[:80]!r}, expected METHOD TARGET HTTP/1.1")
+    require(line[3] == "1", f"HTTP/{line[3]}.{line[4]}: expected HTTP/1.1", 505)
+    require(len(rows) <= MAX_HEADERS + 2, f"the head has more than {MAX_HEADERS} fields", 431)
     headers: dict[str, str] = {}
-    for row in rows:
+    for row in rows[:-2]:
         name, colon, value = row.partition(":")
-        if not colon or not re.fullmatch(_TOKEN, name):
-            raise bad(f"{row[:80]!r} is not a header field")
+        require(colon and re.fullmatch(_TOKEN, name), f"{row[:80]!r} is not a header field")
         name, value = name.lower(), value.strip(" \t")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    method, target, minor = line[1], line[2], min(int(line[4]), 1)
-    if (minor and "host" not in headers) or not _AUTHORITY.fullmatch(headers.get("host", "")):
-        raise bad("expected one Host field, HOST or HOST:PORT")
+    host = headers.get("host", "")
+    require(
+        _AUTHORITY.fullmatch(host) and (not minor or "host" in headers), "expected one Host field, HOST or HOST:PORT"
+    )
     absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
     if absolute:  # replaces the host of the field [RFC9112 3.2.2]
-        headers["host"], target = absolute[1], "/" + target[absolute.end() :]
+        headers["host"] = host = absolute[1]
+        target = "/" + target[absolute.end() :]
     path = target[0] == "/" or target == "*" or method == "CONNECT"
-    if not path or not _AUTHORITY.fullmatch(headers.get("host", "")):
-        raise bad(f"the target {line[2][:80]!r} is neither a path nor a URL")
-    return Head(method, target, minor, headers)
+    require(path and _AUTHORITY.fullmatch(host), f"the target {line[2][:80]!r} is neither a path nor a URL")
+    return Request(method, target, minor, headers)
 
 
-def encode_head(response: Response, request_id: str, close: bool, chunked: bool = False) -> bytes:
-    """Return the head of an answer. close: the connection ends after the answer."""
+def encode_head(response: Response, request: Request, close: bool) -> bytes:
+    """Return the head of the answer to request. close: the connection ends after the answer."""
+    request_id = request.headers.get("x-request-id", "")
     headers = {
         "Server": f"confbuild/{__version__}",
         "Date": email.utils.formatdate(usegmt=True),
         **response.headers,
-        "X-Request-Id": request_id,
+        "X-Request-Id": request_id if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id) else uuid.uuid4().hex,
         "X-Content-Type-Options": "nosniff",
     }
-    if chunked:
-        headers["Transfer-Encoding"] = "chunked"
-    elif response.log is None and response.status not in NO_BODY:
-        headers["Content-Length"] = str(response.span[1] if response.file else len(response.body))
+    if isinstance(response.source, EventLog):
+        headers |= {"Transfer-Encoding": "chunked"} if request.minor else {}
+    elif response.status not in NO_BODY:
+        size = response.source.size - response.start if response.source else len(response.body)
+        headers["Content-Length"] = str(size)
     if close:
         headers["Connection"] = "close"
     rows = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
@@ -8614,12 +8600,10 @@ def encode_head(response: Response, request_id: str, close: bool, chunked: bool 
 class Connection:
     """The connection of a client. One thread owns it at a time: "accept", a "request" or the streamer's.
 
+    A request's thread waits for the client only to read the body.
+
     deadline: of time.monotonic(), for what the client must do next.
     """
-
-    __slots__ = (
-        "address", "buffer", "closing", "deadline", "end", "mask", "pending", "searched", "shaking", "sock", "tls"
-    )  # fmt: skip
 
     def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
         self.sock = sock
@@ -8632,21 +8616,18 @@ class Connection:
         self.end = 0  # of the head, once it is there
         self.pending = b""  # bytes of an answer that remain to be sent
         self.closing = False  # after them
+        self.unread = 0  # bytes of the body of a request
+        self.expects_100 = False  # the client waits for 100 before it sends the body
         self.mask = 0  # the events that the selector waits for
 
     def has_head(self) -> bool:
         """Tell whether buffer holds the whole head of a request, or bytes that cannot become one."""
-        if self.searched == len(self.buffer):
-            return self.end > 0
         if not self.searched:
-            empty = re.match(rb"(?:\r?\n)+", self.buffer)  # before a request [RFC9112 2.2]
+            empty = re.match(rb"(?:\r?\n)*", self.buffer)  # before a request [RFC9112 2.2]
             del self.buffer[: empty.end() if empty else 0]
         found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
-        if found:
-            self.end = found.end()
-        elif len(self.buffer) > MAX_HEAD:
-            self.end = len(self.buffer)
         self.searched = len(self.buffer) if self.buffer != b"\r" else 0
+        self.end = found.end() if found else self.searched * (self.searched > MAX_HEAD)
         return self.end > 0
 
     def take_head(self) -> bytes:
@@ -8656,84 +8637,67 @@ class Connection:
         self.searched = self.end = 0
         return data
 
-
-class Exchange:
-    """A request and its answer, made in one thread, which waits for the client only to read the body."""
-
-    def __init__(self, server: "Server", connection: Connection) -> None:
-        self._server = server
-        self._connection = connection
-        self._close = True  # the connection, after the answer: the end of the request is not known yet
-        self._continue = False  # the client waits for 100 before it sends the body
-        self._unread = 0  # bytes of the body
-        self._deadline = 0.0  # of the body, of time.monotonic()
-
-    def answer(self, seated: bool) -> None:
-        """Make the answer, and hand it to the server or to the streamer. seated: release a seat of the server."""
-        server, c, watcher = self._server, self._connection, None
+    def answer(self, server: "Server", seated: bool) -> None:
+        """Make the answer to a request, and hand it to server or its streamer. seated: release a seat of server."""
+        self.closing, watcher = True, None  # the end of the request is not known yet
         try:
-            watcher = self._make()
+            watcher = self._make(server)
         except Exception:  # noqa: BLE001  # a bug
             logger().exception("request")
-            c.pending, c.closing = b"", True
+            self.pending = b""
         if seated:
             server.seats.release()  # before the thread "accept" wakes up and looks for one
         if watcher is not None:
             server.streamer.add(watcher)
         else:
-            server.take(c)
+            server.take(self)
 
-    def _make(self) -> Watcher | None:
-        """Put the answer into the connection's pending, or return a watcher for the streamer."""
-        c, head, request_id = self._connection, None, ""
-        data = c.take_head()
+    def _make(self, server: "Server") -> Watcher | None:
+        """Put the answer into pending, or return a watcher for the streamer."""
+        request = Request("", "", 0, {})
+        data = self.take_head()
         line = re.sub(r"[^\x20-\x7e]", "?", data[:4096].partition(b"\n")[0].decode("latin-1").rstrip("\r"))
         try:
-            head = parse_head(data)
-            request_id = head.headers.get("x-request-id", "")
-            response = self._respond(head)
+            request = parse_head(data)
+            response = self._respond(server, request)
         except Exception as e:  # noqa: BLE001  # of a bug
             response = problem(to_refused(e, line))
-        logger().info('%s "%s" %d', c.address, line, response.status)
-        chunked = response.log is not None and head is not None and head.minor == 1
-        c.closing = self._close or (response.log is not None and not chunked) or self._unread > 0
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", request_id):
-            request_id = uuid.uuid4().hex
-        c.pending = encode_head(response, request_id, c.closing, chunked)
-        if (head is not None and head.method == "HEAD") or response.status in NO_BODY:
+        logger().info('%s "%s" %d', self.address, line, response.status)
+        live = isinstance(response.source, EventLog)
+        chunked = live and request.minor == 1
+        self.closing |= live and not chunked or self.unread > 0
+        self.pending = encode_head(response, request, self.closing)
+        if request.method == "HEAD" or response.status in NO_BODY:
             return None
-        if response.log is None and response.file is None:
-            c.pending += response.body
+        if response.source is None:
+            self.pending += response.body
             return None
-        greeting = self._server.api.greeting if response.log else b""
-        span = response.span if response.file else (-1, 0)
-        then = None if response.log and c.closing else functools.partial(self._server.take, c)
-        watcher = Watcher(c.sock, response.log, response.start, chunked, c.tls, greeting, response.file, span, then)
-        watcher.pending = c.pending + watcher.pending
-        c.pending = b""
+        greeting = server.api.greeting if live else b""
+        then = None if live and self.closing else functools.partial(server.take, self)
+        watcher = Watcher(self.sock, response.source, response.start, chunked, self.tls, greeting, then)
+        watcher.pending = self.pending + watcher.pending
+        self.pending = b""
         return watcher
 
-    def _respond(self, head: Head) -> Response:
+    def _respond(self, server: "Server", head: Request) -> Response:
         """Return the answer of the API. Raises Refused."""
         length = head.headers.get("content-length", "0")
         # First of all: if the end of the request is not known, bytes after it must not be taken for another request.
         if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
             raise Refused(411, "LengthRequired", "expected one Content-Length and no Transfer-Encoding")
-        self._unread = int(length)
-        self._deadline = time.monotonic() + 60 + self._unread / MIN_RATE
-        self._continue = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
+        self.unread = int(length)
+        self.deadline = time.monotonic() + 60 + self.unread / MIN_RATE
+        self.expects_100 = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
         options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
-        self._close = head.minor == 0 or "close" in options
+        self.closing = head.minor == 0 or "close" in options
         path, _, query = head.target.partition("?")
         path = re.sub("^//+", "/", path)  # some clients add /build to a URL that ends with /
-        server = self._server
-        server.access.check(
-            head.headers, path, (self._connection.sock.getsockname() or ("localhost",))[0].removeprefix("::ffff:")
-        )
+        local = (self.sock.getsockname() or ("localhost",))[0].removeprefix("::ffff:")
+        server.access.check(head.headers, path, local)
         route, arguments = find_route(head.method, path)
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
-        request = Request(head.method, arguments, fields, head.headers, self._read_body)
-        has_body = self._unread > 0
+        request = head._replace(arguments=arguments, query=fields, read=self._read_body)
+        has_body = self.unread > 0
         if has_body and not server.bodies.acquire(blocking=False):
             raise Refused(503, "Busy", "too many uploads at a time", BUSY)
         try:
@@ -8744,25 +8708,25 @@ class Exchange:
 
     def _read_body(self, size: int) -> bytes:
         """Return up to size bytes of the body, or none if it ends early. Raises Refused."""
-        c, size = self._connection, min(size, self._unread)
-        block = bytes(c.buffer[:size])
-        del c.buffer[:size]
+        size = min(size, self.unread)
+        block = bytes(self.buffer[:size])
+        del self.buffer[:size]
         try:
             if not block:
-                c.sock.settimeout(REQUEST_TIMEOUT_S)
-                if self._continue:  # only now: the route may have refused the request
-                    c.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                if time.monotonic() > self._deadline:
+                self.sock.settimeout(REQUEST_TIMEOUT_S)
+                if self.expects_100:  # only now: the route may have refused the request
+                    self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                if time.monotonic() > self.deadline:
                     raise TimeoutError
-                block = c.sock.recv(size)
+                block = self.sock.recv(size)
         except TimeoutError:
             raise Refused(408, "RequestTimeout", "the body arrives too slowly") from None
         except OSError:
             pass  # the client has disconnected
         finally:
-            c.sock.setblocking(False)
-        self._continue = False
-        self._unread -= len(block)
+            self.sock.setblocking(False)
+        self.expects_100 = False
+        self.unread -= len(block)
         return block
 
 
@@ -8819,7 +8783,7 @@ class Server:
 
     def serve_forever(self) -> None:
         """Serve until stop() is called."""
-        self._selector.set_mask(self, selectors.EVENT_READ)
+        self._selector.set_mask(self, READ)
         scan_at, more = time.monotonic(), False
         while True:
             timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
@@ -8881,7 +8845,7 @@ class Server:
                 continue
             connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
             self._hold(connection)
-            self._selector.set_mask(connection, selectors.EVENT_READ)
+            self._selector.set_mask(connection, READ)
 
     def _advance(self, c: Connection, readable: bool) -> None:
         """Continue the handshake, the sending of an answer or the reading of a head, as far as c's client allows.
@@ -8900,7 +8864,7 @@ class Server:
                 c.sock.shutdown(socket.SHUT_WR)
                 if not c.sock.recv(MAX_HEAD):
                     raise ConnectionError("the client has closed its end")
-                self._selector.set_mask(c, selectors.EVENT_READ)
+                self._selector.set_mask(c, READ)
                 return
             while not c.has_head():
                 if c.buffer:
@@ -8916,11 +8880,11 @@ class Server:
             self._hold(c)
             if c.buffer.startswith(b"GET /health "):  # in this thread: it works while all others are busy
                 self._leave(c)
-                Exchange(self, c).answer(seated=False)
+                c.answer(self, False)
             else:
                 self._ready.append(c)
         except OSError as e:
-            mask = wait_mask(e, bool(c.pending), c.tls)
+            mask = wait_mask(e, bool(c.pending))
             if mask:
                 self._selector.set_mask(c, mask)
                 self._hold(c)
@@ -8941,8 +8905,7 @@ class Server:
                 continue
             self._leave(connection)
             try:
-                run = Exchange(self, connection).answer
-                threading.Thread(target=run, args=(True,), name="request", daemon=True).start()
+                threading.Thread(target=connection.answer, args=(self, True), name="request", daemon=True).start()
             except RuntimeError as e:  # the system has no thread left
                 logger().warning("request: %s", e)
                 self.seats.release()
@@ -8951,13 +8914,13 @@ class Server:
 
     def _scan(self, now: float) -> bool:
         """Accept again after a pause, and close connections after their deadline. Return whether to call it again."""
-        self._selector.set_mask(self, selectors.EVENT_READ)
+        self._selector.set_mask(self, READ)
         late = list(itertools.islice((c for c in self._waiting if c.deadline <= now), _BATCH))
         for c in late:
             if c.buffer and not (c.end or c.pending or c.closing):
                 response = problem(Refused(408, "RequestTimeout", f"the head took more than {self.head_s:g} seconds"))
                 with contextlib.suppress(OSError):  # the client has disconnected, or reads nothing
-                    c.sock.send(encode_head(response, uuid.uuid4().hex, True) + response.body)
+                    c.sock.send(encode_head(response, Request("", "", 0, {}), True) + response.body)
             self._close(c)
         return len(late) == _BATCH
 
@@ -9414,7 +9377,7 @@ def serve_agent(
     state = os.path.join(workspace, "agent")
     reserve = os.path.join(state, "reserve")
 
-    def build(_: Jobs, job: Job) -> str:
+    def build(job: Job) -> str:
         log = job.log
         if log is None:
             raise ValueError("a running job has a log")
@@ -9977,7 +9940,7 @@ class VmHost:
             raise BuildFailed(error_type, f"the VM does not attest: {e}") from None
         return evidence
 
-    def run(self, jobs: Jobs, job: Job) -> str:
+    def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed."""
         seconds = self._build_timeout_s
 

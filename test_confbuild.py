@@ -14546,6 +14546,9 @@ def desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
 
 
 class TestStreamer:
+    def test_masks(self) -> None:
+        assert (confbuild.READ, confbuild.WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
+
     @pytest.mark.parametrize("chunked", [True, False])
     @pytest.mark.parametrize(("kind", "size"), [("tcp", 5), ("pair", 5), ("tcp", 60_000), ("pair", 60_000)])
     def test_replay_then_live(self, desk: Callable[..., Desk], chunked: bool, kind: str, size: int) -> None:
@@ -14601,19 +14604,9 @@ class TestStreamer:
         (tmp_path / "file").write_bytes(bytes(9 << 20))
         ours, theirs = socket.socketpair()
         d.ends.append(ours)
-        d.streamer.add(
-            confbuild.Watcher(
-                theirs,
-                None,
-                0,
-                False,
-                False,
-                b"",
-                confbuild.OpenFile(str(tmp_path / "file")),
-                (1, 8 << 20),
-                lambda: None,
-            )
-        )
+        file = confbuild.OpenFile(str(tmp_path / "file"))
+        file.size = (8 << 20) + 1
+        d.streamer.add(confbuild.Watcher(theirs, file, 1, False, False, b"", lambda: None))
         wait_for(lambda: theirs.fileno() == -1 and all(watcher.sock.fileno() == -1 for _, watcher in stuck))
         assert waiting.sock.fileno() >= 0
         wait_for(lambda: d.streamer.files == 1)
@@ -14636,7 +14629,8 @@ class TestStreamer:
             ours, theirs = socket.socketpair()
             ours.sendall(b"the next request")
             done = threading.Event()
-            watcher = confbuild.Watcher(theirs, None, 0, False, False, b"head", file, span, done.set)
+            file.size = sum(span)
+            watcher = confbuild.Watcher(theirs, file, span[0], False, False, b"head", done.set)
             d.streamer.add(watcher)
             ours.settimeout(20)
             got = b""
@@ -14651,7 +14645,8 @@ class TestStreamer:
             ours.close()
             theirs.close()
         ours, theirs = socket.socketpair()
-        d.streamer.add(confbuild.Watcher(theirs, None, 0, False, False, b"", file, (len(data) - 1, 2), lambda: None))
+        file.size = len(data) + 1
+        d.streamer.add(confbuild.Watcher(theirs, file, len(data) - 1, False, False, b"", lambda: None))
         assert read_all(ours) == data[-1:]
         ours.close()
 
@@ -15027,13 +15022,13 @@ class TestJobs:
     def test_unexpected(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """A bug of ours ends its job with InternalError, is logged, and leaves the slot alive."""
 
-        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        def run(job: confbuild.Job) -> str:
             raise RuntimeError("a bug")
 
         jobs = confbuild.Jobs(str(tmp_path), run, lambda log: None)
         jobs.start()
         for _ in range(2):
-            log = jobs.log_of(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
+            log = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")).open_log()
             wait_for(has_finished(log))
             assert log.last()["result"] == {
                 "status": "failed",
@@ -15052,11 +15047,11 @@ class TestJobs:
         go, blocked, release, real = threading.Event(), threading.Event(), threading.Event(), confbuild.write_durably
         slow: list[str] = []
 
-        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        def run(job: confbuild.Job) -> str:
             if job.request.repo_ref == "slow":
                 job.when_halted(go.set)
                 assert go.wait(30)
-            return build_quickly(jobs, job)
+            return build_quickly(job)
 
         def write(path: str, data: bytes) -> None:
             state = json.loads(data)["state"]
@@ -15073,22 +15068,22 @@ class TestJobs:
         ):
             if what in ("submit", "run"):
                 slow.append({"submit": "queued", "run": "running"}[what])
-                task: Any = pool.submit(jobs.submit, request, None)
+                task: Any = pool.submit(jobs.submit, request)
             else:
-                first = jobs.submit(request, None)
+                first = jobs.submit(request)
                 wait_for(lambda: first.state == "running")
-                job = jobs.submit(request, None) if what == "cancel waiting" else first
+                job = jobs.submit(request) if what == "cancel waiting" else first
                 slow.append({"cancel waiting": "failed", "cancel running": "running", "end": "ok"}[what])
                 task = pool.submit(go.set if what == "end" else lambda: jobs.cancel(job))
             assert blocked.wait(30)
-            other = jobs.submit(request._replace(repo_ref=""), None)
+            other = jobs.submit(request._replace(repo_ref=""))
             assert jobs.newest(10)[0]["job_id"] == other.id and jobs.describe(other)["status"] in (
                 "queued",
                 "running",
                 "ok",
             )
             for known in list(jobs._jobs.values()):
-                assert jobs.log_of(known).count >= 0 and jobs.get(known.id) is known
+                assert known.open_log().count >= 0 and jobs.get(known.id) is known
             if what == "cancel waiting":
                 jobs.cancel(other)
             wait_for(lambda: other.log is None)
@@ -15106,15 +15101,15 @@ class TestJobs:
         clock, gate = [1000.0], threading.Semaphore(0)
         monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
 
-        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        def run(job: confbuild.Job) -> str:
             job.when_halted(gate.release)
             assert gate.acquire(timeout=30)
-            return build_quickly(jobs, job)
+            return build_quickly(job)
 
         def told(job: confbuild.Job) -> list[int]:
             return [
                 json.loads(frame.partition(b"data: ")[2])["position"]
-                for frame in Path(job.events_path).read_bytes().split(b"\n\n")
+                for frame in Path(job.path("events")).read_bytes().split(b"\n\n")
                 if b'"queued"' in frame
             ]
 
@@ -15124,9 +15119,9 @@ class TestJobs:
                 jobs._changed.notify_all()
 
         with started(tmp_path, run) as jobs:
-            all_jobs = [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)]
+            all_jobs = [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))]
             wait_for(lambda: all_jobs[0].state == "running")
-            all_jobs += [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None) for _ in range(40)]
+            all_jobs += [jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")) for _ in range(40)]
             last = all_jobs[-1]
             for job in all_jobs[1:31]:  # 30 cancelled at once
                 jobs.cancel(job)
@@ -15169,7 +15164,7 @@ class TestJobs:
         monkeypatch.setattr(confbuild.Jobs, method, throw)
         with started(tmp_path) as jobs:
             assert thrown.wait(30)
-            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
             wait_for(lambda: job.log is None)
             assert (
                 job.state == "ok"
@@ -15194,19 +15189,19 @@ class TestJobs:
                 raise error
             real(path, data)
 
-        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        def run(job: confbuild.Job) -> str:
             if status == "queued" and not thrown.is_set():
                 job.when_halted(waits.set)
                 job.halt("Parked", "the server was stopped")
                 raise confbuild.BuildFailed("VmError", "gone")
-            return build_quickly(jobs, job)
+            return build_quickly(job)
 
         monkeypatch.setattr(confbuild, "write_durably", write)
         request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
         with started(tmp_path, run) as jobs:
-            first = jobs.submit(request, None)
+            first = jobs.submit(request)
             assert thrown.wait(30)
-            second = jobs.submit(request, None)
+            second = jobs.submit(request)
             wait_for(lambda: second.log is None)
             assert second.state == "ok"
             wait_for(lambda: first.state == "queued" if status == "queued" else first.log is None)
@@ -15264,7 +15259,7 @@ def store(state: Path, n: int, status: str = "ok", events: list[str] | None = No
     return folder
 
 
-def build_quickly(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+def build_quickly(job: confbuild.Job) -> str:
     """A run for Jobs: one line of output and a result."""
     assert job.log
     job.log.append(confbuild.to_payloads("build", ["built"]))
@@ -15275,7 +15270,7 @@ def build_quickly(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
 
 @contextlib.contextmanager
 def started(
-    state: Path, run: Callable[[confbuild.Jobs, confbuild.Job], str] = build_quickly, **options: Any
+    state: Path, run: Callable[[confbuild.Job], str] = build_quickly, **options: Any
 ) -> Iterator[confbuild.Jobs]:
     """Jobs on a state."""
     jobs = confbuild.Jobs(str(state), run, lambda log: None, **options)
@@ -15360,14 +15355,14 @@ class TestState:
                 jobs.cancel(job)
                 assert jobs.describe(job) == listed[job_id(2)] and contents(folder) == before
                 if name != "events" and status in ("ok", "failed") and name != "job.json":
-                    assert jobs.log_of(job).finished
+                    assert job.open_log().finished
                 elif name != "job.json" or status == "queued":
                     with pytest.raises(confbuild.Refused, match="damaged") as refused:
-                        jobs.log_of(job)
+                        job.open_log()
                     assert (refused.value.status, refused.value.error_type) == (404, "Damaged")
             wait_for(lambda: jobs.get(job_id(3)).log is None)
             assert (
-                jobs.log_of(jobs.get(job_id(3))).last() == OK_EVENT
+                jobs.get(job_id(3)).open_log().last() == OK_EVENT
                 and jobs.describe(jobs.get(job_id(3)))["status"] == "ok"
             )
 
@@ -15380,7 +15375,7 @@ class TestState:
             ({"seq": True}, "job.json: .seq: true, expected an integer"),
             (
                 {"seq": 10**30},
-                "job.json: seq 1000000000000000000000000000000 or attempts 1: not between 0 and 1000000000000000000",
+                "job.json: an integer beyond 99999999999999999999",
             ),
             ({"seq": 1.5}, "job.json: .seq: 1.5, expected an integer"),
             ({"request": {}}, "job.json: .request: has the keys none, expected nonce, repo_url, repo_ref, source_name"),
@@ -15437,13 +15432,13 @@ class TestState:
             store(tmp_path, n, status, seq=seq, submitted_at=f"2020-01-0{4 - n}T03:04:05.678901+00:00")
         order: list[str] = []
 
-        def run(jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+        def run(job: confbuild.Job) -> str:
             order.append(job.id)
-            return build_quickly(jobs, job)
+            return build_quickly(job)
 
         with started(tmp_path, run) as jobs:
             wait_for(lambda: all_ended(jobs))
-            new = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            new = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
             wait_for(lambda: all_ended(jobs))
         assert order == [job_id(3), job_id(2), new.id]  # by their times
         with started(tmp_path) as jobs:
@@ -15477,7 +15472,7 @@ class TestState:
                 ).read_bytes().endswith(sent(COMPLETE_EVENT)[0].encode() + b"\n\n")
                 job = jobs.get(job_id(1))
                 try:
-                    log = jobs.log_of(job)
+                    log = job.open_log()
                     for n in (0, 1, 2, 3):
                         with contextlib.suppress(OSError):
                             log.offset_of(n)
@@ -15514,16 +15509,16 @@ class TestState:
             ],
             1,
         ):
-            (jobs_ / job_id(n)).mkdir(parents=True)
+            folder = (incoming if n < 4 else jobs_) / job_id(n)
+            folder.mkdir(parents=True)
             for name in names:
-                (jobs_ / job_id(n) / name).touch()
+                (folder / name).touch()
         (jobs_ / job_id(6) / "events").write_bytes(frames(['{"type":"queued","position":0}'])[0])
         (jobs_ / "config").mkdir()
         (jobs_ / "config" / "config.xml").touch()
         (tmp_path / "elsewhere").mkdir()
         (tmp_path / "elsewhere" / "source").touch()
         (jobs_ / job_id(7)).symlink_to(tmp_path / "elsewhere")
-        incoming.mkdir()
         (incoming / ("a" * 32)).touch()
         (incoming / "letter.txt").touch()
         with started(tmp_path) as jobs:
@@ -15611,9 +15606,9 @@ class TestState:
         for name in ("read", "pread"):
             monkeypatch.setattr(os, name, recording(getattr(os, name)))
         with started(tmp_path, slots=0) as jobs:
-            assert jobs.newest(1)[0]["status"] == "ok" and read == [confbuild.MIB, 4096]
-            log = jobs.log_of(jobs.get(job_id(1)))
-            assert (log.count, log.finished, read[2:]) == (3001, True, [4096])
+            assert jobs.newest(1)[0]["status"] == "ok" and read == [4096, 4096]  # at the start, and when asked
+            log = jobs.get(job_id(1)).open_log()
+            assert (log.count, log.finished, read[2:]) == (3001, True, [4096, 4096])
             for n in (0, 1, 1500, 2999, 3000):
                 read.clear()
                 assert log.offset_of(n) == sum(map(len, frames(lines[:n])))
@@ -15664,7 +15659,7 @@ class Site:
             raise confbuild.NoAttester("it is tired")
         return b"{}"
 
-    def build(self, jobs: confbuild.Jobs, job: confbuild.Job) -> str:
+    def build(self, job: confbuild.Job) -> str:
         assert self.gate.wait(PATIENCE) and job.log
         job.log.append(confbuild.to_payloads("build", ["é", "two"]))
         files = bundle()
@@ -15706,7 +15701,7 @@ class Site:
     def large_result(job: confbuild.Job, size: int) -> bytes:
         """Give job another archive, of size bytes."""
         data = random.Random(1).randbytes(size)
-        Path(job.result_path).write_bytes(data)
+        Path(job.path("result.tar.gz")).write_bytes(data)
         job.record = job.record._replace(result={"size": size, "sha256": hashlib.sha256(data).hexdigest()})
         return data
 
@@ -16042,7 +16037,7 @@ class TestBody:
         file.seek(start)
         with pytest.MonkeyPatch.context() as m:
             m.setattr(confbuild, "BLOCK", block)
-            assert confbuild.save_archive(file, str(path), 1000) == (b"\x1f\x8b\x08" + data)[:4]
+            confbuild.save_archive(file, str(path), 1000)
         assert path.read_bytes() == b"\x1f\x8b\x08" + data
         assert json.loads(body[:start] + file.read()) == {**json.loads(body), "source_data": ""}
         for end in range(start):
@@ -16106,7 +16101,7 @@ class TestBody:
             ).encode()
         )
         headers = {"content-type": "application/json", "content-length": str(len(body.getvalue()))}
-        request = confbuild.Request("POST", [], {}, headers, body.read)
+        request = confbuild.Request("POST", "/build", 1, headers, read=body.read)
         tracemalloc.start()
         try:
             assert s.server.api.submit(request).status == 200
@@ -16265,7 +16260,7 @@ class TestHttp:
 
     def test_parse_head(self) -> None:
         head = b"GET http://Build.example:80?from=1 HTTP/1.2\r\nHost: x\r\nA: 1\r\nb:\t2 3 \r\na:\r\n\r\n"
-        assert confbuild.parse_head(head) == (
+        assert confbuild.parse_head(head)[:4] == (
             "GET",
             "/?from=1",
             1,
@@ -16345,7 +16340,7 @@ class TestHttp:
         ids = [json.loads(s.ask("POST", "/build", URL)[2])["job_id"] for _ in range(2)]
         job = s.jobs.get(ids[1 if cancelled else 0])
         wait_for(lambda: s.jobs.describe(s.jobs.get(ids[0]))["status"] == "running")
-        log, real = s.jobs.log_of(job), confbuild.write_durably
+        log, real = job.open_log(), confbuild.write_durably
         full = threading.Event()
         full.set()
 
@@ -16693,15 +16688,15 @@ class TestHttp:
     def test_result_is_gone(self, site: Callable[..., Site], method: str) -> None:
         """The head of an answer promises nothing that is not there."""
         s = site()
-        path = Path(s.jobs.get(s.finished()).result_path)
+        path = Path(s.jobs.get(s.finished()).path("result.tar.gz"))
         url = f"/build/{path.parent.name}/result"
         size = path.stat().st_size
         for make, status, error_type, fragment in (
-            (lambda: path.write_bytes(b"cut"), 500, "InternalError", f"3 bytes instead of {size}"),
-            (path.unlink, 404, "NotFound", "no longer"),
-            (lambda: os.mkfifo(path), 500, "InternalError", "not a regular file"),
-            (path.unlink, 404, "NotFound", "no longer"),
-            (path.mkdir, 500, "InternalError", "not a regular file"),
+            (lambda: path.write_bytes(b"cut"), 404, "Damaged", f"not a regular file of {size} bytes"),
+            (path.unlink, 404, "Damaged", "result.tar.gz: No such file"),
+            (lambda: os.mkfifo(path), 404, "Damaged", "not a regular file"),
+            (path.unlink, 404, "Damaged", "No such file"),
+            (path.mkdir, 404, "Damaged", "not a regular file"),
         ):
             make()
             answer = s.ask(method, url)
@@ -16758,7 +16753,7 @@ class TestHttp:
                 got = read_all(sock, 5)
             assert got.startswith(b"HTTP/1.1 200") and b"\r\nConnection: close\r\n" in got
         job = s.finished()
-        log = s.jobs.log_of(s.jobs.get(job))
+        log = s.jobs.get(job).open_log()
         wait_for(lambda: log.finished)
         start = log.count - 3
         with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
@@ -16775,7 +16770,7 @@ class TestHttp:
         """An HTTP/1.1 client asks the next question over the same connection; one that asks too early loses it."""
         s = site()
         job = s.finished()
-        wait_for(lambda: s.jobs.log_of(s.jobs.get(job)).finished)
+        wait_for(lambda: s.jobs.get(job).open_log().finished)
         connection = http.client.HTTPConnection("127.0.0.1", s.port, timeout=PATIENCE)
         bodies = []
         for _ in range(3):
@@ -17897,13 +17892,14 @@ class TestAgent:
 
         made: list[Any] = []
 
-        class Api(confbuild.Api):
-            def __init__(self, jobs: confbuild.Jobs, *arguments: Any) -> None:
-                made.append(jobs)
-                super().__init__(jobs, *arguments)
+        real = confbuild.Api
+
+        def make_api(jobs: confbuild.Jobs, *arguments: Any) -> confbuild.Api:
+            made.append(jobs)
+            return real(jobs, *arguments)
 
         served = types.SimpleNamespace(server_address=("", 1), serve_forever=lambda: None)
-        for name, value in (("run_pipeline", run), ("Api", Api), ("Server", lambda *_: served)):
+        for name, value in (("run_pipeline", run), ("Api", make_api), ("Server", lambda *_: served)):
             monkeypatch.setattr(confbuild, name, value)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=room))
         monkeypatch.setattr(confbuild, "has_room", lambda folder: folder != str(tmp_path) or room > 0)
@@ -17917,7 +17913,7 @@ class TestAgent:
             confbuild.Attester(confbuild.SIMULATED_BUILDER, confbuild.simulated_evidence),
             lambda: None,
         )
-        job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         wait_for(lambda: made[0].describe(job)["status"] == "failed")
         status = made[0].describe(job)
         assert status["error_type"] == error_type and message in (None, status["error"])
@@ -18361,9 +18357,9 @@ class TestVm:
         jobs = confbuild.Jobs(
             str(tmp_path), confbuild.VmHost(make, no_fetcher, boot_timeout_s=0.3).run, lambda log: None
         )
-        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
-            confbuild.VmHost(make, no_fetcher, boot_timeout_s=0.3).run(jobs, job)
+            confbuild.VmHost(make, no_fetcher, boot_timeout_s=0.3).run(job)
         assert caught.value.error_type == "VmError" and not os.path.exists(made[0].workspace)
         made[0].destroy()
         for call in (made[0].spawn, lambda: made[0].wait_ready(1)):
@@ -18423,11 +18419,11 @@ class TestVm:
         host = confbuild.VmHost(make, no_fetcher)
         monkeypatch.setattr(host, "_drive", confbuild.room_on(confbuild.STATE)(drive))
         jobs = confbuild.Jobs(str(tmp_path / "state"), host.run, lambda log: None)
-        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         if where == "tell":
             job.log = types.SimpleNamespace(append=raising(full))  # type: ignore[assignment]
         with pytest.raises(confbuild.BuildFailed) as caught:
-            host.run(jobs, job)
+            host.run(job)
         assert (caught.value.error_type, str(caught.value)) == (
             "LimitError",
             f"the disk of the server's {disk} is full: No space left on device",
@@ -18461,7 +18457,7 @@ class TestVm:
         vm, request = StandInVm(), confbuild.BuildRequest(NONCE, "u")
         with StandIn((status, PROBLEM, b'{"detail":"no"}')) as agent:
             vm.port = int(agent.url.rpartition(":")[2])
-            job = confbuild.Job("id", str(tmp_path), confbuild.JobRecord(1, request))
+            job = confbuild.Job(str(tmp_path), confbuild.JobRecord(1, request))
             job.log = confbuild.EventLog(str(tmp_path / "events"))
             message = f"^the VM did not accept the build: the server said {status}: no$"
             with pytest.raises(confbuild.BuildFailed, match=message) as caught:
@@ -18910,7 +18906,7 @@ def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception,
     monkeypatch.setattr(host, "_drive", raising(error))
     jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
     with pytest.raises(confbuild.BuildFailed, match=f"^the VM failed: {said}$"):
-        host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
+        host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")))
 
 
 class TestSpares:
@@ -19024,7 +19020,7 @@ class TestSpares:
         dead.port = 1
         host._spares.append(dead)  # type: ignore[arg-type]
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
-        assert host.run(jobs, jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)) == "path"
+        assert host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))) == "path"
         assert dead.destroyed and driven[0] is not dead and driven[0].destroyed
 
     def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19085,7 +19081,7 @@ class TestSpares:
         jobs = confbuild.Jobs(str(tmp_path), confbuild.VmHost(make, no_fetcher, 60).run, lambda log: None)
         jobs.start()
         for number in range(3):
-            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
             wait_for(lambda n: len(made) == n + 1 and made[n].is_alive(), number)
             if how == "stop":
                 break
@@ -19167,9 +19163,9 @@ class TestSpares:
         host = confbuild.VmHost(Stubborn, no_fetcher, 30, 0.01)  # type: ignore[arg-type]
         monkeypatch.setattr(host, "_drive", lambda *_: str(over.wait(20)))
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
-        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         monkeypatch.setattr(job, "halt", halt)
-        assert host.run(jobs, job) == "True"
+        assert host.run(job) == "True"
         wait_for(lambda: f"job {job.id} is not stopped" in caplog.text)
         assert died == [] and "a VM is not destroyed" in caplog.text and not host._alive
 
