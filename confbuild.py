@@ -4030,7 +4030,8 @@ def hand_to_build(*paths: str) -> None:
 class LineSplitter:
     """Incremental splitter of output into lines. [CONTRACT 1.10]
 
-    LF, CRLF and a lone CR end a line; UTF-8 is decoded with replacement characters.
+    LF, CRLF and a lone CR end a line; UTF-8 is decoded with replacement characters. A lone CR stays in its line, since
+    a terminal would write the next line over it.
     A line of more than MAX_LINE bytes continues in the next one; the cut is between characters."""
 
     def __init__(self) -> None:
@@ -4041,7 +4042,7 @@ class LineSplitter:
         data = self._rest + data
         if b"\r" in data:
             held = data[-1:] if data.endswith(b"\r") else b""  # an LF may follow
-            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + held
+            data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\r\n") + held
         end = data.rfind(b"\n") + 1
         complete, self._rest = data[:end], data[end:]
         lines = complete.decode("utf-8", "replace").split("\n")
@@ -8950,7 +8951,7 @@ class Server:
 
 # endregion 32
 # ==============================================================================
-# region 33. Client                                               [uses nothing]
+# region 33. Client                                                    [uses 29]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -9146,6 +9147,11 @@ class EventStreamParser:
                 self._silence = 0
         return events
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything that was fed belongs to events that were returned."""
+        return not (self._rest or self._data or self._after_cr)
+
     def _field(self, line: str) -> None:
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -9160,6 +9166,37 @@ class EventStreamParser:
 # Answers of the server, for check_schema. It may add keys [CONTRACT 1.3].
 _STATUS = {"job_id": str, "status": str, "submitted_at": str, "...": object}
 _ACCEPTED = {"job_id": re.compile(r"[0-9A-Za-z-]{1,64}"), "...": object}
+
+
+# A `build` event: without escapes; or with escapes, those of surrogates in pairs.
+_PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
+_BUILD_EVENT = re.compile(
+    r"""
+    id:\ \d+\n data:\ \{"type":"build","msg":"
+    (
+        [ !\#-\[\]-~]*                                  # printable ASCII, no quotation mark, no backslash
+        (?:
+            \\ (?:
+                ["\\/bfnrt]
+                | u (?:
+                    [0-9a-ce-f][0-9a-f]{3}              # a UTF-16 code unit that is not a surrogate
+                    | d[0-7][0-9a-f]{2}
+                    | d[89ab][0-9a-f]{2} \\ud[c-f][0-9a-f]{2}
+                )
+            )
+            [ !\#-\[\]-~]*
+        )*
+    )
+    "\}\n\n
+    """,
+    re.VERBOSE,
+)
+
+
+def find_build_messages(frames: str) -> list[str]:
+    """Return the messages of the `build` events in frames, still escaped.  frames: ASCII."""
+    plain = not frames.encode("ascii").translate(None, UNESCAPED + b'\n"')
+    return (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
 
 
 class ApiClient:
@@ -9202,7 +9239,14 @@ class ApiClient:
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
             text = f"{self._url}: {getattr(reason, 'strerror', None) or reason}"
-            raise RemoteError(text, hint="is `confbuild serve` running there?") from None
+            hints = {
+                "SSLCertVerificationError": "SSL_CERT_FILE=FILE names a file with the certificate to trust",
+                "SSLError": "try http://",
+                "RemoteDisconnected": "try https://",
+                "ConnectionResetError": "try https://",
+            }
+            hint = hints.get(type(reason).__name__, "is `confbuild serve` running there?")
+            raise RemoteError(text, hint=hint) from None
 
     def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
         """Return the body of the answer, at most MAX_JSON + 1 bytes of it."""
@@ -9236,11 +9280,13 @@ class ApiClient:
         headers = {"Content-Type": "application/json", "Content-Length": str(size)}
         return str(self.json("POST", "/build", _ACCEPTED, body, headers)["job_id"])
 
-    def events(self, job_id: str, start: int = 0) -> Iterator[dict[str, Any]]:
+    def events(self, job_id: str, start: int = 0, submitted: bool = False) -> Iterator[dict[str, Any] | list[str]]:
         """Yield the events after the first `start`, each once, up to `complete`.
 
+        Consecutive `build` events come as the list of their messages, still escaped: decoding each by itself would
+        take ten times as long.
         After a lost connection, the stream is resumed where it broke. Attempts are repeated with exponential back-off
-        and jitter, for RECONNECT_S.
+        and jitter, for RECONNECT_S. An error of the first attempt is raised unless the job was submitted just now.
         """
         position = start
         delay_s = 0.0
@@ -9251,24 +9297,32 @@ class ApiClient:
             path = f"/build/{job_id}/events?from={position}"
             try:
                 with self.open("GET", path, headers={"Accept": "text/event-stream"}) as stream:
+                    submitted = True
                     if stream.status == 204:
                         return
                     if stream.headers.get_content_type() != "text/event-stream":
                         raise BrokenProtocol(f"GET {path}: not an event stream")
-                    parser = EventStreamParser()
+                    parser, held = EventStreamParser(), b""
                     for block in iter(lambda stream=stream: stream.read1(BLOCK), b""):  # type: ignore[misc]
                         lost_at = None  # a comment is a sign of life, too
+                        block = held + block
+                        end = block.rfind(b"\n\n") + 2
+                        block, held = (block, b"") if end < 2 else (block[:end], block[end:])
+                        messages = _build_messages(block, position) if parser.idle else []
+                        if messages:
+                            position += len(messages)
+                            delay_s, notified, block = 0.0, False, b""
+                            yield messages
                         for event in parser.feed(block):
                             doc = _parse_event(event, position)
                             position += 1
-                            delay_s = 0.0
-                            notified = False
+                            delay_s, notified = 0.0, False
                             yield doc
                             if doc["type"] == "complete":
                                 return
                         retry_s = parser.retry_s or retry_s
             except RemoteError as e:
-                if 0 < e.status < 500 or isinstance(e, BrokenProtocol):
+                if 0 < e.status < 500 or isinstance(e, BrokenProtocol) or not submitted:
                     raise
             except OSError:
                 pass  # the connection broke
@@ -9305,6 +9359,14 @@ class ApiClient:
         found = base64.b64encode(digest.digest()).decode("ascii")
         if headers.get("Content-Length", str(size)) != str(size) or announced and announced[1] != found:
             raise RemoteError(f"the download of {size} bytes is not what the server announced")
+
+
+def _build_messages(block: bytes, position: int) -> list[str]:
+    """Return the messages, still escaped, if block is exactly `build` events after the first position; else []."""
+    frames = block.decode("ascii", "replace").replace("\ufffd", "")
+    messages = find_build_messages(frames)
+    whole = [f'id: {n}\ndata: {{"type":"build","msg":"{text}"}}\n\n' for n, text in enumerate(messages, position + 1)]
+    return messages if "".join(whole).encode("ascii") == block else []
 
 
 def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
@@ -9490,29 +9552,6 @@ MAX_CONFIGURATION = 64 * KIB  # the capacity of a pipe, so that writing it never
 MAX_EVENT = 2 * MIB
 _HOST_PHASES = frozenset(("queued", "vm"))  # events that only the server emits
 _HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
-# A `build` event: without escapes; or with escapes, those of surrogates in pairs.
-_PLAIN_EVENT = re.compile(r'id: \d+\ndata: \{"type":"build","msg":"([^"]*)"\}\n\n')
-_BUILD_EVENT = re.compile(
-    r"""
-    id:\ \d+\n data:\ \{"type":"build","msg":"
-    (
-        [ !\#-\[\]-~]*                                  # printable ASCII, no quotation mark, no backslash
-        (?:
-            \\ (?:
-                ["\\/bfnrt]
-                | u (?:
-                    [0-9a-ce-f][0-9a-f]{3}              # a UTF-16 code unit that is not a surrogate
-                    | d[0-7][0-9a-f]{2}
-                    | d[89ab][0-9a-f]{2} \\ud[c-f][0-9a-f]{2}
-                )
-            )
-            [ !\#-\[\]-~]*
-        )*
-    )
-    "\}\n\n
-    """,
-    re.VERBOSE,
-)
 
 
 class Platform(NamedTuple):
@@ -10051,8 +10090,7 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
         if end < 2:
             continue
         frames, text = text[:end], text[end:]
-        plain = not frames.encode("ascii").translate(None, UNESCAPED + b'\n"')
-        messages = (_PLAIN_EVENT if plain else _BUILD_EVENT).findall(frames)
+        messages = find_build_messages(frames)
         # Nearly every block has nothing but build events.
         if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):
             reached = PHASES.index("build")
@@ -12196,24 +12234,25 @@ class Display:
 
     form: "plain" prints one line per event to stream; "live" draws one line per phase with its time, and the latest
     lines of the build below it; "auto" is "live" if stream is a terminal, else "plain"; "quiet" prints only failures;
-    "json" prints the events to stdout instead.
+    "json" prints nothing.
     timed: show how long phases took; False if the events may be older than the display.
     began: when it was made.
     """
 
     def __init__(self, stream: IO[str], form: str, color: bool, timed: bool = True) -> None:
-        self._stream = stream
-        self.began = time.monotonic()
         if form == "auto":
             form = "live" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         self.form = form
+        self.began = time.monotonic()
+        self._stream = stream
         self._color = color
         self._timed = timed
         self._phase = ""
-        self._began = time.monotonic()
-        self._lines = 0
+        self._since = 0.0  # when the phase began
+        self._lines = 0  # of the phase
         self._tail: deque[str] = deque(maxlen=TAIL)
-        self._drawn = 0
+        self._bar: list[str] = []  # the line that the next one replaces, such as a progress bar
+        self._drawn = 0  # rows that the next output replaces
         self._drawn_at = 0.0
         self._lock = threading.RLock()  # held while writing to the stream
         self._over = threading.Event()
@@ -12223,99 +12262,88 @@ class Display:
     def _tick(self) -> None:
         while not self._over.wait(0.25):
             with self._lock:
-                if self._phase and time.monotonic() - self._drawn_at > 0.2:
-                    self._draw()
+                self._draw()
 
     def note(self, text: str) -> None:
         """Print a line of confbuild itself, unless the form is quiet or json."""
         if self.form in ("plain", "live"):
             with self._lock:
-                self._erase()
-                self._stream.write(f"confbuild: {plain_text(text)}\n")
-                self._stream.flush()
+                self._put([f"confbuild: {plain_text(text)}"])
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """Show one event of the stream, also of an unknown type."""
-        if self.form == "json":
-            sys.stdout.write(compact_json(event) + "\n")
-            sys.stdout.flush()
-        elif event["type"] != "complete":  # end() follows
-            with self._lock:
-                self._event(plain_text(str(event["type"]))[:20], event)
-
-    def _event(self, kind: str, event: Mapping[str, Any]) -> None:
+        """Show one event of the stream, also of an unknown type. end() shows `complete`."""
+        kind = plain_text(str(event["type"]))[:20]
         if "msg" in event:
-            text = plain_text(str(event["msg"]))
+            text = str(event["msg"])
         elif kind == "queued" and set(event) == {"type", "position"}:
-            text = plain_text("next" if event["position"] == 0 else f"place {event['position']} in line")
+            text = "next" if event["position"] == 0 else f"place {event['position']} in line"
         else:
-            text = plain_text(compact_json({name: value for name, value in event.items() if name != "type"}))
-        if self.form == "plain":
-            self._stream.write(f"{kind:10} {text}\n")
-            return
-        if kind != self._phase:
-            self._end_phase()
-            self._phase = kind
-            self._began = time.monotonic()
-            self._lines = 0
-            self._tail.clear()
-        self._lines += 1
-        self._tail.append(text)
-        if self.form == "live" and time.monotonic() - self._drawn_at > 0.05:
-            self._draw()
+            text = compact_json({name: value for name, value in event.items() if name != "type"})
+        if kind != "complete":
+            self.show(kind, [text])
 
-    def end(self, failure: Mapping[str, Any] | None, tail: bool = True) -> None:
+    def show(self, kind: str, lines: Sequence[str]) -> None:
+        """Show lines of the phase kind. One that ends with CR is replaced by the next one."""
+        with self._lock:
+            if kind != self._phase:
+                self._draw(final=True)
+                self._phase, self._since, self._lines = kind, time.monotonic(), 0
+                self._tail.clear()
+            self._bar = [plain_text(line) for line in lines[-1:] if line.endswith("\r")]
+            if not "".join(lines).isprintable():
+                lines = [plain_text(line) for line in lines if not line.endswith("\r")]
+            self._lines += len(lines)
+            self._tail.extend(lines[-TAIL:])
+            if self.form == "plain" and lines:
+                self._put([f"{kind:10} {line}" for line in lines])
+            elif time.monotonic() - self._drawn_at > 0.05:
+                self._draw()
+
+    def end(self, failure: Mapping[str, Any] | None, where: Callable[[], str] | None = None) -> None:
         """Show the end of the build.
 
         failure: the result of `complete` if the build failed.
-        tail: show the last lines of a failed build unless they were all shown.
+        where: returns where the earlier lines of the build are; called if only the last ones are shown. None: no line
+            is shown.
         """
         self._over.set()
-        if self.form == "json":
-            return
         with self._lock:
-            if self.form == "live":
-                self._end_phase()
-            if failure is not None and tail and self._phase == "build":
+            self._draw(final=True)
+            rows = []
+            if failure and where and self._phase == "build" and self.form in ("live", "quiet"):
                 if self._lines > TAIL:
-                    self._stream.write(f"  ... {self._lines - TAIL:,} earlier lines (--format plain shows all)\n")
-                self._stream.write("".join(f"  {line}\n" for line in self._tail))
-            if failure is not None:
+                    rows.append(f"  ... {self._lines - TAIL:,} earlier lines {where()}")
+                rows += [f"  {line}" for line in self._tail]
+            if failure:
                 word = "confbuild: error:" if self.form == "quiet" else _paint("failed", "31;1", self._color) + "    "
-                error = plain_text(f"{failure.get('error_type')}: {failure.get('error')}")
-                self._stream.write(f"{word} {error}\n")
+                rows.append(word + plain_text(f" {failure.get('error_type')}: {failure.get('error')}"))
             elif self.form != "quiet":
-                self._stream.write(_paint("complete", "32", self._color) + "   ok\n")
+                rows.append(_paint("complete", "32", self._color) + "   ok")
             self._phase = ""
-            self._stream.flush()
+            if self.form != "json":
+                self._put(rows)
 
-    def _erase(self) -> None:
-        if self._drawn:
-            self._stream.write(f"\x1b[{self._drawn}F\x1b[J")
-            self._drawn = 0
+    def _put(self, rows: Sequence[str], drawn: int = 0) -> None:
+        """Replace what was drawn by rows, of which the next call replaces drawn."""
+        erase = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
+        self._stream.write(erase + "".join(f"{row}\n" for row in rows))
+        self._stream.flush()
+        self._drawn = drawn
 
-    def _head(self) -> str:
-        """Return the line of the current phase."""
-        said = self._tail[-1] if self._tail else ""
+    def _draw(self, final: bool = False) -> None:
+        """Draw the current phase, and its latest lines unless it is final."""
+        if self.form != "live" or not self._phase:
+            return
+        self._drawn_at = time.monotonic()
+        last = [*self._tail, *self._bar]
+        said = "".join(last[-1:])
         if self._phase == "build":
             said = f"{self._lines} line{'s' if self._lines != 1 else ''}"
-        took = f"{time.monotonic() - self._began:6.1f} s" if self._timed else ""
-        return f"{self._phase:10} {took}  {said}"
-
-    def _end_phase(self) -> None:
-        """Replace the drawing by the phase's line with its whole time."""
-        self._erase()
-        if self._phase and self.form == "live":
-            self._stream.write(cut_to_cells(self._head(), self._width()) + "\n")
-            self._stream.flush()
-
-    def _draw(self) -> None:
-        self._drawn_at = time.monotonic()
-        self._erase()
-        rows = [self._head()] + ["  " + line for line in list(self._tail)[-8:] if self._phase == "build"]
-        self._stream.write("".join(cut_to_cells(row, self._width()) + "\n" for row in rows))
-        self._drawn = len(rows)
-        self._stream.flush()
+        took = f"{self._drawn_at - self._since:6.1f} s" if self._timed else ""
+        rows = [f"{self._phase:10} {took}  {said}"]
+        if self._phase == "build" and not final:
+            rows += ["  " + line for line in last[-8:]]
+        self._put([cut_to_cells(row, self._width()) for row in rows], 0 if final else len(rows))
 
     def _width(self) -> int:
         try:  # the terminal that is drawn on: stdout may be a pipe
@@ -12797,7 +12825,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
             display.note(f"submitted job {job_id}; to follow it again: " + client.command("watch", job_id))
         checks = [] if is_url else ["--source", source]
         checks += ["--image", options.image] if options.image and options.tee else []
-        return _follow_and_fetch(client, job_id, Delivery(bundle, expected, endorsements, checks))
+        delivery = Delivery(bundle, expected, endorsements, checks)
+        return _follow_and_fetch(client, job_id, delivery, os.path.join(scratch, "build.log"))
 
 
 def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
@@ -12902,43 +12931,71 @@ def _is_replaceable(path: str) -> bool:
         return False
 
 
-def _follow(client: Client, job_id: str, start: int) -> tuple[Mapping[str, Any] | None, str]:
-    """Show the events of a job after the first start ones.
+def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[str, Any] | None:
+    """Show the events of a job after the first start ones. Return the result of `complete`; None if nothing came.
 
-    Returns the result of `complete` (None if the stream had ended before start) and the SHA-256 of the build lines.
+    log: the file that gets the lines of the build; "" for none. The job was then submitted earlier.
     """
-    digest = hashlib.sha256()
-    for event in client.service.events(job_id, start):
-        if event["type"] == "queued":  # a new attempt after a crash of the server: its log starts again
-            digest = hashlib.sha256()
-        if event["type"] == "build" and isinstance(event.get("msg"), str):
-            digest.update((event["msg"] + "\n").encode("utf-8", "replace"))
-        client.display.event(event)
-        if event["type"] == "complete":
+    display = client.display
+    for event in client.service.events(job_id, start, submitted=bool(log)):
+        lines: Sequence[str] = ()
+        if isinstance(event, list):
+            text = '","'.join(event)
+            lines = json.loads(f'["{text}"]') if "\\" in text else event
+        elif event["type"] == "build" and isinstance(event.get("msg"), str):
+            lines = [event["msg"]]
+        # A new attempt after a crash of the server begins with `queued`: its log starts again.
+        again = not lines and isinstance(event, dict) and event["type"] == "queued"
+        with open(log or os.devnull, "wb" if again else "ab") as f:
+            f.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+        if display.form == "json":
+            rows = [f'{{"type":"build","msg":"{text}"}}\n' for text in event] if isinstance(event, list) else []
+            sys.stdout.write("".join(rows) or compact_json(event) + "\n")
+            sys.stdout.flush()
+        elif isinstance(event, list):
+            display.show("build", lines)
+        else:
+            display.event(event)
+        if isinstance(event, dict) and event["type"] == "complete":
             result = event.get("result")
             if not isinstance(result, dict) or result.get("status") not in ("ok", "failed"):
                 raise BrokenProtocol("a `complete` event without a valid result")
-            client.display.end(result if result["status"] == "failed" else None)
-            return result, digest.hexdigest()
-    return None, digest.hexdigest()
+            return result
+    return None
 
 
-def _follow_and_fetch(client: Client, job_id: str, delivery: Delivery) -> int:
-    """Follow a job to its end, and fetch its bundle. An interrupt cancels the job."""
+def _follow_and_fetch(client: Client, job_id: str, delivery: Delivery, log: str) -> int:
+    """Follow a job to its end, and fetch its bundle. An interrupt cancels the job.
+
+    log: the file for the lines of the build; it is kept if the build fails at a temporary server.
+    """
     try:
-        result, log_sha256 = _follow(client, job_id, 0)
+        result = _follow(client, job_id, log)
     except KeyboardInterrupt:
-        client.display.end({"error_type": "Cancelled", "error": "interrupted"}, tail=False)
+        client.display.end({"error_type": "Cancelled", "error": "interrupted"})
         try:
             client.service.jobs("DELETE", f"/build/{job_id}")
             client.display.note(f"interrupted; job {job_id} is cancelled")
         except RemoteError as e:
             client.display.note(f"interrupted; job {job_id} could not be cancelled: {e}")
         raise
-    if result is not None and result["status"] == "failed":
+
+    def where() -> str:
+        if client.arguments:
+            return _on_server(client, job_id)
+        shutil.copyfile(log, delivery.bundle + ".log")
+        return f"in {delivery.bundle}.log"
+
+    failure = result if result and result["status"] == "failed" else None
+    client.display.end(failure, where)
+    if failure:
         return EXIT_NO
-    expected = delivery.expected._replace(build_log_sha256=log_sha256)
+    expected = delivery.expected._replace(build_log_sha256=file_sha256(log))
     return _fetch_bundle(client, job_id, delivery._replace(expected=expected))
+
+
+def _on_server(client: Client, job_id: str) -> str:
+    return "on the server: " + client.command("watch", job_id, "--format", "plain")
 
 
 def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
@@ -13030,8 +13087,10 @@ def cmd_watch(options: "argparse.Namespace") -> int:
     """Follow a job."""
     client = _client(options, timed=False)
     job_id = _find_job(client, options.job)
-    result, _ = _follow(client, job_id, options.start)
-    if result is None:  # it had ended before
+    result = _follow(client, job_id, "", options.start)
+    if result is not None:
+        client.display.end(result if result["status"] == "failed" else None, lambda: _on_server(client, job_id))
+    else:  # it had ended before
         [result] = client.service.jobs("GET", f"/build/{job_id}")
         client.display.note(f"there is nothing after event {options.start}; the build is {_status_text(result)}")
     return EXIT_OK if result["status"] == "ok" else EXIT_NO

@@ -54,7 +54,7 @@ import uuid
 import zipapp
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -8536,16 +8536,17 @@ class TestLineSplitter:
             ([b""], []),
             ([b"\n"], [""]),
             ([b"\r"], [""]),
+            ([b"\rx"], ["\r", "x"]),
             ([b"\r\n"], [""]),
             ([b"\r", b"\n"], [""]),
             ([b"\n\r"], ["", ""]),
-            ([b"a\nb\r\nc\rd"], ["a", "b", "c", "d"]),
+            ([b"a\nb\r\nc\rd"], ["a", "b", "c\r", "d"]),
             ([b"a\n\n\nb\n"], ["a", "", "", "b"]),
-            ([b"a\r\r\nb"], ["a", "", "b"]),
+            ([b"a\r\r\nb"], ["a\r", "", "b"]),
             ([b"a\r", b"\nb\n"], ["a", "b"]),
-            ([b"a\r", b"b\n"], ["a", "b"]),
+            ([b"a\r", b"b\n"], ["a\r", "b"]),
             ([b"a\r", b""], ["a"]),
-            ([b"a", b"\r", b"\r", b"\n"], ["a", ""]),
+            ([b"a", b"\r", b"\r", b"\n"], ["a\r", ""]),
             ([b"\xff\xc3\n"], ["\ufffd\ufffd"]),
             ([b"\xc3", b"\xa9\n"], ["\u00e9"]),
             ([b"a\x1b[31m\0\x0b\x0c\x85\n"], ["a\x1b[31m\0\x0b\x0c\ufffd"]),
@@ -8553,7 +8554,7 @@ class TestLineSplitter:
             ([X], [X.decode()]),
             ([X + b"\r\n"], [X.decode()]),
             ([X + b"\r", b"\n"], [X.decode()]),
-            ([X, b"\r", b"y"], [X.decode(), "y"]),
+            ([X, b"\r", b"y"], [X.decode(), "\r", "y"]),
             ([X + b"y\n"], [X.decode(), "y"]),
             ([X, b"\n\n"], [X.decode(), ""]),
             ([X * 2 + b"\n"], [X.decode()] * 2),
@@ -8569,7 +8570,9 @@ class TestLineSplitter:
     def expected(data: bytes, limit: int) -> list[str]:
         """The same, slowly: character by character. Only for UTF-8."""
         lines = []
-        ended = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").decode().split("\n")
+        if data.endswith(b"\r"):  # an LF may have followed
+            data += b"\n"
+        ended = data.replace(b"\r\n", b"\n").replace(b"\r", b"\r\n").decode().split("\n")
         for line in ended[:-1] if ended[-1] == "" else ended:
             piece = ""
             for character in line:
@@ -17381,6 +17384,15 @@ class TestEventStream:
             assert [len(event.data) for event in parser.feed(b"\n\n")] == [1 << 18]
 
 
+def one_by_one(events: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Yield the events of ApiClient.events, each as an object."""
+    for event in events:
+        if isinstance(event, list):
+            yield from ({"type": "build", "msg": json.loads(f'"{text}"')} for text in event)
+        else:
+            yield event
+
+
 class TestApiClient:
     @pytest.fixture
     def naps(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -17389,13 +17401,14 @@ class TestApiClient:
         monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(monotonic=time.monotonic, sleep=taken.append))
         return taken
 
-    def follow(self, *answers: Answer, start: int = 0) -> tuple[list[str], list[str], list[str]]:
+    def follow(
+        self, *answers: Answer, start: int = 0, submitted: bool = False
+    ) -> tuple[list[str], list[str], list[str]]:
         """(types of the events, what the user was told, paths asked for)."""
         told: list[str] = []
         with StandIn(*answers) as server:
-            kinds = [
-                event["type"] for event in confbuild.ApiClient(server.url, "secret", told.append).events("j", start)
-            ]
+            client = confbuild.ApiClient(server.url, "secret", told.append)
+            kinds = [event["type"] for event in one_by_one(client.events("j", start, submitted))]
             return kinds, told, [path for _, path, _ in server.seen]
 
     @pytest.mark.parametrize(
@@ -17423,8 +17436,53 @@ class TestApiClient:
     def test_words_decide_nothing(self, naps: list[float]) -> None:
         """A busy server is waited for, whatever words it uses."""
         assert self.follow(
-            (503, PROBLEM, b'{"detail":"switching the protocol"}'), (200, SSE, frame(1, "complete", END))
+            (503, PROBLEM, b'{"detail":"switching the protocol"}'),
+            (200, SSE, frame(1, "complete", END)),
+            submitted=True,
         )[0] == ["complete"]
+
+    def test_a_first_connection_that_fails(self, naps: list[float]) -> None:
+        """It is an error at once, unless the server took the job just now: only a stream that worked is resumed."""
+        with pytest.raises(confbuild.RemoteError, match="503: busy"):
+            self.follow((503, PROBLEM, b'{"detail":"busy"}'))
+        with pytest.raises(confbuild.RemoteError, match="refused"):
+            list(confbuild.ApiClient("http://127.0.0.1:1").events("j"))
+        assert naps == []
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ["one", "two", "three"],
+            ["a \u00e9\u4e2d", "\U0001f600", 'q"\\', "\x1b[1m\t\0", ""],
+            ["x" * 3000] * 3000,
+            ["\ud800", "\udc00\ud800 unpaired"],
+        ],
+        ids=["plain", "escapes", "many", "surrogates"],
+    )
+    @pytest.mark.parametrize("chunk", [7, 100_000])
+    def test_blocks_of_lines(self, naps: list[float], lines: list[str], chunk: int) -> None:
+        """Consecutive lines come together and unchanged, wherever the blocks are cut."""
+        told = [{"type": "build", "msg": line} for line in lines[: None if chunk > 7 else 20]]
+        parts = [b": hello\n\n" + frame(1, "vm"), *frames([json.dumps(e, separators=(",", ":")) for e in told], 2)]
+        data = b"".join(parts) + frame(len(told) + 2, "complete", END)
+        pieces = [data[at : at + chunk] for at in range(0, len(data), chunk)]
+        chunked = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+        with StandIn((200, {**SSE, **CHUNKED}, chunked)) as server:
+            if any(map(re.compile("[\ud800-\udfff]").search, lines)):
+                with pytest.raises(confbuild.BrokenProtocol, match="surrogate"):
+                    list(confbuild.ApiClient(server.url).events("j"))
+                return
+            events = list(confbuild.ApiClient(server.url).events("j"))
+        assert list(one_by_one(events))[1:-1] == told
+        assert chunk < 100 or len(lines) < 100 or any(isinstance(event, list) for event in events)
+
+    @pytest.mark.parametrize("at", [1, 2, 3])
+    def test_numbers_of_lines(self, at: int) -> None:
+        """A number that is left out or comes twice is found in a block, too."""
+        data = frame(1) + frame(2) + frame(3)
+        data = data.replace(b"id: %d\n" % at, b"id: %d\n" % (at + 5))
+        with StandIn((200, SSE, data)) as server, pytest.raises(confbuild.BrokenProtocol, match="event .* after event"):
+            list(confbuild.ApiClient(server.url).events("j"))
 
     def test_each_loss_is_told(self, naps: list[float]) -> None:
         """And the server's wish for a pause is heard, within reason."""
@@ -17596,7 +17654,7 @@ class TestApiClient:
             within(20),
             pytest.raises(confbuild.RemoteError, match="lost for 0 s|got more than 100 (interim responses|trailers)"),
         ):
-            list(confbuild.ApiClient(server.url).events("j"))
+            list(confbuild.ApiClient(server.url).events("j", submitted=True))
 
     def test_gone(self, monkeypatch: pytest.MonkeyPatch, naps: list[float]) -> None:
         monkeypatch.setattr(confbuild, "RECONNECT_S", 0.0)
@@ -22494,7 +22552,8 @@ class TestRendering:
         for event in events:
             display.event(event)
             if event["type"] == "complete":
-                display.end(event["result"] if event["result"]["status"] == "failed" else None)
+                failure = event["result"] if event["result"]["status"] == "failed" else None
+                display.end(failure, lambda: "in x.log")
         if end:
             display.note("a\x1b[2J note")
         return out.getvalue()
@@ -22519,7 +22578,7 @@ class TestRendering:
     def test_live_failure(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows = screen(self.shown(monkeypatch, True, *self.EVENTS, {"type": "complete", "result": self.FAILED}))
         assert rows[-1] == "failed     BuildError: no luck"
-        assert rows[3] == "  ... 10 earlier lines (--format plain shows all)"
+        assert rows[3] == "  ... 10 earlier lines in x.log"
         assert [row.split()[1] for row in rows[4:-1]] == [str(n) for n in range(10, 50)], (
             "the last 40 lines and the root cause"
         )
@@ -22530,6 +22589,28 @@ class TestRendering:
             "queued     place 2 in line\nqueued     next\nvm         boot\nbuild      line 0 " + "x" * 90 + "\n"
             "failed     BuildError: no luck\nconfbuild: a note\n"
         )
+
+    def test_progress_bars(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A line that ends with CR gives way to the next one, as on a terminal; a bar is not a line of the log."""
+        bar = [{"type": "build", "msg": f"{n} %\r"} for n in range(100)]
+        events = [{"type": "build", "msg": "\x1b[1mone"}, *bar, {"type": "build", "msg": "100 %"}]
+        assert self.shown(monkeypatch, False, *events) == "build      one\nbuild      100 %\n"
+        assert screen(self.shown(monkeypatch, True, *events[:-1]))[1:] == ["  one", "  99 %"]
+        rows = screen(self.shown(monkeypatch, True, *events))
+        assert rows[0].endswith("  2 lines") and rows[1:] == ["  one", "  100 %"]
+
+    def test_batches(self) -> None:
+        """Lines that come together look like lines that come one by one."""
+        for form in ("plain", "live", "quiet"):
+            one, many = io.StringIO(), io.StringIO()
+            lines = [f"\x1b[1m{n}\u202e" for n in range(60)]
+            for stream, parts in ((one, [[line] for line in lines]), (many, [lines])):
+                display = confbuild.Display(stream, form, False, timed=False)
+                for part in parts:
+                    display.show("build", part)
+                display.end(self.FAILED, lambda: "in x.log")
+            assert screen(one.getvalue()) == screen(many.getvalue())
+            assert "\u202e" not in many.getvalue() and "59" in many.getvalue()
 
     @pytest.mark.parametrize("live", [False, True])
     @pytest.mark.parametrize(
@@ -23065,7 +23146,7 @@ class TestUsage:
         returned, out, errors = elsewhere[line]
         assert (returned, out) == (status, "") and message in errors and "Traceback" not in errors, errors
 
-    def test_the_log_of_the_last_attempt(self) -> None:
+    def test_the_log_of_the_last_attempt(self, tmp_path: Path) -> None:
         """A build that its server did not survive begins again: build_log covers the attempt that ended."""
         told: list[dict[str, Any]] = [
             {"type": "queued", "position": 0},
@@ -23074,10 +23155,10 @@ class TestUsage:
             {"type": "build", "msg": "new"},
             {"type": "complete", "result": {"status": "ok"}},
         ]
-        service: Any = types.SimpleNamespace(events=lambda job, start: iter(told))
-        client = confbuild.Client(service, confbuild.Display(io.StringIO(), "quiet", False), ())
-        _, digest = confbuild._follow(client, "j", 0)
-        assert digest == hashlib.sha256(b"new\n").hexdigest()
+        service: Any = types.SimpleNamespace(events=lambda job, start, submitted: iter(told))
+        client = confbuild.Client(service, confbuild.Display(io.StringIO(), "quiet", False))
+        confbuild._follow(client, "j", str(tmp_path / "log"))
+        assert (tmp_path / "log").read_text() == "new\n"
 
     @pytest.mark.parametrize(
         ("put", "ours"),
@@ -24580,6 +24661,12 @@ class TestBuild:
         done = shell("build", "demo", "--output", "quiet")
         assert (done.returncode, done.stdout) == (1, "")
         assert re.fullmatch(r"  one\n  two\nconfbuild: error: BuildError: .+\n", done.stderr)
+        assert sorted(os.listdir(tmp_path)) == ["demo", "tmp"], "everything was shown"
+        write_files(tmp_path / "demo", {"build.sh": "seq 1 70; printf '1%%\\r2%%\\r'; exit 3"})
+        done = shell("build", "demo", "--output", "quiet")
+        assert done.stderr.startswith("  ... 31 earlier lines in demo-build.log\n  32\n")
+        assert done.stderr.partition("\nconfbuild: error: ")[0].endswith("\n  70\n  2%")
+        assert (tmp_path / "demo-build.log").read_bytes() == b"".join(b"%d\n" % n for n in range(1, 71)) + b"1%\r\n2%\n"
         assert not (tmp_path / "demo-build").exists()
 
     def test_too_large(self, shell: Shell, tmp_path: Path) -> None:
@@ -25562,7 +25649,7 @@ if __name__ == "__main__":
         threading.Thread(target=server.serve_forever, daemon=True).start()
         client = ApiClient("127.0.0.1:%d" % server.server_address[1], "t0")
         job = client.submit(BuildRequest(nonce, source_name="demo.tar.gz"), archive)
-        print(json.dumps(list(client.events(job))))
+        print(json.dumps([event for event in client.events(job) if isinstance(event, dict)]))
         client.download(job, state + "/bundle")
         now = datetime.now().astimezone()
         print(verify_bundle(read_bundle(state + "/bundle"), expected._replace(nonce=nonce), now).verdict)
