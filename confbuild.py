@@ -6857,6 +6857,18 @@ def to_payload(event: Mapping[str, Any]) -> Payloads:
     return Payloads([compact_json(event)])
 
 
+def to_ndjson(frames: bytes) -> bytes:
+    """Return the objects of frames as lines, each with its number as `id`.  [CONTRACT 1.7]"""
+    return re.sub(rb"id: (\d+)\ndata: \{", rb'{"id":\1,', frames).replace(b"\n\n", b"\n")
+
+
+def to_text(frames: bytes) -> bytes:
+    """Return the lines of the `build` events in frames."""
+    messages = re.findall(rb'\ndata: \{"type":"build","msg":(".*")\}\n\n', frames)
+    lines = [*json.loads(b"[%b]" % b",".join(messages)), ""]
+    return "\n".join(lines).encode("utf-8")
+
+
 def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
     """Return (end, count, finished) of the log in the first size bytes of the file fd, from its last frame.
 
@@ -7119,6 +7131,7 @@ class Watcher:
     pending: bytes to send before those.
     ending: the last chunk has been sent.
     peer_half_closed: the peer sends nothing more.
+    ndjson: the stream has a line of JSON for each event, instead of its frame.
     since: the time of the last progress, by the monotonic clock.
     files: the number of its descriptors: a socket, and the source unless that is the log of a running job.
     """
@@ -7132,6 +7145,7 @@ class Watcher:
         tls: bool,
         greeting: bytes,
         then: "Callable[[], None] | None" = None,
+        ndjson: bool = False,
     ) -> None:
         sock.setblocking(False)
         self.sock = sock
@@ -7140,6 +7154,7 @@ class Watcher:
         self.chunked = chunked
         self.tls = tls
         self.then = then
+        self.ndjson = ndjson
         self.position = -1
         self.left = 0
         self.pending = self.frame(greeting) if greeting else b""
@@ -7245,7 +7260,7 @@ class Streamer:
     def _comment(self, watcher: Watcher) -> None:
         """Send a comment to a waiting watcher; this fails if the peer is gone."""
         self._forget(watcher)
-        watcher.pending = watcher.frame(b": keepalive\n\n")
+        watcher.pending = watcher.frame(b"\n" if watcher.ndjson else b": keepalive\n\n")
         self._pump(watcher)
 
     def _scan(self, now: float) -> None:
@@ -7302,7 +7317,7 @@ class Streamer:
             watcher.position = source.offset_of(watcher.start)
         rest = source.size - watcher.position
         if watcher.position >= 0 and rest > 0:
-            if rest > _SMALL and not watcher.tls:
+            if rest > _SMALL and not (watcher.tls or watcher.ndjson):
                 watcher.left = rest
                 watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
                 return True
@@ -7312,7 +7327,11 @@ class Streamer:
             data = self._block[3]
             if not data:
                 raise OSError("the file ends before the range does")
-            watcher.pending = watcher.frame(data)
+            if watcher.ndjson:
+                if b"\n\n" not in data:  # a long event
+                    data = os.pread(source.fd, MAX_FRAME, watcher.position)
+                data = data[: data.rfind(b"\n\n") + 2]
+            watcher.pending = watcher.frame(to_ndjson(data) if watcher.ndjson else data)
             watcher.position += len(data)
             return True
         if finished and watcher.chunked and not watcher.ending:
@@ -7347,7 +7366,7 @@ class Streamer:
 
 # endregion 30
 # ==============================================================================
-# region 31. Jobs                                          [uses 18, 21, 29, 30]
+# region 31. Jobs                                      [uses 18, 21, 23, 29, 30]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -7356,7 +7375,7 @@ class Streamer:
 #
 # Files are written outside of Jobs._changed, so that a slow disk delays only those who wait for that job.  Job.writing
 # serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an EventLog's lock;
-# EndedJobs._lock last.  Of the jobs that have ended, memory holds only the order, so that a state of any size costs
+# JobTable._lock last.  Of the jobs that have ended, memory holds only the order, so that a state of any size costs
 # little.
 #
 # Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
@@ -7367,11 +7386,14 @@ STATE_VERSION = 1
 _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_SEQ = 10**18  # jobs with this number are ordered by their times
+BUSY = {"Retry-After": "10"}
 RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
 ANNOUNCE_S = 1.0  # least time between two positions that a job announces
 
 _RESULT = {"size": int, "sha256": re.compile("[0-9a-f]{64}")}
 _FAILURE = {"error": str, "error_type": str}
+KEY_S = 24 * 3600.0  # how long an Idempotency-Key stands for its job [CONTRACT 1.6]
+IDEMPOTENCY_KEY = re.compile(r"[ !#-\[\]-~]{1,255}")  # printable ASCII, no quotation mark or backslash
 # state -> (the states that may follow; in job.json: finished_at, result, failure).  [CONTRACT 1.12]
 # A job that has not ended has a failure if its cancellation is recorded, but not published yet.
 # fmt: off
@@ -7393,6 +7415,7 @@ _JOB_SCHEMAS = {
         "finished_at": finished_at,
         "result": result,
         "failure": failure,
+        "key?": IDEMPOTENCY_KEY,
     }
     for state, (_, finished_at, result, failure) in JOB_STATES.items()
 }
@@ -7461,6 +7484,7 @@ class JobRecord(NamedTuple):
 
     result: size and SHA-256 of the archive.
     failure: error and error_type of the `complete` event.
+    key: the Idempotency-Key of its request, or empty.
     """
 
     seq: int
@@ -7472,10 +7496,14 @@ class JobRecord(NamedTuple):
     finished_at: str = ""
     result: Mapping[str, Any] | None = None
     failure: Mapping[str, str] | None = None
+    key: str = ""
 
     def to_bytes(self) -> bytes:
         """Return job.json."""
-        return compact_json(self._asdict() | {"request": self.request._asdict()}).encode("ascii")
+        doc = self._asdict() | {"request": self.request._asdict()}
+        if not self.key:  # earlier versions do not know it
+            del doc["key"]
+        return compact_json(doc).encode("ascii")
 
     @classmethod
     def parse(cls, data: bytes) -> "JobRecord":
@@ -7542,6 +7570,8 @@ class Job:
         self.position: Any = -1  # the last one announced
         self.tried_at = float("-inf")  # the time of the last try to announce a position, or to complete
         self.log: EventLog | None = None
+        self.deriving = threading.Lock()  # its holder makes a file from the others
+        self.converted = 0  # bytes of the log that log.txt has; belongs to the holder of deriving
         self._halting = threading.Lock()
         self._reason: tuple[str, str] | None = None  # guarded by _halting; (error_type, error), why the build must stop
         self._stop: Callable[[], None] | None = None  # guarded by _halting; stops the build; called at most once
@@ -7726,6 +7756,43 @@ class Job:
                 os.unlink(self.source)
 
 
+def open_text(job: Job) -> OpenFile:
+    """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
+    log, path = job.open_log(), job.path("log.txt")
+    with job.deriving:
+        if not os.path.exists(path):
+            whole = log.finished  # before its size
+            with open(path + ".tmp", "ab" if job.converted else "wb") as f:  # "wb": an earlier server has begun it
+                while job.converted < log.size:
+                    frames = os.pread(log.fd, MAX_FRAME, job.converted)
+                    frames = frames[: frames.rfind(b"\n\n", 0, log.size - job.converted) + 2]
+                    f.write(to_text(frames))
+                    job.converted += len(frames)
+            if whole:
+                os.rename(path + ".tmp", path)
+            else:
+                path += ".tmp"
+        return OpenFile(path)
+
+
+def open_member(job: Job, name: str) -> OpenFile:
+    """Return the file of the bundle that is called name. Raises Refused 404, OSError."""
+    job.open_result()  # raises if there is none
+    path = job.path(f"file-{sha256_hex(name.encode('utf-8', 'replace'))}")
+    with job.deriving:
+        if not os.path.exists(path):
+            with gzip.open(job.path("result.tar.gz")) as stream:
+                for member in tar_members(stream, MAX_UNPACKED):
+                    if member.kind == "file" and member.name.partition("/")[2] == name:
+                        with open(path + ".tmp", "wb") as f:
+                            f.writelines(member.contents)
+                        os.rename(path + ".tmp", path)
+                        break
+                else:
+                    raise Refused(404, "NotFound", f"the bundle has no file {name[:80]!r}")
+        return OpenFile(path)
+
+
 @contextlib.contextmanager
 def _refuse_damaged() -> Iterator[None]:
     """Raise Refused 404 if the block finds a file of a job missing or damaged."""
@@ -7752,45 +7819,50 @@ def _read_job(folder: str, grown: Callable[[EventLog], None]) -> Job:
     return job
 
 
-def _order(job: Job) -> tuple[int, str]:
-    return job.record.seq, job.record.submitted_at
+Order = tuple[int, str, str]  # of a job: seq and submitted_at; and its key
+
+
+def _order(job: Job) -> Order:
+    return job.record.seq, job.record.submitted_at, job.record.key
 
 
 # The job.json of a job that has ended.  It is only looked at: whoever asks for the job gets all checks.
 _ENDED = re.compile(
     rb'\{"seq":([0-9]{1,18}),"request":.*,"state":"(?:ok|failed)","submitted_at":"([^"]*)","started_at":"[^"]*"'
-    rb',"finished_at":"[^"]+",.*\}'
+    rb',"finished_at":"[^"]+",.*?(?:,"key":"([^"]*)")?\}'
 )
 
 
-class EndedJobs:
-    """The jobs that have ended. Memory holds only their order; a job is read when somebody asks for it.
+class JobTable:
+    """The jobs of a state. Of those that have ended, memory holds only the order; one is read when somebody asks.
 
+    incoming: the folder of files that do not belong to a job yet.
     folder: of the jobs.
-    incoming: of files that do not belong to a job yet.
     """
 
-    def __init__(self, folder: str, incoming: str) -> None:
-        self.folder = folder
-        self._incoming = incoming
-        for path in (folder, incoming):
-            os.makedirs(path, mode=0o700, exist_ok=True)
+    def __init__(self, state: str) -> None:
+        self.incoming = os.path.join(state, "incoming")
+        self.folder = os.path.join(state, "jobs")
         self._lock = threading.Lock()
-        self._order: dict[str, tuple[int, str]] = {}  # guarded by _lock; id -> _order()
-        # guarded by _lock; those that somebody uses
+        self._order: dict[str, Order] = {}  # guarded by _lock; of all jobs, by id
+        self._live: dict[str, Job] = {}  # guarded by _lock; those that have not ended
+        # guarded by _lock; those that have ended and that somebody uses
         self._used: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
+        for path in (self.folder, self.incoming):
+            os.makedirs(path, mode=0o700, exist_ok=True)
 
     def read(self, grown: Callable[[EventLog], None]) -> list[Job]:
         """Read the jobs of earlier servers. Return those that have not ended, in the order of submission."""
-        for name in os.listdir(self._incoming):
+        for name in os.listdir(self.incoming):
             if re.fullmatch(r"[0-9a-f-]{32,36}", name):  # it was not accepted
-                remove_tree(os.path.join(self._incoming, name))
+                remove_tree(os.path.join(self.incoming, name))
         names = filter(_JOB_ID.fullmatch, os.listdir(self.folder))
         found = [_read_job(os.path.join(self.folder, name), grown) for name in names if not self._glance(name)]
         for job in found:
+            self.add(job)
             if job.log is None:
                 logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
-                self.add(job)
+                self.end(job)
         return sorted((job for job in found if job.log is not None), key=_order)
 
     def _glance(self, job_id: str) -> bool:
@@ -7801,22 +7873,29 @@ class EndedJobs:
                 match = _ENDED.fullmatch(f.read(MIB))
             if match and EventLog(os.path.join(folder, "events"), flags=os.O_RDONLY).finished:
                 with self._lock:
-                    self._order[job_id] = (int(match[1]), match[2].decode("ascii"))
+                    self._order[job_id] = (int(match[1]), match[2].decode("ascii"), (match[3] or b"").decode("ascii"))
                 return True
         except (Malformed, OSError, ValueError):
             pass  # damaged
         return False
 
     def add(self, job: Job) -> None:
-        """Add a job that has ended just now, or is damaged."""
+        """Add a job that has not ended."""
         with self._lock:
             self._order[job.id] = _order(job)
+            self._live[job.id] = job
+
+    def end(self, job: Job) -> None:
+        """Forget a job that has ended, unless somebody uses it."""
+        with self._lock:
             self._used[job.id] = job
+            del self._live[job.id]
 
     def get(self, job_id: str) -> Job:
         """Return the job with this id, the same object for all who use it. Raises Refused 404."""
         with self._lock:
-            job, known = self._used.get(job_id), job_id in self._order
+            job = self._live.get(job_id) or self._used.get(job_id)
+            known = job_id in self._order
         if not known:
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
         if job is None:
@@ -7825,10 +7904,19 @@ class EndedJobs:
                 job = self._used.setdefault(job_id, job)
         return job
 
-    def order(self) -> dict[str, tuple[int, str]]:
-        """Return the places of all jobs in the order of submission, by id."""
+    def ids(self, after: str = "") -> list[str]:
+        """Return the ids of all jobs, newest first. after: only those that are older than this one. Raises Refused."""
         with self._lock:
-            return dict(self._order)
+            order = dict(self._order)
+        ids = sorted(order, key=order.__getitem__, reverse=True)
+        return ids[ids.index(self.get(after).id) + 1 :] if after else ids
+
+    def find(self, key: str) -> Job | None:
+        """Return the job that was accepted with this Idempotency-Key in the last KEY_S seconds."""
+        since = datetime.fromtimestamp(time.time() - KEY_S, UTC).isoformat()
+        with self._lock:
+            found = [one for one, order in self._order.items() if key and order[2] == key and order[1] > since]
+        return self.get(found[0]) if found else None
 
 
 def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
@@ -7856,19 +7944,17 @@ class Jobs:
         max_queue: int = 1000,
         single_use: bool = False,
     ) -> None:
-        self.incoming = os.path.join(state, "incoming")
+        self.table = JobTable(state)
         self._run = run
         self._grown = grown
         self._max_queue = max_queue
         self._single_use = single_use
         self._stopping = threading.Event()  # set under _changed
         self._changed = threading.Condition()
-        self._jobs: dict[str, Job] = {}  # guarded by _changed; those that have not ended
-        self._ended = EndedJobs(os.path.join(state, "jobs"), self.incoming)
         self._queue: list[Job] = []  # guarded by _changed; sorted by _order
         self._running: set[Job] = set()  # guarded by _changed; from leaving the queue until run() has returned
         self._ending: dict[Job, End] = {}  # guarded by _changed; not yet published
-        self._accepting = 0  # guarded by _changed; how many new jobs are being written
+        self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
         work = {"queue": self._tend} | {f"slot {number}": self._work for number in range(slots)}
@@ -7879,18 +7965,18 @@ class Jobs:
 
     def start(self) -> None:
         """Read the jobs of earlier servers, and start the threads."""
-        for job in self._ended.read(self._grown):
-            with self._changed:
-                self._jobs[job.id] = job
+        found = self.table.read(self._grown)
+        with self._changed:
+            for job in found:
                 end = job.record.unpublished_end()
                 if end is not None:
                     self._ending[job] = end
                 else:
                     self._queue.append(job)
-        order = self._order()
+        newest = [self.get(job_id).record.seq for job_id in self.table.ids()[:1]]
         with self._changed:
-            self._accepted = bool(order)
-            self._seq = max((seq for seq, _ in order.values()), default=0)
+            self._accepted = bool(newest)
+            self._seq = sum(newest)
         for thread in self._threads:
             thread.start()
 
@@ -7901,27 +7987,35 @@ class Jobs:
                 raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
             if self._stopping.is_set():
                 raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
-            if len(self._queue) + self._accepting >= self._max_queue:
+            if len(self._queue) + len(self._accepting) >= self._max_queue:
                 raise Refused(429, "QueueFull", f"the queue is full: {len(self._queue)} builds", {"Retry-After": "60"})
 
-    def submit(self, request: BuildRequest, archive: str = "") -> Job:
-        """Accept a build, durably. archive: the uploaded source; is moved. Raises Refused, OSError."""
+    def submit(self, request: BuildRequest, archive: str = "", key: str = "") -> Job:
+        """Accept a build, durably, or return the one with the same key. Raises Refused, OSError.
+
+        archive: the uploaded source; is moved.
+        """
         with self._changed:
             self.check_open()
+            if key and key in self._accepting:
+                raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
+            self._accepting.append(key)
             self._seq = min(self._seq + 1, MAX_SEQ)
-            record = JobRecord(self._seq, request, submitted_at=utc_now())
-            self._accepting += 1
-        job, accepted = Job(os.path.join(self.incoming, str(uuid.uuid4())), record), False
+            record = JobRecord(self._seq, request, submitted_at=utc_now(), key=key)
+        job, accepted = Job(os.path.join(self.table.incoming, str(uuid.uuid4())), record), False
         with job.writing:
             try:
-                job.create(self._ended.folder, self._grown, archive)
+                known = self.table.find(key)
+                if known is not None:
+                    return known
+                job.create(self.table.folder, self._grown, archive)
+                self.table.add(job)
                 accepted = True
             finally:
                 with self._changed:
-                    self._accepting -= 1
+                    self._accepting.remove(key)
                     if accepted:
                         self._accepted = True
-                        self._jobs[job.id] = job
                         self._queue.append(job)
                         self._queue.sort(key=_order)  # a later job may have been written sooner
                         self._changed.notify_all()
@@ -7935,26 +8029,18 @@ class Jobs:
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
-    def _order(self) -> dict[str, tuple[int, str]]:
-        """Return the places of all jobs in the order of submission, by id."""
-        with self._changed:
-            order = {job.id: _order(job) for job in self._jobs.values()}
-        return self._ended.order() | order  # a job that ends meanwhile is in both
-
     def get(self, job_id: str) -> Job:
         """Return the job with this id. Raises Refused 404."""
-        with self._changed:
-            job = self._jobs.get(job_id)
-        return job or self._ended.get(job_id)
+        return self.table.get(job_id)
 
     def describe(self, job: Job) -> dict[str, Any]:
         """Return the status of a job. [CONTRACT 1.12]"""
         return job.record.to_wire(job.id, self._positions().get(job))
 
-    def newest(self, count: int) -> list[dict[str, Any]]:
-        """Return the status of the last count jobs, newest first."""
-        order, positions = self._order(), self._positions()
-        jobs = [self.get(job_id) for job_id in sorted(order, key=lambda job_id: order[job_id], reverse=True)[:count]]
+    def newest(self, count: int, after: str = "") -> list[dict[str, Any]]:
+        """Return the status of the last count jobs, newest first. after: the id of the job before them, or empty."""
+        positions = self._positions()
+        jobs = [self.get(job_id) for job_id in self.table.ids(after)[:count]]
         return [job.record.to_wire(job.id, positions.get(job)) for job in jobs]
 
     def cancel(self, job: Job) -> None:
@@ -8020,11 +8106,9 @@ class Jobs:
             if end is not None:  # else another thread was faster
                 job.complete(end)
                 if job.log is None:
-                    self._ended.add(job)
+                    self.table.end(job)
                 with self._changed:
                     del self._ending[job]
-                    if job.log is None:
-                        del self._jobs[job.id]
 
     def stop(self, grace_s: float) -> bool:
         """Accept no build, and park those that run after grace_s seconds. Return whether one has ended meanwhile."""
@@ -8070,9 +8154,10 @@ REQUEST_TIMEOUT_S = 30.0  # silence inside a body
 MIN_RATE = 16 * KIB  # bytes a second of a body, on average
 _BATCH, _STARTS = 64, 8  # connections to accept or close, and threads to start, before others get a turn
 
-BUSY = {"Retry-After": "10"}
 JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+_FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
+RAW_TYPES = ("application/gzip", "application/zip")  # of a body that is the archive itself
 REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build [CONTRACT 1.6]
 _REQUEST = {"nonce": str, "...": object} | dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
 
@@ -8100,6 +8185,7 @@ class Response(NamedTuple):
     """An answer, which has a body, or a source: an event stream or a range of a file.
 
     start: how many events of the log the client has, or the first byte of the range.
+    ndjson: the form of the event stream.
     """
 
     status: int
@@ -8107,6 +8193,7 @@ class Response(NamedTuple):
     body: bytes = b""
     source: EventLog | OpenFile | None = None
     start: int = 0
+    ndjson: bool = False
 
 
 class Route(NamedTuple):
@@ -8132,6 +8219,7 @@ _NAME = re.compile(r"\{(\w+)\}")  # in the path of a route
 _ID = {"type": "string", "format": "uuid"}
 _NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
 _FROM = {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
+_AFTER = {"name": "after", "in": "query", "required": False, "schema": _ID}
 _ASKED_NONCE = {"name": "nonce", "in": "query", "required": True, "schema": _NONCE}
 # fmt: off
 ROUTES = (
@@ -8147,10 +8235,17 @@ ROUTES = (
     Route("GET", "/build/{id}/result", "result", "Download the bundle",
           {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "no archive, or not yet",
            416: "no such range", 503: "too many streams"}, "application/gzip"),
+    Route("GET", "/build/{id}/log", "log", "The output of a build so far, also while it runs",
+          {200: "the text", 206: "a range of it", 304: "unchanged", 404: "no such build, or its log is damaged",
+           416: "no such range", 503: "too many streams"}, "text/plain"),
+    Route("GET", "/build/{id}/files/{file}", "file", "Download a file of the bundle, such as evidence.json",
+          {200: "the file", 206: "a range of it", 304: "unchanged", 404: "no such file, or no archive yet",
+           416: "no such range", 503: "too many streams"}, "application/octet-stream"),
     Route("GET", "/build/{id}", "status", "The status of a build", {200: "status", 404: "no such build"}),
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
           {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
-    Route("GET", "/builds", "list_builds", f"The last {MAX_LISTED} builds, newest first", {200: "an array of status"}),
+    Route("GET", "/builds", "list_builds", f"Builds, newest first, at most {MAX_LISTED}",
+          {200: "an array of status", 404: "no such build"}, parameters=(_AFTER,)),
     Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
           {200: "evidence.json", 400: "invalid nonce", 503: "no VM, or it does not attest"},
@@ -8336,9 +8431,9 @@ class Api(NamedTuple):
         """Return the OpenAPI document of ROUTES."""
         return json_response(openapi_document())
 
-    def list_builds(self, _: Request) -> Response:
+    def list_builds(self, request: Request) -> Response:
         """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
-        return json_response(self.jobs.newest(MAX_LISTED))
+        return json_response(self.jobs.newest(MAX_LISTED, request.query.get("after", "")))
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
@@ -8365,8 +8460,24 @@ class Api(NamedTuple):
         log, start = self._open(job.open_log), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(200, headers, source=log, start=start)
+        ndjson = "application/x-ndjson" in request.headers.get("accept", "")
+        media_type = "application/x-ndjson" if ndjson else "text/event-stream"
+        headers = {"Content-Type": media_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return Response(200, headers, source=log, start=start, ndjson=ndjson)
+
+    def log(self, request: Request) -> Response:
+        """Return the output of the build so far. [CONTRACT 1.16]"""
+        file = self._open(functools.partial(open_text, self.jobs.get(request.arguments[0])))
+        headers = {"Content-Type": "text/plain; charset=utf-8", "ETag": f'"{file.size}"', "Cache-Control": "no-store"}
+        return serve_file(request, file, headers)
+
+    def file(self, request: Request) -> Response:
+        """Return a file of the bundle. [CONTRACT 1.16]"""
+        job, name = self.jobs.get(request.arguments[0]), urllib.parse.unquote(request.arguments[1])
+        file = self._open(functools.partial(open_member, job, name))
+        kind = "application/json" if name.endswith(".json") else "application/octet-stream"
+        headers = {"Content-Type": kind, "ETag": f'"{sha256_hex(request.arguments[1].encode())}"', **_FOREVER}
+        return serve_file(request, file, headers)
 
     def result(self, request: Request) -> Response:
         """Return the archive, or a range of it. [CONTRACT 1.11]"""
@@ -8377,7 +8488,7 @@ class Api(NamedTuple):
             "Content-Type": "application/gzip",
             "ETag": f'"{digest}"',
             "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode('ascii')}:",  # [RFC9530 3]
-            "Cache-Control": "private, max-age=31536000, immutable",
+            **_FOREVER,
             "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
         }
         return serve_file(request, file, headers)
@@ -8385,24 +8496,31 @@ class Api(NamedTuple):
     def submit(self, request: Request) -> Response:
         """Accept a build. [CONTRACT 1.6]"""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json":  # a form of another site cannot send this [CONTRACT 1.2]
-            raise Refused(415, "UnsupportedMediaType", f"Content-Type {media_type[:80]!r}: expected application/json")
+        raw, limit = media_type in RAW_TYPES, self.policy.max_archive
+        if not raw and media_type != "application/json":  # a form of another site cannot send these [CONTRACT 1.2]
+            expected = ", ".join(("application/json", *RAW_TYPES))
+            raise Refused(415, "UnsupportedMediaType", f"Content-Type {media_type[:80]!r}: expected {expected}")
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
-        length = int(request.headers["content-length"])
-        if length > self.policy.max_archive * 4 // 3 + MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {self.policy.max_archive} bytes")
+        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
+        if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
+            raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
+        if key and not IDEMPOTENCY_KEY.fullmatch(key):
+            raise Refused(400, "InvalidKey", f"Idempotency-Key must have the form {IDEMPOTENCY_KEY.pattern}")
+        job = self.jobs.table.find(key)
+        if job is not None:
+            return json_response({"job_id": job.id})
         self.jobs.check_open()
-        archive = os.path.join(self.jobs.incoming, uuid.uuid4().hex)
+        archive = os.path.join(self.jobs.table.incoming, uuid.uuid4().hex)
         try:
-            with tempfile.TemporaryFile(dir=self.jobs.incoming) as body:
+            with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
                 while body.tell() < length:
                     block = request.read(min(length - body.tell(), BLOCK))
                     if not block:
                         raise Refused(400, "InvalidJson", "the body ended early")
                     body.write(block)
-                fields = self._read_fields(body, archive)
-            job = self.jobs.submit(self._check_fields(fields, archive), archive)
+                fields = {**request.query, "source_data": ""} if raw else self._read_fields(body, archive)
+            job = self.jobs.submit(self._check_fields(fields, archive), archive, key)
         finally:
             if os.path.exists(archive):
                 os.unlink(archive)
@@ -8467,7 +8585,8 @@ def openapi_document() -> dict[str, Any]:
         "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"}) | {"nonce": _NONCE},
         "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
     }
-    bodies = {"POST": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}}
+    content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
+    bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
         names = [{"name": name, "in": "path", "required": True, "schema": _ID} for name in _NAME.findall(route.path)]
         paths.setdefault(route.path, {})[route.method.lower()] = {
@@ -8491,7 +8610,7 @@ def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
     """
     allowed = []
     for route in ROUTES:
-        match = re.fullmatch(_NAME.sub("([^/]+)", route.path), path)
+        match = re.fullmatch(route.path.replace("{id}", "([^/]+)").replace("{file}", "(.+)"), path)
         if match:
             if route.method == ("GET" if method == "HEAD" else method):
                 return route, match.groups()
@@ -8673,9 +8792,10 @@ class Connection:
         if response.source is None:
             self.pending += response.body
             return None
-        greeting = server.api.greeting if live else b""
+        greeting = server.api.greeting if live and not response.ndjson else b""
         then = None if live and self.closing else functools.partial(server.take, self)
-        watcher = Watcher(self.sock, response.source, response.start, chunked, self.tls, greeting, then)
+        source, start, ndjson = response.source, response.start, response.ndjson
+        watcher = Watcher(self.sock, source, start, chunked, self.tls, greeting, then, ndjson)
         watcher.pending = self.pending + watcher.pending
         self.pending = b""
         return watcher

@@ -15085,7 +15085,7 @@ class TestJobs:
                 "running",
                 "ok",
             )
-            for known in list(jobs._jobs.values()):
+            for known in list(jobs.table._live.values()):
                 assert known.open_log().count >= 0 and jobs.get(known.id) is known
             if what == "cancel waiting":
                 jobs.cancel(other)
@@ -16119,7 +16119,7 @@ class TestHttp:
         s = site(single_use=True)
         for body, status, error_type, fragment in BODIES:
             is_problem(s.ask("POST", "/build", body), status, error_type, fragment)
-        assert os.listdir(s.jobs.incoming) == []
+        assert os.listdir(s.jobs.table.incoming) == []
         status, headers, answer = s.ask(
             "POST", "/build", {**GOOD_REQUEST, "nonce": DASHED, "unknown": [{"key": 1.5}], "repo_url": None, "a": 2**53}
         )
@@ -16437,7 +16437,7 @@ class TestHttp:
         is_problem(answer, 507, "InsufficientStorage", f"the disk of the server is full: {os.strerror(number)}")
         assert answer[1]["Retry-After"] == "60" and "Traceback" not in caplog.text
         assert (
-            os.listdir(s.jobs.incoming) == [] == os.listdir(s.folder / "state" / "jobs")
+            os.listdir(s.jobs.table.incoming) == [] == os.listdir(s.folder / "state" / "jobs")
             and s.ask("GET", "/builds")[2] == b"[]\n"
         )
         assert s.ask("POST", "/build", GOOD_REQUEST)[0] == 200
@@ -16820,6 +16820,153 @@ class TestHttp:
         s = site()
         for host in ("localhost", "LOCALHOST:99", "127.0.0.1", "build.example", "Build.Example:443"):
             assert s.ask("GET", "/builds", Host=host)[0] == 200, host
+
+    def test_log_and_files(self, site: Callable[..., Site]) -> None:
+        """The text of a log, also while it grows, and each file of a bundle, with ranges. [CONTRACT 1.16]"""
+        s = site()
+        job = s.jobs.get(json.loads(s.ask("POST", "/build", GOOD_REQUEST)[2])["job_id"])
+        wait_for(lambda: job.state == "running")
+        url, lines = f"/build/{job.id}/log", ["one", "", "\u2603 \t\x1b[1m", "a" * 5000, '"\\']
+        is_problem(s.ask("GET", f"/build/{job.id}/files/evidence.json"), 404, "NotReady")
+        assert s.ask("GET", url)[::2] == (200, b"") and job.log
+        job.log.append(confbuild.to_payloads("detect", ["cargo"]))
+        job.log.append(confbuild.to_payloads("build", lines))
+        text = "".join(line + "\n" for line in lines).encode()
+        status, headers, body = s.ask("GET", url)
+        assert (status, body, headers["Content-Type"]) == (200, text, "text/plain; charset=utf-8")
+        s.gate.set()
+        wait_for(lambda: job.state == "ok" and job.log is None)
+        rest = "\u00e9\ntwo\n".encode()
+        status, headers, body = s.ask("GET", url, Range=f"bytes={len(text)}-")
+        assert (status, body, headers["Content-Range"]) == (
+            206,
+            rest,
+            f"bytes {len(text)}-{len(text + rest) - 1}/{len(text + rest)}",
+        )
+        is_problem(s.ask("GET", url, Range=f"bytes={len(text + rest)}-"), 416, "RangeNotSatisfiable")
+        assert s.ask("HEAD", url)[1]["Content-Length"] == str(len(text + rest))
+        with tarfile.open(job.path("result.tar.gz")) as archive:
+            opened = {m.name.partition("/")[2]: archive.extractfile(m) for m in archive if m.isfile()}
+            members = {name: member.read() for name, member in opened.items() if member}
+        assert set(members) == {"artifacts/demo", "evidence.json", "provenance.json"}
+        for name, member in members.items():
+            status, headers, body = s.ask("GET", f"/build/{job.id}/files/{name.replace('a', '%61')}")
+            assert (status, body) == (200, member)
+            kind = "application/json" if name.endswith("json") else "application/octet-stream"
+            assert headers["Content-Type"] == kind and headers["X-Content-Type-Options"] == "nosniff"
+            assert s.ask("GET", f"/build/{job.id}/files/{name}", Range="bytes=1-2")[2] == body[1:3]
+        for name in ("demo", "artifacts", "../job.json", "artifacts/../evidence.json", "%00", "x" * 300, "%ff", ""):
+            is_problem(s.ask("GET", f"/build/{job.id}/files/{name}"), 404, "NotFound")
+        assert not [name for name in os.listdir(job.folder) if name.endswith(".tmp")]
+
+    def test_long_log(self, tmp_path: Path) -> None:
+        """Text and lines of JSON of a log that is longer than a block, with an event that is longer than one."""
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        for n in range(3):
+            log.append(confbuild.to_payloads("build", [f"{n} {m}" for m in range(3000)] + ["x" * 200_000]))
+        log.append(COMPLETE_EVENT)
+        job = confbuild.Job(str(tmp_path), confbuild.JobRecord(1, confbuild.BuildRequest(NONCE)))
+        job.log, frames_ = log, (tmp_path / "log").read_bytes().split(b"\n\n")[:-1]
+        file = confbuild.open_text(job)
+        text = os.pread(file.fd, file.size, 0)
+        events = [json.loads(frame.partition(b"data: ")[2]) for frame in frames_]
+        assert text.decode().splitlines() == [event["msg"] for event in events[:-1]]
+        streamer = confbuild.Streamer()
+        for chunked in (True, False):
+            ours, theirs = socket.socketpair()
+            streamer.add(confbuild.Watcher(theirs, log, 5, chunked, False, b"", None, True))
+            with ours:
+                data = read_all(ours)
+            got = [json.loads(line) for line in (dechunk(data) if chunked else data).splitlines()]
+            assert got == [{"id": n, **event} for n, event in enumerate(events, 1)][5:]
+        streamer.stop()
+
+    def test_ndjson(self, site: Callable[..., Site]) -> None:
+        """The same objects with their ids, for those who accept them; no comments among them."""
+        s = site()
+        job = s.finished()
+        status, headers, body = s.ask("GET", f"/build/{job}/events?from=1", Accept="application/x-ndjson")
+        frames_ = s.ask("GET", f"/build/{job}/events?from=1")[2].split(b"\n\n")[1:-1]
+        assert (status, headers["Content-Type"]) == (200, "application/x-ndjson")
+        assert (
+            body.splitlines() == [re.sub(rb"id: (\d+)\ndata: .", rb'{"id":\1,', frame, count=1) for frame in frames_]
+            and len(frames_) == 3
+        )
+
+    def test_raw_bodies(self, site: Callable[..., Site]) -> None:
+        """An archive as it is, with the other fields in the query."""
+        s, archive = site(), base64.b64decode(GZIP)
+        url = f"/build?nonce={NONCE}&source_name=a%20b.tgz"
+        answer = s.ask("POST", url, archive, Content_Type="application/gzip")
+        job = s.jobs.get(json.loads(answer[2])["job_id"])
+        assert job.request == confbuild.BuildRequest(NONCE, source_name="a b.tgz") and job.source
+        assert Path(job.source).read_bytes() == archive
+        assert s.ask("POST", url, b"PK\x05\x06" + bytes(18), Content_Type="application/zip")[0] == 200
+        for path, body, kind, status, error_type in (
+            ("/build", archive, "application/gzip", 400, "InvalidNonce"),
+            (url, b"hello", "application/zip", 400, "InvalidSource"),
+            (url, b"", "application/zip", 400, "InvalidSource"),
+            (url + "&repo_url=https://x/y", archive, "application/gzip", 400, "InvalidSource"),
+            (url, archive, "application/x-tar", 415, "UnsupportedMediaType"),
+            (url, archive + bytes(1 << 20), "application/gzip", 413, "PayloadTooLarge"),
+        ):
+            is_problem(s.ask("POST", path, body, Content_Type=kind), status, error_type)
+        assert os.listdir(s.jobs.table.incoming) == []
+
+    def test_idempotency(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A repeated key within a day returns the same job, also after a restart, and where no build is accepted."""
+        s = site(single_use=True)
+        first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
+        assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key='"'), 400, "InvalidKey")
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="x" * 256), 400, "InvalidKey")
+        s.gate.set()
+        wait_for(lambda: all_ended(s.jobs))
+        s.jobs.stop(10)
+        with started(s.folder / "state", slots=0) as jobs:
+            request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
+            again = jobs.submit(request, key="run 1")
+            assert again.id == json.loads(first[2])["job_id"] and len(jobs.newest(9)) == 1
+            assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != again.id
+            monkeypatch.setattr(confbuild, "KEY_S", -1.0)
+            assert jobs.submit(request, key="run 1").id != again.id
+
+    def test_a_key_in_flight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of two requests with one key at a time, one is accepted and the other is told to come again."""
+        release, real, request = threading.Event(), confbuild.write_durably, confbuild.BuildRequest(NONCE, "http://x/")
+        blocked = threading.Event()
+
+        def write(path: str, data: bytes) -> None:
+            blocked.set()
+            assert release.wait(30)
+            real(path, data)
+
+        with started(tmp_path, slots=0) as jobs, concurrent.futures.ThreadPoolExecutor() as pool:
+            monkeypatch.setattr(confbuild, "write_durably", write)
+            task = pool.submit(jobs.submit, request, "", "key")
+            assert blocked.wait(30)
+            with pytest.raises(confbuild.Refused, match="is being accepted") as refused:
+                jobs.submit(request, key="key")
+            release.set()
+            assert refused.value.status == 503 and jobs.submit(request, key="other").id != task.result(30).id
+            assert jobs.submit(request, key="key") is task.result(30)
+
+    def test_pages(self, tmp_path: Path, site: Callable[..., Site]) -> None:
+        """?after= continues the list; a job that nobody uses is not kept in memory."""
+
+        def fill(state: Path) -> None:
+            for n in range(1, 8):
+                store(state, n, "failed")
+
+        s = site(build_state=fill)
+        assert [one["job_id"] for one in s.jobs.newest(3)] == [job_id(7), job_id(6), job_id(5)]
+        assert [one["job_id"] for one in s.jobs.newest(3, job_id(5))] == [job_id(4), job_id(3), job_id(2)]
+        page = json.loads(s.ask("GET", f"/builds?after={job_id(2)}")[2])
+        assert [one["job_id"] for one in page] == [job_id(1)]
+        assert json.loads(s.ask("GET", f"/builds?after={job_id(1)}")[2]) == []
+        is_problem(s.ask("GET", f"/builds?after={job_id(9)}"), 404, "NotFound")
+        wait_for(lambda: len(s.jobs.table._used) == len(s.jobs.table._live) == 0)
 
     def test_full(self, site: Callable[..., Site]) -> None:
         """429 with one build running and one waiting; 503 where streams are too many, and while stopping."""
