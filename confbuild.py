@@ -9354,7 +9354,10 @@ class ApiClient:
                     detail = str(parse_json(e.read(MIB), "answer")["detail"])
                 except (Malformed, KeyError, TypeError, OSError):
                     detail = f"{method} {path}: {e.reason}"
-            hint = "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" if e.code == 401 else ""
+            hint = ""
+            if e.code == 401:
+                hint = "the token was refused: " if self._token else ""
+                hint += "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token"
             raise RemoteError(f"the server said {e.code}: {detail}", e.code, hint) from None
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
@@ -12215,8 +12218,20 @@ def plain_text(text: str) -> str:
     return _CONTROL.sub("", text).expandtabs()
 
 
+def own_command() -> list[str]:
+    """Return the words with which this program was started, for commands that people can paste."""
+    program = sys.argv[0] or "-c"
+    if program.endswith((".py", ".pyz")):
+        return [sys.orig_argv[0], program]
+    return [program if os.sep in program and shutil.which("confbuild") != program else "confbuild"]
+
+
 def say(text: str, hint: str = "") -> None:
-    """Write a line about confbuild's own work to stderr, and what to do about it."""
+    """Write a line about confbuild's own work to stderr, and what to do about it.
+
+    hint: commands in it begin with "`confbuild "; they are shown as this program was really started.
+    """
+    hint = hint.replace("`confbuild ", f"`{shlex.join(own_command())} ")
     sys.stderr.write(f"confbuild: {plain_text(text)}\n" + (f"confbuild: hint: {plain_text(hint)}\n" if hint else ""))
     sys.stderr.flush()
 
@@ -12225,6 +12240,11 @@ def cut_to_cells(text: str, width: int) -> str:
     """Return the beginning of text that fills at most width cells of a terminal."""
     cells = itertools.accumulate(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
     return text[: sum(1 for filled in cells if filled <= width)]
+
+
+def _shorten(text: str) -> str:
+    """Return text on one line of at most 128 characters."""
+    return plain_text(text if len(text) <= 128 else text[:125] + "...")
 
 
 def size_text(size: int) -> str:
@@ -12269,7 +12289,7 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False) -> str:
         rows.append("The evidence says" + (":" if verdict.verdict == "passed" else " (not proven):"))
     for name, value in claims.items():
         text = value if isinstance(value, str) else compact_json(value)
-        rows.append(f"     {plain_text(name):{width}}  {plain_text(text if len(text) <= 128 else text[:125] + '...')}")
+        rows.append(f"     {plain_text(name):{width}}  {_shorten(text)}")
     skipped: dict[str, list[str]] = {}
     for check in checks:
         if check.status == "not checked" and not check.actual:
@@ -12286,9 +12306,7 @@ def _check_rows(check: Check, width: int, color: bool) -> Iterator[str]:
     """Yield the line of a check, and for a failed one the expected and the actual value."""
     mark, sgr = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}[check.status]
     shown = check.actual if check.status != "failed" or not check.expected else ""
-    if len(shown) > 128 or "\n" in shown:
-        shown = shown[:60].partition("\n")[0] + " ..."
-    cells = [check.name.ljust(width), shown]
+    cells = [check.name.ljust(width), _shorten(shown)]
     if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
         cells.append(f"({check.expected})")  # for example a range
     if check.status != "passed" or check.detail.startswith("legacy"):
@@ -12307,9 +12325,9 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         f"; not covered: {plain_text(check.actual)[:1000]}" for check in verdict.checks if check.name == "other files"
     )
     if verdict.verdict == "failed":
-        names = [plain_text(check.name) for check in verdict.checks if check.status == "failed"]
+        names = [plain_text(check.name) for check in verdict.failures]
         ran = sum(check.status != "not checked" for check in verdict.checks)
-        shown = ", ".join([*names[:4], *(["..."] if len(names) > 4 else [])])
+        shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
         return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({shown}): nothing is proven"
     if verdict.verdict == "simulated":
         agree = "the evidence is consistent" if alone else "artifacts, provenance and evidence agree"
@@ -12640,7 +12658,6 @@ class Running(NamedTuple):
     """A server in this process. stop: ends it; running builds get that many seconds."""
 
     url: str
-    jobs: Jobs
     stop: Callable[[float], None]
 
 
@@ -12711,7 +12728,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         vms.stop()
         os.close(lock)
 
-    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", jobs, stop)
+    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", stop)
 
 
 def _makers(
@@ -12811,14 +12828,6 @@ def _read_der(path: str) -> bytes:
 MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 _BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
-
-
-def own_command() -> list[str]:
-    """Return the words with which this program was started, for commands that people can paste."""
-    program = sys.argv[0] or "-c"
-    if program.endswith((".py", ".pyz")):
-        return [sys.orig_argv[0], program]
-    return ["confbuild" if program == "-c" or shutil.which("confbuild") == program else program]
 
 
 def cmd_serve(options: "argparse.Namespace") -> int:
@@ -13121,6 +13130,8 @@ def _on_server(client: Client, job_id: str) -> str:
 def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
     """Download, unpack and verify a bundle; print its path."""
     _check_target(delivery.bundle)
+    if os.path.exists(delivery.bundle):
+        client.display.note(f"{delivery.bundle} exists; the new bundle replaces it if it verifies")
     again = "the temporary server and its result are gone: build again"
     if client.arguments:
         more = ["--nonce", delivery.expected.nonce] if delivery.expected.nonce else []
@@ -13332,7 +13343,6 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     def of_source(algorithm: str) -> Expectations:
         return expected if options.source is None else source_expectations(options.source, expected, algorithm)
 
-    of_source(object_format(options.source_tree or ""))  # complain about the options before any bundle
     statuses = []
     for path in options.bundles:
         try:

@@ -22429,7 +22429,7 @@ class TestRendering:
             ),
             (
                 f"{AGREE}\nok   short      a\nok   long       {'y' * 101}  (x)\n"
-                f"--   third one  v  no expectation given\nok   longest    {'y' * 60} ...  (x)\nok   nonce      1"
+                f"--   third one  v  no expectation given\nok   longest    {'y' * 125}...  (x)\nok   nonce      1"
             ),
         ),
         (
@@ -23014,7 +23014,7 @@ BUILD_AND_SERVE = (
     ("serve --token-file nowhere", 2, "nowhere: No such file or directory"),
     ("serve --token-file binary", 2, "binary"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
-    ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "error: "),
+    ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "--tls-cert blank, --tls-key blank: "),
     ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"),
     ("serve --tee --vm qemu", 2, "--tee is --vm snp, not --vm qemu"),
     ("build demo --tee", 2, "this machine cannot run SEV-SNP guests: "),
@@ -23037,7 +23037,7 @@ BUILD_AND_SERVE = (
     (
         "serve --vm qemu",
         2,
-        "--vm qemu requires --image DIR, the image that the guest boots\nconfbuild: hint: `confbuild image` makes one",
+        "--vm qemu requires --image DIR, the image that the guest boots\nconfbuild: hint: `{own} image` makes one",
     ),
     ("serve --vm qemu --image empty", 2, "empty: no image.json in it"),
     (
@@ -23132,7 +23132,7 @@ class TestUsage:
             ("agnet", 2, "unknown command agnet\nconfbuild: hint: did you mean image?"),
             ("--verison", 2, "unknown option --verison\nconfbuild: hint: did you mean --version?"),
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
-            ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `confbuild verify --help` lists"),
+            ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
             ("no-such", 2, "unknown command no-such"),
             ("list", 2, "no server is named\nconfbuild: hint: give --server URL, or set CONFBUILD_SERVER"),
             ("list --server ftp://x", 2, "is not an http or https URL"),
@@ -23284,6 +23284,7 @@ class TestUsage:
         except SystemExit as e:  # argparse's own
             returned = e.code
         said = capsys.readouterr()
+        message = message.replace("{own}", shlex.join(confbuild.own_command()))  # as this program was started
         assert (returned, said.out) == (status, "") and message in said.err, said.err
 
     @pytest.mark.parametrize("line, status, message", BUILD_AND_SERVE)
@@ -23291,6 +23292,7 @@ class TestUsage:
         self, elsewhere: Mapping[str, Any], line: str, status: int, message: str
     ) -> None:
         returned, out, errors = elsewhere[line]
+        message = message.replace("{own}", "confbuild")
         assert (returned, out) == (status, "") and message in errors and "Traceback" not in errors, errors
 
     def test_the_log_of_the_last_attempt(self, tmp_path: Path) -> None:
@@ -24767,7 +24769,8 @@ class TestBuild:
             "evidence.json",
             "provenance.json",
         ]
-        done = shell("build", "demo/", "--output", "quiet", "-o", "deep/er")
+        to_empty = ("--server=", "-o", "deep/er")  # which overrides the environment
+        done = shell("build", "demo/", "--output", "quiet", *to_empty, CONFBUILD_SERVER="http://127.0.0.1:1")
         assert (done.returncode, done.stdout, done.stderr) == (0, "deep/er\n", "")
 
     @needs("git")
@@ -24796,6 +24799,7 @@ class TestBuild:
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         done = shell("build", "demo")
         assert done.returncode == 0 and "without history: git has modified or untracked files" in done.stderr
+        assert "confbuild: demo-build exists; the new bundle replaces it if it verifies\n" in done.stderr
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 0
 
     def test_failed(self, shell: Shell, tmp_path: Path) -> None:
@@ -24815,6 +24819,21 @@ class TestBuild:
         assert done.stderr.partition("\nconfbuild: error: ")[0].endswith("\n  70\n  2%")
         assert (tmp_path / "demo-build.log").read_bytes() == b"".join(b"%d\n" % n for n in range(1, 71)) + b"1%\r\n2%\n"
         assert not (tmp_path / "demo-build").exists()
+
+    def test_a_full_stderr(self, tmp_path: Path, stub_path: str) -> None:
+        """Progress that cannot be written, or has no place, harms no build."""
+        write_files(tmp_path / "demo", project())
+        for redirection in ("2>/dev/full", "2>&-"):
+            done = subprocess.run(
+                ["sh", "-c", f'exec "$@" {redirection}', "sh", *PROGRAM, "build", "demo"],
+                cwd=tmp_path,
+                env={**os.environ, "PATH": stub_path},
+                stdout=subprocess.PIPE,
+                timeout=PATIENCE,
+                check=False,
+            )
+            assert (done.returncode, done.stdout) == (0, b"demo-build\n")
+            shutil.rmtree(tmp_path / "demo-build")
 
     def test_too_large(self, shell: Shell, tmp_path: Path) -> None:
         """The server's reason arrives, although it does not read what it refuses."""
@@ -25209,6 +25228,10 @@ class TestBuild:
         done = shell("build", "demo", "--server", to[1])
         assert done.returncode == 4 and "the server said 401" in done.stderr
         assert "hint: --token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" in done.stderr
+        done = shell("list", "--server", to[1], "--token-file", write_files(tmp_path, {"bad": "wrong"}) / "bad")
+        assert "hint: the token was refused: --token-file FILE or " in done.stderr
+        done = shell("list", "--server", "https://" + to[1])
+        assert done.returncode == 4 and "hint: try http://" in done.stderr
         job = json.loads(shell("list", *to, "--output", "json").stdout)["job_id"]
         assert re.fullmatch(
             rf"JOB  .*  SOURCE\n{job}  ok +\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d +\d+\.\d s  demo.tar.gz\n",
