@@ -731,6 +731,8 @@ class Expectations(NamedTuple):
     nonce: str | None = None
     measurements: Sequence[str] | None = None  # one of them must be the report's
     image: ImageFacts | None = None  # the VM must have booted it
+    igvm: str | None = None  # the launch digest of the IGVM file that the VM must have booted
+    disk: str | None = None  # empty, or why the disk does not have the root hash of that file's command line
     min_tcb: Mapping[str, int] | None = None  # the least security patch levels of each TCB in the report
     host_data: str | None = None
     guest_svn: int | None = None
@@ -2805,9 +2807,10 @@ class IgvmError(Malformed):
 _require_igvm = Reader(b"", IgvmError, "IGVM").require
 
 
-def _igvm_headers(data: bytes) -> tuple[int, bytes]:
-    """Return (offset of the file data, the variable headers).  [IGVM IGVM_FIXED_HEADER]
+def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryview]]:
+    """Yield (type, fields, contents) of each variable header.  [IGVM IGVM_FIXED_HEADER, IGVM_VHS_VARIABLE_HEADER]
 
+    contents: what the header names in the file data, or a page of zeros if it names nothing.
     Raises IgvmError.
     """
     reader = Reader(data, IgvmError, "IGVM")
@@ -2819,19 +2822,10 @@ def _igvm_headers(data: bytes) -> tuple[int, bytes]:
     end = start + size
     inside = reader.at <= start and start % 8 == 0 and end < total and size <= MAX_IGVM_HEADERS
     _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data behind them")
-    headers = data[start:end]
     # The field itself counts as zero.
-    actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + headers)
+    actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + data[start:end])
     _require_igvm(actual == checksum, f"CRC-32 {actual:#010x}, its header says {checksum:#010x}")
-    return end, headers
-
-
-def _variable_headers(headers: bytes) -> Iterator[tuple[int, ...]]:
-    """Yield (type, fields...) of each variable header.  [IGVM IGVM_VHS_VARIABLE_HEADER]
-
-    Raises IgvmError.
-    """
-    reader, stage = Reader(headers, IgvmError, "IGVM"), 0
+    reader, stage = Reader(data[start:end], IgvmError, "IGVM"), 0
     while reader.left():
         kind, length = reader.unpack("<2I")
         layout = _IGVM_LAYOUTS.get(kind, "")
@@ -2841,12 +2835,18 @@ def _variable_headers(headers: bytes) -> Iterator[tuple[int, ...]]:
         _require_igvm(kind >> 8 >= stage, f"header of type {kind:#x} after those of a later stage")
         stage = kind >> 8
         fields = reader.unpack(layout)
-        # A directive that begins with 64 bits begins with an address or a size of pages.
-        whole = stage < 3 or layout[1] != "Q" or fields[0] % PAGE_SIZE == 0
-        _require_igvm(whole, f"{fields[0]:#x} in a header of type {kind:#x}, expected whole pages")
         clean = not any(reader.take(-length % 8)) and not (kind in (0x101, 0x302, 0x305) and fields[-1])
         _require_igvm(clean, f"header of type {kind:#x}: its reserved bytes are not zero")
-        yield kind, *fields
+        # The 64-bit field with which a directive can begin is an address or a size of pages.
+        whole = fields[: layout.count("Q")] if stage == 3 else ()
+        for number in (*whole, fields[2]) if kind == 0x305 else whole:
+            _require_igvm(number % PAGE_SIZE == 0, f"{number:#x} in a header of type {kind:#x}, expected whole pages")
+        contents = _ZERO_PAGE
+        if kind in (0x301, 0x302, 0x304) and fields[2]:
+            offset, size = fields[2], fields[0] if kind == 0x301 else PAGE_SIZE
+            _require_igvm(end <= offset <= total - size, f"{size} bytes at {offset:#x} lie outside of the file data")
+            contents = memoryview(data)[offset : offset + size]
+        yield kind, fields, contents
 
 
 def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
@@ -2855,56 +2855,46 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
     key: of a page, (number of the directive, GPA, attributes...); of a VMSA, (vCPU,); else empty.
     Raises IgvmError.  [IGVM]
     """
-    start, headers = _igvm_headers(data)
     masks: dict[int, int] = {}  # type of a platform -> its mask
     areas: dict[int, int] = {}  # index -> size, or -1 after the insert
-
-    def contents(offset: int, size: int = PAGE_SIZE) -> memoryview:
-        inside = start <= offset <= len(data) - size or not offset
-        _require_igvm(inside, f"{size} bytes at {offset:#x} lie outside of the file data")
-        return memoryview(data)[offset : offset + size] if offset else _ZERO_PAGE
-
-    for number, header in enumerate(_variable_headers(headers)):
+    for number, (kind, fields, contents) in enumerate(_igvm_headers(data)):
         snp = masks.get(_SEV_SNP, 0)
-        match header:
-            case 0x001, mask, vtl, platform, version, boundary:
-                known = vtl in (0, 2) and platform <= _SEV_ES and version == 1 and (platform > 1 or not boundary)
-                once = mask.bit_count() == 1 and platform not in masks
-                _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or not the first")
-                masks[platform] = mask
-            case 0x301, size, index, offset:
-                # An area of 2^60 bytes would keep a machine busy for years.
-                _require_igvm(
-                    size <= MAX_IGVM and index not in areas, f"area {index} of {size} bytes, or declared twice"
-                )
-                areas[index] = size
-                contents(offset, size)
-            case 0x302, gpa, mask, offset, flags, data_type, _:
-                _require_igvm(data_type < len(_DATA_TYPES), f"page of unknown type {data_type}")
-                page = contents(offset)
-                if mask & snp:
-                    # QEMU ignores `shared` and fills 2 MiB pages: the digest would not cover what it seems to.
-                    _require_igvm(not flags & ~_UNMEASURED, f"page with flags {flags:#x} at {gpa:#x}, expected 0 or 2")
-                    kind = PAGE_UNMEASURED if flags and not data_type else _DATA_TYPES[data_type]
-                    key = (number, gpa, mask, flags, data_type, not offset)
-                    yield Step(f"page at {gpa:#x}, type {kind}", kind, gpa, PAGE_SIZE, page), key
-            case 0x303, gpa, mask, index:
-                size, areas[index] = areas.get(index, -1), -1
-                _require_igvm(size >= 0, f"insert of area {index}, which does not exist or is inserted already")
-                if mask & snp:
-                    yield Step(f"parameters: {size:#x} bytes at {gpa:#x}", PAGE_UNMEASURED, gpa, size), ()
-            case 0x304, gpa, mask, offset, vcpu, _:
-                of_sev = mask in (snp, masks.get(_SEV_ES))
-                _require_igvm(of_sev, f"VMSA with mask {mask:#x}, expected that of one SEV-SNP or SEV-ES platform")
-                page = contents(offset)
-                if mask == snp:
-                    active = gpa == VMSA_GPA and page[_SEV_FEATURES] & 1 == 1
-                    _require_igvm(active, f"VMSA of vCPU {vcpu} at {gpa:#x}: in the wrong place, or not of SNP")
-                    yield Step(f"VMSA: vCPU {vcpu}", PAGE_VMSA, gpa, PAGE_SIZE, page), (vcpu,)
-            case 0x305, _, _, size, *_:
-                _require_igvm(size % PAGE_SIZE == 0, f"required memory of {size} bytes, expected whole pages")
-            case _, index, _:
-                _require_igvm(areas.get(index, -1) >= 0, f"parameter of area {index}, which does not exist")
+        if kind == 0x001:
+            mask, vtl, platform, version, boundary = fields
+            known = vtl in (0, 2) and platform <= _SEV_ES and version == 1 and (platform > 1 or not boundary)
+            once = mask.bit_count() == 1 and platform not in masks
+            _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or not the first")
+            masks[platform] = mask
+        elif kind == 0x301:
+            size, index, _ = fields
+            # An area of 2^60 bytes would keep a machine busy for years.
+            _require_igvm(size <= MAX_IGVM and index not in areas, f"area {index} of {size} bytes, or declared twice")
+            areas[index] = size
+        elif kind == 0x302:
+            gpa, mask, offset, flags, data_type, _ = fields
+            _require_igvm(data_type < len(_DATA_TYPES), f"page of unknown type {data_type}")
+            if mask & snp:
+                # QEMU ignores `shared` and fills 2 MiB pages: the digest would not cover what it seems to.
+                _require_igvm(not flags & ~_UNMEASURED, f"page with flags {flags:#x} at {gpa:#x}, expected 0 or 2")
+                page_type = PAGE_UNMEASURED if flags and not data_type else _DATA_TYPES[data_type]
+                step = Step(f"page at {gpa:#x}, type {page_type}", page_type, gpa, PAGE_SIZE, contents)
+                yield step, (number, gpa, mask, flags, data_type, not offset)
+        elif kind == 0x303:
+            gpa, mask, index = fields
+            size, areas[index] = areas.get(index, -1), -1
+            _require_igvm(size >= 0, f"insert of area {index}, which does not exist or is inserted already")
+            if mask & snp:
+                yield Step(f"parameters: {size:#x} bytes at {gpa:#x}", PAGE_UNMEASURED, gpa, size), ()
+        elif kind == 0x304:
+            gpa, mask, _, vcpu, _ = fields
+            of_sev = mask in (snp, masks.get(_SEV_ES))
+            _require_igvm(of_sev, f"VMSA with mask {mask:#x}, expected that of one SEV-SNP or SEV-ES platform")
+            if mask == snp:
+                active = gpa == VMSA_GPA and contents[_SEV_FEATURES] & 1 == 1
+                _require_igvm(active, f"VMSA of vCPU {vcpu} at {gpa:#x}: in the wrong place, or not of SNP")
+                yield Step(f"VMSA: vCPU {vcpu}", PAGE_VMSA, gpa, PAGE_SIZE, contents), (vcpu,)
+        elif len(fields) == 2:
+            _require_igvm(areas.get(fields[0], -1) >= 0, f"parameter of area {fields[0]}, which does not exist")
 
 
 def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
@@ -2992,9 +2982,10 @@ def root_hash_of(cmdline: str) -> str:
     # Blanks in double quotes are part of a word [LINUX lib/cmdline.c, next_arg].
     words = re.findall(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', cmdline)
     values = {word.replace('"', "").lower() for word in words if re.match('"?roothash=', word)}
-    if len(values) == 1 and (match := re.fullmatch("roothash=([0-9a-f]{64})", values.pop())):
-        return match[1]
-    raise IgvmError("kernel", "command line does not have one root hash of 64 hexadecimal digits")
+    match = re.fullmatch("roothash=([0-9a-f]{64})", " ".join(values))
+    if match is None:
+        raise IgvmError("kernel", "command line does not have one root hash of 64 hexadecimal digits")
+    return match[1]
 
 
 # endregion 14
@@ -3284,6 +3275,8 @@ REQUIRED_OF_BUNDLE = frozenset((
 EXPECTED = (
     ("nonce",            "nonce",               "--nonce",                 ""),
     ("measurements",     "measurement",         "--image, --measurement",  ""),
+    ("igvm",             "igvm measurement",    "",                        ""),
+    ("disk",             "disk",                "",                        ""),
     ("image",            "image parts",         "",                        ""),
     ("image",            "image firmware",      "",                        ""),
     ("image",            "image measurement",   "",                        ""),
@@ -3886,6 +3879,10 @@ def verify_bundle(
     if expected.require_tee:
         hardware = platform in PLATFORMS and platform != "simulated"
         checks.hold("hardware evidence", hardware, "signed by hardware", platform, "--require-tee")
+    if expected.igvm is not None and claims["measurement"] is not None:
+        checks.compare("igvm measurement", expected.igvm.lower(), claims["measurement"])
+    if expected.disk is not None:
+        checks.hold("disk", not expected.disk, "the root hash of the measured command line", expected.disk or None)
     if expected.image is not None:
         _check_image(checks, platform, claims, expected.image)
     # 5. What else is in the folder of evidence alone?
@@ -12265,7 +12262,7 @@ def wants_color(stream: IO[str]) -> bool:
 def not_requested(verdict: Verdict) -> list[str]:
     """Return the checks that the caller could have requested, each with its option: "nonce (--nonce)"."""
     skipped = {c.name for c in verdict.checks if c.status == "not checked" and c.detail not in (ALONE, _BLOCKED)}
-    if "image measurement" not in skipped:
+    if ({c.name for c in verdict.checks} - skipped) & {"image measurement", "igvm measurement"}:
         skipped.discard("measurement")
     if "revocation" in skipped:
         skipped.discard("revocation list age")
@@ -12351,7 +12348,7 @@ def _signer(verdict: Verdict, passed: set[str]) -> str:
     processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
     # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
     # only a check of the measurement ties the key to a VM.
-    if verdict.platform.startswith("az-") and not passed & {"measurement", "image measurement"}:
+    if verdict.platform.startswith("az-") and not passed & {"measurement", "image measurement", "igvm measurement"}:
         place = (
             f"with a key that a report of {processor} names; anybody can obtain such a report for their own key, "
             "so it may not have been signed in a VM at all"
@@ -12821,7 +12818,7 @@ def _read_der(path: str) -> bytes:
 
 # endregion 41
 # ==============================================================================
-# region 42. Commands  [uses 6, 7, 8, 13, 17, 21, 22, 23, 24, 25, 26, 27, 33, 36, 37, 40, 41]
+# region 42. Commands  [uses 6, 7, 8, 13, 14, 15, 17, 21, 22, 23, 24, 25, 26, 27, 33, 36, 37, 40, 41]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -13328,6 +13325,11 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
             raise UsageError("--pcr: a register is given twice")
     if options.image is not None:
         expected = expected._replace(image=check_image(options.image))
+    if options.igvm is not None:
+        digest, _, _, problem = read_igvm(options.igvm, options.disk, lambda step, digest: None)
+        expected = expected._replace(igvm=digest.hex(), disk=None if options.disk is None else problem)
+    elif options.disk is not None:
+        raise UsageError("--disk requires --igvm")
     if options.max_age is not None:
         expected = expected._replace(finished=(utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
     return expected
@@ -13383,16 +13385,63 @@ def _bundle_hint(path: str) -> str:
     return ""
 
 
+def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str, str, str]:
+    """Return (launch digest, command line as JSON, its root hash, problem) of an IGVM file.
+
+    disk: file whose dm-verity tree must have the root hash, or None.
+    problem: why the disk does not have it, or why the command line or the root hash is empty; or empty.
+    Raises UsageError if the file has no launch digest.
+    """
+    if os.path.getsize(path) > MAX_IGVM:
+        raise UsageError(f"{path}: larger than {MAX_IGVM} bytes")
+    command_line = root_hash = problem = ""
+    with open(path, "rb") as f, open(disk or path, "rb") as d:
+        try:
+            steps, measured = parse_igvm(f.read())
+        except IgvmError as e:
+            raise UsageError(f"{path}: {e}") from None
+        try:
+            text = kernel_command_line(measured)
+            command_line = json.dumps(text)
+            root_hash = root_hash_of(text)
+            if disk is not None:
+                verify_disk(lambda at, size: os.pread(d.fileno(), size, at), root_hash)
+        except (IgvmError, DiskError) as e:
+            problem = str(e)
+    return extend_digest(steps, explain), command_line, root_hash, problem
+
+
+_DIRECT_BOOT = "--kernel --initrd --append --vcpus --vcpu-type --vcpu-sig --guest-features --vmm"
+
+
 def cmd_measure(options: "argparse.Namespace") -> int:
-    """Print the launch digest of a firmware, a kernel, an initrd and a command line."""
-    if options.kernel is None and (options.initrd is not None or options.append is not None):
-        raise UsageError("--initrd and --append require --kernel")
-    if (options.vcpu_type is None) == (options.vcpu_sig is None):
-        raise UsageError("exactly one of --vcpu-type and --vcpu-sig is needed")
+    """Print the launch digest of an IGVM file, or of a firmware, a kernel, an initrd and a command line."""
+    if (options.firmware is None) == (options.igvm is None):
+        raise UsageError("exactly one of --firmware and --igvm is needed")
+    digests: list[str] = []
 
     def explain(step: str, digest: bytes) -> None:
+        digests.append(base64.b64encode(digest).decode("ascii") if options.output_format == "base64" else digest.hex())
         if options.explain:
-            sys.stdout.write(f"{digest.hex()}  {step}\n")
+            sys.stdout.write(f"{digests[-1]}  {step}\n")
+
+    if options.igvm is not None:
+        _refuse(options, f"{_DIRECT_BOOT} --ovmf-hash", " has no effect with --igvm")
+        _, command_line, root_hash, problem = read_igvm(options.igvm, options.disk, explain)
+        found = f"command line  {command_line or 'none'}\nroot hash     {root_hash or 'none'}"
+        sys.stdout.write(f"{digests[-1]}\n{found}\n")
+        if problem:
+            say(f"warning: {options.disk or options.igvm}: {problem}")
+        return EXIT_NO if problem and options.disk is not None else EXIT_OK
+    _refuse(options, "--disk", " requires --igvm")
+    if options.ovmf_hash:
+        _refuse(options, _DIRECT_BOOT, " has no effect with --ovmf-hash")
+        options.vcpus, options.vcpu_sig = 1, 0
+    if options.kernel is None:
+        _refuse(options, "--initrd --append", " requires --kernel")
+    absent = [options.vcpu_type, options.vcpu_sig].count(None)
+    if options.vcpus is None or absent == 0 or (absent == 2 and options.vmm == VMMS[0]):  # others have their own
+        raise UsageError("--vcpus and exactly one of --vcpu-type and --vcpu-sig are needed")
 
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
@@ -13402,17 +13451,15 @@ def cmd_measure(options: "argparse.Namespace") -> int:
             paths = (options.kernel, options.initrd)
             kernel, initrd = (None if path is None else bytes.fromhex(file_sha256(path)) for path in paths)
             hashes = boot_hashes(kernel or b"", initrd, options.append)
-        signature = CPU_SIGNATURES[options.vcpu_type] if options.vcpu_sig is None else options.vcpu_sig
-        digest = compute_launch_digest(
-            firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain
-        )
+        signature = CPU_SIGNATURES.get(options.vcpu_type, options.vcpu_sig or 0)
+        compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
         raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
     state = "" if hashes is None else firmware_state(data)  # without a kernel, only the firmware is measured
     if state:
         say(f"warning: {options.firmware}: {state}")
         say("warning: this digest proves nothing about the code that ran")
-    sys.stdout.write(digest.hex() + "\n")
+    sys.stdout.write(digests[0 if options.ovmf_hash else -1] + "\n")  # the firmware is the first step
     return EXIT_OK
 
 
@@ -13498,9 +13545,10 @@ def _typed(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> 
 
 
 def _hex(*digits: int) -> Callable[[str], Any]:
-    """Return an argparse type for one of these numbers of hexadecimal digits, in lower case."""
-    pattern = "|".join(f"[0-9a-fA-F]{{{count}}}" for count in digits)
-    return _typed(pattern, f"{' or '.join(map(str, digits))} hexadecimal digits", str.lower)
+    """Return an argparse type for one of these numbers of hexadecimal digits, with or without 0x, in lower case."""
+    pattern = "|".join(f"(0x)?[0-9a-fA-F]{{{count}}}" for count in digits)
+    expected = f"{' or '.join(map(str, digits))} hexadecimal digits"
+    return _typed(pattern, expected, lambda text: text.lower().removeprefix("0x"))
 
 
 def _read_levels(text: str) -> dict[str, int]:
@@ -13514,7 +13562,7 @@ def _read_pcr(text: str) -> tuple[int, str]:
     register, _, value = text.partition("=")
     if int(register) >= PCR_COUNT:
         raise ValueError(text)
-    return int(register), value
+    return int(register), value.removeprefix("0x")
 
 
 def _read_address(text: str) -> tuple[str, int]:
@@ -13545,7 +13593,9 @@ _age = _typed(
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
 _levels = _typed("[a-z]+=[0-9]{1,3}(,[a-z]+=[0-9]{1,3})*", "a list of levels such as bootloader=4,snp=24", _read_levels)
-_pcr = _typed("[0-9]{1,2}=[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr)
+_pcr = _typed(
+    "[0-9]{1,2}=(0x)?[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr
+)
 
 
 # Rows that several commands share.
@@ -13726,6 +13776,8 @@ COMMANDS = (
             "where it was built",
             ("--measurement HEX... measurements", "launch digest of the VM; one must match", _hex(96)),
             ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA"),
+            ("--igvm FILE", "IGVM file that QEMU started the VM from, by its launch digest"),
+            ("--disk FILE", "disk whose whole dm-verity tree has the root hash in the IGVM file's command line"),
             (
                 "--min-tcb LEVELS",
                 "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219",
@@ -13856,19 +13908,23 @@ COMMANDS = (
         "measure",
         cmd_measure,
         (
-            ("--firmware FILE!", "OVMF, as for QEMU's -bios"),
+            ("--firmware FILE", "OVMF, as for QEMU's -bios"),
             ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
             ("--initrd FILE", "as for -initrd"),
             ("--append TEXT", "as for -append, to the byte"),
-            ("--vcpus N!", "virtual processors at the launch: the first number of -smp", _positive),
+            ("--vcpus N", "virtual processors at the launch: the first number of -smp", _positive),
             ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
             ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
             ("--guest-features X", "SEV_FEATURES (default: %(default)s; with debug-swap 0x21)", _integer, 1),
             ("--vmm VMM", f"hypervisor: {', '.join(VMMS)} (default: %(default)s)", tuple(VMMS), VMMS[0]),
+            ("--ovmf-hash", "print the digest of the firmware alone, which other tools call its OVMF hash"),
+            ("--igvm FILE", "instead of --firmware: IGVM file that QEMU starts; prints its kernel's command line too"),
+            ("--disk FILE", "with --igvm: disk whose whole dm-verity tree must have the root hash of the command line"),
+            ("--output-format FORMAT", "hex or base64 (default: %(default)s)", ("hex", "base64"), "hex"),
             ("--explain", "print the digest after each step"),
         ),
         _CONFIDENTIAL,
-        "compute the SEV-SNP launch digest of a firmware and a kernel",
+        "compute the SEV-SNP launch digest of a firmware and a kernel, or of an IGVM file",
         "confbuild measure --firmware OVMF.fd --vcpus 1 --vcpu-type EPYC-v4",
     ),
     Command(
@@ -13916,7 +13972,7 @@ Exit status
 """
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
 _NOT_IN_POLICY = {"help", "policy", "format", "verbose"}
-_POLICY_PATHS = {"source", "image", "crl", "vek", "roots"}
+_POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots"}
 
 
 def command_parser(command: Command) -> "argparse.ArgumentParser":

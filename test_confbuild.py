@@ -5493,7 +5493,8 @@ class IgvmFile:
             struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
             for (kind, _), body in zip(self.headers, bodies, strict=True)
         )
-        return fix(struct.pack("<4sIII", b"IGVM", self.version, begin, size) + bytes(8), variable, data)
+        # A file needs data, even if no header names it.
+        return fix(struct.pack("<4sIII", b"IGVM", self.version, begin, size) + bytes(8), variable, data or b"\0")
 
 
 def fix(fixed: bytes, variable: bytes, data: bytes) -> bytes:
@@ -5573,6 +5574,357 @@ def igvm_cmdline(data: bytes) -> str:
 
 
 class TestIgvm:
+    def test_digest(self) -> None:
+        """Against a second implementation of the page chain."""
+        file = IgvmFile().platform().add(0x101, "QII", 0x30000, 1, 0).page(0x1000, A).page(0x2000, B).vmsa()
+        pages = ((1, 0x1000, A), (1, 0x2000, B), kvm(vmsa_of()))
+        assert igvm_digest(bytes(file)) == chain(*pages)
+        file.version = 2
+        assert igvm_digest(bytes(file)) == chain(*pages)
+        steps: list[str] = []
+        confbuild.extend_digest(confbuild.parse_igvm(bytes(file))[0], lambda step, digest: steps.append(step))
+        assert steps == ["page at 0x1000, type 1", "page at 0x2000, type 1", "VMSA: vCPU 0"]
+
+    def test_types(self) -> None:
+        """Normal, unmeasured, secrets, CPUID, CPUID_XF, and zeros, which are a normal page."""
+        file = IgvmFile().platform().page(0x5000, A, flags=2).page(0x1000, A, kind=1).page(0x9000, A, kind=2)
+        file.page(0xB000, A, kind=3, flags=2).page(0xD000, None).page(0xF000, None, flags=2).vmsa()
+        pages = ((4, 0x5000, A), (5, 0x1000, A), (6, 0x9000, A), (6, 0xB000, A), (1, 0xD000, ZEROS), (4, 0xF000, ZEROS))
+        assert igvm_digest(bytes(file)) == chain(*pages, kvm(vmsa_of()))
+        measured = confbuild.parse_igvm(bytes(file))[1]
+        assert {gpa: bytes(page) for gpa, page in measured.items()} == {0xD000: ZEROS}
+
+    def test_inserts_come_before_the_run(self) -> None:
+        """QEMU holds back a run of pages [QEMU backends/igvm.c, qigvm_process_mem_page]; an insert is added at once."""
+        run = ((1, 0x1000, A), (1, 0x2000, B))
+        insert = ((4, 0x8000, ZEROS), (4, 0x9000, ZEROS))
+        last = kvm(vmsa_of())
+        file = IgvmFile().platform().area(0x2000, 7).page(0x1000, A).page(0x2000, B).insert(0x8000, 7).vmsa()
+        assert igvm_digest(bytes(file)) == chain(*insert, *run, last)
+        for other in (
+            {"gpa": 0x4000},  # not the next address
+            {"gpa": 0x3000, "mask": 3},  # another mask
+            {"gpa": 0x3000, "flags": 2},
+            {"gpa": 0x3000, "kind": 1},
+            {"gpa": 0x3000, "contents": None},  # no data
+        ):
+            page: dict[str, Any] = {"contents": C, "mask": 1, "flags": 0, "kind": 0, **other}
+            file = IgvmFile().platform().area(0x2000, 7).page(0x1000, A).page(0x2000, B).page(**page)
+            kind = 4 if page["flags"] else 5 if page["kind"] else 1
+            third: tuple[int, int, bytes] = (kind, page["gpa"], page["contents"] or ZEROS)
+            assert igvm_digest(bytes(file.insert(0x8000, 7).vmsa())) == chain(*run, *insert, third, last), other
+        # Any directive between two pages ends the run when the next page comes.
+        file = IgvmFile().platform().platform(2, TDX_TYPE).area(0x2000, 7).page(0x1000, A).page(0x5000, C, mask=2)
+        file.page(0x2000, B).insert(0x8000, 7).vmsa()
+        assert igvm_digest(bytes(file)) == chain(run[0], *insert, run[1], last)
+        # Two inserts.
+        file = IgvmFile().platform().area(0x1000, 1).area(0x1000, 2).page(0x1000, A).insert(0x8000, 2).insert(0x9000, 1)
+        assert igvm_digest(bytes(file.vmsa())) == chain(*insert, run[0], last)
+
+    def test_platforms(self) -> None:
+        """Only what has SEV-SNP's mask counts; the rest must still be well formed."""
+        file = (
+            IgvmFile()
+            .platform(4, TDX_TYPE, vtl=2, boundary=1 << 46)
+            .platform(1 << 31)
+            .platform(8, SEV_ES)
+            .platform(2, 0)
+        )
+        file.area(0x1000, 1).area(0x3000, 2, A + B + C).add(0x309, "II", 1, 0).add(0x30A, "II", 2, 8)
+        file.insert(0x1000, 1, mask=4).insert(0x2000, 2, mask=4)
+        file.page(0x1000, A, mask=4).page(0x1000, B, mask=5 << 29).page(0x1000, C, mask=8, flags=7).page(
+            0x2000, A, mask=0
+        )
+        file.vmsa(mask=8, gpa=0x3000).vmsa(vmsa_of(7), mask=1 << 31)
+        file.add(0x305, "QIIII", 0x1000, 4, 0x2000, 1, 0).add(0x30D, "QII", 0x1000, 4, 16)
+        file.headers += [(0x30B, bytes(696)), (0x311, bytes(864))]
+        assert igvm_digest(bytes(file)) == chain((1, 0x1000, B), kvm(vmsa_of(7)))
+
+    def test_vmsas(self) -> None:
+        """In the order of the vCPUs, last, with what KVM sets."""
+        first, second = vmsa_of(1, cr4=0x20, rflags=0x46, efer=0x500), vmsa_of(2, features=0x21)
+        file = IgvmFile().platform().vmsa(second, 1).page(0x1000, A).vmsa(first, 0)
+        assert igvm_digest(bytes(file)) == chain((1, 0x1000, A), kvm(first), kvm(second))
+        assert kvm(first)[2][0x148] == 0x60 and kvm(first)[2][0x170] == 0x46 and kvm(first)[2][0x0D0:0x0D2] == b"\0\x15"
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "ends at byte 0"),
+            (bytes(100), "not an IGVM file of version 1 or 2"),
+            (b"IGVM" + struct.pack("<I", 2) + bytes(20), "ends at byte 28"),
+            (b"IGVM" + struct.pack("<I", 3) + bytes(40), "not an IGVM file of version 1 or 2"),
+            (b"IGVM" + struct.pack("<7I", 2, 32, 0, 0, 0, 1, 4096), "not for x86-64 with pages of 4096 bytes"),
+            (b"IGVM" + struct.pack("<7I", 2, 32, 0, 0, 0, 0, 16384), "not for x86-64 with pages of 4096 bytes"),
+        ],
+        ids=short_id,
+    )
+    def test_beginnings(self, data: bytes, message: str) -> None:
+        with pytest.raises(confbuild.IgvmError, match=f"^IGVM: {re.escape(message)}"):
+            confbuild.parse_igvm(data)
+
+    def test_fixed_header(self) -> None:
+        """Each field of it is checked: sizes, offsets, CRC-32."""
+        data = bytes(IgvmFile().platform().page(0x1000, A).vmsa())
+        begin, size = struct.unpack_from("<II", data, 8)
+        body, rest = data[begin : begin + size], data[begin + size :]
+
+        def with_header(start: int, length: int, gap: bytes = b"", headers: bytes = body, tail: bytes = rest) -> bytes:
+            total = 24 + len(gap + headers + tail)
+            fixed = struct.pack("<4s5I", b"IGVM", 1, start, length, total, 0)
+            crc = zlib.crc32(fixed + headers)
+            return fixed[:20] + crc.to_bytes(4, "little") + gap + headers + tail
+
+        assert with_header(24, size) == data
+        # The format allows bytes between the two headers; the CRC-32 leaves them out.
+        moved = with_header(32, size, bytes(8), body[:36] + (8 + begin + size).to_bytes(4, "little") + body[40:])
+        assert "lie outside" in self.refusal(with_header(32, size, bytes(8), body.replace(b"\xff" * 3, b"\xfe" * 3)))
+        assert moved[24:32] == bytes(8)
+        for broken, message in (
+            (data[:-1], "its header says"),
+            (data + b"\0", f"{len(data) + 1} bytes, its header says {len(data)}"),
+            (with_header(16, size), f"cannot have {size} bytes of headers at 0x10"),
+            (with_header(28, size, bytes(4)), "headers at 0x1c"),
+            (with_header(24, 0xFFFFFFF8), "headers at 0x18"),
+            (with_header(0xFFFFFFF8, size), "headers at 0xfffffff8"),
+            (with_header(24, size, tail=b""), "and data behind them"),
+            (with_header(24, (16 << 20) + 8, headers=bytes((16 << 20) + 8)), "headers at 0x18"),
+            (with_header(24, size - 8, headers=body[:-8], tail=body[-8:] + rest), "inside a field"),
+            (data[:20] + bytes(4) + data[24:], "CRC-32 0x"),
+        ):
+            assert message in self.refusal(broken), message
+
+    @staticmethod
+    def refusal(data: bytes) -> str:
+        with pytest.raises(confbuild.IgvmError) as caught:
+            confbuild.parse_igvm(data)
+        assert caught.value.structure == "IGVM"
+        return str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("file", "message"),
+        [
+            (IgvmFile().vmsa(), "VMSA with mask 0x1, expected that of one"),
+            (IgvmFile().add(0x101, "QII", 0, 1, 0).platform(), "header of type 0x1 after those of a later stage"),
+            (IgvmFile().platform().page(0, A).add(0x101, "QII", 0, 1, 0), "type 0x101 after those of a later stage"),
+            (IgvmFile().platform().platform(2), "platform of type 2, mask 0x2: unknown, or not the first"),
+            (IgvmFile().platform(3), "platform of type 2, mask 0x3"),
+            (IgvmFile().platform(0), "platform of type 2, mask 0x0"),
+            (IgvmFile().platform(version=2), "platform of type 2"),
+            (IgvmFile().platform(vtl=1), "platform of type 2"),
+            (IgvmFile().platform(kind=6), "platform of type 6"),
+            (IgvmFile().platform(kind=0, boundary=1), "platform of type 0"),
+            (IgvmFile().platform(2, TDX_TYPE).page(0, A, mask=2), "0 VMSAs, expected one of each vCPU from 0 on"),
+            (IgvmFile().platform().page(0x1000, A), "0 VMSAs"),
+            (IgvmFile().platform().vmsa(vcpu=1), "1 VMSAs"),
+            (IgvmFile().platform().vmsa().vmsa(vcpu=2), "2 VMSAs"),
+            (IgvmFile().platform().vmsa().vmsa(), "VMSA: vCPU 0: not the first, or beyond KVM's limit"),
+            (IgvmFile().platform().vmsa(vcpu=4096), "VMSA: vCPU 4096: not the first, or beyond KVM's limit"),
+            (IgvmFile().platform().vmsa(gpa=0x1000), "VMSA of vCPU 0 at 0x1000: in the wrong place, or not of SNP"),
+            (IgvmFile().platform().vmsa(vmsa_of(features=0x20)), "in the wrong place, or not of SNP"),
+            (IgvmFile().platform().add(0x304, "QIIHH", VMSA_ADDRESS, 1, 0, 0, 0).page(0, A), "or not of SNP"),
+            (IgvmFile().platform().platform(2, SEV_ES).vmsa(mask=3), "VMSA with mask 0x3"),
+            (IgvmFile().platform().platform(2, TDX_TYPE).vmsa(mask=2), "VMSA with mask 0x2"),
+            (IgvmFile().platform().platform(2, SEV_ES).vmsa(A[:100], mask=2), "lie outside of the file data"),
+            (IgvmFile().platform().vmsa(gpa=1), "0x1 in a header of type 0x304, expected whole pages"),
+            (IgvmFile().platform().page(0x800, A), "0x800 in a header of type 0x302, expected whole pages"),
+            (IgvmFile().platform().page(1 << 12, A[1:]), "4096 bytes at 0x50 lie outside of the file data"),
+            (IgvmFile().platform().page(0, None, offset=24).page(0, A), "4096 bytes at 0x18 lie outside"),
+            (IgvmFile().platform().page(0, None, offset=2**32 - 1).page(0, A), "4096 bytes at 0xffffffff lie outside"),
+            (IgvmFile().platform().page(0, None, offset=1, mask=2).page(0, A), "4096 bytes at 0x1 lie outside"),
+            (IgvmFile().platform().page(0, A, kind=4, mask=2), "page of unknown type 4"),
+            (IgvmFile().platform().page(0, A, reserved=1, mask=2), "type 0x302: its reserved bytes are not zero"),
+            (IgvmFile().platform().page(0x1000, A, flags=1), "page with flags 0x1 at 0x1000, expected 0 or 2"),
+            (IgvmFile().platform().page(0, A, flags=4), "page with flags 0x4 at 0x0"),
+            (IgvmFile().platform().page(0, A, flags=1 << 31), "page with flags 0x80000000"),
+            (
+                IgvmFile().platform().page(0, A).page(0, B),
+                "page at 0x0, type 1: beyond the limits of memory, or filled",
+            ),
+            (
+                IgvmFile().platform().page(0, A).area(4096, 1).insert(0, 1),
+                "parameters: 0x1000 bytes at 0x0: beyond the",
+            ),
+            (IgvmFile().platform().page(0, A).area(8192, 1).insert((1 << 64) - 4096, 1), "beyond the limits of memory"),
+            (IgvmFile().platform().page(0, A).area(1 << 30, 1).insert(4096, 1), "beyond the limits of memory"),
+            (IgvmFile().platform().page(0, A).area(1 << 60, 1), f"area 1 of {1 << 60} bytes, or declared twice"),
+            (IgvmFile().platform().page(0, A).area(4096, 1).area(4096, 1), "area 1 of 4096 bytes, or declared twice"),
+            (IgvmFile().platform().page(0, A).area(4097, 1), "0x1001 in a header of type 0x301"),
+            (IgvmFile().platform().area(8192, 1, A), "8192 bytes at 0x48 lie outside of the file data"),
+            (IgvmFile().platform().page(0, A).insert(0, 1), "insert of area 1, which does not exist or is inserted"),
+            (IgvmFile().platform().page(0, A).insert(1, 1), "0x1 in a header of type 0x303"),
+            (IgvmFile().platform().page(0, A).area(4096, 1).insert(4096, 1).insert(8192, 1), "insert of area 1"),
+            (IgvmFile().platform().page(0, A).insert(4096, 1, mask=0).area(4096, 1), "insert of area 1"),
+            (IgvmFile().platform().page(0, A).add(0x307, "II", 1, 0), "parameter of area 1, which does not exist"),
+            (
+                IgvmFile().platform().page(0, A).area(4096, 1).insert(4096, 1, mask=2).add(0x312, "II", 1, 0),
+                "parameter of area 1, which does not exist",
+            ),
+            (
+                IgvmFile().platform().page(0, A).add(0x305, "QIIII", 0, 1, 100, 0, 0),
+                "0x64 in a header of type 0x305, expected whole pages",
+            ),
+            (IgvmFile().platform().page(0, A).add(0x305, "QIIII", 0, 1, 4096, 0, 1), "reserved bytes are not zero"),
+            (IgvmFile().platform().page(0, A).add(0x305, "QIIII", 1, 1, 4096, 0, 0), "0x1 in a header of type 0x305"),
+            (IgvmFile().platform().page(0, A).add(0x30D, "QII", 9, 1, 4096), "0x9 in a header of type 0x30d"),
+            (IgvmFile().platform().add(0x101, "QII", 0, 1, 1).page(0, A), "reserved bytes are not zero"),
+            (
+                IgvmFile().platform().add(0x102, "48x").page(0, A),
+                "header of type 0x102 with 48 bytes: no SEV-SNP guest",
+            ),
+            (IgvmFile().platform().page(0, A).add(0x3F0, "8x"), "header of type 0x3f0 with 8 bytes"),
+            (IgvmFile().platform().page(0, A).add(0x3F0, ""), "header of type 0x3f0 with 0 bytes"),
+            (IgvmFile().platform().page(0, A).add(0x800003F0, ""), "header of type 0x800003f0 with 0 bytes"),
+            (IgvmFile().platform().page(0, A).add(0x302, "16x"), "header of type 0x302 with 16 bytes"),
+            (IgvmFile().platform().page(0, A).add(0x302, "32x"), "header of type 0x302 with 32 bytes"),
+        ],
+        ids=short_id,
+    )
+    def test_what_has_no_digest(self, file: IgvmFile, message: str) -> None:
+        assert message in self.refusal(bytes(file))
+
+    def test_padding(self) -> None:
+        data = bytearray(bytes(IgvmFile().platform().vmsa()))
+        data[24 + 24 + 8 + 20] = 1
+        begin, size = struct.unpack_from("<II", data, 8)
+        data[20:24] = zlib.crc32(data[:20] + bytes(4) + data[24 : begin + size]).to_bytes(4, "little")
+        assert "header of type 0x304: its reserved bytes are not zero" in self.refusal(bytes(data))
+
+    def test_every_bit_of_the_headers_counts(self) -> None:
+        """A flipped bit fails; with a new CRC-32, no file has the digest of the right one for other pages."""
+        data = bytes(IgvmFile().platform().area(4096, 1).page(0x1000, A).insert(0x2000, 1).vmsa())
+        begin, size = struct.unpack_from("<II", data, 8)
+        for at in range(8 * (begin + size)):
+            changed = bytearray(data)
+            changed[at // 8] ^= 1 << at % 8
+            self.refusal(bytes(changed))
+            if at % 5:
+                continue
+            changed[20:24] = zlib.crc32(changed[:20] + bytes(4) + changed[24 : begin + size]).to_bytes(4, "little")
+            with contextlib.suppress(confbuild.IgvmError):
+                assert len(igvm_digest(bytes(changed))) == 96
+        for length in range(0, len(data), 7):
+            self.refusal(data[:length])
+
+    @settings(max_examples=60)
+    @given(st.binary(max_size=200), st.integers(0, 1))
+    def test_any_headers(self, variable: bytes, version: int) -> None:
+        """Whatever they hold: IgvmError or a digest."""
+        fixed = struct.pack("<4s3I", b"IGVM", version + 1, 24 + 8 * version, len(variable)) + bytes(8)
+        with contextlib.suppress(confbuild.IgvmError):
+            igvm_digest(fix(fixed, variable, A))
+
+    def test_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Many headers that name the same page, and large areas, fill no more memory than the limit."""
+        monkeypatch.setattr(confbuild, "MAX_IGVM", 0x10000)
+        for pages, ok in ((13, True), (14, False)):
+            file = IgvmFile().platform().area(0x3000, 1).page(0x1000, A).insert(0x100000, 1)
+            for number in range(1, pages):
+                file.page(0x1000 + 0x1000 * number, None)
+            if ok:
+                igvm_digest(bytes(file.vmsa()))
+            else:
+                assert "page at 0xe000, type 1: beyond the limits of memory" in self.refusal(bytes(file.vmsa()))
+        assert "area 1 of 69632 bytes" in self.refusal(bytes(IgvmFile().platform().area(0x11000, 1)))
+        igvm_digest(bytes(IgvmFile().platform().area(0x10000, 1).insert(0, 1).vmsa()))
+
+    @pytest.mark.parametrize("begin", [0x20000000, 0x20000800, 0x20000FFF])
+    def test_command_line(self, begin: int) -> None:
+        for text in (CMDLINE, CMDLINE + " x=" + "y" * 9000, "caf\u00e9", "", " a  b "):
+            for end in (b"", b"\0", b"\n\0\0", b"\0\n"):
+                image = pe_of(text.encode() + end)
+                assert igvm_cmdline(bytes(booting(image, begin=begin))) == text
+
+    def test_item_across_two_pages(self) -> None:
+        image = pe_of(CMDLINE.encode())
+        item = hob_list(0x20000000, len(image))
+        for front in (4096 - 8, 4096 - 20, 4096 - 55, 4096 - 56):
+            blob = (bytes(front) + item).ljust(8192, b"\0")
+            file = (
+                IgvmFile()
+                .platform()
+                .page(0x2000, blob[4096:])
+                .page(0x1000, blob[:4096])
+                .page(0x20000000, image.ljust(4096, b"\0"))
+            )
+            assert igvm_cmdline(bytes(file.vmsa())) == CMDLINE
+            file = IgvmFile().platform().page(0x1000, blob[:4096]).page(0x20000000, image.ljust(4096, b"\0")).vmsa()
+            if front != 4096 - 56:
+                with pytest.raises(
+                    confbuild.IgvmError, match="^kernel: 0 items in measured pages name one, expected 1"
+                ):
+                    igvm_cmdline(bytes(file))
+
+    @pytest.mark.parametrize(
+        ("file", "message"),
+        [
+            (booting(pe_of(b"x"), hobs=b""), "0 items in measured pages name one, expected 1"),
+            (booting(pe_of(b"x"), hobs=hob_list(0, 1) * 2), "2 items in measured pages name one"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 1024, kind=3)), "0 items"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 1024, size=0x38)), "0 items"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 1024, item=0x202)), "0 items"),
+            (booting(pe_of(b"x"), flags=2), "the page at 0x20000000 is not measured"),
+            (booting(pe_of(b"x"), kind=2), "the page at 0x20000000 is not measured"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 4097)), "the page at 0x20001000 is not measured"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 1 << 63)), "the page at 0x20001000 is not measured"),
+            (booting(pe_of(b"x"), hobs=hob_list((1 << 64) - 1, (1 << 64) - 1)), "is not measured"),
+            (booting(pe_of(b"x"), hobs=hob_list(0x20000000, 0)), "ends at byte 0"),
+            (booting(b"ZM" + pe_of(b"x")[2:]), "not a PE file"),
+            (booting(pe_of(b"x").replace(b"PE", b"NE")), "not a PE file"),
+            (booting(b"MZ" + bytes(58) + b"\xff" * 4 + bytes(40)), "ends at byte 104"),
+            (booting(pe_of(b"x")[:150]), "ends at byte 150"),
+            (booting(pe_of(b"x", name=b".cmdlin")), "0 sections .cmdline, expected 1"),
+            (booting(pe_of(b"x").replace(b".text\0\0\0", b".cmdline")), "2 sections .cmdline, expected 1"),
+            (booting(pe_of(b"x", at=0x201)), "ends at byte 1024"),
+            (booting(pe_of(b"x", at=0xFFFFFFFF)), "ends at byte 1024"),
+            (booting(pe_of(b"roothash=1 more", virtual=10)), "section .cmdline has more text behind its end"),
+            (booting(pe_of(b"a\0b")), "section .cmdline has more text behind its end"),
+            (booting(pe_of(b"a\xff")), "command line is not UTF-8 at byte 1"),
+        ],
+        ids=short_id,
+    )
+    def test_no_command_line(self, file: IgvmFile, message: str) -> None:
+        with pytest.raises(confbuild.IgvmError, match=f"^kernel: .*{re.escape(message)}"):
+            igvm_cmdline(bytes(file))
+
+    @settings(max_examples=150)
+    @given(st.integers(0, 8 * 1024 - 1))
+    def test_any_bit_of_the_kernel(self, at: int) -> None:
+        image = bytearray(pe_of(CMDLINE.encode()))
+        image[at // 8] ^= 1 << at % 8
+        with contextlib.suppress(confbuild.IgvmError):
+            igvm_cmdline(bytes(booting(bytes(image))))
+
+    @pytest.mark.parametrize(
+        ("cmdline", "found"),
+        [
+            (CMDLINE, True),
+            (f"roothash={ROOT_HASH}", True),
+            (f"a\troothash={ROOT_HASH.upper()}\nb", True),
+            (f"roothash={ROOT_HASH} roothash={ROOT_HASH.upper()}", True),
+            (f'"roothash={ROOT_HASH}" x="a b"', True),
+            (f'roothash="{ROOT_HASH}"', True),
+            ("", False),
+            ("quiet", False),
+            (f"notroothash={ROOT_HASH}", False),
+            (f"roothash={ROOT_HASH[1:]}", False),
+            (f"roothash={ROOT_HASH}0", False),
+            (f"roothash={'g' * 64}", False),
+            (f"roothash= roothash={ROOT_HASH}", False),
+            (f"roothash={ROOT_HASH} roothash={'0' * 64}", False),
+            (f"roothash={ROOT_HASH[:32]} roothash={ROOT_HASH[32:]}", False),
+            (f'x="a roothash={ROOT_HASH} b"', False),
+            (f'x="a roothash={ROOT_HASH}', False),
+            (f"usrhash={ROOT_HASH} root=/dev/dm-0", False),
+        ],
+    )
+    def test_root_hash(self, cmdline: str, found: bool) -> None:
+        if found:
+            assert confbuild.root_hash_of(cmdline) == ROOT_HASH
+        else:
+            with pytest.raises(confbuild.IgvmError, match="^kernel: command line does not have one root hash of 64"):
+                confbuild.root_hash_of(cmdline)
+
     def test_vectors(self) -> None:
         """110 files, against three other tools; README there states the rules."""
         folder = vectors() / "igvm"
@@ -5598,7 +5950,212 @@ class TestIgvm:
 # ==============================================================================
 
 
+def verity_of(data: bytes, salt: bytes, data_block: int, block: int) -> tuple[str, bytes]:
+    """The root hash, and the hash area, of a tree that is built from the bottom [LINUX device-mapper/verity.rst]."""
+    hashes = [hashlib.sha256(salt + data[at : at + data_block]).digest() for at in range(0, len(data), data_block)]
+    levels: list[bytes] = []
+    while len(hashes) > 1:
+        packed = [
+            b"".join(hashes[at : at + block // 32]).ljust(block, b"\0") for at in range(0, len(hashes), block // 32)
+        ]
+        levels.insert(0, b"".join(packed))
+        hashes = [hashlib.sha256(salt + part).digest() for part in packed]
+    superblock = struct.pack(
+        "<8sII16s32sIIQH6x256s168x",
+        b"verity",
+        1,
+        1,
+        bytes(range(16)),
+        b"sha256",
+        data_block,
+        block,
+        len(data) // data_block,
+        len(salt),
+        salt,
+    )
+    return hashes[0].hex(), superblock.ljust(block, b"\0") + b"".join(levels)
+
+
+ROOT_TYPE = uuid.UUID("4f68bce3-e8cd-4db1-96e7-fbcaf984b709").bytes_le
+VERITY_TYPE = uuid.UUID("2c7357ed-ebd2-46d9-aec1-23d437ec2bf5").bytes_le
+
+
+def disk_of(*partitions: tuple[bytes, bytes], entry_size: int = 128, header: Mapping[str, int] | None = None) -> bytes:
+    """A GPT disk with such partitions: (type, contents)."""
+    at, rows, contents = 40, b"", b""
+    for kind, part in partitions:
+        sectors = -(-len(part) // 512)
+        row = struct.pack("<16s16sQQQ", kind, bytes(16), at, at + sectors - 1, 0)
+        rows += row.ljust(entry_size, b"\0")
+        contents += part.ljust(512 * sectors, b"\0")
+        at += sectors
+    fields = {"lba": 2, "count": len(partitions) + 2, "size": entry_size, "header": 92, **(header or {})}
+    table = rows.ljust(fields["count"] * entry_size, b"\0")[: min(38 * 512, fields["count"] * entry_size)]
+    tail = struct.pack("<QIII", fields["lba"], fields["count"], fields["size"], zlib.crc32(table))
+    fixed = struct.pack("<8sIIIIQQQQ16s", b"EFI PART", 0x10000, fields["header"], 0, 0, 1, at, 40, at - 1, bytes(16))
+    crc = zlib.crc32((fixed + tail).ljust(512, b"\0")[: fields["header"]])
+    gpt = fixed[:16] + crc.to_bytes(4, "little") + fixed[20:] + tail
+    return bytes(512) + gpt.ljust(512, b"\0") + table.ljust(38 * 512, b"\0") + contents
+
+
+def read_of(disk: bytes) -> Callable[[int, int], bytes]:
+    return lambda at, size: disk[at : at + size]
+
+
+SALT = bytes(range(32))
+ROOT_DATA = random.Random(12).randbytes(40 * 512)
+DISK_HASH, HASH_AREA = verity_of(ROOT_DATA, SALT, 512, 512)  # two levels
+DISK = disk_of((ROOT_TYPE, ROOT_DATA), (VERITY_TYPE, HASH_AREA))
+
+
 class TestVerity:
+    @pytest.mark.parametrize(
+        ("blocks", "data_block", "block", "salt"),
+        [
+            (1, 4096, 4096, SALT),  # no tree: the root hash is that of the block
+            (2, 4096, 4096, b""),
+            (128, 512, 4096, SALT),
+            (129, 512, 4096, SALT * 8),
+            (16, 4096, 512, SALT),
+            (17, 4096, 512, SALT),
+            (257, 512, 512, SALT),
+            (3, 65536, 1024, b"s"),
+            (5, 512, 65536, SALT),
+        ],
+    )
+    def test_trees(self, blocks: int, data_block: int, block: int, salt: bytes) -> None:
+        """Of no, one, two and three levels, against a tree that is built from the bottom."""
+        data = random.Random(blocks).randbytes(blocks * data_block)
+        root_hash, area = verity_of(data, salt, data_block, block)
+        disk = disk_of((b"x" * 16, b"esp"), (VERITY_TYPE, area), (ROOT_TYPE, data))
+        assert confbuild.verify_disk(read_of(disk), root_hash) == len(data)
+        for broken in (data[:-1] + b"!", b"!" + data[1:]):
+            with pytest.raises(confbuild.DiskError, match="^disk: (hash block at byte|root hash)"):
+                confbuild.verify_disk(read_of(disk.replace(data, broken)), root_hash)
+        with pytest.raises(confbuild.DiskError, match=f"^disk: root hash {root_hash}, expected 00"):
+            confbuild.verify_disk(read_of(disk), "00" * 32)
+
+    def test_every_byte_counts(self) -> None:
+        """Of the data, the tree and the superblock, except its UUID and the padding."""
+        assert confbuild.verify_disk(read_of(DISK), DISK_HASH) == len(ROOT_DATA)
+        begin = DISK.index(ROOT_DATA[:512])
+        area = DISK.index(HASH_AREA[:512])
+        ignored = {*range(area + 16, area + 32), *range(area + 82, area + 88), *range(area + 120, area + 512)}
+        for at in range(begin, len(DISK), 13):
+            disk = bytearray(DISK)
+            disk[at] ^= 0x10
+            if at in ignored:
+                confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
+            else:
+                with pytest.raises(confbuild.DiskError):
+                    confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
+
+    def test_every_byte_of_the_table(self) -> None:
+        for at in range(512, 1024 + 128):
+            disk = bytearray(DISK)
+            disk[at] ^= 1 << at % 8
+            if 512 + 92 <= at < 1024:  # behind the header
+                confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
+            else:
+                with pytest.raises(confbuild.DiskError):
+                    confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
+
+    def test_short_disks(self) -> None:
+        for length in (*range(0, 2048, 67), *range(2048, len(DISK), 997), len(DISK) - 1):
+            with pytest.raises(confbuild.DiskError, match="^disk: "):
+                confbuild.verify_disk(read_of(DISK[:length]), DISK_HASH)
+
+    @pytest.mark.parametrize(
+        ("disk", "message"),
+        [
+            (bytes(2048), "sector 1 is not a GPT header, or its CRC-32 is wrong"),
+            (disk_of((ROOT_TYPE, ROOT_DATA), header={"header": 91}), "sector 1 is not a GPT header"),
+            (disk_of((ROOT_TYPE, ROOT_DATA), header={"header": 513}), "sector 1 is not a GPT header"),
+            (disk_of((ROOT_TYPE, ROOT_DATA), header={"count": 0}), "0 partitions of type 4f68bce3"),
+            (
+                disk_of((ROOT_TYPE, ROOT_DATA), header={"size": 127}),
+                "table of 3 partitions with 127 bytes each: too large",
+            ),
+            (
+                disk_of((ROOT_TYPE, ROOT_DATA), header={"size": 1 << 20}),
+                "table of 3 partitions with 1048576 bytes each",
+            ),
+            (disk_of((ROOT_TYPE, ROOT_DATA), header={"lba": 3}), "too large, or its CRC-32 is wrong"),
+            (disk_of((ROOT_TYPE, ROOT_DATA), header={"lba": 2**64 - 1}), "ends before byte 9444"),
+            (disk_of((ROOT_TYPE, ROOT_DATA)), "0 partitions of type 2c7357ed-ebd2-46d9-aec1-23d437ec2bf5, expected 1"),
+            (
+                disk_of((VERITY_TYPE, ROOT_DATA)),
+                "0 partitions of type 4f68bce3-e8cd-4db1-96e7-fbcaf984b709, expected 1",
+            ),
+            (
+                disk_of((ROOT_TYPE, ROOT_DATA), (ROOT_TYPE, ROOT_DATA), (VERITY_TYPE, HASH_AREA)),
+                "2 partitions of type 4f68bce3",
+            ),
+            (disk_of((ROOT_TYPE, ROOT_DATA), *[(VERITY_TYPE, HASH_AREA)] * 2), "2 partitions of type 2c7357ed"),
+            (disk_of((ROOT_TYPE, b""), (VERITY_TYPE, HASH_AREA)), "the root partition has 0 bytes"),
+            (
+                disk_of((ROOT_TYPE, ROOT_DATA + bytes(512)), (VERITY_TYPE, HASH_AREA)),
+                "the root partition has 20992 bytes",
+            ),
+            (disk_of((ROOT_TYPE, ROOT_DATA[512:]), (VERITY_TYPE, HASH_AREA)), "tree for 40 blocks of 512 bytes"),
+            (
+                disk_of((ROOT_TYPE, ROOT_DATA), (VERITY_TYPE, HASH_AREA[:-512])),
+                "verity partition is too small for the tree",
+            ),
+            *[
+                (
+                    disk_of((ROOT_TYPE, ROOT_DATA), (VERITY_TYPE, HASH_AREA[:at] + new + HASH_AREA[at + len(new) :])),
+                    message,
+                )
+                for at, new, message in (
+                    (0, b"Verity", "no superblock of version 1, type 1 and sha256"),
+                    (8, b"\2", "no superblock of version 1, type 1 and sha256"),
+                    (12, b"\0", "no superblock of version 1, type 1 and sha256"),
+                    (32, b"sha512", "no superblock of version 1, type 1 and sha256"),
+                    (64, bytes(4), "blocks of 0 and 512 bytes, salt of 32: expected 512 to 65536"),
+                    (64, struct.pack("<I", 256), "blocks of 256 and 512 bytes"),
+                    (64, struct.pack("<I", 768), "blocks of 768 and 512 bytes"),
+                    (68, bytes(4), "blocks of 512 and 0 bytes"),
+                    (68, struct.pack("<I", 1 << 17), "blocks of 512 and 131072 bytes"),
+                    (72, b"\xff" * 8, f"tree for {2**64 - 1} blocks of 512 bytes"),
+                    (72, bytes(8), "tree for 0 blocks"),
+                    (80, struct.pack("<H", 257), "salt of 257"),
+                )
+            ],
+        ],
+        ids=short_id,
+    )
+    def test_what_is_no_such_disk(self, disk: bytes, message: str) -> None:
+        with pytest.raises(confbuild.DiskError, match=f"^disk: .*{re.escape(message)}") as caught:
+            confbuild.verify_disk(read_of(disk), DISK_HASH)
+        assert caught.value.structure == "disk"
+
+    def test_memory(self) -> None:
+        """Of a disk, a few blocks are held: 64 MiB of zeros in an instant, without a file."""
+        size, block = 64 << 20, 65536
+        level, leaf = hashlib.sha256(bytes(block)).digest(), size // block
+        tree = (level * leaf).ljust(block, b"\0")
+        superblock = struct.pack("<8sII16x32sIIQH6x424x", b"verity", 1, 1, b"sha256", block, block, leaf, 0)
+        area = superblock.ljust(block, b"\0") + tree
+        front = bytearray(disk_of((ROOT_TYPE, b"x"), (VERITY_TYPE, area)))
+        rows = front[1024 : 1024 + 4 * 128]
+        rows[32:48] = struct.pack("<QQ", 1 << 20, (1 << 20) + size // 512 - 1)
+        front[1024 : 1024 + 4 * 128] = rows
+        front[512 + 88 : 512 + 92] = zlib.crc32(rows).to_bytes(4, "little")
+        front[512 + 16 : 512 + 20] = zlib.crc32(front[512:528] + bytes(4) + front[532 : 512 + 92]).to_bytes(4, "little")
+        whole = bytes(front)
+        tracemalloc.start()
+        try:
+            root_hash = hashlib.sha256(tree).hexdigest()
+
+            def read(at: int, length: int) -> bytes:
+                return bytes(length) if at >= 1 << 29 else whole[at : at + length]
+
+            assert confbuild.verify_disk(read, root_hash) == size
+            assert tracemalloc.get_traced_memory()[1] < 2 << 20
+        finally:
+            tracemalloc.stop()
+
     def test_vectors(self) -> None:
         """28 pairs of a file and a disk, made with veritysetup."""
         folder = vectors() / "igvm"
@@ -7942,6 +8499,24 @@ class TestHardwareVerdict:
             "00" * 48 + " (EPYC-v4, 1 vCPU) or " + "6d" * 48 + " (EPYC-v4, 2 vCPUs)",
             "6d" * 48 + " (EPYC-v4, 2 vCPUs)",
         )
+
+    @pytest.mark.parametrize(
+        ("expected", "failed"),
+        [
+            ({"igvm": "6d" * 48}, set()),
+            ({"igvm": "6D" * 48, "disk": ""}, set()),
+            ({"igvm": "6e" * 48}, {"igvm measurement"}),
+            ({"igvm": "6d" * 48, "disk": "hash block at byte 0"}, {"disk"}),
+            ({"igvm": "6d" * 48, "measurements": ["6e" * 48]}, {"measurement"}),
+            ({"disk": "no"}, {"disk"}),
+        ],
+    )
+    def test_igvm(self, expected: Mapping[str, Any], failed: set[str]) -> None:
+        """[CONTRACT 5.6] The report has the launch digest of the file, and the disk its root hash: both must match."""
+        verdict = verdict_over(snp(), confbuild.Expectations(**expected), anchors=TOY_ANCHORS)
+        assert (failed_checks(verdict), verdict.verdict) == (failed, "failed" if failed else "passed")
+        unread = verdict_over(snp()._replace(evidence=b"{"), confbuild.Expectations(**expected), anchors=TOY_ANCHORS)
+        assert status_of(unread, "igvm measurement") == "not checked" and unread.verdict == "failed"
 
     def test_image_of_what_nothing_has_measured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where the simulation says what the image's measurement is, and where the evidence cannot be read."""
@@ -23197,13 +23772,44 @@ class TestUsage:
             ("verify b --roots blank", 2, "blank: Not a directory"),
             ("verify b --policy nowhere", 2, "nowhere: No such file"),
             ("verify b --image nowhere", 2, "nowhere"),
-            ("measure", 2, "required: --firmware, --vcpus"),
-            ("measure --firmware f --vcpus 1", 2, "exactly one of --vcpu-type and --vcpu-sig is needed"),
-            (
-                "measure --firmware f --vcpus 1 --vcpu-type EPYC-v4 --vcpu-sig 1",
-                2,
-                "exactly one of --vcpu-type and --vcpu-sig is needed",
-            ),
+            ("measure", 2, "exactly one of --firmware and --igvm is needed"),
+            ("measure --firmware f --igvm f", 2, "exactly one of --firmware and --igvm is needed"),
+            *[
+                (
+                    f"measure --firmware f {options}",
+                    2,
+                    "--vcpus and exactly one of --vcpu-type and --vcpu-sig are needed",
+                )
+                for options in (
+                    "",
+                    "--vcpus 1",
+                    "--vcpu-sig 1",
+                    "--vcpus 1 --vcpu-type EPYC-v4 --vcpu-sig 1",
+                    "--vcpus 1 --vcpu-type EPYC-v4 --vcpu-sig 1 --vmm ec2",
+                    "--vmm gce",
+                )
+            ],
+            *[
+                (f"measure --igvm f {option} {value}", 2, f"{option} has no effect with --igvm")
+                for option, value in (
+                    ("--kernel", "k"),
+                    ("--initrd", "i"),
+                    ("--append", "a"),
+                    ("--vcpus", "1"),
+                    ("--vcpu-type", "EPYC"),
+                    ("--vcpu-sig", "1"),
+                    ("--guest-features", "1"),
+                    ("--vmm", "ec2"),
+                    ("--ovmf-hash", ""),
+                )
+            ],
+            ("measure --firmware f --ovmf-hash --vcpus 1", 2, "--vcpus has no effect with --ovmf-hash"),
+            ("measure --firmware f --disk d --vcpus 1 --vcpu-sig 1", 2, "--disk requires --igvm"),
+            ("measure --firmware f --append x --vcpus 1 --vcpu-sig 1", 2, "--append requires --kernel"),
+            ("measure --igvm f --output-format octal", 2, "--output-format: invalid choice"),
+            ("measure --igvm nowhere", 2, "nowhere: No such file"),
+            ("verify b --disk d", 2, "--disk requires --igvm"),
+            ("verify b --igvm nowhere", 2, "nowhere: No such file"),
             ("measure --firmware f --vcpus 0 --vcpu-type EPYC-v4", 2, "--vcpus: '0' is not a whole number above zero"),
             ("measure --firmware f --vcpus 1 --vcpu-type EPYC-v6", 2, "--vcpu-type: invalid choice"),
             ("measure --firmware f --vcpus 1 --vcpu-sig 0 --vmm xen", 2, "--vmm: invalid choice"),
@@ -23215,8 +23821,8 @@ class TestUsage:
                 )
                 for text in ("", "-1", "0x", "x1", "1_0", "0X1", "0x" + "1" * 17, "1" * 21, "\u0661")
             ],
-            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --initrd x", 2, "--initrd and --append require --kernel"),
-            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--initrd and --append require --kernel"),
+            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --initrd x", 2, "--initrd requires --kernel"),
+            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--append requires --kernel"),
             ("measure --firmware nowhere --vcpus 1 --vcpu-sig 0", 2, "nowhere: No such file"),
             ("measure --firmware empty --vcpus 1 --vcpu-sig 0", 2, "empty: Is a directory"),
             (
@@ -23890,6 +24496,36 @@ class TestVerify:
         assert [
             check["actual"] for check in json.loads(capsys.readouterr().out)["checks"] if check["name"] == "other files"
         ] == ([others] if others else [])
+
+    def test_igvm(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """[CONTRACT 5.6] The VM was started from this file, whose disk is this one."""
+        file = bytes(booting(pe_of(f"roothash={DISK_HASH}".encode())))
+        digest = igvm_digest(file)
+        write_bundle(bench / "started", snp({"measurement": bytes.fromhex(digest)}))
+        for name, data in (
+            ("igvm", file),
+            ("other", bytes(booting(pe_of(f"roothash={DISK_HASH} x".encode())))),
+            ("disk", DISK),
+            ("changed", DISK[:-1] + b"!"),
+            ("folder/policy.toml", b'igvm = "../igvm"\ndisk = "../disk"'),
+        ):
+            (bench / name).write_bytes(data)
+        for name, options, status, failed in (
+            ("started", "--igvm igvm", 0, ""),
+            ("started", "--igvm igvm --disk disk", 0, ""),
+            ("started", f"--igvm igvm --measurement 0x{digest.upper()}", 0, ""),
+            ("started", "--policy folder/policy.toml", 0, ""),
+            ("started", "--igvm other --disk disk", 1, "igvm measurement"),
+            ("started", "--igvm igvm --disk changed", 1, "disk"),
+            ("started", "--igvm igvm --measurement " + "0" * 96, 1, "measurement"),
+            ("b", "--igvm igvm --disk disk", 1, "igvm measurement"),
+        ):
+            assert confbuild.main(["verify", name, "--roots", "roots", *options.split()]) == status, options
+            said = capsys.readouterr().out
+            assert re.findall(r"(?m)^FAIL ([a-z ]+?)(?:  .*)?$", said) == ([failed] if failed else [])
+            assert "(--image, --measurement)" not in said
+        assert confbuild.main(["verify", "started", "--igvm", "disk", "--roots", "roots"]) == 2
+        assert "error: disk: IGVM: not an IGVM file" in capsys.readouterr().err
 
     def test_image(self, bench: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """What is found in the directory is compared; of a policy, it is relative to that."""
@@ -24602,6 +25238,67 @@ class TestMeasure:
             "urllib",
             "logging",
         }
+
+    @pytest.mark.parametrize("row", [row for row in TOY_DIGESTS if row[3] != "QEMU"])
+    def test_other_hypervisors_need_no_model(
+        self, machine: Path, capsys: pytest.CaptureFixture[str], row: tuple[int, str, int, str, str, str]
+    ) -> None:
+        """Their VMSA has a signature of its own."""
+        command = ["measure", "--firmware", "fw", *self.BOOT, "--vcpus", str(row[0]), "--vmm", row[3]]
+        assert confbuild.main(command) == 0 and capsys.readouterr().out == f"{row[5]}\n"
+
+    def test_formats(self, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The digest in base64, and that of the firmware alone: the first known step."""
+        options = [*self.BOOT, "--vcpus", "1", "--vcpu-type", "EPYC-v4", "--output-format", "base64", "--explain"]
+        assert confbuild.main(["measure", "--firmware", "fw", *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{b64(bytes.fromhex(TOY_STEPS[0][1]))}  {TOY_STEPS[0][0]}"
+        assert lines[-1] == b64(bytes.fromhex(TOY_STEPS[-1][1]))
+        for option, digest in (("hex", TOY_STEPS[0][1]), ("base64", b64(bytes.fromhex(TOY_STEPS[0][1])))):
+            assert confbuild.main(["measure", "--firmware", "fw", "--ovmf-hash", "--output-format", option]) == 0
+            assert capsys.readouterr().out == digest + "\n"
+
+    def test_igvm(self, machine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The digest, the measured command line and its root hash; the whole disk."""
+        cmdline = f'console="a b" x=\u00e9 roothash={DISK_HASH}'
+        changed = DISK.replace(ROOT_DATA[-4:], b"\0\1\2\3")
+        for name, data in (
+            ("igvm", bytes(booting(pe_of(cmdline.encode())))),
+            ("unmeasured", bytes(booting(pe_of(cmdline.encode()), flags=2))),
+            ("rootless", bytes(booting(pe_of(b"quiet")))),
+            ("disk", DISK),
+            ("changed", changed),
+        ):
+            (machine / name).write_bytes(data)
+        digest = igvm_digest((machine / "igvm").read_bytes())
+        found = f"{digest}\ncommand line  {json.dumps(cmdline)}\nroot hash     {DISK_HASH}\n"
+        for options, status, out, err in (
+            ("igvm", 0, found, ""),
+            ("igvm --disk disk", 0, found, ""),
+            ("igvm --disk changed", 1, found, "warning: changed: disk: hash block at byte"),
+            ("igvm --disk fw", 1, found, "warning: fw: disk: sector 1 is not a GPT header"),
+            ("unmeasured", 0, "command line  none\nroot hash     none\n", "warning: unmeasured: kernel: the page at"),
+            ("unmeasured --disk disk", 1, "root hash     none\n", "warning: disk: kernel: the page at"),
+            ("rootless", 0, 'line  "quiet"\nroot hash     none\n', "kernel: command line does not have one root hash"),
+            ("rootless --disk disk", 1, "root hash     none\n", "kernel: command line does not have one root hash"),
+            ("fw", 2, "", "error: fw: IGVM: not an IGVM file of version 1 or 2"),
+            ("igvm --disk nowhere", 2, "", "error: nowhere: No such file"),
+        ):
+            assert confbuild.main(["measure", "--igvm", *options.split()]) == status, options
+            said = capsys.readouterr()
+            assert said.out.endswith(out) and bool(said.out) == bool(out) and (err in said.err if err else not said.err)
+        assert confbuild.main(["measure", "--igvm", "igvm", "--explain", "--output-format", "base64"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        encoded = b64(bytes.fromhex(digest))
+        assert lines[0].endswith("  page at 0x100000, type 1") and lines[-4] == f"{encoded}  VMSA: vCPU 0"
+        assert lines[-3] == encoded
+
+    def test_a_large_igvm_file(
+        self, machine: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(confbuild, "MAX_IGVM", 100)
+        assert confbuild.main(["measure", "--igvm", "fw"]) == 2
+        assert "error: fw: larger than 100 bytes" in capsys.readouterr().err
 
 
 class TestAttest:
