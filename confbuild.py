@@ -2789,8 +2789,6 @@ _IGVM_LAYOUTS = {
 }
 _SEV_SNP, _SEV_ES = 2, 5  # types of platforms; the last one that is known
 _DATA_TYPES = (PAGE_NORMAL, PAGE_SECRETS, PAGE_CPUID, PAGE_CPUID)  # of a page; the last one is CPUID_XF
-_UNMEASURED = 2  # a flag of a page
-_SEV_FEATURES = 0x3B0  # in a VMSA; bit 0: SNP is active
 _ZERO_PAGE = memoryview(bytes(PAGE_SIZE))
 # The item of the HOB list by which the firmware finds the kernel: EFI_HOB_GUID_TYPE of 48 bytes [PI volume 3], then
 # u64 address, u64 length, u32 type 0x201.
@@ -2874,8 +2872,9 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
             gpa, mask, offset, flags, data_type, _ = fields
             _require_igvm(data_type < len(_DATA_TYPES), f"page of unknown type {data_type}")
             if mask & snp:
-                # QEMU ignores `shared` and fills 2 MiB pages: the digest would not cover what it seems to.
-                _require_igvm(not flags & ~_UNMEASURED, f"page with flags {flags:#x} at {gpa:#x}, expected 0 or 2")
+                # Flag 2 is `unmeasured`. QEMU ignores `shared` (4) and fills 2 MiB pages (1): the digest would seem to
+                # cover more than it does.
+                _require_igvm(flags in (0, 2), f"page with flags {flags:#x} at {gpa:#x}, expected 0 or 2")
                 page_type = PAGE_UNMEASURED if flags and not data_type else _DATA_TYPES[data_type]
                 step = Step(f"page at {gpa:#x}, type {page_type}", page_type, gpa, PAGE_SIZE, contents)
                 yield step, (number, gpa, mask, flags, data_type, not offset)
@@ -2889,8 +2888,8 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
             gpa, mask, _, vcpu, _ = fields
             of_sev = mask in (snp, masks.get(_SEV_ES))
             _require_igvm(of_sev, f"VMSA with mask {mask:#x}, expected that of one SEV-SNP or SEV-ES platform")
-            if mask == snp:
-                active = gpa == VMSA_GPA and contents[_SEV_FEATURES] & 1 == 1
+            if mask == snp:  # bit 0 of SEV_FEATURES, at 0x3B0, says that it is a VMSA of SNP
+                active = gpa == VMSA_GPA and contents[0x3B0] & 1 == 1
                 _require_igvm(active, f"VMSA of vCPU {vcpu} at {gpa:#x}: in the wrong place, or not of SNP")
                 yield Step(f"VMSA: vCPU {vcpu}", PAGE_VMSA, gpa, PAGE_SIZE, contents), (vcpu,)
         elif len(fields) == 2:
