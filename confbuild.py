@@ -733,12 +733,23 @@ class Expectations(NamedTuple):
     image: ImageFacts | None = None  # the VM must have booted it
     igvm: str | None = None  # the launch digest of the IGVM file that the VM must have booted
     disk: str | None = None  # empty, or why the disk does not have the root hash of that file's command line
-    min_tcb: Mapping[str, int] | None = None  # the least security patch levels of each TCB in the report
+    min_tcb: Mapping[str, int] | None = None  # "snp" or "milan:snp" -> its least level in each TCB of the report
     host_data: str | None = None
+    guest_policy: Sequence[int] | None = None  # mask, value of these bits, least ABI (major << 8 | minor)
+    platform_info: int | None = None  # the bits that may be set
+    vmpl: int = 0
     guest_svn: int | None = None
+    min_guest_svn: int | None = None
+    min_firmware: Sequence[int] | None = None  # major, minor, build, of the current and the committed version
+    min_mit_vector: int | None = None  # bits that both mitigation vectors must have
     chip_id: str | None = None
     family_id: str | None = None
     image_id: str | None = None
+    id_key_digest: str | None = None
+    author_key_digest: str | None = None
+    report_id: str | None = None
+    csp_id: str | None = None  # of a VLEK, such as CN=cc-us-east-2.amazonaws.com
+    report_data: str | None = None  # all 64 bytes that the attester signed
     allow_debug: bool = False
     source_uri: str | None = None
     source_commit: str | None = None
@@ -1279,6 +1290,9 @@ _ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
 # Extensions of a VEK [VCEK 3.1, tables 8 and 9]. An SPL is a security patch level: one byte of TCB_VERSION.
 _PRODUCT_NAME, _HWID, _SPL = "1.3.6.1.4.1.3704.1.2", "1.3.6.1.4.1.3704.1.4", "1.3.6.1.4.1.3704.1.3."
+_CSP_ID = "1.3.6.1.4.1.3704.1.5"
+# [GHCB 4.1.8.1]
+VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}
 _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
 
 
@@ -1310,7 +1324,8 @@ class Endorsements(NamedTuple):
 
     anchors: trusted CA keys that replace AMD's pinned ones, or None.
     crls: (name for messages, bytes) of each revocation list; verified before use.
-    vek: certificate of a VCEK or VLEK, for evidence that has none; verified before use.
+    vek: certificate of a VCEK or VLEK, for evidence that has none: in DER, PEM with its chain, or a certificate table;
+        verified before use.
     """
 
     anchors: Anchors | None = None
@@ -1617,6 +1632,41 @@ def has_hwid(vek: Certificate) -> bool:
     return _HWID in vek.extensions
 
 
+def vek_csp_id(vek: Certificate) -> str | None:
+    """Return the CSP_ID of a VLEK, the name of the cloud that it belongs to, or None for a VCEK.  [VCEK 3.1]
+
+    Raises DerError.
+    """
+    return Der(vek.extensions[_CSP_ID], "VEK CSP_ID").read_all(Der.text) if _CSP_ID in vek.extensions else None
+
+
+def vek_in_table(table: bytes, kind: str) -> bytes | None:
+    """Return the certificate of kind "VCEK" or "VLEK" in a certificate table, or None.  [GHCB 4.1.8.1]
+
+    An entry is a GUID (16 bytes), offset (u32) and length (u32); an entry of zeros ends the table.  Hosts disagree
+    about the byte order of the GUID, so both are accepted.
+    table: any bytes, from the hostile host.
+    """
+    wanted = uuid.UUID(VEK_GUIDS.get(kind, "0" * 32))
+    for guid, offset, length in struct.iter_unpack("<16sII", table[: len(table) // 24 * 24]):
+        if not any(guid):
+            break
+        if guid in (wanted.bytes, wanted.bytes_le):
+            return table[offset : offset + length] or None
+    return None
+
+
+def find_vek(data: bytes, kind: str) -> Certificate:
+    """Return the certificate of a VEK in DER, a PEM chain or a certificate table.
+
+    kind: "VCEK" or "VLEK", if there are several.
+    Raises Malformed.
+    """
+    found = [decode_base64("".join(block.split()), "VEK") for block in _PEM.findall(data.decode("latin-1"))]
+    certificates = [parse_certificate(der, "VEK") for der in found or [vek_in_table(data, kind) or data]]
+    return next((vek for vek in certificates if ("CN", f"SEV-{kind}") in vek.subject), certificates[0])
+
+
 def vek_chip_id(vek: Certificate) -> bytes:
     """Return the chip_id of a VCEK, 64 bytes.  [VCEK 3.1]
 
@@ -1654,6 +1704,12 @@ _REPORT_LAYOUT = struct.Struct(
     "QQ 152x"            # 0x1F8 two mitigation vectors
     "72s72s 368x"        # 0x2A0 r, s
 )
+# fmt: on
+# Names of bits: of the guest policy from bit 16 on (bit 17 is always set), and of PLATFORM_INFO. [SNP-ABI 4.3, 7.3]
+# fmt: off
+POLICY_NAMES = ("smt", "", "migrate-ma", "debug", "single-socket", "cxl", "aes-256-xts", "rapl-off",
+                "ciphertext-hiding", "page-swap-off")
+PLATFORM_NAMES = ("smt", "tsme", "ecc", "rapl-off", "ciphertext-hiding", "alias-check", "iommu-write-safe", "tio")
 # fmt: on
 POLICY_DEBUG, POLICY_MIGRATE_MA = 1 << 19, 1 << 18  # bits of the guest policy [SNP-ABI 4.3]
 ECDSA_P384_SHA384 = 1  # a signature_algo [SNP-ABI 10, "Signature algorithms"]
@@ -1766,6 +1822,31 @@ def tcb_levels(product: str, tcb: bytes) -> dict[str, int]:
     product: a key of TCB_LAYOUTS.
     """
     return {name: tcb[offset] for name, offset in TCB_LAYOUTS[product].items()}
+
+
+def bit_names(bits: int, names: Sequence[str]) -> list[str]:
+    """Return the names of the bits that are set, for example those of PLATFORM_NAMES."""
+    return [name for i, name in enumerate(names) if bits >> i & 1 and name]
+
+
+def reserved_fields(report: Report) -> list[str]:
+    """Return the names of the signed fields in which a reserved bit is set.  [SNP-ABI 4.3, 7.3]
+
+    A bit that a later version of the report defines is reserved in this one: alias-check, iommu-write-safe and the
+    bytes of CPUID before version 3, tio, page-swap-off and the mitigation vectors before version 5.
+    """
+    data, v3, v5 = report.data, report.version >= 3, report.version >= 5
+    fields: dict[str, Any] = {
+        "policy": report.policy >> 25 + v5,
+        "platform_info": report.platform_info >> 5 + 2 * v3 + v5,
+        "flags": report.flags >> 5,
+        "bytes from 0x4C": any(data[0x4C:0x50]),
+        "bytes from 0x188": any(data[0x188 + 3 * v3 : 0x1A0]),
+        "byte 0x1EB": data[0x1EB],
+        "byte 0x1EF": data[0x1EF],
+        "bytes from 0x1F8": any(data[0x1F8 + 16 * v5 : SIGNED_SIZE]),
+    }
+    return [name for name, bits in fields.items() if bits]
 
 
 def tcb_text(levels: Mapping[str, int]) -> str:
@@ -3260,8 +3341,8 @@ _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
 # fmt: off
 _REQUIRED_SNP = _REQUIRED_EVIDENCE | {
     "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature",
-    "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "report signature", "VMPL", "migration agent", "debug",
-    "unsigned bytes",
+    "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "VEK CSP_ID", "report signature", "VMPL",
+    "migration agent", "debug", "reserved bits", "unsigned bytes",
 }
 _REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
 REQUIRED_OF_BUNDLE = frozenset((
@@ -3295,11 +3376,21 @@ EXPECTED = (
     ("build_type",       "build type",          "--build-type",            "provenance"),
     ("build_log_sha256", "build log",           "",                        "provenance"),
     ("finished",         "age",                 "--max-age",               "provenance"),
+    ("guest_policy",     "guest_policy",        "--guest-policy",          "snp"),
+    ("platform_info",    "platform_info bits",  "--platform-info",         "snp"),
+    ("min_firmware",     "minimum firmware",    "--min-firmware",          "snp"),
+    ("min_mit_vector",   "mitigations",         "--min-mit-vector",        "snp"),
+    ("min_guest_svn",    "minimum guest_svn",   "--min-guest-svn",         "snp"),
+    ("report_data",      "signed_data",         "--report-data",           ""),
     ("host_data",        "host_data",           "--host-data",             "snp"),
     ("guest_svn",        "guest_svn",           "--guest-svn",             "snp"),
     ("chip_id",          "chip_id",             "--chip-id",               "snp"),
     ("family_id",        "family_id",           "--family-id",             "snp"),
     ("image_id",         "image_id",            "--image-id",              "snp"),
+    ("id_key_digest",    "id_key_digest",       "--id-key-digest",         "snp"),
+    ("author_key_digest", "author_key_digest",  "--author-key-digest",     "snp"),
+    ("report_id",        "report_id",           "--report-id",             "snp"),
+    ("csp_id",           "csp_id",              "--csp-id",                "snp"),
 )
 # fmt: on
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
@@ -3309,6 +3400,10 @@ PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "evidence alone: provenance and artifacts are not checked"
 _BLOCKED = "it needs a check that failed"
 _UNASKED = "no expectation given"
+_MASKED = (
+    "the host masks the chip_id of its reports (MASK_CHIP_ID), so no VCEK can be found or match: its operator can "
+    "turn that off, or use a VLEK"
+)
 _LEGACY_DIGEST = (
     "legacy compact digest: a compact form of provenance.json was signed, as in the five oldest bundles; "
     "--allow-legacy-digest accepts it"
@@ -3389,7 +3484,11 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
         elif name.endswith("_version"):
             value = f"{value[2]}.{value[1]}.{value[0]}"  # build, minor, major
         elif name == "policy":
+            claims["policy_abi"] = f"{value >> 8 & 255}.{value & 255}"
+            claims["policy_bits"] = bit_names(value >> 16, POLICY_NAMES)
             value = f"{value:#x}"
+        elif name == "platform_info":
+            claims["platform_info_bits"] = bit_names(value, PLATFORM_NAMES)
         renamed = {"version": "report_version", "reported_tcb": "tcb"}.get(name, name)
         claims[renamed] = value.hex() if isinstance(value, bytes) else value
     return claims
@@ -3406,15 +3505,17 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     checks.hold("VEK issuer", vek.issuer == issuer.subject, name_text(issuer.subject), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
     first, last = max(c.not_before for c in chain), min(c.not_after for c in chain)
-    valid = first <= checks.now <= last
-    checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, "of the VEK, its issuer and the ARK")
+    behind = "; is the clock of this machine behind?" if checks.now < first else ""
+    valid, detail = first <= checks.now <= last, "of the VEK, its issuer and the ARK" + behind
+    checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, detail)
     checks.compare("VEK product", product, lambda: vek_product(vek))
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
     if kind == "VLEK":  # it belongs to a cloud, not to a chip
         checks.hold("VEK chip_id", not has_hwid(vek), "none")
     else:
-        checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex())
+        masked = "" if any(report.chip_id) else _MASKED
+        checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex(), masked)
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
@@ -3423,15 +3524,16 @@ def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Certificat
 
     data: the certificate in the evidence, or None. A VEK of the caller completes evidence but never replaces it.
     """
-    data = checks.endorsements.vek if data is None else data
-    if data is not None:
-        vek: Certificate | None = checks.attempt("VEK form", parse_certificate, data, "VEK")
+    given = checks.endorsements.vek
+    if data is not None or given is not None:
+        parse, argument = (find_vek, report.signing_key) if data is None else (parse_certificate, "VEK")
+        vek: Certificate | None = checks.attempt("VEK form", parse, given if data is None else data, argument)
         return vek
     source = ""
     if report.signing_key == "VLEK":
         source = "; the cloud that runs the VM has its VLEK"
     elif report.signing_key == "VCEK" and report.product in TCB_LAYOUTS:
-        source = f"; AMD has it at {vek_url(report, report.product)}"
+        source = f"; AMD has it at {vek_url(report, report.product)}" if any(report.chip_id) else "; " + _MASKED
     detail = f"the evidence holds no certificate, and none was given (--vek){source}"
     checks.hold("VEK form", False, "a certificate", "none", detail)
     return None
@@ -3461,12 +3563,15 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:
         _check_vek(checks, report, product, vek, anchors)
+    csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
     # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
-    checks.compare("VMPL", 0, report.vmpl)
+    checks.compare("VMPL", checks.expected.vmpl, report.vmpl, "of the software in the guest that asked for the report")
     # A migration agent is another VM that may take this one's memory. Nothing here verifies it.
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
     agent = report.report_id_ma.hex() if migrates else "none"
     checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
+    reserved = ", ".join(reserved_fields(report))
+    checks.hold("reserved bits", not reserved, "zero", reserved or None, f"of a report of version {report.version}")
     # The signature ends before these bytes. A value there would be a claim that nobody made.
     checks.hold("unsigned bytes", not any(report.data[0x330:]), "zero", detail="of the report from 0x330 on")
     _check_revocation(checks, product, kind, anchors)
@@ -3475,7 +3580,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     else:
         checks.skip("trust anchors", "the caller's keys, which may not be AMD's", "given by --roots")
     _check_guest(checks, report, product)
-    return _report_claims(report, product)
+    return _report_claims(report, product) | {"csp_id": csp_id}
 
 
 def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors) -> None:
@@ -3491,8 +3596,12 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
         if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].subject:
             lists.append(crl)
     if not lists:
-        for name in ("revocation", "revocation list age"):
-            checks.skip(name, "no revocation list of this product's ARK was given (--crl)")
+        source = f"https://kdsintf.amd.com/{kind.lower()}/v1/{product}/crl" if product in anchors else "AMD's"
+        why = f"no revocation list of this product's ARK was given: fetch {source} and pass it with --crl"
+        if checks.expected.require_crl:
+            checks.hold("revocation", False, "", "", why)
+        else:
+            checks.skip("revocation", why)
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
     revoked = any(serial in crl.revoked for crl in lists)
@@ -3525,19 +3634,43 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         "on" if debug else "off",
         "the host may read and change the guest's memory" if debug else "",
     )
+    policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
+    words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
+    checks.expect(
+        "guest_policy",
+        f"{policy:#x} ({', '.join(said)}), ABI {policy >> 8 & 255}.{policy & 255}",
+        f"{value:#x} ({', '.join(words)}) in the bits {mask:#x}, ABI at least {abi >> 8}.{abi & 255}",
+        policy & mask == value and policy & 0xFFFF >= abi,
+    )
+    info, may = report.platform_info, expected.platform_info or 0
+    shown = f"{info:#x} ({', '.join(bit_names(info, PLATFORM_NAMES))})"
+    checks.expect("platform_info", shown, f"no bit outside {may:#x}", not info & ~may)
+    version, least = min(report.current_version[::-1], report.committed_version[::-1]), expected.min_firmware or ()
+    wanted = "at least {}, current and committed".format(".".join(map(str, least)))
+    checks.expect("min_firmware", ".".join(map(str, version)), wanted, tuple(version) >= tuple(least))
+    both, bits = report.launch_mit_vector & report.current_mit_vector, expected.min_mit_vector or 0
+    checks.expect("min_mit_vector", f"{both:#x}", f"every bit of {bits:#x}, at launch and now", both & bits == bits)
+    svn = expected.min_guest_svn or 0
+    checks.expect("min_guest_svn", report.guest_svn, f"at least {svn}", report.guest_svn >= svn)
     if expected.min_tcb is not None and product in TCB_LAYOUTS:
         # A VM that was launched on old firmware stays suspect after an update, and the host can return to any version
         # from the committed one on. So each of the four must reach the minimum.
         kinds = ("reported", "committed", "current", "launch")
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
-        minimum = expected.min_tcb.items()
+        minimum = [
+            (name, level)
+            for kind, _, name, level in ((*key.rpartition(":"), level) for key, level in expected.min_tcb.items())
+            if kind in ("", product.lower())
+        ]
         low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
         checks.hold(
             "minimum TCB",
-            not low,
+            not low and bool(minimum or not expected.min_tcb),
             "at least " + tcb_text(expected.min_tcb),
             "; ".join(f"{kind} {tcb_text(tcbs[kind])}" for kind in low) or tcb_text(tcbs["reported"]),
-            "the reported, committed, current and launch TCB must all reach it",
+            "the reported, committed, current and launch TCB must all reach it"
+            if minimum
+            else f"it names no level for {product}",
         )
 
 
@@ -3596,7 +3729,7 @@ def _check_az_snp(checks: _Checks, evidence: Any) -> _Attested:
     """Check evidence of platform az-snp.  [CONTRACT 4.3, 4.5]"""
     hcl = evidence["hcl_report"]
     report = parse_report(hcl.attestation_report)
-    claims = _check_report(checks, report, evidence["vcek"], 2)
+    claims = _check_report(checks, report, evidence.get("vcek"), 2)
     return _check_tpm(checks, evidence["tpm_quote"], hcl.runtime_data, report.report_data, claims), claims
 
 
@@ -3644,7 +3777,7 @@ PLATFORMS: Mapping[str, Evidence] = {
     "snp": _SNP,
     "gcp-snp": _SNP,
     "az-snp": Evidence(
-        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl, "vcek": _base64url},
+        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl, "vcek?": (_base64url, None)},
         _check_az_snp,
         _REQUIRED_SNP | _REQUIRED_TPM,
     ),
@@ -3677,8 +3810,8 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, di
     for field, check, _, _ in EXPECTED:
         actual, value = claims.get(check), getattr(checks.expected, field)
         if actual is not None:  # of several values, one must be the claim; the case of digits does not count
-            wanted = [str(v).lower() for v in (value if isinstance(value, list | tuple) else [value])]
-            checks.expect(field, actual, " or ".join(wanted), str(actual) in wanted)
+            wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
+            checks.expect(field, actual, " or ".join(wanted), str(actual).lower() in [v.lower() for v in wanted])
     return platform, signed, claims
 
 
@@ -6188,8 +6321,6 @@ TSM_REPORTS = "/sys/kernel/config/tsm/report"  # configfs-tsm, Linux 6.7 and lat
 SEV_GUEST = "/dev/sev-guest"  # [SEV-GUEST]
 SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302  # ioctl requests [SEV-GUEST]
 MAX_CERTIFICATES = 16 * KIB  # SEV_FW_BLOB_MAX_SIZE of the driver
-# [GHCB 4.1.8.1]
-VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}
 
 
 class NoAttester(ConfbuildError):
@@ -6347,22 +6478,6 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
     raise NoAttester(f"{SEV_GUEST}: {', then '.join(failures)}")
 
 
-def vek_in_table(table: bytes, kind: str) -> bytes | None:
-    """Return the certificate of kind "VCEK" or "VLEK" in a certificate table, or None.  [GHCB 4.1.8.1]
-
-    An entry is a GUID (16 bytes), offset (u32) and length (u32); an entry of zeros ends the table.  Hosts disagree
-    about the byte order of the GUID, so both are accepted.
-    table: any bytes, from the hostile host.
-    """
-    wanted = uuid.UUID(VEK_GUIDS[kind])
-    for guid, offset, length in struct.iter_unpack("<16sII", table[: len(table) // 24 * 24]):
-        if not any(guid) and offset == length == 0:
-            break
-        if guid in (wanted.bytes, wanted.bytes_le):
-            return table[offset : offset + length] or None
-    return None
-
-
 def fetch_vek(url: str) -> bytes:
     """Return the answer of AMD's key distribution service, at most MAX_CERTIFICATES bytes of it.  [VCEK 4.1]
 
@@ -6401,7 +6516,7 @@ def hardware_evidence(
             return str(e)
         return ""
 
-    vek = vek_in_table(table, kind) if kind in VEK_GUIDS else None
+    vek = vek_in_table(table, kind)
     if given is not None and (vek is None or complaint()):
         vek = given
     if fetch is not None and (vek is None or complaint()):
@@ -12266,7 +12381,7 @@ def not_requested(verdict: Verdict) -> list[str]:
     if "revocation" in skipped:
         skipped.discard("revocation list age")
     return [
-        f"{check} ({option})"
+        option if "_" in check else f"{check} ({option})"
         for _, check, option, part in EXPECTED
         if option and check in skipped and (part in verdict.platform or part == "provenance")
     ]
@@ -12283,9 +12398,12 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False) -> str:
     rows = [_sentence(verdict, color)]
     if claims:
         rows.append("The evidence says" + (":" if verdict.verdict == "passed" else " (not proven):"))
-    for name, value in claims.items():
-        text = value if isinstance(value, str) else compact_json(value)
+    unset = [name for name, value in claims.items() if re.fullmatch("None|(0x)?[0.]*", str(value))]
+    for name in (name for name in claims if name not in unset):
+        text = claims[name] if isinstance(claims[name], str) else compact_json(claims[name])
         rows.append(f"     {plain_text(name):{width}}  {_shorten(text)}")
+    if unset:
+        rows.append(f"     zero or empty: {plain_text(', '.join(unset))}")
     skipped: dict[str, list[str]] = {}
     for check in checks:
         if check.status == "not checked" and not check.actual:
@@ -13551,9 +13669,16 @@ def _hex(*digits: int) -> Callable[[str], Any]:
 
 
 def _read_levels(text: str) -> dict[str, int]:
-    levels = {name: int(level) for name, _, level in (part.partition("=") for part in text.split(","))}
-    if len(levels) <= text.count(",") or not levels.keys() <= TCB_LAYOUTS["Turin"].keys() or max(levels.values()) > 255:
-        raise ValueError(text)
+    levels, product = {}, ""
+    for part in text.split(","):
+        name, _, level = part.partition("=")
+        if ":" in name:
+            product, _, name = name.partition(":")
+        key = f"{product}:{name}".lstrip(":")
+        known = name in TCB_LAYOUTS["Turin"] and product in ("", *(layout.lower() for layout in TCB_LAYOUTS))
+        if key in levels or not known or int(level) > 255:
+            raise ValueError(text)
+        levels[key] = int(level)
     return levels
 
 
@@ -13561,7 +13686,32 @@ def _read_pcr(text: str) -> tuple[int, str]:
     register, _, value = text.partition("=")
     if int(register) >= PCR_COUNT:
         raise ValueError(text)
-    return int(register), value.removeprefix("0x")
+    return int(register), value.lower().removeprefix("0x")
+
+
+def _read_guest_policy(text: str) -> tuple[int, int, int]:
+    mask, value, abi = 0, 0, 0
+    for part in text.split(","):
+        name, _, given = part.partition("=")
+        if name == "abi":
+            abi = int.from_bytes(bytes(map(int, given.split("."))), "big")
+        elif name in POLICY_NAMES:
+            bits = 1 << 16 + POLICY_NAMES.index(name)
+            wanted = bits * int(given or "1")
+        else:
+            bits, wanted = int(name, 0), int(given, 0)
+        if name != "abi":
+            if mask & bits or wanted & ~bits:
+                raise ValueError(text)
+            mask, value = mask | bits, value | wanted
+    return mask, value, abi
+
+
+def _read_platform_info(text: str) -> int:
+    bits = 0
+    for name in text.split(","):
+        bits |= 1 << PLATFORM_NAMES.index(name) if name in PLATFORM_NAMES else int(name, 0)
+    return bits
 
 
 def _read_address(text: str) -> tuple[str, int]:
@@ -13591,7 +13741,28 @@ _age = _typed(
 )
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
-_levels = _typed("[a-z]+=[0-9]{1,3}(,[a-z]+=[0-9]{1,3})*", "a list of levels such as bootloader=4,snp=24", _read_levels)
+_levels = _typed(
+    "([a-z]+:)?[a-z]+=[0-9]{1,3}(,([a-z]+:)?[a-z]+=[0-9]{1,3})*",
+    "a list of levels such as bootloader=4,snp=24 or milan:snp=24,genoa:snp=23",
+    _read_levels,
+)
+_NUMBER = "0x[0-9a-fA-F]{1,16}|[0-9]{1,19}"
+_ITEM = rf"((?!abi)[a-z][a-z0-9-]+(=[01])?|abi=[0-9]{{1,3}}\.[0-9]{{1,3}}|({_NUMBER})=({_NUMBER}))"
+_guest_policy = _typed(
+    f"{_ITEM}(,{_ITEM})*",
+    f"a list of NAME, NAME=0, MASK=VALUE and abi=MAJOR.MINOR; the names are {', '.join(filter(None, POLICY_NAMES))}",
+    _read_guest_policy,
+)
+_ITEM = f"([a-z][a-z0-9-]+|{_NUMBER})"
+_platform_info = _typed(
+    f"{_ITEM}(,{_ITEM})*", f"a list of numbers and of the names {', '.join(PLATFORM_NAMES)}", _read_platform_info
+)
+_vmpl = _typed("[0-3]", "a VMPL: 0, 1, 2 or 3", int)
+_firmware = _typed(
+    r"[0-9]{1,3}\.[0-9]{1,3}(\.[0-9]{1,3})?",
+    "a version such as 1.55 or 1.55.40",
+    lambda text: tuple(map(int, text.split("."))),
+)
 _pcr = _typed(
     "[0-9]{1,2}=(0x)?[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr
 )
@@ -13779,14 +13950,30 @@ COMMANDS = (
             ("--disk FILE", "disk whose whole dm-verity tree has the root hash in the IGVM file's command line"),
             (
                 "--min-tcb LEVELS",
-                "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219",
+                "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219; for some "
+                "products: milan:snp=24,genoa:snp=23",
                 _levels,
             ),
+            ("--min-firmware VERSION", "least version of the SNP firmware, such as 1.55.40", _firmware),
+            ("--min-mit-vector X", "mitigations that the firmware had at launch and has now, as bits", _integer),
+            (
+                "--guest-policy LIST",
+                "bits of the guest policy and least ABI, such as debug=0,smt=0,abi=1.55 or 0xb0000=0x30000",
+                _guest_policy,
+            ),
+            ("--platform-info LIST", "bits of PLATFORM_INFO that may be set, such as smt,ecc or 0x5", _platform_info),
+            ("--vmpl N", "VMPL that asked for the report (default: %(default)s)", _vmpl, 0),
+            ("--report-data HEX", "all 64 bytes that the attester signed, for evidence alone", _hex(128)),
             ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
             ("--guest-svn N", "GUEST_SVN of the report", _count),
+            ("--min-guest-svn N", "least GUEST_SVN of the report", _count),
             ("--chip-id HEX", "CHIP_ID of the report", _hex(128)),
             ("--family-id HEX", "FAMILY_ID of the report", _hex(32)),
             ("--image-id HEX", "IMAGE_ID of the report", _hex(32)),
+            ("--id-key-digest HEX", "ID_KEY_DIGEST of the report", _hex(96)),
+            ("--author-key-digest HEX", "AUTHOR_KEY_DIGEST of the report", _hex(96)),
+            ("--report-id HEX", "REPORT_ID of the report", _hex(64)),
+            ("--csp-id NAME", "CSP_ID of the VLEK, such as CN=cc-us-east-2.amazonaws.com"),
             ("--pcr N=HEX... pcrs", "Azure: value of the virtual TPM's register N; all must match", _pcr),
             ("--allow-debug", "accept a VM that its host can read and change"),
             ("--require-tee", "fail for simulated evidence"),
@@ -13794,7 +13981,10 @@ COMMANDS = (
             "keys",
             ("--crl FILE...", "AMD's revocation list"),
             ("--require-crl", "fail without a list of the right key that is valid now"),
-            ("--vek FILE", "certificate of the VCEK or VLEK, if the evidence has none"),
+            (
+                "--vek FILE",
+                "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
+            ),
             ("--roots DIR", "certificates to trust instead of AMD's: <product>/{ark,ask,asvk}.der"),
         ),
         _BUILD,

@@ -787,6 +787,7 @@ def vek_of(
     hwid: bytes | None = CHIP_ID,
     product: str = "Milan-B0",
     key: ToyEc = TOY_VEK,
+    csp_id: str | int | None = None,
     **changes: Any,
 ) -> bytes:
     """The certificate of a VCEK or VLEK of the toy hierarchy. changes: of x509."""
@@ -798,6 +799,9 @@ def vek_of(
     ]
     if hwid is not None and kind == "VCEK":
         extensions.append(extension("1.3.6.1.4.1.3704.1.4", hwid))
+    if csp_id is not None:
+        value = tlv(0x16, csp_id.encode()) if isinstance(csp_id, str) else number(csp_id)
+        extensions.append(extension("1.3.6.1.4.1.3704.1.5", value))
     issuer, signer = ("SEV-Milan", TOY_ASK) if kind == "VCEK" else ("SEV-VLEK-Milan", TOY_ASVK)
     arguments: dict[str, Any] = {
         "subject": f"SEV-{kind}",
@@ -852,7 +856,7 @@ REPORT_FIELDS: Sequence[tuple[int, int, str, type]] = (
 
 
 def snp_report(key: ToyEc = TOY_VEK, **changes: Any) -> bytes:
-    """A signed report of version 5 of a Milan. changes: of its fields, as int or bytes."""
+    """A signed report of version 5 of a Milan. changes: of its fields, as int or bytes; other: offset -> byte."""
     tcb = bytes((4, 0, 0, 0, 0, 0, 24, 219))
     values = {
         "version": 5,
@@ -862,9 +866,7 @@ def snp_report(key: ToyEc = TOY_VEK, **changes: Any) -> bytes:
         "current_tcb": tcb,
         "committed_tcb": tcb,
         "launch_tcb": tcb,
-        "cpuid_fam_id": 0x19,
-        "cpuid_mod_id": 1,
-        "cpuid_step": 1,
+        **({"cpuid_fam_id": 0x19, "cpuid_mod_id": 1, "cpuid_step": 1} if changes.get("version", 5) >= 3 else {}),
         "chip_id": CHIP_ID,
         "report_id_ma": b"\xff" * 32,
         "measurement": b"m" * 48,
@@ -877,6 +879,8 @@ def snp_report(key: ToyEc = TOY_VEK, **changes: Any) -> bytes:
         data[offset : offset + size] = (
             value.to_bytes(size, "little") if isinstance(value, int) else value.ljust(size, b"\0")
         )
+    for offset, value in changes.get("other", {}).items():
+        data[offset] = value
     if "r" not in changes:
         for offset, value in zip((0x2A0, 0x2E8), key.sign(bytes(data[:0x2A0])), strict=True):
             data[offset : offset + 72] = value.to_bytes(72, "little")
@@ -6692,12 +6696,23 @@ ENCODED = base64.b64encode(REPORT).decode()  # 1184 = 3 * 394 + 2 bytes: ends wi
 OPTIONAL = {
     "nonce": "nonce",
     "measurements": "measurement",
+    "igvm": "igvm measurement",
+    "disk": "disk",
     "min_tcb": "minimum TCB",
     "host_data": "host_data",
     "guest_svn": "guest_svn",
     "chip_id": "chip_id",
     "family_id": "family_id",
     "image_id": "image_id",
+    "guest_policy": "guest_policy",
+    "platform_info": "platform_info bits",
+    "min_firmware": "minimum firmware",
+    "min_mit_vector": "mitigations",
+    "min_guest_svn": "minimum guest_svn",
+    "report_data": "signed_data",
+    "id_key_digest": "id_key_digest",
+    "author_key_digest": "author_key_digest",
+    "report_id": "report_id",
     "source_uri": "source uri",
     "source_commit": "source commit",
     "source_tree": "source tree",
@@ -6726,12 +6741,23 @@ RIGHT_OF_STATEMENT: dict[str, Any] = {
 RIGHT = {
     **RIGHT_OF_STATEMENT,
     "measurements": ["00" * 48, confbuild.simulated_measurement().hex().upper()],
+    "igvm": confbuild.simulated_measurement().hex(),
+    "disk": "",
     "min_tcb": {"snp": 0},
     "host_data": "00" * 32,
     "guest_svn": 0,
     "chip_id": "00" * 64,
     "family_id": "00" * 16,
     "image_id": "00" * 16,
+    "guest_policy": (1 << 19, 0, 0),
+    "platform_info": 0,
+    "min_firmware": (0, 0),
+    "min_mit_vector": 0,
+    "min_guest_svn": 0,
+    "report_data": confbuild.report_data(provenance_of(bundle(COMPLETE)), NONCE).hex(),
+    "id_key_digest": "00" * 48,
+    "author_key_digest": "00" * 48,
+    "report_id": "00" * 32,
 }
 WRONG_OF_STATEMENT: dict[str, Sequence[Any]] = {
     "nonce": ["ff" * 16, ""],
@@ -6749,12 +6775,22 @@ WRONG_OF_STATEMENT: dict[str, Sequence[Any]] = {
 WRONG = {
     **WRONG_OF_STATEMENT,
     "measurements": [["00" * 48], ["", "00"]],
+    "igvm": ["00" * 48, ""],
+    "disk": ["another root hash"],
     "min_tcb": [{"snp": 1}, {"fmc": 0}, {"snp": 0, "x": 0}],
     "host_data": ["01" + "00" * 31, ""],
     "guest_svn": [1],
     "chip_id": ["01" + "00" * 63],
     "family_id": ["00" * 15],
     "image_id": ["00" * 17],
+    "guest_policy": [(1 << 16, 1 << 16, 0), (0, 0, 1)],
+    "min_firmware": [(0, 0, 1), (0, 1), (1, 0)],
+    "min_mit_vector": [1],
+    "min_guest_svn": [1],
+    "report_data": ["00" * 64, "", NONCE],
+    "id_key_digest": ["01" + "00" * 47],
+    "author_key_digest": [""],
+    "report_id": ["00" * 31],
 }
 Tampering = tuple[str, confbuild.BundleFiles, confbuild.Expectations, set[str]]
 ANY = confbuild.Expectations(nonce=NONCE)
@@ -6970,7 +7006,7 @@ def reports_are_equal_where_it_counts(doc: Any) -> bool:
 
 REQUIRED_OF_PLATFORM = {name: row.required for name, row in confbuild.PLATFORMS.items()}
 OF_IMAGE = [check for field, check, _, _ in confbuild.EXPECTED if field == "image"]
-UNASKED = {"revocation", "revocation list age", "PCR values", *OF_IMAGE}
+UNASKED = {"revocation", "revocation list age", "PCR values", "csp_id", *OF_IMAGE}
 
 
 def failed_checks(verdict: confbuild.Verdict) -> set[str]:
@@ -6986,7 +7022,8 @@ def shown(platform: str) -> frozenset[str]:
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
-        requested = {**OPTIONAL, "pcrs": "PCR values", "require_tee": "hardware evidence"}
+        requested: dict[str, Any] = {**OPTIONAL, "pcrs": "PCR values", "csp_id": "csp_id"}
+        requested["require_tee"] = "hardware evidence"
         requested |= {"image": OF_IMAGE, "require_crl": ["revocation", "revocation list age"]}
         assert sorted((field, check) for field, check, _, _ in confbuild.EXPECTED) == sorted(
             (field, check)
@@ -7374,6 +7411,7 @@ class TestVerdict:
             "list",
             "map",
             "max",
+            "memoryview",
             "min",
             "next",
             "object",
@@ -7449,6 +7487,14 @@ TURIN: dict[str, Any] = {
 }
 TURIN_VEK: dict[str, Any] = {"tcb": TURIN_TCB, "hwid": CHIP_ID[8:16], "product": "Turin", "issuer": "SEV-Turin"}
 VLEK: dict[str, Any] = {"flags": 1 << 2, "chip_id": bytes(64)}
+VLEK_OF: dict[str, Any] = {"kind": "VLEK", "product": "Milan"}
+
+
+def chain_of(*certificates: bytes) -> bytes:
+    """A PEM file."""
+    return pem_of(*certificates).encode()
+
+
 MADE: dict[str, bytes] = {}  # what the toy keys have signed: signing is what takes time here
 
 
@@ -7478,7 +7524,7 @@ def snp(
 
 
 def vlek(report: Mapping[str, Any] | None = None, **vek: Any) -> confbuild.BundleFiles:
-    return snp({**VLEK, **(report or {})}, {"kind": "VLEK", "product": "Milan", **vek})
+    return snp({**VLEK, **(report or {})}, {**VLEK_OF, **vek})
 
 
 def turin(report: Mapping[str, Any] | None = None, **vek: Any) -> confbuild.BundleFiles:
@@ -7556,8 +7602,18 @@ CHANGES: list[Change] = [
             ("version 4", lambda: snp({"version": 4})),
             ("HWID in an OCTET STRING", lambda: snp(vek={"hwid": b"\x04\x40" + CHIP_ID})),
             ("product without a stepping", lambda: snp(vek={"product": "Milan"})),
-            ("other bits of the flags", lambda: snp({"flags": 0xFFFFFFE3})),
-            ("other bits of the policy", lambda: snp({"policy": 2**64 - 1 - (1 << 19)})),
+            ("other bits of the flags", lambda: snp({"flags": 3})),
+            ("other bits of the policy", lambda: snp({"policy": 2**26 - 1 - (1 << 19)})),
+            ("every bit of platform_info", lambda: snp({"platform_info": 0xFF})),
+            ("every bit of platform_info of version 3", lambda: snp({"version": 3, "platform_info": 0x7F})),
+            ("every bit of the policy of version 4", lambda: snp({"version": 4, "policy": 2**25 - 1 - (1 << 19)})),
+            ("mitigation vectors", lambda: snp({"launch_mit_vector": 1 << 63, "current_mit_vector": 1})),
+            (
+                "every bit of platform_info of version 2",
+                lambda: azure(
+                    report=made(snp_report, version=2, platform_info=0x1F, report_data=RUNTIME_DIGEST), vek=made(vek_of)
+                ),
+            ),
             ("no chain names but the vcek", lambda: edited(snp(), *CHAIN, new={"vcek": b64(made(vek_of))})),
             (
                 "whatever ask and ark say",
@@ -7631,6 +7687,113 @@ CHANGES: list[Change] = [
     ("subject of a VLEK", lambda: snp(vek={"subject": "SEV-VLEK"}), {"signing key"}, {}),
     ("subject in other letters", lambda: snp(vek={"subject": "SEV-Vcek"}), {"signing key"}, {}),
     ("VMPL 1", lambda: snp({"vmpl": 1}), {"VMPL"}, {}),
+    ("VMPL 1 expected", lambda: snp({"vmpl": 1}), set(), of(vmpl=1)),
+    ("VMPL 0, but 1 expected", snp, {"VMPL"}, of(vmpl=1)),
+    *[
+        (
+            f"reserved: {fields}",
+            lambda fields=fields: snp(fields),
+            {"reserved bits"},
+            {"detail": f"of a report of version {fields.get('version', 5)}"},
+        )
+        for fields in (
+            {"policy": 0x30000 | 1 << 26},
+            {"policy": 0x30000 | 1 << 63},
+            {"policy": 0x30000 | 1 << 25, "version": 4},
+            {"policy": 0x30000 | 1 << 25, "version": 3},
+            {"platform_info": 1 << 8},
+            {"platform_info": 1 << 63},
+            {"platform_info": 1 << 7, "version": 4},
+            {"platform_info": 1 << 7, "version": 3},
+            {"flags": 1 << 5},
+            {"flags": 1 << 31},
+            {"launch_mit_vector": 1, "version": 4},
+            {"current_mit_vector": 1 << 63, "version": 3},
+        )
+    ],
+    *[
+        (
+            f"reserved byte {offset:#x}",
+            lambda offset=offset: snp({"other": {offset: 1}}),
+            {"reserved bits"},
+            {},
+        )
+        for offset in (0x4C, 0x4F, 0x18B, 0x19F, 0x1EB, 0x1EF, 0x208, 0x29F)
+    ],
+    *[
+        (
+            f"reserved in version 2: {fields}",
+            lambda fields=fields: azure(
+                report=made(snp_report, version=2, report_data=RUNTIME_DIGEST, **fields), vek=made(vek_of)
+            ),
+            {"reserved bits"},
+            {},
+        )
+        for fields in ({"cpuid_fam_id": 0x19}, {"cpuid_step": 1}, {"platform_info": 1 << 5}, {"policy": 0x2030000})
+    ],
+    (
+        "VEK of the command line for Azure",
+        lambda: edited(azure(), "evidence", "vcek", drop=True),
+        set(),
+        {"vek": lambda: made(vek_of)},
+    ),
+    (
+        "VEK of the command line, null",
+        lambda: edited(azure(), "evidence", "vcek"),
+        set(),
+        {"vek": lambda: made(vek_of)},
+    ),
+    ("no VEK for Azure", lambda: edited(azure(), "evidence", "vcek"), {"VEK form", "product"}, {"detail": "--vek"}),
+    *[
+        (f"VEK of the command line, {name}", lambda make=make: edited(make(), *CHAIN), set(), {"vek": given})
+        for name, make, given in (
+            ("PEM", snp, lambda: chain_of(made(vek_of))),
+            ("chain", snp, lambda: chain_of(made(vek_of), TOY_CAS["ask"], TOY_CAS["ark"])),
+            ("chain from the root", snp, lambda: b"# chain\n" + chain_of(*TOY_CAS.values(), made(vek_of))),
+            ("table", snp, lambda: table_of(("VLEK", made(vek_of, **VLEK_OF)), ("VCEK", made(vek_of)))),
+            ("table, VLEK", vlek, lambda: table_of(("VLEK", made(vek_of, **VLEK_OF)), ("VCEK", made(vek_of)))),
+            ("chain, VLEK", vlek, lambda: chain_of(made(vek_of), made(vek_of, **VLEK_OF), TOY_CAS["asvk"])),
+        )
+    ],
+    *[
+        (f"VEK of the command line, {name}", lambda: edited(snp(), *CHAIN), {"VEK form"}, {"vek": given})
+        for name, given in (
+            ("a table without a VCEK", lambda: table_of(("VLEK", made(vek_of)))),
+            ("an empty table", lambda: bytes(24)),
+            ("a table that ends early", lambda: table_of(("VCEK", made(vek_of)))[:60]),
+            ("a broken chain", lambda: chain_of(made(vek_of), b"\x30")),
+            ("empty", lambda: b""),
+        )
+    ],
+    (
+        "VEK of the command line, no VEK in the chain",
+        lambda: edited(snp(), *CHAIN),
+        {"signing key", "VEK issuer", "VEK signature", "VEK product", "VEK TCB", "VEK chip_id", "report signature"},
+        {"vek": lambda: chain_of(TOY_CAS["ask"], TOY_CAS["ark"])},
+    ),
+    (
+        "masked chip_id",
+        lambda: snp({"chip_id": bytes(64)}),
+        {"VEK chip_id"},
+        {"detail": "the host masks the chip_id of its reports (MASK_CHIP_ID)"},
+    ),
+    (
+        "masked chip_id, no VEK",
+        lambda: edited(snp({"chip_id": bytes(64)}), *CHAIN),
+        {"VEK form"},
+        {"detail": "none was given (--vek); the host masks the chip_id"},
+    ),
+    (
+        "clock behind",
+        lambda: snp(vek={"valid": NOT_YET}),
+        {"VEK validity"},
+        {"detail": "is the clock of this machine behind?"},
+    ),
+    ("CSP_ID of a VLEK", lambda: vlek(csp_id="CN=cc-test.example"), set(), of(csp_id="CN=cc-test.example")),
+    ("other CSP_ID", lambda: vlek(csp_id="CN=cc-test.example"), {"csp_id"}, of(csp_id="CN=cc-test.example.org")),
+    ("CSP_ID of a VLEK without", vlek, {"required checks"}, of(csp_id="CN=cc-test.example")),
+    ("CSP_ID of a VCEK", snp, {"required checks"}, of(csp_id="")),
+    ("CSP_ID of no text", lambda: vlek(csp_id=1), {"VEK CSP_ID"}, {"detail": "VEK CSP_ID: "}),
     ("VMPL 2^31", lambda: snp({"vmpl": 1 << 31}), {"VMPL"}, {}),
     (
         "debug",
@@ -8003,6 +8166,9 @@ class Perfect:
             raise confbuild.BadSignature(MISMATCH)
 
 
+OF_HARDWARE = replaced(COMPLETE, ("predicate", "runDetails", "builder", "id"), HARDWARE_BUILDER)
+
+
 class TestHardwareVerdict:
     @pytest.mark.parametrize(("make", "failed", "more"), [row[1:] for row in CHANGES], ids=[row[0] for row in CHANGES])
     def test_a_change_fails_the_checks_that_are_about_it(
@@ -8054,20 +8220,48 @@ class TestHardwareVerdict:
         if other:
             assert verdict.claims["vm_configuration"] == {"secure-boot": True} and len(verdict.claims["pcrs"]) == 24
 
+    FIELDS: Mapping[str, Any] = {
+        "host_data": b"\xab",
+        "guest_svn": 7,
+        "family_id": b"\xcd",
+        "image_id": b"\xef",
+        "policy": 0x2030137,
+        "platform_info": 0x27,
+        "current_version": bytes((40, 55, 1)),
+        "committed_version": bytes((0, 56, 1)),
+        "launch_mit_vector": 0b1110,
+        "current_mit_vector": 0b1011,
+        "id_key_digest": b"\x1d",
+        "author_key_digest": b"\xa0",
+        "report_id": b"\x1e",
+    }
     COMPLETE_RIGHT: Mapping[str, Any] = {
         **RIGHT_OF_STATEMENT,
         "builder_id": HARDWARE_BUILDER,
         "measurements": ["00" * 48, "6D" * 48],
+        "igvm": "6D" * 48,
+        "disk": "",
         "min_tcb": MILAN_TCB,
         "host_data": "AB" + "00" * 31,
         "guest_svn": 7,
         "chip_id": CHIP_ID.hex().upper(),
         "family_id": "cd" + "00" * 15,
         "image_id": "EF" + "00" * 15,
+        "guest_policy": (0xB0000, 0x30000, 0x0137),
+        "platform_info": 0x27,
+        "min_firmware": (1, 55, 40),
+        "min_mit_vector": 0b1010,
+        "min_guest_svn": 7,
+        "report_data": confbuild.report_data(confbuild.to_canonical(OF_HARDWARE), NONCE).hex().upper(),
+        "id_key_digest": "1d" + "00" * 47,
+        "author_key_digest": "A0" + "00" * 47,
+        "report_id": "1e" + "00" * 31,
     }
     COMPLETE_WRONG: Mapping[str, Sequence[Any]] = {
         **WRONG_OF_STATEMENT,
         "measurements": [["00" * 48], ["6d" * 47], [""]],
+        "igvm": ["6d" * 47],
+        "disk": ["another root hash"],
         "host_data": ["00" * 32, "ab", ""],
         "guest_svn": [0, 8],
         "min_tcb": [{name: level + 1} for name, level in MILAN_TCB.items()]
@@ -8075,11 +8269,19 @@ class TestHardwareVerdict:
         "chip_id": [CHIP_ID[:8].hex(), ""],
         "family_id": ["00" * 16],
         "image_id": ["00" * 16],
+        "guest_policy": [(1 << 16, 0, 0), (1 << 20, 1 << 20, 0), (0, 0, 0x0138), (0, 0, 0x0200)],
+        "platform_info": [0, 0x26, 0x1F],
+        "min_firmware": [(1, 55, 41), (1, 56), (2, 0)],
+        "min_mit_vector": [1, 1 << 63, 0b101],
+        "min_guest_svn": [8],
+        "report_data": ["00" * 64, ""],
+        "id_key_digest": ["1d" * 48],
+        "author_key_digest": ["00" * 48],
+        "report_id": ["1e"],
     }
 
     def complete(self) -> confbuild.BundleFiles:
-        fields = {"host_data": b"\xab", "guest_svn": 7, "family_id": b"\xcd", "image_id": b"\xef"}
-        return snp(fields, doc=replaced(COMPLETE, ("predicate", "runDetails", "builder", "id"), HARDWARE_BUILDER))
+        return snp(self.FIELDS, doc=OF_HARDWARE)
 
     def test_every_expectation_both_ways(self, monkeypatch: pytest.MonkeyPatch) -> None:
         schemes = Perfect(monkeypatch)
@@ -8374,14 +8576,20 @@ class TestHardwareVerdict:
         crls = [(name, make()) for name, make in lists.items()]
         for required in (False, True):
             verdict = verdict_over(files(), confbuild.Expectations(require_crl=required), anchors=THREE, crls=crls)
-            missing = {"required checks"} if required and revocation == "not checked" and not failed else set()
+            missing = required and revocation == "not checked"
             stale = (
                 {"revocation list age"} if required and revocation != "not checked" and age == "not checked" else set()
             )
-            assert (failed_checks(verdict), status_of(verdict, "revocation")) == (failed | missing | stale, revocation)
+            assert failed_checks(verdict) == failed | stale | ({"revocation"} if missing else set())
+            assert status_of(verdict, "revocation") == ("failed" if missing else revocation)
             assert status_of(verdict, "revocation list age") == ("failed" if stale else age)
-        if missing:
-            assert verdict.checks[-1].actual == "not checked: revocation, revocation list age"
+            if revocation == "not checked":
+                kind, product = verdict.claims["key_type"], verdict.claims["product"]
+                check = next(check for check in verdict.checks if check.name == "revocation")
+                assert check.detail == (
+                    f"no revocation list of this product's ARK was given: fetch https://kdsintf.amd.com/{kind}/v1/"
+                    f"{product}/crl and pass it with --crl"
+                )
 
     @pytest.mark.parametrize(
         ("valid", "second", "shown_"),
@@ -8612,12 +8820,7 @@ class TestToyHierarchy:
         "migration agent": ({"policy": 0x70000, "report_id_ma": bytes(32)}, {}),
         "debug": ({"policy": 0xB0000}, {}),
     }
-    FIELDS: Mapping[str, Any] = {
-        "host_data": b"\xab" * 32,
-        "guest_svn": 7,
-        "family_id": b"\xcd",
-        "image_id": b"\xef",
-    }
+    FIELDS: Mapping[str, Any] = {**TestHardwareVerdict.FIELDS, "host_data": b"\xab" * 32}
     RIGHT: Mapping[str, Any] = {
         **TestHardwareVerdict.COMPLETE_RIGHT,
         "host_data": "ab" * 32,
@@ -8629,7 +8832,7 @@ class TestToyHierarchy:
 
     def hardware(self, platform: str, report: Mapping[str, Any], **vek: Any) -> confbuild.BundleFiles:
         """A bundle of COMPLETE with hardware evidence."""
-        doc = replaced(COMPLETE, ("predicate", "runDetails", "builder", "id"), HARDWARE_BUILDER)
+        doc = json.loads(json.dumps(OF_HARDWARE))
         doc["predicate"]["runDetails"]["byproducts"] = [
             *doc["predicate"]["runDetails"]["byproducts"],
             {"digest": {"sha256": TestHardwareVerdict.DIGEST}, "name": "measurement"},
@@ -8638,7 +8841,7 @@ class TestToyHierarchy:
         if platform != "az-snp":
             return snp(fields, vek, platform, doc)
         data = confbuild.to_canonical(doc)
-        fields = {"version": 2, "report_data": RUNTIME_DIGEST, **fields}
+        fields = {"report_data": RUNTIME_DIGEST, **fields}
         extra = confbuild.report_data(data, NONCE)
         return azure_bundle(extra, report=made(snp_report, **fields), vek=made(vek_of, **vek))._replace(provenance=data)
 
@@ -8646,11 +8849,16 @@ class TestToyHierarchy:
         """(bundle, expectations, endorsements); the first is good."""
         right = {**self.RIGHT, **({"pcrs": {4: hashlib.sha256(b"\4").hexdigest()}} if platform == "az-snp" else {})}
         good = self.hardware(platform, {})
+        right["report_data"] = confbuild.report_data(provenance_of(good), NONCE)[:50].ljust(64, b"\0").hex()
         yield good, right, {"crls": [("a", TOY_LIST())]}
         for report, vek in self.REPORTS.values():
             yield self.hardware(platform, report, **vek), {}, {}
         wrong = {key: values[0] for key, values in TestHardwareVerdict.COMPLETE_WRONG.items()}
         wrong |= {"image": self.WRONG_IMAGE, "pcrs": {4: "00" * 32}}
+        yield self.hardware(platform, VLEK, **VLEK_OF, csp_id="a"), {"csp_id": "A", "vmpl": 1}, {}
+        yield self.hardware(platform, VLEK, **VLEK_OF, csp_id="a"), {"csp_id": "b"}, {}
+        yield self.hardware(platform, VLEK, **VLEK_OF, csp_id=1), {}, {}
+        yield self.hardware(platform, {"flags": 1 << 31}), {}, {}
         yield good, wrong, {"crls": [("a", TOY_LIST(TestHardwareVerdict.ASK))]}
         yield good, {"require_crl": True}, {"crls": [("b", b""), ("a", TOY_LIST(valid=EXPIRED))]}
         yield good, {}, {"anchors": {}}
@@ -8683,6 +8891,7 @@ class TestToyHierarchy:
         yield report_with(0x80, b"\1"), {}, {}
         yield report_with(0x2A0, b"\1"), {}, {}
         yield report_with(0x0A, b"\x08"), {}, {}
+        yield report_with(0x40, b"\x01"), {"platform_info": 0}, {}
         yield bundle(statement(predicate__runDetails__builder__id=HARDWARE_BUILDER)), {}, {}
         root = [{"digest": LOCKED, "name": "input_merkle_root"}]
         yield bundle(statement(predicate__runDetails__byproducts=root)), {}, {}
@@ -8718,7 +8927,7 @@ class TestToyHierarchy:
         every = {check for _, check, _, _ in confbuild.EXPECTED} | confbuild.REQUIRED_OF_BUNDLE
         every |= REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
         if simulated:
-            every = every - {"revocation", "revocation list age", "PCR values"} | {"debug"}
+            every = every - {"revocation", "revocation list age", "PCR values", "csp_id"} | {"debug"}
             never_passed, never_failed = {"hardware evidence", "image measurement", "image host_data"}, set()
         else:
             every |= {"measurement byproduct", "revocation list file a", "revocation list file b"}
@@ -8730,7 +8939,7 @@ class TestToyHierarchy:
 
     def test_no_check_has_another_name(self) -> None:
         """The names in the source are those of the tables, and of the checks that a bundle or a caller adds."""
-        part = FILE.read_text("utf-8").partition("\n# region 12. ")[2].partition("\n# endregion 12")[0]
+        part = re.split(r"\n# region \d+\. Verdict", FILE.read_text("utf-8"))[1].partition("\n# endregion ")[0]
         used = {
             node.args[0].value if isinstance(node.args[0], ast.Constant) else ast.unparse(node.args[0])
             for node in ast.walk(ast.parse("#" + part))
@@ -24129,6 +24338,7 @@ def bind(path: Path) -> None:
 
 
 PCR_4 = hashlib.sha256(bytes((4,))).hexdigest()
+SIGNED = confbuild.report_data(provenance_of(ATTESTED), NONCE).hex()
 
 
 @pytest.fixture(scope="module")
@@ -24142,6 +24352,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "az": azure(),
         "sim": bundle(COMPLETE),
         "debug": snp({"policy": 0x30000 | 1 << 19}),
+        "plat": snp({"platform_info": 0x27}),
+        "vlek": vlek(csp_id="CN=x"),
         "bare": edited(bare, "evidence", "cert_chain"),
         "stripped": snp(),
         "alone": snp(),
@@ -24162,6 +24374,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "revoked.der": revoked,
             "vek.der": made(vek_of),
             "vek.pem": b"\n" + pem(made(vek_of), "CERTIFICATE"),
+            "chain.pem": chain_of(TOY_CAS["ark"], TOY_CAS["ask"], made(vek_of)),
+            "table": table_of(("VLEK", made(vek_of, key=OTHER_VEK)), ("VCEK", made(vek_of))),
             "other.der": made(vek_of, key=OTHER_VEK),
             "junk": b"junk",
             "forged.pem": b"-----BEGIN CERTIFICATE-----\nAAA\n-----END CERTIFICATE-----\n",
@@ -24411,6 +24625,40 @@ class TestVerify:
             ("b", f"--roots roots --family-id {'1' * 32}", 1, "family_id"),
             ("b", f"--roots roots --image-id {'0' * 32}", 0, ""),
             ("b", f"--roots roots --image-id {'1' * 32}", 1, "image_id"),
+            ("b", f"--roots roots --measurement 0x{'6D' * 48} --chip-id 0x{CHIP_ID.hex()}", 0, ""),
+            ("b", f"--roots roots --measurement 0x{'6d' * 47}6e", 1, "measurement"),
+            ("az", f"--roots roots --pcr 4=0x{PCR_4}", 0, ""),
+            ("b", "--roots roots --min-tcb milan:snp=24,genoa:snp=250", 0, ""),
+            ("b", "--roots roots --min-tcb milan:bootloader=4,snp=25,genoa:snp=1", 1, "minimum TCB"),
+            ("b", "--roots roots --min-tcb snp=25,milan:snp=1", 1, "minimum TCB"),
+            ("b", "--roots roots --min-tcb genoa:snp=1,turin:fmc=0", 1, "minimum TCB"),
+            ("b", "--roots roots --min-firmware 0.0 --min-mit-vector 0 --min-guest-svn 0", 0, ""),
+            ("b", "--roots roots --min-firmware 0.0.1", 1, "minimum firmware"),
+            ("b", "--roots roots --min-mit-vector 0x8", 1, "mitigations"),
+            ("b", "--roots roots --min-guest-svn 1", 1, "minimum guest_svn"),
+            ("b", "--roots roots --guest-policy smt,migrate-ma=0,debug=0,0x20000=0x20000,abi=0.0", 0, ""),
+            ("b", "--roots roots --guest-policy smt=0", 1, "guest_policy"),
+            ("b", "--roots roots --guest-policy single-socket", 1, "guest_policy"),
+            ("b", "--roots roots --guest-policy 196608=65536", 1, "guest_policy"),
+            ("b", "--roots roots --guest-policy abi=0.1", 1, "guest_policy"),
+            ("b", "--roots roots --platform-info 0", 0, ""),
+            ("plat", "--roots roots --platform-info tsme,0x25", 0, ""),
+            ("plat", "--roots roots --platform-info smt,0x3,alias-check", 1, "platform_info bits"),
+            ("b", "--roots roots --vmpl 0", 0, ""),
+            ("b", "--roots roots --vmpl 3", 1, "VMPL"),
+            ("b", f"--roots roots --report-data 0x{SIGNED}", 0, ""),
+            ("alone", f"--roots roots --evidence-only --report-data {SIGNED}", 0, ""),
+            ("alone", f"--roots roots --evidence-only --report-data {'0' * 128}", 1, "signed_data"),
+            ("b", f"--roots roots --id-key-digest {'0' * 96} --author-key-digest {'0' * 96}", 0, ""),
+            ("b", f"--roots roots --id-key-digest {'1' * 96}", 1, "id_key_digest"),
+            ("b", f"--roots roots --author-key-digest {'1' * 96}", 1, "author_key_digest"),
+            ("b", f"--roots roots --report-id {'0' * 64}", 0, ""),
+            ("b", f"--roots roots --report-id {'1' * 64}", 1, "report_id"),
+            ("b", "--roots roots --csp-id CN=x", 1, "required checks"),
+            ("vlek", "--roots roots --csp-id CN=x", 0, ""),
+            ("vlek", "--roots roots --csp-id CN=y", 1, "csp_id"),
+            ("bare", "--roots roots --vek chain.pem", 0, ""),
+            ("bare", "--roots roots --vek table", 0, ""),
             ("az", f"--roots roots --pcr 4={PCR_4}", 0, ""),
             ("az", f"--roots roots --pcr 4=0x{PCR_4}", 0, ""),
             ("az", f"--roots roots --pcr 4={'0' * 64}", 1, "PCR values"),
@@ -24422,7 +24670,7 @@ class TestVerify:
             ("b", "--roots roots --crl crl.pem", 0, ""),
             ("b", "--roots roots --crl revoked.der", 1, "revocation"),
             ("b", "--roots roots --crl crl.der --crl revoked.der", 1, "revocation"),
-            ("b", "--roots roots --require-crl", 1, "required checks"),
+            ("b", "--roots roots --require-crl", 1, "revocation"),
             ("b", "--roots roots --crl junk", 1, "revocation list file junk"),
             ("b", "--roots roots --crl vek.der", 1, "revocation list file vek.der"),
             ("b", "--crl crl.der", 1, "revocation list file crl.der"),
@@ -24472,6 +24720,41 @@ class TestVerify:
             True,
         ), failed
         assert not check or failed <= {check, "VEK signature", "nonce is not zero"}, failed
+
+    @pytest.mark.parametrize(
+        ("option", "values"),
+        [
+            (
+                "--guest-policy",
+                "smt,smt=0|smt=2|foo|x=1|abi|abi=1|abi=256.0|1=3|1|-1=1|0x1=0x1,smt,|,|=1|smt,0x10000=0",
+            ),
+            ("--guest-policy", "0x10000000000000000=0|99999999999999999999=0|SMT|debug=-1|abi=1.2.3|smt=abi=1.1"),
+            ("--platform-info", "foo|-1|smt,|,|0x|0x10000000000000000|smt=1|SMT"),
+            ("--vmpl", "4|-1|x|01"),
+            ("--min-firmware", "1|1.|1.2.3.4|1.x|-1.2|1000.0"),
+            ("--min-mit-vector", "x|-1|0x"),
+            ("--min-guest-svn", "-1|x|1.0"),
+            ("--min-tcb", "milan=1|milan:snp|rome:snp=1|milan:milan:snp=1|:snp=1|milan:snp=1,snp=2|snp=256|milan:x=1"),
+            ("--report-data", f"{'0' * 127}|0x0x{'0' * 126}|{'0' * 129}|0X{'0' * 128}|{'g' * 128}"),
+            ("--id-key-digest", f"{'0' * 95}|0x"),
+            ("--author-key-digest", "0" * 98),
+            ("--report-id", "0" * 63),
+            ("--measurement", f"0x{'0' * 95}|x{'0' * 96}"),
+            ("--pcr", f"4=0x{'0' * 63}|24=0x{'0' * 64}"),
+        ],
+    )
+    def test_malformed_values(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, values: str
+    ) -> None:
+        """On the command line and in a policy file; nothing is read of the bundle."""
+        for value in values.split("|"):
+            assert confbuild.main(["verify", "nowhere", f"{option}={value}"]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and f"{option}: {value!r} is not " in said.err
+            (tmp_path / "p.toml").write_text(f'{option[2:]} = "{value}"')
+            assert confbuild.main(["verify", "nowhere", "--policy", str(tmp_path / "p.toml")]) == 2
+            said = capsys.readouterr()
+            assert said.out == "" and f"{option[2:]}: {value!r} is not " in said.err
 
     @pytest.mark.parametrize(
         ("path", "option", "others"),
@@ -24594,9 +24877,19 @@ class TestVerify:
                 ("roots", "../roots"),
                 ("max-age", "12h"),
                 ("min-tcb", "bootloader=4,snp=24"),
+                ("guest-policy", "smt=1,debug=0,abi=0.0"),
+                ("platform-info", "smt,ecc"),
+                ("min-firmware", "0.0.0"),
+                ("report-data", SIGNED.upper()),
+                ("id-key-digest", "0x" + "0" * 96),
+                ("author-key-digest", "0" * 96),
+                ("report-id", "0" * 64),
             )
         )
         + """
+        vmpl = 0
+        min-guest-svn = 0
+        min-mit-vector = 0
         guest-svn = 0
         require-tee = true
         require-crl = true
@@ -24628,6 +24921,15 @@ class TestVerify:
             ("require-crl = false", "--roots roots", 0, "PASSED"),
             ("min-tcb = { bootloader = 4, snp = 24 }", "--roots roots", 0, "PASSED"),
             ("min-tcb = { snp = 25 }", "--roots roots", 1, "minimum TCB"),
+            ('min-tcb = { "milan:snp" = 24, "genoa:snp" = 99 }', "--roots roots", 0, "PASSED"),
+            ('min-tcb = "milan:snp=25,genoa:snp=1"', "--roots roots", 1, "minimum TCB"),
+            ('guest-policy = "smt=0"', "--roots roots", 1, "guest_policy"),
+            ('guest-policy = "smt=0"', "--roots roots --guest-policy smt", 0, "PASSED"),
+            ("platform-info = 0", "--roots roots", 0, "PASSED"),
+            ("vmpl = 1", "--roots roots", 1, "VMPL"),
+            ("min-mit-vector = 4", "--roots roots", 1, "mitigations"),
+            ('min-firmware = "1.0"', "--roots roots", 1, "minimum firmware"),
+            ('csp-id = "CN=x"', "--roots roots", 1, "required checks"),
             ('dep = "pkg:x"', "--roots roots", 1, "packages"),
             ('dep = ["pkg:x"]', "--dep pkg:y", 1, "packages"),
             ('builder-id = "x"', "--builder-id y", 1, "y"),
