@@ -9541,7 +9541,9 @@ class ApiClient:
                         lost_at = None  # a comment is a sign of life, too
                         block = held + block
                         end = block.rfind(b"\n\n") + 2
-                        block, held = (block, b"") if end < 2 else (block[:end], block[end:])
+                        if end < 2:  # no event ends here, except after CR
+                            end = len(block) if b"\r" in block or len(block) > BLOCK else 0
+                        block, held = block[:end], block[end:]
                         messages = _build_messages(block, position) if parser.idle else []
                         if messages:
                             position += len(messages)
