@@ -87,23 +87,24 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
     27. Bundle
     28. Pipeline
     Part IV - Service: jobs in, event streams out
-    29. Event log
-    30. Event streams
-    31. Jobs
-    32. HTTP API
-    33. Client
-    34. Agent
-    35. VMs
+    29. Metrics
+    30. Event log
+    31. Event streams
+    32. Jobs
+    33. HTTP API
+    34. Client
+    35. Agent
+    36. VMs
     Part V - Guest: how --tee runs
-    36. Image
-    37. QEMU
-    38. Broker
-    39. First process
+    37. Image
+    38. QEMU
+    39. Broker
+    40. First process
     Part VI - Command line
-    40. Rendering
-    41. Server set-up
-    42. Commands
-    43. Options
+    41. Rendering
+    42. Server set-up
+    43. Commands
+    44. Options
 
 Specifications
 
@@ -182,6 +183,7 @@ from typing import (
 )
 
 # Parts III to VI. Modules that only some commands use are imported at their first use.
+import _thread
 import contextlib
 import errno
 import functools
@@ -6931,7 +6933,72 @@ def _make_statement(
 
 # endregion 28
 # ==============================================================================
-# region 29. Event log                                                 [uses 21]
+# region 29. Metrics                                              [uses nothing]
+# ==============================================================================
+# What an operator can alert on, in the text format of Prometheus [CONTRACT 1.17].  Counts that several threads make are
+# kept here, under one lock; none of them is made for each event or each byte.  Those numbers belong to the objects that
+# do the work, and GET /metrics asks for them.  Any thread may call this.
+
+_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, float("inf"))  # seconds
+# fmt: off
+METRICS = {  # name -> (type, help)
+    "confbuild_build_info":                 ("gauge",     "The version, as a label."),
+    "confbuild_queue_jobs":                 ("gauge",     "Builds that wait for a slot."),
+    "confbuild_running_jobs":               ("gauge",     "Builds that run."),
+    "confbuild_slots":                      ("gauge",     "Builds that can run at a time."),
+    "confbuild_builds_total":               ("counter",   "Builds that ended, by toolchain, and ok or error_type."),
+    "confbuild_wait_seconds":               ("histogram", "Time from the submission of a build to its start."),
+    "confbuild_boot_seconds":               ("histogram", "Time until the agent of a VM answered."),
+    "confbuild_build_seconds":              ("histogram", "Time from the start of a build to its end."),
+    "confbuild_events_appended_total":      ("counter",   "Events in the logs of builds."),
+    "confbuild_event_bytes_appended_total": ("counter",   "Bytes in the logs of builds."),
+    "confbuild_events_sent_total":          ("counter",   "Events sent to watchers."),
+    "confbuild_bytes_sent_total":           ("counter",   "Bytes of event streams and downloads."),
+    "confbuild_watchers":                   ("gauge",     "Open event streams and downloads."),
+    "confbuild_http_requests_total":        ("counter",   "Requests, by route and status."),
+    "confbuild_vms_started_total":          ("counter",   "VMs that were started."),
+    "confbuild_vms_lost_total":             ("counter",   "VMs that failed, with a build or while they waited."),
+    "confbuild_disk_free_bytes":            ("gauge",     "Free space on the disk of the state."),
+    "process_cpu_seconds_total":            ("counter",   "Processor time of the server."),
+    "process_resident_memory_bytes":        ("gauge",     "Memory of the server."),
+}
+# fmt: on
+_counting = _thread.allocate_lock()  # as of threading, which would be imported for it
+_counts: dict[tuple[str, str], float] = {}  # (sample, labels) -> value; for the holder of _counting
+
+
+def count(sample: str, amount: float = 1, **labels: object) -> None:
+    """Add amount to a sample of METRICS. labels: values without quotation marks, backslashes and line breaks."""
+    text = ",".join(f'{name}="{value}"' for name, value in labels.items())
+    with _counting:
+        _counts[sample, text] = _counts.get((sample, text), 0) + amount
+
+
+def observe(name: str, seconds: float) -> None:
+    """Add an observation to a histogram of METRICS."""
+    for bound in _BUCKETS:
+        count(f"{name}_bucket", seconds <= bound, le=f"{bound:g}".replace("inf", "+Inf"))
+    count(f"{name}_sum", seconds)
+    count(f"{name}_count")
+
+
+def render_metrics(gauges: Mapping[str, float]) -> str:
+    """Return the text of all metrics. gauges: the values of those that are not counted here."""
+    with _counting:
+        counts = dict(_counts)
+    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in gauges.items()}
+    counts["confbuild_build_info", f'version="{__version__}"'] = 1
+    lines = []
+    for name, (kind, text) in METRICS.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        parts = (name, f"{name}_bucket", f"{name}_sum", f"{name}_count")
+        lines += [f"{sample}{{{labels}}} {value}" for (sample, labels), value in counts.items() if sample in parts]
+    return "\n".join([*lines, ""])
+
+
+# endregion 29
+# ==============================================================================
+# region 30. Event log                                                 [uses 21]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they are sent.  It is
 # the only record of the events; a reader is a position in it.  A frame is written whole before it is published, so no
@@ -7018,7 +7085,10 @@ class EventLog:
     Raises Malformed if the file is not a log, OSError.
 
     size, count and finished are written under _lock, in this order; a reader may read them without it.
+    owner: is kept alive by whoever reads the log.
     """
+
+    owner: Any = None
 
     def __init__(
         self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
@@ -7064,13 +7134,16 @@ class EventLog:
                 self._torn = True
                 while written < len(data):
                     written += os.pwrite(self.fd, data[written:], self.size + written)
+                finished = _COMPLETE_MARK in frames[-1]
+                if finished:  # the whole log survives a crash of the machine before anybody is told
+                    os.fsync(self.fd)
                 self._torn = False
             except OSError:
                 os.ftruncate(self.fd, self.size)
                 raise
             self.count += len(frames)
             self.size += len(data)
-            self.finished = _COMPLETE_MARK in frames[-1]
+            self.finished = finished
         if self._on_append is not None:
             self._on_append(self)
 
@@ -7123,9 +7196,9 @@ class EventLog:
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
 
-# endregion 29
+# endregion 30
 # ==============================================================================
-# region 30. Event streams                                     [uses 18, 21, 29]
+# region 31. Event streams                                     [uses 18, 21, 30]
 # ==============================================================================
 # One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head
 # of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
@@ -7218,6 +7291,7 @@ class OpenFile:
     """
 
     count, finished = 0, True
+    owner: Any = None
 
     def __init__(self, path: str) -> None:
         self.fd = open_regular(path)
@@ -7286,6 +7360,7 @@ class Streamer:
     keepalive_s: silence after which a comment is sent.
     stall_s: time without progress after which a watcher is disconnected; it can resume.
     files: the number of descriptors open for watchers.
+    events, bytes: how many were sent; the thread alone writes them.
     grown: sends the new events of a log to its watchers.  Any thread may call this; it never waits.
     add: serves a watcher, whose socket now belongs to the streamer.  Any thread may call this.
     """
@@ -7294,12 +7369,14 @@ class Streamer:
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
-        self._served: set[Watcher] = set()
+        self.served: set[Watcher] = set()
         self._waiting: dict[EventLog | OpenFile, set[Watcher]] = {}  # watchers that have received the whole log so far
         # The last small range, read once for all watchers that want it: log, position, length, bytes.
         self._block: tuple[EventLog | OpenFile | None, int, int, bytes] = (None, 0, 0, b"")
         self._turn = _TURN
         self.files = 0
+        self.events = 0
+        self.bytes = 0
         self.grown: Callable[[EventLog], None] = self._selector.post
         self.add: Callable[[Watcher], None] = self._selector.post
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
@@ -7326,7 +7403,7 @@ class Streamer:
             if time.monotonic() >= scan_at:
                 scan_at = time.monotonic() + every
                 self._scan(scan_at - every)
-        for watcher in list(self._served):
+        for watcher in list(self.served):
             self._drop(watcher)
         self._selector.close()
 
@@ -7340,7 +7417,7 @@ class Streamer:
             elif note is None:
                 going = False
             else:
-                self._served.add(note)
+                self.served.add(note)
                 self.files += note.files
                 self._pump(note)
         return going
@@ -7378,7 +7455,7 @@ class Streamer:
         """Send comments to watchers after a silence, and disconnect those that take nothing."""
         for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
-        for watcher in [w for w in self._served if w.mask & WRITE and w.since <= now - self._stall_s]:
+        for watcher in [w for w in self.served if w.mask & WRITE and w.since <= now - self._stall_s]:
             with contextlib.suppress(OSError):  # the system discards the bytes that it holds for the peer
                 watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._drop(watcher)
@@ -7418,6 +7495,7 @@ class Streamer:
             self._drop(watcher)
         finally:
             if turn < self._turn:
+                self.bytes += self._turn - turn
                 watcher.since = time.monotonic()
 
     def _next(self, watcher: Watcher) -> bool:
@@ -7445,6 +7523,9 @@ class Streamer:
             watcher.pending = watcher.frame(to_ndjson(data) if watcher.ndjson else data)
             watcher.position += len(data)
             return True
+        if watcher.start < source.count:
+            self.events += source.count - watcher.start
+            watcher.start = source.count
         if finished and watcher.chunked and not watcher.ending:
             watcher.ending = True
             watcher.pending = b"0\r\n\r\n"
@@ -7470,14 +7551,14 @@ class Streamer:
         self._want(watcher, 0)
         if self._block[0] is watcher.source:
             self._block = (None, 0, 0, b"")
-        self._served.discard(watcher)
+        self.served.discard(watcher)
         self.files -= watcher.files
         (then or watcher.sock.close)()
 
 
-# endregion 30
+# endregion 31
 # ==============================================================================
-# region 31. Jobs                                      [uses 18, 21, 23, 29, 30]
+# region 32. Jobs                                  [uses 18, 21, 23, 29, 30, 31]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -7498,6 +7579,8 @@ _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_SEQ = 10**18  # jobs with this number are ordered by their times
 BUSY = {"Retry-After": "10"}
+SYNC_S = 5.0  # time between two looks at logs that a crash of the machine could lose, and at builds to remove
+YOUNG_S = 60.0  # time that a finished build is kept in any case, for those who waited for it
 RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
 ANNOUNCE_S = 1.0  # least time between two positions that a job announces
 
@@ -7861,6 +7944,7 @@ class Job:
             self.update(finished_at=utc_now(), **changes)
         if self.log is not None:
             self.log.append(self.record.complete_event())
+            _log_end(self, self.log)
         self.log = None
         if self.source is not None:
             with contextlib.suppress(OSError):  # it is gone already
@@ -7902,6 +7986,29 @@ def open_member(job: Job, name: str) -> OpenFile:
                 else:
                     raise Refused(404, "NotFound", f"the bundle has no file {name[:80]!r}")
         return OpenFile(path)
+
+
+def _log_end(job: Job, log: EventLog) -> None:
+    """Log and count a build that has ended."""
+    record = job.record
+    submitted, started, finished = (
+        datetime.fromisoformat(text or record.finished_at).timestamp()
+        for text in (record.submitted_at, record.started_at, record.finished_at)
+    )
+    name = re.sub(
+        r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", os.path.basename(job.request.repo_url or job.request.source_name)
+    )
+    outcome = (record.failure or {"error_type": "ok"})["error_type"]
+    toolchain = re.search(rb'"type":"detect","msg":"([a-z]+)"', os.pread(log.fd, 64 * KIB, 0))
+    fields = {"job": job.id, "name": safe_name(name), "outcome": outcome, "seconds": round(finished - started, 3)}
+    logger().info("job %s %s %s %.1f s", job.id[:4], *list(fields.values())[1:], extra={"fields": fields})
+    count("confbuild_builds_total", toolchain=toolchain[1].decode() if toolchain else "", outcome=outcome)
+    count("confbuild_vms_lost_total", outcome == "VmError")
+    count("confbuild_events_appended_total", log.count)
+    count("confbuild_event_bytes_appended_total", log.size)
+    if record.started_at:
+        observe("confbuild_wait_seconds", started - submitted)
+        observe("confbuild_build_seconds", finished - started)
 
 
 @contextlib.contextmanager
@@ -7956,10 +8063,12 @@ class JobTable:
         self.folder = os.path.join(state, "jobs")
         self._lock = threading.Lock()
         self._order: dict[str, Order] = {}  # guarded by _lock; of all jobs, by id
-        self._live: dict[str, Job] = {}  # guarded by _lock; those that have not ended
+        self._live: dict[str, Job] = {}  # guarded by _lock; those that have not ended, and damaged ones
         # guarded by _lock; those that have ended and that somebody uses
         self._used: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
-        for path in (self.folder, self.incoming):
+        self._removed = os.path.join(state, "removed")  # an empty file for each job that was removed, at that time
+        self._sizes: dict[str, int] = {}  # guarded by _lock; of the folders of jobs that have ended
+        for path in (self.folder, self.incoming, self._removed):
             os.makedirs(path, mode=0o700, exist_ok=True)
 
     def read(self, grown: Callable[[EventLog], None]) -> list[Job]:
@@ -7973,7 +8082,6 @@ class JobTable:
             self.add(job)
             if job.log is None:
                 logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
-                self.end(job)
         return sorted((job for job in found if job.log is not None), key=_order)
 
     def _glance(self, job_id: str) -> bool:
@@ -8007,13 +8115,22 @@ class JobTable:
         with self._lock:
             job = self._live.get(job_id) or self._used.get(job_id)
             known = job_id in self._order
+            self._sizes.pop(job_id, None)  # whoever uses it may add files
         if not known:
+            if _JOB_ID.fullmatch(job_id) and os.path.exists(os.path.join(self._removed, job_id)):
+                removed = utc_time(os.path.getmtime(os.path.join(self._removed, job_id)))
+                raise Refused(410, "Gone", f"this build was removed at {removed}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
         if job is None:
             job = _read_job(os.path.join(self.folder, job_id), lambda _: None)
             with self._lock:
                 job = self._used.setdefault(job_id, job)
         return job
+
+    def live(self) -> list[Job]:
+        """Return the jobs that have not ended, and damaged ones."""
+        with self._lock:
+            return list(self._live.values())
 
     def ids(self, after: str = "") -> list[str]:
         """Return the ids of all jobs, newest first. after: only those that are older than this one. Raises Refused."""
@@ -8022,12 +8139,64 @@ class JobTable:
         ids = sorted(order, key=order.__getitem__, reverse=True)
         return ids[ids.index(self.get(after).id) + 1 :] if after else ids
 
+    def expire(self, keep_s: float, keep_bytes: float) -> None:
+        """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
+        ids, sizes, now = self.ids()[::-1], {}, time.time()
+        for job_id in ids:
+            with self._lock:
+                size = 0 if job_id in self._live else self._sizes.get(job_id, -1)
+            if size < 0:
+                size = sum(entry.stat().st_size for entry in os.scandir(os.path.join(self.folder, job_id)))
+            sizes[job_id] = size
+        total = sum(sizes.values())
+        with self._lock:
+            self._sizes = {job_id: sizes[job_id] for job_id in ids if job_id not in self._live}
+            ended = [job_id for job_id in self._sizes if job_id not in self._used]
+        for job_id in ended:
+            age_s = now - os.path.getmtime(os.path.join(self.folder, job_id, "job.json"))
+            if total <= keep_bytes and age_s <= keep_s:
+                break
+            if age_s > YOUNG_S and self._remove(job_id):
+                total -= sizes[job_id]
+
+    def _remove(self, job_id: str) -> bool:
+        """Remove a job that has ended, unless somebody uses it by now. Return whether it was removed."""
+        with open(os.path.join(self._removed, job_id), "wb"):
+            pass
+        with self._lock:
+            if job_id in self._used:
+                return False
+            del self._order[job_id], self._sizes[job_id]
+        trash = os.path.join(self.incoming, job_id)  # which the next server empties if this one dies
+        os.rename(os.path.join(self.folder, job_id), trash)
+        remove_tree(trash)
+        return True
+
     def find(self, key: str) -> Job | None:
         """Return the job that was accepted with this Idempotency-Key in the last KEY_S seconds."""
         since = datetime.fromtimestamp(time.time() - KEY_S, UTC).isoformat()
         with self._lock:
             found = [one for one, order in self._order.items() if key and order[2] == key and order[1] > since]
         return self.get(found[0]) if found else None
+
+
+def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[dict[str, Any]]:
+    """Return the status of at most limit jobs, newest first. after: the id of the job before them, or empty."""
+    positions, found = jobs.positions(), []
+    for job_id in jobs.table.ids(after)[:limit]:
+        with contextlib.suppress(Refused):  # it is removed meanwhile
+            job = jobs.get(job_id)
+            found.append(job.record.to_wire(job.id, positions.get(job)))
+    return found
+
+
+def _keep(jobs: "Jobs", keep_s: float, keep_bytes: float) -> None:
+    """Thread "keeper": sync the logs of running builds, and remove finished builds that are not kept."""
+    jobs.stopping.wait(SYNC_S)
+    for log in filter(None, [job.log for job in jobs.table.live()]):
+        os.fdatasync(log.fd)
+    if (keep_s, keep_bytes) != (float("inf"), float("inf")):
+        jobs.table.expire(keep_s, keep_bytes)
 
 
 def _repeat(work: Callable[[], None], stopping: "threading.Event") -> None:
@@ -8044,6 +8213,7 @@ class Jobs:
 
     run: builds a job and returns the path of its archive, which is moved away; appends to job.log; raises BuildFailed.
     grown: is called with every log after each append. slots: the number of builds at a time.
+    keep_s, keep_bytes: how long and how much of finished builds is kept.
     """
 
     def __init__(
@@ -8054,13 +8224,16 @@ class Jobs:
         slots: int = 1,
         max_queue: int = 1000,
         single_use: bool = False,
+        keep_s: float = float("inf"),
+        keep_bytes: float = float("inf"),
     ) -> None:
         self.table = JobTable(state)
+        self.get = self.table.get
         self._run = run
         self._grown = grown
         self._max_queue = max_queue
         self._single_use = single_use
-        self._stopping = threading.Event()  # set under _changed
+        self.stopping = threading.Event()  # set under _changed
         self._changed = threading.Condition()
         self._queue: list[Job] = []  # guarded by _changed; sorted by _order
         self._running: set[Job] = set()  # guarded by _changed; from leaving the queue until run() has returned
@@ -8068,9 +8241,11 @@ class Jobs:
         self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
-        work = {"queue": self._tend} | {f"slot {number}": self._work for number in range(slots)}
+        work = {"queue": self._tend, "keeper": lambda: _keep(self, keep_s, keep_bytes)} | {
+            f"slot {number}": self._work for number in range(slots)
+        }
         self._threads = [
-            threading.Thread(target=_repeat, args=(step, self._stopping), name=name, daemon=True)
+            threading.Thread(target=_repeat, args=(step, self.stopping), name=name, daemon=True)
             for name, step in work.items()
         ]
 
@@ -8096,7 +8271,7 @@ class Jobs:
         with self._changed:
             if self._single_use and (self._accepted or self._accepting):
                 raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
             if len(self._queue) + len(self._accepting) >= self._max_queue:
                 raise Refused(429, "QueueFull", f"the queue is full: {len(self._queue)} builds", {"Retry-After": "60"})
@@ -8132,27 +8307,26 @@ class Jobs:
                         self._changed.notify_all()
                 if not accepted:
                     remove_tree(job.folder)
-            job.announce(self._positions().get(job, job.position))
+            job.announce(self.positions().get(job, job.position))
         return job
 
-    def _positions(self) -> dict[Job, int]:
+    def positions(self) -> dict[Job, int]:
         """Return the places in the queue."""
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
-    def get(self, job_id: str) -> Job:
-        """Return the job with this id. Raises Refused 404."""
-        return self.table.get(job_id)
-
     def describe(self, job: Job) -> dict[str, Any]:
         """Return the status of a job. [CONTRACT 1.12]"""
-        return job.record.to_wire(job.id, self._positions().get(job))
+        return job.record.to_wire(job.id, self.positions().get(job))
 
-    def newest(self, count: int, after: str = "") -> list[dict[str, Any]]:
-        """Return the status of the last count jobs, newest first. after: the id of the job before them, or empty."""
-        positions = self._positions()
-        jobs = [self.get(job_id) for job_id in self.table.ids(after)[:count]]
-        return [job.record.to_wire(job.id, positions.get(job)) for job in jobs]
+    def gauges(self) -> dict[str, float]:
+        """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
+        with self._changed:
+            queue, running = len(self._queue), len(self._running)
+            logs = [job.log for job in self._running if job.log is not None]
+        sizes = {"confbuild_event_bytes_appended_total": sum(log.size for log in logs)}
+        sizes["confbuild_events_appended_total"] = sum(log.count for log in logs)
+        return {"confbuild_queue_jobs": queue, "confbuild_running_jobs": running, **sizes}
 
     def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops even so."""
@@ -8177,15 +8351,15 @@ class Jobs:
                 self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
             with job.writing:
-                job.announce(self._positions().get(job, job.position))
+                job.announce(self.positions().get(job, job.position))
         for job in late:
             self._try_to_complete(job)
 
     def _work(self) -> None:
         """A slot: run the next job from its start to its end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping.is_set())
-            if self._stopping.is_set():
+            self._changed.wait_for(lambda: self._queue or self.stopping.is_set())
+            if self.stopping.is_set():
                 return
             job = self._queue.pop(0)
             self._running.add(job)
@@ -8224,7 +8398,7 @@ class Jobs:
     def stop(self, grace_s: float) -> bool:
         """Accept no build, and park those that run after grace_s seconds. Return whether one has ended meanwhile."""
         with self._changed:
-            self._stopping.set()
+            self.stopping.set()
             self._changed.notify_all()
             before = len(self._running)
             self._changed.wait_for(lambda: not self._running, grace_s)
@@ -8236,9 +8410,9 @@ class Jobs:
         return len(left) < before
 
 
-# endregion 31
+# endregion 32
 # ==============================================================================
-# region 32. HTTP API                          [uses 18, 21, 23, 24, 29, 30, 31]
+# region 33. HTTP API                      [uses 18, 21, 23, 24, 29, 30, 31, 32]
 # ==============================================================================
 # The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
@@ -8361,6 +8535,7 @@ ROUTES = (
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
           {200: "evidence.json", 400: "invalid nonce", 503: "no VM, or it does not attest"},
           parameters=(_ASKED_NONCE,)),
+    Route("GET", "/metrics", "metrics", "Metrics in the text format of Prometheus", {200: "metrics"}, "text/plain"),
     Route("GET", "/openapi.json", "openapi", "This API", {200: "OpenAPI 3.1"}),
 )
 # fmt: on
@@ -8509,6 +8684,7 @@ class Api(NamedTuple):
     attest: returns the evidence of the VM that waits, for a nonce; raises ConfbuildError.
     greeting: the comment that begins every event stream, or nothing.
     crowded: tells whether no further event stream or download can be served.
+    gauges: the metrics that are not counted.
     """
 
     jobs: Jobs
@@ -8517,6 +8693,7 @@ class Api(NamedTuple):
     attest: Callable[[str], bytes]
     greeting: bytes = b""
     crowded: Callable[[], bool] = bool
+    gauges: Callable[[], Mapping[str, float]] = dict
 
     def health(self, _: Request) -> Response:
         """Return 200 `ok`."""
@@ -8538,13 +8715,18 @@ class Api(NamedTuple):
         except ConfbuildError as e:
             raise Refused(503, "AttestationError", str(e), {"Retry-After": "30"}) from None
 
+    def metrics(self, _: Request) -> Response:
+        """Return the metrics. [CONTRACT 1.17]"""
+        text = render_metrics(self.gauges())
+        return Response(200, {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}, text.encode("ascii"))
+
     def openapi(self, _: Request) -> Response:
         """Return the OpenAPI document of ROUTES."""
         return json_response(openapi_document())
 
     def list_builds(self, request: Request) -> Response:
         """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
-        return json_response(self.jobs.newest(MAX_LISTED, request.query.get("after", "")))
+        return json_response(list_jobs(self.jobs, MAX_LISTED, request.query.get("after", "")))
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
@@ -8555,20 +8737,21 @@ class Api(NamedTuple):
         self.jobs.cancel(self.jobs.get(request.arguments[0]))
         return self.status(request)
 
-    def _open(self, open_source: Callable[[], Any]) -> Any:
-        """Return what open_source opens for a watcher. Raises Refused 503 if too many are open."""
-        source = open_source()
+    def _open(self, request: Request, open_source: Callable[[Job], Any]) -> Any:
+        """Return what open_source opens of the job for a watcher. Raises Refused 503 if too many are open."""
+        job = self.jobs.get(request.arguments[0])
+        source = open_source(job)
+        source.owner = job  # in use, so it is not removed
         if self.crowded():
             raise Refused(503, "TooManyWatchers", "too many event streams and downloads are open", BUSY)
         return source
 
     def events(self, request: Request) -> Response:
         """Return the event stream of a build. [CONTRACT 1.7]"""
-        job = self.jobs.get(request.arguments[0])
         text = request.query.get("from", request.headers.get("last-event-id") or "0")
         if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
             raise Refused(400, "InvalidFrom", f"from: {text[:80]!r} is not a number of events, such as 0")
-        log, start = self._open(job.open_log), int(text)
+        log, start = self._open(request, Job.open_log), int(text)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
         ndjson = "application/x-ndjson" in request.headers.get("accept", "")
@@ -8578,29 +8761,28 @@ class Api(NamedTuple):
 
     def log(self, request: Request) -> Response:
         """Return the output of the build so far. [CONTRACT 1.16]"""
-        file = self._open(functools.partial(open_text, self.jobs.get(request.arguments[0])))
+        file = self._open(request, open_text)
         headers = {"Content-Type": "text/plain; charset=utf-8", "ETag": f'"{file.size}"', "Cache-Control": "no-store"}
         return serve_file(request, file, headers)
 
     def file(self, request: Request) -> Response:
         """Return a file of the bundle. [CONTRACT 1.16]"""
-        job, name = self.jobs.get(request.arguments[0]), urllib.parse.unquote(request.arguments[1])
-        file = self._open(functools.partial(open_member, job, name))
+        name = urllib.parse.unquote(request.arguments[1])
+        file = self._open(request, lambda job: open_member(job, name))
         kind = "application/json" if name.endswith(".json") else "application/octet-stream"
         headers = {"Content-Type": kind, "ETag": f'"{sha256_hex(request.arguments[1].encode())}"', **_FOREVER}
         return serve_file(request, file, headers)
 
     def result(self, request: Request) -> Response:
         """Return the archive, or a range of it. [CONTRACT 1.11]"""
-        job = self.jobs.get(request.arguments[0])
-        file = self._open(job.open_result)
-        digest = str((job.record.result or {})["sha256"])
+        file = self._open(request, Job.open_result)
+        digest = str(file.owner.record.result["sha256"])
         headers = {
             "Content-Type": "application/gzip",
             "ETag": f'"{digest}"',
             "Repr-Digest": f"sha-256=:{base64.b64encode(bytes.fromhex(digest)).decode('ascii')}:",  # [RFC9530 3]
             **_FOREVER,
-            "Content-Disposition": f'attachment; filename="{job.id}.tar.gz"',
+            "Content-Disposition": f'attachment; filename="{file.owner.id}.tar.gz"',
         }
         return serve_file(request, file, headers)
 
@@ -8848,6 +9030,7 @@ class Connection:
         self.pending = b""  # bytes of an answer that remain to be sent
         self.closing = False  # after them
         self.unread = 0  # bytes of the body of a request
+        self.route = ""  # of the request, if it has one
         self.expects_100 = False  # the client waits for 100 before it sends the body
         self.mask = 0  # the events that the selector waits for
 
@@ -8870,6 +9053,7 @@ class Connection:
 
     def answer(self, server: "Server", seated: bool) -> None:
         """Make the answer to a request, and hand it to server or its streamer. seated: release a seat of server."""
+        self.route = ""
         self.closing, watcher = True, None  # the end of the request is not known yet
         try:
             watcher = self._make(server)
@@ -8893,7 +9077,8 @@ class Connection:
             response = self._respond(server, request)
         except Exception as e:  # noqa: BLE001  # of a bug
             response = problem(to_refused(e, line))
-        logger().info('%s "%s" %d', self.address, line, response.status)
+        logger().debug('%s "%s" %d', self.address, line, response.status)
+        count("confbuild_http_requests_total", route=self.route, status=response.status)
         live = isinstance(response.source, EventLog)
         chunked = live and request.minor == 1
         self.closing |= live and not chunked or self.unread > 0
@@ -8927,6 +9112,7 @@ class Connection:
         local = (self.sock.getsockname() or ("localhost",))[0].removeprefix("::ffff:")
         server.access.check(head.headers, path, local)
         route, arguments = find_route(head.method, path)
+        self.route = route.path
         fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True, errors="replace"))
         request = head._replace(arguments=arguments, query=fields, read=self._read_body)
         has_body = self.unread > 0
@@ -8962,10 +9148,22 @@ class Connection:
         return block
 
 
+@functools.cache
+def inherited_socket() -> "socket.socket | None":
+    """Return the listening socket that systemd has handed to this process, or None.  [sd_listen_fds(3)]"""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    return socket.socket(fileno=3)
+
+
 def listen(address: tuple[str, int] | None) -> "socket.socket":
     """Return a non-blocking socket that listens on address. None: one that nobody can reach. Raises OSError."""
     if address is None:
         return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    inherited = inherited_socket()
+    if inherited is not None:
+        inherited.setblocking(False)
+        return inherited
     sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -9180,9 +9378,9 @@ class Server:
         c.sock.close()
 
 
-# endregion 32
+# endregion 33
 # ==============================================================================
-# region 33. Client                                                    [uses 29]
+# region 34. Client                                                    [uses 30]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -9617,9 +9815,9 @@ def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
     return doc
 
 
-# endregion 33
+# endregion 34
 # ==============================================================================
-# region 34. Agent         [uses 18, 19, 21, 22, 23, 24, 26, 28, 29, 30, 31, 32]
+# region 35. Agent         [uses 18, 19, 21, 22, 23, 24, 26, 28, 30, 31, 32, 33]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it.  It reads its configuration
 # from standard input and lives until that ends.  The fetcher is another child of the server, with the same life: it
@@ -9766,9 +9964,9 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. VMs               [uses 17, 18, 19, 20, 21, 22, 27, 28, 29, 31, 33]
+# region 36. VMs           [uses 17, 18, 19, 20, 21, 22, 27, 28, 29, 30, 32, 34]
 # ==============================================================================
 # The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
 # and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
@@ -9898,6 +10096,7 @@ class Vm:
                 _pipe(child.stdin).flush()  # and it stays open: its end tells the agent to end
             except BrokenPipeError:
                 pass  # it has ended, and wait_ready says so
+            count("confbuild_vms_started_total")
             return child.pid
 
     def read_line(self, timeout_s: float) -> bytes:
@@ -9926,12 +10125,14 @@ class Vm:
 
     def wait_ready(self, timeout_s: float) -> None:
         """Wait until the agent answers on port. Raises BuildFailed VmError, or LimitError if the disk is full."""
+        begun = time.monotonic()
         line = self.read_line(timeout_s)
         if not line:
             raise BuildFailed("VmError", "the VM ended while it booted")
         if not re.fullmatch(rb"\d{1,5}\n", line):
             raise BuildFailed("VmError", f"the VM's agent printed {line[:16]!r}, not its port")
         self.port = self._host_port(int(line), timeout_s)
+        observe("confbuild_boot_seconds", time.monotonic() - begun)
 
     def is_alive(self) -> bool:
         """Return whether the process may still answer, without reaping it: its id stays its own."""
@@ -10129,6 +10330,7 @@ class VmHost:
             wanted = self._lacks_spares_locked()
         for vm in dead:
             logger().warning("a VM that waited for a build has ended")
+            count("confbuild_vms_lost_total")
             self._destroy(vm)
         if wanted:
             self._add_spare()
@@ -10397,10 +10599,10 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     return path
 
 
-# endregion 35
+# endregion 36
 # ---- End of the service.
 # ==============================================================================
-# region 36. Image                                 [uses 13, 16, 20, 21, 22, 23]
+# region 37. Image                                 [uses 13, 16, 20, 21, 22, 23]
 # ==============================================================================
 # Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
 # digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
@@ -11284,9 +11486,9 @@ def _root_hash(path: str, blocks: int) -> str:
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 36
+# endregion 37
 # ==============================================================================
-# region 37. QEMU                          [uses 13, 18, 20, 21, 33, 34, 35, 36]
+# region 38. QEMU                          [uses 13, 18, 20, 21, 34, 35, 36, 37]
 # ==============================================================================
 # A guest as a child process: what this machine needs for it, QEMU's argument vector (a pure function), and QemuVm.
 #
@@ -11702,9 +11904,9 @@ class QemuVm(Vm):
         return self._reader is None or not self._reader.is_alive()
 
 
-# endregion 37
+# endregion 38
 # ==============================================================================
-# region 38. Broker                                            [uses 18, 19, 26]
+# region 39. Broker                                            [uses 18, 19, 26]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -11997,9 +12199,9 @@ class GuestBroker:
         return {"report": report.hex(), "table": table.hex()}
 
 
-# endregion 38
+# endregion 39
 # ==============================================================================
-# region 39. First process              [uses 8, 18, 22, 26, 28, 34, 36, 37, 38]
+# region 40. First process              [uses 8, 18, 22, 26, 28, 35, 37, 38, 39]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -12304,9 +12506,9 @@ def run_guest() -> None:
         sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
-# endregion 39
+# endregion 40
 # ==============================================================================
-# region 40. Rendering                                                 [uses 17]
+# region 41. Rendering                                                 [uses 17]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -12606,9 +12808,9 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 40
+# endregion 41
 # ==============================================================================
-# region 41. Server set-up  [uses 18, 19, 21, 25, 26, 28, 30, 31, 32, 35, 36, 37, 40]
+# region 42. Server set-up  [uses 18, 19, 21, 25, 26, 28, 31, 32, 33, 36, 37, 38, 41]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -12771,10 +12973,43 @@ def _require_snp(image: str | None) -> None:
 
 
 class Running(NamedTuple):
-    """A server in this process. stop: ends it; running builds get that many seconds."""
+    """A server in this process. stop: ends it; running builds get that many seconds. is_alive: it accepts requests."""
 
     url: str
     stop: Callable[[float], None]
+    is_alive: Callable[[], bool]
+
+
+def _tls_context(options: "argparse.Namespace") -> "ssl.SSLContext | None":
+    """Return the context of --tls-cert and --tls-key. Raises UsageError."""
+    if (options.tls_cert is None) != (options.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    if options.tls_cert is None:
+        return None
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        tls.load_cert_chain(options.tls_cert, options.tls_key)
+    except OSError as e:  # also ssl.SSLError
+        raise UsageError(
+            f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {e.strerror or e}",
+            "both must be readable PEM files that belong together",
+        ) from None
+    return tls
+
+
+def _gauges(streamer: Streamer, state: str) -> dict[str, float]:
+    """Return metrics of the process and of its disk and streams."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    with open("/proc/self/statm", "rb") as f:
+        pages = int(f.read().split()[1])
+    return {
+        "confbuild_events_sent_total": streamer.events,
+        "confbuild_bytes_sent_total": streamer.bytes,
+        "confbuild_watchers": len(streamer.served),
+        "confbuild_disk_free_bytes": shutil.disk_usage(state).free,
+        "process_cpu_seconds_total": usage.ru_utime + usage.ru_stime,
+        "process_resident_memory_bytes": pages * resource.getpagesize(),
+    }
 
 
 def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: BuildPlatform) -> Running:
@@ -12785,18 +13020,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     """
     address, port = options.listen
     host = address.strip("[]")
-    tls = None
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise UsageError("--tls-cert and --tls-key go together")
-    if options.tls_cert is not None:
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        try:
-            tls.load_cert_chain(options.tls_cert, options.tls_key)
-        except OSError as e:  # also ssl.SSLError
-            raise UsageError(
-                f"--tls-cert {options.tls_cert}, --tls-key {options.tls_key}: {e.strerror or e}",
-                "both must be readable PEM files that belong together",
-            ) from None
+    tls = _tls_context(options)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(OSError, ValueError):  # some systems report no limit and have one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
@@ -12813,7 +13037,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         expected=machine.platform.expectations(machine.facts),
     )
     streamer = Streamer()
-    jobs = Jobs(state, vms.run, streamer.grown, options.slots, options.queue, options.single_use)
+    limits = (options.slots, options.queue, options.single_use, options.keep_days, options.keep_bytes)
+    jobs = Jobs(state, vms.run, streamer.grown, *limits)
     access = AccessPolicy(tokens, [host.lower(), *(name.lower() for name in options.public_host)])
     said = f"; {protection_text(machine.protections)}" if machine.protections else ""
     greeting = machine.platform.greeting and f": {machine.platform.greeting}{said}\n\n"
@@ -12823,8 +13048,9 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         _describe_server(options, machine),
         vms.attestation,
         greeting.encode("ascii"),
-        lambda: streamer.files >= max(files - 1024, files // 2),
-    )  # the rest is for requests, jobs and VMs
+        lambda: streamer.files >= max(files - 1024, files // 2),  # the rest is for requests, jobs and VMs
+        lambda: {**jobs.gauges(), "confbuild_slots": options.slots, **_gauges(streamer, state)},
+    )
     try:
         server = Server((host, port), api, access, streamer, tls)
     except OSError as e:
@@ -12844,7 +13070,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         vms.stop()
         os.close(lock)
 
-    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", stop)
+    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", stop, thread.is_alive)
 
 
 def _makers(
@@ -12935,9 +13161,9 @@ def _read_der(path: str) -> bytes:
     return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Commands  [uses 6, 7, 8, 13, 14, 15, 17, 21, 22, 23, 24, 25, 26, 27, 33, 36, 37, 40, 41]
+# region 43. Commands  [uses 6, 7, 8, 13, 14, 15, 17, 18, 21, 22, 23, 24, 25, 26, 27, 33, 34, 37, 38, 41, 42]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -12946,10 +13172,101 @@ CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 _BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
 
 
+def _json_line(record: "logging.LogRecord") -> str:
+    """Return a record of the log as a JSON object: `serve --log-format json`.  [CONTRACT 5.2]"""
+    doc = {"time": utc_time(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
+    if record.exc_info:
+        doc["exception"] = logging.Formatter().formatException(record.exc_info)
+    return compact_json(doc | getattr(record, "fields", {}))
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd about the state of the service, if it asked for that.  [sd_notify(3)]"""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.sendto(state.encode("ascii"), re.sub("^@", "\0", address))
+
+
+UNIT = """[Unit]
+Description=confbuild, a build service
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+ExecStart={} serve --state ${{STATE_DIRECTORY}}
+Restart=always
+WatchdogSec=30
+TimeoutStopSec=60
+KillMode=mixed
+LimitNOFILE=1048576
+DynamicUser=yes
+StateDirectory=confbuild
+StateDirectoryMode=0700
+UMask=0077
+# The toolchains of builds must lie outside of /home. Guests need more: DeviceAllow=/dev/kvm rw, or /dev/sev.
+ProtectHome=yes
+ProtectSystem=strict
+ProtectProc=invisible
+ProtectClock=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectControlGroups=yes
+PrivateDevices=yes
+PrivateTmp=yes
+PrivateUsers=yes
+RemoveIPC=yes
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service landlock_create_ruleset landlock_add_rule landlock_restrict_self seccomp
+SystemCallFilter=~@privileged
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+SOCKET_UNIT = """[Unit]
+Description=confbuild, a build service
+
+[Socket]
+ListenStream=127.0.0.1:8080
+Backlog=4096
+NoDelay=yes
+
+[Install]
+WantedBy=sockets.target
+"""
+
+
+def cmd_unit(options: "argparse.Namespace") -> None:
+    """Print a systemd unit.  [systemd.exec(5), systemd.socket(5)]"""
+    program = shlex.join(map(os.path.abspath, (sys.executable, sys.argv[0])))
+    sys.stdout.write(SOCKET_UNIT if options.socket else UNIT.format(program))
+
+
 def cmd_serve(options: "argparse.Namespace") -> int:
     """Run the build service until a signal."""
     reexec_without_ast()
     tokens = _read_tokens(options.token_file)
+    logger().setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    report: Callable[[str], None] = say
+    if options.log_format == "json":
+        report, formatter = logger().info, logging.Formatter()
+        formatter.format = _json_line  # type: ignore[method-assign]
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(formatter)
+    inherited = inherited_socket()
+    if inherited is not None:
+        options.listen = inherited.getsockname()[:2]
     host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(
@@ -12973,11 +13290,14 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.signal(signal.SIGINT, stop)
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     running = start_server(options, options.state or os.path.join(data, "confbuild"), tokens, machine)
-    say(f"serving on {running.url}")
-    say(machine.note)
+    report(f"serving on {running.url}")
+    report(machine.note)
+    notify_systemd("READY=1")
     while not stopped.wait(1.0):  # if another thread gets the signal, the handler runs when this one wakes up
-        pass
-    say(f"stopping; running builds have {options.grace:g} s")
+        if running.is_alive():
+            notify_systemd("WATCHDOG=1")
+    notify_systemd("STOPPING=1")
+    report(f"stopping; running builds have {options.grace:g} s")
     running.stop(options.grace)
     return EXIT_OK
 
@@ -13637,9 +13957,9 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 43. Options                         [uses 8, 9, 13, 21, 22, 34, 40, 42]
+# region 44. Options                         [uses 8, 9, 13, 21, 22, 35, 41, 43]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -13723,6 +14043,7 @@ def _read_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+_SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
 _address = _typed(
     r"([^:\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
     "HOST:PORT or [IPV6]:PORT, with a port of at most 65535",
@@ -13741,6 +14062,8 @@ _age = _typed(
     "an age such as 90m, 24h or 30d",
     lambda text: int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]],
 )
+_days = _typed("[0-9]{1,6}", "a whole number", lambda text: int(text) * 24 * 3600)
+_size = _typed("[0-9]{1,9}[KMGT]", "a size such as 500M or 20G", lambda text: int(text[:-1]) << _SHIFTS[text[-1]])
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
 _levels = _typed(
@@ -13913,6 +14236,8 @@ COMMANDS = (
             "tls_cert": None,
             "tls_key": None,
             "warm": 0,
+            "keep_days": float("inf"),
+            "keep_bytes": float("inf"),
             "print_command": False,
         },
     ),
@@ -14022,6 +14347,14 @@ COMMANDS = (
                 30.0,
             ),
             ("-v --verbose", "log requests"),
+            ("--log-format FORMAT", "text, or json: an object per line (default: text)", ("text", "json"), "text"),
+            ("--keep-days N", "remove builds that ended N days ago (default: keep them)", _days, float("inf")),
+            (
+                "--keep-bytes SIZE",
+                "remove the oldest builds while all that ended take more than SIZE, such as 20G (default: keep them)",
+                _size,
+                float("inf"),
+            ),
             ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
             ("--print-command", "print the command line of a guest, and exit"),
             *_MACHINE,
@@ -14029,6 +14362,14 @@ COMMANDS = (
         _SERVICE,
         "run the build service",
         "confbuild serve --listen 127.0.0.1:8080",
+    ),
+    Command(
+        "unit",
+        cmd_unit,
+        [("--socket", "print the unit of its socket, which systemd opens for it")],
+        _SERVICE,
+        "print a systemd unit that runs the service",
+        "confbuild unit > /etc/systemd/system/confbuild.service",
     ),
     Command(
         "watch",
@@ -14403,4 +14744,4 @@ def _run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-# endregion 43
+# endregion 44

@@ -15096,7 +15096,7 @@ class TestRealNix:
 
 # endregion 28
 # ==============================================================================
-# region 29. Event log
+# region 30. Event log
 # ==============================================================================
 
 
@@ -15239,6 +15239,24 @@ class TestEventLog:
         log.append(COMPLETE_EVENT)
         assert (tmp_path / "log").read_bytes() == before + frames(sent(COMPLETE_EVENT), 2)[0]
 
+    def test_sync(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The whole log is synced before anybody sees `complete`; if that fails, there is none."""
+        seen: list[tuple[int, bool]] = []
+        log = confbuild.EventLog(str(tmp_path / "log"), lambda log: seen.append((log.count, log.finished)))
+        monkeypatch.setattr(os, "fsync", lambda fd: seen.append((fd, log.finished)))
+        log.append(confbuild.to_payloads("build", ["one"]))
+        log.append(COMPLETE_EVENT)
+        assert seen == [(1, False), (log.fd, False), (2, True)]
+        log = confbuild.EventLog(str(tmp_path / "other"))
+
+        def fail(_: int) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            log.append(COMPLETE_EVENT)
+        assert (log.count, log.size, log.finished) == (0, 0, False) and (tmp_path / "other").stat().st_size == 0
+
     def test_complete(self, tmp_path: Path) -> None:
         """Only a real `complete` finishes a log; nothing comes after it."""
         log = confbuild.EventLog(str(tmp_path / "log"))
@@ -15251,9 +15269,9 @@ class TestEventLog:
                 one.append(COMPLETE_EVENT)
 
 
-# endregion 29
+# endregion 30
 # ==============================================================================
-# region 30. Event streams
+# region 31. Event streams
 # ==============================================================================
 
 
@@ -15487,9 +15505,9 @@ class TestStreamer:
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start) :], (seed, n)
 
 
-# endregion 30
+# endregion 31
 # ==============================================================================
-# region 31. Jobs
+# region 32. Jobs
 # ==============================================================================
 
 
@@ -15864,7 +15882,7 @@ class TestJobs:
                 task = pool.submit(go.set if what == "end" else lambda: jobs.cancel(job))
             assert blocked.wait(30)
             other = jobs.submit(request._replace(repo_ref=""))
-            assert jobs.newest(10)[0]["job_id"] == other.id and jobs.describe(other)["status"] in (
+            assert confbuild.list_jobs(jobs, 10)[0]["job_id"] == other.id and jobs.describe(other)["status"] in (
                 "queued",
                 "running",
                 "ok",
@@ -16106,6 +16124,61 @@ def replace(path: Path, kind: str) -> None:
 KINDS = ("FIFO", "directory", "socket", "sparse", "device", "dangling link", "link", "nothing")
 
 
+class TestService:
+    """What systemd and an operator see."""
+
+    def test_unit(self) -> None:
+        """systemd finds no mistake in the units, and little that the service could do."""
+        for option in ((), ("--socket",)):
+            text = subprocess.run([*PROGRAM, "unit", *option], capture_output=True, text=True, check=True).stdout
+            assert re.findall(r"^\[(\w+)\]$", text, re.MULTILINE) == (
+                ["Unit", "Socket", "Install"] if option else ["Unit", "Service", "Install"]
+            )
+            assert all(re.fullmatch(r"\[\w+\]|#.*|[A-Z]\w+=.*|", line) for line in text.splitlines())
+        if shutil.which("systemd-analyze") is None:
+            pytest.skip("systemd-analyze is missing: apt-get install systemd")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "confbuild.service"
+            path.write_text(subprocess.run([*PROGRAM, "unit"], capture_output=True, text=True, check=True).stdout)
+            done = subprocess.run(
+                ["systemd-analyze", "security", "--offline=yes", str(path)], capture_output=True, text=True, timeout=60
+            )
+        level = re.search(r"Overall exposure level for confbuild.service: ([0-9.]+)", done.stdout)
+        assert level and float(level[1]) < 2.0 and not done.stderr, done
+
+    def test_socket_activation(self, tmp_path: Path) -> None:
+        """The socket of systemd is used, READY and WATCHDOG are sent, and a line of JSON tells about each build."""
+        notes = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notes.settimeout(PATIENCE)
+        with notes, socket.create_server(("127.0.0.1", 0)) as listener:
+            notes.bind(str(tmp_path / "notify"))
+            code = (
+                "import os, sys; os.dup2(int(sys.argv[1]), 3); os.set_inheritable(3, True)\n"
+                "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1'); os.execv(sys.argv[2], sys.argv[2:])"
+            )
+            argv = [*PROGRAM, "serve", "--state", str(tmp_path / "state"), "--log-format", "json", "--no-isolation"]
+            process = subprocess.Popen(
+                [sys.executable, "-c", code, str(listener.fileno()), *argv],
+                pass_fds=[listener.fileno()],
+                stderr=subprocess.PIPE,
+                env={**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify")},
+            )
+            try:
+                assert notes.recv(99) == b"READY=1" and notes.recv(99) == b"WATCHDOG=1"
+                client = confbuild.ApiClient(f"http://127.0.0.1:{listener.getsockname()[1]}")
+                job = client.submit(confbuild.BuildRequest(NONCE, "http://nosuch.invalid/a/hello.git"), None)
+                assert [event["type"] for event in client.events(job)][-1] == "complete"
+            finally:
+                process.terminate()
+                err = process.communicate(timeout=PATIENCE)[1].decode()
+        lines = [json.loads(line) for line in err.splitlines()]
+        assert lines[0]["message"].startswith("serving on http://127.0.0.1:")
+        [line] = [line for line in lines if "outcome" in line]
+        assert re.fullmatch(rf"job {job[:4]} hello \w+ \d+\.\d s", line["message"])
+        assert line.items() >= {"level": "info", "job": job, "name": "hello", "outcome": "SourceError"}.items()
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) and line["seconds"] >= 0
+
+
 class TestState:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize(
@@ -16129,7 +16202,7 @@ class TestState:
         replace(folder / name, kind)
         before = contents(folder)
         with started(tmp_path) as jobs:
-            listed = {one["job_id"]: one for one in jobs.newest(10)}
+            listed = {one["job_id"]: one for one in confbuild.list_jobs(jobs, 10)}
             assert set(listed) == {job_id(1), job_id(2), job_id(3)} and listed[job_id(1)]["status"] == "ok"
             # Zeros in a log are what a crashed machine leaves: the build begins again. A source is what it is.
             if kind != "sparse" or name == "job.json" or status in ("ok", "failed"):
@@ -16206,7 +16279,7 @@ class TestState:
         store(tmp_path, 2, "queued")
         before = contents(folder)
         with started(tmp_path) as jobs:
-            [other, one] = jobs.newest(10)
+            [other, one] = confbuild.list_jobs(jobs, 10)
             assert (one["job_id"], one["status"]) == (job_id(1), "damaged")
             assert one["error"].startswith(f"the files of this build are damaged: {message}"), one
             wait_for(lambda: all_ended(jobs))
@@ -16229,7 +16302,9 @@ class TestState:
             wait_for(lambda: all_ended(jobs))
         assert order == [job_id(3), job_id(2), new.id]  # by their times
         with started(tmp_path) as jobs:
-            assert {one["status"] for one in jobs.newest(10)} == {"ok"} and len(jobs.newest(10)) == 4
+            assert {one["status"] for one in confbuild.list_jobs(jobs, 10)} == {"ok"} and len(
+                confbuild.list_jobs(jobs, 10)
+            ) == 4
 
     @settings(max_examples=60)
     @given(
@@ -16252,7 +16327,7 @@ class TestState:
             (folder / name).write_bytes(data[:at] + put + data[at + length :])
             before = (folder / "events").read_bytes()
             with started(state) as jobs:
-                json.dumps(jobs.newest(10))
+                json.dumps(confbuild.list_jobs(jobs, 10))
                 wait_for(lambda: all_ended(jobs))
                 assert jobs.describe(jobs.get(job_id(2)))["status"] == "ok" and (
                     other / "events"
@@ -16309,7 +16384,7 @@ class TestState:
         (incoming / ("a" * 32)).touch()
         (incoming / "letter.txt").touch()
         with started(tmp_path) as jobs:
-            assert {one["job_id"]: one["status"] for one in jobs.newest(10)} == dict.fromkeys(
+            assert {one["job_id"]: one["status"] for one in confbuild.list_jobs(jobs, 10)} == dict.fromkeys(
                 map(job_id, (4, 5, 6, 7)), "damaged"
             )
         assert sorted(os.listdir(jobs_)) == [*map(job_id, (4, 5, 6, 7)), "config"] and os.listdir(incoming) == [
@@ -16393,7 +16468,10 @@ class TestState:
         for name in ("read", "pread"):
             monkeypatch.setattr(os, name, recording(getattr(os, name)))
         with started(tmp_path, slots=0) as jobs:
-            assert jobs.newest(1)[0]["status"] == "ok" and read == [4096, 4096]  # at the start, and when asked
+            assert confbuild.list_jobs(jobs, 1)[0]["status"] == "ok" and read == [
+                4096,
+                4096,
+            ]  # at the start, and when asked
             log = jobs.get(job_id(1)).open_log()
             assert (log.count, log.finished, read[2:]) == (3001, True, [4096, 4096])
             for n in (0, 1, 1500, 2999, 3000):
@@ -16402,9 +16480,9 @@ class TestState:
                 assert sum(read) < 256 * 1024
 
 
-# endregion 31
+# endregion 32
 # ==============================================================================
-# region 32. HTTP API
+# region 33. HTTP API
 # ==============================================================================
 
 
@@ -16911,7 +16989,7 @@ class TestHttp:
             status == 200 and headers["Content-Type"] == "application/json" and list(json.loads(answer)) == ["job_id"]
         )
         is_problem(s.ask("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted", "accepts one build")
-        assert [job["nonce"] for job in s.jobs.newest(2)] == [NONCE]
+        assert [job["nonce"] for job in confbuild.list_jobs(s.jobs, 2)] == [NONCE]
 
     def test_escaped_name(self, site: Callable[..., Site]) -> None:
         """The same JSON, the same build: with escapes in the name, or in the value."""
@@ -16924,7 +17002,7 @@ class TestHttp:
         ):
             answer = s.ask("POST", "/build", jsonish(text))
             assert answer[0] == 200, (text, answer)
-            source = s.jobs.get(s.jobs.newest(1)[0]["job_id"]).source
+            source = s.jobs.get(confbuild.list_jobs(s.jobs, 1)[0]["job_id"]).source
             assert source and Path(source).read_bytes() == base64.b64decode(GZIP)
 
     @pytest.mark.parametrize(
@@ -17711,7 +17789,7 @@ class TestHttp:
         with started(s.folder / "state", slots=0) as jobs:
             request = confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")
             again = jobs.submit(request, key="run 1")
-            assert again.id == json.loads(first[2])["job_id"] and len(jobs.newest(9)) == 1
+            assert again.id == json.loads(first[2])["job_id"] and len(confbuild.list_jobs(jobs, 9)) == 1
             assert jobs.submit(request, key="run 2").id == jobs.submit(request, key="run 2").id != again.id
             monkeypatch.setattr(confbuild, "KEY_S", -1.0)
             assert jobs.submit(request, key="run 1").id != again.id
@@ -17744,13 +17822,94 @@ class TestHttp:
                 store(state, n, "failed")
 
         s = site(build_state=fill)
-        assert [one["job_id"] for one in s.jobs.newest(3)] == [job_id(7), job_id(6), job_id(5)]
-        assert [one["job_id"] for one in s.jobs.newest(3, job_id(5))] == [job_id(4), job_id(3), job_id(2)]
+        assert [one["job_id"] for one in confbuild.list_jobs(s.jobs, 3)] == [job_id(7), job_id(6), job_id(5)]
+        assert [one["job_id"] for one in confbuild.list_jobs(s.jobs, 3, job_id(5))] == [job_id(4), job_id(3), job_id(2)]
         page = json.loads(s.ask("GET", f"/builds?after={job_id(2)}")[2])
         assert [one["job_id"] for one in page] == [job_id(1)]
         assert json.loads(s.ask("GET", f"/builds?after={job_id(1)}")[2]) == []
         is_problem(s.ask("GET", f"/builds?after={job_id(9)}"), 404, "NotFound")
         wait_for(lambda: len(s.jobs.table._used) == len(s.jobs.table._live) == 0)
+
+    def test_gone(self, tmp_path: Path, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """The oldest finished builds are removed first, not those in use; later the answer is 410 with the time."""
+
+        def fill(state: Path) -> None:
+            for n in range(1, 7):
+                store(state, n, "failed" if n < 6 else "queued")
+                os.utime(state / "jobs" / job_id(n) / "job.json", (n * 1000, n * 1000))
+
+        s = site(build_state=fill, slots=0)
+        table = s.jobs.table
+        size = sum(path.stat().st_size for path in (s.folder / "state/jobs" / job_id(1)).iterdir())
+        monkeypatch.setattr(time, "time", lambda: 5000.0)
+        held = s.jobs.get(job_id(2)).open_log()
+        held.owner = s.jobs.get(job_id(2))
+        table.expire(1e9, 5 * size)
+        assert len(table.ids()) == 6  # nothing to do
+        table.expire(1e9, 3 * size)
+        assert table.ids()[::-1] == [job_id(n) for n in (2, 4, 5, 6)]
+        table.expire(999, 1e9)
+        assert table.ids()[::-1] == [job_id(n) for n in (2, 5, 6)]
+        table.expire(0, 0)
+        assert table.ids()[::-1] == [job_id(n) for n in (2, 5, 6)]  # one is in use, one is young, one has not ended
+        held.owner = None
+        monkeypatch.setattr(time, "time", lambda: 6000.0)
+        table.expire(0, 0)
+        assert table.ids() == [job_id(6)] == os.listdir(s.folder / "state/jobs")
+        os.utime(s.folder / "state/removed" / job_id(1), (0, 0))
+        for path in ("", "/events", "/result", "/log", "/files/evidence.json"):
+            is_problem(s.ask("GET", f"/build/{job_id(1)}{path}"), 410, "Gone", "removed at 1970-01-01T00:00:00Z")
+        for other in (job_id(8), "..%2Fjobs", "x"):
+            is_problem(s.ask("GET", f"/build/{other}"), 404, "NotFound")
+
+    def test_keeper(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The thread removes what is not kept, and syncs the logs of running builds."""
+        monkeypatch.setattr(confbuild, "SYNC_S", 0.01)
+        synced, gate = threading.Event(), threading.Event()
+        monkeypatch.setattr(os, "fdatasync", lambda _: synced.set())
+        store(tmp_path, 1, "failed")
+        os.utime(tmp_path / "jobs" / job_id(1) / "job.json", (0, 0))
+
+        def run(job: confbuild.Job) -> str:
+            assert gate.wait(30)
+            return build_quickly(job)
+
+        with started(tmp_path, run, keep_s=1000) as jobs:
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            assert synced.wait(30)
+            gate.set()
+            wait_for(lambda: jobs.table.ids() == [job.id] and not os.listdir(tmp_path / "incoming"))
+
+    def test_metrics(self, site: Callable[..., Site]) -> None:
+        """Counts of builds, events and requests; and promtool finds nothing to say. [CONTRACT 1.17]"""
+
+        def read() -> dict[str, float]:
+            status, headers, body = s.ask("GET", "/metrics")
+            assert (status, headers["Content-Type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
+            rows = (line.rpartition(" ") for line in body.decode().splitlines() if not line.startswith("#"))
+            return {name: float(value) for name, _, value in rows}
+
+        s = site()
+        before = read()
+        job = s.finished()
+        wait_for(lambda: all_ended(s.jobs))
+        after = read()
+        log = s.jobs.get(job).open_log()
+
+        def grown(name: str) -> float:
+            return after.get(name, 0) - before.get(name, 0)
+
+        assert grown('confbuild_builds_total{toolchain="",outcome="ok"}') == 1
+        assert grown("confbuild_events_appended_total{}") == log.count
+        assert grown("confbuild_event_bytes_appended_total{}") == log.size
+        assert grown('confbuild_http_requests_total{route="/build",status="200"}') == 1
+        assert grown('confbuild_build_seconds_bucket{le="+Inf"}') == grown("confbuild_wait_seconds_count{}") == 1
+        text = confbuild.render_metrics(dict.fromkeys(confbuild.METRICS, 1))
+        assert {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")} == set(confbuild.METRICS)
+        if shutil.which("promtool") is None:
+            pytest.skip("promtool is missing: apt-get install prometheus")
+        done = subprocess.run(["promtool", "check", "metrics"], input=text.encode(), capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
     def test_full(self, site: Callable[..., Site]) -> None:
         """429 with one build running and one waiting; 503 where streams are too many, and while stopping."""
@@ -18047,9 +18206,9 @@ class TestHttp:
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
 
-# endregion 32
+# endregion 33
 # ==============================================================================
-# region 33. Client
+# region 34. Client
 # ==============================================================================
 
 
@@ -18780,9 +18939,9 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
                 f.write(config.replace("worktree", "nothing"))
 
 
-# endregion 33
+# endregion 34
 # ==============================================================================
-# region 34. Agent
+# region 35. Agent
 # ==============================================================================
 
 
@@ -19071,9 +19230,9 @@ class TestFetcher:
         assert answer["error_type"] == "SourceError" and "nowhere" in answer["error"] and not os.path.exists(workspace)
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. VMs
+# region 36. VMs
 # ==============================================================================
 
 
@@ -20186,9 +20345,9 @@ class TestSpares:
             host.attestation(NONCE)
 
 
-# endregion 35
+# endregion 36
 # ==============================================================================
-# region 36. Image
+# region 37. Image
 # ==============================================================================
 
 
@@ -21496,9 +21655,9 @@ def test_a_real_python(tmp_path: Path) -> None:
     )
 
 
-# endregion 36
+# endregion 37
 # ==============================================================================
-# region 37. QEMU
+# region 38. QEMU
 # ==============================================================================
 
 # A QEMU in Python: it "boots" by running code of the test, with the agent's streams and the monitor of the argv.
@@ -22418,9 +22577,9 @@ class TestRealQemu:
         assert measured((tmp_path / "record").read_bytes(), 0x80B004, signature) == ours.hex()
 
 
-# endregion 37
+# endregion 38
 # ==============================================================================
-# region 39. First process
+# region 40. First process
 # ==============================================================================
 
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
@@ -23115,9 +23274,9 @@ class TestRealGuest:
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 
-# endregion 39
+# endregion 40
 # ==============================================================================
-# region 40. Rendering
+# region 41. Rendering
 # ==============================================================================
 
 
@@ -23562,9 +23721,9 @@ class TestRendering:
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
 
-# endregion 40
+# endregion 41
 # ==============================================================================
-# region 41. Server set-up
+# region 42. Server set-up
 # ==============================================================================
 
 
@@ -23690,9 +23849,9 @@ class TestMachine:
             assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "QMP", "CONSOLE", "HASHES_PAGE")
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Commands
+# region 43. Commands
 # ==============================================================================
 
 
@@ -26335,9 +26494,9 @@ class TestBuild:
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 44. Layout and README
+# region 45. Layout and README
 # ==============================================================================
 
 
@@ -27056,4 +27215,4 @@ class TestContract:
             assert sorted(numbers - set(self.SECTIONS)) == [], path.name
 
 
-# endregion 44
+# endregion 45
