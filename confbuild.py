@@ -285,6 +285,8 @@ BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
 QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # a QEMU guest that is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
+# The platforms that an agent may be told to be, and the builder.id of their provenance. [CONTRACT 3.3]
+BUILDERS: Mapping[str, str] = {"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}
 SIMULATED_NOTICE = (
     "Simulated evidence: no confidential VM, no hardware signature. "
     "It proves nothing about where or by whom this was built."
@@ -9486,14 +9488,9 @@ def _read_http(received: BoundedReader, read: Callable[..., Any], *arguments: An
         raise BrokenProtocol(f"{type(e).__name__}: {str(e)[:200]}") from None
 
 
-def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
-    """Return urllib's opener with bounded responses and without redirects. proxies: use those of the environment."""
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        """urllib would send the token to another host."""
-
-        def redirect_request(self, *_: Any) -> None:
-            return None
+@functools.cache
+def bounded_response() -> "type[http.client.HTTPResponse]":
+    """Return the class of a response with bounds."""
 
     class Response(http.client.HTTPResponse):
         """Response that ends. Its methods raise BrokenProtocol, OSError."""
@@ -9514,13 +9511,25 @@ def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
             self._received.renew()
             return bytes(_read_http(self._received, super().read1, n))
 
+    return Response
+
+
+def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
+    """Return urllib's opener with bounded responses and without redirects. proxies: use those of the environment."""
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        """urllib would send the token to another host."""
+
+        def redirect_request(self, *_: Any) -> None:
+            return None
+
     class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """Opens http and https URLs, with such responses."""
 
         def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
             def connect(*arguments: Any, **options: Any) -> Any:
                 connection = http_class(*arguments, **options)
-                connection.response_class = Response
+                connection.response_class = bounded_response()
                 return connection
 
             return super().do_open(connect, req, **named)
@@ -9656,7 +9665,7 @@ class ApiClient:
         if self._token:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            return self._opener.open(request, timeout=READ_TIMEOUT_S)
+            return self._send(request)
         except urllib.error.HTTPError as e:
             with e:
                 try:
@@ -9679,6 +9688,10 @@ class ApiClient:
             }
             hint = hints.get(type(reason).__name__, "is `confbuild serve` running there?")
             raise RemoteError(text, hint=hint) from None
+
+    def _send(self, request: "urllib.request.Request") -> Any:
+        """Return the response. Raises urllib.error.HTTPError for an error of HTTP, OSError."""
+        return self._opener.open(request, timeout=READ_TIMEOUT_S)
 
     def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
         """Return the body of the answer, at most MAX_JSON + 1 bytes of it."""
@@ -9817,28 +9830,94 @@ def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
 
 # endregion 34
 # ==============================================================================
-# region 35. Agent         [uses 18, 19, 21, 22, 23, 24, 26, 28, 30, 31, 32, 33]
+# region 35. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 30, 31, 32, 33]
 # ==============================================================================
-# The program that runs inside a VM: the same API, single-use, with the pipeline behind it.  It reads its configuration
-# from standard input and lives until that ends.  The fetcher is another child of the server, with the same life: it
-# fetches a repository for a VM without a network.
+# The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
+# output [CONTRACT 6].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
+# another child of the server, with the same life: it fetches a repository for a VM without a network.
 #
-# Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends or cannot be
-# read, since whoever started this process is then dead or needs it no more.
+# Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends, since
+# whoever started this process is then dead or needs it no more.
+# Threads "copy": started by _connect, if standard input and output are not one socket; each copies one direction.
 
+MAX_CONFIGURATION = 64 * KIB  # bytes of the first line
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# The first line of the host, for check_schema. [CONTRACT 6.2]
+_CONFIG = {
+    "token": re.compile(r"[0-9A-Za-z_-]{16,64}"),
+    "policy": dict,
+    "platform": tuple(BUILDERS),
+    "network?": ("none", "open"),
+    "vek?": (str, None),  # base64 of a certificate
+    "env?": [str],
+    # Only for processes on the host's own machine:
+    "workspace?": str,
+    "sandbox?": (dict, None),
+    "repo_url?": str,
+    "repo_ref?": str,
+}
+
+
+def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
+    """Return the configuration, a line of JSON in the form _CONFIG.
+
+    read: returns the next byte, which the host chooses.
+    Raises Malformed.
+    """
+    line = bytearray()
+    while not line.endswith(b"\n"):
+        byte = read()
+        line += byte
+        if not byte or len(line) > MAX_CONFIGURATION:
+            raise Malformed("configuration", f"expected a line of at most {MAX_CONFIGURATION} bytes")
+    return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
+
+
+def _connect(end: Callable[[], None]) -> "socket.socket":
+    """Return a socket whose other end is standard input and output; call end when it is closed."""
+
+    class Stream(socket.socket):
+        """Ends the agent, which has no other connection."""
+
+        def close(self) -> None:
+            super().close()
+            end()
+
+    def copy(source: int, sink: int) -> None:
+        with survive("the stream is broken"):
+            while block := os.read(source, BLOCK):
+                while block:
+                    block = block[os.write(sink, block) :]
+        end()
+
+    out = os.dup(1)
+    os.dup2(2, 1)  # for whatever else this process prints
+    if stat.S_ISSOCK(os.fstat(0).st_mode):
+        os.close(out)
+        return Stream(fileno=os.dup(0))
+    ours, theirs = socket.socketpair()
+    for ends in ((0, theirs.fileno()), (os.dup(theirs.fileno()), out)):
+        threading.Thread(target=copy, args=ends, name="copy", daemon=True).start()
+    theirs.detach()
+    return Stream(fileno=ours.detach())
 
 
 def _start_lifeline(end: Callable[[], None]) -> None:
     """Call end, in the thread "lifeline", when standard input ends."""
 
     def follow() -> None:
-        with survive("cannot read standard input"):
-            while sys.stdin.buffer.read(1):
-                pass
+        with survive("cannot watch standard input"):
+            poll = select.poll()
+            poll.register(0, select.POLLRDHUP)
+            poll.poll()
         end()
 
     threading.Thread(target=follow, name="lifeline", daemon=True).start()
+
+
+def _answer_host(**answer: Any) -> None:
+    """Write the answer to the host's first line.  [CONTRACT 6.2]"""
+    os.write(1, compact_json(answer).encode("ascii") + b"\n")
 
 
 def _kill_and_sweep(workspace: str) -> NoReturn:
@@ -9849,23 +9928,46 @@ def _kill_and_sweep(workspace: str) -> NoReturn:
     os.execv(sys.executable, [*own_program(), "sweep", workspace])
 
 
-def _read_configuration() -> dict[str, Any]:
-    """Protect this process, and return its configuration, a line of JSON on standard input."""
+def _start() -> tuple[dict[str, Any], str]:
+    """Protect this process, and return its configuration and its workspace, which is the current directory from now on.
+
+    Raises Malformed, OSError.
+    """
     if guard_process():
-        # SimulatedVm.destroy stops this process before it kills it. If the server dies in between, this signal wakes
-        # it, and the lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
+        # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
+        # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
-    return dict(json.loads(sys.stdin.buffer.readline()))
+    config = read_config(lambda: os.read(0, 1))
+    workspace = config.get("workspace") or os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE))
+    os.chdir(workspace)
+    for folder in BUILD_FOLDERS:
+        os.mkdir(folder, 0o700)
+    env = build_environment(workspace, os.environ, config.get("env", ()))
+    os.environ.clear()
+    os.environ.update(env)
+    return config, workspace
 
 
-def serve_agent(
-    config: Mapping[str, Any], workspace: str, address: tuple[str, int], attester: Attester, end: Callable[[], None]
-) -> None:
-    """Serve the API of one build: print the port on stdout, and serve until standard input ends.
+def choose_attester(config: Mapping[str, Any], get: Callable[[bytes], tuple[bytes, bytes]]) -> Attester:
+    """Return the attester of a VM with this configuration: its hardware for the platform "snp", else none.
 
-    config: `token`, the bearer token, and `policy`, the fields of a SourcePolicy.
+    get: returns (report, certificate table) for report data; raises NoAttester.
+    Raises NoAttester if the hardware gives no report; simulated evidence never replaces it.
+    """
+    platform = config["platform"]
+    byproducts = {"guest_network": sha256_hex(config["network"].encode("ascii"))} if "network" in config else {}
+    if platform != "snp":
+        return Attester(BUILDERS[platform], simulated_evidence, byproducts)
+    given = None if config.get("vek") is None else decode_base64(config["vek"], "vek")
+    byproducts["measurement"] = sha256_hex(parse_report(get(bytes(64))[0]).measurement)
+    return Attester(BUILDERS[platform], lambda data: hardware_evidence(*get(data), platform, None, given), byproducts)
+
+
+def serve_agent(config: Mapping[str, Any], workspace: str, attester: Attester, end: Callable[[], None]) -> None:
+    """Answer the host, and serve the API of one build over standard input and output until they end.
+
     workspace: the directory of the build, with the folders that it writes in.
-    end: is called by the thread "lifeline" when standard input has ended.
+    end: ends this process; is called by several threads when the stream has ended.
     """
     _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
@@ -9908,43 +10010,41 @@ def serve_agent(
 
     jobs = Jobs(state, build, streamer.grown, single_use=True)
     api = Api(jobs, policy, {}, attest)
-    server = Server(address, api, AccessPolicy([config["token"]], ["127.0.0.1"]), streamer)
+    server = Server(None, api, AccessPolicy([], []), streamer)
+    server.idle_s = server.scan_s = 1e6  # the host decides how long this VM waits
     jobs.start()
-    sys.stdout.write(f"{server.server_address[1]}\n")
-    sys.stdout.flush()
+    _answer_host(agent=config["token"], version=__version__)
+    server.take(Connection(_connect(end), "host", False, 0.0))
     server.serve_forever()
 
 
 def run_agent() -> None:
-    """Run the agent of a simulated VM in the current directory, its workspace, until standard input ends.
+    """Run the agent over standard input and output until they end.
 
     Then kill everything that the build has started, and remove the workspace.
     """
-    workspace = os.getcwd()
+    config, workspace = _start()
 
     def end() -> None:
         _kill_and_sweep(workspace)
 
     try:
-        config = _read_configuration()
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
-        attester = Attester(SIMULATED_BUILDER, simulated_evidence)
-        serve_agent(config, workspace, ("127.0.0.1", 0), attester, end)
+        serve_agent(config, workspace, choose_attester(config, get_report), end)
     finally:
         end()
 
 
 def run_fetcher() -> None:
-    """Fetch a repository into the current directory, its workspace, and stay until standard input ends.
+    """Fetch a repository, and stay until standard input ends.
 
-    The configuration has `policy`, the fields of a SourcePolicy, `repo_url` and `repo_ref`. The archive, with a history
-    of depth 1, is source.tar.gz. Standard output gets a line of JSON: `name`, or `error` and `error_type`.
+    The archive in the workspace, with a history of depth 1, is source.tar.gz. The answer to the host's first line has
+    `name`, or `error` and `error_type`.
     """
-    workspace = os.getcwd()
-    config = _read_configuration()
-    policy = SourcePolicy(**config["policy"])
+    config, workspace = _start()
     _start_lifeline(lambda: _kill_and_sweep(workspace))
+    policy = SourcePolicy(**config["policy"])
     name = repository_name(config["repo_url"])
     root, archive = os.path.join(workspace, name), os.path.join(workspace, "source.tar.gz")
     try:
@@ -9959,49 +10059,53 @@ def run_fetcher() -> None:
         answer = {"error": reason, "error_type": getattr(e, "error_type", "VmError")}
         if lacks_room(e, workspace):
             answer = {"error": f"the disk of {TMPDIR} is full: {reason}", "error_type": "LimitError"}
-    sys.stdout.write(compact_json(answer) + "\n")
-    sys.stdout.flush()
+    _answer_host(agent=config["token"], **answer)
     threading.Event().wait()  # until the lifeline ends this process
 
 
 # endregion 35
 # ==============================================================================
-# region 36. VMs           [uses 17, 18, 19, 20, 21, 22, 27, 28, 29, 30, 32, 34]
+# region 36. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 29, 30, 31, 32, 34, 35]
 # ==============================================================================
-# The server never runs a build.  A VM does: it is spawned, answers the API on a loopback port as a single-use agent,
-# and is destroyed.  Each kind of VM is a Platform and a subclass of Vm.  The simulated VM is a child process of this
-# same file with a session and a workspace of its own; its builds run as the server's user, in a sandbox that protects
-# the server as far as its kernel can.
+# The server never runs a build.  A VM does: a process whose standard input and output reach an agent, anywhere, which
+# answers the API over that one stream, one request after the other.  Kinds of VM differ in how they are started, which
+# is a VmKind: the simulated VM is a child process of this same file with a session and a workspace of its own, whose
+# builds run as the server's user, in a sandbox that protects the server as far as its kernel can; another one is
+# whatever an operator's command starts.  Neither the process nor what it reaches is trusted: only evidence says what
+# built something [CONTRACT 6].
 #
-# VmHost runs jobs in VMs.  Whatever a VM sends is checked: its events, its failures, its bundle.
+# VmPool boots VMs and destroys them; VmHost runs jobs in them.  Whatever a VM sends is checked: its events, its
+# failures, its bundle.  A VM costs this process one stream and no thread.
 #
-# Threads: a timer for each running build, for its time limit; it ends with the build.  "spares", started by
-# VmHost.start, boots the VMs that wait for a build; it ends by VmHost.stop.  No exception ends either of them.
+# Thread "spares", started by VmPool.start: boots the VMs that wait for a build, and keeps their streams alive; it ends
+# by VmPool.stop.  No exception ends it.
 # A VM dies with the *thread* that spawned it, which is "spares" or a slot of Jobs: both live as long as the server.
-# Lock order: VmHost._changed or _spawning, then Vm._lock.
+# Lock order: VmPool._changed or _spawning, then Vm._lock.
 
 MAX_LOG = 4 * GIB  # of one job; 10^7 lines of 80 characters have 1.2 GB
 MAX_WAITING = 32  # requests at a time that wait for a VM: each holds a thread of the server
-MAX_CONFIGURATION = 64 * KIB  # the capacity of a pipe, so that writing it never waits
 MAX_EVENT = 2 * MIB
+MAX_CONSOLE = MIB  # bytes of a VM's console that are kept
+LAST_LINES = 8  # of the console, in an error message
+GRACE_S, CLEAN_UP_S = 5.0, 60.0  # for a VM to end after its build, and for its clean-up
+# Terminal sequences, whatever else could control a terminal, and a warning that an emulator prints a dozen times.
+_CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]|^.*: warning: TCG doesn't support requested feature.*")
 _HOST_PHASES = frozenset(("queued", "vm"))  # events that only the server emits
 _HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
 
 
 class Platform(NamedTuple):
-    """A kind of VM; each is one row.
+    """The evidence that a kind of VM gives; each is one row.
 
-    name: in GET /config and in the agent's configuration.
-    builder_id: the builder.id of its provenance. [CONTRACT 3.3]
+    name: in GET /config and in the agent's configuration; a key of BUILDERS.
     greeting: the comment at the head of each event stream; empty for none. [CONTRACT 1.7]
     notice: the notice of GET /config; empty for none. [CONTRACT 1.13]
-    label: the start of its `vm` events; empty if it emits none. [CONTRACT 1.8]
+    label: the start of its `vm` events; empty if only failures are told. [CONTRACT 1.8]
     confidential: its evidence must come from hardware, and match the facts that the server gives to expectations().
     boot_timeout_s: the default time limit for its start.
     """
 
     name: str
-    builder_id: str
     greeting: str = ""
     notice: str = ""
     label: str = ""
@@ -10011,128 +10115,320 @@ class Platform(NamedTuple):
     def expectations(self, facts: ImageFacts | None) -> Expectations:
         """Return what a server requires of the bundles of its own VMs. facts: about what they boot."""
         known, tee = (facts, True) if self.confidential else (None, False)
-        return Expectations(builder_id=self.builder_id, image=known, require_tee=tee)
+        return Expectations(builder_id=BUILDERS[self.name], image=known, require_tee=tee)
 
 
 SIMULATED_PLATFORM = Platform(
     "simulated",
-    SIMULATED_BUILDER,
     "simulated VM: not confidential; the evidence is signed by no hardware",
     SIMULATED_NOTICE,
     boot_timeout_s=BOOT_TIMEOUT_S,
 )
+SNP_PLATFORM = Platform("snp", label="SEV-SNP guest", confidential=True)
+
+
+class VmStart(NamedTuple):
+    """How the process of a VM is started, whose standard input and output reach the agent.
+
+    config: what its agent is told besides the token and the platform.
+    cwd: the current directory; None for this process's.
+    fds: file descriptors that it inherits.
+    foreign: it is not this program: its standard error is the VM's console, and the kernel kills it with this process.
+    grace_s: time that it gets to end by itself after a build.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+    config: Mapping[str, Any]
+    cwd: str | None = None
+    fds: Sequence[int] = ()
+    foreign: bool = True
+    grace_s: float = 0.0
+
+
+class VmKind(NamedTuple):
+    """A kind of VM. They differ in how they are started, and in nothing else.
+
+    networked: whether it can fetch a repository.
+    start: returns how one is started; called with its workspace and the id of its job.
+    clean_up: starts the process that removes what a VM has left elsewhere, given its name and job; None for nothing.
+    folder: the directory of the workspaces; empty for TMPDIR.
+    """
+
+    platform: Platform
+    networked: bool
+    start: Callable[[str, str], VmStart]
+    clean_up: "Callable[[str, str], subprocess.Popen[bytes] | None]" = lambda name, job: None
+    folder: str = ""
+
+
+def simulated_vms(
+    policy: SourcePolicy, env: Sequence[str] = (), sandbox: Callable[[], Sandbox | None] = lambda: None
+) -> VmKind:
+    """Return the kind of VM that is a child process of this same file, which stands in for a confidential VM.
+
+    env: more names of the server's environment that a build may see.
+    sandbox: returns that of the programs that a build runs; None for none.
+    """
+
+    def start(workspace: str, _: str) -> VmStart:
+        box = sandbox()
+        told = {"policy": policy._asdict(), "env": list(env), "sandbox": box and box._asdict(), "workspace": workspace}
+        fds = () if box is None or box.ports < 0 else (box.ports,)
+        argv = [*own_program(), "agent", "--stdio"]
+        return VmStart(argv, build_environment(workspace, os.environ, env), told, workspace, fds, foreign=False)
+
+    return VmKind(SIMULATED_PLATFORM, True, start)
+
+
+def fetchers(policy: SourcePolicy, url: str, ref: str) -> VmKind:
+    """Return the kind of process that fetches a repository for a VM without a network, and is no VM itself."""
+
+    def start(workspace: str, _: str) -> VmStart:
+        told = {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref, "workspace": workspace}
+        env = build_environment(workspace, os.environ, ())
+        return VmStart([*own_program(), "fetcher"], env, told, workspace, foreign=False)
+
+    return VmKind(SIMULATED_PLATFORM, True, start)
+
+
+def command_vms(
+    command: str, cleanup: str, platform: Platform, config: Mapping[str, Any], folder: str, more: Mapping[str, str]
+) -> VmKind:
+    """Return the kind of VM that an operator's command starts anywhere.  [CONTRACT 6]
+
+    command, cleanup: arguments, quoted as for a shell; cleanup may be empty.
+    folder: keeps the name of each VM, so that the next server can clean up if this one is killed.
+    more: environment variables of both.
+    """
+
+    def fill(text: str, name: str, job: str) -> tuple[list[str], dict[str, str]]:
+        words = [word.replace("{name}", name).replace("{job}", job) for word in shlex.split(text)]
+        return words, {**os.environ, **more, "CONFBUILD_NAME": name, "CONFBUILD_JOB": job}
+
+    def start(workspace: str, job: str) -> VmStart:
+        return VmStart(*fill(command, os.path.basename(workspace), job), config, grace_s=GRACE_S)
+
+    def clean_up(name: str, job: str) -> "subprocess.Popen[bytes] | None":
+        argv, env = fill(cleanup, name, job)
+        return (
+            subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+            if argv
+            else None
+        )
+
+    return VmKind(platform, True, start, clean_up, folder)
+
+
+def _bound_to_parent() -> Callable[[], None]:
+    """Return a function for the child between fork and exec: it binds its life to its parent's and forbids core files.
+
+    Everything is looked up here, before the fork: after it, a lock of another thread would stay locked.
+    """
+    prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
+    parent, kill = os.getpid(), int(signal.SIGKILL)
+
+    def bind() -> None:
+        set_limit(core, (0, 0))
+        prctl(_PR_SET_PDEATHSIG, kill, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)
+
+    return bind
+
+
+class VmStream:
+    """The host's end of the stream to an agent, which http.client takes for a socket; reads the console as well.
+
+    deadline, build_s: when operations raise BuildFailed TimeoutError, by the monotonic clock, and the limit to name.
+    """
+
+    def __init__(self, sock: "socket.socket") -> None:
+        self.deadline, self.build_s = float("inf"), 0.0
+        self.console = b""  # the last MAX_CONSOLE bytes
+        self.errors: IO[bytes] | None = None  # where the console comes from, if there is one
+        self.used_at = time.monotonic()
+        self._over = False  # nothing will be received
+        self._sock = sock
+        self._timeout_s = READ_TIMEOUT_S
+        weakref.finalize(self, sock.close)  # not sooner: another thread may wait in poll(2)
+
+    def makefile(self, *_: Any, **__: Any) -> "VmStream":
+        """Return this stream, for http.client."""
+        return self
+
+    def settimeout(self, timeout_s: float) -> None:
+        """Limit the silence that the next readinto() accepts."""
+        self._timeout_s = timeout_s
+
+    def close(self) -> None:
+        """Leave the stream open: http.client calls this after each response."""
+
+    def shut(self, how: int) -> None:
+        """Shut down one direction or both, as socket.shutdown does; this wakes a thread that waits."""
+        self._over = how == socket.SHUT_RDWR
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(how)
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive into buffer and return the number of bytes, 0 at the end. Raises OSError, BuildFailed."""
+        until = time.monotonic() + self._timeout_s
+        while not self._over and not self.wait(min(until, self.deadline)):
+            if time.monotonic() >= self.deadline:
+                raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
+            if time.monotonic() >= until:
+                raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
+        self.used_at = time.monotonic()
+        try:
+            return self._sock.recv_into(buffer)
+        except ConnectionError:  # it has ended without reading everything
+            return 0
+
+    def sendall(self, data: Any) -> None:
+        """Send data. Raises OSError."""
+        self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - time.monotonic())))
+        self._sock.sendall(data)
+
+    def wait(self, until: float) -> bool:
+        """Read the console until it is until, or there is something to receive. Return whether there is."""
+        poll = select.poll()
+        if not self._over:
+            poll.register(self._sock, select.POLLIN)
+        if self.errors is not None:
+            poll.register(self.errors, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(max(0.0, min(until - time.monotonic(), 1e6)) * 1000)]
+        if self.errors is not None and self.errors.fileno() in ready:
+            block = os.read(self.errors.fileno(), BLOCK)
+            self.console = (self.console + block)[-MAX_CONSOLE:]
+            if not block:
+                self.errors.close()
+                self.errors = None
+        return self._sock.fileno() in ready
+
+
+class VmClient(ApiClient):
+    """Client of the agent at the other end of stream, its one connection: one request after the other."""
+
+    def __init__(self, stream: VmStream) -> None:
+        super().__init__("http://vm")
+        self._connection = http.client.HTTPConnection("localhost")
+        self._connection.auto_open = 0
+        self._connection.response_class = bounded_response()
+        self._connection.sock = stream  # it has the methods that are called
+
+    def _send(self, request: "urllib.request.Request") -> Any:
+        try:
+            headers = dict(request.header_items())
+            self._connection.request(request.get_method(), request.selector, request.data, headers)
+            response = self._connection.getresponse()
+        except http.client.HTTPException as e:  # the last response has not ended, or ended the stream
+            raise BrokenProtocol(f"{type(e).__name__}: {e}") from None
+        if response.status >= http.HTTPStatus.MULTIPLE_CHOICES:
+            raise urllib.error.HTTPError(request.selector, response.status, response.reason, response.headers, response)
+        return response
+
+    def check(self) -> None:
+        """Ask whether the agent lives, which also keeps the stream alive. Raises RemoteError."""
+        self._ask("GET", "/health")
 
 
 class Vm:
-    """A VM that runs one build: a child process with a workspace. Subclasses start the process and say how it ends.
+    """A VM that runs one build: a process with a workspace, whose standard input and output reach an agent.
 
-    platform: its row.
-    networked: whether it can fetch a repository.
-    config: what its agent is told besides the token.
-    disk: the disk of the workspace, for error messages: TMPDIR or STATE.
-    folder: the directory of the workspace; None for TMPDIR.
+    job: the id of its job; `spare` if it is started before there is one.
     Raises BuildFailed VmError, or LimitError if the disk is full.
     """
 
-    def __init__(
-        self,
-        platform: Platform,
-        networked: bool,
-        config: Mapping[str, Any],
-        disk: str = TMPDIR,
-        folder: str | None = None,
-    ) -> None:
-        self.platform = platform
-        self.networked = networked
-        self.token = secrets.token_urlsafe(32)  # the bearer token of its agent
-        self.port = 0  # of its agent, on the loopback interface; 0 until it is ready
+    def __init__(self, kind: VmKind, job: str = "spare") -> None:
+        self.kind = kind
+        self.job = job
+        self.name = WORKSPACE + secrets.token_hex(8)
+        self.workspace = os.path.join(os.path.realpath(kind.folder or tempfile.gettempdir()), self.name)
+        self.ready = False
         self.console_log = ""  # the path that gets its console when it is destroyed; empty for none
+        self._disk = STATE if kind.folder else TMPDIR
         try:
-            with room_on(disk):
-                self.workspace = os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE, dir=folder))
+            with room_on(self._disk):
+                os.mkdir(self.workspace, 0o700)
+                if kind.folder:
+                    with open(os.path.join(self.workspace, "job"), "w", encoding="ascii") as f:
+                        f.write(job)
         except OSError as e:
             raise BuildFailed("VmError", f"cannot make a workspace for the VM: {e.strerror}") from None
-        self._disk = disk
-        self._config = {"token": self.token, **config}
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
         self._gone = False  # guarded by _lock
-
-    def _start_locked(self) -> "subprocess.Popen[bytes]":
-        """Caller must hold _lock. Start the process, with pipes for stdin and stdout."""
-        raise NotImplementedError
-
-    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
-        """Caller must hold _lock. Kill child, which is not reaped yet, and what it has started."""
-        raise NotImplementedError
-
-    def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
-        """Let child end by itself, for a bounded time."""
-
-    def _host_port(self, port: int, timeout_s: float) -> int:
-        """Return the port of this machine that leads to the agent's. Raises BuildFailed VmError."""
-        return port
+        self._grace_s = 0.0
+        ours, self._theirs = socket.socketpair()
+        self.stream = VmStream(ours)
+        self.client = VmClient(self.stream)
+        self._token = secrets.token_urlsafe(32)
 
     def spawn(self) -> int:
-        """Start the VM and return its process id.
+        """Start the process and return its id.
 
         Only for a thread that lives as long as the VM may: the kernel signals a child when the thread ends that
         started it (prctl(2), PR_SET_PDEATHSIG).
         Raises BuildFailed VmError, or LimitError if the disk is full.
         """
-        line = compact_json(self._config).encode("ascii") + b"\n"
-        if len(line) > MAX_CONFIGURATION:
-            raise BuildFailed("VmError", f"the VM's configuration has more than {MAX_CONFIGURATION} bytes")
         with self._lock:
             if self._gone:
                 raise BuildFailed("VmError", "the VM was destroyed before it was started")
             try:
-                with room_on(self._disk):
-                    self._child = child = self._start_locked()
+                with room_on(self._disk), self._theirs as theirs:
+                    start = self.kind.start(self.workspace, self.job)
+                    line = compact_json({"token": self._token, "platform": self.kind.platform.name, **start.config})
+                    if len(line) >= MAX_CONFIGURATION:
+                        raise ValueError(f"its configuration has more than {MAX_CONFIGURATION} bytes")
+                    self._grace_s = start.grace_s
+                    # It is assigned here, so that destroy kills it whatever follows.
+                    self._child = child = subprocess.Popen(  # type: ignore[call-overload]  # a socket has a fileno
+                        start.argv,
+                        stdin=theirs,
+                        stdout=theirs,
+                        stderr=subprocess.PIPE if start.foreign else None,
+                        cwd=start.cwd,
+                        env=start.env,
+                        start_new_session=True,
+                        pass_fds=start.fds,
+                        preexec_fn=_bound_to_parent() if start.foreign else None,
+                    )
+                    if child.stderr is not None:
+                        self.stream.errors = child.stderr
+                        weakref.finalize(self.stream, child.stderr.close)
             except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
                 raise BuildFailed("VmError", f"the VM cannot be started: {e}") from None
-            try:
-                _pipe(child.stdin).write(line)
-                _pipe(child.stdin).flush()  # and it stays open: its end tells the agent to end
-            except BrokenPipeError:
-                pass  # it has ended, and wait_ready says so
+            with contextlib.suppress(OSError):  # it has ended, and greet() says so
+                self.stream.sendall(line.encode("ascii") + b"\n")  # fits into the socket's buffer
             count("confbuild_vms_started_total")
-            return child.pid
+            return int(child.pid)
 
-    def read_line(self, timeout_s: float) -> bytes:
-        """Return the first line that the VM prints, shorter if it has ended. For one caller.
+    def greet(self, timeout_s: float) -> dict[str, Any]:
+        """Wait for the answer to the first line, and return it. What comes before is noise.  [CONTRACT 6.2]
 
-        Raises BuildFailed VmError, or LimitError if it has ended and the disk is full.
+        Raises BuildFailed VmError, or LimitError if the VM has ended and the disk is full.
         """
-        with self._lock:
-            child = self._child
-            if child is None or child.stdout is None:
-                raise BuildFailed("VmError", "the VM is gone")
-            stdout, child.stdout = child.stdout, None  # so that destroy does not close it under the reader
-        line, deadline = b"", time.monotonic() + timeout_s
-        with stdout, selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n") and len(line) < MAX_LINE:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s")
-                block = os.read(stdout.fileno(), BLOCK)
-                if not block:
-                    break
-                line += block
-        if not line and not has_room(self.workspace):
-            raise BuildFailed("LimitError", f"the disk of {self._disk} is full")
-        return line
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until the agent answers on port. Raises BuildFailed VmError, or LimitError if the disk is full."""
-        begun = time.monotonic()
-        line = self.read_line(timeout_s)
-        if not line:
-            raise BuildFailed("VmError", "the VM ended while it booted")
-        if not re.fullmatch(rb"\d{1,5}\n", line):
-            raise BuildFailed("VmError", f"the VM's agent printed {line[:16]!r}, not its port")
-        self.port = self._host_port(int(line), timeout_s)
-        observe("confbuild_boot_seconds", time.monotonic() - begun)
+        expected, line, noise = f'{{"agent":"{self._token}"'.encode("ascii"), bytearray(), 0
+        until, byte = time.monotonic() + timeout_s, bytearray(1)
+        while not (line.endswith(b"\n") and expected in line):
+            if line.endswith(b"\n"):
+                line.clear()
+            self.stream.settimeout(max(0.0, until - time.monotonic()))
+            try:
+                size = self.stream.readinto(byte)
+            except TimeoutError:
+                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s") from None
+            if not size and not has_room(self.workspace):
+                raise BuildFailed("LimitError", f"the disk of {self._disk} is full")
+            if not size:
+                raise BuildFailed("VmError", "the VM ended while it booted")
+            line += byte
+            noise += 1
+            if noise > MAX_LINE:
+                raise BuildFailed("VmError", f"the VM sent {MAX_LINE} bytes without the agent's answer")
+        self.ready = True
+        observe("confbuild_boot_seconds", timeout_s - until + time.monotonic())
+        return dict(parse_json(bytes(line[line.index(expected) :]), "answer of the VM", 8))
 
     def is_alive(self) -> bool:
         """Return whether the process may still answer, without reaping it: its id stays its own."""
@@ -10143,103 +10439,85 @@ class Vm:
             except ChildProcessError:
                 return False  # another thread has reaped it
 
-    def destroy(self, clean: bool = False) -> None:
-        """End the VM and everything that it has started, and remove its workspace. For any thread, any number of times.
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raise BuildFailed VmError, with the last lines of the console, for what the VM does wrong in the block."""
+        try:
+            yield
+        except (OSError, ValueError, RemoteError, BuildFailed) as e:
+            if isinstance(e, BuildFailed) and e.error_type != "VmError":
+                raise
+            text = str(e) if isinstance(e, BuildFailed) else f"the VM failed: {str(e) or type(e).__name__}"
+            self.kill()
+            self._read_console()
+            lines = [_CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip() for line in self._console_lines()]
+            shown = " | ".join([line for line in lines if line][-LAST_LINES:])
+            raise BuildFailed("VmError", f"{text}; last lines of the console: {shown}" if shown else text) from None
 
-        clean: let it end by itself first; a call without clean cuts that short.
-        """
+    def _console_lines(self) -> list[str]:
+        return self.stream.console.decode("utf-8", "replace").split("\n")
+
+    def _read_console(self) -> None:
+        """Read the console of a process that has been killed to its end, for at most a second."""
+        until = time.monotonic() + 1
+        while self.stream.errors is not None and time.monotonic() < until:
+            self.stream.wait(until)
+
+    def kill(self) -> None:
+        """End the VM and everything that it has started. For any thread, any number of times."""
         with self._lock:
             self._gone = True
-            child = self._child
-        if clean and child is not None:
-            self._power_off(child)
+            self.stream.shut(socket.SHUT_RDWR)
+            if self._child is not None:
+                pid = self._child.pid  # its own until destroy() reaps it
+                with survive("processes of a build may live on"):
+                    os.kill(pid, signal.SIGSTOP)  # so that it starts nothing more
+                    kill_all(lambda: descendants(pid))
+                os.kill(pid, signal.SIGKILL)
+
+    def destroy(self, clean: bool = False) -> None:
+        """Kill the VM, and remove its workspace. Any number of times, for one thread at a time.
+
+        clean: let it end by itself first.
+        """
+        if clean and self._grace_s:
+            self.stream.shut(socket.SHUT_WR)
+            until = time.monotonic() + self._grace_s
+            while self.is_alive() and time.monotonic() < until:
+                self.stream.wait(0)
+                time.sleep(0.01)
+        self.kill()
         with self._lock:
             child, self._child = self._child, None
-            if child is not None:
-                self._kill_locked(child)
-                child.wait()
-                for stream in filter(None, (child.stdin, child.stdout)):
-                    with contextlib.suppress(OSError):  # bytes that the VM has not read
-                        stream.close()
-            with survive(f"cannot remove {self.workspace}"):
-                remove_tree(self.workspace)
+        if child is not None:
+            child.wait()
+            self._read_console()
+            if self.console_log and self.stream.console:
+                with survive(f"{self.console_log} is not written"), open(self.console_log, "wb") as f:
+                    f.write(self.stream.console)
+        self._theirs.close()
+        with survive(f"cannot remove {self.workspace}"):
+            remove_tree(self.workspace)
 
 
-class SimulatedVm(Vm):
-    """A child process that stands in for a confidential VM; also the fetcher, which is no VM but has the same life.
+class VmPool:
+    """The VMs of a server: boots and destroys them, and keeps some that wait for a build.
 
-    env: more names of the server's environment that a build may see.
-    command: the hidden command that the process runs.
-    config: what the command is told besides the token and the policy.
-    sandbox: of the programs that a build runs; None for none.
-    """
-
-    def __init__(
-        self,
-        policy: SourcePolicy,
-        env: Sequence[str] = (),
-        command: str = "agent",
-        config: Mapping[str, Any] | None = None,
-        sandbox: Sandbox | None = None,
-    ) -> None:
-        told = {"policy": policy._asdict(), "sandbox": sandbox and sandbox._asdict(), **(config or {})}
-        super().__init__(SIMULATED_PLATFORM, True, told)
-        self._env = build_environment(self.workspace, os.environ, env)
-        self._command = command
-        self._fds = () if sandbox is None or sandbox.ports < 0 else (sandbox.ports,)
-
-    def _start_locked(self) -> "subprocess.Popen[bytes]":
-        for folder in BUILD_FOLDERS:
-            os.mkdir(os.path.join(self.workspace, folder), 0o700)
-        return subprocess.Popen(
-            [*own_program(), self._command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=self.workspace,
-            env=self._env,
-            start_new_session=True,
-            pass_fds=self._fds,
-        )
-
-    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
-        with survive("processes of a build may live on"):
-            os.kill(child.pid, signal.SIGSTOP)  # so that it starts nothing more
-            kill_all(lambda: descendants(child.pid))
-        child.kill()
-
-
-class VmHost:
-    """Runs jobs in VMs, each in a fresh one.
-
-    make_vm: makes a VM that is not started.
-    make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
+    make_vm: makes a VM that is not started, for the id of a job or for nobody yet.
     warm: how many VMs wait for a build.
     reap: this process is a child subreaper whose only children are VMs; any other is what a VM has left behind.
-    expected: what every bundle must fulfil, besides the job's nonce.
     """
 
     def __init__(
-        self,
-        make_vm: Callable[[], Vm],
-        make_fetcher: Callable[[str, str], SimulatedVm],
-        boot_timeout_s: float = BOOT_TIMEOUT_S,
-        build_timeout_s: float = BUILD_TIMEOUT_S,
-        max_log: int = MAX_LOG,
-        reap: bool = False,
-        warm: int = 0,
-        expected: Expectations = Expectations(),
+        self, make_vm: Callable[..., Vm], boot_timeout_s: float = BOOT_TIMEOUT_S, reap: bool = False, warm: int = 0
     ) -> None:
         tempfile.gettempdir()  # looked up while there is room: on a full disk it raises another error
         self._make_vm = make_vm
-        self._make_fetcher = make_fetcher
         self._boot_timeout_s = boot_timeout_s
-        self._build_timeout_s = build_timeout_s
-        self._max_log = max_log
         self._reap = reap
         self._warm = warm
-        self._expected = expected
         self._spawning = threading.Lock()
-        self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs and their process ids
+        self._alive: dict[object, int] = {}  # guarded by _spawning; VMs and clean-ups, with their process ids
         # The program that exec'ed this one may have had children of its own.
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()
         self._changed = threading.Condition()
@@ -10259,21 +10537,33 @@ class VmHost:
         """Destroy the spares, and make no more."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = [*self._spares, *filter(None, [self._booting])], []
+            spares, self._spares = self._spares, []
+            booting = self._booting
             self._changed.notify_all()
+        if booting is not None:
+            booting.kill()
         for vm in spares:
-            self._destroy(vm)
+            self.destroy(vm)
         self._thread.join(self._boot_timeout_s)
 
-    def _spawn(self, vm: Vm) -> None:
-        with self._spawning:
-            self._alive[vm] = vm.spawn()
+    def boot(self, vm: Vm, timeout_s: float = 0.0) -> dict[str, Any]:
+        """Start vm, and return its answer. timeout_s: 0: that for booting. Raises BuildFailed."""
+        with vm.explained():
+            with self._spawning:
+                self._alive[vm] = vm.spawn()
+            return vm.greet(timeout_s or self._boot_timeout_s)
 
-    def _destroy(self, vm: Vm, clean: bool = False) -> None:
-        """Destroy vm, and kill what it has left behind."""
+    def destroy(self, vm: Vm, clean: bool = False) -> None:
+        """Destroy vm, and kill what it has left behind, here and elsewhere."""
         with survive("a VM is not destroyed"):
             vm.destroy(clean)
+        with survive("what a VM has left behind elsewhere may live on"), self._spawning:
+            cleaner = vm.kind.clean_up(vm.name, vm.job)
+            if cleaner is not None:
+                self._alive[cleaner] = cleaner.pid
         with survive("what a VM has left behind may live on"):
+            if cleaner is not None:
+                finish_cleaning(cleaner)
             if self._reap:
                 self._kill_strays()
         with self._spawning:
@@ -10293,15 +10583,8 @@ class VmHost:
                 with contextlib.suppress(ChildProcessError):  # its own parent reaps it
                     os.waitpid(pid, os.WNOHANG)
 
-    # ---- Spares.
-
-    def _living_locked(self) -> list[Vm]:
-        """Caller must hold _changed. Return the spares that are alive."""
-        return [vm for vm in self._spares if vm.is_alive()]
-
-    def _lacks_spares_locked(self) -> bool:
-        """Caller must hold _changed."""
-        return len(self._living_locked()) < max(self._warm, min(self._waiting, 1))
+    def _lacks_spares_locked(self) -> bool:  # caller must hold _changed
+        return len(self._spares) < max(self._warm, min(self._waiting, 1))
 
     def _keep_spares(self) -> None:
         """Run the thread "spares"."""
@@ -10319,55 +10602,66 @@ class VmHost:
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
     def _tend_spares(self) -> bool:
-        """Wait until a spare has died or another one is wanted, and act. Return False if this stops."""
+        """Look after the spares, and boot another one if it is wanted. Return False if this stops."""
         with self._changed:
-            dead = [vm for vm in self._spares if not vm.is_alive()]
-            self._spares = [vm for vm in self._spares if vm not in dead]
-            if not dead:  # look again every second whether all are alive
-                self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)
+            self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)
             if self._stopping:
                 return False
-            wanted = self._lacks_spares_locked()
-        for vm in dead:
-            logger().warning("a VM that waited for a build has ended")
-            count("confbuild_vms_lost_total")
-            self._destroy(vm)
+            silent_at = time.monotonic() - KEEPALIVE_S
+            due = [vm for vm in self._spares if not vm.is_alive() or vm.stream.used_at < silent_at]
+            self._spares = [vm for vm in self._spares if vm not in due]
+            wanted = not due and self._lacks_spares_locked()
+        for vm in due:
+            try:
+                vm.client.check()
+            except RemoteError:
+                logger().warning("a VM that waited for a build has ended")
+                count("confbuild_vms_lost_total")
+                self.destroy(vm)
+            else:
+                self._put_back(vm)
         if wanted:
             self._add_spare()
         return True
 
     def _add_spare(self) -> None:
         """Boot one more spare, unless this stops meanwhile."""
-        vm, ready = self._make_vm(), False
+        vm = self._make_vm()
         try:
             with self._changed:
-                if self._stopping:
-                    return
                 self._booting = vm
-            self._spawn(vm)
-            vm.wait_ready(self._boot_timeout_s)
-            with self._changed:
-                ready = not self._stopping
-                if ready:
-                    self._spares.append(vm)
-                    self._changed.notify_all()
+                if self._stopping:
+                    vm.kill()
+            self.boot(vm)
         finally:
             with self._changed:
                 self._booting = None
-            if not ready:
-                self._destroy(vm)
+            self._put_back(vm)
 
-    def _take_spare(self) -> Vm | None:
-        """Return a VM that is ready and that no other caller gets, or None."""
+    def _put_back(self, vm: Vm) -> None:
+        """Let vm wait for a build if it is ready and alive, else destroy it."""
+        kept = False
+        try:
+            with self._changed:
+                kept = vm.ready and vm.is_alive() and not self._stopping
+                if kept:
+                    self._spares.append(vm)
+                    self._changed.notify_all()
+        finally:
+            if not kept:
+                self.destroy(vm)
+
+    def take(self, job: str) -> Vm:
+        """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
-            vm = next(iter(self._living_locked()), None)
+            vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm is not None:
                 self._spares.remove(vm)
             self._changed.notify_all()
-        return vm
+        return vm or self._make_vm(job)
 
     def _await_spare(self) -> Vm:
-        """Return a VM that waits for a build, without taking it; boot one if none does. Raises BuildFailed VmError."""
+        """Return a VM that waits for a build, and take it; boot one if none does. Raises BuildFailed VmError."""
         with self._changed:
             if self._waiting == MAX_WAITING:
                 raise BuildFailed("VmError", f"{MAX_WAITING} other requests wait for a VM")
@@ -10376,16 +10670,14 @@ class VmHost:
             self._changed.notify_all()
             try:
                 self._changed.wait_for(
-                    lambda: self._living_locked() or self._failures > before or self._stopping,
+                    lambda: self._spares or self._failures > before or self._stopping,
                     self._boot_timeout_s + RETRY_S,
                 )
             finally:
                 self._waiting -= 1
-            for vm in self._living_locked():
-                return vm
+            if self._spares and not self._stopping:
+                return self._spares.pop(0)
             raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
-
-    # ---- Requests and jobs.
 
     def attestation(self, nonce: str) -> bytes:
         """Return evidence.json of a VM that waits for a build; boot one if there is none.
@@ -10393,85 +10685,111 @@ class VmHost:
         nonce: 32 hexadecimal digits.
         Raises BuildFailed.
         """
-        attempts = 0
-        while True:
-            vm, attempts = self._await_spare(), attempts + 1
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            vm = self._await_spare()
             try:
-                return self._ask_evidence(vm, nonce)
-            except BuildFailed:
-                with self._changed:
-                    if vm in self._living_locked() or self._stopping or attempts == MAX_ATTEMPTS:
-                        raise  # else a build has taken it meanwhile, or it has died
+                evidence = vm.client.attestation(nonce)
+                parse_json(evidence, "evidence of the VM")
+            except (RemoteError, Malformed) as e:
+                lost = not vm.is_alive()
+                self.destroy(vm)
+                if not lost or attempt == MAX_ATTEMPTS:
+                    error_type = "AttestationError" if getattr(e, "status", 0) else "VmError"
+                    raise BuildFailed(error_type, f"the VM does not attest: {e}") from None
+            else:
+                self._put_back(vm)
+                return evidence
+        raise ValueError("unreachable")
 
-    @staticmethod
-    def _client(vm: Vm) -> ApiClient:
-        return ApiClient(f"http://127.0.0.1:{vm.port}", vm.token)
 
-    def _ask_evidence(self, vm: Vm, nonce: str) -> bytes:
-        """Return evidence.json of vm. Raises BuildFailed."""
-        try:
-            evidence = self._client(vm).attestation(nonce)
-            parse_json(evidence, "evidence of the VM")
-        except (RemoteError, Malformed) as e:
-            error_type = "AttestationError" if getattr(e, "status", 0) else "VmError"
-            raise BuildFailed(error_type, f"the VM does not attest: {e}") from None
-        return evidence
+class VmHost:
+    """Runs jobs in VMs, each in a fresh one.
+
+    make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
+    expected: what every bundle must fulfil, besides the job's nonce.
+    """
+
+    def __init__(
+        self,
+        pool: VmPool,
+        make_fetcher: Callable[[str, str], Vm],
+        build_timeout_s: float = BUILD_TIMEOUT_S,
+        expected: Expectations = Expectations(),
+        max_log: int = MAX_LOG,
+    ) -> None:
+        self.pool = pool
+        self._make_fetcher = make_fetcher
+        self._build_timeout_s = build_timeout_s
+        self._expected = expected
+        self._max_log = max_log
 
     def run(self, job: Job) -> str:
-        """Build the job in a VM and return the path of its verified archive. Raises BuildFailed."""
-        seconds = self._build_timeout_s
+        """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
 
-        def expire() -> None:
-            with survive(f"job {job.id} is not stopped"):
-                job.halt("TimeoutError", f"the build took longer than {seconds:g} s")
+        A VM that fails before its first `build` event is replaced, twice at most.
+        """
+        request, source, log = job.request, job.source, job.log
+        if log is None:
+            raise ValueError("a running job has a log")
+        current, halted, deadline = list[Vm](), threading.Event(), float("inf")
 
-        timer = threading.Timer(seconds, expire)
-        timer.daemon = True
-        request, source = job.request, job.source
-        fetcher, built = None, False
-        vm = self._take_spare() or self._make_vm()
+        def halt() -> None:
+            halted.set()
+            for vm in current:
+                vm.kill()
+
+        def use(vm: Vm) -> Vm:
+            """Let halt() kill vm, which is not started yet, at any time from now on."""
+            current.append(vm)
+            vm.stream.build_s = self._build_timeout_s
+            if halted.is_set():
+                vm.kill()
+            return vm
+
+        job.when_halted(halt)
         try:
-            if request.repo_url and not vm.networked:
-                timer.start()
-                fetcher = self._make_fetcher(request.repo_url, request.repo_ref)
-                job.when_halted(fetcher.destroy)
-                self._tell(job, vm, f"fetching {request.repo_url}: the guest has no network")
-                request, source = self._fetch(fetcher, request)
-            job.when_halted(vm.destroy)
-            if vm.port and not vm.is_alive():  # a spare that has died: the build was accepted, so it gets another VM
-                self._destroy(vm)
-                vm = self._make_vm()
-                job.when_halted(vm.destroy)
-            vm.console_log = os.path.join(job.folder, "console.log")
-            if not vm.port:
-                self._tell(job, vm, "booting")
-                self._spawn(vm)
-                vm.wait_ready(self._boot_timeout_s)
-            self._tell(job, vm, "ready")
-            if fetcher is None:
-                timer.start()
-            path = self._drive(vm, job, request, source)
-            built = True
-            return path
-        except (OSError, ValueError, RemoteError) as e:
-            raise BuildFailed("VmError", f"the VM failed: {str(e) or type(e).__name__}") from None
+            for attempt in range(1, MAX_ATTEMPTS + 1):
+                vm, built = use(self.pool.take(job.id)), False
+                try:
+                    if source is None and not vm.kind.networked:
+                        self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
+                        fetcher = use(self._make_fetcher(request.repo_url, request.repo_ref))
+                        deadline = fetcher.stream.deadline = time.monotonic() + self._build_timeout_s
+                        request, source = self._fetch(fetcher, request)
+                    with vm.explained():
+                        vm.console_log = os.path.join(job.folder, "console.log")
+                        if not vm.ready:
+                            self._tell(log, vm, "booting")
+                            self.pool.boot(vm)
+                        self._tell(log, vm, "ready")
+                        deadline = vm.stream.deadline = min(deadline, time.monotonic() + self._build_timeout_s)
+                        path = self._drive(vm, job, request, source)
+                    built = True
+                    return path
+                except BuildFailed as e:
+                    last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
+                    if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
+                        raise
+                    self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
+                finally:
+                    self.pool.destroy(vm, clean=built)
+            raise ValueError("unreachable")
         finally:
-            timer.cancel()
-            if fetcher is not None:
-                self._destroy(fetcher)
-            self._destroy(vm, clean=built)
+            for vm in current:
+                if os.path.lexists(vm.workspace):
+                    self.pool.destroy(vm)
 
     @staticmethod
     @room_on(STATE)
-    def _tell(job: Job, vm: Vm, message: str) -> None:
-        """Emit a `vm` event, if vm's platform has any."""
-        if vm.platform.label and job.log is not None:
-            job.log.append(to_payloads("vm", [f"{vm.platform.label}: {message}"]))
+    def _tell(log: EventLog, vm: Vm, message: str, always: bool = False) -> None:
+        """Emit a `vm` event, if vm's platform has any or always is set."""
+        label = vm.kind.platform.label
+        if label or always:
+            log.append(to_payloads("vm", [f"{label or vm.kind.platform.name + ' VM'}: {message}"]))
 
-    def _fetch(self, fetcher: SimulatedVm, request: BuildRequest) -> tuple[BuildRequest, str]:
+    def _fetch(self, fetcher: Vm, request: BuildRequest) -> tuple[BuildRequest, str]:
         """Return the request for the fetched repository as an archive, and the archive's path. Raises BuildFailed."""
-        self._spawn(fetcher)
-        answer = json.loads(fetcher.read_line(self._build_timeout_s) or b'{"error": "the fetcher has ended"}')
+        answer = self.pool.boot(fetcher, self._build_timeout_s)
         if "name" not in answer:
             raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
         name = answer["name"] + ".tar.gz"
@@ -10484,7 +10802,7 @@ class VmHost:
         source: the path of the source, or None for a repository.
         Raises BuildFailed, RemoteError, OSError, ValueError.
         """
-        log, agent = job.log, self._client(vm)
+        log, agent = job.log, vm.client
         if log is None:
             raise ValueError("a running job has a log")
         try:
@@ -10494,10 +10812,23 @@ class VmHost:
             raise BuildFailed(error_type, f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
             failure = relay_events(stream, log, self._max_log, job.id)
-        if failure is not None:
-            raise failure
+            if failure is not None:
+                raise failure
+            if stream.read1(BLOCK):  # the next request needs the end of this response
+                raise BuildFailed("VmError", "the VM sent more after its last event")
         expected = self._expected._replace(nonce=request.nonce)
         return fetch_result(agent, agent_job, os.path.join(job.folder, "result.tmp"), expected)
+
+
+def finish_cleaning(cleaner: "subprocess.Popen[bytes]") -> None:
+    """Wait for a clean-up, for a bounded time, and log its failure."""
+    try:
+        status = cleaner.wait(CLEAN_UP_S)
+    except subprocess.TimeoutExpired:
+        cleaner.kill()
+        status = cleaner.wait()
+    if status:
+        logger().warning("--vm-cleanup ended with status %d", status)
 
 
 def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
@@ -11488,47 +11819,32 @@ def _root_hash(path: str, blocks: int) -> str:
 
 # endregion 37
 # ==============================================================================
-# region 38. QEMU                          [uses 13, 18, 20, 21, 34, 35, 36, 37]
+# region 38. QEMU                                      [uses 13, 20, 21, 36, 37]
 # ==============================================================================
-# A guest as a child process: what this machine needs for it, QEMU's argument vector (a pure function), and QemuVm.
+# A guest as a kind of VM: what this machine needs for it, QEMU's argument vector (a pure function), and qemu_vms.
 #
 # Nothing here makes a guest confidential: the processor does, and only the agent's evidence shows it.  The server, and
 # so this section, can read and change whatever a guest sends or receives.
 #
 # The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console
-# and QEMU's messages come through QEMU's standard error.  Nobody trusts them: they are always read, and never kept
-# without a bound.
-#
-# Threads "console": one for each QEMU, started by QemuVm.spawn; reads all that QEMU writes to standard error; ends with
-# QEMU.  If it fails, nothing waits for it.
+# and QEMU's messages come through QEMU's standard error.  Nobody trusts them.
 
 QEMU = "qemu-system-x86_64"
-GUEST_PORT = 8080  # of the agent, inside the guest
-MAX_CONSOLE = MIB  # bytes of a guest's console that are kept
-POWER_OFF_S = 5.0  # for a guest whose standard input has ended; a prototype needed 0.2
-LAST_LINES = 8  # of the console, in an error message
 # The first QEMU that gives the kernel's file to the firmware unchanged (fw_cfg etc/boot/kernel), so that its hash fits.
 FIRMWARE_QEMU = (10, 0)
 
-_MAX_SOCKET_PATH = 107  # unix(7): sun_path has 108 bytes with the NUL
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 # Modern virtio through the guest's DMA API: under SNP by pages that it shares with its host.
 _VIRTIO = "disable-legacy=on,iommu_platform=on"
 _SNP_POLICY = 0x30000  # bit 17 is always 1, bit 16 allows SMT; no debugging, no migration [SNP-ABI 4.3 GUEST_POLICY]
 _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES, _KVM_X86_SNP_VM = 0xAE03, 235, 4  # linux/kvm.h, asm/kvm.h
 _SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
-_TCG_WARNING = f"{QEMU}: warning: TCG doesn't support requested feature"  # a dozen for each emulated guest
-# Terminal sequences, and whatever else could control a terminal.
-_CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]")
-
 QEMU_PLATFORM = Platform(
     "qemu",
-    QEMU_BUILDER,
     "QEMU guest: not confidential; the evidence is signed by no hardware",
     SIMULATED_NOTICE,
     "QEMU guest, not confidential",
 )
-SNP_PLATFORM = Platform("snp", SNP_BUILDER, label="SEV-SNP guest", confidential=True)
 GUEST_PLATFORMS = {platform.name: platform for platform in (QEMU_PLATFORM, SNP_PLATFORM)}
 
 
@@ -11551,11 +11867,9 @@ class Guest(NamedTuple):
     firmware: bool = True
 
 
-def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashes_gpa: int = 0) -> list[str]:
-    """Return the argument vector of guest, whose agent is at standard input and output. Pure.
+def qemu_argv(guest: Guest, hashes_page: str = "", hashes_gpa: int = 0) -> list[str]:
+    """Return the argument vector of guest, whose agent is at standard input and output, its console at stderr. Pure.
 
-    qmp: the path of QEMU's monitor, a unix socket.
-    console: the file that gets what the guest prints.
     hashes_page, hashes_gpa: the file and guest address of the page with which the firmware of an emulated guest
         compares kernel, initrd and command line. For SEV-SNP guests QEMU makes that page itself.
     """
@@ -11564,6 +11878,7 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
         return path.replace(",", ",,")  # a single one separates QEMU's options
 
     image, memory, vcpu_type = guest.image, f"{guest.memory_mib}M", guest.vcpu_type
+    network = ["-netdev", "user,id=net", "-device", f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}"] * guest.network
     # fmt: off
     if guest.platform.confidential:
         host_data = base64.b64encode(bytes.fromhex(image.manifest_sha256)).decode("ascii")
@@ -11595,16 +11910,12 @@ def qemu_argv(guest: Guest, qmp: str, console: str, hashes_page: str = "", hashe
         "-append", image.append,
         "-blockdev", f"driver=raw,node-name=tools,read-only=on,file.driver=file,file.filename={quoted(image.tools)}",
         "-device", f"virtio-blk-pci,drive=tools,{_VIRTIO}",
-        "-netdev",
-        f"user,id=net,restrict={'off' if guest.network else 'on'},hostfwd=tcp:127.0.0.1:0-10.0.2.15:{GUEST_PORT}",
-        "-device", f"virtio-net-pci,netdev=net,romfile=,{_VIRTIO}",
+        *network,
         "-device", f"virtio-rng-pci,{_VIRTIO}",
         "-chardev", "stdio,id=agent,signal=off",
         "-device", f"virtio-serial-pci,{_VIRTIO}",
         "-device", "virtserialport,chardev=agent,name=confbuild",
-        "-chardev", f"file,id=console,path={quoted(console)}",
-        "-serial", "chardev:console",
-        "-qmp", f"unix:{quoted(qmp)},server=on,wait=off",
+        "-serial", "file:/dev/stderr",
     ]
     # fmt: on
 
@@ -11725,183 +12036,31 @@ def _parameter_problem(path: str) -> str:
     return "" if value in (b"Y", b"1") else f"{path} is {value.decode('ascii', 'replace')!r}, expected 'Y'"
 
 
-def ask_monitor(path: str, command: str, timeout_s: float, **arguments: Any) -> Any:
-    """Run command at QEMU's monitor, the unix socket at path, and return its answer. [QMP]
+def qemu_vms(guest: Guest, config: Mapping[str, Any], folder: str = "") -> VmKind:
+    """Return the kind of VM that is a guest of QEMU.
 
-    Raises BuildFailed VmError if it is refused, the answer is not QMP, or timeout_s is over.
+    config: what its agent is told besides its network: `policy`, `vek`.
+    folder: the directory of the workspaces; empty for TMPDIR.
     """
 
-    def read() -> dict[str, Any]:
-        line = stream.readline(MAX_LINE + 1)
-        if len(line) > MAX_LINE:
-            raise ValueError(f"a line of more than {MAX_LINE} bytes")
-        if not line.endswith(b"\n"):
-            raise ValueError("it was closed")
-        message = parse_json(line, "message", 32)
-        if not isinstance(message, dict):
-            raise Malformed("message", "not an object")
-        return message
+    def start(workspace: str, _: str) -> VmStart:
+        argv = qemu_argv(guest, *_write_hashes(guest, workspace))
+        env = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": workspace}
+        return VmStart(argv, env, {"network": "open" if guest.network else "none", **config}, workspace)
 
-    try:
-        with socket.socket(socket.AF_UNIX) as monitor:
-            monitor.settimeout(timeout_s)
-            monitor.connect(path)
-            with io.BufferedReader(BoundedReader(monitor, timeout_s)) as stream:
-                if "QMP" not in read():
-                    raise ValueError("it did not greet")
-                for name, values in (("qmp_capabilities", {}), (command, arguments)):
-                    monitor.sendall(compact_json({"execute": name, "arguments": values}).encode("ascii") + b"\n")
-                    answer = read()
-                    while "event" in answer:
-                        answer = read()
-                    if "return" not in answer:
-                        raise ValueError(f"{name}: {compact_json(answer)[:500]}")
-                return answer["return"]
-    except (OSError, ValueError, BrokenProtocol) as e:
-        raise BuildFailed("VmError", f"QEMU's monitor: {e}") from None
+    return VmKind(guest.platform, guest.network, start, folder=folder)
 
 
-def forwarded_port(usernet: Any) -> int:
-    """Return the port of this machine that leads to the agent. Raises BuildFailed VmError.
-
-    usernet: what the monitor prints for `info usernet`.
-    """
-    port = rf"^ *TCP\[HOST_FORWARD\] +\d+ +127\.0\.0\.1 +(\d{{1,5}}) +10\.0\.2\.15 +{GUEST_PORT} "
-    found = re.findall(port, str(usernet), re.MULTILINE)
-    if len(found) != 1:
-        raise BuildFailed("VmError", "QEMU does not tell which port it forwards")
-    return int(found[0])
-
-
-def console_text(line: str) -> str:
-    """Return a line of a guest's console as printable ASCII, at most 400 characters."""
-    return _CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip()
-
-
-def _bound_to_parent() -> Callable[[], None]:
-    """Return a function for the child between fork and exec: it binds its life to its parent's and forbids core files.
-
-    Everything is looked up here, before the fork: after it, a lock of another thread would stay locked.
-    """
-    prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
-    parent, kill = os.getpid(), int(signal.SIGKILL)
-
-    def bind() -> None:
-        set_limit(core, (0, 0))
-        prctl(_PR_SET_PDEATHSIG, kill, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)
-
-    return bind
-
-
-class QemuVm(Vm):
-    """A guest of QEMU.
-
-    config: what its agent is told besides token, platform and network: `policy`, `vek`.
-    folder: the directory of its workspace, which remains there if this process is killed; None for TMPDIR.
-    """
-
-    def __init__(self, guest: Guest, config: Mapping[str, Any], folder: str | None = None) -> None:
-        told = {"platform": guest.platform.name, "network": "open" if guest.network else "none", **config}
-        super().__init__(guest.platform, guest.network, told, TMPDIR if folder is None else STATE, folder)
-        self._guest = guest
-        self._monitor = os.path.join(self.workspace, "qmp")
-        self._console = os.path.join(self.workspace, "console")
-        self._last: Sequence[str] = ()  # lines of the console; replaced, never changed, by "console"
-        self._reader: threading.Thread | None = None  # set once, by spawn
-
-    def _start_locked(self) -> "subprocess.Popen[bytes]":
-        if len(os.fsencode(self._monitor)) > _MAX_SOCKET_PATH:
-            raise ValueError(f"{self._monitor} is too long for a socket: set TMPDIR to a folder with a shorter name")
-        argv = qemu_argv(self._guest, self._monitor, "/dev/stderr", *self._write_hashes())
-        kept = open(self._console, "wb", buffering=0)  # noqa: SIM115  # "console" closes it
-        with contextlib.ExitStack() as unread:
-            unread.enter_context(kept)
-            # It is assigned here, so that destroy kills it even if no thread can be started.
-            self._child = child = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                cwd=self.workspace,
-                env={"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": self.workspace},
-                start_new_session=True,
-                preexec_fn=_bound_to_parent(),
-            )
-            console = unread.enter_context(_pipe(child.stderr))
-            reader = threading.Thread(target=self._read_console, args=(console, kept), name="console", daemon=True)
-            reader.start()
-            unread.pop_all()
-        self._reader = reader
-        return child
-
-    def _write_hashes(self) -> tuple[str, int]:
-        """Write the page of hashes for an emulated guest with firmware, and return its path and guest address."""
-        image = self._guest.image
-        if self.platform.confidential or not self._guest.firmware:
-            return "", 0
-        with open(image.firmware, "rb") as f:
-            firmware = parse_firmware(f.read())
-        kernel, initrd = (bytes.fromhex(file_sha256(path)) for path in (image.kernel, image.initrd))
-        gpa, page = hashes_page(firmware, boot_hashes(kernel, initrd, image.append))
-        path = os.path.join(self.workspace, "hashes")
-        with open(path, "wb") as out:
-            out.write(page)
-        return path, gpa
-
-    def _read_console(self, console: IO[bytes], kept: IO[bytes]) -> None:
-        """Run the thread "console": keep the beginning of the console in a file, and its last lines."""
-        splitter, room = LineSplitter(), MAX_CONSOLE
-        with survive("cannot read a guest's console"), console, kept:
-            block = b"-"
-            while block:
-                block = os.read(console.fileno(), BLOCK)
-                try:
-                    room -= kept.write(block[:room]) or 0
-                except OSError:
-                    room = 0  # a full disk; the guest goes on
-                lines = splitter.feed(block) if block else splitter.end()
-                lines = [line for line in lines if not line.startswith(_TCG_WARNING)]
-                self._last = [*self._last, *lines][-LAST_LINES:]
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until the agent answers on port. Raises BuildFailed VmError, with the last lines of the console."""
-        try:
-            super().wait_ready(timeout_s)
-        except BuildFailed as e:
-            self._join(1)  # the last lines may still be on their way
-            lines = " | ".join(filter(None, map(console_text, self._last)))
-            raise BuildFailed(e.error_type, f"{e}; last lines of the console: {lines}" if lines else f"{e}") from None
-
-    def _host_port(self, port: int, timeout_s: float) -> int:
-        if port != GUEST_PORT:
-            raise BuildFailed("VmError", f"the VM's agent listens on port {port}, not {GUEST_PORT}")
-        command = {"command-line": "info usernet"}
-        return forwarded_port(ask_monitor(self._monitor, "human-monitor-command", timeout_s, **command))
-
-    def _power_off(self, child: "subprocess.Popen[bytes]") -> None:
-        with contextlib.suppress(OSError):
-            _pipe(child.stdin).close()  # tells the guest to power off
-        if not self._join(POWER_OFF_S):
-            try:
-                ask_monitor(self._monitor, "quit", 1)
-            except BuildFailed:
-                return  # only the kill is left
-            self._join(1)
-
-    def _kill_locked(self, child: "subprocess.Popen[bytes]") -> None:
-        child.kill()
-        self._join(POWER_OFF_S)
-        if self.console_log:
-            with survive(f"{self.console_log} is not written"):
-                os.replace(self._console, self.console_log)
-
-    def _join(self, timeout_s: float) -> bool:
-        """Wait until the console has been read to its end, which is QEMU's end. Return False after timeout_s."""
-        if self._reader is not None:
-            self._reader.join(timeout_s)
-        return self._reader is None or not self._reader.is_alive()
+def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
+    """Write the page of hashes for an emulated guest with firmware, and return its path and guest address."""
+    if guest.platform.confidential or not guest.firmware:
+        return "", 0
+    image, path = guest.image, os.path.join(folder, "hashes")
+    with open(image.firmware, "rb") as f, open(path, "wb") as out:
+        kernel, initrd = (bytes.fromhex(file_sha256(part)) for part in (image.kernel, image.initrd))
+        gpa, page = hashes_page(parse_firmware(f.read()), boot_hashes(kernel, initrd, image.append))
+        out.write(page)
+    return path, gpa
 
 
 # endregion 38
@@ -12201,7 +12360,7 @@ class GuestBroker:
 
 # endregion 39
 # ==============================================================================
-# region 40. First process              [uses 8, 18, 22, 26, 28, 35, 37, 38, 39]
+# region 40. First process                     [uses 18, 22, 26, 28, 35, 37, 39]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -12214,7 +12373,6 @@ class GuestBroker:
 # run_guest returns in every case, and /init then ends the machine by reboot(2), which also works without ACPI.
 #
 # No threads: builds are forked from here.
-GUEST_ADDRESS = "10.0.2.15"  # of QEMU's user network; its gateway is .2, its name server .3
 _SYS_FINIT_MODULE = 313  # asm/unistd_64.h
 _SIOCADDRT, _RTF_UP, _RTF_GATEWAY = 0x890B, 1, 2  # linux/sockios.h, linux/route.h
 _DM_DEV_CREATE, _DM_TABLE_LOAD, _DM_DEV_SUSPEND, _DM_READONLY_FLAG = 3, 9, 6, 1  # linux/dm-ioctl.h
@@ -12250,14 +12408,6 @@ _SYSCTL = (
 MIRROR = "/usr/share/cargo/registry"
 MIRROR_CONFIG = f'[source.crates-io]\nreplace-with = "image"\n[source.image]\ndirectory = "{MIRROR}"\n'
 _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0))
-# The agent's configuration, for check_schema. vek: base64 of a certificate.
-_CONFIG = {
-    "token": str,
-    "policy": dict,
-    "platform": ("qemu", "snp"),
-    "network": ("none", "open"),
-    "vek?": (str, None),
-}
 
 
 class GuestError(ConfbuildError):
@@ -12306,24 +12456,6 @@ def _await_device(name: str) -> str:
                 return f"/dev/{found}"
         time.sleep(0.02)
     raise GuestError(f"no device /dev/{name} appeared within 10 s")
-
-
-def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
-    """Return the agent's configuration, a line of JSON in the form _CONFIG.
-
-    read: returns the next byte, which the host chooses.
-    Raises GuestError.
-    """
-    line = bytearray()
-    while not line.endswith(b"\n"):
-        byte = read()
-        line += byte
-        if not byte or len(line) > 64 * KIB:
-            raise GuestError("configuration: expected a line of at most 65536 bytes")
-    try:
-        return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
-    except Malformed as e:
-        raise GuestError(str(e)) from None
 
 
 def verity_target(device: str, blocks: int, root_hash: str) -> bytes:
@@ -12382,35 +12514,14 @@ def _write(path: str, text: str) -> None:
 
 
 def _open_network() -> None:
-    """Add a route through QEMU's gateway, and QEMU's name server.  [struct rtentry, linux/route.h] Raises OSError."""
+    """Set up QEMU's user network: gateway, name server.  [struct rtentry, linux/route.h] Raises OSError."""
+    _set_up_interface("eth0", "10.0.2.15", "255.255.255.0")
     anywhere, gateway = _sockaddr_in("0.0.0.0"), _sockaddr_in("10.0.2.2")
     # pad1, destination, gateway, netmask, flags
     route = struct.pack("=8x16s16s16sH62x", anywhere, gateway, anywhere, _RTF_UP | _RTF_GATEWAY)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         fcntl.ioctl(s, _SIOCADDRT, route)
     _write(f"{SYSROOT}/run/resolv.conf", "nameserver 10.0.2.3\n")
-
-
-def guest_attester(config: Mapping[str, Any], broker: Broker) -> Attester:
-    """Return the attester of a guest with this configuration: its hardware, or simulated evidence for platform "qemu".
-
-    Raises NoAttester if the hardware of platform "snp" gives no report; simulated evidence never replaces it.
-    """
-    byproducts = {"guest_network": sha256_hex(config["network"].encode("ascii"))}
-    if config["platform"] == "qemu":
-        return Attester(QEMU_BUILDER, simulated_evidence, byproducts)
-    given = None if config.get("vek") is None else decode_base64(config["vek"], "vek")
-
-    def get(data: bytes) -> tuple[bytes, bytes]:
-        try:
-            answer = broker.ask({"op": "report", "data": data.hex()})
-        except OSError as e:
-            raise NoAttester(e.strerror or str(e)) from None
-        return bytes.fromhex(answer["report"]), bytes.fromhex(answer["table"])
-
-    measurement = parse_report(get(bytes(64))[0]).measurement
-    byproducts["measurement"] = sha256_hex(measurement)
-    return Attester(SNP_BUILDER, lambda data: hardware_evidence(*get(data), "snp", None, given), byproducts)
 
 
 def _run_guest_agent(config: Mapping[str, Any]) -> None:
@@ -12423,8 +12534,15 @@ def _run_guest_agent(config: Mapping[str, Any]) -> None:
     os.chdir("/work")
     broker = Broker(_BROKER)
     use_launcher(broker)
-    address = ("0.0.0.0", GUEST_PORT)  # the guest has one interface
-    serve_agent(config, "/work", address, guest_attester(config, broker), lambda: os._exit(0))
+
+    def get(data: bytes) -> tuple[bytes, bytes]:
+        try:
+            answer = broker.ask({"op": "report", "data": data.hex()})
+        except OSError as e:
+            raise NoAttester(e.strerror or str(e)) from None
+        return bytes.fromhex(answer["report"]), bytes.fromhex(answer["table"])
+
+    serve_agent(config, "/work", choose_attester(config, get), lambda: os._exit(0))
 
 
 def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> None:
@@ -12460,9 +12578,8 @@ def _start_guest() -> None:
     _mount_tools(root_hash, blocks)
     channel = os.open(_await_device("vport"), os.O_RDWR)
     config = read_config(lambda: os.read(channel, 1))
-    network = config["network"] == "open"
+    network = config.get("network") == "open"
     _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
-    _set_up_interface("eth0", GUEST_ADDRESS, "255.255.255.0")
     if network:
         _open_network()
     if config["platform"] == "snp":
@@ -12860,6 +12977,9 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
 
     There is no fallback: raises UsageError if this machine or the image lacks something that the platform needs.
     """
+    _refuse(options, "" if options.vm_command else "--vm-cleanup --expect", " requires --vm-command")
+    if options.vm_command:
+        return _command_platform(options)
     kind = options.vm or ("snp" if options.tee else "sim")
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
@@ -12948,6 +13068,30 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
     )
 
 
+def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
+    """Return the VMs that --vm-command starts, with the evidence that --expect names. Raises UsageError, ImageError."""
+    _refuse(
+        options, "--tee --vm --readable --no-isolation --require-isolation", " cannot be combined with --vm-command"
+    )
+    for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
+        try:
+            shlex.split(text)
+        except ValueError as e:
+            raise UsageError(f"{name} {text}: {e}") from None
+    facts = check_image(options.image) if options.image else None
+    platform = {row.name: row for row in (SIMULATED_PLATFORM, SNP_PLATFORM)}[options.expect]
+    digest = facts.launch_digests.get(vcpu_label(options.vcpu_type, options.vcpus), "") if facts else ""
+    note = f"VMs of `{options.vm_command}`, whose evidence must be of the platform {platform.name}"
+    note += "" if platform.confidential else ": builds are not confidential, and no hardware signs their evidence"
+    return BuildPlatform(
+        platform._replace(label=f"VM of {shlex.split(options.vm_command)[0]}", boot_timeout_s=GUEST_BOOT_TIMEOUT_S),
+        None,
+        facts,
+        digest,
+        note,
+    )
+
+
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
     """Return sandbox with state, secrets of the service and all workspaces hidden, even below readable folders."""
     files = [os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key) if path]
@@ -13028,14 +13172,14 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
-    vms = VmHost(
-        *_makers(options, state, policy, machine, lambda: int(server.server_address[1])),
+    pool = VmPool(
+        functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
         options.boot_timeout or machine.platform.boot_timeout_s,
-        options.build_timeout,
-        reap=guard_process(),
-        warm=options.warm,
-        expected=machine.platform.expectations(machine.facts),
+        guard_process(),
+        options.warm,
     )
+    expected = machine.platform.expectations(machine.facts)
+    vms = VmHost(pool, lambda url, ref: Vm(fetchers(policy, url, ref)), options.build_timeout, expected)
     streamer = Streamer()
     limits = (options.slots, options.queue, options.single_use, options.keep_days, options.keep_bytes)
     jobs = Jobs(state, vms.run, streamer.grown, *limits)
@@ -13046,7 +13190,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         jobs,
         policy,
         _describe_server(options, machine),
-        vms.attestation,
+        pool.attestation,
         greeting.encode("ascii"),
         lambda: streamer.files >= max(files - 1024, files // 2),  # the rest is for requests, jobs and VMs
         lambda: {**jobs.gauges(), "confbuild_slots": options.slots, **_gauges(streamer, state)},
@@ -13057,7 +13201,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         raise UsageError(
             f"--listen {address}:{port}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
         ) from None
-    vms.start()
+    pool.start()
     jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
     thread.start()
@@ -13067,49 +13211,51 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
             time.sleep(min(grace_s, 2.0))  # for clients that followed the build and now download its result
         server.stop()
         streamer.stop()
-        vms.stop()
+        pool.stop()
         os.close(lock)
 
     return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", stop, thread.is_alive)
 
 
-def _makers(
+def vm_kind(
     options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: BuildPlatform, port: Callable[[], int]
-) -> "tuple[Callable[[], Vm], Callable[[str, str], SimulatedVm]]":
-    """Return (make a VM, make the process that fetches a repository for a VM without a network).
+) -> VmKind:
+    """Return the kind of VM that builds run in, after removing what VMs of an earlier server have left behind.
 
     port: returns the port of the service; called when the first VM is made.
     """
-
-    def fetcher(url: str, ref: str) -> SimulatedVm:
-        return SimulatedVm(policy, config={"repo_url": url, "repo_ref": ref}, command="fetcher")
-
-    guest = machine.guest
-    if guest is None:
+    guest, folder = machine.guest, os.path.join(state, "guests")
+    vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
+    if options.vm_command:
+        more = {"CONFBUILD_IMAGE": options.image or "", "CONFBUILD_VCPUS": str(options.vcpus)}
+        more["CONFBUILD_MEMORY"] = str(options.memory)
+        told = {"policy": policy._asdict(), "vek": vek, "env": options.env}
+        kind = command_vms(options.vm_command, options.vm_cleanup, machine.platform, told, folder, more)
+    elif guest is not None:
+        kind = qemu_vms(guest, {"policy": policy._asdict(), "vek": vek}, folder)
+    else:
         box = machine.sandbox and _hide(machine.sandbox, options, state)
         closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
-
-        def simulated() -> Vm:
-            return SimulatedVm(
-                policy,
-                options.env,
-                sandbox=box and box._replace(ports=-1 if (machine.protections or {}).get("ports") else closed()),
-            )
-
-        return simulated, fetcher
-    vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
-    folder = os.path.join(state, "guests")
+        unclosed = (machine.protections or {}).get("ports")
+        return simulated_vms(policy, options.env, lambda: box and box._replace(ports=-1 if unclosed else closed()))
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
-        if name.startswith(WORKSPACE):  # of a guest that died with an earlier server
-            remove_tree(os.path.join(folder, name))
-    return lambda: QemuVm(guest, {"policy": policy._asdict(), "vek": vek}, folder), fetcher
+        if name.startswith(WORKSPACE):
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                cleaner = kind.clean_up(name, read_limited(os.path.join(path, "job"), 100).decode("ascii", "replace"))
+                if cleaner is not None:
+                    finish_cleaning(cleaner)
+            remove_tree(path)
+    return kind
 
 
 def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> dict[str, Any]:
     """Return the document of GET /config.  [CONTRACT 1.13]"""
     facts, platform = machine.facts, machine.platform
-    if facts is not None:
+    if options.vm_command:
+        isolation = "a VM for each build, which a command of the operator starts; only its evidence says what it is"
+    elif facts is not None:
         network = "with" if options.guest_network else "without"
         isolation = f"a guest for each build, which runs there as another user, {network} a network"
         isolation += "" if platform.confidential else "; the host can read and change it"
@@ -13126,7 +13272,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
         "image": None
         if facts is None
         else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
-        "measurement": machine.launch_digest or simulated_measurement().hex(),
+        "measurement": machine.launch_digest or (None if platform.confidential else simulated_measurement().hex()),
         "limits": {
             "archive_bytes": options.max_archive * MIB,
             "unpacked_bytes": MAX_UNPACKED,
@@ -13137,7 +13283,9 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
             "build_s": options.build_timeout,
             "single_use": options.single_use,
         },
-        "toolchains": {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS} if facts is None else None,
+        "toolchains": None
+        if facts or options.vm_command
+        else {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS},
         "isolation": isolation,
         "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()},
         "version": __version__,
@@ -13277,7 +13425,7 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     if options.print_command:
         if machine.guest is None:
             raise UsageError("--print-command requires --tee, --vm snp or --vm qemu")
-        sys.stdout.write(shlex.join(qemu_argv(machine.guest, "QMP", "CONSOLE", "HASHES_PAGE")) + "\n")
+        sys.stdout.write(shlex.join(qemu_argv(machine.guest, "HASHES_PAGE")) + "\n")
         return EXIT_OK
     stopped = threading.Event()
 
@@ -14239,6 +14387,8 @@ COMMANDS = (
             "keep_days": float("inf"),
             "keep_bytes": float("inf"),
             "print_command": False,
+            "vm_command": "",
+            "vm_cleanup": "",
         },
     ),
     Command(
@@ -14358,6 +14508,25 @@ COMMANDS = (
             ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
             ("--print-command", "print the command line of a guest, and exit"),
             *_MACHINE,
+            "VMs elsewhere",
+            (
+                "--vm-command ARGV",
+                "start each VM with this command, which must reach `confbuild agent --stdio`",
+                str,
+                "",
+            ),
+            (
+                "--vm-cleanup ARGV",
+                "afterwards run this command in any case; both may contain {job} and {name}",
+                str,
+                "",
+            ),
+            (
+                "--expect PLATFORM",
+                "evidence that these VMs must give: simulated or snp (default: %(default)s)",
+                ("simulated", "snp"),
+                "simulated",
+            ),
         ),
         _SERVICE,
         "run the build service",
@@ -14480,8 +14649,15 @@ COMMANDS = (
         "print a completion script for bash, zsh or fish",
         'eval "$(confbuild completion bash)"',
     ),
-    # For the machinery, not for people: serve in a VM, fetch a repository for one, remove its workspace.
-    Command("agent", lambda _: run_agent()),
+    Command(
+        "agent",
+        lambda _: run_agent(),
+        (("--stdio", "over standard input and output, the only way"),),
+        _SERVICE,
+        "inside a VM: run one build for a server that started this with --vm-command",
+        "confbuild agent --stdio",
+    ),
+    # For the machinery, not for people: fetch a repository for a VM, remove a workspace.
     Command("fetcher", lambda _: run_fetcher()),
     Command("sweep", cmd_sweep, [("DIR workspace", "the workspace")]),
 )
