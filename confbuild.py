@@ -36,8 +36,9 @@ option of the caller requires one. Together they say:
 
     - The files in artifacts/ are the subjects of provenance.json, with the same digests, and there are no others.
     - evidence.json contains the digest of this provenance.json.
-    - An AMD SEV-SNP processor signed that evidence about a VM whose memory its host can neither read nor change.
-      AMD certifies the key for that processor or its operator, and for the version of its firmware.
+    - An AMD SEV-SNP or Intel TDX processor signed that evidence about a VM whose memory its host can neither read nor
+      change. Its manufacturer certifies the key for that processor or its operator, and for the version of its
+      firmware.
     - Every value that the caller gave matches.
 
 What PASSED does not mean
@@ -46,7 +47,7 @@ What PASSED does not mean
       rents such a machine can run software there that attests any provenance. On Azure the report only names the key
       that signed the evidence, and anybody can get a report for a key of their own, even without a VM.
     - Without --nonce the evidence may be old.
-    - Without --crl the key may have been revoked.
+    - Without --crl, or --collateral for TDX, the key may have been revoked.
     - Without --source or --source-commit the source may be any source.
     - It never says that the source is harmless.
 
@@ -285,6 +286,7 @@ BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
 QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # a QEMU guest that is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
+TDX_BUILDER = "urn:confbuild:builder:tdx:v1"
 # The platforms that an agent may be told to be, and the builder.id of their provenance. [CONTRACT 3.3]
 BUILDERS: Mapping[str, str] = {"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}
 SIMULATED_NOTICE = (
@@ -737,7 +739,8 @@ class Expectations(NamedTuple):
     image: ImageFacts | None = None  # the VM must have booted it
     igvm: str | None = None  # the launch digest of the IGVM file that the VM must have booted
     disk: str | None = None  # empty, or why the disk does not have the root hash of that file's command line
-    min_tcb: Mapping[str, int] | None = None  # "snp" or "milan:snp" -> its least level in each TCB of the report
+    # "snp" or "milan:snp" -> its least level in each TCB of the report; "tdx" -> TEE_TCB_SVN, as one big-endian number.
+    min_tcb: Mapping[str, int] | None = None
     host_data: str | None = None
     guest_policy: Sequence[int] | None = None  # mask, value of these bits, least ABI (major << 8 | minor)
     platform_info: int | None = None  # the bits that may be set
@@ -764,7 +767,13 @@ class Expectations(NamedTuple):
     builder_id: str | None = None
     build_type: str | None = None
     build_log_sha256: str | None = None
-    pcrs: Mapping[int, str] | None = None  # index -> value, for az-snp
+    pcrs: Mapping[int, str] | None = None  # index -> value, on Azure
+    rtmrs: Mapping[int, str] | None = None  # index -> value, of a TD
+    mr_config_id: str | None = None
+    service_td: str | None = None  # MRSERVICETD of the one service TD that may be bound
+    compose_hash: str | None = None  # of dstack
+    accept_tcb: Sequence[str] = ()  # statuses of a TD's TCB that pass besides the harmless ones; never Revoked
+    require_collateral: bool = False
     finished: tuple[str, str] | None = None  # earliest and latest finishedOn, as 2026-11-23T00:00:00Z
     allow_legacy_digest: bool = False
     evidence_only: bool = False  # provenance and artifacts are ignored and may be absent
@@ -1326,15 +1335,17 @@ Anchors = Mapping[str, Mapping[str, Anchor]]
 class Endorsements(NamedTuple):
     """Statements of the manufacturer that the caller supplies besides the evidence.  [RFC9334 4.3]
 
-    anchors: trusted CA keys that replace AMD's pinned ones, or None.
+    anchors: trusted CA keys that replace the pinned ones, or None.
     crls: (name for messages, bytes) of each revocation list; verified before use.
     vek: certificate of a VCEK or VLEK, for evidence that has none: in DER, PEM with its chain, or a certificate table;
         verified before use.
+    collateral: file of Intel's statements about a kind of machine; verified before use.
     """
 
     anchors: Anchors | None = None
     crls: Sequence[tuple[str, bytes]] = ()
     vek: bytes | None = None
+    collateral: bytes | None = None
 
 
 class Certificate(NamedTuple):
@@ -1889,7 +1900,7 @@ def verify_report(report: Report, vek: PublicKey) -> None:
 
 TPM_GENERATED_VALUE, TPM_ST_ATTEST_QUOTE, TPM_ALG_SHA256 = 0xFF544347, 0x8018, 0x000B  # [TPM2-2 6.2, 6.9, 6.3]
 PCR_COUNT, PCR_SIZE = 24, 32  # platform configuration registers of the SHA-256 bank
-HCL_SNP = 2  # a report type; 4 is TDX
+HCL_SNP, HCL_TDX = 2, 4  # report types
 HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 
 
@@ -1900,7 +1911,7 @@ class QuoteError(Malformed):
 class HclReport(NamedTuple):
     """The two parts of an HCL report.
 
-    attestation_report: of the hardware.
+    attestation_report: of the hardware; not what TDX signs.
     runtime_data: JSON. Its SHA-256 is the first half of the hardware report's report_data.
     """
 
@@ -1919,9 +1930,10 @@ class TpmQuote(NamedTuple):
     pcr_digest: bytes
 
 
-def parse_hcl_report(data: bytes) -> HclReport:
+def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
     """Parse the HCL report of an Azure VM.  [AZURE]
 
+    expected: the report type.
     Integers are little-endian. Nobody signs the headers, but every value in them is known, so each is compared and no
     bit can change unnoticed. Only the number of zeros after the runtime data is free.
     Raises QuoteError.
@@ -1932,7 +1944,7 @@ def parse_hcl_report(data: bytes) -> HclReport:
     whole, header_version, report_type, hash_type, length = r.unpack("<5I")
     r.require(magic == b"HCLA", "does not begin with HCLA")
     r.require(version in (1, 2), f"version {version}, expected 1 or 2")
-    r.require(report_type == HCL_SNP, f"report type {report_type}, expected {HCL_SNP} (SEV-SNP)")
+    r.require(report_type == expected, f"report type {report_type}, expected {expected} (2: SEV-SNP, 4: TDX)")
     r.require(0 < length <= r.left(), f"runtime data of {length} bytes, {r.left()} bytes are present")
     content, tail = r.take(length), data[r.at :]
     # One header counts everything up to here, the other its own 20 bytes and the content.
@@ -3331,7 +3343,7 @@ def package_of(uri: str) -> str:
 
 # endregion 16
 # ==============================================================================
-# region 17. Verdict                                       [uses 6, 7, 8, 9, 16]
+# region 17. Verdict                           [uses 6, 7, 8, 9, 10, 11, 12, 16]
 # ==============================================================================
 # verify_bundle takes the bytes of a bundle and what the caller expects, and returns a verdict [CONTRACT 4, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
@@ -3348,13 +3360,17 @@ _REQUIRED_SNP = _REQUIRED_EVIDENCE | {
     "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "VEK CSP_ID", "report signature", "VMPL",
     "migration agent", "debug", "reserved bits", "unsigned bytes",
 }
+_REQUIRED_TDX = _REQUIRED_EVIDENCE | {
+    "attestation key type", "TEE type", "QE vendor", "PCK form", "PCK chain", "PCK root", "PCK validity",
+    "PCK extension", "QE signature", "QE binding", "quote signature", "TD attributes", "XFAM", "service TD", "debug",
+}
 _REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
 REQUIRED_OF_BUNDLE = frozenset((
     "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail",
     "input Merkle root", "builder", "subjects", "artifacts", "unlisted files",
 ))
 # The checks that must pass if the caller sets a field of Expectations, the most important first: field, check, the
-# option that asks for it, and where it occurs: in the provenance, or in evidence of a platform with this in its name.
+# option that asks for it, and where it occurs: in the provenance, or in evidence of a platform that matches this.
 # A check that is called like a claim compares that claim with the field.
 EXPECTED = (
     ("nonce",            "nonce",               "--nonce",                 ""),
@@ -3367,7 +3383,9 @@ EXPECTED = (
     ("image",            "image host_data",     "",                        ""),
     ("pcrs",             "PCR values",          "--pcr",                   "az-"),
     ("source_tree",      "source tree",         "--source",                "provenance"),
-    ("min_tcb",          "minimum TCB",         "--min-tcb",               "snp"),
+    ("min_tcb",          "minimum TCB",         "--min-tcb",               "snp|tdx|dstack"),
+    ("require_collateral", "TCB status",        "--collateral",            "tdx|dstack"),
+    ("require_collateral", "revocation",        "--collateral",            "tdx|dstack"),
     ("require_crl",      "revocation",          "--crl",                   "snp"),
     ("require_crl",      "revocation list age", "--crl that is valid now", "snp"),
     ("require_tee",      "hardware evidence",   "",                        ""),
@@ -3386,6 +3404,9 @@ EXPECTED = (
     ("min_mit_vector",   "mitigations",         "--min-mit-vector",        "snp"),
     ("min_guest_svn",    "minimum guest_svn",   "--min-guest-svn",         "snp"),
     ("report_data",      "signed_data",         "--report-data",           ""),
+    ("rtmrs",            "RTMR values",         "--rtmr",                  "tdx|dstack"),
+    ("mr_config_id",     "mr_config_id",        "--mr-config-id",          "tdx|dstack"),
+    ("compose_hash",     "compose_hash",        "--compose-hash",          "dstack"),
     ("host_data",        "host_data",           "--host-data",             "snp"),
     ("guest_svn",        "guest_svn",           "--guest-svn",             "snp"),
     ("chip_id",          "chip_id",             "--chip-id",               "snp"),
@@ -3451,6 +3472,20 @@ class _Checks(NamedTuple):
             value, detail = "unreadable", str(e)
         self.hold(name, expected == value, expected, value, detail)
 
+    def current(self, name: str, periods: Iterable[tuple[str, str]], detail: str = "") -> None:
+        """Add a check that passes if the time of the verification lies in every period, both ends included."""
+        firsts, lasts = zip(*periods, strict=True)
+        first, last = max(firsts), min(lasts)
+        if self.now < first:
+            detail += "; is the clock of this machine behind?"
+        self.hold(name, first <= self.now <= last, f"{first} to {last}", self.now, detail.removeprefix("; "))
+
+    def registers(self, name: str, wanted: Mapping[int, str] | None, actual: Mapping[int, str]) -> None:
+        """Add a check of the registers that the caller expects, unless wanted is None."""
+        if wanted is not None:
+            values = {i: value.lower() for i, value in sorted(wanted.items())}
+            self.compare(name, compact_json(values), compact_json({i: actual.get(i, "none") for i in values}))
+
     def skip(self, name: str, why: str, actual: Any = "", expected: str = "") -> None:
         """Add a check that does not run."""
         self.made.append(Check(name, "not checked", expected, str(actual), why))
@@ -3498,6 +3533,27 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
     return claims
 
 
+def _check_anchors(checks: _Checks) -> Anchors:
+    """Show whose keys are trusted, and return them."""
+    anchors = checks.endorsements.anchors
+    if anchors is not None:
+        checks.skip("trust anchors", "the caller's keys, which may not be the manufacturer's", "given by --roots")
+        return anchors
+    checks.hold("trust anchors", True, "", "AMD's and Intel's, as pinned in this file")
+    return pinned_anchors()
+
+
+def _check_debug(checks: _Checks, debug: bool) -> None:
+    allowed = checks.expected.allow_debug
+    checks.hold(
+        "debug",
+        not debug or allowed,
+        "off, or --allow-debug" if allowed else "off",
+        "on" if debug else "off",
+        "the host may read and change the guest's memory" if debug else "",
+    )
+
+
 def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors) -> None:
     """Check that AMD's ASK or ASVK certifies vek for the report's chip and TCB, and that vek signed the report.
 
@@ -3508,10 +3564,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     chain = (vek, issuer, roles["ark"])
     checks.hold("VEK issuer", vek.issuer == issuer.subject, name_text(issuer.subject), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
-    first, last = max(c.not_before for c in chain), min(c.not_after for c in chain)
-    behind = "; is the clock of this machine behind?" if checks.now < first else ""
-    valid, detail = first <= checks.now <= last, "of the VEK, its issuer and the ARK" + behind
-    checks.hold("VEK validity", valid, f"{first} to {last}", checks.now, detail)
+    checks.current("VEK validity", ((c.not_before, c.not_after) for c in chain), "of the VEK, its issuer and the ARK")
     checks.compare("VEK product", product, lambda: vek_product(vek))
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
@@ -3549,8 +3602,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     certificate: of the VEK, from the evidence, or None.
     oldest: the oldest report version that is accepted.  [SNP-ABI 7.3]
     """
-    endorsements = checks.endorsements
-    anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
+    anchors = _check_anchors(checks)
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
@@ -3579,10 +3631,6 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     # The signature ends before these bytes. A value there would be a claim that nobody made.
     checks.hold("unsigned bytes", not any(report.data[0x330:]), "zero", detail="of the report from 0x330 on")
     _check_revocation(checks, product, kind, anchors)
-    if endorsements.anchors is None:
-        checks.hold("trust anchors", True, "", "AMD's, as pinned in this file")
-    else:
-        checks.skip("trust anchors", "the caller's keys, which may not be AMD's", "given by --roots")
     _check_guest(checks, report, product)
     return _report_claims(report, product) | {"csp_id": csp_id}
 
@@ -3630,14 +3678,8 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
 
     product: of the report; of a simulated one, any that has its layout of the TCB.
     """
-    expected, debug = checks.expected, bool(report.policy & POLICY_DEBUG)
-    checks.hold(
-        "debug",
-        not debug or expected.allow_debug,
-        "off, or --allow-debug" if expected.allow_debug else "off",
-        "on" if debug else "off",
-        "the host may read and change the guest's memory" if debug else "",
-    )
+    expected = checks.expected
+    _check_debug(checks, bool(report.policy & POLICY_DEBUG))
     policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
     words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
     checks.expect(
@@ -3664,7 +3706,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         minimum = [
             (name, level)
             for kind, _, name, level in ((*key.rpartition(":"), level) for key, level in expected.min_tcb.items())
-            if kind in ("", product.lower())
+            if kind in ("", product.lower()) and name != "tdx"
         ]
         low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
         checks.hold(
@@ -3702,12 +3744,166 @@ def _check_tpm(
     # Step 3: the quote binds the registers, and the caller's data.
     pcrs = [bytes.fromhex(value) for value in tpm["pcrs"]]
     checks.compare("PCR digest", compute_pcr_digest(pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
-    claims["pcrs"] = {str(i): pcrs[i].hex() for i in quote.pcr_select}
-    if checks.expected.pcrs is not None:
-        wanted = {i: value.lower() for i, value in sorted(checks.expected.pcrs.items())}
-        quoted = {i: claims["pcrs"].get(str(i), "not quoted") for i in wanted}
-        checks.compare("PCR values", compact_json(wanted), compact_json(quoted))
+    quoted = {i: pcrs[i].hex() for i in quote.pcr_select}
+    claims["pcrs"] = {str(i): value for i, value in quoted.items()}
+    checks.registers("PCR values", checks.expected.pcrs, quoted)
     return bytes(quote.extra_data.ljust(64, b"\x00"))
+
+
+class _Intel(NamedTuple):
+    """Intel's root as trusted here, and what was traced to it. root: None if the caller's roots have no Intel."""
+
+    checks: _Checks
+    root: Anchor | None
+    verified: set[tuple[bytes, bytes]]
+
+    def chain(self, title: str, pem: str, length: int) -> list[Certificate] | None:
+        """Check that certificates lead to the root and are valid now, and return them if they have the right form."""
+        chain: list[Certificate] | None = self.checks.attempt(f"{title} form", parse_pem_chain, pem, length, title)
+        if chain is not None:
+            self.checks.attempt(f"{title} chain", verify_chain, chain, title, self.verified)
+            expected = self.root.spki_sha256 if self.root else "none: no key of Intel"
+            actual = sha256_hex(chain[-1].subject_public_key_info)
+            self.checks.compare(f"{title} root", expected, actual, "SHA-256 of the root's public key")
+            self.checks.current(f"{title} validity", ((c.not_before, c.not_after) for c in chain))
+        return chain
+
+    def document(self, title: str, name: str, collateral: Collateral) -> tuple[Any, Certificate | None]:
+        """Check a document of the collateral and its signer, and return both, or None for what has another form."""
+        text, signature, pem = (getattr(collateral, name + part) for part in ("", "_signature", "_issuer_chain"))
+        chain = self.chain(f"{title} signer", pem, 2)
+        if chain is None:
+            return None, None
+        # The root has signed other certificates too, for other purposes.
+        self.checks.compare(f"{title} signer", name_text(TCB_SIGNER), name_text(chain[0].subject))
+        doc = self.checks.attempt(f"{title} signature", verify_document, name, text, signature, chain[0].key)
+        if doc is not None:
+            self.checks.current(f"{title} validity", [(doc["issueDate"], doc["nextUpdate"])])
+        return doc, chain[0]
+
+
+def _check_quote(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
+    """Check a TD's quote, from Intel's root to the TD, and the caller's expectations of it, and return its claims."""
+    intel = _Intel(checks, _check_anchors(checks).get("Intel", {}).get("root"), set())
+    checks.compare("attestation key type", ECDSA_P256, quote.key_type, "2 is ECDSA P-256")
+    checks.compare("TEE type", TDX_TEE, quote.tee_type, "129 is TDX")
+    checks.compare("QE vendor", QE_VENDOR, quote.qe_vendor.hex(), "Intel's quoting enclave")
+    pck, chain = None, intel.chain("PCK", quote.pck_chain, 3)
+    if chain is not None:
+        pck = checks.attempt("PCK extension", parse_pck, chain[0])
+        checks.attempt("QE signature", verify_raw, chain[0].key, quote.qe_report, quote.qe_signature)
+    bound = sha256_hex(quote.attestation_key + quote.authentication_data) + "00" * 32
+    checks.compare("QE binding", bound, quote.qe_report[320:].hex(), "the QE's report holds the attestation key's hash")
+    key = Point(P256, *raw_pair(quote.attestation_key))
+    checks.attempt("quote signature", verify_raw, key, quote.signed, quote.signature)
+    claims = _check_td(checks, quote)
+    if checks.endorsements.collateral is None:
+        for name in ("TCB status", "revocation"):
+            checks.skip(name, "no collateral was given (--collateral)")
+    elif chain is not None and pck is not None:
+        claims |= _check_collateral(intel, quote, chain, pck)
+    return claims | ({} if pck is None else {"fmspc": pck.fmspc.hex()})
+
+
+def _check_td(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
+    """Check the body of a quote, and return its claims.  [TDX-MODULE]"""
+    attributes, xfam = (int.from_bytes(field, "little") for field in (quote.td_attributes, quote.xfam))
+    detail = "bits that profile a TD, and reserved ones"
+    checks.hold(
+        "TD attributes", not attributes & TD_FORBIDDEN, f"none of {TD_FORBIDDEN:#x}", f"{attributes:#x}", detail
+    )
+    _check_debug(checks, bool(attributes & TD_DEBUG))
+    checks.hold(
+        "XFAM", xfam & XFAM_REQUIRED == XFAM_REQUIRED, f"all of {XFAM_REQUIRED:#x}", f"{xfam:#x}", "x87 and SSE"
+    )
+    # A service TD may take this TD's memory to another machine. A body of TD 1.0 does not tell whether one is bound.
+    hidden = quote.body_type == _TD_BODIES[0][0] and attributes & TD_MIGRATABLE
+    service = quote.mr_service_td.hex() if any(quote.mr_service_td) else "none"
+    expected = (checks.expected.service_td or "none").lower()
+    detail = "another TD that may migrate this one (--service-td)"
+    checks.compare("service TD", expected, "unknown, and the TD is migratable" if hidden else service, detail)
+    rtmr = [register.hex() for register in quote.rtmr]
+    checks.registers("RTMR values", checks.expected.rtmrs, dict(enumerate(rtmr)))
+    minimum = (checks.expected.min_tcb or {}).get("tdx")
+    if minimum is not None:
+        least, detail = minimum.to_bytes(16, "big"), "each component of TEE_TCB_SVN"
+        high = all(have >= need for have, need in zip(quote.tee_tcb_svn, least, strict=True))
+        checks.hold("minimum TCB", high, f"at least {least.hex()}", quote.tee_tcb_svn.hex(), detail)
+    fields = quote._asdict()
+    names = quote._fields[quote._fields.index("tee_tcb_svn") : quote._fields.index("signed")]
+    return {
+        "quote_version": quote.quote_version,
+        "debug": bool(attributes & TD_DEBUG),
+        **{name: fields[name].hex() for name in names if name != "rtmr"},
+        "rtmr": rtmr,
+    }
+
+
+def _check_collateral(intel: _Intel, quote: TdQuote, chain: Sequence[Certificate], pck: Pck) -> dict[str, Any]:
+    """Check Intel's statements about the machine: revocation, and the status of its TCB. Return the claims.  [PCS]
+
+    chain: from the machine's certificate to the root.
+    """
+    checks = intel.checks
+    collateral = checks.attempt("collateral form", parse_collateral, checks.endorsements.collateral)
+    if collateral is None:
+        return {}
+    info, info_signer = intel.document("TCB info", "tcb_info", collateral)
+    identity, identity_signer = intel.document("QE identity", "qe_identity", collateral)
+    intel.chain("PCK list signer", collateral.pck_crl_issuer_chain, 2)
+    # The root's list covers what the root has signed, the PCK CA's list the machine's certificate.
+    lists, revoked = [], []
+    for name, issuer, covered in (
+        ("root_ca_crl", chain[2], (chain[1], info_signer, identity_signer)),
+        ("pck_crl", chain[1], chain[:1]),
+    ):
+        text = getattr(collateral, name)
+        keys = {issuer.subject: issuer.key}
+        crl = checks.attempt(name, lambda: verify_crl(decode_hex(text, name), name, keys))  # noqa: B023  # called now
+        if crl is not None:
+            lists.append((crl.this_update, crl.next_update))
+            revoked += [dict(c.subject)["CN"] for c in covered if c is not None and c.serial in crl.revoked]
+    if len(lists) == 2:
+        checks.hold(
+            "revocation", not revoked, "none revoked", ", ".join(revoked) or None, "the PCK, its CA, TCB signers"
+        )
+        checks.current("revocation list age", lists)
+    if info is None or identity is None:
+        return {}
+    checks.compare("FMSPC", pck.fmspc.hex(), info["fmspc"].lower(), "the kind of machine")
+    checks.compare("PCEID", pck.pce_id.hex(), info["pceId"].lower())
+    checks.compare(
+        "QE identity", *describe_qe(identity, quote.qe_report), "MRSIGNER, attributes, miscselect, ISVPRODID"
+    )
+    module = checks.attempt("TDX module", module_identity, info, quote)
+    if module is None:
+        return {}
+    checks.compare("TDX module identity", *describe_module(module, quote), "MRSIGNERSEAM, SEAMATTRIBUTES")
+    tcb = checks.attempt("TCB level", evaluate_tcb, info, identity, module, quote, pck)
+    return {} if tcb is None else _check_tcb(checks, tcb)
+
+
+def _check_tcb(checks: _Checks, tcb: TcbStatus) -> dict[str, Any]:
+    """Check the status of a TD's TCB, and return the claims."""
+    accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
+    days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
+    advisories = f" ({', '.join(tcb.advisories)})" if tcb.advisories else ""
+    actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {days} days behind the newest"
+    detail = "firmware with known vulnerabilities; --accept-tcb accepts one status by name, never Revoked"
+    holds = tcb.status in accepted
+    checks.hold("TCB status", holds, " or ".join(accepted), actual, "" if holds else detail)
+    return {
+        "tcb_status": tcb.status,
+        "advisories": tcb.advisories,
+        "tcb_date": tcb.date,
+        "tcb_days_behind": days,
+    }
+
+
+def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> None:
+    """Check that replaying an event log gives the quote's registers."""
+    expected, actual = (" ".join(r.hex() for r in rows[: len(registers)]) for rows in (quote.rtmr, registers))
+    checks.compare("RTMR replay", expected, actual, "the registers of the quote, and those that the event log gives")
 
 
 # What a platform's checks return: the 64 bytes that the attester signed, or None; the claims.
@@ -3737,6 +3933,40 @@ def _check_az_snp(checks: _Checks, evidence: Any) -> _Attested:
     return _check_tpm(checks, evidence["tpm_quote"], hcl.runtime_data, report.report_data, claims), claims
 
 
+def _check_tdx(checks: _Checks, evidence: Any) -> _Attested:
+    """Check evidence of platforms tdx and gcp-tdx.  [CONTRACT 4.6]"""
+    quote, log = evidence["quote"], evidence.get("cc_eventlog")
+    claims = _check_quote(checks, quote)
+    if log is not None:
+        registers = checks.attempt("event log", replay_ccel, log)
+        if registers is not None:
+            _check_log(checks, registers[:3], quote)  # programs extend RTMR3 without an entry in this log
+    return quote.report_data, claims
+
+
+def _check_dstack(checks: _Checks, evidence: Any) -> _Attested:
+    """Check evidence of platform dstack.  [CONTRACT 4.6]"""
+    quote = evidence["quote"]
+    claims = _check_quote(checks, quote)
+    replayed = checks.attempt("event log", replay_dstack, evidence["event_log"])
+    if replayed is not None:
+        _check_log(checks, replayed[0], quote)
+        if checks.ok:  # otherwise nothing proves the events
+            events = [{"event": name, "payload": payload} for name, payload in replayed[1]]
+            found = [payload for name, payload in replayed[1] if name == "compose-hash"]
+            claims |= {"events": events, "compose_hash": found[0] if found else None}
+            if not found:
+                checks.expect("compose_hash", "none")
+    return quote.report_data, claims
+
+
+def _check_az_tdx(checks: _Checks, evidence: Any) -> _Attested:
+    """Check evidence of platform az-tdx.  [CONTRACT 4.3, 4.6]"""
+    quote, runtime_data = evidence["td_quote"], evidence["hcl_report"].runtime_data
+    claims = _check_quote(checks, quote)
+    return _check_tpm(checks, evidence["tpm_quote"], runtime_data, quote.report_data, claims), claims
+
+
 # Decoders of the evidence, for check_schema.
 
 
@@ -3748,8 +3978,12 @@ def _base64url(text: Any, name: str) -> bytes:
     return decode_base64(text, name, urlsafe=True)
 
 
-def _hcl(text: Any, name: str) -> HclReport:
-    return parse_hcl_report(_base64url(text, name))
+def _hcl(kind: int) -> Callable[[Any, str], HclReport]:
+    return lambda text, name: parse_hcl_report(_base64url(text, name), kind)
+
+
+def _quote(decode: Callable[[Any, str], bytes]) -> Callable[[Any, str], TdQuote]:
+    return lambda text, name: parse_td_quote(decode(text, name))
 
 
 class Evidence(NamedTuple):
@@ -3772,6 +4006,7 @@ _TPM_QUOTE = {
 }
 _CHAIN = {"vcek": decode_base64, "ask?": object, "ark?": object}
 _SNP = Evidence({"attestation_report": _report, "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
+_TDX = Evidence({"quote": _quote(decode_base64), "cc_eventlog?": (decode_base64, None)}, _check_tdx, _REQUIRED_TDX)
 PLATFORMS: Mapping[str, Evidence] = {
     "simulated": Evidence(
         {"version": 1, "notice": str, "attestation_report": _report},
@@ -3781,13 +4016,23 @@ PLATFORMS: Mapping[str, Evidence] = {
     "snp": _SNP,
     "gcp-snp": _SNP,
     "az-snp": Evidence(
-        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl, "vcek?": (_base64url, None)},
+        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl(HCL_SNP), "vcek?": (_base64url, None)},
         _check_az_snp,
         _REQUIRED_SNP | _REQUIRED_TPM,
     ),
+    "tdx": _TDX,
+    "gcp-tdx": _TDX,
+    "az-tdx": Evidence(
+        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl(HCL_TDX), "td_quote": _quote(_base64url)},
+        _check_az_tdx,
+        _REQUIRED_TDX | _REQUIRED_TPM,
+    ),
+    "dstack": Evidence(
+        {"quote": (_quote(decode_hex), _quote(decode_base64)), "event_log": str, "vm_config?": object},
+        _check_dstack,
+        _REQUIRED_TDX | {"event log", "RTMR replay"},
+    ),
 }
-# Evidence that is recognised by name and refused [CONTRACT 4.5].
-_UNSUPPORTED = ("tdx", "gcp-tdx", "az-tdx", "dstack")
 
 
 def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, dict[str, Any]]:
@@ -3800,8 +4045,7 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, di
     row, platform = PLATFORMS.get(str(claimed)), claimed if isinstance(claimed, str) else "unknown"
     problem = "" if row and "evidence" in doc else "the document has no `evidence`"
     if row is None:
-        known = "this version of confbuild cannot verify such evidence"
-        problem = known if claimed in _UNSUPPORTED else "unknown kind of evidence"
+        problem = "unknown kind of evidence"
     checks.hold("platform", not problem, ", ".join(PLATFORMS), str(claimed)[:80], problem)
     if row is None or problem:
         return platform, None, claims
@@ -3906,23 +4150,22 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
     checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or None, "that the provenance does not name")
 
 
-def _check_builder(checks: _Checks, platform: str, doc: Any, measurement: str) -> None:
-    """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]
-
-    measurement: of the report, in hexadecimal digits.
-    """
+def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str, Any]) -> None:
+    """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]"""
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
     of_no_vm = (SIMULATED_BUILDER, QEMU_BUILDER)
+    ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in claims else -1]
+    refused = (*of_no_vm, other)
     checks.hold(
         "builder",
-        (builder_id in of_no_vm) is not confidential,
-        "any but " * confidential + " or ".join(of_no_vm),
+        builder_id not in refused if confidential else builder_id in of_no_vm,
+        f"any but {' or '.join(refused)}" if confidential else " or ".join(of_no_vm),
         builder_id,
-        "this builder has no confidential VM" if confidential else "no hardware signed the evidence",
+        "this builder has no such confidential VM" if confidential else "no hardware signed the evidence",
     )
     claimed = byproduct(doc, "measurement")
-    if confidential and (claimed is not None or builder_id == SNP_BUILDER):
-        digest = sha256_hex(bytes.fromhex(measurement))
+    if confidential and (claimed is not None or builder_id == ours):
+        digest = sha256_hex(bytes.fromhex(claims["measurement"]))
         checks.compare("measurement byproduct", digest, claimed or "none", "the SHA-256 of the report's measurement")
 
 
@@ -3939,9 +4182,10 @@ def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], imag
     actual = next((digest for digest in digests if digest[:96] == measurement), measurement)
     expected = " or ".join(digests) or "none: image.json lists no launch digest"
     checks.hold("image measurement", hardware and actual in digests, expected, actual, why)
-    holds = hardware and claims["host_data"] == image.manifest_sha256
+    host_data = claims.get("host_data", "none")
+    holds = hardware and host_data == image.manifest_sha256
     why = why or "HOST_DATA is the SHA-256 of image.json"
-    checks.hold("image host_data", holds, image.manifest_sha256, claims["host_data"], why)
+    checks.hold("image host_data", holds, image.manifest_sha256, host_data, why)
 
 
 def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verdict:
@@ -3984,7 +4228,7 @@ def verify_bundle(
 
     A check is required by the platform of the evidence, by a bundle (unless expected.evidence_only is true), or by
     a field that the caller set in expected. The verdict is
-        "passed"     if every required check passed, no check failed, and an AMD processor signed the evidence
+        "passed"     if every required check passed, no check failed, and a processor signed the evidence
         "simulated"  if every required check passed and no check failed, but the evidence is simulated
         "failed"     in every other case
 
@@ -4010,7 +4254,7 @@ def verify_bundle(
         claims |= _check_statement(checks, doc)
         _check_artifacts(checks, doc, bundle.artifacts)
         if claims["measurement"] is not None:
-            _check_builder(checks, platform, doc, claims["measurement"])
+            _check_builder(checks, platform, doc, claims)
     # 4. Is the evidence of hardware, and of the caller's image?
     if expected.require_tee:
         hardware = platform in PLATFORMS and platform != "simulated"
@@ -12704,19 +12948,20 @@ def not_requested(verdict: Verdict) -> list[str]:
     return [
         option if "_" in check else f"{check} ({option})"
         for _, check, option, part in EXPECTED
-        if option and check in skipped and (part in verdict.platform or part == "provenance")
+        if option and check in skipped and (part == "provenance" or re.search(part, verdict.platform))
     ]
 
 
-def render_verdict(verdict: Verdict, color: bool, verbose: bool = False) -> str:
+def render_verdict(verdict: Verdict, color: bool, verbose: bool = False, at: str = "") -> str:
     """Return the verdict in one sentence, the failed checks, and one line with the checks that nobody requested.
 
     verbose: show every field of the evidence and every check.
+    at: the time of the verification if it is not now.
     """
     checks = [check for check in verdict.checks if verbose or check.status == "failed"]
-    claims = verdict.claims if verbose and verdict.claims.get("report_version") is not None else {}
+    claims = verdict.claims if verbose and verdict.claims.keys() & {"report_version", "quote_version"} else {}
     width = min(40, max((len(name) for name in (*(check.name for check in checks), *claims)), default=0))
-    rows = [_sentence(verdict, color)]
+    rows = [_sentence(verdict, color, f" as of {at}" if at else "")]
     if claims:
         rows.append("The evidence says" + (":" if verdict.verdict == "passed" else " (not proven):"))
     unset = [name for name, value in claims.items() if re.fullmatch("None|(0x)?[0.]*", str(value))]
@@ -12752,24 +12997,30 @@ def _check_rows(check: Check, width: int, color: bool) -> Iterator[str]:
             yield f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
 
 
-def _sentence(verdict: Verdict, color: bool) -> str:
+def _sentence(verdict: Verdict, color: bool, when: str) -> str:
     """Return the verdict in one sentence: what is proven, and what is not."""
     status = {check.name: check.status for check in verdict.checks}
     alone = status.get("provenance digest") == "not checked"
     others = "".join(
         f"; not covered: {plain_text(check.actual)[:1000]}" for check in verdict.checks if check.name == "other files"
     )
+    tcb = {check.name: check.actual for check in verdict.checks if check.status == "passed"}.get("TCB status")
+    if "quote_version" in verdict.claims:
+        others += f"; TCB status {tcb}" if tcb else "; TCB status, revocation: not checked"
     if verdict.verdict == "failed":
         names = [plain_text(check.name) for check in verdict.failures]
         ran = sum(check.status != "not checked" for check in verdict.checks)
         shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-        return _paint("FAILED", "31;1", color) + f": {len(names)} of {ran} checks failed ({shown}): nothing is proven"
+        return (
+            _paint("FAILED", "31;1", color)
+            + f"{when}: {len(names)} of {ran} checks failed ({shown}): nothing is proven"
+        )
     if verdict.verdict == "simulated":
         agree = "the evidence is consistent" if alone else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
         return _paint("SIMULATED", "33;1", color) + (
-            f": {agree}, but no hardware signed the evidence, "
+            f"{when}: {agree}, but no hardware signed the evidence, "
             f"so it does not prove where or by whom this was built{others}"
         )
     passed = {name for name in status if status[name] == "passed"}
@@ -12778,12 +13029,13 @@ def _sentence(verdict: Verdict, color: bool) -> str:
         if alone
         else "the provenance lists exactly these artifacts, and it"
     )
-    return _paint("PASSED", "32;1", color) + f": {proven} was signed {_signer(verdict, passed)}{others}"
+    return _paint("PASSED", "32;1", color) + f"{when}: {proven} was signed {_signer(verdict, passed)}{others}"
 
 
 def _signer(verdict: Verdict, passed: set[str]) -> str:
     """Return where the evidence was signed, as far as the passed checks prove it."""
-    processor = f"an AMD {plain_text(str(verdict.claims.get('product')))} processor"
+    amd = f"AMD {plain_text(str(verdict.claims.get('product')))}"
+    processor = f"an {'Intel' if 'quote_version' in verdict.claims else amd} processor"
     # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
     # only a check of the measurement ties the key to a VM.
     if verdict.platform.startswith("az-") and not passed & {"measurement", "image measurement", "igvm measurement"}:
@@ -12795,7 +13047,7 @@ def _signer(verdict: Verdict, passed: set[str]) -> str:
         place = f"in a VM in debug mode, which its host can read and change, on {processor}"
     else:
         place = f"in a confidential VM on {processor}"
-    return place if "trust anchors" in passed else place + ", if the keys of --roots are AMD's"
+    return place if "trust anchors" in passed else place + ", if the keys of --roots are the manufacturer's"
 
 
 def _paint(text: str, sgr: str, color: bool) -> str:
@@ -13891,12 +14143,13 @@ def _read_roots(directory: str) -> Anchors:
 
 
 def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
-    """Return the certificates and lists that --roots, --crl and --vek name. Raises UsageError, OSError."""
+    """Return what --roots, --crl, --vek and --collateral name. Raises UsageError, OSError."""
     try:
         return Endorsements(
             None if options.roots is None else _read_roots(options.roots),
             [(os.path.basename(path), _read_der(path)) for path in options.crl or ()],
             None if options.vek is None else _read_der(options.vek),
+            None if options.collateral is None else read_limited(options.collateral, MAX_JSON),
         )
     except (Malformed, BadSignature) as e:
         raise UsageError(str(e)) from None
@@ -13906,10 +14159,11 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     """Return what the options but --source require; an option's dest is the name of the field. Raises UsageError."""
     given = vars(options)
     expected = Expectations(**{name: given[name] for name in Expectations._fields if name in given})
-    if options.pcrs is not None:
-        expected = expected._replace(pcrs=dict(options.pcrs))
-        if len(dict(options.pcrs)) != len(options.pcrs):
-            raise UsageError("--pcr: a register is given twice")
+    registers: dict[str, Any] = {field: dict(given[field]) for field in ("pcrs", "rtmrs") if given[field] is not None}
+    expected = expected._replace(**registers)
+    for field, values in registers.items():
+        if len(values) != len(given[field]):
+            raise UsageError(f"--{field[:-1]}: a register is given twice")
     if options.image is not None:
         expected = expected._replace(image=check_image(options.image))
     if options.igvm is not None:
@@ -13924,9 +14178,9 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
 
 def cmd_verify(options: "argparse.Namespace") -> int:
     """Print the verdicts over bundles. Opens no socket."""
-    now = time.time()
-    when = datetime.fromtimestamp(now, UTC)
-    expected, endorsements = _read_expectations(options, now), _read_endorsements(options)
+    when = options.at or datetime.now(UTC)
+    at = utc_time(when.timestamp()) if options.at else ""
+    expected, endorsements = _read_expectations(options, when.timestamp()), _read_endorsements(options)
 
     @functools.cache
     def of_source(algorithm: str) -> Expectations:
@@ -13950,9 +14204,10 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             wire = verdict.to_wire()
             if options.format == "text":
                 heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
-                sys.stdout.write(heading + render_verdict(verdict, wants_color(sys.stdout), options.verbose) + "\n")
+                shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
+                sys.stdout.write(f"{heading}{shown}\n")
         if options.format == "json":
-            sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **wire}) + "\n")
+            sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}) + "\n")
         statuses.append(status)
     return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
 
@@ -14107,7 +14362,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 
 # endregion 43
 # ==============================================================================
-# region 44. Options                         [uses 8, 9, 13, 21, 22, 35, 41, 43]
+# region 44. Options                     [uses 8, 9, 11, 13, 21, 22, 35, 41, 43]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -14144,19 +14399,26 @@ def _read_levels(text: str) -> dict[str, int]:
         name, _, level = part.partition("=")
         if ":" in name:
             product, _, name = name.partition(":")
-        key = f"{product}:{name}".lstrip(":")
-        known = name in TCB_LAYOUTS["Turin"] and product in ("", *(layout.lower() for layout in TCB_LAYOUTS))
-        if key in levels or not known or int(level) > 255:
+        key = name if name == "tdx" else f"{product}:{name}".lstrip(":")
+        known = name in (*TCB_LAYOUTS["Turin"], "tdx") and product in ("", *(p.lower() for p in TCB_LAYOUTS))
+        if key in levels or not known or (name != "tdx" and int(level) > 255):
             raise ValueError(text)
-        levels[key] = int(level)
+        # All components of a TD in one number; those that are left out are 0.
+        levels[key] = int(level.ljust(32, "0"), 16) if name == "tdx" else int(level)
     return levels
 
 
-def _read_pcr(text: str) -> tuple[int, str]:
-    register, _, value = text.partition("=")
-    if int(register) >= PCR_COUNT:
-        raise ValueError(text)
-    return int(register), value.lower().removeprefix("0x")
+def _register(count: int, digits: int) -> Callable[[str], Any]:
+    """Return an argparse type for one of count registers and its value."""
+
+    def convert(text: str) -> tuple[int, str]:
+        register, _, value = text.partition("=")
+        if int(register) >= count:
+            raise ValueError(text)
+        return int(register), value.lower().removeprefix("0x")
+
+    expected = f"a register below {count} and its value, such as {count // 6}=HEX with {digits} digits"
+    return _typed(f"[0-9]{{1,2}}=(0x)?[0-9a-fA-F]{{{digits}}}", expected, convert)
 
 
 def _read_guest_policy(text: str) -> tuple[int, int, int]:
@@ -14214,9 +14476,10 @@ _days = _typed("[0-9]{1,6}", "a whole number", lambda text: int(text) * 24 * 360
 _size = _typed("[0-9]{1,9}[KMGT]", "a size such as 500M or 20G", lambda text: int(text[:-1]) << _SHIFTS[text[-1]])
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
+_LEVEL_ITEM = "(([a-z]+:)?(?!tdx)[a-z]+=[0-9]{1,3}|tdx=([0-9a-fA-F]{2}){1,16})"
 _levels = _typed(
-    "([a-z]+:)?[a-z]+=[0-9]{1,3}(,([a-z]+:)?[a-z]+=[0-9]{1,3})*",
-    "a list of levels such as bootloader=4,snp=24 or milan:snp=24,genoa:snp=23",
+    f"{_LEVEL_ITEM}(,{_LEVEL_ITEM})*",
+    "a list of levels such as bootloader=4,snp=24 or milan:snp=24,genoa:snp=23,tdx=050104",
     _read_levels,
 )
 _NUMBER = "0x[0-9a-fA-F]{1,16}|[0-9]{1,19}"
@@ -14236,9 +14499,7 @@ _firmware = _typed(
     "a version such as 1.55 or 1.55.40",
     lambda text: tuple(map(int, text.split("."))),
 )
-_pcr = _typed(
-    "[0-9]{1,2}=(0x)?[0-9a-fA-F]{64}", f"a register below {PCR_COUNT} and its value, such as 4=HEX", _read_pcr
-)
+_time = _typed("[0-9]{4}-[0-9-]{5}T[0-9:]{8}Z", "a time such as 2026-11-23T12:00:00Z", datetime.fromisoformat)
 
 
 # Rows that several commands share.
@@ -14451,7 +14712,15 @@ COMMANDS = (
             ("--author-key-digest HEX", "AUTHOR_KEY_DIGEST of the report", _hex(96)),
             ("--report-id HEX", "REPORT_ID of the report", _hex(64)),
             ("--csp-id NAME", "CSP_ID of the VLEK, such as CN=cc-us-east-2.amazonaws.com"),
-            ("--pcr N=HEX... pcrs", "Azure: value of the virtual TPM's register N; all must match", _pcr),
+            (
+                "--pcr N=HEX... pcrs",
+                "Azure: value of the virtual TPM's register N; all must match",
+                _register(PCR_COUNT, 64),
+            ),
+            ("--rtmr N=HEX... rtmrs", "TDX: value of the register RTMR N; all must match", _register(4, 96)),
+            ("--mr-config-id HEX", "TDX: MRCONFIGID", _hex(96)),
+            ("--service-td HEX", "TDX: MRSERVICETD of the one service TD that may be bound", _hex(96)),
+            ("--compose-hash HEX", "dstack: SHA-256 of the app's compose file, from the event log", _hex(64)),
             ("--allow-debug", "accept a VM that its host can read and change"),
             ("--require-tee", "fail for simulated evidence"),
             ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
@@ -14462,7 +14731,16 @@ COMMANDS = (
                 "--vek FILE",
                 "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
             ),
-            ("--roots DIR", "certificates to trust instead of AMD's: <product>/{ark,ask,asvk}.der"),
+            ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON"),
+            ("--require-collateral", "fail without them"),
+            (
+                "--accept-tcb STATUS...",
+                "accept this TCB status too: OutOfDate, ...; never Revoked",
+                TCB_STATUSES[:-1],
+                [],
+            ),
+            ("--at TIME", "verify as of this time, such as 2026-11-23T12:00:00Z, for a bundle that was kept", _time),
+            ("--roots DIR", "certificates to trust instead: <product>/{ark,ask,asvk}.der, intel/root.der"),
         ),
         _BUILD,
         "verify bundles, offline",
@@ -14680,7 +14958,7 @@ Exit status
 """
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
 _NOT_IN_POLICY = {"help", "policy", "format", "verbose"}
-_POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots"}
+_POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots", "collateral"}
 
 
 def command_parser(command: Command) -> "argparse.ArgumentParser":
@@ -14817,7 +15095,7 @@ def _policy_value(
         raise UsageError(f"{where}: expected true or false")
     repeatable = isinstance(action, argparse._AppendAction)
     if isinstance(value, dict) and action.dest == "min_tcb":
-        value = ",".join(f"{name}={level!r}" for name, level in value.items())
+        value = ",".join(f"{name}={level}" for name, level in value.items())
     items = value if isinstance(value, list) and repeatable else [value]
     folder *= action.dest in _POLICY_PATHS
     try:
