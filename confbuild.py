@@ -13064,13 +13064,13 @@ class Display:
     began: when it was made.
     """
 
-    def __init__(self, stream: IO[str], form: str, color: bool, timed: bool = True) -> None:
+    def __init__(self, stream: IO[str], form: str, timed: bool = True) -> None:
         if form == "auto":
             form = "live" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         self.form = form
         self.began = time.monotonic()
         self._stream = stream
-        self._color = color
+        self._color = wants_color(stream)
         self._timed = timed
         self._phase = ""
         self._since = 0.0  # when the phase began
@@ -13563,7 +13563,7 @@ def _read_der(path: str) -> bytes:
 
 # endregion 42
 # ==============================================================================
-# region 43. Commands  [uses 6, 7, 8, 13, 14, 15, 17, 18, 21, 22, 23, 24, 25, 26, 27, 33, 34, 37, 38, 41, 42]
+# region 43. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 33, 34, 37, 38, 41, 42]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -13714,12 +13714,12 @@ class Client(NamedTuple):
         return shlex.join([*own_command(), *arguments, *self.arguments])
 
 
-def _client(options: "argparse.Namespace", timed: bool = True) -> Client:
+def _client(options: "argparse.Namespace", display: Display | None = None) -> Client:
     """Return the server that the options or the environment name. Raises UsageError."""
     if not options.server:
         raise UsageError("no server is named", "give --server URL, or set CONFBUILD_SERVER")
     [token, *_] = [*_read_tokens(options.token_file), ""]
-    display = Display(sys.stderr, options.format, wants_color(sys.stderr), timed)
+    display = display or Display(sys.stderr, options.format)
     arguments = ["--server", options.server, *(["--token-file", options.token_file] if options.token_file else [])]
     return Client(ApiClient(options.server, token, display.note), display, arguments)
 
@@ -13766,7 +13766,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
         archive, request = None, BuildRequest(nonce, source, options.ref)
-        display = Display(sys.stderr, options.format, wants_color(sys.stderr))
+        display = Display(sys.stderr, options.format)
         if not is_url:
             archive, request = (
                 os.path.join(scratch, name + ".tar.gz"),
@@ -13776,7 +13776,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             display.note(f"packed {packed.note}")
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
         if machine is None:
-            client = _client(options)
+            client = _client(options, display)
         else:
             token = secrets.token_urlsafe(32)
             running = start_server(options, os.path.join(scratch, "state"), [token], machine)
@@ -13879,21 +13879,15 @@ def _check_target(path: str) -> None:
     hint = "name another directory with -o"
     if os.path.realpath(path) == os.path.realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
-    if os.path.lexists(path) and not (os.path.isdir(path) and not os.path.islink(path) and _is_replaceable(path)):
+    ours = not os.path.lexists(path)
+    if os.path.isdir(path) and not os.path.islink(path):
+        names = set(os.listdir(path))
+        ours = not names
+        if names == _BUNDLE_FILES:
+            listed = subject_names(read_limited(os.path.join(path, "provenance.json"), MAX_JSON))
+            ours = set(walk_files(os.path.join(path, "artifacts"))) <= set(listed)
+    if not ours:
         raise UsageError(f"{path} exists and is not a bundle", hint)
-
-
-def _is_replaceable(path: str) -> bool:
-    """Return True if the directory holds only files of a bundle."""
-    names = set(os.listdir(path))
-    if not names:
-        return True
-    try:
-        with open(os.path.join(path, "provenance.json"), "rb") as f:
-            listed = {subject["name"] for subject in parse_json(f.read(MAX_JSON + 1), "provenance.json")["subject"]}
-        return names == _BUNDLE_FILES and set(walk_files(os.path.join(path, "artifacts"))) <= listed
-    except (OSError, Malformed, BuildFailed, KeyError, TypeError):
-        return False
 
 
 def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[str, Any] | None:
@@ -13903,25 +13897,25 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[st
     """
     display = client.display
     for event in client.service.events(job_id, start, submitted=bool(log)):
-        lines: Sequence[str] = ()
         if isinstance(event, list):
-            text = '","'.join(event)
+            kind, text = "build", '","'.join(event)
             lines = json.loads(f'["{text}"]') if "\\" in text else event
-        elif event["type"] == "build" and isinstance(event.get("msg"), str):
-            lines = [event["msg"]]
+            wire = text.join(('{"type":"build","msg":"', '"}')).replace('","', '"}\n{"type":"build","msg":"')
+        else:
+            kind, wire = event["type"], compact_json(event)
+            lines = [event["msg"]] if isinstance(event.get("msg"), str) else []
         # A new attempt after a crash of the server begins with `queued`: its log starts again.
-        again = not lines and isinstance(event, dict) and event["type"] == "queued"
-        with open(log or os.devnull, "wb" if again else "ab") as f:
-            f.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+        with open(log or os.devnull, "wb" if kind == "queued" else "ab") as f:
+            if kind == "build":
+                f.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
         if display.form == "json":
-            rows = [f'{{"type":"build","msg":"{text}"}}\n' for text in event] if isinstance(event, list) else []
-            sys.stdout.write("".join(rows) or compact_json(event) + "\n")
+            sys.stdout.write(wire + "\n")
             sys.stdout.flush()
         elif isinstance(event, list):
-            display.show("build", lines)
+            display.show(kind, lines)
         else:
             display.event(event)
-        if isinstance(event, dict) and event["type"] == "complete":
+        if kind == "complete" and isinstance(event, dict):
             result = event.get("result")
             if not isinstance(result, dict) or result.get("status") not in ("ok", "failed"):
                 raise BrokenProtocol("a `complete` event without a valid result")
@@ -13973,24 +13967,22 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
         more = ["--nonce", delivery.expected.nonce] if delivery.expected.nonce else []
         again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *more)
     try:
-        path, verdict, why = _hold_bundle(client.service, job_id, delivery)
+        path, verdict = _hold_bundle(client.service, job_id, delivery)
     except OSError as e:
         raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", again) from None
     except RemoteError as e:
         e.hint = e.hint or ("" if e.status else again)
         raise
-    good = verdict is not None and verdict.verdict != "failed"
+    good = verdict.verdict != "failed"
     if client.display.form == "json":
-        wire = {"verdict": "failed", "error": why} if verdict is None else verdict.to_wire()
-        doc = {"type": "bundle", "path": path, "nonce": delivery.expected.nonce, **wire}
+        doc = {"type": "bundle", "path": path, "nonce": delivery.expected.nonce, **verdict.to_wire()}
         sys.stdout.write(compact_json(doc) + "\n")
     else:
-        if verdict is None:
-            say(f"error: {why}: nothing is verified; it is kept as {path}")
-        elif good:
+        if good:
             _tell_result(client.display, path, verdict, delivery)
         else:
             sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
+            say(f"the result is kept as {path}")
         sys.stdout.write(path + "\n")
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
@@ -14013,14 +14005,14 @@ def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delive
     display.note("to verify it again: " + shlex.join(command) + status)
 
 
-def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[str, Verdict | None, str]:
-    """Download a result; return its path, its verdict, and the reason if there is no verdict.
+def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[str, Verdict]:
+    """Download a result; return its path and its verdict.
 
     A result that verifies replaces the directory delivery.bundle, with all artifacts in artifacts/. Any other one is
     kept as it came, as bundle + ".unverified.tar.gz".
     Raises OSError, RemoteError.
     """
-    bundle, verdict, why = delivery.bundle, None, ""
+    bundle = delivery.bundle
     parent = os.path.dirname(os.path.abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
@@ -14034,17 +14026,18 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
                 unpack_archive(archive, root, MAX_RESULT)
         except (UsageError, BuildFailed) as e:
             why = str(e).replace(archive, "the result")
-        if why or verdict is None or verdict.verdict == "failed":  # it must not replace a good bundle
+            verdict = Verdict("failed", "unknown", {}, [Check("result form", "failed", detail=why)])
+        if verdict.verdict == "failed":  # it must not replace a good bundle
             bundle += ".unverified.tar.gz"
             os.replace(archive, bundle)
-            return bundle, None if why else verdict, why
+            return bundle, verdict
         root, _ = find_project(root, "")
         os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
         for name in set(os.listdir(root)) - _BUNDLE_FILES:  # an artifact, or an equal copy of one
             os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
         remove_tree(bundle)
         os.rename(root, bundle)
-    return bundle, verdict, why
+    return bundle, verdict
 
 
 _OPEN = ("queued", "running")
@@ -14052,7 +14045,7 @@ _OPEN = ("queued", "running")
 
 def cmd_watch(options: "argparse.Namespace") -> int:
     """Follow a job."""
-    client = _client(options, timed=False)
+    client = _client(options, Display(sys.stderr, options.format, timed=False))
     job_id = _find_job(client, options.job)
     result = _follow(client, job_id, "", options.start)
     if result is not None:

@@ -23551,7 +23551,7 @@ class TestRendering:
     def test_the_clock_goes_on(self) -> None:
         """In the silence of a long link step the last lines and the time are still drawn."""
         stream = io.StringIO()
-        display = confbuild.Display(stream, "live", False)
+        display = confbuild.Display(stream, "live")
         for n in range(3):
             display.event({"type": "build", "msg": f"line {n}"})
         wait_for(lambda: "line 2" in stream.getvalue() and re.search(r"build +0\.[3-9] s", stream.getvalue()))
@@ -23874,7 +23874,7 @@ class TestRendering:
         out, clock = io.StringIO(), itertools.count()
         monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(monotonic=lambda: float(next(clock))))
         monkeypatch.setenv("COLUMNS", "40")
-        display = confbuild.Display(out, "live" if live else "plain", False)
+        display = confbuild.Display(out, "live" if live else "plain")
         for event in events:
             display.event(event)
             if event["type"] == "complete":
@@ -23931,7 +23931,7 @@ class TestRendering:
             one, many = io.StringIO(), io.StringIO()
             lines = [f"\x1b[1m{n}\u202e" for n in range(60)]
             for stream, parts in ((one, [[line] for line in lines]), (many, [lines])):
-                display = confbuild.Display(stream, form, False, timed=False)
+                display = confbuild.Display(stream, form, timed=False)
                 for part in parts:
                     display.show("build", part)
                 display.end(self.FAILED, lambda: "in x.log")
@@ -24515,7 +24515,7 @@ class TestUsage:
             {"type": "complete", "result": {"status": "ok"}},
         ]
         service: Any = types.SimpleNamespace(events=lambda job, start, submitted: iter(told))
-        client = confbuild.Client(service, confbuild.Display(io.StringIO(), "quiet", False))
+        client = confbuild.Client(service, confbuild.Display(io.StringIO(), "quiet"))
         confbuild._follow(client, "j", str(tmp_path / "log"))
         assert (tmp_path / "log").read_text() == "new\n"
 
@@ -24842,7 +24842,7 @@ class TestBeforeTheSource:
             if message
             else contextlib.nullcontext()
         ):
-            client = confbuild.Client(service, confbuild.Display(sys.stderr, "plain", False))
+            client = confbuild.Client(service, confbuild.Display(sys.stderr, "plain"))
             confbuild._check_waiting_vm(client, self.BOOTED, confbuild.Endorsements(THREE))
         said = capsys.readouterr().err
         assert (f"\nFAIL {failed}" in said) == bool(failed) and (
@@ -26344,26 +26344,26 @@ class TestBuild:
         [
             (
                 tarball(PARTS),
-                "error: the result: no evidence.json in the archive: nothing is verified; it is kept as "
-                "out.unverified.tar.gz\n",
+                "FAIL result form  the result: no evidence.json in the archive\n"
+                "confbuild: the result is kept as out.unverified.tar.gz\n",
             ),
-            (tarball({"evidence.json": "{}", "artifacts/a": "x"}), "the result: no provenance.json in the archive: "),
-            (tarball({"artifacts/a": "x"}), "the result: no evidence.json in the archive: "),
+            (tarball({"evidence.json": "{}", "artifacts/a": "x"}), "the result: no provenance.json in the archive"),
+            (tarball({"artifacts/a": "x"}), "the result: no evidence.json in the archive"),
             (
                 tarball({**PARTS, "evidence.json": "{}", "a/README": "x"}),
-                "error: the result: unexpected archive member 'demo/a/README': nothing is verified",
+                "result form  the result: unexpected archive member 'demo/a/README'",
             ),
             (tarball({**PARTS, "evidence.json": bundle().evidence, "README": "x"}), "FAILED"),
-            (tarball({"evil.sh": "x"}), "the result: no evidence.json in the archive: "),
-            (tarball({}), "the result: no evidence.json in the archive: "),
+            (tarball({"evil.sh": "x"}), "the result: no evidence.json in the archive"),
+            (tarball({}), "the result: no evidence.json in the archive"),
             # Unpacked, this link would lead out of the folder.
             (linked(demo__artifacts__x="../../other"), "unexpected archive member 'demo/artifacts/x'"),
             (linked(demo__evidence__json="provenance.json"), "unexpected archive member 'demo/evidence/json'"),
             (
                 tarball({"../evil": "x"}),
-                "error: the result: unexpected archive member 'demo/../evil': nothing is verified; it is kept as ",
+                "result form  the result: unexpected archive member 'demo/../evil'",
             ),
-            (b"<html>", "error: the result: neither a bundle nor its archive: "),
+            (b"<html>", "result form  the result: neither a bundle nor its archive: "),
             (b"", "the archive is empty"),
             (tarball(PARTS)[:-9], "the result: neither a bundle nor its archive: "),
             (result_archive(bundle(nonce="f" * 32)), "FAILED"),
@@ -26387,9 +26387,10 @@ class TestBuild:
             said = capsys.readouterr()
             if "json" in more:
                 doc = json.loads(said.out)
-                assert (doc["path"], doc["verdict"], said.err) == (kept, "failed", "") and (
-                    message == "FAILED" or doc["error"] in message or message[:-2] in "error: " + doc["error"] + ": "
-                )
+                assert (doc["path"], doc["verdict"], said.err) == (kept, "failed", "")
+                [check, *_] = [check for check in doc["checks"] if check["status"] == "failed"]
+                shown = message.partition("\n")[0].rpartition("result form  ")[2]
+                assert message == "FAILED" or (check["name"], shown in check["detail"]) == ("result form", True)
             else:
                 assert message in said.err and said.out == kept + "\n"
             assert sorted(os.listdir()) == ["out", kept] and Path(kept).read_bytes() == answer
