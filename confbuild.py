@@ -188,6 +188,7 @@ import _thread
 import contextlib
 import errno
 import functools
+import marshal
 import os
 import stat
 import time
@@ -5138,14 +5139,44 @@ def own_source() -> bytes:
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
+# Run the compiled copy, named first, of the file that is named second.
+_RUN_COPY = (
+    "import marshal, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
+    "with open(COPY, 'rb') as f: code = marshal.load(f)\n"
+    "exec(code)"
+)
+_copies: list[str] = [globals()["COPY"]] if "COPY" in globals() else []  # the path, if there is one
+
+
+def make_copy(folder: str) -> None:
+    """Write a compiled copy of this file into folder, for own_program: compiling takes longer than anything else there.
+
+    folder: nobody else can write to it. A copy that an earlier process left is replaced, not used.
+    """
+    if not os.path.isfile(__file__):  # inside a zipapp, whose start file is another one
+        return
+    frame: Any = sys._getframe()
+    while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
+        frame = frame.f_back
+    code = frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
+    path = os.path.join(folder, f"confbuild-{sha256_hex(own_source())}.code")
+    for old in glob.glob(os.path.join(glob.escape(folder), "confbuild-*.code*")):
+        os.unlink(old)
+    with open(path + ".tmp", "wb") as f:
+        marshal.dump(code, f)
+    os.replace(path + ".tmp", path)
+    _copies[:] = [path]
+
+
 def own_program() -> list[str]:
-    """Return the arguments that run this file again.
+    """Return the arguments that run this file again, from its compiled copy if there is one.
 
     It is isolated from the environment, the current directory and site-packages."""
     path = os.path.abspath(__file__)
     while not os.path.isfile(path):  # inside a zipapp
         path = os.path.dirname(path)
-    return [sys.executable, "-I", "-S", "-c", _RUN, path]
+    run = [_RUN_COPY, *_copies] if _copies and os.path.exists(_copies[0]) else [_RUN]
+    return [sys.executable, "-I", "-S", "-c", *run, path]
 
 
 def reexec_without_ast() -> None:
@@ -13179,7 +13210,7 @@ class Display:
 
 # endregion 41
 # ==============================================================================
-# region 42. Server set-up  [uses 18, 19, 21, 25, 26, 28, 31, 32, 33, 36, 37, 38, 41]
+# region 42. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 31, 32, 33, 36, 37, 38, 41]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -13423,6 +13454,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
+    make_copy(state)
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
     pool = VmPool(
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),

@@ -10646,11 +10646,21 @@ answer(None)""",
             confbuild.remove_tree(str(tmp_path / "above/tree"))
         assert (tmp_path / "above").stat().st_mode & 0o7777 == 0o1777
 
-    def test_own_program(self, tmp_path: Path) -> None:
-        """Neither the current directory nor PYTHON* reach it."""
+    @pytest.mark.parametrize("copied", [False, True])
+    def test_own_program(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: bool) -> None:
+        """Neither the current directory nor PYTHON* reach it. A copy that somebody else has made is not used."""
         for name in ("json.py", "re.py", "sitecustomize.py", "runpy.py"):
             (tmp_path / name).write_text("print('hostile')\n")
+        monkeypatch.setattr(confbuild, "_copies", [])
+        copy = tmp_path / f"confbuild-{confbuild.sha256_hex(confbuild.own_source())}.code"
+        if copied:
+            copy.write_bytes(marshal.dumps(compile("print('hostile')", "x", "exec")))
+            (tmp_path / "confbuild-old.code.tmp").symlink_to(FILE)
+            confbuild.make_copy(str(tmp_path))
         program = confbuild.own_program()
+        assert (str(copy) in program) == copied and [path.name for path in tmp_path.glob("confbuild-*")] == (
+            [copy.name] if copied else []
+        )
         done = subprocess.run(
             [*program, "--version"],
             cwd=tmp_path,
