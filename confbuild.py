@@ -274,6 +274,7 @@ WORKSPACE = "confbuild-vm-"  # prefix of a VM's folder, which is removed with th
 MAX_JSON = 4 * MIB  # of provenance.json and evidence.json; the largest seen in the field has 300 KiB
 MAX_ARCHIVE = 64 * MIB  # of an uploaded source [CONTRACT 1.6]
 MAX_UNPACKED = 4 * GIB
+MAX_RATIO = 200  # unpacked to packed size above 64 MiB; source code packs about 5:1, zeros 1000:1
 MAX_MEMBERS = 100_000  # of an archive or a repository
 MAX_DEPTH = 64  # of nested folders; also keeps recursion far from Python's limit
 MAX_LINE = 64 * KIB  # of build output in one event [CONTRACT 1.10]
@@ -812,12 +813,16 @@ class SourcePolicy(NamedTuple):
     schemes: of URLs.
     loopback: whether a URL may lead to this machine.
     max_archive, max_unpacked: in bytes.
+    max_ratio: of the unpacked to the packed size, above 64 MiB.
+    allow_filters: accept repositories whose files have filters, such as git LFS.
     """
 
     schemes: Sequence[str] = SCHEMES
     loopback: bool = True
     max_archive: int = MAX_ARCHIVE
     max_unpacked: int = MAX_UNPACKED
+    max_ratio: int = MAX_RATIO
+    allow_filters: bool = False
 
 
 def utc_now() -> str:
@@ -5197,7 +5202,6 @@ def reexec_without_ast() -> None:
 # Debian packages for Part V.  Memory does not depend on the archive.  [POSIX.1-2017 pax], tar(5), [APPNOTE.TXT]; no
 # threads.
 
-MAX_RATIO = 200  # unpacked to packed size above 64 MiB; source code packs about 5:1, zeros 1000:1
 IGNORED = frozenset(("__MACOSX", ".DS_Store"))
 
 
@@ -5319,19 +5323,21 @@ class TreeWriter:
         folded = unicodedata.normalize("NFC", name).casefold() if self._is_source else name
         known = self._folded.setdefault(folded, name)
         if known != name:
-            raise source_error(f"{name[:80]!r} and {known[:80]!r} differ only in case")
+            kind = "in case" if known.casefold() == name.casefold() else "in the form of accents"
+            raise source_error(f"{name[:80]!a} and {known[:80]!a} differ only {kind}")
         if len(self._folded) > MAX_MEMBERS:
             raise limit_error(f"{self._label} has more than {MAX_MEMBERS} members, counting the folders around them")
         if self.kinds.get(name, "directory") != "directory" or self.kinds.setdefault(name, kind) != kind:
             raise source_error(f"{name[:80]!r} occurs twice, as {self.kinds[name]} and as {kind}")
 
 
-def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED) -> None:
+def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED, max_ratio: int = MAX_RATIO) -> None:
     """Unpack the ZIP file or gzip tarball at path into the empty directory root.
 
-    max_bytes: limit of the unpacked contents; a limit relative to the archive's size applies as well.
+    max_bytes: limit of the unpacked contents.
+    max_ratio: limit of their size relative to the archive's, above 64 MiB.
     Raises BuildFailed SourceError or LimitError; root is then incomplete."""
-    tree = TreeWriter(root, min(max_bytes, max(64 * MIB, MAX_RATIO * os.path.getsize(path))))
+    tree = TreeWriter(root, min(max_bytes, max(64 * MIB, max_ratio * os.path.getsize(path))))
     try:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
@@ -5541,11 +5547,10 @@ def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
         yield tar
 
 
-def write_source(archive: str, root: str, name: str, files: Sequence[str], history: bool) -> None:
+def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",)) -> None:
     """Write files into the gzip tarball archive, in a directory called name, without owners and times.
 
-    files: relative to root.
-    history: also write root's .git."""
+    files: relative to root, folders with all that is in them; all of root by default."""
 
     def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
         info.uid = info.gid = info.mtime = 0
@@ -5553,8 +5558,8 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str], histo
         return info
 
     with open_tar(archive) as tar:
-        for file in [*sorted(files), *[".git"] * history]:
-            tar.add(os.path.join(root, file), f"{name}/{file}", filter=forget)
+        for file in sorted(files):
+            tar.add(os.path.join(root, file), os.path.join(name, file), filter=forget)
 
 
 # endregion 23
@@ -5574,6 +5579,8 @@ _REF = re.compile(  # git-check-ref-format(1)
     re.VERBOSE,
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
+GITLINK = b"160000"  # the mode of a submodule [GIT]
+MAX_TAGS = 100  # of one commit
 MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
 MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds everything that a server announces
 
@@ -5583,13 +5590,16 @@ def repository_name(url: str) -> str:
     return safe_name(url.rstrip("/").rpartition("/")[2].removesuffix(".git"))
 
 
-def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
+def git_tree(
+    root: str, files: Iterable[str], algorithm: str = "sha1", absent: Mapping[str, tuple[bytes, bytes]] | None = None
+) -> str:
     """Return the object name of the tree that git would make of these files. [GIT]
 
     files: relative to root.
     algorithm: sha1 or sha256, the repository's object format.
+    absent: the mode and object name of further entries, whose contents are not read.
     Raises BuildFailed SourceError for a file that git cannot store, such as a pipe."""
-    found = []
+    found = {name: (mode, bytes.fromhex(digest.decode("ascii"))) for name, (mode, digest) in (absent or {}).items()}
     for name in files:
         path = os.path.join(root, name)
         mode = os.lstat(path).st_mode
@@ -5599,7 +5609,7 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
         with io.BytesIO(os.fsencode(os.readlink(path))) if is_link else open(path, "rb") as f:
             digest = _git_object(algorithm, b"blob", f)
         git_mode = b"120000" if is_link else b"100%o" % (0o644 | (mode >> 6 & 1) * 0o111)
-        found.append((os.fsencode(name).split(b"/"), git_mode, digest))
+        found[name] = git_mode, digest
 
     def tree(entries: list[tuple[list[bytes], bytes, bytes]]) -> bytes:
         rows = []
@@ -5610,7 +5620,7 @@ def git_tree(root: str, files: Iterable[str], algorithm: str = "sha1") -> str:
         body = b"".join(b"%s %s\0%s" % (mode, name.rstrip(b"/"), digest) for name, mode, digest in sorted(rows))
         return _git_object(algorithm, b"tree", io.BytesIO(body))
 
-    return tree(found).hex()
+    return tree([(os.fsencode(name).split(b"/"), *entry) for name, entry in found.items()]).hex()
 
 
 def _git_object(algorithm: str, kind: bytes, contents: IO[bytes]) -> bytes:
@@ -5634,7 +5644,7 @@ def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str,
     schemes: the only URL schemes that git may use."""
     settings = f"""
         GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL={os.devnull} GIT_ATTR_NOSYSTEM=1 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true
-        GIT_ALLOW_PROTOCOL={":".join(schemes)} GIT_OPTIONAL_LOCKS=0 LC_ALL=C"""
+        GIT_ALLOW_PROTOCOL={":".join(schemes)} GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C"""
     return {**env, **dict(setting.split("=") for setting in settings.split())}
 
 
@@ -5677,7 +5687,10 @@ def _git(
     if re.search("(?i)out of memory|cannot allocate|file too large", errors):
         limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
         raise limit_error(f"git needs more than {limits_text}: {cause}")
-    raise source_error(cause)
+    error = source_error(cause)
+    if "safe.directory" in lines[-1]:
+        error.hint = f"if you trust it: {lines[-1].strip()}"
+    raise error
 
 
 def check_ref(ref: str) -> None:
@@ -5810,49 +5823,66 @@ def fetch_git(
     ref: str,
     root: str,
     env: Mapping[str, str],
-    schemes: Sequence[str] = SCHEMES,
-    loopback: bool = False,
-    max_bytes: int = MAX_UNPACKED,
+    policy: SourcePolicy,
     origin: str | None = None,
 ) -> None:
     """Check out a commit into the new directory root, with a history of depth 1 and the bytes of the repository.
 
+    The tags that point at the commit are fetched too, for `git describe`. Submodules are empty folders.
     url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
     branch.
-    loopback: as in check_url.
-    max_bytes: limit of the pack and of the files.
     origin: the URL to record, or "" for none; url by default.
     Raises BuildFailed SourceError or LimitError."""
-    env, git, pinned = git_environment(env, schemes), os.path.join(root, ".git"), _pinned_address(url, loopback)
+    env, git = git_environment(env, policy.schemes), os.path.join(root, ".git")
+    pinned = _pinned_address(url, policy.loopback)
     os.mkdir(root)
-    max_bytes = min(max_bytes, shutil.disk_usage(root).free // 2)
+    max_bytes = min(policy.max_unpacked, shutil.disk_usage(root).free // 2)
 
     def watch() -> None:
         if _folder_size(git) > max_bytes:
             raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
 
-    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url, "+" + (ref or "HEAD")]
-    formats = ["sha256", "sha1"]
-    if object_format(ref) == "sha1":
-        formats.reverse()
-    for algorithm in formats:
+    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url]
+    for algorithm in sorted(("sha1", "sha256"), key=object_format(ref).__ne__):
         _init_repository(root, algorithm, env)
         try:
-            _git(fetch, root, env, max_bytes, watch=watch)
+            _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
             break
         except BuildFailed as e:
-            if algorithm == formats[-1] or "mismatched algorithms" not in str(e):
+            if "mismatched algorithms" not in str(e) or algorithm != object_format(ref):
                 raise
             remove_tree(git)
     watch()
-    _check_listing(root, env, min(max_bytes, max(64 * MIB, MAX_RATIO * _folder_size(git))))
+    _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
+    commit = _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
+    _git(["read-tree", commit], root, env, max_bytes)
+    if not policy.allow_filters:
+        refuse_filters(root, env)
     os.makedirs(os.path.join(git, "info"), exist_ok=True)
     with open(os.path.join(git, "info", "attributes"), "w", encoding="ascii") as f:
         f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # keep the bytes that the tree hash covers
-    _git(["checkout", "-q", "--detach", "FETCH_HEAD", "--"], root, env, max_bytes)
+    _git(["checkout", "-q", "-f", "--detach", commit, "--"], root, env, max_bytes)
+    listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
+    rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
+    tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
+    if tags:
+        _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
     os.unlink(os.path.join(git, "FETCH_HEAD"))  # it contains url
     if origin != "":
         _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
+
+
+def refuse_filters(directory: str, env: Mapping[str, str]) -> None:
+    """Raise BuildFailed SourceError if .gitattributes gives a file of the index a filter, as that of git LFS.
+
+    Filters are programs, which are never run, so a build would see other bytes than in a usual checkout."""
+    alias = '!cd "./$GIT_PREFIX" && git ls-files -z | git check-attr --cached -z --stdin filter'
+    words = os.fsdecode(_git(["-c", f"alias.filters={alias}", "filters"], directory, env)).split("\0")
+    for name, value in zip(words[::3], words[2::3], strict=False):
+        if value not in ("unspecified", "unset", "set"):
+            error = source_error(f"{name[:80]!r} has the attribute filter={value[:40]}, and filters are never run")
+            error.hint = "--allow-filters builds with the bytes that are there, such as the pointers of git LFS"
+            raise error
 
 
 def _folder_size(folder: str) -> int:
@@ -5890,11 +5920,9 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
     for facts, _, name in rows:
         mode, _, _, size = facts.split()
         shown = repr(os.fsdecode(name)[:80])
-        if mode == b"160000":
-            raise source_error("the repository has submodules, which are not fetched")
         if name.count(b"/") > MAX_DEPTH:
             raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
-        if mode != b"040000":
+        if mode not in (b"040000", GITLINK):
             if not size.isdigit():
                 raise source_error(f"the repository lacks {shown}")
             total += int(size)
@@ -5902,77 +5930,102 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
         raise limit_error(f"the repository unpacks to more than {max_bytes} bytes")
 
 
-def read_head(git: str, common: str) -> str:
-    """Return the commit that HEAD names, or "".
+def _read_config(path: str, folder: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings in a file in the form of git's configuration, or {} if it is missing or damaged."""
+    try:
+        listed = _git(["config", "-z", "--file", path, "--no-includes", "--list"], folder, env)
+    except BuildFailed:
+        return {}
+    rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
+    return {name: value if has_value else "true" for name, has_value, value in rows}
+
+
+def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Make the empty folder own a repository with the objects, HEAD and refs of another one.
 
     git: the folder that holds HEAD.
-    common: the folder that holds refs; it differs in a linked work tree."""
-    head = _read_text(os.path.join(git, "HEAD"))
-    link = re.fullmatch(r"ref: (refs/[^\n]+)", head)
-    if link and _REF.fullmatch(link[1]):
-        packed = _read_text(os.path.join(common, "packed-refs"), 16 * MIB)
-        names = {name: commit for commit, _, name in (line.partition(" ") for line in packed.split("\n"))}
-        head = _read_text(os.path.join(common, link[1])) or names.get(link[1], "")
-    return head if _COMMIT.fullmatch(head) else ""
-
-
-def _read_text(path: str, size: int = 4096) -> str:
-    """Return the stripped beginning of a file, or "" if it cannot be read."""
-    if not os.path.isfile(path):  # opening a pipe would block
-        return ""
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as f:
-            return f.read(size).strip()
-    except OSError:
-        return ""
-
-
-def _borrow_objects(git: str, commit: str, own: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Make the empty folder own a repository with the objects of git and without its configuration.
-
-    commit: the HEAD of own, or "".
-    Return git's configuration as data: git never obeys it, since it could name programs."""
-    try:
-        listed = _git(["config", "-z", "--file", os.path.join(git, "config"), "--no-includes", "--list"], own, env)
-    except BuildFailed:
-        listed = b""
-    rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
-    config = {name: value if has_value else "true" for name, has_value, value in rows}
-    algorithm = object_format(commit) if commit else config.get("extensions.objectformat", "sha1")
-    _init_repository(own, algorithm, env, "--bare")
-    quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(git, "objects"))).replace("\n", "\\n")
+    common: the folder that holds objects and refs; it differs in a linked work tree.
+    Return (the commit of HEAD or "", the other one's configuration). git never obeys that, since it could name
+    programs."""
+    config, commit = _read_config(os.path.join(common, "config"), own, env), ""
+    _init_repository(own, config.get("extensions.objectformat", "sha1"), env, "--bare")
+    for name in ("HEAD", "refs"):
+        remove_tree(os.path.join(own, name))
+    for name in ("refs", "packed-refs"):
+        os.symlink(os.path.abspath(os.path.join(common, name)), os.path.join(own, name))
+    quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(common, "objects"))).replace("\n", "\\n")
     os.makedirs(os.path.join(own, "objects", "info"), exist_ok=True)
-    files = {"objects/info/alternates": f'"{quoted}"\n', "HEAD": commit + "\n", "shallow": commit + "\n"}
-    for name, text in files.items():
-        if text != "\n":
-            with open(os.path.join(own, name), "w", encoding="utf-8", errors="surrogateescape") as f:
-                f.write(text)
-    return config
+    with open(os.path.join(own, "objects", "info", "alternates"), "wb") as f:
+        f.write(os.fsencode(f'"{quoted}"\n'))
+    with contextlib.suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
+        shutil.copyfile(os.path.join(git, "HEAD"), os.path.join(own, "HEAD"))
+        commit = _git(["rev-parse", "-q", "--verify", "HEAD"], own, env).decode("ascii").strip()
+        with open(os.path.join(own, "shallow"), "w", encoding="ascii") as f:
+            f.write(commit + "\n")
+    return commit, config
 
 
-def believe_history(project: str, tree: str, env: Mapping[str, str]) -> tuple[str, str]:
-    """Return (commit, URL of the origin) of project's own `.git` if the tree of its HEAD is tree. [CONTRACT 3.4]
+def _list_tree(commit: str, folder: str, env: Mapping[str, str]) -> dict[str, tuple[bytes, bytes]]:
+    """Return the files, links and submodules of a commit: name -> (mode, object name in hexadecimal)."""
+    listed = _git(["ls-tree", "-r", "-z", commit], folder, env, max_output=MAX_MEMBERS * 320)
+    rows = (row.partition(b"\t") for row in listed.split(b"\0")[:-1])
+    return {os.fsdecode(name): (facts.split()[0], facts.split()[2]) for facts, _, name in rows}
 
-    tree: the object name of the tree of all files of project, so that none is untracked or modified.
-    The URL is an unverified claim of the history's owner, without credentials. The commit is hashed here.
+
+class History(NamedTuple):
+    """What the `.git` of a source says, as far as it can be believed.
+
+    commit, tree: their object names.
+    uri: of the origin, an unverified claim without credentials.
+    submodules: path -> entry of resolvedDependencies; also the submodules of submodules that are not empty."""
+
+    commit: str
+    tree: str
+    uri: str
+    submodules: Mapping[str, Mapping[str, Any]]
+
+
+def believe_history(project: str, env: Mapping[str, str]) -> History:
+    """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
+
+    The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
+    The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
     git = os.path.join(project, ".git")
     if not os.path.isdir(os.path.join(git, "objects")) or os.path.islink(git):
         raise source_error("there is no history")
-    commit = read_head(git, git)
-    if not commit:
-        raise source_error("HEAD names no commit")
     env = git_environment(env, ())
     with tempfile.TemporaryDirectory(dir=os.path.dirname(project)) as own:
-        config = _borrow_objects(git, commit, own, env)
+        commit, config = _borrow_repository(git, git, own, env)
+        if not commit:
+            raise source_error("HEAD names no commit")
         if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
             raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
         body = _git(["cat-file", "commit", commit], own, env)
+        head = _list_tree(commit, own, env)
+        modules = _read_config(os.path.join(project, ".gitmodules"), own, env)
     if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
+    links = {name: digest.decode("ascii") for name, (mode, digest) in head.items() if mode == GITLINK}
+    files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
+    absent = {name: row for name, row in head.items() if name in links or IGNORED & set(name.split("/"))}
+    tree = git_tree(project, files, object_format(commit), absent)
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
         raise source_error("the files differ from the tree of HEAD")
-    return commit, without_credentials(config.get("remote.origin.url", "").strip())
+    urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
+    submodules = {}
+    for link, named in links.items():
+        folder, url = os.path.join(project, link), without_credentials(urls.get(link, ""))
+        uri = f"pkg:generic/{urllib.parse.quote(link)}@{named}?vcs_url=git+{url}@{named}"
+        submodules[link] = {"digest": {"gitCommit": named}, "name": link, "uri": uri}
+        if os.path.isdir(folder) and os.listdir(folder):
+            inner = believe_history(folder, env)
+            if inner.commit != named:
+                raise source_error(f"the submodule {link!r} is not at the commit that HEAD names")
+            for name, row in inner.submodules.items():
+                below = row["uri"].replace("/", f"/{urllib.parse.quote(link)}/", 1)
+                submodules[f"{link}/{name}"] = {**row, "name": f"{link}/{name}", "uri": below}
+    return History(commit, tree, without_credentials(config.get("remote.origin.url", "").strip()), submodules)
 
 
 class Checkout(NamedTuple):
@@ -5980,67 +6033,93 @@ class Checkout(NamedTuple):
 
     root: the top of the work tree.
     own: the repository of our own.
-    commit: of its HEAD, or "".
-    config: its configuration, as data.
-    env: for a git that sees the work tree and its index."""
+    commit: of HEAD, or "".
+    config: the configuration of the work tree, as data.
+    env: for a git that sees the work tree, and obeys the user's own configuration.
+    index_path: of the work tree's index. git sees it only if GIT_INDEX_FILE says so, else the index of HEAD."""
 
     root: str
     own: str
     commit: str
     config: Mapping[str, str]
     env: Mapping[str, str]
-
-    def ask(self, directory: str, *arguments: str) -> str | None:
-        """Run git in directory and return its output, or None if it fails."""
-        status, output, _ = capture([*_GIT, *arguments], directory, self.env)
-        return None if status != 0 else os.fsdecode(output)
+    index_path: str
 
 
 def open_checkout(directory: str, own: str) -> Checkout | None:
     """Return the work tree that contains directory, or None.
 
     own: an empty folder.
-    Objects, HEAD, the index and the patterns of ignored files are used as data. The configuration is not used: it could
-    name programs (core.fsmonitor, filters, a partial clone's remote). The configuration of the user is obeyed."""
+    Objects, HEAD, refs, the index, and the patterns of ignored files and of attributes are used as data. The
+    configuration is not used: it could name programs (core.fsmonitor, filters, a partial clone's remote). The
+    configuration of the user is obeyed; its safe.directory decides which work trees of other users count.
+    Raises BuildFailed with git's reason if git refuses the work tree."""
     root = os.path.realpath(directory)
     while not os.path.lexists(os.path.join(root, ".git", "HEAD")) and not os.path.isfile(os.path.join(root, ".git")):
         root, below = os.path.dirname(root), root
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None
-    git = os.path.join(root, ".git")
-    if os.path.isfile(git):  # of a linked work tree or a submodule
-        git = os.path.join(root, _read_text(git).removeprefix("gitdir: "))
-    common = os.path.join(git, _read_text(os.path.join(git, "commondir")))
-    if not os.path.isdir(os.path.join(common, "objects")):
-        return None
-    commit = read_head(git, common)
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
+    plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
+    above = {"GIT_CEILING_DIRECTORIES": os.path.dirname(root)}
     try:
-        config = _borrow_objects(common, commit, own, git_environment(plain, ()))
-    except BuildFailed:  # git is missing or too old
-        return None
+        found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, {**plain, **above})
+    except BuildFailed as e:
+        e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
+        raise
+    git, common = (os.path.join(root, os.fsdecode(line)) for line in found.splitlines())
+    commit, config = _borrow_repository(git, common, own, git_environment(plain, ()))
     os.symlink(os.path.join(common, "info"), os.path.join(own, "info"))
     for name in os.listdir(git):
         if name.startswith("sharedindex."):  # the index refers to it
             os.symlink(os.path.join(git, name), os.path.join(own, name))
-    index = {"GIT_DIR": own, "GIT_WORK_TREE": root, "GIT_INDEX_FILE": os.path.join(git, "index")}
-    return Checkout(root, own, commit, config, {**plain, **index, "GIT_OPTIONAL_LOCKS": "0"})
+    env = {**plain, "GIT_DIR": own, "GIT_WORK_TREE": root}
+    return Checkout(root, own, commit, config, env, os.path.join(git, "index"))
 
 
-def list_source(directory: str, checkout: Checkout | None) -> list[str]:
-    """Return the files of directory that git tracks or would track, or without a checkout all files."""
-    options = ("--cached", "--others", "--exclude-standard", "--deduplicate")
-    listed = checkout and checkout.ask(directory, "ls-files", "-z", *options)
-    if listed is None:
-        return walk_files(directory)
-    found = []
-    for name in filter(None, listed.split("\0")):
-        path = os.path.join(directory, name)
-        if os.path.isdir(path) and not os.path.islink(path):  # a submodule
-            found += [os.path.join(name, inner) for inner in walk_files(path)]
-        elif os.path.lexists(path):  # otherwise it was deleted
-            found.append(name)
+def list_source(directory: str, checkout: Checkout | None, submodules: bool = False) -> dict[str, str]:
+    """Return the files of directory, as they are, that are its source: name -> git's letter for it.
+
+    The letters are those of `git ls-files -t`: "S" for a file that git was told to skip, which may be missing; "?" for
+    one that git does not track but would track. Without checkout, and in a folder that git ignores, these are all
+    files, with "!".
+    Bundles and links out of directory are not source unless git tracks them.
+    submodules: include the files of submodules that are checked out."""
+    letters = {}
+    if checkout:
+        arguments = ["ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
+        rows = os.fsdecode(_git(arguments, directory, {**checkout.env, "GIT_INDEX_FILE": checkout.index_path})).split(
+            "\0"
+        )
+        letters = {row[2:]: row[0] for row in rows[:-1]}
+    if not checkout or not letters and checkout.root != os.path.realpath(directory):
+        letters = dict.fromkeys(walk_files(directory), "!")
+    found: dict[str, str] = {}
+    is_bundle = functools.cache(_is_bundle)
+    for name, letter in letters.items():
+        path, folder = os.path.join(directory, name), os.path.dirname(name)
+        if os.path.isdir(path) and not os.path.islink(path):  # a submodule, or a repository that git does not track
+            if os.path.lexists(os.path.join(path, ".git")) and (submodules or letter == "?"):
+                with tempfile.TemporaryDirectory() as own:
+                    inner = list_source(path, open_checkout(path, own), submodules)
+                found |= {os.path.join(name, below): letter for below in inner}
+        elif letter not in "?!" or not (
+            # The .git folder of an inner repository may hold credentials.
+            ".git" in name.split(os.sep)
+            or (os.path.islink(path) and leads_out(directory, name))
+            or any(part and is_bundle(os.path.join(directory, part)) for part in (folder, os.path.dirname(folder)))
+        ):
+            found[name] = letter
     return found
+
+
+BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
+
+
+def _is_bundle(folder: str) -> bool:
+    """Return whether folder has the files of a bundle and no others."""
+    names = set(os.listdir(folder))
+    return names == BUNDLE_FILES or folder.endswith(".unverified") and names <= BUNDLE_FILES | {"result.tar.gz"}
 
 
 def without_credentials(url: str) -> str:
@@ -6052,6 +6131,124 @@ def without_credentials(url: str) -> str:
     return match[1] + match[2] if match else ""
 
 
+# The settings of a work tree that say how git converts its files; none of them names a program.
+_CONVERSIONS = "core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol".split()
+
+
+def _first_five(names: Iterable[str]) -> str:
+    """Return up to five names, and how many more there are."""
+    first, more = sorted(names)[:5], len(list(names)) - 5
+    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
+
+
+class Source(NamedTuple):
+    """The source in a directory.
+
+    root: the folder with its bytes: the directory itself, or a checkout of HEAD of our own.
+    files: relative to root; with a history, all files.
+    history: of HEAD. None: the files count as they are.
+    note: which of the two and why, for the user."""
+
+    root: str
+    files: Sequence[str]
+    history: History | None
+    note: str
+
+
+def read_source(
+    directory: str,
+    scratch: str,
+    outputs: Mapping[str, Sequence[str]],
+    submodules: bool = False,
+    allow_filters: bool = False,
+) -> Source:
+    """Find the source in directory. [CONTRACT 5.4]
+
+    It is HEAD if the work tree of git differs from it only by git's own conversions (line ends, ident, mode bits), or
+    in files that git was told to skip; otherwise the files as they are, without ignored ones.
+    scratch: a directory for temporary files, which must outlive the result.
+    outputs: the folders that a build removes first, by the name of the toolchain's marker file.
+    submodules: include the submodules that are checked out; otherwise their folders are empty.
+    allow_filters: accept files with filters, which are never run.
+    Raises BuildFailed."""
+    root, own = os.path.realpath(directory), tempfile.mkdtemp(dir=scratch)
+    checkout, why = open_checkout(root, own), "it is no git work tree"
+    found = list_source(root, checkout, submodules)
+    files = [name for name in found if os.path.lexists(os.path.join(root, name)) and not IGNORED & {*name.split("/")}]
+    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
+    markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
+    removed = outputs.get(next(markers, ""), ())
+    if checkout:
+        why = "it is a folder inside a git work tree" if checkout.commit else "git has no commit"
+    if checkout and checkout.commit:
+        _git(["read-tree", checkout.commit], root, checkout.env)
+        if not allow_filters:
+            refuse_filters(root, checkout.env)
+        if checkout.root == root:
+            try:
+                return _read_head(checkout, scratch, found, removed, submodules)
+            except BuildFailed as e:
+                why = str(e)
+    kept = [name for name in files if name.split("/")[0] not in removed]
+    ignored = ", ignored ones too" if "!" in found.values() else ""
+    return Source(root, kept, None, f"{len(kept)} files as they are{ignored}, without history: {why}")
+
+
+def _read_head(
+    checkout: Checkout, scratch: str, found: Mapping[str, str], removed: Sequence[str], submodules: bool
+) -> Source:
+    """Return the HEAD of a work tree as its source. The index of our own is HEAD's.
+
+    found: from list_source.
+    removed: the folders that a build removes first.
+    Raises BuildFailed if the work tree differs from HEAD, or the history cannot be used."""
+    head = _list_tree(checkout.commit, checkout.own, checkout.env)
+    links = [name for name, (mode, _) in head.items() if mode == GITLINK]
+    for folder in removed:
+        if any(name.startswith(folder + "/") for name in head):
+            raise source_error(f"git tracks {folder}, which is removed before a build")
+    # The user's own filters must not run either, and the index of our own knows no times, so git reads every file.
+    info = os.path.join(checkout.own, "info")
+    attributes = os.path.join(info, "attributes")
+    local = read_limited(attributes, MIB) if os.path.isfile(attributes) else b""
+    os.unlink(info)
+    os.mkdir(info)
+    with open(attributes, "wb") as f:
+        f.write(local + b"\n* -filter\n")
+    settings = (("-c", f"{name}={checkout.config[name]}") for name in _CONVERSIONS if name in checkout.config)
+    command = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
+    rows = os.fsdecode(_git([*itertools.chain(*settings), *command], checkout.root, checkout.env)).split("\0")
+    changed = {row[3:] for row in rows[:-1]}
+    changed |= {name for name in found if name not in head and not name.startswith(tuple(f"{link}/" for link in links))}
+    skipped = {name for name in changed if found.get(name) == "S"}
+    if changed - skipped:
+        raise source_error(f"it differs from HEAD in {_first_five(changed - skipped)}")
+    root = os.path.join(tempfile.mkdtemp(dir=scratch), safe_name(os.path.basename(checkout.root)))
+    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}
+    policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
+    origin = without_credentials(checkout.config.get("remote.origin.url", ""))
+    notes = [f"commit {checkout.commit}"]
+    try:
+        fetch_git("file://" + urllib.parse.quote(checkout.own), checkout.commit, root, env, policy, origin)
+        for link in links:
+            path = os.path.join(checkout.root, link)
+            if not submodules or not os.path.lexists(os.path.join(path, ".git")):
+                notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
+                continue
+            inner = read_source(path, scratch, {}, True, True)
+            if inner.history is None:
+                raise source_error(f"the submodule {link}: {inner.note}")
+            os.rmdir(os.path.join(root, link))
+            os.rename(inner.root, os.path.join(root, link))
+        history = believe_history(root, env)
+    except BuildFailed as e:
+        raise source_error(f"its history cannot be packed ({e})") from None
+    skipped = {name for name in skipped if os.path.lexists(os.path.join(checkout.root, name))}
+    if skipped:
+        notes.append(f"without the work tree's {_first_five(skipped)}: git was told to skip that")
+    return Source(root, walk_files(root), history, "; ".join(notes))
+
+
 class Packed(NamedTuple):
     """A packed source. note: what was packed, for the user; tree: its git tree; commit: empty without history."""
 
@@ -6061,79 +6258,28 @@ class Packed(NamedTuple):
 
 
 def pack_directory(
-    directory: str, archive: str, workspace: str, outputs: Mapping[str, Sequence[str]], bundle: str = ""
+    directory: str,
+    archive: str,
+    workspace: str,
+    outputs: Mapping[str, Sequence[str]],
+    submodules: bool = False,
+    allow_filters: bool = False,
 ) -> Packed:
-    """Pack directory into the gzip tarball archive. [CONTRACT 5.4]
+    """Pack the source in directory into the gzip tarball archive. [CONTRACT 5.4]
 
-    A clean git work tree is packed with a history of depth 1; otherwise the files as they are, without ignored ones.
     workspace: an empty directory for temporary files.
-    outputs: the folders that a build removes first, by the name of the toolchain's marker file.
-    bundle: the path of the last and the next bundle, which is not part of the source.
+    outputs, submodules, allow_filters: as in read_source.
     Raises UsageError."""
-    root, commit = os.path.realpath(directory), ""
-    name = safe_name(os.path.basename(root))
-    inner = os.path.relpath(os.path.realpath(bundle), root) if bundle else os.pardir
-    inner = "" if inner.startswith(os.pardir) else inner
-    own, fetched = os.path.join(workspace, "our own"), os.path.join(workspace, name)
-    os.mkdir(own)
-    checkout = open_checkout(directory, own)
-    if checkout:
-        why, ignored = _why_not_clean(checkout, root, inner), ""
-        files = list_source(directory, checkout)
-        if not why:
-            env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": workspace}
-            origin = without_credentials(checkout.config.get("remote.origin.url", ""))
-            url = "file://" + urllib.parse.quote(own)
-            try:
-                fetch_git(url, checkout.commit, fetched, env, ("file",), origin=origin)
-                root, files, commit = fetched, walk_files(fetched), checkout.commit
-            except BuildFailed as e:
-                why = f"its history cannot be packed ({e})"
-    else:
-        why = "there is no git" if shutil.which("git") is None else "it is no git work tree"
-        ignored = ", ignored ones too"
-        files = walk_files(root)
-    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
-    markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
-    removed = outputs.get(next(markers, ""), ())
-    kept = [file for file in files if file.split(os.sep)[0] not in removed]
-    if commit and len(kept) < len(files):
-        why, commit = f"git tracks {' and '.join(removed)}, which is removed before a build", ""
-    if not commit:
-        # The .git folder of an inner repository is not source, and its configuration may hold credentials.
-        kept = [
-            file
-            for file in kept
-            if ".git" not in file.split(os.sep) and not (inner and file.startswith(inner + os.sep))
-        ]
-    if not kept:
+    try:
+        source = read_source(directory, workspace, outputs, submodules, allow_filters)
+    except BuildFailed as e:
+        raise UsageError(f"{directory}: {e}", e.hint) from None
+    if not source.files:
         raise UsageError(f"{directory}: there is nothing to build")
-    write_source(archive, root, name, kept, bool(commit))
-    note = f"commit {commit}" if commit else f"{len(kept)} files as they are{ignored}, without history: {why}"
-    return Packed(note, git_tree(root, kept, object_format(commit)), commit)
-
-
-# The settings of a work tree that say how its files compare with the index; none of them names a program.
-_COMPARISON = """
-    core.filemode core.ignorecase core.symlinks core.precomposeunicode
-    core.trustctime core.checkstat core.autocrlf core.eol
-""".split()
-
-
-def _why_not_clean(checkout: Checkout, root: str, inner: str) -> str:
-    """Return "" if the work tree at root is exactly its HEAD, or else the reason.
-
-    inner: a path below root that is left out, or ""."""
-    if checkout.root != root:
-        return "it is a folder inside a git work tree"
-    if not checkout.commit:
-        return "git has no commit"
-    settings = (f"{name}={checkout.config[name]}" for name in _COMPARISON if name in checkout.config)
-    options = [word for setting in settings for word in ("-c", setting)]
-    # git would obey the configuration of a submodule.
-    options += ["status", "--porcelain", "--untracked-files=normal", "--ignore-submodules=all"]
-    pathspec = ("--", ".", f":(exclude,literal){inner}") if inner else ()
-    return "git has modified or untracked files" if checkout.ask(root, *options, *pathspec) != "" else ""
+    name, history = safe_name(os.path.basename(os.path.realpath(directory))), source.history
+    write_source(archive, source.root, name, [""] if history else source.files)
+    tree = history.tree if history else git_tree(source.root, source.files)
+    return Packed(source.note, tree, history.commit if history else "")
 
 
 # endregion 24
@@ -6556,35 +6702,43 @@ TOOLCHAINS = (
 OUTPUTS = {toolchain.marker: toolchain.outputs for toolchain in TOOLCHAINS}
 
 
-def source_expectations(directory: str, expected: Expectations, algorithm: str) -> Expectations:
-    """Return expected with the tree, lock file digest and dependencies of the checkout in directory.
+def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
+    """Return expected with the tree, lock file digest and dependencies of the source in directory.
 
+    Also return which source that is, for the user.
     The dependencies of nix are known only after an evaluation, and pnpm's lock file is YAML: they stay "not checked",
     and the digest of the lock file stands for them.
-    algorithm: "sha1" or "sha256", of the git tree.
+    provenance: says which hash names the tree, and which submodules were packed.
     Raises UsageError if directory is not a source, or contradicts expected.
     """
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
-    pnpm = os.path.join(directory, "pnpm-lock.yaml")
+    outputs = {**OUTPUTS, "pnpm-lock.yaml": ("dist", "node_modules")}  # verified, though never built here
     try:
-        try:
-            toolchain = detect_toolchain(directory)
-            plan, outputs = toolchain.plan(directory), toolchain.outputs
-        except BuildFailed as e:
-            if e.error_type != "UnsupportedToolchainError" or not os.path.isfile(pnpm):
-                raise
-            # verified, though never built here
-            plan, outputs = Plan((), (), read_lockfile(pnpm), None), ("dist", "node_modules")
-        with tempfile.TemporaryDirectory(prefix="confbuild-") as own:
-            files = list_source(directory, open_checkout(directory, own))
-        tree = git_tree(directory, [name for name in files if name.split(os.sep)[0] not in outputs], algorithm)
+        with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
+            source = read_source(directory, scratch, outputs, allow_filters=True)
+            history, pnpm = source.history, os.path.join(source.root, "pnpm-lock.yaml")
+            try:
+                plan = detect_toolchain(source.root).plan(source.root)
+            except BuildFailed as e:
+                if e.error_type != "UnsupportedToolchainError" or not os.path.isfile(pnpm):
+                    raise
+                plan = Plan((), (), read_lockfile(pnpm), None)
+            algorithm = object_format(expected.source_tree or "")
+            if re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', provenance) and expected.source_tree is None:
+                algorithm = "sha256"
+            if history and object_format(history.tree) == algorithm:
+                tree = history.tree
+            else:
+                tree = git_tree(source.root, source.files, algorithm)
     except BuildFailed as e:
-        raise UsageError(f"--source {directory}: {e}") from None
+        raise UsageError(f"--source {directory}: {e}", e.hint) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
-    uris = None if plan.dependencies is None else [d["uri"] for d in plan.dependencies]
-    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
+    submodules = (str(row["uri"]) for row in history.submodules.values()) if history else ()
+    packed = [uri for uri in submodules if json.dumps(uri).encode("ascii") in provenance]
+    uris = None if plan.dependencies is None else [*(d["uri"] for d in plan.dependencies), *packed]
+    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris), source.note
 
 
 # endregion 25
@@ -7062,11 +7216,11 @@ def run_pipeline(
     root = os.path.join(os.path.realpath(workspace), "source")
     if archive is None:
         url, ref = request.repo_url, request.repo_ref
-        fetch_git(url, ref, root, env, policy.schemes, policy.loopback, policy.max_unpacked)
+        fetch_git(url, ref, root, env, policy)
         project, name = root, repository_name(url)
     else:
         os.mkdir(root)
-        unpack_archive(archive, root, policy.max_unpacked)
+        unpack_archive(archive, root, policy.max_unpacked, policy.max_ratio)
         project, name = find_project(root, request.source_name)
     toolchain = detect_toolchain(project)
     _launchers[-1].share([env.get(variable, default) for variable, default in toolchain.store.items()])
@@ -7075,8 +7229,9 @@ def run_pipeline(
     refuse_outside_influence(project)
     for output in toolchain.outputs:
         remove_tree(os.path.join(project, output))
-    source = _describe_source(project, env, emit)
+    source, submodules = _describe_source(project, env, emit)
     plan = prepare(toolchain, project, env)
+    plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
     log = BuildLog(emit)
     hand_to_build(project)
     argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
@@ -7104,22 +7259,23 @@ def run_pipeline(
     return path
 
 
-def _describe_source(project: str, env: Mapping[str, str], emit: Emit) -> dict[str, Any]:
-    """Return the `source` of externalParameters; delete a history that does not match the files.  [CONTRACT 3.4]"""
-    files = walk_files(project)
-    git = os.path.join(project, ".git")
-    algorithm = object_format(read_head(git, git))
-    tree = git_tree(project, files, algorithm)
+def _describe_source(
+    project: str, env: Mapping[str, str], emit: Emit
+) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """Return the `source` of externalParameters, and the submodules with contents as resolvedDependencies.
+
+    Delete a history that does not match the files.  [CONTRACT 3.4]
+    """
     try:
-        commit, uri = believe_history(project, tree, env)
+        history = believe_history(project, env)
     except BuildFailed as e:
-        commit = uri = ""
+        git = os.path.join(project, ".git")
         if os.path.lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
             remove_tree(git)
-        if algorithm != "sha1":
-            tree = git_tree(project, files)
-    return {"digest": {"gitCommit": commit, "gitTree": tree}, "uri": uri}
+        history = History("", git_tree(project, walk_files(project)), "", {})
+    packed = [row for path, row in history.submodules.items() if os.path.lexists(os.path.join(project, path, ".git"))]
+    return {"digest": {"gitCommit": history.commit, "gitTree": history.tree}, "uri": history.uri}, packed
 
 
 def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, str]:
@@ -9947,7 +10103,9 @@ class ApiClient:
                     detail = str(parse_json(e.read(MIB), "answer")["detail"])
                 except (Malformed, KeyError, TypeError, OSError):
                     detail = f"{method} {path}: {e.reason}"
-            hint = ""
+            hint = (
+                "--max-archive MIB raises the limit, of a build here or of `confbuild serve`" if e.code == 413 else ""
+            )
             if e.code == 401:
                 hint = "the token was refused: " if self._token else ""
                 hint += "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token"
@@ -10323,11 +10481,10 @@ def run_fetcher() -> None:
     name = repository_name(config["repo_url"])
     root, archive = os.path.join(workspace, name), os.path.join(workspace, "source.tar.gz")
     try:
-        env, schemes = os.environ, policy.schemes
-        fetch_git(config["repo_url"], config["repo_ref"], root, env, schemes, policy.loopback, policy.max_unpacked)
-        write_source(archive, root, name, walk_files(root), history=True)
+        fetch_git(config["repo_url"], config["repo_ref"], root, os.environ, policy)
+        write_source(archive, root, name)
         if os.path.getsize(archive) > policy.max_archive:
-            raise limit_error(f"the repository packs to more than {policy.max_archive} bytes")
+            raise limit_error(f"the repository packs to more than {policy.max_archive} bytes (--max-archive)")
         answer = {"name": name}
     except (BuildFailed, OSError) as e:
         reason = getattr(e, "strerror", str(e))
@@ -13455,7 +13612,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
     make_copy(state)
-    policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), options.max_archive * MIB)
+    sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
+    policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), *sizes, options.allow_filters)
     pool = VmPool(
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
         options.boot_timeout or machine.platform.boot_timeout_s,
@@ -13601,7 +13759,6 @@ def _read_der(path: str) -> bytes:
 
 MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
-_BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
 
 
 def _json_line(record: "logging.LogRecord") -> str:
@@ -13804,7 +13961,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
                 os.path.join(scratch, name + ".tar.gz"),
                 BuildRequest(nonce, source_name=name + ".tar.gz"),
             )
-            packed = _pack(source, archive, scratch, bundle)
+            packed = _pack(options, archive, scratch)
             display.note(f"packed {packed.note}")
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
         if machine is None:
@@ -13836,13 +13993,16 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         raise UsageError(f"{source}: neither a directory nor a URL", hint)
     if options.ref and not is_url:
         raise UsageError("--ref requires a URL")
+    if is_url:
+        options.max_ratio = MAX_RATIO
+        _refuse(options, "--submodules", " requires a directory")
     if options.nonce is not None and not options.nonce.strip("0"):
         raise UsageError("--nonce: a nonce of zeros proves nothing, and its verification fails", "leave --nonce out")
     if options.server:
         _refuse(
             options,
             f"--vm {_GUEST_OPTIONS} --readable --require-isolation --no-isolation --env --max-archive --build-timeout "
-            "--boot-timeout --allow-scheme",
+            "--boot-timeout --allow-scheme" + " --allow-filters" * is_url,
             " cannot be combined with --server: the server decides it",
         )
         return
@@ -13861,12 +14021,12 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         )
 
 
-def _pack(source: str, archive: str, scratch: str, bundle: str) -> Packed:
-    """Pack the directory source into archive. Raises UsageError."""
+def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
+    """Pack the directory that is the source into archive. Raises UsageError."""
     workspace = os.path.join(scratch, "pack")
     os.mkdir(workspace)
     try:
-        return pack_directory(source, archive, workspace, OUTPUTS, bundle)
+        return pack_directory(options.source, archive, workspace, OUTPUTS, options.submodules, options.allow_filters)
     except OSError as e:  # a full disk names no file
         raise UsageError(
             f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
@@ -13915,11 +14075,19 @@ def _check_target(path: str) -> None:
     if os.path.isdir(path) and not os.path.islink(path):
         names = set(os.listdir(path))
         ours = not names
-        if names == _BUNDLE_FILES:
+        if names == BUNDLE_FILES:
             listed = subject_names(read_limited(os.path.join(path, "provenance.json"), MAX_JSON))
             ours = set(walk_files(os.path.join(path, "artifacts"))) <= set(listed)
     if not ours:
         raise UsageError(f"{path} exists and is not a bundle", hint)
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder):
+            pass
+    except OSError as e:
+        raise UsageError(f"{path} cannot be written: {e.strerror}", hint) from None
 
 
 def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[str, Any] | None:
@@ -13991,17 +14159,21 @@ def _on_server(client: Client, job_id: str) -> str:
 
 def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
     """Download, unpack and verify a bundle; print its path."""
-    _check_target(delivery.bundle)
-    if os.path.exists(delivery.bundle):
-        client.display.note(f"{delivery.bundle} exists; the new bundle replaces it if it verifies")
-    again = "the temporary server and its result are gone: build again"
+    again = ""
     if client.arguments:
         more = ["--nonce", delivery.expected.nonce] if delivery.expected.nonce else []
         again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *more)
     try:
+        _check_target(delivery.bundle)
+        if os.path.exists(delivery.bundle):
+            client.display.note(f"{delivery.bundle} exists; the new bundle replaces it if it verifies")
         path, verdict = _hold_bundle(client.service, job_id, delivery)
     except OSError as e:
+        again = again or _keep_result(client.service, job_id)
         raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", again) from None
+    except UsageError as e:
+        e.hint = again or _keep_result(client.service, job_id)
+        raise
     except RemoteError as e:
         e.hint = e.hint or ("" if e.status else again)
         raise
@@ -14018,6 +14190,18 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
         sys.stdout.write(path + "\n")
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
+
+
+def _keep_result(service: ApiClient, job_id: str) -> str:
+    """Save the result of a temporary server, which ends now, in TMPDIR, and return how to use it."""
+    folder = tempfile.mkdtemp(prefix="confbuild-")
+    archive = os.path.join(folder, "result.tar.gz")
+    try:
+        service.download(job_id, archive)
+    except (OSError, RemoteError) as e:
+        remove_tree(folder)
+        return f"the temporary server and its result are gone ({e}): build again"
+    return f"the result is kept: {shlex.join([*own_command(), 'verify', archive])}"
 
 
 def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delivery) -> None:
@@ -14065,7 +14249,7 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
             return bundle, verdict
         root, _ = find_project(root, "")
         os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
-        for name in set(os.listdir(root)) - _BUNDLE_FILES:  # an artifact, or an equal copy of one
+        for name in set(os.listdir(root)) - BUNDLE_FILES:  # an artifact, or an equal copy of one
             os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
         remove_tree(bundle)
         os.rename(root, bundle)
@@ -14208,17 +14392,21 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     expected, endorsements = _read_expectations(options, when.timestamp()), _read_endorsements(options)
 
     @functools.cache
-    def of_source(algorithm: str) -> Expectations:
-        return expected if options.source is None else source_expectations(options.source, expected, algorithm)
+    def of_source(provenance: bytes) -> Expectations:
+        if options.source is None:
+            return expected
+        wanted, note = source_expectations(options.source, expected, provenance)
+        if not re.fullmatch("commit [0-9a-f]+", note):
+            say(f"--source {options.source}: {note}")
+        return wanted
 
     statuses = []
     for path in options.bundles:
         try:
             alone = options.evidence_only or is_bare_evidence(path)
             files = read_bundle(path, MAX_VERIFIED, alone)
-            # The bundle says which hash its repository uses; the checkout must then have that tree.
-            tree = re.search(rb'"gitTree"\s*:\s*"([0-9a-f]+)"', files.provenance or b"")
-            wanted = of_source(object_format(options.source_tree or (tree[1].decode("ascii") if tree else "")))
+            said = re.findall(rb'"gitTree"\s*:\s*"[0-9a-f]+"|"pkg:generic/[^"]+"', files.provenance or b"")
+            wanted = of_source(b"\n".join(said))
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
             say(f"error: {e}", _bundle_hint(path) or e.hint)
@@ -14244,7 +14432,7 @@ def _bundle_hint(path: str) -> str:
             inside = [os.path.join(path, name) for name in sorted(os.listdir(path))]
             return next((f"{p} is a bundle" for p in inside if os.path.isfile(os.path.join(p, "evidence.json"))), "")
         folder, name = os.path.split(path)
-        if name in _BUNDLE_FILES:
+        if name in BUNDLE_FILES:
             return f"that is part of a bundle: verify {folder or '.'}"
         with open(path, "rb") as f:
             if b'"error_type"' in f.read(KIB):
@@ -14552,6 +14740,7 @@ _MACHINE: Sequence[Any] = (
     ),
     ("--build-timeout S", "limit for a build (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
     ("--max-archive MIB", "limit for an uploaded archive (default: %(default)s)", _positive, MAX_ARCHIVE // MIB),
+    ("--allow-filters", "accept sources with filters, such as git LFS, which are not run"),
     "VMs",
     ("--tee", "build in SEV-SNP guests, or name what this machine lacks for them (same as --vm snp)"),
     (
@@ -14650,6 +14839,7 @@ COMMANDS = (
             ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
             _CLIENT_TOKEN,
             ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
+            ("--submodules", "pack the submodules of DIR that are checked out; without it their folders are empty"),
             ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
             ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
             _FORMAT,
@@ -14675,6 +14865,7 @@ COMMANDS = (
             "print_command": False,
             "vm_command": "",
             "vm_cleanup": "",
+            "max_ratio": MAX_UNPACKED,  # the user's own directory may be as compressible as it likes
         },
     ),
     Command(
@@ -14834,6 +15025,7 @@ COMMANDS = (
         _SERVICE,
         "run the build service",
         "confbuild serve --listen 127.0.0.1:8080",
+        defaults={"max_ratio": MAX_RATIO},
     ),
     Command(
         "unit",

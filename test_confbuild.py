@@ -10782,7 +10782,7 @@ PATHS: list[tuple[tuple[Member, ...], str, str]] = [
     (files("a", "A"), "SourceError", "'A' and 'a' differ only in case"),
     (files("d/x", "D/y"), "SourceError", "'D' and 'd' differ only in case"),
     (files("stra\u00dfe", "STRASSE"), "SourceError", "differ only in case"),
-    (files("\u00e9", "e\u0301"), "SourceError", "differ only in case"),
+    (files("\u00e9", "e\u0301"), "SourceError", r"'e\u0301' and '\xe9' differ only in the form of accents"),
     (files("x" * 256), "LimitError", "has a component of more than 255 bytes"),
     (files("\u00e9" * 128), "LimitError", "more than 255 bytes"),
     (
@@ -11974,8 +11974,7 @@ def fetch(folder: Path, url: str, ref: str = "", schemes: tuple[str, ...] = ("ht
         ref,
         str(folder / "got"),
         {"PATH": os.environ["PATH"], "HOME": str(folder / "home"), **environ},
-        schemes,
-        True,
+        confbuild.SourcePolicy(schemes, allow_filters=True),
     )
     return folder / "got"
 
@@ -12012,7 +12011,7 @@ class TestFetch:
         assert os.access(got / "run.sh", os.X_OK) and os.readlink(got / "sub/link") == "../lf.txt"
         tree = confbuild.git_tree(str(got), confbuild.walk_files(str(got)))
         assert tree == git(got, "rev-parse", "HEAD^{tree}")
-        assert confbuild.believe_history(str(got), tree, ORACLE_ENV) == (origin[name], url)
+        assert confbuild.believe_history(str(got), ORACLE_ENV) == (origin[name], tree, url, {})
 
     @needs_backend
     @pytest.mark.parametrize(
@@ -12026,7 +12025,6 @@ class TestFetch:
             ("{http}/demo/.git", "", "https", "transport 'http' not allowed"),
             ("{file}/demo", "", "https http", "transport 'file' not allowed"),
             ("{file}/none", "", "file", "the remote end hung up|does not appear|repository exists"),
-            ("{file}/modules", "", "file", "the repository has submodules, which are not fetched"),
         ],
     )
     def test_refused(
@@ -12089,7 +12087,7 @@ class TestFetch:
         got = fetch(tmp_path, f"{origin[where]}/sha256/.git", head if ref == "COMMIT" else ref)
         tree = confbuild.git_tree(str(got), confbuild.walk_files(str(got)), "sha256")
         assert len(head) == 64 and tree == git(got, "rev-parse", "HEAD^{tree}")
-        assert confbuild.believe_history(str(got), tree, ORACLE_ENV) == (head, f"{origin[where]}/sha256/.git")
+        assert confbuild.believe_history(str(got), ORACLE_ENV) == (head, tree, f"{origin[where]}/sha256/.git", {})
 
     @staticmethod
     def fails(folder: Path, url: str, error_type: str, fragment: str, **limits: Any) -> None:
@@ -12099,9 +12097,7 @@ class TestFetch:
                 "",
                 str(folder / "got"),
                 {"PATH": os.environ["PATH"], "HOME": str(folder)},
-                ("http", "file"),
-                True,
-                **limits,
+                confbuild.SourcePolicy(("http", "file"), **limits),
             )
         assert caught.value.error_type == error_type, caught.value
 
@@ -12182,14 +12178,15 @@ class TestFetch:
         url, folders = f"file://{repository}", [tmp_path / str(i) for i in range(9)]
         for folder in folders:
             folder.mkdir()
-        self.fails(folders[0], url, "LimitError", "the repository unpacks to more than 399999 bytes", max_bytes=399_999)
+        self.fails(
+            folders[0], url, "LimitError", "the repository unpacks to more than 399999 bytes", max_unpacked=399_999
+        )
         confbuild.fetch_git(
             url,
             "",
             str(folders[1] / "got"),
             {"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
-            ("file",),
-            max_bytes=400_000,
+            confbuild.SourcePolicy(("file",), max_unpacked=400_000),
         )
         assert (folders[1] / "got/d").stat().st_size == 100_000
         with monkeypatch.context() as patch:
@@ -12200,19 +12197,20 @@ class TestFetch:
             self.fails(folders[3], url, "LimitError", "'a/b/c' lies deeper than 1 folders")
         with monkeypatch.context() as patch:
             patch.setattr(confbuild, "MIB", 1000)
-            patch.setattr(confbuild, "MAX_RATIO", 1)
-            self.fails(folders[4], url, "LimitError", "the repository unpacks to more than 64000 bytes")
+            self.fails(folders[4], url, "LimitError", "the repository unpacks to more than 64000 bytes", max_ratio=1)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=500_000))
             self.fails(folders[5], url, "LimitError", "the repository unpacks to more than 250000 bytes")
         with monkeypatch.context() as patch:
             patch.setattr(confbuild, "_folder_size", lambda _: 1001)
-            self.fails(folders[6], url, "LimitError", "the repository's pack has more than 1000 bytes", max_bytes=1000)
+            self.fails(
+                folders[6], url, "LimitError", "the repository's pack has more than 1000 bytes", max_unpacked=1000
+            )
 
     def test_a_large_pack(self, tmp_path: Path) -> None:
         repository = write_files(tmp_path / "r", {"noise": os.urandom(1 << 20)}, commit=True)
         limit = "pack has more than 204800 bytes|a file of more than 204800 bytes: .*"  # whichever is reached first
-        self.fails(tmp_path, f"file://{repository}", "LimitError", limit, max_bytes=200 << 10)
+        self.fails(tmp_path, f"file://{repository}", "LimitError", limit, max_unpacked=200 << 10)
         (repository / "noise").write_bytes(os.urandom(1 << 20))
         with pytest.raises(
             confbuild.BuildFailed, match="or a file of more than 204800 bytes: .*File too large"
@@ -12319,7 +12317,7 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
         lambda clone: (clone / ".git/HEAD").write_text("1" * 40),
         "fatal: git cat-file: could not get object info",
     ),
-    ("of SHA-256", lambda clone: (clone / ".git/HEAD").write_text("1" * 64), "wrong index|could not get object info"),
+    ("of SHA-256", lambda clone: (clone / ".git/HEAD").write_text("1" * 64), "HEAD names no commit"),
     ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "HEAD names no commit"),
     (
         "a tree",
@@ -12358,19 +12356,21 @@ class TestHistory:
         before = sorted(os.listdir(clone.parent))
         if complaint:
             with pytest.raises(confbuild.BuildFailed, match=complaint):
-                confbuild.believe_history(str(clone), tree, ORACLE_ENV)
+                confbuild.believe_history(str(clone), ORACLE_ENV)
         else:
-            assert confbuild.believe_history(str(clone), tree, ORACLE_ENV) == (
+            assert confbuild.believe_history(str(clone), ORACLE_ENV) == (
                 origin["main"],
+                tree,
                 "https://example.org/demo.git",
+                {},
             )
         assert sorted(os.listdir(clone.parent)) == before, "nothing ran, nothing is left"
 
     def test_a_large_commit(self, tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Of which no more than the size is read."""
-        tree, size = git(pristine, "rev-parse", "HEAD^{tree}"), int(git(pristine, "cat-file", "-s", "HEAD"))
+        size = int(git(pristine, "cat-file", "-s", "HEAD"))
         monkeypatch.setattr(confbuild, "MAX_COMMIT", size)
-        assert confbuild.believe_history(str(pristine), tree, ORACLE_ENV)[0] == git(pristine, "rev-parse", "HEAD")
+        assert confbuild.believe_history(str(pristine), ORACLE_ENV)[0] == git(pristine, "rev-parse", "HEAD")
         monkeypatch.setattr(confbuild, "MAX_COMMIT", size - 1)
         asked = list[Sequence[str]]()
         real = confbuild._git
@@ -12381,7 +12381,7 @@ class TestHistory:
 
         monkeypatch.setattr(confbuild, "_git", recording)
         with pytest.raises(confbuild.BuildFailed, match=f"the commit has more than {size - 1} bytes") as caught:
-            confbuild.believe_history(str(pristine), tree, ORACLE_ENV)
+            confbuild.believe_history(str(pristine), ORACLE_ENV)
         assert caught.value.error_type == "LimitError" and [row[:2] for row in asked if row[0] == "cat-file"] == [
             ["cat-file", "-s"]
         ]
@@ -12389,10 +12389,8 @@ class TestHistory:
     def test_no_origin(self, tmp_path: Path, origin: dict[str, str]) -> None:
         clone = fetch(tmp_path, f"{origin['file']}/demo")
         git(clone, "config", "--unset", "remote.origin.url")
-        assert confbuild.believe_history(str(clone), git(clone, "rev-parse", "HEAD^{tree}"), ORACLE_ENV) == (
-            origin["main"],
-            "",
-        )
+        found = confbuild.believe_history(str(clone), ORACLE_ENV)
+        assert found == (origin["main"], git(clone, "rev-parse", "HEAD^{tree}"), "", {})
 
 
 @pytest.fixture
@@ -12424,7 +12422,9 @@ class TestCheckout:
     @staticmethod
     def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            return confbuild.pack_directory(str(directory), str(tmp_path / "packed.tar.gz"), scratch, confbuild.OUTPUTS)
+            return confbuild.pack_directory(
+                str(directory), str(tmp_path / "packed.tar.gz"), scratch, confbuild.OUTPUTS, allow_filters=True
+            )
 
     @pytest.mark.parametrize("state", ["clean", "modified", "missing", "unborn"])
     @pytest.mark.parametrize("kind", ["plain", "linked", "file", "submodule"])
@@ -12476,15 +12476,15 @@ class TestCheckout:
         packed = self.pack(root, tmp_path)
         assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
-        assert {"a.txt", "Cargo.lock"} <= set(found) and ("vendor/lib.rs" in found) == (kind == "submodule")
+        assert {"a.txt", "Cargo.lock"} <= set(found) and "vendor/lib.rs" not in found
         assert (
-            confbuild.source_expectations(str(root), confbuild.Expectations(), "sha1").source_tree
+            confbuild.source_expectations(str(root), confbuild.Expectations(), b"")[0].source_tree
             == packed.tree
             == confbuild.git_tree(str(root), found)
         )
         assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
         with contextlib.suppress(confbuild.BuildFailed):
-            confbuild.believe_history(str(root), packed.tree, ORACLE_ENV)
+            confbuild.believe_history(str(root), ORACLE_ENV)
         assert not marker.exists(), "a program that the checkout names ran"
 
     def test_the_configuration_is_hostile(self, tmp_path: Path) -> None:
@@ -12561,18 +12561,23 @@ class TestCheckout:
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         assert len(head) == 64 and self.pack(root, tmp_path)[1:] == (tree, head)
-        assert confbuild.source_expectations(str(root), confbuild.Expectations(), "sha256").source_tree == tree
+        assert (
+            confbuild.source_expectations(str(root), confbuild.Expectations(), b'"gitTree": "' + b"0" * 64 + b'"')[
+                0
+            ].source_tree
+            == tree
+        )
         (root / "a.txt").write_text("b")
         packed = self.pack(root, tmp_path)
         assert (len(packed.tree), packed.commit) == (40, "") and confbuild.source_expectations(
-            str(root), confbuild.Expectations(), "sha1"
-        ).source_tree == packed.tree
+            str(root), confbuild.Expectations(), b""
+        )[0].source_tree == packed.tree
 
     @pytest.mark.parametrize(
         "broken", ["no objects", "link to nothing", "file to nothing", "damaged index", "damaged configuration"]
     )
     def test_a_broken_repository(self, tmp_path: Path, broken: str) -> None:
-        """Then all files are the source, as without git."""
+        """git's reason is shown. All files are the source only if git would find no repository either."""
         root = write_files(tmp_path / "demo", {"a.txt": "a", ".gitignore": "ignored\n", "ignored": ""})
         git(root, "init", "-q")
         if broken in ("link to nothing", "file to nothing"):
@@ -12587,9 +12592,13 @@ class TestCheckout:
             (root / ".git/index").write_text("no index")
         else:
             (root / ".git/config").write_text("[core\n")
-        everything = broken != "damaged configuration"  # which nobody needs
-        assert self.source(root, tmp_path)[0] == [".gitignore", "a.txt", *(["ignored"] if everything else [])]
-        assert self.pack(root, tmp_path).commit == ""
+        if broken == "link to nothing":
+            assert self.source(root, tmp_path)[0] == [".gitignore", "a.txt", "ignored"]
+            assert self.pack(root, tmp_path).commit == ""
+            return
+        with pytest.raises(confbuild.UsageError, match="demo: (fatal|error): ") as caught:
+            self.pack(root, tmp_path)
+        assert (".git away to build all files" in caught.value.hint) == (broken != "damaged index")
 
     def test_the_environment_leads_nowhere_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         root, other = (
@@ -12624,15 +12633,15 @@ class TestCheckout:
         (root / "new").touch()
         assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).commit
 
-    def test_an_embedded_repository_is_no_commit(self, tmp_path: Path) -> None:
-        """git has a commit for it where others have files, whether or not .gitmodules names it."""
+    def test_an_embedded_repository_is_a_submodule(self, tmp_path: Path) -> None:
+        """git has a commit for it where others have files, whether or not .gitmodules names it: its folder is empty."""
         root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
         write_files(root / "inner", {"b": "b"}, commit=True)
         git(root, "add", "inner")
         git(root, "commit", "-qm", "two")
         packed = self.pack(root, tmp_path)
-        assert packed.commit == "" and "the repository has submodules, which are not fetched" in packed.note
-        assert packed.tree == confbuild.git_tree(str(root), ["a", "inner/b"])
+        assert packed.commit == git(root, "rev-parse", "HEAD") and packed.tree == git(root, "rev-parse", "HEAD^{tree}")
+        assert "; without the submodule inner (--submodules packs it if it is checked out)" in packed.note
 
 
 @needs("git")
@@ -12648,13 +12657,15 @@ class TestPackDirectory:
         write_files(root, {}, commit=True)
         return write_files(root, {"ignored": "no", "target/x": "no"})
 
-    def pack(self, directory: Path, tmp_path: Path) -> tuple[confbuild.Packed, dict[str, tarfile.TarInfo], bytes]:
+    def pack(
+        self, directory: Path, tmp_path: Path, **options: bool
+    ) -> tuple[confbuild.Packed, dict[str, tarfile.TarInfo], bytes]:
         """What was packed, the members, and all their bytes."""
         scratch = tmp_path / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         packed = confbuild.pack_directory(
-            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), confbuild.OUTPUTS
+            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), confbuild.OUTPUTS, **options
         )
         with tarfile.open(tmp_path / "packed.tar.gz") as tar:
             members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
@@ -12685,7 +12696,7 @@ class TestPackDirectory:
         packed, members, everything = self.pack(root, tmp_path)
         head = git(root, "rev-parse", "HEAD")
         assert packed == confbuild.Packed(f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
-        assert {n for n in members if not n.startswith(".git/") and n != ".git"} == {
+        assert {n for n in members if not n.startswith(".git/") and n != ".git"} - {"", "sub"} == {
             ".gitignore",
             "a.txt",
             "sub/b.txt",
@@ -12706,15 +12717,15 @@ class TestPackDirectory:
             ).stdout.strip()
             == kept
         )
-        assert confbuild.believe_history(str(out), packed.tree, dict(os.environ)) == (head, kept)
+        assert confbuild.believe_history(str(out), dict(os.environ)) == (head, packed.tree, kept, {})
 
     @pytest.mark.parametrize(
         "change, why, gone, new",
         [
-            (lambda r: (r / "a.txt").write_text("b"), "git has modified or untracked files", "", ""),
-            (lambda r: (r / "new").write_text("b"), "git has modified or untracked files", "", "new"),
-            (lambda r: (r / "a.txt").unlink(), "git has modified or untracked files", "a.txt", ""),
-            (lambda r: git(r, "rm", "-q", "a.txt"), "git has modified or untracked files", "a.txt", ""),
+            (lambda r: (r / "a.txt").write_text("b"), "it differs from HEAD in a.txt", "", ""),
+            (lambda r: (r / "new").write_text("b"), "it differs from HEAD in new", "", "new"),
+            (lambda r: (r / "a.txt").unlink(), "it differs from HEAD in a.txt", "a.txt", ""),
+            (lambda r: git(r, "rm", "-q", "a.txt"), "it differs from HEAD in a.txt", "a.txt", ""),
             (lambda r: git(r, "update-ref", "-d", "HEAD"), "git has no commit", "", ""),
         ],
     )
@@ -12739,10 +12750,13 @@ class TestPackDirectory:
         ) and "a folder inside a git work tree" in packed.note
         shutil.rmtree(inner)
         everything = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", "ignored", "target/x"}
-        with monkeypatch.context() as m:
+        with (
+            monkeypatch.context() as m,
+            pytest.raises(confbuild.UsageError, match="git is not installed here") as caught,
+        ):
             m.setenv("PATH", str(tmp_path))
-            packed, members, _ = self.pack(root, tmp_path)
-        assert set(members) == everything and "there is no git" in packed.note
+            self.pack(root, tmp_path)
+        assert "to build all files" in caught.value.hint
         shutil.rmtree(root / ".git")
         os.link(root / "a.txt", root / "twin")
         packed, members, _ = self.pack(root, tmp_path)
@@ -12753,28 +12767,21 @@ class TestPackDirectory:
         assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.tree
 
     def test_the_last_bundle_is_no_source(self, tmp_path: Path) -> None:
-        """`build .` twice: the bundle of the first run makes the tree neither dirty nor larger."""
+        """Neither the bundle of `build .` nor one with another name, an unverified one, or one in a folder."""
         root = self.repository(tmp_path)
-        write_files(root / "demo-build", {"provenance.json": "{}", "artifacts/demo": "x"})
-        for bundle_at, commit in ((str(root / "demo-build"), True), (str(tmp_path / "elsewhere"), False), ("", False)):
-            shutil.rmtree(tmp_path / "scratch", ignore_errors=True)
-            os.mkdir(tmp_path / "scratch")
-            packed = confbuild.pack_directory(
-                str(root), str(tmp_path / "packed.tar.gz"), str(tmp_path / "scratch"), confbuild.OUTPUTS, bundle_at
-            )
-            assert bool(packed.commit) == commit
+        bundle_files = {"provenance.json": "{}", "evidence.json": "{}", "artifacts/demo": "x"}
+        for folder in ("demo-build", "other", "dist/bundle"):
+            write_files(root / folder, bundle_files)
+        write_files(root / "demo-build.unverified", {"result.tar.gz": "x"})
+        packed, _, _ = self.pack(root, tmp_path)
+        assert packed.note == f"commit {git(root, 'rev-parse', 'HEAD')}"
         shutil.rmtree(root / ".git")
-        shutil.rmtree(tmp_path / "scratch")
-        os.mkdir(tmp_path / "scratch")
-        confbuild.pack_directory(
-            str(root),
-            str(tmp_path / "packed.tar.gz"),
-            str(tmp_path / "scratch"),
-            confbuild.OUTPUTS,
-            str(root / "demo-build"),
-        )
-        with tarfile.open(tmp_path / "packed.tar.gz") as tar:
-            assert not [name for name in tar.getnames() if "demo-build" in name]
+        _, members, _ = self.pack(root, tmp_path)
+        everything = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", "ignored", "target/x"}
+        assert set(members) == everything
+        write_files(root / "other", {"more": "x"})  # somebody's folder, whatever else is in it
+        _, members, _ = self.pack(root, tmp_path)
+        assert set(members) == everything | {f"other/{name}" for name in (*bundle_files, "more")}
 
     def test_nothing_of_this_machine(self, tmp_path: Path) -> None:
         """The archive contains neither the name of a local folder nor the credentials of an inner repository."""
@@ -12797,9 +12804,31 @@ class TestPackDirectory:
         root = self.repository(tmp_path)
         git(root, "submodule", "-q", "add", str(library), "vendor")
         git(root, "commit", "-qm", "two")
+        head, named = git(root, "rev-parse", "HEAD"), git(library, "rev-parse", "HEAD")
         packed, members, _ = self.pack(root, tmp_path)
-        assert "vendor/lib.rs" in members and "vendor/.git" not in members and packed.commit == ""
-        assert "its history cannot be packed (the repository has submodules" in packed.note
+        assert (packed.commit, packed.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
+        assert members["vendor"].isdir() and not [name for name in members if name.startswith("vendor/")]
+        packed, members, _ = self.pack(root, tmp_path, submodules=True)
+        assert packed == confbuild.Packed(f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        out = tmp_path / "unpacked"
+        out.mkdir()
+        confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(out))
+        assert (out / "demo/vendor/lib.rs").read_text() == "x"
+        found = confbuild.believe_history(str(out / "demo"), ORACLE_ENV)
+        uri = f"pkg:generic/vendor@{named}?vcs_url=git+@{named}"
+        assert found.commit == head and found.submodules == {
+            "vendor": {"digest": {"gitCommit": named}, "name": "vendor", "uri": uri}
+        }
+        assert confbuild.package_of(uri) == "", "nobody takes it for a package of a registry"
+        (out / "demo/vendor/lib.rs").write_text("y")
+        with pytest.raises(confbuild.BuildFailed, match="the files differ from the tree of HEAD"):
+            confbuild.believe_history(str(out / "demo"), ORACLE_ENV)
+        (root / "vendor/lib.rs").write_text("y")
+        packed, members, _ = self.pack(root, tmp_path)
+        assert packed.commit == head, "a submodule that is not packed may be in any state"
+        packed, members, _ = self.pack(root, tmp_path, submodules=True)
+        assert packed.commit == "" and "the submodule vendor: " in packed.note and "HEAD in lib.rs" in packed.note
+        assert "vendor/lib.rs" in members and "vendor/.git" not in members
 
     def test_nothing(self, tmp_path: Path) -> None:
         for folder in (tmp_path / "demo", write_files(tmp_path / "other" / "demo", {".git/x": ""})):
@@ -12815,6 +12844,290 @@ class TestPackDirectory:
         monkeypatch.setenv("GIT_DIR", str(other / ".git"))
         packed, members, _ = self.pack(root, tmp_path)
         assert packed.commit == head and "secret" not in members
+
+
+# Further files, and what then happens, in sh.
+CONVERSIONS: dict[str, tuple[Mapping[str, str], str]] = {
+    "autocrlf": ({}, "git config core.autocrlf true; again"),
+    "eol=crlf": ({".gitattributes": "*.txt text eol=crlf\n"}, "again"),
+    "local attributes": ({}, "mkdir -p .git/info; echo '* text eol=crlf' > .git/info/attributes; again"),
+    "ident": ({".gitattributes": "*.txt ident\n", "id.txt": "$Id$\n"}, "again"),
+    "encoding": (
+        {".gitattributes": "u.txt working-tree-encoding=UTF-16\n"},
+        r"printf '\376\377\000x\000\n' > u.txt; git add -A; git commit -qm two",
+    ),
+    "fileMode": ({}, "git config core.fileMode false; chmod 755 a.txt"),
+    "symlinks": ({"link": "-> a.txt"}, "git config core.symlinks false; again; test ! -L link"),
+    "sparse": ({"big/x": "x", "big/y": "y"}, "git sparse-checkout init --cone; git sparse-checkout set src"),
+    "skipped, deleted": ({}, "git update-index --skip-worktree a.txt; rm a.txt"),
+    "touched": ({}, "touch -d 1999-01-01 a.txt"),
+    "result of nix": ({}, "ln -s /nix/store/0-h result"),
+    "link to the folder above": ({}, "ln -s ../elsewhere result-bin"),
+    "ignored": ({".gitignore": "private\n"}, "touch private"),
+    "unstaged": ({}, "git rm -q --cached a.txt"),
+}
+# The files that `build` names, and what happened to them.
+DIFFERENCES = {
+    "new0, new1, new2, new3, new4 and 2 more": "touch new0 new1 new2 new3 new4 new5 new6",
+    "Cargo.toml": "chmod 755 Cargo.toml",
+    "a.txt": r"printf 'one\r\ntwo\r\n' > a.txt",
+    "src/main.rs": "rm src/main.rs; ln -s ../Cargo.toml src/main.rs",
+    "Cargo.lock": "git update-index --assume-unchanged Cargo.lock; echo >> Cargo.lock",
+    "forced": "echo forced > .gitignore; git add .gitignore; git commit -qm i; touch forced; git add -f forced",
+    "inside": "ln -s a.txt inside",
+    "vendor/dep/x": "git init -q vendor/dep; touch vendor/dep/x",
+}
+
+
+def sh(root: Path, text: str) -> None:
+    again = "again() { git ls-files | xargs -d '\\n' rm; git checkout -q -f HEAD -- .; }\n"
+    subprocess.run(["sh", "-ec", again + text], cwd=root, env=ORACLE_ENV, check=True)
+
+
+@needs("git")
+@pytest.mark.usefixtures("plain_git")
+class TestSources:
+    """Sources as people have them, seen as `build` packs them and as `verify --source` reads them."""
+
+    FILES: Mapping[str, str] = {"a.txt": "one\ntwo\n", "src/main.rs": "fn main() {}\n"}
+
+    @staticmethod
+    def repository(tmp_path: Path, files: Mapping[str, str] = {}) -> Path:
+        root = write_files(tmp_path / "demo", {**TestSources.FILES, "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
+        for name, text in files.items():
+            if text.startswith("-> "):
+                (root / name).symlink_to(text[3:])
+            else:
+                write_files(root, {name: text})
+        return write_files(root, {}, commit=True)
+
+    @staticmethod
+    def pack(root: Path, tmp_path: Path, **options: bool) -> tuple[confbuild.Packed, str]:
+        """What `build` packs, and the tree that a builder would record; `verify --source` expects the same."""
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            archive = os.path.join(scratch, "packed.tar.gz")
+            packed = confbuild.pack_directory(
+                str(root), archive, tempfile.mkdtemp(dir=scratch), confbuild.OUTPUTS, **options
+            )
+            out = tempfile.mkdtemp(dir=scratch)
+            confbuild.unpack_archive(archive, out)
+            project, _ = confbuild.find_project(out, "")
+            try:
+                tree = confbuild.believe_history(project, ORACLE_ENV).tree
+            except confbuild.BuildFailed:
+                tree = confbuild.git_tree(project, confbuild.walk_files(project))
+        expected, note = confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
+        assert expected.source_tree == tree == packed.tree and note.partition(";")[0] == packed.note.partition(";")[0]
+        return packed, tree
+
+    @pytest.mark.parametrize("name", CONVERSIONS)
+    def test_no_difference(self, tmp_path: Path, name: str) -> None:
+        files, text = CONVERSIONS[name]
+        root = self.repository(tmp_path, files)
+        sh(root, text)
+        head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
+        packed, _ = self.pack(root, tmp_path)
+        assert packed == confbuild.Packed(f"commit {head}", tree, head)
+
+    def test_skipped(self, tmp_path: Path) -> None:
+        """git never looks at the file; the note does."""
+        root = self.repository(tmp_path)
+        git(root, "update-index", "--skip-worktree", "a.txt")
+        (root / "a.txt").write_text("mine")
+        packed, _ = self.pack(root, tmp_path)
+        assert packed.commit and packed.note.endswith("; without the work tree's a.txt: git was told to skip that")
+
+    @pytest.mark.parametrize("names", DIFFERENCES)
+    def test_the_first_five_differences(self, tmp_path: Path, names: str) -> None:
+        root = self.repository(tmp_path)
+        sh(root, DIFFERENCES[names])
+        packed, _ = self.pack(root, tmp_path)
+        assert packed.commit == "" and packed.note.endswith(f"without history: it differs from HEAD in {names}")
+
+    def test_an_index_that_lies(self, tmp_path: Path) -> None:
+        """Sizes and times that match, and a configuration that makes git believe them."""
+        root = self.repository(tmp_path)
+        before = (root / "a.txt").stat()
+        for name, value in (("core.checkStat", "minimal"), ("core.trustctime", "false")):
+            git(root, "config", name, value)
+        git(root, "status")
+        (root / "a.txt").write_text("ONE\nTWO\n")
+        os.utime(root / "a.txt", ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert self.pack(root, tmp_path)[0].note.endswith("it differs from HEAD in a.txt")
+
+    @pytest.mark.parametrize("value, refused", [("=lfs", True), ("=git-crypt", True), ("", False)])
+    def test_filters(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, refused: bool) -> None:
+        """Not even the user's own filters run."""
+        root = self.repository(tmp_path, {".gitattributes": f"*.bin filter{value}\n", "src/b.bin": "pointer"})
+        (tmp_path / "gitconfig").write_text(
+            f'[filter "lfs"]\nclean = touch {tmp_path}/ran\nprocess = touch {tmp_path}/ran\nrequired = true\n'
+        )
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+        if refused:
+            for source in (root, root / "src"):
+                with pytest.raises(
+                    confbuild.UsageError, match=f"b.bin' has the attribute filter{value}, and filters are never run"
+                ) as caught:
+                    self.pack(source, tmp_path)
+                assert caught.value.hint.startswith("--allow-filters builds")
+            with pytest.raises(confbuild.BuildFailed, match="'src/b.bin' has the attribute filter"):
+                confbuild.fetch_git(
+                    f"file://{root}", "", str(tmp_path / "got"), ORACLE_ENV, confbuild.SourcePolicy(("file",))
+                )
+        assert self.pack(root, tmp_path, allow_filters=True)[0].commit
+        (root / "src/b.bin").write_text("what the filter writes")
+        packed, _ = self.pack(root, tmp_path, allow_filters=True)
+        assert packed.note.endswith("it differs from HEAD in src/b.bin") and not (tmp_path / "ran").exists()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_a_work_tree_of_somebody_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """git refuses it, and so do we; the user's own configuration can say otherwise."""
+        root = self.repository(tmp_path, {".gitignore": ".env\n"})
+        (root / ".env").write_text("SECRET=1")
+        head = git(root, "rev-parse", "HEAD")
+        subprocess.run(["chown", "-R", "12345", str(root)], check=True)
+        wanted = f"dubious ownership in repository at '{root}'|is owned by someone else"
+        for folder in (root, root / "src"):
+            with pytest.raises(confbuild.UsageError, match=wanted) as caught:
+                self.pack(folder, tmp_path)
+            assert f"git config --global --add safe.directory {root}" in caught.value.hint
+        with pytest.raises(confbuild.UsageError, match=wanted):
+            confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
+        config = tmp_path / "gitconfig"
+        monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+        for trusted, fits in ((root.parent, False), (root, True), ("*", True)):
+            config.write_text(f"[safe]\n\tdirectory = {trusted}\n")
+            if fits:
+                assert self.pack(root, tmp_path)[0].commit == head
+            else:
+                with pytest.raises(confbuild.UsageError, match=wanted):
+                    self.pack(root, tmp_path)
+
+    def test_an_old_git(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """git before 2.31 knows neither `ls-files --deduplicate`, nor before 2.29 `init --object-format`."""
+        root = self.repository(tmp_path, {".gitignore": "private\n"})
+        (root / "private").touch()
+        script(
+            tmp_path / "git",
+            'for word in "$@"; do case $word in --deduplicate|--object-format*) echo "unknown option" >&2; exit 129;; '
+            f'esac; done\nexec {shutil.which("git")} "$@"\n',
+        )
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert self.pack(root, tmp_path)[0].commit
+
+    def test_conflicts_are_listed_once(self, tmp_path: Path) -> None:
+        root = self.repository(tmp_path)
+        name = git(root, "rev-parse", "HEAD:a.txt")
+        rows = "".join(f"100644 {name} {stage}\ta.txt\n" for stage in (1, 2, 3))
+        rows = f"0 {'0' * 40}\ta.txt\n{rows}"
+        subprocess.run(["git", "update-index", "--index-info"], cwd=root, input=rows, text=True, check=True)
+        (root / "a.txt").write_text("<<<<<<<")
+        assert self.pack(root, tmp_path)[0].note.startswith("4 files as they are")
+
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_files_that_archives_never_contain(self, tmp_path: Path, changed: bool) -> None:
+        """Both ends leave them out, and the commit stays."""
+        root = self.repository(tmp_path, {".DS_Store": "x", "docs/__MACOSX/y": "y", "docs/z": "z"})
+        if changed:
+            (root / "a.txt").write_text("x")
+        packed, tree = self.pack(root, tmp_path)
+        assert bool(packed.commit) != changed and (tree == git(root, "rev-parse", "HEAD^{tree}")) != changed
+
+    @pytest.mark.parametrize("patterns", ["*\n", "/demo/\n"])
+    def test_a_folder_that_git_ignores(self, tmp_path: Path, patterns: str) -> None:
+        write_files(tmp_path, {".gitignore": patterns})
+        git(tmp_path, "init", "-q")
+        git(tmp_path, "add", "-f", ".gitignore")
+        git(tmp_path, "commit", "-qm", "one")
+        root = write_files(
+            tmp_path / "demo", {**self.FILES, "Cargo.lock": LOCK, "Cargo.toml": MANIFEST, "target/x": ""}
+        )
+        packed, _ = self.pack(root, tmp_path)
+        assert packed.note.startswith("4 files as they are, ignored ones too, without history: it is a folder inside")
+
+    def test_links_out_of_a_folder_without_git(self, tmp_path: Path) -> None:
+        root = write_files(tmp_path / "demo", {**self.FILES, "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
+        (root / "result").symlink_to("/nix/store/0-h")
+        (root / "src/up").symlink_to("../../other")
+        (root / "src/lock").symlink_to("../Cargo.lock")
+        assert self.pack(root, tmp_path)[0].note.startswith("5 files as they are")
+
+    def test_tags(self, tmp_path: Path) -> None:
+        """For `git describe`: those of HEAD, also if they are packed or annotated, and no others."""
+        root = self.repository(tmp_path)
+        git(root, "tag", "old")
+        git(root, "commit", "-q", "--allow-empty", "-m", "two")
+        git(root, "tag", "light")
+        git(root, "pack-refs", "--all")
+        git(root, "tag", "-a", "-m", "x", "v1")
+        for url in (f"file://{root}", ""):
+            out = tmp_path / f"got{bool(url)}"
+            if url:
+                confbuild.fetch_git(url, "", str(out), ORACLE_ENV, confbuild.SourcePolicy(("file",)))
+            else:
+                out.mkdir()
+                confbuild.pack_directory(str(root), str(tmp_path / "a"), tempfile.mkdtemp(dir=tmp_path), {})
+                confbuild.unpack_archive(str(tmp_path / "a"), str(out))
+                out = out / "demo"
+            assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
+            assert git(out, "status", "--porcelain") == ""
+
+    def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_TAGS", 2)
+        root = self.repository(tmp_path)
+        for name in "abc":
+            git(root, "tag", name)
+        confbuild.fetch_git(f"file://{root}", "", str(tmp_path / "o"), ORACLE_ENV, confbuild.SourcePolicy(("file",)))
+        assert git(tmp_path / "o", "tag").split() == ["a", "b"]
+
+    def test_submodules_by_url(self, tmp_path: Path, origin: dict[str, str]) -> None:
+        """Their folders are empty, and the commit stays."""
+        got = fetch(tmp_path, f"{origin['file']}/modules")
+        head, tree = git(got, "rev-parse", "HEAD"), git(got, "rev-parse", "HEAD^{tree}")
+        found = confbuild.believe_history(str(got), ORACLE_ENV)
+        assert (found.commit, found.tree, os.listdir(got / "sub")) == (head, tree, [])
+        assert found.submodules["sub"]["digest"] == {"gitCommit": origin["main"]}
+
+    def test_submodules_in_submodules(self, tmp_path: Path) -> None:
+        inner = write_files(tmp_path / "inner", {"i": "i"}, commit=True)
+        outer = write_files(tmp_path / "outer", {"o": "o"})
+        git(outer, "init", "-q")
+        git(outer, "submodule", "-q", "add", str(inner), "deep/in")
+        write_files(outer, {}, commit=True)
+        root = self.repository(tmp_path)
+        git(root, "submodule", "-q", "add", "--", str(outer), "out")
+        git(root, "config", "-f", ".gitmodules", "submodule.out.url", "https://u:p@example.org/o.git")
+        git(root, "submodule", "-q", "update", "--init", "--recursive")
+        write_files(root, {}, commit=True)
+        packed, tree = self.pack(root, tmp_path, submodules=True)
+        assert packed.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
+        with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+            source = confbuild.read_source(str(root), scratch, {}, submodules=True)
+            assert source.history is not None and Path(source.root, "out/deep/in/i").read_text() == "i"
+            uris = [row["uri"] for row in source.history.submodules.values()]
+        assert uris[0].startswith("pkg:generic/out@") and "?vcs_url=git+https://example.org/o.git@" in uris[0]
+        assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
+        expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), json.dumps(uris[:1]).encode())
+        assert expected.dependencies == uris[:1], "as many as the provenance names"
+
+    def test_a_repository_that_lost_its_objects(self, tmp_path: Path) -> None:
+        """A work tree of a repository that is gone: its files are not packed without git's word."""
+        root = self.repository(tmp_path)
+        git(root, "worktree", "add", "-q", "--detach", str(tmp_path / "linked"))
+        shutil.rmtree(root)
+        with pytest.raises(confbuild.UsageError, match="not a git repository") as caught:
+            self.pack(tmp_path / "linked", tmp_path)
+        assert f"move {tmp_path}/linked/.git away" in caught.value.hint
+
+    def test_a_read_only_source(self, tmp_path: Path) -> None:
+        root = self.repository(tmp_path)
+        before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
+        subprocess.run(["chmod", "-R", "a-w", str(root)], check=True)
+        try:
+            assert self.pack(root, tmp_path)[0].commit == git(root, "rev-parse", "HEAD")
+            assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
+        finally:
+            subprocess.run(["chmod", "-R", "u+w", str(root)], check=True)
 
 
 # endregion 24
@@ -15500,7 +15813,7 @@ class TestRealCargo:
             timeout=PATIENCE,
             check=True,
         ).stderr
-        assert "packed 5 files as they are, without history: git has modified or untracked files" in said
+        assert "packed 5 files as they are, without history: it differs from HEAD in new, src/main.rs" in said
         git(demo, "add", "-A")
 
         source = json.loads((tmp_path / "out" / "provenance.json").read_bytes())["predicate"]["buildDefinition"][
@@ -19672,10 +19985,8 @@ class TestFetcher:
         found, name = confbuild.find_project(str(tmp_path / "s"), "")
         tree = confbuild.git_tree(found, confbuild.walk_files(found))
         env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
-        assert name == "hello" and confbuild.believe_history(found, tree, env) == (
-            git(origin, "rev-parse", "HEAD"),
-            f"file://{origin}",
-        )
+        head = git(origin, "rev-parse", "HEAD")
+        assert name == "hello" and confbuild.believe_history(found, env) == (head, tree, f"file://{origin}", {})
 
     @pytest.mark.parametrize(
         ("raised", "room", "answer"),
@@ -26205,7 +26516,7 @@ class TestBuild:
         write_files(root, {"src/main.rs": "fn changed() {}"})
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         done = shell("build", "demo")
-        assert done.returncode == 0 and "without history: git has modified or untracked files" in done.stderr
+        assert done.returncode == 0 and "without history: it differs from HEAD in src/main.rs" in done.stderr
         assert "confbuild: demo-build exists; the new bundle replaces it if it verifies\n" in done.stderr
         assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 0
 
@@ -26246,7 +26557,7 @@ class TestBuild:
         """The server's reason arrives, although it does not read what it refuses."""
         write_files(tmp_path / "demo", {"big": random.Random(1).randbytes(8 << 20)})
         done = shell("build", "demo", "--max-archive", "1")
-        assert done.returncode == 4 and "413" in done.stderr
+        assert done.returncode == 4 and "413" in done.stderr and "hint: --max-archive MIB raises" in done.stderr
 
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
     @pytest.mark.parametrize("remote", [False, True])
@@ -26471,7 +26782,7 @@ class TestBuild:
                 and Path("deep/out/artifacts/big").read_bytes() == content
             )
 
-    def test_a_full_disk_after_a_build(self, shell: Shell) -> None:
+    def test_a_full_disk_after_a_build(self, shell: Shell, tmp_path: Path) -> None:
         """Of another server, which keeps the result, and of a private one, which does not."""
         how = (
             "-c",
@@ -26495,10 +26806,28 @@ class TestBuild:
             "demo",
             how=(*how[:1], how[1].replace("full()", "resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))"), *how[2:]),
         )
+        gone = "the temporary server and its result are gone ([Errno 27] File too large): build again"
         assert said.returncode == 2 and said.stderr.endswith(
-            "error: demo-build cannot be written: File too large\n"
-            "confbuild: hint: the temporary server and its result are gone: build again\n"
+            f"error: demo-build cannot be written: File too large\nconfbuild: hint: {gone}\n"
         ), said.stderr
+        failing = "import os; confbuild._hold_bundle = lambda *_: os.open('/nonexistent/out', 0); "
+        (tmp_path / "kept").mkdir()
+        program = self.FULL + failing + "sys.exit(confbuild.main())"
+        said = shell("build", "demo", how=(*how[:1], program, *how[2:]), TMPDIR=str(tmp_path / "kept"))
+        kept = re.search(r"hint: the result is kept: .* verify (\S+/result\.tar\.gz)\n$", said.stderr)
+        assert said.returncode == 2 and kept and confbuild.main(["verify", "--allow-simulated", kept[1]]) == 0
+        assert os.listdir(tmp_path / "kept") == [os.path.basename(os.path.dirname(kept[1]))]
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+    def test_a_target_that_cannot_be_written(self, shell: Shell) -> None:
+        """Nothing is packed or built for it."""
+        for command in (("build", "demo"), ("build", "https://example.org/demo")):
+            said = shell(*command, "-o", "/proc/deep/out")
+            assert (said.returncode, said.stdout) == (2, "") and re.fullmatch(
+                "confbuild: error: /proc/deep/out cannot be written: .*\n"
+                "confbuild: hint: name another directory with -o\n",
+                said.stderr,
+            ), said.stderr
 
     def test_a_full_tmpdir(self, tmp_path: Path, shell: Shell) -> None:
         write_files(tmp_path, {"large/x": random.Random(1).randbytes(20_000), "large/Cargo.lock": ""})
