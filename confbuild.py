@@ -5164,7 +5164,7 @@ def make_copy(folder: str) -> None:
     while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
         frame = frame.f_back
     code = frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
-    path = os.path.join(folder, f"confbuild-{sha256_hex(own_source())}.code")
+    path = os.path.join(os.path.abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
     for old in glob.glob(os.path.join(glob.escape(folder), "confbuild-*.code*")):
         os.unlink(old)
     with open(path + ".tmp", "wb") as f:

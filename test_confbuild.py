@@ -10656,7 +10656,7 @@ answer(None)""",
         if copied:
             copy.write_bytes(marshal.dumps(compile("print('hostile')", "x", "exec")))
             (tmp_path / "confbuild-old.code.tmp").symlink_to(FILE)
-            confbuild.make_copy(str(tmp_path))
+            confbuild.make_copy(os.path.relpath(tmp_path))
         program = confbuild.own_program()
         assert (str(copy) in program) == copied and [path.name for path in tmp_path.glob("confbuild-*")] == (
             [copy.name] if copied else []
