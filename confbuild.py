@@ -6743,17 +6743,20 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
 
 # endregion 25
 # ==============================================================================
-# region 26. Attester                                     [uses 6, 7, 8, 16, 22]
+# region 26. Attester                                 [uses 6, 7, 8, 10, 16, 22]
 # ==============================================================================
-# Makes the evidence for a provenance: simulated evidence, which says that it is simulated, or the report of the SEV-SNP
-# guest that this process runs in.  The guest's host is hostile: the certificate table that it adds to a report is used
-# only if a certificate in it verifies the report.  Callers: agents, the guest's first process and `attest`.
+# Makes the evidence for a provenance: simulated evidence, which says that it is simulated, the report of the SEV-SNP
+# guest, or the quote of the TD that this process runs in.  The guest's host is hostile: the certificate table that it
+# adds to a report is used only if a certificate in it verifies the report.  Callers: agents, the guest's first process
+# and `attest`.
 # Specifications: [TSM], [SEV-GUEST], [GHCB], [VCEK].  Everything runs in the caller's thread.
 
 TSM_REPORTS = "/sys/kernel/config/tsm/report"  # configfs-tsm, Linux 6.7 and later [TSM]
 SEV_GUEST = "/dev/sev-guest"  # [SEV-GUEST]
 SNP_GET_REPORT, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205302  # ioctl requests [SEV-GUEST]
 MAX_CERTIFICATES = 16 * KIB  # SEV_FW_BLOB_MAX_SIZE of the driver
+CCEL = "/sys/firmware/acpi/tables/data/CCEL"  # a TD's log of measurements, for root [CCEL]
+MAX_CCEL = 512 * KIB  # as base64 it must fit in one string of evidence.json; firmware sets 64 KiB aside
 
 
 class NoAttester(ConfbuildError):
@@ -6806,11 +6809,11 @@ def simulated_evidence(data: bytes) -> bytes:
     return _evidence("simulated", version=1, notice=SIMULATED_NOTICE, attestation_report=report)
 
 
-def get_report(data: bytes) -> tuple[bytes, bytes]:
-    """Return (report, certificate table) from configfs-tsm or, if that fails, from /dev/sev-guest.
+def get_report(data: bytes) -> tuple[bytes, bytes | None]:
+    """Return (report, certificate table), or (a TD's quote, None).
 
-    configfs-tsm can exist without the guest's driver (ENXIO), deny this user (EACCES), or lack room for the
-    certificates (EIO).
+    From configfs-tsm or, if that fails, from /dev/sev-guest: configfs-tsm can exist without the guest's driver (ENXIO),
+    deny this user (EACCES), or lack room for the certificates (EIO).
     data: 64 bytes of report data.
     Raises NoAttester if neither gives a report about data.
     """
@@ -6819,14 +6822,14 @@ def get_report(data: bytes) -> tuple[bytes, bytes]:
         if os.path.exists(path):
             try:
                 report, table = get(path, data)
-                if parse_report(report).report_data == data:
+                if (parse_td_quote if table is None else parse_report)(report).report_data == data:
                     return report, table
                 failures.append(f"{path}: the report has other report data than requested")
-            except (NoAttester, ReportError) as e:
+            except (NoAttester, Malformed) as e:
                 failures.append(str(e))
     raise NoAttester(
-        "; ".join(failures) or f"not an SEV-SNP guest: neither {TSM_REPORTS} nor {SEV_GUEST} exists",
-        "in an SEV-SNP guest, run `modprobe sev-guest` as root",
+        "; ".join(failures) or f"not a confidential VM: neither {TSM_REPORTS} nor {SEV_GUEST} exists",
+        "in an SEV-SNP guest, run `modprobe sev-guest` as root, in a TD `modprobe tdx-guest`",
     )
 
 
@@ -6842,8 +6845,8 @@ def _device_report(path: str, data: bytes) -> tuple[bytes, bytes]:
         os.close(device)
 
 
-def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
-    """Return (report, certificate table or no bytes) from configfs-tsm at root.  [TSM]
+def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes | None]:
+    """Return (report, certificate table or no bytes), or (a TD's quote, None), from configfs-tsm at root.  [TSM]
 
     The kernel limits each attribute to 32 KiB (TSM_OUTBLOB_MAX).
     Raises NoAttester.
@@ -6858,14 +6861,14 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes]:
         os.mkdir(folder)
         try:
             provider = read("provider").strip()
-            if provider != b"sev_guest":  # before any other request: other providers have no auxblob
+            if provider not in (b"sev_guest", b"tdx_guest"):  # before any other request
                 name = provider[:40].decode("ascii", "replace")
-                raise NoAttester(f"{root}: the provider is {name!r}, expected sev_guest")
+                raise NoAttester(f"{root}: the provider is {name!r}, expected sev_guest or tdx_guest")
             before = int(read("generation"))
             with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
                 # The kernel applies it at close(2), which hides an error; the generation then stays the same.
                 written = f.write(data)
-            report, table = read("outblob"), read("auxblob")
+            report, table = read("outblob"), read("auxblob") if provider == b"sev_guest" else None
             requests = int(read("generation")) - before
         finally:
             os.rmdir(folder)
@@ -6911,6 +6914,14 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
     raise NoAttester(f"{SEV_GUEST}: {', then '.join(failures)}")
 
 
+def _read_ccel() -> str | None:
+    """Return a TD's log of measurements as base64, or None if this process cannot read it."""
+    with contextlib.suppress(OSError), open(CCEL, "rb") as f:
+        log = f.read(MAX_CCEL + 1)
+        return _base64(log) if len(log) <= MAX_CCEL else None
+    return None
+
+
 def fetch_vek(url: str) -> bytes:
     """Return the answer of AMD's key distribution service, at most MAX_CERTIFICATES bytes of it.  [VCEK 4.1]
 
@@ -6927,41 +6938,48 @@ def fetch_vek(url: str) -> bytes:
 
 
 def hardware_evidence(
-    report: bytes, table: bytes, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None
+    report: bytes, table: bytes | None, platform: str, fetch: Callable[[str], bytes] | None, given: bytes | None = None
 ) -> bytes:
-    """Return evidence.json of the platform `snp` or `gcp-snp`, with the VCEK or VLEK if one is found.  [CONTRACT 4.2]
+    """Return evidence.json of a platform, for snp with the VCEK or VLEK if one is found.  [CONTRACT 4.2, 4.6]
 
     The certificate comes from table, else given, else fetch; the first that verifies the report wins.  A certificate in
     table can be that of an older TCB, which has another key.
-    table: the certificate table, from the hostile host.
+    table: the certificate table, from the hostile host; None: report is the quote of a TD.
     fetch: returns AMD's answer for a URL.
     given: a certificate in DER.
-    Raises NoAttester if the last certificate does not verify the report, ReportError if report is not one.
+    Raises NoAttester if platform is not of this hardware or the last certificate does not verify the report,
+    ReportError if report is not one.
     """
+    if platform.endswith("tdx") is not (table is None):
+        raise NoAttester(f"this machine does not attest as {platform}", "leave --platform out")
+    if table is None:
+        return _evidence(platform, quote=_base64(report), cc_eventlog=_read_ccel())
     parsed = parse_report(report)
     kind, product = parsed.signing_key, parsed.product
 
-    def complaint() -> str:
-        try:
-            if vek is not None:
-                verify_report(parsed, parse_certificate(vek, "VEK").key)
-        except (Malformed, BadSignature) as e:
-            return str(e)
-        return ""
-
-    vek = vek_in_table(table, kind)
-    if given is not None and (vek is None or complaint()):
-        vek = given
-    if fetch is not None and (vek is None or complaint()):
+    def from_amd() -> bytes | None:
+        if fetch is None:
+            return None
         if product not in TCB_LAYOUTS or kind != "VCEK":
             raise NoAttester(
                 f"the report is signed by {kind} of {product or 'an unknown product'}; "
                 "AMD's key service has only the VCEKs of known products"
             )
-        vek = fetch(vek_url(parsed, product))
-    if complaint():
-        raise NoAttester(f"the certificate for the report does not verify it: {complaint()}")
-    chain = None if vek is None else {"vcek": _base64(vek), "ask": None, "ark": None}
+        return fetch(vek_url(parsed, product))
+
+    chain, problem = None, ""
+    sources: Sequence[Callable[[], bytes | None]] = (lambda: vek_in_table(table, kind), lambda: given, from_amd)
+    for source in sources:
+        vek = source()
+        if vek is not None:
+            chain, problem = {"vcek": _base64(vek), "ask": None, "ark": None}, ""
+            try:
+                verify_report(parsed, parse_certificate(vek, "VEK").key)
+                break
+            except (Malformed, BadSignature) as e:
+                problem = f"the certificate for the report does not verify it: {e}"
+    if problem:
+        raise NoAttester(problem)
     return _evidence(platform, attestation_report=_base64(report), cert_chain=chain)
 
 
@@ -10381,7 +10399,7 @@ def _start() -> tuple[dict[str, Any], str]:
     return config, workspace
 
 
-def choose_attester(config: Mapping[str, Any], get: Callable[[bytes], tuple[bytes, bytes]]) -> Attester:
+def choose_attester(config: Mapping[str, Any], get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
     """Return the attester of a VM with this configuration: its hardware for the platform "snp", else none.
 
     get: returns (report, certificate table) for report data; raises NoAttester.
@@ -12787,7 +12805,7 @@ class GuestBroker:
     def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
         """Return a hardware report. Raises NoAttester."""
         report, table = get_report(bytes.fromhex(question["data"]))
-        return {"report": report.hex(), "table": table.hex()}
+        return {"report": report.hex(), "table": (table or b"").hex()}
 
 
 # endregion 39
@@ -14519,10 +14537,11 @@ def cmd_measure(options: "argparse.Namespace") -> int:
 
 
 def cmd_attest(options: "argparse.Namespace") -> int:
-    """Print evidence for a provenance, from the hardware of this SEV-SNP guest."""
+    """Print evidence for a provenance, from the hardware of this confidential VM."""
     provenance = read_limited(options.provenance, MAX_JSON)
     report, table = get_report(report_data(provenance, options.nonce))
-    evidence = hardware_evidence(report, table, options.platform, fetch_vek if options.fetch_vek else None)
+    platform = options.platform or ("tdx" if table is None else "snp")
+    evidence = hardware_evidence(report, table, platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
         say("the host handed out no certificate of the signing key: verifiers will need --vek")
     sys.stdout.write(evidence.decode("ascii"))
@@ -15129,11 +15148,15 @@ COMMANDS = (
         (
             ("FILE provenance", "provenance.json; its evidence.json is printed"),
             ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
-            ("--platform PLATFORM", "snp (default) or gcp-snp", ("snp", "gcp-snp"), "snp"),
+            (
+                "--platform PLATFORM",
+                "snp, gcp-snp, tdx or gcp-tdx (default: snp or tdx, as the hardware is)",
+                ("snp", "gcp-snp", "tdx", "gcp-tdx"),
+            ),
             ("--fetch-vek", "fetch a missing certificate from AMD's key service (opens a socket)"),
         ),
         _CONFIDENTIAL,
-        "inside an SEV-SNP guest: get evidence for a provenance",
+        "inside an SEV-SNP guest or a TD: get evidence for a provenance",
         "confbuild attest provenance.json --nonce 00112233445566778899aabbccddeeff",
     ),
     Command(

@@ -14382,7 +14382,7 @@ class TestAttester:
             ),  # which close(2) does not tell: there is nothing to report on
             ({"fail": {"write": errno.EFBIG}}, "{root}: the report is larger"),
             ({"fail": {"rmdir": errno.EBUSY}}, "{root}/confbuild-{id}: Device or resource busy"),
-            ({"provider": b"tdx_guest\n"}, "{root}: the provider is 'tdx_guest', expected sev_guest"),
+            ({"provider": b"tdx\n"}, "{root}: the provider is 'tdx', expected sev_guest or tdx_guest"),
             ({"provider": b""}, "the provider is '', expected sev_guest"),
             (
                 {"provider": b"arm_cca_guest" * 9},
@@ -14476,7 +14476,7 @@ class TestAttester:
                 confbuild.get_report(bytes(64))
             assert "modprobe sev-guest" in caught.value.hint
         monkeypatch.setattr(confbuild, "SEV_GUEST", str(tmp_path / "none"))
-        with pytest.raises(confbuild.NoAttester, match=r"not an SEV-SNP guest: neither \S+/none nor \S+/none exists"):
+        with pytest.raises(confbuild.NoAttester, match=r"not a confidential VM: neither \S+/none nor \S+/none exists"):
             confbuild.get_report(bytes(64))
 
     @pytest.mark.parametrize(
@@ -14491,7 +14491,8 @@ class TestAttester:
             ({"other": True}, False, "the report has other report data than requested"),
             ({"size": 1000}, False, "attestation_report: 1000 bytes, expected 1184"),
             ({"fail": {"mkdir": errno.ENXIO}}, False, "No such device or address"),
-            ({"provider": b"tdx_guest"}, False, "the provider is 'tdx_guest'"),
+            ({"provider": b"cca_guest"}, False, "the provider is 'cca_guest'"),
+            ({"provider": b"tdx_guest"}, False, "TDX quote: "),
         ],
     )
     def test_whom_to_ask(
@@ -14519,6 +14520,40 @@ class TestAttester:
         else:
             with pytest.raises(confbuild.NoAttester, match=expected):
                 confbuild.get_report(bytes(range(64)))
+
+    def test_a_td(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """A quote from configfs-tsm, with the log of measurements if it can be read, and it verifies."""
+        root, log, file = tmp_path / "report", tmp_path / "CCEL", tmp_path / "provenance.json"
+        root.mkdir()
+        tsm = Configfs(root, monkeypatch, provider=b"tdx_guest\n")
+        monkeypatch.setattr(tsm, "report", lambda data: td_quote(report_data=data))
+        monkeypatch.setattr(confbuild, "TSM_REPORTS", str(root))
+        monkeypatch.setattr(confbuild, "CCEL", str(log))
+        file.write_bytes(provenance_of(attested()))
+        assert confbuild.get_report(bytes(range(64))) == (td_quote(report_data=bytes(range(64))), None)
+        attest = ["attest", str(file), "--nonce", NONCE]
+        for content, options, platform in (
+            (None, [], "tdx"),
+            (CCEL_HEADER + b"\xff" * 40, [], "tdx"),
+            (CCEL_HEADER, ["--platform", "gcp-tdx"], "gcp-tdx"),
+            (bytes(confbuild.MAX_CCEL + 1), [], "tdx"),
+        ):
+            if content is not None:
+                log.write_bytes(content)
+            assert confbuild.main([*attest, *options]) == 0
+            evidence = capsys.readouterr().out.encode()
+            doc = json.loads(evidence)
+            readable = content is not None and len(content) <= confbuild.MAX_CCEL
+            assert doc["platform"] == platform
+            assert doc["evidence"]["cc_eventlog"] == (b64(content or b"") if readable else None)
+            wanted = confbuild.Expectations(nonce=NONCE, require_tee=True)
+            assert (
+                verdict_over(attested()._replace(evidence=evidence), wanted, anchors=INTEL_ANCHORS).verdict == "passed"
+            )
+        assert confbuild.main([*attest, "--platform", "snp"]) == 1
+        assert "this machine does not attest as snp" in capsys.readouterr().err
+        with pytest.raises(confbuild.NoAttester, match="^this machine does not attest as tdx$"):
+            confbuild.hardware_evidence(snp_report(), b"", "tdx", None)
 
     GOOD_TABLE = table_of(("VLEK", b"the vlek"), ("VCEK", b"the vcek"))
 
