@@ -14057,8 +14057,8 @@ def _expect_vm(options: "argparse.Namespace", machine: BuildPlatform | None) -> 
     if not options.tee:
         _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
         return Expectations()
-    facts = None if machine is None else machine.facts
-    if machine is None and options.image:
+    facts = machine.facts if machine is not None else None
+    if facts is None and options.image:
         facts = check_image(options.image)
     if facts is None and not options.measurements:
         raise UsageError("--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do")
@@ -14343,7 +14343,11 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     """Download and verify the bundle of a finished job."""
     client = _client(options)
     job_id = _find_job(client, options.job)
-    bundle = options.out or safe_name(job_id) + "-build"
+    bundle = options.out
+    if not bundle:  # as `build` would have named it
+        [job] = client.service.jobs("GET", f"/build/{job_id}")
+        name = str(job.get("source_name") or job.get("repo_url") or job_id)
+        bundle = repository_name(name.removesuffix(".tar.gz")) + "-build"
     try:
         return _fetch_bundle(client, job_id, Delivery(bundle, Expectations(options.nonce)))
     except RemoteError as e:
@@ -15084,7 +15088,7 @@ COMMANDS = (
         (
             _JOB,
             *_CLIENT,
-            ("-o --out DIR", "directory of the bundle (default: JOB-build)"),
+            ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
             ("--nonce HEX", "nonce that you sent with the build; without it the nonce is not checked", _nonce),
         ),
         _SERVICE,

@@ -26878,26 +26878,31 @@ class TestBuild:
     ) -> None:
         """The server's own nonce is no check: it is not even asked for."""
         monkeypatch.chdir(tmp_path)
-        with StandIn((200, {}, result_archive(bundle()))) as one:
+        status = {"job_id": "j", "status": "ok", "submitted_at": "2026-11-28T02:10:00Z", "source_name": "x.tar.gz"}
+
+        def answer(_: str, path: str) -> Answer:
+            return 200, {}, result_archive(bundle()) if path.endswith("/result") else json.dumps(status).encode()
+
+        with StandIn(answer) as one:
 
             def fetch(status: int, *options: str) -> tuple[str, str]:
                 assert confbuild.main(["fetch", "j", "--server", one.url, *options]) == status
                 return capsys.readouterr()
 
             out, err = fetch(0)
-            assert out == "j-build\n" and "\nconfbuild: not checked: nonce (--nonce)\n" in err
-            assert err.endswith(" verify j-build (exit status 3: simulated)\n"), "no nonce that nobody chose"
+            assert out == "x-build\n" and "\nconfbuild: not checked: nonce (--nonce)\n" in err
+            assert err.endswith(" verify x-build (exit status 3: simulated)\n"), "no nonce that nobody chose"
             doc = json.loads(fetch(0, "--output", "json")[0])
             assert doc["nonce"] is None and [
                 check["status"] for check in doc["checks"] if check["name"] == "nonce"
             ] == ["not checked"]
             _, err = fetch(0, "--nonce", DASHED)
             assert "not checked: nonce" not in err and err.endswith(
-                f" verify j-build --nonce {NONCE} (exit status 3: simulated)\n"
+                f" verify x-build --nonce {NONCE} (exit status 3: simulated)\n"
             )
             assert "FAILED" in fetch(5, "--nonce", "f" * 32)[1]
             assert "is not a nonce: expected 32 hexadecimal digits or a UUID" in fetch(2, "--nonce", "f" * 31)[1]
-            assert [path for _, path, _ in one.seen] == ["/build/j/result"] * 4
+            assert [path for _, path, _ in one.seen] == ["/build/j", "/build/j/result"] * 4
 
     def test_a_good_bundle_stays(self, shell: Shell, tmp_path: Path) -> None:
         """What does not verify takes no good bundle's place, nor does a bundle take the current directory's."""
@@ -26951,7 +26956,7 @@ class TestBuild:
             status = confbuild.main(
                 [*command.split(), "--server", one.url, *(["-o", str(tmp_path / "b")] if "fetch" in command else [])]
             )
-        assert status == 4, capsys.readouterr().err
+        assert status == (5 if "fetch" in command else 4), capsys.readouterr().err
 
     @needs("git")
     @pytest.mark.usefixtures("plain_git")
