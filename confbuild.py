@@ -5158,7 +5158,7 @@ def make_copy(folder: str) -> None:
 
     folder: nobody else can write to it. A copy that an earlier process left is replaced, not used.
     """
-    if not os.path.isfile(__file__):  # inside a zipapp, whose start file is another one
+    if not os.path.isfile(__file__) or __file__.endswith(".pyc"):  # inside a zipapp; or compiled already
         return
     frame: Any = sys._getframe()
     while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
