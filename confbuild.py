@@ -729,21 +729,24 @@ class ImageFacts(NamedTuple):
     launch_digests: Mapping[str, str]
 
 
+Text = str | None  # in Expectations
+
+
 class Expectations(NamedTuple):
     """The reference values of the caller.
 
     None and False mean: not checked. An empty text or list is compared like any other. Bytes are hexadecimal digits:
-    of either case for the report, in lower case for the provenance, which has no other.
+    of either case for the evidence, in lower case for the provenance, which has no other.
     """
 
-    nonce: str | None = None
+    nonce: Text = None
     measurements: Sequence[str] | None = None  # one of them must be the report's
     image: ImageFacts | None = None  # the VM must have booted it
-    igvm: str | None = None  # the launch digest of the IGVM file that the VM must have booted
-    disk: str | None = None  # empty, or why the disk does not have the root hash of that file's command line
+    igvm: Text = None  # the launch digest of the IGVM file that the VM must have booted
+    disk: Text = None  # empty, or why the disk does not have the root hash of that file's command line
     # "snp" or "milan:snp" -> its least level in each TCB of the report; "tdx" -> TEE_TCB_SVN, as one big-endian number.
     min_tcb: Mapping[str, int] | None = None
-    host_data: str | None = None
+    host_data: Text = None
     guest_policy: Sequence[int] | None = None  # mask, value of these bits, least ABI (major << 8 | minor)
     platform_info: int | None = None  # the bits that may be set
     vmpl: int = 0
@@ -751,29 +754,29 @@ class Expectations(NamedTuple):
     min_guest_svn: int | None = None
     min_firmware: Sequence[int] | None = None  # major, minor, build, of the current and the committed version
     min_mit_vector: int | None = None  # bits that both mitigation vectors must have
-    chip_id: str | None = None
-    family_id: str | None = None
-    image_id: str | None = None
-    id_key_digest: str | None = None
-    author_key_digest: str | None = None
-    report_id: str | None = None
-    csp_id: str | None = None  # of a VLEK, such as CN=cc-us-east-2.amazonaws.com
-    report_data: str | None = None  # all 64 bytes that the attester signed
+    chip_id: Text = None
+    family_id: Text = None
+    image_id: Text = None
+    id_key_digest: Text = None
+    author_key_digest: Text = None
+    report_id: Text = None
+    csp_id: Text = None  # of a VLEK, such as CN=cc-us-east-2.amazonaws.com
+    report_data: Text = None  # all 64 bytes that the attester signed
     allow_debug: bool = False
-    source_uri: str | None = None
-    source_commit: str | None = None
-    source_tree: str | None = None
-    lockfile_sha256: str | None = None
+    source_uri: Text = None
+    source_commit: Text = None
+    source_tree: Text = None
+    lockfile_sha256: Text = None
     dependencies: Sequence[str] | None = None  # every dependency, as uris
     packages: Sequence[str] | None = None  # some: NAME@VERSION of the default registry, or a uri
-    builder_id: str | None = None
-    build_type: str | None = None
-    build_log_sha256: str | None = None
+    builder_id: Text = None
+    build_type: Text = None
+    build_log_sha256: Text = None
     pcrs: Mapping[int, str] | None = None  # index -> value, on Azure
     rtmrs: Mapping[int, str] | None = None  # index -> value, of a TD
-    mr_config_id: str | None = None
-    service_td: str | None = None  # MRSERVICETD of the one service TD that may be bound
-    compose_hash: str | None = None  # of dstack
+    mr_config_id: Text = None
+    service_td: Text = None  # MRSERVICETD of the one service TD that may be bound
+    compose_hash: Text = None  # of dstack
     accept_tcb: Sequence[str] = ()  # statuses of a TD's TCB that pass besides the harmless ones; never Revoked
     require_collateral: bool = False
     finished: tuple[str, str] | None = None  # earliest and latest finishedOn, as 2026-11-23T00:00:00Z
@@ -3496,19 +3499,16 @@ class _Checks(NamedTuple):
         """Add a check that does not run."""
         self.made.append(Check(name, "not checked", expected, str(actual), why))
 
-    def expect(self, field: str, actual: Any, shown: Any = None, holds: bool | None = None) -> None:
+    def expect(self, field: str, actual: Any, shown: Any, holds: bool) -> None:
         """Add the check of a field of Expectations, which does not run if the caller left the field None.
 
-        holds: whether actual is as expected; None: compare actual with the field.
-        shown: the expected value as text, if holds is given.
+        shown: the expected value as text.
+        holds: whether actual is as expected.
         """
-        name, value = _CHECK_OF[field], getattr(self.expected, field)
-        if value is None:
-            self.skip(name, _UNASKED, actual)
-        elif holds is None:
-            self.compare(name, value if isinstance(value, str) else "\n".join(value), actual)
+        if getattr(self.expected, field) is None:
+            self.skip(_CHECK_OF[field], _UNASKED, actual)
         else:
-            self.hold(name, holds, shown, actual)
+            self.hold(_CHECK_OF[field], holds, shown, actual)
 
     def attempt(self, name: str, parse: Callable[..., Any], *arguments: Any) -> Any:
         """Add a check that passes unless parse raises, and return the value of parse, or None."""
@@ -3582,16 +3582,16 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
-def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Certificate | None:
+def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Any:
     """Check the form of the certificate in the evidence, or else of the caller's, and return it.
 
     data: the certificate in the evidence, or None. A VEK of the caller completes evidence but never replaces it.
     """
     given = checks.endorsements.vek
-    if data is not None or given is not None:
-        parse, argument = (find_vek, report.signing_key) if data is None else (parse_certificate, "VEK")
-        vek: Certificate | None = checks.attempt("VEK form", parse, given if data is None else data, argument)
-        return vek
+    if data is not None:
+        return checks.attempt("VEK form", parse_certificate, data, "VEK")
+    if given is not None:
+        return checks.attempt("VEK form", find_vek, given, report.signing_key)
     source = ""
     if report.signing_key == "VLEK":
         source = "; the cloud that runs the VM has its VLEK"
@@ -3709,11 +3709,8 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         # from the committed one on. So each of the four must reach the minimum.
         kinds = ("reported", "committed", "current", "launch")
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
-        minimum = [
-            (name, level)
-            for kind, _, name, level in ((*key.rpartition(":"), level) for key, level in expected.min_tcb.items())
-            if kind in ("", product.lower()) and name != "tdx"
-        ]
+        named = [(key.rpartition(":"), level) for key, level in expected.min_tcb.items()]
+        minimum = [(name, level) for (kind, _, name), level in named if kind in ("", product.lower()) and name != "tdx"]
         low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
         checks.hold(
             "minimum TCB",
@@ -3962,7 +3959,7 @@ def _check_dstack(checks: _Checks, evidence: Any) -> _Attested:
             found = [payload for name, payload in replayed[1] if name == "compose-hash"]
             claims |= {"events": events, "compose_hash": found[0] if found else None}
             if not found:
-                checks.expect("compose_hash", "none")
+                checks.expect("compose_hash", "none", checks.expected.compose_hash, False)
     return quote.report_data, claims
 
 
@@ -4101,7 +4098,9 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
         "dependencies": "\n".join(uris),
     }
     for field, actual in said.items():
-        checks.expect(field, actual)
+        value = getattr(checks.expected, field)
+        wanted = value if isinstance(value, str | None) else "\n".join(value)
+        checks.expect(field, actual, wanted, wanted == actual)
     packages = checks.expected.packages or ()
     missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     found = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
@@ -13178,7 +13177,7 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False, at: str
         rows.append(f"     zero or empty: {plain_text(', '.join(unset))}")
     skipped: dict[str, list[str]] = {}
     for check in checks:
-        if check.status == "not checked" and not check.actual:
+        if check.status == "not checked" and (not check.actual or claims and check.detail == _UNASKED):
             skipped.setdefault(check.detail, []).append(check.name)  # one line for all with the same reason
         else:
             rows += _check_rows(check, width, color)

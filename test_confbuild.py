@@ -8966,6 +8966,19 @@ class TestToyHierarchy:
         tables |= frozenset().union(*REQUIRED_OF_PLATFORM.values())
         assert {name for name in used if name not in tables} == {
             "name",
+            "FMSPC",
+            "PCEID",
+            "QE identity",
+            "TCB level",
+            "TDX module",
+            "TDX module identity",
+            "collateral form",
+            "f'{title} chain'",
+            "f'{title} form'",
+            "f'{title} root'",
+            "f'{title} signature'",
+            "f'{title} signer'",
+            "_CHECK_OF[field]",
             "f'artifact {name[:255]}'",
             "f'revocation list file {name}'",
             "measurement byproduct",
@@ -24144,6 +24157,19 @@ class TestRendering:
         assert confbuild.render_verdict(verdict, False).partition("\n")[0] == self.AGREE.replace(
             "agree", "agree" + guest
         )
+
+    def test_fields_that_are_zero_share_a_line(self) -> None:
+        """Simulated evidence has many; and a field that was shown is not shown again because nobody asked for it."""
+        for files, anchors in ((bundle(), None), (snp(), TOY_ANCHORS)):
+            verdict = verdict_over(files, confbuild.Expectations(), anchors=anchors)
+            text = confbuild.render_verdict(verdict, False, True)
+            assert text.count("\n     zero or empty: ") == 1 and "family_id, image_id" in text
+            rows = [row[:23].strip() for row in text.splitlines() if re.search(r" (0x)?[0.]+( |$)", row)]
+            assert rows == (["ok   VMPL"] if anchors else []) + ["ok   report data tail"]
+            assert ("policy_abi" in text, '["smt"]' in text) == (True, bool(anchors))
+            assert text.count(verdict.claims["measurement"]) == 1
+        verdict = verdict_over(bundle(), confbuild.Expectations(require_tee=True))
+        assert "expected signed by hardware" in confbuild.render_verdict(verdict, False)
 
     def test_skipped_checks_share_a_line(self) -> None:
         checks = [
