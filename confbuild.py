@@ -193,6 +193,7 @@ import os
 import stat
 import time
 from collections import deque
+from os.path import join
 
 if TYPE_CHECKING:
     import argparse
@@ -414,6 +415,9 @@ def limit_error(message: str) -> BuildFailed:
 # check_schema, the one check of the form of a JSON document. Each needs time and memory linear in its input and
 # raises Malformed for any input that it does not accept; the parameter `name` or `structure` names the input in that
 # error. Also two hashes. Everything here is pure, and any thread may call it.
+
+Json = Mapping[str, Any]  # a JSON object
+Strings = Mapping[str, str]
 
 # One string, bracket or brace. An unterminated string extends to the end, so no byte is scanned twice. The quantifiers
 # are possessive because re would otherwise remember 120 bytes for each step that it could take back.
@@ -7480,7 +7484,7 @@ def to_payloads(phase: str, messages: Sequence[str]) -> Payloads:
     return Payloads(list(map(json.encoder.encode_basestring_ascii, messages)), f'{{"type":"{phase}","msg":', "}")
 
 
-def to_payload(event: Mapping[str, Any]) -> Payloads:
+def to_payload(event: Json) -> Payloads:
     """Return the Payloads of one event."""
     return Payloads([compact_json(event)])
 
@@ -7639,7 +7643,7 @@ class EventLog:
                 break
         return end, float("inf")
 
-    def last(self) -> dict[str, Any]:
+    def last(self) -> Json:
         """Return the last event, or an empty object."""
         offset = self.offset_of(max(0, self.count - 1))
         frame = os.pread(self.fd, self.size - offset, offset)
@@ -8072,7 +8076,7 @@ def claim_state(state: str) -> int:
     nor written by confbuild 0.1, which wrote no marker. [CONTRACT 1.15] Raises OSError.
     """
     os.makedirs(state, mode=0o700, exist_ok=True)
-    marker = os.path.join(state, _STATE_MARKER)
+    marker = join(state, _STATE_MARKER)
     if os.path.lexists(marker):
         try:
             with open(open_regular(marker), "rb") as f:
@@ -8089,7 +8093,7 @@ def claim_state(state: str) -> int:
         raise UsageError(
             f"{state} is neither empty nor a state directory of confbuild", "choose another directory with --state"
         )
-    lock = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    lock = os.open(join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
@@ -8103,8 +8107,8 @@ def claim_state(state: str) -> int:
 
 def _is_unmarked_state(state: str) -> bool:
     """Tell whether state is empty except for our output, a state of 0.1, or one that could not be marked before."""
-    names = {name for name in os.listdir(state) if not _is_our_output(os.path.join(state, name))}
-    jobs = os.path.join(state, "jobs")
+    names = {name for name in os.listdir(state) if not _is_our_output(join(state, name))}
+    jobs = join(state, "jobs")
     return (
         names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
         and ("jobs" in names or not names & {"incoming", "guests"})
@@ -8138,8 +8142,8 @@ class JobRecord(NamedTuple):
     submitted_at: str = ""
     started_at: str = ""
     finished_at: str = ""
-    result: Mapping[str, Any] | None = None
-    failure: Mapping[str, str] | None = None
+    result: Json | None = None
+    failure: Strings | None = None
     key: str = ""
 
     def to_bytes(self) -> bytes:
@@ -8160,7 +8164,7 @@ class JobRecord(NamedTuple):
             raise Malformed("job.json", f"seq {record.seq} or attempts {record.attempts}: not between 0 and {MAX_SEQ}")
         return record
 
-    def unpublished_end(self) -> BuildFailed | Mapping[str, Any] | None:
+    def unpublished_end(self) -> BuildFailed | Json | None:
         """Return the failure or the result of a job whose log is not complete, or None if the job must run."""
         if self.failure is not None:  # cancelled, or the server died before it wrote the last event
             return BuildFailed(self.failure["error_type"], self.failure["error"])
@@ -8173,7 +8177,7 @@ class JobRecord(NamedTuple):
         result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
         return to_payload({"type": "complete", "result": result})
 
-    def to_wire(self, job_id: str, position: int | None) -> dict[str, Any]:
+    def to_wire(self, job_id: str, position: int | None) -> Json:
         """Return the status of the job. position: in the queue, if it waits. [CONTRACT 1.12]"""
         url, ref = self.request.repo_url, self.request.repo_ref
         return {
@@ -8196,7 +8200,7 @@ class JobRecord(NamedTuple):
         return not JOB_STATES[self.state][0]
 
 
-End = BuildFailed | Mapping[str, Any]  # of a job: its failure or its result
+End = BuildFailed | Json  # of a job: its failure or its result
 
 
 class Job:
@@ -8222,7 +8226,7 @@ class Job:
 
     def path(self, name: str) -> str:
         """Return the path of the file called name in the job's folder."""
-        return os.path.join(self.folder, name)
+        return join(self.folder, name)
 
     @property
     def request(self) -> BuildRequest:
@@ -8250,8 +8254,8 @@ class Job:
             os.rename(archive, self.source)
         self.log = EventLog(self.path("events"), grown)
         write_durably(self.path("job.json"), self.record.to_bytes())
-        os.rename(self.folder, os.path.join(folder, self.id))
-        self.folder = os.path.join(folder, self.id)
+        os.rename(self.folder, join(folder, self.id))
+        self.folder = join(folder, self.id)
         sync(folder)
 
     def read(self, grown: Callable[[EventLog], None]) -> None:
@@ -8509,38 +8513,42 @@ class JobTable:
     """
 
     def __init__(self, state: str) -> None:
-        self.incoming = os.path.join(state, "incoming")
-        self.folder = os.path.join(state, "jobs")
+        self.incoming = join(state, "incoming")
+        self.folder = join(state, "jobs")
         self._lock = threading.Lock()
         self._order: dict[str, Order] = {}  # guarded by _lock; of all jobs, by id
         self._live: dict[str, Job] = {}  # guarded by _lock; those that have not ended, and damaged ones
         # guarded by _lock; those that have ended and that somebody uses
         self._used: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
-        self._removed = os.path.join(state, "removed")  # an empty file for each job that was removed, at that time
-        self._sizes: dict[str, int] = {}  # guarded by _lock; of the folders of jobs that have ended
+        self._removed = join(state, "removed")  # an empty file for each job that was removed, at that time
         for path in (self.folder, self.incoming, self._removed):
             os.makedirs(path, mode=0o700, exist_ok=True)
 
-    def read(self, grown: Callable[[EventLog], None]) -> list[Job]:
-        """Read the jobs of earlier servers. Return those that have not ended, in the order of submission."""
+    def read(self, grown: Callable[[EventLog], None]) -> tuple[list[Job], int]:
+        """Read the jobs of earlier servers. Return those that have not ended, in their order, and the last number.
+
+        The number is that of the last submission, or -1 if there is no job.
+        """
         for name in os.listdir(self.incoming):
             if re.fullmatch(r"[0-9a-f-]{32,36}", name):  # it was not accepted
-                remove_tree(os.path.join(self.incoming, name))
+                remove_tree(join(self.incoming, name))
         names = filter(_JOB_ID.fullmatch, os.listdir(self.folder))
-        found = [_read_job(os.path.join(self.folder, name), grown) for name in names if not self._glance(name)]
+        found = [_read_job(join(self.folder, name), grown) for name in names if not self._glance(name)]
         for job in found:
             self.add(job)
             if job.log is None:
                 logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
-        return sorted((job for job in found if job.log is not None), key=_order)
+        with self._lock:
+            last = max((seq for seq, *_ in self._order.values()), default=-1)
+        return sorted((job for job in found if job.log is not None), key=_order), last
 
     def _glance(self, job_id: str) -> bool:
         """Add the job if a look at its files shows that it has ended, and return whether it was added."""
-        folder = os.path.join(self.folder, job_id)
+        folder = join(self.folder, job_id)
         try:
-            with open(open_regular(os.path.join(folder, "job.json")), "rb") as f:
+            with open(open_regular(join(folder, "job.json")), "rb") as f:
                 match = _ENDED.fullmatch(f.read(MIB))
-            if match and EventLog(os.path.join(folder, "events"), flags=os.O_RDONLY).finished:
+            if match and EventLog(join(folder, "events"), flags=os.O_RDONLY).finished:
                 with self._lock:
                     self._order[job_id] = (int(match[1]), match[2].decode("ascii"), (match[3] or b"").decode("ascii"))
                 return True
@@ -8565,14 +8573,13 @@ class JobTable:
         with self._lock:
             job = self._live.get(job_id) or self._used.get(job_id)
             known = job_id in self._order
-            self._sizes.pop(job_id, None)  # whoever uses it may add files
         if not known:
-            if _JOB_ID.fullmatch(job_id) and os.path.exists(os.path.join(self._removed, job_id)):
-                removed = utc_time(os.path.getmtime(os.path.join(self._removed, job_id)))
+            if _JOB_ID.fullmatch(job_id) and os.path.exists(join(self._removed, job_id)):
+                removed = utc_time(os.path.getmtime(join(self._removed, job_id)))
                 raise Refused(410, "Gone", f"this build was removed at {removed}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
         if job is None:
-            job = _read_job(os.path.join(self.folder, job_id), lambda _: None)
+            job = _read_job(join(self.folder, job_id), lambda _: None)
             with self._lock:
                 job = self._used.setdefault(job_id, job)
         return job
@@ -8591,34 +8598,26 @@ class JobTable:
 
     def expire(self, keep_s: float, keep_bytes: float) -> None:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
-        ids, sizes, now = self.ids()[::-1], {}, time.time()
-        for job_id in ids:
-            with self._lock:
-                size = 0 if job_id in self._live else self._sizes.get(job_id, -1)
-            if size < 0:
-                size = sum(entry.stat().st_size for entry in os.scandir(os.path.join(self.folder, job_id)))
-            sizes[job_id] = size
-        total = sum(sizes.values())
         with self._lock:
-            self._sizes = {job_id: sizes[job_id] for job_id in ids if job_id not in self._live}
-            ended = [job_id for job_id in self._sizes if job_id not in self._used]
-        for job_id in ended:
-            age_s = now - os.path.getmtime(os.path.join(self.folder, job_id, "job.json"))
-            if total <= keep_bytes and age_s <= keep_s:
-                break
-            if age_s > YOUNG_S and self._remove(job_id):
-                total -= sizes[job_id]
+            order = [job_id for job_id in sorted(self._order, key=self._order.__getitem__) if job_id not in self._live]
+        folders = [join(self.folder, job_id) for job_id in order]
+        sizes = [sum(entry.stat().st_size for entry in os.scandir(folder)) for folder in folders]
+        total = sum(sizes)
+        for job_id, folder, size in zip(order, folders, sizes, strict=True):
+            age_s = time.time() - os.path.getmtime(join(folder, "job.json"))
+            if age_s > YOUNG_S and (age_s > keep_s or total > keep_bytes) and self._remove(job_id):
+                total -= size
 
     def _remove(self, job_id: str) -> bool:
         """Remove a job that has ended, unless somebody uses it by now. Return whether it was removed."""
-        with open(os.path.join(self._removed, job_id), "wb"):
+        with open(join(self._removed, job_id), "wb"):
             pass
         with self._lock:
             if job_id in self._used:
                 return False
-            del self._order[job_id], self._sizes[job_id]
-        trash = os.path.join(self.incoming, job_id)  # which the next server empties if this one dies
-        os.rename(os.path.join(self.folder, job_id), trash)
+            del self._order[job_id]
+        trash = join(self.incoming, job_id)  # which the next server empties if this one dies
+        os.rename(join(self.folder, job_id), trash)
         remove_tree(trash)
         return True
 
@@ -8630,7 +8629,7 @@ class JobTable:
         return self.get(found[0]) if found else None
 
 
-def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[dict[str, Any]]:
+def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[Json]:
     """Return the status of at most limit jobs, newest first. after: the id of the job before them, or empty."""
     positions, found = jobs.positions(), []
     for job_id in jobs.table.ids(after)[:limit]:
@@ -8642,9 +8641,10 @@ def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[dict[str, Any]]
 
 def _keep(jobs: "Jobs", keep_s: float, keep_bytes: float) -> None:
     """Thread "keeper": sync the logs of running builds, and remove finished builds that are not kept."""
-    jobs.stopping.wait(SYNC_S)
-    for log in filter(None, [job.log for job in jobs.table.live()]):
-        os.fdatasync(log.fd)
+    for _ in range(12):  # a minute
+        jobs.stopping.wait(SYNC_S)
+        for log in filter(None, [job.log for job in jobs.table.live()]):
+            os.fdatasync(log.fd)
     if (keep_s, keep_bytes) != (float("inf"), float("inf")):
         jobs.table.expire(keep_s, keep_bytes)
 
@@ -8701,18 +8701,15 @@ class Jobs:
 
     def start(self) -> None:
         """Read the jobs of earlier servers, and start the threads."""
-        found = self.table.read(self._grown)
+        found, last = self.table.read(self._grown)
         with self._changed:
+            self._accepted, self._seq = last >= 0, max(last, 0)
             for job in found:
                 end = job.record.unpublished_end()
                 if end is not None:
                     self._ending[job] = end
                 else:
                     self._queue.append(job)
-        newest = [self.get(job_id).record.seq for job_id in self.table.ids()[:1]]
-        with self._changed:
-            self._accepted = bool(newest)
-            self._seq = sum(newest)
         for thread in self._threads:
             thread.start()
 
@@ -8738,7 +8735,7 @@ class Jobs:
             self._accepting.append(key)
             self._seq = min(self._seq + 1, MAX_SEQ)
             record = JobRecord(self._seq, request, submitted_at=utc_now(), key=key)
-        job, accepted = Job(os.path.join(self.table.incoming, str(uuid.uuid4())), record), False
+        job, accepted = Job(join(self.table.incoming, str(uuid.uuid4())), record), False
         with job.writing:
             try:
                 known = self.table.find(key)
@@ -8765,7 +8762,7 @@ class Jobs:
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
-    def describe(self, job: Job) -> dict[str, Any]:
+    def describe(self, job: Job) -> Json:
         """Return the status of a job. [CONTRACT 1.12]"""
         return job.record.to_wire(job.id, self.positions().get(job))
 
@@ -8910,9 +8907,9 @@ class Request(NamedTuple):
     method: str
     target: str
     minor: int
-    headers: Mapping[str, str]
+    headers: Strings
     arguments: Sequence[str] = ()
-    query: Mapping[str, str] = {}
+    query: Strings = {}
     read: Callable[[int], bytes] = bytes
 
 
@@ -8924,7 +8921,7 @@ class Response(NamedTuple):
     """
 
     status: int
-    headers: Mapping[str, str]
+    headers: Strings
     body: bytes = b""
     source: EventLog | OpenFile | None = None
     start: int = 0
@@ -8937,7 +8934,7 @@ class Route(NamedTuple):
     path: may contain {id}.
     name: of the method of Api.
     answers: status -> its meaning, for the OpenAPI document.
-    parameters: of the query, as OpenAPI describes them.
+    query: name of a parameter -> its schema.
     """
 
     method: str
@@ -8946,16 +8943,14 @@ class Route(NamedTuple):
     summary: str
     answers: Mapping[int, str]
     media_type: str = "application/json"
-    parameters: Sequence[Mapping[str, Any]] = ()
+    query: Json = {}
 
 
 _PROBLEM = "application/problem+json"
 _NAME = re.compile(r"\{(\w+)\}")  # in the path of a route
 _ID = {"type": "string", "format": "uuid"}
 _NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
-_FROM = {"name": "from", "in": "query", "required": False, "schema": {"type": "integer", "minimum": 0}}
-_AFTER = {"name": "after", "in": "query", "required": False, "schema": _ID}
-_ASKED_NONCE = {"name": "nonce", "in": "query", "required": True, "schema": _NONCE}
+_RANGES = {206: "a range of it", 304: "unchanged", 416: "no such range", 503: "too many streams"}
 # fmt: off
 ROUTES = (
     Route("GET", "/health", "health", "Whether the server answers", {200: "ok"}, "text/plain"),
@@ -8966,25 +8961,23 @@ ROUTES = (
            503: "shutting down, or too many uploads", 507: "the disk of the server is full"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
           {200: "events", 204: "complete, and no event after N", 400: "invalid from",
-           404: "no such build, or its log is damaged", 503: "too many streams"}, "text/event-stream", (_FROM,)),
+           404: "no such build, or its log is damaged", 503: "too many streams"}, "text/event-stream",
+          {"from": {"type": "integer", "minimum": 0}}),
     Route("GET", "/build/{id}/result", "result", "Download the bundle",
-          {200: "the archive", 206: "a range of it", 304: "unchanged", 404: "no archive, or not yet",
-           416: "no such range", 503: "too many streams"}, "application/gzip"),
+          {200: "the archive", 404: "no archive, or not yet", **_RANGES}, "application/gzip"),
     Route("GET", "/build/{id}/log", "log", "The output of a build so far, also while it runs",
-          {200: "the text", 206: "a range of it", 304: "unchanged", 404: "no such build, or its log is damaged",
-           416: "no such range", 503: "too many streams"}, "text/plain"),
+          {200: "the text", 404: "no such build, or its log is damaged", **_RANGES}, "text/plain"),
     Route("GET", "/build/{id}/files/{file}", "file", "Download a file of the bundle, such as evidence.json",
-          {200: "the file", 206: "a range of it", 304: "unchanged", 404: "no such file, or no archive yet",
-           416: "no such range", 503: "too many streams"}, "application/octet-stream"),
+          {200: "the file", 404: "no such file, or no archive yet", **_RANGES}, "application/octet-stream"),
     Route("GET", "/build/{id}", "status", "The status of a build", {200: "status", 404: "no such build"}),
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
           {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
     Route("GET", "/builds", "list_builds", f"Builds, newest first, at most {MAX_LISTED}",
-          {200: "an array of status", 404: "no such build"}, parameters=(_AFTER,)),
+          {200: "an array of status", 404: "no such build"}, query={"after": _ID}),
     Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
           {200: "evidence.json", 400: "invalid nonce", 503: "no VM, or it does not attest"},
-          parameters=(_ASKED_NONCE,)),
+          query={"nonce": _NONCE}),
     Route("GET", "/metrics", "metrics", "Metrics in the text format of Prometheus", {200: "metrics"}, "text/plain"),
     Route("GET", "/openapi.json", "openapi", "This API", {200: "OpenAPI 3.1"}),
 )
@@ -9139,7 +9132,7 @@ class Api(NamedTuple):
 
     jobs: Jobs
     policy: SourcePolicy
-    description: Mapping[str, Any]
+    description: Json
     attest: Callable[[str], bytes]
     greeting: bytes = b""
     crowded: Callable[[], bool] = bool
@@ -9254,7 +9247,7 @@ class Api(NamedTuple):
         if job is not None:
             return json_response({"job_id": job.id})
         self.jobs.check_open()
-        archive = os.path.join(self.jobs.table.incoming, uuid.uuid4().hex)
+        archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
         try:
             with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
                 while body.tell() < length:
@@ -9299,7 +9292,7 @@ class Api(NamedTuple):
             save_archive(string, archive, self.policy.max_archive)
         return doc
 
-    def _check_fields(self, fields: Mapping[str, Any], archive: str) -> BuildRequest:
+    def _check_fields(self, fields: Json, archive: str) -> BuildRequest:
         """Return the build that fields ask for. archive: the path of source_data. Raises Refused, OSError."""
         text, url, ref, source, source_name = map(fields.get, REQUEST_FIELDS)
         nonce = parse_nonce(text)
@@ -9319,7 +9312,7 @@ class Api(NamedTuple):
         return BuildRequest(nonce, source_name=(source_name or "")[:255])
 
 
-def openapi_document() -> dict[str, Any]:
+def openapi_document() -> Json:
     """Return the OpenAPI 3.1 document of ROUTES."""
     paths: dict[str, Any] = {}
     schema = {
@@ -9331,11 +9324,15 @@ def openapi_document() -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
     bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
-        names = [{"name": name, "in": "path", "required": True, "schema": _ID} for name in _NAME.findall(route.path)]
+        places = [("path", name, _ID) for name in _NAME.findall(route.path)]
+        places += [("query", name, schema) for name, schema in route.query.items()]
         paths.setdefault(route.path, {})[route.method.lower()] = {
             "operationId": route.name,
             "summary": route.summary,
-            "parameters": [*names, *route.parameters],
+            "parameters": [
+                {"name": name, "in": place, "required": place == "path", "schema": schema}
+                for place, name, schema in places
+            ],
             "responses": {
                 str(status): {"description": text}
                 | ({} if status in NO_BODY else {"content": {route.media_type if status < 300 else _PROBLEM: {}}})
@@ -9374,7 +9371,7 @@ class AccessPolicy(NamedTuple):
     tokens: Sequence[str]
     hosts: Sequence[str]
 
-    def check(self, headers: Mapping[str, str], path: str, local_address: str) -> None:
+    def check(self, headers: Strings, path: str, local_address: str) -> None:
         """Raise Refused 421 for the name of another host, and 401 without a token unless path is /health."""
         host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # HTTP/1.0 may omit it
         if host.strip("[]") not in (*self.hosts, "localhost", local_address):  # DNS rebinding
@@ -10107,7 +10104,7 @@ class ApiClient:
         self._notify = notify
         self._opener = _build_opener(not (host in ("localhost", "::1") or host.startswith("127.")))
 
-    def open(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+    def open(self, method: str, path: str, body: Any = None, headers: Strings | None = None) -> Any:
         """Return the response, which the caller closes. Raises RemoteError, with the status of an HTTP error."""
         request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
         if self._token:
@@ -10143,7 +10140,7 @@ class ApiClient:
         """Return the response. Raises urllib.error.HTTPError for an error of HTTP, OSError."""
         return self._opener.open(request, timeout=READ_TIMEOUT_S)
 
-    def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
+    def _ask(self, method: str, path: str, body: Any = None, headers: Strings | None = None) -> bytes:
         """Return the body of the answer, at most MAX_JSON + 1 bytes of it."""
         with self.open(method, path, body, headers) as answer:
             try:
@@ -10151,16 +10148,14 @@ class ApiClient:
             except OSError as e:
                 raise BrokenProtocol(f"{method} {path}: {e}") from None
 
-    def json(
-        self, method: str, path: str, schema: Any, body: Any = None, headers: Mapping[str, str] | None = None
-    ) -> Any:
+    def json(self, method: str, path: str, schema: Any, body: Any = None, headers: Strings | None = None) -> Any:
         """Return the JSON of the answer, which must match schema: see check_schema."""
         try:
             return check_schema(parse_json(self._ask(method, path, body, headers), "answer"), schema, "answer")
         except Malformed as e:
             raise BrokenProtocol(f"{method} {path}: {e}") from None
 
-    def jobs(self, method: str, path: str, several: bool = False) -> list[dict[str, Any]]:
+    def jobs(self, method: str, path: str, several: bool = False) -> list[Json]:
         """Return the status of the job at path, or of several jobs."""
         found = self.json(method, path, [_STATUS] if several else _STATUS)
         return list(found) if several else [found]
@@ -10175,7 +10170,7 @@ class ApiClient:
         headers = {"Content-Type": "application/json", "Content-Length": str(size)}
         return str(self.json("POST", "/build", _ACCEPTED, body, headers)["job_id"])
 
-    def events(self, job_id: str, start: int = 0, submitted: bool = False) -> Iterator[dict[str, Any] | list[str]]:
+    def events(self, job_id: str, start: int = 0, submitted: bool = False) -> Iterator[Json | list[str]]:
         """Yield the events after the first `start`, each once, up to `complete`.
 
         Consecutive `build` events come as the list of their messages, still escaped: decoding each by itself would
@@ -10266,7 +10261,7 @@ def _build_messages(block: bytes, position: int) -> list[str]:
     return messages if "".join(whole).encode("ascii") == block else []
 
 
-def _parse_event(event: StreamEvent, position: int) -> dict[str, Any]:
+def _parse_event(event: StreamEvent, position: int) -> Json:
     """Return the object of the event after `position` events. Kettle's server sends no ids. Raises BrokenProtocol."""
     try:
         doc: dict[str, Any] = parse_json(event.data.encode("utf-8"), "event", 32)
@@ -10308,7 +10303,7 @@ _CONFIG = {
 }
 
 
-def read_config(read: Callable[[], bytes]) -> dict[str, Any]:
+def read_config(read: Callable[[], bytes]) -> Json:
     """Return the configuration, a line of JSON in the form _CONFIG.
 
     read: returns the next byte, which the host chooses.
@@ -10378,7 +10373,7 @@ def _kill_and_sweep(workspace: str) -> NoReturn:
     os.execv(sys.executable, [*own_program(), "sweep", workspace])
 
 
-def _start() -> tuple[dict[str, Any], str]:
+def _start() -> tuple[Json, str]:
     """Protect this process, and return its configuration and its workspace, which is the current directory from now on.
 
     Raises Malformed, OSError.
@@ -10398,7 +10393,7 @@ def _start() -> tuple[dict[str, Any], str]:
     return config, workspace
 
 
-def choose_attester(config: Mapping[str, Any], get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
+def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
     """Return the attester of a VM with this configuration: its hardware for the platform "snp", else none.
 
     get: returns (report, certificate table) for report data; raises NoAttester.
@@ -10413,7 +10408,7 @@ def choose_attester(config: Mapping[str, Any], get: Callable[[bytes], tuple[byte
     return Attester(BUILDERS[platform], lambda data: hardware_evidence(*get(data), platform, None, given), byproducts)
 
 
-def serve_agent(config: Mapping[str, Any], workspace: str, attester: Attester, end: Callable[[], None]) -> None:
+def serve_agent(config: Json, workspace: str, attester: Attester, end: Callable[[], None]) -> None:
     """Answer the host, and serve the API of one build over standard input and output until they end.
 
     workspace: the directory of the build, with the folders that it writes in.
@@ -10422,8 +10417,8 @@ def serve_agent(config: Mapping[str, Any], workspace: str, attester: Attester, e
     _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
     streamer = Streamer()
-    state = os.path.join(workspace, "agent")
-    reserve = os.path.join(state, "reserve")
+    state = join(workspace, "agent")
+    reserve = join(state, "reserve")
 
     def build(job: Job) -> str:
         log = job.log
@@ -10447,7 +10442,7 @@ def serve_agent(config: Mapping[str, Any], workspace: str, attester: Attester, e
             for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
                 # In a guest the build's user owns its files; they fill another disk than the agent's.
                 with contextlib.suppress(OSError):
-                    remove_tree(os.path.join(workspace, name))
+                    remove_tree(join(workspace, name))
             reason = f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {getattr(e, 'strerror', e)}"
             raise BuildFailed("LimitError", reason) from None
         finally:
@@ -10496,7 +10491,7 @@ def run_fetcher() -> None:
     _start_lifeline(lambda: _kill_and_sweep(workspace))
     policy = SourcePolicy(**config["policy"])
     name = repository_name(config["repo_url"])
-    root, archive = os.path.join(workspace, name), os.path.join(workspace, "source.tar.gz")
+    root, archive = join(workspace, name), join(workspace, "source.tar.gz")
     try:
         fetch_git(config["repo_url"], config["repo_ref"], root, os.environ, policy)
         write_source(archive, root, name)
