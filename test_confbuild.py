@@ -25261,6 +25261,79 @@ class TestBeforeTheSource:
 
 
 class TestVerify:
+    def test_tdx_at_a_time(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """--roots, --collateral, --at and the expectations of a TD; on the command line and in a policy file."""
+        files = tdx_bundle(td_quote(rtmr1=b"\1" * 48, tee_tcb_svn=bytes((5, 1, 3))))
+        write_files(
+            tmp_path,
+            {
+                "b/provenance.json": provenance_of(files),
+                "b/evidence.json": files.evidence,
+                "b/artifacts/demo": "artifact",
+                "roots/intel/root.der": INTEL_CERTIFICATES["root"],
+                "collateral.json": collateral(),
+                "old.json": collateral(tcb_info=tcb_info(tcbLevels=tcb_info()["tcbLevels"][2:])),
+                "empty/intel/x": "",
+                "policy.toml": 'collateral = "collateral.json"\nrequire-collateral = true\nrtmr = "1='
+                + "01" * 48
+                + '"\n'
+                'accept-tcb = "OutOfDate"\nat = "2026-11-23T12:00:00Z"\nmin-tcb = {tdx = "0501"}\n',
+            },
+        )
+
+        def verify(*options: str) -> tuple[int, str]:
+            status = confbuild.main(
+                ["verify", str(tmp_path / "b"), "--nonce", NONCE, "--roots", str(tmp_path / "roots"), *options]
+            )
+            return status, "".join(capsys.readouterr())
+
+        at, given = ("--at", NOW), ("--collateral", str(tmp_path / "collateral.json"))
+        old = ("--collateral", str(tmp_path / "old.json"))
+        hardening = "TCB status SWHardeningNeeded (INTEL-SA-1), level of 2025-05-03, 375 days behind the newest"
+        for options, status, text in (
+            (at, 0, f"PASSED as of {NOW}: the provenance lists exactly these artifacts, and it was signed in a "),
+            (
+                at,
+                0,
+                "on an Intel processor, if the keys of --roots are the manufacturer's; TCB status, revocation: not",
+            ),
+            ((*at, *given), 0, hardening),
+            ((*at, "--require-collateral"), 1, "FAILED as of"),
+            ((*at, *old), 1, "TCB status"),
+            (
+                (*at, *old),
+                1,
+                "actual   OutOfDate (INTEL-SA-1, INTEL-SA-3), level of 2024-05-13, 0 days behind the newest",
+            ),
+            ((*at, *old, "--accept-tcb", "OutOfDate"), 0, "TCB status OutOfDate"),
+            (("--at", "2034-01-01T00:00:00Z"), 1, "PCK validity"),
+            (("--at", "2025-01-01T00:00:00Z"), 1, "is the clock of this machine behind?"),
+            ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "2=0x" + "00" * 48), 0, "PASSED"),
+            ((*at, "--rtmr", "1=" + "02" * 48), 1, "RTMR values"),
+            ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "1=" + "01" * 48), 2, "--rtmr: a register is given twice"),
+            ((*at, "--rtmr", "4=" + "00" * 48), 2, "is not a register below 4 and its value"),
+            ((*at, "--min-tcb", "snp=24,tdx=050103"), 0, "PASSED"),
+            ((*at, "--min-tcb", "tdx=050104"), 1, "minimum TCB"),
+            ((*at, "--min-tcb", "snp=24"), 1, "required checks"),
+            ((*at, "--min-tcb", "tdx=5"), 2, "is not a list of levels such as"),
+            ((*at, "--mr-config-id", "00" * 48), 0, "PASSED"),
+            ((*at, "--mr-config-id", "01" * 48), 1, "mr_config_id"),
+            ((*at, "--service-td", "01" * 48), 1, "service TD"),
+            ((*at, "--compose-hash", "01" * 32), 1, "required checks"),
+            ((*at, "--accept-tcb", "Revoked"), 2, "--accept-tcb"),
+            (("--at", "now"), 2, "is not a time such as 2026-11-23T12:00:00Z"),
+            (("--at", "2026-13-01T00:00:00Z"), 2, "is not a time such as 2026-11-23T12:00:00Z"),
+            (("--collateral", str(tmp_path / "none")), 2, "none"),
+            (("--policy", str(tmp_path / "policy.toml")), 0, hardening),
+            (("--policy", str(tmp_path / "policy.toml"), *at, "--format", "json"), 0, f'"at": "{NOW}"'),
+            ((*at, "--measurement", (b"m" * 48).hex()), 0, "PASSED"),
+            ((*at, "--measurement", "00" * 48), 1, "measurement"),
+            ((*at, "--roots", str(tmp_path / "empty")), 2, "root.der"),
+        ):
+            got = verify(*options)
+            assert got[0] == status and text in got[1], (options, got)
+        assert verify("-v", *at, *given)[1].count("ok   ") > 50
+
     ZERO = "0" * 32
 
     @pytest.mark.parametrize(
