@@ -201,6 +201,7 @@ if TYPE_CHECKING:
     import ctypes
     import email.utils
     import fcntl
+    import fnmatch
     import glob
     import gzip
     import hmac
@@ -244,8 +245,8 @@ else:
             return getattr(sys.modules[self._names[0]], attribute)
 
     for _name in (
-        "argparse ctypes fcntl glob gzip hmac io ipaddress logging lzma resource secrets select selectors shlex shutil "
-        "signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
+        "argparse ctypes fcntl fnmatch glob gzip hmac io ipaddress logging lzma resource secrets select selectors "
+        "shlex shutil signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
     ).split():
         globals()[_name] = _Lazy(_name)
     email = _Lazy("email", "email.utils")
@@ -284,7 +285,8 @@ MAX_ATTEMPTS = 3  # of a job; a new attempt starts if the server died during the
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "https://confidential.ai/attested-builds/v1"
+BUILD_TYPE = "https://confidential.ai/attested-builds/v1"  # of [K]
+CONFBUILD_TYPE = "urn:confbuild:build:v1"  # of the toolchains that [K] does not have
 # builder.id of the provenance [CONTRACT 3.3].
 SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
 QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # a QEMU guest that is not confidential
@@ -806,12 +808,18 @@ class BuildRequest(NamedTuple):
 
     repo_url: a git URL, or empty if the source is an archive called source_name.
     repo_ref: a branch, tag or commit, or empty for the default branch.
+    toolchain: the name of a toolchain, or empty for the first whose marker exists.
+    subdir: the folder of the source that is built, or empty for the source itself.
+    artifacts: patterns of the files that are the artifacts, or empty for what the toolchain makes.
     """
 
     nonce: str
     repo_url: str = ""
     repo_ref: str = ""
     source_name: str = ""
+    toolchain: str = ""
+    subdir: str = ""
+    artifacts: Sequence[str] = ()
 
 
 class SourcePolicy(NamedTuple):
@@ -3217,8 +3225,11 @@ _TIME = re.compile(
 )
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": WORD}
-# The older generation writes its whole banner here; check_statement is stricter with the other one.
-_KETTLE = {"digest": {"sha256": str}, "version": str}
+# Of [K], with the order of the keys. The older generation writes its whole banner as the version of kettle.
+_TOOLS = [
+    {**dict.fromkeys(names.split(), _PROGRAM), "kettle": {"digest": {"sha256": str}, "version": str}}
+    for names in ("nix", "cargo rustc", "pnpm node")
+]
 # `integrity` in pnpm-lock.yaml: a hash in the form of [SRI]. [K]
 _INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
 # [K] writes every nix hash as sha256, whatever its algorithm, in hexadecimal digits or base64. As sha512 it writes the
@@ -3227,6 +3238,7 @@ _DIGEST = (
     {"sha256": re.compile(r"[0-9a-f]{32,128}|[A-Za-z0-9+/]{22,86}={0,2}")},
     {"sha512": re.compile(rf"[0-9a-f]{{128}}|[0-9a-f]{{40}}|{_INTEGRITY}( {_INTEGRITY})*")},
     {"gitCommit": _OBJECT},
+    {"dirHash": _HEX64},  # of a Go module: its h1 in go.sum, in hexadecimal digits
     {"sha1": _HEX40},
     {"md5": re.compile(r"[0-9a-f]{32}")},
 )
@@ -3253,11 +3265,7 @@ _STATEMENT = {
                 "evaluation?": {"derivationCount": int, "fetchCount": int},
                 "flakeInputs?": [{"name": WORD, "narHash": WORD}],
                 "lockfileHash": _SHA256,
-                "toolchain": (
-                    {"nix": _PROGRAM, "kettle": _KETTLE},
-                    {"cargo": _PROGRAM, "rustc": _PROGRAM, "kettle": _KETTLE},
-                    {"pnpm": _PROGRAM, "node": _PROGRAM, "kettle": _KETTLE},
-                ),
+                "toolchain": dict,
             },
             "resolvedDependencies": [
                 {
@@ -3293,9 +3301,11 @@ def check_statement(doc: Any) -> Any:
     check_schema(doc, _STATEMENT, structure, ordered=True)
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     build_type, toolchain = definition["buildType"], definition["internalParameters"]["toolchain"]
+    path = ".predicate.buildDefinition.internalParameters.toolchain"
+    own = {**dict.fromkeys(filter(WORD.fullmatch, toolchain), _PROGRAM), "kettle": _PROGRAM}
+    check_schema(toolchain, own if build_type == CONFBUILD_TYPE else tuple(_TOOLS), structure, path, ordered=True)
     if build_type not in OLDER_BUILD_TYPES:
-        path = ".predicate.buildDefinition.internalParameters.toolchain.kettle"
-        check_schema(toolchain["kettle"], _PROGRAM, structure, path, ordered=True)
+        check_schema(toolchain["kettle"], _PROGRAM, structure, path + ".kettle", ordered=True)
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
     # A reader of two byproducts with one name could take the other one.
@@ -3318,15 +3328,15 @@ def merkle_entries(doc: Any) -> list[str]:
     definition = doc["predicate"]["buildDefinition"]
     source, parameters = definition["externalParameters"]["source"]["digest"], definition["internalParameters"]
     tools = {name: (tool["digest"]["sha256"], tool["version"]) for name, tool in parameters["toolchain"].items()}
+    del tools["kettle"]
     before, after = [source["gitCommit"], source["gitTree"]], [parameters["lockfileHash"]["sha256"]]
+    nix = "nix" in tools and definition["buildType"] != CONFBUILD_TYPE
     for dependency in definition["resolvedDependencies"]:
         name, uri = dependency["name"], dependency["uri"]
         # The name is part of the separator because a name may itself contain `?hash=`.
-        after.append(f"fetch:{name}:" + uri.partition(name + "?hash=")[2] if "nix" in tools else uri)
-    if "nix" in tools:
-        return [*before, *after, *tools["nix"]]
-    first, second = ("rustc", "cargo") if "cargo" in tools else ("node", "pnpm")
-    return [*before, *tools[first], *tools[second], *after]
+        after.append(f"fetch:{name}:" + uri.partition(name + "?hash=")[2] if nix else uri)
+    programs = [text for name in reversed(tools) for text in tools[name]]
+    return [*before, *after, *programs] if nix else [*before, *programs, *after]
 
 
 def byproduct(doc: Any, name: str) -> str | None:
@@ -3335,22 +3345,27 @@ def byproduct(doc: Any, name: str) -> str | None:
     return {entry["name"]: entry["digest"]["sha256"] for entry in byproducts}.get(name)
 
 
+def read_statement(data: bytes) -> Any:
+    """Return the Statement in the bytes of provenance.json, or None if they are malformed."""
+    try:
+        return check_statement(parse_json(data, "provenance"))
+    except Malformed:
+        return None
+
+
 def subject_names(data: bytes) -> list[str]:
     """Return the names of the subjects in the bytes of provenance.json, or [] if they are malformed."""
-    try:
-        return [subject["name"] for subject in check_statement(parse_json(data, "provenance"))["subject"]]
-    except Malformed:
-        return []
+    return [subject["name"] for subject in (read_statement(data) or {"subject": []})["subject"]]
 
 
 def package_of(uri: str) -> str:
     """Return NAME@VERSION (for nix: NAME) of a dependency of the default registry, or "".  [CONTRACT 3.5]
 
     uri: such as pkg:cargo/NAME@VERSION?checksum=...
-    With a vcs_url or repository_url, the result is "": anybody can give a fork the name of a package.
+    With a path, vcs_url or another URL, the result is "": anybody can give a fork the name of a package.
     """
     path, _, query = uri.partition("?")
-    elsewhere = re.search(r"(?i)(^|&)(vcs|repository)_url=", query)
+    elsewhere = re.search(r"(?i)(^|&)(path|(vcs|repository|download)_url)=", query)
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
 
 
@@ -4399,6 +4414,10 @@ class Launcher:
     def share(self, paths: Sequence[str]) -> None:
         """Let untrusted programs write below paths, which need not exist; here they may anyway."""
 
+    def close_network(self) -> bool:
+        """Take the network from programs that start later, and return whether that is possible; here it is not."""
+        return False
+
 
 _launchers = [Launcher()]  # the last one starts the untrusted programs of this process
 
@@ -4522,6 +4541,7 @@ _UNIX_SOCKETS = (
     ("socket", 0, _EQUAL, 1, errno.EACCES),  # AF_UNIX
     ("socketpair", 1, _ANY_BIT, 2, errno.EACCES),  # SOCK_DGRAM, SOCK_RAW: can send to other sockets
 )
+_IP_SOCKETS = tuple(("socket", 0, _EQUAL, family, errno.EACCES) for family in (2, 10, 40))  # IPv4, IPv6, VMs
 _BYPASSES = (
     ("prlimit64", 0, _ANY_BIT, 0xFFFFFFFF, errno.EPERM),  # of another process
     ("socket", 0, _EQUAL, 43, errno.EAFNOSUPPORT),  # AF_SMC
@@ -4639,11 +4659,11 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
     ]
 
 
-def seccomp_filter(machine: str, unix: bool) -> bytes:
+def seccomp_filter(machine: str, unix: bool, network: bool = True) -> bytes:
     """Return a seccomp program that refuses the calls of the tables above, or b"" for an unknown machine.
 
     machine: as uname(2) names it.
-    unix: leave Unix sockets usable.
+    unix, network: leave sockets of Unix and of the Internet usable.
     Calls of other architectures have other numbers, so all of them are refused.
     [LINUX] include/uapi/linux/{seccomp,bpf_common}.h"""
     # A 32-bit program has other numbers.
@@ -4660,16 +4680,17 @@ def seccomp_filter(machine: str, unix: bool) -> bytes:
     program += [(at_least, 0, 1, 0x40000000), refuse(errno.ENOSYS)]  # x32
     for forbidden in _FORBIDDEN_CALLS[machine]:
         program += [(_EQUAL, 0, 1, forbidden), refuse(errno.ENOSYS)]  # like a kernel built without the call
-    for name, argument, comparison, value, code in (*_BYPASSES, *(() if unix else _UNIX_SOCKETS)):
+    sockets = [row for row, usable in ((_UNIX_SOCKETS, unix), (_IP_SOCKETS, network)) if not usable]
+    for name, argument, comparison, value, code in itertools.chain(_BYPASSES, *sockets):
         program += [(_EQUAL, 0, 3, numbers[name]), (load, 0, 0, 16 + 8 * argument), (comparison, 0, 1, value)]
         program += [refuse(code), (load, 0, 0, 0)]
     program.append((give, 0, 0, 0x7FFF0000))  # SECCOMP_RET_ALLOW
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def apply_filter(unix: bool) -> None:
+def apply_filter(unix: bool, network: bool = True) -> None:
     """Apply seccomp_filter to this thread and its children. Raises OSError."""
-    program = seccomp_filter(os.uname().machine, unix)
+    program = seccomp_filter(os.uname().machine, unix, network)
     if not program:
         raise OSError(errno.ENOSYS, f"the system calls of {os.uname().machine} are unknown to confbuild")
     buffer = ctypes.create_string_buffer(program, len(program))
@@ -4725,6 +4746,13 @@ class Confinement(Launcher):
         self.writable += paths
         self.unix = any(os.path.exists(os.path.join(path, "daemon-socket/socket")) for path in paths)
         self.devices += [] if self.unix else ["/dev/ptmx", "/dev/pts"]
+
+    def close_network(self) -> bool:
+        """Take sockets of the Internet, even to this machine, from programs that start later, if seccomp works."""
+        if self._thread is None or not self.sandbox.filtered:
+            return False
+        self._thread.submit(apply_filter, self.unix, False).result()
+        return True
 
     def restrict(self) -> None:
         """Put this thread, and everything that it starts, into the sandbox. Raises OSError."""
@@ -5558,6 +5586,7 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",
     def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
         info.uid = info.gid = info.mtime = 0
         info.uname = info.gname = ""
+        info.mode = 0o755 if info.mode & 0o100 else 0o644
         return info
 
     with open_tar(archive) as tar:
@@ -6161,7 +6190,7 @@ class Source(NamedTuple):
 def read_source(
     directory: str,
     scratch: str,
-    outputs: Mapping[str, Sequence[str]],
+    outputs: Sequence[str] = (),
     submodules: bool = False,
     allow_filters: bool = False,
 ) -> Source:
@@ -6170,7 +6199,7 @@ def read_source(
     It is HEAD if the work tree of git differs from it only by git's own conversions (line ends, ident, mode bits), or
     in files that git was told to skip; otherwise the files as they are, without ignored ones.
     scratch: a directory for temporary files, which must outlive the result.
-    outputs: the folders that a build removes first, by the name of the toolchain's marker file.
+    outputs: the folders that a build removes first, relative to directory.
     submodules: include the submodules that are checked out; otherwise their folders are empty.
     allow_filters: accept files with filters, which are never run.
     Raises BuildFailed."""
@@ -6178,9 +6207,6 @@ def read_source(
     checkout, why = open_checkout(root, own), "it is no git work tree"
     found = list_source(root, checkout, submodules)
     files = [name for name in found if os.path.lexists(os.path.join(root, name)) and not IGNORED & {*name.split("/")}]
-    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
-    markers = (marker for marker in outputs if marker in files and not os.path.islink(os.path.join(root, marker)))
-    removed = outputs.get(next(markers, ""), ())
     if checkout:
         why = "it is a folder inside a git work tree" if checkout.commit else "git has no commit"
     if checkout and checkout.commit:
@@ -6189,10 +6215,11 @@ def read_source(
             refuse_filters(root, checkout.env)
         if checkout.root == root:
             try:
-                return _read_head(checkout, scratch, found, removed, submodules)
+                return _read_head(checkout, scratch, found, outputs, submodules)
             except BuildFailed as e:
                 why = str(e)
-    kept = [name for name in files if name.split("/")[0] not in removed]
+    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
+    kept = [name for name in files if not f"{name}/".startswith(tuple(f"{output}/" for output in outputs))]
     ignored = ", ignored ones too" if "!" in found.values() else ""
     return Source(root, kept, None, f"{len(kept)} files as they are{ignored}, without history: {why}")
 
@@ -6238,7 +6265,7 @@ def _read_head(
             if not submodules or not os.path.lexists(os.path.join(path, ".git")):
                 notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
                 continue
-            inner = read_source(path, scratch, {}, True, True)
+            inner = read_source(path, scratch, (), True, True)
             if inner.history is None:
                 raise source_error(f"the submodule {link}: {inner.note}")
             os.rmdir(os.path.join(root, link))
@@ -6264,7 +6291,7 @@ def pack_directory(
     directory: str,
     archive: str,
     workspace: str,
-    outputs: Mapping[str, Sequence[str]],
+    outputs: Sequence[str] = (),
     submodules: bool = False,
     allow_filters: bool = False,
 ) -> Packed:
@@ -6287,20 +6314,26 @@ def pack_directory(
 
 # endregion 24
 # ==============================================================================
-# region 25. Toolchains                                        [uses 20, 21, 24]
+# region 25. Toolchains                                    [uses 16, 20, 21, 24]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
 # and two functions: plan_* reads the lock file and runs nothing, collect_* finds the artifacts after the build.
 # prepare looks up the programs of a plan once, in the project's directory; that same file is hashed, asked for its
 # version and run.
 # Callers: the pipeline builds with these rows; `verify --source` reads a checkout with source_expectations.
-# Specifications: [CARGO] for Cargo.lock; the nix manual, "derivation show" (JSON formats 0 to 5); [K] for the uris.
+# Specifications: [CARGO] for Cargo.lock; the nix manual, "derivation show" (JSON formats 0 to 5); [NPM] for
+# package-lock.json; [GO] for go.mod and go.sum; [K] for the uris.
 
 _NIX_FEATURES = "--extra-experimental-features nix-command --extra-experimental-features flakes".split()
 # The default registry of purl's type cargo, as Cargo.lock names it; some tools write the second form.
 _CRATES_IO = "registry+https://github.com/rust-lang/crates.io-index sparse+https://index.crates.io/".split()
-# cargo, rustup and nix read these files in the folders above a project, where the tree hash does not cover them.
-_OUTSIDE = ".cargo/config .cargo/config.toml Cargo.toml rust-toolchain rust-toolchain.toml .git flake.nix".split()
+# These programs read such files in the folders above a project, where the tree hash does not cover them.
+_OUTSIDE = """
+    .cargo/config .cargo/config.toml Cargo.toml rust-toolchain rust-toolchain.toml .git flake.nix
+    pnpm-workspace.yaml .npmrc node_modules
+""".split()
+_OWN_OUTPUT = ".confbuild"  # folder of a project for what go and npm build
+_VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of --version
 _MAX_LOCKFILE = 64 * MIB
 
 
@@ -6320,20 +6353,27 @@ class Program(NamedTuple):
 class Plan(NamedTuple):
     """The build of one project, and its inputs.
 
-    command: the argument vector, beginning with the name of one of tools; it runs in the project's directory.
+    steps: the argument vectors, each beginning with the name of one of tools or the path of a file of the source; they
+        run in the project's directory.
     tools: the names of the programs, in the order of the provenance.
     lock: the contents of the lock file, which pins the dependencies.
     dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
     env: added to the environment of the build; the name of a tool stands for its path.
+    fetches: how many of the steps need a network; 0 if all may use it.
+    artifacts: patterns of the files that are the artifacts.
+    build_type: of the provenance.
     programs: those of tools; prepare fills them in.
     parameters: the internalParameters that come before lockfileHash.
     """
 
-    command: Sequence[str]
+    steps: Sequence[Sequence[str]]
     tools: Sequence[str]
     lock: bytes
     dependencies: Sequence[Mapping[str, Any]] | None
     env: Mapping[str, str] = {}  # never changed, like the two below
+    fetches: int = 0
+    artifacts: Sequence[str] = ()
+    build_type: str = BUILD_TYPE
     programs: Mapping[str, Program] = {}
     parameters: Mapping[str, Any] = {}
 
@@ -6342,21 +6382,24 @@ class Toolchain(NamedTuple):
     """One kind of build.
 
     marker: the file whose presence in a project selects this toolchain.
-    plan: called with the project's directory; runs nothing and may read any checkout.
+    plan: called with the directory of a source and the project's folder in it; runs nothing and may read any checkout.
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
-        each artifact, sorted by name.
-    outputs: directories of the project that are removed before the build.
-    evaluate: completes a plan with its programs; called with the plan and the project's directory.
+        each artifact, sorted by name. A directory is packed.
+    outputs: returns the directories of a project that are removed before the build.
+    folders: where the build puts artifacts: patterns relative to the project.
+    evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
+        is missing, the next toolchain whose marker exists builds the project.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
     """
 
     name: str
     marker: str
-    plan: Callable[[str], Plan]
+    plan: Callable[[str, str], Plan]
     collect: Callable[[str, bytes], list[tuple[str, str]]]
-    outputs: Sequence[str] = ()
-    evaluate: Callable[[Plan, str], Plan] | None = None
+    outputs: Callable[[str], Sequence[str]] = lambda _: ()
+    folders: Sequence[str] = ()
+    evaluate: Callable[[Plan, str, str], Plan] | None = None
     store: Mapping[str, str] = {}  # never changed
 
 
@@ -6365,38 +6408,52 @@ def _parsing(what: str, error_type: str) -> Iterator[None]:
     """Raise BuildFailed of error_type if the block fails because a document has an unexpected form.  what: its name."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise BuildFailed(error_type, f"{what} has an unexpected form: {type(e).__name__}: {e}") from None
 
 
-def detect_toolchain(project: str) -> Toolchain:
-    """Return the first of TOOLCHAINS whose marker is a regular file of project.  [CONTRACT 2.1]
+def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
+    """Return those of TOOLCHAINS whose marker is a regular file of project, in their order.  [CONTRACT 2.1]
 
+    name: of the only one to return, or empty.
     Raises BuildFailed UnsupportedToolchainError if there is none.
     """
-    for toolchain in TOOLCHAINS:
-        path = os.path.join(project, toolchain.marker)
-        if os.path.isfile(path) and not os.path.islink(path):
-            return toolchain
-    message = "the project has neither " + " nor ".join(t.marker for t in TOOLCHAINS)
-    if os.path.isfile(os.path.join(project, "Cargo.toml")):
-        message += "; it has a Cargo.toml: run `cargo generate-lockfile` and add Cargo.lock to the source"
-    raise BuildFailed("UnsupportedToolchainError", message)
+    files = {entry.name for entry in os.scandir(project) if entry.is_file(follow_symlinks=False)}
+    found = [toolchain for toolchain in TOOLCHAINS if toolchain.marker in files]
+    chosen = [toolchain for toolchain in found if name in ("", toolchain.name)]
+    if not chosen:
+        wanted = ", ".join(t.marker for t in TOOLCHAINS if name in ("", t.name)) or f"a toolchain called {name[:40]!r}"
+        near = [toolchain.marker for toolchain in found]
+        near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
+        markers = {toolchain.marker for toolchain in TOOLCHAINS}
+        below = [path for path in match_files(project, "*/*") if os.path.basename(path) in markers]
+        near += [f"{path}: --subdir {os.path.dirname(path)} builds it" for path in below[:3]]
+        message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
+        failure = BuildFailed("UnsupportedToolchainError", message)
+        above = [project, os.path.join(project, "../.."), os.path.join(project, "..")]
+        folders = [os.path.dirname(os.path.join(project, path)) for path in below] or [
+            os.path.normpath(folder) for folder in above[1:] if markers & {*os.listdir(folder)}
+        ]
+        if folders:
+            failure.hint = f"`confbuild build {shlex.quote(folders[-1])}` builds what is there"
+        raise failure
+    return chosen
 
 
-def prepare(toolchain: Toolchain, project: str, env: Mapping[str, str]) -> Plan:
-    """Return the plan of project with its programs, their environment and the result of an evaluation.
+def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]) -> Plan:
+    """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
+    folder: of the project in the source root.
     env: of the build.
     Raises BuildFailed.
     """
-    plan = toolchain.plan(project)
-    programs = {name: find_program(name, project, env) for name in plan.tools}
+    plan = toolchain.plan(root, folder)
+    programs = {name: find_program(name, os.path.join(root, folder), {**env, **plan.env}) for name in plan.tools}
     folders = dict.fromkeys(os.path.dirname(program.path) for program in programs.values())
     own = {name: programs[value].path if value in programs else value for name, value in plan.env.items()}
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
-    return toolchain.evaluate(plan, project) if toolchain.evaluate else plan
+    return toolchain.evaluate(plan, root, folder) if toolchain.evaluate else plan
 
 
 def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
@@ -6414,7 +6471,8 @@ def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
         line = output.decode("utf-8", "replace").strip().partition("\n")[0]
         if status == 0 and line.isprintable() and line:
             return line
-        reason = (errors.splitlines() or [f"exit status {status}, expected one line of text"])[-1]
+        lines = errors.splitlines() or [f"exit status {status}, expected one line of text"]
+        reason = next((line for line in lines if line.startswith("error")), lines[-1])  # rustup continues with advice
         raise BuildFailed("UnsupportedToolchainError", f"`{' '.join(argv)}` failed: {reason}")
 
     found = shutil.which(name, path=env["PATH"])
@@ -6426,7 +6484,7 @@ def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
         if os.path.exists(rustup) and os.path.samefile(rustup, path):
             path = os.path.realpath(ask(rustup, "which", name))
             break
-    return Program(path, ask(path, "--version"), file_sha256(path))
+    return Program(path, ask(path, *_VERSION_OPTIONS.get(name, ("--version",))), file_sha256(path))
 
 
 def refuse_outside_influence(project: str) -> None:
@@ -6456,37 +6514,68 @@ def read_lockfile(path: str) -> bytes:
     return data
 
 
-def plan_cargo(project: str) -> Plan:
+def plan_cargo(root: str, folder: str = "") -> Plan:
     """Return the plan of `cargo build --locked --release` in project.  Raises BuildFailed."""
+    project = os.path.join(root, folder)
     lock = read_lockfile(os.path.join(project, "Cargo.lock"))
     # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
     env = {"RUSTC": "rustc", "CARGO_TARGET_DIR": os.path.join(project, "target")}
-    command = "cargo build --locked --release".split()
-    return Plan(command, ("cargo", "rustc"), lock, cargo_dependencies(lock, project), env)
+    steps = ["cargo build --locked --release".split()]
+    return Plan(steps, ("cargo", "rustc"), lock, cargo_dependencies(lock, root, folder), env)
+
+
+def match_files(root: str, pattern: str) -> list[str]:
+    """Return the paths, relative to root, that match pattern in the way of a shell. No symbolic link is followed."""
+    paths = [""]
+    for part in filter(None, pattern.split("/")):
+        folders = [path for path in paths if os.path.isdir(os.path.join(root, path))]
+        names = (
+            (path, name) for path in folders for name in fnmatch.filter(os.listdir(os.path.join(root, path)), part)
+        )
+        paths = [
+            path for path in itertools.starmap(os.path.join, names) if not os.path.islink(os.path.join(root, path))
+        ]
+    return sorted(filter(None, paths))
+
+
+def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (name, path) of the files and directories of project that match, sorted by name.  [CONTRACT 2.1]
+
+    project: its real path before the build.
+    folders: relative to project, with * for any name; "" is the project.
+    patterns: relative to each folder.
+    Raises BuildFailed ProvenanceError if the build replaced a part of a folder's path by a symbolic link.
+    """
+    found = {}
+    for folder, pattern in itertools.product(folders, patterns):
+        path = os.path.join(project, folder).rstrip("/")
+        if os.path.realpath(path) != path:
+            raise BuildFailed(
+                "ProvenanceError",
+                f"{folder or 'the project'} is a symbolic link to {os.path.realpath(path)}, "
+                "expected a directory that the build made",
+            )
+        for match in match_files(project, f"{folder}/{pattern}"):
+            path = os.path.join(project, match)
+            if os.path.isfile(path) or os.path.isdir(path):
+                found[path] = os.path.basename(path) + ".tar.gz" * os.path.isdir(path)
+    return sorted((name, path) for path, name in found.items())
+
+
+def _executables(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [row for row in found if os.path.isfile(row[1]) and os.stat(row[1]).st_mode & 0o111]
 
 
 def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
-    """Return (name, path) of each executable in target/release that has no extension or .exe.  [CONTRACT 2.1]
+    """Return (name, path) of each executable for which cargo was asked: without an extension, or .exe.
 
-    project: its real path before the build.
-    Raises BuildFailed ProvenanceError if the build replaced a part of that path by a symbolic link.
+    With build.target, cargo puts them in target/TRIPLE/release.
     """
-    folder = os.path.join(project, "target", "release")
-    real = os.path.realpath(folder)
-    if real != folder:
-        raise BuildFailed(
-            "ProvenanceError", f"target/release is a symbolic link to {real}, expected a directory that the build made"
-        )
-    found = []
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-        path = os.path.join(folder, name)
-        mode = os.lstat(path).st_mode
-        if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", name) and stat.S_ISREG(mode) and mode & 0o111:
-            found.append((name, path))
-    return found
+    found = find_artifacts(project, _CARGO_FOLDERS, ["*"])
+    return [row for row in _executables(found) if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", row[0])]
 
 
-def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
+def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
     """Return the resolvedDependencies of a Cargo.lock, sorted by uri.  [CONTRACT 3.5]
 
     A package without a source must lie inside project, where the tree hash covers it; it has no entry.
@@ -6495,22 +6584,44 @@ def cargo_dependencies(lock: bytes, project: str) -> list[dict[str, Any]]:
     with _parsing("Cargo.lock", "SourceError"):
         doc = tomllib.loads(lock.decode("utf-8"))
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
-        rows = [(p["name"], p["version"], p.get("source"), p.get("checksum")) for p in doc.get("package", [])]
+        rows = [
+            (p["name"], p["version"], p.get("source"), p.get("checksum"))
+            for p in doc.get("package", [])
+            if "replace" not in p  # another entry is compiled in its place
+        ]
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
-    found, local = [], None
+    found = []
+    inside, replaced = _scan_cargo(root, folder) if rows else (set(), {})
     for name, version, source, checksum in rows:
-        if source is not None:
-            checksum = checksum or older(f"checksum {name} {version} ({source})")
-            found.append(_cargo_dependency(name, version, source, checksum))
+        if source is None:
+            if name not in inside:
+                raise BuildFailed(
+                    "ProvenanceError",
+                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project",
+                )
             continue
-        local = _local_packages(project) if local is None else local
-        if name not in local:
-            raise BuildFailed(
-                "ProvenanceError",
-                f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project",
-            )
+        checksum = checksum or older(f"checksum {name} {version} ({source})")
+        found.append(_cargo_dependency(name, version, source, checksum))
+        place, vendored = replaced.get((name, version), ("", False))
+        path = os.path.join(root, place)
+        if place and not (vendored and _is_genuine(path, checksum)):
+            digest = git_tree(path, walk_files(path), "sha256")
+            uri = f"pkg:cargo/{name}@{version}?path={urllib.parse.quote(place)}"
+            found[-1] = {"digest": {"sha256": digest}, "name": name, "uri": uri}
     return sorted(found, key=lambda dependency: str(dependency["uri"]))
+
+
+def _is_genuine(folder: str, checksum: str | None) -> bool:
+    """Return whether folder, made by `cargo vendor`, holds exactly the files of the package with this checksum."""
+    files = {name: os.path.join(folder, name) for name in walk_files(folder)}
+    found = {name: file_sha256(path) for name, path in files.items() if os.path.isfile(path)}
+    try:
+        doc = parse_json(read_lockfile(os.path.join(folder, ".cargo-checksum.json")), "checksums")
+    except (Malformed, BuildFailed):
+        return False
+    found.pop(".cargo-checksum.json", None)
+    return bool(found) and doc == {"files": found, "package": checksum}
 
 
 def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> dict[str, Any]:
@@ -6539,12 +6650,23 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
     return {"digest": {algorithm: digest}, "name": name, "uri": f"pkg:cargo/{name}@{version}?{query}"}
 
 
-def _local_packages(project: str) -> set[str]:
-    """Return the names of the packages inside project, except those that a file of cargo's takes from outside."""
-    inside, outside = set(), set()
-    root = os.path.realpath(project) + os.sep
-    for name in walk_files(project):
-        path = os.path.join(project, name)
+def _locate(root: str, folder: str, target: str) -> str:
+    """Return the path of target relative to root, or "" if it lies outside.  folder: target is relative to it."""
+    base, real = os.path.realpath(root), os.path.realpath(os.path.join(root, folder, target.replace("\0", "/")))
+    return os.path.relpath(real, base) if (real + "/").startswith(base + "/") else ""
+
+
+def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]]]:
+    """Return the names of the packages inside root, and the packages that cargo compiles in place of others.
+
+    The first are without those that a file of cargo's takes from outside. The second are (name, version) -> (folder,
+    whether that is a copy of the package by `cargo vendor`).  [CARGO: overriding dependencies, source replacement]
+    Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
+    folder: in which cargo runs.
+    """
+    packages, outside, instead = [], set(), {}
+    for name in walk_files(root):
+        path = os.path.join(root, name)
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
         if not match or not os.path.isfile(path):
             continue
@@ -6554,58 +6676,73 @@ def _local_packages(project: str) -> set[str]:
             doc = tomllib.loads(data.decode("utf-8")) if len(data) <= MIB else {}
         except (ValueError, RecursionError):
             continue  # perhaps a test's fixture; cargo reports it if it matters
+        base = name[: match.start(2)]
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
         if match[2] == "Cargo.toml" and isinstance(package, dict) and isinstance(package.get("name"), str):
-            inside.add(package["name"])
-        base = os.path.join(project, name[: match.start(2)])
+            packages.append((package["name"], str(package.get("version")), base.rstrip("/")))
         tables = [doc]
         for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
             for key, value in table.items():
                 if isinstance(value, dict):
                     tables.append(value)
                     target = value.get("path")
-                    if not isinstance(target, str):
-                        continue
-                    real = "" if "\0" in target else os.path.realpath(os.path.join(base, target))
-                    if not (real + os.sep).startswith(root):
+                    if isinstance(target, str) and not _locate(root, base, target):
                         outside.add(str(value.get("package", key)))
-    return inside - outside
+        if match[2] == "Cargo.toml" or not f"{folder}/".startswith(base):
+            continue  # cargo does not read it
+        with _parsing(name, "SourceError"):
+            sources = doc.get("source", {}).values()
+            rows = [(key, s[key]) for s in sources for key in ("directory", "local-registry") if key in s]
+            rows += [(key, target) for key in ("include", "paths") for target in doc.get(key, ())]
+            for kind, target in rows:
+                where = _locate(root, base, target) if kind != "include" else ""  # more files that cargo reads
+                if not where:
+                    raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
+                instead[where] = kind == "directory"
+    replaced = {
+        (name, version): (place, vendored)
+        for where, vendored in instead.items()
+        for name, version, place in packages
+        if where == (os.path.dirname(place) if vendored else place)
+    }
+    return {name for name, _, _ in packages} - outside, replaced
 
 
-def plan_nix(project: str) -> Plan:
+def plan_nix(root: str, folder: str = "") -> Plan:
     """Return the plan of `nix build` of the flake in project.  Raises BuildFailed.
 
     A flake without inputs needs no flake.lock.
     """
+    project = os.path.join(root, folder)
     lock = read_lockfile(os.path.join(project, "flake.lock"))
-    return Plan(["nix", "build", "--no-link"], ("nix",), lock, None)
+    return Plan(["nix build --no-link".split()], ("nix",), lock, None)
 
 
-def evaluate_nix(plan: Plan, project: str) -> Plan:
+def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
     """Return plan with the dependencies that nix finds.  Raises BuildFailed.
 
-    The project's .git is moved away: with it, nix builds the files that git knows instead of those that were hashed,
+    The source's .git is moved away: with it, nix builds the files that git knows instead of those that were hashed,
     and refuses a history of depth 1.
     """
     program = plan.programs["nix"]
     release = [int(digits) for digits in re.findall(r"\d+", program.version.rpartition(")")[2])] or [99]
-    if os.path.lexists(os.path.join(project, ".git")):
-        os.rename(os.path.join(project, ".git"), os.path.join(os.path.dirname(project), "history-set-aside"))
+    if os.path.lexists(os.path.join(root, ".git")):
+        os.rename(os.path.join(root, ".git"), os.path.join(os.path.dirname(root), "history-set-aside"))
     show = "derivation show" if release >= [2, 15] else "show-derivation"
     argv = [program.path, *show.split(), "--recursive", *_NIX_FEATURES]
-    status, output, errors = capture(argv, project, plan.env, GIB, untrusted=True)
+    status, output, errors = capture(argv, os.path.join(root, folder), plan.env, GIB, untrusted=True)
     if status != 0:
         reasons = re.findall(r"(?m)^\s*(error:.*)", errors) or re.findall(r"(?m)\S.*", errors) or ["no message"]
         raise BuildFailed("BuildError", f"`nix {show}` failed: {reasons[-1]}")
-    if plan_nix(project).lock != plan.lock:
+    if plan_nix(root, folder).lock != plan.lock:
         raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
     count, fetches = parse_derivations(output)
     parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
     inputs = flake_inputs(plan.lock)
     if inputs:
         parameters["flakeInputs"] = inputs
-    command = [*plan.command, "--print-out-paths" if release >= [2, 9] else "--json", *_NIX_FEATURES]
-    return plan._replace(command=command, dependencies=fetches, parameters=parameters)
+    command = [*plan.steps[0], "--print-out-paths" if release >= [2, 9] else "--json", *_NIX_FEATURES]
+    return plan._replace(steps=[command], dependencies=fetches, parameters=parameters)
 
 
 def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
@@ -6686,47 +6823,321 @@ def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
         outputs = [path for row in json.loads(text) for path in row["outputs"].values()]
     found = []
     for output in filter(None, outputs):
-        for link in sorted(glob.glob("bin/*", root_dir=output, include_hidden=True)):
-            path = os.path.realpath(os.path.join(output, link))
+        folder = os.path.join(output, "bin")
+        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+            path = os.path.realpath(os.path.join(folder, name))
             store = path.startswith(os.path.dirname(output) + "/")  # otherwise it is a link out of the store
             if store and os.path.isfile(path) and os.stat(path).st_mode & 0o111:
-                found.append((os.path.basename(link), path))
+                found.append((name, path))
     return sorted(found)
+
+
+def plan_pnpm(root: str, folder: str = "") -> Plan:
+    """Return the plan of `pnpm install --frozen-lockfile && pnpm build`, as [K] does it.  Raises BuildFailed."""
+    project = os.path.join(root, folder)
+    lock = read_lockfile(os.path.join(project, "pnpm-lock.yaml"))
+    steps = ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]]
+    # Otherwise pnpm would download and run the version that package.json names.
+    env = {"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false"}
+    return Plan(steps, ("pnpm", "node"), lock, pnpm_dependencies(lock, root, folder), {**env, "CI": "true"}, 1)
+
+
+def collect_dist(project: str, _: bytes) -> list[tuple[str, str]]:
+    """Return the folder dist, or what `npm pack` made."""
+    return find_artifacts(project, [""], ["dist", f"{_OWN_OUTPUT}/*.tgz"])
+
+
+# What pnpm writes of YAML 1.2: nested mappings, lists of texts, and one-line flow collections of texts.
+_YAML_TEXT = r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|(?:[^\s\-?:,\[\]{}#&*!|>'"%%@`]|[-?:](?=[^\s,\[\]{}]))%s*)"""
+_YAML_KEY, _YAML_WORD = _YAML_TEXT % r"(?:(?!:\s|:$|\s\#).)", _YAML_TEXT % r"(?:(?!:\s|\s\#)[^,\[\]{}])"
+_YAML_PAIR = re.compile(f"({_YAML_WORD}): ({_YAML_WORD})")
+_YAML_LIST = rf"\[(?:{_YAML_WORD}(?:, {_YAML_WORD})*)?\]"
+_YAML_VALUE = rf"{_YAML_KEY}|[|>][+-]?|{_YAML_LIST}|\{{(?:{_YAML_PAIR.pattern}(?:, {_YAML_PAIR.pattern})*)?\}}"
+_YAML_LINE = re.compile(rf"( *)(?:- {_YAML_KEY}|({_YAML_KEY}):(?: ({_YAML_VALUE}))?)")
+
+
+def parse_lock_yaml(data: bytes) -> dict[str, Any]:
+    """Return the mappings of a pnpm-lock.yaml; every scalar is text, and lists are skipped.
+
+    Raises ValueError for everything that pnpm does not write.
+    """
+
+    def scalar(text: str) -> str:
+        if text.startswith("'"):
+            return text[1:-1].replace("''", "'")
+        return str(json.loads(text)) if text.startswith('"') else text
+
+    top: dict[str, Any] = {}
+    open_mappings, folded = [(-2, top)], MIB  # (indentation, contents); lines deeper than folded belong to a text
+    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
+        depth = len(line) - len(line.lstrip(" "))
+        if not line.strip() or depth > folded:
+            continue
+        folded, match = MIB, _YAML_LINE.fullmatch(line)
+        if match and match[2] is None:
+            continue  # an item of a list
+        while depth <= open_mappings[-1][0]:
+            open_mappings.pop()
+        indentation, mapping = open_mappings[-1]
+        if not match or depth != indentation + 2 or scalar(match[2]) in mapping:
+            raise ValueError(f"line {number} is not what pnpm writes: {line[:80]!r}")
+        value: Any = match[3] or {}
+        if not value:
+            open_mappings.append((depth, value))
+        elif value[0] == "{":
+            value = {scalar(key): scalar(word) for key, word in _YAML_PAIR.findall(value)}
+        elif value[0] in "|>":
+            folded = depth
+        mapping[scalar(match[2])] = scalar(value) if isinstance(value, str) else value
+    return top
+
+
+def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+    """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
+
+    Raises BuildFailed SourceError.
+    """
+    found = []
+    with _parsing("pnpm-lock.yaml", "SourceError"):
+        doc = parse_lock_yaml(lock)
+        if not doc["lockfileVersion"].startswith("9."):
+            raise ValueError(f"lockfileVersion is {doc['lockfileVersion']}, expected 9.0 of `pnpm install` of pnpm 9")
+        for key, entry in doc.get("packages", {}).items():
+            resolution = entry.get("resolution", {})
+            digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
+            match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
+            if "directory" in resolution and _locate(root, folder, resolution["directory"]):
+                continue  # the tree covers it
+            if not match or not (digest or "codeload.github.com" in tarball):
+                raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
+            uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
+            digest = digest or tarball.rpartition("/")[2]  # the commit
+            found.append({"digest": {"sha512": digest}, "name": match[1], "uri": uri})
+    return sorted(found, key=lambda dependency: dependency["uri"])
+
+
+def _scripts(project: str) -> dict[str, Any]:
+    """Return the scripts of package.json.  Raises BuildFailed SourceError."""
+    with _parsing("package.json", "SourceError"):
+        return dict(json.loads(read_lockfile(os.path.join(project, "package.json")) or b"{}").get("scripts", {}))
+
+
+def plan_npm(root: str, folder: str = "") -> Plan:
+    """Return the plan of `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
+
+    Scripts run without a network, after everything is fetched.
+    Raises BuildFailed.
+    """
+    project = os.path.join(root, folder)
+    lock, scripts = read_lockfile(os.path.join(project, "package-lock.json")), _scripts(project)
+    steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * ({"prepare", "build"} <= {*scripts})]
+    steps.append("npm run build" if "build" in scripts else "npm pack")
+    env = {"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false"}
+    env |= {"CI": "true", "npm_config_pack_destination": _OWN_OUTPUT}
+    dependencies = npm_dependencies(lock, root, folder)
+    return Plan([step.split() for step in steps], ("npm", "node"), lock, dependencies, env, 1, (), CONFBUILD_TYPE)
+
+
+def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+    """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
+
+    A package inside project, or inside the tarball of another, has no entry.
+    Raises BuildFailed SourceError.
+    """
+    found = {}
+    with _parsing("package-lock.json", "SourceError"):
+        doc = json.loads(lock)
+        if doc["lockfileVersion"] not in (2, 3):
+            raise ValueError(
+                f"lockfileVersion is {doc['lockfileVersion']!r}, expected 2 or 3 of `npm install` of npm 7"
+            )
+        for path, entry in doc["packages"].items():
+            url, version = entry.get("resolved", ""), entry.get("version", "")
+            local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
+            if entry.get("inBundle") or "node_modules/" not in path or local and _locate(root, folder, local):
+                continue
+            name = entry.get("name", path.rpartition("node_modules/")[2])
+            place, _, commit = url.partition("#")
+            if url.startswith("git+"):
+                algorithm, digest, query = "gitCommit", commit, f"vcs_url={without_credentials(place)}@{commit}"
+            elif local or not entry.get("integrity"):
+                raise ValueError(f"{path}: {url or version} has no integrity, or lies outside of the source")
+            else:
+                integrity = max(entry["integrity"].split())  # sha512 before sha1
+                algorithm, digest = _parse_hash(integrity)
+                query = f"checksum={integrity}"
+                if url and not url.startswith(f"https://registry.npmjs.org/{name}/-/"):
+                    query += f"&download_url={without_credentials(place)}"
+            uri = f"pkg:npm/{name}@{version}?{query}"
+            found[uri] = {"digest": {algorithm: digest}, "name": name, "uri": uri}
+    return [found[uri] for uri in sorted(found)]
+
+
+def plan_go(root: str, folder: str = "") -> Plan:
+    """Return the plan of `go build` of every main package in project.  Raises BuildFailed."""
+    project = os.path.join(root, folder)
+    lock = read_lockfile(os.path.join(project, "go.sum"))
+    # Neither the builder's settings nor a workspace file change the build.
+    env = {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
+    build = f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./..."
+    steps = ["go mod download".split(), build.split()]
+    return Plan(steps, ("go",), lock, go_dependencies(lock, root, folder), env, 1, (), CONFBUILD_TYPE)
+
+
+def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+    """Return the modules of go.mod that have a hash in go.sum, as resolvedDependencies sorted by uri.  [CONTRACT 3.5]
+
+    Before Go 1.17, go.mod does not list every module: then all modules of go.sum.  [GO: go.mod, replace, go.sum]
+    Raises BuildFailed SourceError, also if a module is replaced by a folder outside of project.
+    """
+    with _parsing("go.mod and go.sum", "SourceError"):
+        rows = (line.split() for line in lock.decode("utf-8").splitlines())
+        sums = {(name, version): value for name, version, value in rows if not version.endswith("/go.mod")}
+        required: dict[str, str] = {}
+        replaced, verb, complete = dict[str, tuple[str, str]](), "", False
+        for line in read_lockfile(os.path.join(root, folder, "go.mod")).decode("utf-8").splitlines():
+            words = [word.strip('"`') for word in line.partition("//")[0].replace("(", " ( ").split()]
+            if words[1:] == ["("] or words == [")"]:
+                verb = words[0].strip(")")
+            elif words:
+                kind, *words = [verb, *words] if verb else words
+                if kind == "go":
+                    complete = [int(digits) for digits in re.findall(r"\d+", words[0])] >= [1, 17]
+                elif kind == "require":
+                    required[words[0]] = words[1]
+                elif kind == "replace":
+                    at = words.index("=>")
+                    new, version = (*words[at + 1 :], "")[:2]
+                    replaced["@".join(words[:at])] = new, version
+                    if not version and not _locate(root, folder, new):
+                        raise ValueError(f"{words[0]} is replaced by {new}, outside of the source")
+        modules = [
+            replaced.get(f"{name}@{version}", replaced.get(name, (name, version))) for name, version in required.items()
+        ]
+        found = []
+        for name, version in sorted(sums.keys() & modules if complete else sums):
+            uri = f"pkg:golang/{name}@{version}?checksum={sums[name, version]}"
+            digest = base64.b64decode(sums[name, version].removeprefix("h1:"), validate=True).hex()
+            found.append({"digest": {"dirHash": digest}, "name": name, "uri": uri})
+    return found
+
+
+def collect_go(project: str, _: bytes) -> list[tuple[str, str]]:
+    """Return (name, path) of the executables of main packages."""
+    return _executables(find_artifacts(project, [_OWN_OUTPUT], ["*"]))
+
+
+# confbuild.toml: the argument vector, patterns of the artifacts, lock files, programs, folders to remove.
+_RECIPE = {"command": [WORD], "artifacts": [WORD], "inputs?": [WORD], "programs?": [WORD], "outputs?": [WORD]}
+
+
+def _read_recipe(project: str) -> dict[str, Any]:
+    """Return the contents of confbuild.toml.  Raises BuildFailed SourceError."""
+    with _parsing("confbuild.toml", "SourceError"):
+        text = read_lockfile(os.path.join(project, "confbuild.toml")).decode("utf-8")
+        recipe = check_schema(tomllib.loads(text), _RECIPE, "confbuild.toml")
+        for path in (*recipe.get("inputs", ()), *recipe.get("outputs", ())):
+            if _locate(project, "", path) in ("", "."):
+                raise ValueError(f"{path} is not a path below the project")
+        if not recipe["command"]:
+            raise ValueError("command is empty")
+    return dict(recipe)
+
+
+def plan_own(root: str, folder: str = "") -> Plan:
+    """Return the plan that confbuild.toml describes.  [CONTRACT 2.1]
+
+    Raises BuildFailed.
+    """
+    project = os.path.join(root, folder)
+    recipe, found = _read_recipe(project), []
+    for name in sorted(recipe.get("inputs", ())):
+        if not os.path.isfile(os.path.join(project, name)):
+            raise source_error(f"confbuild.toml: there is no input {name}")
+        digest = sha256_hex(read_lockfile(os.path.join(project, name)))
+        uri = f"file:{urllib.parse.quote(name)}?checksum=sha256:{digest}"
+        found.append({"digest": {"sha256": digest}, "name": name, "uri": uri})
+    command = recipe["command"]
+    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *recipe.get("programs", ())])
+    lock = read_lockfile(os.path.join(project, "confbuild.toml"))
+    return Plan([command], [*tools], lock, found, {}, 0, recipe["artifacts"], CONFBUILD_TYPE)
+
+
+_CARGO_FOLDERS = ("target/release", "target/*/release")
+# What leads to a marker: file -> how.
+_NEAR = {
+    "Cargo.toml": "`cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
+    "package.json": "`npm install --package-lock-only` makes package-lock.json",
+    "yarn.lock": "`npm install --package-lock-only` makes package-lock.json",
+    **dict.fromkeys(
+        ("Makefile", "CMakeLists.txt", "pyproject.toml", "pom.xml", "build.gradle"),
+        "a confbuild.toml says how to build the project",
+    ),
+}
+
+
+def _npm_outputs(project: str) -> Sequence[str]:
+    """Return the folders that npm makes. Without a script called build, dist is source."""
+    return ("node_modules", _OWN_OUTPUT, *["dist"] * ("build" in _scripts(project)))
 
 
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
 TOOLCHAINS = (
-    Toolchain("nix", "flake.nix", plan_nix, collect_nix, (), evaluate_nix, {
+    Toolchain("own", "confbuild.toml", plan_own, lambda *_: [], lambda folder: _read_recipe(folder).get("outputs", ())),
+    Toolchain("nix", "flake.nix", plan_nix, collect_nix, evaluate=evaluate_nix, store={
         "NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
-    Toolchain("cargo", "Cargo.lock", plan_cargo, collect_cargo, ("target",)),
+    Toolchain("cargo", "Cargo.lock", plan_cargo, collect_cargo, lambda _: ("target",), _CARGO_FOLDERS),
+    Toolchain("pnpm", "pnpm-lock.yaml", plan_pnpm, collect_dist, lambda _: ("dist", "node_modules")),
+    Toolchain("npm", "package-lock.json", plan_npm, collect_dist, _npm_outputs),
+    Toolchain("go", "go.mod", plan_go, collect_go, lambda _: (_OWN_OUTPUT,), (_OWN_OUTPUT,)),
 )
 # fmt: on
-OUTPUTS = {toolchain.marker: toolchain.outputs for toolchain in TOOLCHAINS}
+
+
+def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
+    """Return the paths, relative to a source, of what its build removes first.
+
+    name: of the toolchain, or empty.
+    Raises BuildFailed UnsupportedToolchainError, with a hint.
+    """
+    project = os.path.join(directory, subdir)
+    outputs = detect_toolchains(project, name)[0].outputs(project)
+    return [os.path.normpath(os.path.join(subdir, output)) for output in outputs]
+
+
+_NO_DEFINITION: Any = {
+    "externalParameters": {"buildCommand": ""},
+    "internalParameters": {"toolchain": {}},
+}
 
 
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
     """Return expected with the tree, lock file digest and dependencies of the source in directory.
 
     Also return which source that is, for the user.
-    The dependencies of nix are known only after an evaluation, and pnpm's lock file is YAML: they stay "not checked",
-    and the digest of the lock file stands for them.
-    provenance: says which hash names the tree, and which submodules were packed.
+    The dependencies of nix are known only after an evaluation: they stay "not checked", and the digest of the lock
+    file stands for them.
+    provenance: says which folder was built, by which toolchain, which hash names the tree, and which submodules were
+        packed.
     Raises UsageError if directory is not a source, or contradicts expected.
     """
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
-    outputs = {**OUTPUTS, "pnpm-lock.yaml": ("dist", "node_modules")}  # verified, though never built here
+    doc = read_statement(provenance)
+    definition = doc["predicate"]["buildDefinition"] if doc else _NO_DEFINITION
+    claimed = re.match("cd (.+?) && ", definition["externalParameters"]["buildCommand"])
+    folder = claimed[1].strip("'") if claimed and _locate(directory, "", claimed[1].strip("'")) else ""
+    tools = [*definition["internalParameters"]["toolchain"]]
+    project = os.path.join(directory, folder)
     try:
+        found = detect_toolchains(project)
+        matching = (t for t in found if [*t.plan(directory, folder).tools, "kettle"] == tools)
+        toolchain = next(matching, found[0]) if found[1:] else found[0]
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
+            outputs = [os.path.normpath(os.path.join(folder, output)) for output in toolchain.outputs(project)]
             source = read_source(directory, scratch, outputs, allow_filters=True)
-            history, pnpm = source.history, os.path.join(source.root, "pnpm-lock.yaml")
-            try:
-                plan = detect_toolchain(source.root).plan(source.root)
-            except BuildFailed as e:
-                if e.error_type != "UnsupportedToolchainError" or not os.path.isfile(pnpm):
-                    raise
-                plan = Plan((), (), read_lockfile(pnpm), None)
+            plan, history = toolchain.plan(source.root, folder), source.history
             algorithm = object_format(expected.source_tree or "")
             if re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', provenance) and expected.source_tree is None:
                 algorithm = "sha256"
@@ -6741,7 +7152,8 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     submodules = (str(row["uri"]) for row in history.submodules.values()) if history else ()
     packed = [uri for uri in submodules if json.dumps(uri).encode("ascii") in provenance]
     uris = None if plan.dependencies is None else [*(d["uri"] for d in plan.dependencies), *packed]
-    return expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris), source.note
+    expected = expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
+    return expected, source.note + f"; the folder {folder}" * bool(folder)
 
 
 # endregion 25
@@ -7176,7 +7588,7 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     for name in [name for name in env if re.search("(?i)_proxy$", name) and "@" in env[name] and name not in extra]:
         del env[name]  # it contains the proxy's password
-    rustup = os.path.join(environ.get("HOME", "/nonexistent"), ".rustup")
+    rustup = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
     own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
     return {
         "PATH": os.defpath,
@@ -7243,33 +7655,37 @@ def run_pipeline(
         os.mkdir(root)
         unpack_archive(archive, root, policy.max_unpacked, policy.max_ratio)
         project, name = find_project(root, request.source_name)
-    toolchain = detect_toolchain(project)
-    _launchers[-1].share([env.get(variable, default) for variable, default in toolchain.store.items()])
-    emit("detect", [toolchain.name])
+    folder = request.subdir and _locate(project, "", request.subdir)
+    source_root, project = project, os.path.normpath(os.path.join(project, folder))
+    if not os.path.isdir(project) or bool(folder) < bool(request.subdir):
+        raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
+    found = detect_toolchains(project, request.toolchain)
+    _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
+    emit("detect", [found[0].name])
     emit("init", ["Verifying build inputs"])
-    refuse_outside_influence(project)
-    for output in toolchain.outputs:
+    refuse_outside_influence(source_root)
+    for output in found[0].outputs(project):
         remove_tree(os.path.join(project, output))
-    source, submodules = _describe_source(project, env, emit)
-    plan = prepare(toolchain, project, env)
+    source, submodules = _describe_source(source_root, env, emit)
+    toolchain, plan = _choose(found, source_root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    log = BuildLog(emit)
-    hand_to_build(project)
-    argv = [plan.programs[plan.command[0]].path, *plan.command[1:]]
-    status, stdout = run_tool(argv, project, plan.env, log, bool(toolchain.store))
-    if status != 0:
-        full = any(os.strerror(number) in log.cause for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        ending = f"status {status}" if status > 0 else f"signal {-status}"
-        message = f"{' '.join(plan.command)} ended with {ending}: {log.cause[:1000]}"
-        raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
+    before = {*os.listdir(project), *toolchain.outputs(project)}
+    network, stdout = _run_steps(plan, project, log := BuildLog(emit), bool(toolchain.store))
     emit("provenance", ["Generating provenance"])
     copies = os.path.join(own, "artifacts")
+    patterns = request.artifacts or plan.artifacts
     try:
-        artifacts = _take_artifacts(toolchain.collect(project, stdout), copies)
+        made = find_artifacts(project, [*toolchain.folders, ""], patterns)
+        made = made if patterns else toolchain.collect(project, stdout)
+        if not made:
+            raise BuildFailed("NoArtifacts", _explain_nothing(toolchain, project, patterns, before))
+        subjects = _take_artifacts(made, copies)
     except PermissionError as e:  # the build can take the permissions away
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
-    byproducts = {"build_log": log.hexdigest(), **attester.byproducts}
-    statement = _make_statement(plan, source, attester.builder, byproducts, artifacts, started)
+    commands = [*[f"cd {shlex.quote(folder)}"] * bool(folder), *map(shlex.join, plan.steps)]
+    commands[-1] += f" # artifacts: {shlex.join(request.artifacts)}" * bool(request.artifacts)
+    digests = {"build_log": log.hexdigest(), "build_network": sha256_hex(network), **attester.byproducts}
+    statement = _make_statement(plan, " && ".join(commands), source, attester.builder, digests, subjects, started)
     emit("attest", ["Generating attestation"])
     try:
         evidence = attester.attest(report_data(statement, request.nonce))
@@ -7278,6 +7694,66 @@ def run_pipeline(
     path = os.path.join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, copies)
     return path
+
+
+def _choose(
+    found: Sequence[Toolchain], root: str, folder: str, env: Mapping[str, str], emit: Emit
+) -> tuple[Toolchain, Plan]:
+    """Return the toolchain that builds a project, and its plan.  [CONTRACT 2.1]
+
+    found: the toolchains whose markers exist.
+    root, folder, env: as for prepare.
+    Raises BuildFailed, which names every marker.
+    """
+    markers = f" (found {', '.join(toolchain.marker for toolchain in found)})" if found[1:] else ""
+    if markers:
+        emit("init", [f"Building with {found[0].name}{markers}"])
+    for toolchain in found:
+        project = os.path.join(root, folder)
+        try:
+            for output in toolchain.outputs(project):
+                remove_tree(os.path.join(project, output))
+            return toolchain, prepare(toolchain, root, folder, env)
+        except BuildFailed as e:
+            if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
+                raise BuildFailed(e.error_type, f"{e}{markers}") from None
+            emit("init", [f"Trying the next toolchain, since {toolchain.name} cannot build this: {e}"])
+    raise ValueError("there is at least one toolchain")
+
+
+def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tuple[bytes, bytes]:
+    """Run the steps of plan; return which of them may use the network, and the stdout of the last if requested.
+
+    Raises BuildFailed.
+    """
+    network, stdout = b"all", b""
+    if _OWN_OUTPUT in plan.env.values():
+        os.mkdir(os.path.join(project, _OWN_OUTPUT))
+    hand_to_build(project)
+    for number, step in enumerate(plan.steps):
+        if number == plan.fetches > 0 and _launchers[-1].close_network():
+            network = b"fetch"
+        program = plan.programs[step[0]].path if step[0] in plan.programs else os.path.join(project, step[0])
+        status, stdout = run_tool([program, *step[1:]], project, plan.env, log, keep_stdout)
+        if status != 0:
+            full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+            ending = f"status {status}" if status > 0 else f"signal {-status}"
+            closed = " (the network is closed in this step)" if network == b"fetch" else ""
+            message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}"
+            raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
+    return network, stdout
+
+
+def _explain_nothing(toolchain: Toolchain, project: str, patterns: Sequence[str], before: set[str]) -> str:
+    """Return that there are no artifacts, and what there is.
+
+    before: the names in project before the build, and of the folders that it makes.
+    """
+    found = find_artifacts(project, toolchain.folders or [""], ["[!.]*.[!d]*" if toolchain.folders else "*"])
+    made = [os.path.relpath(path, project) for _, path in found if os.path.basename(path) not in before]
+    wanted = "executable" if toolchain.folders or toolchain.store else "folder called dist"
+    message = f"the build succeeded but made no {shlex.join(patterns) or wanted}"
+    return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
 
 
 def _describe_source(
@@ -7303,17 +7779,19 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
     """Copy artifacts into the new directory folder, and return the SHA-256 of each copy by its name.
 
     found: (name, path), by name.
-    Raises BuildFailed NoArtifacts if there are none, ProvenanceError for an unusable name or a symbolic link.
+    A directory becomes a gzip tarball.
+    Raises BuildFailed ProvenanceError for an unusable name or a symbolic link.
     """
-    if not found:
-        raise BuildFailed("NoArtifacts", "the build succeeded but made no executable")
     os.mkdir(folder)
     taken = dict[str, str]()
     for name, path in found:
         if not PLAIN_NAME.fullmatch(name) or not name.isprintable():
             raise BuildFailed("ProvenanceError", f"the artifact name {name!r} is not a plain file name")
         copy = os.path.join(folder, name)
-        shutil.copyfile(path, copy, follow_symlinks=False)
+        if os.path.isdir(path):
+            write_source(copy, path, os.path.basename(path))
+        else:
+            shutil.copyfile(path, copy, follow_symlinks=False)
         if os.path.islink(copy):
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
         if taken.setdefault(name, file_sha256(copy)) != file_sha256(copy):
@@ -7328,6 +7806,7 @@ def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def _make_statement(
     plan: Plan,
+    command: str,
     source: Mapping[str, Any],
     builder: str,
     byproducts: Mapping[str, str],
@@ -7349,9 +7828,9 @@ def _make_statement(
         "_type": STATEMENT_TYPE,
         "predicate": {
             "buildDefinition": {
-                "buildType": BUILD_TYPE,
+                "buildType": plan.build_type,
                 "externalParameters": {
-                    "buildCommand": " ".join(plan.command),
+                    "buildCommand": command,
                     "source": source,
                 },
                 "internalParameters": {
@@ -8055,7 +8534,8 @@ JOB_STATES: Mapping[str, tuple[Sequence[str], Any, Any, Any]] = {
 _JOB_SCHEMAS = {
     state: {
         "seq": int,
-        "request": dict.fromkeys(BuildRequest._fields, str),
+        "request": dict.fromkeys(BuildRequest._fields[:4], str)
+        | {"toolchain?": str, "subdir?": str, "artifacts?": [str]},
         "attempts": int,
         "submitted_at": str,
         "started_at": str,
@@ -8890,8 +9370,10 @@ JSON_HEADERS = {"Content-Type": "application/json", "Cache-Control": "no-store"}
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
 RAW_TYPES = ("application/gzip", "application/zip")  # of a body that is the archive itself
-REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name")  # of POST /build [CONTRACT 1.6]
-_REQUEST = {"nonce": str, "...": object} | dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
+# Of POST /build [CONTRACT 1.6]; also artifacts, an array.
+REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name", "toolchain", "subdir")
+_REQUEST = {"nonce": str, "artifacts?": ([WORD], None), "...": object}
+_REQUEST |= dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
 
 
 class Request(NamedTuple):
@@ -9294,7 +9776,8 @@ class Api(NamedTuple):
 
     def _check_fields(self, fields: Json, archive: str) -> BuildRequest:
         """Return the build that fields ask for. archive: the path of source_data. Raises Refused, OSError."""
-        text, url, ref, source, source_name = map(fields.get, REQUEST_FIELDS)
+        text, url, ref, source, source_name, toolchain, subdir = map(fields.get, REQUEST_FIELDS)
+        choices = toolchain or "", subdir or "", fields.get("artifacts") or ()
         nonce = parse_nonce(text)
         if not nonce:
             raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
@@ -9303,13 +9786,13 @@ class Api(NamedTuple):
         if url is not None:
             check_url(url, self.policy.schemes, self.policy.loopback)
             check_ref(ref or "")
-            return BuildRequest(nonce, url, ref or "")
+            return BuildRequest(nonce, url, ref or "", "", *choices)
         if ref:
             raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
         with open(archive, "rb") as f:
             if not is_archive(f.read(4)):
                 raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
-        return BuildRequest(nonce, source_name=(source_name or "")[:255])
+        return BuildRequest(nonce, "", "", (source_name or "")[:255], *choices)
 
 
 def openapi_document() -> Json:
@@ -9318,7 +9801,8 @@ def openapi_document() -> Json:
     schema = {
         "type": "object",
         "required": ["nonce"],
-        "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"}) | {"nonce": _NONCE},
+        "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"})
+        | {"nonce": _NONCE, "artifacts": {"type": "array", "items": {"type": "string"}}},
         "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
     }
     content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
@@ -9845,11 +10329,11 @@ def request_body(request: BuildRequest, archive: str | None) -> tuple[Iterator[b
 
     archive: the path of the source, which is never held in memory as a whole; None for a repository.
     """
+    fields = {name: value for name, value in request._asdict().items() if value}
     if archive is None:
-        fields = {"nonce": request.nonce, "repo_url": request.repo_url, "repo_ref": request.repo_ref}
         text = compact_json(fields).encode("ascii")
         return iter([text]), len(text)
-    fields = {"nonce": request.nonce, "source_name": request.source_name, "source_data": ""}
+    fields["source_data"] = ""
     head, tail = compact_json(fields).encode("ascii")[:-2], b'"}'
 
     def blocks() -> Iterator[bytes]:
@@ -10400,7 +10884,9 @@ def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | No
     Raises NoAttester if the hardware gives no report; simulated evidence never replaces it.
     """
     platform = config["platform"]
-    byproducts = {"guest_network": sha256_hex(config["network"].encode("ascii"))} if "network" in config else {}
+    passed = [name for name in config.get("env", ()) if name in os.environ]
+    byproducts = {f"env:{name}": sha256_hex(os.fsencode(os.environ[name])) for name in passed}
+    byproducts |= {"guest_network": sha256_hex(config["network"].encode("ascii"))} if "network" in config else {}
     if platform != "snp":
         return Attester(BUILDERS[platform], simulated_evidence, byproducts)
     given = None if config.get("vek") is None else decode_base64(config["vek"], "vek")
@@ -11237,7 +11723,9 @@ class VmHost:
         if "name" not in answer:
             raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
         name = answer["name"] + ".tar.gz"
-        return BuildRequest(request.nonce, source_name=name), os.path.join(fetcher.workspace, "source.tar.gz")
+        return request._replace(repo_url="", repo_ref="", source_name=name), os.path.join(
+            fetcher.workspace, "source.tar.gz"
+        )
 
     @room_on(STATE)
     def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
@@ -12518,8 +13006,8 @@ def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
 # Protocol: a Unix socket of type SOCK_SEQPACKET.  A message is a JSON object; a connection carries one question.
 #
 #     question                                 its answer
-#     {"op": "run", "argv", "cwd", "env"}      {"pid"} once the program has started as the build user, then {"status"}
-#                                              once it has ended; status is negative for a signal.  The question comes
+#     {"op": "run", "argv", "cwd", "env",      {"pid"} once the program has started as the build user, then {"status"}
+#       "network"}                             once it has ended; status is negative for a signal.  The question comes
 #                                              with three file descriptors: its standard input, output and error
 #     {"op": "kill"}                           {} once no process of the build user is left
 #     {"op": "own", "paths"}                   {} once the build user owns these folders below /work, and all in them
@@ -12545,6 +13033,12 @@ class Broker(Launcher):
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._network = True
+
+    def close_network(self) -> bool:
+        """Start later programs in a network of their own, where they reach only each other."""
+        self._network = False
+        return True
 
     def _open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
         """Return a connection over which question and file descriptors have been sent."""
@@ -12565,6 +13059,7 @@ class Broker(Launcher):
     def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
         """Start argv as the build user. options: those of subprocess.Popen that section Programs uses; no stdin."""
         question = {"op": "run", "argv": list(argv), "cwd": options["cwd"], "env": dict(options["env"])}
+        question["network"] = self._network
         fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes] | None]()
         with contextlib.ExitStack() as ours:
             try:
@@ -12724,7 +13219,7 @@ class GuestBroker:
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
             # System V's shared memory would outlive its processes, and no mount option bounds its size.
             system_call("unshare", _CLONE_NEWIPC)
-            if not self._network:
+            if not (self._network and question["network"]):
                 # A namespace with only a loopback interface, whatever network the host provides.
                 system_call("unshare", _CLONE_NEWNET)
                 _set_up_interface("lo", "127.0.0.1", "255.0.0.0")
@@ -13976,6 +14471,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
             packed = _pack(options, archive, scratch)
             display.note(f"packed {packed.note}")
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
+        choices = {name: getattr(options, name) for name in ("toolchain", "subdir", "artifacts")}
+        request = request._replace(**choices)
         if machine is None:
             client = _client(options, display)
         else:
@@ -14022,23 +14519,23 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     scheme = source.partition("://")[0].lower()
     if is_url and scheme in ("file", "git") and scheme not in options.allow_scheme:
         raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", f"--allow-scheme {scheme} accepts them")
-    names = [] if is_url else os.listdir(source)
-    markers = [toolchain.marker for toolchain in TOOLCHAINS]
-    if names and not set(markers) & set(names):
-        found = sorted(set(names) & {"package.json", "pyproject.toml", "go.mod", "Cargo.toml", "Makefile", "pom.xml"})
-        raise UsageError(
-            f"{source}: confbuild builds projects with {' or '.join(markers)}; found "
-            + (", ".join(found) or "neither"),
-            "`cargo generate-lockfile` makes Cargo.lock" if "Cargo.toml" in found else "",
-        )
+    if not is_url and not os.path.isdir(os.path.join(source, options.subdir)):
+        raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
+    if not is_url and os.listdir(source):
+        try:
+            find_outputs(source, options.toolchain, options.subdir)
+        except BuildFailed as e:
+            raise UsageError(f"{source}: {e}", e.hint) from None
 
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
     """Pack the directory that is the source into archive. Raises UsageError."""
-    workspace = os.path.join(scratch, "pack")
+    workspace, outputs = os.path.join(scratch, "pack"), list[str]()
     os.mkdir(workspace)
     try:
-        return pack_directory(options.source, archive, workspace, OUTPUTS, options.submodules, options.allow_filters)
+        with contextlib.suppress(BuildFailed):  # another server may know what this is
+            outputs = find_outputs(options.source, options.toolchain, options.subdir)
+        return pack_directory(options.source, archive, workspace, outputs, options.submodules, options.allow_filters)
     except OSError as e:  # a full disk names no file
         raise UsageError(
             f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
@@ -14592,7 +15089,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 
 # endregion 43
 # ==============================================================================
-# region 44. Options                     [uses 8, 9, 11, 13, 21, 22, 35, 41, 43]
+# region 44. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 35, 41, 43]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -14847,6 +15344,7 @@ complete -c confbuild -c confbuild.py -a '(__confbuild)'
     ),
 )
 _BUILD, _SERVICE, _CONFIDENTIAL = "Build and verify", "Service", "Confidential VMs"
+_NAMES = tuple(toolchain.name for toolchain in TOOLCHAINS)
 COMMANDS = (
     Command(
         "build",
@@ -14857,6 +15355,9 @@ COMMANDS = (
             _CLIENT_TOKEN,
             ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
             ("--submodules", "pack the submodules of DIR that are checked out; without it their folders are empty"),
+            ("--toolchain NAME", f"{', '.join(_NAMES)} (default: by its marker)", _NAMES, ""),
+            ("--subdir DIR", "folder of the source that is built", str, ""),
+            ("--artifact GLOB... artifacts", "files that are the artifacts (default: executables)", str, []),
             ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
             ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
             _FORMAT,

@@ -12422,6 +12422,14 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs("git")
 @pytest.mark.usefixtures("plain_git")
+def outputs_of(directory: Path) -> list[str]:
+    """What a build of directory would remove first; nothing if it cannot be built."""
+    try:
+        return confbuild.find_outputs(str(directory))
+    except confbuild.BuildFailed:
+        return []
+
+
 class TestCheckout:
     """What is said of a checkout, by a git that never finds its configuration."""
 
@@ -12436,7 +12444,7 @@ class TestCheckout:
     def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             return confbuild.pack_directory(
-                str(directory), str(tmp_path / "packed.tar.gz"), scratch, confbuild.OUTPUTS, allow_filters=True
+                str(directory), str(tmp_path / "packed.tar.gz"), scratch, outputs_of(directory), allow_filters=True
             )
 
     @pytest.mark.parametrize("state", ["clean", "modified", "missing", "unborn"])
@@ -12678,7 +12686,7 @@ class TestPackDirectory:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         packed = confbuild.pack_directory(
-            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), confbuild.OUTPUTS, **options
+            str(directory), str(tmp_path / "packed.tar.gz"), str(scratch), outputs_of(directory), **options
         )
         with tarfile.open(tmp_path / "packed.tar.gz") as tar:
             members = {m.name.partition("/")[2]: m for m in tar.getmembers()}
@@ -12920,7 +12928,7 @@ class TestSources:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             archive = os.path.join(scratch, "packed.tar.gz")
             packed = confbuild.pack_directory(
-                str(root), archive, tempfile.mkdtemp(dir=scratch), confbuild.OUTPUTS, **options
+                str(root), archive, tempfile.mkdtemp(dir=scratch), outputs_of(root), **options
             )
             out = tempfile.mkdtemp(dir=scratch)
             confbuild.unpack_archive(archive, out)
@@ -13174,6 +13182,11 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
     return caught.value.error_type, str(caught.value)
 
 
+NO_MARKER = (
+    "the project has none of confbuild.toml, flake.nix, Cargo.lock, pnpm-lock.yaml, package-lock.json, go.mod; found "
+)
+
+
 class TestDetect:
     @pytest.mark.parametrize(
         ("markers", "name"),
@@ -13182,17 +13195,62 @@ class TestDetect:
     def test_order(self, tmp_path: Path, markers: list[str], name: str) -> None:
         for marker in markers:
             (tmp_path / marker).touch()
-        assert confbuild.detect_toolchain(str(tmp_path)).name == name
+        assert confbuild.detect_toolchains(str(tmp_path))[0].name == name
 
     def test_a_marker_is_a_regular_file(self, tmp_path: Path) -> None:
         (tmp_path / "flake.nix").mkdir()
         (tmp_path / "other").touch()
         (tmp_path / "Cargo.lock").symlink_to("other")
-        kind, message = failure(lambda: confbuild.detect_toolchain(str(tmp_path)))
-        assert (kind, message) == ("UnsupportedToolchainError", "the project has neither flake.nix nor Cargo.lock")
+        kind, message = failure(lambda: confbuild.detect_toolchains(str(tmp_path)))
+        assert (kind, message) == ("UnsupportedToolchainError", NO_MARKER + "none of the files that lead there")
         (tmp_path / "Cargo.lock").unlink()
         os.mkfifo(tmp_path / "Cargo.lock")
-        assert failure(lambda: confbuild.detect_toolchain(str(tmp_path)))[0] == "UnsupportedToolchainError"
+        assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
+
+    MARKERS = ("confbuild.toml", "flake.nix", "Cargo.lock", "pnpm-lock.yaml", "package-lock.json", "go.mod")
+
+    def test_every_toolchain_in_the_order_of_the_contract(self, tmp_path: Path) -> None:
+        """confbuild.toml wins, because somebody wrote it for us; a name chooses one."""
+        names = ["own", "nix", "cargo", "pnpm", "npm", "go"]
+        write_files(tmp_path, dict.fromkeys(self.MARKERS, ""))
+        assert [toolchain.name for toolchain in confbuild.detect_toolchains(str(tmp_path))] == names
+        assert [confbuild.detect_toolchains(str(tmp_path), name)[0].name for name in names] == names
+        (tmp_path / "go.mod").unlink()
+        for name, wanted in (("go", "go.mod"), ("make", "a toolchain called 'make'")):
+            assert failure(functools.partial(confbuild.detect_toolchains, str(tmp_path), name)) == (
+                "UnsupportedToolchainError",
+                f"the project has none of {wanted}; found {'; '.join(self.MARKERS[:5])}",
+            )
+
+    @pytest.mark.parametrize(
+        ("files", "found", "hint"),
+        [
+            (
+                {"Cargo.toml": "", "Makefile": ""},
+                "Cargo.toml: `cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it); "
+                "Makefile: a confbuild.toml says how to build the project",
+                "",
+            ),
+            ({"package.json": ""}, "package.json: `npm install --package-lock-only` makes package-lock.json", ""),
+            (
+                {"a/Cargo.lock": "", "b/go.mod": "", "c/Cargo.toml": ""},
+                "a/Cargo.lock: --subdir a builds it; b/go.mod: --subdir b builds it",
+                "`confbuild build @/b` builds what is there",
+            ),
+            # A member of a workspace.
+            (
+                {"Cargo.toml": "", "../../Cargo.lock": ""},
+                "Cargo.toml: `cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
+                "`confbuild build @@` builds what is there",
+            ),
+        ],
+    )
+    def test_what_leads_to_a_marker(self, tmp_path: Path, files: dict[str, str], found: str, hint: str) -> None:
+        folder = write_files(tmp_path / "x/crates/one", {"y": "", **files})
+        with pytest.raises(confbuild.BuildFailed) as caught:
+            confbuild.detect_toolchains(str(folder))
+        assert str(caught.value) == NO_MARKER + found
+        assert caught.value.hint == hint.replace("@@", str(tmp_path / "x")).replace("@", str(folder))
 
 
 # As rustup: what it stands for depends on the directory in which it is asked.
@@ -13265,6 +13323,8 @@ class TestPrograms:
         ("body", "kind", "fragment"),
         [
             ("echo one >&2; echo 'two words' >&2; exit 3", "UnsupportedToolchainError", "--version` failed: two words"),
+            # rustup says the cause first, and then what to do.
+            ("echo 'error: cause' >&2; echo help >&2; exit 1", "UnsupportedToolchainError", "failed: error: cause"),
             ("exit 3", "UnsupportedToolchainError", "--version` failed: exit status 3, expected one line of text"),
             ("", "UnsupportedToolchainError", "--version` failed: exit status 0, expected one line of text"),
             ("printf 'cargo \\033[31m1'", "UnsupportedToolchainError", "--version` failed: exit status 0, expected"),
@@ -13294,6 +13354,9 @@ class TestOutsideInfluence:
         "rust-toolchain.toml",
         ".git",
         "flake.nix",
+        "pnpm-workspace.yaml",
+        ".npmrc",
+        "node_modules",
     )
 
     @pytest.mark.parametrize("name", NAMES)
@@ -13472,6 +13535,82 @@ class TestCargoDependencies:
         kind, message = failure(lambda: confbuild.cargo_dependencies(entry("evil").encode(), str(tmp_path / "demo")))
         assert kind == "ProvenanceError" and "evil" in message and "not a package inside the project" in message
 
+    CRATE: Mapping[str, str] = {"Cargo.toml": '[package]\nname = "libc"\nversion = "0.2.1"\n', "src/lib.rs": "x"}
+    CHECKSUMS: Mapping[str, str] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in CRATE.items()}
+
+    @pytest.mark.parametrize(
+        ("config", "files", "genuine"),
+        [
+            ('paths = ["v/libc"]\n', {}, False),
+            ('paths = ["v"]\n', {}, True),  # has no package of its own
+            ('[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"\n', {}, False),
+            ("@", {"files": {}, "package": SHA}, False),  # of `cargo vendor --no-checksums` or somebody's change
+            ("@", {"files": CHECKSUMS, "package": SHA}, True),
+            ("@", {"files": CHECKSUMS, "package": SHA, "more": 1}, False),
+            ("@", {"files": {**CHECKSUMS, "gone.rs": SHA}, "package": SHA}, False),
+            ("@", {"files": {**CHECKSUMS, "src/lib.rs": SHA}, "package": SHA}, False),
+            ("@", {"files": {"Cargo.toml": CHECKSUMS["Cargo.toml"]}, "package": SHA}, False),  # lib.rs is extra
+            ("@", {"files": CHECKSUMS, "package": "00" * 32}, False),
+            ("@", [], False),
+            ('[source.x]\nregistry = "https://h/i"\n', {}, True),  # a mirror: the checksum decides
+            ('[source.x]\nlocal-registry = "v"\n', {}, True),
+        ],
+    )
+    def test_crates_from_folders(self, tmp_path: Path, config: str, files: Any, genuine: bool) -> None:
+        """What is compiled from a folder of the source is named as such, unless its files are those of the crate."""
+        config = config.replace("@", '[source.v]\ndirectory = "v"\n')
+        folder = write_files(tmp_path / "v/libc", self.CRATE)
+        tree = confbuild.git_tree(str(folder), [*self.CRATE], "sha256")
+        write_files(tmp_path, {".cargo/config.toml": config, "Cargo.toml": MANIFEST})
+        if files != {}:
+            write_files(folder, {".cargo-checksum.json": json.dumps(files)})
+            tree = confbuild.git_tree(str(folder), [*self.CRATE, ".cargo-checksum.json"], "sha256")
+        lock = entry(source=REGISTRY, checksum=SHA) + entry("demo", "0.1.0")
+        [found] = confbuild.cargo_dependencies(lock.encode(), str(tmp_path))
+        other = {"digest": {"sha256": tree}, "name": "libc", "uri": "pkg:cargo/libc@0.2.1?path=v/libc"}
+        assert found == (LIBC if genuine else other)
+        assert confbuild.package_of(str(found["uri"])) == ("libc@0.2.1" if genuine else "")
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=[found]))
+
+    @pytest.mark.parametrize(
+        ("config", "fragment"),
+        [
+            ('paths = ["../evil"]', ".cargo/config.toml: paths leads to ../evil, outside of the source"),
+            ('paths = ["/evil"]', "paths leads to /evil"),
+            ('paths = ["link"]', "paths leads to link"),
+            ('[source.v]\ndirectory = "../v"', "directory leads to ../v"),
+            ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
+            ('include = ["x.toml"]', "include leads to x.toml"),
+            ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
+            ("paths = [3]", ".cargo/config.toml has an unexpected form: AttributeError"),
+        ],
+    )
+    def test_folders_outside(self, tmp_path: Path, config: str, fragment: str) -> None:
+        demo = write_files(tmp_path / "demo", {".cargo/config.toml": config, "v/x": ""})
+        (demo / "link").symlink_to(tmp_path)
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo)))[1]
+        # cargo reads the configuration of the folders above that in which it runs, and no other.
+        demo = write_files(tmp_path / "x", {"a/.cargo/config.toml": config, "b/Cargo.toml": MANIFEST})
+        assert confbuild.cargo_dependencies(lock, str(demo), "b") == [LIBC]
+        if '"/' in config:
+            assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
+
+    def test_a_subdir_may_use_its_neighbours(self, tmp_path: Path) -> None:
+        files = {
+            "a/Cargo.toml": MANIFEST + '[dependencies]\nb = { path = "../b" }\n',
+            "b/Cargo.toml": '[package]\nname="b"',
+        }
+        write_files(tmp_path / "demo", files)
+        lock = (entry("demo", "0.1.0") + entry("b", "1.0.0")).encode()
+        assert confbuild.cargo_dependencies(lock, str(tmp_path / "demo"), "a") == []
+        assert failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo/a")))[0] == "ProvenanceError"
+
+    def test_an_entry_that_another_one_replaces(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"Cargo.toml": MANIFEST})
+        lock = entry(source=REGISTRY, checksum=SHA, replace="libc 0.2.1")
+        assert confbuild.cargo_dependencies(lock.encode(), str(tmp_path)) == []
+
     @pytest.mark.parametrize(
         ("lock", "kind", "fragment"),
         [
@@ -13622,7 +13761,8 @@ class TestCargoDependencies:
     def test_any_bytes(self, lock: bytes) -> None:
         """Whatever stands there: a list that the statement's schema takes, or BuildFailed."""
         try:
-            found = confbuild.cargo_dependencies(lock, str(SHARED / "nowhere"))
+            with tempfile.TemporaryDirectory() as empty:
+                found = confbuild.cargo_dependencies(lock, empty)
         except confbuild.BuildFailed as e:
             assert e.error_type in ("SourceError", "ProvenanceError")
             return
@@ -13640,8 +13780,8 @@ class TestPlanCargo:
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
         env = {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"}
-        plan = confbuild.prepare(confbuild.detect_toolchain(str(tmp_path)), str(tmp_path), env)
-        assert plan.command == ["cargo", "build", "--locked", "--release"]
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(tmp_path))[0], str(tmp_path), "", env)
+        assert plan.steps == [["cargo", "build", "--locked", "--release"]]
         assert list(plan.programs.items()) == [
             (
                 name,
@@ -13680,6 +13820,8 @@ class TestPlanCargo:
             ("a.exe", str(release / "a.exe")),
             ("b", str(release / "b")),
         ]
+        triple = script(tmp_path / "target/x86_64-unknown-linux-musl/release/c", "")  # with build.target
+        assert confbuild.collect_cargo(str(tmp_path), b"")[2:] == [("c", str(triple))]
 
     @pytest.mark.parametrize("link", ["demo/target/release", "demo/target", "demo", "."])
     @pytest.mark.parametrize("target", ["/usr/bin", "real", "nowhere", "itself"])
@@ -13698,6 +13840,457 @@ class TestPlanCargo:
         with pytest.raises(confbuild.BuildFailed, match=message) as caught:
             confbuild.collect_cargo(str(project), b"")
         assert caught.value.error_type == "ProvenanceError"
+
+
+class TestFindArtifacts:
+    def test_patterns(self, tmp_path: Path) -> None:
+        names = ("out/b.so", "out/a.so", "out/deep/c.so", "out/.hidden.so", "d.so", "out/deep/x.txt")
+        write_files(tmp_path, dict.fromkeys(names, ""))
+        (tmp_path / "out/link.so").symlink_to("a.so")
+        (tmp_path / "elsewhere").symlink_to("/usr")
+        os.mkfifo(tmp_path / "out/pipe.so")
+
+        def find(*patterns: str, folders: Sequence[str] = ("",)) -> list[str]:
+            found = confbuild.find_artifacts(str(tmp_path), folders, patterns)
+            assert [name.removesuffix(".tar.gz") for name, _ in found] == [os.path.basename(path) for _, path in found]
+            return [os.path.relpath(path, tmp_path) for _, path in found]
+
+        assert find("out/*.so") == ["out/.hidden.so", "out/a.so", "out/b.so"]
+        assert find("*/*/c.so", "d.so", "d.so") == ["out/deep/c.so", "d.so"]
+        assert find("*.so", folders=("out", "")) == ["out/.hidden.so", "out/a.so", "out/b.so", "d.so"]
+        assert find("o[u]t") == ["out"] == find("out/") and find("gone*", "", ".") == []
+        assert find("/etc/passwd", "../*", "elsewhere/bin/sh", "*/bin/sh", "out/../d.so", "") == []
+
+
+# Of `pnpm install` of pnpm 10.34.9, and of the tests of [K].
+PNPM_LOCK = """lockfileVersion: '9.0'
+
+settings:
+  autoInstallPeers: true
+  excludeLinksFromLockfile: false
+
+overrides:
+  request: npm:@cypress/request@3.0.10
+
+importers:
+
+  .:
+    dependencies:
+      '@types/node':
+        specifier: ^20.11.5
+        version: 20.11.5
+      local:
+        specifier: link:../local
+        version: link:../local
+
+packages:
+
+  '@types/node@20.11.5':
+    resolution: {integrity: @2}
+    engines: {node: '>=6 <7 || >=8'}
+    cpu: [x64, arm64]
+    deprecated: |-
+      use: something
+      else # please
+
+  a@https://codeload.github.com/o/r/tar.gz/@3:
+    resolution: {tarball: https://codeload.github.com/o/r/tar.gz/@3}
+    version: 1.0.0
+
+  left-pad@1.3.0(x@1.0.0):
+    resolution: {integrity: @1}
+    deprecated: "use \\"String.prototype.padStart()\\""
+    bundledDependencies:
+      - one
+      - '@two/three'
+
+  local@file:local:
+    resolution: {directory: local, type: directory}
+
+  'it''s@1.0.0':
+    resolution:
+      integrity: @1
+      tarball: http://h/x.tgz
+
+snapshots:
+
+  '@types/node@20.11.5': {}
+"""
+
+
+class TestPnpm:
+    SHORT, INTEGRITY = (
+        f"{name}-" + base64.b64encode(bytes(range(size))).decode() for name, size in (("sha1", 20), ("sha512", 64))
+    )
+
+    def lock(self, text: str = PNPM_LOCK) -> bytes:
+        return (
+            text.replace("@1", self.SHORT, 1)
+            .replace("@1\n", self.SHORT + "\n")
+            .replace("@2", self.INTEGRITY, 1)
+            .replace("@3", "12" * 20)
+            .encode()
+            if "@3" in text
+            else text.encode()
+        )
+
+    def read(self, lock: str | bytes, folder: str = "/nowhere") -> list[Any]:
+        return confbuild.pnpm_dependencies(lock.encode() if isinstance(lock, str) else lock, folder)
+
+    def test_every_entry_as_kettle_writes_it(self, tmp_path: Path) -> None:
+        text = PNPM_LOCK.replace("integrity: @1", "integrity: " + self.SHORT)
+        text = text.replace("integrity: @2", "integrity: " + self.INTEGRITY).replace("@3", "12" * 20)
+        url = "https://codeload.github.com/o/r/tar.gz/" + "12" * 20
+        rows = (
+            (url, "a", "12" * 20),
+            (f"pkg:npm/@types/node@20.11.5?checksum={self.INTEGRITY}", "@types/node", self.INTEGRITY),
+            (f"pkg:npm/it's@1.0.0?checksum={self.SHORT}", "it's", self.SHORT),
+            (f"pkg:npm/left-pad@1.3.0?checksum={self.SHORT}", "left-pad", self.SHORT),
+        )
+        expected = [{"digest": {"sha512": digest}, "name": name, "uri": uri} for uri, name, digest in rows]
+        assert self.read(text, str(tmp_path)) == expected
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=expected))
+        assert "local@file:local" in failure(lambda: self.read(text.replace("directory: local", "directory: ../x")))[1]
+        assert self.read("lockfileVersion: '9.0'\n\npackages: {}\n") == self.read("lockfileVersion: '9.0'\n") == []
+
+    @pytest.mark.parametrize(
+        ("text", "fragment"),
+        [
+            ("", "KeyError: 'lockfileVersion'"),
+            ("lockfileVersion: 5.4\n", "lockfileVersion is 5.4, expected 9.0"),
+            ("lockfileVersion: '6.0'\n", "lockfileVersion is 6.0, expected 9.0"),
+            ("lockfileVersion:\n", "AttributeError"),
+            ("\udcff", "UnicodeDecodeError"),
+            *(
+                (f"lockfileVersion: '9.0'\n\npackages:\n  a@1:\n    resolution: {resolution}\n", "a@1: has neither")
+                for resolution in ("{}", '{integrity: ""}', "{tarball: https://h/x.tgz}", "[x]", "x")
+                if resolution not in ("[x]", "x")
+            ),
+            ("lockfileVersion: '9.0'\npackages:\n  a@1:\n    resolution: [x]\n", "AttributeError"),
+            ("lockfileVersion: '9.0'\npackages:\n  a:\n    resolution: {integrity: x}\n", "a: has neither"),
+            *(
+                (f"lockfileVersion: '9.0'\n{line}\n", "line 2 is not what pnpm writes")
+                for line in (
+                    "---",
+                    "lockfileVersion: '9.0'",
+                    " a: b",
+                    "  a: b",
+                    "\ta: b",
+                    "a: &x b",
+                    "a: *x",
+                    "a: !!str b",
+                    "a: {b: {c: d}}",
+                    "a: {b: c",
+                    "a: {b}",
+                    "a: 'b",
+                    "a: 'b' c",
+                    "a: b: c",
+                    "a: b # c",
+                    "? a",
+                    "- b: c",
+                    "%YAML 1.2",
+                    "a",
+                    "a:b",
+                    "a: |2",
+                )
+            ),
+            ("lockfileVersion: '9.0'\na:\n    b: c\n", "line 3 is not what pnpm writes"),
+            ("lockfileVersion: '9.0'\na: b\n  c: d\n", "line 3 is not what pnpm writes"),
+            ('lockfileVersion: "9.0\\x"\n', "JSONDecodeError"),
+        ],
+    )
+    def test_what_pnpm_does_not_write(self, text: str, fragment: str) -> None:
+        kind, message = failure(lambda: self.read(text.encode(errors="surrogateescape")))
+        assert kind == "SourceError" and message.startswith("pnpm-lock.yaml has an unexpected form: ")
+        assert fragment in message
+
+    @given(
+        st.lists(
+            st.sampled_from(
+                ["lockfileVersion", ": ", ":\n", "'9.0'", "\n", "  ", "packages", "a@1", "resolution", "{", "}"]
+                + ["integrity", "'", '"', "- ", "|-", "sha512-x", ", ", "[", "#", "\\", "\u00e9"]
+            ),
+            max_size=30,
+        ).map("".join)
+    )
+    @settings(max_examples=100)
+    def test_any_text(self, text: str) -> None:
+        try:
+            self.read(text)
+        except confbuild.BuildFailed as e:
+            assert e.error_type == "SourceError"
+
+    def test_the_plan(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n"})
+        plan = confbuild.plan_pnpm(str(tmp_path))
+        assert plan.steps == [["pnpm", "install", "--frozen-lockfile"], ["pnpm", "build"]]
+        assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
+
+
+class TestNpm:
+    SHA512 = "sha512-" + base64.b64encode(bytes(range(64))).decode()
+
+    def read(self, packages: Any, version: Any = 3) -> list[Any]:
+        lock = json.dumps({"lockfileVersion": version, "packages": packages}).encode()
+        return confbuild.npm_dependencies(lock, "/nowhere/demo")
+
+    @pytest.mark.parametrize(
+        ("path", "entry", "uri", "digest"),
+        [
+            ("node_modules/a", {}, "pkg:npm/a@1.0.0?checksum=INTEGRITY", {"sha512": bytes(range(64)).hex()}),
+            (
+                "node_modules/b/node_modules/@s/a",
+                {"resolved": "https://registry.npmjs.org/@s/a/-/a-1.0.0.tgz"},
+                "pkg:npm/@s/a@1.0.0?checksum=INTEGRITY",
+                {"sha512": bytes(range(64)).hex()},
+            ),
+            (
+                "node_modules/a",
+                {"integrity": "sha1-" + base64.b64encode(bytes(20)).decode()},
+                f"pkg:npm/a@1.0.0?checksum=sha1-{base64.b64encode(bytes(20)).decode()}",
+                {"sha1": "00" * 20},
+            ),
+            (
+                "node_modules/a",
+                {"integrity": f"sha1-{base64.b64encode(bytes(20)).decode()} {SHA512}"},
+                "pkg:npm/a@1.0.0?checksum=INTEGRITY",
+                {"sha512": bytes(range(64)).hex()},
+            ),
+            (
+                "node_modules/alias",
+                {"name": "a"},
+                "pkg:npm/a@1.0.0?checksum=INTEGRITY",
+                {"sha512": bytes(range(64)).hex()},
+            ),
+            # A tarball that is not the registry's one of this name.
+            *(
+                (
+                    "node_modules/a",
+                    {"resolved": url},
+                    f"pkg:npm/a@1.0.0?checksum=INTEGRITY&download_url={url.replace('u:p@', '')}",
+                    {"sha512": bytes(range(64)).hex()},
+                )
+                for url in ("https://u:p@h/a.tgz", "https://registry.npmjs.org/evil/-/evil-1.0.0.tgz")
+            ),
+            (
+                "node_modules/a",
+                {"resolved": "git+ssh://git@github.com/o/a.git#" + COMMIT, "integrity": ""},
+                f"pkg:npm/a@1.0.0?vcs_url=git+ssh://github.com/o/a.git@{COMMIT}",
+                {"gitCommit": COMMIT},
+            ),
+        ],
+    )
+    def test_what_is_recorded(self, path: str, entry: dict[str, Any], uri: str, digest: dict[str, str]) -> None:
+        found = self.read({"": {"name": "demo"}, path: {"version": "1.0.0", "integrity": self.SHA512, **entry}})
+        name = uri.partition("/")[2].rpartition("@1.0.0")[0]
+        assert found == [{"digest": digest, "name": name, "uri": uri.replace("INTEGRITY", self.SHA512)}]
+        plain = "_url=" not in uri
+        assert confbuild.package_of(found[0]["uri"]) == (f"{name}@1.0.0" if plain else "")
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=found))
+
+    def test_what_has_no_entry(self) -> None:
+        """The project, its workspaces, links to them, and what lies in the tarball of another package."""
+        rows = {
+            "": {"name": "demo"},
+            "packages/one": {"version": "1.0.0"},
+            "node_modules/one": {"resolved": "packages/one", "link": True},
+            "node_modules/two": {"resolved": "file:two.tgz", "integrity": self.SHA512},
+            "node_modules/x/node_modules/y": {"version": "1.0.0", "inBundle": True},
+        }
+        assert self.read(rows) == self.read(rows, 2) == []
+
+    @pytest.mark.parametrize(
+        ("packages", "version", "fragment"),
+        [
+            ({}, 1, "lockfileVersion is 1, expected 2 or 3"),
+            ({}, "3", "lockfileVersion is '3', expected 2 or 3"),
+            ([], 3, "AttributeError"),
+            ({"node_modules/a": {"version": "1.0.0"}}, 3, "node_modules/a: 1.0.0 has no integrity"),
+            (
+                {"node_modules/a": {"resolved": "../a", "link": True}},
+                3,
+                "node_modules/a: ../a has no integrity, or lies",
+            ),
+            (
+                {"node_modules/a": {"resolved": "file:/a.tgz", "integrity": "x"}},
+                3,
+                "file:/a.tgz has no integrity, or lies",
+            ),
+            ({"node_modules/a": {"integrity": "sha512-x"}}, 3, "Invalid base64"),
+            ({"node_modules/a": {"integrity": 5}}, 3, "AttributeError"),
+            ({"node_modules/a": 5}, 3, "AttributeError"),
+        ],
+    )
+    def test_what_is_refused(self, packages: Any, version: Any, fragment: str) -> None:
+        kind, message = failure(lambda: self.read(packages, version))
+        assert kind == "SourceError" and message.startswith("package-lock.json has an unexpected form: ")
+        assert fragment in message
+
+    @pytest.mark.parametrize(
+        ("scripts", "last", "outputs"),
+        [
+            ({"build": "x"}, ["npm run build"], ("node_modules", ".confbuild", "dist")),
+            (
+                {"build": "x", "prepare": "y"},
+                ["npm run prepare", "npm run build"],
+                ("node_modules", ".confbuild", "dist"),
+            ),
+            ({"prepare": "y"}, ["npm pack"], ("node_modules", ".confbuild")),  # it runs prepare itself
+        ],
+    )
+    def test_the_plan(self, tmp_path: Path, scripts: Any, last: list[str], outputs: Sequence[str]) -> None:
+        lock = json.dumps({"lockfileVersion": 3, "packages": {}})
+        write_files(tmp_path, {"package.json": json.dumps({"scripts": scripts}), "package-lock.json": lock})
+        plan = confbuild.plan_npm(str(tmp_path))
+        assert [" ".join(step) for step in plan.steps] == ["npm ci --ignore-scripts", "npm rebuild", *last]
+        assert (plan.tools, plan.fetches, plan.build_type) == (("npm", "node"), 1, "urn:confbuild:build:v1")
+        assert tuple(confbuild.find_outputs(str(tmp_path))) == outputs
+        write_files(tmp_path, {"package.json": "["})
+        assert failure(lambda: confbuild.plan_npm(str(tmp_path)))[0] == "SourceError"
+
+
+# Of `go mod tidy` of Go 1.26.8 for rsc.io/quote, whose hashes are also at https://sum.golang.org/lookup/rsc.io/quote@v1.5.2.
+GO_SUM = """golang.org/x/text v0.0.0-20170915032832-14c0d48ead0c h1:qgOY6WgZOaTkIIMiVjBQcw93ERBE4m30iBm00nkL0i8=
+golang.org/x/text v0.0.0-20170915032832-14c0d48ead0c/go.mod h1:NqM8EUOU14njkJ3fqMW+pc6Ldnwhi/IjpwHt7yyuwOQ=
+rsc.io/quote v1.5.2 h1:w5fcysjrx7yqtD/aO+QwRjYZOKnaM9Uh2b40tElTs3Y=
+rsc.io/quote v1.5.2/go.mod h1:LzX7hefJvL54yjefDEDHNONDjII0t9xZLPXsUe+TKr0=
+rsc.io/sampler v1.3.0 h1:7uVkIFmeBqHfdjD+gZwtXXI+RODJ2Wc4O7MPEh/QiW4=
+rsc.io/sampler v1.3.0/go.mod h1:T1hPZKmBbMNahiBKFy5HrXp6adAjACjK9JXDnKaTXpA=
+"""
+GO_MOD = """module example.org/demo // a comment
+
+go 1.21
+
+toolchain go1.21.5
+
+require rsc.io/quote v1.5.2
+
+require (
+	"golang.org/x/text" v0.0.0-20170915032832-14c0d48ead0c // indirect
+	rsc.io/sampler v1.3.0 // indirect
+	unused.example.org/x v1.0.0
+)
+
+exclude rsc.io/sampler v1.2.0
+"""
+
+
+class TestGo:
+    TEXT, QUOTE, SAMPLER = (
+        "golang.org/x/text@v0.0.0-20170915032832-14c0d48ead0c",
+        "rsc.io/quote@v1.5.2",
+        "rsc.io/sampler@v1.3.0",
+    )
+
+    def read(self, folder: Path, mod: str = GO_MOD, sums: str = GO_SUM) -> list[str]:
+        found = confbuild.go_dependencies(sums.encode(), str(write_files(folder, {"go.mod": mod})))
+        confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=found))
+        return [confbuild.package_of(dependency["uri"]) for dependency in found]
+
+    def test_known(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"go.mod": GO_MOD})
+        assert confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path))[1] == {
+            "digest": {"dirHash": "c397dccac8ebc7bcaab43fda3be43046361938a9da33d521d9be34b44953b376"},
+            "name": "rsc.io/quote",
+            "uri": "pkg:golang/rsc.io/quote@v1.5.2?checksum=h1:w5fcysjrx7yqtD/aO+QwRjYZOKnaM9Uh2b40tElTs3Y=",
+        }
+
+    def test_what_is_recorded(self, tmp_path: Path) -> None:
+        """The modules of go.mod that have a hash; before Go 1.17 it lists only a part of them."""
+        assert self.read(tmp_path) == [self.TEXT, self.QUOTE, self.SAMPLER]
+        stale = GO_SUM + "old.example.org/y v0.1.0 h1:" + base64.b64encode(bytes(32)).decode() + "\n"
+        assert self.read(tmp_path, sums=stale) == [self.TEXT, self.QUOTE, self.SAMPLER]
+        for line in ("go 1.16", "go 1.9", ""):
+            assert "old.example.org/y@v0.1.0" in self.read(tmp_path, GO_MOD.replace("go 1.21\n", line + "\n", 1), stale)
+        assert self.read(tmp_path, "module m\n\ngo 1.21\n", "") == []
+        assert self.read(tmp_path, "module m\ngo 1.17rc1\nrequire(\nrsc.io/quote v1.5.2\n)\n") == [self.QUOTE]
+
+    @pytest.mark.parametrize(
+        ("replace", "packages"),
+        [
+            ("rsc.io/quote => ./inside", [TEXT, SAMPLER]),
+            ("rsc.io/quote v1.5.2 => ./inside", [TEXT, SAMPLER]),
+            ("rsc.io/quote v1.0.0 => ./inside", [TEXT, QUOTE, SAMPLER]),
+            ("rsc.io/quote => fork.example.org/q v1.0.1", [FORK := "fork.example.org/q@v1.0.1", TEXT, SAMPLER]),
+        ],
+    )
+    @pytest.mark.parametrize("block", [False, True])
+    def test_replace(self, tmp_path: Path, replace: str, packages: list[str], block: bool) -> None:
+        line = f"replace (\n\t{replace}\n)\n" if block else f"replace {replace}\n"
+        sums = GO_SUM + "fork.example.org/q v1.0.1 h1:" + base64.b64encode(bytes(32)).decode() + "\n"
+        assert self.read(tmp_path, GO_MOD + line, sums) == packages
+
+    @pytest.mark.parametrize(
+        ("mod", "sums", "fragment"),
+        [
+            (GO_MOD + "replace rsc.io/quote => ../quote\n", GO_SUM, "rsc.io/quote is replaced by ../quote, outside"),
+            (GO_MOD + "replace rsc.io/quote v1.5.2 => /quote\n", GO_SUM, "rsc.io/quote is replaced by /quote, outside"),
+            (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "ValueError"),
+            (GO_MOD + "require rsc.io/quote\n", GO_SUM, "IndexError"),
+            (GO_MOD, "one two\n", "ValueError"),
+            (GO_MOD, "rsc.io/quote v1.5.2 h1:x\n", "Error"),
+            (GO_MOD, "\udcff", "UnicodeDecodeError"),
+        ],
+    )
+    def test_what_is_refused(self, tmp_path: Path, mod: str, sums: str, fragment: str) -> None:
+        write_files(tmp_path, {"go.mod": mod})
+        data = sums.encode(errors="surrogateescape")
+        kind, message = failure(lambda: confbuild.go_dependencies(data, str(tmp_path)))
+        assert kind == "SourceError" and message.startswith("go.mod and go.sum has an unexpected form: ")
+        assert fragment in message
+
+    def test_the_plan(self, tmp_path: Path) -> None:
+        plan = confbuild.plan_go(str(write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM})))
+        assert [" ".join(step) for step in plan.steps] == [
+            "go mod download",
+            "go build -trimpath -buildvcs=false -mod=readonly -o .confbuild/ ./...",
+        ]
+        assert plan.env == {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
+        assert (plan.lock.decode(), plan.fetches, plan.build_type) == (GO_SUM, 1, "urn:confbuild:build:v1")
+        script(tmp_path / ".confbuild/v1.2-tool", "")
+        write_files(tmp_path, {".confbuild/plain": ""})
+        assert [name for name, _ in confbuild.collect_go(str(tmp_path), b"")] == ["v1.2-tool"]
+
+
+RECIPE = 'command = ["make", "all"]\nartifacts = ["out/*"]\n'
+
+
+class TestOwn:
+    def test_the_plan(self, tmp_path: Path) -> None:
+        more = 'inputs = ["b.lock", "a/x y.lock"]\nprograms = ["gcc", "make"]\noutputs = ["out", "a/b"]\n'
+        write_files(tmp_path, {"confbuild.toml": RECIPE + more, "a/x y.lock": "1", "b.lock": "2"})
+        plan = confbuild.plan_own(str(tmp_path))
+        assert (plan.steps, plan.tools, plan.artifacts) == ([["make", "all"]], ["make", "gcc"], ["out/*"])
+        assert plan.lock == (RECIPE + more).encode() and plan.build_type == "urn:confbuild:build:v1"
+        one, two = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
+        assert plan.dependencies == [
+            {"digest": {"sha256": one}, "name": "a/x y.lock", "uri": f"file:a/x%20y.lock?checksum=sha256:{one}"},
+            {"digest": {"sha256": two}, "name": "b.lock", "uri": f"file:b.lock?checksum=sha256:{two}"},
+        ]
+        assert confbuild.find_outputs(str(tmp_path)) == ["out", "a/b"]
+        write_files(tmp_path, {"confbuild.toml": RECIPE.replace("make", "./build.sh")})
+        assert confbuild.plan_own(str(tmp_path)).tools == []
+
+    @pytest.mark.parametrize(
+        ("text", "fragment"),
+        [
+            ("", "confbuild.toml: has the keys none, expected command, artifacts"),
+            ("x", "TOMLDecodeError"),
+            (RECIPE + 'outptus = ["x"]', "has the keys command, artifacts, outptus, expected command, artifacts"),
+            (RECIPE.replace('["make", "all"]', '"make"'), '.command: "make", expected an array'),
+            (RECIPE.replace('["make", "all"]', "[]"), "command is empty"),
+            *(
+                (f'{RECIPE}{key} = ["{path}"]', f"{path} is not a path below the project")
+                for key in ("inputs", "outputs")
+                for path in ("..", "/x", ".", "a/../..")
+            ),
+            (RECIPE + 'inputs = ["gone"]', "confbuild.toml: there is no input gone"),
+        ],
+    )
+    def test_what_is_refused(self, tmp_path: Path, text: str, fragment: str) -> None:
+        write_files(tmp_path, {"confbuild.toml": text})
+        kind, message = failure(lambda: confbuild.plan_own(str(tmp_path)))
+        assert kind == "SourceError" and fragment in message
 
 
 # Known answers: printf 'known content\\n' hashed, as nix 2.8.0 writes it in hexadecimal and newer ones as SRI.
@@ -14008,7 +14601,7 @@ def nix(tmp_path: Path) -> Path:
 
 def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Plan:
     flake = str(tmp_path / "source" / "flake")
-    return confbuild.prepare(confbuild.detect_toolchain(flake), flake, on_path(nix))
+    return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix))
 
 
 class TestPlanNix:
@@ -14032,7 +14625,7 @@ class TestPlanNix:
         (nix / "derivations").write_bytes(SHAPES["2.8" if printing == "--json" else "2.33"][0])
         plan = plan_flake(tmp_path, nix)
         assert (nix / "calls").read_text().splitlines() == ["--version", f"{show} --recursive {FEATURES}"]
-        assert plan.command == ["nix", "build", "--no-link", printing, *FEATURES.split()]
+        assert plan.steps == [["nix", "build", "--no-link", printing, *FEATURES.split()]]
         assert plan.programs == {
             "nix": confbuild.Program(str(nix / "nix"), version, hashlib.sha256((nix / "nix").read_bytes()).hexdigest())
         }
@@ -15309,7 +15902,7 @@ def commit_all(folder: Path) -> Path:
 
 
 class TestBuildEnvironment:
-    def test_what_passes(self, tmp_path: Path) -> None:
+    def test_what_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / ".rustup").mkdir()
         environ = {
             "PATH": "/bin",
@@ -15349,7 +15942,10 @@ class TestBuildEnvironment:
         )  # --env adds; the folders stay ours
         assert more == {**expected, "GREETING": "hi", "HTTPS_PROXY": "http://u:secret@h:1"}
         assert confbuild.build_environment("/w", {**environ, "RUSTUP_HOME": "/r"}, ())["RUSTUP_HOME"] == "/r"
+        monkeypatch.setattr(os.path, "expanduser", lambda path: {"~": "/nowhere"}[path])
         assert confbuild.build_environment("/w", {}, ()) == {"PATH": os.defpath, **own}
+        monkeypatch.setattr(os.path, "expanduser", lambda path: {"~": str(tmp_path)}[path])
+        assert confbuild.build_environment("/w", {}, ())["RUSTUP_HOME"] == str(tmp_path / ".rustup")
 
     def test_no_allowed_name_sounds_like_a_secret(self) -> None:
 
@@ -15413,10 +16009,29 @@ class TestTakeArtifacts:
         digest = hashlib.sha256(b"artifact").hexdigest()
         assert list(taken.items()) == [(name, digest) for name in ("a b", "\u00e9")]
         assert (tmp_path / "copies" / "a b").read_bytes() == b"artifact"
-        assert failure(lambda: confbuild._take_artifacts([], str(tmp_path / "none"))) == (
-            "NoArtifacts",
-            "the build succeeded but made no executable",
-        )
+
+    def test_a_directory_is_packed(self, tmp_path: Path) -> None:
+        """The same files give the same bytes, whatever their times and modes are."""
+        data = []
+        for name, mode in (("one", 0o600), ("two", 0o644)):
+            folder = write_files(tmp_path / name / "dist", {"b/x": "1", "a": "2", ".hidden": "3"})
+            (folder / "run").symlink_to("a")
+            (folder / "a").chmod(mode)
+            os.utime(folder / "a", (mode, mode))
+            taken = confbuild._take_artifacts([("dist.tar.gz", str(folder))], str(tmp_path / name / "copies"))
+            data.append((tmp_path / name / "copies/dist.tar.gz").read_bytes())
+            assert taken == {"dist.tar.gz": hashlib.sha256(data[-1]).hexdigest()}
+        assert data[0] == data[1]
+        with tarfile.open(fileobj=io.BytesIO(data[0])) as tar:
+            members = {member.name: (oct(member.mode), member.mtime, member.linkname) for member in tar}
+        assert members == {
+            "dist": ("0o755", 0, ""),
+            "dist/b": ("0o755", 0, ""),
+            "dist/.hidden": ("0o644", 0, ""),
+            "dist/a": ("0o644", 0, ""),
+            "dist/b/x": ("0o644", 0, ""),
+            "dist/run": ("0o755", 0, "a"),
+        }
 
     @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "..", ".", "", "a/b", "a\\b", "\udcff", "\u202e", "\x7f"])
     def test_odd_names(self, tmp_path: Path, name: str) -> None:
@@ -15438,17 +16053,18 @@ class TestTakeArtifacts:
 def plan(**changes: Any) -> confbuild.Plan:
     """A plan of cargo."""
     tool = confbuild.Program("/bin/tool", "tool 1", SHA)
-    command = ("cargo", "build", "--locked", "--release")
-    made = confbuild.Plan(command, ("cargo", "rustc"), b"", [LIBC], {}, {"cargo": tool, "rustc": tool})
+    made = confbuild.Plan([], ("cargo", "rustc"), b"", [LIBC], programs={"cargo": tool, "rustc": tool})
     return made._replace(**changes)
 
 
 class TestMakeStatement:
     STARTED = "2026-11-23T20:21:22.000001+00:00"
 
-    def make(self, made: confbuild.Plan, commit: str = COMMIT, uri: str = "https://h/r") -> bytes:
+    def make(self, made: confbuild.Plan, command: str = "cargo build --locked --release") -> bytes:
+        commit, uri = COMMIT, "https://h/r"
         return confbuild._make_statement(
             made,
+            command,
             {"digest": {"gitCommit": commit, "gitTree": "12" * 20}, "uri": uri},
             confbuild.SIMULATED_BUILDER,
             {"build_log": "34" * 32},
@@ -15506,7 +16122,6 @@ class TestMakeStatement:
     @pytest.mark.parametrize(
         ("changes", "fragment"),
         [
-            ({"command": ["cargo\tbuild"]}, "buildCommand"),
             ({"tools": (), "programs": {}}, "toolchain"),
             ({"parameters": {"extra": 1}}, "internalParameters"),
             ({"programs": {"nix": confbuild.Program("/bin/nix", "nix 1", "x")}}, "toolchain"),
@@ -15516,11 +16131,12 @@ class TestMakeStatement:
             ({"dependencies": [{**LIBC, "uri": 5}]}, ""),
             ({"dependencies": [LIBC] * 20_000}, ""),
         ],  # more than MAX_JSON, which the verifier would not read
-        ids=["command", "lock", "parameters", "tools", "names", "surrogate", "surrogate in uri", "type", "size"],
+        ids=["lock", "parameters", "tools", "names", "surrogate", "surrogate in uri", "type", "size"],
     )
     def test_what_our_own_verifier_would_not_take(self, changes: dict[str, Any], fragment: str) -> None:
         kind, message = failure(lambda: self.make(plan(**changes)))
         assert kind == "ProvenanceError" and fragment in message
+        assert "buildCommand" in failure(lambda: self.make(plan(), "cargo\tbuild"))[1]
 
     def test_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for microseconds in (0, 1, 999_999):
@@ -15534,7 +16150,7 @@ INTO_RELEASE = "mkdir -p target/release; cd target/release; "
 
 class TestPipeline:
     FAILURES: tuple[tuple[Mapping[str, str | bytes], str, str], ...] = (
-        ({"README": "x"}, "UnsupportedToolchainError", "the project has neither flake.nix nor Cargo.lock"),
+        ({"README": "x"}, "UnsupportedToolchainError", NO_MARKER + "none of the files that lead there"),
         (project("exit 7"), "BuildError", "cargo build --locked --release ended with status 7"),
         (project("kill -9 $$"), "BuildError", "cargo build --locked --release ended with signal 9"),
         (
@@ -15648,11 +16264,11 @@ class TestPipeline:
         archive = packed(tmp_path / "a", gzip.compress(tar_of(("demo", "", FOLDER), ("demo/a", b"", FILE_TYPE))))
         detected: list[str] = []
 
-        def detect(path: str) -> None:
+        def detect(path: str, _: str) -> None:
             detected.append(path)
             raise confbuild.BuildFailed("UnsupportedToolchainError", "none")
 
-        monkeypatch.setattr(confbuild, "detect_toolchain", detect)
+        monkeypatch.setattr(confbuild, "detect_toolchains", detect)
         found = failure(
             lambda: confbuild.run_pipeline(
                 confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"),
@@ -15718,7 +16334,7 @@ WORKSPACE = {
     "part/src/lib.rs": 'pub fn name() -> &\'static str { "part" }\n',
     "vendor/tiny/Cargo.toml": '[package]\nname = "tiny"\nversion = "1.0.0"\nedition = "2021"\n',
     "vendor/tiny/src/lib.rs": 'pub fn name() -> &\'static str { "tiny" }\n',
-    "vendor/tiny/.cargo-checksum.json": json.dumps({"files": {}, "package": SHA}),
+    "vendor/tiny/.cargo-checksum.json": "",  # below
     ".cargo/config.toml": '[source.crates-io]\nreplace-with = "vendored"\n[source.vendored]\ndirectory = "vendor"\n'
     '[build]\nrustc = "/evil"\ntarget-dir = "elsewhere"\n',
     "Cargo.lock": (
@@ -15729,6 +16345,14 @@ WORKSPACE = {
         + entry("tiny", "1.0.0", source=REGISTRY, checksum=SHA)
     ),
 }
+
+
+TINY = {
+    name.removeprefix("vendor/tiny/"): hashlib.sha256(text.encode()).hexdigest()
+    for name, text in WORKSPACE.items()
+    if name.startswith("vendor/") and text
+}
+WORKSPACE["vendor/tiny/.cargo-checksum.json"] = json.dumps({"files": TINY, "package": SHA})
 
 
 class TestRealCargo:
@@ -15821,7 +16445,12 @@ class TestRealCargo:
                 "BuildError",
                 r"error\[E0308\]: mismatched types",
             ),
-            ({"src/lib.rs": "pub fn nothing() {}\n"}, "NoArtifacts", "the build succeeded but made no executable"),
+            (
+                {"src/lib.rs": "pub fn nothing() {}\n"},
+                "NoArtifacts",
+                "the build succeeded but made no executable; it made target/release/libdemo.rlib, "
+                "which --artifact can name",
+            ),
             (
                 {"src/main.rs": "fn main() {}\n", "Cargo.toml": MANIFEST.replace("0.1.0", "0.2.0")},
                 "BuildError",
