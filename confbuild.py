@@ -11941,6 +11941,8 @@ _MANIFEST = {
     "confbuild_sha256": _HEX64,
     "packages": [{"name": str, "version": str, "sha256": _HEX64}],
     "launch_digests": [{"vcpu_type": str, "vcpus": int, "launch_digest": re.compile(r"[0-9a-f]{96}")}],
+    # Where the image comes from, for GET /config.  Whoever publishes an image adds them.
+    **dict.fromkeys(("reference?", "igvm?", "disk?"), WORD),
 }
 _ACCOUNTS = (("root", 0, "/root"), ("agent", 1000, "/"), ("build", 1001, "/work/home"))
 
@@ -11956,6 +11958,7 @@ class Image(NamedTuple):
     firmware, kernel, initrd, tools: paths.
     launch_digests: (vCPU type, number of vCPUs, hexadecimal digest).
     parts: the part's name -> its row in image.json, with "sha256" and "size".
+    origin: reference, igvm and disk, as far as image.json has them.
     """
 
     folder: str
@@ -11967,6 +11970,7 @@ class Image(NamedTuple):
     tools: str
     launch_digests: Sequence[tuple[str, int, str]]
     parts: Mapping[str, Mapping[str, Any]]
+    origin: Strings = {}
 
 
 class Package(NamedTuple):
@@ -12702,7 +12706,9 @@ def read_image(folder: str) -> Image:
             raise ImageError(f"{path} is missing")
         _open_regular(path).close()
     digests = [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]
-    return Image(folder, sha256_hex(data), document["append"], **paths, launch_digests=digests, parts=document["parts"])
+    origin = {name: document[name] for name in ("reference", "igvm", "disk") if name in document}
+    append, parts = document["append"], document["parts"]
+    return Image(folder, sha256_hex(data), append, **paths, launch_digests=digests, parts=parts, origin=origin)
 
 
 def check_image(folder: str) -> ImageFacts:
@@ -14220,7 +14226,11 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
         "notice": platform.notice,
         "image": None
         if facts is None
-        else {"manifest_sha256": facts.manifest_sha256, "launch_digests": dict(facts.launch_digests)},
+        else {
+            "manifest_sha256": facts.manifest_sha256,
+            "launch_digests": dict(facts.launch_digests),
+            **(machine.guest.image.origin if machine.guest else {}),
+        },
         "measurement": machine.launch_digest or (None if platform.confidential else simulated_measurement().hex()),
         "limits": {
             "archive_bytes": options.max_archive * MIB,

@@ -23037,6 +23037,7 @@ class TestImage:
                 {"launch_digests": [{"vcpu_type": "EPYC", "vcpus": 1, "launch_digest": "0" * 96}] * 65},
                 "image.json: expected at most 64 launch digests",
             ),
+            ({"reference": "a\nb"}, "image.json: .reference: "),
         ],
     )
     def test_bad_manifests(self, tmp_path: Path, change: Mapping[str, Any], message: str) -> None:
@@ -23053,6 +23054,17 @@ class TestImage:
         (tmp_path / "x").write_bytes(b"")
         (tmp_path / "image.json").write_text(json.dumps(document))
         assert confbuild.read_image(str(tmp_path)).kernel == str(tmp_path / "x")
+        origin = {"reference": "registry.example/image:1", "disk": "disk.img"}
+        (tmp_path / "image.json").write_text(json.dumps(document | origin))
+        machine = confbuild.BuildPlatform(
+            confbuild.QEMU_PLATFORM,
+            confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.read_image(str(tmp_path))),
+            confbuild.ImageFacts("5a" * 32, "", "", {}),
+            "",
+            "",
+        )
+        described = confbuild._describe_server(confbuild.parse_arguments(["serve"]), machine)
+        assert described["image"] == {"manifest_sha256": "5a" * 32, "launch_digests": {}, **origin}
         for path, value in change.items():
             *folders, last = path.split(".")
             place = document
