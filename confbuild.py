@@ -193,7 +193,20 @@ import os
 import stat
 import time
 from collections import deque
-from os.path import join
+from os.path import (
+    abspath,
+    basename,
+    commonpath,
+    dirname,
+    getsize,
+    isabs,
+    isdir,
+    isfile,
+    islink,
+    join,
+    lexists,
+    realpath,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -5037,7 +5050,7 @@ def write_durably(path: str, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-    sync(os.path.dirname(path))
+    sync(dirname(path))
 
 
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
@@ -5053,7 +5066,7 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
     except OSError as e:
         if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket or pipe, a directory
             raise
-    raise Malformed(os.path.basename(path), "not a regular file")
+    raise Malformed(basename(path), "not a regular file")
 
 
 def is_full(error: OSError) -> bool:
@@ -5110,14 +5123,14 @@ def remove_tree(path: str) -> None:
 
     Folders are moved up inside path before they are emptied, so that no path becomes too long. Nothing outside is
     touched."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        path = os.path.abspath(path)  # like the result of mkdtemp, since Python 3.12
+    if isdir(path) and not islink(path):
+        path = abspath(path)  # like the result of mkdtemp, since Python 3.12
         os.chmod(path, 0o700)
         with contextlib.suppress(RecursionError):
             shutil.rmtree(path, ignore_errors=True)  # also makes room on a full disk for the heap
-    elif os.path.lexists(path):
+    elif lexists(path):
         os.unlink(path)
-    if not os.path.lexists(path):
+    if not lexists(path):
         return
     heap = tempfile.mkdtemp(dir=path)
     folders, moved = [path], 0
@@ -5129,7 +5142,7 @@ def remove_tree(path: str) -> None:
             if entry.is_dir(follow_symlinks=False):
                 os.chmod(entry.path, 0o700)
                 moved += 1
-                folders.append(os.path.join(heap, str(moved)))
+                folders.append(join(heap, str(moved)))
                 os.rename(entry.path, folders[-1])
             else:
                 os.unlink(entry.path)
@@ -5145,8 +5158,8 @@ def walk_files(root: str, folder: str = "") -> list[str]:
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
     with contextlib.suppress(PermissionError):
-        for entry in list(os.scandir(os.path.join(root, folder))):
-            name = os.path.join(folder, entry.name)
+        for entry in list(os.scandir(join(root, folder))):
+            name = join(folder, entry.name)
             if folder.count(os.sep) >= MAX_DEPTH:
                 raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
             if name != ".git":
@@ -5249,8 +5262,8 @@ def safe_name(name: str) -> str:
 
 def leads_out(root: str, name: str) -> bool:
     """Return whether the symbolic link name, relative to root, is absolute or leads out of root."""
-    path, root = os.path.join(root, name), os.path.realpath(root)
-    return os.path.isabs(os.readlink(path)) or os.path.commonpath((root, os.path.realpath(path))) != root
+    path, root = join(root, name), realpath(root)
+    return isabs(os.readlink(path)) or commonpath((root, realpath(path))) != root
 
 
 class _Member(NamedTuple):
@@ -5289,7 +5302,7 @@ class TreeWriter:
         if not parts or self._is_source and IGNORED & set(parts):
             return
         *above, name = itertools.accumulate(parts, "{}/{}".format)
-        kind, path = member.kind, os.path.join(self._root, name)
+        kind, path = member.kind, join(self._root, name)
         if kind == "hardlink":
             kind, target = "file", "/".join(self._parts(member.target))
             if self.kinds.get(target) != "file":
@@ -5297,13 +5310,13 @@ class TreeWriter:
         for folder in above:
             self._claim(folder, "directory")
         self._claim(name, kind)
-        os.makedirs(path if kind == "directory" else os.path.dirname(path), exist_ok=True)
+        os.makedirs(path if kind == "directory" else dirname(path), exist_ok=True)
         if member.kind == "hardlink":
             try:
-                os.link(os.path.join(self._root, target), path)
+                os.link(join(self._root, target), path)
             except OSError as e:  # file systems limit the links to a file
                 raise limit_error(f"{name[:80]!r} cannot be a link to {target[:80]!r}: {e.strerror}") from None
-            self._count(os.path.getsize(path))  # whatever hashes or packs the tree reads it again
+            self._count(getsize(path))  # whatever hashes or packs the tree reads it again
         elif kind == "file":
             with open(path, "xb") as f:
                 for block in member.contents:  # count what really comes, not what a header announces
@@ -5317,14 +5330,14 @@ class TreeWriter:
         """Make the symbolic links."""
         for name, target in self._links.items():
             try:
-                os.symlink(target, os.path.join(self._root, name))
+                os.symlink(target, join(self._root, name))
             except (OSError, ValueError) as e:
                 raise source_error(f"{name!r} cannot be a link to {target[:80]!r}: {e}") from None
         for name, target in self._links.items() if self._is_source else ():
             try:
                 if leads_out(self._root, name):
                     raise source_error(f"{name!r} is a link to {target[:80]!r}, outside the archive")
-                os.stat(os.path.join(self._root, name))
+                os.stat(join(self._root, name))
             except (OSError, RecursionError) as e:  # a dangling link is harmless
                 if isinstance(e, RecursionError) or e.errno == errno.ELOOP:
                     raise source_error(f"{name!r} is a link through too many links") from None
@@ -5368,7 +5381,7 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED, max_rati
     max_bytes: limit of the unpacked contents.
     max_ratio: limit of their size relative to the archive's, above 64 MiB.
     Raises BuildFailed SourceError or LimitError; root is then incomplete."""
-    tree = TreeWriter(root, min(max_bytes, max(64 * MIB, max_ratio * os.path.getsize(path))))
+    tree = TreeWriter(root, min(max_bytes, max(64 * MIB, max_ratio * getsize(path))))
     try:
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
@@ -5564,9 +5577,9 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     It is the single top-level directory, else root with source_name without its suffix.
     source_name: the file name of the archive, unverified."""
     entries = os.listdir(root)
-    if len(entries) == 1 and stat.S_ISDIR(os.lstat(os.path.join(root, entries[0])).st_mode):
-        return os.path.join(root, entries[0]), safe_name(entries[0])
-    base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", os.path.basename(source_name.replace("\\", "/")))
+    if len(entries) == 1 and stat.S_ISDIR(os.lstat(join(root, entries[0])).st_mode):
+        return join(root, entries[0]), safe_name(entries[0])
+    base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", basename(source_name.replace("\\", "/")))
     return root, safe_name(base or "build")
 
 
@@ -5591,7 +5604,7 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",
 
     with open_tar(archive) as tar:
         for file in sorted(files):
-            tar.add(os.path.join(root, file), os.path.join(name, file), filter=forget)
+            tar.add(join(root, file), join(name, file), filter=forget)
 
 
 # endregion 23
@@ -5631,9 +5644,9 @@ def git_tree(
     algorithm: sha1 or sha256, the repository's object format.
     absent: the mode and object name of further entries, whose contents are not read.
     Raises BuildFailed SourceError for a file that git cannot store, such as a pipe."""
-    found = {name: (mode, bytes.fromhex(digest.decode("ascii"))) for name, (mode, digest) in (absent or {}).items()}
+    found = {name: (mode, binascii.unhexlify(digest)) for name, (mode, digest) in (absent or {}).items()}
     for name in files:
-        path = os.path.join(root, name)
+        path = join(root, name)
         mode = os.lstat(path).st_mode
         is_link = stat.S_ISLNK(mode)
         if not is_link and not stat.S_ISREG(mode):
@@ -5865,7 +5878,7 @@ def fetch_git(
     branch.
     origin: the URL to record, or "" for none; url by default.
     Raises BuildFailed SourceError or LimitError."""
-    env, git = git_environment(env, policy.schemes), os.path.join(root, ".git")
+    env, git = git_environment(env, policy.schemes), join(root, ".git")
     pinned = _pinned_address(url, policy.loopback)
     os.mkdir(root)
     max_bytes = min(policy.max_unpacked, shutil.disk_usage(root).free // 2)
@@ -5890,8 +5903,8 @@ def fetch_git(
     _git(["read-tree", commit], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
-    os.makedirs(os.path.join(git, "info"), exist_ok=True)
-    with open(os.path.join(git, "info", "attributes"), "w", encoding="ascii") as f:
+    os.makedirs(join(git, "info"), exist_ok=True)
+    with open(join(git, "info", "attributes"), "w", encoding="ascii") as f:
         f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # keep the bytes that the tree hash covers
     _git(["checkout", "-q", "-f", "--detach", commit, "--"], root, env, max_bytes)
     listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
@@ -5899,7 +5912,7 @@ def fetch_git(
     tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
-    os.unlink(os.path.join(git, "FETCH_HEAD"))  # it contains url
+    os.unlink(join(git, "FETCH_HEAD"))  # it contains url
     if origin != "":
         _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
 
@@ -5922,18 +5935,16 @@ def _folder_size(folder: str) -> int:
     size = 0
     for directory, _, files in os.walk(folder):
         for name in files:
-            try:
-                size += os.lstat(os.path.join(directory, name)).st_size
-            except FileNotFoundError:
-                pass
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(join(directory, name)).st_size
     return size
 
 
 def _init_repository(folder: str, algorithm: str, env: Mapping[str, str], *options: str) -> None:
     """Make folder a repository with this object format, without a template."""
-    # git before 2.29 does not know the option.
-    form = ["--object-format=sha256"] if algorithm == "sha256" else []
-    _git(["init", "-q", "--template=", *form, *options, "."], folder, env)
+    # git before 2.29 does not know --object-format.
+    form = ["--object-format=sha256"] * (algorithm == "sha256")
+    _git(["init", "-q", "--template=", *form, *options], folder, env)
 
 
 def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
@@ -5942,7 +5953,7 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
     max_bytes: limit of all files."""
     many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
     try:
-        listing = _git(["ls-tree", "-r", "-t", "-l", "-z", "FETCH_HEAD"], root, env, max_output=MAX_MEMBERS * 320)
+        listing = _git("ls-tree -r -t -l -z FETCH_HEAD".split(), root, env, max_output=MAX_MEMBERS * 320)
     except BuildFailed as e:
         raise (many if e.error_type == "LimitError" else e) from None
     rows = [row.partition(b"\t") for row in listing.split(b"\0")[:-1]]
@@ -5979,20 +5990,20 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) 
     common: the folder that holds objects and refs; it differs in a linked work tree.
     Return (the commit of HEAD or "", the other one's configuration). git never obeys that, since it could name
     programs."""
-    config, commit = _read_config(os.path.join(common, "config"), own, env), ""
+    config, commit = _read_config(join(common, "config"), own, env), ""
     _init_repository(own, config.get("extensions.objectformat", "sha1"), env, "--bare")
     for name in ("HEAD", "refs"):
-        remove_tree(os.path.join(own, name))
+        remove_tree(join(own, name))
     for name in ("refs", "packed-refs"):
-        os.symlink(os.path.abspath(os.path.join(common, name)), os.path.join(own, name))
-    quoted = re.sub(r'(["\\])', r"\\\1", os.path.abspath(os.path.join(common, "objects"))).replace("\n", "\\n")
-    os.makedirs(os.path.join(own, "objects", "info"), exist_ok=True)
-    with open(os.path.join(own, "objects", "info", "alternates"), "wb") as f:
+        os.symlink(abspath(join(common, name)), join(own, name))
+    quoted = re.sub(r'(["\\])', r"\\\1", abspath(join(common, "objects"))).replace("\n", "\\n")
+    os.makedirs(join(own, "objects", "info"), exist_ok=True)
+    with open(join(own, "objects", "info", "alternates"), "wb") as f:
         f.write(os.fsencode(f'"{quoted}"\n'))
     with contextlib.suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
-        shutil.copyfile(os.path.join(git, "HEAD"), os.path.join(own, "HEAD"))
-        commit = _git(["rev-parse", "-q", "--verify", "HEAD"], own, env).decode("ascii").strip()
-        with open(os.path.join(own, "shallow"), "w", encoding="ascii") as f:
+        shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
+        commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
+        with open(join(own, "shallow"), "w", encoding="ascii") as f:
             f.write(commit + "\n")
     return commit, config
 
@@ -6001,7 +6012,7 @@ def _list_tree(commit: str, folder: str, env: Mapping[str, str]) -> dict[str, tu
     """Return the files, links and submodules of a commit: name -> (mode, object name in hexadecimal)."""
     listed = _git(["ls-tree", "-r", "-z", commit], folder, env, max_output=MAX_MEMBERS * 320)
     rows = (row.partition(b"\t") for row in listed.split(b"\0")[:-1])
-    return {os.fsdecode(name): (facts.split()[0], facts.split()[2]) for facts, _, name in rows}
+    return {os.fsdecode(name): (facts[:6], facts.rpartition(b" ")[2]) for facts, _, name in rows}
 
 
 class History(NamedTuple):
@@ -6017,17 +6028,18 @@ class History(NamedTuple):
     submodules: Mapping[str, Mapping[str, Any]]
 
 
-def believe_history(project: str, env: Mapping[str, str]) -> History:
+def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
+    prefix: of the paths of submodules.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
-    git = os.path.join(project, ".git")
-    if not os.path.isdir(os.path.join(git, "objects")) or os.path.islink(git):
+    git = join(project, ".git")
+    if not isdir(join(git, "objects")) or islink(git):
         raise source_error("there is no history")
     env = git_environment(env, ())
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(project)) as own:
+    with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
         commit, config = _borrow_repository(git, git, own, env)
         if not commit:
             raise source_error("HEAD names no commit")
@@ -6035,7 +6047,7 @@ def believe_history(project: str, env: Mapping[str, str]) -> History:
             raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
         body = _git(["cat-file", "commit", commit], own, env)
         head = _list_tree(commit, own, env)
-        modules = _read_config(os.path.join(project, ".gitmodules"), own, env)
+        modules = _read_config(join(project, ".gitmodules"), own, env)
     if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     links = {name: digest.decode("ascii") for name, (mode, digest) in head.items() if mode == GITLINK}
@@ -6045,18 +6057,16 @@ def believe_history(project: str, env: Mapping[str, str]) -> History:
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
         raise source_error("the files differ from the tree of HEAD")
     urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
-    submodules = {}
+    submodules: dict[str, Mapping[str, Any]] = {}
     for link, named in links.items():
-        folder, url = os.path.join(project, link), without_credentials(urls.get(link, ""))
-        uri = f"pkg:generic/{urllib.parse.quote(link)}@{named}?vcs_url=git+{url}@{named}"
-        submodules[link] = {"digest": {"gitCommit": named}, "name": link, "uri": uri}
-        if os.path.isdir(folder) and os.listdir(folder):
-            inner = believe_history(folder, env)
+        folder, path, url = join(project, link), prefix + link, without_credentials(urls.get(link, ""))
+        uri = f"pkg:generic/{urllib.parse.quote(path)}@{named}?vcs_url=git+{url}@{named}"
+        submodules[path] = {"digest": {"gitCommit": named}, "name": path, "uri": uri}
+        if isdir(folder) and os.listdir(folder):
+            inner = believe_history(folder, env, path + "/")
             if inner.commit != named:
-                raise source_error(f"the submodule {link!r} is not at the commit that HEAD names")
-            for name, row in inner.submodules.items():
-                below = row["uri"].replace("/", f"/{urllib.parse.quote(link)}/", 1)
-                submodules[f"{link}/{name}"] = {**row, "name": f"{link}/{name}", "uri": below}
+                raise source_error(f"the submodule {path!r} is not at the commit that HEAD names")
+            submodules |= inner.submodules
     return History(commit, tree, without_credentials(config.get("remote.origin.url", "").strip()), submodules)
 
 
@@ -6086,27 +6096,27 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
     configuration is not used: it could name programs (core.fsmonitor, filters, a partial clone's remote). The
     configuration of the user is obeyed; its safe.directory decides which work trees of other users count.
     Raises BuildFailed with git's reason if git refuses the work tree."""
-    root = os.path.realpath(directory)
-    while not os.path.lexists(os.path.join(root, ".git", "HEAD")) and not os.path.isfile(os.path.join(root, ".git")):
-        root, below = os.path.dirname(root), root
+    root = realpath(directory)
+    while not lexists(join(root, ".git", "HEAD")) and not isfile(join(root, ".git")):
+        root, below = dirname(root), root
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
     plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
-    above = {"GIT_CEILING_DIRECTORIES": os.path.dirname(root)}
+    above = {"GIT_CEILING_DIRECTORIES": dirname(root)}
     try:
         found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, {**plain, **above})
     except BuildFailed as e:
         e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
         raise
-    git, common = (os.path.join(root, os.fsdecode(line)) for line in found.splitlines())
+    git, common = (join(root, os.fsdecode(line)) for line in found.splitlines())
     commit, config = _borrow_repository(git, common, own, git_environment(plain, ()))
-    os.symlink(os.path.join(common, "info"), os.path.join(own, "info"))
+    os.symlink(join(common, "info"), join(own, "info"))
     for name in os.listdir(git):
         if name.startswith("sharedindex."):  # the index refers to it
-            os.symlink(os.path.join(git, name), os.path.join(own, name))
+            os.symlink(join(git, name), join(own, name))
     env = {**plain, "GIT_DIR": own, "GIT_WORK_TREE": root}
-    return Checkout(root, own, commit, config, env, os.path.join(git, "index"))
+    return Checkout(root, own, commit, config, env, join(git, "index"))
 
 
 def list_source(directory: str, checkout: Checkout | None, submodules: bool = False) -> dict[str, str]:
@@ -6119,27 +6129,25 @@ def list_source(directory: str, checkout: Checkout | None, submodules: bool = Fa
     submodules: include the files of submodules that are checked out."""
     letters = {}
     if checkout:
-        arguments = ["ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
-        rows = os.fsdecode(_git(arguments, directory, {**checkout.env, "GIT_INDEX_FILE": checkout.index_path})).split(
-            "\0"
-        )
-        letters = {row[2:]: row[0] for row in rows[:-1]}
-    if not checkout or not letters and checkout.root != os.path.realpath(directory):
+        env = {**checkout.env, "GIT_INDEX_FILE": checkout.index_path}
+        rows = _git("ls-files -t -z --cached --others --exclude-standard".split(), directory, env)
+        letters = {row[2:]: row[0] for row in os.fsdecode(rows).split("\0")[:-1]}
+    if not checkout or not letters and checkout.root != realpath(directory):
         letters = dict.fromkeys(walk_files(directory), "!")
     found: dict[str, str] = {}
     is_bundle = functools.cache(_is_bundle)
     for name, letter in letters.items():
-        path, folder = os.path.join(directory, name), os.path.dirname(name)
-        if os.path.isdir(path) and not os.path.islink(path):  # a submodule, or a repository that git does not track
-            if os.path.lexists(os.path.join(path, ".git")) and (submodules or letter == "?"):
+        path, folder = join(directory, name), dirname(name)
+        if isdir(path) and not islink(path):  # a submodule, or a repository that git does not track
+            if lexists(join(path, ".git")) and (submodules or letter == "?"):
                 with tempfile.TemporaryDirectory() as own:
                     inner = list_source(path, open_checkout(path, own), submodules)
-                found |= {os.path.join(name, below): letter for below in inner}
+                found |= {join(name, below): letter for below in inner}
         elif letter not in "?!" or not (
             # The .git folder of an inner repository may hold credentials.
             ".git" in name.split(os.sep)
-            or (os.path.islink(path) and leads_out(directory, name))
-            or any(part and is_bundle(os.path.join(directory, part)) for part in (folder, os.path.dirname(folder)))
+            or (islink(path) and leads_out(directory, name))
+            or any(part and is_bundle(join(directory, part)) for part in (folder, dirname(folder)))
         ):
             found[name] = letter
     return found
@@ -6165,12 +6173,6 @@ def without_credentials(url: str) -> str:
 
 # The settings of a work tree that say how git converts its files; none of them names a program.
 _CONVERSIONS = "core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol".split()
-
-
-def _first_five(names: Iterable[str]) -> str:
-    """Return up to five names, and how many more there are."""
-    first, more = sorted(names)[:5], len(list(names)) - 5
-    return ", ".join(first) + (f" and {more} more" if more > 0 else "")
 
 
 class Source(NamedTuple):
@@ -6203,13 +6205,14 @@ def read_source(
     submodules: include the submodules that are checked out; otherwise their folders are empty.
     allow_filters: accept files with filters, which are never run.
     Raises BuildFailed."""
-    root, own = os.path.realpath(directory), tempfile.mkdtemp(dir=scratch)
+    root, own = realpath(directory), tempfile.mkdtemp(dir=scratch)
     checkout, why = open_checkout(root, own), "it is no git work tree"
     found = list_source(root, checkout, submodules)
-    files = [name for name in found if os.path.lexists(os.path.join(root, name)) and not IGNORED & {*name.split("/")}]
+    files = [name for name in found if lexists(join(root, name)) and not IGNORED & {*name.split("/")}]
     if checkout:
-        why = "it is a folder inside a git work tree" if checkout.commit else "git has no commit"
+        why = "git has no commit"
     if checkout and checkout.commit:
+        why = "it is a folder inside a git work tree"
         _git(["read-tree", checkout.commit], root, checkout.env)
         if not allow_filters:
             refuse_filters(root, checkout.env)
@@ -6238,9 +6241,9 @@ def _read_head(
         if any(name.startswith(folder + "/") for name in head):
             raise source_error(f"git tracks {folder}, which is removed before a build")
     # The user's own filters must not run either, and the index of our own knows no times, so git reads every file.
-    info = os.path.join(checkout.own, "info")
-    attributes = os.path.join(info, "attributes")
-    local = read_limited(attributes, MIB) if os.path.isfile(attributes) else b""
+    info = join(checkout.own, "info")
+    attributes = join(info, "attributes")
+    local = read_limited(attributes, MIB) if isfile(attributes) else b""
     os.unlink(info)
     os.mkdir(info)
     with open(attributes, "wb") as f:
@@ -6250,10 +6253,11 @@ def _read_head(
     rows = os.fsdecode(_git([*itertools.chain(*settings), *command], checkout.root, checkout.env)).split("\0")
     changed = {row[3:] for row in rows[:-1]}
     changed |= {name for name in found if name not in head and not name.startswith(tuple(f"{link}/" for link in links))}
-    skipped = {name for name in changed if found.get(name) == "S"}
-    if changed - skipped:
-        raise source_error(f"it differs from HEAD in {_first_five(changed - skipped)}")
-    root = os.path.join(tempfile.mkdtemp(dir=scratch), safe_name(os.path.basename(checkout.root)))
+    names = sorted(name for name in changed if found.get(name) != "S")
+    if names:
+        more = f" and {len(names) - 5} more" * (len(names) > 5)
+        raise source_error(f"it differs from HEAD in {', '.join(names[:5])}{more}")
+    root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
     env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}
     policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
     origin = without_credentials(checkout.config.get("remote.origin.url", ""))
@@ -6261,21 +6265,21 @@ def _read_head(
     try:
         fetch_git("file://" + urllib.parse.quote(checkout.own), checkout.commit, root, env, policy, origin)
         for link in links:
-            path = os.path.join(checkout.root, link)
-            if not submodules or not os.path.lexists(os.path.join(path, ".git")):
+            path = join(checkout.root, link)
+            if not submodules or not lexists(join(path, ".git")):
                 notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
                 continue
             inner = read_source(path, scratch, (), True, True)
             if inner.history is None:
                 raise source_error(f"the submodule {link}: {inner.note}")
-            os.rmdir(os.path.join(root, link))
-            os.rename(inner.root, os.path.join(root, link))
+            os.rmdir(join(root, link))
+            os.rename(inner.root, join(root, link))
         history = believe_history(root, env)
     except BuildFailed as e:
         raise source_error(f"its history cannot be packed ({e})") from None
-    skipped = {name for name in skipped if os.path.lexists(os.path.join(checkout.root, name))}
-    if skipped:
-        notes.append(f"without the work tree's {_first_five(skipped)}: git was told to skip that")
+    for name in changed:
+        if lexists(join(checkout.root, name)):
+            notes.append(f"without the work tree's {name}: git was told to skip that")
     return Source(root, walk_files(root), history, "; ".join(notes))
 
 
@@ -6306,7 +6310,7 @@ def pack_directory(
         raise UsageError(f"{directory}: {e}", e.hint) from None
     if not source.files:
         raise UsageError(f"{directory}: there is nothing to build")
-    name, history = safe_name(os.path.basename(os.path.realpath(directory))), source.history
+    name, history = safe_name(basename(realpath(directory))), source.history
     write_source(archive, source.root, name, [""] if history else source.files)
     tree = history.tree if history else git_tree(source.root, source.files)
     return Packed(source.note, tree, history.commit if history else "")
