@@ -7140,21 +7140,27 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         toolchain = next(matching, found[0]) if found[1:] else found[0]
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = [os.path.normpath(os.path.join(folder, output)) for output in toolchain.outputs(project)]
-            source = read_source(directory, scratch, outputs, allow_filters=True)
-            plan, history = toolchain.plan(source.root, folder), source.history
             algorithm = object_format(expected.source_tree or "")
             if re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', provenance) and expected.source_tree is None:
                 algorithm = "sha256"
-            if history and object_format(history.tree) == algorithm:
-                tree = history.tree
-            else:
-                tree = git_tree(source.root, source.files, algorithm)
+            # Files as they are may have been packed with or without those of submodules.
+            for submodules in sorted({b'"pkg:generic/' in provenance, True}):
+                source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
+                history = source.history
+                if history and object_format(history.tree) == algorithm:
+                    tree = history.tree
+                else:
+                    tree = git_tree(source.root, source.files, algorithm)
+                if history or tree.encode("ascii") in provenance:
+                    break
+            plan = toolchain.plan(source.root, folder)
     except BuildFailed as e:
-        raise UsageError(f"--source {directory}: {e}", e.hint) from None
+        hint = "git submodule update --init --recursive" * (b'"pkg:generic/' in provenance)
+        raise UsageError(f"--source {directory}: {e}", e.hint or hint) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
-    submodules = (str(row["uri"]) for row in history.submodules.values()) if history else ()
-    packed = [uri for uri in submodules if json.dumps(uri).encode("ascii") in provenance]
+    known = (str(row["uri"]) for row in history.submodules.values()) if history else ()
+    packed = [uri for uri in known if json.dumps(uri).encode("ascii") in provenance]
     uris = None if plan.dependencies is None else [*(d["uri"] for d in plan.dependencies), *packed]
     expected = expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
     return expected, source.note + f"; the folder {folder}" * bool(folder)

@@ -13131,6 +13131,13 @@ class TestSources:
         assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
         expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), json.dumps(uris[:1]).encode())
         assert expected.dependencies == uris[:1], "as many as the provenance names"
+        (root / "a.txt").write_text("changed")
+        for option in (False, True):  # the provenance tells whether the files of submodules were packed
+            with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
+                packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, {}, submodules=option)
+            said = b'"gitTree": "%s"' % packed.tree.encode()
+            expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
+            assert (packed.commit, expected.source_tree) == ("", packed.tree)
 
     def test_a_repository_that_lost_its_objects(self, tmp_path: Path) -> None:
         """A work tree of a repository that is gone: its files are not packed without git's word."""
