@@ -13124,7 +13124,7 @@ class TestSources:
         packed, tree = self.pack(root, tmp_path, submodules=True)
         assert packed.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
-            source = confbuild.read_source(str(root), scratch, {}, submodules=True)
+            source = confbuild.read_source(str(root), scratch, (), submodules=True)
             assert source.history is not None and Path(source.root, "out/deep/in/i").read_text() == "i"
             uris = [row["uri"] for row in source.history.submodules.values()]
         assert uris[0].startswith("pkg:generic/out@") and "?vcs_url=git+https://example.org/o.git@" in uris[0]
