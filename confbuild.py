@@ -2433,7 +2433,7 @@ def replay_ccel(data: bytes) -> list[bytes]:
     r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
     r.take(size)
     registers = [bytes(48)] * 4
-    while any(head := data[r.at : r.at + 8]) and head[:4] != b"\xff" * 4:
+    while any(data[r.at : r.at + 8]) and data[r.at : r.at + 4] != b"\xff" * 4:
         register, kind, count = r.unpack("<III")
         digests = {}
         for _ in range(count):
@@ -7680,7 +7680,8 @@ def run_pipeline(
     toolchain, plan = _choose(found, source_root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
     before = {*os.listdir(project), *toolchain.outputs(project)}
-    network, stdout = _run_steps(plan, project, log := BuildLog(emit), bool(toolchain.store))
+    log = BuildLog(emit)
+    network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
     emit("provenance", ["Generating provenance"])
     copies = os.path.join(own, "artifacts")
     patterns = request.artifacts or plan.artifacts
@@ -10692,7 +10693,7 @@ class ApiClient:
                         block = held + block
                         end = block.rfind(b"\n\n") + 2
                         if end < 2:  # no event ends here, except after CR
-                            end = len(block) if b"\r" in block or len(block) > BLOCK else 0
+                            end = len(block) if b"\r" in block or len(block) > 4 * KIB else 0
                         block, held = block[:end], block[end:]
                         messages = _build_messages(block, position) if parser.idle else []
                         if messages:
@@ -10824,7 +10825,7 @@ def _connect(end: Callable[[], None]) -> "socket.socket":
 
     def copy(source: int, sink: int) -> None:
         with survive("the stream is broken"):
-            while block := os.read(source, BLOCK):
+            for block in iter(lambda: os.read(source, BLOCK), b""):
                 while block:
                     block = block[os.write(sink, block) :]
         end()
@@ -12759,9 +12760,11 @@ def _root_hash(path: str, blocks: int) -> str:
     """
     left, digests = blocks * VERITY_BLOCK, bytearray()
     with _open_regular(path) as f:
-        while data := f.read(min(BLOCK, left)):
+        data = f.read(min(BLOCK, left))
+        while data:
             digests += block_digests(data)
             left -= len(data)
+            data = f.read(min(BLOCK, left))
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
@@ -14444,8 +14447,8 @@ def _find_job(client: Client, job: str) -> str:
     """Return the id of the only job of the server that begins with job. Raises UsageError, RemoteError."""
     if not re.fullmatch("[0-9a-f-]{2,35}", job):  # an id, or a server's own kind of id
         return job
-    rows = client.service.jobs("GET", "/builds", several=True)
-    found = [str(row["job_id"]) for row in rows if row["job_id"].startswith(job)]
+    ids = [str(row["job_id"]) for row in client.service.jobs("GET", "/builds", several=True)]
+    found = [job_id for job_id in ids if job_id.startswith(job)]
     if len(found) != 1:
         raise UsageError(
             f"{job}: {len(found) or 'no'} builds begin with that",
@@ -14661,11 +14664,12 @@ def _follow_and_fetch(client: Client, job_id: str, delivery: Delivery, log: str)
         result = _follow(client, job_id, log)
     except KeyboardInterrupt:
         client.display.end({"error_type": "Cancelled", "error": "interrupted"})
+        said = "is cancelled"
         try:
             client.service.jobs("DELETE", f"/build/{job_id}")
-            client.display.note(f"interrupted; job {job_id} is cancelled")
         except RemoteError as e:
-            client.display.note(f"interrupted; job {job_id} could not be cancelled: {e}")
+            said = f"could not be cancelled: {e}"
+        client.display.note(f"interrupted; job {job_id} {said}")
         raise
 
     def where() -> str:
@@ -14920,7 +14924,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
 
 def cmd_verify(options: "argparse.Namespace") -> int:
     """Print the verdicts over bundles. Opens no socket."""
-    when = options.at or datetime.now(UTC)
+    when = options.at or datetime.fromtimestamp(time.time(), UTC)
     at = utc_time(when.timestamp()) if options.at else ""
     expected, endorsements = _read_expectations(options, when.timestamp()), _read_endorsements(options)
 
@@ -15825,8 +15829,8 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         policy = tomllib.loads(read_limited(path, MIB).decode("utf-8"))
     except (ValueError, RecursionError) as e:  # ValueError: also of UTF-8, and of a number with thousands of digits
         raise UsageError(f"{where}not TOML: {e}") from None
-    known = {name[2:]: action for name, action in parser._option_string_actions.items() if name[:2] == "--"}
-    known = {name: action for name, action in known.items() if name not in _NOT_IN_POLICY}
+    actions = parser._option_string_actions.items()
+    known = {name[2:]: action for name, action in actions if name[:2] == "--" and name[2:] not in _NOT_IN_POLICY}
     values = argparse.Namespace()
     for name, value in policy.items():
         if name not in known:
@@ -15834,10 +15838,11 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         setattr(
             values, known[name].dest, _policy_value(parser, known[name], value, where + name, os.path.dirname(path))
         )
-    if options.measurements and hasattr(values, "measurements"):  # any of them would do: the command line wins
-        del values.measurements
-    if options.pcrs and hasattr(values, "pcrs"):
-        values.pcrs = [pcr for pcr in values.pcrs if pcr[0] not in dict(options.pcrs)]
+    found = vars(values)
+    if options.measurements:  # any of them would do: the command line wins
+        found.pop("measurements", None)
+    if options.pcrs:
+        found["pcrs"] = [pcr for pcr in found.get("pcrs", ()) if pcr[0] not in dict(options.pcrs)]
     return values
 
 
@@ -15880,11 +15885,10 @@ class _ErrorStream:
         """Write text if possible."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.write(text)
+            self._stream.flush()
 
     def flush(self) -> None:
-        """Flush if possible."""
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
+        """Do nothing: write has done it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -15914,7 +15918,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the results has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = EXIT_NO
-        if argv is None and hasattr(signal, "SIGPIPE"):  # end as other programs do, which shells expect
+        if argv is None:  # end as other programs do, which shells expect
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGPIPE)
     if argv is None:

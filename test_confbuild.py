@@ -24861,8 +24861,8 @@ class TestRendering:
             f"{pad}{'':40}expected {'e' * 1000}",
             f"{pad}{'':40}actual   (empty)",
         ]
-        assert "report_version" not in confbuild.render_verdict(
-            confbuild.Verdict("failed", "snp", {"report_version": None}, [confbuild.Check("check", "failed")]),
+        assert "measurement" not in confbuild.render_verdict(
+            confbuild.Verdict("failed", "snp", {"measurement": None}, [confbuild.Check("check", "failed")]),
             False,
             True,
         )
@@ -25113,7 +25113,7 @@ class TestMachine:
             (("--vm", "qemu"), confbuild.Guest(confbuild.QEMU_PLATFORM, image)),
         ):
             assert confbuild.main(["serve", "--image", "image", "--print-command", *options]) == 0
-            assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "QMP", "CONSOLE", "HASHES_PAGE")
+            assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "HASHES_PAGE")
 
 
 # endregion 42
@@ -25339,7 +25339,7 @@ class TestUsage:
         [
             ("", 2, "\nBuild and verify\n  build "),
             ("biuld", 2, "unknown command biuld\nconfbuild: hint: did you mean build?"),
-            ("agnet", 2, "unknown command agnet\nconfbuild: hint: did you mean image?"),
+            ("agnet", 2, "unknown command agnet\nconfbuild: hint: did you mean agent?"),
             ("--verison", 2, "unknown option --verison\nconfbuild: hint: did you mean --version?"),
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
@@ -25497,7 +25497,7 @@ class TestUsage:
             pytest.param(
                 f"attest blank --nonce {NONCE}",
                 1,
-                "not an SEV-SNP guest: ",
+                "not a confidential VM: ",
                 marks=pytest.mark.skipif(os.path.exists(confbuild.SEV_GUEST), reason="it is one"),
             ),
         ],
@@ -25597,7 +25597,7 @@ class TestUsage:
         assert (
             done.returncode == 2
             and "is not the workspace of a VM: expected the name confbuild-vm-" in done.stderr
-            or command == "fetcher"
+            or command in ("agent", "fetcher")
         )
         assert (tmp_path / "home" / "letter").read_text() == "precious"
 
@@ -25638,11 +25638,11 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("name", "words", "found"),
         [
-            ("bash", "verify --requi", ["--require-crl", "--require-tee"]),
+            ("bash", "verify --requi", ["--require-collateral", "--require-crl", "--require-tee"]),
             ("bash", "verify --format j", ["json"]),
             ("bash", "completion ", ["bash", "fish", "zsh"]),
             ("bash", "wat", ["watch"]),
-            ("fish", "verify --requi", ["--require-crl", "--require-tee"]),
+            ("fish", "verify --requi", ["--require-collateral", "--require-crl", "--require-tee"]),
             ("fish", "verify --format j", ["json"]),
             ("fish", "wat", ["watch"]),
         ],
@@ -26068,10 +26068,8 @@ class TestVerify:
         )
         for path in ("b", "b.tar.gz"):
             done = shell("verify", path, "--source", "demo", "--format", "json", how=("-c", watched))
-            assert (done.returncode, done.stderr) == (
-                1,
-                "",
-            ) and '"name": "source tree", "status": "failed"' in done.stdout
+            assert done.returncode == 1 and "a socket: " not in done.stderr
+            assert '"name": "source tree", "status": "failed"' in done.stdout
         assert "a socket: " in shell("list", "--server", "http://127.0.0.1:1", how=("-c", watched)).stderr, (
             "the watch watches"
         )
@@ -26464,7 +26462,7 @@ class TestVerify:
             ("guest-svn = " + "1" * 5000, "not TOML: Exceeds the limit"),
             ("guest-svn = 0x" + "f" * 5000, "guest-svn: expected text or a whole number"),
             (f"guest-svn = {1 << 63}", "guest-svn: '9223372036854775808' is not a whole number"),
-            ("x = 1", "unknown option 'x'\nconfbuild: hint: known options are allow-debug, "),
+            ("x = 1", "unknown option 'x'\nconfbuild: hint: known options are accept-tcb, allow-debug, "),
             ('"\\u001b[2J" = 1', "unknown option"),
             *[
                 (f'{name} = "x"', f"unknown option {name!r}")
@@ -26490,7 +26488,7 @@ class TestVerify:
                     ("vek", '["a"]'),
                 )
             ],
-            ('min-tcb = {snp = "24"}', "min-tcb: \"snp='24'\" is not a list of levels"),
+            ('min-tcb = {snp = "x"}', "min-tcb: 'snp=x' is not a list of levels"),
             ("min-tcb = {snp = true}", "min-tcb: 'snp=True' is not a list of levels"),
             ("min-tcb = {snp = 256}", "min-tcb: 'snp=256' is not a list of levels"),
             ("min-tcb = {snp = -1}", "min-tcb: 'snp=-1' is not a list of levels"),
