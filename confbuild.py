@@ -7679,8 +7679,7 @@ def run_pipeline(
     source, submodules = _describe_source(source_root, env, emit)
     toolchain, plan = _choose(found, source_root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    before = {*os.listdir(project), *toolchain.outputs(project)}
-    log = BuildLog(emit)
+    before, log = {*os.listdir(project), *toolchain.outputs(project)}, BuildLog(emit)
     network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
     emit("provenance", ["Generating provenance"])
     copies = os.path.join(own, "artifacts")
