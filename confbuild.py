@@ -6284,11 +6284,18 @@ def _read_head(
 
 
 class Packed(NamedTuple):
-    """A packed source. note: what was packed, for the user; tree: its git tree; commit: empty without history."""
+    """A packed source.
+
+    note: what was packed, for the user.
+    tree: its git tree.
+    commit: empty without history.
+    files: relative to the source.
+    """
 
     note: str
     tree: str
     commit: str
+    files: Sequence[str]
 
 
 def pack_directory(
@@ -6313,7 +6320,7 @@ def pack_directory(
     name, history = safe_name(basename(realpath(directory))), source.history
     write_source(archive, source.root, name, [""] if history else source.files)
     tree = history.tree if history else git_tree(source.root, source.files)
-    return Packed(source.note, tree, history.commit if history else "")
+    return Packed(source.note, tree, history.commit if history else "", source.files)
 
 
 # endregion 24
@@ -6730,12 +6737,18 @@ def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
     """
     program = plan.programs["nix"]
     release = [int(digits) for digits in re.findall(r"\d+", program.version.rpartition(")")[2])] or [99]
-    if os.path.lexists(os.path.join(root, ".git")):
-        os.rename(os.path.join(root, ".git"), os.path.join(os.path.dirname(root), "history-set-aside"))
+    git, aside = os.path.join(root, ".git"), os.path.join(os.path.dirname(root), "history-set-aside")
+    if os.path.lexists(git):
+        os.rename(git, aside)
     show = "derivation show" if release >= [2, 15] else "show-derivation"
     argv = [program.path, *show.split(), "--recursive", *_NIX_FEATURES]
     status, output, errors = capture(argv, os.path.join(root, folder), plan.env, GIB, untrusted=True)
-    if status != 0:
+    if status != 0:  # another toolchain may follow: leave everything as it was
+        if os.path.lexists(aside):
+            os.rename(aside, git)
+        if plan_nix(root, folder).lock != plan.lock:
+            with open(os.path.join(root, folder, "flake.lock"), "wb") as f:
+                f.write(plan.lock)
         reasons = re.findall(r"(?m)^\s*(error:.*)", errors) or re.findall(r"(?m)\S.*", errors) or ["no message"]
         raise BuildFailed("BuildError", f"`nix {show}` failed: {reasons[-1]}")
     if plan_nix(root, folder).lock != plan.lock:
@@ -14552,12 +14565,20 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
     """Pack the directory that is the source into archive. Raises UsageError."""
-    workspace, outputs = os.path.join(scratch, "pack"), list[str]()
+    workspace, outputs, source, subdir = os.path.join(scratch, "pack"), list[str](), options.source, options.subdir
     os.mkdir(workspace)
     try:
         with contextlib.suppress(BuildFailed):  # another server may know what this is
-            outputs = find_outputs(options.source, options.toolchain, options.subdir)
-        return pack_directory(options.source, archive, workspace, outputs, options.submodules, options.allow_filters)
+            outputs = find_outputs(source, options.toolchain, subdir)
+        packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
+        with contextlib.suppress(BuildFailed):
+            for toolchain in detect_toolchains(os.path.join(source, subdir), options.toolchain)[:1]:
+                if os.path.normpath(os.path.join(subdir, toolchain.marker)) not in packed.files:
+                    hint = shlex.join(["git", "-C", source, "add", "-f", os.path.join(subdir, toolchain.marker)])
+                    raise UsageError(
+                        f"{source}: git ignores {toolchain.marker}, so it is not in the source", f"`{hint}`"
+                    )
+        return packed
     except OSError as e:  # a full disk names no file
         raise UsageError(
             f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",

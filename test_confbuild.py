@@ -12571,7 +12571,7 @@ class TestCheckout:
         root = tmp_path / "demo"
         git(tmp_path, "init", "-q", "--object-format=sha256", "demo")
         write_files(root, {"a.txt": "a", "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
-        assert self.pack(root, tmp_path)[1:] == (
+        assert self.pack(root, tmp_path)[1:3] == (
             confbuild.git_tree(str(root), ["a.txt", "Cargo.lock", "Cargo.toml"]),
             "",
         ), "no commit: as elsewhere"
@@ -12582,7 +12582,7 @@ class TestCheckout:
         )
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
-        assert len(head) == 64 and self.pack(root, tmp_path)[1:] == (tree, head)
+        assert len(head) == 64 and self.pack(root, tmp_path)[1:3] == (tree, head)
         assert (
             confbuild.source_expectations(str(root), confbuild.Expectations(), b'"gitTree": "' + b"0" * 64 + b'"')[
                 0
@@ -12717,7 +12717,7 @@ class TestPackDirectory:
         git(root, "config", "http.extraHeader", "Authorization: hunter2")
         packed, members, everything = self.pack(root, tmp_path)
         head = git(root, "rev-parse", "HEAD")
-        assert packed == confbuild.Packed(f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
         assert {n for n in members if not n.startswith(".git/") and n != ".git"} - {"", "sub"} == {
             ".gitignore",
             "a.txt",
@@ -12831,7 +12831,7 @@ class TestPackDirectory:
         assert (packed.commit, packed.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
         assert members["vendor"].isdir() and not [name for name in members if name.startswith("vendor/")]
         packed, members, _ = self.pack(root, tmp_path, submodules=True)
-        assert packed == confbuild.Packed(f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
         out = tmp_path / "unpacked"
         out.mkdir()
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(out))
@@ -12949,7 +12949,7 @@ class TestSources:
         sh(root, text)
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         packed, _ = self.pack(root, tmp_path)
-        assert packed == confbuild.Packed(f"commit {head}", tree, head)
+        assert packed[:3] == (f"commit {head}", tree, head)
 
     def test_skipped(self, tmp_path: Path) -> None:
         """git never looks at the file; the note does."""
@@ -16327,6 +16327,103 @@ class TestPipeline:
 
         tree = confbuild.git_tree(str(demo), ["flake.nix", "Cargo.lock", "target/linux/Makefile"])
         assert definition["externalParameters"]["source"]["digest"]["gitTree"] == tree
+
+    def test_a_flake_that_cannot_be_built(self, tmp_path: Path, nix: Path, stub_path: str) -> None:
+        """The next toolchain builds, with .git and flake.lock as they were; both markers are named."""
+        (nix / "error").write_text("warning: x\nerror: does not provide attribute 'packages.x86_64-linux.default'\n")
+        (nix / "lock").write_text("written by nix")
+        check = "test -e .git && test ! -e flake.lock || exit 9; " + QUICK
+        demo = commit_all(write_files(tmp_path / "demo", {**project(check), "flake.nix": "{ }"}))
+        env = {"PATH": f"{stub_path.partition(':')[0]}:{on_path(nix)['PATH']}"}
+        store = {name: str(tmp_path / name) for name in ("NIX_STATE_DIR", "NIX_STORE_DIR", "NIX_LOG_DIR")}
+        built = Built(demo, tmp_path / "out", **env, **store)
+        definition = built.provenance()["buildDefinition"]
+        assert definition["externalParameters"]["source"]["digest"]["gitCommit"] == git(demo, "rev-parse", "HEAD")
+        assert list(definition["internalParameters"]["toolchain"]) == ["cargo", "rustc", "kettle"]
+        assert built.told("init")[1:] == [
+            "Building with nix (found flake.nix, Cargo.lock)",
+            "Trying the next toolchain, since nix cannot build this: `nix derivation show` failed: "
+            "error: does not provide attribute 'packages.x86_64-linux.default'",
+        ]
+        source = ["verify", str(tmp_path / "out"), "--source", str(demo), "--allow-simulated"]
+        assert confbuild.main(source) == 0
+        built = Built(demo, tmp_path / "nix", "--toolchain", "nix", **env, **store)
+        assert built.result and built.result["error"].startswith("`nix derivation show` failed: error: does not")
+
+    def test_a_folder_and_chosen_artifacts(self, tmp_path: Path, stub_path: str) -> None:
+        build = QUICK + "echo so > target/release/libdemo.so; echo 1 > other.txt"
+        demo = write_files(tmp_path / "demo", {"README": "x", "target/kept": "y"})
+        write_files(demo / "a b", {**project(build), "target/release/evil": "x"})
+        commit_all(demo)
+        options = ("--subdir", "a b", "--artifact", "*.so", "--artifact", "other.txt")
+        built = Built(demo, tmp_path / "out", *options, PATH=stub_path)
+        parameters = built.provenance()["buildDefinition"]["externalParameters"]
+        command = "cd 'a b' && cargo build --locked --release # artifacts: '*.so' other.txt"
+        assert parameters["buildCommand"] == command
+        assert sorted(os.listdir(tmp_path / "out" / "artifacts")) == ["libdemo.so", "other.txt"]
+        names = ["README", "target/kept", *(f"a b/{name}" for name in project(build))]
+        assert parameters["source"]["digest"]["gitTree"] == confbuild.git_tree(str(demo), names)
+        verify = ["verify", str(tmp_path / "out"), "--source", str(demo), "--allow-simulated"]
+        assert confbuild.main(verify) == 0
+        write_files(demo, {"README": "z"})
+        assert confbuild.main(verify) == 1
+        for options, message in (
+            (("--subdir", "gone"), f"--subdir gone: not a folder of {demo}"),
+            (("--artifact", "*.gone", "--subdir", "a b"), "the build succeeded but made no '*.gone'; it made"),
+        ):
+            built = Built(demo, tmp_path / "no", *options, PATH=stub_path)
+            assert message in built.errors + str(built.result)
+
+    PNPM = """[ "$1" = --version ] && { echo 9.15.4; exit 0; }
+try() { python3 -c 'import socket; socket.socket()' 2>/dev/null && echo "$1: network" || echo "$1: none"; }
+try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
+"""
+
+    def test_the_network_is_closed_after_fetching(self, tmp_path: Path) -> None:
+        script(tmp_path / "bin/pnpm", self.PNPM)
+        script(tmp_path / "bin/node", "echo v22.12.0\n")
+        files = {
+            "pnpm-lock.yaml": "lockfileVersion: '9.0'\n",
+            "dist/old": "x",
+            "node_modules/y": "z",
+            "package.json": "{}",
+        }
+        demo = write_files(tmp_path / "demo", files)
+        built = Built(demo, tmp_path / "out", PATH=on_path(tmp_path / "bin")["PATH"])
+        predicate = built.provenance()
+        word = "fetch" if confbuild.probe_sandbox()[0].filtered else "all"
+        assert built.told("build") == ["install: network", f"build: {'none' if word == 'fetch' else 'network'}"]
+        digests = {row["name"]: row["digest"]["sha256"] for row in predicate["runDetails"]["byproducts"]}
+        assert digests["build_network"] == hashlib.sha256(word.encode()).hexdigest()
+        assert predicate["buildDefinition"]["buildType"] == "https://confidential.ai/attested-builds/v1"
+        assert predicate["buildDefinition"]["externalParameters"]["buildCommand"] == (
+            "pnpm install --frozen-lockfile && pnpm build"
+        )
+        with tarfile.open(tmp_path / "out/artifacts/dist.tar.gz") as tar:
+            assert tar.getnames() == ["dist", "dist/x"]
+
+    def test_a_recipe(self, tmp_path: Path) -> None:
+        recipe = 'command = ["./build.sh"]\nartifacts = ["out/*"]\nprograms = ["sh"]\noutputs = ["out"]\n'
+        build = "#!/bin/sh\nmkdir out; echo $GREETING > out/demo; echo done"
+        demo = write_files(
+            tmp_path / "demo", {"confbuild.toml": recipe, "build.sh": build, "out/evil": "x", "go.mod": ""}
+        )
+        (demo / "build.sh").chmod(0o755)
+        built = Built(demo, tmp_path / "out", "--env", "GREETING", GREETING="hi")
+        predicate = built.provenance()
+        assert predicate["buildDefinition"]["buildType"] == "urn:confbuild:build:v1"
+        assert list(predicate["buildDefinition"]["internalParameters"]["toolchain"]) == ["sh", "kettle"]
+        assert os.listdir(tmp_path / "out/artifacts") == ["demo"]
+        digests = {row["name"]: row["digest"]["sha256"] for row in predicate["runDetails"]["byproducts"]}
+        assert digests["env:GREETING"] == hashlib.sha256(b"hi").hexdigest()
+        assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(demo), "--allow-simulated"]) == 0
+
+    @needs("git")
+    def test_an_ignored_lock_file(self, tmp_path: Path, stub_path: str) -> None:
+        demo = write_files(tmp_path / "demo", {**project(), ".gitignore": "Cargo.lock\n"}, commit=True)
+        built = Built(demo, tmp_path / "out", PATH=stub_path)
+        assert built.status == 2 and f"{demo}: git ignores Cargo.lock, so it is not in the source" in built.errors
+        assert f"`git -C {demo} add -f Cargo.lock`" in built.errors
 
 
 WORKSPACE = {
