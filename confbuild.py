@@ -6746,8 +6746,10 @@ def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
     if status != 0:  # another toolchain may follow: leave everything as it was
         if os.path.lexists(aside):
             os.rename(aside, git)
-        if plan_nix(root, folder).lock != plan.lock:
-            with open(os.path.join(root, folder, "flake.lock"), "wb") as f:
+        lock = os.path.join(root, folder, "flake.lock")
+        remove_tree(lock)
+        if plan.lock:
+            with open(lock, "wb") as f:
                 f.write(plan.lock)
         reasons = re.findall(r"(?m)^\s*(error:.*)", errors) or re.findall(r"(?m)\S.*", errors) or ["no message"]
         raise BuildFailed("BuildError", f"`nix {show}` failed: {reasons[-1]}")
@@ -14652,7 +14654,7 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[st
         if isinstance(event, list):
             kind, text = "build", '","'.join(event)
             lines = json.loads(f'["{text}"]') if "\\" in text else event
-            wire = text.join(('{"type":"build","msg":"', '"}')).replace('","', '"}\n{"type":"build","msg":"')
+            wire = text.replace('","', '"}\n{"type":"build","msg":"').join(('{"type":"build","msg":"', '"}'))
         else:
             kind, wire = event["type"], compact_json(event)
             lines = [event["msg"]] if isinstance(event.get("msg"), str) else []
