@@ -14964,8 +14964,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
         try:
             alone = options.evidence_only or is_bare_evidence(path)
             files = read_bundle(path, MAX_VERIFIED, alone)
-            said = re.findall(rb'"gitTree"\s*:\s*"[0-9a-f]+"|"pkg:generic/[^"]+"', files.provenance or b"")
-            wanted = of_source(b"\n".join(said))
+            wanted = of_source(files.provenance or b"")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
             say(f"error: {e}", _bundle_hint(path) or e.hint)
