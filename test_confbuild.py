@@ -16347,7 +16347,7 @@ class TestPipeline:
         ]
         source = ["verify", str(tmp_path / "out"), "--source", str(demo), "--allow-simulated"]
         assert confbuild.main(source) == 0
-        built = Built(demo, tmp_path / "nix", "--toolchain", "nix", **env, **store)
+        built = Built(demo, tmp_path / "out2", "--toolchain", "nix", **env, **store)
         assert built.result and built.result["error"].startswith("`nix derivation show` failed: error: does not")
 
     def test_a_folder_and_chosen_artifacts(self, tmp_path: Path, stub_path: str) -> None:
