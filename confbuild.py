@@ -8947,6 +8947,7 @@ def open_member(job: Job, name: str) -> OpenFile:
         return OpenFile(path)
 
 
+@survive("a build that has ended is not counted")
 def _log_end(job: Job, log: EventLog) -> None:
     """Log and count a build that has ended."""
     record = job.record
@@ -9105,6 +9106,7 @@ class JobTable:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
         with self._lock:
             order = [job_id for job_id in sorted(self._order, key=self._order.__getitem__) if job_id not in self._live]
+        order = [job_id for job_id in order if os.path.isfile(join(self.folder, job_id, "job.json"))]
         folders = [join(self.folder, job_id) for job_id in order]
         sizes = [sum(entry.stat().st_size for entry in os.scandir(folder)) for folder in folders]
         total = sum(sizes)
