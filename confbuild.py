@@ -87,25 +87,26 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
     26. Attester
     27. Bundle
     28. Pipeline
+    29. Comparison
     Part IV - Service: jobs in, event streams out
-    29. Metrics
-    30. Event log
-    31. Event streams
-    32. Jobs
-    33. HTTP API
-    34. Client
-    35. Agent
-    36. VMs
+    30. Metrics
+    31. Event log
+    32. Event streams
+    33. Jobs
+    34. HTTP API
+    35. Client
+    36. Agent
+    37. VMs
     Part V - Guest: how --tee runs
-    37. Image
-    38. QEMU
-    39. Broker
-    40. First process
+    38. Image
+    39. QEMU
+    40. Broker
+    41. First process
     Part VI - Command line
-    41. Rendering
-    42. Server set-up
-    43. Commands
-    44. Options
+    42. Rendering
+    43. Server set-up
+    44. Commands
+    45. Options
 
 Specifications
 
@@ -142,6 +143,8 @@ Specifications
     [ELF]       System V ABI    [DEB] deb(5), dpkg-deb(1)    [POLICY] Debian Policy 4.7
     [CARGO]     The Cargo Book, https://doc.rust-lang.org/cargo
     [SLSA]      SLSA provenance v1, https://slsa.dev/spec/v1.0/provenance
+    [VSA]       SLSA Verification Summary v1, https://slsa.dev/spec/v1.0/verification_summary
+    [CYCLONEDX] CycloneDX 1.6, https://cyclonedx.org/docs/1.6/json    [PURL] https://github.com/package-url/purl-spec
     [IN-TOTO]   in-toto Statement v1, https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     [K]         Kettle, https://github.com/confidential-dot-ai/kettle
     [GIT]       git object format: gitformat-pack(5), git-hash-object(1), git-mktree(1)
@@ -7891,7 +7894,179 @@ def _make_statement(
 
 # endregion 28
 # ==============================================================================
-# region 29. Metrics                                              [uses nothing]
+# region 29. Comparison                                                [uses 16]
+# ==============================================================================
+# Shows the facts of a bundle in other forms: the differences between two bundles, a CycloneDX bill of materials, and a
+# SLSA Verification Summary.  Pure.  Only verify_bundle says whether the facts are true; callers print its verdict too.
+
+_ALGORITHMS = {32: "MD5", 40: "SHA-1", 64: "SHA-256", 96: "SHA-384", 128: "SHA-512"}  # by digits [CYCLONEDX hash]
+
+
+def bundle_facts(doc: Any, verdict: Verdict) -> dict[str, dict[str, str]]:
+    """Return what the bundle with the Statement doc says, as part -> name -> value, without times, logs and nonces."""
+    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
+    external, internal = definition["externalParameters"], dict(definition["internalParameters"])
+    lock, tools = internal.pop("lockfileHash"), internal.pop("toolchain")
+    dependencies: dict[str, list[str]] = {}
+    for dependency in definition["resolvedDependencies"]:
+        name, version = split_uri(dependency["uri"])
+        digest = ", ".join(f"{kind}:{value}" for kind, value in dependency["digest"].items())
+        dependencies.setdefault(name, []).append(f"{version} {digest}".strip())
+    measured = {"measurement": str(verdict.claims["measurement"])} if verdict.claims.get("measurement") else {}
+    return {
+        "source": {"uri": external["source"]["uri"], **external["source"]["digest"]},
+        "build": {
+            "type": definition["buildType"],
+            "command": external["buildCommand"],
+            "builder": run["builder"]["id"],
+            **{name: compact_json(value) for name, value in internal.items()},
+        },
+        "lock file": lock,
+        "toolchain": {name: f"{tool['version']} sha256:{tool['digest']['sha256']}" for name, tool in tools.items()},
+        "dependencies": {name: "; ".join(sorted(versions)) for name, versions in sorted(dependencies.items())},
+        "platform": {"platform": verdict.platform, **measured},
+        "artifacts": {subject["name"]: subject["digest"]["sha256"] for subject in doc["subject"]},
+    }
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Return (uri without version and checksum, version) of a dependency.  [PURL]"""
+    path, _, query = uri.partition("?")
+    path, _, version = path.rpartition("@") if "@" in path.rpartition("/")[2] else (path, "", "")
+    kept = "&".join(part for part in query.split("&") if part and not re.match("(checksum|hash)=", part))
+    return path + f"?{kept}" * bool(kept), version
+
+
+def differences(a: Mapping[str, Mapping[str, str]], b: Mapping[str, Mapping[str, str]]) -> list[dict[str, str | None]]:
+    """Return each fact that differs between two bundles; None stands for a fact that one of them lacks."""
+    return [
+        {"part": part, "name": name, "a": a[part].get(name), "b": b[part].get(name)}
+        for part in a
+        for name in {**a[part], **b[part]}
+        if a[part].get(name) != b[part].get(name)
+    ]
+
+
+def cyclonedx_hashes(digest: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return a DigestSet as hashes.  A commit and a directory's hash have no place there, and are left out.
+
+    A value is in hexadecimal digits, in base64, or in the form of [SRI], as recorded.
+    """
+    found = []
+    for value in [
+        word for kind, text in digest.items() if kind not in ("gitCommit", "dirHash") for word in text.split()
+    ]:
+        if not re.fullmatch("[0-9a-f]+", value):
+            encoded = value.partition("?")[0].rpartition("-")[2].rstrip("=")
+            with contextlib.suppress(ValueError):  # the oldest bundles have texts that are no digests
+                value = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
+        if len(value) in _ALGORITHMS:
+            found.append({"alg": _ALGORITHMS[len(value)], "content": value})
+    return found
+
+
+def make_sbom(doc: Any, provenance: bytes) -> Any:
+    """Return a CycloneDX 1.6 document of the Statement doc, which has these bytes.  [CYCLONEDX]
+
+    Artifacts are of type `file`, dependencies `library`; the toolchain is `application` with the scope `excluded`.
+    """
+    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
+    digest, source = sha256_hex(provenance), definition["externalParameters"]["source"]
+    files = [
+        {
+            "type": "file",
+            "bom-ref": f"artifact:{subject['name']}",
+            "name": subject["name"],
+            "hashes": cyclonedx_hashes(subject["digest"]),
+        }
+        for subject in doc["subject"]
+    ]
+    libraries = {
+        dependency["uri"]: {
+            "type": "library",
+            "bom-ref": dependency["uri"],
+            "name": dependency["name"],
+            "version": split_uri(dependency["uri"])[1],
+            **({"purl": dependency["uri"]} if dependency["uri"].startswith("pkg:") else {}),
+            "hashes": cyclonedx_hashes(dependency["digest"]),
+            "properties": [{"name": f"digest:{kind}", "value": value} for kind, value in dependency["digest"].items()],
+        }
+        for dependency in definition["resolvedDependencies"]
+    }
+    tools = [
+        {
+            "type": "application",
+            "bom-ref": f"tool:{name}",
+            "name": name,
+            "version": tool["version"],
+            "scope": "excluded",
+            "hashes": cyclonedx_hashes(tool["digest"]),
+        }
+        for name, tool in definition["internalParameters"]["toolchain"].items()
+    ]
+    root = {"type": "application", "bom-ref": "build", "name": source["uri"] or source["digest"]["gitTree"]}
+    version = source["digest"]["gitCommit"] or source["digest"]["gitTree"]
+    return {
+        "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "serialNumber": f"urn:uuid:{uuid.UUID(digest[:32])}",
+        "version": 1,
+        "metadata": {
+            "timestamp": run["metadata"]["startedOn"],
+            "lifecycles": [{"phase": "build"}],
+            "component": {**root, "version": version},
+        },
+        "components": [*files, *libraries.values(), *tools],
+        "dependencies": [{"ref": "build", "dependsOn": [*(f["bom-ref"] for f in files), *libraries]}],
+    }
+
+
+def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Expectations, now: datetime) -> Any:
+    """Return a SLSA Verification Summary of the verdict over the bundle.  [VSA]
+
+    It claims build level 1, and level 2 if hardware signed the evidence for a VM with a measurement that the caller
+    named.  Level 3 is about the design of what was measured, which no check can prove.  Simulated evidence is named as
+    such.
+    accepted: whether the caller takes the verdict for success.
+    expected: the policy of the summary; its digest is the SHA-256 of it as JSON with sorted keys.
+    """
+    doc = read_statement(files.provenance or b"") or {}
+    source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]["uri"] if doc else ""
+    passed = {check.name for check in verdict.checks if check.status == "passed"}
+    named = any(name.endswith("measurement") for name in passed)
+    levels = [f"SLSA_BUILD_LEVEL_{2 if verdict.verdict == 'passed' and named else 1}"]
+    levels += ["CONFBUILD_SIMULATED"] * (verdict.verdict == "simulated")
+    defaults = Expectations._field_defaults
+    policy = {name: value for name, value in expected._asdict().items() if value != defaults[name]}
+    documents = {"provenance.json": files.provenance or b"", "evidence.json": files.evidence}
+    return {
+        "_type": STATEMENT_TYPE,
+        "subject": [
+            {"digest": {"sha256": digest}, "name": name}
+            for name, digest in files.artifacts.items()
+            if re.fullmatch("[0-9a-f]{64}", digest)
+        ],
+        "predicateType": "https://slsa.dev/verification_summary/v1",
+        "predicate": {
+            "verifier": {"id": "urn:confbuild:verifier:v1", "version": {"confbuild": __version__}},
+            "timeVerified": utc_time(now.timestamp()),
+            "resourceUri": source or f"urn:sha256:{sha256_hex(documents['provenance.json'])}",
+            "policy": {
+                "uri": "urn:confbuild:expectations:v1",
+                "digest": {"sha256": sha256_hex(json.dumps(policy, default=str, sort_keys=True).encode())},
+            },
+            "inputAttestations": [{"uri": n, "digest": {"sha256": sha256_hex(d)}} for n, d in documents.items()],
+            "verificationResult": "PASSED" if accepted else "FAILED",
+            "verifiedLevels": levels if accepted else ["FAILED"],
+            "slsaVersion": "1.0",
+        },
+    }
+
+
+# endregion 29
+# ==============================================================================
+# region 30. Metrics                                              [uses nothing]
 # ==============================================================================
 # What an operator can alert on, in the text format of Prometheus [CONTRACT 1.17].  Counts that several threads make are
 # kept here, under one lock; none of them is made for each event or each byte.  Those numbers belong to the objects that
@@ -7954,9 +8129,9 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
     return "\n".join([*lines, ""])
 
 
-# endregion 29
+# endregion 30
 # ==============================================================================
-# region 30. Event log                                                 [uses 21]
+# region 31. Event log                                                 [uses 21]
 # ==============================================================================
 # A job's log is one append-only file that holds the frames of its event stream [SSE] exactly as they are sent.  It is
 # the only record of the events; a reader is a position in it.  A frame is written whole before it is published, so no
@@ -8154,9 +8329,9 @@ class EventLog:
         return dict(json.loads(frame.partition(b"\ndata: ")[2])) if frame else {}
 
 
-# endregion 30
+# endregion 31
 # ==============================================================================
-# region 31. Event streams                                     [uses 18, 21, 30]
+# region 32. Event streams                                     [uses 18, 21, 31]
 # ==============================================================================
 # One thread serves every watcher of every job, and every download.  A request's thread hands over a socket and the head
 # of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
@@ -8514,9 +8689,9 @@ class Streamer:
         (then or watcher.sock.close)()
 
 
-# endregion 31
+# endregion 32
 # ==============================================================================
-# region 32. Jobs                                  [uses 18, 21, 23, 29, 30, 31]
+# region 33. Jobs                                  [uses 18, 21, 23, 30, 31, 32]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
 # accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
@@ -9364,9 +9539,9 @@ class Jobs:
         return len(left) < before
 
 
-# endregion 32
+# endregion 33
 # ==============================================================================
-# region 33. HTTP API                      [uses 18, 21, 23, 24, 29, 30, 31, 32]
+# region 34. HTTP API                      [uses 18, 21, 23, 24, 30, 31, 32, 33]
 # ==============================================================================
 # The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
@@ -10336,9 +10511,9 @@ class Server:
         c.sock.close()
 
 
-# endregion 33
+# endregion 34
 # ==============================================================================
-# region 34. Client                                                    [uses 30]
+# region 35. Client                                                    [uses 31]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -10784,9 +10959,9 @@ def _parse_event(event: StreamEvent, position: int) -> Json:
     return doc
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 30, 31, 32, 33]
+# region 36. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 31, 32, 33, 34]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
 # output [CONTRACT 6].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
@@ -11020,9 +11195,9 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
-# endregion 35
+# endregion 36
 # ==============================================================================
-# region 36. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 29, 30, 31, 32, 34, 35]
+# region 37. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 30, 31, 32, 33, 35, 36]
 # ==============================================================================
 # The server never runs a build.  A VM does: a process whose standard input and output reach an agent, anywhere, which
 # answers the API over that one stream, one request after the other.  Kinds of VM differ in how they are started, which
@@ -11889,10 +12064,10 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     return path
 
 
-# endregion 36
+# endregion 37
 # ---- End of the service.
 # ==============================================================================
-# region 37. Image                                 [uses 13, 16, 20, 21, 22, 23]
+# region 38. Image                                 [uses 13, 16, 20, 21, 22, 23]
 # ==============================================================================
 # Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
 # digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
@@ -12784,9 +12959,9 @@ def _root_hash(path: str, blocks: int) -> str:
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 37
+# endregion 38
 # ==============================================================================
-# region 38. QEMU                                      [uses 13, 20, 21, 36, 37]
+# region 39. QEMU                                      [uses 13, 20, 21, 37, 38]
 # ==============================================================================
 # A guest as a kind of VM: what this machine needs for it, QEMU's argument vector (a pure function), and qemu_vms.
 #
@@ -13030,9 +13205,9 @@ def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
     return path, gpa
 
 
-# endregion 38
+# endregion 39
 # ==============================================================================
-# region 39. Broker                                            [uses 18, 19, 26]
+# region 40. Broker                                            [uses 18, 19, 26]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -13332,9 +13507,9 @@ class GuestBroker:
         return {"report": report.hex(), "table": (table or b"").hex()}
 
 
-# endregion 39
+# endregion 40
 # ==============================================================================
-# region 40. First process                     [uses 18, 22, 26, 28, 35, 37, 39]
+# region 41. First process                     [uses 18, 22, 26, 28, 36, 38, 40]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -13597,9 +13772,9 @@ def run_guest() -> None:
         sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
-# endregion 40
+# endregion 41
 # ==============================================================================
-# region 41. Rendering                                                 [uses 17]
+# region 42. Rendering                                                 [uses 17]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -13907,9 +14082,9 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 31, 32, 33, 36, 37, 38, 41]
+# region 43. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 34, 37, 38, 39, 42]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -14297,9 +14472,9 @@ def _read_der(path: str) -> bytes:
     return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 43. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 33, 34, 37, 38, 41, 42]
+# region 44. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 34, 35, 38, 39, 42, 43]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -14961,6 +15136,8 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             say(f"--source {options.source}: {note}")
         return wanted
 
+    if options.vsa is not None and (len(options.bundles) > 1 or options.evidence_only):
+        raise UsageError("--vsa is about one bundle with a provenance")
     statuses = []
     for path in options.bundles:
         try:
@@ -14975,6 +15152,11 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
             wire = verdict.to_wire()
+            if options.vsa is not None:
+                write_durably(
+                    os.path.abspath(options.vsa),
+                    to_canonical(make_vsa(files, verdict, status == EXIT_OK, wanted, when)) + b"\n",
+                )
             if options.format == "text":
                 heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
@@ -14983,6 +15165,52 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}) + "\n")
         statuses.append(status)
     return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
+
+
+def _read_verified(path: str, now: datetime) -> tuple[BundleFiles, Any, Verdict]:
+    """Return the bundle at path, its Statement, and the verdict without expectations.  Raises UsageError."""
+    try:
+        files = read_bundle(path, MAX_VERIFIED)
+    except UsageError as e:
+        raise UsageError(str(e), _bundle_hint(path) or e.hint) from None
+    doc = read_statement(files.provenance or b"")
+    if doc is None:
+        raise UsageError(f"{path}: provenance.json is missing or malformed: `verify {path}` says why")
+    return files, doc, verify_bundle(files, Expectations(), now)
+
+
+def cmd_diff(options: "argparse.Namespace") -> int:
+    """Print how two bundles differ; 0 if they are equal, and 1 if they differ or one of them fails to verify."""
+    now = datetime.now(UTC)
+    read = [_read_verified(path, now) for path in (options.a, options.b)]
+    facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
+    rows, verdicts = differences(*facts), [verdict.verdict for _, _, verdict in read]
+    equal = not rows and "failed" not in verdicts
+    if options.format == "json":
+        bundles = {x: {"bundle": getattr(options, x), "verdict": v} for x, v in zip("ab", verdicts, strict=True)}
+        sys.stdout.write(json.dumps({"schema": 1, **bundles, "equal": equal, "differences": rows}) + "\n")
+        return EXIT_OK if equal else EXIT_NO
+    lines = [f"{sign} {getattr(options, x)}: {verdict}" for sign, x, verdict in zip("-+", "ab", verdicts, strict=True)]
+    for part in facts[0]:
+        changed = [row for row in rows if row["part"] == part]
+        lines.append(f"{part}: {'' if changed else 'the same'}".rstrip())
+        for row in changed:
+            lines.append(f"    {row['name']}")
+            lines += [
+                f"  {sign}     {row[x] or 'empty'}" for sign, x in zip("-+", "ab", strict=True) if row[x] is not None
+            ]
+    sys.stdout.write("".join(plain_text(line) + "\n" for line in lines))
+    return EXIT_OK if equal else EXIT_NO
+
+
+def cmd_sbom(options: "argparse.Namespace") -> int:
+    """Print the bill of materials of a bundle; 1 if the bundle fails to verify."""
+    files, doc, verdict = _read_verified(options.bundle, datetime.now(UTC))
+    sys.stdout.write(json.dumps(make_sbom(doc, files.provenance or b""), indent=2) + "\n")
+    if verdict.verdict == "failed":
+        say(f"error: {options.bundle} fails to verify", f"`verify {options.bundle}` says why")
+        return EXIT_NO
+    return EXIT_OK
 
 
 def _bundle_hint(path: str) -> str:
@@ -15134,9 +15362,9 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-# endregion 43
+# endregion 44
 # ==============================================================================
-# region 44. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 35, 41, 43]
+# region 45. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 36, 42, 44]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -15451,6 +15679,7 @@ COMMANDS = (
             ("-v --verbose", "show every check, and every field of the evidence"),
             ("--policy FILE...", "TOML file with any of the options below, without dashes; the command line wins"),
             ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
+            ("--vsa FILE", "write the verdict to this file too, as a SLSA Verification Summary"),
             "what was built",
             ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
             ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),
@@ -15529,6 +15758,28 @@ COMMANDS = (
         "PASSED: every required check ran and passed. The last line names the checks that you did not request: without "
         "--measurement or --image, any VM passes (on Azure, without --measurement, even evidence made outside of a "
         "VM); without --nonce, an old bundle passes.",
+    ),
+    Command(
+        "diff",
+        cmd_diff,
+        (
+            ("A a", "a bundle, as for verify"),
+            ("B b", "another one"),
+            ("--format FORMAT", "text, or json: one object (default: text)", ("text", "json"), "text"),
+        ),
+        _BUILD,
+        "show how two bundles differ",
+        "confbuild diff hello-build other-build",
+        "Compares source, command, lock file, toolchain, dependencies, platform, measurement and artifacts. Exits with "
+        "0 if they are equal, and with 1 if they differ or one of the bundles fails to verify.",
+    ),
+    Command(
+        "sbom",
+        cmd_sbom,
+        (("BUNDLE bundle", "a bundle, as for verify"),),
+        _BUILD,
+        "print the bill of materials of a bundle, as CycloneDX 1.6",
+        "confbuild sbom hello-build",
     ),
     Command(
         "serve",
@@ -15984,4 +16235,4 @@ def _run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-# endregion 44
+# endregion 45

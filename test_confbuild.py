@@ -16679,7 +16679,214 @@ class TestRealNix:
 
 # endregion 28
 # ==============================================================================
-# region 30. Event log
+# region 29. Comparison
+# ==============================================================================
+
+
+def changed_facts(**changes: Any) -> list[tuple[str, str, str | None, str | None]]:
+    """The differences between the good bundle and one with these changes of its Statement."""
+    facts = []
+    for doc in (statement(), statement(**changes)):
+        facts.append(confbuild.bundle_facts(doc, confbuild.verify_bundle(bundle(doc), ANY, NOON)))
+    return [(row["part"] or "", row["name"] or "", row["a"], row["b"]) for row in confbuild.differences(*facts)]
+
+
+def dependency(uri: str, name: str = "itoa", **digest: str) -> dict[str, Any]:
+    return {"digest": digest or {"sha256": "cd" * 32}, "name": name, "uri": uri}
+
+
+class TestDiff:
+    @pytest.mark.parametrize(
+        ("uri", "parts"),
+        [
+            ("pkg:cargo/itoa@1.0.19?checksum=sha256:ab", ("pkg:cargo/itoa", "1.0.19")),
+            (
+                "pkg:cargo/itoa@1?checksum=sha256:ab&repository_url=https://a/b",
+                ("pkg:cargo/itoa?repository_url=https://a/b", "1"),
+            ),
+            ("pkg:npm/%40babel/core@7.1.0", ("pkg:npm/%40babel/core", "7.1.0")),
+            ("pkg:generic/hello?hash=sha256:ab", ("pkg:generic/hello", "")),
+            ("pkg:golang/a@b/c", ("pkg:golang/a@b/c", "")),
+            ("", ("", "")),
+        ],
+    )
+    def test_split_uri(self, uri: str, parts: tuple[str, str]) -> None:
+        """[PURL]: the version follows the last @ of the last part of the path."""
+        assert confbuild.split_uri(uri) == parts
+
+    def test_each_part(self) -> None:
+        prefix = "predicate__buildDefinition__"
+        source, lock = "externalParameters__source__digest__gitTree", "internalParameters__lockfileHash"
+        tool = "internalParameters__toolchain__cargo__version"
+        old, new = dependency("pkg:cargo/itoa@1"), dependency("pkg:cargo/itoa@2")
+        assert changed_facts() == []
+        assert changed_facts(**{prefix + source: "34" * 20}) == [("source", "gitTree", "12" * 20, "34" * 20)]
+        assert changed_facts(**{prefix + lock: {"sha256": "cd" * 32}}) == [
+            ("lock file", "sha256", "ab" * 32, "cd" * 32)
+        ]
+        [(part, name, before, after)] = changed_facts(**{prefix + tool: "cargo 2"})
+        assert (part, name) == ("toolchain", "cargo") and before and after
+        assert before.startswith("cargo 1 sha256:") and after.startswith("cargo 2 sha256:")
+        row = ("dependencies", "pkg:cargo/itoa", None, f"1 sha256:{'cd' * 32}")
+        assert changed_facts(**{prefix + "resolvedDependencies": [old]}) == [row]
+        facts = [{"dependencies": {"a": "1", "b": "1"}}, {"dependencies": {"b": "2", "c": "1"}}]
+        rows = [(row["name"], row["a"], row["b"]) for row in confbuild.differences(*facts)]
+        assert rows == [("a", "1", None), ("b", "1", "2"), ("c", None, "1")]
+        both = changed_facts(**{prefix + "resolvedDependencies": [old, new]})
+        assert both == [("dependencies", "pkg:cargo/itoa", None, f"1 sha256:{'cd' * 32}; 2 sha256:{'cd' * 32}")]
+        [(part, name, *_)] = changed_facts(subject=[{"digest": {"sha256": "cd" * 32}, "name": "demo"}])
+        assert (part, name) == ("artifacts", "demo")
+        details = "predicate__runDetails__metadata__"
+        assert changed_facts(**{details + "startedOn": "2026-11-22T00:00:00Z"}) == []  # times are no difference
+
+    def test_measurement(self) -> None:
+        verdicts = [confbuild.verify_bundle(files, ANY, NOON) for files in (snp(), GOOD_BUNDLE)]
+        parts = [confbuild.bundle_facts(statement(), verdict)["platform"] for verdict in verdicts]
+        assert parts[0] == {"platform": "snp", "measurement": verdicts[0].claims["measurement"]}
+        assert parts[1]["platform"] == "simulated"
+
+    def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Exit status 0 for equal bundles, 1 for others and for one that fails to verify, 2 for what is none."""
+        other = bundle(statement(predicate__buildDefinition__externalParameters__source__uri="https://a/\x1b[1m"))
+        a, b = write_bundle(tmp_path / "a", GOOD_BUNDLE), write_bundle(tmp_path / "b", other)
+        assert confbuild.main(["diff", str(a), str(a)]) == 0
+        assert capsys.readouterr().out.splitlines()[:4] == [
+            f"- {a}: simulated",
+            f"+ {a}: simulated",
+            "source: the same",
+            "build: the same",
+        ]
+        assert confbuild.main(["diff", str(a), str(b)]) == 1
+        out = capsys.readouterr().out
+        assert "source:\n    uri\n  -     empty\n  +     https://a/\nbuild: the same\n" in out
+        assert confbuild.main(["diff", str(a), str(b), "--format", "json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        row = {"part": "source", "name": "uri", "a": "", "b": "https://a/\x1b[1m"}
+        assert (found["schema"], found["equal"], found["differences"]) == (1, False, [row])
+        assert found["a"] == {"bundle": str(a), "verdict": "simulated"}
+        (b / "artifacts/demo").write_bytes(b"other")
+        assert confbuild.main(["diff", str(b), str(b)]) == 1
+        assert capsys.readouterr().out.startswith(f"- {b}: failed\n")
+        (b / "provenance.json").write_text("{}")
+        assert confbuild.main(["diff", str(a), str(b)]) == 2
+        assert f"{b}: provenance.json is missing or malformed: `verify {b}` says why" in capsys.readouterr().err
+        assert confbuild.main(["sbom", str(tmp_path)]) == 2
+        assert f"hint: {a} is a bundle" in capsys.readouterr().err
+
+
+class TestSbom:
+    @pytest.mark.parametrize(
+        ("digest", "hashes"),
+        [
+            ({"sha256": "ab" * 32}, [("SHA-256", "ab" * 32)]),
+            ({"sha256": base64.b64encode(b"\xab" * 32).decode()}, [("SHA-256", "ab" * 32)]),
+            ({"sha512": "sha512-" + base64.b64encode(b"\xab" * 64).decode()}, [("SHA-512", "ab" * 64)]),
+            ({"sha512": "sha1-" + base64.b64encode(b"\xab" * 20).decode() + "?x=y"}, [("SHA-1", "ab" * 20)]),
+            ({"sha512": "cd" * 20}, [("SHA-1", "cd" * 20)]),
+            ({"md5": "ab" * 16}, [("MD5", "ab" * 16)]),
+            ({"gitCommit": "ab" * 20}, []),
+            ({"dirHash": "ab" * 32}, []),
+            ({"sha256": "ab" * 17}, []),
+        ],
+    )
+    def test_hashes(self, digest: dict[str, str], hashes: list[tuple[str, str]]) -> None:
+        """Each form of a digest that a provenance can have [CONTRACT 3.5]."""
+        found = confbuild.cyclonedx_hashes(digest)
+        assert [(entry["alg"], entry["content"]) for entry in found] == hashes
+
+    def test_schema(self) -> None:
+        """PyPI's validator accepts a document of every kind of dependency, and of the real service's bundles."""
+        validation = pytest.importorskip(
+            "cyclonedx.validation.json",
+            reason="cyclonedx is missing: pip install 'cyclonedx-python-lib[json-validation]'",
+        )
+        from cyclonedx.schema import SchemaVersion
+
+        rows = [
+            dependency("pkg:cargo/itoa@1?checksum=sha256:ab"),
+            dependency("pkg:cargo/itoa@1?checksum=sha256:ab"),  # a bom-ref is unique
+            dependency("pkg:npm/a@1", sha512="sha512-" + base64.b64encode(b"\xab" * 64).decode()),
+            dependency("git+https://a/b", gitCommit="ab" * 20),
+        ]
+        docs = [statement(predicate__buildDefinition__resolvedDependencies=rows), statement()]
+        for folder in SHARED.glob("vectors/vectors/bundle-*"):
+            docs += [confbuild.read_statement((folder / "provenance.json").read_bytes()) or statement()]
+        validator = validation.JsonStrictValidator(SchemaVersion.V1_6)
+        for doc in docs:
+            text = json.dumps(confbuild.make_sbom(doc, confbuild.to_canonical(doc)))
+            assert validator.validate_str(text) is None
+        assert validator.validate_str(text.replace('"SHA-256"', '"SHA-257"')) is not None
+
+    def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = write_bundle(tmp_path / "a", GOOD_BUNDLE)
+        assert confbuild.main(["sbom", str(folder)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["bomFormat"], found["specVersion"]) == ("CycloneDX", "1.6")
+        assert [component["bom-ref"] for component in found["components"]] == [
+            "artifact:demo",
+            "tool:cargo",
+            "tool:rustc",
+            "tool:kettle",
+        ]
+        (folder / "artifacts/demo").write_bytes(b"other")
+        assert confbuild.main(["sbom", str(folder)]) == 1
+        assert f"{folder} fails to verify" in capsys.readouterr().err
+
+
+class TestVsa:
+    def levels(self, files: confbuild.BundleFiles, accepted: bool, **expected: Any) -> tuple[str, list[str]]:
+        wanted = confbuild.Expectations(**expected)
+        verdict = confbuild.verify_bundle(files, wanted, NOON)
+        predicate = confbuild.make_vsa(files, verdict, accepted, wanted, NOON)["predicate"]
+        return predicate["verificationResult"], predicate["verifiedLevels"]
+
+    def test_levels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[SLSA] 1.0: level 2 only if the caller named the VM whose hardware signed the evidence."""
+        simulated = ["SLSA_BUILD_LEVEL_1", "CONFBUILD_SIMULATED"]
+        assert self.levels(GOOD_BUNDLE, True) == ("PASSED", simulated)
+        named = confbuild.simulated_measurement().hex()
+        assert self.levels(GOOD_BUNDLE, True, measurements=[named]) == ("PASSED", simulated)
+        assert self.levels(GOOD_BUNDLE, False) == ("FAILED", ["FAILED"])
+        report = confbuild.Verdict("passed", "snp", {}, [confbuild.Check("measurement", "passed", "", "", "")])
+        for verdict, levels in (
+            (report, ["SLSA_BUILD_LEVEL_2"]),
+            (report._replace(checks=[]), ["SLSA_BUILD_LEVEL_1"]),
+            (report._replace(checks=[report.checks[0]._replace(status="failed")]), ["SLSA_BUILD_LEVEL_1"]),
+        ):
+            summary = confbuild.make_vsa(GOOD_BUNDLE, verdict, True, ANY, NOON)
+            assert summary["predicate"]["verifiedLevels"] == levels
+
+    def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """The summary names subjects, documents, time and policy; two policies have two digests."""
+        folder, vsa = write_bundle(tmp_path / "a", GOOD_BUNDLE), tmp_path / "vsa.json"
+        policies = set()
+        for options, result in (
+            (["--allow-simulated"], "PASSED"),
+            (["--allow-simulated", "--nonce", NONCE], "PASSED"),
+            ([], "FAILED"),
+            (["--nonce", "0" * 31 + "1", "--allow-simulated"], "FAILED"),
+        ):
+            confbuild.main(["verify", str(folder), "--vsa", str(vsa), *options])
+            found = json.loads(vsa.read_bytes())
+            predicate = found["predicate"]
+            assert predicate["verificationResult"] == result
+            policies.add(predicate["policy"]["digest"]["sha256"])
+        assert len(policies) == 3
+        assert found["predicateType"] == "https://slsa.dev/verification_summary/v1"
+        assert found["subject"] == statement()["subject"]
+        documents = (("provenance.json", provenance_of(GOOD_BUNDLE)), ("evidence.json", GOOD_BUNDLE.evidence))
+        assert predicate["inputAttestations"] == [
+            {"uri": name, "digest": {"sha256": hashlib.sha256(data).hexdigest()}} for name, data in documents
+        ]
+        assert predicate["resourceUri"] == f"urn:sha256:{hashlib.sha256(documents[0][1]).hexdigest()}"
+        capsys.readouterr()
+        assert confbuild.main(["verify", str(folder), str(folder), "--vsa", str(vsa)]) == 2
+        assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
+
+
+# endregion 29
+# ==============================================================================
+# region 31. Event log
 # ==============================================================================
 
 
@@ -16852,9 +17059,9 @@ class TestEventLog:
                 one.append(COMPLETE_EVENT)
 
 
-# endregion 30
+# endregion 31
 # ==============================================================================
-# region 31. Event streams
+# region 32. Event streams
 # ==============================================================================
 
 
@@ -17088,9 +17295,9 @@ class TestStreamer:
                 assert (dechunk(bodies[n]) if chunked else bodies[n]) == data[d.log.offset_of(start) :], (seed, n)
 
 
-# endregion 31
+# endregion 32
 # ==============================================================================
-# region 32. Jobs
+# region 33. Jobs
 # ==============================================================================
 
 
@@ -18063,9 +18270,9 @@ class TestState:
                 assert sum(read) < 256 * 1024
 
 
-# endregion 32
+# endregion 33
 # ==============================================================================
-# region 33. HTTP API
+# region 34. HTTP API
 # ==============================================================================
 
 
@@ -19802,9 +20009,9 @@ class TestHttp:
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
 
-# endregion 33
+# endregion 34
 # ==============================================================================
-# region 34. Client
+# region 35. Client
 # ==============================================================================
 
 
@@ -20535,9 +20742,9 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
                 f.write(config.replace("worktree", "nothing"))
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. Agent
+# region 36. Agent
 # ==============================================================================
 
 
@@ -20826,9 +21033,9 @@ class TestFetcher:
         assert answer["error_type"] == "SourceError" and "nowhere" in answer["error"] and not os.path.exists(workspace)
 
 
-# endregion 35
+# endregion 36
 # ==============================================================================
-# region 36. VMs
+# region 37. VMs
 # ==============================================================================
 
 
@@ -21969,9 +22176,9 @@ class TestSpares:
             host.pool.attestation(NONCE)
 
 
-# endregion 36
+# endregion 37
 # ==============================================================================
-# region 37. Image
+# region 38. Image
 # ==============================================================================
 
 
@@ -23291,9 +23498,9 @@ def test_a_real_python(tmp_path: Path) -> None:
     )
 
 
-# endregion 37
+# endregion 38
 # ==============================================================================
-# region 38. QEMU
+# region 39. QEMU
 # ==============================================================================
 
 # A QEMU in Python: it "boots" by running code of the test, with the agent's streams of the argv.
@@ -23947,9 +24154,9 @@ class TestRealQemu:
         assert measured((tmp_path / "record").read_bytes(), 0x80B004, signature) == ours.hex()
 
 
-# endregion 38
+# endregion 39
 # ==============================================================================
-# region 40. First process
+# region 41. First process
 # ==============================================================================
 
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
@@ -24640,9 +24847,9 @@ class TestRealGuest:
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 
-# endregion 40
+# endregion 41
 # ==============================================================================
-# region 41. Rendering
+# region 42. Rendering
 # ==============================================================================
 
 
@@ -25100,9 +25307,9 @@ class TestRendering:
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Server set-up
+# region 43. Server set-up
 # ==============================================================================
 
 
@@ -25228,9 +25435,9 @@ class TestMachine:
             assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "HASHES_PAGE")
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 43. Commands
+# region 44. Commands
 # ==============================================================================
 
 
@@ -27968,9 +28175,9 @@ class TestBuild:
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
 
-# endregion 43
+# endregion 44
 # ==============================================================================
-# region 45. Layout and README
+# region 46. Layout and README
 # ==============================================================================
 
 
@@ -28686,4 +28893,4 @@ class TestContract:
             assert sorted(numbers - set(self.SECTIONS)) == [], path.name
 
 
-# endregion 45
+# endregion 46
