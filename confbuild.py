@@ -9126,10 +9126,8 @@ def open_member(job: Job, name: str) -> OpenFile:
 def _log_end(job: Job, log: EventLog) -> None:
     """Log and count a build that has ended."""
     record = job.record
-    submitted, started, finished = (
-        datetime.fromisoformat(text or record.finished_at).timestamp()
-        for text in (record.submitted_at, record.started_at, record.finished_at)
-    )
+    times = [record.submitted_at, record.started_at or record.finished_at, record.finished_at]
+    submitted, started, finished = (datetime.fromisoformat(text).timestamp() for text in times)
     name = re.sub(
         r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", os.path.basename(job.request.repo_url or job.request.source_name)
     )
@@ -10223,8 +10221,9 @@ class Connection:
             return None
         greeting = server.api.greeting if live and not response.ndjson else b""
         then = None if live and self.closing else functools.partial(server.take, self)
-        source, start, ndjson = response.source, response.start, response.ndjson
-        watcher = Watcher(self.sock, source, start, chunked, self.tls, greeting, then, ndjson)
+        watcher = Watcher(
+            self.sock, response.source, response.start, chunked, self.tls, greeting, then, response.ndjson
+        )
         watcher.pending = self.pending + watcher.pending
         self.pending = b""
         return watcher
@@ -10238,8 +10237,8 @@ class Connection:
         self.unread = int(length)
         self.deadline = time.monotonic() + 60 + self.unread / MIN_RATE
         self.expects_100 = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
-        options = re.split("[ \t]*,[ \t]*", head.headers.get("connection", "").lower())
-        self.closing = head.minor == 0 or "close" in options
+        connection = f",{head.headers.get('connection', '')},"
+        self.closing = not head.minor or bool(re.search(r",[ \t]*close[ \t]*,", connection, re.IGNORECASE))
         path, _, query = head.target.partition("?")
         path = re.sub("^//+", "/", path)  # some clients add /build to a URL that ends with /
         local = (self.sock.getsockname() or ("localhost",))[0].removeprefix("::ffff:")
