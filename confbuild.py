@@ -6444,12 +6444,10 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
         near += [f"{path}: --subdir {os.path.dirname(path)} builds it" for path in below[:3]]
         message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
         failure = BuildFailed("UnsupportedToolchainError", message)
-        above = [project, os.path.join(project, "../.."), os.path.join(project, "..")]
-        folders = [os.path.dirname(os.path.join(project, path)) for path in below] or [
-            os.path.normpath(folder) for folder in above[1:] if markers & {*os.listdir(folder)}
-        ]
-        if folders:
-            failure.hint = f"`confbuild build {shlex.quote(folders[-1])}` builds what is there"
+        for folder in (*map(os.path.dirname, below), "..", "../.."):
+            path = os.path.normpath(os.path.join(project, folder))
+            if not failure.hint and any(os.path.isfile(os.path.join(path, marker)) for marker in markers):
+                failure.hint = f"`confbuild build {shlex.quote(path)}` builds what is there"
         raise failure
     return chosen
 
@@ -7013,29 +7011,21 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, 
     Raises BuildFailed SourceError, also if a module is replaced by a folder outside of project.
     """
     with _parsing("go.mod and go.sum", "SourceError"):
-        rows = (line.split() for line in lock.decode("utf-8").splitlines())
-        sums = {(name, version): value for name, version, value in rows if not version.endswith("/go.mod")}
-        required: dict[str, str] = {}
-        replaced, verb, complete = dict[str, tuple[str, str]](), "", False
-        for line in read_lockfile(os.path.join(root, folder, "go.mod")).decode("utf-8").splitlines():
-            words = [word.strip('"`') for word in line.partition("//")[0].replace("(", " ( ").split()]
-            if words[1:] == ["("] or words == [")"]:
-                verb = words[0].strip(")")
-            elif words:
-                kind, *words = [verb, *words] if verb else words
-                if kind == "go":
-                    complete = [int(digits) for digits in re.findall(r"\d+", words[0])] >= [1, 17]
-                elif kind == "require":
-                    required[words[0]] = words[1]
-                elif kind == "replace":
-                    at = words.index("=>")
-                    new, version = (*words[at + 1 :], "")[:2]
-                    replaced["@".join(words[:at])] = new, version
-                    if not version and not _locate(root, folder, new):
-                        raise ValueError(f"{words[0]} is replaced by {new}, outside of the source")
-        modules = [
-            replaced.get(f"{name}@{version}", replaced.get(name, (name, version))) for name, version in required.items()
-        ]
+        lines = (line.split() for line in lock.decode("utf-8").splitlines())
+        sums = {(name, version): value for name, version, value in lines if not version.endswith("/go.mod")}
+        text = re.sub(r'//.*|["`]', "", read_lockfile(os.path.join(root, folder, "go.mod")).decode("utf-8"))
+        blocks = re.findall(r"(?ms)^(go|require|replace)\b\s*(?:\((.*?)\)|([^\n]*))", text)
+        rows = [(verb, row) for verb, block, line in blocks for row in (block or line).splitlines() if row.strip()]
+        complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
+        replaced = {}
+        for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
+            target, *version = new.split()
+            if not version and not _locate(root, folder, target):
+                raise ValueError(f"{old.strip()} is replaced by {target}, outside of the source")
+            replaced[tuple(old.split())] = (target, *version)
+        modules = set()
+        for name, version in (row.split() for verb, row in rows if verb == "require"):
+            modules.add(replaced.get((name, version), replaced.get((name,), (name, version))))
         found = []
         for name, version in sorted(sums.keys() & modules if complete else sums):
             uri = f"pkg:golang/{name}@{version}?checksum={sums[name, version]}"
@@ -7128,12 +7118,6 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     return [os.path.normpath(os.path.join(subdir, output)) for output in outputs]
 
 
-_NO_DEFINITION: Any = {
-    "externalParameters": {"buildCommand": ""},
-    "internalParameters": {"toolchain": {}},
-}
-
-
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
     """Return expected with the tree, lock file digest and dependencies of the source in directory.
 
@@ -7146,18 +7130,19 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     """
     if not os.path.isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
-    doc = read_statement(provenance)
-    definition = doc["predicate"]["buildDefinition"] if doc else _NO_DEFINITION
-    claimed = re.match("cd (.+?) && ", definition["externalParameters"]["buildCommand"])
-    folder = claimed[1].strip("'") if claimed and _locate(directory, "", claimed[1].strip("'")) else ""
-    tools = [*definition["internalParameters"]["toolchain"]]
-    project = os.path.join(directory, folder)
+    doc, command, tools = read_statement(provenance), "", list[str]()
+    if doc:
+        definition = doc["predicate"]["buildDefinition"]
+        command = definition["externalParameters"]["buildCommand"]
+        tools = [*definition["internalParameters"]["toolchain"]]
+    claimed = re.match("cd '?(.+?)'? && ", command)
+    folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
     try:
-        found = detect_toolchains(project)
+        found = detect_toolchains(os.path.join(directory, folder))
         matching = (t for t in found if [*t.plan(directory, folder).tools, "kettle"] == tools)
-        toolchain = next(matching, found[0]) if found[1:] else found[0]
+        toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
-            outputs = [os.path.normpath(os.path.join(folder, output)) for output in toolchain.outputs(project)]
+            outputs = find_outputs(directory, toolchain.name, folder)
             algorithm = object_format(expected.source_tree or "")
             if re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', provenance) and expected.source_tree is None:
                 algorithm = "sha256"

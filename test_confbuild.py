@@ -100,6 +100,7 @@ INSTALL = {
     "cargo": "apt-get install cargo",
     "git": "apt-get install git",
     "nix": "apt-get install nix-bin",
+    "npm": "apt-get install npm",
     "curl": "apt-get install curl",
     "openssl": "apt-get install openssl",
     "tar": "apt-get install tar",
@@ -13245,7 +13246,7 @@ class TestDetect:
             (
                 {"a/Cargo.lock": "", "b/go.mod": "", "c/Cargo.toml": ""},
                 "a/Cargo.lock: --subdir a builds it; b/go.mod: --subdir b builds it",
-                "`confbuild build @/b` builds what is there",
+                "`confbuild build @/a` builds what is there",
             ),
             # A member of a workspace.
             (
@@ -14234,9 +14235,13 @@ class TestGo:
         ("mod", "sums", "fragment"),
         [
             (GO_MOD + "replace rsc.io/quote => ../quote\n", GO_SUM, "rsc.io/quote is replaced by ../quote, outside"),
-            (GO_MOD + "replace rsc.io/quote v1.5.2 => /quote\n", GO_SUM, "rsc.io/quote is replaced by /quote, outside"),
+            (
+                GO_MOD + "replace rsc.io/quote v1.5.2 => /quote\n",
+                GO_SUM,
+                "rsc.io/quote v1.5.2 is replaced by /quote, outside",
+            ),
             (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "ValueError"),
-            (GO_MOD + "require rsc.io/quote\n", GO_SUM, "IndexError"),
+            (GO_MOD + "require rsc.io/quote\n", GO_SUM, "ValueError"),
             (GO_MOD, "one two\n", "ValueError"),
             (GO_MOD, "rsc.io/quote v1.5.2 h1:x\n", "Error"),
             (GO_MOD, "\udcff", "UnicodeDecodeError"),
@@ -16604,6 +16609,45 @@ class TestRealCargo:
             "externalParameters"
         ]["source"]
         assert source == {"digest": {"gitCommit": "", "gitTree": git(demo, "write-tree")}, "uri": ""}
+
+
+class TestRealNpm:
+    @needs("npm")
+    def test_a_project(self, tmp_path: Path) -> None:
+        """A local dependency and its script, a script of the project, and the build: none of them has a network."""
+        lock = {
+            "name": "demo",
+            "version": "1.0.0",
+            "lockfileVersion": 3,
+            "packages": {
+                "": {"name": "demo", "version": "1.0.0", "dependencies": {"part": "file:part"}},
+                "node_modules/part": {"resolved": "part", "link": True},
+                "part": {"version": "1.0.0"},
+            },
+        }
+        scripts = {"prepare": "echo prepared > p", "build": "mkdir dist && node build.js"}
+        package = {"name": "demo", "version": "1.0.0", "scripts": scripts, "dependencies": {"part": "file:part"}}
+        files = {
+            "package.json": json.dumps(package),
+            "package-lock.json": json.dumps(lock),
+            "part/package.json": '{"name": "part", "version": "1.0.0"}',
+            "part/index.js": "module.exports = 'part'",
+            "build.js": "require('fs').writeFileSync('dist/x', require('part') + require('fs').readFileSync('p'))",
+            "dist/old": "x",
+        }
+        built = Built(write_files(tmp_path / "demo", files), tmp_path / "out")
+        definition = built.provenance()["buildDefinition"]
+        command = "npm ci --ignore-scripts && npm rebuild && npm run prepare && npm run build"
+        assert definition["externalParameters"]["buildCommand"] == command
+        assert (list(definition["internalParameters"]["toolchain"]), definition["resolvedDependencies"]) == (
+            ["npm", "node", "kettle"],
+            [],
+        )
+        with tarfile.open(tmp_path / "out/artifacts/dist.tar.gz") as tar:
+            data = tar.extractfile("dist/x")
+            assert tar.getnames() == ["dist", "dist/x"] and data and data.read() == b"partprepared\n"
+        verify = ["verify", str(tmp_path / "out"), "--source", str(tmp_path / "demo"), "--allow-simulated"]
+        assert confbuild.main(verify) == 0
 
 
 FLAKE = """{ outputs = { self }: let
