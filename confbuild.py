@@ -289,6 +289,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCK = 256 * KIB  # one read of a pipe or a file
 NONCE_SIZE = 16
 WORKSPACE = "confbuild-vm-"  # prefix of a VM's folder, which is removed with the VM
+WORK = "/work"  # where a build sees that folder, in guests and in mount namespaces
 MAX_JSON = 4 * MIB  # of provenance.json and evidence.json; the largest seen in the field has 300 KiB
 MAX_ARCHIVE = 64 * MIB  # of an uploaded source [CONTRACT 1.6]
 MAX_UNPACKED = 4 * GIB
@@ -4356,6 +4357,13 @@ def system_call(name: str, *arguments: Any, label: str = "") -> int:
     return result
 
 
+def mount(kind: str, target: str, flags: int, options: str, source: str = "none") -> None:
+    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError."""
+    os.makedirs(target, exist_ok=True)
+    arguments = os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
+    system_call("mount", *arguments, label=f"mount {target}")
+
+
 def guard_process() -> bool:
     """Become a child subreaper, and hide memory and environment from other processes of this user, except root.
 
@@ -4513,6 +4521,9 @@ class LineSplitter:
 # kernel    seccomp    no system calls that no build needs and that have let programs out
 # limits    setrlimit  size of a file, number of processes, no core dumps
 #
+# So that a build can be repeated, the agent also enters namespaces in which its workspace is always WORK and the
+# hostname is fixed, if the kernel lets it; they protect nothing.
+#
 # All but the limits belong to a thread and pass on to its children.  So a thread of the agent restricts itself and
 # starts the programs: nothing runs between fork and exec, and the agent stays unrestricted.
 # [LINUX] Documentation/userspace-api/landlock.rst, seccomp_filter.rst
@@ -4538,6 +4549,9 @@ _OF_FILES = 0b111 | 1 << 14 | 1 << 15  # the rights that apply to what is not a 
 _NOT_IN_WORKSPACE = 1 << 6 | 1 << 11 | 1 << 15
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
+_CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER = 0x00020000, 0x04000000, 0x10000000  # linux/sched.h
+_MS_BIND, _MS_MOVE, _MS_REC = 1 << 12, 1 << 13, 1 << 14  # sys/mount.h
+_MS_UNBINDABLE, _MS_PRIVATE = 1 << 17, 1 << 18 | _MS_REC
 # fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
 _SECCOMP_NUMBERS = {  # linux/audit.h; arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
@@ -4822,6 +4836,58 @@ def _count_threads() -> int:
             continue  # it has ended
         found += int(match[1]) if match else 0
     return found
+
+
+def show_workspace(workspace: str, needed: Iterable[str]) -> str:
+    """Show workspace at WORK to this process and its children, with a fixed hostname, and return the path to use.
+
+    If this system has no such namespaces for this user, or one of the paths needed lies below WORK, nothing changes,
+    and that is workspace itself.
+    The caller has one thread, and can be dumped: else a user may not write its own uid_map.
+    """
+    if sys.platform != "linux" or any(
+        (path + "/").startswith(WORK + "/") for given in needed for path in (given, os.path.realpath(given))
+    ):
+        return workspace
+    trial = os.fork()  # half a change could not be undone
+    if trial == 0:
+        try:
+            _enter_namespaces(workspace)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(trial, 0)[1]:
+        return workspace
+    _enter_namespaces(workspace)
+    return WORK
+
+
+def _enter_namespaces(workspace: str) -> None:
+    """Get a root of our own: the folders and links of the present one, except WORK.
+
+    Raises OSError.
+    [mount_namespaces(7), user_namespaces(7)]
+    """
+    user, group, root = os.geteuid(), os.getegid(), os.path.join(workspace, "tmp")
+    system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | (_CLONE_NEWUSER if user else 0))
+    for name, text in (("uid_map", f"{user} {user} 1"), ("setgroups", "deny"), ("gid_map", f"{group} {group} 1")):
+        if user:  # root has the right to mount
+            with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
+                f.write(text)
+    socket.sethostname("localhost")
+    mount("", "/", _MS_PRIVATE, "")
+    mount("tmpfs", root, 0, "mode=0755,size=64k")
+    mount("", root, _MS_UNBINDABLE, "")  # or it would also appear inside itself
+    for entry in os.scandir("/"):
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), root + entry.path)
+        elif entry.is_dir() and entry.path != WORK:
+            mount("", root + entry.path, _MS_BIND | _MS_REC, "", entry.path)
+    mount("", root + WORK, _MS_BIND, "", workspace)
+    os.chdir(root)
+    mount("", "/", _MS_MOVE, "", ".")
+    os.chroot(".")
+    os.chdir(WORK)
 
 
 def _trial(sandbox: Sandbox) -> str:
@@ -5153,6 +5219,30 @@ def remove_tree(path: str) -> None:
             os.rmdir(folder)
     os.rmdir(heap)
     os.rmdir(path)
+
+
+def make_workspace() -> str:
+    """Make the folder of a VM in TMPDIR, and return its path.
+
+    It is the first free one, so that builds that do not overlap have the same path.
+    """
+    for number in itertools.count():
+        path = os.path.join(os.path.realpath(tempfile.gettempdir()), f"{WORKSPACE}{number}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+            break
+    return path
+
+
+def remove_workspace(path: str) -> None:
+    """Remove the folder of a VM, if it exists.
+
+    Its name is free at once: what another VM then makes there stays.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        moved = f"{path}-{secrets.token_hex(8)}"
+        os.rename(path, moved)
+        remove_tree(moved)
 
 
 def walk_files(root: str, folder: str = "") -> list[str]:
@@ -6018,17 +6108,22 @@ def _list_tree(commit: str, folder: str, env: Mapping[str, str]) -> dict[str, tu
     return {os.fsdecode(name): (facts[:6], facts.rpartition(b" ")[2]) for facts, _, name in rows}
 
 
+EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the time of what has no commit
+
+
 class History(NamedTuple):
     """What the `.git` of a source says, as far as it can be believed.
 
     commit, tree: their object names.
     uri: of the origin, an unverified claim without credentials.
-    submodules: path -> entry of resolvedDependencies; also the submodules of submodules that are not empty."""
+    submodules: path -> entry of resolvedDependencies; also the submodules of submodules that are not empty.
+    time: of the commit, as the committer says, in seconds since 1970; at least EPOCH."""
 
     commit: str
     tree: str
     uri: str
     submodules: Mapping[str, Mapping[str, Any]]
+    time: int
 
 
 def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
@@ -6070,7 +6165,10 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
             if inner.commit != named:
                 raise source_error(f"the submodule {path!r} is not at the commit that HEAD names")
             submodules |= inner.submodules
-    return History(commit, tree, without_credentials(config.get("remote.origin.url", "").strip()), submodules)
+    committed = re.search(rb"(?m)^committer .* (\d{1,12}) [+-]\d+$", body)
+    time_s = max(EPOCH, int(committed[1]) if committed else 0)
+    uri = without_credentials(config.get("remote.origin.url", "").strip())
+    return History(commit, tree, uri, submodules, time_s)
 
 
 class Checkout(NamedTuple):
@@ -7583,11 +7681,12 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
 # The server's environment variables that a build sees; --env adds to them [CONTRACT 2.2].  All others, and so every
 # secret, are left out.
 ALLOWED_ENVIRONMENT = """
-    PATH LANG LC_ALL LC_CTYPE TZ SSL_CERT_FILE SSL_CERT_DIR NIX_SSL_CERT_FILE GIT_SSL_CAINFO CURL_CA_BUNDLE
+    PATH SSL_CERT_FILE SSL_CERT_DIR NIX_SSL_CERT_FILE GIT_SSL_CAINFO CURL_CA_BUNDLE
     CARGO_HTTP_CAINFO CARGO_NET_OFFLINE RUSTUP_HOME RUSTUP_AUTO_INSTALL RUSTUP_DIST_SERVER
     NIX_CONF_DIR NIX_REMOTE NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR
     http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
 """.split()
+FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 
 
@@ -7605,6 +7704,7 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
     return {
         "PATH": os.defpath,
+        **FIXED_ENVIRONMENT,
         **({"RUSTUP_HOME": rustup} if os.path.isdir(rustup) else {}),
         **env,
         **{name: os.path.join(workspace, folder) for name, folder in own},
@@ -7660,27 +7760,21 @@ def run_pipeline(
     os.makedirs(own, exist_ok=True)
     # A real path, so that collect_cargo notices the symbolic links that a build makes.
     root = os.path.join(os.path.realpath(workspace), "source")
-    if archive is None:
-        url, ref = request.repo_url, request.repo_ref
-        fetch_git(url, ref, root, env, policy)
-        project, name = root, repository_name(url)
-    else:
-        os.mkdir(root)
-        unpack_archive(archive, root, policy.max_unpacked, policy.max_ratio)
-        project, name = find_project(root, request.source_name)
-    folder = request.subdir and _locate(project, "", request.subdir)
-    source_root, project = project, os.path.normpath(os.path.join(project, folder))
+    name = _get_source(request, archive, root, env, policy)
+    folder = request.subdir and _locate(root, "", request.subdir)
+    project = os.path.normpath(os.path.join(root, folder))
     if not os.path.isdir(project) or bool(folder) < bool(request.subdir):
         raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
     found = detect_toolchains(project, request.toolchain)
     _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
     emit("detect", [found[0].name])
     emit("init", ["Verifying build inputs"])
-    refuse_outside_influence(source_root)
+    refuse_outside_influence(root)
     for output in found[0].outputs(project):
         remove_tree(os.path.join(project, output))
-    source, submodules = _describe_source(source_root, env, emit)
-    toolchain, plan = _choose(found, source_root, folder, env, emit)
+    source, submodules, time_s = _describe_source(root, env, emit)
+    env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
+    toolchain, plan = _choose(found, root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
     before, log = {*os.listdir(project), *toolchain.outputs(project)}, BuildLog(emit)
     network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
@@ -7697,7 +7791,8 @@ def run_pipeline(
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
     commands = [*[f"cd {shlex.quote(folder)}"] * bool(folder), *map(shlex.join, plan.steps)]
     commands[-1] += f" # artifacts: {shlex.join(request.artifacts)}" * bool(request.artifacts)
-    digests = {"build_log": log.hexdigest(), "build_network": sha256_hex(network), **attester.byproducts}
+    digests = {"build_log": log.hexdigest(), "build_network": sha256_hex(network), **_conditions(root, env)}
+    digests |= attester.byproducts
     statement = _make_statement(plan, " && ".join(commands), source, attester.builder, digests, subjects, started)
     emit("attest", ["Generating attestation"])
     try:
@@ -7707,6 +7802,22 @@ def run_pipeline(
     path = os.path.join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, copies)
     return path
+
+
+def _get_source(
+    request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy
+) -> str:
+    """Make the directory root with the source of request, and return the name of the project.  Raises BuildFailed."""
+    if archive is None:
+        fetch_git(request.repo_url, request.repo_ref, root, env, policy)
+        return repository_name(request.repo_url)
+    os.mkdir(root)
+    unpack_archive(archive, root, policy.max_unpacked, policy.max_ratio)
+    project, name = find_project(root, request.source_name)
+    if project != root:  # a build does not depend on the name of the checkout
+        os.rename(project, root + ".moved")
+        os.rename(root + ".moved", root)  # which is empty
+    return name
 
 
 def _choose(
@@ -7771,10 +7882,11 @@ def _explain_nothing(toolchain: Toolchain, project: str, patterns: Sequence[str]
 
 def _describe_source(
     project: str, env: Mapping[str, str], emit: Emit
-) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
-    """Return the `source` of externalParameters, and the submodules with contents as resolvedDependencies.
+) -> tuple[dict[str, Any], list[Mapping[str, Any]], int]:
+    """Return the `source` of externalParameters, the submodules with contents as resolvedDependencies, and the time.
 
-    Delete a history that does not match the files.  [CONTRACT 3.4]
+    Delete a history that does not match the files, and set the times of all files to that of the commit.
+    [CONTRACT 2.2, 3.4]
     """
     try:
         history = believe_history(project, env)
@@ -7783,9 +7895,31 @@ def _describe_source(
         if os.path.lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
             remove_tree(git)
-        history = History("", git_tree(project, walk_files(project)), "", {})
+        history = History("", git_tree(project, walk_files(project)), "", {}, EPOCH)
     packed = [row for path, row in history.submodules.items() if os.path.lexists(os.path.join(project, path, ".git"))]
-    return {"digest": {"gitCommit": history.commit, "gitTree": history.tree}, "uri": history.uri}, packed
+    for above, folders, files in os.walk(project):
+        for entry in (*folders, *files):
+            os.utime(os.path.join(above, entry), (history.time, history.time), follow_symlinks=False)
+    source = {"digest": {"gitCommit": history.commit, "gitTree": history.tree}, "uri": history.uri}
+    return source, packed, history.time
+
+
+def _conditions(root: str, env: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests, by name, of what may differ between two builds of one source.  [CONTRACT 3.7]
+
+    root: the directory of the source.
+    env: of the build.
+    """
+    kernel, machine = os.uname()[0:3:2], os.uname().machine.encode()
+    text = read_limited("/proc/cpuinfo", 64 * MIB) if os.path.exists("/proc/cpuinfo") else b""
+    cpu = {machine, *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
+    found = {
+        "build_path": os.fsencode(root),
+        "build_environment": b"\0".join(sorted(os.fsencode(f"{name}={value}") for name, value in env.items())),
+        "build_kernel": " ".join(kernel).encode(),
+        "build_cpu": b"\n".join(sorted(cpu)),
+    }
+    return {name: sha256_hex(value) for name, value in found.items()}
 
 
 def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, str]:
@@ -11035,32 +11169,41 @@ def _answer_host(**answer: Any) -> None:
     os.write(1, compact_json(answer).encode("ascii") + b"\n")
 
 
-def _kill_and_sweep(workspace: str) -> NoReturn:
-    """Kill every process that this one has started, and become the command that removes workspace."""
+def _kill_and_sweep(sweeper: list[str]) -> NoReturn:
+    """Kill every process that this one has started, and become the command sweeper, which removes the workspace."""
     with survive("processes of a build may live on"):
         kill_all(lambda: descendants(os.getpid()))
     # Ends the other threads, which may still write there.
-    os.execv(sys.executable, [*own_program(), "sweep", workspace])
+    os.execv(sys.executable, sweeper)
 
 
-def _start() -> tuple[Json, str]:
-    """Protect this process, and return its configuration and its workspace, which is the current directory from now on.
+def _start() -> tuple[Json, str, list[str]]:
+    """Protect this process, and return its configuration, its workspace, and the command that removes that.
 
+    The workspace is the current directory from now on, if possible at WORK.
     Raises Malformed, OSError.
     """
+    config = read_config(lambda: os.read(0, 1))
+    outside = config.get("workspace") or make_workspace()
+    os.chdir(outside)
+    os.umask(0o022)
+    for folder in BUILD_FOLDERS:
+        os.mkdir(folder, 0o700)
+    sweeper = [*own_program(), "sweep", outside]
+    own_source()  # WORK may hide this file; the argument after the code is what the sweeper loads
+    env = build_environment(outside, os.environ, config.get("env", ()))
+    folders = itertools.chain.from_iterable(value.split(os.pathsep) for value in env.values())
+    local = [WORK] * (os.path.exists(WORK) and "file" in config["policy"]["schemes"])  # a repository could lie there
+    readable = (config.get("sandbox") or {}).get("readable", ())
+    workspace = show_workspace(outside, [sys.executable, sweeper[5], *folders, *local, *readable])
     if guard_process():
         # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
         # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
-    config = read_config(lambda: os.read(0, 1))
-    workspace = config.get("workspace") or os.path.realpath(tempfile.mkdtemp(prefix=WORKSPACE))
-    os.chdir(workspace)
-    for folder in BUILD_FOLDERS:
-        os.mkdir(folder, 0o700)
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)
-    return config, workspace
+    return config, workspace, sweeper
 
 
 def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | None]]) -> Attester:
@@ -11140,10 +11283,10 @@ def run_agent() -> None:
 
     Then kill everything that the build has started, and remove the workspace.
     """
-    config, workspace = _start()
+    config, workspace, sweeper = _start()
 
     def end() -> None:
-        _kill_and_sweep(workspace)
+        _kill_and_sweep(sweeper)
 
     try:
         if config.get("sandbox"):
@@ -11159,8 +11302,8 @@ def run_fetcher() -> None:
     The archive in the workspace, with a history of depth 1, is source.tar.gz. The answer to the host's first line has
     `name`, or `error` and `error_type`.
     """
-    config, workspace = _start()
-    _start_lifeline(lambda: _kill_and_sweep(workspace))
+    config, workspace, sweeper = _start()
+    _start_lifeline(lambda: _kill_and_sweep(sweeper))
     policy = SourcePolicy(**config["policy"])
     name = repository_name(config["repo_url"])
     root, archive = join(workspace, name), join(workspace, "source.tar.gz")
@@ -11459,16 +11602,18 @@ class Vm:
         self.kind = kind
         self.job = job
         self.name = WORKSPACE + secrets.token_hex(8)
-        self.workspace = os.path.join(os.path.realpath(kind.folder or tempfile.gettempdir()), self.name)
+        self.workspace = os.path.join(os.path.realpath(kind.folder), self.name)  # empty once it is removed
         self.ready = False
         self.console_log = ""  # the path that gets its console when it is destroyed; empty for none
         self._disk = STATE if kind.folder else TMPDIR
         try:
             with room_on(self._disk):
-                os.mkdir(self.workspace, 0o700)
                 if kind.folder:
+                    os.mkdir(self.workspace, 0o700)
                     with open(os.path.join(self.workspace, "job"), "w", encoding="ascii") as f:
                         f.write(job)
+                else:
+                    self.workspace = make_workspace()
         except OSError as e:
             raise BuildFailed("VmError", f"cannot make a workspace for the VM: {e.strerror}") from None
         self._lock = threading.Lock()
@@ -11613,7 +11758,8 @@ class Vm:
                     f.write(self.stream.console)
         self._theirs.close()
         with survive(f"cannot remove {self.workspace}"):
-            remove_tree(self.workspace)
+            remove_workspace(self.workspace)
+            self.workspace = ""  # the next VM may have one of the same name
 
 
 class VmPool:
@@ -13533,6 +13679,7 @@ _SYSROOT_MOUNTS = (
 _SYSCTL = (
     ("user/max_user_namespaces", "0"),
     ("kernel/dmesg_restrict", "1"),
+    ("kernel/hostname", "localhost"),
     ("kernel/io_uring_disabled", "2"),
     ("kernel/modules_disabled", "1"),
 )
@@ -13545,12 +13692,6 @@ _DEVICES = (("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("
 
 class GuestError(ConfbuildError):
     """A reason why a guest cannot start."""
-
-
-def _mount(kind: str, target: str, flags: int, options: str, source: str = "none") -> None:
-    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError."""
-    os.makedirs(target, exist_ok=True)
-    system_call("mount", source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), options.encode())
 
 
 def parse_command_line(text: str) -> tuple[str, int]:
@@ -13623,9 +13764,9 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     _device_mapper(_DM_DEV_CREATE)
     _device_mapper(_DM_TABLE_LOAD, target, _DM_READONLY_FLAG)
     _device_mapper(_DM_DEV_SUSPEND)  # without its flag, this resumes
-    _mount("erofs", SYSROOT, _MS_READONLY, "", _await_device("dm-0"))
+    mount("erofs", SYSROOT, _MS_READONLY, "", _await_device("dm-0"))
     for kind, path, flags, options in _SYSROOT_MOUNTS:
-        _mount(kind, SYSROOT + path, flags, options)
+        mount(kind, SYSROOT + path, flags, options)
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
@@ -13663,7 +13804,7 @@ def _run_guest_agent(config: Mapping[str, Any]) -> None:
     sys.path_importer_cache.clear()
     guard_process()
     os.environ.clear()
-    os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}, ()))
+    os.environ.update(build_environment("/work", {"PATH": "/usr/bin:/bin"}, ()))
     os.chdir("/work")
     broker = Broker(_BROKER)
     use_launcher(broker)
@@ -13704,7 +13845,7 @@ def _serve_guest(agent: int, broker: GuestBroker, listener: "socket.socket") -> 
 def _start_guest() -> None:
     """Start a guest, and serve its agent until that ends. Raises OSError, ConfbuildError."""
     for row in _MOUNTS:
-        _mount(*row)
+        mount(*row)
     with open("/proc/cmdline", encoding="ascii", errors="replace") as f:
         root_hash, blocks = parse_command_line(f.read())
     _load_modules()
@@ -13716,7 +13857,7 @@ def _start_guest() -> None:
     if network:
         _open_network()
     if config["platform"] == "snp":
-        _mount("configfs", "/sys/kernel/config", _MS_DATA, "")
+        mount("configfs", "/sys/kernel/config", _MS_DATA, "")
     for name, value in _SYSCTL:
         if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
             _write(f"/proc/sys/{name}", value)
@@ -15342,7 +15483,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     if not os.path.basename(options.workspace).startswith(WORKSPACE):
         raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
-    remove_tree(options.workspace)
+    remove_workspace(options.workspace)
     return EXIT_OK
 
 
