@@ -14009,6 +14009,9 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False, at: str
     for why, names in skipped.items():
         rows.append(_paint("--  ", "33", color) + " " + plain_text(f"{', '.join(names)}: {why}"))
     missing = not_requested(verdict)
+    fields = [] if verbose else [name for name in missing if name.startswith("--")]
+    missing = [name for name in missing if name not in fields]
+    missing += [f"{len(fields)} more that -v names"] * bool(fields)
     return "\n".join([*rows, *(["Not checked: " + ", ".join(missing)] if missing else [])])
 
 
