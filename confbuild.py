@@ -11139,9 +11139,9 @@ def _connect(end: Callable[[], None]) -> "socket.socket":
                     block = block[os.write(sink, block) :]
         end()
 
-    out = os.dup(1)
+    out, single = os.dup(1), os.path.samestat(os.fstat(0), os.fstat(1))
     os.dup2(2, 1)  # for whatever else this process prints
-    if stat.S_ISSOCK(os.fstat(0).st_mode):
+    if single and stat.S_ISSOCK(os.fstat(0).st_mode):
         os.close(out)
         return Stream(fileno=os.dup(0))
     ours, theirs = socket.socketpair()
@@ -11292,6 +11292,8 @@ def run_agent() -> None:
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
         serve_agent(config, workspace, choose_attester(config, get_report), end)
+    except ConfbuildError as e:
+        logger().error("%s", e)  # now: end() does not return
     finally:
         end()
 
@@ -11421,32 +11423,23 @@ class VmKind(NamedTuple):
     folder: str = ""
 
 
-def simulated_vms(
-    policy: SourcePolicy, env: Sequence[str] = (), sandbox: Callable[[], Sandbox | None] = lambda: None
+def own_vms(
+    command: str, told: Mapping[str, Any], env: Sequence[str] = (), sandbox: Callable[[], Sandbox | None] = lambda: None
 ) -> VmKind:
     """Return the kind of VM that is a child process of this same file, which stands in for a confidential VM.
 
+    command: `agent`; or `fetcher`, which is no VM, but fetches a repository for one without a network.
+    told: its configuration.
     env: more names of the server's environment that a build may see.
     sandbox: returns that of the programs that a build runs; None for none.
     """
 
     def start(workspace: str, _: str) -> VmStart:
         box = sandbox()
-        told = {"policy": policy._asdict(), "env": list(env), "sandbox": box and box._asdict(), "workspace": workspace}
+        config = {**told, "env": list(env), "sandbox": box and box._asdict(), "workspace": workspace}
         fds = () if box is None or box.ports < 0 else (box.ports,)
-        argv = [*own_program(), "agent", "--stdio"]
-        return VmStart(argv, build_environment(workspace, os.environ, env), told, workspace, fds, foreign=False)
-
-    return VmKind(SIMULATED_PLATFORM, True, start)
-
-
-def fetchers(policy: SourcePolicy, url: str, ref: str) -> VmKind:
-    """Return the kind of process that fetches a repository for a VM without a network, and is no VM itself."""
-
-    def start(workspace: str, _: str) -> VmStart:
-        told = {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref, "workspace": workspace}
-        env = build_environment(workspace, os.environ, ())
-        return VmStart([*own_program(), "fetcher"], env, told, workspace, foreign=False)
+        own_env = build_environment(workspace, os.environ, env)
+        return VmStart([*own_program(), command], own_env, config, workspace, fds, foreign=False)
 
     return VmKind(SIMULATED_PLATFORM, True, start)
 
@@ -11532,37 +11525,40 @@ class VmStream:
     def readinto(self, buffer: Any) -> int:
         """Receive into buffer and return the number of bytes, 0 at the end. Raises OSError, BuildFailed."""
         until = time.monotonic() + self._timeout_s
-        while not self._over and not self.wait(min(until, self.deadline)):
+        while not self._over:
+            try:
+                size = self._sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+                self.used_at = time.monotonic()
+                return size
+            except BlockingIOError:
+                self.wait(min(until, self.deadline))
+            except ConnectionError:  # it has ended without reading everything
+                break
             if time.monotonic() >= self.deadline:
                 raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
             if time.monotonic() >= until:
                 raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
-        self.used_at = time.monotonic()
-        try:
-            return self._sock.recv_into(buffer)
-        except ConnectionError:  # it has ended without reading everything
-            return 0
+        return 0
 
     def sendall(self, data: Any) -> None:
         """Send data. Raises OSError."""
         self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - time.monotonic())))
         self._sock.sendall(data)
 
-    def wait(self, until: float) -> bool:
-        """Read the console until it is until, or there is something to receive. Return whether there is."""
+    def wait(self, until: float) -> None:
+        """Wait until there is something to receive or it is until, and read what is there of the console."""
         poll = select.poll()
         if not self._over:
             poll.register(self._sock, select.POLLIN)
         if self.errors is not None:
             poll.register(self.errors, select.POLLIN)
-        ready = [fd for fd, _ in poll.poll(max(0.0, min(until - time.monotonic(), 1e6)) * 1000)]
+        ready = dict(poll.poll(max(0.0, min(until - time.monotonic(), 1e6)) * 1000))
         if self.errors is not None and self.errors.fileno() in ready:
             block = os.read(self.errors.fileno(), BLOCK)
             self.console = (self.console + block)[-MAX_CONSOLE:]
             if not block:
                 self.errors.close()
                 self.errors = None
-        return self._sock.fileno() in ready
 
 
 class VmClient(ApiClient):
@@ -11711,12 +11707,10 @@ class Vm:
             text = str(e) if isinstance(e, BuildFailed) else f"the VM failed: {str(e) or type(e).__name__}"
             self.kill()
             self._read_console()
-            lines = [_CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip() for line in self._console_lines()]
+            console = self.stream.console.decode("utf-8", "replace").split("\n")
+            lines = [_CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip() for line in console]
             shown = " | ".join([line for line in lines if line][-LAST_LINES:])
             raise BuildFailed("VmError", f"{text}; last lines of the console: {shown}" if shown else text) from None
-
-    def _console_lines(self) -> list[str]:
-        return self.stream.console.decode("utf-8", "replace").split("\n")
 
     def _read_console(self) -> None:
         """Read the console of a process that has been killed to its end, for at most a second."""
@@ -11810,10 +11804,9 @@ class VmPool:
 
     def boot(self, vm: Vm, timeout_s: float = 0.0) -> dict[str, Any]:
         """Start vm, and return its answer. timeout_s: 0: that for booting. Raises BuildFailed."""
-        with vm.explained():
-            with self._spawning:
-                self._alive[vm] = vm.spawn()
-            return vm.greet(timeout_s or self._boot_timeout_s)
+        with self._spawning:
+            self._alive[vm] = vm.spawn()
+        return vm.greet(timeout_s or self._boot_timeout_s)
 
     def destroy(self, vm: Vm, clean: bool = False) -> None:
         """Destroy vm, and kill what it has left behind, here and elsewhere."""
@@ -11894,7 +11887,8 @@ class VmPool:
                 self._booting = vm
                 if self._stopping:
                     vm.kill()
-            self.boot(vm)
+            with vm.explained():
+                self.boot(vm)
         finally:
             with self._changed:
                 self._booting = None
@@ -12051,7 +12045,8 @@ class VmHost:
 
     def _fetch(self, fetcher: Vm, request: BuildRequest) -> tuple[BuildRequest, str]:
         """Return the request for the fetched repository as an archive, and the archive's path. Raises BuildFailed."""
-        answer = self.pool.boot(fetcher, self._build_timeout_s)
+        with fetcher.explained():
+            answer = self.pool.boot(fetcher, self._build_timeout_s)
         if "name" not in answer:
             raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
         name = answer["name"] + ".tar.gz"
@@ -14466,7 +14461,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         options.warm,
     )
     expected = machine.platform.expectations(machine.facts)
-    vms = VmHost(pool, lambda url, ref: Vm(fetchers(policy, url, ref)), options.build_timeout, expected)
+    vms = VmHost(
+        pool,
+        lambda url, ref: Vm(own_vms("fetcher", {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref})),
+        options.build_timeout,
+        expected,
+    )
     streamer = Streamer()
     limits = (options.slots, options.queue, options.single_use, options.keep_days, options.keep_bytes)
     jobs = Jobs(state, vms.run, streamer.grown, *limits)
@@ -14524,7 +14524,12 @@ def vm_kind(
         box = machine.sandbox and _hide(machine.sandbox, options, state)
         closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
         unclosed = (machine.protections or {}).get("ports")
-        return simulated_vms(policy, options.env, lambda: box and box._replace(ports=-1 if unclosed else closed()))
+        return own_vms(
+            "agent",
+            {"policy": policy._asdict()},
+            options.env,
+            lambda: box and box._replace(ports=-1 if unclosed else closed()),
+        )
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):

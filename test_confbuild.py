@@ -112,6 +112,7 @@ INSTALL = {
     "qemu-system-x86_64": "apt-get install qemu-system-x86",
     "cc": "apt-get install gcc",
     "dpkg-deb": "apt-get install dpkg",
+    "ssh": "apt-get install openssh-client",
     "QEMU 9.1": "apt-get install -t bookworm-backports qemu-system-x86",
     "QEMU 10.0": "apt-get install -t bookworm-backports qemu-system-x86",
 }
@@ -20851,6 +20852,7 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
 
 
 POLICY = confbuild.SourcePolicy()
+TOLD = {"policy": POLICY._asdict()}
 
 
 def piped(kind: confbuild.VmKind, shell: str = 'cat | "$@" | cat', **changes: Any) -> confbuild.VmKind:
@@ -20868,7 +20870,7 @@ class TestAgent:
     def test_lifeline(self, tmp_path: Path, stub_path: str, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
         """It serves one build over a socket or pipes; when stdin ends, its processes and its workspace are gone."""
         monkeypatch.setenv("PATH", stub_path)
-        vm = confbuild.Vm(piped(confbuild.simulated_vms(POLICY), shell))
+        vm = confbuild.Vm(piped(confbuild.own_vms("agent", TOLD), shell))
         vm.spawn()
         assert vm.greet(PATIENCE)["version"] == confbuild.__version__
         assert json.loads(vm.client.attestation(NONCE))["platform"] == "simulated"
@@ -21031,7 +21033,8 @@ class TestAgent:
         """A server that is killed between the SIGSTOP and the SIGKILL of destroy() leaves no stopped agent behind."""
         code = (
             "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
-            "vm = confbuild.Vm(confbuild.simulated_vms(confbuild.SourcePolicy()))\npid = vm.spawn()\nvm.greet(60)\n"
+            "vm = confbuild.Vm(confbuild.own_vms('agent', {'policy': confbuild.SourcePolicy()._asdict()}))\n"
+            "pid = vm.spawn()\nvm.greet(60)\n"
             "os.kill(pid, signal.SIGSTOP)\nprint(pid, vm.workspace, flush=True)\nsignal.pause()\n"
         )
         with subprocess.Popen(
@@ -21102,7 +21105,11 @@ class TestAgent:
 class TestFetcher:
     def run(self, tmp_path: Path, stub_path: str, url: str) -> tuple[Any, str]:
         """(its answer besides the token, its workspace), which is gone afterwards."""
-        vm = confbuild.Vm(confbuild.fetchers(confbuild.SourcePolicy(("file",)), url, "main"))
+        vm = confbuild.Vm(
+            confbuild.own_vms(
+                "fetcher", {"policy": confbuild.SourcePolicy(("file",))._asdict(), "repo_url": url, "repo_ref": "main"}
+            )
+        )
         vm.spawn()
         try:
             answer = vm.greet(30)
@@ -21155,7 +21162,9 @@ class TestFetcher:
             f"confbuild.fetch_git, confbuild.has_room = fetch, lambda folder: {room}\nconfbuild.run_fetcher()"
         )
         monkeypatch.setattr(confbuild, "own_program", lambda: [sys.executable, "-S", "-c", code, str(COMPILED.parent)])
-        vm = confbuild.Vm(confbuild.fetchers(POLICY, "file:///x", ""))
+        vm = confbuild.Vm(
+            confbuild.own_vms("fetcher", {"policy": POLICY._asdict(), "repo_url": "file:///x", "repo_ref": ""})
+        )
         vm.spawn()
         try:
             assert vm.greet(PATIENCE) == {"agent": vm._token, **answer}
@@ -21469,7 +21478,7 @@ class TestVm:
         made: list[confbuild.Vm] = []
 
         def make(job: str) -> confbuild.Vm:
-            made.append(confbuild.Vm(confbuild.simulated_vms(POLICY), job))
+            made.append(confbuild.Vm(confbuild.own_vms("agent", TOLD), job))
             return made[-1]
 
         host = vm_host(make, boot_timeout_s=0.3 if "0.3" in fragment else PATIENCE)
@@ -21517,7 +21526,7 @@ class TestVm:
             raise full
 
         def make(job: str) -> Any:
-            kind = confbuild.simulated_vms(POLICY)
+            kind = confbuild.own_vms("agent", TOLD)
             if "guest" in where:
                 kind = confbuild.qemu_vms(guest, {}, "" if "TMPDIR" in where else str(tmp_path / "vms"))
             with monkeypatch.context() as m:
@@ -21558,13 +21567,13 @@ class TestVm:
         with pytest.raises(
             confbuild.BuildFailed, match="^cannot make a workspace for the VM: No such file or directory$"
         ) as caught:
-            confbuild.Vm(confbuild.simulated_vms(POLICY))
+            confbuild.Vm(confbuild.own_vms("agent", TOLD))
         assert caught.value.error_type == "VmError"
 
     def test_no_room_to_boot(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A VM that ends at once on a full disk has ended for that."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["true"])
-        vm = confbuild.Vm(confbuild.simulated_vms(POLICY))
+        vm = confbuild.Vm(confbuild.own_vms("agent", TOLD))
         vm.spawn()
         with monkeypatch.context() as m:
             m.setattr(confbuild, "has_room", lambda folder: folder != vm.workspace)
@@ -21817,7 +21826,7 @@ class TestSandboxedBuilds:
         )
 
         def run(build: str) -> tuple[list[str], str]:
-            kind = confbuild.simulated_vms(POLICY, (), lambda: box)
+            kind = confbuild.own_vms("agent", TOLD, (), lambda: box)
             host = vm_host(lambda job: confbuild.Vm(kind, job))
             jobs = confbuild.Jobs(tempfile.mkdtemp(dir=tmp_path), host.run, lambda log: None)
             archive = tmp_path / "archive"
@@ -21980,7 +21989,7 @@ def counted(s: Server) -> int:
 class StandInVm(confbuild.Vm):
     """A VM that is ready at once."""
 
-    kind = confbuild.simulated_vms(POLICY)
+    kind = confbuild.own_vms("agent", TOLD)
     name, job, workspace, console_log, ready, alive, destroyed = "n", "j", "/nowhere", "", False, True, False
 
     def __init__(self, job: str = "") -> None:
@@ -22034,6 +22043,269 @@ def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception,
     jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
     with pytest.raises(confbuild.BuildFailed, match=f"^the VM failed: {said}$"):
         host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None))
+
+
+class Recorded(StandInVm):
+    """A VM whose agent says parts, each when it is due; after `limit` bytes the stream ends, or hangs."""
+
+    DUE = (b"", b"}", b"/events ", b"/result ")  # what the host has said by then
+
+    def __init__(self, parts: Sequence[bytes], limit: int | None = None, ends: bool = True) -> None:
+        super().__init__()
+        ours, theirs = socket.socketpair()
+        self.stream = confbuild.VmStream(ours)
+        self.client = confbuild.VmClient(self.stream)
+        self._token, self._disk, self.workspace = "t" * 43, "", tempfile.gettempdir()
+
+        def speak() -> None:
+            heard, left = b"", sum(map(len, parts)) if limit is None else limit
+            with theirs, contextlib.suppress(OSError):
+                for due, part in zip(self.DUE, parts, strict=True):
+                    while due not in heard:
+                        heard += theirs.recv(65536) or due
+                    theirs.sendall(part[:left])
+                    left -= len(part)
+                    if left <= 0 and ends:
+                        return
+                while theirs.recv(65536):
+                    pass
+
+        threading.Thread(target=speak, daemon=True).start()
+
+    def greet(self, timeout_s: float) -> dict[str, Any]:
+        return confbuild.Vm.greet(self, timeout_s)
+
+    def kill(self) -> None:
+        self.stream.shut(socket.SHUT_RDWR)
+
+
+class TestStream:
+    """What a relay between host and agent may do to the stream. [CONTRACT 6.2] [CONTRACT 6.3]"""
+
+    @pytest.fixture
+    def said(self, tmp_path: Path) -> list[bytes]:
+        """What an agent says in a whole build; the last part ends with the archive."""
+        write_files(tmp_path / "made", {"artifacts/demo": b"artifact"})
+        files, path = bundle(), str(tmp_path / "made/archive")
+        confbuild.write_archive(path, "demo", provenance_of(files), files.evidence, str(tmp_path / "made/artifacts"))
+        archive = Path(path).read_bytes()
+        digest = base64.b64encode(hashlib.sha256(archive).digest()).decode()
+        events = wire(ev("detect"), ev("build"), OK_EVENT)
+        chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (b": x\n\n", events[:30], events[30:]))
+        heads = (
+            "Content-Length: 17\r\n\r\n",
+            "Content-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n",
+            f"Content-Length: {len(archive)}\r\nRepr-Digest: sha-256=:{digest}:\r\n\r\n",
+        )
+        bodies = (b'{"job_id":"0a-1"}', chunks + b"0\r\n\r\n", archive)
+        parts = [b"HTTP/1.1 200 OK\r\n" + head.encode() + body for head, body in zip(heads, bodies, strict=True)]
+        return [b'{"agent":"' + b"t" * 43 + b'","version":"1"}\n', *parts]
+
+    @staticmethod
+    def drive(tmp_path: Path, vm: confbuild.Vm) -> bytes:
+        """The verified result of a build with this VM, or nothing if it is a VmError."""
+        job = confbuild.Job(str(tmp_path), confbuild.JobRecord(1, confbuild.BuildRequest(NONCE, "u")))
+        (tmp_path / "events").unlink(missing_ok=True)
+        (tmp_path / "result.tmp").unlink(missing_ok=True)
+        job.log = confbuild.EventLog(str(tmp_path / "events"))
+        try:
+            with vm.explained():
+                vm.greet(PATIENCE)
+                path = stand_in_host(tmp_path)._drive(vm, job, job.request, None)
+        except confbuild.BuildFailed as e:
+            assert e.error_type == "VmError" and not (tmp_path / "result.tmp").exists()
+            return b""
+        finally:
+            vm.kill()
+        return Path(path).read_bytes()
+
+    def test_cut_at_every_byte(self, tmp_path: Path, said: list[bytes]) -> None:
+        """A stream that ends early completes nothing."""
+        result = self.drive(tmp_path, Recorded(said))
+        assert said[-1].endswith(result) and len(result) > 500
+        size = sum(map(len, said))
+        for n in (*range(size - len(result)), *range(size - len(result), size, 97), size - 1):
+            assert self.drive(tmp_path, Recorded(said, n)) == b"", n
+
+    @pytest.mark.parametrize("n", [0, 20, 100, 300])
+    def test_hanging(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[bytes], n: int) -> None:
+        """Silence is an end as well."""
+        monkeypatch.setattr(confbuild, "READ_TIMEOUT_S", 0.02)
+        monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.02)
+        assert self.drive(tmp_path, Recorded(said, n, ends=False)) == b""
+
+    @pytest.mark.parametrize(
+        "noise",
+        [
+            b"Welcome\r\n$ ",
+            b"\n" * 1000,
+            bytes(range(256)) * 100,
+            b'{"token":"' + b"t" * 43 + b'"}\n',  # the host's own line, from a terminal
+            b'{"agent":"' + b"x" * 43 + b'"}\n',
+        ],
+        ids=short_id,
+    )
+    def test_noise(self, tmp_path: Path, said: list[bytes], noise: bytes) -> None:
+        """What comes before the answer does not matter, and is bounded; what comes later does."""
+        assert self.drive(tmp_path, Recorded([noise + said[0], *said[1:]])) != b""
+        assert self.drive(tmp_path, Recorded([noise * (1 + 65536 // len(noise)) + said[0], *said[1:]])) == b""
+        assert self.drive(tmp_path, Recorded([said[0], noise + b"\n" + said[1], *said[2:]])) == b""
+
+    def test_repeating(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[bytes]) -> None:
+        """Bytes that come twice give no other result. If they let the host wait for more, silence is the end."""
+        result = self.drive(tmp_path, Recorded(said))
+        monkeypatch.setattr(confbuild, "READ_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(sys.modules[__name__], "PATIENCE", 0.1)
+        for which, part in enumerate(said):
+            for n in range(0, min(len(part), 250), 23):
+                again = [*said[:which], part[: n + 40] + part[n:], *said[which + 1 :]]
+                assert self.drive(tmp_path, Recorded(again)) in (b"", result), (which, n)
+
+    def test_not_asked_again(self, tmp_path: Path, said: list[bytes]) -> None:
+        """A response that ends the connection, and one that goes on after the last event, end the VM."""
+        closing = said[1].replace(b"Content-Length: 17", b"Connection: close")
+        going_on = said[2].replace(b"0\r\n\r\n", b"5\r\n: x\n\n\r\n0\r\n\r\n")
+        assert closing != said[1] and self.drive(tmp_path, Recorded([said[0], closing, *said[2:]])) == b""
+        assert going_on != said[2] and self.drive(tmp_path, Recorded([*said[:2], going_on, said[3]])) == b""
+
+
+AGENT = shlex.join([*confbuild.own_program(), "agent", "--stdio"])
+
+
+class TestCommandVms:
+    """VMs that an operator's command starts. [CONTRACT 6.1]"""
+
+    def test_broken_machines(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Two machines break, before and after they answer; the third one builds. Each is cleaned up."""
+        script = (
+            write_files(
+                tmp_path,
+                {
+                    "start": f"""#!/bin/sh
+echo "$CONFBUILD_JOB $CONFBUILD_NAME $CONFBUILD_VCPUS $*" >> {tmp_path}/started
+export TMPDIR={tmp_path}
+echo noise
+echo "on the console" >&2
+case $(wc -l < {tmp_path}/started) in
+  1) exit 0;;
+  2) cat | {AGENT} | (dd bs=1 count=400 2>/dev/null; kill -9 0);;
+  *) cat | {AGENT} | cat;;
+esac
+""",
+                },
+            )
+            / "start"
+        )
+        s = server(
+            "--vm-command",
+            f"sh {script} {{name}} '{{job}} x'",
+            "--vm-cleanup",
+            f"sh -c 'echo {{name}} {{job}} >> {tmp_path}/cleaned'",
+        )
+        job = s.submit()
+        events = s.events(job)
+        assert events[-1] == OK_EVENT
+        told = [event["msg"] for event in events if event["type"] == "vm"]
+        assert [re.sub(r": .*", "", text.removeprefix("VM of sh: ")) for text in told] == [
+            "booting", "attempt 1 of 3 failed", "booting", "ready", "attempt 2 of 3 failed", "booting", "ready"
+        ]  # fmt: skip
+        assert told[1].endswith("the VM ended while it booted; last lines of the console: on the console")
+        names = [line.split()[1] for line in (tmp_path / "started").read_text().splitlines()]
+        assert (tmp_path / "started").read_text() == "".join(f"{job} {name} 1 {name} {job} x\n" for name in names)
+        assert len(set(names)) == 3 and all(re.fullmatch("confbuild-vm-[0-9a-f]{16}", name) for name in names)
+        assert (tmp_path / "cleaned").read_text() == "".join(f"{name} {job}\n" for name in names)
+        assert b"on the console\n" in (s.state / "jobs" / job / "console.log").read_bytes()
+        config = json.loads(s.request("GET", "/config")[2])
+        assert (config["platform"], config["confidential"], config["toolchains"]) == ("simulated", False, None)
+        assert config["isolation"].startswith("a VM for each build, which a command of the operator starts")
+        assert os.listdir(s.state / "guests") == []
+
+    def test_expected_evidence(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Only evidence decides: a VM without hardware cannot build where that is expected."""
+        s = server("--vm-command", AGENT, "--expect", "snp")
+        assert json.loads(s.request("GET", "/config")[2])["measurement"] is None
+        result = s.events(s.submit())[-1]["result"]
+        assert result["error_type"] == "VmError" and "not a confidential VM" in result["error"]
+        liar = write_files(
+            tmp_path, {"liar": f'#!/bin/sh\nread -r x\n(echo "$x" | sed \'s/:"snp"/:"simulated"/\'; cat) | {AGENT}\n'}
+        )
+        s = server("--vm-command", f"sh {liar}/liar", "--expect", "snp")
+        result = s.events(s.submit())[-1]["result"]
+        assert result["error_type"] == "AttestationError" and "does not verify: " in result["error"]
+
+    def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """After kill -9 nothing of a VM runs here, and the next server cleans up before it does anything else."""
+        started, cleaned = tmp_path / "started", tmp_path / "cleaned"
+        s = server("--vm-command", f"sh -c 'echo $$ {{name}} > {started}; exec sleep 300'")
+        job = s.submit()
+        pid, name = wait_for(lambda: started.exists() and started.read_text().split())
+        assert s.process is not None
+        s.process.kill()
+        s.process.communicate()
+        wait_for(lambda: not living(int(pid)))
+        s.options = ("--vm-command", AGENT, "--vm-cleanup", f"sh -c 'echo {{name}} {{job}} >> {cleaned}'")
+        s.start()
+        assert cleaned.read_text().splitlines()[0] == f"{name} {job}"
+        assert s.events(job)[-1] == OK_EVENT
+
+    def test_cancelled(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """A cancellation ends the command, and cleans up, too."""
+        cleaned = tmp_path / "cleaned"
+        s = server(
+            "--vm-command",
+            shlex.join(["sh", "-c", f"cat | {AGENT} | cat"]),
+            "--vm-cleanup",
+            f"sh -c 'echo {{job}} >> {cleaned}; exit 7'",
+        )
+        job = s.submit(project("echo up; sleep 300"))
+        until(s, job)
+        s.request("DELETE", f"/build/{job}")
+        assert s.events(job)[-1]["result"]["error_type"] == "Cancelled"
+        assert wait_for(lambda: cleaned.exists() and cleaned.read_text()) == f"{job}\n"
+        assert s.process is not None and wait_for(
+            lambda: confbuild.descendants(s.process.pid) == [] if s.process else 0
+        )
+        assert "--vm-cleanup ended with status 7" in s.stop()
+
+    def test_spare(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """One that is started before there is a job."""
+        s = server(
+            "--warm", "1", "--vm-command", shlex.join(["sh", "-c", f"echo {{job}} >> {tmp_path}/started; exec {AGENT}"])
+        )
+        assert s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200
+        assert s.events(s.submit())[-1] == OK_EVENT
+        assert set((tmp_path / "started").read_text().split()) == {"spare"}
+
+    @needs("ssh")
+    def test_ssh(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """The recipe of the README, with this machine."""
+        there = subprocess.run(
+            ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "localhost", "true"],
+            capture_output=True,
+            check=False,
+        )
+        if there.returncode:
+            pytest.skip("ssh localhost is refused: start sshd, and add your key to ~/.ssh/authorized_keys")
+        command = shlex.join(["env", f"PATH={os.environ['PATH']}", *confbuild.own_program(), "agent", "--stdio"])
+        s = server("--vm-command", shlex.join(["ssh", "-o", "BatchMode=yes", "localhost", command]))
+        job = s.submit(project("echo built >&2\n" + QUICK))
+        assert s.events(job)[-1] == OK_EVENT
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--vm-cleanup", "x"], "--vm-cleanup requires --vm-command"),
+            (["--expect", "snp"], "--expect requires --vm-command"),
+            (["--vm-command", "x", "--tee"], "--tee cannot be combined with --vm-command"),
+            (["--vm-command", "x", "--vm", "sim"], "--vm cannot be combined with --vm-command"),
+            (["--vm-command", "x", "--require-isolation"], "--require-isolation cannot be combined with --vm-command"),
+            (["--vm-command", "x '"], "--vm-command x ': No closing quotation"),
+            (["--vm-command", "x", "--vm-cleanup", "'"], "--vm-cleanup ': No closing quotation"),
+        ],
+    )
+    def test_options(self, arguments: list[str], message: str) -> None:
+        with pytest.raises(confbuild.UsageError, match=f"^{re.escape(message)}$"):
+            confbuild.prepare_platform(confbuild.parse_arguments(["serve", *arguments]))
 
 
 class TestSpares:
@@ -22187,7 +22459,7 @@ class TestSpares:
         for _ in range(5):
             monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; sleep 300 & exec sleep 300"])
             monkeypatch.setattr(confbuild, "kill_all", lambda find: None)
-            vm = confbuild.Vm(confbuild.simulated_vms(POLICY))
+            vm = confbuild.Vm(confbuild.own_vms("agent", TOLD))
             with contextlib.ExitStack() as stack:
                 stack.callback(os.killpg, vm.spawn(), signal.SIGKILL)
                 pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor())
@@ -22205,7 +22477,7 @@ class TestSpares:
         made: list[confbuild.Vm] = []
 
         def make(job: str) -> confbuild.Vm:
-            made.append(confbuild.Vm(confbuild.simulated_vms(POLICY), job))
+            made.append(confbuild.Vm(confbuild.own_vms("agent", TOLD), job))
             return made[-1]
 
         jobs = confbuild.Jobs(str(tmp_path), vm_host(make, 60).run, lambda log: None)
@@ -22224,7 +22496,7 @@ class TestSpares:
     def test_half_a_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A child that does not finish what it says is waited for as long as one that says nothing."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; printf 80; exec sleep 300"])
-        vm = confbuild.Vm(confbuild.simulated_vms(POLICY))
+        vm = confbuild.Vm(confbuild.own_vms("agent", TOLD))
         vm.spawn()
         with pytest.raises(confbuild.BuildFailed, match="did not boot within 0.2 s"):
             vm.greet(0.2)
@@ -22233,7 +22505,7 @@ class TestSpares:
     def test_no_look_at_processes(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """A VM dies also where what it has started cannot be found."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", "read x; exec sleep 300"])
-        vm = confbuild.Vm(confbuild.simulated_vms(POLICY))
+        vm = confbuild.Vm(confbuild.own_vms("agent", TOLD))
         pid = vm.spawn()
         with monkeypatch.context() as m:
             m.setattr(confbuild, "descendants", raising(OSError(errno.EMFILE, "Too many open files")))
@@ -22268,7 +22540,7 @@ class TestSpares:
 
     def test_reaped_by_another(self) -> None:
         """A VM whose process somebody else has waited for is one that has ended."""
-        vm = confbuild.Vm(confbuild.simulated_vms(POLICY))
+        vm = confbuild.Vm(confbuild.own_vms("agent", TOLD))
         child = vm._child = subprocess.Popen(["true"])
         os.waitpid(child.pid, 0)
         assert vm.is_alive() is False
@@ -22286,7 +22558,7 @@ class TestSpares:
                 made.append(self)
                 raise SystemError("it will not go")
 
-        host = vm_host(lambda job: Stubborn(confbuild.simulated_vms(POLICY), job), 30, 0.05)
+        host = vm_host(lambda job: Stubborn(confbuild.own_vms("agent", TOLD), job), 30, 0.05)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"), None)
         with pytest.raises(confbuild.BuildFailed, match="^the build took longer than 0.05 s$") as caught:
@@ -22319,7 +22591,7 @@ class TestSpares:
     def test_none(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no VM boots, the reason is told."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["false"])
-        host = vm_host(lambda *job: confbuild.Vm(confbuild.simulated_vms(POLICY)), 5)
+        host = vm_host(lambda *job: confbuild.Vm(confbuild.own_vms("agent", TOLD)), 5)
         host.pool.start()
         with pytest.raises(confbuild.BuildFailed, match="ended while it booted"):
             host.pool.attestation(NONCE)
@@ -28800,7 +29072,7 @@ if __name__ == "__main__":
         policy, streamer = SourcePolicy(), Streamer()
         expected = SIMULATED_PLATFORM.expectations(None)
         lock = claim_state(state)
-        pool = VmPool(lambda *job: Vm(simulated_vms(policy), *job), reap=guard_process())
+        pool = VmPool(lambda *job: Vm(own_vms("agent", {"policy": policy._asdict()}), *job), reap=guard_process())
         vms = VmHost(pool, None, expected=expected)
         jobs = Jobs(state, vms.run, streamer.grown)
         api = Api(jobs, policy, {}, pool.attestation)
