@@ -93,20 +93,21 @@ Contents (a section uses only sections above it; 1-4 are vocabulary, free to all
     31. Event log
     32. Event streams
     33. Jobs
-    34. HTTP API
-    35. Client
-    36. Agent
-    37. VMs
+    34. Web page
+    35. HTTP API
+    36. Client
+    37. Agent
+    38. VMs
     Part V - Guest: how --tee runs
-    38. Image
-    39. QEMU
-    40. Broker
-    41. First process
+    39. Image
+    40. QEMU
+    41. Broker
+    42. First process
     Part VI - Command line
-    42. Rendering
-    43. Server set-up
-    44. Commands
-    45. Options
+    43. Rendering
+    44. Server set-up
+    45. Commands
+    46. Options
 
 Specifications
 
@@ -8337,6 +8338,7 @@ class EventLog:
     Raises Malformed if the file is not a log, OSError.
 
     size, count and finished are written under _lock, in this order; a reader may read them without it.
+    phases: the first event of each phase that this object appended -> its time, in seconds since 1970.
     owner: is kept alive by whoever reads the log.
     """
 
@@ -8359,6 +8361,7 @@ class EventLog:
         self.size = found[0]
         self.count = found[1]
         self.finished = found[2]
+        self.phases: dict[str, float] = {}
         self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
 
     def _first_zero(self, length: int) -> int:
@@ -8396,6 +8399,7 @@ class EventLog:
             self.count += len(frames)
             self.size += len(data)
             self.finished = finished
+            self.phases.setdefault(frames[0].split('"', 4)[3], round(time.time(), 3))
         if self._on_append is not None:
             self._on_append(self)
 
@@ -8862,6 +8866,7 @@ _JOB_SCHEMAS = {
         "finished_at": finished_at,
         "result": result,
         "failure": failure,
+        "phases?": dict,
         "key?": IDEMPOTENCY_KEY,
     }
     for state, (_, finished_at, result, failure) in JOB_STATES.items()
@@ -8931,6 +8936,7 @@ class JobRecord(NamedTuple):
 
     result: size and SHA-256 of the archive.
     failure: error and error_type of the `complete` event.
+    phases: of a job that has ended, as of EventLog.
     key: the Idempotency-Key of its request, or empty.
     """
 
@@ -8943,13 +8949,15 @@ class JobRecord(NamedTuple):
     finished_at: str = ""
     result: Json | None = None
     failure: Strings | None = None
+    phases: Mapping[str, float] = {}
     key: str = ""
 
     def to_bytes(self) -> bytes:
         """Return job.json."""
         doc = self._asdict() | {"request": self.request._asdict()}
-        if not self.key:  # earlier versions do not know it
-            del doc["key"]
+        for name in ("phases", "key"):  # earlier versions do not know them
+            if not doc[name]:
+                del doc[name]
         return compact_json(doc).encode("ascii")
 
     @classmethod
@@ -8976,8 +8984,8 @@ class JobRecord(NamedTuple):
         result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
         return to_payload({"type": "complete", "result": result})
 
-    def to_wire(self, job_id: str, position: int | None) -> Json:
-        """Return the status of the job. position: in the queue, if it waits. [CONTRACT 1.12]"""
+    def to_wire(self, job_id: str, position: int | None, log: EventLog | None) -> Json:
+        """Return the status of the job. position: in the queue, if it waits. log: until it ends. [CONTRACT 1.12]"""
         url, ref = self.request.repo_url, self.request.repo_ref
         return {
             "job_id": job_id,
@@ -8989,6 +8997,7 @@ class JobRecord(NamedTuple):
             "started_at": self.started_at or None,
             "finished_at": self.finished_at or None,
             "result": self.result,
+            "phases": self.phases if log is None or self.ended else dict(log.phases),
             **(self.failure or {}),
             **({} if position is None else {"position": position}),
         }
@@ -9194,7 +9203,7 @@ class Job:
                 self.update(state="queued", attempts=self.record.attempts - 1)
                 return
         if not self.record.ended:
-            self.update(finished_at=utc_now(), **changes)
+            self.update(finished_at=utc_now(), phases=dict(self.log.phases if self.log else {}), **changes)
         if self.log is not None:
             self.log.append(self.record.complete_event())
             _log_end(self, self.log)
@@ -9434,7 +9443,7 @@ def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[Json]:
     for job_id in jobs.table.ids(after)[:limit]:
         with contextlib.suppress(Refused):  # it is removed meanwhile
             job = jobs.get(job_id)
-            found.append(job.record.to_wire(job.id, positions.get(job)))
+            found.append(job.record.to_wire(job.id, positions.get(job), job.log))
     return found
 
 
@@ -9563,7 +9572,7 @@ class Jobs:
 
     def describe(self, job: Job) -> Json:
         """Return the status of a job. [CONTRACT 1.12]"""
-        return job.record.to_wire(job.id, self.positions().get(job))
+        return job.record.to_wire(job.id, self.positions().get(job), job.log)
 
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
@@ -9658,7 +9667,1012 @@ class Jobs:
 
 # endregion 33
 # ==============================================================================
-# region 34. HTTP API                      [uses 18, 21, 23, 24, 30, 31, 32, 33]
+# region 34. Web page                                             [uses nothing]
+# ==============================================================================
+# The page that browsers get for GET / [CONTRACT 1.18]: list, build, submit.  It is this one literal, without
+# interpolation; whatever it shows, its script gets from the API, like any other client.  It loads nothing else:
+# the policy in its headers allows its one script and its one style by their hashes, and no text can become HTML.
+#
+# The script keeps a log as chunks of bytes and draws only the rows that are visible, so a million lines stay small.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>confbuild</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg'
+ viewBox='0 0 16 16'%3E%3Cg fill='none' stroke='%23137a7f' stroke-width='2'%3E%3Cpath
+ d='M5.5 2H2v12h3.5M10.5 2H14v12h-3.5'/%3E%3C/g%3E%3Cpath
+ fill='%23137a7f' d='M6 6h4v4H6z'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --ground: #fcfcfa; --raised: #f3f3ef; --line: #dedfd9; --text: #1c1f1e; --quiet: #5f6663; --accent: #0e6a6f;
+  --on-accent: #fff; --bad: #b3261e;
+  --c0: #24292b; --c1: #b3261e; --c2: #33731f; --c3: #8a5c00;
+  --c4: #1f56b0; --c5: #8a2d86; --c6: #0b6b70; --c7: #6d7370;
+ --c8: #7d8380; --c9: #cf3a31; --c10: #3c8a25; --c11: #a06c00; --c12: #2f6fd6; --c13: #a63ea1; --c14: #0e858b;
+  --c15: #3a403e;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --ground: #141716; --raised: #1c201f; --line: #303634; --text: #e3e6e3; --quiet: #98a09c; --accent: #5cc0c2;
+    --on-accent: #0b1a1a; --bad: #ff8f85;
+    --c0: #6d7572; --c1: #ff8f85; --c2: #8fcc76; --c3: #e0b65a;
+    --c4: #8ab4f8; --c5: #d9a0dc; --c6: #6fcdd0; --c7: #c3c9c5;
+    --c8: #858d89; --c9: #ffaba3; --c10: #a9dd94; --c11: #efcb80; --c12: #aac8fb; --c13: #e6bce8; --c14: #92dfe1;
+    --c15: #f2f4f2;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--ground); color: var(--text); font: 14px/1.5 system-ui, sans-serif; }
+pre, .mono, #log { font-family: ui-monospace, "SF Mono", "Cascadia Mono", "DejaVu Sans Mono", Menlo, monospace; }
+pre, .mono { font-size: 12.5px; overflow-wrap: anywhere; }
+a { color: var(--accent); text-underline-offset: 2px; text-decoration-thickness: 1px; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+header, main, #notice, #alert { padding-inline: max(16px, calc(50vw - 540px)); }
+header { display: flex; align-items: baseline; gap: 12px; padding-block: 12px; border-bottom: 1px solid var(--line); }
+header a { color: var(--text); font-size: 16px; font-weight: 650; letter-spacing: -.01em; text-decoration: none; }
+#server { color: var(--quiet); margin-left: auto; }
+#notice, #alert { margin: 0; padding-block: 8px; border-bottom: 1px solid var(--line); background: var(--raised); }
+#alert, #failure { color: var(--bad); overflow-wrap: anywhere; }
+main { padding-block: 20px 48px; }
+h1 { margin: 0; font-size: 20px; font-weight: 650; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h2, #home h1 { margin: 28px 0 8px; font-size: 14px; font-weight: 650; letter-spacing: 0; }
+#home h1 { margin-top: 0; }
+.quiet, th, dt { color: var(--quiet); }
+.number, td { font-variant-numeric: tabular-nums; }
+
+button, input, .button {
+  font: inherit; color: inherit; background: var(--ground); border: 1px solid var(--line); border-radius: 4px;
+  padding: 4px 10px; min-height: 32px;
+}
+input { min-width: 0; }
+button, .button { cursor: pointer; background: var(--raised); text-decoration: none; white-space: nowrap; }
+button:hover, .button:hover { border-color: var(--quiet); }
+button:disabled { opacity: .5; cursor: default; }
+.primary { background: var(--accent); border-color: var(--accent); color: var(--on-accent); font-weight: 600; }
+
+form { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; }
+form label { display: grid; gap: 2px; color: var(--quiet); font-size: 12.5px; }
+form label input { color: var(--text); font-size: 14px; }
+#url { width: 26rem; max-width: 100%; }
+label:has(#url) { flex: 0 1 26rem; }
+#submit { padding: 14px 16px; border: 1px dashed var(--line); border-radius: 6px; }
+#submit.over { border-color: var(--accent); background: var(--raised); }
+form p { margin: 0; flex-basis: 100%; }
+#file { position: absolute; width: 1px; height: 1px; opacity: 0; }
+label.button { color: var(--text); font-size: 14px; display: inline-block; }
+label.button:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
+
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: 5px 16px 5px 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
+th { font-weight: 500; }
+tbody th { width: 10rem; }
+td:last-child, th:last-child { padding-right: 0; }
+#rows td:first-child { width: 40%; overflow-wrap: anywhere; }
+#rows td:last-child { text-align: right; }
+#rows td { height: 43px; white-space: nowrap; }
+#rows td:first-child { white-space: normal; }
+#rows button { min-height: 26px; padding: 1px 8px; }
+#rows a { font-weight: 600; color: var(--text); text-decoration: none; }
+#rows a:hover { text-decoration: underline; }
+.state::before {
+  content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px; border-radius: 50%;
+  border: 2px solid var(--quiet);
+}
+.running::before { border-color: var(--accent); border-right-color: transparent; animation: turn 1.2s linear infinite; }
+.ok::before { border-color: var(--accent); background: var(--accent); }
+.failed::before, .damaged::before { border-color: var(--bad); background: var(--bad); border-radius: 1px; }
+@keyframes turn { to { rotate: 1turn; } }
+@media (prefers-reduced-motion: reduce) { .running::before { animation: none; } }
+
+.title { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 16px; margin: 4px 0 2px; }
+.title .right { display: flex; gap: 8px; margin-left: auto; }
+.crumb { margin: 0; }
+#failure { margin: 10px 0; padding: 8px 12px; border-left: 3px solid var(--bad); background: var(--raised); }
+#phases { margin: 12px 0 16px; }
+#phases th, #phases td { border: 0; padding-block: 0; }
+#phases th { width: 7rem; font-weight: 400; }
+#phases td:nth-child(2) { width: 7rem; }
+#phases .now th { color: var(--text); font-weight: 600; }
+
+.tools { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 8px; margin-bottom: 8px; }
+.tools .right { margin-left: auto; }
+.tools label { display: flex; align-items: center; gap: 5px; }
+.tools [type=checkbox] { min-height: 0; accent-color: var(--accent); }
+#log {
+  position: relative; overflow: auto; min-height: 153px; max-height: max(320px, 68vh); font-size: 12px;
+  line-height: 17px;
+  background: var(--raised); border: 1px solid var(--line); border-radius: 4px; tab-size: 8;
+}
+#space { position: relative; min-width: max-content; }
+#pane { position: sticky; top: 0; overflow-x: visible; overflow-y: clip; }
+.row { display: flex; min-height: 17px; }
+.row a {
+  flex: none; width: 5.5rem; padding-right: 14px; text-align: right; color: var(--quiet); text-decoration: none;
+}
+.row a:hover { color: var(--accent); }
+.row > span { white-space: pre; }
+.row.hit { background: color-mix(in srgb, var(--accent) 14%, transparent); }
+.row.target { background: color-mix(in srgb, var(--accent) 26%, transparent); }
+.wrapped #space { min-width: 0; }
+.wrapped .row > span { white-space: pre-wrap; overflow-wrap: anywhere; padding-right: 8px; }
+mark { background: var(--accent); color: var(--on-accent); }
+#follow { position: absolute; right: 20px; bottom: 14px; }
+#frame { position: relative; }
+#link { min-height: 21px; margin: 6px 0 0; }
+pre {
+  margin: 0 0 6px; padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 4px;
+  white-space: pre-wrap; overflow-wrap: anywhere; user-select: all;
+}
+summary { cursor: pointer; }
+@media (max-width: 640px) {
+  #list thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  #rows tr { display: flex; flex-wrap: wrap; align-items: center; gap: 2px 12px; padding: 8px 0; }
+  #rows tr { border-bottom: 1px solid var(--line); }
+  #rows td { border: 0; padding: 0; height: auto; }
+  #rows td:first-child { width: 100%; }
+  #rows td:last-child { margin-left: auto; }
+  #rows td:empty { display: none; }
+  label:has(#url), label:has(#ref) { flex: 1 1 100%; }
+  #url { width: 100%; }
+  #rows td:nth-child(3)::before { content: "position "; }
+  #rows td:nth-child(5)::after { content: " ago"; }
+  #rows td:nth-child(6)::before { content: "took "; }
+  .row a { width: 3.6rem; padding-right: 8px; }
+  #needle { flex: 1 1 40%; }
+  tbody th { width: 6.5rem; padding-right: 8px; }
+  #phases th, #phases td:nth-child(2) { width: 5.5rem; }
+}
+</style>
+</head>
+<body>
+<header><a href="./">confbuild</a> <span id="server"></span></header>
+<p id="notice" role="note" hidden></p>
+<p id="alert" role="alert" hidden></p>
+<main>
+<form id="login" hidden>
+  <label>Token of this server
+    <input id="token" type="password" autocomplete="off" required pattern="[!-~]+" size="40"></label>
+  <button class="primary">Continue</button>
+  <p class="quiet" id="login-note"></p>
+</form>
+
+<section id="home" hidden>
+  <h1 id="submit-title">New build</h1>
+  <form id="submit" aria-labelledby="submit-title">
+    <label>Git repository
+      <input id="url" type="url" placeholder="https://github.com/owner/project" required></label>
+    <label>Branch, tag or commit <input id="ref" placeholder="default branch"></label>
+    <button class="primary" id="go">Build</button>
+    <p class="quiet">Or drop a .tar.gz or .zip of the project here, or
+      <label class="button">choose a file<input id="file" type="file" accept=".gz,.tgz,.zip"></label>
+      <span id="limit"></span></p>
+  </form>
+  <h2 id="list-title">Latest builds</h2>
+  <table id="list" aria-labelledby="list-title">
+    <thead><tr><th scope="col">Source</th><th scope="col">Status</th><th scope="col">Position</th>
+      <th scope="col">Phase</th><th scope="col">Age</th><th scope="col">Duration</th>
+      <th scope="col"><span hidden>Cancel</span></th></tr></thead>
+    <tbody id="rows"></tbody>
+  </table>
+  <p class="quiet" id="none" hidden>Nothing has been built here yet.</p>
+  <p><button id="older" hidden>Older builds</button></p>
+</section>
+
+<section id="build" hidden>
+  <p class="crumb"><a href="./">All builds</a></p>
+  <div class="title">
+    <h1 id="source"></h1>
+    <span><span id="state" role="status" aria-label="Status of the build"></span>
+      <span id="took" class="quiet"></span></span>
+    <span class="right"><button id="cancel" hidden>Cancel build</button>
+      <a id="download" class="button primary" download hidden>Download bundle</a></span>
+  </div>
+  <div class="quiet mono" id="facts"></div>
+  <p id="failure" role="alert" hidden></p>
+  <table id="phases" aria-label="Phases"><tbody></tbody></table>
+  <div class="tools" role="toolbar" aria-label="Log">
+    <input id="needle" type="search" placeholder="Search, or :line" size="22"
+      aria-label="Search the log, or go to :line">
+    <button id="previous" aria-label="Previous match">↑</button><button id="next" aria-label="Next match">↓</button>
+    <span id="found" class="quiet" role="status" aria-label="Matches"></span>
+    <button id="error">First error</button>
+    <label><input id="wrap" type="checkbox"> Wrap</label>
+    <span class="right"><span id="count" class="quiet">0 lines</span> <a id="text" download>Download log</a></span>
+  </div>
+  <div id="frame">
+    <div id="log" role="log" aria-live="off" aria-label="Build log" tabindex="0"><div id="space">
+      <div id="pane"></div></div></div>
+    <button id="follow" hidden>Follow the end ↓</button>
+  </div>
+  <p id="link" class="quiet" role="status" aria-label="Connection"></p>
+  <section id="result" hidden></section>
+</section>
+</main>
+<script>
+"use strict";
+// All text from the server goes through textContent or text nodes. Nothing is ever parsed as HTML.
+const $ = id => document.getElementById(id);
+const job = new URLSearchParams(location.search).get("build");
+const path = `build/${encodeURIComponent(job)}`;
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+
+function el(name, properties, ...children) {
+  const node = Object.assign(document.createElement(name), properties);
+  node.append(...children);
+  return node;
+}
+
+function say(id, text) {
+  $(id).textContent = text;
+  if (id == "alert" || id == "failure" || id == "notice") $(id).hidden = !text;
+}
+
+// ---- Requests. The token stays in this tab.
+
+let skew = 0;  // milliseconds that the server's clock is ahead of ours
+let asking = null;  // the promise of a token that the user types
+
+function askToken(refused) {
+  asking ??= new Promise(done => {
+    $("login-note").textContent = refused ? "The server refused this token." : "It is kept until this tab is closed.";
+    $("login").hidden = false;
+    $("token").focus();
+    $("login").onsubmit = event => {
+      event.preventDefault();
+      sessionStorage.setItem("token", $("token").value);
+      $("login").hidden = true;
+      asking = null;
+      done();
+    };
+  });
+  return asking;
+}
+
+// Return the response. Throw an Error with its status if it is not a success.
+async function ask(url, options = {}) {
+  for (;;) {
+    const token = sessionStorage.getItem("token");
+    const headers = {...options.headers};
+    if (token) headers.Authorization = `Bearer ${token}`;
+    const answer = await fetch(url, {...options, headers});
+    if (answer.status == 401) {
+      if (sessionStorage.getItem("token") === token) await askToken(token);
+      continue;
+    }
+    const date = Date.parse(answer.headers.get("Date"));
+    if (Math.abs(date - Date.now() - skew) > 2000) skew = date - Date.now();
+    if (answer.ok) return answer;
+    const problem = await answer.json().catch(() => ({}));
+    throw Object.assign(new Error(problem.detail || `status ${answer.status}`), {status: answer.status});
+  }
+}
+
+const json = async (url, options) => (await ask(url, options)).json();
+
+// A link cannot send the token, so with a token its file is fetched first.
+document.addEventListener("click", async event => {
+  const link = event.target.closest("a[download]");
+  if (!link || !sessionStorage.getItem("token") || link.href.startsWith("blob:")) return;
+  event.preventDefault();
+  try {
+    const url = URL.createObjectURL(await (await ask(link.href)).blob());
+    el("a", {href: url, download: link.download}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
+  } catch (e) {
+    say("alert", `The download failed: ${e.message}`);
+  }
+});
+
+// ---- Times, sizes, bytes.
+
+const hex = bytes => Array.from(bytes, byte => byte.toString(16).padStart(2, "0")).join("");
+
+const since = text => text ? Date.now() + skew - Date.parse(text) : 0;
+const between = (from, to) => to ? Date.parse(to) - Date.parse(from) : since(from);
+
+function span(ms) {
+  const s = Math.max(0, ms / 1000), whole = Math.floor(s);
+  if (s < 10) return `${s.toFixed(1)} s`;
+  if (s < 60) return `${whole} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min ${whole % 60} s`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor(s / 60) % 60} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor(s / 3600) % 24} h`;
+}
+
+function age(ms) {
+  const [seconds, unit] = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([n]) => ms >= n * 1000) || [1, "s"];
+  return `${Math.max(0, Math.floor(ms / seconds / 1000))} ${unit}`;
+}
+
+function size(bytes) {
+  const units = ["bytes", "KiB", "MiB", "GiB"];
+  let i = 0;
+  for (; bytes >= 1024 && i < 3; i++) bytes /= 1024;
+  return `${i && bytes < 10 ? bytes.toFixed(1) : Math.round(bytes)} ${units[i]}`;
+}
+
+function sourceOf({repo_url, repo_ref, source_name}) {
+  return (repo_url || source_name || "archive").replace("https://", "") + (repo_ref ? ` @ ${repo_ref}` : "");
+}
+
+async function cancel(id) {
+  if (!confirm("Cancel this build?")) return;
+  await ask(`build/${id}`, {method: "DELETE"}).catch(e => say("alert", `Not cancelled: ${e.message}`));
+}
+
+// ---- The list.
+
+const PAGE = 100;
+const builds = new Map();  // id -> {build, cells}, in no order
+
+function addRow(build, newest) {
+  const cells = Array.from({length: 7}, () => el("td"));
+  const link = el("a", {href: `?build=${build.job_id}`, textContent: sourceOf(build)});
+  cells[0].append(link, el("div", {className: "quiet mono", textContent: build.job_id.slice(0, 8)}));
+  const button = el("button", {textContent: "Cancel", onclick: () => cancel(build.job_id)});
+  button.setAttribute("aria-label", `Cancel ${sourceOf(build)}`);
+  cells[4].title = build.submitted_at;
+  builds.set(build.job_id, {build, cells, button});
+  $("rows")[newest ? "prepend" : "append"](el("tr", {}, ...cells));
+}
+
+function drawRow({build, cells, button}) {
+  const texts = [
+    build.status,
+    build.position === undefined ? "" : build.position ? `${build.position + 1}` : "next",
+    build.status == "failed" || build.status == "damaged" ? build.error_type :
+      build.status == "running" ? Object.keys(build.phases ?? {}).at(-1) : "",
+    age(since(build.submitted_at)),
+    build.started_at ? span(between(build.started_at, build.finished_at)) : "",
+  ];
+  texts.forEach((text, i) => { if (cells[i + 1].textContent != text) cells[i + 1].textContent = text; });
+  cells[1].className = `state ${build.status}`;
+  cells[3].title = build.error || "";
+  const live = build.status == "queued" || build.status == "running";
+  if (live != button.isConnected) live ? cells[6].append(button) : button.remove();
+}
+
+async function showList() {
+  $("home").hidden = false;
+  $("older").onclick = async () => {
+    const last = $("rows").lastElementChild.querySelector("a").search.slice(7);
+    const page = await json(`builds?limit=${PAGE}&after=${last}`);
+    for (const build of page) if (!builds.has(build.job_id)) addRow(build, false);
+    $("older").hidden = page.length < PAGE;
+    builds.forEach(drawRow);
+  };
+  setInterval(() => builds.forEach(drawRow), 1000);
+  for (let first = true;; await sleep(1500)) {
+    if (document.hidden && !first) continue;
+    try {
+      const page = await json(`builds?limit=${Math.min(1000, Math.max(PAGE, builds.size))}`);
+      if (first) $("older").hidden = page.length < PAGE;
+      for (const build of page.reverse()) {
+        if (builds.has(build.job_id)) builds.get(build.job_id).build = build;
+        else addRow(build, true);
+      }
+      builds.forEach(drawRow);
+      $("none").hidden = builds.size > 0;
+      $("list").hidden = !builds.size;
+      say("alert", first || $("alert").dataset.lost ? "" : $("alert").textContent);
+      delete $("alert").dataset.lost;
+      first = false;
+    } catch (e) {
+      say("alert", `The server does not answer (${e.message}); trying again.`);
+      $("alert").dataset.lost = 1;
+    }
+  }
+}
+
+// ---- Submitting. The nonce comes from this browser and is kept with the job: the server's word is not needed for it.
+
+async function submit(make) {
+  const nonce = hex(crypto.getRandomValues(new Uint8Array(16)));
+  const {url, ...options} = make(nonce);
+  $("go").disabled = true;
+  say("alert", "");
+  try {
+    const {job_id} = await json(url, {method: "POST", ...options});
+    localStorage.setItem(`nonce:${job_id}`, nonce);
+    location.href = `?build=${job_id}`;
+  } catch (e) {
+    say("alert", `Not accepted: ${e.message}`);
+  } finally {
+    $("go").disabled = false;
+  }
+}
+
+function submitArchive(file, limit) {
+  if (!file) return;
+  if (file.size > limit) {
+    say("alert", `${file.name} has ${size(file.size)}; this server accepts at most ${size(limit)}.`);
+    return;
+  }
+  const type = /\.zip$/i.test(file.name) ? "application/zip" : "application/gzip";
+  const name = encodeURIComponent(file.name);
+  submit(nonce => ({url: `build?nonce=${nonce}&source_name=${name}`, headers: {"Content-Type": type}, body: file}));
+  $("limit").textContent = `uploading ${size(file.size)} …`;
+}
+
+function prepareSubmit(limit) {
+  $("limit").textContent = `(at most ${size(limit)})`;
+  $("submit").onsubmit = event => {
+    event.preventDefault();
+    const body = {repo_url: $("url").value, repo_ref: $("ref").value.trim()};
+    submit(nonce => ({
+      url: "build", headers: {"Content-Type": "application/json"}, body: JSON.stringify({nonce, ...body}),
+    }));
+  };
+  $("file").onchange = () => submitArchive($("file").files[0], limit);
+  document.ondragover = event => { event.preventDefault(); $("submit").classList.add("over"); };
+  document.ondragleave = event => { if (!event.relatedTarget) $("submit").classList.remove("over"); };
+  document.ondrop = event => {
+    event.preventDefault();
+    $("submit").classList.remove("over");
+    submitArchive(event.dataTransfer.files[0], limit);
+  };
+}
+
+// ---- The lines of the log, in chunks of UTF-8: a million strings would need several times the memory.
+// A row is what the screen shows. The lines of a progress bar, which end with CR, are one row: its text is the last
+// line's, after a CR for each line that is gone, so that numbers of lines can be counted.
+
+const CHUNK = 1000;
+const chunks = [];  // full ones: {bytes, line: number of lines before it, style: of the text before it}
+let tail = {texts: [], line: 0, style: {}};  // the last chunk
+let lineCount = 0, byteCount = 0;
+let bar = false;  // the next line replaces the last row
+let gone = 0;  // lines that the last row has replaced
+
+function addLine(text) {
+  const replaces = bar;
+  lineCount++;
+  byteCount += text.length;
+  bar = text.endsWith("\r");
+  if (bar) text = text.slice(0, -1);
+  const {texts} = tail;
+  if (replaces) {
+    gone++;
+    if (text) texts[texts.length - 1] = text;
+    return;
+  }
+  if (gone) texts.push("\r".repeat(gone) + texts.pop());
+  gone = 0;
+  if (texts.length == CHUNK) {
+    chunks.push({bytes: new TextEncoder().encode(texts.join("\n")), line: tail.line, style: tail.style});
+    let style = tail.style;
+    for (const one of texts) if (one.includes("\x1b")) style = paint(one, style, () => {});
+    tail = {texts: [], line: lineCount - 1, style};
+  }
+  tail.texts.push(text);
+}
+
+const rowCount = () => chunks.length * CHUNK + tail.texts.length;
+
+// Yield the rows from first up to, but not including, end.
+function* rows(first, end) {
+  for (let i = Math.floor(first / CHUNK); i * CHUNK < end; i++) {
+    const texts = i < chunks.length ? new TextDecoder().decode(chunks[i].bytes).split("\n") : tail.texts;
+    let {line, style} = i < chunks.length ? chunks[i] : tail;
+    for (let k = 0; k < texts.length && i * CHUNK + k < end; k++) {
+      const row = i * CHUNK + k, start = texts[k].lastIndexOf("\r") + 1;
+      line += 1 + start + (row == rowCount() - 1 ? gone : 0);
+      if (row >= first) yield {row, line, text: texts[k].slice(start), style};
+      if (texts[k].includes("\x1b")) style = paint(texts[k], style, () => {});
+    }
+  }
+}
+
+// ---- Colours. A style is an object of CSS properties. Other escape sequences are left out.
+
+const ESCAPE = new RegExp([
+  /\x1b\[([0-9;:]*)m/,  // SGR: colours
+  /\x1b\[[0-?]*[ -/]*[@-~]/,  // another control sequence [ECMA-48 5.4]
+  /\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?/,  // an operating system command, such as a link
+  /\x1b[ -/]*[0-~]?|[\0-\x08\x0b-\x1f\x7f]/,
+].map(part => part.source).join("|"), "g");
+const SGR = {
+  0: null, 1: {fontWeight: "bold"}, 2: {opacity: ".7"}, 3: {fontStyle: "italic"}, 4: {textDecoration: "underline"},
+  7: {color: "var(--ground)", backgroundColor: "var(--text)"}, 9: {textDecoration: "line-through"},
+  22: {fontWeight: "", opacity: ""}, 23: {fontStyle: ""}, 24: {textDecoration: ""},
+  27: {color: "", backgroundColor: ""}, 29: {textDecoration: ""}, 39: {color: ""}, 49: {backgroundColor: ""},
+};
+for (let i = 0; i < 16; i++) {
+  SGR[(i < 8 ? 30 : 82) + i] = {color: `var(--c${i})`};
+  SGR[(i < 8 ? 40 : 92) + i] = {backgroundColor: `var(--c${i})`};
+}
+
+function indexed(n) {
+  const level = step => step ? 55 + 40 * step : 0;
+  if (n < 16) return `var(--c${n})`;
+  if (n > 231) return `rgb(${Array(3).fill(10 * n - 2312)})`;
+  n -= 16;
+  return `rgb(${level(Math.floor(n / 36))},${level(Math.floor(n / 6) % 6)},${level(n % 6)})`;
+}
+
+// Call emit with each part of text and its style. Return the style after text.
+function paint(text, style, emit) {
+  let at = 0;
+  for (const match of text.matchAll(ESCAPE)) {
+    if (match.index > at) emit(text.slice(at, match.index), style);
+    at = match.index + match[0].length;
+    const codes = match[1] === undefined ? [] : match[1].split(/[;:]/).map(code => Number(code) & 255);
+    while (codes.length) {
+      const code = codes.shift();
+      if (code == 38 || code == 48) {
+        const kind = codes.shift(), values = codes.splice(0, kind == 2 ? 3 : 1);
+        const colour = kind == 2 ? `rgb(${values})` : indexed(values[0]);
+        style = {...style, [code == 38 ? "color" : "backgroundColor"]: colour};
+      } else if (code in SGR) {
+        style = code ? {...style, ...SGR[code]} : {};
+      }
+    }
+  }
+  if (at < text.length) emit(text.slice(at), style);
+  return style;
+}
+
+// ---- The view of the log: only the visible rows are elements.
+// The row at a certain part of the log is drawn at the same part of the window. With rows of one height that is
+// ordinary scrolling. It also holds for wrapped rows, and for logs that are taller than browsers let an element be.
+
+const ROW = 17, TALLEST = 17e6;  // pixels; Firefox ends at 17.8 million
+const ERROR = /\b\w*error(\[\w+\])?:|\bfatal:|\bpanicked at\b|undefined reference to|^Traceback |\*\*\* .*\bError \d/i;
+let following = true;
+let drawing = 0;  // the number of the animation frame that is asked for
+let firstRow = 0;  // the first row of the window
+let target = 0;  // the number of the line in the address
+let pattern = null, hits = [], searched = 0;  // what is searched for, the rows that have it, how many were searched
+
+const redraw = () => { drawing ||= requestAnimationFrame(draw); };
+const visible = () => $("log").clientHeight / ROW;
+const plain = text => text.includes("\x1b") ? text.replace(ESCAPE, "") : text;
+
+function draw() {
+  drawing = 0;
+  const log = $("log"), count = rowCount(), wrapped = $("wrap").checked;
+  const columns = Math.max(20, (log.clientWidth - 90) / 7.2);
+  const most = (count + (wrapped ? byteCount / columns : 0)) * ROW;  // an upper bound of what wrapped rows need
+  $("space").style.height = `${Math.min(TALLEST, most)}px`;
+  const range = log.scrollHeight - log.clientHeight;
+  const wanted = following ? range : range * firstRow / Math.max(1, count - visible());
+  if (Math.abs(log.scrollTop - wanted) >= 1) log.scrollTop = wanted;
+  const height = log.clientHeight, part = range > 0 ? Math.min(1, wanted / range) : 0;
+  const anchor = part * count, above = part * height / ROW;
+  const nodes = [];
+  let y = part * height, anchored = null;
+  const first = Math.max(0, Math.floor(anchor - above)), end = Math.ceil(anchor - above + height / ROW) + 1;
+  for (const one of rows(first, Math.min(count, end))) {
+    nodes.push(drawLine(one));
+    if (one.row == Math.min(count - 1, Math.floor(anchor))) anchored = nodes.at(-1);
+  }
+  $("pane").style.height = `${height}px`;
+  $("pane").replaceChildren(el("div", {}, ...nodes));
+  if (anchored) {
+    const within = Math.min(1, anchor - Math.min(count - 1, Math.floor(anchor)));
+    y -= anchored.offsetTop + within * anchored.offsetHeight;
+    $("pane").firstChild.style.transform = `translateY(${y}px)`;
+  }
+  $("follow").hidden = following;
+  $("count").textContent = lineCount == 1 ? "1 line" : `${lineCount.toLocaleString("en")} lines`;
+  if (pattern && searched < count) search();
+}
+
+function drawLine({row, line, text, style}) {
+  const body = el("span");
+  let hit = false;
+  paint(text, style, (part, style) => {
+    const span = el("span");
+    Object.assign(span.style, style);
+    part.split(pattern || /$^/).forEach((piece, i) => span.append(i % 2 ? el("mark", {textContent: piece}) : piece));
+    body.append(span);
+  });
+  if (pattern) hit = body.querySelector("mark") || plain(text).search(pattern) >= 0;
+  const number = el("a", {href: `#L${line}`, textContent: line, tabIndex: -1});
+  return el("div", {className: `row${hit ? " hit" : ""}${line == target ? " target" : ""}`}, number, body);
+}
+
+// Scroll to a row unless it is visible.
+function goTo(row) {
+  if (row < firstRow + 1 || row > firstRow + visible() - 2 || $("wrap").checked) firstRow = row - visible() / 3;
+  firstRow = Math.max(0, Math.min(firstRow, rowCount() - visible()));
+  following = false;
+  redraw();
+}
+
+// Scroll to the line in the address, as soon as it is there.
+function goToTarget() {
+  target = Number(/^#L(\d+)$/.exec(location.hash)?.[1] || 0);
+  if (!target) return;
+  following = false;
+  if (target > lineCount) return redraw();
+  let low = 0, high = chunks.length;  // the chunk that has it
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (chunks[middle].line < target) low = middle + 1; else high = middle;
+  }
+  if (tail.line < target) low = chunks.length + 1;
+  for (const one of rows(Math.max(0, low - 1) * CHUNK, rowCount())) {
+    if (one.line < target) continue;
+    target = one.line;  // of a progress bar, the line that is left
+    return goTo(one.row);
+  }
+}
+
+// Call each with the rows that match, a chunk at a time, until it returns true. Return whether it did.
+async function scan(first, matches, each) {
+  let paused = performance.now();
+  for (let row = first; row < rowCount(); row = (Math.floor(row / CHUNK) + 1) * CHUNK) {
+    const end = Math.min(rowCount(), (Math.floor(row / CHUNK) + 1) * CHUNK);
+    if (each([...rows(row, end)].filter(({text}) => matches.test(plain(text))), end)) return true;
+    if (performance.now() - paused > 20) {
+      await sleep(0);
+      paused = performance.now();
+    }
+  }
+  return false;
+}
+
+let searching = null;
+async function search() {
+  const mine = pattern;
+  if (searching === mine) return;
+  searching = mine;
+  const matches = new RegExp(mine.source, "i");
+  await scan(searched, matches, (found, end) => {
+    if (pattern !== mine) return true;
+    for (const {row} of found) hits.push(row);
+    searched = end;
+    showHits();
+    return false;
+  });
+  if (searching === mine) searching = null;
+}
+
+let current = -1;  // the row of the last match that was shown
+
+function showHits() {
+  const at = hits.indexOf(current) + 1;
+  say("found", !pattern ? "" : hits.length ? `${at || "–"} of ${hits.length.toLocaleString("en")}` : "no match");
+}
+
+function step(forward) {
+  const from = current >= 0 ? current : forward ? firstRow - 1 : firstRow;
+  const next = forward ? hits.find(row => row > from) ?? hits[0] : hits.findLast(row => row < from) ?? hits.at(-1);
+  if (next === undefined) return;
+  current = next;
+  showHits();
+  goTo(next);
+}
+
+function prepareLog() {
+  const log = $("log");
+  log.onscroll = () => {
+    const range = log.scrollHeight - log.clientHeight;
+    following = log.scrollTop >= range - 2;
+    const row = range > 0 ? log.scrollTop / range * Math.max(0, rowCount() - visible()) : 0;
+    if (Math.abs(row - firstRow) > TALLEST / 1e7) firstRow = row;
+    redraw();
+  };
+  new ResizeObserver(redraw).observe(log);
+  $("wrap").onchange = () => { log.classList.toggle("wrapped", $("wrap").checked); redraw(); };
+  $("follow").onclick = () => { following = true; target = 0; redraw(); log.focus(); };
+  $("needle").oninput = () => {
+    const text = $("needle").value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
+    pattern = text && text[0] != ":" ? new RegExp(`(${text})`, "gi") : null;
+    hits = [];
+    searched = 0;
+    current = -1;
+    showHits();
+    redraw();
+  };
+  $("needle").onkeydown = event => {
+    const line = /^:(\d+)$/.exec($("needle").value);
+    if (event.key == "Escape") { $("needle").value = ""; $("needle").oninput(); }
+    if (event.key != "Enter") return;
+    if (line) location.hash = `L${line[1]}`;
+    else step(!event.shiftKey);
+  };
+  $("previous").onclick = () => step(false);
+  $("next").onclick = () => step(true);
+  $("error").onclick = async () => {
+    let row = 0, shown = false, last = false;
+    while (!shown && !last) {  // the line may be still to come
+      last = complete;
+      shown = await scan(row, ERROR, (found, end) => {
+        row = end;
+        if (found.length) location.hash = `L${found[0].line}`;
+        return found.length > 0;
+      });
+      say("found", shown ? "" : "no line looks like an error");
+      if (!shown && !last) await sleep(200);
+    }
+  };
+  onhashchange = goToTarget;
+  onkeydown = event => {
+    if (event.key == "/" && event.target.tagName != "INPUT") { event.preventDefault(); $("needle").focus(); }
+  };
+  goToTarget();
+}
+
+// ---- A build: its status, its events, its result.
+
+let build = null;  // the last status
+let config = {};
+const phases = new Map();  // type -> the last message, of this attempt
+let refreshing = 0;
+let complete = false;  // all events are here
+
+function showBuild() {
+  const took = build.started_at ? span(between(build.started_at, build.finished_at)) : "";
+  const live = build.status == "queued" || build.status == "running";
+  say("source", sourceOf(build));
+  document.title = `${build.status} · ${sourceOf(build)} · confbuild`;
+  if ($("state").textContent != build.status) $("state").textContent = build.status;
+  $("state").className = `state ${build.status}`;
+  say("took", took + (build.attempts > 1 ? `, attempt ${build.attempts}` : ""));
+  say("facts", `${build.job_id}, submitted ${new Date(build.submitted_at).toLocaleString()}`);
+  say("failure", build.error ? `${build.error_type}: ${build.error}` : "");
+  $("cancel").hidden = !live;
+  $("download").hidden = !build.result;
+  $("build").hidden = false;
+  showPhases(live);
+}
+
+function showPhases(live) {
+  const began = build.phases || {};  // type -> seconds
+  const order = Object.values(began).sort((a, b) => a - b);
+  const end = build.finished_at ? Date.parse(build.finished_at) : Date.now() + skew;
+  const names = [...phases.keys()];
+  $("phases").tBodies[0].replaceChildren(...names.map((name, i) => {
+    const next = order.find(time => time > began[name]);
+    const time = name in began ? span((next ? next * 1000 : end) - began[name] * 1000) : "";
+    const text = name == "build" ? `${lineCount.toLocaleString("en")} lines` : phases.get(name);
+    return el("tr", {className: live && i == names.length - 1 ? "now" : ""},
+      el("th", {scope: "row", textContent: name}), el("td", {textContent: time}), el("td", {textContent: text}));
+  }));
+}
+
+async function refresh() {
+  refreshing = 0;
+  build = await json(path).catch(() => build);
+  showBuild();
+}
+
+function onEvent(event) {
+  if (event.type == "queued") {
+    if (phases.size > 1) phases.clear();  // another attempt
+    phases.set("queued", event.position ? `${event.position} before it` : "next");
+  } else if (event.type != "complete") {
+    phases.set(event.type, String(event.msg ?? JSON.stringify(event)));
+  }
+  refreshing ||= setTimeout(refresh, 150);
+}
+
+const BUILD = '{"type":"build","msg":"';
+const SLICE = 65536;  // bytes; longer strings would stay in memory for longer
+let position = 0;  // the number of the last event
+
+// Take the whole frames from the beginning of text. Return the rest.
+function takeFrames(text) {
+  const frames = text.split("\n\n"), rest = frames.pop();
+  for (const frame of frames) {
+    if (frame.startsWith(":")) continue;  // a comment
+    const end = frame.indexOf("\n"), data = frame.slice(end + 7);  // id: N, LF, data: {…}
+    position = Number(frame.slice(4, end));
+    if (data.startsWith(BUILD)) {
+      if (!phases.has("build")) onEvent({type: "build", msg: ""});
+      const plain = !data.includes("\\");
+      addLine(plain ? data.slice(BUILD.length, -2) : JSON.parse(data).msg.replace(/[\r\n](?!$)|\n$/g, " "));
+    } else {
+      const event = JSON.parse(data);
+      complete ||= event.type == "complete";
+      onEvent(event);
+    }
+  }
+  return rest;
+}
+
+// Follow the events to the end, over lost connections.
+async function follow() {
+  let delay = 500, lost = false, paused = performance.now();
+  while (!complete) {
+    const stop = new AbortController();
+    let alarm = 0;
+    try {
+      const answer = await ask(`${path}/events?from=${position}`, {signal: stop.signal});
+      if (answer.status == 204) { complete = true; break; }
+      const reader = answer.body.getReader(), decoder = new TextDecoder();
+      for (let rest = "";;) {
+        clearTimeout(alarm);
+        alarm = setTimeout(() => stop.abort(), 45000);  // the server sends a comment every 15 s
+        const {done, value} = await reader.read();
+        if (done) break;
+        if (lost) say("link", `Connected again: resumed after event ${position}, nothing is missing.`);
+        lost = false;
+        delay = 500;
+        for (let at = 0; at < value.length; at += SLICE) {
+          rest = takeFrames(rest + decoder.decode(value.subarray(at, at + SLICE), {stream: true}));
+        }
+        redraw();
+        if (target > 0 && target <= lineCount && !goToTarget.done) { goToTarget.done = true; goToTarget(); }
+        if (!document.hidden && performance.now() - paused > 30) {
+          await sleep(0);  // so that the page is drawn and reacts
+          paused = performance.now();
+        }
+      }
+    } catch (e) {
+      if (e.status && e.status < 500) throw e;
+    } finally {
+      clearTimeout(alarm);
+    }
+    if (complete) break;
+    say("link", `The connection was lost after event ${position}; resuming …`);
+    lost = true;
+    await sleep(delay);
+    delay = Math.min(2 * delay, 8000);
+  }
+  say("link", lost ? "" : $("link").textContent);
+}
+
+// A table of cells, which are text or elements.
+function table(ariaLabel, rows, names) {
+  const head = names && el("thead", {}, el("tr", {}, ...names.map(name => el("th", {scope: "col"}, name))));
+  const lines = rows.map(cells => el("tr", {}, ...cells.map((cell, i) =>
+    i || names ? el("td", {className: "mono"}, cell ?? "") : el("th", {scope: "row"}, cell))));
+  return el("table", {ariaLabel}, ...(head ? [head] : []), el("tbody", {}, ...lines));
+}
+
+const digestOf = item => Object.entries(item?.digest ?? {}).map(([name, value]) => `${name}:${value}`).join(" ");
+
+function fileLink(name, textContent = name) {
+  const href = `${path}/files/${name.split("/").map(encodeURIComponent).join("/")}`;
+  return el("a", {href, textContent, download: name.split("/").pop()});
+}
+
+async function artifactTable(subjects) {
+  const lines = await Promise.all(subjects.map(async (subject, i) => {
+    const link = fileLink(`artifacts/${subject.name}`, subject.name);
+    const head = i < 50 ? await ask(link.href, {method: "HEAD"}).catch(() => null) : null;
+    return [link, head ? size(Number(head.headers.get("Content-Length"))) : "", subject.digest?.sha256];
+  }));
+  return table("Artifacts", lines, ["Name", "Size", "SHA-256"]);
+}
+
+function provenanceTable({predicate: {buildDefinition: {buildType, ...build}, runDetails}}) {
+  const {externalParameters: {buildCommand, source}, internalParameters: {lockfileHash, toolchain}} = build;
+  const dependencies = build.resolvedDependencies ?? [], {metadata} = runDetails;
+  const rows = [
+    ["Source", source?.uri], ["Commit", source?.digest?.gitCommit], ["Tree", source?.digest?.gitTree],
+    ["Lock file", digestOf({digest: lockfileHash})], ["Command", buildCommand],
+    ...Object.entries(toolchain ?? {}).map(([name, tool]) => [name, `${tool.version}  ${digestOf(tool)}`]),
+    ["Builder", runDetails.builder?.id], ["Invocation", metadata?.invocationId], ["Started", metadata?.startedOn],
+    ["Finished", metadata?.finishedOn], ["Build type", buildType],
+    ...(runDetails.byproducts ?? []).map(one => [one.name, digestOf(one)]),
+  ];
+  const more = el("details", {}, el("summary", {}, `${dependencies.length} dependencies`));
+  more.ontoggle = () => {
+    if (more.children.length > 1) return;
+    const rows = dependencies.map(one => [one.name, one.uri, digestOf(one)]);
+    more.append(table("Dependencies", rows, ["Name", "URI", "Digest"]));
+  };
+  return [table("Provenance", rows.filter(([, value]) => value)), more];
+}
+
+// The fields of an SEV-SNP report: name, first byte, end; numbers are little-endian.  [SNP-ABI 7.3]
+const REPORT = [
+  ["Measurement", 0x90, 0xc0], ["Report data", 0x50, 0x90], ["Host data", 0xc0, 0xe0],
+  ["Guest policy", 0x08, 0x10, true], ["VMPL", 0x30, 0x34, true], ["Reported TCB", 0x180, 0x188, true],
+  ["Chip id", 0x1a0, 0x1e0],
+];
+
+function evidenceTable({platform, evidence: {notice, attestation_report, hcl_report, ...others}}) {
+  const rows = [["Platform", platform]];
+  if (notice) rows.push(["Notice", notice]);
+  if (attestation_report || hcl_report) {
+    const text = atob((attestation_report || hcl_report).replaceAll("-", "+").replaceAll("_", "/"));
+    const report = Uint8Array.from(text, c => c.charCodeAt(0)).subarray(attestation_report ? 0 : 32);
+    for (const [name, first, end, number] of REPORT) {
+      const bytes = report.slice(first, end);
+      rows.push([name, number ? `0x${hex(bytes.reverse())}` : hex(bytes)]);
+    }
+  }
+  for (const [name, value] of Object.entries(others)) rows.push([name, JSON.stringify(value).slice(0, 200)]);
+  return table("Evidence", rows);
+}
+
+function verifyCommand(nonce) {
+  const options = ["python3 confbuild.py verify", `${job}.tar.gz`, `--nonce ${nonce || build.nonce}`];
+  if (/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(build.repo_ref)) options.push(`--source-commit ${build.repo_ref}`);
+  if (config.confidential && config.measurement) options.push(`--measurement ${config.measurement}`);
+  const notes = ["This page checks nothing. Download the bundle, and run this on a machine that you trust."];
+  if (!nonce) notes.push("The nonce is the server's word, because this browser did not submit the build.");
+  if (nonce && nonce != build.nonce) notes.push("The server names another nonce than the one that this browser chose!");
+  notes.push(config.confidential ? "The measurement is the server's word: compare it with the one that you expect."
+    : "It ends with SIMULATED and status 3, because no hardware signed the evidence.");
+  return [el("pre", {className: "command"}, options.join(" ")), el("p", {className: "quiet"}, notes.join(" "))];
+}
+
+async function showResult() {
+  const box = $("result"), files = ["provenance.json", "evidence.json"];
+  box.append(el("h2", {}, "Verify"), ...verifyCommand(localStorage.getItem(`nonce:${job}`)));
+  box.hidden = false;
+  try {
+    const [statement, evidence] = await Promise.all(files.map(name => json(`${path}/files/${name}`)));
+    box.append(el("h2", {}, "Artifacts"), await artifactTable(statement.subject));
+    box.append(el("h2", {}, "Provenance ", fileLink(files[0])), ...provenanceTable(statement));
+    box.append(el("h2", {}, "Evidence ", fileLink(files[1])), evidenceTable(evidence));
+  } catch (e) {
+    box.append(el("p", {}, `The bundle cannot be shown: ${e.message}`));
+  }
+}
+
+async function main() {
+  config = await json("config");
+  say("server", [config.version, config.platform].filter(Boolean).join(" · "));
+  say("notice", config.confidential ? "" : `Not confidential. ${config.notice || ""}`);
+  if (!job) {
+    prepareSubmit(config.limits?.archive_bytes ?? Infinity);
+    return showList();
+  }
+  build = await json(path);
+  showBuild();
+  $("cancel").onclick = () => cancel(job);
+  Object.assign($("download"), {href: `${path}/result`, download: `${job}.tar.gz`});
+  Object.assign($("text"), {href: `${path}/log`, download: `${job}.log`});
+  setInterval(() => { if (!build.finished_at) showBuild(); }, 1000);
+  prepareLog();
+  await follow();
+  await refresh();
+  if (build.result) await showResult();
+}
+
+main().catch(e => say("alert", e.message));
+</script>
+</body>
+</html>
+"""
+
+
+def page_headers(page: str) -> dict[str, str]:
+    """Return the headers of the page, with the hashes of its script and its style.  [CONTRACT 1.18]"""
+    parts = re.findall("<(script|style)>(.*?)</", page, re.DOTALL)
+    rules = [
+        f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for kind, text in parts
+    ]
+    policy = [
+        "default-src 'none'",
+        *rules,
+        "img-src data:",  # the icon
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "require-trusted-types-for 'script'",  # textContent alone: the browser refuses innerHTML
+    ]
+    return {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": "; ".join(policy),
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-store",
+        "Vary": "Accept",
+    }
+
+
+def names_html(headers: Strings) -> bool:
+    """Tell whether the Accept of a request names text/html: */*, which every client sends, does not."""
+    return "text/html" in headers.get("accept", "").lower()
+
+
+# endregion 34
+# ==============================================================================
+# region 35. HTTP API                  [uses 18, 21, 23, 24, 30, 31, 32, 33, 34]
 # ==============================================================================
 # The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
@@ -9754,6 +10768,8 @@ _NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
 _RANGES = {206: "a range of it", 304: "unchanged", 416: "no such range", 503: "too many streams"}
 # fmt: off
 ROUTES = (
+    Route("GET", "/", "page", "A page for people",
+          {200: "the page", 404: "Accept does not name text/html"}, "text/html"),
     Route("GET", "/health", "health", "Whether the server answers", {200: "ok"}, "text/plain"),
     Route("POST", "/build", "submit", "Submit a build",
           {200: 'accepted: {"job_id": UUID}', 400: "not JSON, or an invalid nonce, source, URL, ref or archive",
@@ -9774,7 +10790,8 @@ ROUTES = (
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
           {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
     Route("GET", "/builds", "list_builds", f"Builds, newest first, at most {MAX_LISTED}",
-          {200: "an array of status", 404: "no such build"}, query={"after": _ID}),
+          {200: "an array of status", 404: "no such build"},
+          query={"after": _ID, "limit": {"type": "integer", "minimum": 1}}),
     Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
           {200: "evidence.json", 400: "invalid nonce", 503: "no VM, or it does not attest"},
@@ -9939,6 +10956,12 @@ class Api(NamedTuple):
     crowded: Callable[[], bool] = bool
     gauges: Callable[[], Mapping[str, float]] = dict
 
+    def page(self, request: Request) -> Response:
+        """Return the page of browsers; other clients keep their 404. [CONTRACT 1.18]"""
+        if not names_html(request.headers):
+            raise Refused(404, "NotFound", "no such path: '/' is only for clients whose Accept names text/html")
+        return Response(200, page_headers(PAGE), PAGE.encode())
+
     def health(self, _: Request) -> Response:
         """Return 200 `ok`."""
         return Response(200, {"Content-Type": "text/plain; charset=utf-8"}, b"ok")
@@ -9970,7 +10993,10 @@ class Api(NamedTuple):
 
     def list_builds(self, request: Request) -> Response:
         """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
-        return json_response(list_jobs(self.jobs, MAX_LISTED, request.query.get("after", "")))
+        text = request.query.get("limit", str(MAX_LISTED))
+        if not re.fullmatch("[1-9][0-9]{0,8}", text, re.ASCII):
+            raise Refused(400, "InvalidLimit", f"limit: {text[:80]!r} is not a number of builds, such as 100")
+        return json_response(list_jobs(self.jobs, min(int(text), MAX_LISTED), request.query.get("after", "")))
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
@@ -10175,12 +11201,15 @@ class AccessPolicy(NamedTuple):
     hosts: Sequence[str]
 
     def check(self, headers: Strings, path: str, local_address: str) -> None:
-        """Raise Refused 421 for the name of another host, and 401 without a token unless path is /health."""
+        """Raise Refused 421 for the name of another host, and 401 without a token where one is needed.
+
+        Nobody needs one for /health, nor for the page, which has nothing to hide and asks for the token.
+        """
         host = re.sub(r":\d*$", "", headers.get("host", "localhost").lower())  # HTTP/1.0 may omit it
         if host.strip("[]") not in (*self.hosts, "localhost", local_address):  # DNS rebinding
             message = f"Host {host[:80]!r} is not a name of this server; --public-host adds names"
             raise Refused(421, "MisdirectedRequest", message)
-        if not self.tokens or path == "/health":
+        if not self.tokens or path == "/health" or path == "/" and names_html(headers):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
@@ -10629,9 +11658,9 @@ class Server:
         c.sock.close()
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. Client                                                    [uses 31]
+# region 36. Client                                                    [uses 31]
 # ==============================================================================
 # The only HTTP client: it submits a build, follows its events over lost connections and downloads its archive.  The
 # commands use it towards a server, and VmHost towards its VMs.  Neither is trusted: whatever they send is bounded in
@@ -11077,9 +12106,9 @@ def _parse_event(event: StreamEvent, position: int) -> Json:
     return doc
 
 
-# endregion 35
+# endregion 36
 # ==============================================================================
-# region 36. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 31, 32, 33, 34]
+# region 37. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 31, 32, 33, 35]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
 # output [CONTRACT 6].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
@@ -11324,9 +12353,9 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
-# endregion 36
+# endregion 37
 # ==============================================================================
-# region 37. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 30, 31, 32, 33, 35, 36]
+# region 38. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 30, 31, 32, 33, 36, 37]
 # ==============================================================================
 # The server never runs a build.  A VM does: a process whose standard input and output reach an agent, anywhere, which
 # answers the API over that one stream, one request after the other.  Kinds of VM differ in how they are started, which
@@ -12189,10 +13218,10 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     return path
 
 
-# endregion 37
+# endregion 38
 # ---- End of the service.
 # ==============================================================================
-# region 38. Image                                 [uses 13, 16, 20, 21, 22, 23]
+# region 39. Image                                 [uses 13, 16, 20, 21, 22, 23]
 # ==============================================================================
 # Makes, reads and checks the directory that a guest boots from: a kernel, an initrd and a firmware, which the launch
 # digest covers, and a disk of tools.  The dm-verity root hash of that disk is on the kernel's command line, which the
@@ -13084,9 +14113,9 @@ def _root_hash(path: str, blocks: int) -> str:
     return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
 
 
-# endregion 38
+# endregion 39
 # ==============================================================================
-# region 39. QEMU                                      [uses 13, 20, 21, 37, 38]
+# region 40. QEMU                                      [uses 13, 20, 21, 38, 39]
 # ==============================================================================
 # A guest as a kind of VM: what this machine needs for it, QEMU's argument vector (a pure function), and qemu_vms.
 #
@@ -13330,9 +14359,9 @@ def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
     return path, gpa
 
 
-# endregion 39
+# endregion 40
 # ==============================================================================
-# region 40. Broker                                            [uses 18, 19, 26]
+# region 41. Broker                                            [uses 18, 19, 26]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -13632,9 +14661,9 @@ class GuestBroker:
         return {"report": report.hex(), "table": (table or b"").hex()}
 
 
-# endregion 40
+# endregion 41
 # ==============================================================================
-# region 41. First process                     [uses 18, 22, 26, 28, 36, 38, 40]
+# region 42. First process                     [uses 18, 22, 26, 28, 37, 39, 41]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -13892,9 +14921,9 @@ def run_guest() -> None:
         sys.stderr.write(f"confbuild: the guest cannot start: {type(e).__name__}: {e}\n")
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Rendering                                                 [uses 17]
+# region 43. Rendering                                                 [uses 17]
 # ==============================================================================
 # Verdicts and events for people.  Text from builds and servers is stripped of everything that could steer a terminal.
 #
@@ -14205,9 +15234,9 @@ class Display:
             return shutil.get_terminal_size().columns - 1
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 43. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 34, 37, 38, 39, 42]
+# region 44. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 35, 38, 39, 40, 43]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -14605,9 +15634,9 @@ def _read_der(path: str) -> bytes:
     return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
 
 
-# endregion 43
+# endregion 44
 # ==============================================================================
-# region 44. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 34, 35, 38, 39, 42, 43]
+# region 45. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 35, 36, 39, 40, 43, 44]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -15495,9 +16524,9 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
     return EXIT_OK
 
 
-# endregion 44
+# endregion 45
 # ==============================================================================
-# region 45. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 36, 42, 44]
+# region 46. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 37, 43, 45]
 # ==============================================================================
 # The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -16368,4 +17397,4 @@ def _run(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     sys.exit(main())
 
-# endregion 45
+# endregion 46

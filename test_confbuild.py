@@ -50,6 +50,7 @@ import traceback
 import tracemalloc
 import types
 import urllib.parse
+import urllib.request
 import uuid
 import zipapp
 import zipfile
@@ -111,6 +112,8 @@ INSTALL = {
     "veritysetup": "apt-get install cryptsetup-bin",
     "qemu-system-x86_64": "apt-get install qemu-system-x86",
     "cc": "apt-get install gcc",
+    "chromium": "apt-get install chromium",
+    "node": "apt-get install nodejs",
     "dpkg-deb": "apt-get install dpkg",
     "ssh": "apt-get install openssh-client",
     "QEMU 9.1": "apt-get install -t bookworm-backports qemu-system-x86",
@@ -18375,7 +18378,409 @@ class TestState:
 
 # endregion 33
 # ==============================================================================
-# region 34. HTTP API
+# region 34. Web page
+# ==============================================================================
+
+
+class Browser:
+    """A real Chromium, driven over the DevTools protocol: JSON in the messages of a WebSocket [RFC 6455]."""
+
+    OPTIONS = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+    )
+
+    def __init__(self, folder: Path, pictures: Path) -> None:
+        self.pictures = pictures
+        self.log = folder / "log"
+        with self.log.open("wb") as log:
+            command = ["chromium", *self.OPTIONS.split(), f"--user-data-dir={folder}", "about:blank"]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        port_file = folder / "DevToolsActivePort"
+        port = int(wait_for(lambda: port_file.exists() and port_file.read_text().partition("\n")[0]))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+            found = [target for target in json.load(answer) if target["type"] == "page"]
+        path = urllib.parse.urlsplit(found[0]["webSocketDebuggerUrl"]).path
+        self.sock = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        key = base64.b64encode(bytes(16)).decode()
+        self.sock.sendall(
+            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+            f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode()
+        )
+        self.stream = self.sock.makefile("rb")
+        assert b" 101 " in self.stream.readline()
+        while self.stream.readline() != b"\r\n":
+            pass
+        self.calls = 0
+        self.problems: list[str] = []  # exceptions of the page, and what its policy has blocked
+        for domain in ("Page", "Runtime", "Log"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method: str, **parameters: Any) -> Any:
+        """The result of a command."""
+        self.calls += 1
+        data = json.dumps({"id": self.calls, "method": method, "params": parameters}).encode()
+        # One text frame, with a mask of zeros.
+        self.sock.sendall(b"\x81\xff" + struct.pack(">Q4x", len(data)) + data)
+        while True:
+            head = self.stream.read(2)
+            size = head[1] & 0x7F
+            if size > 125:
+                size = int.from_bytes(self.stream.read(2 if size == 126 else 8), "big")
+            message = json.loads(self.stream.read(size))
+            entry = message.get("params", {}).get("entry", {})
+            if message.get("method") == "Runtime.exceptionThrown" or entry.get("source") == "security":
+                self.problems.append(json.dumps(message))
+            if message.get("id") == self.calls:
+                assert "result" in message, message
+                return message["result"]
+
+    def run(self, code: str) -> Any:
+        """The value of an expression of the page; of a promise, its value."""
+        answer = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def wait(self, code: str) -> None:
+        """Until code, an expression, is true; it may fail before, while a page is being loaded."""
+        test = f"(() => {{ try {{ return !!({code}) }} catch {{ return false }} }})()"
+        try:
+            wait_for(lambda: self.run(test))
+        except AssertionError:
+            raise AssertionError(
+                f"never true: {code}; the page says {self.run('document.body.innerText')!r:.3000}"
+            ) from None
+
+    def text(self, selector: str) -> str:
+        return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+
+    def click(self, selector: str) -> None:
+        self.run(f"document.querySelector({json.dumps(selector)}).click()")
+
+    def open(self, url: str, width: int = 1200, height: int = 860, dark: bool = False) -> None:
+        """Load url in a fresh page, without what earlier tests have left in its storage."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState == 'complete' && location.href == " + json.dumps(url))
+
+    def picture(self, name: str, whole: bool = True) -> None:
+        """Keep a screenshot, and require that the page had no problem and does not scroll sideways."""
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        (self.pictures / f"{name}.png").write_bytes(base64.b64decode(data))
+        assert self.problems == []
+        assert self.run("document.documentElement.scrollWidth <= innerWidth")
+
+    def memory(self) -> int:
+        """The largest proportional set size of a process that draws pages, in bytes."""
+        sizes = [0]
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if b"--type=renderer" in (folder / "cmdline").read_bytes() and os.getpgid(int(folder.name)) == (
+                    self.process.pid
+                ):
+                    found = re.search(r"(?m)^Pss: +(\d+) kB", (folder / "smaps_rollup").read_text())
+                    sizes.append(int(found[1]) * 1024 if found else 0)
+        return max(sizes)
+
+    def close(self) -> None:
+        self.stream.close()
+        self.sock.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One Chromium for all tests of a process. Screenshots go to the folder CONFBUILD_SCREENSHOTS."""
+    pictures = Path(os.environ.get("CONFBUILD_SCREENSHOTS") or tmp_path_factory.mktemp("screenshots"))
+    pictures.mkdir(parents=True, exist_ok=True)
+    profile = Path(tempfile.mkdtemp(prefix="confbuild-chromium-"))
+    made = Browser(profile, pictures)
+    yield made
+    made.close()
+    shutil.rmtree(profile, ignore_errors=True)
+
+
+def write_job(state: Path, lines: int) -> str:
+    """Write a failed job with so many lines of output into a state; return its id."""
+    job = str(uuid.UUID(int=1, version=4))
+    folder = state / "jobs" / job
+    folder.mkdir(parents=True)
+    with (folder / "events").open("w") as f:
+        f.write('id: 1\ndata: {"type":"queued","position":0}\n\n')
+        f.writelines(
+            f'id: {n + 1}\ndata: {{"type":"build","msg":"   Compiling dep-{n} v0.1.0, a line of the usual width of '
+            'a log, nearly eighty"}\n\n'
+            for n in range(1, lines + 1)
+        )
+        failure = {"error": "it did not compile", "error_type": "BuildError"}
+        result = json.dumps({"type": "complete", "result": {"status": "failed", **failure}}, separators=(",", ":"))
+        f.write(f"id: {lines + 2}\ndata: {result}\n\n")
+    ended: Any = dict.fromkeys(("submitted_at", "started_at", "finished_at"), "2026-11-23T12:00:00.000000+00:00")
+    request = confbuild.BuildRequest(NONCE, source_name="large.tar.gz")
+    record = confbuild.JobRecord(1, request, 1, "failed", failure=failure, **ended)
+    (folder / "job.json").write_bytes(record.to_bytes())
+    return job
+
+
+class TestPageText:
+    SCRIPT = re.findall(r"(?s)<script>(.*?)</script>", confbuild.PAGE)
+    STYLE = re.findall(r"(?s)<style>(.*?)</style>", confbuild.PAGE)
+
+    def test_phases(self, site: Callable[..., "Site"]) -> None:
+        """The status has the time of each phase, also after the end and after a restart. [CONTRACT 1.12]"""
+        s = site()
+        before = time.time()
+        job = s.finished()
+        phases = json.loads(s.ask("GET", f"/build/{job}")[2])["phases"]
+        assert (
+            list(phases) == ["queued", "build"] and before - 1 < phases["queued"] <= phases["build"] < time.time() + 1
+        )
+        record = confbuild.JobRecord.parse(Path(s.jobs.get(job).path("job.json")).read_bytes())
+        assert record.phases == phases == json.loads(s.ask("GET", "/builds?limit=1")[2])[0]["phases"]
+
+    def test_headers(self, site: Callable[..., "Site"]) -> None:
+        """The policy has the hashes of the one script and the one style. [CONTRACT 1.18]"""
+        status, headers, body = site().ask("GET", "/", Accept="text/html,application/xhtml+xml;q=0.9,*/*;q=0.8")
+        assert status == 200 and body.decode() == confbuild.PAGE
+        assert headers["Content-Type"] == "text/html; charset=utf-8" and headers["Vary"] == "Accept"
+        policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
+        assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
+        for kind, [text] in (("script", self.SCRIPT), ("style", self.STYLE)):
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
+
+    def test_for_browsers_only(self, site: Callable[..., "Site"]) -> None:
+        """Other clients keep their 404, and on a server with tokens their 401; the page itself needs no token."""
+        s, closed = site(), site(tokens=("alpha",))
+        for accept in ("*/*", "application/json", "text/*", "text/plain", "-", ""):
+            is_problem(s.ask("GET", "/", Accept=accept), 404, "NotFound", "no such path: '/'")
+            is_problem(closed.ask("GET", "/", Accept=accept), 401, "Unauthorized")
+            is_problem(closed.ask("GET", "/", Accept=accept, Authorization="Bearer alpha"), 404, "NotFound")
+        for accept in ("text/html", "application/json, Text/HTML;q=0.5"):
+            assert s.ask("GET", "/?build=any", Accept=accept)[0] == closed.ask("GET", "/", Accept=accept)[0] == 200
+        assert s.ask("HEAD", "/", Accept="text/html")[2] == b""
+        for path in ("/builds", "/config", "//x", "/build/1"):
+            is_problem(closed.ask("GET", path, Accept="text/html"), 401, "Unauthorized")
+        is_problem(closed.ask("GET", "/", Accept="text/html", Host="evil.example"), 421, "MisdirectedRequest")
+
+    def test_text_alone(self) -> None:
+        """Nothing becomes HTML or code, nothing is loaded from elsewhere, and the one icon is in the page."""
+        assert (
+            re.findall(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(", confbuild.PAGE) == []
+        )
+        assert re.findall(r"\son\w+=|style=|javascript:|@import|url\(", self.SCRIPT[0].join(["", ""])) == []
+        markup = re.sub(r"(?s)<(script|style)>.*?</", "", confbuild.PAGE)
+        assert re.findall(r"\s(?:on\w+|style|src)=", markup) == []
+        assert re.findall(r'href="([^"]{5})', markup) == ["data:"]
+        addresses = re.findall(r"https?://[\w./-]+", confbuild.PAGE)
+        assert set(addresses) <= {"http://www.w3.org/2000/svg", "https://github.com/owner/project", "https://"}
+
+    @needs("node")
+    def test_script(self, tmp_path: Path) -> None:
+        (tmp_path / "page.js").write_text(self.SCRIPT[0], encoding="utf-8")
+        done = subprocess.run(["node", "--check", str(tmp_path / "page.js")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@needs("chromium")
+class TestPage:
+    """The page in a real browser. Each test keeps a screenshot."""
+
+    @staticmethod
+    def address(s: "Site | Server", job: str = "") -> str:
+        return f"http://127.0.0.1:{s.port}/" + (f"?build={job}" if job else "")
+
+    @staticmethod
+    def accepted(s: "Site", **fields: str) -> str:
+        return str(json.loads(s.ask("POST", "/build", {**GOOD_REQUEST, **fields})[2])["job_id"])
+
+    @staticmethod
+    def append(s: "Site", job: str, *lines: str) -> None:
+        log = wait_for(lambda: s.jobs.get(job).state == "running" and s.jobs.get(job).log)
+        log.append(confbuild.to_payloads("build", lines))
+
+    def test_list(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """Builds with their status; new ones appear by themselves; a click cancels one."""
+        s = site()
+        browser.open(self.address(s))
+        browser.wait("!$('none').hidden")
+        first, second = self.accepted(s, source_name="one.tar.gz"), self.accepted(s, source_name="two.tar.gz")
+        self.append(s, first, "line")
+        browser.wait("$('rows').rows.length == 2 && $('rows').innerText.includes('build')")
+        cells = browser.run("[...$('rows').rows].map(row => [...row.cells].map(cell => cell.innerText))")
+        assert cells[0][:4] == [f"two.tar.gz\n{second[:8]}", "queued", "next", ""] and cells[0][6] == "Cancel"
+        assert cells[1][:4] == [f"one.tar.gz\n{first[:8]}", "running", "", "build"]
+        assert all(re.fullmatch(r"\d+ s", row[4]) for row in cells) and re.fullmatch(r"\d+\.\d s", cells[1][5])
+        browser.run("confirm = () => true")
+        browser.click("[aria-label='Cancel two.tar.gz']")
+        browser.wait("$('rows').rows[0].innerText.includes('Cancelled')")
+        assert s.jobs.get(second).state == "failed"
+        browser.picture("list")
+        assert browser.run("$('rows').querySelector('a').href") == self.address(s, second)
+
+    def test_live_log(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """From the first line to the verified bundle, with all that a reader can do on the way."""
+        s = site()
+        job = self.accepted(s)
+        red, bold = "\x1b[31m", "\x1b[1m"
+        self.append(s, job, f"{red}red", "still\x1b[0m <b>plain</b>", "10%\r", "50%\r", "100%", f"{bold}bold\x1b[0m")
+        self.append(s, job, *(f"line {n}" for n in range(7, 107)))
+        browser.open(self.address(s, job))
+        browser.wait("lineCount == 106 && $('pane').innerText.includes('line 106')")  # it follows the end
+        assert browser.text("#state") == "running" and browser.text("#count") == "106 lines"
+        browser.run("$('log').scrollTop = 0")
+        browser.wait("$('pane').innerText.startsWith('1\\nred\\n2\\nstill <b>plain</b>\\n5\\n100%\\n6\\nbold')")
+        colours = browser.run(
+            "[...document.querySelectorAll('.row span span')].slice(0, 5).map(e => e.style.color + e.style.fontWeight)"
+        )
+        assert colours == ["var(--c1)", "var(--c1)", "", "", "bold"]
+        self.append(s, job, "error[E0425]: cannot find value", "the last line")
+        browser.wait("lineCount == 108 && !$('follow').hidden && $('pane').innerText.includes('100%')")  # not moved
+        browser.click("#error")
+        browser.wait("location.hash == '#L107' && document.querySelector('.target')?.innerText.includes('E0425')")
+        browser.click("#follow")
+        browser.wait("following && $('pane').innerText.includes('the last line')")
+        browser.run("$('needle').value = 'LINE 5'; $('needle').oninput()")
+        browser.wait("$('found').innerText == '– of 10'")
+        browser.click("#next")
+        browser.wait("$('found').innerText == '1 of 10' && document.querySelector('.hit mark')")
+        assert browser.run("document.querySelector('.hit mark').innerText") == "line 5"
+        browser.run("location.hash = '#L3'")  # of a progress bar: the line that replaced it
+        browser.wait("document.querySelector('.target')?.innerText == '5\\n100%'")
+        s.gate.set()
+        browser.wait("document.querySelectorAll('#result table').length >= 3")
+        assert browser.text("#state") == "ok" and browser.text("#count") == "110 lines"
+        shown = browser.text("#result")
+        assert f"verify {job}.tar.gz --nonce {NONCE}" in shown and "8 bytes" in shown
+        assert hashlib.sha256(b"artifact").hexdigest() in shown and confbuild.SIMULATED_NOTICE in shown
+        phases = browser.run("[...$('phases').rows].map(row => [...row.cells].map(cell => cell.innerText))")
+        assert [row[0] for row in phases] == ["queued", "build"] and phases[1][2] == "110 lines"
+        assert all(re.fullmatch(r"\d+(\.\d)? s", row[1]) for row in phases)
+        browser.picture("build")
+        browser.open(self.address(s, job) + "#L100", dark=True)
+        browser.wait("document.querySelector('.target')?.innerText.includes('line 100')")
+        browser.picture("build-dark")
+
+    def test_resume(self, server: Callable[..., Server], tmp_path: Path, browser: Browser) -> None:
+        """A server that is killed and started again: the page says so and loses nothing."""
+        s = server("--readable", str(tmp_path))
+        gate = tmp_path / "gate"
+        job = s.submit(project(f"echo begun; while [ ! -e {gate} ]; do sleep 0.05; done\n{QUICK}"))
+        browser.open(self.address(s, job))
+        browser.wait("lineCount > 0 && $('pane').innerText.includes('begun')")
+        s.stop(signal.SIGKILL)
+        browser.wait("$('link').innerText.startsWith('The connection was lost after event')")
+        gate.touch()
+        s.start()
+        browser.wait("$('link').innerText.startsWith('Connected again')")
+        browser.wait("build?.status == 'ok' && complete")
+        lines = [event["msg"] for event in s.events(job) if event["type"] == "build"]
+        assert browser.run("[...rows(0, rowCount())].map(row => row.text)") == lines and lines.count("begun") == 2
+        assert browser.run("position") == len(s.events(job))
+        assert "attempt 2" in browser.text("#took")
+        browser.picture("resumed")
+
+    def test_a_million_lines(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """No line is lost, any line can be shown, and memory stays below 300 MB."""
+        count = 1_000_000
+        made: list[str] = []
+        s = site(build_state=lambda state: made.append(write_job(state, count)))
+        browser.open(self.address(s, made[0]))
+        browser.wait("complete && !drawing && document.querySelector('.row')")
+        assert browser.run("[lineCount, rowCount()]") == [count, count] and browser.text("#count") == "1,000,000 lines"
+        assert browser.run("document.querySelectorAll('.row').length") < 100
+        assert browser.memory() < 300e6 and browser.run("performance.memory.usedJSHeapSize") < 300e6
+        browser.wait("document.querySelector('.row:last-child').innerText.includes('dep-1000000 ')")
+        browser.run("location.hash = '#L543210'")
+        browser.wait("document.querySelector('.target')?.innerText.startsWith('543210\\n   Compiling dep-543210 ')")
+        browser.picture("million")
+
+    def test_token(self, site: Callable[..., "Site"], tmp_path: Path, browser: Browser) -> None:
+        """The page asks for the token, keeps it for the tab, and sends it with every request."""
+        s = site(tokens=("alpha",))
+        body = json.dumps(GOOD_REQUEST).encode()
+        headers = {"Authorization": "Bearer alpha", "Content_Type": "application/json"}
+        job = json.loads(s.ask("POST", "/build", body, **headers)[2])["job_id"]
+        self.append(s, job, "secret line")
+        browser.open(self.address(s, job))
+        for token, note in (("wrong", "The server refused this token."), ("alpha", None)):
+            browser.wait("!$('login').hidden")
+            browser.run(f"$('token').value = '{token}'; $('login').requestSubmit()")
+            if note:
+                browser.wait(f"!$('login').hidden && $('login-note').innerText == '{note}'")
+                browser.picture("token")
+        browser.wait("$('pane').innerText.includes('secret line')")
+        assert browser.run("[sessionStorage.token, localStorage.token]") == ["alpha", None]
+        s.gate.set()
+        browser.wait("document.querySelectorAll('#result table').length >= 3")
+        browser.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.click("#download")
+        saved, archive = tmp_path / f"{job}.tar.gz", Path(s.jobs.get(job).path("result.tar.gz")).read_bytes()
+        wait_for(lambda: saved.exists() and saved.read_bytes() == archive)
+
+    def test_submit(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """A dropped archive, then a repository. The nonce is of the browser, which keeps it."""
+        s = site(max_archive=4096)
+        browser.open(self.address(s))
+        browser.wait("!$('home').hidden && $('limit').innerText")
+        archive = base64.b64encode(tarball(project())).decode()
+        drop = (
+            "(bytes => {{ const data = new DataTransfer(); data.items.add(new File([bytes], '{}'));"
+            "document.dispatchEvent(new DragEvent('drop', {{dataTransfer: data}})) }})({})"
+        )
+        browser.run("prepareSubmit(4096)")
+        browser.run(drop.format("large.tgz", "new Uint8Array(4097)"))
+        browser.wait("$('alert').innerText.includes('accepts at most 4.0 KiB')")
+        browser.run(drop.format("my demo.tgz", f"Uint8Array.from(atob('{archive}'), c => c.charCodeAt(0))"))
+        browser.wait("job && lineCount >= 0 && build && !$('build').hidden")
+        newest = s.jobs.get(browser.run("job"))
+        assert newest.request.source_name == "my demo.tgz" and newest.source
+        assert Path(newest.source).read_bytes() == base64.b64decode(archive)
+        assert browser.run("localStorage['nonce:' + job]") == newest.request.nonce != NONCE
+        browser.open(self.address(s))
+        browser.wait("!$('home').hidden && $('rows').rows.length")
+        browser.run("$('url').value = 'ftp://x'; $('submit').requestSubmit()")
+        browser.wait("$('alert').innerText.startsWith('Not accepted: ')")
+        browser.picture("refused")
+        browser.run(
+            "$('url').value = 'https://git.example/demo.git'; $('ref').value = ' v1 '; $('submit').requestSubmit()"
+        )
+        browser.wait("job && build && !$('build').hidden")
+        request = s.jobs.get(browser.run("job")).request
+        assert (request.repo_url, request.repo_ref) == ("https://git.example/demo.git", "v1")
+        assert browser.run("localStorage['nonce:' + job]") == request.nonce
+
+    def test_narrow(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """360 pixels are enough, also for long names and long lines; so is a keyboard."""
+        s = site()
+        job = self.accepted(s, source_name="a-long-name-of-an-archive-" * 4 + ".tar.gz")
+        self.append(s, job, "word " * 100, "x" * 1000)
+        browser.open(self.address(s), 360, 740)
+        browser.wait("$('rows').rows.length == 1")
+        browser.picture("narrow-list")
+        s.gate.set()
+        browser.open(self.address(s, job), 360, 740)
+        browser.wait("document.querySelectorAll('#result table').length >= 3")
+        browser.run("$('wrap').click()")
+        browser.wait("document.querySelector('.row').offsetHeight > 100")
+        browser.picture("narrow-build")
+        browser.call("Input.dispatchKeyEvent", type="keyDown", key="/", text="/")
+        assert browser.run("document.activeElement.id") == "needle"
+        names = browser.run(
+            "[...document.querySelectorAll('button, input, [role=log], [role=status]')]"
+            ".filter(e => !e.closest('[hidden]'))"
+            ".map(e => e.getAttribute('aria-label') || e.innerText || e.closest('label')?.innerText)"
+        )
+        assert all(names) and "Build log" in names and "Status of the build" in names
+
+
+# endregion 34
+# ==============================================================================
+# region 35. HTTP API
 # ==============================================================================
 
 
@@ -19721,6 +20126,11 @@ class TestHttp:
         assert [one["job_id"] for one in page] == [job_id(1)]
         assert json.loads(s.ask("GET", f"/builds?after={job_id(1)}")[2]) == []
         is_problem(s.ask("GET", f"/builds?after={job_id(9)}"), 404, "NotFound")
+        limited = json.loads(s.ask("GET", f"/builds?after={job_id(3)}&limit=1")[2])
+        assert [one["job_id"] for one in limited] == [job_id(2)]
+        assert json.loads(s.ask("GET", f"/builds?after={job_id(2)}&limit=999999999")[2]) == page
+        for limit in ("0", "-1", "", "1e3", "1" * 10, "\u0661"):
+            is_problem(s.ask("GET", f"/builds?limit={urllib.parse.quote(limit)}"), 400, "InvalidLimit", "limit: ")
         wait_for(lambda: len(s.jobs.table._used) == len(s.jobs.table._live) == 0)
 
     def test_gone(self, tmp_path: Path, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20112,9 +20522,9 @@ class TestHttp:
         assert ask("GET", f"/build/{job}/result") == (s.state / "jobs" / job / "result.tar.gz").read_bytes()
 
 
-# endregion 34
+# endregion 35
 # ==============================================================================
-# region 35. Client
+# region 36. Client
 # ==============================================================================
 
 
@@ -20845,9 +21255,9 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
                 f.write(config.replace("worktree", "nothing"))
 
 
-# endregion 35
+# endregion 36
 # ==============================================================================
-# region 36. Agent
+# region 37. Agent
 # ==============================================================================
 
 
@@ -21177,9 +21587,9 @@ class TestFetcher:
         assert answer["error_type"] == "SourceError" and "nowhere" in answer["error"] and not os.path.exists(workspace)
 
 
-# endregion 36
+# endregion 37
 # ==============================================================================
-# region 37. VMs
+# region 38. VMs
 # ==============================================================================
 
 
@@ -22600,9 +23010,9 @@ class TestSpares:
             host.pool.attestation(NONCE)
 
 
-# endregion 37
+# endregion 38
 # ==============================================================================
-# region 38. Image
+# region 39. Image
 # ==============================================================================
 
 
@@ -23922,9 +24332,9 @@ def test_a_real_python(tmp_path: Path) -> None:
     )
 
 
-# endregion 38
+# endregion 39
 # ==============================================================================
-# region 39. QEMU
+# region 40. QEMU
 # ==============================================================================
 
 # A QEMU in Python: it "boots" by running code of the test, with the agent's streams of the argv.
@@ -24578,9 +24988,9 @@ class TestRealQemu:
         assert measured((tmp_path / "record").read_bytes(), 0x80B004, signature) == ours.hex()
 
 
-# endregion 39
+# endregion 40
 # ==============================================================================
-# region 41. First process
+# region 42. First process
 # ==============================================================================
 
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="the first process of a guest is root")
@@ -25271,9 +25681,9 @@ class TestRealGuest:
         assert said == "" and "confbuild" not in console and "Linux" not in console, console
 
 
-# endregion 41
+# endregion 42
 # ==============================================================================
-# region 42. Rendering
+# region 43. Rendering
 # ==============================================================================
 
 
@@ -25731,9 +26141,9 @@ class TestRendering:
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
 
-# endregion 42
+# endregion 43
 # ==============================================================================
-# region 43. Server set-up
+# region 44. Server set-up
 # ==============================================================================
 
 
@@ -25859,9 +26269,9 @@ class TestMachine:
             assert shlex.split(capsys.readouterr().out) == confbuild.qemu_argv(guest, "HASHES_PAGE")
 
 
-# endregion 43
+# endregion 44
 # ==============================================================================
-# region 44. Commands
+# region 45. Commands
 # ==============================================================================
 
 
@@ -28599,9 +29009,9 @@ class TestBuild:
         assert [row for row in screen(text.decode(), 30) if "xxxx" in row] == []
 
 
-# endregion 44
+# endregion 45
 # ==============================================================================
-# region 46. Layout and README
+# region 47. Layout and README
 # ==============================================================================
 
 
@@ -29109,9 +29519,9 @@ if __name__ == "__main__":
         assert list((tmp_path / "tmp").iterdir()) == []
 
     def test_service_half_knows_no_guests(self) -> None:
-        """Parts III and IV mention neither QEMU nor an image nor the broker; `image=` is a field of Expectations."""
+        """Parts III and IV mention neither QEMU nor an image nor the broker, except `image=` and image/svg."""
         part = self.SERVICE[self.SERVICE.index("# ---- End of the verifier.") :]
-        word = re.compile(r"(?i)qemu|broker|image\.json|\bimages?\b(?!=)")
+        word = re.compile(r"(?i)qemu|broker|image\.json|\bimages?\b(?![=/])")
         assert [line for line in part.splitlines() if word.search(line)] == []
         assert len(word.findall(self.SOURCE[len(self.SERVICE) :])) > 100, "the pattern finds Part V"
 
@@ -29317,4 +29727,4 @@ class TestContract:
             assert sorted(numbers - set(self.SECTIONS)) == [], path.name
 
 
-# endregion 46
+# endregion 47
