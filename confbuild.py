@@ -8067,6 +8067,47 @@ def differences(a: Mapping[str, Mapping[str, str]], b: Mapping[str, Mapping[str,
     ]
 
 
+_EMBEDDED_TIME = re.compile(r"\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|(?<!\d)[12]\d{9}(\d{9})?(?!\d)")  # the last: since 1970
+
+
+def elf_sections(data: bytes) -> dict[str, bytes]:
+    """Return name -> contents of the sections of a 64-bit little-endian ELF file; none for any other file.  [ELF]"""
+    found = {}
+    with contextlib.suppress(struct.error, IndexError, OverflowError):
+        [start], (size, count, names) = struct.unpack_from("<Q", data, 40), struct.unpack_from("<HHH", data, 58)
+        # sh_name, sh_type, sh_offset, sh_size; SHT_NOBITS, 8, has no contents
+        rows = [struct.unpack_from("<II16xQQ", data, start + size * number) for number in range(count)]
+        if data.startswith(b"\x7fELF\2\1") and sum(row[3] for row in rows if row[1] != 8) <= len(data):
+            for name, kind, offset, length in rows:
+                text = data[rows[names][2] + name :].partition(b"\0")[0].decode("utf-8", "replace")
+                found[text] = data[offset : offset + length * (kind != 8)]
+    return found
+
+
+def explain_difference(a: bytes, b: bytes) -> str:
+    """Return where two files differ: the section of an ELF file, and the path, time or text that it contains there.
+
+    Constants come first, since code refers to them by address, and notes last, since one is a hash of all the others.
+    """
+    where, old, new = "", elf_sections(a), elf_sections(b)
+    for name in sorted({**old, **new}, key=lambda name: (name != ".rodata", name.startswith((".note", ".shstrtab")))):
+        if old and new and old.get(name) != new.get(name):
+            if name not in old or name not in new:
+                return f"only one of them has the ELF section {name}"
+            where, a, b = f"ELF section {name}, ", old[name], new[name]
+            break
+    pairs = enumerate(zip(a, b, strict=False))
+    at = next((number for number, (x, y) in pairs if x != y), min(len(a), len(b)))
+    texts = [re.findall(rb"[ -~]*\Z", one[max(0, at - 100) : at])[0] for one in (a, b)]
+    texts = [text + re.findall(rb"[ -~]*", one[at : at + 100])[0] for text, one in zip(texts, (a, b), strict=True)]
+    kind, shown = "bytes", [one[at : at + 16].hex() for one in (a, b)]
+    if min(map(len, texts)) > 3:
+        shown = [text.decode("ascii") for text in texts]
+        has_times, have_paths = all(map(_EMBEDDED_TIME.search, shown)), all("/" in text for text in shown)
+        kind = "time" if has_times else ("path" if have_paths else "text")
+    return f"{where}byte {at}: the {kind} {shown[0]!r} has become {shown[1]!r}"
+
+
 def cyclonedx_hashes(digest: Mapping[str, str]) -> list[dict[str, str]]:
     """Return a DigestSet as hashes.  A commit and a directory's hash have no place there, and are left out.
 
@@ -15845,6 +15886,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
                 BuildRequest(nonce, source_name=name + ".tar.gz"),
             )
             packed = _pack(options, archive, scratch)
+            if options.tree not in ("", packed.tree):
+                raise UsageError(f"{source} has the tree {packed.tree}, not {options.tree}, which the bundle records")
             display.note(f"packed {packed.note}")
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
         choices = {name: getattr(options, name) for name in ("toolchain", "subdir", "artifacts")}
@@ -16365,6 +16408,99 @@ def cmd_diff(options: "argparse.Namespace") -> int:
     return EXIT_OK if equal else EXIT_NO
 
 
+def _unpacked(path: str, scratch: str) -> str:
+    """Return a new folder below scratch with the files of an archive, or "" if path is not one."""
+    root = tempfile.mkdtemp(dir=scratch)
+    try:
+        unpack_archive(path, root, MAX_VERIFIED, MAX_UNPACKED)
+        return root
+    except BuildFailed:
+        return ""
+
+
+def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
+    """Return the first difference between the artifacts called name of the bundles in two folders."""
+    pair = [next(filter(os.path.isfile, (os.path.join(f, "artifacts", name), os.path.join(f, name)))) for f in folders]
+    where, roots = "", [_unpacked(path, scratch) for path in pair]
+    if all(roots):
+        files = [{file: file_sha256(os.path.join(root, file)) for file in walk_files(root)} for root in roots]
+        changed = sorted(file for file in {**files[0], **files[1]} if files[0].get(file) != files[1].get(file))
+        if not changed:
+            return "the archives have the same files; links, modes, times, order or compression differ"
+        if not all(changed[0] in one for one in files):
+            return f"only one archive has {changed[0]}"
+        where, pair = f"{changed[0]} in the archive, ", [os.path.join(root, changed[0]) for root in roots]
+    return where + explain_difference(*(read_limited(path, GIB) for path in pair))
+
+
+def _request_again(options: "argparse.Namespace", facts: Mapping[str, Mapping[str, str]]) -> None:
+    """Set the options of `build` that request the build of a bundle once more.  Raises UsageError."""
+    recorded, build = facts["source"], facts["build"]
+    uri, commit = recorded["uri"], recorded.get("gitCommit")
+    options.source = options.source or uri * ("://" in uri)
+    is_url = "://" in options.source
+    if not options.source or is_url and not commit:
+        missing = "commit" if options.source else "repository"
+        raise UsageError(f"{options.bundle} records no {missing}", "--source DIR names a checkout of its source")
+    options.ref, options.tree = commit if is_url else "", recorded["gitTree"]
+    options.submodules = not is_url and any(name.startswith("pkg:generic/") for name in facts["dependencies"])
+    try:
+        words = shlex.split(build["command"])
+    except ValueError as e:
+        raise UsageError(f"{options.bundle}: buildCommand {build['command'][:200]!r}: {e}") from None
+    options.subdir = ""
+    if words[0] == "cd":
+        _, options.subdir, _, *words = words
+    options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []
+    own_type = build["type"] == CONFBUILD_TYPE
+    known = ("npm ci", "go mod") if own_type else ("cargo build", "nix build", "pnpm install")
+    options.toolchain = words[0] if " ".join(words[:2]) in known else "own"
+
+
+def cmd_rebuild(options: "argparse.Namespace") -> int:
+    """Build the source of a bundle again and compare: 0 if all artifacts are the same, and 1 if they differ."""
+    path = options.bundle
+    if os.path.basename(path) == "evidence.json":
+        path = os.path.dirname(path) or "."
+    if not os.path.exists(path):  # also "-", which cannot be read twice
+        raise UsageError(f"{path}: no such bundle")
+    name = re.sub(r"\.(tar\.gz|tgz)$", "", os.path.basename(os.path.realpath(path)))
+    options.out = options.out or name + "-rebuild"
+    _, doc, verdict = _read_verified(path, datetime.now(UTC))
+    if verdict.verdict == "failed":
+        say(f"error: {path} fails to verify", f"`confbuild verify {path}` says why")
+        return EXIT_NO
+    before = bundle_facts(doc, verdict)
+    _request_again(options, before)
+    status = cmd_build(options)
+    if status != EXIT_OK:
+        return status
+    _, again, verdict = _read_verified(options.out, datetime.now(UTC))
+    after, others = bundle_facts(again, verdict), 0
+    for row in differences(before, after):
+        if row["name"] == "gitTree" or row["part"] == "toolchain" and row["name"] != "kettle":
+            say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
+            others += 1
+    if others and not options.any_toolchain:
+        raise UsageError("these are not the recorded ones", "--any-toolchain compares the artifacts anyway")
+    names = "build_path", "build_environment", "build_kernel", "build_cpu"
+    varied = [name for name in names if byproduct(doc, name) not in (None, byproduct(again, name))]
+    one, other = before["artifacts"], after["artifacts"]
+    if varied and one != other:
+        say(f"these differ, too: {', '.join(varied)}")
+    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
+        roots = [find_project(p if os.path.isdir(p) else _unpacked(p, scratch), "")[0] for p in (path, options.out)]
+        for name in {**one, **other}:
+            equal, said = one.get(name) == other.get(name), "only one bundle has it"
+            if equal:
+                said = f"the same, sha256:{one[name]}"
+            elif name in one and name in other:
+                said = f"different: {_explain_artifact(roots, name, scratch)}"
+            line = compact_json({"type": "artifact", "name": name, "equal": equal, "detail": said})
+            sys.stdout.write((line if options.format == "json" else plain_text(f"{name}: {said}")) + "\n")
+    return EXIT_OK if one == other else EXIT_NO
+
+
 def cmd_sbom(options: "argparse.Namespace") -> int:
     """Print the bill of materials of a bundle; 1 if the bundle fails to verify."""
     files, doc, verdict = _read_verified(options.bundle, datetime.now(UTC))
@@ -16709,6 +16845,16 @@ _MACHINE: Sequence[Any] = (
 )
 
 
+_SUBMISSION = (
+    ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
+    _CLIENT_TOKEN,
+    ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
+    _FORMAT,
+    ("--measurement HEX... measurements", "with --tee: launch digest that the server's VM may have", _hex(96)),
+    *_MACHINE,
+)
+
+
 class Command(NamedTuple):
     """A command of the program.
 
@@ -16781,6 +16927,23 @@ complete -c confbuild -c confbuild.py -a '(__confbuild)'
     ),
 )
 _BUILD, _SERVICE, _CONFIDENTIAL = "Build and verify", "Service", "Confidential VMs"
+# Of the temporary server of `build` and `rebuild`.
+_TEMPORARY = {
+    "listen": ("127.0.0.1", 0),
+    "slots": 1,
+    "queue": 1,
+    "single_use": True,
+    "public_host": [],
+    "tls_cert": None,
+    "tls_key": None,
+    "warm": 0,
+    "keep_days": float("inf"),
+    "keep_bytes": float("inf"),
+    "print_command": False,
+    "vm_command": "",
+    "vm_cleanup": "",
+    "max_ratio": MAX_UNPACKED,  # the user's own directory may be as compressible as it likes
+}
 _NAMES = tuple(toolchain.name for toolchain in TOOLCHAINS)
 COMMANDS = (
     Command(
@@ -16788,40 +16951,20 @@ COMMANDS = (
         cmd_build,
         (
             ("DIR|URL source", "project directory or git URL"),
-            ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
-            _CLIENT_TOKEN,
             ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
             ("--submodules", "pack the submodules of DIR that are checked out; without it their folders are empty"),
             ("--toolchain NAME", f"{', '.join(_NAMES)} (default: by its marker)", _NAMES, ""),
             ("--subdir DIR", "folder of the source that is built", str, ""),
             ("--artifact GLOB... artifacts", "files that are the artifacts (default: executables)", str, []),
             ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
-            ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
-            _FORMAT,
-            ("--measurement HEX... measurements", "with --tee: launch digest that the server's VM may have", _hex(96)),
-            *_MACHINE,
+            *_SUBMISSION,
         ),
         _BUILD,
         "build a directory or a git URL, and verify the bundle",
         "confbuild build hello",
         "With --tee, the evidence of the VM that waits at the server is verified before the source is sent. The server "
         "can still send the source elsewhere afterwards, since TLS does not end inside the VM yet.",
-        {
-            "listen": ("127.0.0.1", 0),
-            "slots": 1,
-            "queue": 1,
-            "single_use": True,
-            "public_host": [],
-            "tls_cert": None,
-            "tls_key": None,
-            "warm": 0,
-            "keep_days": float("inf"),
-            "keep_bytes": float("inf"),
-            "print_command": False,
-            "vm_command": "",
-            "vm_cleanup": "",
-            "max_ratio": MAX_UNPACKED,  # the user's own directory may be as compressible as it likes
-        },
+        {**_TEMPORARY, "tree": ""},
     ),
     Command(
         "verify",
@@ -16934,6 +17077,24 @@ COMMANDS = (
         "confbuild diff hello-build other-build",
         "Compares source, command, lock file, toolchain, dependencies, platform, measurement and artifacts. Exits with "
         "0 if they are equal, and with 1 if they differ or one of the bundles fails to verify.",
+    ),
+    Command(
+        "rebuild",
+        cmd_rebuild,
+        (
+            ("BUNDLE bundle", "a bundle, as for verify"),
+            ("--source DIR|URL", "its source (default: the recorded repository)", str, ""),
+            ("--any-toolchain", "compare the artifacts even if other compilers or tools built them"),
+            ("-o --out DIR", "directory of the second bundle (default: NAME-rebuild)"),
+            *_SUBMISSION,
+        ),
+        _BUILD,
+        "build the source of a bundle again, and compare the artifacts",
+        "confbuild rebuild hello-build --source hello",
+        "Exits with 0 if all artifacts are the same, with 1 if they differ (the first difference of each is explained) "
+        "or the bundle does not verify, and with 2 if the source or the tools are not the recorded ones. The second "
+        "bundle is kept.",
+        _TEMPORARY,
     ),
     Command(
         "sbom",

@@ -16880,6 +16880,206 @@ class TestDiff:
         assert f"hint: {a} is a bundle" in capsys.readouterr().err
 
 
+def elf_of(*sections: tuple[str, bytes]) -> bytes:
+    """A 64-bit little-endian ELF file with these sections.  [ELF: System V ABI, Figures 4-3 and 4-8]"""
+    names, contents = b"\0", b""
+    rows = [bytes(64)]
+    for name, data in (*sections, (".shstrtab", b"")):
+        offset, index = 64 + len(contents), len(names)
+        names += name.encode() + b"\0"
+        data = data or names
+        contents += data
+        rows.append(struct.pack("<IIQQQQIIQQ", index, 1, 0, 0, offset, len(data), 0, 0, 1, 0))
+    header = struct.pack("<16sHHIQQQIHHHHHH", b"\x7fELF\2\1\1", 2, 62, 1, 0, 0, 64 + len(contents), 0, 64, 0, 0, 64,
+                         len(rows), len(rows) - 1)  # fmt: skip
+    return header + contents + b"".join(rows)
+
+
+class TestExplanation:
+    CODE = (".text", b"\x01\x02\x03\x04")
+    ID = (".note.gnu.build-id", b"\1")
+
+    @pytest.mark.parametrize(
+        ("a", "b", "said"),
+        [
+            (b"\0\1", b"\0\2", "byte 1: the bytes '01' has become '02'"),
+            (b"same", b"same and more", "byte 4: the text 'same' has become 'same and more'"),
+            (b"\0/tmp/vm-1/x.rs\0", b"\0/work/x.rs\0", "byte 2: the path '/tmp/vm-1/x.rs' has become '/work/x.rs'"),
+            (b"\0at 10:11:12\0", b"\0at 10:11:13\0", "byte 11: the time 'at 10:11:12' has become 'at 10:11:13'"),
+            (b"b=1700000000", b"b=1700000009", "byte 11: the time 'b=1700000000' has become 'b=1700000009'"),
+            (b"on 2026-01-02", b"on 2026-01-03", "byte 12: the time 'on 2026-01-02' has become 'on 2026-01-03'"),
+            (b"version 1", b"version 2", "byte 8: the text 'version 1' has become 'version 2'"),
+            (b"\xff" * 9, b"", f"byte 0: the bytes '{'ff' * 9}' has become ''"),
+            (
+                elf_of((".note.gnu.build-id", b"\1"), CODE, (".rodata", b"\0/a/b.rs")),
+                elf_of((".note.gnu.build-id", b"\2"), (".text", b"\x01\x02\x03\x05"), (".rodata", b"\0/a/c.rs")),
+                "ELF section .rodata, byte 4: the path '/a/b.rs' has become '/a/c.rs'",
+            ),
+            (elf_of(ID, CODE), elf_of(ID, (".text", b"\x01\x00\x03\x04")),
+             "ELF section .text, byte 1: the bytes '020304' has become '000304'"),
+            (elf_of(CODE), elf_of(CODE, (".debug", b"x")), "only one of them has the ELF section .debug"),
+        ],
+    )  # fmt: skip
+    def test_first_difference(self, a: bytes, b: bytes, said: str) -> None:
+        assert confbuild.explain_difference(a, b) == said
+
+    def test_hostile_elf_files(self) -> None:
+        """A header that leads anywhere, and sections that together are larger than the file."""
+        good = elf_of(self.CODE, (".data", b"d" * 9))
+        assert confbuild.elf_sections(good)[".data"] == b"d" * 9
+        for at in range(40, 64):
+            confbuild.elf_sections(good[:at] + b"\xff" + good[at + 1 :])
+        for end in range(len(good)):
+            assert confbuild.elf_sections(good[:end]).keys() <= confbuild.elf_sections(good).keys()
+        assert confbuild.elf_sections(good.replace(struct.pack("<QQ", 64, 4), struct.pack("<QQ", 0, len(good)))) == {}
+
+    def test_archives(self, tmp_path: Path) -> None:
+        """The first file of an archive that differs, inside of it the first difference, or the archive's own form."""
+
+        def explain(*contents: bytes) -> str:
+            folders = []
+            for name, data in zip("ab", contents, strict=True):
+                write_files(tmp_path / name, {"dist.tar.gz": data})
+                folders.append(str(tmp_path / name))
+            return confbuild._explain_artifact(folders, "dist.tar.gz", str(tmp_path))
+
+        one, other = (
+            gzip.compress(tar_of(("a", b"x", FILE_TYPE), ("d/t", text, FILE_TYPE))) for text in (b"/p/1", b"/p/2")
+        )
+        assert explain(one, other) == "d/t in the archive, byte 3: the path '/p/1' has become '/p/2'"
+        assert explain(one, gzip.compress(tar_of(("a", b"x", FILE_TYPE)))) == "only one archive has d/t"
+        same = "the archives have the same files; links, modes, times, order or compression differ"
+        assert explain(one, gzip.compress(gzip.decompress(one), 1)) == same
+        assert explain(one, b"\x1f\x8bx").startswith("byte 2: the bytes ")
+
+
+class TestRebuild:
+    def facts(self, command: str, kind: str = confbuild.BUILD_TYPE, **source: str) -> dict[str, dict[str, str]]:
+        return {
+            "source": {"uri": "", "gitTree": "12" * 20, **source},
+            "build": {"command": command, "type": kind},
+            "dependencies": {},
+        }
+
+    @pytest.mark.parametrize(
+        ("command", "kind", "expected"),
+        [
+            ("cargo build --locked --release", confbuild.BUILD_TYPE, ("cargo", "", [])),
+            ("nix build --no-link --json", confbuild.BUILD_TYPE, ("nix", "", [])),
+            ("pnpm install --frozen-lockfile && pnpm build", confbuild.BUILD_TYPE, ("pnpm", "", [])),
+            ("npm ci --ignore-scripts && npm rebuild && npm pack", confbuild.CONFBUILD_TYPE, ("npm", "", [])),
+            ("go mod download && go build -o .confbuild/ ./...", confbuild.CONFBUILD_TYPE, ("go", "", [])),
+            ("go build ./x", confbuild.CONFBUILD_TYPE, ("own", "", [])),
+            ("cargo build --locked --release", confbuild.CONFBUILD_TYPE, ("own", "", [])),
+            ("make", confbuild.CONFBUILD_TYPE, ("own", "", [])),
+            (
+                "cd 'a b/c' && cargo build --locked --release # artifacts: '*.so' lib",
+                confbuild.BUILD_TYPE,
+                ("cargo", "a b/c", ["*.so", "lib"]),
+            ),
+        ],
+    )
+    def test_options(self, command: str, kind: str, expected: tuple[str, str, list[str]]) -> None:
+        """What was asked for is read from the recorded command."""
+        options = types.SimpleNamespace(bundle="b", source="d")
+        confbuild._request_again(options, self.facts(command, kind))
+        assert (options.toolchain, options.subdir, options.artifacts) == expected
+        assert (options.ref, options.tree, options.submodules) == ("", "12" * 20, False)
+
+    def test_source(self) -> None:
+        """The recorded repository at the recorded commit, or what --source names."""
+        recorded = self.facts("make", uri="https://h/r.git", gitCommit="34" * 20)
+        for named, source, ref in (
+            ("", "https://h/r.git", "34" * 20),
+            ("https://m/r", "https://m/r", "34" * 20),
+            ("d", "d", ""),
+        ):
+            options = types.SimpleNamespace(bundle="b", source=named)
+            confbuild._request_again(options, recorded)
+            assert (options.source, options.ref) == (source, ref)
+        for named, changes, missing in (
+            ("", {}, "b records no repository"),
+            ("", {"uri": "/etc", "gitCommit": "34" * 20}, "b records no repository"),
+            ("https://h/r", {"uri": "https://h/r"}, "b records no commit"),
+        ):
+            with pytest.raises(confbuild.UsageError, match=missing) as caught:
+                confbuild._request_again(types.SimpleNamespace(bundle="b", source=named), self.facts("make", **changes))
+            assert caught.value.hint == "--source DIR names a checkout of its source"
+        with pytest.raises(confbuild.UsageError, match='b: buildCommand "make \'": No closing quotation'):
+            confbuild._request_again(types.SimpleNamespace(bundle="b", source="d"), self.facts("make '"))
+
+    TREE = "predicate__buildDefinition__externalParameters__source__digest__gitTree"
+    TOOL = "predicate__buildDefinition__internalParameters__toolchain__cargo__version"
+
+    @pytest.mark.parametrize(
+        ("changes", "artifact", "more", "status", "said"),
+        [
+            ({}, b"artifact", (), 0, f"demo: the same, sha256:{DEMO_SHA256}\n"),
+            ({}, b"other", (), 1, "demo: different: byte 0: "),
+            ({TREE: "34" * 20}, b"artifact", (), 2, f"gitTree: recorded {'12' * 20}, here {'34' * 20}"),
+            ({TOOL: "cargo 2"}, b"artifact", (), 2, "hint: --any-toolchain compares the artifacts anyway"),
+            ({TOOL: "cargo 2"}, b"artifact", ("--any-toolchain",), 0, "confbuild: cargo: recorded cargo 1 sha256:"),
+        ],
+    )  # fmt: skip
+    def test_statuses(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        changes: Any,
+        artifact: bytes,
+        more: Sequence[str],
+        status: int,
+        said: str,
+    ) -> None:
+        def build(options: types.SimpleNamespace) -> int:
+            digest = hashlib.sha256(artifact).hexdigest()
+            doc = statement(subject=[{"digest": {"sha256": digest}, "name": "demo"}], **changes)
+            write_bundle(Path(options.out), bundle(doc)._replace(artifacts={"demo": digest}))
+            Path(options.out, "artifacts/demo").write_bytes(artifact)
+            return 0
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(confbuild, "cmd_build", build)
+        first = write_bundle(tmp_path / "first", GOOD_BUNDLE)
+        assert confbuild.main(["rebuild", str(first), "--source", "d", *more]) == status
+        assert said in "".join(capsys.readouterr()) and os.path.exists("first-rebuild/provenance.json")
+
+    def test_refusals(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A bundle that fails to verify is not rebuilt; a build that fails has its own status."""
+        first = write_bundle(tmp_path / "first", GOOD_BUNDLE)
+        monkeypatch.setattr(confbuild, "cmd_build", lambda _: 4)
+        assert confbuild.main(["rebuild", f"{first}/evidence.json", "--source", "d"]) == 4
+        (first / "artifacts/demo").write_bytes(b"changed")
+        assert confbuild.main(["rebuild", str(first), "--source", "d"]) == 1
+        assert f"error: {first} fails to verify" in capsys.readouterr().err
+
+    @needs("git")
+    def test_a_rebuild(self, tmp_path: Path) -> None:
+        """The same bytes from another checkout, whose other commit is refused; time shows in an artifact of its own."""
+        recipe = 'command = ["sh", "show.sh"]\nartifacts = ["same", "now"]\n'
+        script = "pwd > same; date -r show.sh >> same; date +%s%N > now"
+        demo = commit_all(write_files(tmp_path / "demo", {"confbuild.toml": recipe, "show.sh": script}))
+        built = Built(demo, tmp_path / "out", PATH="/usr/bin:/bin")
+        built.provenance()
+        git(tmp_path, "clone", "-q", "demo", "other")
+        command = [*PROGRAM, "rebuild", str(tmp_path / "out"), "--format", "quiet", "--source"]
+        env = {**os.environ, "PATH": "/usr/bin:/bin"}
+        done = subprocess.run([*command, "other"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 1 and lines[0] == "out-rebuild", done
+        assert lines[1].startswith("now: different: byte ") and "the time" in lines[1]
+        same = hashlib.sha256((tmp_path / "out/artifacts/same").read_bytes()).hexdigest()
+        assert lines[2:] == [f"same: the same, sha256:{same}"]
+        (tmp_path / "other/new").touch()
+        git(tmp_path / "other", "add", "new")
+        git(tmp_path / "other", "commit", "-q", "-m", "new")
+        done = subprocess.run([*command, "other"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "which the bundle records" in done.stderr
+
+
 class TestSbom:
     @pytest.mark.parametrize(
         ("digest", "hashes"),
