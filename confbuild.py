@@ -10141,7 +10141,7 @@ function submitArchive(file, limit) {
 }
 
 function prepareSubmit(limit) {
-  $("limit").textContent = `(at most ${size(limit)})`;
+  $("limit").textContent = limit < Infinity ? `(at most ${size(limit)})` : "";
   $("submit").onsubmit = event => {
     event.preventDefault();
     const body = {repo_url: $("url").value, repo_ref: $("ref").value.trim()};
@@ -10682,24 +10682,14 @@ main().catch(e => say("alert", e.message));
 
 def page_headers(page: str) -> dict[str, str]:
     """Return the headers of the page, with the hashes of its script and its style.  [CONTRACT 1.18]"""
-    parts = re.findall("<(script|style)>(.*?)</", page, re.DOTALL)
-    rules = [
-        f"{kind}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for kind, text in parts
-    ]
-    policy = [
-        "default-src 'none'",
-        *rules,
-        "img-src data:",  # the icon
-        "connect-src 'self'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-        "require-trusted-types-for 'script'",  # textContent alone: the browser refuses innerHTML
-    ]
+    texts = re.findall("(?s)<(?:style|script)>(.*?)</", page)
+    style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
+    # img-src is for the icon. Trusted types make the browser refuse innerHTML.
+    policy = f"""default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; \
+img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"""
     return {
         "Content-Type": "text/html; charset=utf-8",
-        "Content-Security-Policy": "; ".join(policy),
+        "Content-Security-Policy": policy,
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-store",
         "Vary": "Accept",
@@ -10979,6 +10969,14 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     return Response(206, headers, source=file, start=span[0])
 
 
+def read_count(request: Request, name: str, default: str) -> int:
+    """Return the number in the query's field called name. Raises Refused 400, Invalid and the name."""
+    text = request.query.get(name, default)
+    if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+        raise Refused(400, f"Invalid{name.title()}", f"{name}: {text[:80]!r} is not a number, such as 0")
+    return int(text)
+
+
 class Api(NamedTuple):
     """The routes of ROUTES.
 
@@ -11034,10 +11032,8 @@ class Api(NamedTuple):
 
     def list_builds(self, request: Request) -> Response:
         """Return the status of the last builds, newest first. [CONTRACT 1.12]"""
-        text = request.query.get("limit", str(MAX_LISTED))
-        if not re.fullmatch("[1-9][0-9]{0,8}", text, re.ASCII):
-            raise Refused(400, "InvalidLimit", f"limit: {text[:80]!r} is not a number of builds, such as 100")
-        return json_response(list_jobs(self.jobs, min(int(text), MAX_LISTED), request.query.get("after", "")))
+        limit = min(read_count(request, "limit", str(MAX_LISTED)), MAX_LISTED)
+        return json_response(list_jobs(self.jobs, limit, request.query.get("after", "")))
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
@@ -11059,10 +11055,8 @@ class Api(NamedTuple):
 
     def events(self, request: Request) -> Response:
         """Return the event stream of a build. [CONTRACT 1.7]"""
-        text = request.query.get("from", request.headers.get("last-event-id") or "0")
-        if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-            raise Refused(400, "InvalidFrom", f"from: {text[:80]!r} is not a number of events, such as 0")
-        log, start = self._open(request, Job.open_log), int(text)
+        start = read_count(request, "from", request.headers.get("last-event-id") or "0")
+        log = self._open(request, Job.open_log)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
         ndjson = "application/x-ndjson" in request.headers.get("accept", "")

@@ -20329,7 +20329,7 @@ class TestHttp:
         limited = json.loads(s.ask("GET", f"/builds?after={job_id(3)}&limit=1")[2])
         assert [one["job_id"] for one in limited] == [job_id(2)]
         assert json.loads(s.ask("GET", f"/builds?after={job_id(2)}&limit=999999999")[2]) == page
-        for limit in ("0", "-1", "", "1e3", "1" * 10, "\u0661"):
+        for limit in ("x", "-1", "", "1e3", "1" * 19, "\u0661"):
             is_problem(s.ask("GET", f"/builds?limit={urllib.parse.quote(limit)}"), 400, "InvalidLimit", "limit: ")
         wait_for(lambda: len(s.jobs.table._used) == len(s.jobs.table._live) == 0)
 
