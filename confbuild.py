@@ -4789,6 +4789,7 @@ class Confinement(Launcher):
         """Put this thread, and everything that it starts, into the sandbox. Raises OSError."""
         rulesets = [self._files_ruleset()] if self.sandbox.abi else []
         if self.sandbox.ports >= 0:
+            _add_path(self.sandbox.ports, "/", 1 << 13)  # as close_port, for a root of our own (show_workspace)
             rulesets.append(self.sandbox.ports)  # this large one last: each layer copies those before it
         system_call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0, label="no_new_privs")
         _drop_capabilities()
