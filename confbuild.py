@@ -10268,6 +10268,7 @@ const ERROR = /\b\w*error(\[\w+\])?:|\bfatal:|\bpanicked at\b|undefined referenc
 let following = true;
 let drawing = 0;  // the number of the animation frame that is asked for
 let firstRow = 0;  // the first row of the window
+let drawnAt = 0;  // the scrollTop that draw() left
 let target = 0;  // the number of the line in the address
 let pattern = null, hits = [], searched = 0;  // what is searched for, the rows that have it, how many were searched
 
@@ -10284,6 +10285,7 @@ function draw() {
   const range = log.scrollHeight - log.clientHeight;
   const wanted = following ? range : range * firstRow / Math.max(1, count - visible());
   if (Math.abs(log.scrollTop - wanted) >= 1) log.scrollTop = wanted;
+  drawnAt = log.scrollTop;
   const height = log.clientHeight, part = range > 0 ? Math.min(1, wanted / range) : 0;
   const anchor = part * count, above = part * height / ROW;
   const nodes = [];
@@ -10379,7 +10381,7 @@ async function search() {
 let current = -1;  // the row of the last match that was shown
 
 function showHits() {
-  const at = hits.indexOf(current) + 1;
+  const at = current < 0 ? 0 : hits.indexOf(current) + 1;
   say("found", !pattern ? "" : hits.length ? `${at || "–"} of ${hits.length.toLocaleString("en")}` : "no match");
 }
 
@@ -10398,7 +10400,7 @@ function prepareLog() {
     const range = log.scrollHeight - log.clientHeight;
     following = log.scrollTop >= range - 2;
     const row = range > 0 ? log.scrollTop / range * Math.max(0, rowCount() - visible()) : 0;
-    if (Math.abs(row - firstRow) > TALLEST / 1e7) firstRow = row;
+    if (Math.abs(log.scrollTop - drawnAt) >= 1) firstRow = row;  // the reader scrolled, not draw()
     redraw();
   };
   new ResizeObserver(redraw).observe(log);

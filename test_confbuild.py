@@ -18835,6 +18835,11 @@ class TestPage:
         assert browser.text("#state") == "running" and browser.text("#count") == "106 lines"
         browser.run("$('log').scrollTop = 0")
         browser.wait("$('pane').innerText.startsWith('1\\nred\\n2\\nstill <b>plain</b>\\n5\\n100%\\n6\\nbold')")
+        frames = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+        for pixels in (5, 9, 3):  # as of a touchpad: less than a row
+            browser.run(f"$('log').scrollTop = {pixels}, {frames}")
+            assert browser.run("[$('log').scrollTop, following]") == [pixels, False]
+        browser.run("$('log').scrollTop = 0")
         colours = browser.run(
             "[...document.querySelectorAll('.row span span')].slice(0, 5).map(e => e.style.color + e.style.fontWeight)"
         )
