@@ -4378,23 +4378,27 @@ def guard_process() -> bool:
     return True
 
 
+def read_processes(name: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (process, contents of the file called name in its folder of /proc); nothing without /proc.
+
+    Processes that end meanwhile are left out."""
+    for entry in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/{name}", "rb") as f:
+            yield int(entry), f.read()
+
+
 def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[int]" = frozenset()) -> list[int]:
     """Return the processes below the process root, parents first; none without /proc.
 
     dead: include zombies.
     without: leave out these processes and everything below them."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc") if sys.platform == "linux" else []:
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", "rb") as f:
-                    fields = f.read().rpartition(b")")[2].split()  # the name before it may contain anything
-            except OSError:
-                continue  # it has ended
-            # A process whose first thread has ended is a zombie with more than one thread (num_threads).
-            # [proc_pid_stat(5)]
-            if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
-                children.setdefault(int(fields[1]), []).append(int(entry))
+    for pid, line in read_processes("stat"):
+        fields = line.rpartition(b")")[2].split()  # the name before it may contain anything
+        # A process whose first thread has ended is a zombie with more than one thread (num_threads).
+        # [proc_pid_stat(5)]
+        if dead or fields[0] not in (b"Z", b"X") or int(fields[17]) > 1:
+            children.setdefault(int(fields[1]), []).append(pid)
     found = [root]
     for pid in found:
         found += [child for child in children.get(pid, []) if child not in without]
@@ -4497,15 +4501,9 @@ class LineSplitter:
     @staticmethod
     def _pieces(line: bytes) -> list[bytes]:
         """Cut line between characters into pieces of at most MAX_LINE bytes."""
-        pieces = []
-        while len(line) > MAX_LINE:
-            cut = MAX_LINE
-            while cut > MAX_LINE - 4 and line[cut] & 0xC0 == 0x80:  # a continuation octet
-                cut -= 1
-            cut = cut if cut > MAX_LINE - 4 else MAX_LINE  # not UTF-8 anyway
-            pieces.append(line[:cut])
-            line = line[cut:]
-        return [*pieces, line]
+        # Not before a continuation octet, unless it is not UTF-8 anyway: a character has at most four octets.
+        pattern = rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}" % (MAX_LINE - 3, MAX_LINE, MAX_LINE)
+        return re.findall(pattern, line) or [line]
 
 
 # endregion 18
@@ -4648,9 +4646,9 @@ def _visible(path: str, hidden: Sequence[str]) -> Iterator[str]:
     below = [one for one in hidden if one.startswith(inside)]
     if not below:
         yield path
-    elif os.path.isdir(path):
+    elif isdir(path):
         for name in os.listdir(path):
-            if not os.path.islink(inside + name):  # a rule would apply to its target, which has a path of its own
+            if not islink(inside + name):  # a rule would apply to its target, which has a path of its own
                 yield from _visible(inside + name, below)
 
 
@@ -4675,15 +4673,15 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
     RUSTUP_HOME.
     home: never returned, nor a folder above it."""
     folders = [folder for folder in env.get("PATH", "").split(os.pathsep) if folder.startswith("/")]
-    found, home = [*(value for value in env.values() if value.startswith("/")), *folders], os.path.realpath(home)
-    for parent, name in map(os.path.split, map(os.path.realpath, folders)):
+    found, home = [*(value for value in env.values() if value.startswith("/")), *folders], realpath(home)
+    for parent, name in map(os.path.split, map(realpath, folders)):
         if name in ("bin", "sbin", "shims") and parent != home:
-            found += [os.path.join(parent, neighbour) for neighbour in _NEXT_TO_BIN]
-    toolchains = os.path.join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
-    if os.path.isdir(toolchains):
+            found += [join(parent, neighbour) for neighbour in _NEXT_TO_BIN]
+    toolchains = join(env.get("RUSTUP_HOME", "/nonexistent"), "toolchains")
+    if isdir(toolchains):
         found += [entry.path for entry in os.scandir(toolchains) if entry.is_symlink()]  # `rustup toolchain link`
     # ~/.local/share holds the data of everything that this user runs.
-    real = dict.fromkeys(os.path.realpath(path) for path in found if not path.endswith("/.local/share"))
+    real = dict.fromkeys(realpath(path) for path in found if not path.endswith("/.local/share"))
     return [
         *SYSTEM_FOLDERS,
         *(path for path in real if os.path.exists(path) and not (home + "/").startswith(path.rstrip("/") + "/")),
@@ -4746,7 +4744,7 @@ class Confinement(Launcher):
 
     def __init__(self, sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> None:
         self.sandbox = sandbox
-        self.writable = [os.path.join(workspace, folder) for folder in folders]
+        self.writable = [join(workspace, folder) for folder in folders]
         self.devices = list(_OPEN_DEVICES)
         self.unix = False
         self._thread: concurrent.futures.ThreadPoolExecutor | None = None
@@ -4775,7 +4773,7 @@ class Confinement(Launcher):
             except OSError:
                 pass  # nix reports it if it matters
         self.writable += paths
-        self.unix = any(os.path.exists(os.path.join(path, "daemon-socket/socket")) for path in paths)
+        self.unix = any(os.path.exists(join(path, "daemon-socket/socket")) for path in paths)
         self.devices += [] if self.unix else ["/dev/ptmx", "/dev/pts"]
 
     def close_network(self) -> bool:
@@ -4805,7 +4803,7 @@ class Confinement(Launcher):
         handled = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1  # refer, truncate and ioctl_dev came later
         ruleset = _create_ruleset(handled, 0, 0b11 if abi >= 6 else 0)
         hidden = [*self.sandbox.hidden, *_private("/etc")]
-        rules = [(path, _READ) for given in self.sandbox.readable for path in _visible(os.path.realpath(given), hidden)]
+        rules = [(path, _READ) for given in self.sandbox.readable for path in _visible(realpath(given), hidden)]
         rules += [(path, ~_NOT_IN_WORKSPACE) for path in self.writable] + [(path, _USE_DEVICE) for path in self.devices]
         for path, rights in rules:
             _add_path(ruleset, path, rights & handled)
@@ -4829,15 +4827,9 @@ def confine_builds(sandbox: Sandbox, workspace: str, folders: Sequence[str]) -> 
 
 def _count_threads() -> int:
     """Return the number of this user's threads, which is what RLIMIT_NPROC limits."""
-    found, pattern = 0, re.compile(rb"\nUid:\t%d\t.*\nThreads:\t(\d+)\n" % os.getuid(), re.DOTALL)
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{entry}/status", "rb") as f:
-                match = pattern.search(f.read())
-        except OSError:
-            continue  # it has ended
-        found += int(match[1]) if match else 0
-    return found
+    pattern = re.compile(rb"\nUid:\t%d\t.*\nThreads:\t(\d+)\n" % os.getuid(), re.DOTALL)
+    matches = (pattern.search(text) for _, text in read_processes("status"))
+    return sum(int(match[1]) for match in matches if match)
 
 
 def show_workspace(workspace: str, needed: Iterable[str]) -> str:
@@ -4848,7 +4840,7 @@ def show_workspace(workspace: str, needed: Iterable[str]) -> str:
     The caller has one thread, and can be dumped: else a user may not write its own uid_map.
     """
     if sys.platform != "linux" or any(
-        (path + "/").startswith(WORK + "/") for given in needed for path in (given, os.path.realpath(given))
+        (path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))
     ):
         return workspace
     trial = os.fork()  # half a change could not be undone
@@ -4870,7 +4862,7 @@ def _enter_namespaces(workspace: str) -> None:
     Raises OSError.
     [mount_namespaces(7), user_namespaces(7)]
     """
-    user, group, root = os.geteuid(), os.getegid(), os.path.join(workspace, "tmp")
+    user, group, root = os.geteuid(), os.getegid(), join(workspace, "tmp")
     system_call("unshare", _CLONE_NEWNS | _CLONE_NEWUTS | (_CLONE_NEWUSER if user else 0))
     for name, text in (("uid_map", f"{user} {user} 1"), ("setgroups", "deny"), ("gid_map", f"{group} {group} 1")):
         if user:  # root has the right to mount
@@ -4924,26 +4916,24 @@ def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict
     landlock, seccomp: why they cannot be used, or "".
     taken: why the port of the service cannot be closed, or ""."""
 
-    def lacks(least: int, linux: str) -> str:
-        old = "" if abi >= least else f"Landlock has ABI {abi} here, and ABI {least} (Linux {linux}) is required"
-        return landlock or old
-
-    return {
-        "files": lacks(3, "6.2"),
-        "sockets": lacks(6, "6.12") or seccomp,
-        "signals": lacks(6, "6.12") or seccomp,
-        "ports": lacks(4, "6.7") or seccomp or taken,
-        "limits": "",
+    needed = {  # the version of Landlock and of Linux, and what else is missing
+        "files": (3, "6.2", ""),
+        "sockets": (6, "6.12", seccomp),
+        "signals": (6, "6.12", seccomp),
+        "ports": (4, "6.7", seccomp or taken),
     }
+    old = f"Landlock has ABI {abi} here, and ABI %d (Linux %s) is required"
+    found = {name: landlock or old % row[:2] * (abi < row[0]) or row[2] for name, row in needed.items()}
+    return {**found, "limits": ""}
 
 
 def protection_text(protections: Mapping[str, str]) -> str:
     """Return one line that lists which protections are in effect and which are not."""
-    lists = {
-        label: ", ".join(name for name, why in protections.items() if bool(why) == lost)
-        for label, lost in (("host protected", False), ("not protected", True))
-    }
-    return "; ".join(f"{label}: {names}" for label, names in lists.items() if names)
+    parts = []
+    for label, lost in (("host protected", False), ("not protected", True)):
+        names = [name for name, why in protections.items() if bool(why) == lost]
+        parts += [f"{label}: {', '.join(names)}"] if names else []
+    return "; ".join(parts)
 
 
 # endregion 19
@@ -4955,13 +4945,6 @@ def protection_text(protections: Mapping[str, str]) -> str:
 
 Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
 PIPE_GRACE_S = 5.0  # how long processes that a tool left behind may keep its pipe open
-
-
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    """Return a stream that was requested as a pipe; for the type checker."""
-    if stream is None:
-        raise OSError("no pipe")
-    return stream
 
 
 def _read_pipes(
@@ -5026,7 +5009,7 @@ def capture(
                 del texts[1][:-4096]
                 size += len(block)
                 if size > max_bytes:
-                    raise BuildFailed("LimitError", f"{argv[0]} printed more than {max_bytes} bytes")
+                    raise limit_error(f"{argv[0]} printed more than {max_bytes} bytes")
         except BaseException:
             launcher.kill(child)
             child.wait()
@@ -5066,7 +5049,7 @@ def run_tool(
             try:
                 for _, block in _read_pipes(child, [pipe]):
                     held = (
-                        f"confbuild: killed processes that {os.path.basename(argv[0])} left behind: "
+                        f"confbuild: killed processes that {basename(argv[0])} left behind: "
                         f"they held its output open for {PIPE_GRACE_S:.0f} s after its end"
                     )
                     lines_out(splitter.feed(block) if block else [*splitter.end(), held])
@@ -5154,7 +5137,7 @@ def room_on(disk: str) -> Iterator[None]:
         yield
     except OSError as e:
         if is_full(e):
-            raise BuildFailed("LimitError", f"the disk of {disk} is full: {e.strerror}") from None
+            raise limit_error(f"the disk of {disk} is full: {e.strerror}") from None
         raise
 
 
@@ -5229,7 +5212,7 @@ def make_workspace() -> str:
     It is the first free one, so that builds that do not overlap have the same path.
     """
     for number in itertools.count():
-        path = os.path.join(os.path.realpath(tempfile.gettempdir()), f"{WORKSPACE}{number}")
+        path = join(realpath(tempfile.gettempdir()), f"{WORKSPACE}{number}")
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
             break
@@ -5273,7 +5256,7 @@ def walk_files(root: str, folder: str = "") -> list[str]:
 @functools.cache
 def own_source() -> bytes:
     """Return the bytes of this file, also if it is inside a zipapp."""
-    if os.path.isfile(__file__):
+    if isfile(__file__):
         with open(__file__, "rb") as f:
             return f.read()
     return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
@@ -5297,14 +5280,14 @@ def make_copy(folder: str) -> None:
 
     folder: nobody else can write to it. A copy that an earlier process left is replaced, not used.
     """
-    if not os.path.isfile(__file__) or __file__.endswith(".pyc"):  # inside a zipapp; or compiled already
+    if not isfile(__file__) or __file__.endswith(".pyc"):  # inside a zipapp; or compiled already
         return
     frame: Any = sys._getframe()
     while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
         frame = frame.f_back
     code = frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
-    path = os.path.join(os.path.abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
-    for old in glob.glob(os.path.join(glob.escape(folder), "confbuild-*.code*")):
+    path = join(abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
+    for old in glob.glob(join(glob.escape(folder), "confbuild-*.code*")):
         os.unlink(old)
     with open(path + ".tmp", "wb") as f:
         marshal.dump(code, f)
@@ -5316,9 +5299,9 @@ def own_program() -> list[str]:
     """Return the arguments that run this file again, from its compiled copy if there is one.
 
     It is isolated from the environment, the current directory and site-packages."""
-    path = os.path.abspath(__file__)
-    while not os.path.isfile(path):  # inside a zipapp
-        path = os.path.dirname(path)
+    path = abspath(__file__)
+    while not isfile(path):  # inside a zipapp
+        path = dirname(path)
     run = [_RUN_COPY, *_copies] if _copies and os.path.exists(_copies[0]) else [_RUN]
     return [sys.executable, "-I", "-S", "-c", *run, path]
 
@@ -5718,7 +5701,6 @@ _REF = re.compile(  # git-check-ref-format(1)
     [^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}  # no control character, revision syntax or pattern""",
     re.VERBOSE,
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # SHA-1, SHA-256
 GITLINK = b"160000"  # the mode of a submodule [GIT]
 MAX_TAGS = 100  # of one commit
 MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
@@ -5872,10 +5854,8 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         literals = socket.getaddrinfo(bare, None, flags=socket.AI_NUMERICHOST, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         literals = []
-    for literal in literals:
-        complaint = _forbidden_address(str(literal[4][0]), loopback)
-        if complaint:
-            forbid(complaint)
+    for complaint in filter(None, (_forbidden_address(str(literal[4][0]), loopback) for literal in literals)):
+        forbid(complaint)
     if ("." + bare).endswith(".localhost") and not loopback:
         forbid("loopback addresses are not accepted by this server")
     if _METADATA_NAMES.fullmatch(bare):
@@ -6048,21 +6028,18 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
     max_bytes: limit of all files."""
     many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
     try:
-        listing = _git("ls-tree -r -t -l -z FETCH_HEAD".split(), root, env, max_output=MAX_MEMBERS * 320)
+        rows = _list_tree("FETCH_HEAD", root, env, "-t", "-l")
     except BuildFailed as e:
         raise (many if e.error_type == "LimitError" else e) from None
-    rows = [row.partition(b"\t") for row in listing.split(b"\0")[:-1]]
     if len(rows) > MAX_MEMBERS:
         raise many
     total = 0
-    for facts, _, name in rows:
-        mode, _, _, size = facts.split()
-        shown = repr(os.fsdecode(name)[:80])
-        if name.count(b"/") > MAX_DEPTH:
-            raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
+    for name, (mode, _, _, size) in rows:
+        if name.count("/") > MAX_DEPTH:
+            raise limit_error(f"{name[:80]!r} lies deeper than {MAX_DEPTH} folders")
         if mode not in (b"040000", GITLINK):
             if not size.isdigit():
-                raise source_error(f"the repository lacks {shown}")
+                raise source_error(f"the repository lacks {name[:80]!r}")
             total += int(size)
     if total > max_bytes:
         raise limit_error(f"the repository unpacks to more than {max_bytes} bytes")
@@ -6103,11 +6080,14 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) 
     return commit, config
 
 
-def _list_tree(commit: str, folder: str, env: Mapping[str, str]) -> dict[str, tuple[bytes, bytes]]:
-    """Return the files, links and submodules of a commit: name -> (mode, object name in hexadecimal)."""
-    listed = _git(["ls-tree", "-r", "-z", commit], folder, env, max_output=MAX_MEMBERS * 320)
+def _list_tree(commit: str, folder: str, env: Mapping[str, str], *options: str) -> list[tuple[str, list[bytes]]]:
+    """Return (name, facts) of the files, links and submodules of a commit.
+
+    facts: mode, type, object name in hexadecimal, and what options add.
+    A hostile tree may have a name twice."""
+    listed = _git(["ls-tree", "-r", "-z", *options, commit], folder, env, max_output=MAX_MEMBERS * 320)
     rows = (row.partition(b"\t") for row in listed.split(b"\0")[:-1])
-    return {os.fsdecode(name): (facts[:6], facts.rpartition(b" ")[2]) for facts, _, name in rows}
+    return [(os.fsdecode(name), facts.split()) for facts, _, name in rows]
 
 
 EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the time of what has no commit
@@ -6146,13 +6126,13 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
         if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
             raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
         body = _git(["cat-file", "commit", commit], own, env)
-        head = _list_tree(commit, own, env)
+        head = dict(_list_tree(commit, own, env))
         modules = _read_config(join(project, ".gitmodules"), own, env)
     if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
-    links = {name: digest.decode("ascii") for name, (mode, digest) in head.items() if mode == GITLINK}
+    links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
     files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
-    absent = {name: row for name, row in head.items() if name in links or IGNORED & set(name.split("/"))}
+    absent = {name: (row[0], row[2]) for name, row in head.items() if name in links or IGNORED & set(name.split("/"))}
     tree = git_tree(project, files, object_format(commit), absent)
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
         raise source_error("the files differ from the tree of HEAD")
@@ -6206,9 +6186,10 @@ def open_checkout(directory: str, own: str) -> Checkout | None:
             return None
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
     plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
-    above = {"GIT_CEILING_DIRECTORIES": dirname(root)}
     try:
-        found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, {**plain, **above})
+        found = _git(
+            ["rev-parse", "--git-dir", "--git-common-dir"], root, {**plain, "GIT_CEILING_DIRECTORIES": dirname(root)}
+        )
     except BuildFailed as e:
         e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
         raise
@@ -6338,8 +6319,8 @@ def _read_head(
     found: from list_source.
     removed: the folders that a build removes first.
     Raises BuildFailed if the work tree differs from HEAD, or the history cannot be used."""
-    head = _list_tree(checkout.commit, checkout.own, checkout.env)
-    links = [name for name, (mode, _) in head.items() if mode == GITLINK]
+    head = dict(_list_tree(checkout.commit, checkout.own, checkout.env))
+    links = [name for name, row in head.items() if row[0] == GITLINK]
     for folder in removed:
         if any(name.startswith(folder + "/") for name in head):
             raise source_error(f"git tracks {folder}, which is removed before a build")
@@ -7531,7 +7512,7 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
     artifacts: the directory that holds the artifacts.
     """
 
-    files = {f"artifacts/{name}": os.path.join(artifacts, name) for name in sorted(os.listdir(artifacts))}
+    files = {f"artifacts/{name}": join(artifacts, name) for name in sorted(os.listdir(artifacts))}
     documents = {"evidence.json": evidence, "provenance.json": provenance}
     with open_tar(path) as archive:
         for name in ("", "artifacts", *files, *documents):
@@ -7547,8 +7528,8 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, a
 def is_bare_evidence(path: str) -> bool:
     """Return whether path is an evidence.json without a provenance.json next to it.  [CONTRACT 5.5]"""
     folder, name = os.path.split(path)
-    alone = not os.path.lexists(os.path.join(folder, "provenance.json"))
-    return name == "evidence.json" and os.path.isfile(path) and alone
+    alone = not lexists(join(folder, "provenance.json"))
+    return name == "evidence.json" and isfile(path) and alone
 
 
 __all__ += ["read_bundle"]
@@ -7568,9 +7549,9 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
             if sys.stdin is None:
                 raise UsageError("stdin is closed")
             return _read_archive("stdin", sys.stdin.buffer, max_unpacked, evidence_only)
-        if os.path.basename(path) == "evidence.json" and not os.path.isdir(path):
-            return _read_directory(os.path.dirname(path) or ".", evidence_only)
-        if os.path.isdir(path):
+        if basename(path) == "evidence.json" and not isdir(path):
+            return _read_directory(dirname(path) or ".", evidence_only)
+        if isdir(path):
             return _read_directory(find_project(path, "")[0], evidence_only)
         with open(path, "rb") as f:
             return _read_archive(path, f, max_unpacked, evidence_only)
@@ -7615,23 +7596,21 @@ def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
     """Return the bundle in the directory root.  Raises UsageError, Malformed or OSError."""
 
     def digest(name: str) -> str:
-        path = os.path.join(root, name)
+        path = join(root, name)
         return file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
 
-    folder, names = os.path.join(root, "artifacts"), os.listdir(root)
-    if os.path.islink(folder):
+    def document(name: str) -> bytes:
+        with open(open_regular(join(root, name)), "rb") as f:
+            return f.read(MAX_JSON + 1)
+
+    folder, names = join(root, "artifacts"), os.listdir(root)
+    if islink(folder):
         if not evidence_only:
             raise UsageError(f"{folder} is a symbolic link, expected a directory")
-    elif os.path.isdir(folder) or "artifacts" in names and not evidence_only:
+    elif isdir(folder) or "artifacts" in names and not evidence_only:
         inside = [f"artifacts/{name}" for name in os.listdir(folder)]
         names = inside + [name for name in names if not inside or name != "artifacts"]
-    return _assemble(names, digest, functools.partial(_read_document, root), evidence_only, False)
-
-
-def _read_document(folder: str, name: str) -> bytes:
-    """Return a file of a bundle, or the first MAX_JSON + 1 bytes of a longer one.  Raises Malformed or OSError."""
-    with open(open_regular(os.path.join(folder, name)), "rb") as f:
-        return f.read(MAX_JSON + 1)
+    return _assemble(names, digest, document, evidence_only, False)
 
 
 def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: bool) -> BundleFiles:

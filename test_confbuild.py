@@ -12411,7 +12411,7 @@ class TestHistory:
         clone = fetch(tmp_path, f"{origin['file']}/demo")
         git(clone, "config", "--unset", "remote.origin.url")
         found = confbuild.believe_history(str(clone), ORACLE_ENV)
-        assert found == (origin["main"], git(clone, "rev-parse", "HEAD^{tree}"), "", {})
+        assert found[:4] == (origin["main"], git(clone, "rev-parse", "HEAD^{tree}"), "", {})
 
 
 @pytest.fixture
