@@ -6064,6 +6064,8 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) 
     programs."""
     config, commit = _read_config(join(common, "config"), own, env), ""
     _init_repository(own, config.get("extensions.objectformat", "sha1"), env, "--bare")
+    with open(join(own, "config"), "a", encoding="ascii") as f:
+        f.write("[pack]\nwindow = 0\ncompression = 1\n")  # for a fetch from it: twice as fast, and hardly larger
     for name in ("HEAD", "refs"):
         remove_tree(join(own, name))
     for name in ("refs", "packed-refs"):
