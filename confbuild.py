@@ -7671,6 +7671,8 @@ ALLOWED_ENVIRONMENT = """
 """.split()
 FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
+_MAX_CRATE = 64 * MIB  # crates.io accepts 10 MB
+_MAX_REGISTRIES = 16  # folders of a cache; builds choose their names
 
 
 def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequence[str]) -> dict[str, str]:
@@ -7728,6 +7730,7 @@ def run_pipeline(
     policy: SourcePolicy,
     attester: Attester,
     emit: Emit,
+    cache: str | None = None,
 ) -> str:
     """Build a source and return the path of the bundle's archive.
 
@@ -7736,6 +7739,7 @@ def run_pipeline(
     workspace: a directory that is empty except for `agent`, which the build cannot write to.
     env: the environment of the build.
     emit: called with a phase and its messages.
+    cache: the directory of --cache.
     Raises BuildFailed.
     """
     started = utc_now()
@@ -7760,7 +7764,8 @@ def run_pipeline(
     toolchain, plan = _choose(found, root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
     before, log = {*os.listdir(project), *toolchain.outputs(project)}, BuildLog(emit)
-    network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
+    with _cached_crates(plan, cache, own, emit):
+        network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
     emit("provenance", ["Generating provenance"])
     copies = os.path.join(own, "artifacts")
     patterns = request.artifacts or plan.artifacts
@@ -7826,6 +7831,59 @@ def _choose(
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None
             emit("init", [f"Trying the next toolchain, since {toolchain.name} cannot build this: {e}"])
     raise ValueError("there is at least one toolchain")
+
+
+@contextlib.contextmanager
+def _cached_crates(plan: Plan, cache: str | None, own: str, emit: Emit) -> Iterator[None]:
+    """Give cargo copies of the crates in cache before the block, and add those that it has fetched afterwards.
+
+    cargo takes CARGO_HOME/registry/cache/REGISTRY/NAME-VERSION.crate without looking at its checksum. Here such a
+    file is cache/REGISTRY/SHA-256. Neither folder is trusted: only bytes with the digest of the lock file are copied.
+    own: a folder that the build cannot write to.
+    [CARGO: cargo home; CONTRACT 2.2]
+    """
+    form = re.compile("pkg:cargo/(.+)@(.+)[?]checksum=sha256:([0-9a-f]{64})")
+    found = [match.groups() for row in plan.dependencies or () if cache and (match := form.match(row["uri"]))]
+    crates = {f"{name}-{version}.crate": digest for name, version, digest in found}
+    if len(crates) < len(found):  # a package of one registry could get into the folder of another one
+        crates = {}
+    cache, registries = cache or "", os.path.join(plan.env["CARGO_HOME"], "registry")
+    known = {*match_files(cache, "*-*")[:_MAX_REGISTRIES]}
+    taken = {
+        f"cache/{registry}/{file}"
+        for registry, (file, digest) in itertools.product(known, crates.items())
+        if _copy_crate(os.path.join(cache, registry, digest), digest, f"{own}/registry/cache/{registry}/{file}")
+    }
+    with contextlib.suppress(OSError):  # nothing was taken, or a program of the source was quicker
+        os.rename(os.path.join(own, "registry"), registries)  # follows no link
+    if crates:
+        emit("init", [f"{len(taken)} of {len(crates)} crates come from the cache"])
+    try:
+        yield
+    finally:
+        with survive("the cache lacks crates of this build"):
+            for path in match_files(registries, "cache/*-*/*.crate" * bool(crates)):
+                registry, file = path.split("/")[1:]
+                if path not in taken and file in crates and len({*known, registry}) <= _MAX_REGISTRIES:
+                    known.add(registry)
+                    _copy_crate(
+                        os.path.join(registries, path), crates[file], os.path.join(cache, registry, crates[file])
+                    )
+
+
+def _copy_crate(path: str, digest: str, copy: str) -> bool:
+    """Copy the file at path, at once, if it has this SHA-256, and return whether it has.  Raises OSError."""
+    data = b""
+    with contextlib.suppress(OSError, Malformed), open(open_regular(path), "rb") as f:
+        data = f.read(_MAX_CRATE)
+    right = sha256_hex(data) == digest
+    if right:
+        folder = os.path.dirname(copy)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as new:  # another build may add the same crate
+            new.write(data)
+        os.replace(new.name, copy)
+    return right
 
 
 def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tuple[bytes, bytes]:
@@ -12150,6 +12208,7 @@ _CONFIG = {
     # Only for processes on the host's own machine:
     "workspace?": str,
     "sandbox?": (dict, None),
+    "cache?": (str, None),
     "repo_url?": str,
     "repo_ref?": str,
 }
@@ -12243,7 +12302,8 @@ def _start() -> tuple[Json, str, list[str]]:
     folders = itertools.chain.from_iterable(value.split(os.pathsep) for value in env.values())
     local = [WORK] * (os.path.exists(WORK) and "file" in config["policy"]["schemes"])  # a repository could lie there
     readable = (config.get("sandbox") or {}).get("readable", ())
-    workspace = show_workspace(outside, [sys.executable, sweeper[5], *folders, *local, *readable])
+    needed = [sys.executable, sweeper[5], *folders, *local, *readable, config.get("cache") or "/"]
+    workspace = show_workspace(outside, needed)
     if guard_process():
         # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
         # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
@@ -12271,11 +12331,14 @@ def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | No
     return Attester(BUILDERS[platform], lambda data: hardware_evidence(*get(data), platform, None, given), byproducts)
 
 
-def serve_agent(config: Json, workspace: str, attester: Attester, end: Callable[[], None]) -> None:
+def serve_agent(
+    config: Json, workspace: str, attester: Attester, end: Callable[[], None], cache: str | None = None
+) -> None:
     """Answer the host, and serve the API of one build over standard input and output until they end.
 
     workspace: the directory of the build, with the folders that it writes in.
     end: ends this process; is called by several threads when the stream has ended.
+    cache: as for run_pipeline.
     """
     _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
@@ -12298,7 +12361,7 @@ def serve_agent(config: Json, workspace: str, attester: Attester, end: Callable[
         try:
             with open(reserve, "wb") as f:
                 f.write(bytes(MIB))  # room for the final events, if the build fills the disk
-            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit)
+            return run_pipeline(job.request, job.source, workspace, os.environ, policy, attester, emit, cache)
         except (BuildFailed, OSError) as e:
             if not lacks_room(e, workspace):
                 raise
@@ -12339,7 +12402,7 @@ def run_agent() -> None:
     try:
         if config.get("sandbox"):
             confine_builds(Sandbox(**config["sandbox"]), workspace, ("source", *BUILD_FOLDERS))
-        serve_agent(config, workspace, choose_attester(config, get_report), end)
+        serve_agent(config, workspace, choose_attester(config, get_report), end, config.get("cache"))
     except ConfbuildError as e:
         logger().error("%s", e)  # now: end() does not return
     finally:
@@ -15315,7 +15378,11 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     if platform is None:
         _refuse(options, f"--image {_GUEST_OPTIONS} --cbitpos --vek", " requires --tee, --vm snp or --vm qemu")
         return _simulated_platform(options)
-    _refuse(options, "--env --readable --no-isolation", " requires simulated VMs: a guest sees nothing of this machine")
+    _refuse(
+        options,
+        "--env --readable --no-isolation --cache",
+        " requires simulated VMs: a guest sees nothing of this machine",
+    )
     if not platform.confidential:
         _refuse(options, "--cbitpos", " requires --tee or --vm snp")
     elif not options.print_command:
@@ -15369,6 +15436,8 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
     for path in options.readable:
         if not os.path.exists(path):
             raise UsageError(f"--readable {path}: no such file or folder")
+    if options.cache:
+        os.makedirs(options.cache, 0o700, exist_ok=True)
     usable, landlock, seccomp = probe_sandbox()
     proxies = " ".join(value for name, value in env.items() if name.lower().endswith("_proxy"))
     shared = port in {80, 443, *map(int, re.findall(r":(\d{1,5})\b", proxies))}
@@ -15399,7 +15468,9 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
 def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     """Return the VMs that --vm-command starts, with the evidence that --expect names. Raises UsageError, ImageError."""
     _refuse(
-        options, "--tee --vm --readable --no-isolation --require-isolation", " cannot be combined with --vm-command"
+        options,
+        "--tee --vm --readable --no-isolation --require-isolation --cache",
+        " cannot be combined with --vm-command",
     )
     for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
         try:
@@ -15421,8 +15492,10 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
 
 
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
-    """Return sandbox with state, secrets of the service and all workspaces hidden, even below readable folders."""
-    files = [os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key) if path]
+    """Return sandbox with state, cache, secrets of the service and all workspaces hidden, even in readable folders."""
+    files = [
+        os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key, options.cache) if path
+    ]
     return sandbox._replace(hidden=[*files, os.path.join(os.path.realpath(tempfile.gettempdir()), "confbuild-")])
 
 
@@ -15574,7 +15647,7 @@ def vm_kind(
         unclosed = (machine.protections or {}).get("ports")
         return own_vms(
             "agent",
-            {"policy": policy._asdict()},
+            {"policy": policy._asdict(), "cache": options.cache},
             options.env,
             lambda: box and box._replace(ports=-1 if unclosed else closed()),
         )
@@ -15908,7 +15981,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         _refuse(
             options,
             f"--vm {_GUEST_OPTIONS} --readable --require-isolation --no-isolation --env --max-archive --build-timeout "
-            "--boot-timeout --allow-scheme" + " --allow-filters" * is_url,
+            "--boot-timeout --allow-scheme --cache" + " --allow-filters" * is_url,
             " cannot be combined with --server: the server decides it",
         )
         return
@@ -16795,6 +16868,7 @@ _MACHINE: Sequence[Any] = (
     "builds on this machine",
     ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
     ("--env NAME...", "pass this environment variable to builds", str, []),
+    ("--cache DIR", "keep the crates that cargo fetches, for later builds", os.path.abspath),
     ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
     ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
     ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),

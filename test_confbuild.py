@@ -16530,7 +16530,136 @@ TINY = {
 WORKSPACE["vendor/tiny/.cargo-checksum.json"] = json.dumps({"files": TINY, "package": SHA})
 
 
+CRATE = b"the bytes of a crate"
+CRATE_SHA = hashlib.sha256(CRATE).hexdigest()
+
+
+class TestCache:
+    """--cache DIR [CONTRACT 2.2]"""
+
+    def build(self, tmp_path: Path, made: Mapping[str, bytes], *more: dict[str, Any], cache: str = "cache") -> Any:
+        """Run a build in which cargo fetches made, by paths in CARGO_HOME/registry/cache. Return what was emitted,
+        and the contents of the files that cargo found there.
+        """
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(dir=tmp_path))
+        (workspace / "cargo").mkdir()
+        uri = f"pkg:cargo/a-b@1.0.0+x?checksum=sha256:{CRATE_SHA}"
+        plan = confbuild.Plan([], (), b"", [{"uri": uri}, *more], {"CARGO_HOME": str(workspace / "cargo")})
+        emitted: list[tuple[str, Sequence[str]]] = []
+        where = cache and str(tmp_path / cache)
+        with confbuild._cached_crates(plan, where, str(workspace), lambda *row: emitted.append(row)):
+            folder = workspace / "cargo/registry/cache"
+            found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("*/*")}
+            for name, content in made.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+        return [line for _, lines in emitted for line in lines], found
+
+    def kept(self, tmp_path: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path / "cache")): path.read_bytes() for path in tmp_path.glob("cache/*/*")}
+
+    def test_crates(self, tmp_path: Path) -> None:
+        """Only bytes with the digest of the lock file come in and out; a build has its own copy."""
+        file = "index-0a/a-b-1.0.0+x.crate"
+        made = {
+            file: CRATE,
+            "other-1/a-b-1.0.0+x.crate": b"evil",
+            "index-0a/c-1.crate": b"not locked",
+            "x/y.crate": CRATE,
+        }
+        assert self.build(tmp_path, made) == (["0 of 1 crates come from the cache"], {})
+        kept = {f"index-0a/{CRATE_SHA}": CRATE}
+        assert self.kept(tmp_path) == kept
+        said = ["1 of 1 crates come from the cache"]
+        assert self.build(tmp_path, {file: b"changed"}) == (said, {file: CRATE}) and self.kept(tmp_path) == kept
+        assert self.build(tmp_path, {}, cache="") == ([], {})
+        assert self.build(tmp_path, {}, cache="gone")[0] == ["0 of 1 crates come from the cache"]
+        # A package of the same name in another registry: cargo would take either file for either.
+        twin = {"uri": f"pkg:cargo/a-b@1.0.0+x?checksum=sha256:{SHA}&repository_url=https://h/i"}
+        assert self.build(tmp_path, {"other-1/a-b-1.0.0+x.crate": CRATE}, twin) == ([], {})
+        assert self.kept(tmp_path) == kept
+
+    def test_hostile_folders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache, file = tmp_path / "cache", "index-0a/a-b-1.0.0+x.crate"
+        (cache / "index-0a").mkdir(parents=True)
+        path, none = cache / "index-0a" / CRATE_SHA, ["0 of 1 crates come from the cache"]
+        path.write_bytes(b"evil")
+        assert self.build(tmp_path, {}) == (none, {})
+        for spoil in (lambda: path.write_bytes(b""), lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+            path.unlink(missing_ok=True)
+            spoil()
+            assert self.build(tmp_path, {file: CRATE}) == (none, {}) and self.kept(tmp_path) == {
+                f"index-0a/{CRATE_SHA}": CRATE
+            }
+        # A link that a build makes, before cargo runs or while it runs, and a file without permissions.
+        outside = tmp_path / "outside"
+        outside.mkdir()
+        plan = confbuild.Plan(
+            [], (), b"", [{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}], {"CARGO_HOME": str(tmp_path / "home")}
+        )
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home/registry").symlink_to(outside)
+        with confbuild._cached_crates(plan, str(cache), str(tmp_path / "own"), lambda *_: None):
+            assert os.listdir(outside) == []
+            write_files(outside, {"cache/linked-1/a-1.crate": CRATE})
+            (outside / "cache/link-1").symlink_to("linked-1")
+        assert "link-1" not in os.listdir(cache)
+        # Limits.
+        monkeypatch.setattr(confbuild, "_MAX_CRATE", len(CRATE) - 1)
+        assert self.build(tmp_path, {file: CRATE}) == (none, {})
+        monkeypatch.undo()
+        self.build(tmp_path, {f"evil-{i}/a-b-1.0.0+x.crate": CRATE for i in range(99)})
+        assert len(os.listdir(cache)) == confbuild._MAX_REGISTRIES
+
+    def test_a_build_that_fails(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """What it has fetched is kept; a cache that cannot be written is no reason to fail."""
+        (tmp_path / "cache").write_bytes(b"")
+        plan = confbuild.Plan(
+            [], (), b"", [{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}], {"CARGO_HOME": str(tmp_path)}
+        )
+        for _ in range(2):
+            with (
+                pytest.raises(confbuild.BuildFailed),
+                confbuild._cached_crates(plan, str(tmp_path / "cache"), str(tmp_path / "own"), lambda *_: None),
+            ):
+                write_files(tmp_path, {"registry/cache/i-1/a-1.crate": CRATE})
+                raise confbuild.BuildFailed("BuildError", "compile error")
+            lacked = "the cache lacks crates of this build" in caplog.text
+            assert lacked if (tmp_path / "cache").is_file() else self.kept(tmp_path) == {f"i-1/{CRATE_SHA}": CRATE}
+            (tmp_path / "cache").unlink(missing_ok=True) if lacked else None
+            caplog.clear()
+
+
 class TestRealCargo:
+    @needs("cargo")
+    @needs("git")
+    def test_a_cache(self, tmp_path: Path) -> None:
+        """A second build does not fetch the crate: it is gone from its registry."""
+        out = io.BytesIO(tarball({"Cargo.toml": MANIFEST.replace("demo", "tiny"), "src/lib.rs": ""}, "tiny-0.1.0"))
+        digest = hashlib.sha256(out.getvalue()).hexdigest()
+        index = {"name": "tiny", "vers": "0.1.0", "deps": [], "cksum": digest, "features": {}, "yanked": False}
+        folder, url = tmp_path / "registry", f"file://{tmp_path}/registry"
+        write_files(folder / "index", {"config.json": json.dumps({"dl": url}), "ti/ny/tiny": json.dumps(index)})
+        write_files(folder, {"tiny/0.1.0/download": out.getvalue()})
+        commit_all(folder / "index")
+        lock = "version = 3\n" + entry("demo", "0.1.0") + 'dependencies = ["tiny"]\n'
+        files = {
+            ".cargo/config.toml": f'[registries.own]\nindex = "{url}/index"\n',
+            "Cargo.toml": MANIFEST + '[dependencies]\ntiny = {version = "0.1", registry = "own"}\n',
+            "Cargo.lock": lock + entry("tiny", "0.1.0", source=f"registry+{url}/index", checksum=digest),
+            "src/main.rs": "fn main() {}\n",
+        }
+        demo = write_files(tmp_path / "demo", files)
+        options = ("--cache", str(tmp_path / "cache"), "--readable", str(folder))
+        first = Built(demo, tmp_path / "one", *options)
+        assert [path.name for path in tmp_path.glob("cache/*/*")] == [digest], (first.errors, first.rows)
+        (folder / "tiny/0.1.0/download").unlink()
+        again = Built(demo, tmp_path / "two", *options)
+        assert again.told("init")[-1] == "1 of 1 crates come from the cache"
+        assert again.provenance()["buildDefinition"] == first.provenance()["buildDefinition"]
+        assert Built(demo, tmp_path / "three", "--readable", str(folder)).status == 1
+
     @needs("cargo")
     @needs("git")
     def test_a_clean_checkout(self, tmp_path: Path) -> None:
@@ -22380,6 +22509,22 @@ needs_sandbox = pytest.mark.skipif(
 
 class TestSandboxedBuilds:
     @needs_sandbox
+    def test_cache(self, tmp_path: Path, server: Callable[..., Server]) -> None:
+        """A build sees its own copies and not the cache, even if that lies in a folder that builds may read."""
+        cache = tmp_path / "readable/cache"
+        cache.parent.mkdir()
+        s = server("--cache", str(cache), "--readable", str(cache.parent))
+        kept, file = cache / "i-1" / CRATE_SHA, "$CARGO_HOME/registry/cache/i-1/a-1.0.0.crate"
+        lock = {"Cargo.lock": LOCK + entry("a", "1.0.0", source=REGISTRY, checksum=CRATE_SHA)}
+        fetch = f"mkdir -p $(dirname {file}); printf '{CRATE.decode()}' > {file}\n"
+        assert s.events(s.submit(project(fetch + QUICK, **lock)))[-1] == OK_EVENT
+        assert kept.read_bytes() == CRATE
+        attack = f"! ls {cache} && ! cat {kept} && ! touch {cache}/x && ! touch {cache}/i-1/x || exit 9\n"
+        events = s.events(s.submit(project(f"{attack}cat {file}; echo; echo x > {file}\n{QUICK}", **lock)))
+        assert events[-1] == OK_EVENT and CRATE.decode() in [event.get("msg") for event in events]
+        assert [path.read_bytes() for path in cache.glob("*/*")] == [CRATE]
+
+    @needs_sandbox
     def test_hostile_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """What a build tries against its host is refused, each for its own reason, and what builds need works."""
         for name in ("secret", "token", "readable/file"):
@@ -22556,8 +22701,24 @@ class TestSandboxedBuilds:
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--require-isolation"],
                 "--require-isolation cannot be combined with --server: the server decides it",
             ),
-            (["serve", "--vm", "qemu", "--readable", "/usr"], "--readable requires simulated VMs"),
-            (["serve", "--tee", "--no-isolation"], "--no-isolation requires simulated VMs"),
+            (
+                ["serve", "--vm", "qemu", "--readable", "/usr"],
+                "--readable requires simulated VMs: a guest sees nothing of this machine",
+            ),
+            (
+                ["serve", "--tee", "--no-isolation"],
+                "--no-isolation requires simulated VMs: a guest sees nothing of this machine",
+            ),
+            (
+                ["serve", "--vm", "qemu", "--cache", "/c"],
+                "--cache requires simulated VMs: a guest sees nothing of this machine",
+            ),
+            (["serve", "--vm-command", "x", "--cache", "/c"], "--cache cannot be combined with --vm-command"),
+            (
+                ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--cache", "/c"],
+                "--cache cannot be combined with --server: the server decides it",
+            ),
+            (["serve", "--cache", "/dev/null"], "/dev/null: File exists"),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--no-isolation"],
                 "--no-isolation cannot be combined with --server: the server decides it",
