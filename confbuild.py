@@ -37,17 +37,24 @@ option of the caller requires one. Together they say:
     - The files in artifacts/ are the subjects of provenance.json, with the same digests, and there are no others.
     - evidence.json contains the digest of this provenance.json.
     - An AMD SEV-SNP or Intel TDX processor signed that evidence about a VM whose memory its host can neither read nor
-      change. Its manufacturer certifies the key for that processor or its operator, and for the version of its
-      firmware.
+      change (unless --allow-debug was given and the VM is in debug mode).
+    - The manufacturer certifies the key. AMD certifies it for one processor or for one cloud, and for the version of
+      the firmware that signed. Intel certifies the key of one machine.
     - Every value that the caller gave matches.
+
+With --evidence-only, the first two say nothing: only the evidence is verified. With --at, all this holds as of that
+time: whatever expired or was revoked later does not count.
 
 What PASSED does not mean
 
-    - Without --measurement or --image (on Azure also --pcr) it does not say which software ran in the VM. Anybody who
-      rents such a machine can run software there that attests any provenance. On Azure the report only names the key
-      that signed the evidence, and anybody can get a report for a key of their own, even without a VM.
+    - Without --measurement, --image or --igvm it does not say which software ran in the VM. Anybody who rents such a
+      machine can run software there that attests any provenance. For TDX the measurement covers only what the VM
+      started with, which is its firmware; --rtmr or, on dstack, --compose-hash covers what ran next. On Azure --pcr
+      does. There the report only names the key that signed the evidence, and anybody can get a report for a key of
+      their own, even without a VM.
     - Without --nonce the evidence may be old.
     - Without --crl, or --collateral for TDX, the key may have been revoked.
+    - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
     - Without --source or --source-commit the source may be any source.
     - It never says that the source is harmless.
 
@@ -2003,11 +2010,8 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     Raises QuoteError, Malformed.
     """
     # The verdict repeats the document. The depth is small because indentation multiplies the size of deep documents.
-    doc = parse_json(data, "runtime data", 16)
-    keys = doc.get("keys") if isinstance(doc, dict) else None
-    if not isinstance(keys, list):
-        keys = []
-    found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
+    doc = check_schema(parse_json(data, "runtime data", 16), {"keys": list, "*": object}, "runtime data")
+    found = [key for key in doc["keys"] if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
     if len(found) != 1 or found[0].get("kty") != "RSA":
         raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, expected exactly one, of RSA")
     octets = (decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True) for name in ("n", "e"))
@@ -2299,6 +2303,7 @@ def parse_collateral(data: bytes) -> Collateral:
 
     Raises Malformed.
     """
+    # Who fetches collateral may add members of their own.
     doc = check_schema(
         parse_json(data, "collateral"), {**dict.fromkeys(Collateral._fields, str), "*": object}, "collateral"
     )
@@ -2312,6 +2317,7 @@ def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> 
     signature: in hexadecimal.
     Raises BadSignature, Malformed.
     """
+    # The signature is over the text as Intel wrote it. Parsing and writing it again could change it.
     data = text.encode("utf-8")
     verify_raw(signer, data, decode_hex(signature, f"{name}_signature"))
     return check_schema(parse_json(data, name), DOCUMENT_SCHEMAS[name], name)
@@ -2347,6 +2353,7 @@ def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
 
 def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
     """Return (what the QE identity says, what the QE's report says), which must be equal.  [PCS, QE identity]"""
+    # REPORTBODY of SGX: miscselect at 16, attributes at 48, MRSIGNER at 128, ISVPRODID at 256, ISVSVN at 258.
     names = ("mrsigner", "attributes", "miscselect", "isvprodid")
     attributes, miscselect = (
         _masked(report[at : at + size], identity[f"{name}Mask"])
@@ -2374,6 +2381,7 @@ def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> A
 
     Raises CollateralError.
     """
+    # The first level that is reached counts, so the highest must come first, whatever the order of the document.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
             return level
@@ -2390,10 +2398,12 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     # The first two components are those of the module, which has levels of its own from version 1 on.
     tdx = (255, 255, *svn[2:]) if minor else svn
     platform = _reached_level(info["tcbLevels"], [*pck.svns, pck.pcesvn, *tdx], "the platform")
+    # The quoting enclave has levels in its own document, by its ISVSVN.
     isvsvn = int.from_bytes(quote.qe_report[258:260], "little")
     others = [_reached_level(identity["tcbLevels"], [isvsvn], "the quoting enclave")]
     if minor:
         others.append(_reached_level(module["tcbLevels"], [svn[0]], "the TDX module"))
+    # A quoting enclave or a module that is revoked or out of date makes the whole platform so.
     status = platform["tcbStatus"]
     for level in others:
         if level["tcbStatus"] == "Revoked":
@@ -2842,13 +2852,10 @@ def volume_place(data: bytes) -> tuple[int, int]:
     for match in _LZMA_SECTION.finditer(data, 3):
         # u24 size || u8 type || GUID || u16 offset of the data || u16 attributes. The GUID also occurs in code.
         start = match.start() - 3
-        size = int.from_bytes(data[start : start + 3], "little")
-        offset = int.from_bytes(data[match.end() : match.end() + 2], "little")
+        size, offset = (int.from_bytes(data[at : at + n], "little") for at, n in ((start, 3), (match.end(), 2)))
         if 24 <= offset < size <= len(data) - start:
             places.append((start + offset, start + size))
-        if len(places) > 1:  # one could hide the other
-            break
-    if len(places) != 1:
+    if len(places) != 1:  # of two, one could hide the other
         count = "more than one" if places else "no"
         raise FirmwareError("firmware volume", f"{count} compressed section, expected one")
     return places[0]
@@ -3415,57 +3422,62 @@ REQUIRED_OF_BUNDLE = frozenset((
     "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail",
     "input Merkle root", "builder", "subjects", "artifacts", "unlisted files",
 ))
-# The checks that must pass if the caller sets a field of Expectations, the most important first: field, check, the
-# option that asks for it, and where it occurs: in the provenance, or in evidence of a platform that matches this.
-# A check that is called like a claim compares that claim with the field.
-EXPECTED = (
-    ("nonce",            "nonce",               "--nonce",                 ""),
-    ("measurements",     "measurement",         "--image, --measurement",  ""),
-    ("igvm",             "igvm measurement",    "",                        ""),
-    ("disk",             "disk",                "",                        ""),
-    ("image",            "image parts",         "",                        ""),
-    ("image",            "image firmware",      "",                        ""),
-    ("image",            "image measurement",   "",                        ""),
-    ("image",            "image host_data",     "",                        ""),
-    ("pcrs",             "PCR values",          "--pcr",                   "az-"),
-    ("source_tree",      "source tree",         "--source",                "provenance"),
-    ("min_tcb",          "minimum TCB",         "--min-tcb",               "snp|tdx|dstack"),
-    ("require_collateral", "TCB status",        "--collateral",            "tdx|dstack"),
-    ("require_collateral", "revocation",        "--collateral",            "tdx|dstack"),
-    ("require_crl",      "revocation",          "--crl",                   "snp"),
-    ("require_crl",      "revocation list age", "--crl that is valid now", "snp"),
-    ("require_tee",      "hardware evidence",   "",                        ""),
-    ("source_commit",    "source commit",       "--source-commit",         "provenance"),
-    ("source_uri",       "source uri",          "--source-uri",            "provenance"),
-    ("lockfile_sha256",  "lock file",           "",                        "provenance"),
-    ("dependencies",     "dependencies",        "",                        "provenance"),
-    ("packages",         "packages",            "--dep",                   "provenance"),
-    ("builder_id",       "builder id",          "--builder-id",            "provenance"),
-    ("build_type",       "build type",          "--build-type",            "provenance"),
-    ("build_log_sha256", "build log",           "",                        "provenance"),
-    ("finished",         "age",                 "--max-age",               "provenance"),
-    ("guest_policy",     "guest_policy",        "--guest-policy",          "snp"),
-    ("platform_info",    "platform_info bits",  "--platform-info",         "snp"),
-    ("min_firmware",     "minimum firmware",    "--min-firmware",          "snp"),
-    ("min_mit_vector",   "mitigations",         "--min-mit-vector",        "snp"),
-    ("min_guest_svn",    "minimum guest_svn",   "--min-guest-svn",         "snp"),
-    ("report_data",      "signed_data",         "--report-data",           ""),
-    ("rtmrs",            "RTMR values",         "--rtmr",                  "tdx|dstack"),
-    ("mr_config_id",     "mr_config_id",        "--mr-config-id",          "tdx|dstack"),
-    ("compose_hash",     "compose_hash",        "--compose-hash",          "dstack"),
-    ("host_data",        "host_data",           "--host-data",             "snp"),
-    ("guest_svn",        "guest_svn",           "--guest-svn",             "snp"),
-    ("chip_id",          "chip_id",             "--chip-id",               "snp"),
-    ("family_id",        "family_id",           "--family-id",             "snp"),
-    ("image_id",         "image_id",            "--image-id",              "snp"),
-    ("id_key_digest",    "id_key_digest",       "--id-key-digest",         "snp"),
-    ("author_key_digest", "author_key_digest",  "--author-key-digest",     "snp"),
-    ("report_id",        "report_id",           "--report-id",             "snp"),
-    ("csp_id",           "csp_id",              "--csp-id",                "snp"),
-)
+# The checks that must pass if the caller sets a field of Expectations, the most important first. The columns, two or
+# more spaces apart, are: the field; the check; the option that requests it; where its value comes from. That is
+# "provenance", or a pattern of the platforms whose evidence has it. "-" stands for an empty cell.
+# If a check has the name of a claim, it compares that claim with the field.
+EXPECTED = [
+    ["" if cell == "-" else cell for cell in re.split("  +", line.strip())]
+    for line in """
+    nonce               nonce                --nonce                  -
+    measurements        measurement          --image, --measurement   -
+    igvm                igvm measurement     -                        -
+    disk                disk                 -                        -
+    image               image parts          -                        -
+    image               image firmware       -                        -
+    image               image measurement    -                        -
+    image               image host_data      -                        -
+    pcrs                PCR values           --pcr                    az-
+    source_tree         source tree          --source                 provenance
+    min_tcb             minimum TCB          --min-tcb                snp|tdx|dstack
+    require_collateral  TCB status           --collateral             tdx|dstack
+    require_collateral  revocation           --collateral             tdx|dstack
+    require_crl         revocation           --crl                    snp
+    require_crl         revocation list age  --crl that is valid now  snp
+    require_tee         hardware evidence    -                        -
+    source_commit       source commit        --source-commit          provenance
+    source_uri          source uri           --source-uri             provenance
+    lockfile_sha256     lock file            -                        provenance
+    dependencies        dependencies         -                        provenance
+    packages            packages             --dep                    provenance
+    builder_id          builder id           --builder-id             provenance
+    build_type          build type           --build-type             provenance
+    build_log_sha256    build log            -                        provenance
+    finished            age                  --max-age                provenance
+    guest_policy        guest_policy         --guest-policy           snp
+    platform_info       platform_info bits   --platform-info          snp
+    min_firmware        minimum firmware     --min-firmware           snp
+    min_mit_vector      mitigations          --min-mit-vector         snp
+    min_guest_svn       minimum guest_svn    --min-guest-svn          snp
+    report_data         signed_data          --report-data            -
+    rtmrs               RTMR values          --rtmr                   tdx|dstack
+    mr_config_id        mr_config_id         --mr-config-id           tdx|dstack
+    compose_hash        compose_hash         --compose-hash           dstack
+    host_data           host_data            --host-data              snp
+    guest_svn           guest_svn            --guest-svn              snp
+    chip_id             chip_id              --chip-id                snp
+    family_id           family_id            --family-id              snp
+    image_id            image_id             --image-id               snp
+    id_key_digest       id_key_digest        --id-key-digest          snp
+    author_key_digest   author_key_digest    --author-key-digest      snp
+    report_id           report_id            --report-id              snp
+    csp_id              csp_id               --csp-id                 snp
+    """.strip().splitlines()
+]
 # fmt: on
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
 _CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
+MEASURED = {check for _, check, _, _ in EXPECTED if check.endswith("measurement")}  # they tie evidence to software
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 # Why a check did not run.
 ALONE = "evidence alone: provenance and artifacts are not checked"
@@ -3532,9 +3544,12 @@ class _Checks(NamedTuple):
             values = {i: value.lower() for i, value in sorted(wanted.items())}
             self.compare(name, compact_json(values), compact_json({i: actual.get(i, "none") for i in values}))
 
-    def skip(self, name: str, why: str, actual: Any = "", expected: str = "") -> None:
-        """Add a check that does not run."""
-        self.made.append(Check(name, "not checked", expected, str(actual), why))
+    def skip(self, name: str, why: str, actual: Any = "", expected: str = "", failed: bool = False) -> None:
+        """Add a check that could not run.
+
+        failed: the caller requires the check, so it fails.
+        """
+        self.made.append(Check(name, "failed" if failed else "not checked", expected, str(actual), why))
 
     def expect(self, field: str, actual: Any, shown: Any, holds: bool) -> None:
         """Add the check of a field of Expectations, which does not run if the caller left the field None.
@@ -3578,6 +3593,7 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
 
 def _check_anchors(checks: _Checks) -> Anchors:
     """Show whose keys are trusted, and return them."""
+    # Keys of the caller are not shown as a passed check: nothing here can tell whether they are the manufacturer's.
     anchors = checks.endorsements.anchors
     if anchors is not None:
         checks.skip("trust anchors", "the caller's keys, which may not be the manufacturer's", "given by --roots")
@@ -3587,6 +3603,7 @@ def _check_anchors(checks: _Checks) -> Anchors:
 
 
 def _check_debug(checks: _Checks, debug: bool) -> None:
+    """Check that the VM is not in debug mode, unless the caller allows it."""
     allowed = checks.expected.allow_debug
     checks.hold(
         "debug",
@@ -3602,6 +3619,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
 
     vek: not authenticated yet.  [VCEK]
     """
+    # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here.
     roles, kind = anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     chain = (vek, issuer, roles["ark"])
@@ -3609,6 +3627,8 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
     checks.current("VEK validity", ((c.not_before, c.not_after) for c in chain), "of the VEK, its issuer and the ARK")
     checks.compare("VEK product", product, lambda: vek_product(vek))
+    # The key of a VEK is derived from the versions of the firmware. If they differ from those in the report, another
+    # firmware made this key.
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
     if kind == "VLEK":  # it belongs to a cloud, not to a chip
@@ -3684,6 +3704,8 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
     kind: VCEK or VLEK.
     A list that is not valid now fails only if expected.require_crl; otherwise its validity is shown.
     """
+    # A list of another product is verified and shown, but says nothing about this one. A product of the caller's roots
+    # may lack an ARK.
     lists: list[RevocationList] = []
     arks = {roles["ark"].subject: roles["ark"].key for roles in anchors.values() if "ark" in roles}
     for name, data in checks.endorsements.crls:
@@ -3693,10 +3715,7 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
     if not lists:
         source = f"https://kdsintf.amd.com/{kind.lower()}/v1/{product}/crl" if product in anchors else "AMD's"
         why = f"no revocation list of this product's ARK was given: fetch {source} and pass it with --crl"
-        if checks.expected.require_crl:
-            checks.hold("revocation", False, "", "", why)
-        else:
-            checks.skip("revocation", why)
+        checks.skip("revocation", why, failed=checks.expected.require_crl)
         return
     serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
     revoked = any(serial in crl.revoked for crl in lists)
@@ -3707,13 +3726,14 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
         "revoked" if revoked else "not revoked",
         "of the ASK or ASVK; a list cannot name a VEK, whose serial number is always 0",
     )
+    # One list that is valid now is enough. Tuples compare their first item first, so max prefers such a list.
     periods = ((crl.this_update <= checks.now <= crl.next_update, crl.this_update, crl.next_update) for crl in lists)
     current, first, last = max(periods)
-    detail = "" if current else f"the list was valid from {first} to {last}: a newer one may revoke more"
-    if current or checks.expected.require_crl:
-        checks.hold("revocation list age", current, f"{first} to {last}", checks.now, detail)
+    if current:
+        checks.current("revocation list age", [(first, last)])
     else:
-        checks.skip("revocation list age", detail, checks.now, f"{first} to {last}")
+        detail = f"the list was valid from {first} to {last}: a newer one may revoke more"
+        checks.skip("revocation list age", detail, checks.now, f"{first} to {last}", checks.expected.require_crl)
 
 
 def _check_guest(checks: _Checks, report: Report, product: str) -> None:
@@ -3723,6 +3743,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     """
     expected = checks.expected
     _check_debug(checks, bool(report.policy & POLICY_DEBUG))
+    # Without an expectation, the values that stand in for it here are not used: expect then skips the check.
     policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
     words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
     checks.expect(
@@ -3734,6 +3755,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     info, may = report.platform_info, expected.platform_info or 0
     shown = f"{info:#x} ({', '.join(bit_names(info, PLATFORM_NAMES))})"
     checks.expect("platform_info", shown, f"no bit outside {may:#x}", not info & ~may)
+    # Bytes of a version are build, minor, major. The host can go back to the committed version at any time.
     version, least = min(report.current_version[::-1], report.committed_version[::-1]), expected.min_firmware or ()
     wanted = "at least {}, current and committed".format(".".join(map(str, least)))
     checks.expect("min_firmware", ".".join(map(str, version)), wanted, tuple(version) >= tuple(least))
@@ -3832,11 +3854,13 @@ def _check_quote(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
     if chain is not None:
         pck = checks.attempt("PCK extension", parse_pck, chain[0])
         checks.attempt("QE signature", verify_raw, chain[0].key, quote.qe_report, quote.qe_signature)
+    # Only this hash ties the attestation key to Intel: the quoting enclave puts it into its report.
     bound = sha256_hex(quote.attestation_key + quote.authentication_data) + "00" * 32
     checks.compare("QE binding", bound, quote.qe_report[320:].hex(), "the QE's report holds the attestation key's hash")
     key = Point(P256, *raw_pair(quote.attestation_key))
     checks.attempt("quote signature", verify_raw, key, quote.signed, quote.signature)
     claims = _check_td(checks, quote)
+    # Collateral is about the machine that the PCK certificate names, so it is of no use without one.
     if checks.endorsements.collateral is None:
         for name in ("TCB status", "revocation"):
             checks.skip(name, "no collateral was given (--collateral)")
@@ -3869,14 +3893,9 @@ def _check_td(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
         least, detail = minimum.to_bytes(16, "big"), "each component of TEE_TCB_SVN"
         high = all(have >= need for have, need in zip(quote.tee_tcb_svn, least, strict=True))
         checks.hold("minimum TCB", high, f"at least {least.hex()}", quote.tee_tcb_svn.hex(), detail)
-    fields = quote._asdict()
-    names = quote._fields[quote._fields.index("tee_tcb_svn") : quote._fields.index("signed")]
-    return {
-        "quote_version": quote.quote_version,
-        "debug": bool(attributes & TD_DEBUG),
-        **{name: fields[name].hex() for name in names if name != "rtmr"},
-        "rtmr": rtmr,
-    }
+    body = list(quote._asdict().items())[5:-7]  # from tee_tcb_svn to mr_service_td
+    claims = {name: value.hex() for name, value in body if isinstance(value, bytes)}
+    return {"quote_version": quote.quote_version, "debug": bool(attributes & TD_DEBUG)} | claims | {"rtmr": rtmr}
 
 
 def _check_collateral(intel: _Intel, quote: TdQuote, chain: Sequence[Certificate], pck: Pck) -> dict[str, Any]:
@@ -3910,6 +3929,7 @@ def _check_collateral(intel: _Intel, quote: TdQuote, chain: Sequence[Certificate
         checks.current("revocation list age", lists)
     if info is None or identity is None:
         return {}
+    # Documents of another kind of machine, signed by Intel too, could have kinder levels.
     checks.compare("FMSPC", pck.fmspc.hex(), info["fmspc"].lower(), "the kind of machine")
     checks.compare("PCEID", pck.pce_id.hex(), info["pceId"].lower())
     checks.compare(
@@ -3926,18 +3946,14 @@ def _check_collateral(intel: _Intel, quote: TdQuote, chain: Sequence[Certificate
 def _check_tcb(checks: _Checks, tcb: TcbStatus) -> dict[str, Any]:
     """Check the status of a TD's TCB, and return the claims."""
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
+    # Up to date is relative to the documents given: how far the machine's level lies behind the newest one.
     days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
     advisories = f" ({', '.join(tcb.advisories)})" if tcb.advisories else ""
     actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {days} days behind the newest"
     detail = "firmware with known vulnerabilities; --accept-tcb accepts one status by name, never Revoked"
     holds = tcb.status in accepted
     checks.hold("TCB status", holds, " or ".join(accepted), actual, "" if holds else detail)
-    return {
-        "tcb_status": tcb.status,
-        "advisories": tcb.advisories,
-        "tcb_date": tcb.date,
-        "tcb_days_behind": days,
-    }
+    return {"tcb_status": tcb.status, "advisories": tcb.advisories, "tcb_date": tcb.date, "tcb_days_behind": days}
 
 
 def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> None:
@@ -4077,6 +4093,7 @@ PLATFORMS: Mapping[str, Evidence] = {
 
 def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, dict[str, Any]]:
     """Check evidence.json, and return (platform, the 64 bytes that the attester signed or None, claims)."""
+    # These claims are always there, so that a reader need not ask whether they are.
     claims: dict[str, Any] = dict.fromkeys(("report_data", "measurement", "nonce", "chip_id"))
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     if not checks.ok:
@@ -4124,6 +4141,7 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
     source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
+    # The fields of Expectations that name one value of the Statement. Their texts must be equal.
     said = {
         "source_uri": source["uri"],
         "source_commit": source["digest"]["gitCommit"],
@@ -4138,6 +4156,7 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
         value = getattr(checks.expected, field)
         wanted = value if isinstance(value, str | None) else "\n".join(value)
         checks.expect(field, actual, wanted, wanted == actual)
+    # A package may be given by its name, if it comes from the default registry, or by its whole uri.
     packages = checks.expected.packages or ()
     missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     found = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
@@ -4158,6 +4177,7 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
     signed: the 64 bytes that the attester signed, or None.
     doc: the Statement in provenance, or None.
     """
+    # The nonce itself is compared like any other claim, in _check_evidence.
     nonce = checks.expected.nonce
     if nonce is not None:
         zero = nonce == bytes(NONCE_SIZE).hex()
@@ -4178,6 +4198,7 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
 
     artifacts: as in BundleFiles.
     """
+    # Two subjects of one name, or a name that is a path, could make two readers look at different files.
     subjects = [(subject["name"], subject["digest"]["sha256"]) for subject in doc["subject"]]
     listed = Counter(name for name, _ in subjects)
     odd = [name for name in listed if listed[name] > 1 or not PLAIN_NAME.fullmatch(name)]
@@ -4195,6 +4216,7 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
 def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str, Any]) -> None:
     """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]"""
     builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
+    # A builder that claims hardware needs evidence of that hardware, and the other way round.
     of_no_vm = (SIMULATED_BUILDER, QEMU_BUILDER)
     ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in claims else -1]
     refused = (*of_no_vm, other)
@@ -4205,6 +4227,7 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str
         builder_id,
         "this builder has no such confidential VM" if confidential else "no hardware signed the evidence",
     )
+    # Ours writes this byproduct; for others it is optional, but must be right if it is there.
     claimed = byproduct(doc, "measurement")
     if confidential and (claimed is not None or builder_id == ours):
         digest = sha256_hex(bytes.fromhex(claims["measurement"]))
@@ -4220,6 +4243,7 @@ def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], imag
         return
     hardware = platform != "simulated"
     why = "" if hardware else "simulated evidence: no hardware measured this VM"
+    # The digest depends on the CPU model and the number of vCPUs, so an image has several.
     digests = [f"{digest} ({label})" for label, digest in image.launch_digests.items()]
     actual = next((digest for digest in digests if digest[:96] == measurement), measurement)
     expected = " or ".join(digests) or "none: image.json lists no launch digest"
@@ -4279,7 +4303,7 @@ def verify_bundle(
     if not isinstance(now, datetime) or now.utcoffset() is None:
         raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(UTC)")
     checks, others = _Checks(expected, utc_time(now.timestamp()), endorsements, []), list(bundle.others)
-    if expected.evidence_only:
+    if expected.evidence_only:  # name what lies there but is not verified
         others += ["provenance.json"] * (bundle.provenance is not None)
         others += [f"artifacts/{name}" for name in bundle.artifacts]
         bundle = bundle._replace(provenance=None)
@@ -15077,7 +15101,7 @@ def wants_color(stream: IO[str]) -> bool:
 def not_requested(verdict: Verdict) -> list[str]:
     """Return the checks that the caller could have requested, each with its option: "nonce (--nonce)"."""
     skipped = {c.name for c in verdict.checks if c.status == "not checked" and c.detail not in (ALONE, _BLOCKED)}
-    if ({c.name for c in verdict.checks} - skipped) & {"image measurement", "igvm measurement"}:
+    if ({c.name for c in verdict.checks} - skipped) & MEASURED:
         skipped.discard("measurement")
     if "revocation" in skipped:
         skipped.discard("revocation list age")
@@ -15177,7 +15201,7 @@ def _signer(verdict: Verdict, passed: set[str]) -> str:
     processor = f"an {'Intel' if 'quote_version' in verdict.claims else amd} processor"
     # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
     # only a check of the measurement ties the key to a VM.
-    if verdict.platform.startswith("az-") and not passed & {"measurement", "image measurement", "igvm measurement"}:
+    if verdict.platform.startswith("az-") and not passed & MEASURED:
         place = (
             f"with a key that a report of {processor} names; anybody can obtain such a report for their own key, "
             "so it may not have been signed in a VM at all"
