@@ -1848,11 +1848,8 @@ class Report(NamedTuple):
     @property
     def product(self) -> str:
         """The product according to CPUID, which reports contain since version 3; empty if unknown."""
-        if self.version >= 3:
-            for family, first, last, product in _PRODUCTS:
-                if self.cpuid_fam_id == family and first <= self.cpuid_mod_id <= last:
-                    return product
-        return ""
+        family, model = (self.cpuid_fam_id, self.cpuid_mod_id) if self.version >= 3 else (0, 0)
+        return next((name for of, first, last, name in _PRODUCTS if family == of and first <= model <= last), "")
 
 
 def parse_report(data: bytes) -> Report:
@@ -1917,8 +1914,10 @@ def tcb_text(levels: Mapping[str, int]) -> str:
 
 def vek_url(report: Report, product: str) -> str:
     """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]"""
-    spl = {"bootloader": "blSPL", "tee": "teeSPL", "snp": "snpSPL", "microcode": "ucodeSPL", "fmc": "fmcSPL"}
-    query = "&".join(f"{spl[name]}={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items())
+    short = {"bootloader": "bl", "microcode": "ucode"}  # the others are in the URL by their names
+    query = "&".join(
+        f"{short.get(name, name)}SPL={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items()
+    )
     chip_id = report.chip_id[:8] if product == "Turin" else report.chip_id
     return f"https://kdsintf.amd.com/vcek/v1/{product}/{chip_id.hex()}?{query}"
 
@@ -3893,9 +3892,9 @@ def _check_td(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
     checks.registers("RTMR values", checks.expected.rtmrs, dict(enumerate(rtmr)))
     minimum = (checks.expected.min_tcb or {}).get("tdx")
     if minimum is not None:
-        least, detail = minimum.to_bytes(16, "big"), "each component of TEE_TCB_SVN"
-        high = all(have >= need for have, need in zip(quote.tee_tcb_svn, least, strict=True))
-        checks.hold("minimum TCB", high, f"at least {least.hex()}", quote.tee_tcb_svn.hex(), detail)
+        least, svn = minimum.to_bytes(16, "big"), quote.tee_tcb_svn
+        high = all(have >= need for have, need in zip(svn, least, strict=True))
+        checks.hold("minimum TCB", high, f"at least {least.hex()}", svn.hex(), "each component of TEE_TCB_SVN")
     body = list(quote._asdict().items())[5:-7]  # from tee_tcb_svn to mr_service_td
     claims = {name: value.hex() for name, value in body if isinstance(value, bytes)}
     return {"quote_version": quote.quote_version, "debug": bool(attributes & TD_DEBUG)} | claims | {"rtmr": rtmr}
@@ -4103,11 +4102,10 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, di
         return "unknown", None, claims
     claimed = doc.get("platform") if isinstance(doc, dict) else None
     row, platform = PLATFORMS.get(str(claimed)), claimed if isinstance(claimed, str) else "unknown"
-    problem = "" if row and "evidence" in doc else "the document has no `evidence`"
-    if row is None:
-        problem = "unknown kind of evidence"
-    checks.hold("platform", not problem, ", ".join(PLATFORMS), str(claimed)[:80], problem)
-    if row is None or problem:
+    problem = "the document has no `evidence`" if row else "unknown kind of evidence"
+    known = row is not None and "evidence" in doc
+    checks.hold("platform", known, ", ".join(PLATFORMS), str(claimed)[:80], "" if known else problem)
+    if row is None or not known:
         return platform, None, claims
     evidence = checks.attempt("report form", check_schema, doc["evidence"], row.schema, f"{platform} evidence")
     if evidence is None:
@@ -4169,9 +4167,9 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
     claims = {name: said[name] for name in ("builder_id", "build_type")} | {"source": source, "finished_on": finished}
     # The byproduct is the SHA-256 of a word  [CONTRACT 3.7].
-    words = {sha256_hex(word.encode("ascii")): word for word in ("none", "open")}
-    network = words.get(byproduct(doc, "guest_network") or "")
-    return claims | ({"guest_network": network} if network else {})
+    digest = byproduct(doc, "guest_network")
+    network = [word for word in ("none", "open") if sha256_hex(word.encode("ascii")) == digest]
+    return claims | ({"guest_network": network[0]} if network else {})
 
 
 def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any) -> None:
@@ -4218,21 +4216,19 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
 
 def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str, Any]) -> None:
     """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]"""
-    builder_id, confidential = doc["predicate"]["runDetails"]["builder"]["id"], platform != "simulated"
     # A builder that claims hardware needs evidence of that hardware, and the other way round.
-    of_no_vm = (SIMULATED_BUILDER, QEMU_BUILDER)
+    builder_id, of_no_vm = doc["predicate"]["runDetails"]["builder"]["id"], (SIMULATED_BUILDER, QEMU_BUILDER)
+    if platform == "simulated":
+        expected = " or ".join(of_no_vm)
+        checks.hold("builder", builder_id in of_no_vm, expected, builder_id, "no hardware signed the evidence")
+        return
     ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in claims else -1]
     refused = (*of_no_vm, other)
-    checks.hold(
-        "builder",
-        builder_id not in refused if confidential else builder_id in of_no_vm,
-        f"any but {' or '.join(refused)}" if confidential else " or ".join(of_no_vm),
-        builder_id,
-        "this builder has no such confidential VM" if confidential else "no hardware signed the evidence",
-    )
-    # Ours writes this byproduct; for others it is optional, but must be right if it is there.
+    detail = "this builder has no such confidential VM"
+    checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
+    # Our builders write this byproduct. For others it is optional, but must be right if it is there.
     claimed = byproduct(doc, "measurement")
-    if confidential and (claimed is not None or builder_id == ours):
+    if claimed is not None or builder_id == ours:
         digest = sha256_hex(bytes.fromhex(claims["measurement"]))
         checks.compare("measurement byproduct", digest, claimed or "none", "the SHA-256 of the report's measurement")
 
