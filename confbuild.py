@@ -2394,7 +2394,7 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     """Return the status of the platform, merged with those of its TDX module and its quoting enclave.  [PCS]
 
     info, identity: documents. module: entry of the quote's TDX module.
-    Raises CollateralError if one of the three is below every level.
+    Raises CollateralError if one of the three is below every level, or if a date does not exist.
     """
     svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
     # The first two components are those of the module, which has levels of its own from version 1 on.
@@ -2413,8 +2413,12 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
         elif level["tcbStatus"] in REFUSED_TCB:
             status = _OUT_OF_DATE.get(status, status)
     advisories = {name for level in (platform, *others) for name in level.get("advisoryIDs", ())}
-    newest = max(level["tcbDate"] for level in info["tcbLevels"])
-    return TcbStatus(status, sorted(advisories), platform["tcbDate"], newest)
+    date, newest = platform["tcbDate"], max(level["tcbDate"] for level in info["tcbLevels"])
+    try:
+        list(map(datetime.fromisoformat, (date, newest)))
+    except ValueError:  # such as February 31
+        raise CollateralError("tcb_info", f"{date} or {newest} is not a date") from None
+    return TcbStatus(status, sorted(advisories), date, newest)
 
 
 # endregion 11

@@ -4463,6 +4463,14 @@ def tcb_of(info: Any = None, identity: Any = None, pck: confbuild.Pck = PCK, **f
 
 
 class TestCollateral:
+    @pytest.mark.parametrize("date", ["2025-02-31T00:00:00Z", "2025-13-01T00:00:00Z", "2025-01-01T24:60:00Z"])
+    def test_a_date_that_does_not_exist(self, date: str) -> None:
+        """The schema only checks digits; the verdict fails, and nothing raises."""
+        info = tcb_info()
+        info["tcbLevels"][0]["tcbDate"] = date
+        with pytest.raises(confbuild.CollateralError, match=r"^tcb_info: .* is not a date$"):
+            tcb_of(info)
+
     def test_documents(self) -> None:
         read = confbuild.parse_collateral(collateral(pck_certificate_chain="ignored"))
         for name, doc in (("tcb_info", tcb_info()), ("qe_identity", qe_identity())):
@@ -7458,6 +7466,7 @@ class TestVerdict:
             if not (isinstance(top, ast.FunctionDef) and top.name == "utc_now")  # of Part I, for the builder
             for node in ast.walk(top)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "datetime"
+            if node.attr != "fromisoformat"  # it reads a text
         ]
         assert clocks == []  # as datetime.now; astimezone and isoformat are of a time that the caller gave
         assert not [
