@@ -4483,11 +4483,6 @@ def use_launcher(launcher: Launcher) -> None:
     _launchers.append(launcher)
 
 
-def hand_to_build(*paths: str) -> None:
-    """Let the user that builds run as own the files below paths."""
-    _launchers[-1].hand_over(paths)
-
-
 class LineSplitter:
     """Incremental splitter of output into lines. [CONTRACT 1.10]
 
@@ -5124,6 +5119,13 @@ def read_limited(path: str, limit: int) -> bytes:
     return data
 
 
+def write_file(path: str, data: bytes) -> None:
+    """Replace the contents of path by data. Make its folder if it is missing."""
+    os.makedirs(dirname(path), exist_ok=True)
+    with open(path, "wb") as f:
+        f.write(data)
+
+
 def write_durably(path: str, data: bytes) -> None:
     """Replace the contents of path by data, durably: a crash leaves either the old contents or the new."""
     with open(path + ".tmp", "wb") as f:
@@ -5400,6 +5402,8 @@ class TreeWriter:
         self._is_source = is_source
         self._folded: dict[str, str] = {}  # folded name -> name
         self._links: dict[str, str] = {}
+        # Not again for each file of a folder.
+        self._make_folder = functools.lru_cache(64)(functools.partial(os.makedirs, exist_ok=True))
 
     def add(self, member: _Member) -> None:
         """Write one member."""
@@ -5415,7 +5419,7 @@ class TreeWriter:
         for folder in above:
             self._claim(folder, "directory")
         self._claim(name, kind)
-        os.makedirs(path if kind == "directory" else dirname(path), exist_ok=True)
+        self._make_folder(path if kind == "directory" else dirname(path))
         if member.kind == "hardlink":
             try:
                 os.link(join(self._root, target), path)
@@ -5692,7 +5696,12 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
 def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
     """Open path for a new gzip tarball, whose bytes depend only on its members."""
     write = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
-    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream, write(fileobj=stream) as tar:
+    with (
+        open(path, "wb") as f,
+        gzip.GzipFile("", "wb", 6, f, mtime=0) as stream,
+        io.BufferedWriter(stream, MIB) as blocks,
+        write(fileobj=blocks) as tar,
+    ):
         yield tar
 
 
@@ -5701,15 +5710,28 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",
 
     files: relative to root, folders with all that is in them; all of root by default."""
 
-    def forget(info: "tarfile.TarInfo") -> "tarfile.TarInfo":
-        info.uid = info.gid = info.mtime = 0
-        info.uname = info.gname = ""
-        info.mode = 0o755 if info.mode & 0o100 else 0o644
-        return info
+    def add(tar: "tarfile.TarFile", path: str, member: str) -> None:
+        info, mode = tarfile.TarInfo(member), os.lstat(path).st_mode
+        info.mode = 0o755 if mode & 0o100 else 0o644
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as f:
+                info.size = os.fstat(f.fileno()).st_size
+                tar.addfile(info, f)
+        elif stat.S_ISLNK(mode):
+            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+            tar.addfile(info)
+        elif stat.S_ISDIR(mode):
+            info.type = tarfile.DIRTYPE
+            tar.addfile(info)
+            for name in sorted(os.listdir(path)):
+                add(tar, join(path, name), f"{member}/{name}")
+        else:
+            raise source_error(f"{path!r} is neither a file nor a link")
 
+    # tarfile's own add takes twice as long: it looks up the owner of each file.
     with open_tar(archive) as tar:
         for file in sorted(files):
-            tar.add(join(root, file), join(name, file), filter=forget)
+            add(tar, join(root, file), join(name, file).rstrip("/"))
 
 
 # endregion 23
@@ -6005,9 +6027,8 @@ def fetch_git(
     _git(["read-tree", commit], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
-    os.makedirs(join(git, "info"), exist_ok=True)
-    with open(join(git, "info", "attributes"), "w", encoding="ascii") as f:
-        f.write("* -text -eol -ident -filter -working-tree-encoding\n")  # keep the bytes that the tree hash covers
+    # Keep the bytes that the tree hash covers.
+    write_file(join(git, "info", "attributes"), b"* -text -eol -ident -filter -working-tree-encoding\n")
     _git(["checkout", "-q", "-f", "--detach", commit, "--"], root, env, max_bytes)
     listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
     rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
@@ -6098,14 +6119,11 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) 
     for name in ("refs", "packed-refs"):
         os.symlink(abspath(join(common, name)), join(own, name))
     quoted = re.sub(r'(["\\])', r"\\\1", abspath(join(common, "objects"))).replace("\n", "\\n")
-    os.makedirs(join(own, "objects", "info"), exist_ok=True)
-    with open(join(own, "objects", "info", "alternates"), "wb") as f:
-        f.write(os.fsencode(f'"{quoted}"\n'))
+    write_file(join(own, "objects", "info", "alternates"), os.fsencode(f'"{quoted}"\n'))
     with contextlib.suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
         shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
         commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
-        with open(join(own, "shallow"), "w", encoding="ascii") as f:
-            f.write(commit + "\n")
+        write_file(join(own, "shallow"), f"{commit}\n".encode("ascii"))
     return commit, config
 
 
@@ -6354,13 +6372,10 @@ def _read_head(
         if any(name.startswith(folder + "/") for name in head):
             raise source_error(f"git tracks {folder}, which is removed before a build")
     # The user's own filters must not run either, and the index of our own knows no times, so git reads every file.
-    info = join(checkout.own, "info")
-    attributes = join(info, "attributes")
+    attributes = join(checkout.own, "info", "attributes")
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
-    os.unlink(info)
-    os.mkdir(info)
-    with open(attributes, "wb") as f:
-        f.write(local + b"\n* -filter\n")
+    os.unlink(dirname(attributes))
+    write_file(attributes, local + b"\n* -filter\n")
     settings = (("-c", f"{name}={checkout.config[name]}") for name in _CONVERSIONS if name in checkout.config)
     command = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
     rows = os.fsdecode(_git([*itertools.chain(*settings), *command], checkout.root, checkout.env)).split("\0")
@@ -6431,8 +6446,8 @@ def pack_directory(
     if not source.files:
         raise UsageError(f"{directory}: there is nothing to build")
     name, history = safe_name(basename(realpath(directory))), source.history
-    write_source(archive, source.root, name, [""] if history else source.files)
     tree = history.tree if history else git_tree(source.root, source.files)
+    write_source(archive, source.root, name, [""] if history else source.files)
     return Packed(source.note, tree, history.commit if history else "", source.files)
 
 
@@ -7921,7 +7936,7 @@ def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tu
     network, stdout = b"all", b""
     if _OWN_OUTPUT in plan.env.values():
         os.mkdir(os.path.join(project, _OWN_OUTPUT))
-    hand_to_build(project)
+    _launchers[-1].hand_over([project])
     for number, step in enumerate(plan.steps):
         if number == plan.fetches > 0 and _launchers[-1].close_network():
             network = b"fetch"

@@ -25631,7 +25631,7 @@ class TestBroker:
         work = write_files(tmp_path / "work", {"deep/tree/a/b": "", "deep/tree/c": "", "deep/d": ""})
         (work / "deep/tree/a/link").symlink_to(outside)
         (work / "deep/tree/folder").symlink_to(tmp_path)
-        confbuild.hand_to_build("/work/deep/tree")
+        confbuild._launchers[-1].hand_over(["/work/deep/tree"])
         owners = {
             path.relative_to(tmp_path).as_posix(): path.lstat().st_uid
             for path in tmp_path.rglob("*")
@@ -25672,7 +25672,7 @@ class TestBroker:
         for link in ("work/out", "work/in/out"):
             (tmp_path / link).symlink_to(tmp_path / "other")
         with pytest.raises(OSError, match="is not a folder below /work|Not a directory|symbolic links|No such file"):
-            confbuild.hand_to_build(path)
+            confbuild._launchers[-1].hand_over([path])
         assert {path.lstat().st_uid for path in tmp_path.rglob("*")} == {0}
 
     @pytest.mark.skipif(
