@@ -6729,13 +6729,15 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[st
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
     found = []
-    inside, replaced = _scan_cargo(root, folder) if rows else (set(), {})
+    inside, replaced, outside = _scan_cargo(root, folder) if rows else (set(), {}, {})
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
                 raise BuildFailed(
                     "ProvenanceError",
-                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project",
+                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project"
+                    + f": {outside.get(name, '')[:80]} is no part of what was sent; `confbuild build PARENT --subdir "
+                    "DIR` builds DIR in a folder PARENT that contains both" * (name in outside),
                 )
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
@@ -6793,15 +6795,16 @@ def _locate(root: str, folder: str, target: str) -> str:
     return os.path.relpath(real, base) if (real + "/").startswith(base + "/") else ""
 
 
-def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]]]:
-    """Return the names of the packages inside root, and the packages that cargo compiles in place of others.
+def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
+    """Return the names of the packages inside root, the packages that cargo compiles in place of others, and the paths
+    of those outside.
 
     The first are without those that a file of cargo's takes from outside. The second are (name, version) -> (folder,
     whether that is a copy of the package by `cargo vendor`).  [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
     """
-    packages, outside, instead = [], set(), {}
+    packages, outside, instead = [], dict[str, str](), {}
     for name in walk_files(root):
         path = os.path.join(root, name)
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
@@ -6824,7 +6827,7 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
                     tables.append(value)
                     target = value.get("path")
                     if isinstance(target, str) and not _locate(root, base, target):
-                        outside.add(str(value.get("package", key)))
+                        outside[str(value.get("package", key))] = target
         if match[2] == "Cargo.toml" or not f"{folder}/".startswith(base):
             continue  # cargo does not read it
         with _parsing(name, "SourceError"):
@@ -6842,7 +6845,7 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
         for name, version, place in packages
         if where == (os.path.dirname(place) if vendored else place)
     }
-    return {name for name, _, _ in packages} - outside, replaced
+    return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 
 def plan_nix(root: str, folder: str = "") -> Plan:
@@ -7889,15 +7892,15 @@ def _cached_crates(plan: Plan, cache: str | None, own: str, emit: Emit) -> Itera
     crates = {f"{name}-{version}.crate": digest for name, version, digest in found}
     if len(crates) < len(found):  # a package of one registry could get into the folder of another one
         crates = {}
-    cache, registries = cache or "", os.path.join(plan.env["CARGO_HOME"], "registry")
+    cache, registries = cache or "", plan.env["CARGO_HOME"] + "/registry"
     known = {*match_files(cache, "*-*")[:_MAX_REGISTRIES]}
     taken = {
         f"cache/{registry}/{file}"
         for registry, (file, digest) in itertools.product(known, crates.items())
-        if _copy_crate(os.path.join(cache, registry, digest), digest, f"{own}/registry/cache/{registry}/{file}")
+        if _copy_crate(f"{cache}/{registry}/{digest}", digest, f"{own}/registry/cache/{registry}/{file}")
     }
     with contextlib.suppress(OSError):  # nothing was taken, or a program of the source was quicker
-        os.rename(os.path.join(own, "registry"), registries)  # follows no link
+        os.rename(f"{own}/registry", registries)  # follows no link
     if crates:
         emit("init", [f"{len(taken)} of {len(crates)} crates come from the cache"])
     try:
@@ -7908,9 +7911,7 @@ def _cached_crates(plan: Plan, cache: str | None, own: str, emit: Emit) -> Itera
                 registry, file = path.split("/")[1:]
                 if path not in taken and file in crates and len({*known, registry}) <= _MAX_REGISTRIES:
                     known.add(registry)
-                    _copy_crate(
-                        os.path.join(registries, path), crates[file], os.path.join(cache, registry, crates[file])
-                    )
+                    _copy_crate(f"{registries}/{path}", crates[file], f"{cache}/{registry}/{crates[file]}")
 
 
 def _copy_crate(path: str, digest: str, copy: str) -> bool:

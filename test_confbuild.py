@@ -101,6 +101,8 @@ INSTALL = {
     "cargo": "apt-get install cargo",
     "git": "apt-get install git",
     "nix": "apt-get install nix-bin",
+    "go": "apt-get install golang-go",
+    "pnpm": "npm install -g pnpm@9",
     "npm": "apt-get install npm",
     "curl": "apt-get install curl",
     "openssl": "apt-get install openssl",
@@ -13628,7 +13630,11 @@ class TestCargoDependencies:
         write_files(tmp_path / "demo", files)
         lock = (entry("demo", "0.1.0") + entry("b", "1.0.0")).encode()
         assert confbuild.cargo_dependencies(lock, str(tmp_path / "demo"), "a") == []
-        assert failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo/a")))[0] == "ProvenanceError"
+        assert failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo/a"))) == (
+            "ProvenanceError",
+            "Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b is no part of what was "
+            "sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both",
+        )
 
     def test_an_entry_that_another_one_replaces(self, tmp_path: Path) -> None:
         write_files(tmp_path, {"Cargo.toml": MANIFEST})
@@ -16791,6 +16797,20 @@ class TestRealCargo:
         first = next((line for line in built.told("build") if line.startswith("error")), "")
         assert kind == "NoArtifacts" or built.result["error"] == prefix + first
 
+    def test_a_neighbour(self, tmp_path: Path, stub_path: str) -> None:
+        """A package outside of the source is refused, and the hint helps."""
+        files = {
+            "Cargo.toml": MANIFEST + '[dependencies]\nb = { path = "../b" }\n',
+            "Cargo.lock": LOCK + entry("b", "1.0.0"),
+        }
+        write_files(tmp_path / "demo/a", {**project(), **files})
+        write_files(tmp_path / "demo", {"b/Cargo.toml": '[package]\nname="b"'})
+        built = Built(tmp_path / "demo/a", tmp_path / "out", PATH=stub_path)
+        assert built.result is not None and built.result["error_type"] == "ProvenanceError"
+        assert "`confbuild build PARENT --subdir DIR`" in built.result["error"]
+        built = Built(tmp_path / "demo", tmp_path / "out", "--subdir", "a", PATH=stub_path)
+        assert built.provenance()["buildDefinition"]["resolvedDependencies"] == []
+
     @needs("git")
     def test_a_dirty_tree(self, tmp_path: Path, stub_path: str) -> None:
         demo = commit_all(write_files(tmp_path / "demo", project()))
@@ -16810,6 +16830,54 @@ class TestRealCargo:
             "externalParameters"
         ]["source"]
         assert source == {"digest": {"gitCommit": "", "gitTree": git(demo, "write-tree")}, "uri": ""}
+
+
+class TestRealGo:
+    @needs("go")
+    def test_a_project(self, tmp_path: Path) -> None:
+        """A main package and a local module, without a network."""
+        files = {
+            "go.mod": "module example.org/demo\n\ngo 1.17\n\nrequire example.org/part v0.0.0\n\n"
+            "replace example.org/part => ./part\n",
+            "main.go": 'package main\n\nimport "example.org/part"\n\nfunc main() { println(part.Name) }\n',
+            "part/go.mod": "module example.org/part\n\ngo 1.17\n",
+            "part/part.go": 'package part\n\nconst Name = "part"\n',
+        }
+        built = Built(write_files(tmp_path / "demo", files), tmp_path / "out")
+        definition = built.provenance()["buildDefinition"]
+        command = "go mod download && go build -trimpath -buildvcs=false -mod=readonly -o .confbuild/ ./..."
+        assert definition["externalParameters"]["buildCommand"] == command
+        assert list(definition["internalParameters"]["toolchain"]) == ["go", "kettle"]
+        run = subprocess.run([tmp_path / "out/artifacts/demo"], capture_output=True, text=True, check=True)
+        assert run.stderr == "part\n"
+        verify = ["verify", str(tmp_path / "out"), "--source", str(tmp_path / "demo"), "--allow-simulated"]
+        assert confbuild.main(verify) == 0
+
+
+class TestRealPnpm:
+    @needs("pnpm")
+    def test_a_project(self, tmp_path: Path) -> None:
+        """A local dependency and the build, without a network."""
+        part = "      part:\n        specifier: link:part\n        version: link:part\n"
+        scripts = {"build": "mkdir dist && node build.js"}
+        package = {"name": "demo", "version": "1.0.0", "scripts": scripts, "dependencies": {"part": "link:part"}}
+        files = {
+            "package.json": json.dumps(package),
+            "pnpm-lock.yaml": f"lockfileVersion: '9.0'\n\nimporters:\n\n  .:\n    dependencies:\n{part}",
+            "part/package.json": '{"name": "part", "version": "1.0.0"}',
+            "part/index.js": "module.exports = 'part'",
+            "build.js": "require('fs').writeFileSync('dist/x', require('part'))",
+        }
+        built = Built(write_files(tmp_path / "demo", files), tmp_path / "out")
+        definition = built.provenance()["buildDefinition"]
+        command = "pnpm install --frozen-lockfile && pnpm build"
+        assert definition["externalParameters"]["buildCommand"] == command
+        assert list(definition["internalParameters"]["toolchain"]) == ["pnpm", "node", "kettle"]
+        with tarfile.open(tmp_path / "out/artifacts/dist.tar.gz") as tar:
+            data = tar.extractfile("dist/x")
+            assert tar.getnames() == ["dist", "dist/x"] and data and data.read() == b"part"
+        verify = ["verify", str(tmp_path / "out"), "--source", str(tmp_path / "demo"), "--allow-simulated"]
+        assert confbuild.main(verify) == 0
 
 
 class TestRealNpm:
