@@ -9763,9 +9763,9 @@ class TestVectors:
         )
         for name, revocation, list_ in (
             ("amd-genoa-2026-08", "passed", "passed"),
-            ("amd-milan-2026-08", "not checked", "passed"),
-            ("neg-milan-sig", "not checked", "failed"),
-            ("neg-attacker-empty", "not checked", "failed"),
+            ("amd-milan-2026-08", "failed", "passed"),
+            ("neg-milan-sig", "failed", "failed"),
+            ("neg-attacker-empty", "failed", "failed"),
         ):
             verdict = verdict_over(
                 evidence_,
@@ -12517,11 +12517,9 @@ class TestCheckout:
         assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
         assert {"a.txt", "Cargo.lock"} <= set(found) and "vendor/lib.rs" not in found
-        assert (
-            confbuild.source_expectations(str(root), confbuild.Expectations(), b"")[0].source_tree
-            == packed.tree
-            == confbuild.git_tree(str(root), found)
-        )
+        assert confbuild.source_expectations(str(root), confbuild.Expectations(), b"")[0].source_tree == packed.tree
+        if kind != "submodule":  # a submodule is in the tree, but not among the files
+            assert packed.tree == confbuild.git_tree(str(root), found)
         assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
         with contextlib.suppress(confbuild.BuildFailed):
             confbuild.believe_history(str(root), ORACLE_ENV)
@@ -17004,7 +17002,7 @@ def changed_facts(**changes: Any) -> list[tuple[str, str, str | None, str | None
     return [(row["part"] or "", row["name"] or "", row["a"], row["b"]) for row in confbuild.differences(*facts)]
 
 
-def dependency(uri: str, name: str = "itoa", **digest: str) -> dict[str, Any]:
+def depends_on(uri: str, name: str = "itoa", **digest: str) -> dict[str, Any]:
     return {"digest": digest or {"sha256": "cd" * 32}, "name": name, "uri": uri}
 
 
@@ -17031,7 +17029,7 @@ class TestDiff:
         prefix = "predicate__buildDefinition__"
         source, lock = "externalParameters__source__digest__gitTree", "internalParameters__lockfileHash"
         tool = "internalParameters__toolchain__cargo__version"
-        old, new = dependency("pkg:cargo/itoa@1"), dependency("pkg:cargo/itoa@2")
+        old, new = depends_on("pkg:cargo/itoa@1"), depends_on("pkg:cargo/itoa@2")
         assert changed_facts() == []
         assert changed_facts(**{prefix + source: "34" * 20}) == [("source", "gitTree", "12" * 20, "34" * 20)]
         assert changed_facts(**{prefix + lock: {"sha256": "cd" * 32}}) == [
@@ -17316,10 +17314,10 @@ class TestSbom:
         from cyclonedx.schema import SchemaVersion
 
         rows = [
-            dependency("pkg:cargo/itoa@1?checksum=sha256:ab"),
-            dependency("pkg:cargo/itoa@1?checksum=sha256:ab"),  # a bom-ref is unique
-            dependency("pkg:npm/a@1", sha512="sha512-" + base64.b64encode(b"\xab" * 64).decode()),
-            dependency("git+https://a/b", gitCommit="ab" * 20),
+            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),
+            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),  # a bom-ref is unique
+            depends_on("pkg:npm/a@1", sha512="sha512-" + base64.b64encode(b"\xab" * 64).decode()),
+            depends_on("git+https://a/b", gitCommit="ab" * 20),
         ]
         docs = [statement(predicate__buildDefinition__resolvedDependencies=rows), statement()]
         for folder in SHARED.glob("vectors/vectors/bundle-*"):
@@ -22287,7 +22285,10 @@ class TestVm:
             (["sh", "-c", 'read x; echo \'{"agent":"x"}\'; exec sleep 60'], "did not boot within 0.3 s"),
             (["sh", "-c", "read x; exec sleep 60"], "did not boot within 0.3 s"),
             (["sh", "-c", "read x; yes"], "sent 65536 bytes without the agent's answer"),
-            (["sh", "-c", f"{SAY_READY}; exit"], "did not accept the build: http://vm: "),
+            (
+                ["sh", "-c", f"{SAY_READY}; exit"],
+                "did not accept the build: (http://vm: |the server broke the protocol: RemoteDisconnected)",
+            ),
             (
                 ["sh", "-c", f"{SAY_READY}; echo HTTP/2 200; exec sleep 60"],
                 "did not accept the build: the server broke the protocol: UnknownProtocol: HTTP/2",
@@ -25687,7 +25688,7 @@ class TestBroker:
             assert caught.value.errno == number
         with pytest.raises(OSError, match="cannot become the build user"):
             confbuild.capture(["/bin/true"], "/nowhere", self.ENV, untrusted=True)
-        with pytest.raises(OSError, match="not an SEV-SNP guest"):
+        with pytest.raises(OSError, match="not a confidential VM"):
             broker.ask({"op": "report", "data": "00" * 64})
         with pytest.raises(FileNotFoundError):
             confbuild.Broker("/nowhere/socket").ask({"op": "kill"})
@@ -26799,7 +26800,11 @@ BUILD_AND_SERVE = (
     (f"build demo --nonce {'0' * 32}", 2, "--nonce: a nonce of zeros proves nothing"),
     ("build github.com/a/b", 2, "neither a directory nor a URL\nconfbuild: hint: is it https://github.com/a/b?"),
     ("build file:///x", 2, "file:// are not accepted\nconfbuild: hint: --allow-scheme file accepts them"),
-    ("build web", 2, "web: confbuild builds projects with flake.nix or Cargo.lock; found package.json"),
+    (
+        "build web",
+        2,
+        "found package.json: `npm install --package-lock-only` makes package-lock.json",
+    ),
     ("build demo --token-file blank", 2, "--token-file requires --server"),
     ("build demo -o demo", 2, "demo exists and is not a bundle"),
     ("build demo -o demo/Cargo.toml", 2, "exists and is not a bundle"),
