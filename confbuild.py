@@ -12697,7 +12697,10 @@ class VmStream:
     def sendall(self, data: Any) -> None:
         """Send data. Raises OSError."""
         self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - time.monotonic())))
-        self._sock.sendall(data)
+        try:
+            self._sock.sendall(data)
+        finally:
+            self._sock.settimeout(None)  # with a timeout, recv_into() would wait in spite of MSG_DONTWAIT
 
     def wait(self, until: float) -> None:
         """Wait until there is something to receive or it is until, and read what is there of the console."""
