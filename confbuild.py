@@ -5696,13 +5696,9 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
 def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
     """Open path for a new gzip tarball, whose bytes depend only on its members."""
     write = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
-    with (
-        open(path, "wb") as f,
-        gzip.GzipFile("", "wb", 6, f, mtime=0) as stream,
-        io.BufferedWriter(stream, MIB) as blocks,
-        write(fileobj=blocks) as tar,
-    ):
-        yield tar
+    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream:
+        with io.BufferedWriter(stream, MIB) as blocks, write(fileobj=blocks) as tar:
+            yield tar
 
 
 def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",)) -> None:
@@ -7888,7 +7884,8 @@ def _cached_crates(plan: Plan, cache: str | None, own: str, emit: Emit) -> Itera
     [CARGO: cargo home; CONTRACT 2.2]
     """
     form = re.compile("pkg:cargo/(.+)@(.+)[?]checksum=sha256:([0-9a-f]{64})")
-    found = [match.groups() for row in plan.dependencies or () if cache and (match := form.match(row["uri"]))]
+    matches = [form.match(row["uri"]) for row in plan.dependencies or () if cache]
+    found = [match.groups() for match in matches if match]
     crates = {f"{name}-{version}.crate": digest for name, version, digest in found}
     if len(crates) < len(found):  # a package of one registry could get into the folder of another one
         crates = {}
@@ -11559,7 +11556,7 @@ def inherited_socket() -> "socket.socket | None":
 def listen(address: tuple[str, int] | None) -> "socket.socket":
     """Return a non-blocking socket that listens on address. None: one that nobody can reach. Raises OSError."""
     if address is None:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # unbound; a sandbox around us may refuse AF_UNIX
     inherited = inherited_socket()
     if inherited is not None:
         inherited.setblocking(False)
@@ -15080,7 +15077,7 @@ def own_command() -> list[str]:
     """Return the words with which this program was started, for commands that people can paste."""
     program = sys.argv[0] or "-c"
     if program.endswith((".py", ".pyz")):
-        return [sys.orig_argv[0], program]
+        return [*(sys.orig_argv[:1] or [sys.executable]), program]
     return [program if os.sep in program and shutil.which("confbuild") != program else "confbuild"]
 
 

@@ -10186,6 +10186,7 @@ class TestSandbox:
         rules = {path: rights for name, *rest in asked if name == "rule" for path, rights in [rest]}
         writable, device = handled & ~(1 << 6 | 1 << 11 | 1 << 15), handled & (1 << 1 | 1 << 2 | 1 << 14 | 1 << 15)
         assert {path: rights for path, rights in rules.items() if not path.startswith("/dev/")} == {
+            "/": 1 << 13,  # of the layer of the ports: it leaves moves between folders to the other one
             str(tmp_path / "work/tmp"): writable,
             str(tmp_path / "tools"): 0b1101,
             str(tmp_path / "file"): 0b101,
@@ -12526,7 +12527,12 @@ class TestCheckout:
         assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
         assert {"a.txt", "Cargo.lock"} <= set(found) and "vendor/lib.rs" not in found
-        assert confbuild.source_expectations(str(root), confbuild.Expectations(), b"")[0].source_tree == packed.tree
+        assert (
+            confbuild.source_expectations(
+                str(root), confbuild.Expectations(), b'"gitTree": "%s"' % packed.tree.encode()
+            )[0].source_tree
+            == packed.tree
+        )
         if kind != "submodule":  # a submodule is in the tree, but not among the files
             assert packed.tree == confbuild.git_tree(str(root), found)
         assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
@@ -20782,7 +20788,8 @@ class TestHttp:
                         and not head[2]
                     )
                     assert str(get[0]) in operation["responses"]
-                    assert get[1]["Content-Type"].partition(";")[0] in operation["responses"]["200"]["content"]
+                    if path != "/":  # without an Accept that names text/html, the page is a 404
+                        assert get[1]["Content-Type"].partition(";")[0] in operation["responses"]["200"]["content"]
         assert len(set(names)) == len(names)
         assert s.ask("GET", "/health")[2] == b"ok" and json.loads(s.ask("GET", "/config")[2]) == {
             "platform": "simulated"
@@ -21783,7 +21790,7 @@ class TestAgent:
             if error is not None:
                 raise error
             for _ in range(20):
-                arguments[-1]("build", ["x" * 20])
+                arguments[6]("build", ["x" * 20])
             raise AssertionError("the log has no limit")
 
         made: list[Any] = []
