@@ -19153,7 +19153,7 @@ class TestPage:
         """A dropped archive, then a repository. The nonce is of the browser, which keeps it."""
         s = site(max_archive=4096)
         browser.open(self.address(s))
-        browser.wait("!$('home').hidden && $('limit').innerText")
+        browser.wait("!$('home').hidden")
         archive = base64.b64encode(tarball(project())).decode()
         drop = (
             "(bytes => {{ const data = new DataTransfer(); data.items.add(new File([bytes], '{}'));"
@@ -23034,8 +23034,9 @@ class TestStream:
                 again = [*said[:which], part[: n + 40] + part[n:], *said[which + 1 :]]
                 assert self.drive(tmp_path, Recorded(again)) in (b"", result), (which, n)
 
-    def test_not_asked_again(self, tmp_path: Path, said: list[bytes]) -> None:
+    def test_not_asked_again(self, tmp_path: Path, said: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
         """A response that ends the connection, and one that goes on after the last event, end the VM."""
+        monkeypatch.setattr(confbuild, "READ_TIMEOUT_S", 1)
         closing = said[1].replace(b"Content-Length: 17", b"Connection: close")
         going_on = said[2].replace(b"0\r\n\r\n", b"5\r\n: x\n\n\r\n0\r\n\r\n")
         assert closing != said[1] and self.drive(tmp_path, Recorded([said[0], closing, *said[2:]])) == b""
