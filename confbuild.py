@@ -5695,10 +5695,10 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
 @contextlib.contextmanager
 def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
     """Open path for a new gzip tarball, whose bytes depend only on its members."""
-    write = functools.partial(tarfile.open, mode="w", format=tarfile.PAX_FORMAT)
-    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, mtime=0) as stream:
-        with io.BufferedWriter(stream, MIB) as blocks, write(fileobj=blocks) as tar:
-            yield tar
+    write = functools.partial(tarfile.open, None, "w", format=tarfile.PAX_FORMAT)
+    # GzipFile: level 6, modification time 0
+    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, 0) as z, io.BufferedWriter(z, MIB) as b, write(b) as tar:
+        yield tar
 
 
 def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",)) -> None:
