@@ -8094,7 +8094,7 @@ def _make_statement(
 
 # endregion 28
 # ==============================================================================
-# region 29. Comparison                                                [uses 16]
+# region 29. Comparison                                            [uses 16, 17]
 # ==============================================================================
 # Shows the facts of a bundle in other forms: the differences between two bundles, a CycloneDX bill of materials, and a
 # SLSA Verification Summary.  Pure.  Only verify_bundle says whether the facts are true; callers print its verdict too.
@@ -8274,8 +8274,7 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
     """
     doc = read_statement(files.provenance or b"") or {}
     source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]["uri"] if doc else ""
-    passed = {check.name for check in verdict.checks if check.status == "passed"}
-    named = any(name.endswith("measurement") for name in passed)
+    named = any(check.name in MEASURED and check.status == "passed" for check in verdict.checks)
     levels = [f"SLSA_BUILD_LEVEL_{2 if verdict.verdict == 'passed' and named else 1}"]
     levels += ["CONFBUILD_SIMULATED"] * (verdict.verdict == "simulated")
     defaults = Expectations._field_defaults
@@ -16478,6 +16477,12 @@ def _read_verified(path: str, now: datetime) -> tuple[BundleFiles, Any, Verdict]
     return files, doc, verify_bundle(files, Expectations(), now)
 
 
+def _refuse_failed(path: str) -> int:
+    """Report that the bundle at path fails to verify, and return the exit status."""
+    say(f"error: {path} fails to verify", f"`confbuild verify {path}` says why")
+    return EXIT_NO
+
+
 def cmd_diff(options: "argparse.Namespace") -> int:
     """Print how two bundles differ; 0 if they are equal, and 1 if they differ or one of them fails to verify."""
     now = datetime.now(UTC)
@@ -16562,8 +16567,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     options.out = options.out or name + "-rebuild"
     _, doc, verdict = _read_verified(path, datetime.now(UTC))
     if verdict.verdict == "failed":
-        say(f"error: {path} fails to verify", f"`confbuild verify {path}` says why")
-        return EXIT_NO
+        return _refuse_failed(path)
     before = bundle_facts(doc, verdict)
     _request_again(options, before)
     status = cmd_build(options)
@@ -16600,8 +16604,7 @@ def cmd_sbom(options: "argparse.Namespace") -> int:
     files, doc, verdict = _read_verified(options.bundle, datetime.now(UTC))
     sys.stdout.write(json.dumps(make_sbom(doc, files.provenance or b""), indent=2) + "\n")
     if verdict.verdict == "failed":
-        say(f"error: {options.bundle} fails to verify", f"`verify {options.bundle}` says why")
-        return EXIT_NO
+        return _refuse_failed(options.bundle)
     return EXIT_OK
 
 
