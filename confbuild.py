@@ -209,6 +209,7 @@ from os.path import (
     basename,
     commonpath,
     dirname,
+    exists,
     getsize,
     isabs,
     isdir,
@@ -216,7 +217,10 @@ from os.path import (
     islink,
     join,
     lexists,
+    normpath,
     realpath,
+    relpath,
+    samefile,
 )
 
 if TYPE_CHECKING:
@@ -4706,7 +4710,7 @@ def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
     real = dict.fromkeys(realpath(path) for path in found if not path.endswith("/.local/share"))
     return [
         *SYSTEM_FOLDERS,
-        *(path for path in real if os.path.exists(path) and not (home + "/").startswith(path.rstrip("/") + "/")),
+        *(path for path in real if exists(path) and not (home + "/").startswith(path.rstrip("/") + "/")),
     ]
 
 
@@ -4795,7 +4799,7 @@ class Confinement(Launcher):
             except OSError:
                 pass  # nix reports it if it matters
         self.writable += paths
-        self.unix = any(os.path.exists(join(path, "daemon-socket/socket")) for path in paths)
+        self.unix = any(exists(join(path, "daemon-socket/socket")) for path in paths)
         self.devices += [] if self.unix else ["/dev/ptmx", "/dev/pts"]
 
     def close_network(self) -> bool:
@@ -6561,13 +6565,13 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
         near = [toolchain.marker for toolchain in found]
         near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
         markers = {toolchain.marker for toolchain in TOOLCHAINS}
-        below = [path for path in match_files(project, "*/*") if os.path.basename(path) in markers]
-        near += [f"{path}: --subdir {os.path.dirname(path)} builds it" for path in below[:3]]
+        below = [path for path in match_files(project, "*/*") if basename(path) in markers]
+        near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
         message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
         failure = BuildFailed("UnsupportedToolchainError", message)
-        for folder in (*map(os.path.dirname, below), "..", "../.."):
-            path = os.path.normpath(os.path.join(project, folder))
-            if not failure.hint and any(os.path.isfile(os.path.join(path, marker)) for marker in markers):
+        for folder in (*map(dirname, below), "..", "../.."):
+            path = normpath(join(project, folder))
+            if not failure.hint and any(isfile(join(path, marker)) for marker in markers):
                 failure.hint = f"`confbuild build {shlex.quote(path)}` builds what is there"
         raise failure
     return chosen
@@ -6581,8 +6585,8 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]
     Raises BuildFailed.
     """
     plan = toolchain.plan(root, folder)
-    programs = {name: find_program(name, os.path.join(root, folder), {**env, **plan.env}) for name in plan.tools}
-    folders = dict.fromkeys(os.path.dirname(program.path) for program in programs.values())
+    programs = {name: find_program(name, join(root, folder), {**env, **plan.env}) for name in plan.tools}
+    folders = dict.fromkeys(dirname(program.path) for program in programs.values())
     own = {name: programs[value].path if value in programs else value for name, value in plan.env.items()}
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
@@ -6611,22 +6615,22 @@ def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
     found = shutil.which(name, path=env["PATH"])
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
-    path = os.path.realpath(found)
+    path = realpath(found)
     for link in (found, path):  # a shim is a hard or symbolic link to the rustup in the same folder
-        rustup = os.path.join(os.path.dirname(link), "rustup")
-        if os.path.exists(rustup) and os.path.samefile(rustup, path):
-            path = os.path.realpath(ask(rustup, "which", name))
+        rustup = join(dirname(link), "rustup")
+        if exists(rustup) and samefile(rustup, path):
+            path = realpath(ask(rustup, "which", name))
             break
     return Program(path, ask(path, *_VERSION_OPTIONS.get(name, ("--version",))), file_sha256(path))
 
 
 def refuse_outside_influence(project: str) -> None:
     """Raise BuildFailed SourceError if a file in a folder above project would change the build.  [CONTRACT 2.2]"""
-    folder = os.path.realpath(project)
-    while folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-        for path in (os.path.join(folder, name) for name in _OUTSIDE):
-            if os.path.lexists(path):
+    folder = realpath(project)
+    while folder != dirname(folder):
+        folder = dirname(folder)
+        for path in (join(folder, name) for name in _OUTSIDE):
+            if lexists(path):
                 raise source_error(f"{path} is outside of the source and would change the build")
 
 
@@ -6643,16 +6647,16 @@ def read_lockfile(path: str) -> bytes:
     except Malformed as e:
         raise source_error(str(e)) from None
     if len(data) > _MAX_LOCKFILE:
-        raise source_error(f"{os.path.basename(path)}: more than {_MAX_LOCKFILE} bytes")
+        raise source_error(f"{basename(path)}: more than {_MAX_LOCKFILE} bytes")
     return data
 
 
 def plan_cargo(root: str, folder: str = "") -> Plan:
     """Return the plan of `cargo build --locked --release` in project.  Raises BuildFailed."""
-    project = os.path.join(root, folder)
-    lock = read_lockfile(os.path.join(project, "Cargo.lock"))
+    project = join(root, folder)
+    lock = read_lockfile(join(project, "Cargo.lock"))
     # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-    env = {"RUSTC": "rustc", "CARGO_TARGET_DIR": os.path.join(project, "target")}
+    env = {"RUSTC": "rustc", "CARGO_TARGET_DIR": join(project, "target")}
     steps = ["cargo build --locked --release".split()]
     return Plan(steps, ("cargo", "rustc"), lock, cargo_dependencies(lock, root, folder), env)
 
@@ -6661,13 +6665,9 @@ def match_files(root: str, pattern: str) -> list[str]:
     """Return the paths, relative to root, that match pattern in the way of a shell. No symbolic link is followed."""
     paths = [""]
     for part in filter(None, pattern.split("/")):
-        folders = [path for path in paths if os.path.isdir(os.path.join(root, path))]
-        names = (
-            (path, name) for path in folders for name in fnmatch.filter(os.listdir(os.path.join(root, path)), part)
-        )
-        paths = [
-            path for path in itertools.starmap(os.path.join, names) if not os.path.islink(os.path.join(root, path))
-        ]
+        folders = [path for path in paths if isdir(join(root, path))]
+        names = ((path, name) for path in folders for name in fnmatch.filter(os.listdir(join(root, path)), part))
+        paths = [path for path in itertools.starmap(join, names) if not islink(join(root, path))]
     return sorted(filter(None, paths))
 
 
@@ -6681,22 +6681,22 @@ def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]
     """
     found = {}
     for folder, pattern in itertools.product(folders, patterns):
-        path = os.path.join(project, folder).rstrip("/")
-        if os.path.realpath(path) != path:
+        path = join(project, folder).rstrip("/")
+        if realpath(path) != path:
             raise BuildFailed(
                 "ProvenanceError",
-                f"{folder or 'the project'} is a symbolic link to {os.path.realpath(path)}, "
+                f"{folder or 'the project'} is a symbolic link to {realpath(path)}, "
                 "expected a directory that the build made",
             )
         for match in match_files(project, f"{folder}/{pattern}"):
-            path = os.path.join(project, match)
-            if os.path.isfile(path) or os.path.isdir(path):
-                found[path] = os.path.basename(path) + ".tar.gz" * os.path.isdir(path)
+            path = join(project, match)
+            if isfile(path) or isdir(path):
+                found[path] = basename(path) + ".tar.gz" * isdir(path)
     return sorted((name, path) for path, name in found.items())
 
 
 def _executables(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [row for row in found if os.path.isfile(row[1]) and os.stat(row[1]).st_mode & 0o111]
+    return [row for row in found if isfile(row[1]) and os.stat(row[1]).st_mode & 0o111]
 
 
 def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
@@ -6739,7 +6739,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[st
         checksum = checksum or older(f"checksum {name} {version} ({source})")
         found.append(_cargo_dependency(name, version, source, checksum))
         place, vendored = replaced.get((name, version), ("", False))
-        path = os.path.join(root, place)
+        path = join(root, place)
         if place and not (vendored and _is_genuine(path, checksum)):
             digest = git_tree(path, walk_files(path), "sha256")
             uri = f"pkg:cargo/{name}@{version}?path={urllib.parse.quote(place)}"
@@ -6749,10 +6749,10 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[st
 
 def _is_genuine(folder: str, checksum: str | None) -> bool:
     """Return whether folder, made by `cargo vendor`, holds exactly the files of the package with this checksum."""
-    files = {name: os.path.join(folder, name) for name in walk_files(folder)}
-    found = {name: file_sha256(path) for name, path in files.items() if os.path.isfile(path)}
+    files = {name: join(folder, name) for name in walk_files(folder)}
+    found = {name: file_sha256(path) for name, path in files.items() if isfile(path)}
     try:
-        doc = parse_json(read_lockfile(os.path.join(folder, ".cargo-checksum.json")), "checksums")
+        doc = parse_json(read_lockfile(join(folder, ".cargo-checksum.json")), "checksums")
     except (Malformed, BuildFailed):
         return False
     found.pop(".cargo-checksum.json", None)
@@ -6787,8 +6787,8 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
 
 def _locate(root: str, folder: str, target: str) -> str:
     """Return the path of target relative to root, or "" if it lies outside.  folder: target is relative to it."""
-    base, real = os.path.realpath(root), os.path.realpath(os.path.join(root, folder, target.replace("\0", "/")))
-    return os.path.relpath(real, base) if (real + "/").startswith(base + "/") else ""
+    base, real = realpath(root), realpath(join(root, folder, target.replace("\0", "/")))
+    return relpath(real, base) if (real + "/").startswith(base + "/") else ""
 
 
 def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
@@ -6802,9 +6802,9 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     """
     packages, outside, instead = [], dict[str, str](), {}
     for name in walk_files(root):
-        path = os.path.join(root, name)
+        path = join(root, name)
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
-        if not match or not os.path.isfile(path):
+        if not match or not isfile(path):
             continue
         with open(path, "rb") as f:
             data = f.read(MIB + 1)
@@ -6839,7 +6839,7 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
         (name, version): (place, vendored)
         for where, vendored in instead.items()
         for name, version, place in packages
-        if where == (os.path.dirname(place) if vendored else place)
+        if where == (dirname(place) if vendored else place)
     }
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
@@ -6849,8 +6849,8 @@ def plan_nix(root: str, folder: str = "") -> Plan:
 
     A flake without inputs needs no flake.lock.
     """
-    project = os.path.join(root, folder)
-    lock = read_lockfile(os.path.join(project, "flake.lock"))
+    project = join(root, folder)
+    lock = read_lockfile(join(project, "flake.lock"))
     return Plan(["nix build --no-link".split()], ("nix",), lock, None)
 
 
@@ -6862,16 +6862,16 @@ def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
     """
     program = plan.programs["nix"]
     release = [int(digits) for digits in re.findall(r"\d+", program.version.rpartition(")")[2])] or [99]
-    git, aside = os.path.join(root, ".git"), os.path.join(os.path.dirname(root), "history-set-aside")
-    if os.path.lexists(git):
+    git, aside = join(root, ".git"), join(dirname(root), "history-set-aside")
+    if lexists(git):
         os.rename(git, aside)
     show = "derivation show" if release >= [2, 15] else "show-derivation"
     argv = [program.path, *show.split(), "--recursive", *_NIX_FEATURES]
-    status, output, errors = capture(argv, os.path.join(root, folder), plan.env, GIB, untrusted=True)
+    status, output, errors = capture(argv, join(root, folder), plan.env, GIB, untrusted=True)
     if status != 0:  # another toolchain may follow: leave everything as it was
-        if os.path.lexists(aside):
+        if lexists(aside):
             os.rename(aside, git)
-        lock = os.path.join(root, folder, "flake.lock")
+        lock = join(root, folder, "flake.lock")
         remove_tree(lock)
         if plan.lock:
             with open(lock, "wb") as f:
@@ -6904,7 +6904,7 @@ def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
             if not output:
                 continue
             env = {**derivation.get("env", {}), **(derivation.get("structuredAttrs") or {})}
-            plain = re.sub(r"^[0-9a-z]{32}-|\.drv$", "", os.path.basename(path))
+            plain = re.sub(r"^[0-9a-z]{32}-|\.drv$", "", basename(path))
             name = derivation.get("name") or env.get("name") or plain
             recursive, _, algorithm = output.get("hashAlgo", "").rpartition(":")  # r:sha256 before nix 2.23
             algorithm, digest = _parse_hash(output["hash"], algorithm)
@@ -6967,19 +6967,19 @@ def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
         outputs = [path for row in json.loads(text) for path in row["outputs"].values()]
     found = []
     for output in filter(None, outputs):
-        folder = os.path.join(output, "bin")
-        for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-            path = os.path.realpath(os.path.join(folder, name))
-            store = path.startswith(os.path.dirname(output) + "/")  # otherwise it is a link out of the store
-            if store and os.path.isfile(path) and os.stat(path).st_mode & 0o111:
+        folder = join(output, "bin")
+        for name in sorted(os.listdir(folder)) if isdir(folder) else ():
+            path = realpath(join(folder, name))
+            store = path.startswith(dirname(output) + "/")  # otherwise it is a link out of the store
+            if store and isfile(path) and os.stat(path).st_mode & 0o111:
                 found.append((name, path))
     return sorted(found)
 
 
 def plan_pnpm(root: str, folder: str = "") -> Plan:
     """Return the plan of `pnpm install --frozen-lockfile && pnpm build`, as [K] does it.  Raises BuildFailed."""
-    project = os.path.join(root, folder)
-    lock = read_lockfile(os.path.join(project, "pnpm-lock.yaml"))
+    project = join(root, folder)
+    lock = read_lockfile(join(project, "pnpm-lock.yaml"))
     steps = ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]]
     # Otherwise pnpm would download and run the version that package.json names.
     env = {"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false"}
@@ -7063,7 +7063,7 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str
 def _scripts(project: str) -> dict[str, Any]:
     """Return the scripts of package.json.  Raises BuildFailed SourceError."""
     with _parsing("package.json", "SourceError"):
-        return dict(json.loads(read_lockfile(os.path.join(project, "package.json")) or b"{}").get("scripts", {}))
+        return dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
 
 
 def plan_npm(root: str, folder: str = "") -> Plan:
@@ -7072,8 +7072,8 @@ def plan_npm(root: str, folder: str = "") -> Plan:
     Scripts run without a network, after everything is fetched.
     Raises BuildFailed.
     """
-    project = os.path.join(root, folder)
-    lock, scripts = read_lockfile(os.path.join(project, "package-lock.json")), _scripts(project)
+    project = join(root, folder)
+    lock, scripts = read_lockfile(join(project, "package-lock.json")), _scripts(project)
     steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * ({"prepare", "build"} <= {*scripts})]
     steps.append("npm run build" if "build" in scripts else "npm pack")
     env = {"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false"}
@@ -7119,8 +7119,8 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str,
 
 def plan_go(root: str, folder: str = "") -> Plan:
     """Return the plan of `go build` of every main package in project.  Raises BuildFailed."""
-    project = os.path.join(root, folder)
-    lock = read_lockfile(os.path.join(project, "go.sum"))
+    project = join(root, folder)
+    lock = read_lockfile(join(project, "go.sum"))
     # Neither the builder's settings nor a workspace file change the build.
     env = {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
     build = f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./..."
@@ -7137,7 +7137,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, 
     with _parsing("go.mod and go.sum", "SourceError"):
         lines = (line.split() for line in lock.decode("utf-8").splitlines())
         sums = {(name, version): value for name, version, value in lines if not version.endswith("/go.mod")}
-        text = re.sub(r'//.*|["`]', "", read_lockfile(os.path.join(root, folder, "go.mod")).decode("utf-8"))
+        text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, folder, "go.mod")).decode("utf-8"))
         blocks = re.findall(r"(?ms)^(go|require|replace)\b\s*(?:\((.*?)\)|([^\n]*))", text)
         rows = [(verb, row) for verb, block, line in blocks for row in (block or line).splitlines() if row.strip()]
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
@@ -7170,7 +7170,7 @@ _RECIPE = {"command": [WORD], "artifacts": [WORD], "inputs?": [WORD], "programs?
 def _read_recipe(project: str) -> dict[str, Any]:
     """Return the contents of confbuild.toml.  Raises BuildFailed SourceError."""
     with _parsing("confbuild.toml", "SourceError"):
-        text = read_lockfile(os.path.join(project, "confbuild.toml")).decode("utf-8")
+        text = read_lockfile(join(project, "confbuild.toml")).decode("utf-8")
         recipe = check_schema(tomllib.loads(text), _RECIPE, "confbuild.toml")
         for path in (*recipe.get("inputs", ()), *recipe.get("outputs", ())):
             if _locate(project, "", path) in ("", "."):
@@ -7185,17 +7185,17 @@ def plan_own(root: str, folder: str = "") -> Plan:
 
     Raises BuildFailed.
     """
-    project = os.path.join(root, folder)
+    project = join(root, folder)
     recipe, found = _read_recipe(project), []
     for name in sorted(recipe.get("inputs", ())):
-        if not os.path.isfile(os.path.join(project, name)):
+        if not isfile(join(project, name)):
             raise source_error(f"confbuild.toml: there is no input {name}")
-        digest = sha256_hex(read_lockfile(os.path.join(project, name)))
+        digest = sha256_hex(read_lockfile(join(project, name)))
         uri = f"file:{urllib.parse.quote(name)}?checksum=sha256:{digest}"
         found.append({"digest": {"sha256": digest}, "name": name, "uri": uri})
     command = recipe["command"]
     tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *recipe.get("programs", ())])
-    lock = read_lockfile(os.path.join(project, "confbuild.toml"))
+    lock = read_lockfile(join(project, "confbuild.toml"))
     return Plan([command], [*tools], lock, found, {}, 0, recipe["artifacts"], CONFBUILD_TYPE)
 
 
@@ -7237,9 +7237,9 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     name: of the toolchain, or empty.
     Raises BuildFailed UnsupportedToolchainError, with a hint.
     """
-    project = os.path.join(directory, subdir)
+    project = join(directory, subdir)
     outputs = detect_toolchains(project, name)[0].outputs(project)
-    return [os.path.normpath(os.path.join(subdir, output)) for output in outputs]
+    return [normpath(join(subdir, output)) for output in outputs]
 
 
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
@@ -7252,7 +7252,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         packed.
     Raises UsageError if directory is not a source, or contradicts expected.
     """
-    if not os.path.isdir(directory):
+    if not isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
     doc, command, tools = read_statement(provenance), "", list[str]()
     if doc:
@@ -7262,7 +7262,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     claimed = re.match("cd '?(.+?)'? && ", command)
     folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
     try:
-        found = detect_toolchains(os.path.join(directory, folder))
+        found = detect_toolchains(join(directory, folder))
         matching = (t for t in found if [*t.plan(directory, folder).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
@@ -7371,7 +7371,7 @@ def get_report(data: bytes) -> tuple[bytes, bytes | None]:
     """
     failures: list[str] = []
     for path, get in ((TSM_REPORTS, tsm_report), (SEV_GUEST, _device_report)):
-        if os.path.exists(path):
+        if exists(path):
             try:
                 report, table = get(path, data)
                 if (parse_td_quote if table is None else parse_report)(report).report_data == data:
@@ -7405,10 +7405,10 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes | None]:
     """
 
     def read(name: str) -> bytes:
-        with open(os.path.join(folder, name), "rb", buffering=0) as f:  # a buffer would read when it likes
+        with open(join(folder, name), "rb", buffering=0) as f:  # a buffer would read when it likes
             return b"".join(iter(lambda: f.read(BLOCK), b""))
 
-    folder = os.path.join(root, f"confbuild-{secrets.token_hex(8)}")
+    folder = join(root, f"confbuild-{secrets.token_hex(8)}")
     try:
         os.mkdir(folder)
         try:
@@ -7417,7 +7417,7 @@ def tsm_report(root: str, data: bytes) -> tuple[bytes, bytes | None]:
                 name = provider[:40].decode("ascii", "replace")
                 raise NoAttester(f"{root}: the provider is {name!r}, expected sev_guest or tdx_guest")
             before = int(read("generation"))
-            with open(os.path.join(folder, "inblob"), "wb", buffering=0) as f:
+            with open(join(folder, "inblob"), "wb", buffering=0) as f:
                 # The kernel applies it at close(2), which hides an error; the generation then stays the same.
                 written = f.write(data)
             report, table = read("outblob"), read("auxblob") if provider == b"sev_guest" else None
@@ -7726,14 +7726,14 @@ def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequenc
     env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     for name in [name for name in env if re.search("(?i)_proxy$", name) and "@" in env[name] and name not in extra]:
         del env[name]  # it contains the proxy's password
-    rustup = os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
+    rustup = join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
     own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
     return {
         "PATH": os.defpath,
         **FIXED_ENVIRONMENT,
-        **({"RUSTUP_HOME": rustup} if os.path.isdir(rustup) else {}),
+        **({"RUSTUP_HOME": rustup} if isdir(rustup) else {}),
         **env,
-        **{name: os.path.join(workspace, folder) for name, folder in own},
+        **{name: join(workspace, folder) for name, folder in own},
     }
 
 
@@ -7784,14 +7784,14 @@ def run_pipeline(
     Raises BuildFailed.
     """
     started = utc_now()
-    own = os.path.join(workspace, "agent")
+    own = join(workspace, "agent")
     os.makedirs(own, exist_ok=True)
     # A real path, so that collect_cargo notices the symbolic links that a build makes.
-    root = os.path.join(os.path.realpath(workspace), "source")
+    root = join(realpath(workspace), "source")
     name = _get_source(request, archive, root, env, policy)
     folder = request.subdir and _locate(root, "", request.subdir)
-    project = os.path.normpath(os.path.join(root, folder))
-    if not os.path.isdir(project) or bool(folder) < bool(request.subdir):
+    project = normpath(join(root, folder))
+    if not isdir(project) or bool(folder) < bool(request.subdir):
         raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
     found = detect_toolchains(project, request.toolchain)
     _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
@@ -7799,7 +7799,7 @@ def run_pipeline(
     emit("init", ["Verifying build inputs"])
     refuse_outside_influence(root)
     for output in found[0].outputs(project):
-        remove_tree(os.path.join(project, output))
+        remove_tree(join(project, output))
     source, submodules, time_s = _describe_source(root, env, emit)
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
     toolchain, plan = _choose(found, root, folder, env, emit)
@@ -7808,7 +7808,7 @@ def run_pipeline(
     with _cached_crates(plan, cache, own, emit):
         network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
     emit("provenance", ["Generating provenance"])
-    copies = os.path.join(own, "artifacts")
+    copies = join(own, "artifacts")
     patterns = request.artifacts or plan.artifacts
     try:
         made = find_artifacts(project, [*toolchain.folders, ""], patterns)
@@ -7828,7 +7828,7 @@ def run_pipeline(
         evidence = attester.attest(report_data(statement, request.nonce))
     except NoAttester as e:
         raise BuildFailed("AttestationError", str(e)) from None
-    path = os.path.join(own, "result.tar.gz")
+    path = join(own, "result.tar.gz")
     write_archive(path, name, statement, evidence, copies)
     return path
 
@@ -7862,10 +7862,10 @@ def _choose(
     if markers:
         emit("init", [f"Building with {found[0].name}{markers}"])
     for toolchain in found:
-        project = os.path.join(root, folder)
+        project = join(root, folder)
         try:
             for output in toolchain.outputs(project):
-                remove_tree(os.path.join(project, output))
+                remove_tree(join(project, output))
             return toolchain, prepare(toolchain, root, folder, env)
         except BuildFailed as e:
             if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
@@ -7918,7 +7918,7 @@ def _copy_crate(path: str, digest: str, copy: str) -> bool:
         data = f.read(_MAX_CRATE)
     right = sha256_hex(data) == digest
     if right:
-        folder = os.path.dirname(copy)
+        folder = dirname(copy)
         os.makedirs(folder, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as new:  # another build may add the same crate
             new.write(data)
@@ -7933,12 +7933,12 @@ def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tu
     """
     network, stdout = b"all", b""
     if _OWN_OUTPUT in plan.env.values():
-        os.mkdir(os.path.join(project, _OWN_OUTPUT))
+        os.mkdir(join(project, _OWN_OUTPUT))
     _launchers[-1].hand_over([project])
     for number, step in enumerate(plan.steps):
         if number == plan.fetches > 0 and _launchers[-1].close_network():
             network = b"fetch"
-        program = plan.programs[step[0]].path if step[0] in plan.programs else os.path.join(project, step[0])
+        program = plan.programs[step[0]].path if step[0] in plan.programs else join(project, step[0])
         status, stdout = run_tool([program, *step[1:]], project, plan.env, log, keep_stdout)
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
@@ -7955,7 +7955,7 @@ def _explain_nothing(toolchain: Toolchain, project: str, patterns: Sequence[str]
     before: the names in project before the build, and of the folders that it makes.
     """
     found = find_artifacts(project, toolchain.folders or [""], ["[!.]*.[!d]*" if toolchain.folders else "*"])
-    made = [os.path.relpath(path, project) for _, path in found if os.path.basename(path) not in before]
+    made = [relpath(path, project) for _, path in found if basename(path) not in before]
     wanted = "executable" if toolchain.folders or toolchain.store else "folder called dist"
     message = f"the build succeeded but made no {shlex.join(patterns) or wanted}"
     return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
@@ -7972,15 +7972,15 @@ def _describe_source(
     try:
         history = believe_history(project, env)
     except BuildFailed as e:
-        git = os.path.join(project, ".git")
-        if os.path.lexists(git):
+        git = join(project, ".git")
+        if lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
             remove_tree(git)
         history = History("", git_tree(project, walk_files(project)), "", {}, EPOCH)
-    packed = [row for path, row in history.submodules.items() if os.path.lexists(os.path.join(project, path, ".git"))]
+    packed = [row for path, row in history.submodules.items() if lexists(join(project, path, ".git"))]
     for above, folders, files in os.walk(project):
         for entry in (*folders, *files):
-            os.utime(os.path.join(above, entry), (history.time, history.time), follow_symlinks=False)
+            os.utime(join(above, entry), (history.time, history.time), follow_symlinks=False)
     source = {"digest": {"gitCommit": history.commit, "gitTree": history.tree}, "uri": history.uri}
     return source, packed, history.time
 
@@ -7992,7 +7992,7 @@ def _conditions(root: str, env: Mapping[str, str]) -> dict[str, str]:
     env: of the build.
     """
     kernel, machine = os.uname()[0:3:2], os.uname().machine.encode()
-    text = read_limited("/proc/cpuinfo", 64 * MIB) if os.path.exists("/proc/cpuinfo") else b""
+    text = read_limited("/proc/cpuinfo", 64 * MIB) if exists("/proc/cpuinfo") else b""
     cpu = {machine, *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
     found = {
         "build_path": os.fsencode(root),
@@ -8015,12 +8015,12 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
     for name, path in found:
         if not PLAIN_NAME.fullmatch(name) or not name.isprintable():
             raise BuildFailed("ProvenanceError", f"the artifact name {name!r} is not a plain file name")
-        copy = os.path.join(folder, name)
-        if os.path.isdir(path):
-            write_source(copy, path, os.path.basename(path))
+        copy = join(folder, name)
+        if isdir(path):
+            write_source(copy, path, basename(path))
         else:
             shutil.copyfile(path, copy, follow_symlinks=False)
-        if os.path.islink(copy):
+        if islink(copy):
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
         if taken.setdefault(name, file_sha256(copy)) != file_sha256(copy):
             raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
