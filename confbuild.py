@@ -11058,6 +11058,14 @@ def read_count(request: Request, name: str, default: str) -> int:
     return int(text)
 
 
+def _check_form(doc: Any, where: str) -> None:
+    """Check that doc has the names and types of a request. where: body or query, for the error. Raises Refused."""
+    try:
+        check_schema(doc, _REQUEST, where)
+    except Malformed as e:
+        raise Refused(422, "InvalidRequest", str(e)) from None
+
+
 class Api(NamedTuple):
     """The routes of ROUTES.
 
@@ -11198,7 +11206,12 @@ class Api(NamedTuple):
                     if not block:
                         raise Refused(400, "InvalidJson", "the body ended early")
                     body.write(block)
-                fields = {**request.query, "source_data": ""} if raw else self._read_fields(body, archive)
+                if raw:  # the archive is the body; artifacts may come several times
+                    patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
+                    fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
+                    _check_form(fields, "query")
+                else:
+                    fields = self._read_fields(body, archive)
             job = self.jobs.submit(self._check_fields(fields, archive), archive, key)
         finally:
             if os.path.exists(archive):
@@ -11225,10 +11238,7 @@ class Api(NamedTuple):
             doc = parse_json(text, "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
-        try:
-            check_schema(doc, _REQUEST, "body")
-        except Malformed as e:
-            raise Refused(422, "InvalidRequest", str(e)) from None
+        _check_form(doc, "body")
         if doc.get("source_data") and not start:  # its name was written with an escape
             string = io.BytesIO(compact_json(doc["source_data"]).encode("ascii"))
             string.seek(1)

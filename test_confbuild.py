@@ -20489,11 +20489,16 @@ class TestHttp:
         assert job.request == confbuild.BuildRequest(NONCE, source_name="a b.tgz") and job.source
         assert Path(job.source).read_bytes() == archive
         assert s.ask("POST", url, b"PK\x05\x06" + bytes(18), Content_Type="application/zip")[0] == 200
+        choices = "&toolchain=cargo&subdir=a%2Fb&artifacts=lib*.so&artifacts=b"
+        answer = s.ask("POST", url + choices, archive, Content_Type="application/gzip")
+        chosen = s.jobs.get(json.loads(answer[2])["job_id"]).request
+        assert (chosen.toolchain, chosen.subdir, chosen.artifacts) == ("cargo", "a/b", ["lib*.so", "b"])
         for path, body, kind, status, error_type in (
             ("/build", archive, "application/gzip", 400, "InvalidNonce"),
             (url, b"hello", "application/zip", 400, "InvalidSource"),
             (url, b"", "application/zip", 400, "InvalidSource"),
             (url + "&repo_url=https://x/y", archive, "application/gzip", 400, "InvalidSource"),
+            (url + "&artifacts=a%0Ab", archive, "application/gzip", 422, "InvalidRequest"),
             (url, archive, "application/x-tar", 415, "UnsupportedMediaType"),
             (url, archive + bytes(1 << 20), "application/gzip", 413, "PayloadTooLarge"),
         ):
