@@ -624,20 +624,19 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
 class Reader:
     """A bounds-checked cursor over the fields of a binary structure.
 
-    error: the exception of every method, raised with structure and a message.
+    structure: names the data in the Malformed that every method raises if the data does not fit.
     at: the offset of the next field, in bytes.
     """
 
-    def __init__(self, data: bytes, error: type[Malformed], structure: str) -> None:
+    def __init__(self, data: bytes, structure: str) -> None:
         self.at = 0
         self.data = data
-        self._error = error
         self._structure = structure
 
     def require(self, holds: bool, message: str) -> None:
-        """Raise the error with message unless holds."""
+        """Raise Malformed with message unless holds."""
         if not holds:
-            raise self._error(self._structure, message)
+            raise Malformed(self._structure, message)
 
     def left(self) -> int:
         """Return the number of bytes that have not been read."""
@@ -880,7 +879,7 @@ def utc_now() -> str:
 # ==============================================================================
 # A reader of DER [X690], the encoding of certificates and revocation lists: an element is a tag, a length and that
 # many contents octets; a constructed element contains elements. Only what X.509 needs is read: tags of one byte,
-# definite lengths, every value in its one shortest form. Every function raises DerError for any other bytes, in time
+# definite lengths, every value in its one shortest form. Every function raises Malformed for any other bytes, in time
 # linear in their number. Nothing recurses on its input.
 
 # Tags [X680 8.4, X690 8.1.2].
@@ -897,32 +896,28 @@ _DER_TIME = re.compile(
 _T = TypeVar("_T")
 
 
-class DerError(Malformed):
-    """An error in bytes that are not DER, or not the expected DER element."""
-
-
 class Der:
     """A cursor over DER elements that follow each other in data.
 
     structure: names the data in errors.
-    Every method that reads the next element raises DerError if that element has another tag or a bad encoding.
+    Every method that reads the next element raises Malformed if that element has another tag or a bad encoding.
     """
 
     def __init__(self, data: bytes, structure: str) -> None:
-        self._reader = Reader(data, DerError, structure)
+        self._reader = Reader(data, structure)
         self._structure = structure
 
     def fail(self, message: str) -> NoReturn:
-        """Raise DerError with message and the offset that this cursor has reached."""
-        raise DerError(self._structure, f"{message} at byte {self._reader.at}")
+        """Raise Malformed with message and the offset that this cursor has reached."""
+        raise Malformed(self._structure, f"{message} at byte {self._reader.at}")
 
     def require(self, holds: bool, message: str) -> None:
-        """Raise DerError unless holds."""
+        """Raise Malformed unless holds."""
         if not holds:
             self.fail(message)
 
     def end(self) -> None:
-        """Raise DerError unless every element has been read."""
+        """Raise Malformed unless every element has been read."""
         self.require(not self._reader.left(), "bytes are left over")
 
     def peek(self) -> int:
@@ -1359,10 +1354,6 @@ VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a
 _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
 
 
-class CertificateError(Malformed):
-    """An error in a certificate or revocation list: not of the kind that AMD or Intel issues."""
-
-
 class Anchor(NamedTuple):
     """A trusted CA key.
 
@@ -1526,7 +1517,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     """Parse an X.509 certificate, version 3.  [RFC5280 4.1]
 
     structure: names the certificate in errors.
-    Raises DerError, also if the key or the signature algorithm is not one of AMD's or Intel's.
+    Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
     """
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
@@ -1547,7 +1538,7 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     """Parse a certificate revocation list, version 2.  [RFC5280 5.1]
 
     structure: names the list in errors.
-    Raises DerError.
+    Raises Malformed.
     """
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.integer() == 1, "expected version 2")  # counted from 0
@@ -1567,7 +1558,7 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
 
 
 def verify_signature(key: PublicKey, tbs: bytes, signature: bytes) -> None:
-    """Raise BadSignature or DerError unless key signed tbs, the signed part of a certificate or list.
+    """Raise Malformed or BadSignature unless key signed tbs, the signed part of a certificate or list.
 
     An RSA key signs with RSASSA-PSS, any other with ECDSA and P-256; the signature is then DER [RFC3279 2.2.3].
     """
@@ -1583,12 +1574,12 @@ def verify_crl(data: bytes, structure: str, issuers: Mapping[Name, PublicKey]) -
 
     structure: names the list in errors.
     issuers: trusted keys.
-    Raises DerError, CertificateError, BadSignature.
+    Raises Malformed, BadSignature.
     """
     crl = parse_crl(data, structure)
     if crl.issuer not in issuers:
         expected = " or ".join(map(name_text, issuers))
-        raise CertificateError(structure, f"issued by {name_text(crl.issuer)}, expected {expected}")
+        raise Malformed(structure, f"issued by {name_text(crl.issuer)}, expected {expected}")
     verify_signature(issuers[crl.issuer], crl.tbs_cert_list, crl.signature)
     return crl
 
@@ -1598,14 +1589,14 @@ def make_anchors(product: str, **certificates: bytes) -> dict[str, Anchor]:
 
     product: names the certificates in errors.
     certificates: role -> DER; the first one must have signed all of them, itself included.
-    Raises DerError, CertificateError, BadSignature.
+    Raises Malformed, BadSignature.
     """
     made: dict[str, Anchor] = {}
     for role, data in certificates.items():
         structure = f"{product} {role}"
         certificate = parse_certificate(data, structure)
         if isinstance(certificate.key, RsaKey) is (product == "Intel"):
-            raise CertificateError(structure, "expected a P-256 key" if product == "Intel" else "expected an RSA key")
+            raise Malformed(structure, "expected a P-256 key" if product == "Intel" else "expected an RSA key")
         anchor = Anchor(
             certificate.subject,
             certificate.serial,
@@ -1620,30 +1611,30 @@ def make_anchors(product: str, **certificates: bytes) -> dict[str, Anchor]:
 
 
 def verify_issued(certificate: Certificate, issuer: Anchor | Certificate, structure: str) -> None:
-    """Raise CertificateError, DerError or BadSignature unless issuer has signed certificate.
+    """Raise Malformed or BadSignature unless issuer has signed certificate.
 
     structure: names the certificate in errors.
     """
     if certificate.issuer != issuer.subject:
         issuers = f"{name_text(certificate.issuer)}, expected {name_text(issuer.subject)}"
-        raise CertificateError(structure, f"issued by {issuers}")
+        raise Malformed(structure, f"issued by {issuers}")
     verify_signature(issuer.key, certificate.tbs_certificate, certificate.signature)
 
 
 def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]:
     """Parse PEM with length certificates and nothing else but white space and NUL.  [RFC7468]
 
-    Raises CertificateError, Malformed.
+    Raises Malformed.
     """
     *pieces, rest = _PEM.split(text)  # text, base64, text, base64, ..., text
     count = len(pieces) // 2
     if count != length or "".join([*pieces[::2], rest]).strip("\r\n\0"):
-        raise CertificateError(structure, f"{count} certificates in PEM, expected {length} and nothing else")
+        raise Malformed(structure, f"{count} certificates in PEM, expected {length} and nothing else")
     return [parse_certificate(decode_base64("".join(base64.split()), structure), structure) for base64 in pieces[1::2]]
 
 
 def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tuple[bytes, bytes]]) -> None:
-    """Raise CertificateError, DerError or BadSignature unless each certificate has signed the one before it.
+    """Raise Malformed or BadSignature unless each certificate has signed the one before it.
 
     The last one must have signed itself.
     Every certificate but the first must be one of a CA. Neither the time nor the key of the last one is checked.
@@ -1654,7 +1645,7 @@ def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tup
         if (certificate.tbs_certificate, certificate.signature) not in verified:
             # BasicConstraints begins with cA; FALSE is the default, which must not be encoded. [RFC5280 4.2.1.9]
             if issuer.extensions.get(_BASIC_CONSTRAINTS, b"")[2:5] != b"\x01\x01\xff":
-                raise CertificateError(structure, f"{name_text(issuer.subject)} is not a CA")
+                raise Malformed(structure, f"{name_text(issuer.subject)} is not a CA")
             verify_issued(certificate, issuer, structure)
     verified.update((certificate.tbs_certificate, certificate.signature) for certificate in chain)
 
@@ -1662,10 +1653,10 @@ def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tup
 def _vek_extension(vek: Certificate, oid: str, structure: str) -> Der:
     """Return a cursor over the value of an extension that every VEK has.
 
-    Raises CertificateError if it is missing.
+    Raises Malformed if it is missing.
     """
     if oid not in vek.extensions:
-        raise CertificateError(structure, f"the certificate has no extension {oid}")
+        raise Malformed(structure, f"the certificate has no extension {oid}")
     return Der(vek.extensions[oid], structure)
 
 
@@ -1673,7 +1664,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
     """Return the security patch levels in a VEK: of the firmware that its key belongs to.  [VCEK 3.1]
 
     names: those that the product has, as in TCB_LAYOUTS.
-    Raises DerError, CertificateError.
+    Raises Malformed.
     """
     levels = {}
     for name in names:
@@ -1687,7 +1678,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
 def vek_product(vek: Certificate) -> str:
     """Return the productName of a VEK without its stepping: "Milan" for "Milan-B0".  [VCEK 3.1]
 
-    Raises DerError, CertificateError.
+    Raises Malformed.
     """
     return _vek_extension(vek, _PRODUCT_NAME, "VEK productName").read_all(Der.text).partition("-")[0]
 
@@ -1700,7 +1691,7 @@ def has_hwid(vek: Certificate) -> bool:
 def vek_csp_id(vek: Certificate) -> str | None:
     """Return the CSP_ID of a VLEK, the name of the cloud that it belongs to, or None for a VCEK.  [VCEK 3.1]
 
-    Raises DerError.
+    Raises Malformed.
     """
     return Der(vek.extensions[_CSP_ID], "VEK CSP_ID").read_all(Der.text) if _CSP_ID in vek.extensions else None
 
@@ -1737,13 +1728,13 @@ def vek_chip_id(vek: Certificate) -> bytes:
 
     Three encodings occur in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and on Turin 8 bytes,
     which the report extends with zeros.
-    Raises CertificateError.
+    Raises Malformed.
     """
     hwid = vek.extensions.get(_HWID, b"")
     if len(hwid) == 66 and hwid[:2] == b"\x04\x40":
         hwid = hwid[2:]
     if len(hwid) not in (8, 64):
-        raise CertificateError("VEK HWID", f"{len(hwid)} bytes, expected 64 or 8")
+        raise Malformed("VEK HWID", f"{len(hwid)} bytes, expected 64 or 8")
     return hwid.ljust(64, b"\x00")
 
 
@@ -1797,10 +1788,6 @@ _PRODUCTS = (
     (0x1A, 0x90, 0xAF, "Venice"),
     (0x1A, 0xC0, 0xC7, "Venice"),
 )
-
-
-class ReportError(Malformed):
-    """An error in the form of an ATTESTATION_REPORT."""
 
 
 class Report(NamedTuple):
@@ -1859,10 +1846,10 @@ class Report(NamedTuple):
 def parse_report(data: bytes) -> Report:
     """Parse a report of REPORT_SIZE bytes.  [SNP-ABI 7.3]
 
-    Raises ReportError.
+    Raises Malformed.
     """
     if len(data) != REPORT_SIZE:
-        raise ReportError("attestation_report", f"{len(data)} bytes, expected {REPORT_SIZE}")
+        raise Malformed("attestation_report", f"{len(data)} bytes, expected {REPORT_SIZE}")
     *fields, r, s = _REPORT_LAYOUT.unpack(data)
     return Report._make([*fields, int.from_bytes(r, "little"), int.from_bytes(s, "little"), data])
 
@@ -1953,10 +1940,6 @@ HCL_SNP, HCL_TDX = 2, 4  # report types
 HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 
 
-class QuoteError(Malformed):
-    """An error in the form of an HCL report, its runtime data or a TPM quote."""
-
-
 class HclReport(NamedTuple):
     """The two parts of an HCL report.
 
@@ -1985,9 +1968,9 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
     expected: the report type.
     Integers are little-endian. Nobody signs the headers, but every value in them is known, so each is compared and no
     bit can change unnoticed. Only the number of zeros after the runtime data is free.
-    Raises QuoteError.
+    Raises Malformed.
     """
-    r = Reader(data, QuoteError, "HCL report")
+    r = Reader(data, "HCL report")
     magic, version, size, request, reserved = r.unpack("<4s3I16s")
     attestation_report = r.take(REPORT_SIZE)
     whole, header_version, report_type, hash_type, length = r.unpack("<5I")
@@ -2010,7 +1993,7 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     """Return (the attestation key of the virtual TPM, the whole document).  [AZURE, RFC7517]
 
     data: the runtime data of an HCL report, which has a JWK with the kid HCLAkPub.
-    Raises QuoteError, Malformed.
+    Raises Malformed.
     """
     # The verdict repeats the document. The depth is small because indentation multiplies the size of deep documents.
     doc = parse_json(data, "runtime data", 16)
@@ -2019,11 +2002,11 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
         keys = []
     found = [key for key in keys if isinstance(key, dict) and key.get("kid") == "HCLAkPub"]
     if len(found) != 1 or found[0].get("kty") != "RSA":
-        raise QuoteError("runtime data", f"{len(found)} keys are called HCLAkPub, expected exactly one, of RSA")
+        raise Malformed("runtime data", f"{len(found)} keys are called HCLAkPub, expected exactly one, of RSA")
     octets = (decode_base64(found[0].get(name), f"runtime data, {name}", urlsafe=True) for name in ("n", "e"))
     key = RsaKey(*(int.from_bytes(number, "big") for number in octets))
     if (key.n.bit_length(), key.e) != (2048, 65537):
-        raise QuoteError("runtime data", "expected HCLAkPub with 2048 bits and exponent 65537")
+        raise Malformed("runtime data", "expected HCLAkPub with 2048 bits and exponent 65537")
     return key, doc
 
 
@@ -2031,9 +2014,9 @@ def parse_quote(message: bytes) -> TpmQuote:
     """Parse the TPMS_ATTEST of a quote over one selection of the SHA-256 bank.  [TPM2-2 10.12.12]
 
     Integers are big-endian; a TPM2B field is a u16 size and that many bytes.
-    Raises QuoteError.
+    Raises Malformed.
     """
-    r = Reader(message, QuoteError, "TPMS_ATTEST")
+    r = Reader(message, "TPMS_ATTEST")
     magic, tag = r.unpack(">IH")
     # The TPM signs other data of this form only if the magic differs, so the magic proves that the TPM made it.
     r.require(magic == TPM_GENERATED_VALUE, "magic is not TPM_GENERATED_VALUE")
@@ -2064,7 +2047,7 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 
 # endregion 9
 # ==============================================================================
-# region 10. TDX quote                                         [uses 5, 6, 7, 9]
+# region 10. TDX quote                                            [uses 5, 6, 7]
 # ==============================================================================
 # The quote of an Intel TD [TDX-QUOTE]: what the TDX module states about a VM, signed by Intel's quoting enclave (QE).
 # Integers are little-endian, keys and signatures big-endian. Three links lead from Intel's root to the TD:
@@ -2143,7 +2126,7 @@ def parse_td_quote(data: bytes) -> TdQuote:
     """Parse a quote of version 4 or 5.  [TDX-QUOTE]
 
     Only zeros may follow it: Azure pads quotes.
-    Raises QuoteError.
+    Raises Malformed.
     """
 
     def certification(inside: Reader, expected: int) -> Reader:
@@ -2151,9 +2134,9 @@ def parse_td_quote(data: bytes) -> TdQuote:
         inside.require(kind == expected, f"certification data of type {kind}, expected {expected}")
         content = inside.take(size)
         inside.end()
-        return Reader(content, QuoteError, "TDX quote")
+        return Reader(content, "TDX quote")
 
-    r = Reader(data, QuoteError, "TDX quote")
+    r = Reader(data, "TDX quote")
     version, key_type, tee_type, vendor = r.unpack("<HHI4x16s20x")
     r.require(version in (4, 5), f"version {version}, expected 4 or 5")
     body = r.unpack("<HI") if version == 5 else _TD_BODIES[0]
@@ -2162,7 +2145,7 @@ def parse_td_quote(data: bytes) -> TdQuote:
     registers = fields[10]
     fields[10] = tuple(registers[i : i + 48] for i in range(0, 192, 48))
     signed = data[: r.at]
-    inside = Reader(r.take(*r.unpack("<I")), QuoteError, "TDX quote")
+    inside = Reader(r.take(*r.unpack("<I")), "TDX quote")
     r.require(not any(data[r.at :]), "bytes after its end")
     signatures = inside.unpack("<64s64s")
     inside = certification(inside, _QE_CERTIFICATION)
@@ -2196,7 +2179,7 @@ def _sgx_fields(der: Der) -> dict[str, Der]:
 def parse_pck(certificate: Certificate) -> Pck:
     """Return what a PCK certificate says about its machine.  [PCK, SGX extensions]
 
-    Raises DerError, CertificateError.
+    Raises Malformed.
     """
     try:
         fields = Der(certificate.extensions[_SGX], "SGX extension").read_all(_sgx_fields)
@@ -2204,7 +2187,7 @@ def parse_pck(certificate: Certificate) -> Pck:
         *svns, pcesvn = (tcb[f"{_SGX}.2.{i}"].read_all(Der.integer) for i in range(1, 18))
         pce_id, fmspc = (fields[f"{_SGX}.{i}"].contents(OCTET_STRING) for i in (3, 4))
     except KeyError as e:
-        raise CertificateError("PCK certificate", f"extension {e.args[0]} is missing") from None
+        raise Malformed("PCK certificate", f"extension {e.args[0]} is missing") from None
     return Pck(tuple(svns), pcesvn, pce_id, fmspc)
 
 
@@ -2274,10 +2257,6 @@ DOCUMENT_SCHEMAS = {
 }
 
 
-class CollateralError(Malformed):
-    """An error in collateral, or a machine that it does not cover."""
-
-
 class Collateral(NamedTuple):
     """The members of a collateral file: documents as signed, chains in PEM, the rest in hexadecimal."""
 
@@ -2338,7 +2317,7 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
     """Return the entry of the TDX module in TCB info.  [PCS, tdxModuleIdentities]
 
     Its version is the second component of TEE_TCB_SVN. Version 0 has no entry of its own and no levels.
-    Raises CollateralError.
+    Raises Malformed.
     """
     version = f"TDX_{quote.tee_tcb_svn[1]:02X}"
     if version == "TDX_00":
@@ -2346,7 +2325,7 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
     for identity in info.get("tdxModuleIdentities", ()):
         if identity["id"] == version:
             return identity
-    raise CollateralError("tcb_info", f"no identity of TDX module {version}")
+    raise Malformed("tcb_info", f"no identity of TDX module {version}")
 
 
 def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
@@ -2385,20 +2364,20 @@ def _numbers(tcb: Any) -> list[int]:
 def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> Any:
     """Return the highest level whose numbers are all reached.
 
-    Raises CollateralError.
+    Raises Malformed.
     """
     # The first level that is reached counts, so the highest must come first, whatever the order of the document.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
             return level
-    raise CollateralError("collateral", f"{what} is below every TCB level")
+    raise Malformed("collateral", f"{what} is below every TCB level")
 
 
 def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck) -> TcbStatus:
     """Return the status of the platform, merged with those of its TDX module and its quoting enclave.  [PCS]
 
     info, identity: documents. module: entry of the quote's TDX module.
-    Raises CollateralError if one of the three is below every level, or if a date does not exist.
+    Raises Malformed if one of the three is below every level, or if a date does not exist.
     """
     svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
     # The first two components are those of the module, which has levels of its own from version 1 on.
@@ -2421,7 +2400,7 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     try:
         list(map(datetime.fromisoformat, (date, newest)))
     except ValueError:  # such as February 31
-        raise CollateralError("tcb_info", f"{date} or {newest} is not a date") from None
+        raise Malformed("tcb_info", f"{date} or {newest} is not a date") from None
     return TcbStatus(status, sorted(advisories), date, newest)
 
 
@@ -2438,10 +2417,6 @@ TPM_ALG_SHA384, _NO_ACTION = 0x0C, 3
 DSTACK_EVENT = 0x08000001  # events of dstack and of the app that runs on it
 
 
-class EventLogError(Malformed):
-    """An error in the form of an event log."""
-
-
 def _extend(registers: list[bytes], index: int, digest: bytes) -> None:
     registers[index] = hashlib.sha384(registers[index] + digest).digest()
 
@@ -2450,9 +2425,9 @@ def replay_ccel(data: bytes) -> list[bytes]:
     """Return the registers RTMR0 to RTMR3 after the events of a CCEL log.  [CCEL]
 
     Integers are little-endian. The log ends at a register of 0xFFFFFFFF, at zeros, or at the end of data.
-    Raises EventLogError.
+    Raises Malformed.
     """
-    r = Reader(data, EventLogError, "cc_eventlog")
+    r = Reader(data, "cc_eventlog")
     # The first event has the old form with a SHA-1 digest, and describes the others.
     _, kind, size = r.unpack("<II20xI")
     r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
@@ -2487,7 +2462,7 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
     for entry in log:
         index, digest, name = entry["imr"], bytes.fromhex(entry["digest"]), entry["event"]
         if not 0 <= index <= 3:
-            raise EventLogError("event_log", f"event of register {index}, expected 0 to 3")
+            raise Malformed("event_log", f"event of register {index}, expected 0 to 3")
         if entry["event_type"] == DSTACK_EVENT:
             payload = decode_hex(entry["event_payload"], "event_log, event_payload")
             content = (DSTACK_EVENT.to_bytes(4, "little"), name.encode("utf-8"), payload)
@@ -2627,10 +2602,6 @@ CPU_SIGNATURES: Mapping[str, int] = {
 }
 
 
-class FirmwareError(Malformed):
-    """An error in the form of a firmware, or a firmware without measured direct boot."""
-
-
 class Firmware(NamedTuple):
     """A parsed firmware.
 
@@ -2657,7 +2628,7 @@ class BootHashes(NamedTuple):
     cmdline: bytes
 
 
-_require_form = Reader(b"", FirmwareError, "firmware").require
+_require_form = Reader(b"", "firmware").require
 
 
 def _footer_table(data: bytes) -> dict[bytes, bytes]:
@@ -2665,7 +2636,7 @@ def _footer_table(data: bytes) -> dict[bytes, bytes]:
 
     The table ends 32 bytes before the end of the firmware and is read backwards.  An entry is
     data || u16 size || GUID, and size counts all three.
-    Raises FirmwareError.
+    Raises Malformed.
     """
     at = len(data) - 32 - 18
     size, guid = struct.unpack_from("<H16s", data, at)
@@ -2686,7 +2657,7 @@ def _footer_table(data: bytes) -> dict[bytes, bytes]:
 def parse_firmware(data: bytes) -> Firmware:
     """Parse a firmware file.  [EDK2 OvmfPkg/ResetVector]
 
-    Raises FirmwareError.
+    Raises Malformed.
     """
     _require_form(
         0 < len(data) <= MAX_FIRMWARE and len(data) % PAGE_SIZE == 0,
@@ -2696,7 +2667,7 @@ def parse_firmware(data: bytes) -> Firmware:
 
     def entry(guid: bytes, name: str, layout: str) -> tuple[Any, ...]:
         _require_form(guid in table, f"has no {name}")
-        reader = Reader(table[guid], FirmwareError, f"firmware, {name}")
+        reader = Reader(table[guid], f"firmware, {name}")
         values = reader.unpack(layout)
         reader.end()
         return values
@@ -2740,7 +2711,7 @@ def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str |
 def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
     """Return (GPA, PAGE_SIZE bytes) of the page from which the firmware learns what it may boot.
 
-    Raises FirmwareError if the firmware has no such page: nothing would measure its kernel.
+    Raises Malformed if the firmware has no such page: nothing would measure its kernel.
     [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
     section = f"of type {SNP_KERNEL_HASHES:#x} (SNP_KERNEL_HASHES)"
@@ -2830,7 +2801,7 @@ def compute_launch_digest(
     guest_features: SEV_FEATURES of the VMSA.
     vmm: one of VMMS.
     explain: see extend_digest.
-    Raises Malformed if a number is out of range, and FirmwareError.
+    Raises Malformed if a number is out of range, or if hashes is given but the firmware has no place for them.
     """
     if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
         found = f"{vcpus} vCPUs, signature {signature:#x}, guest features {guest_features:#x}, VMM {vmm}"
@@ -2856,7 +2827,7 @@ def compute_launch_digest(
 def volume_place(data: bytes) -> tuple[int, int]:
     """Return (begin, end) of the compressed firmware volume in a firmware.  [PI volume 3, EFI_GUID_DEFINED_SECTION]
 
-    Raises FirmwareError unless data has exactly one.
+    Raises Malformed unless data has exactly one.
     """
     places: list[tuple[int, int]] = []
     for match in _LZMA_SECTION.finditer(data, 3):
@@ -2867,20 +2838,20 @@ def volume_place(data: bytes) -> tuple[int, int]:
             places.append((start + offset, start + size))
     if len(places) != 1:  # of two, one could hide the other
         count = "more than one" if places else "no"
-        raise FirmwareError("firmware volume", f"{count} compressed section, expected one")
+        raise Malformed("firmware volume", f"{count} compressed section, expected one")
     return places[0]
 
 
 def volume_blocks(data: bytes) -> Iterator[bytes]:
     """Yield the decompressed firmware volume, which holds the firmware's programs, in blocks.
 
-    Raises FirmwareError.
+    Raises Malformed.
     """
     begin, end = volume_place(data)
     packed = data[begin:end]
     left = int.from_bytes(packed[5:13], "little")  # after the properties; edk2 always writes the length
     if not 0 < left <= MAX_VOLUME:
-        raise FirmwareError("firmware volume", f"{left} bytes decompressed, expected 1 to {MAX_VOLUME}")
+        raise Malformed("firmware volume", f"{left} bytes decompressed, expected 1 to {MAX_VOLUME}")
     try:
         decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=2 * MAX_VOLUME)
         block = decoder.decompress(packed, MIB)
@@ -2889,11 +2860,11 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
             yield block
             block = b"" if decoder.eof or decoder.needs_input else decoder.decompress(b"", MIB)
     except ImportError:
-        raise FirmwareError("firmware volume", "this Python has no lzma module") from None
+        raise Malformed("firmware volume", "this Python has no lzma module") from None
     except lzma.LZMAError as e:
-        raise FirmwareError("firmware volume", f"not LZMA data: {e}") from None
+        raise Malformed("firmware volume", f"not LZMA data: {e}") from None
     if left:
-        raise FirmwareError("firmware volume", f"its last {left} bytes are missing")
+        raise Malformed("firmware volume", f"its last {left} bytes are missing")
 
 
 def firmware_state(data: bytes) -> str:
@@ -2907,7 +2878,7 @@ def firmware_state(data: bytes) -> str:
                     "with the same launch digest"
                 )
             tail = block[1 - len(SHIM_NAME) :]
-    except FirmwareError as e:
+    except Malformed as e:
         return f"cannot be inspected: {e}"
     return ""
 
@@ -2951,20 +2922,16 @@ _KERNEL_ITEM = re.compile(
 )
 
 
-class IgvmError(Malformed):
-    """An error in an IGVM file, or in the kernel that it holds."""
-
-
-_require_igvm = Reader(b"", IgvmError, "IGVM").require
+_require_igvm = Reader(b"", "IGVM").require
 
 
 def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryview]]:
     """Yield (type, fields, contents) of each variable header.  [IGVM IGVM_FIXED_HEADER, IGVM_VHS_VARIABLE_HEADER]
 
     contents: what the header names in the file data, or a page of zeros if it names nothing.
-    Raises IgvmError.
+    Raises Malformed.
     """
-    reader = Reader(data, IgvmError, "IGVM")
+    reader = Reader(data, "IGVM")
     magic, version, start, size, total, checksum = reader.unpack("<4s5I")
     _require_igvm(magic == b"IGVM" and version in (1, 2), "not an IGVM file of version 1 or 2")
     if version == 2:
@@ -2976,7 +2943,7 @@ def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryvie
     # The field itself counts as zero.
     actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + data[start:end])
     _require_igvm(actual == checksum, f"CRC-32 {actual:#010x}, its header says {checksum:#010x}")
-    reader, stage = Reader(data[start:end], IgvmError, "IGVM"), 0
+    reader, stage = Reader(data[start:end], "IGVM"), 0
     while reader.left():
         kind, length = reader.unpack("<2I")
         layout = _IGVM_LAYOUTS.get(kind, "")
@@ -3004,7 +2971,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
     """Check all directives, and yield (step, key) of those for SEV-SNP, in the order of the file.
 
     key: of a page, (number of the directive, GPA, attributes...); of a VMSA, (vCPU,); else empty.
-    Raises IgvmError.  [IGVM]
+    Raises Malformed.  [IGVM]
     """
     masks: dict[int, int] = {}  # type of a platform -> its mask
     areas: dict[int, int] = {}  # index -> size, or -1 after the insert
@@ -3052,7 +3019,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
 def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
     """Return what QEMU adds to an SEV-SNP guest, in its order, and {GPA: page} whose contents are measured.
 
-    Raises IgvmError.  [IGVM; QEMU backends/igvm.c]
+    Raises Malformed.  [IGVM; QEMU backends/igvm.c]
     """
     used: set[int] = set()  # the GPA of each page
     measured: dict[int, memoryview] = {}
@@ -3094,20 +3061,20 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     """Return the command line in the section `.cmdline` of the kernel that the firmware boots.  [PE; PI volume 3]
 
     measured: GPA -> page. Any other page may have been changed by the host, so none is read.
-    Raises IgvmError.
+    Raises Malformed.
     """
     items: list[bytes] = []
     for gpa, page in measured.items():
         # An item may end in the next page.
         items += _KERNEL_ITEM.findall(bytes(page) + bytes(measured.get(gpa + PAGE_SIZE, b"")[:47]))
-    require = Reader(b"", IgvmError, "kernel").require
+    require = Reader(b"", "kernel").require
     require(len(items) == 1, f"{len(items)} items in measured pages name one, expected 1")
     address, length = struct.unpack("<2Q", items[0])
     begin, image = address & -PAGE_SIZE, bytearray()
     for gpa in range(begin, address + length, PAGE_SIZE):
         require(gpa in measured, f"the page at {gpa:#x} is not measured")
         image += measured[gpa]
-    reader = Reader(bytes(image[address - begin :][:length]), IgvmError, "kernel")
+    reader = Reader(bytes(image[address - begin :][:length]), "kernel")
     magic, reader.at = reader.unpack("<2s58xI")
     signature, count, optional = reader.unpack("<4s2xH12xH2x")
     require(magic + signature == b"MZPE\0\0", "not a PE file")
@@ -3123,20 +3090,20 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise IgvmError("kernel", f"command line is not UTF-8 at byte {e.start}") from None
+        raise Malformed("kernel", f"command line is not UTF-8 at byte {e.start}") from None
 
 
 def root_hash_of(cmdline: str) -> str:
     """Return the value of `roothash=` in a kernel's command line, as 64 lower-case digits.
 
-    Raises IgvmError unless there is exactly one.
+    Raises Malformed unless there is exactly one.
     """
     # Blanks in double quotes are part of a word [LINUX lib/cmdline.c, next_arg].
     words = re.findall(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', cmdline)
     values = {word.replace('"', "").lower() for word in words if re.match('"?roothash=', word)}
     match = re.fullmatch("roothash=([0-9a-f]{64})", " ".join(values))
     if match is None:
-        raise IgvmError("kernel", "command line does not have one root hash of 64 hexadecimal digits")
+        raise Malformed("kernel", "command line does not have one root hash of 64 hexadecimal digits")
     return match[1]
 
 
@@ -3155,17 +3122,13 @@ SECTOR = 512
 MAX_PARTITION_TABLE = MIB
 
 
-class DiskError(Malformed):
-    """An error in a disk, or a disk that does not have the expected root hash."""
-
-
-_require_disk = Reader(b"", DiskError, "disk").require
+_require_disk = Reader(b"", "disk").require
 
 
 def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
     """Return (begin, size) in bytes of the root partition and of its verity partition.  [GPT 5.3]
 
-    Raises DiskError unless there is exactly one of each.
+    Raises Malformed unless there is exactly one of each.
     """
     header = take(SECTOR, SECTOR)
     magic, size, checksum, table_lba, count, entry_size, table_checksum = struct.unpack("<8s4x2I52xQ3I420x", header)
@@ -3187,7 +3150,7 @@ def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
 
 
 def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
-    """Raise DiskError unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
+    """Raise Malformed unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
 
     read: returns so many bytes at an offset; fewer at the end of the disk.
     root_hash: 64 lower-case digits.
@@ -7500,7 +7463,7 @@ def hardware_evidence(
     fetch: returns AMD's answer for a URL.
     given: a certificate in DER.
     Raises NoAttester if platform is not of this hardware or the last certificate does not verify the report,
-    ReportError if report is not one.
+    Malformed if report is not one.
     """
     if platform.endswith("tdx") is not (table is None):
         raise NoAttester(f"this machine does not attest as {platform}", "leave --platform out")
@@ -14044,7 +14007,7 @@ def seal_firmware(data: bytes) -> bytes:
     try:
         volume = b"".join(volume_blocks(data))
         begin, end = volume_place(data)
-    except FirmwareError as e:
+    except Malformed as e:
         raise ImageError(f"the firmware cannot be inspected: {e}") from None
     best = {
         "id": lzma.FILTER_LZMA1,
@@ -16646,7 +16609,7 @@ def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str
     with open(path, "rb") as f, open(disk or path, "rb") as d:
         try:
             steps, measured = parse_igvm(f.read())
-        except IgvmError as e:
+        except Malformed as e:
             raise UsageError(f"{path}: {e}") from None
         try:
             text = kernel_command_line(measured)
@@ -16654,7 +16617,7 @@ def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str
             root_hash = root_hash_of(text)
             if disk is not None:
                 verify_disk(lambda at, size: os.pread(d.fileno(), size, at), root_hash)
-        except (IgvmError, DiskError) as e:
+        except Malformed as e:
             problem = str(e)
     return extend_digest(steps, explain), command_line, root_hash, problem
 
@@ -16702,7 +16665,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         signature = CPU_SIGNATURES.get(options.vcpu_type, options.vcpu_sig or 0)
         compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
-        raise UsageError(f"{options.firmware}: {e}" if isinstance(e, FirmwareError) else str(e)) from None
+        raise UsageError(f"{options.firmware}: {e}" if e.structure.startswith("firmware") else str(e)) from None
     state = "" if hashes is None else firmware_state(data)  # without a kernel, only the firmware is measured
     if state:
         say(f"warning: {options.firmware}: {state}")

@@ -2123,13 +2123,13 @@ class TestDer:
         der.end()
         assert der.peek() == -1
         for size in range(len(data)):
-            with pytest.raises(confbuild.DerError):
+            with pytest.raises(confbuild.Malformed):
                 getattr(confbuild.Der(data[:size], "x"), method)()
 
     @pytest.mark.parametrize(("method", "encoding", "message"), DER_BAD, ids=lambda value: str(value)[:30])
     def test_bad(self, method: str, encoding: str, message: str) -> None:
         place = f"{len(encoding) // 2}, inside a field" if message is NO_END else " at byte [0-9]+"
-        with pytest.raises(confbuild.DerError, match=f"^x y: {re.escape(message)}{place}$") as caught:
+        with pytest.raises(confbuild.Malformed, match=f"^x y: {re.escape(message)}{place}$") as caught:
             getattr(confbuild.Der(bytes.fromhex(encoding), "x y"), method)()
         assert caught.value.structure == "x y"
 
@@ -2139,7 +2139,7 @@ class TestDer:
         data = tlv(4, bytes(size))
         assert confbuild.Der(data + b"x", "x").element(4) == (data, bytes(size))
         with pytest.raises(
-            confbuild.DerError,
+            confbuild.Malformed,
             match=f"^x: ends at byte {len(data) - 1}, inside a field$",
         ):
             confbuild.Der(data[:-1], "x").element(4)
@@ -2155,11 +2155,11 @@ class TestDer:
             -1,
         )
         inner.end()
-        with pytest.raises(confbuild.DerError, match="^x: bytes are left over at byte 3$"):
+        with pytest.raises(confbuild.Malformed, match="^x: bytes are left over at byte 3$"):
             rest = confbuild.Der(number(1) + b"\0", "x")
             rest.integer()
             rest.end()
-        with pytest.raises(confbuild.DerError, match="^x: why not at byte 0$"):
+        with pytest.raises(confbuild.Malformed, match="^x: why not at byte 0$"):
             confbuild.Der(b"", "x").fail("why not")
 
     @given(DER_LIKE, st.sampled_from(DER_METHODS))
@@ -2168,7 +2168,7 @@ class TestDer:
         der = confbuild.Der(data, "x")
         try:
             value = getattr(der, method)()
-        except confbuild.DerError:
+        except confbuild.Malformed:
             return
         written = der_write(method, data[0], value)
         assert data.startswith(written) and len(written) == der._reader.at
@@ -2187,7 +2187,7 @@ class TestDer:
     def test_long_input_is_no_matter(self) -> None:
         """Nothing in it recurses, and nothing takes quadratic time."""
         data = b"\x30\x80" * 20_000
-        with within(20), pytest.raises(confbuild.DerError):
+        with within(20), pytest.raises(confbuild.Malformed):
             confbuild.Der(data, "x").enter()
         with within(20):
             assert confbuild.Der(number(1 << 8_000_000), "x").integer() == 1 << 8_000_000
@@ -3064,7 +3064,6 @@ PSS_TRAILER = (
 )  # and the trailer field
 SHA384_RSA = bytes.fromhex("300d06092a864886f70d01010c0500")
 SPL = "1.3.6.1.4.1.3704.1.3."
-NO_CERTIFICATE = (confbuild.DerError, confbuild.CertificateError)
 
 
 def rsa_spki(n: int, e: int = 65537, octets: bytes | None = None) -> bytes:
@@ -3396,7 +3395,7 @@ class TestCertificates:
             data = (folder / f"{name}.crl").read_bytes()
             assert hashlib.sha256(data).hexdigest() == row["sha256"]
             if not row["parse"]:
-                with pytest.raises(NO_CERTIFICATE):
+                with pytest.raises(confbuild.Malformed):
                     confbuild.parse_crl(data, name)
                 continue
             crl = confbuild.parse_crl(data, name)
@@ -3409,7 +3408,7 @@ class TestCertificates:
             assert (crl.this_update <= NOW <= crl.next_update) == row["current_at_2026_11_23"]
             if row["signed_by"] is None:
                 with pytest.raises(
-                    (confbuild.BadSignature, confbuild.CertificateError),
+                    (confbuild.BadSignature, confbuild.Malformed),
                     match=f"^{MISMATCH}$|: issued by CN=ARK-Milan, expected .*CN=ARK-Genoa or .*$",
                 ):
                     confbuild.verify_crl(data, name, ARKS)
@@ -3458,13 +3457,13 @@ class TestCertificates:
 
     @pytest.mark.parametrize(("parts", "message"), BAD_CERTIFICATES, ids=lambda value: str(value)[:40])
     def test_a_bad_certificate(self, parts: dict[str, bytes], message: str) -> None:
-        with pytest.raises(NO_CERTIFICATE, match=f"^VEK: {re.escape(message)}") as caught:
+        with pytest.raises(confbuild.Malformed, match=f"^VEK: {re.escape(message)}") as caught:
             confbuild.parse_certificate(certificate_of(**parts), "VEK")
         assert caught.value.structure == "VEK"
 
     @pytest.mark.parametrize(("parts", "message"), BAD_CRLS, ids=lambda value: str(value)[:40])
     def test_a_bad_revocation_list(self, parts: dict[str, bytes], message: str) -> None:
-        with pytest.raises(NO_CERTIFICATE, match=f"^list: {re.escape(message)}"):
+        with pytest.raises(confbuild.Malformed, match=f"^list: {re.escape(message)}"):
             confbuild.parse_crl(crl_raw(**parts), "list")
 
     @pytest.mark.parametrize(
@@ -3475,12 +3474,12 @@ class TestCertificates:
     def test_each_prefix_and_each_byte(self, parse: Callable[[bytes, str], Any], data: bytes) -> None:
         good = parse(data, "x")
         for size in range(len(data)):
-            with pytest.raises(NO_CERTIFICATE):
+            with pytest.raises(confbuild.Malformed):
                 parse(data[:size], "x")
         for i, flip in itertools.product(range(len(data)), (1, 0x80)):
             try:
                 read = parse(data[:i] + bytes((data[i] ^ flip,)) + data[i + 1 :], "x")
-            except NO_CERTIFICATE:
+            except confbuild.Malformed:
                 continue
             assert (read[0], read[1]) != (good[0], good[1]), (
                 i
@@ -3498,7 +3497,7 @@ class TestCertificates:
             certificate_of(spki=seq(RSA_SPKI, bits(noise))),
         ):
             for parse in (confbuild.parse_certificate, confbuild.parse_crl):
-                with contextlib.suppress(*NO_CERTIFICATE):
+                with contextlib.suppress(confbuild.Malformed):
                     parse(data, "x")
 
     def test_revocation_lists(self) -> None:
@@ -3519,7 +3518,7 @@ class TestCertificates:
         ):
             assert list(confbuild.parse_crl(crl_raw(**parts), "list").revoked) == revoked
         with pytest.raises(
-            confbuild.CertificateError,
+            confbuild.Malformed,
             match="^list: issued by OU=Engineering, C=US, L=Santa Clara, ST=CA, "
             "O=Advanced Micro Devices, CN=SEV-Milan, expected .*CN=ARK-Milan$",
         ):
@@ -3540,29 +3539,29 @@ class TestCertificates:
             ({}, None, ""),
             (
                 {"ark": "ask"},
-                confbuild.CertificateError,
+                confbuild.Malformed,
                 "Milan ark: issued by OU=Engineering, .*CN=ARK-Milan, expected OU=.*CN=SEV-Milan$",
             ),
             ({"ask": "asvk"}, None, ""),
             ({"ark": x509("ARK-Milan", "ARK-Milan", TOY_ARK.spki(), TOY_ASK)}, confbuild.BadSignature, MISMATCH + "$"),
             (
                 {"ark": x509("ARK-Milan", "ARK-Milan", TOY_VEK.spki(), TOY_ARK)},
-                confbuild.CertificateError,
+                confbuild.Malformed,
                 "Milan ark: expected an RSA key$",
             ),
             (
                 {"ask": x509("SEV-Milan", "ARK-Milan", TOY_VEK.spki(), TOY_ARK)},
-                confbuild.CertificateError,
+                confbuild.Malformed,
                 "Milan ask: expected an RSA key$",
             ),
             (
                 {"ask": x509("SEV-Milan", "ARK-Genoa", TOY_ASK.spki(), TOY_ARK)},
-                confbuild.CertificateError,
+                confbuild.Malformed,
                 "Milan ask: issued by .*CN=ARK-Genoa, expected .*CN=ARK-Milan$",
             ),
             (
                 {"ask": x509("SEV-Milan", "SEV-Milan", TOY_ASK.spki(), TOY_ASK)},
-                confbuild.CertificateError,
+                confbuild.Malformed,
                 "Milan ask: issued by .*CN=SEV-Milan, expected .*CN=ARK-Milan$",
             ),
             (
@@ -3570,8 +3569,8 @@ class TestCertificates:
                 confbuild.BadSignature,
                 MISMATCH + "$",
             ),
-            ({"asvk": b""}, confbuild.DerError, "Milan asvk: tag 0x30 is missing at byte 0$"),
-            ({"ask": certificate_of(tail=b"\0")}, confbuild.DerError, "Milan ask: bytes are left over"),
+            ({"asvk": b""}, confbuild.Malformed, "Milan asvk: tag 0x30 is missing at byte 0$"),
+            ({"ask": certificate_of(tail=b"\0")}, confbuild.Malformed, "Milan ask: bytes are left over"),
         ],
         ids=lambda value: "" if isinstance(value, dict) else str(value)[:30],
     )
@@ -3624,10 +3623,10 @@ class TestCertificates:
             if isinstance(level, int):
                 assert confbuild.vek_tcb(vek, [name]) == {name: level}
             else:
-                with pytest.raises(NO_CERTIFICATE, match=f"^VEK {name} SPL: {re.escape(level)}"):
+                with pytest.raises(confbuild.Malformed, match=f"^VEK {name} SPL: {re.escape(level)}"):
                     confbuild.vek_tcb(vek, [name])
         with pytest.raises(
-            confbuild.CertificateError, match="^VEK tee SPL: the certificate has no extension 1.3.6.1.4.1.3704.1.3.2$"
+            confbuild.Malformed, match="^VEK tee SPL: the certificate has no extension 1.3.6.1.4.1.3704.1.3.2$"
         ):
             confbuild.vek_tcb(vek_with(extension(SPL + "1", number(1))), ["tee"])
         assert confbuild.vek_tcb(vek_with(), []) == {}
@@ -3654,7 +3653,7 @@ class TestCertificates:
     def test_product(self, value: bytes | None, product: str) -> None:
         vek = vek_with(*([] if value is None else [extension("1.3.6.1.4.1.3704.1.2", value)]))
         if " " in product and product != "Milan B0":
-            with pytest.raises(NO_CERTIFICATE, match=f"^VEK productName: {product}"):
+            with pytest.raises(confbuild.Malformed, match=f"^VEK productName: {product}"):
                 confbuild.vek_product(vek)
         else:
             assert confbuild.vek_product(vek) == product
@@ -3695,12 +3694,12 @@ class TestCertificates:
         if isinstance(chip_id, bytes):
             assert confbuild.vek_chip_id(vek) == chip_id
         else:
-            with pytest.raises(confbuild.CertificateError, match=f"^VEK HWID: {chip_id} bytes, expected 64 or 8$"):
+            with pytest.raises(confbuild.Malformed, match=f"^VEK HWID: {chip_id} bytes, expected 64 or 8$"):
                 confbuild.vek_chip_id(vek)
 
     def test_no_chip(self) -> None:
         assert not confbuild.has_hwid(vek_with())
-        with pytest.raises(confbuild.CertificateError, match="^VEK HWID: 0 bytes, expected 64 or 8$"):
+        with pytest.raises(confbuild.Malformed, match="^VEK HWID: 0 bytes, expected 64 or 8$"):
             confbuild.vek_chip_id(vek_with())
 
     def test_a_hostile_number_is_a_failed_check(self) -> None:
@@ -3726,7 +3725,7 @@ class TestCertificates:
         names = b"".join(tlv(0x31, CN) for _ in range(5_000))
         with within(20):
             assert len(confbuild.parse_certificate(certificate_of(subject=seq(names)), "x").subject) == 5_000
-            with pytest.raises(NO_CERTIFICATE):
+            with pytest.raises(confbuild.Malformed):
                 confbuild.parse_certificate(certificate_of(extensions=b"\xa3\x80" * 50_000), "x")
 
 
@@ -3962,7 +3961,7 @@ class TestReport:
 
     @pytest.mark.parametrize("size", [0, 1, 1183, 1185, 2368])
     def test_no_other_length_is_a_report(self, size: int) -> None:
-        with pytest.raises(confbuild.ReportError, match=f"^attestation_report: {size} bytes, expected 1184$"):
+        with pytest.raises(confbuild.Malformed, match=f"^attestation_report: {size} bytes, expected 1184$"):
             confbuild.parse_report(bytes(size))
 
     @pytest.mark.parametrize(
@@ -4059,18 +4058,18 @@ class TestTpmQuote:
         ],
     )
     def test_each_rule_of_an_hcl_report_broken_once(self, data: bytes, message: str) -> None:
-        with pytest.raises(confbuild.QuoteError, match=f"^HCL report: {re.escape(message)}$"):
+        with pytest.raises(confbuild.Malformed, match=f"^HCL report: {re.escape(message)}$"):
             confbuild.parse_hcl_report(data)
 
     def test_no_bit_of_its_headers_and_no_byte_can_be_missing(self) -> None:
         end = 0x4D4 + len(RUNTIME_DATA)
         for bit in (*range(8 * 0x20), *range(8 * 0x4C0, 8 * 0x4D4), *range(8 * end, 8 * 2600, 61)):
-            with pytest.raises(confbuild.QuoteError):
+            with pytest.raises(confbuild.Malformed):
                 confbuild.parse_hcl_report(
                     TOY_HCL[: bit // 8] + bytes((TOY_HCL[bit // 8] ^ 1 << bit % 8,)) + TOY_HCL[bit // 8 + 1 :]
                 )
         for size in range(end):
-            with pytest.raises(confbuild.QuoteError):
+            with pytest.raises(confbuild.Malformed):
                 confbuild.parse_hcl_report(TOY_HCL[:size])
         assert (
             confbuild.parse_hcl_report(TOY_HCL[:end])
@@ -4146,7 +4145,7 @@ class TestTpmQuote:
     def test_each_rule_of_the_runtime_data_broken_once(self, data: bytes, message: str) -> None:
         with pytest.raises(confbuild.Malformed, match=r"^runtime data(, |: )" + re.escape(message)) as caught:
             confbuild.parse_runtime_data(data)
-        assert isinstance(caught.value, confbuild.QuoteError) == ("HCLAkPub" in message)
+        assert (caught.value.structure == "runtime data, n") == message.startswith("n: ")
 
     def test_a_quote_by_hand(self) -> None:
         """Part 2, 10.12.12 TPMS_ATTEST, 10.12.4 TPMS_QUOTE_INFO, 10.11.1 TPMS_CLOCK_INFO, as Azure's TPM fills them."""
@@ -4187,7 +4186,7 @@ class TestTpmQuote:
         if found is not None:
             assert confbuild.parse_quote(message).pcr_select == found
         else:
-            with pytest.raises(confbuild.QuoteError, match="^TPMS_ATTEST: selects no register, or one above 23$"):
+            with pytest.raises(confbuild.Malformed, match="^TPMS_ATTEST: selects no register, or one above 23$"):
                 confbuild.parse_quote(message)
 
     @pytest.mark.parametrize(
@@ -4224,12 +4223,12 @@ class TestTpmQuote:
         ],
     )
     def test_each_rule_of_a_quote_broken_once(self, message: bytes, complaint: str) -> None:
-        with pytest.raises(confbuild.QuoteError, match=f"^TPMS_ATTEST: {re.escape(complaint)}"):
+        with pytest.raises(confbuild.Malformed, match=f"^TPMS_ATTEST: {re.escape(complaint)}"):
             confbuild.parse_quote(message)
 
     def test_no_prefix_is_a_quote(self) -> None:
         for size in range(len(TOY_QUOTE)):
-            with pytest.raises(confbuild.QuoteError, match=f"^TPMS_ATTEST: ends at byte {size}, inside a field$"):
+            with pytest.raises(confbuild.Malformed, match=f"^TPMS_ATTEST: ends at byte {size}, inside a field$"):
                 confbuild.parse_quote(TOY_QUOTE[:size])
 
     @given(
@@ -4240,7 +4239,7 @@ class TestTpmQuote:
     )
     def test_any_bytes_raise_nothing_else(self, data: bytes, start: bytes, value: Any, name: str) -> None:
         for parse in (confbuild.parse_hcl_report, confbuild.parse_quote):
-            with contextlib.suppress(confbuild.QuoteError):
+            with contextlib.suppress(confbuild.Malformed):
                 parse(start + data)
         for runtime in (start + data, json.dumps({"keys": value}).encode(), keys_of({**AK, name: value})):
             with contextlib.suppress(confbuild.Malformed):
@@ -4249,7 +4248,7 @@ class TestTpmQuote:
     @given(bit=st.integers(0, 8 * len(TOY_QUOTE) - 1))
     def test_flipped_bits(self, bit: int) -> None:
         """A quote stays one only where the bit is of the signer, the clock, or a value that is compared later."""
-        with contextlib.suppress(confbuild.QuoteError):
+        with contextlib.suppress(confbuild.Malformed):
             found = confbuild.parse_quote(quote_with(bit // 8, bytes((TOY_QUOTE[bit // 8] ^ 1 << bit % 8,))))
             unread = bit // 8 in (*range(8, AT_EXTRA), *range(AT_COUNT - 25, AT_COUNT))
             assert (found == confbuild.parse_quote(TOY_QUOTE)) == unread
@@ -4326,7 +4325,7 @@ class TestTdQuote:
         ],
     )
     def test_a_bad_form(self, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(confbuild.QuoteError, match=f"^TDX quote: {message}") as caught:
+        with pytest.raises(confbuild.Malformed, match=f"^TDX quote: {message}") as caught:
             confbuild.parse_td_quote(td_quote(**changes))
         assert caught.value.structure == "TDX quote"
 
@@ -4334,7 +4333,7 @@ class TestTdQuote:
         for version in (4, 5):
             data = td_quote(version=version, chain="")
             for size in range(len(data)):
-                with pytest.raises(confbuild.QuoteError):
+                with pytest.raises(confbuild.Malformed):
                     confbuild.parse_td_quote(data[:size])
 
     @pytest.mark.parametrize("size", [0, 63, 65, 128])
@@ -4369,7 +4368,7 @@ class TestTdQuote:
             sgx_extension(fmspc=number(5)),
             sgx_extension(tcb=number(5)),
         ):
-            with pytest.raises(confbuild.DerError, match="^SGX extension: "):
+            with pytest.raises(confbuild.Malformed, match="^SGX extension: "):
                 read(bad)
 
     @pytest.mark.parametrize(
@@ -4400,7 +4399,7 @@ class TestTdQuote:
         assert verified == {(c.tbs_certificate, c.signature) for c in certificates}
         confbuild.verify_chain(certificates, "chain", verified)  # from memory
         bad = certificates[0]._replace(signature=b"0")
-        with pytest.raises(confbuild.DerError):
+        with pytest.raises(confbuild.Malformed):
             confbuild.verify_chain([bad, *certificates[1:]], "chain", verified)
         assert len(verified) == 3
 
@@ -4478,7 +4477,7 @@ class TestCollateral:
         """The schema only checks digits; the verdict fails, and nothing raises."""
         info = tcb_info()
         info["tcbLevels"][0]["tcbDate"] = date
-        with pytest.raises(confbuild.CollateralError, match=r"^tcb_info: .* is not a date$"):
+        with pytest.raises(confbuild.Malformed, match=r"^tcb_info: .* is not a date$"):
             tcb_of(info)
 
     def test_documents(self) -> None:
@@ -4564,23 +4563,23 @@ class TestCollateral:
             (PCK._replace(svns=(3,) * 16), (5, 1, 4)),
             (PCK, (5, 1, 2)),
         ):
-            with pytest.raises(confbuild.CollateralError, match="^collateral: the platform is below every TCB level$"):
+            with pytest.raises(confbuild.Malformed, match="^collateral: the platform is below every TCB level$"):
                 tcb_of(pck=pck, tee_tcb_svn=bytes(svn))
 
     def test_the_module(self) -> None:
         """Version 0 has no levels of its own, and its first two components count for the platform."""
         assert tcb_of(tee_tcb_svn=bytes((9, 0, 4))).status == "UpToDate"
-        with pytest.raises(confbuild.CollateralError, match="the platform is below"):
+        with pytest.raises(confbuild.Malformed, match="the platform is below"):
             tcb_of(tee_tcb_svn=bytes((8, 0, 4)))
         late = tcb_of(tee_tcb_svn=bytes((4, 1, 4)))
         assert (late.status, late.advisories) == ("OutOfDate", ["INTEL-SA-2"])
-        with pytest.raises(confbuild.CollateralError, match="^collateral: the TDX module is below every TCB level$"):
+        with pytest.raises(confbuild.Malformed, match="^collateral: the TDX module is below every TCB level$"):
             tcb_of(tee_tcb_svn=bytes((3, 1, 4)))
-        with pytest.raises(confbuild.CollateralError, match="^tcb_info: no identity of TDX module TDX_1A$"):
+        with pytest.raises(confbuild.Malformed, match="^tcb_info: no identity of TDX module TDX_1A$"):
             tcb_of(tee_tcb_svn=bytes((5, 0x1A, 4)))
         info = tcb_info()
         del info["tdxModuleIdentities"]
-        with pytest.raises(confbuild.CollateralError, match="^tcb_info: no identity of TDX module TDX_01$"):
+        with pytest.raises(confbuild.Malformed, match="^tcb_info: no identity of TDX module TDX_01$"):
             tcb_of(info)
         module = {"mrsigner": "AB" * 48, "attributes": "01" + "00" * 7, "attributesMask": "01" + "FF" * 7}
         expected, actual = confbuild.describe_module(module, TD_QUOTE)
@@ -4590,9 +4589,7 @@ class TestCollateral:
         assert expected == actual
 
     def test_the_quoting_enclave(self) -> None:
-        with pytest.raises(
-            confbuild.CollateralError, match="^collateral: the quoting enclave is below every TCB level$"
-        ):
+        with pytest.raises(confbuild.Malformed, match="^collateral: the quoting enclave is below every TCB level$"):
             tcb_of(qe_report=qe_report(b"", b"", at_258=b"\3\0"))
         late = tcb_of(qe_report=qe_report(b"", b"", at_258=b"\5\0"))
         assert (late.status, late.advisories) == ("OutOfDate", ["INTEL-SA-4"])
@@ -4687,20 +4684,20 @@ class TestEventLogs:
         ],
     )
     def test_a_bad_ccel(self, data: bytes, message: str) -> None:
-        with pytest.raises(confbuild.EventLogError, match=f"^cc_eventlog: {message}$"):
+        with pytest.raises(confbuild.Malformed, match=f"^cc_eventlog: {message}$"):
             confbuild.replay_ccel(data)
 
     def test_each_prefix_of_a_ccel(self) -> None:
         log = CCEL_HEADER + ccel_event(1, 4, DIGESTS[0])
         for size in range(len(log)):
             if size != len(CCEL_HEADER):
-                with pytest.raises(confbuild.EventLogError):
+                with pytest.raises(confbuild.Malformed):
                     confbuild.replay_ccel(log[:size])
 
     @given(st.binary(max_size=200))
     def test_any_ccel(self, data: bytes) -> None:
         for log in (data, CCEL_HEADER + data):
-            with contextlib.suppress(confbuild.EventLogError):
+            with contextlib.suppress(confbuild.Malformed):
                 assert len(confbuild.replay_ccel(log)) == 4
 
     def test_dstack(self) -> None:
@@ -5129,7 +5126,7 @@ class TestLaunchDigest:
             assert row["vcpu_type"] is None or confbuild.CPU_SIGNATURES[row["vcpu_type"]] == row["vcpu_sig"]
             arguments = (firmware, boots, row["vcpus"], row["vcpu_sig"], row["guest_features"], row["vmm"])
             if row["launch_digest"] is None:
-                with pytest.raises(confbuild.FirmwareError, match="no section of type 0x10"):
+                with pytest.raises(confbuild.Malformed, match="no section of type 0x10"):
                     confbuild.compute_launch_digest(*arguments)
             else:
                 assert confbuild.compute_launch_digest(*arguments).hex() == row["launch_digest"], row
@@ -5235,7 +5232,7 @@ class TestLaunchDigest:
         ids=short_id,
     )
     def test_what_is_no_firmware(self, data: bytes, message: str) -> None:
-        with pytest.raises(confbuild.FirmwareError, match=f"^firmware(: .*|, ){re.escape(message)}") as caught:
+        with pytest.raises(confbuild.Malformed, match=f"^firmware(: .*|, ){re.escape(message)}") as caught:
             confbuild.parse_firmware(data)
         assert caught.value.structure.partition(", ")[0] == "firmware"
 
@@ -5281,7 +5278,7 @@ class TestLaunchDigest:
             lambda: confbuild.hashes_page(firmware, TOY_BOOT),
             lambda: confbuild.compute_launch_digest(firmware, TOY_BOOT, 1, 0),
         ):
-            with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
+            with pytest.raises(confbuild.Malformed, match=re.escape(message)):
                 attempt()
 
     def test_limits(self) -> None:
@@ -5336,7 +5333,7 @@ class TestLaunchDigest:
             data[where // 8] ^= 1 << where % 8
         try:
             digest = confbuild.compute_launch_digest(confbuild.parse_firmware(bytes(data)), TOY_BOOT, 2, 0x800F12).hex()
-        except confbuild.FirmwareError:
+        except confbuild.Malformed:
             return
         assert not cut and digest != TOY_DIGESTS[1][-1]
 
@@ -5353,7 +5350,7 @@ class TestLaunchDigest:
             gpa, page = confbuild.hashes_page(
                 confbuild.parse_firmware(toy_firmware(entries={HASHES_AREA: area})), TOY_BOOT
             )
-        except confbuild.FirmwareError:
+        except confbuild.Malformed:
             return
         assert gpa == 0x805000 and len(page) == 4096 and TOY_BOOT.kernel in page
 
@@ -5423,7 +5420,7 @@ class TestFirmwareState:
     def test_what_cannot_be_looked_into(self, data: bytes, message: str) -> None:
         state = confbuild.firmware_state(data)
         assert state.startswith("cannot be inspected: firmware volume: ") and message in state
-        with pytest.raises(confbuild.FirmwareError, match=re.escape(message)):
+        with pytest.raises(confbuild.Malformed, match=re.escape(message)):
             b"".join(confbuild.volume_blocks(data))
 
     def test_no_lzma(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5692,7 +5689,7 @@ class TestIgvm:
         ids=short_id,
     )
     def test_beginnings(self, data: bytes, message: str) -> None:
-        with pytest.raises(confbuild.IgvmError, match=f"^IGVM: {re.escape(message)}"):
+        with pytest.raises(confbuild.Malformed, match=f"^IGVM: {re.escape(message)}"):
             confbuild.parse_igvm(data)
 
     def test_fixed_header(self) -> None:
@@ -5728,7 +5725,7 @@ class TestIgvm:
 
     @staticmethod
     def refusal(data: bytes) -> str:
-        with pytest.raises(confbuild.IgvmError) as caught:
+        with pytest.raises(confbuild.Malformed) as caught:
             confbuild.parse_igvm(data)
         assert caught.value.structure == "IGVM"
         return str(caught.value)
@@ -5833,7 +5830,7 @@ class TestIgvm:
             if at % 5:
                 continue
             changed[20:24] = zlib.crc32(changed[:20] + bytes(4) + changed[24 : begin + size]).to_bytes(4, "little")
-            with contextlib.suppress(confbuild.IgvmError):
+            with contextlib.suppress(confbuild.Malformed):
                 assert len(igvm_digest(bytes(changed))) == 96
         for length in range(0, len(data), 7):
             self.refusal(data[:length])
@@ -5841,9 +5838,9 @@ class TestIgvm:
     @settings(max_examples=60)
     @given(st.binary(max_size=200), st.integers(0, 1))
     def test_any_headers(self, variable: bytes, version: int) -> None:
-        """Whatever they hold: IgvmError or a digest."""
+        """Whatever they hold: Malformed or a digest."""
         fixed = struct.pack("<4s3I", b"IGVM", version + 1, 24 + 8 * version, len(variable)) + bytes(8)
-        with contextlib.suppress(confbuild.IgvmError):
+        with contextlib.suppress(confbuild.Malformed):
             igvm_digest(fix(fixed, variable, A))
 
     def test_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -5883,7 +5880,7 @@ class TestIgvm:
             file = IgvmFile().platform().page(0x1000, blob[:4096]).page(0x20000000, image.ljust(4096, b"\0")).vmsa()
             if front != 4096 - 56:
                 with pytest.raises(
-                    confbuild.IgvmError, match="^kernel: 0 items in measured pages name one, expected 1"
+                    confbuild.Malformed, match="^kernel: 0 items in measured pages name one, expected 1"
                 ):
                     igvm_cmdline(bytes(file))
 
@@ -5916,7 +5913,7 @@ class TestIgvm:
         ids=short_id,
     )
     def test_no_command_line(self, file: IgvmFile, message: str) -> None:
-        with pytest.raises(confbuild.IgvmError, match=f"^kernel: .*{re.escape(message)}"):
+        with pytest.raises(confbuild.Malformed, match=f"^kernel: .*{re.escape(message)}"):
             igvm_cmdline(bytes(file))
 
     @settings(max_examples=150)
@@ -5924,7 +5921,7 @@ class TestIgvm:
     def test_any_bit_of_the_kernel(self, at: int) -> None:
         image = bytearray(pe_of(CMDLINE.encode()))
         image[at // 8] ^= 1 << at % 8
-        with contextlib.suppress(confbuild.IgvmError):
+        with contextlib.suppress(confbuild.Malformed):
             igvm_cmdline(bytes(booting(bytes(image))))
 
     @pytest.mark.parametrize(
@@ -5954,7 +5951,7 @@ class TestIgvm:
         if found:
             assert confbuild.root_hash_of(cmdline) == ROOT_HASH
         else:
-            with pytest.raises(confbuild.IgvmError, match="^kernel: command line does not have one root hash of 64"):
+            with pytest.raises(confbuild.Malformed, match="^kernel: command line does not have one root hash of 64"):
                 confbuild.root_hash_of(cmdline)
 
     def test_vectors(self) -> None:
@@ -5964,13 +5961,13 @@ class TestIgvm:
             data = (folder / f"{name}.igvm").read_bytes()
             try:
                 digest = igvm_digest(data)
-            except confbuild.IgvmError:
+            except confbuild.Malformed:
                 digest = "reject"
             assert digest in row["accept"], name
             if digest == "reject" or row["group"] not in ("cmdline", "disk"):
                 continue
             cmdline, root_hash = None, None
-            with contextlib.suppress(confbuild.IgvmError):
+            with contextlib.suppress(confbuild.Malformed):
                 cmdline = igvm_cmdline(data)
                 root_hash = confbuild.root_hash_of(cmdline)
             assert (cmdline, root_hash) == (row["cmdline"], row["roothash"]), name
@@ -6062,9 +6059,9 @@ class TestVerity:
         disk = disk_of((b"x" * 16, b"esp"), (VERITY_TYPE, area), (ROOT_TYPE, data))
         assert confbuild.verify_disk(read_of(disk), root_hash) == len(data)
         for broken in (data[:-1] + b"!", b"!" + data[1:]):
-            with pytest.raises(confbuild.DiskError, match="^disk: (hash block at byte|root hash)"):
+            with pytest.raises(confbuild.Malformed, match="^disk: (hash block at byte|root hash)"):
                 confbuild.verify_disk(read_of(disk.replace(data, broken)), root_hash)
-        with pytest.raises(confbuild.DiskError, match=f"^disk: root hash {root_hash}, expected 00"):
+        with pytest.raises(confbuild.Malformed, match=f"^disk: root hash {root_hash}, expected 00"):
             confbuild.verify_disk(read_of(disk), "00" * 32)
 
     def test_every_byte_counts(self) -> None:
@@ -6079,7 +6076,7 @@ class TestVerity:
             if at in ignored:
                 confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
             else:
-                with pytest.raises(confbuild.DiskError):
+                with pytest.raises(confbuild.Malformed):
                     confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
 
     def test_every_byte_of_the_table(self) -> None:
@@ -6089,12 +6086,12 @@ class TestVerity:
             if 512 + 92 <= at < 1024:  # behind the header
                 confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
             else:
-                with pytest.raises(confbuild.DiskError):
+                with pytest.raises(confbuild.Malformed):
                     confbuild.verify_disk(read_of(bytes(disk)), DISK_HASH)
 
     def test_short_disks(self) -> None:
         for length in (*range(0, 2048, 67), *range(2048, len(DISK), 997), len(DISK) - 1):
-            with pytest.raises(confbuild.DiskError, match="^disk: "):
+            with pytest.raises(confbuild.Malformed, match="^disk: "):
                 confbuild.verify_disk(read_of(DISK[:length]), DISK_HASH)
 
     @pytest.mark.parametrize(
@@ -6158,7 +6155,7 @@ class TestVerity:
         ids=short_id,
     )
     def test_what_is_no_such_disk(self, disk: bytes, message: str) -> None:
-        with pytest.raises(confbuild.DiskError, match=f"^disk: .*{re.escape(message)}") as caught:
+        with pytest.raises(confbuild.Malformed, match=f"^disk: .*{re.escape(message)}") as caught:
             confbuild.verify_disk(read_of(disk), DISK_HASH)
         assert caught.value.structure == "disk"
 
@@ -6201,7 +6198,7 @@ class TestVerity:
             try:
                 read = functools.partial(lambda disk, at, size: disk[at : at + size], data)
                 valid = confbuild.verify_disk(read, root_hash or "") > 0
-            except confbuild.DiskError:
+            except confbuild.Malformed:
                 valid = False
             assert valid is pair["valid"], pair
 
@@ -15331,7 +15328,7 @@ class TestAttester:
             )
 
     def test_no_report(self) -> None:
-        with pytest.raises(confbuild.ReportError, match="attestation_report: 1183 bytes, expected 1184"):
+        with pytest.raises(confbuild.Malformed, match="attestation_report: 1183 bytes, expected 1184"):
             confbuild.hardware_evidence(bytes(1183), b"", "snp", None)
 
 
