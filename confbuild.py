@@ -6419,9 +6419,10 @@ def pack_directory(
 # region 25. Toolchains                                    [uses 16, 20, 21, 24]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
-# and two functions: plan_* reads the lock file and runs nothing, collect_* finds the artifacts after the build.
-# prepare looks up the programs of a plan once, in the project's directory; that same file is hashed, asked for its
-# version and run.
+# and two functions, such as go_dependencies, which reads the lock file and runs nothing, and collect_go, which finds
+# the artifacts after the build.  A plan is a row that has been completed for one project: read_inputs adds what the
+# source says.  prepare adds the programs, which it looks up once, in the project's directory; that same file is hashed,
+# asked for its version and run.
 # Callers: the pipeline builds with these rows; `verify --source` reads a checkout with source_expectations.
 # Specifications: [CARGO] for Cargo.lock; the nix manual, "derivation show" (JSON formats 0 to 5); [NPM] for
 # package-lock.json; [GO] for go.mod and go.sum; [K] for the uris.
@@ -6452,57 +6453,59 @@ class Program(NamedTuple):
     sha256: str
 
 
-class Plan(NamedTuple):
-    """The build of one project, and its inputs.
-
-    steps: the argument vectors, each beginning with the name of one of tools or the path of a file of the source; they
-        run in the project's directory.
-    tools: the names of the programs, in the order of the provenance.
-    lock: the contents of the lock file, which pins the dependencies.
-    dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
-    env: added to the environment of the build; the name of a tool stands for its path.
-    fetches: how many of the steps need a network; 0 if all may use it.
-    artifacts: patterns of the files that are the artifacts.
-    build_type: of the provenance.
-    programs: those of tools; prepare fills them in.
-    parameters: the internalParameters that come before lockfileHash.
-    """
-
-    steps: Sequence[Sequence[str]]
-    tools: Sequence[str]
-    lock: bytes
-    dependencies: Sequence[Mapping[str, Any]] | None
-    env: Mapping[str, str] = {}  # never changed, like the two below
-    fetches: int = 0
-    artifacts: Sequence[str] = ()
-    build_type: str = BUILD_TYPE
-    programs: Mapping[str, Program] = {}
-    parameters: Mapping[str, Any] = {}
-
-
 class Toolchain(NamedTuple):
-    """One kind of build.
+    """One kind of build: a row of TOOLCHAINS, or with the last four fields the plan of one project.
 
     marker: the file whose presence in a project selects this toolchain.
-    plan: called with the directory of a source and the project's folder in it; runs nothing and may read any checkout.
+    lock_file: the file that pins the dependencies.
+    tools: the names of the programs, in the order of the provenance.
+    steps: the argument vectors, each beginning with the name of one of tools or the path of a file of the source; they
+        run in the project's directory.
+    read: called with the contents of lock_file, the directory of a source and the project's folder in it; runs nothing
+        and may read any checkout; returns dependencies.
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
-        each artifact, sorted by name. A directory is packed.
-    outputs: returns the directories of a project that are removed before the build.
-    folders: where the build puts artifacts: patterns relative to the project.
+        each artifact, sorted by name. A directory is packed. Not called if there are patterns.
+    adapt: called with a project; returns those of the other fields that depend on it.
     evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
         is missing, the next toolchain whose marker exists builds the project.
+    env: added to the environment of the build; the name of a tool stands for its path, {project} for the project's.
+    fetches: how many of the steps need a network; 0 if all may use it.
+    outputs: the directories of a project that are removed before the build.
+    folders: where the build puts artifacts: patterns relative to the project.
+    artifacts: patterns of the files that are the artifacts.
+    build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
+    lock: the contents of lock_file.
+    dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
+    programs: those of tools.
+    parameters: the internalParameters that come before lockfileHash.
     """
 
     name: str
     marker: str
-    plan: Callable[[str, str], Plan]
-    collect: Callable[[str, bytes], list[tuple[str, str]]]
-    outputs: Callable[[str], Sequence[str]] = lambda _: ()
+    lock_file: str
+    tools: Sequence[str] = ()
+    steps: Sequence[Sequence[str]] = ()
+    read: Callable[[bytes, str, str], Sequence[Mapping[str, Any]] | None] = lambda *_: None
+    collect: Callable[[str, bytes], list[tuple[str, str]]] = lambda *_: []
+    adapt: Callable[[str], Mapping[str, Any]] = lambda _: {}
+    evaluate: "Callable[[Toolchain, str, str], Toolchain] | None" = None
+    env: Mapping[str, str] = {}  # never changed, like those below
+    fetches: int = 0
+    outputs: Sequence[str] = ()
     folders: Sequence[str] = ()
-    evaluate: Callable[[Plan, str, str], Plan] | None = None
-    store: Mapping[str, str] = {}  # never changed
+    artifacts: Sequence[str] = ()
+    build_type: str = BUILD_TYPE
+    store: Mapping[str, str] = {}
+    lock: bytes = b""
+    dependencies: Sequence[Mapping[str, Any]] | None = None
+    programs: Mapping[str, Program] = {}
+    parameters: Mapping[str, Any] = {}
+
+    def adapted(self, project: str) -> "Toolchain":
+        """Return this row for one project.  Raises BuildFailed SourceError."""
+        return self._replace(**self.adapt(project))
 
 
 @contextlib.contextmanager
@@ -6521,39 +6524,50 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
     Raises BuildFailed UnsupportedToolchainError if there is none.
     """
     files = {entry.name for entry in os.scandir(project) if entry.is_file(follow_symlinks=False)}
-    found = [toolchain for toolchain in TOOLCHAINS if toolchain.marker in files]
-    chosen = [toolchain for toolchain in found if name in ("", toolchain.name)]
-    if not chosen:
-        wanted = ", ".join(t.marker for t in TOOLCHAINS if name in ("", t.name)) or f"a toolchain called {name[:40]!r}"
-        near = [toolchain.marker for toolchain in found]
-        near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
-        markers = {toolchain.marker for toolchain in TOOLCHAINS}
-        below = [path for path in match_files(project, "*/*") if basename(path) in markers]
-        near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
-        message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
-        failure = BuildFailed("UnsupportedToolchainError", message)
-        for folder in (*map(dirname, below), "..", "../.."):
-            path = normpath(join(project, folder))
-            if not failure.hint and any(isfile(join(path, marker)) for marker in markers):
-                failure.hint = f"`confbuild build {shlex.quote(path)}` builds what is there"
-        raise failure
-    return chosen
+    rows = [toolchain for toolchain in TOOLCHAINS if name in ("", toolchain.name)]
+    found = [toolchain for toolchain in rows if toolchain.marker in files]
+    if found:
+        return found
+    wanted = ", ".join(toolchain.marker for toolchain in rows) or f"a toolchain called {name[:40]!r}"
+    markers = [toolchain.marker for toolchain in TOOLCHAINS]
+    near = [marker for marker in markers if marker in files]
+    near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
+    below = [path for path in match_files(project, "*/*") if basename(path) in markers]
+    near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
+    message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
+    failure = BuildFailed("UnsupportedToolchainError", message)
+    for path in (normpath(join(project, folder)) for folder in ("../..", "..", *map(dirname, reversed(below)))):
+        if any(isfile(join(path, marker)) for marker in markers):  # the last one counts
+            failure.hint = f"`confbuild build {shlex.quote(path)}` builds what is there"
+    raise failure
 
 
-def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]) -> Plan:
+def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
+    """Return the plan of a project without its programs.
+
+    folder: of the project in the source root.
+    Raises BuildFailed.
+    """
+    project = join(root, folder)
+    plan, lock = toolchain.adapted(project), read_lockfile(join(project, toolchain.lock_file))
+    return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
+
+
+def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
     env: of the build.
     Raises BuildFailed.
     """
-    plan = toolchain.plan(root, folder)
-    programs = {name: find_program(name, join(root, folder), {**env, **plan.env}) for name in plan.tools}
+    plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
+    own = {name: value.format(project=project) for name, value in plan.env.items()}
+    programs = {name: find_program(name, project, {**env, **own}) for name in plan.tools}
+    own |= {name: programs[value].path for name, value in own.items() if value in programs}
     folders = dict.fromkeys(dirname(program.path) for program in programs.values())
-    own = {name: programs[value].path if value in programs else value for name, value in plan.env.items()}
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
-    return toolchain.evaluate(plan, root, folder) if toolchain.evaluate else plan
+    return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
 def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
@@ -6612,16 +6626,6 @@ def read_lockfile(path: str) -> bytes:
     if len(data) > _MAX_LOCKFILE:
         raise source_error(f"{basename(path)}: more than {_MAX_LOCKFILE} bytes")
     return data
-
-
-def plan_cargo(root: str, folder: str = "") -> Plan:
-    """Return the plan of `cargo build --locked --release` in project.  Raises BuildFailed."""
-    project = join(root, folder)
-    lock = read_lockfile(join(project, "Cargo.lock"))
-    # RUSTC and CARGO_TARGET_DIR outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-    env = {"RUSTC": "rustc", "CARGO_TARGET_DIR": join(project, "target")}
-    steps = ["cargo build --locked --release".split()]
-    return Plan(steps, ("cargo", "rustc"), lock, cargo_dependencies(lock, root, folder), env)
 
 
 def match_files(root: str, pattern: str) -> list[str]:
@@ -6807,23 +6811,15 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 
-def plan_nix(root: str, folder: str = "") -> Plan:
-    """Return the plan of `nix build` of the flake in project.  Raises BuildFailed.
+def evaluate_nix(plan: Toolchain, root: str, folder: str) -> Toolchain:
+    """Return plan with the dependencies that nix finds.  Raises BuildFailed.
 
     A flake without inputs needs no flake.lock.
-    """
-    project = join(root, folder)
-    lock = read_lockfile(join(project, "flake.lock"))
-    return Plan(["nix build --no-link".split()], ("nix",), lock, None)
-
-
-def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
-    """Return plan with the dependencies that nix finds.  Raises BuildFailed.
 
     The source's .git is moved away: with it, nix builds the files that git knows instead of those that were hashed,
     and refuses a history of depth 1.
     """
-    program = plan.programs["nix"]
+    program, lock = plan.programs["nix"], join(root, folder, "flake.lock")
     release = [int(digits) for digits in re.findall(r"\d+", program.version.rpartition(")")[2])] or [99]
     git, aside = join(root, ".git"), join(dirname(root), "history-set-aside")
     if lexists(git):
@@ -6834,14 +6830,12 @@ def evaluate_nix(plan: Plan, root: str, folder: str) -> Plan:
     if status != 0:  # another toolchain may follow: leave everything as it was
         if lexists(aside):
             os.rename(aside, git)
-        lock = join(root, folder, "flake.lock")
         remove_tree(lock)
         if plan.lock:
-            with open(lock, "wb") as f:
-                f.write(plan.lock)
+            write_file(lock, plan.lock)
         reasons = re.findall(r"(?m)^\s*(error:.*)", errors) or re.findall(r"(?m)\S.*", errors) or ["no message"]
         raise BuildFailed("BuildError", f"`nix {show}` failed: {reasons[-1]}")
-    if plan_nix(root, folder).lock != plan.lock:
+    if read_lockfile(lock) != plan.lock:
         raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
     count, fetches = parse_derivations(output)
     parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
@@ -6939,21 +6933,6 @@ def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
     return sorted(found)
 
 
-def plan_pnpm(root: str, folder: str = "") -> Plan:
-    """Return the plan of `pnpm install --frozen-lockfile && pnpm build`, as [K] does it.  Raises BuildFailed."""
-    project = join(root, folder)
-    lock = read_lockfile(join(project, "pnpm-lock.yaml"))
-    steps = ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]]
-    # Otherwise pnpm would download and run the version that package.json names.
-    env = {"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false"}
-    return Plan(steps, ("pnpm", "node"), lock, pnpm_dependencies(lock, root, folder), {**env, "CI": "true"}, 1)
-
-
-def collect_dist(project: str, _: bytes) -> list[tuple[str, str]]:
-    """Return the folder dist, or what `npm pack` made."""
-    return find_artifacts(project, [""], ["dist", f"{_OWN_OUTPUT}/*.tgz"])
-
-
 # What pnpm writes of YAML 1.2: nested mappings, lists of texts, and one-line flow collections of texts.
 _YAML_TEXT = r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|(?:[^\s\-?:,\[\]{}#&*!|>'"%%@`]|[-?:](?=[^\s,\[\]{}]))%s*)"""
 _YAML_KEY, _YAML_WORD = _YAML_TEXT % r"(?:(?!:\s|:$|\s\#).)", _YAML_TEXT % r"(?:(?!:\s|\s\#)[^,\[\]{}])"
@@ -7023,26 +7002,18 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str
     return sorted(found, key=lambda dependency: dependency["uri"])
 
 
-def _scripts(project: str) -> dict[str, Any]:
-    """Return the scripts of package.json.  Raises BuildFailed SourceError."""
-    with _parsing("package.json", "SourceError"):
-        return dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
+def adapt_npm(project: str) -> dict[str, Any]:
+    """Return the steps `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
 
-
-def plan_npm(root: str, folder: str = "") -> Plan:
-    """Return the plan of `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
-
-    Scripts run without a network, after everything is fetched.
-    Raises BuildFailed.
+    Scripts run without a network, after everything is fetched. Without a script called build, dist is source.
+    Raises BuildFailed SourceError.
     """
-    project = join(root, folder)
-    lock, scripts = read_lockfile(join(project, "package-lock.json")), _scripts(project)
-    steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * ({"prepare", "build"} <= {*scripts})]
-    steps.append("npm run build" if "build" in scripts else "npm pack")
-    env = {"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false"}
-    env |= {"CI": "true", "npm_config_pack_destination": _OWN_OUTPUT}
-    dependencies = npm_dependencies(lock, root, folder)
-    return Plan([step.split() for step in steps], ("npm", "node"), lock, dependencies, env, 1, (), CONFBUILD_TYPE)
+    with _parsing("package.json", "SourceError"):
+        scripts = dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
+    builds = "build" in scripts
+    steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
+    steps.append("npm run build" if builds else "npm pack")
+    return {"steps": [*map(str.split, steps)], "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds)}
 
 
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
@@ -7078,17 +7049,6 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str,
             uri = f"pkg:npm/{name}@{version}?{query}"
             found[uri] = {"digest": {algorithm: digest}, "name": name, "uri": uri}
     return [found[uri] for uri in sorted(found)]
-
-
-def plan_go(root: str, folder: str = "") -> Plan:
-    """Return the plan of `go build` of every main package in project.  Raises BuildFailed."""
-    project = join(root, folder)
-    lock = read_lockfile(join(project, "go.sum"))
-    # Neither the builder's settings nor a workspace file change the build.
-    env = {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
-    build = f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./..."
-    steps = ["go mod download".split(), build.split()]
-    return Plan(steps, ("go",), lock, go_dependencies(lock, root, folder), env, 1, (), CONFBUILD_TYPE)
 
 
 def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
@@ -7143,23 +7103,28 @@ def _read_recipe(project: str) -> dict[str, Any]:
     return dict(recipe)
 
 
-def plan_own(root: str, folder: str = "") -> Plan:
-    """Return the plan that confbuild.toml describes.  [CONTRACT 2.1]
+def adapt_own(project: str) -> dict[str, Any]:
+    """Return what confbuild.toml says.  [CONTRACT 2.1]  Raises BuildFailed SourceError."""
+    recipe = _read_recipe(project)
+    command, programs = recipe["command"], recipe.get("programs", ())
+    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *programs])
+    found = {"steps": [command], "tools": [*tools], "outputs": recipe.get("outputs", ())}
+    return {**found, "artifacts": recipe["artifacts"]}
 
-    Raises BuildFailed.
+
+def own_dependencies(_: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+    """Return the files that confbuild.toml names as inputs, as resolvedDependencies.  [CONTRACT 3.5]
+
+    Raises BuildFailed SourceError.
     """
-    project = join(root, folder)
-    recipe, found = _read_recipe(project), []
-    for name in sorted(recipe.get("inputs", ())):
+    project, found = join(root, folder), []
+    for name in sorted(_read_recipe(project).get("inputs", ())):
         if not isfile(join(project, name)):
             raise source_error(f"confbuild.toml: there is no input {name}")
         digest = sha256_hex(read_lockfile(join(project, name)))
         uri = f"file:{urllib.parse.quote(name)}?checksum=sha256:{digest}"
         found.append({"digest": {"sha256": digest}, "name": name, "uri": uri})
-    command = recipe["command"]
-    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *recipe.get("programs", ())])
-    lock = read_lockfile(join(project, "confbuild.toml"))
-    return Plan([command], [*tools], lock, found, {}, 0, recipe["artifacts"], CONFBUILD_TYPE)
+    return found
 
 
 _CARGO_FOLDERS = ("target/release", "target/*/release")
@@ -7175,21 +7140,33 @@ _NEAR = {
 }
 
 
-def _npm_outputs(project: str) -> Sequence[str]:
-    """Return the folders that npm makes. Without a script called build, dist is source."""
-    return ("node_modules", _OWN_OUTPUT, *["dist"] * ("build" in _scripts(project)))
-
-
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
 TOOLCHAINS = (
-    Toolchain("own", "confbuild.toml", plan_own, lambda *_: [], lambda folder: _read_recipe(folder).get("outputs", ())),
-    Toolchain("nix", "flake.nix", plan_nix, collect_nix, evaluate=evaluate_nix, store={
-        "NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
-    Toolchain("cargo", "Cargo.lock", plan_cargo, collect_cargo, lambda _: ("target",), _CARGO_FOLDERS),
-    Toolchain("pnpm", "pnpm-lock.yaml", plan_pnpm, collect_dist, lambda _: ("dist", "node_modules")),
-    Toolchain("npm", "package-lock.json", plan_npm, collect_dist, _npm_outputs),
-    Toolchain("go", "go.mod", plan_go, collect_go, lambda _: (_OWN_OUTPUT,), (_OWN_OUTPUT,)),
+    Toolchain("own", "confbuild.toml", "confbuild.toml", read=own_dependencies, adapt=adapt_own,
+        build_type=CONFBUILD_TYPE),
+    Toolchain("nix", "flake.nix", "flake.lock", ("nix",), ["nix build --no-link".split()], collect=collect_nix,
+        evaluate=evaluate_nix, store={
+            "NIX_STORE_DIR": "/nix/store", "NIX_STATE_DIR": "/nix/var/nix", "NIX_LOG_DIR": "/nix/var/log/nix"}),
+    Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
+        cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
+        # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
+        env={"RUSTC": "rustc", "CARGO_TARGET_DIR": "{project}/target"}),
+    # Otherwise pnpm would download and run the version that package.json names.
+    Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
+        ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
+        env={"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false",
+            "CI": "true"},
+        fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
+    Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
+        env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
+            "CI": "true", "npm_config_pack_destination": _OWN_OUTPUT},
+        fetches=1, artifacts=("dist", f"{_OWN_OUTPUT}/*.tgz"), build_type=CONFBUILD_TYPE),
+    # Neither the builder's settings nor a workspace file change the build.
+    Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
+        f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],
+        go_dependencies, collect_go, env={"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"},
+        fetches=1, outputs=(_OWN_OUTPUT,), folders=(_OWN_OUTPUT,), build_type=CONFBUILD_TYPE),
 )
 # fmt: on
 
@@ -7201,7 +7178,7 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     Raises BuildFailed UnsupportedToolchainError, with a hint.
     """
     project = join(directory, subdir)
-    outputs = detect_toolchains(project, name)[0].outputs(project)
+    outputs = detect_toolchains(project, name)[0].adapted(project).outputs
     return [normpath(join(subdir, output)) for output in outputs]
 
 
@@ -7226,7 +7203,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
     try:
         found = detect_toolchains(join(directory, folder))
-        matching = (t for t in found if [*t.plan(directory, folder).tools, "kettle"] == tools)
+        matching = (t for t in found if [*read_inputs(t, directory, folder).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)
@@ -7243,7 +7220,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     tree = git_tree(source.root, source.files, algorithm)
                 if history or tree.encode("ascii") in provenance:
                     break
-            plan = toolchain.plan(source.root, folder)
+            plan = read_inputs(toolchain, source.root, folder)
     except BuildFailed as e:
         hint = "git submodule update --init --recursive" * (b'"pkg:generic/' in provenance)
         raise UsageError(f"--source {directory}: {e}", e.hint or hint) from None
@@ -7761,23 +7738,22 @@ def run_pipeline(
     emit("detect", [found[0].name])
     emit("init", ["Verifying build inputs"])
     refuse_outside_influence(root)
-    for output in found[0].outputs(project):
-        remove_tree(join(project, output))
+    _remove_outputs(found[0], project)
     source, submodules, time_s = _describe_source(root, env, emit)
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
-    toolchain, plan = _choose(found, root, folder, env, emit)
+    plan = _choose(found, root, folder, env, emit)
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
-    before, log = {*os.listdir(project), *toolchain.outputs(project)}, BuildLog(emit)
+    before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit)
     with _cached_crates(plan, cache, own, emit):
-        network, stdout = _run_steps(plan, project, log, bool(toolchain.store))
+        network, stdout = _run_steps(plan, project, log)
     emit("provenance", ["Generating provenance"])
     copies = join(own, "artifacts")
     patterns = request.artifacts or plan.artifacts
     try:
-        made = find_artifacts(project, [*toolchain.folders, ""], patterns)
-        made = made if patterns else toolchain.collect(project, stdout)
+        made = find_artifacts(project, [*plan.folders, ""], patterns)
+        made = made if patterns else plan.collect(project, stdout)
         if not made:
-            raise BuildFailed("NoArtifacts", _explain_nothing(toolchain, project, patterns, before))
+            raise BuildFailed("NoArtifacts", _explain_nothing(plan, project, patterns, before))
         subjects = _take_artifacts(made, copies)
     except PermissionError as e:  # the build can take the permissions away
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
@@ -7812,10 +7788,14 @@ def _get_source(
     return name
 
 
-def _choose(
-    found: Sequence[Toolchain], root: str, folder: str, env: Mapping[str, str], emit: Emit
-) -> tuple[Toolchain, Plan]:
-    """Return the toolchain that builds a project, and its plan.  [CONTRACT 2.1]
+def _remove_outputs(toolchain: Toolchain, project: str) -> None:
+    """Remove what an earlier build may have left in project.  Raises BuildFailed SourceError."""
+    for output in toolchain.adapted(project).outputs:
+        remove_tree(join(project, output))
+
+
+def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Mapping[str, str], emit: Emit) -> Toolchain:
+    """Return the plan of the toolchain that builds a project.  [CONTRACT 2.1]
 
     found: the toolchains whose markers exist.
     root, folder, env: as for prepare.
@@ -7825,11 +7805,9 @@ def _choose(
     if markers:
         emit("init", [f"Building with {found[0].name}{markers}"])
     for toolchain in found:
-        project = join(root, folder)
         try:
-            for output in toolchain.outputs(project):
-                remove_tree(join(project, output))
-            return toolchain, prepare(toolchain, root, folder, env)
+            _remove_outputs(toolchain, join(root, folder))
+            return prepare(toolchain, root, folder, env)
         except BuildFailed as e:
             if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None
@@ -7838,7 +7816,7 @@ def _choose(
 
 
 @contextlib.contextmanager
-def _cached_crates(plan: Plan, cache: str | None, own: str, emit: Emit) -> Iterator[None]:
+def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> Iterator[None]:
     """Give cargo copies of the crates in cache before the block, and add those that it has fetched afterwards.
 
     cargo takes CARGO_HOME/registry/cache/REGISTRY/NAME-VERSION.crate without looking at its checksum. Here such a
@@ -7889,8 +7867,8 @@ def _copy_crate(path: str, digest: str, copy: str) -> bool:
     return right
 
 
-def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tuple[bytes, bytes]:
-    """Run the steps of plan; return which of them may use the network, and the stdout of the last if requested.
+def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, bytes]:
+    """Run the steps of plan; return which of them may use the network, and the stdout of the last if it has paths.
 
     Raises BuildFailed.
     """
@@ -7902,7 +7880,7 @@ def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tu
         if number == plan.fetches > 0 and _launchers[-1].close_network():
             network = b"fetch"
         program = plan.programs[step[0]].path if step[0] in plan.programs else join(project, step[0])
-        status, stdout = run_tool([program, *step[1:]], project, plan.env, log, keep_stdout)
+        status, stdout = run_tool([program, *step[1:]], project, plan.env, log, bool(plan.store))
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
@@ -7912,15 +7890,14 @@ def _run_steps(plan: Plan, project: str, log: BuildLog, keep_stdout: bool) -> tu
     return network, stdout
 
 
-def _explain_nothing(toolchain: Toolchain, project: str, patterns: Sequence[str], before: set[str]) -> str:
+def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], before: set[str]) -> str:
     """Return that there are no artifacts, and what there is.
 
     before: the names in project before the build, and of the folders that it makes.
     """
-    found = find_artifacts(project, toolchain.folders or [""], ["[!.]*.[!d]*" if toolchain.folders else "*"])
+    found = find_artifacts(project, plan.folders or [""], ["[!.]*.[!d]*" if plan.folders else "*"])
     made = [relpath(path, project) for _, path in found if basename(path) not in before]
-    wanted = "executable" if toolchain.folders or toolchain.store else "folder called dist"
-    message = f"the build succeeded but made no {shlex.join(patterns) or wanted}"
+    message = f"the build succeeded but made no {shlex.join(patterns) or 'executable'}"
     return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
 
 
@@ -7996,7 +7973,7 @@ def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _make_statement(
-    plan: Plan,
+    plan: Toolchain,
     command: str,
     source: Mapping[str, Any],
     builder: str,

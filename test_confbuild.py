@@ -13218,6 +13218,11 @@ def failure(call: Callable[[], Any]) -> tuple[str, str]:
     return caught.value.error_type, str(caught.value)
 
 
+def inputs_of(project: Path) -> confbuild.Toolchain:
+    """The plan of a project, without its programs."""
+    return confbuild.read_inputs(confbuild.detect_toolchains(str(project))[0], str(project))
+
+
 NO_MARKER = (
     "the project has none of confbuild.toml, flake.nix, Cargo.lock, pnpm-lock.yaml, package-lock.json, go.mod; found "
 )
@@ -14062,7 +14067,7 @@ class TestPnpm:
 
     def test_the_plan(self, tmp_path: Path) -> None:
         write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n"})
-        plan = confbuild.plan_pnpm(str(tmp_path))
+        plan = inputs_of(tmp_path)
         assert plan.steps == [["pnpm", "install", "--frozen-lockfile"], ["pnpm", "build"]]
         assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
 
@@ -14181,12 +14186,12 @@ class TestNpm:
     def test_the_plan(self, tmp_path: Path, scripts: Any, last: list[str], outputs: Sequence[str]) -> None:
         lock = json.dumps({"lockfileVersion": 3, "packages": {}})
         write_files(tmp_path, {"package.json": json.dumps({"scripts": scripts}), "package-lock.json": lock})
-        plan = confbuild.plan_npm(str(tmp_path))
+        plan = inputs_of(tmp_path)
         assert [" ".join(step) for step in plan.steps] == ["npm ci --ignore-scripts", "npm rebuild", *last]
         assert (plan.tools, plan.fetches, plan.build_type) == (("npm", "node"), 1, "urn:confbuild:build:v1")
         assert tuple(confbuild.find_outputs(str(tmp_path))) == outputs
         write_files(tmp_path, {"package.json": "["})
-        assert failure(lambda: confbuild.plan_npm(str(tmp_path)))[0] == "SourceError"
+        assert failure(lambda: inputs_of(tmp_path))[0] == "SourceError"
 
 
 # Of `go mod tidy` of Go 1.26.8 for rsc.io/quote, whose hashes are also at https://sum.golang.org/lookup/rsc.io/quote@v1.5.2.
@@ -14284,7 +14289,7 @@ class TestGo:
         assert fragment in message
 
     def test_the_plan(self, tmp_path: Path) -> None:
-        plan = confbuild.plan_go(str(write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM})))
+        plan = inputs_of(write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM}))
         assert [" ".join(step) for step in plan.steps] == [
             "go mod download",
             "go build -trimpath -buildvcs=false -mod=readonly -o .confbuild/ ./...",
@@ -14303,7 +14308,7 @@ class TestOwn:
     def test_the_plan(self, tmp_path: Path) -> None:
         more = 'inputs = ["b.lock", "a/x y.lock"]\nprograms = ["gcc", "make"]\noutputs = ["out", "a/b"]\n'
         write_files(tmp_path, {"confbuild.toml": RECIPE + more, "a/x y.lock": "1", "b.lock": "2"})
-        plan = confbuild.plan_own(str(tmp_path))
+        plan = inputs_of(tmp_path)
         assert (plan.steps, plan.tools, plan.artifacts) == ([["make", "all"]], ["make", "gcc"], ["out/*"])
         assert plan.lock == (RECIPE + more).encode() and plan.build_type == "urn:confbuild:build:v1"
         one, two = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
@@ -14313,7 +14318,7 @@ class TestOwn:
         ]
         assert confbuild.find_outputs(str(tmp_path)) == ["out", "a/b"]
         write_files(tmp_path, {"confbuild.toml": RECIPE.replace("make", "./build.sh")})
-        assert confbuild.plan_own(str(tmp_path)).tools == []
+        assert inputs_of(tmp_path).tools == []
 
     @pytest.mark.parametrize(
         ("text", "fragment"),
@@ -14333,7 +14338,7 @@ class TestOwn:
     )
     def test_what_is_refused(self, tmp_path: Path, text: str, fragment: str) -> None:
         write_files(tmp_path, {"confbuild.toml": text})
-        kind, message = failure(lambda: confbuild.plan_own(str(tmp_path)))
+        kind, message = failure(lambda: inputs_of(tmp_path))
         assert kind == "SourceError" and fragment in message
 
 
@@ -14643,7 +14648,7 @@ def nix(tmp_path: Path) -> Path:
     return folder
 
 
-def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Plan:
+def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Toolchain:
     flake = str(tmp_path / "source" / "flake")
     return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix))
 
@@ -16096,17 +16101,22 @@ class TestTakeArtifacts:
         )
 
 
-def plan(**changes: Any) -> confbuild.Plan:
+def row(name: str) -> confbuild.Toolchain:
+    """A row of TOOLCHAINS."""
+    return next(toolchain for toolchain in confbuild.TOOLCHAINS if toolchain.name == name)
+
+
+def plan(**changes: Any) -> confbuild.Toolchain:
     """A plan of cargo."""
     tool = confbuild.Program("/bin/tool", "tool 1", SHA)
-    made = confbuild.Plan([], ("cargo", "rustc"), b"", [LIBC], programs={"cargo": tool, "rustc": tool})
+    made = row("cargo")._replace(dependencies=[LIBC], programs={"cargo": tool, "rustc": tool})
     return made._replace(**changes)
 
 
 class TestMakeStatement:
     STARTED = "2026-11-23T20:21:22.000001+00:00"
 
-    def make(self, made: confbuild.Plan, command: str = "cargo build --locked --release") -> bytes:
+    def make(self, made: confbuild.Toolchain, command: str = "cargo build --locked --release") -> bytes:
         commit, uri = COMMIT, "https://h/r"
         return confbuild._make_statement(
             made,
@@ -16571,7 +16581,7 @@ class TestCache:
         workspace = Path(tempfile.mkdtemp(dir=tmp_path))
         (workspace / "cargo").mkdir()
         uri = f"pkg:cargo/a-b@1.0.0+x?checksum=sha256:{CRATE_SHA}"
-        plan = confbuild.Plan([], (), b"", [{"uri": uri}, *more], {"CARGO_HOME": str(workspace / "cargo")})
+        plan = row("cargo")._replace(dependencies=[{"uri": uri}, *more], env={"CARGO_HOME": str(workspace / "cargo")})
         emitted: list[tuple[str, Sequence[str]]] = []
         where = cache and str(tmp_path / cache)
         with confbuild._cached_crates(plan, where, str(workspace), lambda *row: emitted.append(row)):
@@ -16621,8 +16631,9 @@ class TestCache:
         # A link that a build makes, before cargo runs or while it runs, and a file without permissions.
         outside = tmp_path / "outside"
         outside.mkdir()
-        plan = confbuild.Plan(
-            [], (), b"", [{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}], {"CARGO_HOME": str(tmp_path / "home")}
+        plan = row("cargo")._replace(
+            dependencies=[{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}],
+            env={"CARGO_HOME": str(tmp_path / "home")},
         )
         (tmp_path / "home").mkdir()
         (tmp_path / "home/registry").symlink_to(outside)
@@ -16641,8 +16652,8 @@ class TestCache:
     def test_a_build_that_fails(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """What it has fetched is kept; a cache that cannot be written is no reason to fail."""
         (tmp_path / "cache").write_bytes(b"")
-        plan = confbuild.Plan(
-            [], (), b"", [{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}], {"CARGO_HOME": str(tmp_path)}
+        plan = row("cargo")._replace(
+            dependencies=[{"uri": f"pkg:cargo/a@1?checksum=sha256:{CRATE_SHA}"}], env={"CARGO_HOME": str(tmp_path)}
         )
         for _ in range(2):
             with (
