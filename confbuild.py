@@ -4404,15 +4404,11 @@ def kill_all(find: Callable[[], list[int]]) -> None:
 
     find is called repeatedly because processes may fork meanwhile."""
     deadline = time.monotonic() + 2
-    pids = find()
-    while pids and time.monotonic() < deadline:
+    while (pids := find()) and time.monotonic() < deadline:
         for pid in pids:
-            try:
+            with contextlib.suppress(OSError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
-            except OSError:
-                pass  # it has ended
         time.sleep(0.005)
-        pids = find()
 
 
 class Launcher:
@@ -4423,8 +4419,8 @@ class Launcher:
         return subprocess.Popen(argv, **options)
 
     def kill(self, child: Any) -> None:
-        """Kill a child and its process group."""
-        if child.returncode is None:
+        """Kill a child, and what is left of its process group."""
+        with contextlib.suppress(OSError):  # no process of the group is left
             os.killpg(child.pid, signal.SIGKILL)
 
     def kill_rest(self) -> None:
@@ -4450,6 +4446,15 @@ def use_launcher(launcher: Launcher) -> None:
     _launchers.append(launcher)
 
 
+# A line of more than SIZE bytes, up to where it is cut, or else a line. The cut is not before a continuation octet,
+# unless this is not UTF-8 anyway: a character has at most four octets. A CR at the end of the data is not part of the
+# line yet, since an LF may follow.
+_CUT = rb"""(?x)
+    ( (?= [^\n]{SIZE} (?!\r?\Z) [^\n] )
+      (?: [^\n]{LEAST,SIZE} (?![\x80-\xbf]) | [^\n]{SIZE} ) )
+    | [^\n]*\n?"""
+
+
 class LineSplitter:
     """Incremental splitter of output into lines. [CONTRACT 1.10]
 
@@ -4466,33 +4471,18 @@ class LineSplitter:
         if b"\r" in data:
             held = data[-1:] if data.endswith(b"\r") else b""  # an LF may follow
             data = data[: len(data) - len(held)].replace(b"\r\n", b"\n").replace(b"\r", b"\r\n") + held
-        end = data.rfind(b"\n") + 1
-        complete, self._rest = data[:end], data[end:]
-        lines = complete.decode("utf-8", "replace").split("\n")
-        lines.pop()
-        window = MAX_LINE // 2  # a line of more than MAX_LINE has one of these without an LF
-        if any(complete.find(b"\n", at, at + window) < 0 for at in range(0, end, window)):
-            lines = [
-                piece.decode("utf-8", "replace") for line in complete.split(b"\n")[:-1] for piece in self._pieces(line)
-            ]
-        if len(self._rest) > MAX_LINE:
-            body = self._rest.removesuffix(b"\r")  # the held CR does not belong to the line
-            *pieces, last = self._pieces(body)
-            self._rest = last + self._rest[len(body) :]
-            lines += [piece.decode("utf-8", "replace") for piece in pieces]
-        return lines
+        window = MAX_LINE // 2  # a line of more than MAX_LINE contains one of these
+        windows = range(0, len(data) - window, window) if len(data) > MAX_LINE else ()
+        if any(data.find(b"\n", at, at + window) < 0 for at in windows):
+            form = _CUT.replace(b"SIZE", b"%d" % MAX_LINE).replace(b"LEAST", b"%d" % (MAX_LINE - 3))
+            data = re.sub(form, lambda line: line[0] + b"\n" * bool(line[1]), data)
+        complete, end, self._rest = data.rpartition(b"\n")
+        return complete.decode("utf-8", "replace").split("\n") if end else []
 
     def end(self) -> list[str]:
         """Return the last line if it is unterminated."""
         rest, self._rest = self._rest, b""
         return self.feed(rest.removesuffix(b"\r") + b"\n") if rest else []
-
-    @staticmethod
-    def _pieces(line: bytes) -> list[bytes]:
-        """Cut line between characters into pieces of at most MAX_LINE bytes."""
-        # Not before a continuation octet, unless it is not UTF-8 anyway: a character has at most four octets.
-        pattern = rb"(?s).{%d,%d}(?![\x80-\xbf])|.{1,%d}" % (MAX_LINE - 3, MAX_LINE, MAX_LINE)
-        return re.findall(pattern, line) or [line]
 
 
 # endregion 18
@@ -4936,35 +4926,59 @@ Emit = Callable[[str, Sequence[str]], None]  # (phase, its messages)
 PIPE_GRACE_S = 5.0  # how long processes that a tool left behind may keep its pipe open
 
 
-def _read_pipes(
-    child: Any,
-    pipes: Sequence[IO[bytes]],
+def _run_to_end(
+    launcher: Launcher,
+    argv: Sequence[str],
+    cwd: str,
+    env: Mapping[str, str],
+    take: Callable[[int, bytes], None],
+    merged: bool = False,
     watch: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (index of the pipe, block) for the data of all pipes until each is closed.
+) -> int:
+    """Run argv and return its exit status.
 
-    If other processes still hold a pipe PIPE_GRACE_S after child ended, the last block is empty.
-    watch: called a few times per second."""
-    ended_at, watched_at, left = None, 0.0, len(pipes)
-    with selectors.DefaultSelector() as selector:
-        for index, pipe in enumerate(pipes):
-            selector.register(pipe, selectors.EVENT_READ, index)
-        while left:
-            for key, _ in selector.select(0.25):
-                block = os.read(key.fd, BLOCK)
-                if block:
-                    yield key.data, block
-                else:
-                    selector.unregister(key.fileobj)
-                    left -= 1
-            if time.monotonic() - watched_at > 0.25:
-                watch()
-                watched_at = time.monotonic()
-            if ended_at is None and child.poll() is not None:
-                ended_at = time.monotonic()
-            elif left and ended_at is not None and time.monotonic() - ended_at > PIPE_GRACE_S:
-                yield 0, b""
-                return
+    take: called with (0, block of stdout) or (1, block of stderr) until both are closed. If other processes still hold
+        one PIPE_GRACE_S after the end of the program, the last block is empty.
+    merged: stderr goes where stdout goes.
+    watch: called a few times per second.
+    If take or watch raises, the program is killed."""
+    child = launcher.start(
+        argv,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+        start_new_session=True,
+    )
+    ended_at, watched_at = float("inf"), 0.0
+    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as pipes:
+        for index, pipe in enumerate(filter(None, (child.stdout, child.stderr))):
+            selector.register(pipes.enter_context(pipe), selectors.EVENT_READ, index)
+            with contextlib.suppress(OSError, AttributeError):  # beyond the limit of the user, or not Linux
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
+        try:
+            while selector.get_map():
+                for key, _ in selector.select(0.25):
+                    block = os.read(key.fd, BLOCK)
+                    if block:
+                        take(key.data, block)
+                    else:
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now - watched_at > 0.25:
+                    watch()
+                    watched_at = now
+                if child.poll() is not None:
+                    ended_at = min(ended_at, now)
+                if selector.get_map() and now - ended_at > PIPE_GRACE_S:
+                    take(0, b"")
+                    break
+            child.wait()
+        finally:
+            launcher.kill(child)
+            child.wait()
+    return int(child.returncode)
 
 
 def capture(
@@ -4980,30 +4994,18 @@ def capture(
     untrusted: the source can influence the program.
     watch: called a few times per second; if it raises, the program is killed.
     Raises BuildFailed LimitError if it prints more than max_bytes."""
-    launcher = _launchers[-1 if untrusted else 0]
-    child = launcher.start(
-        argv,
-        cwd=cwd,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
     texts, size = [bytearray(), bytearray()], 0
-    with child.stdout as output, child.stderr as errors:
-        try:
-            for index, block in _read_pipes(child, (output, errors), watch):
-                texts[index] += block
-                del texts[1][:-4096]
-                size += len(block)
-                if size > max_bytes:
-                    raise limit_error(f"{argv[0]} printed more than {max_bytes} bytes")
-        except BaseException:
-            launcher.kill(child)
-            child.wait()
-            raise
-    return child.wait(), bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
+
+    def take(index: int, block: bytes) -> None:
+        nonlocal size
+        texts[index] += block
+        del texts[1][:-4096]
+        size += len(block)
+        if size > max_bytes:
+            raise limit_error(f"{argv[0]} printed more than {max_bytes} bytes")
+
+    status = _run_to_end(_launchers[-1 if untrusted else 0], argv, cwd, env, take, watch=watch)
+    return status, bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
 
 
 def run_tool(
@@ -5015,50 +5017,28 @@ def run_tool(
 ) -> tuple[int, bytes]:
     """Run a build tool, pass its lines to lines_out as they come, and return (exit status, stdout if requested).
 
-    keep_stdout: return stdout, and pass its lines on at the end. Otherwise stdout and stderr are one stream.
+    keep_stdout: return the first 64 MiB of stdout, and pass its lines on at the end. Otherwise stdout and stderr are
+        one stream.
     PIPE_GRACE_S after the tool has ended, processes that still hold its pipe are killed, and a line says so.
     If lines_out raises, the tool is killed."""
-    with tempfile.TemporaryFile() as kept:
-        launcher = _launchers[-1]
-        child = launcher.start(
-            argv,
-            cwd=cwd,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=kept if keep_stdout else subprocess.PIPE,
-            stderr=subprocess.PIPE if keep_stdout else subprocess.STDOUT,
-            start_new_session=True,
-        )
-        splitter = LineSplitter()
-        with child.stderr if keep_stdout else child.stdout as pipe:
-            try:
-                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
-            except (OSError, AttributeError):
-                pass  # not Linux, or beyond the limit of the user
-            try:
-                for _, block in _read_pipes(child, [pipe]):
-                    held = (
-                        f"confbuild: killed processes that {basename(argv[0])} left behind: "
-                        f"they held its output open for {PIPE_GRACE_S:.0f} s after its end"
-                    )
-                    lines_out(splitter.feed(block) if block else [*splitter.end(), held])
-            except BaseException:
-                launcher.kill_rest()
-                child.wait()
-                raise
-        lines_out(splitter.end())
-        status = child.wait()
+    splitter, kept, launcher = LineSplitter(), bytearray(), _launchers[-1]
+    held = (
+        f"confbuild: killed processes that {basename(argv[0])} left behind: "
+        f"they held its output open for {PIPE_GRACE_S:.0f} s after its end"
+    )
+
+    def take(index: int, block: bytes) -> None:
+        if keep_stdout and block and index == 0:
+            kept.extend(block[: 64 * MIB - len(kept)])
+        else:
+            lines_out(splitter.feed(block) if block else [*splitter.end(), held])
+
+    try:
+        status = _run_to_end(launcher, argv, cwd, env, take, merged=not keep_stdout)
+    finally:
         launcher.kill_rest()
-        try:
-            os.killpg(child.pid, signal.SIGKILL)  # for systems without /proc
-        except OSError:
-            pass  # no process of the group is left
-        if not keep_stdout:
-            return status, b""
-        kept.seek(0)
-        output = kept.read(64 * MIB)
-        lines_out(splitter.feed(output) + splitter.end())
-        return status, output
+    lines_out([*splitter.end(), *splitter.feed(bytes(kept)), *splitter.end()])
+    return status, bytes(kept)
 
 
 # endregion 20
@@ -7487,25 +7467,17 @@ def hardware_evidence(
 _DOCUMENTS = frozenset(("provenance.json", "evidence.json"))
 
 
-def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, artifacts: str) -> None:
+def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, folder: str) -> None:
     """Write the bundle's gzip tarball to path.  The same inputs give the same bytes.  [CONTRACT 1.11]
 
-    Members are sorted; times and owners are 0, modes 0644 or 0755.
     project: the name of the top directory.
-    artifacts: the directory that holds the artifacts.
+    folder: the directory with nothing but the folder artifacts; becomes the bundle.
     """
-
-    files = {f"artifacts/{name}": join(artifacts, name) for name in sorted(os.listdir(artifacts))}
-    documents = {"evidence.json": evidence, "provenance.json": provenance}
-    with open_tar(path) as archive:
-        for name in ("", "artifacts", *files, *documents):
-            info = tarfile.TarInfo(f"{project}/{name}".rstrip("/"))
-            info.mode = 0o644 if name in documents else 0o755
-            info.type = tarfile.REGTYPE if "." in name or "/" in name else tarfile.DIRTYPE
-            with io.BytesIO(documents.get(name, b"")) if name not in files else open(files[name], "rb") as content:
-                info.size = content.seek(0, os.SEEK_END)
-                content.seek(0)
-                archive.addfile(info, content)
+    for name, data in (("provenance.json", provenance), ("evidence.json", evidence)):
+        write_file(join(folder, name), data)
+    for name in os.listdir(join(folder, "artifacts")):
+        os.chmod(join(folder, "artifacts", name), 0o755)
+    write_source(path, folder, project)
 
 
 def is_bare_evidence(path: str) -> bool:
@@ -7747,14 +7719,14 @@ def run_pipeline(
     with _cached_crates(plan, cache, own, emit):
         network, stdout = _run_steps(plan, project, log)
     emit("provenance", ["Generating provenance"])
-    copies = join(own, "artifacts")
+    bundle = join(own, "bundle")
     patterns = request.artifacts or plan.artifacts
     try:
         made = find_artifacts(project, [*plan.folders, ""], patterns)
         made = made if patterns else plan.collect(project, stdout)
         if not made:
             raise BuildFailed("NoArtifacts", _explain_nothing(plan, project, patterns, before))
-        subjects = _take_artifacts(made, copies)
+        subjects = _take_artifacts(made, join(bundle, "artifacts"))
     except PermissionError as e:  # the build can take the permissions away
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
     commands = [*[f"cd {shlex.quote(folder)}"] * bool(folder), *map(shlex.join, plan.steps)]
@@ -7768,7 +7740,7 @@ def run_pipeline(
     except NoAttester as e:
         raise BuildFailed("AttestationError", str(e)) from None
     path = join(own, "result.tar.gz")
-    write_archive(path, name, statement, evidence, copies)
+    write_archive(path, name, statement, evidence, bundle)
     return path
 
 
@@ -7950,7 +7922,7 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
     A directory becomes a gzip tarball.
     Raises BuildFailed ProvenanceError for an unusable name or a symbolic link.
     """
-    os.mkdir(folder)
+    os.makedirs(folder)
     taken = dict[str, str]()
     for name, path in found:
         if not PLAIN_NAME.fullmatch(name) or not name.isprintable():

@@ -15409,7 +15409,7 @@ def archive_of(folder: Path, project_name: str = "demo") -> bytes:
         project_name,
         (folder / "provenance.json").read_bytes(),
         (folder / "evidence.json").read_bytes(),
-        str(folder / "artifacts"),
+        str(folder),
     )
     return target.read_bytes()
 
@@ -19240,7 +19240,7 @@ class Site:
         self.gate = threading.Event()
         self.streamer = confbuild.Streamer()
         self.folder = folder
-        write_files(folder, {"artifacts/demo": b"artifact"})
+        write_files(folder, {"bundle/artifacts/demo": b"artifact"})
         options.pop("build_state", lambda _: None)(folder / "state")
         self.jobs = confbuild.Jobs(str(folder / "state"), self.build, self.streamer.grown, **options)
         policy = confbuild.SourcePolicy(max_archive=max_archive)
@@ -19266,7 +19266,7 @@ class Site:
             "demo",
             provenance_of(files),
             files.evidence,
-            str(self.folder / "artifacts"),
+            str(self.folder / "bundle"),
         )
         return str(self.folder / "made")
 
@@ -22278,10 +22278,10 @@ class TestVm:
         fragment: str,
     ) -> None:
         """A bundle of another nonce, or none at all, never becomes a result."""
-        write_files(tmp_path, {"artifacts/demo": b"artifact"})
+        write_files(tmp_path, {"bundle/artifacts/demo": b"artifact"})
         files = made or bundle()
         confbuild.write_archive(
-            str(tmp_path / "a"), "demo", provenance_of(files), files.evidence, str(tmp_path / "artifacts")
+            str(tmp_path / "a"), "demo", provenance_of(files), files.evidence, str(tmp_path / "bundle")
         )
         data = (tmp_path / "a").read_bytes()[:cut]
         if made is None:
@@ -22972,8 +22972,8 @@ class TestStream:
     def said(self, tmp_path: Path) -> list[bytes]:
         """What an agent says in a whole build; the last part ends with the archive."""
         write_files(tmp_path / "made", {"artifacts/demo": b"artifact"})
-        files, path = bundle(), str(tmp_path / "made/archive")
-        confbuild.write_archive(path, "demo", provenance_of(files), files.evidence, str(tmp_path / "made/artifacts"))
+        files, path = bundle(), str(tmp_path / "archive")
+        confbuild.write_archive(path, "demo", provenance_of(files), files.evidence, str(tmp_path / "made"))
         archive = Path(path).read_bytes()
         digest = base64.b64encode(hashlib.sha256(archive).digest()).decode()
         events = wire(ev("detect"), ev("build"), OK_EVENT)
