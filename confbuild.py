@@ -3642,15 +3642,15 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
+    known = [name for name in TCB_LAYOUTS if name in anchors]
     if vek is not None:
         # The report names the kind of its key in signed bits; the certificate must be of the same kind.
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
         checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
         if report.version < 3:  # such a report has no CPUID: the issuer tells the product
-            issuers = {anchor.subject: name for name, roles in anchors.items() for anchor in roles.values()}
+            issuers = {anchor.subject: name for name in known for anchor in anchors[name].values()}
             product = issuers.get(vek.issuer, "")
-    known = [name for name in TCB_LAYOUTS if name in anchors]
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:

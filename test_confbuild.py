@@ -8803,6 +8803,15 @@ class TestHardwareVerdict:
             verdict = verdict_over(snp(), ANY, anchors=TOY_ANCHORS, crls=[("a", seq(tbs, PSS_SHA384, bits(b"")))])
         assert failed_checks(verdict) == {"revocation list file a"}
 
+    def test_a_vek_that_names_intels_root_as_its_issuer(self) -> None:
+        """A report of version 2 takes its product from the certificate's issuer, and Intel's root is an anchor too."""
+        names = (intel_x_name(ROOT_CA), x_name("SEV-VCEK"))
+        verdict = verdict_over(
+            azure(vek=made(vek_of, names=names)), ANY, anchors=INTEL_ANCHORS, crls=[("a", TOY_LIST())]
+        )
+        assert failed_checks(verdict) == {"product"} and verdict.claims["product"] == ""
+        assert status_of(verdict, "revocation") == "not checked"
+
     def test_trust_anchors_are_shown(self) -> None:
         for files, anchors, status, actual in (
             (snp(), TOY_ANCHORS, "not checked", "given by --roots"),
