@@ -3371,7 +3371,7 @@ def package_of(uri: str) -> str:
 # ==============================================================================
 # region 17. Verdict                           [uses 6, 7, 8, 9, 10, 11, 12, 16]
 # ==============================================================================
-# verify_bundle takes the bytes of a bundle and what the caller expects, and returns a verdict [CONTRACT 4, 5.5]. Every
+# verify_bundle takes the bytes of a bundle and what a caller expects, and returns a verdict [CONTRACT 4.1, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
 # Each check compares two values that come from different places. The verdict is a set inclusion: every check that the
 # platform requires, that a bundle requires or that the caller requests has passed, and none failed. Any thread may call
@@ -4268,7 +4268,7 @@ def verify_bundle(
         "simulated"  if every required check passed and no check failed, but the evidence is simulated
         "failed"     in every other case
 
-    Raises TypeError unless now is an aware datetime. No content of bundle or endorsements raises.  [CONTRACT 4, 5.5]
+    Raises TypeError unless now is an aware datetime. No content of bundle or endorsements raises.  [CONTRACT 4.1, 5.5]
     """
     if not isinstance(now, datetime) or now.utcoffset() is None:
         raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(UTC)")
@@ -10698,7 +10698,7 @@ def names_html(headers: Strings) -> bool:
 # ==============================================================================
 # region 35. HTTP API                  [uses 18, 21, 23, 24, 30, 31, 32, 33, 34]
 # ==============================================================================
-# The HTTP server [CONTRACT 1].  Each row of ROUTES is a method of Api, which takes a Request and returns a Response or
+# The HTTP server [CONTRACT 1.1].  Each row of ROUTES is a method of Api that takes a Request and returns a Response or
 # raises Refused.  Api knows nothing about sockets; Server parses HTTP/1.1 [RFC9112] and knows nothing about builds.
 # The agent and the server set-up make one Server each.
 #
@@ -10787,6 +10787,7 @@ class Route(NamedTuple):
 
 _PROBLEM = "application/problem+json"
 _NAME = re.compile(r"\{(\w+)\}")  # in the path of a route
+# The routes [CONTRACT 1.5], and their parts.
 _ID = {"type": "string", "format": "uuid"}
 _NONCE = {"type": "string", "pattern": f"^({NONCE_PATTERN})$"}
 _RANGES = {206: "a range of it", 304: "unchanged", 416: "no such range", 503: "too many streams"}
@@ -11212,6 +11213,8 @@ def openapi_document() -> Json:
 
 def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
     """Return the route of a request and the values of the {names} in its path. HEAD has the routes of GET.
+
+    [CONTRACT 1.1]
 
     Raises Refused 404 or 405.
     """
@@ -12149,7 +12152,7 @@ def _parse_event(event: StreamEvent, position: int) -> Json:
 # region 37. Agent      [uses 8, 18, 19, 21, 22, 23, 24, 26, 28, 31, 32, 33, 35]
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
-# output [CONTRACT 6].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
+# output [CONTRACT 6.2].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
 # another child of the server, with the same life: it fetches a repository for a VM without a network.
 #
 # Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends, since
@@ -12405,7 +12408,7 @@ def run_fetcher() -> None:
 # is a VmKind: the simulated VM is a child process of this same file with a session and a workspace of its own, whose
 # builds run as the server's user, in a sandbox that protects the server as far as its kernel can; another one is
 # whatever an operator's command starts.  Neither the process nor what it reaches is trusted: only evidence says what
-# built something [CONTRACT 6].
+# built something [CONTRACT 6.4].
 #
 # VmPool boots VMs and destroys them; VmHost runs jobs in them.  Whatever a VM sends is checked: its events, its
 # failures, its bundle.  A VM costs this process one stream and no thread.
@@ -12519,7 +12522,7 @@ def own_vms(
 def command_vms(
     command: str, cleanup: str, platform: Platform, config: Mapping[str, Any], folder: str, more: Mapping[str, str]
 ) -> VmKind:
-    """Return the kind of VM that an operator's command starts anywhere.  [CONTRACT 6]
+    """Return the kind of VM that an operator's command starts anywhere.  [CONTRACT 6.1]
 
     command, cleanup: arguments, quoted as for a shell; cleanup may be empty.
     folder: keeps the name of each VM, so that the next server can clean up if this one is killed.
@@ -12664,6 +12667,8 @@ class VmClient(ApiClient):
 
 class Vm:
     """A VM that runs one build: a process with a workspace, whose standard input and output reach an agent.
+
+    [CONTRACT 6.3]
 
     job: the id of its job; `spare` if it is started before there is one.
     Raises BuildFailed VmError, or LimitError if the disk is full.
@@ -16406,7 +16411,10 @@ def _refuse_failed(path: str) -> int:
 
 
 def cmd_diff(options: "argparse.Namespace") -> int:
-    """Print how two bundles differ; 0 if they are equal, and 1 if they differ or one of them fails to verify."""
+    """Print how two bundles differ; 0 if they are equal, and 1 if they differ or one of them fails to verify.
+
+    [CONTRACT 5.9]
+    """
     now = datetime.now(UTC)
     read = [_read_verified(path, now) for path in (options.a, options.b)]
     facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
@@ -16683,7 +16691,7 @@ def cmd_sweep(options: "argparse.Namespace") -> int:
 # ==============================================================================
 # region 46. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 37, 43, 45]
 # ==============================================================================
-# The command line [CONTRACT 5]: the options of each command, their types, one row per command, help, completion, and
+# The command line [CONTRACT 5.1]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
 
 
@@ -16821,7 +16829,7 @@ _firmware = _typed(
 _time = _typed("[0-9]{4}-[0-9-]{5}T[0-9:]{8}Z", "a time such as 2026-11-23T12:00:00Z", datetime.fromisoformat)
 
 
-# Rows that several commands share.
+# Rows that several commands share  [CONTRACT 5.7, 5.8].
 _FORMAT = (
     "--format --output FORMAT",
     "progress: auto (live on a terminal), plain, json or quiet (default: auto)",

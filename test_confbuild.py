@@ -13,6 +13,7 @@ import fcntl
 import functools
 import gzip
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib.util
@@ -1336,7 +1337,7 @@ JSON_VALUES = st.recursive(
 
 class TestNames:
     def test_contract(self) -> None:
-        """Transcribed from [CONTRACT 1.6, 1.8 to 1.10, 5.3], not from the code."""
+        """Transcribed from [CONTRACT 1.6, 1.8, 1.9, 1.10, 5.3], not from the code."""
         assert (
             confbuild.EXIT_OK,
             confbuild.EXIT_NO,
@@ -3281,7 +3282,10 @@ def vek_with(*extensions: bytes) -> confbuild.Certificate:
 
 class TestCertificates:
     def test_the_pinned_keys(self) -> None:
-        """Each digest belongs to the modulus in its row; sizes, serial numbers and names follow one pattern."""
+        """Each digest belongs to the modulus in its row; sizes, serial numbers and names follow one pattern.
+
+        [CONTRACT 4.2]
+        """
         pinned = dict(confbuild.pinned_anchors())
         intel = pinned.pop("Intel")["root"]
         spki = seq(P256_SPKI, bits(b"\x04" + b"".join(c.to_bytes(32, "big") for c in intel.key[1:])))
@@ -3867,6 +3871,7 @@ class TestReport:
         ],
     )
     def test_products(self, family: int, models: Sequence[int], product: str) -> None:
+        """[CONTRACT 4.5]"""
         for model in models:
             report = report_of(cpuid_fam_id=family, cpuid_mod_id=model)
             assert [report._replace(version=version).product for version in (0, 1, 2, 3, 5, 6)] == [
@@ -3894,7 +3899,7 @@ class TestReport:
         ],
     )
     def test_signing_key(self, flags: int, kind: str) -> None:
-        """Bits 4:2 of the flags; 0 is AUTHOR_KEY_EN, 1 is MASK_CHIP_KEY, the others are reserved."""
+        """Bits 4:2 of the flags; 0 is AUTHOR_KEY_EN, 1 is MASK_CHIP_KEY, the others are reserved. [CONTRACT 4.5]"""
         assert report_of(flags=flags).signing_key == kind
 
     @pytest.mark.parametrize(
@@ -6289,6 +6294,7 @@ class TestStatement:
         ],
     )
     def test_both_generations_and_no_mixture(self, build_type: str, tools: tuple[str, ...]) -> None:
+        """[CONTRACT 3.8]"""
         confbuild.check_statement(
             statement(**{DEFINITION + "buildType": build_type, DEFINITION + "internalParameters": parameters(*tools)})
         )
@@ -6457,6 +6463,7 @@ class TestStatement:
         ],
     )
     def test_each_rule_broken_once(self, changes: dict[str, Any], message: str) -> None:
+        """[CONTRACT 3.2]"""
         with pytest.raises(confbuild.Malformed, match=r"^provenance schema: .*" + re.escape(message)):
             confbuild.check_statement(
                 statement(**{"predicate__runDetails__byproducts": [{"digest": LOCKED, "name": "a"}], **changes})
@@ -6512,7 +6519,7 @@ class TestStatement:
         assert wrong == []
 
     def test_the_inputs_that_the_root_binds(self) -> None:
-        """The three orders, word for word from [CONTRACT 3]."""
+        """The three orders, word for word from [CONTRACT 3.6]."""
 
         def entries(*tools: str) -> list[str]:
             return confbuild.merkle_entries(
@@ -6603,7 +6610,7 @@ class TestStatement:
                 confbuild.check_statement(doc)
             assert len(str(caught.value)) < 500
 
-    # The forms of [CONTRACT 3]: cargo from a registry, from git and from a folder; nix; npm, also with a scope, and as
+    # Forms of [CONTRACT 3.5]: cargo from a registry, from git and from a folder; nix; npm, also with a scope, and as
     # the tarball of a commit.
     @pytest.mark.parametrize(
         ("uri", "package"),
@@ -6648,7 +6655,7 @@ class TestStatement:
 
     @pytest.mark.parametrize("size", [40, 64])
     def test_objects_of_both_kinds_of_repository(self, size: int) -> None:
-        """SHA-1 and SHA-256, in the schema, the Merkle root, and what the caller wants of it."""
+        """SHA-1 and SHA-256, in the schema, the Merkle root, and what the caller wants of it. [CONTRACT 3.4]"""
         source = {"digest": {"gitCommit": "34" * (size // 2), "gitTree": "56" * (size // 2)}, "uri": ""}
         files = bundle(statement(**{DEFINITION + "externalParameters__source": source}))
         wanted = confbuild.Expectations(nonce=NONCE, source_commit="34" * (size // 2), source_tree="56" * (size // 2))
@@ -7058,6 +7065,7 @@ def shown(platform: str) -> frozenset[str]:
 
 class TestVerdict:
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
+        """[CONTRACT 4.4]"""
         requested: dict[str, Any] = {**OPTIONAL, "pcrs": "PCR values", "csp_id": "csp_id"}
         requested["require_tee"] = "hardware evidence"
         requested |= {"image": OF_IMAGE, "require_crl": ["revocation", "revocation list age"]}
@@ -7108,6 +7116,7 @@ class TestVerdict:
         )
 
     def test_further_names_beside_the_evidence_are_ignored(self) -> None:
+        """[CONTRACT 4.1]"""
         assert verdict_over(evidence(extra={"more": {"platform": "snp"}}), ANY).verdict == "simulated"
 
     @pytest.mark.parametrize("key", OPTIONAL)
@@ -7166,7 +7175,7 @@ class TestVerdict:
         assert detail in next(check for check in verdict_over(files, ANY).checks if check.name == name).detail
 
     def test_every_required_check_is_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The verdict is a set inclusion: a required name that nothing has made fails it."""
+        """The verdict is a set inclusion: a required name that nothing has made fails it. [CONTRACT 5.5]"""
         assert verdict_over(GOOD_BUNDLE, ANY).verdict == "simulated"
         for table, changed in (
             ("REQUIRED_OF_BUNDLE", confbuild.REQUIRED_OF_BUNDLE | {"another"}),
@@ -8213,6 +8222,7 @@ class TestHardwareVerdict:
     def test_a_change_fails_the_checks_that_are_about_it(
         self, make: Callable[[], confbuild.BundleFiles], failed: set[str], more: dict[str, Any]
     ) -> None:
+        """[CONTRACT 4.2, 4.3]"""
         endorsements: dict[str, Any] = {"anchors": THREE, **more}
         detail, expected = endorsements.pop("detail", ""), endorsements.pop("expected", confbuild.Expectations())
         if "vek" in endorsements:
@@ -8396,7 +8406,7 @@ class TestHardwareVerdict:
         ],
     )
     def test_nonce(self, nonce: str, files: Callable[[], confbuild.BundleFiles], failed: set[str]) -> None:
-        """The same of a bundle and of its evidence alone."""
+        """The same of a bundle and of its evidence alone. [CONTRACT 4.1]"""
         for alone in (False, True):
             verdict = verdict_over(
                 files(), confbuild.Expectations(nonce=nonce, evidence_only=alone), anchors=TOY_ANCHORS
@@ -8682,7 +8692,10 @@ class TestHardwareVerdict:
         ],
     )
     def test_neither_half_claims_more_than_the_other(self, builder: str, claimed: str | None, failed: set[str]) -> None:
-        """And what the evidence of a simulation says is no measurement, so that no byproduct is compared with it."""
+        """And what the evidence of a simulation says is no measurement, so that no byproduct is compared with it.
+
+        [CONTRACT 3.7]
+        """
         doc = statement(predicate__runDetails__builder__id=builder)
         doc["predicate"]["runDetails"]["byproducts"] += (
             [] if claimed is None else [{"digest": {"sha256": claimed}, "name": "measurement"}]
@@ -8705,6 +8718,7 @@ class TestHardwareVerdict:
 
     @pytest.mark.parametrize(("word", "claim"), [(b"none", "none"), (b"open", "open"), (b"ajar", None), (None, None)])
     def test_what_the_guest_could_reach(self, word: bytes | None, claim: str | None) -> None:
+        """[CONTRACT 3.7]"""
         doc = statement()
         doc["predicate"]["runDetails"]["byproducts"] += (
             [{"digest": {"sha256": hashlib.sha256(word).hexdigest()}, "name": "guest_network"}] if word else []
@@ -9273,7 +9287,7 @@ class TestTdxVerdict:
     def test_each_rule(
         self, changes: dict[str, Any], failed: str | None, expected: str | None, actual: str | None
     ) -> None:
-        """Each rule fails alone, with the expected and the actual value."""
+        """Each rule fails alone, with the expected and the actual value. [CONTRACT 4.6]"""
         verdict = self.over(tdx_bundle(td_quote(**changes)))
         assert verdict.verdict == "failed"
         if failed is not None:
@@ -9367,6 +9381,7 @@ class TestTdxVerdict:
         assert failed_checks(self.over(tdx_bundle(quote)._replace(provenance=data))) == failed
 
     def test_collateral(self) -> None:
+        """[CONTRACT 4.6]"""
         verdict = self.over(given=collateral(), require_collateral=True, require_crl=True)
         assert (verdict.verdict, failed_checks(verdict)) == ("passed", set())
         claims = verdict.claims
@@ -9391,6 +9406,7 @@ class TestTdxVerdict:
         ],
     )
     def test_statuses(self, status: str, accept: list[str], verdict: str) -> None:
+        """[CONTRACT 4.6]"""
         info = tcb_info()
         info["tcbLevels"][0]["tcbStatus"] = status
         got = self.over(given=collateral(tcb_info=info), accept_tcb=accept)
@@ -9470,6 +9486,7 @@ class TestTdxVerdict:
         assert failed_checks(self.over(tdx_bundle(td_quote(chain=chain)), given=collateral())) == {"PCK extension"}
 
     def test_event_logs(self) -> None:
+        """[CONTRACT 4.6]"""
         a, b, c = DIGESTS[:3]
         log = CCEL_HEADER + ccel_event(1, 4, a) + ccel_event(2, 4, b) + ccel_event(3, 4, c) + ccel_event(4, 4, a)
         quote = td_quote(rtmr0=extended(a), rtmr1=extended(b), rtmr2=extended(c), rtmr3=b"run time")
@@ -9486,6 +9503,7 @@ class TestTdxVerdict:
         assert self.check(verdict, "RTMR replay").expected == " ".join(extended(d).hex() for d in (a, b, c))
 
     def test_dstack(self) -> None:
+        """[CONTRACT 4.6]"""
         verdict = self.over(dstack_bundle(), compose_hash=COMPOSE_HASH.upper())
         assert (verdict.verdict, failed_checks(verdict)) == ("passed", set())
         assert verdict.claims["compose_hash"] == COMPOSE_HASH
@@ -9513,6 +9531,7 @@ class TestTdxVerdict:
         assert self.check(verdict, "compose_hash")[1:4] == ("failed", COMPOSE_HASH, "none")
 
     def test_azure(self) -> None:
+        """[CONTRACT 4.6]"""
         evidence = azure_evidence()
         del evidence["vcek"]
         runtime = confbuild.parse_hcl_report(base64.urlsafe_b64decode(evidence["hcl_report"] + "==")).runtime_data
@@ -9871,6 +9890,7 @@ class TestLineSplitter:
         ],
     )
     def test_known_answers(self, blocks: list[bytes], lines: list[str]) -> None:
+        """[CONTRACT 1.10]"""
         assert lines_of(*blocks) == lines
 
     @staticmethod
@@ -10034,7 +10054,10 @@ class TestSandbox:
         ],
     )
     def test_filter(self, monkeypatch: pytest.MonkeyPatch, machine: str, arch: int, calls: Mapping[str, int]) -> None:
-        """Source of the numbers: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h of Linux."""
+        """Source of the numbers: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h of Linux.
+
+        [CONTRACT 2.2]
+        """
         fast = 0x20000000
         table: list[tuple[str, tuple[int, ...], int]] = [
             ("prlimit", (0, 7, 1), 0),
@@ -11437,6 +11460,7 @@ class TestProject:
         ],
     )
     def test_find_project(self, tmp_path: Path, entries: list[str], source_name: str, folder: str, name: str) -> None:
+        """[CONTRACT 1.11]"""
         for entry in entries:
             if entry.endswith("@"):
                 (tmp_path / entry).symlink_to("/")
@@ -11455,6 +11479,7 @@ class TestProject:
     @example("a" * 300)
     @example("a\n")
     def test_safe_name(self, name: str) -> None:
+        """[CONTRACT 1.11]"""
         plain = confbuild.safe_name(name)
         assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", plain) and plain not in (".", "..")
         assert confbuild.safe_name(plain) == plain
@@ -12220,6 +12245,7 @@ class TestFetch:
         )
 
     def test_limits_of_a_tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 3.4]"""
         repository = write_files(
             tmp_path / "r", {"a/b/c": "x" * 300_000, "d": "y" * 100_000, ".gitmodules": ""}, commit=True
         )
@@ -12397,6 +12423,7 @@ class TestHistory:
         change: Callable[[Path], Any],
         complaint: str,
     ) -> None:
+        """[CONTRACT 3.4]"""
         clone = tmp_path / "source" / 'a "clone"'
         shutil.copytree(pristine, clone, symlinks=True)
         change(clone)
@@ -12415,7 +12442,7 @@ class TestHistory:
         assert sorted(os.listdir(clone.parent)) == before, "nothing ran, nothing is left"
 
     def test_a_large_commit(self, tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of which no more than the size is read."""
+        """Of which no more than the size is read. [CONTRACT 3.4]"""
         size = int(git(pristine, "cat-file", "-s", "HEAD"))
         monkeypatch.setattr(confbuild, "MAX_COMMIT", size)
         assert confbuild.believe_history(str(pristine), ORACLE_ENV)[0] == git(pristine, "rev-parse", "HEAD")
@@ -12487,6 +12514,7 @@ class TestCheckout:
     def test_no_program_of_a_checkout_runs(
         self, tmp_path: Path, kind: str, state: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """[CONTRACT 2.2, 3.4]"""
         root, marker = (
             write_files(
                 tmp_path / "demo",
@@ -12747,6 +12775,7 @@ class TestPackDirectory:
         ids=["none", "password", "token", "scp"],
     )
     def test_clean(self, tmp_path: Path, origin: str, kept: str) -> None:
+        """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         git(root, "commit", "-q", "--allow-empty", "-m", "two")
         if origin:
@@ -12789,6 +12818,7 @@ class TestPackDirectory:
         ],
     )
     def test_as_they_are(self, tmp_path: Path, change: Callable[[Path], Any], why: str, gone: str, new: str) -> None:
+        """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         git(root, "remote", "add", "origin", "https://user:hunter2@example.com/x.git")
         change(root)
@@ -12800,6 +12830,7 @@ class TestPackDirectory:
         assert packed.tree == git(root, "write-tree"), "git is the oracle for what git would track"
 
     def test_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         inner = write_files(root / "demo", {"Cargo.toml": "", "target/y": "no"})
         packed, members, _ = self.pack(inner, tmp_path)
@@ -12826,7 +12857,10 @@ class TestPackDirectory:
         assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.tree
 
     def test_the_last_bundle_is_no_source(self, tmp_path: Path) -> None:
-        """Neither the bundle of `build .` nor one with another name, an unverified one, or one in a folder."""
+        """Neither the bundle of `build .` nor one with another name, an unverified one, or one in a folder.
+
+        [CONTRACT 5.4]
+        """
         root = self.repository(tmp_path)
         bundle_files = {"provenance.json": "{}", "evidence.json": "{}", "artifacts/demo": "x"}
         for folder in ("demo-build", "other", "dist/bundle"):
@@ -12981,6 +13015,7 @@ class TestSources:
 
     @pytest.mark.parametrize("name", CONVERSIONS)
     def test_no_difference(self, tmp_path: Path, name: str) -> None:
+        """[CONTRACT 3.4, 5.4]"""
         files, text = CONVERSIONS[name]
         root = self.repository(tmp_path, files)
         sh(root, text)
@@ -12989,7 +13024,7 @@ class TestSources:
         assert packed[:3] == (f"commit {head}", tree, head)
 
     def test_skipped(self, tmp_path: Path) -> None:
-        """git never looks at the file; the note does."""
+        """git never looks at the file; the note does. [CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         git(root, "update-index", "--skip-worktree", "a.txt")
         (root / "a.txt").write_text("mine")
@@ -12998,6 +13033,7 @@ class TestSources:
 
     @pytest.mark.parametrize("names", DIFFERENCES)
     def test_the_first_five_differences(self, tmp_path: Path, names: str) -> None:
+        """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         sh(root, DIFFERENCES[names])
         packed, _ = self.pack(root, tmp_path)
@@ -13016,7 +13052,7 @@ class TestSources:
 
     @pytest.mark.parametrize("value, refused", [("=lfs", True), ("=git-crypt", True), ("", False)])
     def test_filters(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, refused: bool) -> None:
-        """Not even the user's own filters run."""
+        """Not even the user's own filters run. [CONTRACT 2.2]"""
         root = self.repository(tmp_path, {".gitattributes": f"*.bin filter{value}\n", "src/b.bin": "pointer"})
         (tmp_path / "gitconfig").write_text(
             f'[filter "lfs"]\nclean = touch {tmp_path}/ran\nprocess = touch {tmp_path}/ran\nrequired = true\n'
@@ -13040,7 +13076,7 @@ class TestSources:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_a_work_tree_of_somebody_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """git refuses it, and so do we; the user's own configuration can say otherwise."""
+        """git refuses it, and so do we; the user's own configuration can say otherwise. [CONTRACT 5.4]"""
         root = self.repository(tmp_path, {".gitignore": ".env\n"})
         (root / ".env").write_text("SECRET=1")
         head = git(root, "rev-parse", "HEAD")
@@ -13085,7 +13121,7 @@ class TestSources:
 
     @pytest.mark.parametrize("changed", [False, True])
     def test_files_that_archives_never_contain(self, tmp_path: Path, changed: bool) -> None:
-        """Both ends leave them out, and the commit stays."""
+        """Both ends leave them out, and the commit stays. [CONTRACT 3.4]"""
         root = self.repository(tmp_path, {".DS_Store": "x", "docs/__MACOSX/y": "y", "docs/z": "z"})
         if changed:
             (root / "a.txt").write_text("x")
@@ -13112,7 +13148,7 @@ class TestSources:
         assert self.pack(root, tmp_path)[0].note.startswith("5 files as they are")
 
     def test_tags(self, tmp_path: Path) -> None:
-        """For `git describe`: those of HEAD, also if they are packed or annotated, and no others."""
+        """For `git describe`: those of HEAD, also if they are packed or annotated, and no others. [CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         git(root, "tag", "old")
         git(root, "commit", "-q", "--allow-empty", "-m", "two")
@@ -13140,7 +13176,7 @@ class TestSources:
         assert git(tmp_path / "o", "tag").split() == ["a", "b"]
 
     def test_submodules_by_url(self, tmp_path: Path, origin: dict[str, str]) -> None:
-        """Their folders are empty, and the commit stays."""
+        """Their folders are empty, and the commit stays. [CONTRACT 2.2]"""
         got = fetch(tmp_path, f"{origin['file']}/modules")
         head, tree = git(got, "rev-parse", "HEAD"), git(got, "rev-parse", "HEAD^{tree}")
         found = confbuild.believe_history(str(got), ORACLE_ENV)
@@ -13148,6 +13184,7 @@ class TestSources:
         assert found.submodules["sub"]["digest"] == {"gitCommit": origin["main"]}
 
     def test_submodules_in_submodules(self, tmp_path: Path) -> None:
+        """[CONTRACT 3.4, 3.5]"""
         inner = write_files(tmp_path / "inner", {"i": "i"}, commit=True)
         outer = write_files(tmp_path / "outer", {"o": "o"})
         git(outer, "init", "-q")
@@ -13248,6 +13285,7 @@ class TestDetect:
         assert confbuild.detect_toolchains(str(tmp_path))[0].name == name
 
     def test_a_marker_is_a_regular_file(self, tmp_path: Path) -> None:
+        """[CONTRACT 2.1]"""
         (tmp_path / "flake.nix").mkdir()
         (tmp_path / "other").touch()
         (tmp_path / "Cargo.lock").symlink_to("other")
@@ -13260,7 +13298,7 @@ class TestDetect:
     MARKERS = ("confbuild.toml", "flake.nix", "Cargo.lock", "pnpm-lock.yaml", "package-lock.json", "go.mod")
 
     def test_every_toolchain_in_the_order_of_the_contract(self, tmp_path: Path) -> None:
-        """confbuild.toml wins, because somebody wrote it for us; a name chooses one."""
+        """confbuild.toml wins, because somebody wrote it for us; a name chooses one. [CONTRACT 2.1]"""
         names = ["own", "nix", "cargo", "pnpm", "npm", "go"]
         write_files(tmp_path, dict.fromkeys(self.MARKERS, ""))
         assert [toolchain.name for toolchain in confbuild.detect_toolchains(str(tmp_path))] == names
@@ -13323,6 +13361,7 @@ class TestPrograms:
         return tmp_path / "bin"
 
     def test_a_shim_is_asked_inside_of_the_project(self, tmp_path: Path, rustup: Path) -> None:
+        """[CONTRACT 2.2]"""
         for name in ("old", "new"):
             project_path = str(tmp_path / ("project-" + name))
             found = confbuild.find_program("cargo", project_path, on_path(rustup))
@@ -13411,6 +13450,7 @@ class TestOutsideInfluence:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_each_name_above_the_project(self, tmp_path: Path, name: str) -> None:
+        """[CONTRACT 2.2]"""
         inside = tmp_path / "a" / "b" / "project"
         (inside / name).parent.mkdir(parents=True)
         (inside / name).touch()
@@ -13553,6 +13593,7 @@ class TestCargoDependencies:
         ],
     )
     def test_what_is_recorded(self, tmp_path: Path, lock: str, expected: list[dict[str, Any]]) -> None:
+        """[CONTRACT 3.5]"""
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         (tmp_path / "crates" / "x").mkdir(parents=True)
         (tmp_path / "crates" / "x" / "Cargo.toml").write_text('[package]\nname = "member"\n')
@@ -13607,7 +13648,10 @@ class TestCargoDependencies:
         ],
     )
     def test_crates_from_folders(self, tmp_path: Path, config: str, files: Any, genuine: bool) -> None:
-        """What is compiled from a folder of the source is named as such, unless its files are those of the crate."""
+        """What is compiled from a folder of the source is named as such, unless its files are those of the crate.
+
+        [CONTRACT 3.5]
+        """
         config = config.replace("@", '[source.v]\ndirectory = "v"\n')
         folder = write_files(tmp_path / "v/libc", self.CRATE)
         tree = confbuild.git_tree(str(folder), [*self.CRATE], "sha256")
@@ -13636,6 +13680,7 @@ class TestCargoDependencies:
         ],
     )
     def test_folders_outside(self, tmp_path: Path, config: str, fragment: str) -> None:
+        """[CONTRACT 3.5]"""
         demo = write_files(tmp_path / "demo", {".cargo/config.toml": config, "v/x": ""})
         (demo / "link").symlink_to(tmp_path)
         lock = entry(source=REGISTRY, checksum=SHA).encode()
@@ -13830,6 +13875,7 @@ class TestCargoDependencies:
 
 class TestPlanCargo:
     def test_the_plan(self, tmp_path: Path, stub_path: str) -> None:
+        """[CONTRACT 2.1]"""
         (tmp_path / "Cargo.lock").write_text(LOCK + entry(source=REGISTRY, checksum=SHA))
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
@@ -13880,7 +13926,10 @@ class TestPlanCargo:
     @pytest.mark.parametrize("link", ["demo/target/release", "demo/target", "demo", "."])
     @pytest.mark.parametrize("target", ["/usr/bin", "real", "nowhere", "itself"])
     def test_a_link_on_the_way(self, tmp_path: Path, link: str, target: str) -> None:
-        """A build replaces any part of target/release by a link: nothing behind the link is an artifact."""
+        """A build replaces any part of target/release by a link: nothing behind the link is an artifact.
+
+        [CONTRACT 2.2]
+        """
         project = tmp_path / "source/demo"
         script(project / "target/release/demo", "")
         assert [name for name, _ in confbuild.collect_cargo(str(project), b"")] == ["demo"]
@@ -13992,6 +14041,7 @@ class TestPnpm:
         return confbuild.pnpm_dependencies(lock.encode() if isinstance(lock, str) else lock, folder)
 
     def test_every_entry_as_kettle_writes_it(self, tmp_path: Path) -> None:
+        """[CONTRACT 3.5]"""
         text = PNPM_LOCK.replace("integrity: @1", "integrity: " + self.SHORT)
         text = text.replace("integrity: @2", "integrity: " + self.INTEGRITY).replace("@3", "12" * 20)
         url = "https://codeload.github.com/o/r/tar.gz/" + "12" * 20
@@ -14075,10 +14125,14 @@ class TestPnpm:
             assert e.error_type == "SourceError"
 
     def test_the_plan(self, tmp_path: Path) -> None:
+        """[CONTRACT 2.1]"""
         write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n"})
         plan = inputs_of(tmp_path)
         assert plan.steps == [["pnpm", "install", "--frozen-lockfile"], ["pnpm", "build"]]
         assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
+        # pnpm runs as installed, whatever `packageManager` names.
+        assert plan.env["npm_config_manage_package_manager_versions"] == "false"
+        assert plan.env["npm_config_package_manager_strict"] == "false"
 
 
 class TestNpm:
@@ -14135,6 +14189,7 @@ class TestNpm:
         ],
     )
     def test_what_is_recorded(self, path: str, entry: dict[str, Any], uri: str, digest: dict[str, str]) -> None:
+        """[CONTRACT 3.5]"""
         found = self.read({"": {"name": "demo"}, path: {"version": "1.0.0", "integrity": self.SHA512, **entry}})
         name = uri.partition("/")[2].rpartition("@1.0.0")[0]
         assert found == [{"digest": digest, "name": name, "uri": uri.replace("INTEGRITY", self.SHA512)}]
@@ -14143,7 +14198,10 @@ class TestNpm:
         confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=found))
 
     def test_what_has_no_entry(self) -> None:
-        """The project, its workspaces, links to them, and what lies in the tarball of another package."""
+        """The project, its workspaces, links to them, and what lies in the tarball of another package.
+
+        [CONTRACT 3.5]
+        """
         rows = {
             "": {"name": "demo"},
             "packages/one": {"version": "1.0.0"},
@@ -14193,6 +14251,7 @@ class TestNpm:
         ],
     )
     def test_the_plan(self, tmp_path: Path, scripts: Any, last: list[str], outputs: Sequence[str]) -> None:
+        """[CONTRACT 2.1]"""
         lock = json.dumps({"lockfileVersion": 3, "packages": {}})
         write_files(tmp_path, {"package.json": json.dumps({"scripts": scripts}), "package-lock.json": lock})
         plan = inputs_of(tmp_path)
@@ -14250,7 +14309,7 @@ class TestGo:
         }
 
     def test_what_is_recorded(self, tmp_path: Path) -> None:
-        """The modules of go.mod that have a hash; before Go 1.17 it lists only a part of them."""
+        """The modules of go.mod that have a hash; before Go 1.17 it lists only a part of them. [CONTRACT 3.5]"""
         assert self.read(tmp_path) == [self.TEXT, self.QUOTE, self.SAMPLER]
         stale = GO_SUM + "old.example.org/y v0.1.0 h1:" + base64.b64encode(bytes(32)).decode() + "\n"
         assert self.read(tmp_path, sums=stale) == [self.TEXT, self.QUOTE, self.SAMPLER]
@@ -14298,6 +14357,7 @@ class TestGo:
         assert fragment in message
 
     def test_the_plan(self, tmp_path: Path) -> None:
+        """[CONTRACT 2.1]"""
         plan = inputs_of(write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM}))
         assert [" ".join(step) for step in plan.steps] == [
             "go mod download",
@@ -14315,6 +14375,7 @@ RECIPE = 'command = ["make", "all"]\nartifacts = ["out/*"]\n'
 
 class TestOwn:
     def test_the_plan(self, tmp_path: Path) -> None:
+        """[CONTRACT 2.1]"""
         more = 'inputs = ["b.lock", "a/x y.lock"]\nprograms = ["gcc", "make"]\noutputs = ["out", "a/b"]\n'
         write_files(tmp_path, {"confbuild.toml": RECIPE + more, "a/x y.lock": "1", "b.lock": "2"})
         plan = inputs_of(tmp_path)
@@ -14496,6 +14557,7 @@ class TestNixDerivations:
         confbuild.check_statement(statement(predicate__buildDefinition__resolvedDependencies=fetches))
 
     def test_three_are_three_and_sorted_by_name(self) -> None:
+        """[CONTRACT 3.5]"""
         row = {"outputs": {"out": {"method": "nar", "hash": SRI["sha256"]}}}
         table = {
             f"{i:032}-{name}.drv": {**row, "name": name, "env": {"urls": ["https://a/", "https://b/"]}}
@@ -14679,6 +14741,7 @@ class TestPlanNix:
     def test_each_version_in_its_own_words(
         self, tmp_path: Path, nix: Path, version: str, show: str, printing: str
     ) -> None:
+        """[CONTRACT 2.1]"""
         (nix / "version").write_text(version + "\n")
         (nix / "derivations").write_bytes(SHAPES["2.8" if printing == "--json" else "2.33"][0])
         plan = plan_flake(tmp_path, nix)
@@ -15004,6 +15067,7 @@ class TestAttester:
         )
 
     def test_evidence_says_what_it_is(self) -> None:
+        """[CONTRACT 4.4]"""
         doc = json.loads(confbuild.simulated_evidence(confbuild.report_data(b"abc", NONCE)))
         assert list(doc) == ["platform", "evidence"] and doc["platform"] == "simulated"
         assert (
@@ -15187,7 +15251,7 @@ class TestAttester:
                 confbuild.get_report(bytes(range(64)))
 
     def test_a_td(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        """A quote from configfs-tsm, with the log of measurements if it can be read, and it verifies."""
+        """A quote from configfs-tsm, with the log of measurements if it can be read, and it verifies. [CONTRACT 5.1]"""
         root, log, file = tmp_path / "report", tmp_path / "CCEL", tmp_path / "provenance.json"
         root.mkdir()
         tsm = Configfs(root, monkeypatch, provider=b"tdx_guest\n")
@@ -15430,7 +15494,7 @@ def packed(path: Path, data: bytes) -> str:
 
 class TestBundle:
     def test_the_archive_is_deterministic(self, tmp_path: Path) -> None:
-        """Whatever the files' times, modes, owner, folder, or the archive's own name are."""
+        """Whatever the files' times, modes, owner, folder, or the archive's own name are. [CONTRACT 1.11]"""
         contents = {"a.sh": b"1", "demo": b"artifact", "n" * 150: b"", "\u00e9": b"\0" * 70_000}
         one, two = (
             folder_of(tmp_path / "one", GOOD_BUNDLE, contents),
@@ -15666,6 +15730,8 @@ class TestBundle:
             )
 
     def test_odd_directories(self, tmp_path: Path) -> None:
+        """[CONTRACT 5.5]"""
+
         def made(name: str) -> Path:
             return folder_of(tmp_path / name, GOOD_BUNDLE, {"demo": b"artifact"})
 
@@ -15697,7 +15763,10 @@ class TestBundle:
     @pytest.mark.parametrize("place", [place for _, place in OLDER], ids=[name for name, _ in OLDER])
     @pytest.mark.parametrize("where", [("artifacts/demo",), ("demo",), ("demo", "artifacts/demo")], ids=" and ".join)
     def test_older_layouts(self, tmp_path: Path, where: Sequence[str], place: Callable[[str], str]) -> None:
-        """As an archive and a directory; an artifact in artifacts/, next to the provenance, or both; an extra file."""
+        """As an archive and a directory; an artifact in artifacts/, next to the provenance, or both; an extra file.
+
+        [CONTRACT 5.5]
+        """
 
         def both(more: Mapping[str, bytes]) -> Iterator[confbuild.BundleFiles]:
             files = {
@@ -15768,7 +15837,10 @@ class TestBundle:
         assert (verdict_over(found, ANY).verdict == "failed") is not equal
 
     def test_evidence_alone(self, tmp_path: Path) -> None:
-        """Only on request: the names of all other files then come with it, and none of them is opened."""
+        """Only on request: the names of all other files then come with it, and none of them is opened.
+
+        [CONTRACT 5.5]
+        """
         root = write_files(tmp_path / "b", {"evidence.json": GOOD_BUNDLE.evidence})
         assert confbuild.read_bundle(str(root)) == confbuild.BundleFiles(None, GOOD_BUNDLE.evidence, {})
         assert status_of(verdict_over(confbuild.read_bundle(str(root)), ANY), "provenance form") == "failed"
@@ -15962,6 +16034,7 @@ def commit_all(folder: Path) -> Path:
 
 class TestBuildEnvironment:
     def test_what_passes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 2.2]"""
         (tmp_path / ".rustup").mkdir()
         environ = {
             "PATH": "/bin",
@@ -16071,7 +16144,7 @@ class TestTakeArtifacts:
         assert (tmp_path / "copies" / "a b").read_bytes() == b"artifact"
 
     def test_a_directory_is_packed(self, tmp_path: Path) -> None:
-        """The same files give the same bytes, whatever their times and modes are."""
+        """The same files give the same bytes, whatever their times and modes are. [CONTRACT 2.1]"""
         data = []
         for name, mode in (("one", 0o600), ("two", 0o644)):
             folder = write_files(tmp_path / name / "dist", {"b/x": "1", "a": "2", ".hidden": "3"})
@@ -16138,6 +16211,7 @@ class TestMakeStatement:
         )
 
     def test_known(self) -> None:
+        """[CONTRACT 3.1, 3.3]"""
         data = self.make(plan())
         doc = json.loads(data)
         assert data == json.dumps(doc, indent=2, ensure_ascii=False).encode()
@@ -16330,7 +16404,10 @@ artifacts = ["o"]
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces")
     @needs("git")
     def test_a_build_repeats(self, tmp_path: Path) -> None:
-        """Neither the checkout's name and times nor the server's locale, umask, user and TMPDIR show in an artifact."""
+        """Neither the checkout's name and times nor the server's locale, umask, user and TMPDIR show in an artifact.
+
+        [CONTRACT 2.2, 3.7]
+        """
         shown = "echo $SOURCE_DATE_EPOCH $LANG $LC_ALL $TZ $USER; umask; hostname; stat -c %Y d d/f l"
         # A link into another folder is what Landlock refuses without a rule for the root.
         script = f"{{ {shown}; }} > o; pwd; ln d/f f; mkdir $TMPDIR/x; ln d/f $TMPDIR/x"
@@ -16360,13 +16437,13 @@ artifacts = ["o"]
     @needs("git")
     @pytest.mark.parametrize(("date", "time_s"), [("1600000000 +0130", 1600000000), ("@5 +0000", confbuild.EPOCH)])
     def test_time_of_a_commit(self, tmp_path: Path, date: str, time_s: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is the committer's; zip files know no year before 1980."""
+        """It is the committer's; zip files know no year before 1980. [CONTRACT 2.2]"""
         demo = write_files(tmp_path / "demo", {"a": "x"})
         monkeypatch.setitem(ORACLE_ENV, "GIT_COMMITTER_DATE", date)
         assert confbuild.believe_history(str(commit_all(demo)), ORACLE_ENV).time == time_s
 
     def test_conditions(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The processor's model and features count, its speed and the number of its cores do not."""
+        """The processor's model and features count, its speed and the number of its cores do not. [CONTRACT 3.7]"""
 
         def cpu(*lines: str) -> str:
             text = "".join(f"{line}\n" for line in lines).encode()
@@ -16409,7 +16486,10 @@ artifacts = ["o"]
     @pytest.mark.parametrize("history", ["none", "untracked", "committed"])
     @needs("git")
     def test_a_planted_output(self, tmp_path: Path, stub_path: str, history: str) -> None:
-        """A target directory of earlier builds is not part of the source, even if tracked; the result verifies."""
+        """A target directory of earlier builds is not part of the source, even if tracked; the result verifies.
+
+        [CONTRACT 2.1]
+        """
         demo = write_files(tmp_path / "demo", project(QUICK + "chmod +x target/release/*\n"))
         if history == "untracked":
             commit_all(demo)
@@ -16444,7 +16524,7 @@ artifacts = ["o"]
         assert definition["externalParameters"]["source"]["digest"]["gitTree"] == tree
 
     def test_a_flake_that_cannot_be_built(self, tmp_path: Path, nix: Path, stub_path: str) -> None:
-        """The next toolchain builds, with .git and flake.lock as they were; both markers are named."""
+        """The next toolchain builds, with .git and flake.lock as they were; both markers are named. [CONTRACT 2.1]"""
         (nix / "error").write_text("warning: x\nerror: does not provide attribute 'packages.x86_64-linux.default'\n")
         (nix / "lock").write_text("written by nix")
         check = "test -e .git && test ! -e flake.lock || exit 9; " + QUICK
@@ -16466,6 +16546,7 @@ artifacts = ["o"]
         assert built.result and built.result["error"].startswith("`nix derivation show` failed: error: does not")
 
     def test_a_folder_and_chosen_artifacts(self, tmp_path: Path, stub_path: str) -> None:
+        """[CONTRACT 2.1]"""
         build = QUICK + "echo so > target/release/libdemo.so; echo 1 > other.txt"
         demo = write_files(tmp_path / "demo", {"README": "x", "target/kept": "y"})
         write_files(demo / "a b", {**project(build), "target/release/evil": "x"})
@@ -16495,6 +16576,7 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
 """
 
     def test_the_network_is_closed_after_fetching(self, tmp_path: Path) -> None:
+        """[CONTRACT 2.1]"""
         script(tmp_path / "bin/pnpm", self.PNPM)
         script(tmp_path / "bin/node", "echo v22.12.0\n")
         files = {
@@ -16892,6 +16974,7 @@ class TestRealPnpm:
         part = "      part:\n        specifier: link:part\n        version: link:part\n"
         scripts = {"build": "mkdir dist && node build.js"}
         package = {"name": "demo", "version": "1.0.0", "scripts": scripts, "dependencies": {"part": "link:part"}}
+        package["packageManager"] = "pnpm@1.2.3"  # another version than the one that runs
         files = {
             "package.json": json.dumps(package),
             "pnpm-lock.yaml": f"lockfileVersion: '9.0'\n\nimporters:\n\n  .:\n    dependencies:\n{part}",
@@ -17090,7 +17173,10 @@ class TestDiff:
         assert parts[1]["platform"] == "simulated"
 
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """Exit status 0 for equal bundles, 1 for others and for one that fails to verify, 2 for what is none."""
+        """Exit status 0 for equal bundles, 1 for others and for one that fails to verify, 2 for what is none.
+
+        [CONTRACT 5.9]
+        """
         other = bundle(statement(predicate__buildDefinition__externalParameters__source__uri="https://a/\x1b[1m"))
         a, b = write_bundle(tmp_path / "a", GOOD_BUNDLE), write_bundle(tmp_path / "b", other)
         assert confbuild.main(["diff", str(a), str(a)]) == 0
@@ -17218,14 +17304,14 @@ class TestRebuild:
         ],
     )
     def test_options(self, command: str, kind: str, expected: tuple[str, str, list[str]]) -> None:
-        """What was asked for is read from the recorded command."""
+        """What was asked for is read from the recorded command. [CONTRACT 5.9]"""
         options = argparse.Namespace(bundle="b", source="d")
         confbuild._request_again(options, self.facts(command, kind))
         assert (options.toolchain, options.subdir, options.artifacts) == expected
         assert (options.ref, options.tree, options.submodules) == ("", "12" * 20, False)
 
     def test_source(self) -> None:
-        """The recorded repository at the recorded commit, or what --source names."""
+        """The recorded repository at the recorded commit, or what --source names. [CONTRACT 5.9]"""
         recorded = self.facts("make", uri="https://h/r.git", gitCommit="34" * 20)
         for named, source, ref in (
             ("", "https://h/r.git", "34" * 20),
@@ -17270,6 +17356,8 @@ class TestRebuild:
         status: int,
         said: str,
     ) -> None:
+        """[CONTRACT 5.9]"""
+
         def build(options: types.SimpleNamespace) -> int:
             digest = hashlib.sha256(artifact).hexdigest()
             doc = statement(subject=[{"digest": {"sha256": digest}, "name": "demo"}], **changes)
@@ -17362,6 +17450,7 @@ class TestSbom:
         assert validator.validate_str(text.replace('"SHA-256"', '"SHA-257"')) is not None
 
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """[CONTRACT 5.9]"""
         folder = write_bundle(tmp_path / "a", GOOD_BUNDLE)
         assert confbuild.main(["sbom", str(folder)]) == 0
         found = json.loads(capsys.readouterr().out)
@@ -17385,7 +17474,7 @@ class TestVsa:
         return predicate["verificationResult"], predicate["verifiedLevels"]
 
     def test_levels(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """[SLSA] 1.0: level 2 only if the caller named the VM whose hardware signed the evidence."""
+        """[SLSA] 1.0: level 2 only if the caller named the VM whose hardware signed the evidence. [CONTRACT 5.9]"""
         simulated = ["SLSA_BUILD_LEVEL_1", "CONFBUILD_SIMULATED"]
         assert self.levels(GOOD_BUNDLE, True) == ("PASSED", simulated)
         named = confbuild.simulated_measurement().hex()
@@ -17401,7 +17490,7 @@ class TestVsa:
             assert summary["predicate"]["verifiedLevels"] == levels
 
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """The summary names subjects, documents, time and policy; two policies have two digests."""
+        """The summary names subjects, documents, time and policy; two policies have two digests. [CONTRACT 5.9]"""
         folder, vsa = write_bundle(tmp_path / "a", GOOD_BUNDLE), tmp_path / "vsa.json"
         policies = set()
         for options, result in (
@@ -17574,7 +17663,7 @@ class TestEventLog:
         assert (tmp_path / "log").read_bytes() == before + frames(sent(COMPLETE_EVENT), 2)[0]
 
     def test_sync(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The whole log is synced before anybody sees `complete`; if that fails, there is none."""
+        """The whole log is synced before anybody sees `complete`; if that fails, there is none. [CONTRACT 1.7, 1.15]"""
         seen: list[tuple[int, bool]] = []
         log = confbuild.EventLog(str(tmp_path / "log"), lambda log: seen.append((log.count, log.finished)))
         monkeypatch.setattr(os, "fsync", lambda fd: seen.append((fd, log.finished)))
@@ -17592,7 +17681,7 @@ class TestEventLog:
         assert (log.count, log.size, log.finished) == (0, 0, False) and (tmp_path / "other").stat().st_size == 0
 
     def test_complete(self, tmp_path: Path) -> None:
-        """Only a real `complete` finishes a log; nothing comes after it."""
+        """Only a real `complete` finishes a log; nothing comes after it. [CONTRACT 1.7]"""
         log = confbuild.EventLog(str(tmp_path / "log"))
         log.append(confbuild.to_payloads("build", ['{"type":"complete",', '\ndata: {"type":"complete",']))
         assert not log.finished and not confbuild.EventLog(str(tmp_path / "log")).finished
@@ -17702,7 +17791,10 @@ class TestStreamer:
         assert wait_for(lambda: watcher.sock.fileno() == -1) and d.streamer.files == 0
 
     def test_slow_reader(self, desk: Callable[..., Desk]) -> None:
-        """A client that does not read delays neither the appender nor other clients, and gets everything in the end."""
+        """A client that does not read delays neither the appender nor other clients, and gets everything in the end.
+
+        [CONTRACT 1.7]
+        """
         d = desk()
         slow = [d.watch(rcvbuf=4096, chunked=chunked)[0] for chunked in (True, False)]
         fast, _ = d.watch()
@@ -17713,7 +17805,10 @@ class TestStreamer:
         assert dechunk(read_all(slow[0])) == data == read_all(slow[1])
 
     def test_keepalive_and_departures(self, desk: Callable[..., Desk]) -> None:
-        """After a silence come comments, which detect closed peers; a half-closed peer is still served."""
+        """After a silence come comments, which detect closed peers; a half-closed peer is still served.
+
+        [CONTRACT 1.7]
+        """
         d = desk(keepalive_s=0.2)
         d.append("one")
         (stays, _), (closed, closing), (reset, resetting), (half, _) = (d.watch(start) for start in (0, 0, 1, 1))
@@ -17735,7 +17830,10 @@ class TestStreamer:
         assert dechunk(read_all(half)).replace(b": keepalive\n\n", b"") == data[d.log.offset_of(1) :]
 
     def test_stalled_reader(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
-        """A client that takes nothing is disconnected, and can resume; one that waits for events is not."""
+        """A client that takes nothing is disconnected, and can resume; one that waits for events is not.
+
+        [CONTRACT 1.7, 1.11]
+        """
         d = desk(stall_s=0.2)
         d.append(*["s" * 500] * 20_000)
         waits, waiting = d.watch(20_000)
@@ -17818,7 +17916,10 @@ class TestStreamer:
         assert len(read_all(socks[1])) < d.log.size
 
     def test_random_readers(self, desk: Callable[..., Desk]) -> None:
-        """Readers come at any time and begin anywhere; each gets the bytes from its start, and nothing else."""
+        """Readers come at any time and begin anywhere; each gets the bytes from its start, and nothing else.
+
+        [CONTRACT 1.7]
+        """
         for seed in range(8):
             rng, d = random.Random(seed), desk()
             readers: list[tuple[int, bool, socket.socket]] = []
@@ -17959,7 +18060,7 @@ class TestJobs:
             assert (status, json.loads(body)["error_type"]) == (400, "InvalidFrom"), bad
 
     def test_failures(self, server: Callable[..., Server]) -> None:
-        """Each error_type that a build can bring about, end to end; a slot outlives them all."""
+        """Each error_type that a build can bring about, end to end; a slot outlives them all. [CONTRACT 1.9]"""
         s = server("--slots", "2", "--build-timeout", "2")
         depth = "a/" * 70 + "x"
         bad = base64.b64encode(b"\x1f\x8b\x08 and no more").decode()
@@ -18054,7 +18155,10 @@ class TestJobs:
             assert home and not os.path.exists(home[1])  # the VM is gone, and its workspace
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """After kill -9 at two random moments, each client has every event once, and each job is complete."""
+        """After kill -9 at two random moments, each client has every event once, and each job is complete.
+
+        [CONTRACT 1.8]
+        """
         s, rng = server("--slots", "2"), random.Random(4)
         build = "echo pid $$\nfor i in $(seq 0 99); do seq $((i*100+1)) $((i*100+100)); sleep 0.006; done\n" + QUICK
         followers = [Follower(s, s.submit(project(build))) for _ in range(2)]
@@ -18083,7 +18187,10 @@ class TestJobs:
             wait_for(lambda pids: not any(map(living, pids)), pids)
 
     def test_killed_thrice(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """A build fails after its server has died three times. Waiting jobs keep order, finished ones their bytes."""
+        """A build fails after its server has died three times. Waiting jobs keep order, finished ones their bytes.
+
+        [CONTRACT 1.8]
+        """
         s = server()
         done = s.submit()
         s.events(done)
@@ -18115,7 +18222,10 @@ class TestJobs:
         wait_for(lambda: not any(map(living, pids)))
 
     def test_grace(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """SIGTERM: nothing more is accepted, the running build finishes, the waiting one waits for the next server."""
+        """SIGTERM: nothing more is accepted, the running build finishes, the waiting one waits for the next server.
+
+        [CONTRACT 1.15]
+        """
         s = server("--grace", "30")
         first, second = s.submit(project(gated(tmp_path / "gate"))), s.submit()
         until(s, first)
@@ -18136,7 +18246,10 @@ class TestJobs:
         assert s.events(second)[-1]["result"] == {"status": "ok"}
 
     def test_parked(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """The next server runs a build that outlasted --grace, as the same attempt. A state has only one server."""
+        """The next server runs a build that outlasted --grace, as the same attempt. A state has only one server.
+
+        [CONTRACT 1.15]
+        """
         s = server("--grace", "0.1")
         job = s.submit(project(f"echo $$; {gated(tmp_path / 'gate')}"))
         pid = int(until(s, job)["msg"])
@@ -18236,7 +18349,10 @@ class TestJobs:
             assert (folder / "events").read_bytes().count(b'"type":"complete"') == 1
 
     def test_positions(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A position is told on entry, exactly before the start, and in between at most once in ANNOUNCE_S."""
+        """A position is told on entry, exactly before the start, and in between at most once in ANNOUNCE_S.
+
+        [CONTRACT 1.8]
+        """
         clock, gate = [1000.0], threading.Semaphore(0)
         monkeypatch.setattr(confbuild, "time", types.SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
 
@@ -18530,7 +18646,7 @@ class TestState:
         ],
     )
     def test_foreign_files(self, tmp_path: Path, kind: str, status: str, name: str) -> None:
-        """What is no file of ours makes its job damaged, and is left alone; the others are built."""
+        """What is no file of ours makes its job damaged, and is left alone; the others are built. [CONTRACT 1.15]"""
         store(tmp_path, 1)
         folder = store(tmp_path, 2, status)
         store(tmp_path, 3, "queued")
@@ -18729,7 +18845,7 @@ class TestState:
         assert sorted(os.listdir(jobs_ / job_id(5))) == ["notes", "source"]
 
     def test_claim(self, tmp_path: Path) -> None:
-        """A new, an empty and a 0.1 state are taken, and marked; one server at a time."""
+        """A new, an empty and a 0.1 state are taken, and marked; one server at a time. [CONTRACT 1.15]"""
         (tmp_path / "empty").mkdir()
         store(tmp_path / "old", 1)
         (tmp_path / "old" / "incoming").mkdir()
@@ -18758,7 +18874,10 @@ class TestState:
         ],
     )
     def test_foreign_directory(self, tmp_path: Path, names: list[str], message: str) -> None:
-        """A directory of somebody else, and of a newer version, is refused, and nothing in it is touched."""
+        """A directory of somebody else, and of a newer version, is refused, and nothing in it is touched.
+
+        [CONTRACT 1.15]
+        """
         for name in names:
             path, _, text = (tmp_path / "state" / name).as_posix().partition("=")
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -18993,7 +19112,10 @@ class TestPageText:
             assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
 
     def test_for_browsers_only(self, site: Callable[..., "Site"]) -> None:
-        """Other clients keep their 404, and on a server with tokens their 401; the page itself needs no token."""
+        """Other clients keep their 404, and on a server with tokens their 401; the page itself needs no token.
+
+        [CONTRACT 1.18]
+        """
         s, closed = site(), site(tokens=("alpha",))
         for accept in ("*/*", "application/json", "text/*", "text/plain", "-", ""):
             is_problem(s.ask("GET", "/", Accept=accept), 404, "NotFound", "no such path: '/'")
@@ -19144,7 +19266,7 @@ class TestPage:
         browser.picture("million")
 
     def test_token(self, site: Callable[..., "Site"], tmp_path: Path, browser: Browser) -> None:
-        """The page asks for the token, keeps it for the tab, and sends it with every request."""
+        """The page asks for the token, keeps it for the tab, and sends it with every request. [CONTRACT 1.18]"""
         s = site(tokens=("alpha",))
         body = json.dumps(GOOD_REQUEST).encode()
         headers = {"Authorization": "Bearer alpha", "Content_Type": "application/json"}
@@ -19167,7 +19289,7 @@ class TestPage:
         wait_for(lambda: saved.exists() and saved.read_bytes() == archive)
 
     def test_submit(self, site: Callable[..., "Site"], browser: Browser) -> None:
-        """A dropped archive, then a repository. The nonce is of the browser, which keeps it."""
+        """A dropped archive, then a repository. The nonce is of the browser, which keeps it. [CONTRACT 1.18]"""
         s = site(max_archive=4096)
         browser.open(self.address(s))
         browser.wait("!$('home').hidden")
@@ -19811,6 +19933,7 @@ class TestHttp:
         error_type: str,
         more: dict[str, str],
     ) -> None:
+        """[CONTRACT 1.1, 1.2, 1.4]"""
         s = site(single_use=True)
         answer = s.ask(method, path, body, **headers)
         if method == "HEAD":
@@ -19821,7 +19944,10 @@ class TestHttp:
         assert s.ask("POST", "/build", URL)[0] == 200  # it is not used up
 
     def test_heads(self, site: Callable[..., Site]) -> None:
-        """Valid and malformed heads. A malformed one gets one answer, and the bytes after it are ignored. [RFC9112]"""
+        """Valid and malformed heads. A malformed one gets one answer, and the bytes after it are ignored. [RFC9112]
+
+        [CONTRACT 1.1]
+        """
         s = site()
         for line, fields, status, fragment in HEADS:
             data = line + b"\r\n" + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
@@ -20008,7 +20134,10 @@ class TestHttp:
         where: str,
         number: int,
     ) -> None:
-        """If the disk is full, a build is refused; nothing is left behind, and a single-use server is not used up."""
+        """If the disk is full, a build is refused; nothing is left behind, and a single-use server is not used up.
+
+        [CONTRACT 1.4, 1.6]
+        """
         s, names, opened = site(single_use=True), where.rpartition("."), list[Any]()
 
         def fail(*_: Any, **__: Any) -> None:
@@ -20047,7 +20176,7 @@ class TestHttp:
         assert s.ask("POST", "/build", GOOD_REQUEST)[0] == 200
 
     def test_a_damaged_job(self, site: Callable[..., Site]) -> None:
-        """It is listed with the reason; its stream and its result are 404."""
+        """It is listed with the reason; its stream and its result are 404. [CONTRACT 1.12]"""
         s = site(build_state=lambda state: replace(store(state, 1) / "events", "FIFO"))
         job = job_id(1)
         for path in ("/builds", f"/build/{job}"):
@@ -20074,7 +20203,7 @@ class TestHttp:
         assert s.server.seats._value == seats and s.ask("GET", "/health")[0] == 200
 
     def test_deadlines(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """A whole head, the next request and the reading of an answer each have a deadline."""
+        """A whole head, the next request and the reading of an answer each have a deadline. [CONTRACT 1.4]"""
         s = site()
         s.server.scan_s = 0.02
         get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -20293,7 +20422,7 @@ class TestHttp:
 
     @pytest.mark.parametrize("method", ["GET", "HEAD"])
     def test_result_is_gone(self, site: Callable[..., Site], method: str) -> None:
-        """The head of an answer promises nothing that is not there."""
+        """The head of an answer promises nothing that is not there. [CONTRACT 1.11]"""
         s = site()
         path = Path(s.jobs.get(s.finished()).path("result.tar.gz"))
         url = f"/build/{path.parent.name}/result"
@@ -20313,7 +20442,7 @@ class TestHttp:
             assert method == "HEAD" or fragment in json.loads(answer[2])["error"]
 
     def test_connections(self, site: Callable[..., Site]) -> None:
-        """Pipelining, keep-alive, 100-continue, truncated bodies and HTTP/1.0."""
+        """Pipelining, keep-alive, 100-continue, truncated bodies and HTTP/1.0. [CONTRACT 1.1]"""
         s = site()
         host = b"Host: localhost\r\n"
         body = json.dumps(URL).encode()
@@ -20374,7 +20503,10 @@ class TestHttp:
         )
 
     def test_after_an_event_stream(self, site: Callable[..., Site]) -> None:
-        """An HTTP/1.1 client asks the next question over the same connection; one that asks too early loses it."""
+        """An HTTP/1.1 client asks the next question over the same connection; one that asks too early loses it.
+
+        [CONTRACT 1.1]
+        """
         s = site()
         job = s.finished()
         wait_for(lambda: s.jobs.get(job).open_log().finished)
@@ -20399,7 +20531,8 @@ class TestHttp:
             s.gate.set()
             assert (got + read_all(sock)).count(b"HTTP/1.1 200") == 1
 
-    def test_tokens(self, site: Callable[..., Site]) -> None:
+    def test_tokens(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 1.2]"""
         s = site(tokens=("alpha", "bêta"))
         assert s.ask("GET", "/health")[0] == 200
         for given_token in (
@@ -20414,6 +20547,11 @@ class TestHttp:
             answer = s.ask("GET", "/builds", Authorization=given_token)
             is_problem(answer, 401, "Unauthorized")
             assert answer[1]["WWW-Authenticate"].startswith("Bearer")
+        compared = list[Any]()
+        with monkeypatch.context() as m:  # each with the function whose time does not depend on the values
+            m.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair))
+            is_problem(s.ask("GET", "/builds", Authorization="Bearer alpha"), 401, "Unauthorized")
+        assert compared == [(b"alpha", b"alpha"), (b"alpha", "b\u00eata".encode())]
         is_problem(s.ask("GET", "/nothing"), 401, "Unauthorized")
         assert [s.ask("GET", "/builds", Authorization=text)[0] for text in ("Bearer alpha", "bearer  alpha")] == [
             200,
@@ -20421,6 +20559,7 @@ class TestHttp:
         ]
 
     def test_hosts(self, site: Callable[..., Site]) -> None:
+        """[CONTRACT 1.2]"""
         s = site()
         for host in ("localhost", "LOCALHOST:99", "127.0.0.1", "build.example", "Build.Example:443"):
             assert s.ask("GET", "/builds", Host=host)[0] == 200, host
@@ -20486,7 +20625,7 @@ class TestHttp:
         streamer.stop()
 
     def test_ndjson(self, site: Callable[..., Site]) -> None:
-        """The same objects with their ids, for those who accept them; no comments among them."""
+        """The same objects with their ids, for those who accept them; no comments among them. [CONTRACT 1.7]"""
         s = site()
         job = s.finished()
         status, headers, body = s.ask("GET", f"/build/{job}/events?from=1", Accept="application/x-ndjson")
@@ -20498,7 +20637,7 @@ class TestHttp:
         )
 
     def test_raw_bodies(self, site: Callable[..., Site]) -> None:
-        """An archive as it is, with the other fields in the query."""
+        """An archive as it is, with the other fields in the query. [CONTRACT 1.6]"""
         s, archive = site(), base64.b64decode(GZIP)
         url = f"/build?nonce={NONCE}&source_name=a%20b.tgz"
         answer = s.ask("POST", url, archive, Content_Type="application/gzip")
@@ -20523,7 +20662,10 @@ class TestHttp:
         assert os.listdir(s.jobs.table.incoming) == []
 
     def test_idempotency(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """A repeated key within a day returns the same job, also after a restart, and where no build is accepted."""
+        """A repeated key within a day returns the same job, also after a restart, and where no build is accepted.
+
+        [CONTRACT 1.6]
+        """
         s = site(single_use=True)
         first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
         assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
@@ -20542,7 +20684,10 @@ class TestHttp:
             assert jobs.submit(request, key="run 1").id != again.id
 
     def test_a_key_in_flight(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Of two requests with one key at a time, one is accepted and the other is told to come again."""
+        """Of two requests with one key at a time, one is accepted and the other is told to come again.
+
+        [CONTRACT 1.6]
+        """
         release, real, request = threading.Event(), confbuild.write_durably, confbuild.BuildRequest(NONCE, "http://x/")
         blocked = threading.Event()
 
@@ -20562,7 +20707,7 @@ class TestHttp:
             assert jobs.submit(request, key="key") is task.result(30)
 
     def test_pages(self, tmp_path: Path, site: Callable[..., Site]) -> None:
-        """?after= continues the list; a job that nobody uses is not kept in memory."""
+        """?after= continues the list; a job that nobody uses is not kept in memory. [CONTRACT 1.12]"""
 
         def fill(state: Path) -> None:
             for n in range(1, 8):
@@ -20583,7 +20728,10 @@ class TestHttp:
         wait_for(lambda: len(s.jobs.table._used) == len(s.jobs.table._live) == 0)
 
     def test_gone(self, tmp_path: Path, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """The oldest finished builds are removed first, not those in use; later the answer is 410 with the time."""
+        """The oldest finished builds are removed first, not those in use; later the answer is 410 with the time.
+
+        [CONTRACT 1.15]
+        """
 
         def fill(state: Path) -> None:
             for n in range(1, 7):
@@ -20624,7 +20772,7 @@ class TestHttp:
         assert (tmp_path / "jobs" / job_id(1) / "events").read_bytes().count(b'"complete"') == 1
 
     def test_keeper(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The thread removes what is not kept, and syncs the logs of running builds."""
+        """The thread removes what is not kept, and syncs the logs of running builds. [CONTRACT 1.15]"""
         monkeypatch.setattr(confbuild, "SYNC_S", 0.01)
         synced, gate = threading.Event(), threading.Event()
         monkeypatch.setattr(os, "fdatasync", lambda _: synced.set())
@@ -20673,7 +20821,10 @@ class TestHttp:
         assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
     def test_full(self, site: Callable[..., Site]) -> None:
-        """429 with one build running and one waiting; 503 where streams are too many, and while stopping."""
+        """429 with one build running and one waiting; 503 where streams are too many, and while stopping.
+
+        [CONTRACT 1.4, 1.6]
+        """
         s = site(max_queue=1, crowded=True)
         first = json.loads(s.ask("POST", "/build", URL)[2])["job_id"]
         wait_for(lambda: s.jobs.get(first).state == "running")
@@ -20697,12 +20848,13 @@ class TestHttp:
     def test_bug(
         self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """[CONTRACT 1.4]"""
         monkeypatch.setattr(confbuild.Api, "health", lambda self, request: 1 / 0)
         is_problem(site().ask("GET", "/health"), 500, "InternalError", "the log of the server has the details")
         assert "ZeroDivisionError" in caplog.text
 
     def test_result(self, site: Callable[..., Site]) -> None:
-        """Headers, ranges [RFC9110 14] and the archive itself, deterministic."""
+        """Headers, ranges [RFC9110 14] and the archive itself, deterministic. [CONTRACT 1.11]"""
         s = site()
         job = s.finished()
         url = f"/build/{job}/result"
@@ -20755,7 +20907,7 @@ class TestHttp:
         assert s.ask("GET", f"/build/{again}/result")[2] == data and data[4:8] == bytes(4)
 
     def test_attestation(self, site: Callable[..., Site]) -> None:
-        """The evidence as it is; the nonce is the asker's; a VM that does not attest is told of."""
+        """The evidence as it is; the nonce is the asker's; a VM that does not attest is told of. [CONTRACT 1.14]"""
         s = site()
         status, headers, body = s.ask("GET", f"/attestation?nonce={NONCE}")
         assert (status, headers["Content-Type"], headers["Cache-Control"], body) == (
@@ -20773,7 +20925,10 @@ class TestHttp:
         assert json.loads(tired[2])["detail"] == "it is tired" and tired[1]["Retry-After"] == "30"
 
     def test_every_get(self, site: Callable[..., Site]) -> None:
-        """HEAD wherever GET works, with the same headers and no body; and the OpenAPI document tells of every route."""
+        """HEAD wherever GET works, with the same headers and no body; and the OpenAPI document tells of every route.
+
+        [CONTRACT 1.1, 1.5]
+        """
         s = site()
         job = s.finished()
         doc = json.loads(s.ask("GET", "/openapi.json")[2])
@@ -20818,7 +20973,10 @@ class TestHttp:
         }
 
     def test_options(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """--max-archive, --token-file, --queue and --public-host work, and /config shows the limits."""
+        """--max-archive, --token-file, --queue and --public-host work, and /config shows the limits.
+
+        [CONTRACT 1.2, 1.12, 1.13]
+        """
         (tmp_path / "tokens").write_text("t0\nt1\n")
         s = server(
             "--max-archive",
@@ -20945,7 +21103,10 @@ class TestHttp:
 
     @needs("openssl")
     def test_tls(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """2 MiB of events and the result arrive unchanged over TLS. A client without TLS gets no answer."""
+        """2 MiB of events and the result arrive unchanged over TLS. A client without TLS gets no answer.
+
+        [CONTRACT 1.2]
+        """
         cert, key = self.certificate(tmp_path)
         s = server("--tls-cert", cert, "--tls-key", key)
         context = ssl.create_default_context(cafile=cert)
@@ -21298,7 +21459,10 @@ class TestApiClient:
         )[0] == ["complete"]
 
     def test_a_first_connection_that_fails(self, naps: list[float]) -> None:
-        """It is an error at once, unless the server took the job just now: only a stream that worked is resumed."""
+        """It is an error at once, unless the server took the job just now: only a stream that worked is resumed.
+
+        [CONTRACT 5.4]
+        """
         with pytest.raises(confbuild.RemoteError, match="503: busy"):
             self.follow((503, PROBLEM, b'{"detail":"busy"}'))
         with pytest.raises(confbuild.RemoteError, match="refused"):
@@ -21728,7 +21892,10 @@ def piped(kind: confbuild.VmKind, shell: str = 'cat | "$@" | cat', **changes: An
 class TestAgent:
     @pytest.mark.parametrize("shell", ['exec "$@"', 'cat | "$@" | cat', 'echo noise; printf "$ "; cat | "$@" | cat'])
     def test_lifeline(self, tmp_path: Path, stub_path: str, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
-        """It serves one build over a socket or pipes; when stdin ends, its processes and its workspace are gone."""
+        """It serves one build over a socket or pipes; when stdin ends, its processes and its workspace are gone.
+
+        [CONTRACT 6.2, 6.3]
+        """
         monkeypatch.setenv("PATH", stub_path)
         vm = confbuild.Vm(piped(confbuild.own_vms("agent", TOLD), shell))
         vm.spawn()
@@ -21929,7 +22096,10 @@ class TestAgent:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has namespaces")
     def test_namespaces(self, tmp_path: Path) -> None:
-        """The workspace is at WORK, next to the rest; nothing changes if WORK would hide a needed path."""
+        """The workspace is at WORK, next to the rest; nothing changes if WORK would hide a needed path.
+
+        [CONTRACT 2.2]
+        """
         (tmp_path / "vm/tmp").mkdir(parents=True)
         (tmp_path / "vm/file").write_text("x")
 
@@ -22177,6 +22347,7 @@ class TestVm:
 
     @pytest.mark.parametrize("error_type", sorted(confbuild.FAILURES - confbuild._HOST_FAILURES))
     def test_told(self, tmp_path: Path, error_type: str) -> None:
+        """[CONTRACT 1.9]"""
         failure, events = relayed(tmp_path, wire(ev("detect"), failed_event("two\nlines\té", error_type), ev("build")))
         told = (
             "in the VM: two lines é" if error_type == "InternalError" else "two lines é"
@@ -22198,7 +22369,10 @@ class TestVm:
     def test_the_host_s_word(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture, lie: Any, before: list[Any]
     ) -> None:
-        """Events that only the server may emit are dropped, however they are cut; its log says so once."""
+        """Events that only the server may emit are dropped, however they are cut; its log says so once.
+
+        [CONTRACT 1.8]
+        """
         data = wire({"type": "queued", "position": 0}, *before, lie, lie, ev("attest"), OK_EVENT)
         for blocks in ([data], [data[n : n + 1] for n in range(len(data))]):
             caplog.clear()
@@ -22336,7 +22510,10 @@ class TestVm:
         ],
     )
     def test_no_vm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: list[str], fragment: str) -> None:
-        """A VM that does not boot or answer is tried three times; then it is VmError, and nothing of it is left."""
+        """A VM that does not boot or answer is tried three times; then it is VmError, and nothing of it is left.
+
+        [CONTRACT 1.8]
+        """
         monkeypatch.setattr(confbuild, "own_program", lambda: program)
         made: list[confbuild.Vm] = []
 
@@ -22644,7 +22821,10 @@ class TestSandboxedBuilds:
 
     @needs_sandbox
     def test_hostile_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """What a build tries against its host is refused, each for its own reason, and what builds need works."""
+        """What a build tries against its host is refused, each for its own reason, and what builds need works.
+
+        [CONTRACT 2.2]
+        """
         for name in ("secret", "token", "readable/file"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("t0")
@@ -22698,7 +22878,10 @@ class TestSandboxedBuilds:
 
     @needs_sandbox
     def test_limits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub_path: str) -> None:
-        """Too large a file ends the tool; no core is dumped; the processes of other users than root are counted."""
+        """Too large a file ends the tool; no core is dumped; the processes of other users than root are counted.
+
+        [CONTRACT 2.2]
+        """
         monkeypatch.setenv("PATH", stub_path)
         box = SANDBOX._replace(
             readable=confbuild.readable_paths({"PATH": stub_path}, "/nonexistent"), file_bytes=1 << 20, processes=1000
@@ -22759,7 +22942,10 @@ class TestSandboxedBuilds:
     def test_require_isolation(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Without the protections nothing is started, and the error names each; without the option, a note does."""
+        """Without the protections nothing is started, and the error names each; without the option, a note does.
+
+        [CONTRACT 2.2]
+        """
         monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(), "no Landlock", "no seccomp"))
         (tmp_path / "demo").mkdir()
         for command in (["serve", "--state", str(tmp_path / "state")], ["build", str(tmp_path / "demo")]):
@@ -22845,7 +23031,7 @@ class TestSandboxedBuilds:
             assert confbuild.main(arguments) == 2 and capsys.readouterr().err == f"confbuild: error: {said}\n"
 
     def test_no_isolation(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """A build may then do whatever the server's user may, and the server says so to everybody."""
+        """A build may then do whatever the server's user may, and the server says so to everybody. [CONTRACT 2.2]"""
         s = server("--no-isolation")
         job = s.submit(project(f"echo written > {tmp_path}/outside\n{QUICK}"))
         assert s.events(job)[-1] == OK_EVENT and (tmp_path / "outside").read_text() == "written\n"
@@ -22858,7 +23044,10 @@ class TestSandboxedBuilds:
         assert s.events(s.submit(project("kill -9 $PPID; sleep 60")))[-1]["result"]["error_type"] == "VmError"
 
     def test_what_is_said(self, server: Callable[..., Server]) -> None:
-        """/config and the first comment of a stream say which protections are in effect, and no others."""
+        """/config and the first comment of a stream say which protections are in effect, and no others.
+
+        [CONTRACT 1.7, 1.13]
+        """
         s = server()
         protections = json.loads(s.request("GET", "/config")[2])["protections"]
         assert protections == {name: why or "in effect" for name, why in KEPT.items()}
@@ -23117,7 +23306,7 @@ esac
         assert os.listdir(s.state / "guests") == []
 
     def test_expected_evidence(self, server: Callable[..., Server], tmp_path: Path) -> None:
-        """Only evidence decides: a VM without hardware cannot build where that is expected."""
+        """Only evidence decides: a VM without hardware cannot build where that is expected. [CONTRACT 6.4]"""
         s = server("--vm-command", AGENT, "--expect", "snp")
         assert json.loads(s.request("GET", "/config")[2])["measurement"] is None
         result = s.events(s.submit())[-1]["result"]
@@ -23232,7 +23421,10 @@ class TestSpares:
         wait_for(lambda: not any(map(living, left)))
 
     def test_on_demand(self, server: Callable[..., Server]) -> None:
-        """Without --warm, the question boots the one VM that answers, which then waits for the next build."""
+        """Without --warm, the question boots the one VM that answers, which then waits for the next build.
+
+        [CONTRACT 1.14]
+        """
         s = server()
         assert counted(s) == 0
         assert (
@@ -26093,7 +26285,7 @@ def guests(
 @pytest.mark.guest
 class TestRealGuest:
     def test_config(self, guests: Callable[[], GuestRuns]) -> None:
-        """The server's configuration and evidence before a build."""
+        """The server's configuration and evidence before a build. [CONTRACT 1.13]"""
         runs, image = guests(), confbuild.read_image(str(IMAGE))
         assert (
             runs.config["platform"] == "qemu"
@@ -26107,7 +26299,7 @@ class TestRealGuest:
         assert runs.attestation["platform"] == "simulated"
 
     def test_events(self, guests: Callable[[], GuestRuns]) -> None:
-        """The host fetches the repository for a guest that waited; no process or folder is left."""
+        """The host fetches the repository for a guest that waited; no process or folder is left. [CONTRACT 1.8]"""
         runs = guests()
         assert runs.events[-1] == OK_EVENT, runs.events
         vm = [event["msg"].partition(" file:")[0] for event in runs.events if event["type"] == "vm"]
@@ -26555,6 +26747,7 @@ class TestRendering:
         return out.getvalue()
 
     def test_live(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 5.2]"""
         text = self.shown(monkeypatch, True, *self.EVENTS)
         rows = screen(text)
         assert [row[:10].rstrip() for row in rows[:3]] == ["queued", "vm", "build"]
@@ -26580,6 +26773,7 @@ class TestRendering:
         )
 
     def test_plain(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """[CONTRACT 5.2]"""
         text = self.shown(monkeypatch, False, *self.EVENTS[:4], {"type": "complete", "result": self.FAILED}, end=True)
         assert text == (
             "queued     place 2 in line\nqueued     next\nvm         boot\nbuild      line 0 " + "x" * 90 + "\n"
@@ -26587,7 +26781,10 @@ class TestRendering:
         )
 
     def test_progress_bars(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A line that ends with CR gives way to the next one, as on a terminal; a bar is not a line of the log."""
+        """A line that ends with CR gives way to the next one, as on a terminal; a bar is not a line of the log.
+
+        [CONTRACT 1.10]
+        """
         bar = [{"type": "build", "msg": f"{n} %\r"} for n in range(100)]
         events = [{"type": "build", "msg": "\x1b[1mone"}, *bar, {"type": "build", "msg": "100 %"}]
         assert self.shown(monkeypatch, False, *events) == "build      one\nbuild      100 %\n"
@@ -26622,7 +26819,7 @@ class TestRendering:
     def test_unknown_events(
         self, monkeypatch: pytest.MonkeyPatch, event: Mapping[str, Any], text: str, live: bool
     ) -> None:
-        """Clients ignore unknown keys and show an unknown type as text [CONTRACT 1]."""
+        """Clients ignore unknown keys and show an unknown type as text [CONTRACT 1.8]."""
         shown = self.shown(monkeypatch, live, event)
         assert shown.startswith(str(event["type"])[:5]) and text[:18] in shown and "\x1b[2J" not in shown
 
@@ -27175,6 +27372,7 @@ class TestUsage:
     def test_messages_of_build_and_serve(
         self, elsewhere: Mapping[str, Any], line: str, status: int, message: str
     ) -> None:
+        """[CONTRACT 1.2, 5.1]"""
         returned, out, errors = elsewhere[line]
         message = message.replace("{own}", "confbuild")
         assert (returned, out) == (status, "") and message in errors and "Traceback" not in errors, errors
@@ -27207,7 +27405,7 @@ class TestUsage:
         ],
     )
     def test_what_is_replaced(self, tmp_path: Path, put: dict[str, str | None], ours: bool) -> None:
-        """An earlier bundle, an empty directory; nothing that holds a file of somebody else."""
+        """An earlier bundle, an empty directory; nothing that holds a file of somebody else. [CONTRACT 5.4]"""
         path = write_bundle(tmp_path / "b", bundle())
         for name, text in put.items():
             if text is None:
@@ -27244,6 +27442,38 @@ class TestUsage:
         )
         assert (tmp_path / "home" / "letter").read_text() == "precious"
 
+    def test_default_state_and_second_signal(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Jobs are kept in the user's folder of data; a second SIGTERM ends the server at once. [CONTRACT 1.15]"""
+        states, ended = list[str](), list[int]()
+
+        def start(options: Any, state: str, *_: Any) -> Any:
+            states.append(state)
+            stop = signal.getsignal(signal.SIGTERM)
+            assert callable(stop)
+            stop(signal.SIGTERM, None)
+            assert len(ended) == len(states) - 1
+            return types.SimpleNamespace(url="http://x", stop=lambda grace: stop(signal.SIGTERM, None))
+
+        monkeypatch.setattr(confbuild, "prepare_platform", lambda _: types.SimpleNamespace(note="note", guest=None))
+        monkeypatch.setattr(confbuild, "start_server", start)
+        monkeypatch.setattr(os, "_exit", ended.append)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        level = confbuild.logger().level
+        try:
+            assert confbuild.main(["serve", "--grace", "7"]) == 0
+            monkeypatch.setenv("XDG_DATA_HOME", "/data")
+            assert confbuild.main(["serve", "--state", "here"]) == confbuild.main(["serve"]) == 0
+        finally:
+            confbuild.logger().setLevel(level)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        assert states == [str(tmp_path / ".local/share/confbuild"), "here", "/data/confbuild"] and ended == [130] * 3
+        assert "running builds have 7 s" in capfd.readouterr().err
+
     def test_state_in_use(self, shell: Shell, server: Callable[..., Server], tmp_path: Path) -> None:
         one = server()
         done = shell("serve", "--listen", "127.0.0.1:0", "--state", one.state)
@@ -27262,6 +27492,7 @@ class TestUsage:
         ]
 
     def test_help(self, shell: Shell) -> None:
+        """[CONTRACT 5.1]"""
         commands = {row.name: confbuild.command_parser(row) for row in confbuild.COMMANDS}
         top = shell("--help").stdout
         for name in [row.name for row in confbuild.COMMANDS if row.group]:
@@ -27291,7 +27522,7 @@ class TestUsage:
         ],
     )
     def test_completion(self, tmp_path: Path, shell: Shell, name: str, words: str, found: list[str]) -> None:
-        """What the shell itself offers after these words."""
+        """What the shell itself offers after these words. [CONTRACT 5.1]"""
         if shutil.which(name) is None:
             pytest.skip(f"{name} is missing: apt-get install {name}")
         script = write_files(tmp_path, {"script": shell("completion", name).stdout}) / "script"
@@ -27344,7 +27575,10 @@ class TestUsage:
         assert noise == []
 
     def test_old_pythons(self) -> None:
-        """Those installed here, and a simulated old one: Python parses the whole file before its first line."""
+        """Those installed here, and a simulated old one: Python parses the whole file before its first line.
+
+        [CONTRACT 5.1]
+        """
         ast.parse(FILE.read_text(encoding="utf-8"), feature_version=(3, 7))
         found = [
             [str(p)]
@@ -27536,7 +27770,7 @@ class TestBeforeTheSource:
         assert "can still send the source elsewhere afterwards" in readme and "no byte of" not in readme
 
     def test_on_the_wire(self, shell: Shell) -> None:
-        """A server whose VM is simulated is asked for evidence, and told nothing else."""
+        """A server whose VM is simulated is asked for evidence, and told nothing else. [CONTRACT 5.4]"""
 
         def attest(_: str, path: str) -> Answer:
             return 200, {}, confbuild.simulated_evidence(confbuild.waiting_report_data(path.rpartition("=")[2]))
@@ -27656,7 +27890,7 @@ class TestVerify:
     def test_flags(
         self, tmp_path: Path, options: str, status: int, check: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """Of the directory in words, and of the archive as JSON."""
+        """Of the directory in words, and of the archive as JSON. [CONTRACT 5.3]"""
         measurement = confbuild.simulated_measurement().hex()
         options = options.format(m=measurement, M=measurement.upper())
         write_bundle(tmp_path / "b", bundle())
@@ -27700,7 +27934,7 @@ class TestVerify:
         )
 
     def test_no_socket(self, shell: Shell, tmp_path: Path) -> None:
-        """Python's own audit events, raised at any use of a socket."""
+        """Python's own audit events, raised at any use of a socket. [CONTRACT 5.5]"""
         write_bundle(tmp_path / "b", bundle())
         (tmp_path / "b.tar.gz").write_bytes(result_archive(bundle()))
         watched = (
@@ -27718,7 +27952,7 @@ class TestVerify:
         )
 
     def test_color(self, tmp_path: Path) -> None:
-        """Only on a terminal that has colours, unless FORCE_COLOR; NO_COLOR wins."""
+        """Only on a terminal that has colours, unless FORCE_COLOR; NO_COLOR wins. [CONTRACT 5.2]"""
         write_bundle(tmp_path / "b", bundle())
         for env, colored in (
             ({}, True),
@@ -27851,7 +28085,7 @@ class TestVerify:
     def test_options(
         self, bench: Path, capsys: pytest.CaptureFixture[str], bundle_name: str, options: str, status: int, check: str
     ) -> None:
-        """Both ways, over the toy hierarchy at a fixed time."""
+        """Both ways, over the toy hierarchy at a fixed time. [CONTRACT 5.6]"""
         assert confbuild.main(["verify", bundle_name, "--format", "json", *options.split()]) == status
         doc = json.loads(capsys.readouterr().out)
         failed = {c["name"] for c in doc["checks"] if c["status"] == "failed"}
@@ -28084,6 +28318,7 @@ class TestVerify:
     def test_policy(
         self, bench: Path, capsys: pytest.CaptureFixture[str], toml: str, options: str, status: int, message: str
     ) -> None:
+        """[CONTRACT 5.6]"""
         (bench / "folder/policy.toml").write_text(toml)
         assert (
             confbuild.main(
@@ -28187,7 +28422,10 @@ class TestVerify:
         options: str,
         status: int,
     ) -> None:
-        """The worst result is the status: unreadable, failed, simulated, passed. Every result is printed."""
+        """The worst result is the status: unreadable, failed, simulated, passed. Every result is printed.
+
+        [CONTRACT 5.3, 5.5]
+        """
         verdicts = {"b": "passed", "b.tar.gz": "passed", "sim": "simulated", "-": "passed"}
         for form in ("text", "json"):
             monkeypatch.setattr(
@@ -28264,7 +28502,10 @@ class TestVerify:
         assert said.out.count("\nPASSED: ") == len(names) and said.err.count("\nconfbuild: hint: ") == len(names)
 
     def test_hostile_artifacts(self, bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """`verify DIR && DIR/artifacts/x`: whatever x is, if the statement does not list its very bytes, no."""
+        """`verify DIR && DIR/artifacts/x`: whatever x is, if the statement does not list its very bytes, no.
+
+        [CONTRACT 5.5]
+        """
 
         def fails(*checks: str) -> None:
             with within(20):
@@ -28350,6 +28591,7 @@ class TestVerify:
     @needs("strace")
     @pytest.mark.parametrize("form", ["text", "json"])
     def test_no_socket_by_the_kernel(self, bench: Path, form: str) -> None:
+        """[CONTRACT 5.5]"""
         (bench / "folder/policy.toml").write_text('roots = "../roots"\ncrl = "../crl.der"\n')
         command = [
             sys.executable,
@@ -28757,7 +28999,7 @@ class TestAttest:
         options: tuple[str, ...],
         host_has_it: bool,
     ) -> None:
-        """What `attest` writes in a guest verifies as a bundle, and with another nonce does not."""
+        """What `attest` writes in a guest verifies as a bundle, and with another nonce does not. [CONTRACT 5.1]"""
         root = bench / "folder/report"
         root.mkdir()
         tsm = Configfs(root, monkeypatch, auxblob=table_of(("VCEK", made(vek_of)), little=True) if host_has_it else b"")
@@ -28880,7 +29122,7 @@ class TestAttest:
 
 class TestBuild:
     def test_private_server(self, shell: Shell, tmp_path: Path) -> None:
-        """stdout is the answer, stderr is the talk; an old bundle is replaced."""
+        """stdout is the answer, stderr is the talk; an old bundle is replaced. [CONTRACT 5.4]"""
         done = shell("build", "demo", how=(str(FILE),))
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith(
@@ -28986,7 +29228,7 @@ class TestBuild:
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
     @pytest.mark.parametrize("remote", [False, True])
     def test_interrupted(self, tmp_path: Path, stub_path: str, server: Callable[..., Server], remote: bool) -> None:
-        """By itself, and on a server that goes on: the job is cancelled, and nothing of it is left."""
+        """By itself, and on a server that goes on: the job is cancelled, and nothing of it is left. [CONTRACT 5.3]"""
         write_files(tmp_path / "demo", LONG)
         (tmp_path / "tmp").mkdir()
         env = {**os.environ, "PATH": stub_path, "TMPDIR": str(tmp_path / "tmp")}
@@ -29122,7 +29364,10 @@ class TestBuild:
         answer: bytes,
         message: str,
     ) -> None:
-        """As it came, where it can do no harm, in the place of what was kept before; what verified earlier stays."""
+        """As it came, where it can do no harm, in the place of what was kept before; what verified earlier stays.
+
+        [CONTRACT 5.3]
+        """
         monkeypatch.chdir(tmp_path)
         assert self.fetch(result_archive(bundle())) == 0
         kept = "out.unverified.tar.gz"
@@ -29265,7 +29510,7 @@ class TestBuild:
     def test_fetch_without_a_nonce(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        """The server's own nonce is no check: it is not even asked for."""
+        """The server's own nonce is no check: it is not even asked for. [CONTRACT 5.2]"""
         monkeypatch.chdir(tmp_path)
         status = {"job_id": "j", "status": "ok", "submitted_at": "2026-11-28T02:10:00Z", "source_name": "x.tar.gz"}
 
@@ -30168,13 +30413,14 @@ class TestReadme:
         assert sorted(named - options) == []
 
     def test_routes(self) -> None:
+        """[CONTRACT 1.5]"""
         listed = re.findall(r"^\| `(GET|POST|DELETE|PUT|HEAD) (/[^`]*)` \|", self.TEXT, re.MULTILINE)
         assert sorted(re.sub(r"\?.*", "", f"{m} {p}") for m, p in listed) == sorted(
             f"{route.method} {route.path}" for route in confbuild.ROUTES
         )
 
     def test_words(self) -> None:
-        """Statuses, failures and verdicts are all there."""
+        """Statuses, failures and verdicts are all there. [CONTRACT 1.9, 5.3]"""
         for form in (r"(?m)^\| (\d|\d\d|130) \|", r"(?m)^\| \*\*(\d+)\*\* \|"):
             assert set(re.findall(form, self.TEXT)) == {"0", "1", "2", "3", "4", "5", "130"}
         words = (*confbuild.FAILURES, "SIMULATED", "FAILED", "PASSED")
@@ -30209,12 +30455,126 @@ class TestContract:
             counted.append(number)
         assert len(counted) > 30
 
+    @classmethod
+    def section(cls, number: str) -> str:
+        """The text of a section."""
+        text = re.split(rf"(?m)^####? {re.escape(number)}\.? ", cls.CONTRACT)[1]
+        return re.split(r"(?m)^##", text)[0]
+
+    @classmethod
+    def column(cls, number: str) -> str:
+        """The first column of the table of a section."""
+        return "\n".join(re.findall(r"(?m)^\| (.*?) \|", cls.section(number)))
+
     def test_citations(self) -> None:
-        """Each citation names a section n.m."""
+        """Each citation names a section, and each section is cited: by the code that keeps it, and by a test."""
         for path in (FILE, Path(__file__)):
-            cited = re.findall(r"\[CONTRACT (\d[^\]]*)\]", path.read_text(encoding="utf-8"))
+            cited = re.findall(r"\[CONTRACT ([\d., to]+)\]", path.read_text(encoding="utf-8"))
             numbers = {number for text in cited for number in re.split(r", ?| to ", text)}
             assert sorted(numbers - set(self.SECTIONS)) == [], path.name
+            assert sorted({one for one in self.SECTIONS if "." in one} - numbers) == [], path.name
+
+    def test_errors(self) -> None:
+        """The statuses and words of errors are those that the code raises. [CONTRACT 1.4, 1.6]"""
+        raised = set()
+        for node in ast.walk(ast.parse(FILE.read_bytes())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused":
+                status, word = node.args[:2]
+                if isinstance(status, ast.Constant) and isinstance(word, ast.Constant):
+                    raised.add((str(status.value), word.value))
+        raised |= {("404", word) for word in ("NotReady", "BuildFailed")}  # of a job's state
+        raised |= {("400", word) for word in ("InvalidFrom", "InvalidLimit")}  # Invalid and the name of the count
+        raised |= {(status, "BadRequest") for status in ("400", "414", "431", "505")}  # of a head
+        for number in ("1.4", "1.6"):
+            column = {"1.4": 1, "1.6": 2}[number]
+            rows = re.findall(r"(?m)^\| (\d\d\d) \|(.*)\|$", self.section(number))
+            told = {
+                (status, word) for status, row in rows for word in re.findall("`(\\w+)`", row.split(" | ")[column - 1])
+            }
+            assert told - raised == set()
+            if number == "1.4":
+                assert raised - told == set()
+
+    def test_tables(self) -> None:
+        """The names in the contract's tables are those of the code."""
+        events = re.findall(r"(?m)^\| `(\w+)` \| (`.*?) \|", self.section("1.8"))  # [CONTRACT 1.8]
+        assert [name for name, _ in events] == list(confbuild.PHASES)
+        assert {name: keys for name, keys in events if keys != "`msg`"} == {
+            "queued": "`position` (0 = next)",
+            "complete": "`result`",
+        }
+        failures = re.findall(r"(?m)^\| `(\w+)` \|", self.section("1.9"))  # [CONTRACT 1.9]
+        assert sorted(failures[1:]) == sorted(confbuild.FAILURES) and failures[0] == "error_type"
+        fields = re.findall(r"(?m)^\| `(\w+)` \|", self.section("1.6"))  # [CONTRACT 1.6]
+        assert fields == [*confbuild.REQUEST_FIELDS, "artifacts"]
+        metrics = re.findall(r"`((?:confbuild|process)_\w+)`", self.section("1.17"))  # [CONTRACT 1.17]
+        assert sorted(metrics) == sorted(confbuild.METRICS)
+        toolchains = re.findall(r"(?m)^\| (\w+) \| `(.*?)` \|", self.section("2.1"))  # [CONTRACT 2.1]
+        assert toolchains == [(toolchain.name, toolchain.marker) for toolchain in confbuild.TOOLCHAINS]
+        builders = re.findall(r"(?m)^\| `(.*?)` \|", self.section("3.3"))  # [CONTRACT 3.3]
+        assert builders[1:] == [*confbuild.BUILDERS.values(), confbuild.TDX_BUILDER]
+        older = re.findall(r"`(https:\S*@v1)`", self.section("3.8"))  # [CONTRACT 3.8]
+        assert older == [*confbuild.OLDER_BUILD_TYPES]
+
+    def test_limits(self) -> None:
+        """The numbers of the contract are those of the code; tests of the limits themselves set smaller ones."""
+        for number, phrase, value, expected in (
+            ("1.4", "The head is not complete 10 s after its first byte", confbuild.HEAD_S, 10),
+            ("1.4", "is not 1 to 255 characters of printable ASCII", confbuild.IDEMPOTENCY_KEY.pattern[-7:], "{1,255}"),
+            ("1.6", "The default limit is 64 MiB of archive", confbuild.MAX_ARCHIVE, 64 << 20),
+            ("1.6", "accepted in the last day", confbuild.KEY_S, 24 * 3600),
+            ("1.7", "After 15 seconds of silence", confbuild.KEEPALIVE_S, 15),
+            ("1.7", "takes nothing for 60 s is disconnected", confbuild.STALL_S, 60),
+            ("1.8", "if the last one is more than a second old", confbuild.ANNOUNCE_S, 1),
+            ("1.8", "attempted at most three times", confbuild.MAX_ATTEMPTS, 3),
+            ("1.10", "at most 64 KiB of input", confbuild.MAX_LINE, 64 << 10),
+            ("1.11", "takes nothing for 60 s is disconnected", confbuild.STALL_S, 60),
+            ("1.12", "returns the last 1,000 builds", confbuild.MAX_LISTED, 1000),
+            ("1.15", "at most 1 MiB", confbuild.MAX_CONSOLE, 1 << 20),
+            ("1.15", "none that ended less than a minute ago", confbuild.YOUNG_S, 60),
+            ("1.15", "synced every 5 seconds", confbuild.SYNC_S, 5),
+            ("2.2", "at the earliest\n  1980-01-01", confbuild.utc_time(confbuild.EPOCH)[:10], "1980-01-01"),
+            ("3.4", "beyond 100,000 files and folders", confbuild.MAX_MEMBERS, 100_000),
+            ("3.4", "64 folders deep", confbuild.MAX_DEPTH, 64),
+            ("3.4", "4 GiB unpacked", confbuild.MAX_UNPACKED, 4 << 30),
+            ("3.4", "commit of more than 1 MiB", confbuild.MAX_COMMIT, 1 << 20),
+            ("4.2", "the 1184-byte ATTESTATION_REPORT", confbuild.REPORT_SIZE, 1184),
+            ("5.4", "resumed for five minutes", confbuild.RECONNECT_S, 5 * 60),
+            ("5.4", "only its last 40 lines were shown", confbuild.TAIL, 40),
+            ("6.1", "its\n  last MiB is in `console.log`", confbuild.MAX_CONSOLE, 1 << 20),
+            ("6.1", "it has 5 s to end by itself", confbuild.GRACE_S, 5),
+            ("6.1", "for at most 60 s", confbuild.CLEAN_UP_S, 60),
+            ("6.2", "at most 65,536 bytes", confbuild.MAX_CONFIGURATION, 65_536),
+            ("6.3", "after 15 s of silence for `GET /health`", confbuild.KEEPALIVE_S, 15),
+            ("6.3", "60 s of silence, destroys the VM", confbuild.READ_TIMEOUT_S, 60),
+        ):
+            assert phrase in self.section(number) and value == expected, (number, phrase, value)
+
+    def test_options(self) -> None:
+        """Each table of options has exactly the options of its commands. [CONTRACT 5.6, 5.7, 5.8]"""
+        options = {
+            row.name: {
+                option
+                for action in confbuild.command_parser(row)._actions
+                for option in action.option_strings
+                if option.startswith("--")
+            }
+            - {"--help", "--output"}  # an alias [CONTRACT 5.2]
+            for row in confbuild.COMMANDS
+        }
+        options["verify"] -= {"--verbose", "--format"}  # [CONTRACT 5.5]
+        assert set(re.findall(r"`(--[a-z-]+)", self.column("5.6"))) == options["verify"]
+        told: dict[str, set[str]] = {"build": set(), "serve": set()}
+        for names, effect in re.findall(r"(?m)^\| (`.*?`) \| (.*)\|$", self.section("5.7")):
+            only = re.findall(r"(?:^|\. )`(build|serve)\b[^`]*`: ", effect)
+            for name in only if re.match("`(build|serve)", effect) else told:
+                told[name] |= set(re.findall(r"`(--[a-z-]+)", names))
+        assert told == {name: options[name] for name in told}
+        for names, text in re.findall(r"(?m)^\| (`.*?`) \| (.*)\|$", self.section("5.8")):
+            for name in re.findall(r"`(\w+)`", names):
+                if name != "rebuild":  # which has those of `build` too
+                    own = set(re.findall(r"--[a-z-]+", text))
+                    assert options[name] <= own | {"--out"}, name
 
 
 # endregion 47
