@@ -3318,6 +3318,15 @@ def to_canonical(doc: Any) -> bytes:
     return json.dumps(doc, indent=2, ensure_ascii=False).encode("utf-8")
 
 
+def descriptor(name: str, digest: str, algorithm: str = "sha256", **more: Any) -> dict[str, Any]:
+    """Return a ResourceDescriptor.  [IN-TOTO]
+
+    digest: in the form that [CONTRACT 3.5] says for algorithm.
+    more: further keys, such as uri.
+    """
+    return {"digest": {algorithm: digest}, "name": name, **more}
+
+
 # In the following functions, `doc` is a Statement that check_statement has accepted.
 
 
@@ -6131,7 +6140,7 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
     for link, named in links.items():
         folder, path, url = join(project, link), prefix + link, without_credentials(urls.get(link, ""))
         uri = f"pkg:generic/{urllib.parse.quote(path)}@{named}?vcs_url=git+{url}@{named}"
-        submodules[path] = {"digest": {"gitCommit": named}, "name": path, "uri": uri}
+        submodules[path] = descriptor(path, named, "gitCommit", uri=uri)
         if isdir(folder) and os.listdir(folder):
             inner = believe_history(folder, env, path + "/")
             if inner.commit != named:
@@ -6613,8 +6622,8 @@ def match_files(root: str, pattern: str) -> list[str]:
     paths = [""]
     for part in filter(None, pattern.split("/")):
         folders = [path for path in paths if isdir(join(root, path))]
-        names = ((path, name) for path in folders for name in fnmatch.filter(os.listdir(join(root, path)), part))
-        paths = [path for path in itertools.starmap(join, names) if not islink(join(root, path))]
+        found = [join(path, name) for path in folders for name in fnmatch.filter(os.listdir(join(root, path)), part)]
+        paths = [path for path in found if not islink(join(root, path))]
     return sorted(filter(None, paths))
 
 
@@ -6642,8 +6651,8 @@ def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]
     return sorted((name, path) for path, name in found.items())
 
 
-def _executables(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [row for row in found if isfile(row[1]) and os.stat(row[1]).st_mode & 0o111]
+def _is_executable(path: str) -> bool:
+    return isfile(path) and os.stat(path).st_mode & 0o111 != 0
 
 
 def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
@@ -6652,7 +6661,8 @@ def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
     With build.target, cargo puts them in target/TRIPLE/release.
     """
     found = find_artifacts(project, _CARGO_FOLDERS, ["*"])
-    return [row for row in _executables(found) if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", row[0])]
+    form = re.compile(r"(?s)(?!\.)([^.]*|.*\.exe)")
+    return [(name, path) for name, path in found if form.fullmatch(name) and _is_executable(path)]
 
 
 def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
@@ -6684,13 +6694,13 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[st
                 )
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
-        found.append(_cargo_dependency(name, version, source, checksum))
+        dependency = _cargo_dependency(name, version, source, checksum)
         place, vendored = replaced.get((name, version), ("", False))
         path = join(root, place)
         if place and not (vendored and _is_genuine(path, checksum)):
-            digest = git_tree(path, walk_files(path), "sha256")
             uri = f"pkg:cargo/{name}@{version}?path={urllib.parse.quote(place)}"
-            found[-1] = {"digest": {"sha256": digest}, "name": name, "uri": uri}
+            dependency = descriptor(name, git_tree(path, walk_files(path), "sha256"), uri=uri)
+        found.append(dependency)
     return sorted(found, key=lambda dependency: str(dependency["uri"]))
 
 
@@ -6729,7 +6739,7 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> di
     query = f"vcs_url=git+{url}@{digest}" if kind == "git" else f"checksum=sha256:{digest}"
     if kind != "git" and source not in _CRATES_IO:  # without repository_url, a purl means its type's default registry
         query += f"&repository_url={url}"
-    return {"digest": {algorithm: digest}, "name": name, "uri": f"pkg:cargo/{name}@{version}?{query}"}
+    return descriptor(name, digest, algorithm, uri=f"pkg:cargo/{name}@{version}?{query}")
 
 
 def _locate(root: str, folder: str, target: str) -> str:
@@ -6749,20 +6759,14 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     """
     packages, outside, instead = [], dict[str, str](), {}
     for name in walk_files(root):
-        path = join(root, name)
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
-        if not match or not isfile(path):
+        if not match or not isfile(join(root, name)):
             continue
-        with open(path, "rb") as f:
-            data = f.read(MIB + 1)
         try:
-            doc = tomllib.loads(data.decode("utf-8")) if len(data) <= MIB else {}
-        except (ValueError, RecursionError):
+            doc = tomllib.loads(read_limited(join(root, name), MIB).decode("utf-8"))
+        except (UsageError, ValueError, RecursionError):
             continue  # perhaps a test's fixture; cargo reports it if it matters
         base = name[: match.start(2)]
-        package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-        if match[2] == "Cargo.toml" and isinstance(package, dict) and isinstance(package.get("name"), str):
-            packages.append((package["name"], str(package.get("version")), base.rstrip("/")))
         tables = [doc]
         for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
             for key, value in table.items():
@@ -6771,7 +6775,12 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
                     target = value.get("path")
                     if isinstance(target, str) and not _locate(root, base, target):
                         outside[str(value.get("package", key))] = target
-        if match[2] == "Cargo.toml" or not f"{folder}/".startswith(base):
+        if match[2] == "Cargo.toml":
+            package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
+            if isinstance(package, dict) and isinstance(package.get("name"), str):
+                packages.append((package["name"], str(package.get("version")), base.rstrip("/")))
+            continue
+        if not f"{folder}/".startswith(base):
             continue  # cargo does not read it
         with _parsing(name, "SourceError"):
             sources = doc.get("source", {}).values()
@@ -6857,7 +6866,7 @@ def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
                 if value:
                     annotations[key] = ",".join(value) if isinstance(value, list) else str(value)
             uri = f"pkg:nix-fetch/{name}?hash={algorithm}:{digest}"
-            fetches.append({"annotations": annotations, "digest": {algorithm: digest}, "name": name, "uri": uri})
+            fetches.append({"annotations": annotations, **descriptor(name, digest, algorithm, uri=uri)})
         return len(doc), sorted(fetches, key=lambda fetch: (fetch["name"], fetch["annotations"]["drvPath"]))
 
 
@@ -6907,8 +6916,8 @@ def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
         folder = join(output, "bin")
         for name in sorted(os.listdir(folder)) if isdir(folder) else ():
             path = realpath(join(folder, name))
-            store = path.startswith(dirname(output) + "/")  # otherwise it is a link out of the store
-            if store and isfile(path) and os.stat(path).st_mode & 0o111:
+            # Otherwise it is a link out of the store.
+            if path.startswith(dirname(output) + "/") and _is_executable(path):
                 found.append((name, path))
     return sorted(found)
 
@@ -6977,8 +6986,8 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str
             if not match or not (digest or "codeload.github.com" in tarball):
                 raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
             uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
-            digest = digest or tarball.rpartition("/")[2]  # the commit
-            found.append({"digest": {"sha512": digest}, "name": match[1], "uri": uri})
+            # Without a digest, the commit.
+            found.append(descriptor(match[1], digest or tarball.rpartition("/")[2], "sha512", uri=uri))
     return sorted(found, key=lambda dependency: dependency["uri"])
 
 
@@ -7027,7 +7036,7 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str,
                 if url and not url.startswith(f"https://registry.npmjs.org/{name}/-/"):
                     query += f"&download_url={without_credentials(place)}"
             uri = f"pkg:npm/{name}@{version}?{query}"
-            found[uri] = {"digest": {algorithm: digest}, "name": name, "uri": uri}
+            found[uri] = descriptor(name, digest, algorithm, uri=uri)
     return [found[uri] for uri in sorted(found)]
 
 
@@ -7057,13 +7066,13 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, 
         for name, version in sorted(sums.keys() & modules if complete else sums):
             uri = f"pkg:golang/{name}@{version}?checksum={sums[name, version]}"
             digest = base64.b64decode(sums[name, version].removeprefix("h1:"), validate=True).hex()
-            found.append({"digest": {"dirHash": digest}, "name": name, "uri": uri})
+            found.append(descriptor(name, digest, "dirHash", uri=uri))
     return found
 
 
 def collect_go(project: str, _: bytes) -> list[tuple[str, str]]:
     """Return (name, path) of the executables of main packages."""
-    return _executables(find_artifacts(project, [_OWN_OUTPUT], ["*"]))
+    return [row for row in find_artifacts(project, [_OWN_OUTPUT], ["*"]) if _is_executable(row[1])]
 
 
 # confbuild.toml: the argument vector, patterns of the artifacts, lock files, programs, folders to remove.
@@ -7102,8 +7111,7 @@ def own_dependencies(_: bytes, root: str, folder: str = "") -> list[dict[str, An
         if not isfile(join(project, name)):
             raise source_error(f"confbuild.toml: there is no input {name}")
         digest = sha256_hex(read_lockfile(join(project, name)))
-        uri = f"file:{urllib.parse.quote(name)}?checksum=sha256:{digest}"
-        found.append({"digest": {"sha256": digest}, "name": name, "uri": uri})
+        found.append(descriptor(name, digest, uri=f"file:{urllib.parse.quote(name)}?checksum=sha256:{digest}"))
     return found
 
 
@@ -7174,24 +7182,22 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     """
     if not isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
-    doc, command, tools = read_statement(provenance), "", list[str]()
+    doc, folder, tools, named = read_statement(provenance), "", list[str](), expected.source_tree
     if doc:
         definition = doc["predicate"]["buildDefinition"]
-        command = definition["externalParameters"]["buildCommand"]
-        tools = [*definition["internalParameters"]["toolchain"]]
-    claimed = re.match("cd '?(.+?)'? && ", command)
-    folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
+        parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
+        claimed = re.match("cd '?(.+?)'? && ", parameters["buildCommand"])
+        folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
+        named = named or parameters["source"]["digest"]["gitTree"]
+    algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
         found = detect_toolchains(join(directory, folder))
         matching = (t for t in found if [*read_inputs(t, directory, folder).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)
-            algorithm = object_format(expected.source_tree or "")
-            if re.search(rb'"gitTree"\s*:\s*"[0-9a-f]{64}"', provenance) and expected.source_tree is None:
-                algorithm = "sha256"
             # Files as they are may have been packed with or without those of submodules.
-            for submodules in sorted({b'"pkg:generic/' in provenance, True}):
+            for submodules in sorted({has_submodules, True}):
                 source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
                 history = source.history
                 if history and object_format(history.tree) == algorithm:
@@ -7202,7 +7208,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     break
             plan = read_inputs(toolchain, source.root, folder)
     except BuildFailed as e:
-        hint = "git submodule update --init --recursive" * (b'"pkg:generic/' in provenance)
+        hint = "git submodule update --init --recursive" * has_submodules
         raise UsageError(f"--source {directory}: {e}", e.hint or hint) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
@@ -7939,11 +7945,6 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
     return taken
 
 
-def _resources(digests: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return (name -> SHA-256) as ResourceDescriptors.  [IN-TOTO]"""
-    return [{"digest": {"sha256": digest}, "name": name} for name, digest in digests.items()]
-
-
 def _make_statement(
     plan: Toolchain,
     command: str,
@@ -7962,7 +7963,7 @@ def _make_statement(
     Raises BuildFailed ProvenanceError if our own verifier would refuse the statement.
     """
     kettle = Program("", f"confbuild {__version__}", sha256_hex(own_source()))
-    root, *others = _resources({"input_merkle_root": "0" * 64, **byproducts})
+    root = descriptor("input_merkle_root", "0" * 64)
     clock = re.sub("[-:]", "", started[:19]).replace("T", "-")
     doc = {
         "_type": STATEMENT_TYPE,
@@ -7985,7 +7986,7 @@ def _make_statement(
             },
             "runDetails": {
                 "builder": {"id": builder},
-                "byproducts": [root, *others],
+                "byproducts": [root, *itertools.starmap(descriptor, byproducts.items())],
                 "metadata": {
                     "invocationId": f"build-{clock}-{secrets.token_hex(4)}",
                     "startedOn": started,
@@ -7994,7 +7995,7 @@ def _make_statement(
             },
         },
         "predicateType": PREDICATE_TYPE,
-        "subject": _resources(dict(sorted(subjects.items()))),
+        "subject": [*itertools.starmap(descriptor, sorted(subjects.items()))],
     }
     try:
         check_statement(parse_json(to_canonical(doc), "provenance"))
@@ -8195,9 +8196,7 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
     return {
         "_type": STATEMENT_TYPE,
         "subject": [
-            {"digest": {"sha256": digest}, "name": name}
-            for name, digest in files.artifacts.items()
-            if re.fullmatch("[0-9a-f]{64}", digest)
+            descriptor(name, digest) for name, digest in files.artifacts.items() if re.fullmatch("[0-9a-f]{64}", digest)
         ],
         "predicateType": "https://slsa.dev/verification_summary/v1",
         "predicate": {
@@ -12329,7 +12328,7 @@ def serve_agent(
         except (BuildFailed, OSError) as e:
             if not lacks_room(e, workspace):
                 raise
-            for name in ("source", *BUILD_FOLDERS, "agent/artifacts", "agent/result.tar.gz"):
+            for name in ("source", *BUILD_FOLDERS, "agent/bundle", "agent/result.tar.gz"):
                 # In a guest the build's user owns its files; they fill another disk than the agent's.
                 with contextlib.suppress(OSError):
                     remove_tree(join(workspace, name))

@@ -21970,7 +21970,7 @@ class TestAgent:
         message: str | None,
     ) -> None:
         """A build that has filled the disk, or whose log would, fails for that, and leaves room to say so."""
-        folders = ("source", *confbuild.BUILD_FOLDERS, "agent/artifacts")
+        folders = ("source", *confbuild.BUILD_FOLDERS, "agent/bundle")
 
         def run(*arguments: Any) -> str:
             assert (tmp_path / "agent/reserve").stat().st_blocks * 512 >= 1 << 20
