@@ -3318,7 +3318,7 @@ def to_canonical(doc: Any) -> bytes:
     return json.dumps(doc, indent=2, ensure_ascii=False).encode("utf-8")
 
 
-def descriptor(name: str, digest: str, algorithm: str = "sha256", **more: Any) -> dict[str, Any]:
+def descriptor(name: str, digest: str, algorithm: str = "sha256", **more: Any) -> Json:
     """Return a ResourceDescriptor.  [IN-TOTO]
 
     digest: in the form that [CONTRACT 3.5] says for algorithm.
@@ -4654,7 +4654,7 @@ def _private(folder: str) -> Iterator[str]:
             yield from _private(entry.path)
 
 
-def readable_paths(env: Mapping[str, str], home: str) -> list[str]:
+def readable_paths(env: Strings, home: str) -> list[str]:
     """Return the paths that a build with the environment env must be able to read.
 
     These are the system, the folders of PATH and their neighbours, and every other path in a variable, such as
@@ -4915,7 +4915,7 @@ def judge_protections(abi: int, landlock: str, seccomp: str, taken: str) -> dict
     return {**found, "limits": ""}
 
 
-def protection_text(protections: Mapping[str, str]) -> str:
+def protection_text(protections: Strings) -> str:
     """Return one line that lists which protections are in effect and which are not."""
     parts = []
     for label, lost in (("host protected", False), ("not protected", True)):
@@ -4939,7 +4939,7 @@ def _run_to_end(
     launcher: Launcher,
     argv: Sequence[str],
     cwd: str,
-    env: Mapping[str, str],
+    env: Strings,
     take: Callable[[int, bytes], None],
     merged: bool = False,
     watch: Callable[[], None] = lambda: None,
@@ -4993,7 +4993,7 @@ def _run_to_end(
 def capture(
     argv: Sequence[str],
     cwd: str,
-    env: Mapping[str, str],
+    env: Strings,
     max_bytes: int = 64 * MIB,
     untrusted: bool = False,
     watch: Callable[[], None] = lambda: None,
@@ -5020,7 +5020,7 @@ def capture(
 def run_tool(
     argv: Sequence[str],
     cwd: str,
-    env: Mapping[str, str],
+    env: Strings,
     lines_out: Callable[[list[str]], None],
     keep_stdout: bool = False,
 ) -> tuple[int, bytes]:
@@ -6429,6 +6429,9 @@ _VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of -
 _MAX_LOCKFILE = 64 * MIB
 
 
+Artifacts = list[tuple[str, str]]  # the (name, path) of each artifact
+
+
 class Program(NamedTuple):
     """A program of a toolchain.
 
@@ -6476,21 +6479,21 @@ class Toolchain(NamedTuple):
     lock_file: str
     tools: Sequence[str] = ()
     steps: Sequence[Sequence[str]] = ()
-    read: Callable[[bytes, str, str], Sequence[Mapping[str, Any]] | None] = lambda *_: None
-    collect: Callable[[str, bytes], list[tuple[str, str]]] = lambda *_: []
-    adapt: Callable[[str], Mapping[str, Any]] = lambda _: {}
+    read: Callable[[bytes, str, str], Sequence[Json] | None] = lambda *_: None
+    collect: Callable[[str, bytes], Artifacts] = lambda *_: []
+    adapt: Callable[[str], Json] = lambda _: {}
     evaluate: "Callable[[Toolchain, str, str], Toolchain] | None" = None
-    env: Mapping[str, str] = {}  # never changed, like those below
+    env: Strings = {}  # never changed, like those below
     fetches: int = 0
     outputs: Sequence[str] = ()
     folders: Sequence[str] = ()
     artifacts: Sequence[str] = ()
     build_type: str = BUILD_TYPE
-    store: Mapping[str, str] = {}
+    store: Strings = {}
     lock: bytes = b""
-    dependencies: Sequence[Mapping[str, Any]] | None = None
+    dependencies: Sequence[Json] | None = None
     programs: Mapping[str, Program] = {}
-    parameters: Mapping[str, Any] = {}
+    parameters: Json = {}
 
     def adapted(self, project: str) -> "Toolchain":
         """Return this row for one project.  Raises BuildFailed SourceError."""
@@ -6542,7 +6545,7 @@ def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
     return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
 
 
-def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]) -> Toolchain:
+def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
@@ -6559,7 +6562,7 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Mapping[str, str]
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
-def find_program(name: str, project: str, env: Mapping[str, str]) -> Program:
+def find_program(name: str, project: str, env: Strings) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
     A rustup shim is replaced by the program that rustup chooses in this directory.
@@ -6627,7 +6630,7 @@ def match_files(root: str, pattern: str) -> list[str]:
     return sorted(filter(None, paths))
 
 
-def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]) -> list[tuple[str, str]]:
+def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]) -> Artifacts:
     """Return (name, path) of the files and directories of project that match, sorted by name.  [CONTRACT 2.1]
 
     project: its real path before the build.
@@ -6655,7 +6658,7 @@ def _is_executable(path: str) -> bool:
     return isfile(path) and os.stat(path).st_mode & 0o111 != 0
 
 
-def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
+def collect_cargo(project: str, _: bytes) -> Artifacts:
     """Return (name, path) of each executable for which cargo was asked: without an extension, or .exe.
 
     With build.target, cargo puts them in target/TRIPLE/release.
@@ -6665,7 +6668,7 @@ def collect_cargo(project: str, _: bytes) -> list[tuple[str, str]]:
     return [(name, path) for name, path in found if form.fullmatch(name) and _is_executable(path)]
 
 
-def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a Cargo.lock, sorted by uri.  [CONTRACT 3.5]
 
     A package without a source must lie inside project, where the tree hash covers it; it has no entry.
@@ -6716,7 +6719,7 @@ def _is_genuine(folder: str, checksum: str | None) -> bool:
     return bool(found) and doc == {"files": found, "package": checksum}
 
 
-def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> dict[str, Any]:
+def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Json:
     """Return one entry of resolvedDependencies.  Raises BuildFailed ProvenanceError, which names the entry."""
     kind, _, url = source.partition("+")
     algorithm, digest = "sha256", str(checksum)
@@ -6835,7 +6838,7 @@ def evaluate_nix(plan: Toolchain, root: str, folder: str) -> Toolchain:
     return plan._replace(steps=[command], dependencies=fetches, parameters=parameters)
 
 
-def parse_derivations(data: bytes) -> tuple[int, list[dict[str, Any]]]:
+def parse_derivations(data: bytes) -> tuple[int, list[Json]]:
     """Parse the output of `nix derivation show --recursive`, in each of its forms since nix 2.8.  [CONTRACT 3.5]
 
     Return the number of derivations, and the fixed-output ones as resolvedDependencies, sorted by name.
@@ -6902,7 +6905,7 @@ def flake_inputs(lock: bytes) -> list[dict[str, str]]:
     return [{"name": name, "narHash": str(digest)} for name, digest in locked if digest]
 
 
-def collect_nix(_: str, stdout: bytes) -> list[tuple[str, str]]:
+def collect_nix(_: str, stdout: bytes) -> Artifacts:
     """Return (name, path) of each executable in bin/ of each output that nix printed.  [CONTRACT 2.1]
 
     stdout: one path per line, or JSON.
@@ -6931,7 +6934,7 @@ _YAML_VALUE = rf"{_YAML_KEY}|[|>][+-]?|{_YAML_LIST}|\{{(?:{_YAML_PAIR.pattern}(?
 _YAML_LINE = re.compile(rf"( *)(?:- {_YAML_KEY}|({_YAML_KEY}):(?: ({_YAML_VALUE}))?)")
 
 
-def parse_lock_yaml(data: bytes) -> dict[str, Any]:
+def parse_lock_yaml(data: bytes) -> Json:
     """Return the mappings of a pnpm-lock.yaml; every scalar is text, and lists are skipped.
 
     Raises ValueError for everything that pnpm does not write.
@@ -6967,7 +6970,7 @@ def parse_lock_yaml(data: bytes) -> dict[str, Any]:
     return top
 
 
-def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
 
     Raises BuildFailed SourceError.
@@ -6991,7 +6994,7 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str
     return sorted(found, key=lambda dependency: dependency["uri"])
 
 
-def adapt_npm(project: str) -> dict[str, Any]:
+def adapt_npm(project: str) -> Json:
     """Return the steps `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
 
     Scripts run without a network, after everything is fetched. Without a script called build, dist is source.
@@ -7005,7 +7008,7 @@ def adapt_npm(project: str) -> dict[str, Any]:
     return {"steps": [*map(str.split, steps)], "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds)}
 
 
-def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
 
     A package inside project, or inside the tarball of another, has no entry.
@@ -7040,7 +7043,7 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str,
     return [found[uri] for uri in sorted(found)]
 
 
-def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the modules of go.mod that have a hash in go.sum, as resolvedDependencies sorted by uri.  [CONTRACT 3.5]
 
     Before Go 1.17, go.mod does not list every module: then all modules of go.sum.  [GO: go.mod, replace, go.sum]
@@ -7070,7 +7073,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[dict[str, 
     return found
 
 
-def collect_go(project: str, _: bytes) -> list[tuple[str, str]]:
+def collect_go(project: str, _: bytes) -> Artifacts:
     """Return (name, path) of the executables of main packages."""
     return [row for row in find_artifacts(project, [_OWN_OUTPUT], ["*"]) if _is_executable(row[1])]
 
@@ -7079,7 +7082,7 @@ def collect_go(project: str, _: bytes) -> list[tuple[str, str]]:
 _RECIPE = {"command": [WORD], "artifacts": [WORD], "inputs?": [WORD], "programs?": [WORD], "outputs?": [WORD]}
 
 
-def _read_recipe(project: str) -> dict[str, Any]:
+def _read_recipe(project: str) -> Json:
     """Return the contents of confbuild.toml.  Raises BuildFailed SourceError."""
     with _parsing("confbuild.toml", "SourceError"):
         text = read_lockfile(join(project, "confbuild.toml")).decode("utf-8")
@@ -7092,7 +7095,7 @@ def _read_recipe(project: str) -> dict[str, Any]:
     return dict(recipe)
 
 
-def adapt_own(project: str) -> dict[str, Any]:
+def adapt_own(project: str) -> Json:
     """Return what confbuild.toml says.  [CONTRACT 2.1]  Raises BuildFailed SourceError."""
     recipe = _read_recipe(project)
     command, programs = recipe["command"], recipe.get("programs", ())
@@ -7101,7 +7104,7 @@ def adapt_own(project: str) -> dict[str, Any]:
     return {**found, "artifacts": recipe["artifacts"]}
 
 
-def own_dependencies(_: bytes, root: str, folder: str = "") -> list[dict[str, Any]]:
+def own_dependencies(_: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the files that confbuild.toml names as inputs, as resolvedDependencies.  [CONTRACT 3.5]
 
     Raises BuildFailed SourceError.
@@ -7251,7 +7254,7 @@ class Attester(NamedTuple):
 
     builder: str
     attest: Callable[[bytes], bytes]
-    byproducts: Mapping[str, str] = {}  # never changed
+    byproducts: Strings = {}  # never changed
 
 
 def report_data(provenance: bytes, nonce: str) -> bytes:
@@ -7634,7 +7637,7 @@ _MAX_CRATE = 64 * MIB  # crates.io accepts 10 MB
 _MAX_REGISTRIES = 16  # folders of a cache; builds choose their names
 
 
-def build_environment(workspace: str, environ: Mapping[str, str], extra: Sequence[str]) -> dict[str, str]:
+def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) -> dict[str, str]:
     """Return the environment of a build.  [CONTRACT 2.2]
 
     workspace: its BUILD_FOLDERS become HOME, TMPDIR and CARGO_HOME.
@@ -7685,7 +7688,7 @@ def run_pipeline(
     request: BuildRequest,
     archive: str | None,
     workspace: str,
-    env: Mapping[str, str],
+    env: Strings,
     policy: SourcePolicy,
     attester: Attester,
     emit: Emit,
@@ -7750,9 +7753,7 @@ def run_pipeline(
     return path
 
 
-def _get_source(
-    request: BuildRequest, archive: str | None, root: str, env: Mapping[str, str], policy: SourcePolicy
-) -> str:
+def _get_source(request: BuildRequest, archive: str | None, root: str, env: Strings, policy: SourcePolicy) -> str:
     """Make the directory root with the source of request, and return the name of the project.  Raises BuildFailed."""
     if archive is None:
         fetch_git(request.repo_url, request.repo_ref, root, env, policy)
@@ -7772,7 +7773,7 @@ def _remove_outputs(toolchain: Toolchain, project: str) -> None:
         remove_tree(join(project, output))
 
 
-def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Mapping[str, str], emit: Emit) -> Toolchain:
+def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, emit: Emit) -> Toolchain:
     """Return the plan of the toolchain that builds a project.  [CONTRACT 2.1]
 
     found: the toolchains whose markers exist.
@@ -7879,9 +7880,7 @@ def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], bef
     return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
 
 
-def _describe_source(
-    project: str, env: Mapping[str, str], emit: Emit
-) -> tuple[dict[str, Any], list[Mapping[str, Any]], int]:
+def _describe_source(project: str, env: Strings, emit: Emit) -> tuple[Json, list[Json], int]:
     """Return the `source` of externalParameters, the submodules with contents as resolvedDependencies, and the time.
 
     Delete a history that does not match the files, and set the times of all files to that of the commit.
@@ -7903,7 +7902,7 @@ def _describe_source(
     return source, packed, history.time
 
 
-def _conditions(root: str, env: Mapping[str, str]) -> dict[str, str]:
+def _conditions(root: str, env: Strings) -> dict[str, str]:
     """Return the digests, by name, of what may differ between two builds of one source.  [CONTRACT 3.7]
 
     root: the directory of the source.
@@ -7921,7 +7920,7 @@ def _conditions(root: str, env: Mapping[str, str]) -> dict[str, str]:
     return {name: sha256_hex(value) for name, value in found.items()}
 
 
-def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, str]:
+def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
     """Copy artifacts into the new directory folder, and return the SHA-256 of each copy by its name.
 
     found: (name, path), by name.
@@ -7948,10 +7947,10 @@ def _take_artifacts(found: Sequence[tuple[str, str]], folder: str) -> dict[str, 
 def _make_statement(
     plan: Toolchain,
     command: str,
-    source: Mapping[str, Any],
+    source: Json,
     builder: str,
-    byproducts: Mapping[str, str],
-    subjects: Mapping[str, str],
+    byproducts: Strings,
+    subjects: Strings,
     started: str,
 ) -> bytes:
     """Return the bytes of provenance.json.  [CONTRACT 3.2]
@@ -8050,7 +8049,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     return path + f"?{kept}" * bool(kept), version
 
 
-def differences(a: Mapping[str, Mapping[str, str]], b: Mapping[str, Mapping[str, str]]) -> list[dict[str, str | None]]:
+def differences(a: Mapping[str, Strings], b: Mapping[str, Strings]) -> list[dict[str, str | None]]:
     """Return each fact that differs between two bundles; None stands for a fact that one of them lacks."""
     return [
         {"part": part, "name": name, "a": a[part].get(name), "b": b[part].get(name)}
@@ -8101,7 +8100,7 @@ def explain_difference(a: bytes, b: bytes) -> str:
     return f"{where}byte {at}: the {kind} {shown[0]!r} has become {shown[1]!r}"
 
 
-def cyclonedx_hashes(digest: Mapping[str, str]) -> list[dict[str, str]]:
+def cyclonedx_hashes(digest: Strings) -> list[dict[str, str]]:
     """Return a DigestSet as hashes.  A commit and a directory's hash have no place there, and are left out.
 
     A value is in hexadecimal digits, in base64, or in the form of [SRI], as recorded.
