@@ -208,6 +208,7 @@ from os.path import (
     abspath,
     basename,
     commonpath,
+    commonprefix,
     dirname,
     exists,
     getsize,
@@ -4531,14 +4532,13 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 # linux/landlock.h, LANDLOCK_ACCESS_FS_*: execute 0, write_file 1, read_file 2, read_dir 3, make_char 6,
 # make_block 11, truncate 14, ioctl_dev 15.
 _READ = 0b1101
-_USE_DEVICE = 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15
-_OF_FILES = 0b111 | 1 << 14 | 1 << 15  # the rights that apply to what is not a directory
-_NOT_IN_WORKSPACE = 1 << 6 | 1 << 11 | 1 << 15
+_USE_DEVICE = 0b1100_0000_0000_0110
+_OF_FILES = 0b1100_0000_0000_0111  # the rights that apply to what is not a directory
+_NOT_IN_WORKSPACE = 0b1000_1000_0100_0000
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER = 0x00020000, 0x04000000, 0x10000000  # linux/sched.h
-_MS_BIND, _MS_MOVE, _MS_REC = 1 << 12, 1 << 13, 1 << 14  # sys/mount.h
-_MS_UNBINDABLE, _MS_PRIVATE = 1 << 17, 1 << 18 | _MS_REC
+_MS_BIND, _MS_MOVE, _MS_REC, _MS_UNBINDABLE, _MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x20000, 0x40000  # sys/mount.h
 # fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
 _SECCOMP_NUMBERS = {  # linux/audit.h; arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
@@ -4756,10 +4756,8 @@ class Confinement(Launcher):
         if not paths:
             return
         for path in paths:
-            try:
+            with contextlib.suppress(OSError):  # nix reports it if it matters
                 os.makedirs(path, exist_ok=True)
-            except OSError:
-                pass  # nix reports it if it matters
         self.writable += paths
         self.unix = any(exists(join(path, "daemon-socket/socket")) for path in paths)
         self.devices += [] if self.unix else ["/dev/ptmx", "/dev/pts"]
@@ -4857,7 +4855,7 @@ def _enter_namespaces(workspace: str) -> None:
             with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
                 f.write(text)
     socket.sethostname("localhost")
-    mount("", "/", _MS_PRIVATE, "")
+    mount("", "/", _MS_PRIVATE | _MS_REC, "")
     mount("tmpfs", root, 0, "mode=0755,size=64k")
     mount("", root, _MS_UNBINDABLE, "")  # or it would also appear inside itself
     for entry in os.scandir("/"):
@@ -6889,7 +6887,7 @@ def _parse_hash(value: Any, algorithm: str = "") -> tuple[str, str]:
     return algorithm, raw.hex()
 
 
-def flake_inputs(lock: bytes) -> list[dict[str, str]]:
+def flake_inputs(lock: bytes) -> list[Strings]:
     """Return name and narHash of the flake's direct inputs, sorted by name.  lock: a flake.lock, or no bytes.
 
     Raises BuildFailed SourceError.
@@ -6897,12 +6895,12 @@ def flake_inputs(lock: bytes) -> list[dict[str, str]]:
     with _parsing("flake.lock", "SourceError"):
         doc = json.loads(lock or b'{"nodes": {"": {}}, "root": ""}')
         nodes = doc["nodes"]
-        direct = sorted(nodes[doc["root"]].get("inputs", {}).items())
-        # An input that follows another one is a list, and has no node of its own.
-        locked = [
-            (name, nodes[node].get("locked", {}).get("narHash")) for name, node in direct if isinstance(node, str)
+        return [
+            {"name": name, "narHash": str(digest)}
+            for name, node in sorted(nodes[doc["root"]].get("inputs", {}).items())
+            # An input that follows another one is a list, and has no node of its own.
+            if isinstance(node, str) and (digest := nodes[node].get("locked", {}).get("narHash"))
         ]
-    return [{"name": name, "narHash": str(digest)} for name, digest in locked if digest]
 
 
 def collect_nix(_: str, stdout: bytes) -> Artifacts:
@@ -6917,7 +6915,7 @@ def collect_nix(_: str, stdout: bytes) -> Artifacts:
     found = []
     for output in filter(None, outputs):
         folder = join(output, "bin")
-        for name in sorted(os.listdir(folder)) if isdir(folder) else ():
+        for name in os.listdir(folder) if isdir(folder) else ():
             path = realpath(join(folder, name))
             # Otherwise it is a link out of the store.
             if path.startswith(dirname(output) + "/") and _is_executable(path):
@@ -6946,7 +6944,7 @@ def parse_lock_yaml(data: bytes) -> Json:
         return str(json.loads(text)) if text.startswith('"') else text
 
     top: dict[str, Any] = {}
-    open_mappings, folded = [(-2, top)], MIB  # (indentation, contents); lines deeper than folded belong to a text
+    open_mappings, folded = [top], MIB  # the outermost first; lines deeper than folded belong to a text
     for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
         depth = len(line) - len(line.lstrip(" "))
         if not line.strip() or depth > folded:
@@ -6954,14 +6952,13 @@ def parse_lock_yaml(data: bytes) -> Json:
         folded, match = MIB, _YAML_LINE.fullmatch(line)
         if match and match[2] is None:
             continue  # an item of a list
-        while depth <= open_mappings[-1][0]:
-            open_mappings.pop()
-        indentation, mapping = open_mappings[-1]
-        if not match or depth != indentation + 2 or scalar(match[2]) in mapping:
+        del open_mappings[depth // 2 + 1 :]
+        mapping = open_mappings[-1]
+        if not match or depth != 2 * len(open_mappings) - 2 or scalar(match[2]) in mapping:
             raise ValueError(f"line {number} is not what pnpm writes: {line[:80]!r}")
         value: Any = match[3] or {}
         if not value:
-            open_mappings.append((depth, value))
+            open_mappings.append(value)
         elif value[0] == "{":
             value = {scalar(key): scalar(word) for key, word in _YAML_PAIR.findall(value)}
         elif value[0] in "|>":
@@ -7438,20 +7435,19 @@ def hardware_evidence(
     parsed = parse_report(report)
     kind, product = parsed.signing_key, parsed.product
 
-    def from_amd() -> bytes | None:
-        if fetch is None:
-            return None
-        if product not in TCB_LAYOUTS or kind != "VCEK":
-            raise NoAttester(
-                f"the report is signed by {kind} of {product or 'an unknown product'}; "
-                "AMD's key service has only the VCEKs of known products"
-            )
-        return fetch(vek_url(parsed, product))
+    def certificates() -> Iterator[bytes | None]:
+        yield vek_in_table(table, kind)
+        yield given
+        if fetch is not None:
+            if product not in TCB_LAYOUTS or kind != "VCEK":
+                raise NoAttester(
+                    f"the report is signed by {kind} of {product or 'an unknown product'}; "
+                    "AMD's key service has only the VCEKs of known products"
+                )
+            yield fetch(vek_url(parsed, product))
 
     chain, problem = None, ""
-    sources: Sequence[Callable[[], bytes | None]] = (lambda: vek_in_table(table, kind), lambda: given, from_amd)
-    for source in sources:
-        vek = source()
+    for vek in certificates():
         if vek is not None:
             chain, problem = {"vcek": _base64(vek), "ask": None, "ark": None}, ""
             try:
@@ -7644,16 +7640,15 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
     environ: the server's environment.
     extra: the names of further variables that are passed on, from --env.
     """
-    env = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
-    for name in [name for name in env if re.search("(?i)_proxy$", name) and "@" in env[name] and name not in extra]:
-        del env[name]  # it contains the proxy's password
+    passed = {name: environ[name] for name in (*ALLOWED_ENVIRONMENT, *extra) if name in environ}
     rustup = join(environ.get("HOME") or os.path.expanduser("~"), ".rustup")  # from passwd(5)
     own = zip(("HOME", "TMPDIR", "CARGO_HOME"), BUILD_FOLDERS, strict=True)
     return {
         "PATH": os.defpath,
         **FIXED_ENVIRONMENT,
         **({"RUSTUP_HOME": rustup} if isdir(rustup) else {}),
-        **env,
+        # The URL of a proxy may contain a password.
+        **{k: v for k, v in passed.items() if k in extra or "@" not in v or not k.lower().endswith("_proxy")},
         **{name: join(workspace, folder) for name, folder in own},
     }
 
@@ -7803,9 +7798,8 @@ def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> 
     own: a folder that the build cannot write to.
     [CARGO: cargo home; CONTRACT 2.2]
     """
-    form = re.compile("pkg:cargo/(.+)@(.+)[?]checksum=sha256:([0-9a-f]{64})")
-    matches = [form.match(row["uri"]) for row in plan.dependencies or () if cache]
-    found = [match.groups() for match in matches if match]
+    uris = "\n".join(row["uri"] for row in plan.dependencies or () if cache)
+    found = re.findall("(?m)^pkg:cargo/(.+)@(.+)[?]checksum=sha256:([0-9a-f]{64})", uris)
     crates = {f"{name}-{version}.crate": digest for name, version, digest in found}
     if len(crates) < len(found):  # a package of one registry could get into the folder of another one
         crates = {}
@@ -7908,13 +7902,13 @@ def _conditions(root: str, env: Strings) -> dict[str, str]:
     root: the directory of the source.
     env: of the build.
     """
-    kernel, machine = os.uname()[0:3:2], os.uname().machine.encode()
+    system, _, release, _, machine = os.uname()
     text = read_limited("/proc/cpuinfo", 64 * MIB) if exists("/proc/cpuinfo") else b""
-    cpu = {machine, *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
+    cpu = {machine.encode(), *re.findall(rb"(?m)^(?:model name|CPU part|flags|Features)\s*: (.*)", text)}
     found = {
         "build_path": os.fsencode(root),
         "build_environment": b"\0".join(sorted(os.fsencode(f"{name}={value}") for name, value in env.items())),
-        "build_kernel": " ".join(kernel).encode(),
+        "build_kernel": f"{system} {release}".encode(),
         "build_cpu": b"\n".join(sorted(cpu)),
     }
     return {name: sha256_hex(value) for name, value in found.items()}
@@ -7939,7 +7933,8 @@ def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
             shutil.copyfile(path, copy, follow_symlinks=False)
         if islink(copy):
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
-        if taken.setdefault(name, file_sha256(copy)) != file_sha256(copy):
+        digest = file_sha256(copy)
+        if taken.setdefault(name, digest) != digest:
             raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
     return taken
 
@@ -8014,8 +8009,11 @@ def _make_statement(
 _ALGORITHMS = {32: "MD5", 40: "SHA-1", 64: "SHA-256", 96: "SHA-384", 128: "SHA-512"}  # by digits [CYCLONEDX hash]
 
 
-def bundle_facts(doc: Any, verdict: Verdict) -> dict[str, dict[str, str]]:
-    """Return what the bundle with the Statement doc says, as part -> name -> value, without times, logs and nonces."""
+Facts = Mapping[str, Strings]  # part -> name -> value
+
+
+def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
+    """Return what the bundle with the Statement doc says, without times, logs and nonces."""
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     external, internal = definition["externalParameters"], dict(definition["internalParameters"])
     lock, tools = internal.pop("lockfileHash"), internal.pop("toolchain")
@@ -8049,7 +8047,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     return path + f"?{kept}" * bool(kept), version
 
 
-def differences(a: Mapping[str, Strings], b: Mapping[str, Strings]) -> list[dict[str, str | None]]:
+def differences(a: Facts, b: Facts) -> list[dict[str, str | None]]:
     """Return each fact that differs between two bundles; None stands for a fact that one of them lacks."""
     return [
         {"part": part, "name": name, "a": a[part].get(name), "b": b[part].get(name)}
@@ -8088,10 +8086,11 @@ def explain_difference(a: bytes, b: bytes) -> str:
                 return f"only one of them has the ELF section {name}"
             where, a, b = f"ELF section {name}, ", old[name], new[name]
             break
-    pairs = enumerate(zip(a, b, strict=False))
-    at = next((number for number, (x, y) in pairs if x != y), min(len(a), len(b)))
-    texts = [re.findall(rb"[ -~]*\Z", one[max(0, at - 100) : at])[0] for one in (a, b)]
-    texts = [text + re.findall(rb"[ -~]*", one[at : at + 100])[0] for text, one in zip(texts, (a, b), strict=True)]
+    at = len(commonprefix((a, b)))
+    texts = [
+        re.findall(rb"[ -~]*\Z", one[max(0, at - 100) : at])[0] + re.findall(rb"[ -~]*", one[at : at + 100])[0]
+        for one in (a, b)
+    ]
     kind, shown = "bytes", [one[at : at + 16].hex() for one in (a, b)]
     if min(map(len, texts)) > 3:
         shown = [text.decode("ascii") for text in texts]
@@ -8125,36 +8124,19 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
     """
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     digest, source = sha256_hex(provenance), definition["externalParameters"]["source"]
-    files = [
-        {
-            "type": "file",
-            "bom-ref": f"artifact:{subject['name']}",
-            "name": subject["name"],
-            "hashes": cyclonedx_hashes(subject["digest"]),
-        }
-        for subject in doc["subject"]
-    ]
-    libraries = {
-        dependency["uri"]: {
-            "type": "library",
-            "bom-ref": dependency["uri"],
-            "name": dependency["name"],
-            "version": split_uri(dependency["uri"])[1],
-            **({"purl": dependency["uri"]} if dependency["uri"].startswith("pkg:") else {}),
-            "hashes": cyclonedx_hashes(dependency["digest"]),
-            "properties": [{"name": f"digest:{kind}", "value": value} for kind, value in dependency["digest"].items()],
-        }
-        for dependency in definition["resolvedDependencies"]
-    }
+
+    def component(kind: str, ref: str, name: str, digest: Strings, **more: str) -> Json:
+        return {"type": kind, "bom-ref": ref, "name": name, **more, "hashes": cyclonedx_hashes(digest)}
+
+    files = [component("file", f"artifact:{row['name']}", row["name"], row["digest"]) for row in doc["subject"]]
+    libraries = {}
+    for row in definition["resolvedDependencies"]:
+        uri, purl = row["uri"], {"purl": row["uri"]} if row["uri"].startswith("pkg:") else {}
+        library = component("library", uri, row["name"], row["digest"], version=split_uri(uri)[1], **purl)
+        properties = [{"name": f"digest:{kind}", "value": value} for kind, value in row["digest"].items()]
+        libraries[uri] = {**library, "properties": properties}
     tools = [
-        {
-            "type": "application",
-            "bom-ref": f"tool:{name}",
-            "name": name,
-            "version": tool["version"],
-            "scope": "excluded",
-            "hashes": cyclonedx_hashes(tool["digest"]),
-        }
+        component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
         for name, tool in definition["internalParameters"]["toolchain"].items()
     ]
     root = {"type": "application", "bom-ref": "build", "name": source["uri"] or source["digest"]["gitTree"]}
