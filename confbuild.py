@@ -5686,7 +5686,7 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",
 
 # endregion 23
 # ==============================================================================
-# region 24. Git                                               [uses 20, 21, 23]
+# region 24. Git                                           [uses 16, 20, 21, 23]
 # ==============================================================================
 # Fetches a repository, names the tree of files as git would, believes a source's history, and packs a directory.  The
 # program git is used, but it never obeys what it reads: servers, repositories and work trees are hostile.  So git runs
