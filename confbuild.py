@@ -5655,10 +5655,11 @@ def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
         yield tar
 
 
-def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",)) -> None:
+def write_source(archive: str, root: str, name: str, files: Iterable[str] = ("",), git: str = "") -> None:
     """Write files into the gzip tarball archive, in a directory called name, without owners and times.
 
-    files: relative to root, folders with all that is in them; all of root by default."""
+    files: relative to root, folders with all that is in them; all of root by default.
+    git: the folder that becomes `.git`; empty for none."""
 
     def add(tar: "tarfile.TarFile", path: str, member: str) -> None:
         info, mode = tarfile.TarInfo(member), os.lstat(path).st_mode
@@ -5680,6 +5681,8 @@ def write_source(archive: str, root: str, name: str, files: Sequence[str] = ("",
 
     # tarfile's own add takes twice as long: it looks up the owner of each file.
     with open_tar(archive) as tar:
+        if git:
+            add(tar, git, join(name, ".git"))
         for file in sorted(files):
             add(tar, join(root, file), join(name, file).rstrip("/"))
 
@@ -5937,17 +5940,12 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     ]
 
 
-def fetch_git(
-    url: str,
-    ref: str,
-    root: str,
-    env: Mapping[str, str],
-    policy: SourcePolicy,
-    origin: str | None = None,
+def fetch_history(
+    url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str | None = None
 ) -> None:
-    """Check out a commit into the new directory root, with a history of depth 1 and the bytes of the repository.
+    """Make the new directory root a repository with a commit as its HEAD, a history of depth 1, and no files yet.
 
-    The tags that point at the commit are fetched too, for `git describe`. Submodules are empty folders.
+    The tags that point at the commit are fetched too, for `git describe`.
     url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
     branch.
     origin: the URL to record, or "" for none; url by default.
@@ -5974,12 +5972,12 @@ def fetch_git(
     watch()
     _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
     commit = _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
+    write_file(join(git, "HEAD"), f"{commit}\n".encode("ascii"))
     _git(["read-tree", commit], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
     # Keep the bytes that the tree hash covers.
     write_file(join(git, "info", "attributes"), b"* -text -eol -ident -filter -working-tree-encoding\n")
-    _git(["checkout", "-q", "-f", "--detach", commit, "--"], root, env, max_bytes)
     listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
     rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
     tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
@@ -5988,6 +5986,21 @@ def fetch_git(
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
     if origin != "":
         _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
+
+
+def fetch_git(
+    url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str | None = None
+) -> None:
+    """Check out a commit into the new directory root, with the bytes of the repository: see fetch_history.
+
+    Submodules are empty folders."""
+    fetch_history(url, ref, root, env, policy, origin)
+    _check_out(root, env)
+
+
+def _check_out(root: str, env: Mapping[str, str]) -> None:
+    """Write the files of HEAD, whose sizes fetch_history has checked."""
+    _git("checkout -q -f --detach HEAD --".split(), root, git_environment(env, ()))
 
 
 def refuse_filters(directory: str, env: Mapping[str, str]) -> None:
@@ -6105,14 +6118,18 @@ class History(NamedTuple):
     time: int
 
 
-def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
+def believe_history(
+    project: str, env: Mapping[str, str], prefix: str = "", git: str = "", files: Sequence[str] | None = None
+) -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
     prefix: of the paths of submodules.
+    git: another folder with the history.
+    files: relative to project; None for all.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
-    git = join(project, ".git")
+    git = git or join(project, ".git")
     if not isdir(join(git, "objects")) or islink(git):
         raise source_error("there is no history")
     env = git_environment(env, ())
@@ -6128,7 +6145,8 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
     if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
-    files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
+    if files is None:
+        files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
     absent = {name: (row[0], row[2]) for name, row in head.items() if name in links or IGNORED & set(name.split("/"))}
     tree = git_tree(project, files, object_format(commit), absent)
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
@@ -6260,14 +6278,16 @@ class Source(NamedTuple):
     """The source in a directory.
 
     root: the folder with its bytes: the directory itself, or a checkout of HEAD of our own.
-    files: relative to root; with a history, all files.
+    files: relative to root.
     history: of HEAD. None: the files count as they are.
-    note: which of the two and why, for the user."""
+    note: which of the two and why, for the user.
+    git: the folder with the history if root's own `.git` is another."""
 
     root: str
     files: Sequence[str]
     history: History | None
     note: str
+    git: str = ""
 
 
 def read_source(
@@ -6308,19 +6328,13 @@ def read_source(
     return Source(root, kept, None, f"{len(kept)} files as they are{ignored}, without history: {why}")
 
 
-def _read_head(
-    checkout: Checkout, scratch: str, found: Mapping[str, str], removed: Sequence[str], submodules: bool
-) -> Source:
-    """Return the HEAD of a work tree as its source. The index of our own is HEAD's.
+def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[str, list[bytes]]) -> set[str]:
+    """Return the files that differ from HEAD or are missing because git was told to skip them.
 
+    The index of our own is HEAD's.
     found: from list_source.
-    removed: the folders that a build removes first.
-    Raises BuildFailed if the work tree differs from HEAD, or the history cannot be used."""
-    head = dict(_list_tree(checkout.commit, checkout.own, checkout.env))
-    links = [name for name, row in head.items() if row[0] == GITLINK]
-    for folder in removed:
-        if any(name.startswith(folder + "/") for name in head):
-            raise source_error(f"git tracks {folder}, which is removed before a build")
+    head: from _list_tree.
+    Raises BuildFailed SourceError for any other difference."""
     # The user's own filters must not run either, and the index of our own knows no times, so git reads every file.
     attributes = join(checkout.own, "info", "attributes")
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
@@ -6330,35 +6344,54 @@ def _read_head(
     command = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
     rows = os.fsdecode(_git([*itertools.chain(*settings), *command], checkout.root, checkout.env)).split("\0")
     changed = {row[3:] for row in rows[:-1]}
-    changed |= {name for name in found if name not in head and not name.startswith(tuple(f"{link}/" for link in links))}
+    links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
+    changed |= {name for name in found if name not in head and not name.startswith(links)}
     names = sorted(name for name in changed if found.get(name) != "S")
     if names:
         more = f" and {len(names) - 5} more" * (len(names) > 5)
         raise source_error(f"it differs from HEAD in {', '.join(names[:5])}{more}")
+    return changed
+
+
+def _read_head(
+    checkout: Checkout, scratch: str, found: Mapping[str, str], removed: Sequence[str], submodules: bool
+) -> Source:
+    """Return the HEAD of a work tree as its source. The index of our own is HEAD's.
+
+    found: from list_source.
+    removed: the folders that a build removes first.
+    Raises BuildFailed if the work tree differs from HEAD, or the history cannot be used."""
+    head = dict(_list_tree(checkout.commit, checkout.own, checkout.env))
+    for folder in removed:
+        if any(name.startswith(folder + "/") for name in head):
+            raise source_error(f"git tracks {folder}, which is removed before a build")
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
-    env = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}
+    git, env = join(root, ".git"), {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}
     policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
     origin = without_credentials(checkout.config.get("remote.origin.url", ""))
     notes = [f"commit {checkout.commit}"]
-    try:
-        fetch_git("file://" + urllib.parse.quote(checkout.own), checkout.commit, root, env, policy, origin)
-        for link in links:
-            path = join(checkout.root, link)
-            if not submodules or not lexists(join(path, ".git")):
-                notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
-                continue
-            inner = read_source(path, scratch, (), True, True)
-            if inner.history is None:
-                raise source_error(f"the submodule {link}: {inner.note}")
-            os.rmdir(join(root, link))
-            os.rename(inner.root, join(root, link))
-        history = believe_history(root, env)
-    except BuildFailed as e:
-        raise source_error(f"its history cannot be packed ({e})") from None
-    for name in changed:
+    fetch_history("file://" + urllib.parse.quote(checkout.own), checkout.commit, root, env, policy, origin)
+    if found.keys() == head.keys() and not submodules:
+        # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
+        files = [name for name in found if not IGNORED & {*name.split("/")}]
+        with contextlib.suppress(BuildFailed, OSError):
+            return Source(checkout.root, files, believe_history(checkout.root, env, "", git, files), notes[0], git)
+    skipped = _skipped_files(checkout, found, head)
+    _check_out(root, env)
+    for link in (name for name, row in head.items() if row[0] == GITLINK):
+        path = join(checkout.root, link)
+        if not submodules or not lexists(join(path, ".git")):
+            notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
+            continue
+        inner = read_source(path, scratch, (), True, True)
+        if inner.history is None:
+            raise source_error(f"the submodule {link}: {inner.note}")
+        os.rmdir(join(root, link))
+        os.rename(inner.root, join(root, link))
+    for name in skipped:
         if lexists(join(checkout.root, name)):
             notes.append(f"without the work tree's {name}: git was told to skip that")
-    return Source(root, walk_files(root), history, "; ".join(notes))
+    return Source(root, walk_files(root), believe_history(root, env), "; ".join(notes))
 
 
 class Packed(NamedTuple):
@@ -6397,7 +6430,8 @@ def pack_directory(
         raise UsageError(f"{directory}: there is nothing to build")
     name, history = safe_name(basename(realpath(directory))), source.history
     tree = history.tree if history else git_tree(source.root, source.files)
-    write_source(archive, source.root, name, [""] if history else source.files)
+    whole = history and not source.git  # with the empty folders of submodules
+    write_source(archive, source.root, name, [""] if whole else source.files, source.git)
     return Packed(source.note, tree, history.commit if history else "", source.files)
 
 

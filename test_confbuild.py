@@ -13183,6 +13183,30 @@ class TestSources:
         assert (found.commit, found.tree, os.listdir(got / "sub")) == (head, tree, [])
         assert found.submodules["sub"]["digest"] == {"gitCommit": origin["main"]}
 
+    def test_the_bytes_of_head_are_read_in_place(self, tmp_path: Path) -> None:
+        """A clean work tree is not copied; one with converted line ends is, since its bytes are not HEAD's."""
+        root = self.repository(tmp_path)
+        write_files(root, {"a.txt": "a\n", ".gitignore": "ignored\n", "d/.DS_Store": "tracked"}, commit=True)
+        git(root, "tag", "v1")
+        write_files(root, {"ignored": "not source"})
+        for change, in_place in ((None, True), ("a\r\n", False)):
+            if change:
+                git(root, "config", "core.autocrlf", "true")
+                (root / "a.txt").write_text(change)
+            scratch = tmp_path / f"scratch-{in_place}"
+            scratch.mkdir()
+            source = confbuild.read_source(str(root), str(scratch))
+            assert source.history is not None and (source.root == str(root)) is in_place, source.note
+            packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch))
+            project = tmp_path / f"unpacked-{in_place}" / root.name
+            confbuild.unpack_archive(str(tmp_path / "a.tar.gz"), str(project.parent))
+            assert (project / "a.txt").read_bytes() == b"a\n"
+            assert not {"ignored", "d/.DS_Store"} & {*confbuild.walk_files(str(project))}
+            found = confbuild.believe_history(str(project), ORACLE_ENV)
+            assert (found.commit, found.tree) == (packed.commit, packed.tree) == (source.history.commit, packed.tree)
+            assert git(project, "describe", "--tags") == "v1"
+            assert git(project, "status", "--porcelain").split() == ["D", "d/.DS_Store"]
+
     def test_submodules_in_submodules(self, tmp_path: Path) -> None:
         """[CONTRACT 3.4, 3.5]"""
         inner = write_files(tmp_path / "inner", {"i": "i"}, commit=True)
