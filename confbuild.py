@@ -13459,7 +13459,7 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
         if not re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", name):  # [POLICY 5.6.1]; else apt could take it for an option
             raise ImageError(f"{name!r} is not the name of a package")
     with tempfile.TemporaryDirectory(prefix="confbuild-") as folder:
-        status = os.path.join(folder, "status")
+        status = join(folder, "status")
         with open(status, "w", encoding="ascii") as f:
             f.writelines(
                 f"Package: {name}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n"
@@ -13577,7 +13577,7 @@ def _run_scripts(tree: TreeWriter, root: str) -> None:
         if f"usr/bin/{name}" not in kinds and f"usr/bin/{target}" in kinds:
             tree.add(_Member(f"usr/bin/{name}", "symlink", False, target, ()))
     authorities = sorted(
-        os.path.join(root, name)
+        join(root, name)
         for name, kind in kinds.items()
         if kind == "file" and re.fullmatch(r"usr/share/ca-certificates/.+\.crt", name)
     )
@@ -13616,7 +13616,7 @@ def scan_tree(root: str) -> _Tree:
         folder = pending.pop()
         if folder.count("/") > MAX_DEPTH:
             raise ImageError(f"{root}: {folder[:80]!r} is more than {MAX_DEPTH} folders deep")
-        for entry in list(os.scandir(os.path.join(root, folder))):
+        for entry in list(os.scandir(join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
             if _DROPPED.fullmatch(name):
@@ -13855,13 +13855,13 @@ def _compile_python(root: str, version: str, sources: _Tree) -> _Tree:
     """
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         for name, node in sources.items():
-            path = os.path.join(scratch, name)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path = join(scratch, name)
+            os.makedirs(dirname(path), exist_ok=True)
             with open(path, "xb") as f:
                 f.writelines(_blocks(node))
         python = (f"./usr/bin/python{version}", "-S", "-s", "-B", "-m", "compileall", "-q", "-b")
         _run_in_root(root, *python, "--invalidation-mode=unchecked-hash", "-s", scratch, "-p", "/", scratch)
-        return {name: _new_file(_read_whole(os.path.join(scratch, name + "c"), 64 * MIB)) for name in sources}
+        return {name: _new_file(_read_whole(join(scratch, name + "c"), 64 * MIB)) for name in sources}
 
 
 def kernel_release(data: bytes) -> str:
@@ -14018,20 +14018,20 @@ class ImageInput(NamedTuple):
 
 def make_image(folder: str, given: ImageInput) -> Image:
     """Make an image in the new directory folder. Raises ImageError, OSError; folder then does not exist."""
-    if os.path.lexists(folder):
+    if lexists(folder):
         raise ImageError(f"{folder} exists", "name a new directory with -o")
     if len(given.vcpus) > MAX_LAUNCH_DIGESTS:
         raise ImageError(f"{len(given.vcpus)} launch digests requested: expected at most {MAX_LAUNCH_DIGESTS}")
-    parent = os.path.dirname(os.path.abspath(folder))
+    parent = dirname(abspath(folder))
     os.makedirs(parent, exist_ok=True)
     scratch = tempfile.mkdtemp(prefix=".confbuild-", dir=parent)
     try:
-        made = os.path.join(scratch, "image")
+        made = join(scratch, "image")
         os.mkdir(made)
         packages: Sequence[Package] = ()
-        root = os.path.abspath(given.rootfs)
+        root = abspath(given.rootfs)
         if not given.rootfs:
-            root = os.path.join(scratch, "root")
+            root = join(scratch, "root")
             os.mkdir(root)
             packages = unpack_packages(given.lock, given.debs, root)
         _write_image(made, root, given, packages)
@@ -14048,13 +14048,13 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Pac
     kernels = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
     if not given.kernel and len(kernels) != 1:
         raise ImageError(f"the root file system has {len(kernels)} files boot/vmlinuz-*, not one", "use --kernel FILE")
-    kernel = _read_whole(given.kernel or os.path.join(root, kernels[0]), MAX_KERNEL)
-    origin_path = given.firmware or os.path.join(root, _resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1])
+    kernel = _read_whole(given.kernel or join(root, kernels[0]), MAX_KERNEL)
+    origin_path = given.firmware or join(root, _resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1])
     origin = _read_whole(origin_path, MAX_FIRMWARE)
     firmware = seal_firmware(origin)
     modules = scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
     initrd, tools = _make_trees(root, tree, modules)
-    paths = {part: os.path.join(made, file) for part, file in _PARTS.items()}
+    paths = {part: join(made, file) for part, file in _PARTS.items()}
     write_cpio(paths["initrd"], initrd)
     root_hash, blocks = write_erofs(paths["tools"], tools)
     # Without ACPI the host cannot provide tables whose code the kernel would run. Only ACPI finds more processors.
@@ -14067,7 +14067,7 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Pac
     document = {
         "version": 1,
         "parts": {
-            part: {"file": _PARTS[part], "sha256": file_sha256(path), "size": os.path.getsize(path)}
+            part: {"file": _PARTS[part], "sha256": file_sha256(path), "size": getsize(path)}
             for part, path in paths.items()
         },
         "firmware_origin_sha256": sha256_hex(origin),
@@ -14079,7 +14079,7 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Pac
             for kind, count in given.vcpus
         ],
     }
-    with open(os.path.join(made, "image.json"), "xb") as f:
+    with open(join(made, "image.json"), "xb") as f:
         f.write(to_canonical(document))
     for entry in list(os.scandir(made)):
         os.chmod(entry.path, 0o644)
@@ -14111,8 +14111,8 @@ def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -
 
 def read_image(folder: str) -> Image:
     """Return the image in a directory, as image.json describes it; nothing is hashed. Raises ImageError, OSError."""
-    path = os.path.join(folder, "image.json")
-    if not os.path.lexists(path):
+    path = join(folder, "image.json")
+    if not lexists(path):
         raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
     data = _read_whole(path, MAX_JSON)
     try:
@@ -14121,9 +14121,9 @@ def read_image(folder: str) -> Image:
         raise ImageError(f"{folder}: {e}") from None
     if len(document["launch_digests"]) > MAX_LAUNCH_DIGESTS:
         raise ImageError(f"{folder}: image.json: expected at most {MAX_LAUNCH_DIGESTS} launch digests")
-    paths = {part: os.path.join(folder, row["file"]) for part, row in document["parts"].items()}
+    paths = {part: join(folder, row["file"]) for part, row in document["parts"].items()}
     for path in paths.values():
-        if not os.path.lexists(path):
+        if not lexists(path):
             raise ImageError(f"{path} is missing")
         _open_regular(path).close()
     digests = [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]
@@ -14144,7 +14144,7 @@ def check_image(folder: str) -> ImageFacts:
     found = {part: file_sha256(getattr(image, part)) for part in _PARTS}
     wrong = [f"{part} does not match image.json" for part in _PARTS if found[part] != image.parts[part]["sha256"]]
     for part, row in image.parts.items():
-        size = os.path.getsize(getattr(image, part))
+        size = getsize(getattr(image, part))
         wrong += [f"{part} has {size} bytes, not {row['size']}"] * (size != row["size"])
     tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
     if not tools or _root_hash(image.tools, int(tools[2])) != tools[1]:
@@ -14416,7 +14416,7 @@ def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
     """Write the page of hashes for an emulated guest with firmware, and return its path and guest address."""
     if guest.platform.confidential or not guest.firmware:
         return "", 0
-    image, path = guest.image, os.path.join(folder, "hashes")
+    image, path = guest.image, join(folder, "hashes")
     with open(image.firmware, "rb") as f, open(path, "wb") as out:
         kernel, initrd = (bytes.fromhex(file_sha256(part)) for part in (image.kernel, image.initrd))
         gpa, page = hashes_page(parse_firmware(f.read()), boot_hashes(kernel, initrd, image.append))
@@ -14867,7 +14867,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         os.chmod(f"{SYSROOT}/{name}", mode)
         os.chown(f"{SYSROOT}/{name}", uid, uid)
     os.chown(f"{SYSROOT}/work", AGENT_UID, AGENT_UID)
-    if os.path.isdir(SYSROOT + MIRROR):
+    if isdir(SYSROOT + MIRROR):
         _write(f"{SYSROOT}/work/cargo/config.toml", MIRROR_CONFIG)
 
 
@@ -15796,7 +15796,7 @@ WantedBy=sockets.target
 
 def cmd_unit(options: "argparse.Namespace") -> None:
     """Print a systemd unit.  [systemd.exec(5), systemd.socket(5)]"""
-    program = shlex.join(map(os.path.abspath, (sys.executable, sys.argv[0])))
+    program = shlex.join(map(abspath, (sys.executable, sys.argv[0])))
     sys.stdout.write(SOCKET_UNIT if options.socket else UNIT.format(program))
 
 
@@ -15836,7 +15836,7 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    running = start_server(options, options.state or os.path.join(data, "confbuild"), tokens, machine)
+    running = start_server(options, options.state or join(data, "confbuild"), tokens, machine)
     report(f"serving on {running.url}")
     report(machine.note)
     notify_systemd("READY=1")
@@ -15902,7 +15902,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     source, is_url = options.source, "://" in options.source
     _check_build_options(options, is_url)
     nonce = options.nonce or secrets.token_hex(NONCE_SIZE)
-    name = repository_name(source) if is_url else safe_name(os.path.basename(os.path.realpath(source)))
+    name = repository_name(source) if is_url else safe_name(basename(realpath(source)))
     bundle = options.out or name + "-build"
     _check_target(bundle)
     machine = None if options.server else prepare_platform(options)
@@ -15916,7 +15916,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         display = Display(sys.stderr, options.format)
         if not is_url:
             archive, request = (
-                os.path.join(scratch, name + ".tar.gz"),
+                join(scratch, name + ".tar.gz"),
                 BuildRequest(nonce, source_name=name + ".tar.gz"),
             )
             packed = _pack(options, archive, scratch)
@@ -15930,7 +15930,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             client = _client(options, display)
         else:
             token = secrets.token_urlsafe(32)
-            running = start_server(options, os.path.join(scratch, "state"), [token], machine)
+            running = start_server(options, join(scratch, "state"), [token], machine)
             stack.callback(running.stop, 0.0)
             client = Client(ApiClient(running.url, token, display.note), display)
             display.note(machine.note)
@@ -15942,13 +15942,13 @@ def cmd_build(options: "argparse.Namespace") -> int:
         checks = [] if is_url else ["--source", source]
         checks += ["--image", options.image] if options.image and options.tee else []
         delivery = Delivery(bundle, expected, endorsements, checks)
-        return _follow_and_fetch(client, job_id, delivery, os.path.join(scratch, "build.log"))
+        return _follow_and_fetch(client, job_id, delivery, join(scratch, "build.log"))
 
 
 def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     """Raise UsageError for a source that cannot be built, and for options that would have no effect."""
     source = options.source
-    if not is_url and not os.path.isdir(source):
+    if not is_url and not isdir(source):
         hint = f"is it https://{source}?" if re.match(r"[\w-]+(\.[\w-]+)+/", source) else ""
         if ":" in source:
             hint = "a repository has a URL like https://example.org/a/b.git"
@@ -15972,7 +15972,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     scheme = source.partition("://")[0].lower()
     if is_url and scheme in ("file", "git") and scheme not in options.allow_scheme:
         raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", f"--allow-scheme {scheme} accepts them")
-    if not is_url and not os.path.isdir(os.path.join(source, options.subdir)):
+    if not is_url and not isdir(join(source, options.subdir)):
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
     if not is_url and os.listdir(source):
         try:
@@ -15983,16 +15983,16 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
     """Pack the directory that is the source into archive. Raises UsageError."""
-    workspace, outputs, source, subdir = os.path.join(scratch, "pack"), list[str](), options.source, options.subdir
+    workspace, outputs, source, subdir = join(scratch, "pack"), list[str](), options.source, options.subdir
     os.mkdir(workspace)
     try:
         with contextlib.suppress(BuildFailed):  # another server may know what this is
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with contextlib.suppress(BuildFailed):
-            for toolchain in detect_toolchains(os.path.join(source, subdir), options.toolchain)[:1]:
-                if os.path.normpath(os.path.join(subdir, toolchain.marker)) not in packed.files:
-                    hint = shlex.join(["git", "-C", source, "add", "-f", os.path.join(subdir, toolchain.marker)])
+            for toolchain in detect_toolchains(join(source, subdir), options.toolchain)[:1]:
+                if os.path.normpath(join(subdir, toolchain.marker)) not in packed.files:
+                    hint = shlex.join(["git", "-C", source, "add", "-f", join(subdir, toolchain.marker)])
                     raise UsageError(
                         f"{source}: git ignores {toolchain.marker}, so it is not in the source", f"`{hint}`"
                     )
@@ -16039,20 +16039,20 @@ def _check_waiting_vm(client: Client, expected: Expectations, endorsements: Endo
 def _check_target(path: str) -> None:
     """Raise UsageError unless path is free, an empty directory, or a bundle without foreign files."""
     hint = "name another directory with -o"
-    if os.path.realpath(path) == os.path.realpath("."):
+    if realpath(path) == realpath("."):
         raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
-    ours = not os.path.lexists(path)
-    if os.path.isdir(path) and not os.path.islink(path):
+    ours = not lexists(path)
+    if isdir(path) and not islink(path):
         names = set(os.listdir(path))
         ours = not names
         if names == BUNDLE_FILES:
-            listed = subject_names(read_limited(os.path.join(path, "provenance.json"), MAX_JSON))
-            ours = set(walk_files(os.path.join(path, "artifacts"))) <= set(listed)
+            listed = subject_names(read_limited(join(path, "provenance.json"), MAX_JSON))
+            ours = set(walk_files(join(path, "artifacts"))) <= set(listed)
     if not ours:
         raise UsageError(f"{path} exists and is not a bundle", hint)
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.lexists(folder):
-        folder = os.path.dirname(folder)
+    folder = dirname(abspath(path))
+    while not lexists(folder):
+        folder = dirname(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder):
             pass
@@ -16166,7 +16166,7 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
 def _keep_result(service: ApiClient, job_id: str) -> str:
     """Save the result of a temporary server, which ends now, in TMPDIR, and return how to use it."""
     folder = tempfile.mkdtemp(prefix="confbuild-")
-    archive = os.path.join(folder, "result.tar.gz")
+    archive = join(folder, "result.tar.gz")
     try:
         service.download(job_id, archive)
     except (OSError, RemoteError) as e:
@@ -16179,10 +16179,10 @@ def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delive
     """Say what was built, how long it took, what the verdict is, and which command verifies the bundle again."""
     if display.form == "quiet":
         return
-    folder, nonce = os.path.join(path, "artifacts"), delivery.expected.nonce
+    folder, nonce = join(path, "artifacts"), delivery.expected.nonce
     for name in walk_files(folder):
-        file = os.path.join(folder, name)
-        display.note(f"artifact {name}  {size_text(os.path.getsize(file))}  sha256:{file_sha256(file)}")
+        file = join(folder, name)
+        display.note(f"artifact {name}  {size_text(getsize(file))}  sha256:{file_sha256(file)}")
     sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)).partition("\n")[0] + "\n")
     if nonce is None:
         display.note("not checked: nonce (--nonce)")
@@ -16200,10 +16200,10 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
     Raises OSError, RemoteError.
     """
     bundle = delivery.bundle
-    parent = os.path.dirname(os.path.abspath(bundle))
+    parent = dirname(abspath(bundle))
     os.makedirs(parent, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
-        archive, root = os.path.join(scratch, "result.tar.gz"), os.path.join(scratch, "bundle")
+        archive, root = join(scratch, "result.tar.gz"), join(scratch, "bundle")
         os.mkdir(root)
         service.download(job_id, archive)
         try:
@@ -16219,9 +16219,9 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
             os.replace(archive, bundle)
             return bundle, verdict
         root, _ = find_project(root, "")
-        os.makedirs(os.path.join(root, "artifacts"), exist_ok=True)
+        os.makedirs(join(root, "artifacts"), exist_ok=True)
         for name in set(os.listdir(root)) - BUNDLE_FILES:  # an artifact, or an equal copy of one
-            os.replace(os.path.join(root, name), os.path.join(root, "artifacts", name))
+            os.replace(join(root, name), join(root, "artifacts", name))
         remove_tree(bundle)
         os.rename(root, bundle)
     return bundle, verdict
@@ -16317,7 +16317,7 @@ def _read_roots(directory: str) -> Anchors:
     anchors = {}
     for name in os.listdir(directory):
         product = name.capitalize()
-        files = {role: _read_der(os.path.join(directory, name, f"{role}.der")) for role in roles.get(product, ())}
+        files = {role: _read_der(join(directory, name, f"{role}.der")) for role in roles.get(product, ())}
         if files:
             anchors[product] = make_anchors(product, **files)
     if not anchors:
@@ -16331,7 +16331,7 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
     try:
         return Endorsements(
             None if options.roots is None else _read_roots(options.roots),
-            [(os.path.basename(path), _read_der(path)) for path in options.crl or ()],
+            [(basename(path), _read_der(path)) for path in options.crl or ()],
             None if options.vek is None else _read_der(options.vek),
             None if options.collateral is None else read_limited(options.collateral, MAX_JSON),
         )
@@ -16393,7 +16393,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             wire = verdict.to_wire()
             if options.vsa is not None:
                 write_durably(
-                    os.path.abspath(options.vsa),
+                    abspath(options.vsa),
                     to_canonical(make_vsa(files, verdict, status == EXIT_OK, wanted, when)) + b"\n",
                 )
             if options.format == "text":
@@ -16463,16 +16463,16 @@ def _unpacked(path: str, scratch: str) -> str:
 
 def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
     """Return the first difference between the artifacts called name of the bundles in two folders."""
-    pair = [next(filter(os.path.isfile, (os.path.join(f, "artifacts", name), os.path.join(f, name)))) for f in folders]
+    pair = [next(filter(isfile, (join(f, "artifacts", name), join(f, name)))) for f in folders]
     where, roots = "", [_unpacked(path, scratch) for path in pair]
     if all(roots):
-        files = [{file: file_sha256(os.path.join(root, file)) for file in walk_files(root)} for root in roots]
+        files = [{file: file_sha256(join(root, file)) for file in walk_files(root)} for root in roots]
         changed = sorted(file for file in {**files[0], **files[1]} if files[0].get(file) != files[1].get(file))
         if not changed:
             return "the archives have the same files; links, modes, times, order or compression differ"
         if not all(changed[0] in one for one in files):
             return f"only one archive has {changed[0]}"
-        where, pair = f"{changed[0]} in the archive, ", [os.path.join(root, changed[0]) for root in roots]
+        where, pair = f"{changed[0]} in the archive, ", [join(root, changed[0]) for root in roots]
     return where + explain_difference(*(read_limited(path, GIB) for path in pair))
 
 
@@ -16503,11 +16503,11 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Mapping[st
 def cmd_rebuild(options: "argparse.Namespace") -> int:
     """Build the source of a bundle again and compare: 0 if all artifacts are the same, and 1 if they differ."""
     path = options.bundle
-    if os.path.basename(path) == "evidence.json":
-        path = os.path.dirname(path) or "."
+    if basename(path) == "evidence.json":
+        path = dirname(path) or "."
     if not os.path.exists(path):  # also "-", which cannot be read twice
         raise UsageError(f"{path}: no such bundle")
-    name = re.sub(r"\.(tar\.gz|tgz)$", "", os.path.basename(os.path.realpath(path)))
+    name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
     _, doc, verdict = _read_verified(path, datetime.now(UTC))
     if verdict.verdict == "failed":
@@ -16531,7 +16531,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     if varied and one != other:
         say(f"these differ, too: {', '.join(varied)}")
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
-        roots = [find_project(p if os.path.isdir(p) else _unpacked(p, scratch), "")[0] for p in (path, options.out)]
+        roots = [find_project(p if isdir(p) else _unpacked(p, scratch), "")[0] for p in (path, options.out)]
         for name in {**one, **other}:
             equal, said = one.get(name) == other.get(name), "only one bundle has it"
             if equal:
@@ -16555,9 +16555,9 @@ def cmd_sbom(options: "argparse.Namespace") -> int:
 def _bundle_hint(path: str) -> str:
     """Return what the user may have meant by a path at which there is no bundle, or ""."""
     with contextlib.suppress(OSError):
-        if os.path.isdir(path):
-            inside = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-            return next((f"{p} is a bundle" for p in inside if os.path.isfile(os.path.join(p, "evidence.json"))), "")
+        if isdir(path):
+            inside = [join(path, name) for name in sorted(os.listdir(path))]
+            return next((f"{p} is a bundle" for p in inside if isfile(join(p, "evidence.json"))), "")
         folder, name = os.path.split(path)
         if name in BUNDLE_FILES:
             return f"that is part of a bundle: verify {folder or '.'}"
@@ -16574,7 +16574,7 @@ def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str
     problem: why the disk does not have it, or why the command line or the root hash is empty; or empty.
     Raises UsageError if the file has no launch digest.
     """
-    if os.path.getsize(path) > MAX_IGVM:
+    if getsize(path) > MAX_IGVM:
         raise UsageError(f"{path}: larger than {MAX_IGVM} bytes")
     command_line = root_hash = problem = ""
     with open(path, "rb") as f, open(disk or path, "rb") as d:
@@ -16667,7 +16667,7 @@ def cmd_image(options: "argparse.Namespace") -> int:
         if not options.names:
             raise UsageError("--lock needs the names of packages")
         data = write_lock(options.names, options.without or ())
-        write_durably(os.path.abspath(options.lock), data)
+        write_durably(abspath(options.lock), data)
         sys.stdout.write(f"{len(data.splitlines())} packages in {options.lock}\n")
         return EXIT_OK
     if options.check is not None:
@@ -16694,7 +16694,7 @@ def cmd_image(options: "argparse.Namespace") -> int:
 
 def cmd_sweep(options: "argparse.Namespace") -> int:
     """Remove the workspace of a VM; not for people."""
-    if not os.path.basename(options.workspace).startswith(WORKSPACE):
+    if not basename(options.workspace).startswith(WORKSPACE):
         raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
     remove_workspace(options.workspace)
@@ -16858,7 +16858,7 @@ _MACHINE: Sequence[Any] = (
     "builds on this machine",
     ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
     ("--env NAME...", "pass this environment variable to builds", str, []),
-    ("--cache DIR", "keep the crates that cargo fetches, for later builds", os.path.abspath),
+    ("--cache DIR", "keep the crates that cargo fetches, for later builds", abspath),
     ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
     ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
     ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
@@ -17474,9 +17474,7 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
     for name, value in policy.items():
         if name not in known:
             raise UsageError(f"{where}unknown option {name!r}", "known options are " + ", ".join(sorted(known)))
-        setattr(
-            values, known[name].dest, _policy_value(parser, known[name], value, where + name, os.path.dirname(path))
-        )
+        setattr(values, known[name].dest, _policy_value(parser, known[name], value, where + name, dirname(path)))
     found = vars(values)
     if options.measurements:  # any of them would do: the command line wins
         found.pop("measurements", None)
@@ -17503,7 +17501,7 @@ def _policy_value(
     folder *= action.dest in _POLICY_PATHS
     try:
         texts = [str(item) for item in items if type(item) in (str, int)]
-        found = [parser._get_values(action, [os.path.join(folder, text)]) for text in texts if "\0" not in text]
+        found = [parser._get_values(action, [join(folder, text)]) for text in texts if "\0" not in text]
     except ValueError:  # a number with thousands of digits
         found = []
     except argparse.ArgumentError as e:
