@@ -13421,28 +13421,19 @@ _Tree = dict[str, _Node]  # by path, relative to the root; the root itself is no
 _FOLDER = _Node(stat.S_IFDIR | 0o755)
 
 
-def _new_file(data: bytes, executable: bool = False) -> _Node:
-    return _Node(stat.S_IFREG | (0o755 if executable else 0o644), data, len(data))
+def _new_file(data: bytes, mode: int = stat.S_IFREG | 0o644) -> _Node:
+    return _Node(mode, data, len(data))
 
 
 def _new_link(target: str) -> _Node:
-    return _Node(stat.S_IFLNK | 0o777, os.fsencode(target), len(os.fsencode(target)))
+    return _new_file(os.fsencode(target), stat.S_IFLNK | 0o777)
 
 
-def _read_whole(path: str, limit: int) -> bytes:
-    """Return the bytes of a regular file. Raises ImageError if it is not one or has more than limit bytes, OSError."""
-    with _open_regular(path) as f:
-        data = f.read(limit + 1)
-    if len(data) > limit:
-        raise ImageError(f"{path}: more than {limit} bytes")
-    return data
-
-
-def _open_regular(path: str) -> IO[bytes]:
-    """Open path for reading. Raises ImageError unless it is a regular file (not a link), OSError."""
+def _regular(path: str) -> str:
+    """Return path. Raises ImageError unless it is a regular file (not a link), OSError."""
     if not stat.S_ISREG(os.lstat(path).st_mode):  # opening a pipe would block
         raise ImageError(f"{path}: not a regular file")
-    return open(path, "rb")
+    return path
 
 
 # ---- Packages.
@@ -13460,11 +13451,8 @@ def write_lock(names: Sequence[str], without: Iterable[str] = ()) -> bytes:
             raise ImageError(f"{name!r} is not the name of a package")
     with tempfile.TemporaryDirectory(prefix="confbuild-") as folder:
         status = join(folder, "status")
-        with open(status, "w", encoding="ascii") as f:
-            f.writelines(
-                f"Package: {name}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n"
-                for name in without
-            )
+        installed = "Package: {}\nStatus: install ok installed\nArchitecture: all\nVersion: 9999:1\n\n"
+        write_file(status, "".join(map(installed.format, without)).encode("ascii"))
         settings = (f"Dir::State::status={status}", "Acquire::ForceHash=SHA256", "APT::Install-Recommends=false")
         argv = ["apt-get", "-qq", *(f"-o{setting}" for setting in settings), "install", "--print-uris", *names]
         try:
@@ -13513,9 +13501,9 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
     lock: the lock file's path.
     debs: a folder with the .deb files, which may have any names.
     Also makes the files that the packages' scripts would make.
-    Raises ImageError, OSError.
+    Raises UsageError, OSError.
     """
-    packages = parse_lock(_read_whole(lock, MAX_JSON), lock)
+    packages = parse_lock(read_limited(_regular(lock), MAX_JSON), lock)
     paths = {
         file_sha256(entry.path): entry.path for entry in list(os.scandir(debs)) if entry.is_file(follow_symlinks=False)
     }
@@ -13526,7 +13514,12 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
     for package in packages:
         try:
             for member in _deb_members(paths[package.sha256]):
-                _add_member(tree, member)
+                name = _merged_usr(member.name)
+                # _run_scripts makes the link /bin -> usr/bin and the like.
+                is_merged = re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"
+                if not is_merged and not _DROPPED.fullmatch(name):
+                    target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
+                    tree.add(member._replace(name=name, target=target))
         except ConfbuildError as e:
             raise ImageError(f"{package.name}: {e}", e.hint) from None
     try:
@@ -13558,15 +13551,6 @@ def _deb_members(path: str) -> Iterator[_Member]:
         yield from tar_members(data, MAX_UNPACKED)
 
 
-def _add_member(tree: TreeWriter, member: _Member) -> None:
-    """Write one file, folder or link where a system with merged /usr has it. Raises BuildFailed, OSError."""
-    name = _merged_usr(member.name)
-    if _DROPPED.fullmatch(name) or (re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"):
-        return  # _run_scripts makes the link /bin -> usr/bin and the like
-    target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
-    tree.add(member._replace(name=name, target=target))
-
-
 def _run_scripts(tree: TreeWriter, root: str) -> None:
     """Make what the packages' scripts would: alternatives, accounts, the bundle of certificates, links for merged /usr.
 
@@ -13585,7 +13569,7 @@ def _run_scripts(tree: TreeWriter, root: str) -> None:
         "etc/passwd": "".join(f"{user}:x:{uid}:{uid}::{home}:/bin/sh\n" for user, uid, home in _ACCOUNTS).encode(),
         "etc/group": "".join(f"{user}:x:{uid}:\n" for user, uid, _ in _ACCOUNTS).encode(),
         "etc/hosts": b"127.0.0.1 localhost\n",
-        "etc/ssl/certs/ca-certificates.crt": b"".join(_read_whole(path, MIB) for path in authorities),
+        "etc/ssl/certs/ca-certificates.crt": b"".join(read_limited(_regular(path), MIB) for path in authorities),
     }
     for name, data in files.items():
         if data and name not in kinds:
@@ -13611,9 +13595,8 @@ def scan_tree(root: str) -> _Tree:
     Raises ImageError for anything else below root (a pipe, a device), OSError.
     """
     tree: _Tree = {}
-    pending = [""]
-    while pending:
-        folder = pending.pop()
+    folders = [""]
+    for folder in folders:  # which grows meanwhile
         if folder.count("/") > MAX_DEPTH:
             raise ImageError(f"{root}: {folder[:80]!r} is more than {MAX_DEPTH} folders deep")
         for entry in list(os.scandir(join(root, folder))):
@@ -13623,7 +13606,7 @@ def scan_tree(root: str) -> _Tree:
                 continue
             if stat.S_ISDIR(info.st_mode):
                 tree[name] = _FOLDER
-                pending.append(name + "/")
+                folders.append(name + "/")
             elif stat.S_ISLNK(info.st_mode):
                 tree[name] = _new_link(os.readlink(entry.path))
             elif stat.S_ISREG(info.st_mode):
@@ -13650,10 +13633,9 @@ def _resolve(tree: _Tree, name: str) -> list[str]:
     pending, done, passed, links = name.split("/")[::-1], list[str](), list[str](), 0
     while pending:
         part = pending.pop()
-        if part in ("", "."):
-            continue
         if part == "..":
             del done[-1:]
+        if part in ("", ".", ".."):
             continue
         here = "/".join([*done, part])
         node = tree.get(here)
@@ -13676,7 +13658,7 @@ def _blocks(node: _Node) -> Iterator[bytes]:
         yield node.content
         return
     size = 0
-    with _open_regular(node.content) as f:
+    with open(_regular(node.content), "rb") as f:
         for block in iter(lambda: f.read(BLOCK), b""):
             size += len(block)
             if size <= node.size:
@@ -13700,12 +13682,9 @@ def write_cpio(path: str, tree: _Tree) -> None:
             node = tree.get(name, _Node(0))
             if node.size >= 1 << 32:
                 raise ImageError(f"{name[:80]!r}: a file in an initrd must be smaller than 4 GiB")
-            inode, links, raw = (
-                number if node.mode else 0,
-                2 if stat.S_ISDIR(node.mode) else 1,
-                os.fsencode(name) + b"\0",
-            )
+            raw, links = os.fsencode(name) + b"\0", 2 if stat.S_ISDIR(node.mode) else 1
             # ino, mode, uid, gid, nlink, mtime, filesize, maj, min, rmaj, rmin, namesize, chksum
+            inode = number if node.mode else 0
             fields = (inode, node.mode, 0, 0, links, 0, node.size, 0, 0, *node.device, len(raw), 0)
             header = b"070701" + b"%08X" * 13 % fields + raw
             f.write(header + bytes(-len(header) % 4))
@@ -13757,13 +13736,12 @@ def write_erofs(path: str, tree: _Tree) -> tuple[str, int]:
         parent, _, base = name.rpartition("/")
         entries[parent].append((os.fsencode(base), numbers[name], _EROFS_TYPES[stat.S_IFMT(tree[name].mode)]))
     for name, rows in entries.items():
-        data = _erofs_folder(rows)
-        tree[name] = tree[name]._replace(content=data, size=len(data))
+        tree[name] = _new_file(_erofs_folder(rows), tree[name].mode)
     inodes = bytearray()
     block = 1 + -(-64 * len(order) // VERITY_BLOCK)
     for i, name in enumerate(order, 1):
         node = tree[name]
-        links = sum(kind == _EROFS_DIR for _, _, kind in entries[name]) if name in entries else 1
+        links = sum(kind == _EROFS_DIR for _, _, kind in entries.get(name, ())) or 1  # `.` and `..` are folders, too
         # struct erofs_inode_extended: format (1: extended), xattrs, mode, size, first block, ino, nlink; else zero
         inodes += struct.pack("<HHH2xQII20xI16x", 1, 0, node.mode, node.size, block if node.size else 0, i, links)
         block += -(-node.size // VERITY_BLOCK)
@@ -13833,7 +13811,7 @@ def _python_files(root: str, tree: _Tree) -> tuple[list[str], str]:
         for name in tree
         if name.startswith(library)
         and name.endswith((".py", ".so"))
-        and not _NOT_IN_INITRD.match(name[len(library) :])
+        and not _NOT_IN_INITRD.match(name, len(library))
         and stat.S_ISREG(tree[name].mode)
     )
     chosen: dict[str, None] = {}
@@ -13855,13 +13833,10 @@ def _compile_python(root: str, version: str, sources: _Tree) -> _Tree:
     """
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         for name, node in sources.items():
-            path = join(scratch, name)
-            os.makedirs(dirname(path), exist_ok=True)
-            with open(path, "xb") as f:
-                f.writelines(_blocks(node))
+            write_file(join(scratch, name), _content(node))
         python = (f"./usr/bin/python{version}", "-S", "-s", "-B", "-m", "compileall", "-q", "-b")
         _run_in_root(root, *python, "--invalidation-mode=unchecked-hash", "-s", scratch, "-p", "/", scratch)
-        return {name: _new_file(_read_whole(join(scratch, name + "c"), 64 * MIB)) for name in sources}
+        return {name: _new_file(read_limited(join(scratch, name + "c"), 64 * MIB)) for name in sources}
 
 
 def kernel_release(data: bytes) -> str:
@@ -13945,7 +13920,7 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     for name, data in loaded.items():
         _place(initrd, f"usr/lib/modules/{name}.ko", _new_file(data))
     _place(initrd, f"{_AGENT}/modules", _new_file("\n".join(loaded).encode("ascii")))
-    initrd["init"] = _new_file(_INIT, executable=True)
+    initrd["init"] = _new_file(_INIT, stat.S_IFREG | 0o755)
     initrd |= dict.fromkeys(("dev", "proc", "sys", "tmp", "run", "sysroot"), _FOLDER)
     for name in "dev", "proc", "sys", "tmp", "run", "root", "work":  # mount points, since the disk is read-only
         _place(tools, name, tree.get(name, _FOLDER))
@@ -14017,40 +13992,38 @@ class ImageInput(NamedTuple):
 
 
 def make_image(folder: str, given: ImageInput) -> Image:
-    """Make an image in the new directory folder. Raises ImageError, OSError; folder then does not exist."""
+    """Make an image in the new directory folder. Raises UsageError, OSError; folder then does not exist."""
     if lexists(folder):
         raise ImageError(f"{folder} exists", "name a new directory with -o")
     if len(given.vcpus) > MAX_LAUNCH_DIGESTS:
         raise ImageError(f"{len(given.vcpus)} launch digests requested: expected at most {MAX_LAUNCH_DIGESTS}")
     parent = dirname(abspath(folder))
     os.makedirs(parent, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=".confbuild-", dir=parent)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=parent) as scratch:
         made = join(scratch, "image")
         os.mkdir(made)
-        packages: Sequence[Package] = ()
-        root = abspath(given.rootfs)
-        if not given.rootfs:
-            root = join(scratch, "root")
-            os.mkdir(root)
-            packages = unpack_packages(given.lock, given.debs, root)
-        _write_image(made, root, given, packages)
+        _write_image(made, given.rootfs and abspath(given.rootfs), given)
         os.chmod(made, 0o755)
         os.rename(made, folder)
-    finally:
-        remove_tree(scratch)
     return read_image(folder)
 
 
-def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Package]) -> None:
-    """Write all files of an image into the empty directory made. Raises ImageError, OSError."""
+def _write_image(made: str, root: str, given: ImageInput) -> None:
+    """Write all files of an image into the empty directory made. Raises UsageError, OSError.
+
+    root: absolute path of the root file system; if empty, the packages are unpacked next to made.
+    """
+    packages = list[Package]()
+    if not root:
+        root = made + "-root"
+        packages = unpack_packages(given.lock, given.debs, root)
     tree = scan_tree(root)
     kernels = [name for name in tree if re.fullmatch(r"boot/vmlinuz-[^/]+", name)]
     if not given.kernel and len(kernels) != 1:
         raise ImageError(f"the root file system has {len(kernels)} files boot/vmlinuz-*, not one", "use --kernel FILE")
-    kernel = _read_whole(given.kernel or join(root, kernels[0]), MAX_KERNEL)
+    kernel = read_limited(_regular(given.kernel or join(root, kernels[0])), MAX_KERNEL)
     origin_path = given.firmware or join(root, _resolve(tree, "usr/share/ovmf/OVMF.amdsev.fd")[-1])
-    origin = _read_whole(origin_path, MAX_FIRMWARE)
+    origin = read_limited(_regular(origin_path), MAX_FIRMWARE)
     firmware = seal_firmware(origin)
     modules = scan_tree(given.modules) if given.modules else _modules_of(tree, kernel_release(kernel))
     initrd, tools = _make_trees(root, tree, modules)
@@ -14061,9 +14034,8 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Pac
     acpi = "" if any(count > 1 for _, count in given.vcpus) else "acpi=off "
     append = f"console=ttyS0 panic=-1 quiet rdinit=/init {acpi}confbuild.tools={root_hash},{blocks}"
     hashes = boot_hashes(hashlib.sha256(kernel).digest(), bytes.fromhex(file_sha256(paths["initrd"])), append)
-    for part, data in (("firmware", firmware), ("kernel", kernel)):
-        with open(paths[part], "xb") as f:
-            f.write(data)
+    write_file(paths["firmware"], firmware)
+    write_file(paths["kernel"], kernel)
     document = {
         "version": 1,
         "parts": {
@@ -14079,8 +14051,7 @@ def _write_image(made: str, root: str, given: ImageInput, packages: Sequence[Pac
             for kind, count in given.vcpus
         ],
     }
-    with open(join(made, "image.json"), "xb") as f:
-        f.write(to_canonical(document))
+    write_file(join(made, "image.json"), to_canonical(document))
     for entry in list(os.scandir(made)):
         os.chmod(entry.path, 0o644)
 
@@ -14110,11 +14081,11 @@ def _launch_digest(firmware: bytes, hashes: BootHashes, kind: str, count: int) -
 
 
 def read_image(folder: str) -> Image:
-    """Return the image in a directory, as image.json describes it; nothing is hashed. Raises ImageError, OSError."""
+    """Return the image in a directory, as image.json describes it; nothing is hashed. Raises UsageError, OSError."""
     path = join(folder, "image.json")
     if not lexists(path):
         raise ImageError(f"{folder}: no image.json in it", "`confbuild image -o DIR` makes an image")
-    data = _read_whole(path, MAX_JSON)
+    data = read_limited(_regular(path), MAX_JSON)
     try:
         document = check_schema(parse_json(data, "image.json", max_depth=4), _MANIFEST, "image.json")
     except Malformed as e:
@@ -14125,7 +14096,7 @@ def read_image(folder: str) -> Image:
     for path in paths.values():
         if not lexists(path):
             raise ImageError(f"{path} is missing")
-        _open_regular(path).close()
+        _regular(path)
     digests = [(row["vcpu_type"], row["vcpus"], row["launch_digest"]) for row in document["launch_digests"]]
     origin = {name: document[name] for name in ("reference", "igvm", "disk") if name in document}
     append, parts = document["append"], document["parts"]
@@ -14137,13 +14108,14 @@ def check_image(folder: str) -> ImageFacts:
 
     Hashes every part, computes every launch digest, inspects the firmware, and compares the disk of tools with the root
     hash on the command line.
-    Raises ImageError, OSError.
+    Raises UsageError, OSError.
     """
     image = read_image(folder)
-    firmware = _read_whole(image.firmware, MAX_FIRMWARE)
+    firmware = read_limited(image.firmware, MAX_FIRMWARE)
     found = {part: file_sha256(getattr(image, part)) for part in _PARTS}
-    wrong = [f"{part} does not match image.json" for part in _PARTS if found[part] != image.parts[part]["sha256"]]
-    for part, row in image.parts.items():
+    parts = image.parts.items()
+    wrong = [f"{part} does not match image.json" for part, row in parts if found[part] != row["sha256"]]
+    for part, row in parts:
         size = getsize(getattr(image, part))
         wrong += [f"{part} has {size} bytes, not {row['size']}"] * (size != row["size"])
     tools = re.search(r"(?:^| )confbuild\.tools=([0-9a-f]{64}),([0-9]{1,10})(?: |$)", image.append)
@@ -14166,16 +14138,14 @@ def _root_hash(path: str, blocks: int) -> str:
     """Return the root hash of the dm-verity tree over the first blocks of a file.
 
     It is "" unless the file has that many blocks and blocks is at least 2.
-    Raises ImageError, OSError.
+    Raises UsageError, OSError.
     """
-    left, digests = blocks * VERITY_BLOCK, bytearray()
-    with _open_regular(path) as f:
-        data = f.read(min(BLOCK, left))
-        while data:
-            digests += block_digests(data)
-            left -= len(data)
-            data = f.read(min(BLOCK, left))
-    return "" if left or blocks < 2 else verity_tree(bytes(digests))[1].hex()
+    size = blocks * VERITY_BLOCK
+    if blocks < 2 or size > getsize(path):
+        return ""
+    with open(path, "rb") as f:
+        digests = b"".join(block_digests(f.read(min(BLOCK, size - at))) for at in range(0, size, BLOCK))
+    return verity_tree(digests)[1].hex()
 
 
 # endregion 39

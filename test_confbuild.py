@@ -24249,7 +24249,7 @@ class TestDebs:
 class TestFileSystems:
     TREE: confbuild._Tree = {
         "a": confbuild._FOLDER,
-        "a/b": confbuild._new_file(b"x" * 5000, True),
+        "a/b": confbuild._new_file(b"x" * 5000, 0o100755),
         "a-b": confbuild._new_file(b""),
         "a/link": confbuild._Node(0o120777, b"b", 1),
         **{f"a/{i:060}": confbuild._new_file(b"%d" % i) for i in range(300)},
@@ -24798,7 +24798,7 @@ class TestImage:
             match="no launch digest of EPYC, 9999 vCPUs: launch digest: out of range: 9999 vCPUs",
         ):
             self.make(tmp_path, root=root, vcpus=[("EPYC", 9999)])
-        with pytest.raises(confbuild.ImageError, match=f"more than {confbuild.MAX_FIRMWARE} bytes"):
+        with pytest.raises(confbuild.UsageError, match=f"more than {confbuild.MAX_FIRMWARE} bytes"):
             (tmp_path / "f").write_bytes(bytes(confbuild.MAX_FIRMWARE + 1))
             self.make(tmp_path, root=root, firmware=str(tmp_path / "f"))
 
@@ -24946,7 +24946,7 @@ class TestImage:
         ):
             if data is not None:
                 (tmp_path / "image.json").write_bytes(data)
-            with pytest.raises(confbuild.ImageError, match=message):
+            with pytest.raises(confbuild.UsageError, match=message):
                 confbuild.check_image(str(tmp_path))
 
 
