@@ -14169,7 +14169,7 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 _VIRTIO = "disable-legacy=on,iommu_platform=on"
 _SNP_POLICY = 0x30000  # bit 17 is always 1, bit 16 allows SMT; no debugging, no migration [SNP-ABI 4.3 GUEST_POLICY]
 _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES, _KVM_X86_SNP_VM = 0xAE03, 235, 4  # linux/kvm.h, asm/kvm.h
-_SEV_LEAF = 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
+_CPUID, _SEV_LEAF = "/dev/cpu/0/cpuid", 0x8000001F  # Encrypted Memory Capabilities [APM3 E.4.17]
 QEMU_PLATFORM = Platform(
     "qemu",
     "QEMU guest: not confidential; the evidence is signed by no hardware",
@@ -14265,17 +14265,7 @@ def qemu_version() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
-class HostFiles(NamedTuple):
-    """The files in which the kernel tells what this machine can do, and fcntl.ioctl; tests replace them."""
-
-    kvm: str = "/dev/kvm"
-    sev_snp: str = "/sys/module/kvm_amd/parameters/sev_snp"
-    sev: str = "/dev/sev"
-    cpuid: str = "/dev/cpu/0/cpuid"
-    ioctl: Callable[[int, int, int], int] = lambda fd, request, argument: fcntl.ioctl(fd, request, argument)
-
-
-def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
+def sev_cpuid(path: str = _CPUID) -> tuple[int, int]:
     """Return EAX and EBX of CPUID 0x8000001F; (0, 0) if the kernel's file at path is missing or not open to this user.
 
     EAX bit 4 means SEV-SNP; EBX bits 5 to 0 are the position of the C-bit. [APM3 E.4.17]
@@ -14290,14 +14280,30 @@ def sev_cpuid(path: str = "/dev/cpu/0/cpuid") -> tuple[int, int]:
     return (eax, ebx) if last >= _SEV_LEAF else (0, 0)
 
 
-def preflight(host: HostFiles = HostFiles()) -> list[Check]:  # noqa: B008  # immutable
+def preflight(root: str = "") -> list[Check]:
     """Check whether this machine can run SEV-SNP guests. Starts only a QEMU that prints its version and its help.
 
+    root: the folder that has /dev and /sys, without a slash at its end; tests name another one.
     A failed Check has the problem in `actual`, and in `detail` what to do.
     """
 
-    def check(name: str, problem: str, remedy: str) -> Check:
-        return Check(name, "failed" if problem else "passed", actual=problem, detail=remedy if problem else "")
+    def ask(path: str, mode: str, question: Callable[[IO[bytes]], str]) -> str:
+        """Return what question says about the open file, or why it cannot be opened; "" if all is well."""
+        try:
+            with open(root + path, mode, buffering=0) as f:
+                return question(f)
+        except OSError as e:
+            return f"{root}{path}: {e.strerror}"
+
+    def kvm(f: IO[bytes]) -> str:  # this decides: KVM answers for kernel, processor and BIOS
+        types = fcntl.ioctl(f.fileno(), _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES)
+        return (
+            "" if types >> _KVM_X86_SNP_VM & 1 else f"{f.name} offers the VM types {types:#x}, without bit 4, SEV-SNP"
+        )
+
+    def parameter(f: IO[bytes]) -> str:
+        value = f.read(16).strip()
+        return "" if value in (b"Y", b"1") else f"{f.name} is {value.decode('ascii', 'replace')!r}, expected 'Y'"
 
     version = qemu_version()
     problem = f"there is no {QEMU} in PATH"
@@ -14306,68 +14312,37 @@ def preflight(host: HostFiles = HostFiles()) -> list[Check]:  # noqa: B008  # im
     elif version:
         problem = f"{QEMU} {version[0]}.{version[1]} does not support sev-snp-guest"
     # If the file cannot be read, KVM alone decides: it answers for the processor, too.
-    lacks_snp = os.access(host.cpuid, os.R_OK) and not sev_cpuid(host.cpuid)[0] >> 4 & 1
-    return [
-        check("QEMU", problem, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
-        check(
+    lacks_snp = os.access(root + _CPUID, os.R_OK) and not sev_cpuid(root + _CPUID)[0] >> 4 & 1
+    rows = (
+        ("QEMU", problem, "install QEMU 9.1 or later: apt-get install qemu-system-x86"),
+        (
             "KVM",
-            _kvm_problem(host),
+            ask("/dev/kvm", "r+b", kvm),
             "needs an AMD EPYC 7003 or later, Linux 6.11 or later, SEV-SNP enabled in the BIOS (SMEE, SNP memory "
             "coverage), kvm_amd loaded with sev_snp=1, and /dev/kvm open to this user: usermod -aG kvm USER",
         ),
-        check(
+        (
             "kvm_amd",
-            _parameter_problem(host.sev_snp),
+            ask("/sys/module/kvm_amd/parameters/sev_snp", "rb", parameter),
             "load it with sev=1 sev_es=1 sev_snp=1; `dmesg | grep -i -e sev -e rmp` tells why it disabled SNP",
         ),
-        check(
+        (
             "/dev/sev",
-            _open_problem(host.sev),
+            ask("/dev/sev", "r+b", lambda f: ""),
             'load ccp, and open the device to this user with a udev rule: KERNEL=="sev", MODE="0660", GROUP="kvm"',
         ),
-        check(
+        (
             "processor",
             "CPUID 0x8000001F reports no SEV-SNP" if lacks_snp else "",
             "run on an AMD EPYC 7003 or later, not inside another VM",
         ),
+    )
+    return [
+        Check(name, "failed", "", found, remedy) if found else Check(name, "passed") for name, found, remedy in rows
     ]
 
 
-def _open_problem(path: str) -> str:
-    """Return why path cannot be opened for reading and writing, or ""."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as e:
-        return f"{path}: {e.strerror}"
-    return ""
-
-
-def _kvm_problem(host: HostFiles) -> str:
-    """Return why KVM cannot make SEV-SNP guests, or "". This decides: KVM answers for kernel, processor and BIOS."""
-    problem = _open_problem(host.kvm)
-    if problem:
-        return problem
-    fd = os.open(host.kvm, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        types = host.ioctl(fd, _KVM_CHECK_EXTENSION, _KVM_CAP_VM_TYPES)
-    except OSError as e:
-        return f"{host.kvm}: {e.strerror}"
-    finally:
-        os.close(fd)
-    return "" if types >> _KVM_X86_SNP_VM & 1 else f"{host.kvm} offers the VM types {types:#x}, without bit 4, SEV-SNP"
-
-
-def _parameter_problem(path: str) -> str:
-    """Return why kvm_amd runs without SEV-SNP, or ""."""
-    try:
-        with open(path, "rb") as f:
-            value = f.read(16).strip()
-    except OSError as e:
-        return f"{path}: {e.strerror}"
-    return "" if value in (b"Y", b"1") else f"{path} is {value.decode('ascii', 'replace')!r}, expected 'Y'"
-
-
-def qemu_vms(guest: Guest, config: Mapping[str, Any], folder: str = "") -> VmKind:
+def qemu_vms(guest: Guest, config: Json, folder: str = "") -> VmKind:
     """Return the kind of VM that is a guest of QEMU.
 
     config: what its agent is told besides its network: `policy`, `vek`.
@@ -14375,23 +14350,17 @@ def qemu_vms(guest: Guest, config: Mapping[str, Any], folder: str = "") -> VmKin
     """
 
     def start(workspace: str, _: str) -> VmStart:
-        argv = qemu_argv(guest, *_write_hashes(guest, workspace))
+        image, page, gpa = guest.image, join(workspace, "hashes"), 0
+        if guest.firmware and not guest.platform.confidential:
+            firmware = parse_firmware(read_limited(image.firmware, MAX_FIRMWARE))
+            kernel, initrd = (bytes.fromhex(file_sha256(part)) for part in (image.kernel, image.initrd))
+            gpa, data = hashes_page(firmware, boot_hashes(kernel, initrd, image.append))
+            write_file(page, data)
+        argv = qemu_argv(guest, page, gpa)
         env = {"PATH": os.environ.get("PATH", os.defpath), "TMPDIR": workspace}
         return VmStart(argv, env, {"network": "open" if guest.network else "none", **config}, workspace)
 
     return VmKind(guest.platform, guest.network, start, folder=folder)
-
-
-def _write_hashes(guest: Guest, folder: str) -> tuple[str, int]:
-    """Write the page of hashes for an emulated guest with firmware, and return its path and guest address."""
-    if guest.platform.confidential or not guest.firmware:
-        return "", 0
-    image, path = guest.image, join(folder, "hashes")
-    with open(image.firmware, "rb") as f, open(path, "wb") as out:
-        kernel, initrd = (bytes.fromhex(file_sha256(part)) for part in (image.kernel, image.initrd))
-        gpa, page = hashes_page(parse_firmware(f.read()), boot_hashes(kernel, initrd, image.append))
-        out.write(page)
-    return path, gpa
 
 
 # endregion 40

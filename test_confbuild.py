@@ -25197,6 +25197,9 @@ class TestQemuArgv:
         ]
 
 
+SEV_SNP, CPUID = "sys/module/kvm_amd/parameters/sev_snp", "dev/cpu/0/cpuid"
+
+
 class TestPreflight:
     @staticmethod
     def stub(
@@ -25215,20 +25218,26 @@ class TestPreflight:
 
     @staticmethod
     def host(
-        folder: Path, cpuid: tuple[int, int, int] = SNP_CPUID, parameter: str = "Y\n", types: int | OSError = 0b10001
-    ) -> confbuild.HostFiles:
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        cpuid: tuple[int, int, int] = SNP_CPUID,
+        parameter: str = "Y\n",
+        types: int | OSError = 0b10001,
+    ) -> str:
+        """The files in which the kernel tells what a machine can do, below folder."""
+
         def ioctl(fd: int, request: int, argument: int) -> int:
-            assert os.readlink(f"/proc/self/fd/{fd}") == str(folder / "kvm") and (request, argument) == (0xAE03, 235)
+            assert os.readlink(f"/proc/self/fd/{fd}") == f"{folder}/dev/kvm" and (request, argument) == (0xAE03, 235)
             if isinstance(types, OSError):
                 raise types
             return types
 
-        write_files(folder, {"kvm": "", "sev": "", "sev_snp": parameter})
-        with open(folder / "cpuid", "wb") as f:  # sparse: each leaf at its own number
+        monkeypatch.setattr("fcntl.ioctl", ioctl)
+        write_files(folder, {"dev/kvm": "", "dev/sev": "", SEV_SNP: parameter, CPUID: ""})
+        with open(folder / CPUID, "wb") as f:  # sparse: each leaf at its own number
             os.pwrite(f.fileno(), struct.pack("<IIII", cpuid[0], 1, 2, 3), 0x80000000)
             os.pwrite(f.fileno(), struct.pack("<IIII", cpuid[1], cpuid[2] | 0x140, 2, 3), 0x8000001F)
-        kvm, sev_snp, sev, leaves = (str(folder / name) for name in ("kvm", "sev_snp", "sev", "cpuid"))
-        return confbuild.HostFiles(kvm, sev_snp, sev, leaves, ioctl)
+        return str(folder)
 
     @staticmethod
     def failed(checks: Sequence[confbuild.Check]) -> list[tuple[str, str]]:
@@ -25241,7 +25250,7 @@ class TestPreflight:
 
     def test_all_good(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.stub(tmp_path, monkeypatch)
-        checks = confbuild.preflight(self.host(tmp_path))
+        checks = confbuild.preflight(self.host(tmp_path, monkeypatch))
         assert self.failed(checks) == [] and [check.name for check in checks] == [
             "QEMU",
             "KVM",
@@ -25265,13 +25274,13 @@ class TestPreflight:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], name: str, fragment: str
     ) -> None:
         self.stub(tmp_path, monkeypatch)
-        [(which, problem)] = self.failed(confbuild.preflight(self.host(tmp_path, **change)))
+        [(which, problem)] = self.failed(confbuild.preflight(self.host(tmp_path, monkeypatch, **change)))
         assert which == name and fragment in problem
 
-    @pytest.mark.parametrize(("file", "name"), [("kvm", "KVM"), ("sev_snp", "kvm_amd"), ("sev", "/dev/sev")])
+    @pytest.mark.parametrize(("file", "name"), [("dev/kvm", "KVM"), (SEV_SNP, "kvm_amd"), ("dev/sev", "/dev/sev")])
     def test_no_such_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str) -> None:
         self.stub(tmp_path, monkeypatch)
-        host = self.host(tmp_path)
+        host = self.host(tmp_path, monkeypatch)
         (tmp_path / file).unlink()
         assert self.failed(confbuild.preflight(host)) == [(name, f"{tmp_path / file}: No such file or directory")]
 
@@ -25298,15 +25307,17 @@ class TestPreflight:
         else:
             self.stub(tmp_path, monkeypatch, version, status)
         assert confbuild.qemu_version() == found
-        assert self.failed(confbuild.preflight(self.host(tmp_path))) == ([("QEMU", problem)] if problem else [])
+        checks = confbuild.preflight(self.host(tmp_path, monkeypatch))
+        assert self.failed(checks) == ([("QEMU", problem)] if problem else [])
 
     def test_cpuid(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The kernel's file tells; if it is missing, closed or too short, nothing is known and KVM alone decides."""
         self.stub(tmp_path, monkeypatch)
-        host = self.host(tmp_path)
-        assert confbuild.sev_cpuid(host.cpuid) == (0x1F, 51 | 0x140)
+        host = self.host(tmp_path, monkeypatch)
+        assert confbuild.sev_cpuid(str(tmp_path / CPUID)) == (0x1F, 51 | 0x140)
         assert confbuild.sev_cpuid("/nonexistent") == confbuild.sev_cpuid(os.devnull) == (0, 0)
-        assert self.failed(confbuild.preflight(host._replace(cpuid="/nonexistent"))) == []
+        (tmp_path / CPUID).unlink()
+        assert self.failed(confbuild.preflight(host)) == []
 
 
 def raising(error: Exception) -> Callable[..., Any]:
