@@ -14365,7 +14365,7 @@ def qemu_vms(guest: Guest, config: Json, folder: str = "") -> VmKind:
 
 # endregion 40
 # ==============================================================================
-# region 41. Broker                                            [uses 18, 19, 26]
+# region 41. Broker                                        [uses 18, 19, 21, 26]
 # ==============================================================================
 # The socket over which the agent of a guest asks the guest's first process for things that the agent may not do itself.
 # Both ends are here: Broker is the agent's.  GuestBroker is that of the first process, which is root and does not trust
@@ -14408,7 +14408,7 @@ class Broker(Launcher):
         self._network = False
         return True
 
-    def _open(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> "socket.socket":
+    def _open(self, question: Json, fds: Sequence[int] = ()) -> "socket.socket":
         """Return a connection over which question and file descriptors have been sent."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -14419,15 +14419,20 @@ class Broker(Launcher):
             raise
         return connection
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, question: Json) -> Json:
         """Return the answer to question."""
         with self._open(question) as connection:
             return _receive(connection)
 
     def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
         """Start argv as the build user. options: those of subprocess.Popen that section Programs uses; no stdin."""
-        question = {"op": "run", "argv": list(argv), "cwd": options["cwd"], "env": dict(options["env"])}
-        question["network"] = self._network
+        question = {
+            "op": "run",
+            "argv": argv,
+            "cwd": options["cwd"],
+            "env": dict(options["env"]),
+            "network": self._network,
+        }
         fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes] | None]()
         with contextlib.ExitStack() as ours:
             try:
@@ -14457,13 +14462,13 @@ class Broker(Launcher):
 
     def hand_over(self, paths: Sequence[str]) -> None:
         """Let the build user own the folders paths and everything in them."""
-        self.ask({"op": "own", "paths": list(paths)})
+        self.ask({"op": "own", "paths": paths})
 
 
-def _receive(connection: "socket.socket") -> dict[str, Any]:
+def _receive(connection: "socket.socket") -> Json:
     """Return the next answer over connection. Raises OSError if the question failed or the first process has gone."""
     data = connection.recv(64 * KIB)
-    answer: dict[str, Any] = json.loads(data) if data else {"errno": errno.EPIPE, "error": os.strerror(errno.EPIPE)}
+    answer: Json = json.loads(data) if data else {"errno": errno.EPIPE, "error": os.strerror(errno.EPIPE)}
     if "errno" in answer:
         raise OSError(answer["errno"], answer["error"])
     return answer
@@ -14546,12 +14551,13 @@ class GuestBroker:
         """
         connection, _ = self._listener.accept()
         connection.settimeout(BROKER_TIMEOUT_S)
-        answer, fds = dict[str, Any](), list[int]()
+        fds = list[int]()
+        answer: Json = {}
         try:
             data, fds, _, _ = socket.recv_fds(connection, 256 * KIB, 3)
             question = json.loads(data)
-            operations = {"run": self._run, "own": self._own, "kill": self._kill, "report": self._report}
-            answer = operations[question["op"]](question, fds)
+            operations = {"run": self._run, "own": _own, "kill": _kill_builds, "report": _ask_hardware}
+            answer = operations[question["op"]]({**question, "fds": fds})
         except (OSError, NoAttester) as e:
             answer = {"errno": getattr(e, "errno", None) or errno.EIO, "error": getattr(e, "strerror", None) or str(e)}
         except Exception as e:  # noqa: BLE001  # the agent may send anything, and the kernel panics if its PID 1 ends
@@ -14572,18 +14578,17 @@ class GuestBroker:
                 self._send(connection, {"status": status})
 
     @staticmethod
-    def _send(connection: "socket.socket", answer: Mapping[str, Any]) -> None:
+    def _send(connection: "socket.socket", answer: Json) -> None:
         with contextlib.suppress(OSError):  # the agent has gone, or does not receive
             connection.send(compact_json(answer).encode("ascii"))
 
-    def _run(self, question: Mapping[str, Any], fds: Sequence[int]) -> dict[str, Any]:
+    def _run(self, question: Json) -> Json:
         """Run a program as the build user. Raises OSError."""
         if len(self._running) >= MAX_PROGRAMS:
             raise OSError(errno.EAGAIN, f"{MAX_PROGRAMS} programs are already running")
 
         def enter() -> None:
-            with open("/proc/self/oom_score_adj", "w", encoding="ascii") as f:
-                f.write("1000")  # if memory runs out, kill the build first
+            write_file("/proc/self/oom_score_adj", b"1000")  # if memory runs out, kill the build first
             resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
             # System V's shared memory would outlive its processes, and no mount option bounds its size.
             system_call("unshare", _CLONE_NEWIPC)
@@ -14594,7 +14599,7 @@ class GuestBroker:
             _become(BUILD_UID)
             os.chdir(question["cwd"])
 
-        stdin, stdout, stderr = fds
+        stdin, stdout, stderr = question["fds"]
         try:
             child = subprocess.Popen(
                 question["argv"],
@@ -14610,59 +14615,59 @@ class GuestBroker:
         child.returncode = 0  # _serve_guest reaps every process
         return {"pid": child.pid}
 
-    @staticmethod
-    def _own(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """Let the build user own folders below /work and everything in them. Raises OSError.
 
-        Follows no link, even if one appears meanwhile.
-        """
-        for path in question["paths"]:
-            parts = path.split("/")
-            if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
-                raise OSError(errno.EPERM, f"{path} is not a folder below /work")
-            folder = os.open(f"{SYSROOT}/work", os.O_DIRECTORY)
-            try:
-                for part in parts[2:]:
-                    outer, folder = folder, os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
-                    os.close(outer)
-                for _, folders, files, at in os.fwalk(".", follow_symlinks=False, dir_fd=folder):
-                    for name in (".", *folders, *files):
-                        os.chown(name, BUILD_UID, BUILD_UID, dir_fd=at, follow_symlinks=False)
-            finally:
-                os.close(folder)
-        return {}
+def _own(question: Json) -> Json:
+    """Let the build user own folders below /work and everything in them. Raises OSError.
 
-    @staticmethod
-    def _kill(*_: Any) -> dict[str, Any]:
-        """Kill every process of the build user.
+    Follows no link, even if one appears meanwhile.
+    """
+    for path in question["paths"]:
+        parts = path.split("/")
+        if parts[:2] != ["", "work"] or len(parts) < 3 or not {"", ".", ".."}.isdisjoint(parts[2:]):
+            raise OSError(errno.EPERM, f"{path} is not a folder below /work")
+        folder = os.open(f"{SYSROOT}/work", os.O_DIRECTORY)
+        try:
+            for part in parts[2:]:
+                outer, folder = folder, os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(outer)
+            for _, folders, files, at in os.fwalk(".", follow_symlinks=False, dir_fd=folder):
+                for name in (".", *folders, *files):
+                    os.chown(name, BUILD_UID, BUILD_UID, dir_fd=at, follow_symlinks=False)
+        finally:
+            os.close(folder)
+    return {}
 
-        kill(2) by that user with pid -1 reaches all of them at once, however fast they fork.
-        """
-        child = os.fork()
-        if child == 0:
-            try:
-                os.setuid(BUILD_UID)
-                os.kill(-1, signal.SIGKILL)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
 
-        def is_of_build(pid: int) -> bool:
-            try:
-                # The contents, since root owns the files of a process that has hidden its memory.
-                with open(f"/proc/{pid}/status", "rb") as f:
-                    return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
-            except OSError:
-                return False  # it has ended
+def _kill_builds(_: Json) -> Json:
+    """Kill every process of the build user.
 
-        kill_all(lambda: [pid for pid in descendants(1) if is_of_build(pid)])  # killed processes take a moment to end
-        return {}
+    kill(2) by that user with pid -1 reaches all of them at once, however fast they fork.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setuid(BUILD_UID)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
 
-    @staticmethod
-    def _report(question: Mapping[str, Any], _fds: Sequence[int]) -> dict[str, Any]:
-        """Return a hardware report. Raises NoAttester."""
-        report, table = get_report(bytes.fromhex(question["data"]))
-        return {"report": report.hex(), "table": (table or b"").hex()}
+    def is_of_build(pid: int) -> bool:
+        try:
+            # The contents, since root owns the files of a process that has hidden its memory.
+            with open(f"/proc/{pid}/status", "rb") as f:
+                return f"\nUid:\t{BUILD_UID}\t".encode() in f.read()
+        except OSError:
+            return False  # it has ended
+
+    kill_all(lambda: [pid for pid in descendants(1) if is_of_build(pid)])  # killed processes take a moment to end
+    return {}
+
+
+def _ask_hardware(question: Json) -> Json:
+    """Return a hardware report. Raises NoAttester."""
+    report, table = get_report(bytes.fromhex(question["data"]))
+    return {"report": report.hex(), "table": (table or b"").hex()}
 
 
 # endregion 41
