@@ -14672,7 +14672,7 @@ def _ask_hardware(question: Json) -> Json:
 
 # endregion 41
 # ==============================================================================
-# region 42. First process                     [uses 18, 22, 26, 28, 37, 39, 41]
+# region 42. First process                 [uses 18, 21, 22, 26, 28, 37, 39, 41]
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
@@ -14742,9 +14742,7 @@ def parse_command_line(text: str) -> tuple[str, int]:
 
 def _load_modules() -> None:
     """Load the kernel modules in the order of the initrd's list."""
-    with open(f"/{_AGENT}/modules", encoding="ascii") as f:
-        names = f.read().split()
-    for name in names:
+    for name in read_limited(f"/{_AGENT}/modules", MIB).decode("ascii").split():
         with open(f"/usr/lib/modules/{name}.ko", "rb") as module:
             try:
                 system_call("syscall", _SYS_FINIT_MODULE, module.fileno(), b"", 0)
@@ -14812,12 +14810,7 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
         os.chown(f"{SYSROOT}/{name}", uid, uid)
     os.chown(f"{SYSROOT}/work", AGENT_UID, AGENT_UID)
     if isdir(SYSROOT + MIRROR):
-        _write(f"{SYSROOT}/work/cargo/config.toml", MIRROR_CONFIG)
-
-
-def _write(path: str, text: str) -> None:
-    with open(path, "w", encoding="ascii") as f:
-        f.write(text)
+        write_file(f"{SYSROOT}/work/cargo/config.toml", MIRROR_CONFIG.encode("ascii"))
 
 
 def _open_network() -> None:
@@ -14828,10 +14821,10 @@ def _open_network() -> None:
     route = struct.pack("=8x16s16s16sH62x", anywhere, gateway, anywhere, _RTF_UP | _RTF_GATEWAY)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         fcntl.ioctl(s, _SIOCADDRT, route)
-    _write(f"{SYSROOT}/run/resolv.conf", "nameserver 10.0.2.3\n")
+    write_file(f"{SYSROOT}/run/resolv.conf", b"nameserver 10.0.2.3\n")
 
 
-def _run_guest_agent(config: Mapping[str, Any]) -> None:
+def _run_guest_agent(config: Json) -> None:
     """Run the agent in this process, which _become has changed."""
     # Further modules come from the disk of tools, whose folders Python would take for the initrd's: all times are 0.
     sys.path_importer_cache.clear()
@@ -14879,10 +14872,9 @@ def _start_guest() -> None:
     """Start a guest, and serve its agent until that ends. Raises OSError, ConfbuildError."""
     for row in _MOUNTS:
         mount(*row)
-    with open("/proc/cmdline", encoding="ascii", errors="replace") as f:
-        root_hash, blocks = parse_command_line(f.read())
+    disk = parse_command_line(read_limited("/proc/cmdline", MIB).decode("ascii", "replace"))
     _load_modules()
-    _mount_tools(root_hash, blocks)
+    _mount_tools(*disk)
     channel = os.open(_await_device("vport"), os.O_RDWR)
     config = read_config(lambda: os.read(channel, 1))
     network = config.get("network") == "open"
@@ -14893,7 +14885,7 @@ def _start_guest() -> None:
         mount("configfs", "/sys/kernel/config", _MS_DATA, "")
     for name, value in _SYSCTL:
         if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
-            _write(f"/proc/sys/{name}", value)
+            write_file(f"/proc/sys/{name}", value.encode("ascii"))
     # Read this file and import the agent's modules now, from the initrd: its own root has no compiled ones.
     own_source()
     for module in (

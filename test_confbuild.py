@@ -26255,11 +26255,9 @@ def guest_runs(folder: Path) -> GuestRuns:
 def boot_as_measured(folder: Path, image: confbuild.Image, seconds: float, *options: str) -> tuple[str, str]:
     """Boot image with the hashes of IMAGE, and return (the agent's output within seconds, or ""; the console)."""
     config = {"token": "t" * 16, "policy": confbuild.SourcePolicy()._asdict()}
-    honest = confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.read_image(str(IMAGE)))
-    argv = confbuild.qemu_argv(
-        confbuild.Guest(confbuild.QEMU_PLATFORM, image, memory_mib=1024),
-        *confbuild._write_hashes(honest, str(folder)),
-    )
+    honest = confbuild.Guest(confbuild.QEMU_PLATFORM, confbuild.read_image(str(IMAGE)), memory_mib=1024)
+    argv = confbuild.qemu_vms(honest, {}).start(str(folder), "").argv
+    argv = [image.kernel if word == honest.image.kernel else word for word in argv]
     child = subprocess.Popen([*argv, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert child.stdin and child.stdout
