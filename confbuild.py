@@ -15019,10 +15019,13 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False, at: str
     rows = [_sentence(verdict, color, f" as of {at}" if at else "")]
     if claims:
         rows.append("The evidence says" + (":" if verdict.verdict == "passed" else " (not proven):"))
-    unset = [name for name, value in claims.items() if re.fullmatch("None|(0x)?[0.]*", str(value))]
-    for name in (name for name in claims if name not in unset):
-        text = claims[name] if isinstance(claims[name], str) else compact_json(claims[name])
-        rows.append(f"     {plain_text(name):{width}}  {_shorten(text)}")
+    unset = list[str]()
+    for name, value in claims.items():
+        if re.fullmatch("None|(0x)?[0.]*", str(value)):
+            unset.append(name)
+        else:
+            text = value if isinstance(value, str) else compact_json(value)
+            rows.append(f"     {plain_text(name):{width}}  {_shorten(text)}")
     if unset:
         rows.append(f"     zero or empty: {plain_text(', '.join(unset))}")
     skipped: dict[str, list[str]] = {}
@@ -15035,68 +15038,67 @@ def render_verdict(verdict: Verdict, color: bool, verbose: bool = False, at: str
         rows.append(_paint("--  ", "33", color) + " " + plain_text(f"{', '.join(names)}: {why}"))
     missing = not_requested(verdict)
     fields = [] if verbose else [name for name in missing if name.startswith("--")]
-    missing = [name for name in missing if name not in fields]
-    missing += [f"{len(fields)} more that -v names"] * bool(fields)
-    return "\n".join([*rows, *(["Not checked: " + ", ".join(missing)] if missing else [])])
+    missing = [name for name in missing if name not in fields] + [f"{len(fields)} more that -v names"] * bool(fields)
+    rows += ["Not checked: " + ", ".join(missing)] * bool(missing)
+    return "\n".join(rows)
 
 
 def _check_rows(check: Check, width: int, color: bool) -> Iterator[str]:
     """Yield the line of a check, and for a failed one the expected and the actual value."""
-    mark, sgr = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}[check.status]
-    shown = check.actual if check.status != "failed" or not check.expected else ""
-    cells = [check.name.ljust(width), _shorten(shown)]
-    if check.status == "passed" and check.expected not in ("", check.actual) and len(check.expected) <= 128:
-        cells.append(f"({check.expected})")  # for example a range
-    if check.status != "passed" or check.detail.startswith("legacy"):
-        cells.append(check.detail[:1000])
+    name, status, expected, actual, detail = check
+    mark, sgr = {"passed": ("ok  ", "32"), "failed": ("FAIL", "31;1"), "not checked": ("--  ", "33")}[status]
+    values = (("expected", expected), ("actual  ", actual)) if status == "failed" and expected else ()
+    cells = [name.ljust(width), "" if values else _shorten(actual)]
+    if status == "passed" and expected not in ("", actual) and len(expected) <= 128:
+        cells.append(f"({expected})")  # for example a range
+    if status != "passed" or detail.startswith("legacy"):
+        cells.append(detail[:1000])
     yield _paint(mark, sgr, color) + " " + plain_text("  ".join(filter(None, cells))).rstrip()
-    if check.status == "failed" and check.expected:
-        for word, value in (("expected", check.expected), ("actual  ", check.actual)):
-            yield f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
+    for word, value in values:
+        yield f"     {'':{width}}{word} {plain_text(value[:1000]) or '(empty)'}"
 
 
 def _sentence(verdict: Verdict, color: bool, when: str) -> str:
     """Return the verdict in one sentence: what is proven, and what is not."""
-    status = {check.name: check.status for check in verdict.checks}
-    alone = status.get("provenance digest") == "not checked"
+    passed = {check.name: check.actual for check in verdict.checks if check.status == "passed"}
+    alone = ("provenance digest", "not checked") in [check[:2] for check in verdict.checks]
     others = "".join(
         f"; not covered: {plain_text(check.actual)[:1000]}" for check in verdict.checks if check.name == "other files"
     )
-    tcb = {check.name: check.actual for check in verdict.checks if check.status == "passed"}.get("TCB status")
     if "quote_version" in verdict.claims:
+        tcb = passed.get("TCB status")
         others += f"; TCB status {tcb}" if tcb else "; TCB status, revocation: not checked"
     if verdict.verdict == "failed":
         names = [plain_text(check.name) for check in verdict.failures]
         ran = sum(check.status != "not checked" for check in verdict.checks)
         shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-        return (
-            _paint("FAILED", "31;1", color)
-            + f"{when}: {len(names)} of {ran} checks failed ({shown}): nothing is proven"
-        )
-    if verdict.verdict == "simulated":
+        sgr, said = "31;1", f"{len(names)} of {ran} checks failed ({shown}): nothing is proven"
+    elif verdict.verdict == "simulated":
         agree = "the evidence is consistent" if alone else "artifacts, provenance and evidence agree"
         if verdict.claims.get("builder_id") == QEMU_BUILDER:
             agree += " that this was built in a QEMU guest, which is not confidential"
-        return _paint("SIMULATED", "33;1", color) + (
-            f"{when}: {agree}, but no hardware signed the evidence, "
-            f"so it does not prove where or by whom this was built{others}"
+        sgr, said = (
+            "33;1",
+            (
+                f"{agree}, but no hardware signed the evidence, "
+                f"so it does not prove where or by whom this was built{others}"
+            ),
         )
-    passed = {name for name in status if status[name] == "passed"}
-    proven = (
-        "the evidence alone (no provenance, no artifact)"
-        if alone
-        else "the provenance lists exactly these artifacts, and it"
-    )
-    return _paint("PASSED", "32;1", color) + f"{when}: {proven} was signed {_signer(verdict, passed)}{others}"
+    else:
+        proven = "the provenance lists exactly these artifacts, and it"
+        if alone:
+            proven = "the evidence alone (no provenance, no artifact)"
+        sgr, said = "32;1", f"{proven} was signed {_signer(verdict, passed)}{others}"
+    return _paint(verdict.verdict.upper(), sgr, color) + f"{when}: {said}"
 
 
-def _signer(verdict: Verdict, passed: set[str]) -> str:
+def _signer(verdict: Verdict, passed: Strings) -> str:
     """Return where the evidence was signed, as far as the passed checks prove it."""
     amd = f"AMD {plain_text(str(verdict.claims.get('product')))}"
     processor = f"an {'Intel' if 'quote_version' in verdict.claims else amd} processor"
     # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
     # only a check of the measurement ties the key to a VM.
-    if verdict.platform.startswith("az-") and not passed & MEASURED:
+    if verdict.platform.startswith("az-") and MEASURED.isdisjoint(passed):
         place = (
             f"with a key that a report of {processor} names; anybody can obtain such a report for their own key, "
             "so it may not have been signed in a VM at all"
@@ -15226,13 +15228,11 @@ class Display:
         rows = [f"{self._phase:10} {took}  {said}"]
         if self._phase == "build" and not final:
             rows += ["  " + line for line in last[-8:]]
-        self._put([cut_to_cells(row, self._width()) for row in rows], 0 if final else len(rows))
-
-    def _width(self) -> int:
         try:  # the terminal that is drawn on: stdout may be a pipe
-            return (os.get_terminal_size(self._stream.fileno()).columns or 80) - 1  # 0: unknown
+            width = os.get_terminal_size(self._stream.fileno()).columns or 80  # 0: unknown
         except OSError:
-            return shutil.get_terminal_size().columns - 1
+            width = shutil.get_terminal_size().columns
+        self._put([cut_to_cells(row, width - 1) for row in rows], 0 if final else len(rows))
 
 
 # endregion 43
