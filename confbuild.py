@@ -15733,10 +15733,10 @@ WantedBy=sockets.target
 def cmd_unit(options: "argparse.Namespace") -> None:
     """Print a systemd unit.  [systemd.exec(5), systemd.socket(5)]"""
     program = shlex.join(map(abspath, (sys.executable, sys.argv[0])))
-    sys.stdout.write(SOCKET_UNIT if options.socket else UNIT.format(program))
+    print(SOCKET_UNIT if options.socket else UNIT.format(program), end="")
 
 
-def cmd_serve(options: "argparse.Namespace") -> int:
+def cmd_serve(options: "argparse.Namespace") -> None:
     """Run the build service until a signal."""
     reexec_without_ast()
     tokens = _read_tokens(options.token_file)
@@ -15760,8 +15760,8 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     if options.print_command:
         if machine.guest is None:
             raise UsageError("--print-command requires --tee, --vm snp or --vm qemu")
-        sys.stdout.write(shlex.join(qemu_argv(machine.guest, "HASHES_PAGE")) + "\n")
-        return EXIT_OK
+        print(shlex.join(qemu_argv(machine.guest, "HASHES_PAGE")))
+        return
     stopped = threading.Event()
 
     def stop(*_: Any) -> None:
@@ -15782,7 +15782,6 @@ def cmd_serve(options: "argparse.Namespace") -> int:
     notify_systemd("STOPPING=1")
     report(f"stopping; running builds have {options.grace:g} s")
     running.stop(options.grace)
-    return EXIT_OK
 
 
 class Client(NamedTuple):
@@ -15841,27 +15840,34 @@ def cmd_build(options: "argparse.Namespace") -> int:
     name = repository_name(source) if is_url else safe_name(basename(realpath(source)))
     bundle = options.out or name + "-build"
     _check_target(bundle)
+    choices = (options.toolchain, options.subdir, options.artifacts)
     machine = None if options.server else prepare_platform(options)
-    expected = _expect_vm(options, machine)._replace(nonce=nonce)
+    expected = Expectations(nonce)
+    if options.tee:  # what the VM must be before it gets the source
+        facts = machine and machine.facts
+        if facts is None and options.image:
+            facts = check_image(options.image)
+        if facts is None and not options.measurements:
+            problem = "--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do"
+            raise UsageError(problem)
+        expected = Expectations(nonce, options.measurements, facts, require_tee=True)
+    else:
+        _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
     endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
     for number in (signal.SIGTERM, signal.SIGHUP):  # they cancel, as Ctrl-C does; nohup ignores SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
-        archive, request = None, BuildRequest(nonce, source, options.ref)
+        archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         display = Display(sys.stderr, options.format)
         if not is_url:
-            archive, request = (
-                join(scratch, name + ".tar.gz"),
-                BuildRequest(nonce, source_name=name + ".tar.gz"),
-            )
+            archive = join(scratch, name + ".tar.gz")
+            request = BuildRequest(nonce, "", "", basename(archive), *choices)
             packed = _pack(options, archive, scratch)
             if options.tree not in ("", packed.tree):
                 raise UsageError(f"{source} has the tree {packed.tree}, not {options.tree}, which the bundle records")
             display.note(f"packed {packed.note}")
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
-        choices = {name: getattr(options, name) for name in ("toolchain", "subdir", "artifacts")}
-        request = request._replace(**choices)
         if machine is None:
             client = _client(options, display)
         else:
@@ -15884,16 +15890,16 @@ def cmd_build(options: "argparse.Namespace") -> int:
 def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     """Raise UsageError for a source that cannot be built, and for options that would have no effect."""
     source = options.source
-    if not is_url and not isdir(source):
+    if is_url:
+        options.max_ratio = MAX_RATIO
+        _refuse(options, "--submodules", " requires a directory")
+    elif not isdir(source):
         hint = f"is it https://{source}?" if re.match(r"[\w-]+(\.[\w-]+)+/", source) else ""
         if ":" in source:
             hint = "a repository has a URL like https://example.org/a/b.git"
         raise UsageError(f"{source}: neither a directory nor a URL", hint)
-    if options.ref and not is_url:
+    elif options.ref:
         raise UsageError("--ref requires a URL")
-    if is_url:
-        options.max_ratio = MAX_RATIO
-        _refuse(options, "--submodules", " requires a directory")
     if options.nonce is not None and not options.nonce.strip("0"):
         raise UsageError("--nonce: a nonce of zeros proves nothing, and its verification fails", "leave --nonce out")
     if options.server:
@@ -15906,11 +15912,13 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         return
     _refuse(options, "--token-file", " requires --server")
     scheme = source.partition("://")[0].lower()
-    if is_url and scheme in ("file", "git") and scheme not in options.allow_scheme:
-        raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", f"--allow-scheme {scheme} accepts them")
-    if not is_url and not isdir(join(source, options.subdir)):
+    if is_url:
+        if scheme in ("file", "git") and scheme not in options.allow_scheme:
+            hint = f"--allow-scheme {scheme} accepts them"
+            raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", hint)
+    elif not isdir(join(source, options.subdir)):
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
-    if not is_url and os.listdir(source):
+    elif os.listdir(source):
         try:
             find_outputs(source, options.toolchain, options.subdir)
         except BuildFailed as e:
@@ -15938,19 +15946,6 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
             "" if e.filename else "TMPDIR names the folder of temporary files",
         ) from None
-
-
-def _expect_vm(options: "argparse.Namespace", machine: BuildPlatform | None) -> Expectations:
-    """Return what the VM must be before it gets the source. machine: None = at another server. Raises UsageError."""
-    if not options.tee:
-        _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
-        return Expectations()
-    facts = machine.facts if machine is not None else None
-    if facts is None and options.image:
-        facts = check_image(options.image)
-    if facts is None and not options.measurements:
-        raise UsageError("--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do")
-    return Expectations(measurements=options.measurements, image=facts, require_tee=True)
 
 
 def _check_waiting_vm(client: Client, expected: Expectations, endorsements: Endorsements) -> None:
@@ -15990,8 +15985,7 @@ def _check_target(path: str) -> None:
     while not lexists(folder):
         folder = dirname(folder)
     try:
-        with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder):
-            pass
+        tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder).cleanup()
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror}", hint) from None
 
@@ -16015,8 +16009,7 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[st
             if kind == "build":
                 f.write("".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
         if display.form == "json":
-            sys.stdout.write(wire + "\n")
-            sys.stdout.flush()
+            print(wire, flush=True)
         elif isinstance(event, list):
             display.show(kind, lines)
         else:
@@ -16065,36 +16058,46 @@ def _on_server(client: Client, job_id: str) -> str:
 
 
 def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
-    """Download, unpack and verify a bundle; print its path."""
-    again = ""
+    """Download, unpack and verify a bundle; print its path.
+
+    Say what was built, how long it took, what the verdict is, and which command verifies the bundle again.
+    """
+    again, nonce = "", delivery.expected.nonce
+    checks = ["--nonce", nonce] if nonce else []
     if client.arguments:
-        more = ["--nonce", delivery.expected.nonce] if delivery.expected.nonce else []
-        again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *more)
+        again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *checks)
     try:
         _check_target(delivery.bundle)
         if os.path.exists(delivery.bundle):
             client.display.note(f"{delivery.bundle} exists; the new bundle replaces it if it verifies")
         path, verdict = _hold_bundle(client.service, job_id, delivery)
-    except OSError as e:
-        again = again or _keep_result(client.service, job_id)
-        raise UsageError(f"{delivery.bundle} cannot be written: {e.strerror or e}", again) from None
-    except UsageError as e:
-        e.hint = again or _keep_result(client.service, job_id)
-        raise
     except RemoteError as e:
         e.hint = e.hint or ("" if e.status else again)
         raise
-    good = verdict.verdict != "failed"
-    if client.display.form == "json":
-        doc = {"type": "bundle", "path": path, "nonce": delivery.expected.nonce, **verdict.to_wire()}
-        sys.stdout.write(compact_json(doc) + "\n")
-    else:
-        if good:
-            _tell_result(client.display, path, verdict, delivery)
-        else:
-            sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
-            say(f"the result is kept as {path}")
-        sys.stdout.write(path + "\n")
+    except (OSError, UsageError) as e:
+        problem = f"{delivery.bundle} cannot be written: {e.strerror or e}" if isinstance(e, OSError) else str(e)
+        raise UsageError(problem, again or _keep_result(client.service, job_id)) from None
+    display, good = client.display, verdict.verdict != "failed"
+    shown = render_verdict(verdict, wants_color(sys.stderr)) + "\n"
+    if display.form == "json":
+        print(compact_json({"type": "bundle", "path": path, "nonce": nonce, **verdict.to_wire()}))
+    elif not good:
+        sys.stderr.write(shown)
+        say(f"the result is kept as {path}")
+    elif display.form != "quiet":
+        folder = join(path, "artifacts")
+        for name in walk_files(folder):
+            file = join(folder, name)
+            display.note(f"artifact {name}  {size_text(getsize(file))}  sha256:{file_sha256(file)}")
+        sys.stderr.write(shown[: shown.index("\n") + 1])
+        if nonce is None:
+            display.note("not checked: nonce (--nonce)")
+        display.note(f"took {time.monotonic() - display.began:.1f} s")
+        command = [*own_command(), "verify", path, *delivery.checks, *checks]
+        status = " (exit status 3: simulated)" if verdict.verdict == "simulated" else ""
+        display.note("to verify it again: " + shlex.join(command) + status)
+    if display.form != "json":
+        print(path)
     sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
 
@@ -16109,23 +16112,6 @@ def _keep_result(service: ApiClient, job_id: str) -> str:
         remove_tree(folder)
         return f"the temporary server and its result are gone ({e}): build again"
     return f"the result is kept: {shlex.join([*own_command(), 'verify', archive])}"
-
-
-def _tell_result(display: Display, path: str, verdict: Verdict, delivery: Delivery) -> None:
-    """Say what was built, how long it took, what the verdict is, and which command verifies the bundle again."""
-    if display.form == "quiet":
-        return
-    folder, nonce = join(path, "artifacts"), delivery.expected.nonce
-    for name in walk_files(folder):
-        file = join(folder, name)
-        display.note(f"artifact {name}  {size_text(getsize(file))}  sha256:{file_sha256(file)}")
-    sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)).partition("\n")[0] + "\n")
-    if nonce is None:
-        display.note("not checked: nonce (--nonce)")
-    display.note(f"took {time.monotonic() - display.began:.1f} s")
-    command = [*own_command(), "verify", path, *delivery.checks, *(["--nonce", nonce] if nonce else [])]
-    status = " (exit status 3: simulated)" if verdict.verdict == "simulated" else ""
-    display.note("to verify it again: " + shlex.join(command) + status)
 
 
 def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[str, Verdict]:
@@ -16184,22 +16170,22 @@ def _status_text(job: Mapping[str, Any]) -> str:
     return "cancelled" if job.get("error_type") == "Cancelled" else str(job["status"])
 
 
-def cmd_list(options: "argparse.Namespace") -> int:
+def cmd_list(options: "argparse.Namespace") -> None:
     """List the jobs of a server, newest first."""
     client = _client(options)
     jobs = client.service.jobs("GET", "/builds", several=True)
     if options.format == "json":
-        sys.stdout.write("".join(compact_json(job) + "\n" for job in jobs))
-        return EXIT_OK
+        for job in jobs:
+            print(compact_json(job))
+        return
     if not jobs:
         client.display.note("no builds yet")
-        return EXIT_OK
-    sys.stdout.write(f"{'JOB':36}  {'STATUS':9}  {'SUBMITTED (UTC)':19}  {'TOOK':>8}  SOURCE\n")
+        return
+    print(f"{'JOB':36}  {'STATUS':9}  {'SUBMITTED (UTC)':19}  {'TOOK':>8}  SOURCE")
     for job in jobs:
         source = job.get("repo_url") or job.get("source_name") or ""
         row = f"{job['job_id']:36}  {_status_text(job):9}  {job['submitted_at'][:19]}  {_took(job):>8}  {source}"
-        sys.stdout.write(plain_text(row).rstrip() + "\n")
-    return EXIT_OK
+        print(plain_text(row).rstrip())
 
 
 def _took(job: Mapping[str, Any]) -> str:
@@ -16211,7 +16197,7 @@ def _took(job: Mapping[str, Any]) -> str:
         return ""
 
 
-def cmd_cancel(options: "argparse.Namespace") -> int:
+def cmd_cancel(options: "argparse.Namespace") -> None:
     """Cancel a job."""
     client = _client(options)
     path = f"/build/{_find_job(client, options.job)}"
@@ -16221,11 +16207,8 @@ def cmd_cancel(options: "argparse.Namespace") -> int:
     while job["status"] in _OPEN and time.monotonic() < deadline:  # ending the build takes a moment
         time.sleep(0.1)
         [job] = client.service.jobs("GET", path)
-    if options.format == "json":
-        sys.stdout.write(compact_json(job) + "\n")
-        return EXIT_OK
-    sys.stdout.write(plain_text(f"{job['job_id']}  {status or _status_text(job)}") + "\n")
-    return EXIT_OK
+    text = plain_text(f"{job['job_id']}  {status or _status_text(job)}")
+    print(compact_json(job) if options.format == "json" else text)
 
 
 def cmd_fetch(options: "argparse.Namespace") -> int:
@@ -16277,23 +16260,23 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
     """Return what the options but --source require; an option's dest is the name of the field. Raises UsageError."""
-    given = vars(options)
-    expected = Expectations(**{name: given[name] for name in Expectations._fields if name in given})
-    registers: dict[str, Any] = {field: dict(given[field]) for field in ("pcrs", "rtmrs") if given[field] is not None}
-    expected = expected._replace(**registers)
-    for field, values in registers.items():
-        if len(values) != len(given[field]):
-            raise UsageError(f"--{field[:-1]}: a register is given twice")
+    given = {name: value for name, value in vars(options).items() if name in Expectations._fields}
+    for field in ("pcrs", "rtmrs"):
+        if given[field] is not None:
+            registers = given[field]
+            given[field] = dict(registers)
+            if len(given[field]) != len(registers):
+                raise UsageError(f"--{field[:-1]}: a register is given twice")
     if options.image is not None:
-        expected = expected._replace(image=check_image(options.image))
+        given["image"] = check_image(options.image)
     if options.igvm is not None:
         digest, _, _, problem = read_igvm(options.igvm, options.disk, lambda step, digest: None)
-        expected = expected._replace(igvm=digest.hex(), disk=None if options.disk is None else problem)
+        given |= {"igvm": digest.hex(), "disk": None if options.disk is None else problem}
     elif options.disk is not None:
         raise UsageError("--disk requires --igvm")
     if options.max_age is not None:
-        expected = expected._replace(finished=(utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)))
-    return expected
+        given["finished"] = utc_time(now - options.max_age), utc_time(now + CLOCK_SKEW_S)
+    return Expectations(**given)
 
 
 def cmd_verify(options: "argparse.Namespace") -> int:
@@ -16335,14 +16318,14 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             if options.format == "text":
                 heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
-                sys.stdout.write(f"{heading}{shown}\n")
+                print(heading + shown)
         if options.format == "json":
-            sys.stdout.write(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}) + "\n")
+            print(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}))
         statuses.append(status)
     return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
 
 
-def _read_verified(path: str, now: datetime) -> tuple[BundleFiles, Any, Verdict]:
+def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
     """Return the bundle at path, its Statement, and the verdict without expectations.  Raises UsageError."""
     try:
         files = read_bundle(path, MAX_VERIFIED)
@@ -16351,11 +16334,13 @@ def _read_verified(path: str, now: datetime) -> tuple[BundleFiles, Any, Verdict]
     doc = read_statement(files.provenance or b"")
     if doc is None:
         raise UsageError(f"{path}: provenance.json is missing or malformed: `verify {path}` says why")
-    return files, doc, verify_bundle(files, Expectations(), now)
+    return files, doc, verify_bundle(files, Expectations(), datetime.now(UTC))
 
 
-def _refuse_failed(path: str) -> int:
-    """Report that the bundle at path fails to verify, and return the exit status."""
+def _report_failed(path: str, verdict: Verdict) -> int:
+    """Return the exit status for a bundle, after reporting that it fails to verify if it does."""
+    if verdict.verdict != "failed":
+        return EXIT_OK
     say(f"error: {path} fails to verify", f"`confbuild verify {path}` says why")
     return EXIT_NO
 
@@ -16365,25 +16350,24 @@ def cmd_diff(options: "argparse.Namespace") -> int:
 
     [CONTRACT 5.9]
     """
-    now = datetime.now(UTC)
-    read = [_read_verified(path, now) for path in (options.a, options.b)]
+    paths = options.a, options.b
+    read = [_read_verified(path) for path in paths]
     facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
     rows, verdicts = differences(*facts), [verdict.verdict for _, _, verdict in read]
     equal = not rows and "failed" not in verdicts
-    if options.format == "json":
-        bundles = {x: {"bundle": getattr(options, x), "verdict": v} for x, v in zip("ab", verdicts, strict=True)}
-        sys.stdout.write(json.dumps({"schema": 1, **bundles, "equal": equal, "differences": rows}) + "\n")
-        return EXIT_OK if equal else EXIT_NO
-    lines = [f"{sign} {getattr(options, x)}: {verdict}" for sign, x, verdict in zip("-+", "ab", verdicts, strict=True)]
+    sides = list(zip("ab", "-+", paths, verdicts, strict=True))
+    lines = [f"{sign} {path}: {verdict}" for _, sign, path, verdict in sides]
     for part in facts[0]:
         changed = [row for row in rows if row["part"] == part]
         lines.append(f"{part}: {'' if changed else 'the same'}".rstrip())
         for row in changed:
             lines.append(f"    {row['name']}")
-            lines += [
-                f"  {sign}     {row[x] or 'empty'}" for sign, x in zip("-+", "ab", strict=True) if row[x] is not None
-            ]
-    sys.stdout.write("".join(plain_text(line) + "\n" for line in lines))
+            lines += [f"  {sign}     {row[x] or 'empty'}" for x, sign, *_ in sides if row[x] is not None]
+    if options.format == "json":
+        bundles = {x: {"bundle": path, "verdict": verdict} for x, _, path, verdict in sides}
+        print(json.dumps({"schema": 1, **bundles, "equal": equal, "differences": rows}))
+    else:
+        print(*map(plain_text, lines), sep="\n")
     return EXIT_OK if equal else EXIT_NO
 
 
@@ -16445,20 +16429,23 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         raise UsageError(f"{path}: no such bundle")
     name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
-    _, doc, verdict = _read_verified(path, datetime.now(UTC))
-    if verdict.verdict == "failed":
-        return _refuse_failed(path)
-    before = bundle_facts(doc, verdict)
-    _request_again(options, before)
-    status = cmd_build(options)
+    _, doc, verdict = _read_verified(path)
+    status = _report_failed(path, verdict)
+    if status == EXIT_OK:
+        before = bundle_facts(doc, verdict)
+        _request_again(options, before)
+        status = cmd_build(options)
     if status != EXIT_OK:
         return status
-    _, again, verdict = _read_verified(options.out, datetime.now(UTC))
-    after, others = bundle_facts(again, verdict), 0
-    for row in differences(before, after):
-        if row["name"] == "gitTree" or row["part"] == "toolchain" and row["name"] != "kettle":
-            say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
-            others += 1
+    _, again, verdict = _read_verified(options.out)
+    after = bundle_facts(again, verdict)
+    others = [
+        row
+        for row in differences(before, after)
+        if row["name"] == "gitTree" or row["part"] == "toolchain" and row["name"] != "kettle"
+    ]
+    for row in others:
+        say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
     if others and not options.any_toolchain:
         raise UsageError("these are not the recorded ones", "--any-toolchain compares the artifacts anyway")
     names = "build_path", "build_environment", "build_kernel", "build_cpu"
@@ -16475,17 +16462,15 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
             elif name in one and name in other:
                 said = f"different: {_explain_artifact(roots, name, scratch)}"
             line = compact_json({"type": "artifact", "name": name, "equal": equal, "detail": said})
-            sys.stdout.write((line if options.format == "json" else plain_text(f"{name}: {said}")) + "\n")
+            print(line if options.format == "json" else plain_text(f"{name}: {said}"))
     return EXIT_OK if one == other else EXIT_NO
 
 
 def cmd_sbom(options: "argparse.Namespace") -> int:
     """Print the bill of materials of a bundle; 1 if the bundle fails to verify."""
-    files, doc, verdict = _read_verified(options.bundle, datetime.now(UTC))
-    sys.stdout.write(json.dumps(make_sbom(doc, files.provenance or b""), indent=2) + "\n")
-    if verdict.verdict == "failed":
-        return _refuse_failed(options.bundle)
-    return EXIT_OK
+    files, doc, verdict = _read_verified(options.bundle)
+    print(json.dumps(make_sbom(doc, files.provenance or b""), indent=2))
+    return _report_failed(options.bundle, verdict)
 
 
 def _bundle_hint(path: str) -> str:
@@ -16541,13 +16526,13 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     def explain(step: str, digest: bytes) -> None:
         digests.append(base64.b64encode(digest).decode("ascii") if options.output_format == "base64" else digest.hex())
         if options.explain:
-            sys.stdout.write(f"{digests[-1]}  {step}\n")
+            print(f"{digests[-1]}  {step}")
 
     if options.igvm is not None:
         _refuse(options, f"{_DIRECT_BOOT} --ovmf-hash", " has no effect with --igvm")
         _, command_line, root_hash, problem = read_igvm(options.igvm, options.disk, explain)
         found = f"command line  {command_line or 'none'}\nroot hash     {root_hash or 'none'}"
-        sys.stdout.write(f"{digests[-1]}\n{found}\n")
+        print(f"{digests[-1]}\n{found}")
         if problem:
             say(f"warning: {options.disk or options.igvm}: {problem}")
         return EXIT_NO if problem and options.disk is not None else EXIT_OK
@@ -16566,9 +16551,9 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     try:
         firmware, hashes = parse_firmware(data), None
         if options.kernel is not None:
-            paths = (options.kernel, options.initrd)
-            kernel, initrd = (None if path is None else bytes.fromhex(file_sha256(path)) for path in paths)
-            hashes = boot_hashes(kernel or b"", initrd, options.append)
+            kernel = bytes.fromhex(file_sha256(options.kernel))
+            initrd = None if options.initrd is None else bytes.fromhex(file_sha256(options.initrd))
+            hashes = boot_hashes(kernel, initrd, options.append)
         signature = CPU_SIGNATURES.get(options.vcpu_type, options.vcpu_sig or 0)
         compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
@@ -16577,11 +16562,11 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     if state:
         say(f"warning: {options.firmware}: {state}")
         say("warning: this digest proves nothing about the code that ran")
-    sys.stdout.write(digests[0 if options.ovmf_hash else -1] + "\n")  # the firmware is the first step
+    print(digests[0 if options.ovmf_hash else -1])  # the firmware is the first step
     return EXIT_OK
 
 
-def cmd_attest(options: "argparse.Namespace") -> int:
+def cmd_attest(options: "argparse.Namespace") -> None:
     """Print evidence for a provenance, from the hardware of this confidential VM."""
     provenance = read_limited(options.provenance, MAX_JSON)
     report, table = get_report(report_data(provenance, options.nonce))
@@ -16589,8 +16574,7 @@ def cmd_attest(options: "argparse.Namespace") -> int:
     evidence = hardware_evidence(report, table, platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
         say("the host handed out no certificate of the signing key: verifiers will need --vek")
-    sys.stdout.write(evidence.decode("ascii"))
-    return EXIT_OK
+    print(evidence.decode("ascii"), end="")
 
 
 def cmd_image(options: "argparse.Namespace") -> int:
@@ -16604,37 +16588,34 @@ def cmd_image(options: "argparse.Namespace") -> int:
             raise UsageError("--lock needs the names of packages")
         data = write_lock(options.names, options.without or ())
         write_durably(abspath(options.lock), data)
-        sys.stdout.write(f"{len(data.splitlines())} packages in {options.lock}\n")
+        print(f"{len(data.splitlines())} packages in {options.lock}")
         return EXIT_OK
     if options.check is not None:
         facts = check_image(options.check)
-        sys.stdout.write(
-            f"image.json  sha256 {facts.manifest_sha256}\n"
-            f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}\n"
-            f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}\n"
-            + "".join(f"measured    {label}: {digest}\n" for label, digest in facts.launch_digests.items())
-        )
+        print(f"image.json  sha256 {facts.manifest_sha256}")
+        print(f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}")
+        print(f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}")
+        for label, digest in facts.launch_digests.items():
+            print(f"measured    {label}: {digest}")
         return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
     if (options.rootfs is None) == (options.packages is None or options.debs is None):
         raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
     vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
-    names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")
-    rootfs, lock, debs, kernel, firmware, modules = (getattr(options, name) or "" for name in names)
-    image = make_image(options.out, ImageInput(rootfs, lock, debs, kernel, firmware, modules, vcpus))
-    sys.stdout.write(
-        f"image.json  sha256 {image.manifest_sha256}\n"
-        + "".join(f"measured    {vcpu_label(kind, count)}: {digest}\n" for kind, count, digest in image.launch_digests)
-    )
+    names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
+    given = ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus])
+    image = make_image(options.out, given)
+    print(f"image.json  sha256 {image.manifest_sha256}")
+    for kind, count, digest in image.launch_digests:
+        print(f"measured    {vcpu_label(kind, count)}: {digest}")
     return EXIT_OK
 
 
-def cmd_sweep(options: "argparse.Namespace") -> int:
+def cmd_sweep(options: "argparse.Namespace") -> None:
     """Remove the workspace of a VM; not for people."""
     if not basename(options.workspace).startswith(WORKSPACE):
         raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
     remove_workspace(options.workspace)
-    return EXIT_OK
 
 
 # endregion 45
