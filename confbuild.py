@@ -16653,16 +16653,15 @@ def _hex(*digits: int) -> Callable[[str], Any]:
 
 def _read_levels(text: str) -> dict[str, int]:
     levels, product = {}, ""
-    for part in text.split(","):
-        name, _, level = part.partition("=")
-        if ":" in name:
-            product, _, name = name.partition(":")
-        key = name if name == "tdx" else f"{product}:{name}".lstrip(":")
-        known = name in (*TCB_LAYOUTS["Turin"], "tdx") and product in ("", *(p.lower() for p in TCB_LAYOUTS))
-        if key in levels or not known or (name != "tdx" and int(level) > 255):
-            raise ValueError(text)
+    for found, name, level in re.findall("(?:([a-z]+):)?([a-z]+)=([^,]+)", text):
+        product, is_td = found or product, name == "tdx"
+        key = name if is_td else f"{product}:{name}".lstrip(":")
         # All components of a TD in one number; those that are left out are 0.
-        levels[key] = int(level.ljust(32, "0"), 16) if name == "tdx" else int(level)
+        value = int(level.ljust(32, "0"), 16) if is_td else int(level)
+        known = is_td or name in TCB_LAYOUTS["Turin"] and value < 256
+        if key in levels or not known or product not in ("", *(p.lower() for p in TCB_LAYOUTS)):
+            raise ValueError(text)
+        levels[key] = value
     return levels
 
 
@@ -16683,6 +16682,7 @@ def _read_guest_policy(text: str) -> tuple[int, int, int]:
     mask, value, abi = 0, 0, 0
     for part in text.split(","):
         name, _, given = part.partition("=")
+        bits = wanted = 0
         if name == "abi":
             abi = int.from_bytes(bytes(map(int, given.split("."))), "big")
         elif name in POLICY_NAMES:
@@ -16690,10 +16690,9 @@ def _read_guest_policy(text: str) -> tuple[int, int, int]:
             wanted = bits * int(given or "1")
         else:
             bits, wanted = int(name, 0), int(given, 0)
-        if name != "abi":
-            if mask & bits or wanted & ~bits:
-                raise ValueError(text)
-            mask, value = mask | bits, value | wanted
+        if mask & bits or wanted & ~bits:
+            raise ValueError(text)
+        mask, value = mask | bits, value | wanted
     return mask, value, abi
 
 
@@ -16856,7 +16855,7 @@ def cmd_completion(options: "argparse.Namespace") -> None:
     head, line, tail = _COMPLETION[fish]
     lines = [line % (pattern if fish else pattern.replace(" ", "\\ "), words) for pattern, words in rows]
     zsh = "autoload -Uz compinit bashcompinit\ncompinit -u\nbashcompinit\n" if options.shell == "zsh" else ""
-    sys.stdout.write(zsh + head + "".join(lines) + tail)
+    print(zsh + head + "".join(lines) + tail, end="")
 
 
 # Head, row and tail of the script for bash and zsh, and of the one for fish.
@@ -17273,8 +17272,7 @@ Exit status
   5    built, but the bundle does not verify
   130  interrupted
 
-`confbuild COMMAND --help` explains a command; `confbuild --version` prints the version and the SHA-256 of this file.
-"""
+`confbuild COMMAND --help` explains a command; `confbuild --version` prints the version and the SHA-256 of this file."""
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
 _NOT_IN_POLICY = {"help", "policy", "format", "verbose"}
 _POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots", "collateral"}
@@ -17360,15 +17358,15 @@ def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
         raise UsageError(f"unknown {kind} {name}", _similar(name, names, "`confbuild --help` lists the commands"))
     parser = command_parser(command)
     known = parser._option_string_actions
-    for word in itertools.takewhile("--".__ne__, words):
-        option = word.partition("=")[0]
+    given = {word.partition("=")[0]: word for word in itertools.takewhile("--".__ne__, words)}
+    for option, word in given.items():
         if word.startswith("--") and " " not in word and option not in known:  # argparse would first miss others
             more = f"`confbuild {name} --help` lists the options"
             raise UsageError(f"{name}: unknown option {option}", _similar(option, known, more))
     options = parser.parse_args(words)
     if getattr(options, "policy", None):
         options = parser.parse_args(words, _read_policy(parser, options))  # the command line adds to it, or wins
-    options.given = {word.partition("=")[0] for word in itertools.takewhile("--".__ne__, words)}
+    options.given = given.keys()
     return options
 
 
@@ -17385,19 +17383,21 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         policy = tomllib.loads(read_limited(path, MIB).decode("utf-8"))
     except (ValueError, RecursionError) as e:  # ValueError: also of UTF-8, and of a number with thousands of digits
         raise UsageError(f"{where}not TOML: {e}") from None
-    actions = parser._option_string_actions.items()
-    known = {name[2:]: action for name, action in actions if name[:2] == "--" and name[2:] not in _NOT_IN_POLICY}
-    values = argparse.Namespace()
+    known = {
+        name[2:]: action
+        for name, action in parser._option_string_actions.items()
+        if name[:2] == "--" and name[2:] not in _NOT_IN_POLICY
+    }
+    found = dict[str, Any]()
     for name, value in policy.items():
         if name not in known:
             raise UsageError(f"{where}unknown option {name!r}", "known options are " + ", ".join(sorted(known)))
-        setattr(values, known[name].dest, _policy_value(parser, known[name], value, where + name, dirname(path)))
-    found = vars(values)
+        found[known[name].dest] = _policy_value(parser, known[name], value, where + name, dirname(path))
     if options.measurements:  # any of them would do: the command line wins
         found.pop("measurements", None)
     if options.pcrs:
         found["pcrs"] = [pcr for pcr in found.get("pcrs", ()) if pcr[0] not in dict(options.pcrs)]
-    return values
+    return argparse.Namespace(**found)
 
 
 def _policy_value(
@@ -17483,13 +17483,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     """Return the exit status of a command. Raises BrokenPipeError, and SystemExit after --help."""
     if arguments[:1] in (["--help"], ["-h"]):
-        sys.stdout.write(help_text())
+        print(help_text())
         return EXIT_OK
     if arguments[:1] == ["--version"]:
-        sys.stdout.write(f"confbuild {__version__} sha256:{sha256_hex(own_source())}\n")
+        print(f"confbuild {__version__} sha256:{sha256_hex(own_source())}")
         return EXIT_OK
     if not arguments:
-        sys.stderr.write(help_text())
+        print(help_text(), file=sys.stderr)
         return EXIT_USAGE
     try:
         options = parse_arguments(arguments)
@@ -17513,6 +17513,6 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
 
 # endregion 46
