@@ -4414,7 +4414,9 @@ def kill_all(find: Callable[[], list[int]]) -> None:
 
     find is called repeatedly because processes may fork meanwhile."""
     deadline = time.monotonic() + 2
-    while (pids := find()) and time.monotonic() < deadline:
+    for pids in iter(find, []):
+        if time.monotonic() > deadline:
+            return
         for pid in pids:
             with contextlib.suppress(OSError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
@@ -6933,7 +6935,9 @@ def flake_inputs(lock: bytes) -> list[Strings]:
             {"name": name, "narHash": str(digest)}
             for name, node in sorted(nodes[doc["root"]].get("inputs", {}).items())
             # An input that follows another one is a list, and has no node of its own.
-            if isinstance(node, str) and (digest := nodes[node].get("locked", {}).get("narHash"))
+            if isinstance(node, str)
+            for digest in [nodes[node].get("locked", {}).get("narHash")]
+            if digest
         ]
 
 
