@@ -1425,8 +1425,14 @@ class RevocationList(NamedTuple):
 
 def amd_name(common_name: str) -> Name:
     """Return the distinguished name of one of AMD's keys."""
-    organization = (("L", "Santa Clara"), ("ST", "CA"), ("O", "Advanced Micro Devices"))
-    return (("OU", "Engineering"), ("C", "US"), *organization, ("CN", common_name))
+    return (
+        ("OU", "Engineering"),
+        ("C", "US"),
+        ("L", "Santa Clara"),
+        ("ST", "CA"),
+        ("O", "Advanced Micro Devices"),
+        ("CN", common_name),
+    )
 
 
 def intel_name(common_name: str) -> Name:
@@ -2212,8 +2218,16 @@ TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
 )
 REFUSED_TCB = TCB_STATUSES[4:]  # unless the caller accepts one by name; never Revoked
 # What a platform's status becomes if the quoting enclave or the TDX module is out of date.
-_OUT_OF_DATE = dict(zip(TCB_STATUSES[:4], (TCB_STATUSES[4],) * 2 + (TCB_STATUSES[5],) * 2, strict=True))
+_OUT_OF_DATE = dict.fromkeys(TCB_STATUSES[:2], "OutOfDate")
+_OUT_OF_DATE |= dict.fromkeys(TCB_STATUSES[2:4], "OutOfDateConfigurationNeeded")
 TCB_SIGNER = intel_name("Intel SGX TCB Signing")
+# The members of a collateral file: documents as signed, chains in PEM, the rest in hexadecimal digits. The names are
+# those that Intel's quote verification library and the tools around it use. Other members are ignored.
+_COLLATERAL = (
+    *("tcb_info", "tcb_info_signature", "tcb_info_issuer_chain"),
+    *("qe_identity", "qe_identity_signature", "qe_identity_issuer_chain"),
+    *("root_ca_crl", "pck_crl", "pck_crl_issuer_chain"),
+)
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -2258,20 +2272,6 @@ DOCUMENT_SCHEMAS = {
 }
 
 
-class Collateral(NamedTuple):
-    """The members of a collateral file: documents as signed, chains in PEM, the rest in hexadecimal."""
-
-    tcb_info: str
-    tcb_info_signature: str
-    tcb_info_issuer_chain: str
-    qe_identity: str
-    qe_identity_signature: str
-    qe_identity_issuer_chain: str
-    root_ca_crl: str
-    pck_crl: str
-    pck_crl_issuer_chain: str
-
-
 class TcbStatus(NamedTuple):
     """The status of a machine's TCB.
 
@@ -2284,16 +2284,12 @@ class TcbStatus(NamedTuple):
     newest: str
 
 
-def parse_collateral(data: bytes) -> Collateral:
-    """Parse a collateral file.
+def parse_collateral(data: bytes) -> Any:
+    """Return the members of a collateral file, and those of others that it may have.
 
     Raises Malformed.
     """
-    # Who fetches collateral may add members of their own.
-    doc = check_schema(
-        parse_json(data, "collateral"), {**dict.fromkeys(Collateral._fields, str), "*": object}, "collateral"
-    )
-    return Collateral(*(doc[name] for name in Collateral._fields))
+    return check_schema(parse_json(data, "collateral"), {**dict.fromkeys(_COLLATERAL, str), "*": object}, "collateral")
 
 
 def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> Any:
@@ -2307,11 +2303,6 @@ def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> 
     data = text.encode("utf-8")
     verify_raw(signer, data, decode_hex(signature, f"{name}_signature"))
     return check_schema(parse_json(data, name), DOCUMENT_SCHEMAS[name], name)
-
-
-def _masked(data: bytes, mask: str) -> str:
-    """Return the bits of data under a mask, both as lower-case digits."""
-    return bytes(a & b for a, b in zip(data, bytes.fromhex(mask), strict=True)).hex()
 
 
 def module_identity(info: Any, quote: TdQuote) -> Any:
@@ -2329,29 +2320,29 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
     raise Malformed("tcb_info", f"no identity of TDX module {version}")
 
 
+def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
+    """Return (what document says about these fields, what they hold), both as text.
+
+    A field counts only under the mask that the document gives for it, if it gives one.  [PCS]
+    """
+    actual = []
+    for name, data in fields.items():
+        mask = bytes.fromhex(document.get(f"{name}Mask", "ff" * len(data)))
+        actual.append(bytes(a & b for a, b in zip(data, mask, strict=True)).hex())
+    return " ".join(document[name].lower() for name in fields), " ".join(actual)
+
+
 def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
     """Return (what the entry of a TDX module says, what the quote says), which must be equal."""
-    expected = _identity_text(module["mrsigner"], module["attributes"])
-    return expected, _identity_text(
-        quote.mr_signer_seam.hex(), _masked(quote.seam_attributes, module["attributesMask"])
-    )
+    return _describe(module, mrsigner=quote.mr_signer_seam, attributes=quote.seam_attributes)
 
 
 def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
     """Return (what the QE identity says, what the QE's report says), which must be equal.  [PCS, QE identity]"""
     # REPORTBODY of SGX: miscselect at 16, attributes at 48, MRSIGNER at 128, ISVPRODID at 256, ISVSVN at 258.
-    names = ("mrsigner", "attributes", "miscselect", "isvprodid")
-    attributes, miscselect = (
-        _masked(report[at : at + size], identity[f"{name}Mask"])
-        for name, at, size in (("attributes", 48, 16), ("miscselect", 16, 4))
-    )
-    isvprodid = int.from_bytes(report[256:258], "little")
-    expected = _identity_text(*(identity[name] for name in names))
-    return expected, _identity_text(report[128:160].hex(), attributes, miscselect, isvprodid)
-
-
-def _identity_text(*values: Any) -> str:
-    return " ".join(map(str, values)).lower()
+    fields = {"mrsigner": report[128:160], "attributes": report[48:64], "miscselect": report[16:20]}
+    expected, actual = _describe(identity, **fields)
+    return f"{expected} {identity['isvprodid']}", f"{actual} {int.from_bytes(report[256:258], 'little')}"
 
 
 def _numbers(tcb: Any) -> list[int]:
@@ -3386,29 +3377,34 @@ def package_of(uri: str) -> str:
 # Each check compares two values that come from different places. The verdict is a set inclusion: every check that the
 # platform requires, that a bundle requires or that the caller requests has passed, and none failed. Any thread may call
 # verify_bundle; it shares nothing.
+#
+# Read verify_bundle and _conclude first: they say what PASSED means. _check_evidence follows, which looks up the
+# platform in PLATFORMS. Its row names the function that checks evidence of this kind, from the key of the manufacturer
+# down to the 64 bytes that the VM had signed: the SHA-256 of provenance.json, the nonce, and zeros.
 
-# The checks that must pass, whatever the caller expects: for all evidence, and for a bundle. PLATFORMS has those of
-# each platform.
+# The checks that must pass, whatever the caller expects: for all evidence, for each kind of hardware, and for a bundle.
+# They are written down, not collected from the checks that ran: whoever makes evidence decides which of them can run.
+# A name that is missing here is a check that an attacker may skip.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
-# fmt: off
-_REQUIRED_SNP = _REQUIRED_EVIDENCE | {
-    "report version", "signature algorithm", "signing key", "product", "VEK form", "VEK issuer", "VEK signature",
-    "VEK validity", "VEK product", "VEK TCB", "VEK chip_id", "VEK CSP_ID", "report signature", "VMPL",
-    "migration agent", "debug", "reserved bits", "unsigned bytes",
-}
-_REQUIRED_TDX = _REQUIRED_EVIDENCE | {
-    "attestation key type", "TEE type", "QE vendor", "PCK form", "PCK chain", "PCK root", "PCK validity",
-    "PCK extension", "QE signature", "QE binding", "quote signature", "TD attributes", "XFAM", "service TD", "debug",
-}
+_REQUIRED_SNP = _REQUIRED_EVIDENCE | set(
+    "report version, signature algorithm, signing key, product, VEK form, VEK issuer, VEK signature, VEK validity, "
+    "VEK product, VEK TCB, VEK chip_id, VEK CSP_ID, report signature, VMPL, migration agent, debug, reserved bits, "
+    "unsigned bytes".split(", ")
+)
+_REQUIRED_TDX = _REQUIRED_EVIDENCE | set(
+    "attestation key type, TEE type, QE vendor, PCK form, PCK chain, PCK root, PCK validity, PCK extension, "
+    "QE signature, QE binding, quote signature, TD attributes, XFAM, service TD, debug".split(", ")
+)
 _REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
-REQUIRED_OF_BUNDLE = frozenset((
-    "provenance form", "canonical form", "provenance schema", "provenance digest", "report data tail",
-    "input Merkle root", "builder", "subjects", "artifacts", "unlisted files",
-))
+REQUIRED_OF_BUNDLE = frozenset(
+    "provenance form, canonical form, provenance schema, provenance digest, report data tail, input Merkle root, "
+    "builder, subjects, artifacts, unlisted files".split(", ")
+)
 # The checks that must pass if the caller sets a field of Expectations, the most important first. The columns, two or
 # more spaces apart, are: the field; the check; the option that requests it; where its value comes from. That is
 # "provenance", or a pattern of the platforms whose evidence has it. "-" stands for an empty cell.
 # If a check has the name of a claim, it compares that claim with the field.
+# fmt: off
 EXPECTED = [
     ["" if cell == "-" else cell for cell in re.split("  +", line.strip())]
     for line in """
@@ -3461,6 +3457,8 @@ EXPECTED = [
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
 _CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
 MEASURED = {check for _, check, _, _ in EXPECTED if check.endswith("measurement")}  # they tie evidence to software
+# A subject is a file in artifacts/ itself. With "/" or "..", "\" on Windows, or a control character that a terminal
+# hides, two readers could take one name for two files.
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 # Why a check did not run.
 ALONE = "evidence alone: provenance and artifacts are not checked"
@@ -3477,16 +3475,22 @@ _LEGACY_DIGEST = (
 
 
 class _Checks(NamedTuple):
-    """The checks of one bundle, and what the caller gave for them.
+    """What the caller gave for the verification of one bundle, and what the verification has found so far.
 
     now: the time to verify at, such as 2026-11-23T00:00:00Z.
+    anchors: the CA keys that are trusted.
     made: the checks, in the order in which they ran.
+    claims: what the evidence and the provenance say, in the order in which the verdict shows it.
+    traced: certificates that were traced to Intel's root; see verify_chain.
     """
 
     expected: Expectations
     now: str
     endorsements: Endorsements
+    anchors: Anchors
     made: list[Check]
+    claims: dict[str, Any]
+    traced: set[tuple[bytes, bytes]]
 
     @property
     def ok(self) -> bool:
@@ -3511,12 +3515,14 @@ class _Checks(NamedTuple):
             value = actual() if callable(actual) else actual
         except Malformed as e:
             value, detail = "unreadable", str(e)
+        # The values are compared before they are turned into text: 1 and "1" differ.
         self.hold(name, expected == value, expected, value, detail)
 
     def current(self, name: str, periods: Iterable[tuple[str, str]], detail: str = "") -> None:
         """Add a check that passes if the time of the verification lies in every period, both ends included."""
         firsts, lasts = zip(*periods, strict=True)
         first, last = max(firsts), min(lasts)
+        # What begins in the future is rarely forged: more often the clock of a small machine has lost its time.
         if self.now < first:
             detail += "; is the clock of this machine behind?"
         self.hold(name, first <= self.now <= last, f"{first} to {last}", self.now, detail.removeprefix("; "))
@@ -3525,6 +3531,7 @@ class _Checks(NamedTuple):
         """Add a check of the registers that the caller expects, unless wanted is None."""
         if wanted is not None:
             values = {i: value.lower() for i, value in sorted(wanted.items())}
+            # A register that the quote does not cover was reported by nobody who can be trusted.
             self.compare(name, compact_json(values), compact_json({i: actual.get(i, "none") for i in values}))
 
     def skip(self, name: str, why: str, actual: Any = "", expected: str = "", failed: bool = False) -> None:
@@ -3551,13 +3558,18 @@ class _Checks(NamedTuple):
             value = parse(*arguments)
         except (Malformed, BadSignature) as e:
             return self.hold(name, False, "", "", str(e))
+        # Any other exception is a bug and keeps its traceback: a verdict that hides it could be wrong.
         self.hold(name, True)
         return value
 
 
-def _report_claims(report: Report, product: str) -> dict[str, Any]:
-    """Return every field of the report as JSON values. `tcb` is the reported TCB, which the VEK is for."""
-    claims = {"product": product, "key_type": report.signing_key.lower(), "debug": bool(report.policy & POLICY_DEBUG)}
+def _claim_report(checks: _Checks, report: Report, product: str) -> None:
+    """Add every field of the report to the claims. `tcb` is the reported TCB, which the VEK is for.
+
+    product: empty if unknown; then the TCBs are shown as bytes.
+    """
+    claims = checks.claims
+    claims.update(product=product, key_type=report.signing_key.lower(), debug=bool(report.policy & POLICY_DEBUG))
     for name, value in list(report._asdict().items())[:-3]:  # without the signature and the whole
         if name.endswith("_tcb") and product in TCB_LAYOUTS:
             value = tcb_levels(product, value)
@@ -3569,24 +3581,23 @@ def _report_claims(report: Report, product: str) -> dict[str, Any]:
             value = f"{value:#x}"
         elif name == "platform_info":
             claims["platform_info_bits"] = bit_names(value, PLATFORM_NAMES)
+        # `version` alone could be taken for that of the firmware.
         renamed = {"version": "report_version", "reported_tcb": "tcb"}.get(name, name)
         claims[renamed] = value.hex() if isinstance(value, bytes) else value
-    return claims
 
 
-def _check_anchors(checks: _Checks) -> Anchors:
-    """Show whose keys are trusted, and return them."""
+def _check_anchors(checks: _Checks) -> None:
+    """Show whose keys are trusted."""
     # Keys of the caller are not shown as a passed check: nothing here can tell whether they are the manufacturer's.
-    anchors = checks.endorsements.anchors
-    if anchors is not None:
+    if checks.endorsements.anchors is None:
+        checks.hold("trust anchors", True, "", "AMD's and Intel's, as pinned in this file")
+    else:
         checks.skip("trust anchors", "the caller's keys, which may not be the manufacturer's", "given by --roots")
-        return anchors
-    checks.hold("trust anchors", True, "", "AMD's and Intel's, as pinned in this file")
-    return pinned_anchors()
 
 
 def _check_debug(checks: _Checks, debug: bool) -> None:
     """Check that the VM is not in debug mode, unless the caller allows it."""
+    # The manufacturer signs reports of such VMs too. Their host can read the nonce, and write any artifact.
     allowed = checks.expected.allow_debug
     checks.hold(
         "debug",
@@ -3597,18 +3608,19 @@ def _check_debug(checks: _Checks, debug: bool) -> None:
     )
 
 
-def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, anchors: Anchors) -> None:
+def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) -> None:
     """Check that AMD's ASK or ASVK certifies vek for the report's chip and TCB, and that vek signed the report.
 
     vek: not authenticated yet.  [VCEK]
     """
     # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here.
-    roles, kind = anchors[product], report.signing_key
+    roles, kind = checks.anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     chain = (vek, issuer, roles["ark"])
     checks.hold("VEK issuer", vek.issuer == issuer.subject, name_text(issuer.subject), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
     checks.current("VEK validity", ((c.not_before, c.not_after) for c in chain), "of the VEK, its issuer and the ARK")
+    # The report's own words decided which of AMD's keys to use. The certificate must name the same product.
     checks.compare("VEK product", product, lambda: vek_product(vek))
     # The key of a VEK is derived from the versions of the firmware. If they differ from those in the report, another
     # firmware made this key.
@@ -3619,6 +3631,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate, 
     else:
         masked = "" if any(report.chip_id) else _MASKED
         checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex(), masked)
+    # Only now do the fields of the report mean anything: everything above authenticates the key that this uses.
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
@@ -3642,29 +3655,31 @@ def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Any:
     return None
 
 
-def _check_report(checks: _Checks, report: Report, certificate: bytes | None, oldest: int) -> dict[str, Any]:
-    """Check a report of real hardware, its signature and the caller's expectations of it, and return its claims.
+def _check_report(checks: _Checks, report: Report, certificate: bytes | None, oldest: int) -> None:
+    """Check a report of real hardware, its signature and the caller's expectations of it.
 
     certificate: of the VEK, from the evidence, or None.
     oldest: the oldest report version that is accepted.  [SNP-ABI 7.3]
     """
-    anchors = _check_anchors(checks)
+    _check_anchors(checks)
+    # The offsets of parse_report are those of these versions. A later one may give a field another meaning.
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
-    known = [name for name in TCB_LAYOUTS if name in anchors]
+    known = [name for name in TCB_LAYOUTS if name in checks.anchors]
     if vek is not None:
         # The report names the kind of its key in signed bits; the certificate must be of the same kind.
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
         checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
         if report.version < 3:  # such a report has no CPUID: the issuer tells the product
-            issuers = {anchor.subject: name for name in known for anchor in anchors[name].values()}
+            amd = {name: roles for name, roles in checks.anchors.items() if "ark" in roles}
+            issuers = {anchor.subject: name for name, roles in amd.items() for anchor in roles.values()}
             product = issuers.get(vek.issuer, "")
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:
-        _check_vek(checks, report, product, vek, anchors)
+        _check_vek(checks, report, product, vek)
     csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
     # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
     checks.compare("VMPL", checks.expected.vmpl, report.vmpl, "of the software in the guest that asked for the report")
@@ -3672,16 +3687,18 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
     agent = report.report_id_ma.hex() if migrates else "none"
     checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
+    # A bit that means nothing today may later mean that the guest is less protected.
     reserved = ", ".join(reserved_fields(report))
     checks.hold("reserved bits", not reserved, "zero", reserved or None, f"of a report of version {report.version}")
     # The signature ends before these bytes. A value there would be a claim that nobody made.
     checks.hold("unsigned bytes", not any(report.data[0x330:]), "zero", detail="of the report from 0x330 on")
-    _check_revocation(checks, product, kind, anchors)
+    _check_revocation(checks, product, kind)
     _check_guest(checks, report, product)
-    return _report_claims(report, product) | {"csp_id": csp_id}
+    _claim_report(checks, report, product)
+    checks.claims["csp_id"] = csp_id
 
 
-def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors) -> None:
+def _check_revocation(checks: _Checks, product: str, kind: str) -> None:
     """Check that no revocation list names the ASK or ASVK, and that a list is valid now.  [VCEK, RFC5280 5]
 
     kind: VCEK or VLEK.
@@ -3690,17 +3707,19 @@ def _check_revocation(checks: _Checks, product: str, kind: str, anchors: Anchors
     # A list of another product is verified and shown, but says nothing about this one. A product of the caller's roots
     # may lack an ARK.
     lists: list[RevocationList] = []
-    arks = {roles["ark"].subject: roles["ark"].key for roles in anchors.values() if "ark" in roles}
+    own = checks.anchors.get(product, {})
+    arks = {roles["ark"].subject: roles["ark"].key for roles in checks.anchors.values() if "ark" in roles}
     for name, data in checks.endorsements.crls:
         crl = checks.attempt(f"revocation list file {name}", verify_crl, data, "revocation list", arks)
-        if crl is not None and product in anchors and crl.issuer == anchors[product]["ark"].subject:
+        if crl is not None and own and crl.issuer == own["ark"].subject:
             lists.append(crl)
     if not lists:
-        source = f"https://kdsintf.amd.com/{kind.lower()}/v1/{product}/crl" if product in anchors else "AMD's"
+        source = f"https://kdsintf.amd.com/{kind.lower()}/v1/{product}/crl" if own else "AMD's"
         why = f"no revocation list of this product's ARK was given: fetch {source} and pass it with --crl"
         checks.skip("revocation", why, failed=checks.expected.require_crl)
         return
-    serial = anchors[product]["asvk" if kind == "VLEK" else "ask"].serial
+    serial = own["asvk" if kind == "VLEK" else "ask"].serial
+    # A key that any list names stays revoked, even if that list is old or another one does not name it.
     revoked = any(serial in crl.revoked for crl in lists)
     checks.hold(
         "revocation",
@@ -3742,6 +3761,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     version, least = min(report.current_version[::-1], report.committed_version[::-1]), expected.min_firmware or ()
     wanted = "at least {}, current and committed".format(".".join(map(str, least)))
     checks.expect("min_firmware", ".".join(map(str, version)), wanted, tuple(version) >= tuple(least))
+    # A mitigation that is in place now may not have been when the memory of the guest was measured.
     both, bits = report.launch_mit_vector & report.current_mit_vector, expected.min_mit_vector or 0
     checks.expect("min_mit_vector", f"{both:#x}", f"every bit of {bits:#x}, at launch and now", both & bits == bits)
     svn = expected.min_guest_svn or 0
@@ -3751,8 +3771,9 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         # from the committed one on. So each of the four must reach the minimum.
         kinds = ("reported", "committed", "current", "launch")
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
+        # A level for another product says nothing here, but one for a name that this product lacks is never reached.
         named = [(key.rpartition(":"), level) for key, level in expected.min_tcb.items()]
-        minimum = [(name, level) for (kind, _, name), level in named if kind in ("", product.lower()) and name != "tdx"]
+        minimum = [(name, level) for (of, _, name), level in named if of in ("", product.lower()) and name != "tdx"]
         low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
         checks.hold(
             "minimum TCB",
@@ -3765,17 +3786,16 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         )
 
 
-def _check_tpm(
-    checks: _Checks, tpm: Mapping[str, Any], runtime_data: bytes, report_data: bytes, claims: dict[str, Any]
-) -> bytes | None:
+def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | None:
     """Check that a hardware report binds the key of a virtual TPM, and that this key signed a quote.  [AZURE]
 
-    tpm: the decoded `tpm_quote` of the evidence.
+    evidence: with the decoded members `hcl_report` and `tpm_quote`.
     report_data: of the hardware report.
-    claims: get what the quote says.
     Return the 64 bytes that the attester signed, or None.
     """
-    # Step 1: the report binds the runtime data, which hold the key.
+    tpm, runtime_data = evidence["tpm_quote"], evidence["hcl_report"].runtime_data
+    # Step 1: the report binds the runtime data, which hold the key. Without this link, the quote could come from any
+    # TPM, or from a program that plays one.
     found = checks.attempt("runtime data", parse_runtime_data, runtime_data)
     digest, actual = sha256_hex(runtime_data), report_data[:32].hex()
     checks.compare("runtime data digest", digest, actual, "report_data[0:32] is the SHA-256 of the runtime data")
@@ -3783,78 +3803,89 @@ def _check_tpm(
     quote = checks.attempt("TPM quote", parse_quote, tpm["message"])
     if found is not None:
         checks.attempt("TPM signature", verify_rsassa_pkcs1_v1_5, found[0], tpm["message"], tpm["signature"])
-        claims["vm_configuration"] = found[1].get("vm-configuration")
+        checks.claims["vm_configuration"] = found[1].get("vm-configuration")
     if quote is None:
         return None
-    # Step 3: the quote binds the registers, and the caller's data.
+    # Step 3: the quote binds the registers, and the caller's data. Only the registers that it selects are signed, so
+    # no other one becomes a claim.
     pcrs = [bytes.fromhex(value) for value in tpm["pcrs"]]
     checks.compare("PCR digest", compute_pcr_digest(pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     quoted = {i: pcrs[i].hex() for i in quote.pcr_select}
-    claims["pcrs"] = {str(i): value for i, value in quoted.items()}
+    checks.claims["pcrs"] = {str(i): value for i, value in quoted.items()}
     checks.registers("PCR values", checks.expected.pcrs, quoted)
     return bytes(quote.extra_data.ljust(64, b"\x00"))
 
 
-class _Intel(NamedTuple):
-    """Intel's root as trusted here, and what was traced to it. root: None if the caller's roots have no Intel."""
+def _check_chain(checks: _Checks, title: str, pem: str, length: int) -> list[Certificate]:
+    """Check that certificates lead to Intel's root and are valid now.
 
-    checks: _Checks
-    root: Anchor | None
-    verified: set[tuple[bytes, bytes]]
-
-    def chain(self, title: str, pem: str, length: int) -> list[Certificate] | None:
-        """Check that certificates lead to the root and are valid now, and return them if they have the right form."""
-        chain: list[Certificate] | None = self.checks.attempt(f"{title} form", parse_pem_chain, pem, length, title)
-        if chain is not None:
-            self.checks.attempt(f"{title} chain", verify_chain, chain, title, self.verified)
-            expected = self.root.spki_sha256 if self.root else "none: no key of Intel"
-            actual = sha256_hex(chain[-1].subject_public_key_info)
-            self.checks.compare(f"{title} root", expected, actual, "SHA-256 of the root's public key")
-            self.checks.current(f"{title} validity", ((c.not_before, c.not_after) for c in chain))
-        return chain
-
-    def document(self, title: str, name: str, collateral: Collateral) -> tuple[Any, Certificate | None]:
-        """Check a document of the collateral and its signer, and return both, or None for what has another form."""
-        text, signature, pem = (getattr(collateral, name + part) for part in ("", "_signature", "_issuer_chain"))
-        chain = self.chain(f"{title} signer", pem, 2)
-        if chain is None:
-            return None, None
-        # The root has signed other certificates too, for other purposes.
-        self.checks.compare(f"{title} signer", name_text(TCB_SIGNER), name_text(chain[0].subject))
-        doc = self.checks.attempt(f"{title} signature", verify_document, name, text, signature, chain[0].key)
-        if doc is not None:
-            self.checks.current(f"{title} validity", [(doc["issueDate"], doc["nextUpdate"])])
-        return doc, chain[0]
+    Return them, the root last, or [] if they have another form.
+    """
+    chain: list[Certificate] = checks.attempt(f"{title} form", parse_pem_chain, pem, length, title) or []
+    if chain:
+        checks.attempt(f"{title} chain", verify_chain, chain, title, checks.traced)
+        # The chain brings a root of its own. Anybody can make one with Intel's name, but not with Intel's key.
+        root = checks.anchors.get("Intel", {}).get("root")
+        expected = root.spki_sha256 if root else "none: no key of Intel"
+        actual = sha256_hex(chain[-1].subject_public_key_info)
+        checks.compare(f"{title} root", expected, actual, "SHA-256 of the root's public key")
+        checks.current(f"{title} validity", ((c.not_before, c.not_after) for c in chain))
+    return chain
 
 
-def _check_quote(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
-    """Check a TD's quote, from Intel's root to the TD, and the caller's expectations of it, and return its claims."""
-    intel = _Intel(checks, _check_anchors(checks).get("Intel", {}).get("root"), set())
+def _check_document(checks: _Checks, title: str, name: str, collateral: Strings) -> tuple[Any, Sequence[Certificate]]:
+    """Check a document of the collateral and its signer.
+
+    title: begins the names of the checks.
+    name: of the document in the collateral.
+    Return (the document, or None if it is not as signed; its signer, or nothing if that is no certificate).
+    """
+    text, signature, pem = (collateral[name + part] for part in ("", "_signature", "_issuer_chain"))
+    signer = _check_chain(checks, f"{title} signer", pem, 2)[:1]
+    if not signer:
+        return None, signer
+    # The root has signed other certificates too, for other purposes: a PCK CA must not be able to vouch for firmware.
+    checks.compare(f"{title} signer", name_text(TCB_SIGNER), name_text(signer[0].subject))
+    doc = checks.attempt(f"{title} signature", verify_document, name, text, signature, signer[0].key)
+    if doc is not None:
+        # Without this, a TCB info from before an advisory would show an old machine as up to date for ever.
+        checks.current(f"{title} validity", [(doc["issueDate"], doc["nextUpdate"])])
+    return doc, signer
+
+
+def _check_quote(checks: _Checks, quote: TdQuote) -> None:
+    """Check a TD's quote, from Intel's root to the TD, and the caller's expectations of it."""
+    _check_anchors(checks)
     checks.compare("attestation key type", ECDSA_P256, quote.key_type, "2 is ECDSA P-256")
+    # 0 would be a quote about an SGX enclave, whose body has other fields.
     checks.compare("TEE type", TDX_TEE, quote.tee_type, "129 is TDX")
     checks.compare("QE vendor", QE_VENDOR, quote.qe_vendor.hex(), "Intel's quoting enclave")
-    pck, chain = None, intel.chain("PCK", quote.pck_chain, 3)
-    if chain is not None:
+    # Link 1: Intel's root -> the machine -> the report of its quoting enclave.
+    pck, chain = None, _check_chain(checks, "PCK", quote.pck_chain, 3)
+    if chain:
         pck = checks.attempt("PCK extension", parse_pck, chain[0])
         checks.attempt("QE signature", verify_raw, chain[0].key, quote.qe_report, quote.qe_signature)
-    # Only this hash ties the attestation key to Intel: the quoting enclave puts it into its report.
+    # Link 2. Only this hash ties the attestation key to Intel: the quoting enclave puts it into its report.
     bound = sha256_hex(quote.attestation_key + quote.authentication_data) + "00" * 32
     checks.compare("QE binding", bound, quote.qe_report[320:].hex(), "the QE's report holds the attestation key's hash")
+    # Link 3: the attestation key -> the header and the body of the quote.
     key = Point(P256, *raw_pair(quote.attestation_key))
     checks.attempt("quote signature", verify_raw, key, quote.signed, quote.signature)
-    claims = _check_td(checks, quote)
+    _check_td(checks, quote)
     # Collateral is about the machine that the PCK certificate names, so it is of no use without one.
     if checks.endorsements.collateral is None:
         for name in ("TCB status", "revocation"):
             checks.skip(name, "no collateral was given (--collateral)")
-    elif chain is not None and pck is not None:
-        claims |= _check_collateral(intel, quote, chain, pck)
-    return claims | ({} if pck is None else {"fmspc": pck.fmspc.hex()})
+    elif pck is not None:
+        _check_collateral(checks, quote, chain, pck)
+    if pck is not None:
+        checks.claims["fmspc"] = pck.fmspc.hex()
 
 
-def _check_td(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
-    """Check the body of a quote, and return its claims.  [TDX-MODULE]"""
+def _check_td(checks: _Checks, quote: TdQuote) -> None:
+    """Check the body of a quote.  [TDX-MODULE]"""
     attributes, xfam = (int.from_bytes(field, "little") for field in (quote.td_attributes, quote.xfam))
+    # The first byte is TUD, "TD under debug": with any of its bits set, the host can observe the TD.
     detail = "bits that profile a TD, and reserved ones"
     checks.hold(
         "TD attributes", not attributes & TD_FORBIDDEN, f"none of {TD_FORBIDDEN:#x}", f"{attributes:#x}", detail
@@ -3873,61 +3904,66 @@ def _check_td(checks: _Checks, quote: TdQuote) -> dict[str, Any]:
     checks.registers("RTMR values", checks.expected.rtmrs, dict(enumerate(rtmr)))
     minimum = (checks.expected.min_tcb or {}).get("tdx")
     if minimum is not None:
+        # Compared as one number, a high first component would make up for a low second one.
         least, svn = minimum.to_bytes(16, "big"), quote.tee_tcb_svn
         high = all(have >= need for have, need in zip(svn, least, strict=True))
         checks.hold("minimum TCB", high, f"at least {least.hex()}", svn.hex(), "each component of TEE_TCB_SVN")
+    checks.claims.update(quote_version=quote.quote_version, debug=bool(attributes & TD_DEBUG))
     body = list(quote._asdict().items())[5:-7]  # from tee_tcb_svn to mr_service_td
-    claims = {name: value.hex() for name, value in body if isinstance(value, bytes)}
-    return {"quote_version": quote.quote_version, "debug": bool(attributes & TD_DEBUG)} | claims | {"rtmr": rtmr}
+    checks.claims.update({name: value.hex() for name, value in body if isinstance(value, bytes)}, rtmr=rtmr)
 
 
-def _check_collateral(intel: _Intel, quote: TdQuote, chain: Sequence[Certificate], pck: Pck) -> dict[str, Any]:
-    """Check Intel's statements about the machine: revocation, and the status of its TCB. Return the claims.  [PCS]
+def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certificate], pck: Pck) -> None:
+    """Check Intel's statements about the machine: revocation, and the status of its TCB.  [PCS]
 
     chain: from the machine's certificate to the root.
+    pck: what the machine's certificate says.
     """
-    checks = intel.checks
     collateral = checks.attempt("collateral form", parse_collateral, checks.endorsements.collateral)
     if collateral is None:
-        return {}
-    info, info_signer = intel.document("TCB info", "tcb_info", collateral)
-    identity, identity_signer = intel.document("QE identity", "qe_identity", collateral)
-    intel.chain("PCK list signer", collateral.pck_crl_issuer_chain, 2)
-    # The root's list covers what the root has signed, the PCK CA's list the machine's certificate.
+        return
+    info, info_signer = _check_document(checks, "TCB info", "tcb_info", collateral)
+    identity, identity_signer = _check_document(checks, "QE identity", "qe_identity", collateral)
+    _check_chain(checks, "PCK list signer", collateral["pck_crl_issuer_chain"], 2)
+    # The root's list covers what the root has signed, the PCK CA's list the machine's certificate. The issuers are
+    # those of the quote: a list by anybody else cannot clear this machine.
     lists, revoked = [], []
     for name, issuer, covered in (
-        ("root_ca_crl", chain[2], (chain[1], info_signer, identity_signer)),
+        ("root_ca_crl", chain[2], (chain[1], *info_signer, *identity_signer)),
         ("pck_crl", chain[1], chain[:1]),
     ):
-        text = getattr(collateral, name)
         keys = {issuer.subject: issuer.key}
-        crl = checks.attempt(name, lambda: verify_crl(decode_hex(text, name), name, keys))  # noqa: B023  # called now
+        crl = checks.attempt(name, lambda: verify_crl(decode_hex(collateral[name], name), name, keys))  # noqa: B023  # called now
         if crl is not None:
             lists.append((crl.this_update, crl.next_update))
-            revoked += [dict(c.subject)["CN"] for c in covered if c is not None and c.serial in crl.revoked]
+            revoked += [dict(c.subject)["CN"] for c in covered if c.serial in crl.revoked]
+    # One list alone proves nothing: the other may name the CA, or the machine.
     if len(lists) == 2:
         checks.hold(
             "revocation", not revoked, "none revoked", ", ".join(revoked) or None, "the PCK, its CA, TCB signers"
         )
         checks.current("revocation list age", lists)
     if info is None or identity is None:
-        return {}
+        return
     # Documents of another kind of machine, signed by Intel too, could have kinder levels.
     checks.compare("FMSPC", pck.fmspc.hex(), info["fmspc"].lower(), "the kind of machine")
     checks.compare("PCEID", pck.pce_id.hex(), info["pceId"].lower())
+    # The PCK only tells which machine the enclave ran on. Intel's document tells which enclave may sign quotes there.
     checks.compare(
         "QE identity", *describe_qe(identity, quote.qe_report), "MRSIGNER, attributes, miscselect, ISVPRODID"
     )
     module = checks.attempt("TDX module", module_identity, info, quote)
     if module is None:
-        return {}
+        return
+    # The module is what keeps the host out of the TD, so it must be one that Intel has signed, not in debug mode.
     checks.compare("TDX module identity", *describe_module(module, quote), "MRSIGNERSEAM, SEAMATTRIBUTES")
     tcb = checks.attempt("TCB level", evaluate_tcb, info, identity, module, quote, pck)
-    return {} if tcb is None else _check_tcb(checks, tcb)
+    if tcb is not None:
+        _check_tcb(checks, tcb)
 
 
-def _check_tcb(checks: _Checks, tcb: TcbStatus) -> dict[str, Any]:
-    """Check the status of a TD's TCB, and return the claims."""
+def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
+    """Check the status of a TD's TCB."""
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
     # Up to date is relative to the documents given: how far the machine's level lies behind the newest one.
     days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
@@ -3936,105 +3972,103 @@ def _check_tcb(checks: _Checks, tcb: TcbStatus) -> dict[str, Any]:
     detail = "firmware with known vulnerabilities; --accept-tcb accepts one status by name, never Revoked"
     holds = tcb.status in accepted
     checks.hold("TCB status", holds, " or ".join(accepted), actual, "" if holds else detail)
-    return {"tcb_status": tcb.status, "advisories": tcb.advisories, "tcb_date": tcb.date, "tcb_days_behind": days}
+    checks.claims.update(tcb_status=tcb.status, advisories=tcb.advisories, tcb_date=tcb.date, tcb_days_behind=days)
 
 
 def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> None:
     """Check that replaying an event log gives the quote's registers."""
+    # Nobody signs the log. It is true only if its events, in this order, give the registers that are signed.
     expected, actual = (" ".join(r.hex() for r in rows[: len(registers)]) for rows in (quote.rtmr, registers))
     checks.compare("RTMR replay", expected, actual, "the registers of the quote, and those that the event log gives")
 
 
-# What a platform's checks return: the 64 bytes that the attester signed, or None; the claims.
-_Attested = tuple[bytes | None, dict[str, Any]]
+# The checks of the platforms. Each returns the 64 bytes that the attester signed, or None if nothing proves them.
 
 
-def _check_simulated(checks: _Checks, evidence: Any) -> _Attested:
+def _check_simulated(checks: _Checks, evidence: Any) -> bytes:
     """Check that simulated evidence does not look like a report of hardware.  [CONTRACT 4.4]"""
-    report = evidence["attestation_report"]
+    report: Report = evidence["attestation_report"]
+    # A reader who overlooks the platform must not find the report of a chip here.
     alike = report == parse_report(simulated_report(report.report_data, report.measurement))
     checks.hold("simulated report", alike, "nothing but version 3, report_data and measurement")
     _check_guest(checks, report, "Milan")
-    return report.report_data, _report_claims(report, "")
+    _claim_report(checks, report, "")
+    return report.report_data
 
 
-def _check_snp(checks: _Checks, evidence: Any) -> _Attested:
-    """Check evidence of platforms snp and gcp-snp; ignore its ASK and ARK.  [CONTRACT 4.2, 4.5]"""
-    report, chain = evidence["attestation_report"], evidence.get("cert_chain")
-    return report.report_data, _check_report(checks, report, chain and chain["vcek"], 3)
+def _check_snp(checks: _Checks, evidence: Any) -> bytes:
+    """Check evidence of platforms snp and gcp-snp.  [CONTRACT 4.2, 4.5]"""
+    # The ASK and ARK next to the VEK are ignored: an attacker can make a chain of his own with AMD's names.
+    report: Report = evidence["attestation_report"]
+    chain = evidence.get("cert_chain")
+    _check_report(checks, report, chain and chain["vcek"], 3)
+    return report.report_data
 
 
-def _check_az_snp(checks: _Checks, evidence: Any) -> _Attested:
+def _check_az_snp(checks: _Checks, evidence: Any) -> bytes | None:
     """Check evidence of platform az-snp.  [CONTRACT 4.3, 4.5]"""
-    hcl = evidence["hcl_report"]
-    report = parse_report(hcl.attestation_report)
-    claims = _check_report(checks, report, evidence.get("vcek"), 2)
-    return _check_tpm(checks, evidence["tpm_quote"], hcl.runtime_data, report.report_data, claims), claims
+    report = parse_report(evidence["hcl_report"].attestation_report)
+    _check_report(checks, report, evidence.get("vcek"), 2)
+    return _check_tpm(checks, evidence, report.report_data)
 
 
-def _check_tdx(checks: _Checks, evidence: Any) -> _Attested:
+def _check_tdx(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platforms tdx and gcp-tdx.  [CONTRACT 4.6]"""
-    quote, log = evidence["quote"], evidence.get("cc_eventlog")
-    claims = _check_quote(checks, quote)
+    quote: TdQuote = evidence["quote"]
+    log = evidence.get("cc_eventlog")
+    _check_quote(checks, quote)
     if log is not None:
         registers = checks.attempt("event log", replay_ccel, log)
         if registers is not None:
             _check_log(checks, registers[:3], quote)  # programs extend RTMR3 without an entry in this log
-    return quote.report_data, claims
+    return quote.report_data
 
 
-def _check_dstack(checks: _Checks, evidence: Any) -> _Attested:
+def _check_dstack(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platform dstack.  [CONTRACT 4.6]"""
-    quote = evidence["quote"]
-    claims = _check_quote(checks, quote)
+    quote: TdQuote = evidence["quote"]
+    _check_quote(checks, quote)
     replayed = checks.attempt("event log", replay_dstack, evidence["event_log"])
     if replayed is not None:
-        _check_log(checks, replayed[0], quote)
+        registers, events = replayed
+        _check_log(checks, registers, quote)
         if checks.ok:  # otherwise nothing proves the events
-            events = [{"event": name, "payload": payload} for name, payload in replayed[1]]
-            found = [payload for name, payload in replayed[1] if name == "compose-hash"]
-            claims |= {"events": events, "compose_hash": found[0] if found else None}
-            if not found:
+            # Of several, the first counts: later ones come from software that already runs.
+            compose_hash = next((payload for name, payload in events if name == "compose-hash"), None)
+            shown = [{"event": name, "payload": payload} for name, payload in events]
+            checks.claims.update(events=shown, compose_hash=compose_hash)
+            if compose_hash is None:
                 checks.expect("compose_hash", "none", checks.expected.compose_hash, False)
-    return quote.report_data, claims
+    return quote.report_data
 
 
-def _check_az_tdx(checks: _Checks, evidence: Any) -> _Attested:
+def _check_az_tdx(checks: _Checks, evidence: Any) -> bytes | None:
     """Check evidence of platform az-tdx.  [CONTRACT 4.3, 4.6]"""
-    quote, runtime_data = evidence["td_quote"], evidence["hcl_report"].runtime_data
-    claims = _check_quote(checks, quote)
-    return _check_tpm(checks, evidence["tpm_quote"], runtime_data, quote.report_data, claims), claims
+    _check_quote(checks, evidence["td_quote"])
+    return _check_tpm(checks, evidence, evidence["td_quote"].report_data)
 
 
-# Decoders of the evidence, for check_schema.
-
-
-def _report(text: Any, name: str) -> Report:
-    return parse_report(decode_base64(text, name))
+def _parsed(
+    parse: Callable[[bytes], Any], decode: Callable[[Any, str], bytes] = decode_base64
+) -> Callable[[Any, str], Any]:
+    """Return a schema for text that decode turns into bytes, and parse into a record."""
+    return lambda text, name: parse(decode(text, name))
 
 
 def _base64url(text: Any, name: str) -> bytes:
     return decode_base64(text, name, urlsafe=True)
 
 
-def _hcl(kind: int) -> Callable[[Any, str], HclReport]:
-    return lambda text, name: parse_hcl_report(_base64url(text, name), kind)
-
-
-def _quote(decode: Callable[[Any, str], bytes]) -> Callable[[Any, str], TdQuote]:
-    return lambda text, name: parse_td_quote(decode(text, name))
-
-
 class Evidence(NamedTuple):
     """A kind of evidence that can be verified.
 
     schema: of `evidence`, for check_schema, which decodes it.
-    check: adds the checks of the decoded evidence.
+    check: adds the checks of the decoded evidence, and returns the 64 bytes that the attester signed, or None.
     required: the checks that must pass.
     """
 
     schema: Any
-    check: Callable[[_Checks, Any], _Attested]
+    check: Callable[[_Checks, Any], bytes | None]
     required: frozenset[str]
 
 
@@ -4044,62 +4078,76 @@ _TPM_QUOTE = {
     "pcrs": [re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")] * PCR_COUNT,
 }
 _CHAIN = {"vcek": decode_base64, "ask?": object, "ark?": object}
-_SNP = Evidence({"attestation_report": _report, "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
-_TDX = Evidence({"quote": _quote(decode_base64), "cc_eventlog?": (decode_base64, None)}, _check_tdx, _REQUIRED_TDX)
+_SNP = Evidence({"attestation_report": _parsed(parse_report), "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
+_TDX = Evidence({"quote": _parsed(parse_td_quote), "cc_eventlog?": (decode_base64, None)}, _check_tdx, _REQUIRED_TDX)
 PLATFORMS: Mapping[str, Evidence] = {
     "simulated": Evidence(
-        {"version": 1, "notice": str, "attestation_report": _report},
+        {"version": 1, "notice": str, "attestation_report": _parsed(parse_report)},
         _check_simulated,
         _REQUIRED_EVIDENCE | {"simulated report"},
     ),
     "snp": _SNP,
     "gcp-snp": _SNP,
     "az-snp": Evidence(
-        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl(HCL_SNP), "vcek?": (_base64url, None)},
+        {
+            "version": 1,
+            "tpm_quote": _TPM_QUOTE,
+            "hcl_report": _parsed(parse_hcl_report, _base64url),
+            "vcek?": (_base64url, None),
+        },
         _check_az_snp,
         _REQUIRED_SNP | _REQUIRED_TPM,
     ),
     "tdx": _TDX,
     "gcp-tdx": _TDX,
     "az-tdx": Evidence(
-        {"version": 1, "tpm_quote": _TPM_QUOTE, "hcl_report": _hcl(HCL_TDX), "td_quote": _quote(_base64url)},
+        {
+            "version": 1,
+            "tpm_quote": _TPM_QUOTE,
+            "hcl_report": _parsed(lambda data: parse_hcl_report(data, HCL_TDX), _base64url),
+            "td_quote": _parsed(parse_td_quote, _base64url),
+        },
         _check_az_tdx,
         _REQUIRED_TDX | _REQUIRED_TPM,
     ),
     "dstack": Evidence(
-        {"quote": (_quote(decode_hex), _quote(decode_base64)), "event_log": str, "vm_config?": object},
+        {
+            "quote": (_parsed(parse_td_quote, decode_hex), _parsed(parse_td_quote)),
+            "event_log": str,
+            "vm_config?": object,
+        },
         _check_dstack,
         _REQUIRED_TDX | {"event log", "RTMR replay"},
     ),
 }
 
 
-def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None, dict[str, Any]]:
-    """Check evidence.json, and return (platform, the 64 bytes that the attester signed or None, claims)."""
-    # These claims are always there, so that a reader need not ask whether they are.
-    claims: dict[str, Any] = dict.fromkeys(("report_data", "measurement", "nonce", "chip_id"))
+def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None]:
+    """Check evidence.json, and return (platform, the 64 bytes that the attester signed or None)."""
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     if not checks.ok:
-        return "unknown", None, claims
+        return "unknown", None
+    # The platform selects which checks run and which are required. Nobody signs it, and nobody needs to: whatever it
+    # says, the checks of that platform must pass.
     claimed = doc.get("platform") if isinstance(doc, dict) else None
     row, platform = PLATFORMS.get(str(claimed)), claimed if isinstance(claimed, str) else "unknown"
     problem = "the document has no `evidence`" if row else "unknown kind of evidence"
     known = row is not None and "evidence" in doc
     checks.hold("platform", known, ", ".join(PLATFORMS), str(claimed)[:80], "" if known else problem)
     if row is None or not known:
-        return platform, None, claims
+        return platform, None
     evidence = checks.attempt("report form", check_schema, doc["evidence"], row.schema, f"{platform} evidence")
     if evidence is None:
-        return platform, None, claims
-    signed, claims = row.check(checks, evidence)
+        return platform, None
+    signed = row.check(checks, evidence)
     if signed is not None:
-        claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
+        checks.claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
     for field, check, _, _ in EXPECTED:
-        actual, value = claims.get(check), getattr(checks.expected, field)
+        actual, value = checks.claims.get(check), getattr(checks.expected, field)
         if actual is not None:  # of several values, one must be the claim; the case of digits does not count
             wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
             checks.expect(field, actual, " or ".join(wanted), str(actual).lower() in [v.lower() for v in wanted])
-    return platform, signed, claims
+    return platform, signed
 
 
 def _check_provenance(checks: _Checks, data: bytes | None) -> Any:
@@ -4112,16 +4160,20 @@ def _check_provenance(checks: _Checks, data: bytes | None) -> Any:
     doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)
     if not checks.ok:
         return None
+    # A document has one form only. Otherwise the same content could have two digests, and a file could contain what
+    # two parsers read differently, such as a number with 40 digits.
     canonical = sha256_hex(to_canonical(doc))
     checks.compare("canonical form", canonical, sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
     return checks.attempt("provenance schema", check_statement, doc)
 
 
-def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
-    """Check a Statement of the right schema against the caller's expectations, and return its claims."""
+def _check_statement(checks: _Checks, doc: Any) -> None:
+    """Check a Statement of the right schema against the caller's expectations."""
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
+    # The builder computed this root over the source, the lock file, the tools and the dependencies. If it does not
+    # follow from those in the Statement, the builder had others.
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
     # The fields of Expectations that name one value of the Statement. Their texts must be equal.
     said = {
@@ -4146,11 +4198,11 @@ def _check_statement(checks: _Checks, doc: Any) -> dict[str, Any]:
     oldest, newest = checks.expected.finished or ("", "")
     recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
-    claims = {name: said[name] for name in ("builder_id", "build_type")} | {"source": source, "finished_on": finished}
-    # The byproduct is the SHA-256 of a word  [CONTRACT 3.7].
-    digest = byproduct(doc, "guest_network")
-    network = [word for word in ("none", "open") if sha256_hex(word.encode("ascii")) == digest]
-    return claims | ({"guest_network": network[0]} if network else {})
+    checks.claims.update({name: said[name] for name in ("builder_id", "build_type")})
+    checks.claims.update(source=source, finished_on=finished)
+    for word in ("none", "open"):  # the byproduct is the SHA-256 of a word  [CONTRACT 3.7]
+        if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")):
+            checks.claims["guest_network"] = word
 
 
 def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | None, doc: Any) -> None:
@@ -4159,19 +4211,23 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
     signed: the 64 bytes that the attester signed, or None.
     doc: the Statement in provenance, or None.
     """
-    # The nonce itself is compared like any other claim, in _check_evidence.
+    # The nonce itself is compared like any other claim, in _check_evidence. Zeros could stand there because nobody sent
+    # a nonce, so they fit evidence of any age.
     nonce = checks.expected.nonce
     if nonce is not None:
         zero = nonce == bytes(NONCE_SIZE).hex()
         checks.hold("nonce is not zero", not zero, "not all zero", nonce, "an all-zero nonce does not prove freshness")
     if signed is None or provenance is None:
         return
+    # The one link between the hardware and the build: this comparison carries over to provenance.json, and from there
+    # to the artifacts, what the checks of the evidence have proven.
     digest, actual, detail = sha256_hex(provenance), signed[:32].hex(), "signed[0:32] is the SHA-256 of provenance.json"
     holds = digest == actual
     compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     if not holds and doc is not None and actual == sha256_hex(compact):
         holds, detail = checks.expected.allow_legacy_digest, _LEGACY_DIGEST
     checks.hold("provenance digest", holds, digest, actual, detail)
+    # The rest is reserved. What stands there could be a statement of a format that this file does not know.
     checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
 
 
@@ -4188,14 +4244,17 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
     checks.hold("subjects", bool(subjects) and not odd, "at least one, unique, plain file names", shown)
     for name, digest in subjects:
         checks.compare(f"artifact {name[:255]}", digest, artifacts.get(name, "missing"))
+    # Each artifact has a check of its own, so that the reader sees which one differs. This one is required: the names
+    # of the others are the builder's to choose.
     wrong = [name for name, digest in subjects if artifacts.get(name) != digest]
     shown = f"not: {wrong[:5]}" if wrong else f"{len(subjects)} equal"
     checks.hold("artifacts", bool(subjects) and not wrong, "every subject exists and is equal", shown)
+    # A file that somebody adds to a bundle would pass for built, just because it lies there.
     extra = sorted(artifacts.keys() - listed)
     checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or None, "that the provenance does not name")
 
 
-def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str, Any]) -> None:
+def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
     """Check that provenance and evidence claim the same kind of builder.  [CONTRACT 3.3]"""
     # A builder that claims hardware needs evidence of that hardware, and the other way round.
     builder_id, of_no_vm = doc["predicate"]["runDetails"]["builder"]["id"], (SIMULATED_BUILDER, QEMU_BUILDER)
@@ -4203,22 +4262,22 @@ def _check_builder(checks: _Checks, platform: str, doc: Any, claims: Mapping[str
         expected = " or ".join(of_no_vm)
         checks.hold("builder", builder_id in of_no_vm, expected, builder_id, "no hardware signed the evidence")
         return
-    ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in claims else -1]
+    ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in checks.claims else -1]
     refused = (*of_no_vm, other)
     detail = "this builder has no such confidential VM"
     checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
     # Our builders write this byproduct. For others it is optional, but must be right if it is there.
     claimed = byproduct(doc, "measurement")
     if claimed is not None or builder_id == ours:
-        digest = sha256_hex(bytes.fromhex(claims["measurement"]))
+        digest = sha256_hex(bytes.fromhex(checks.claims["measurement"]))
         checks.compare("measurement byproduct", digest, claimed or "none", "the SHA-256 of the report's measurement")
 
 
-def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], image: ImageFacts) -> None:
+def _check_image(checks: _Checks, platform: str, image: ImageFacts) -> None:
     """Check that the image is intact and that the VM was launched from it.  [CONTRACT 5.6]"""
     checks.hold("image parts", not image.parts, "as image.json says", image.parts or None)
     checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or None)
-    measurement = claims["measurement"]
+    measurement = checks.claims["measurement"]
     if measurement is None:
         return
     hardware = platform != "simulated"
@@ -4228,13 +4287,13 @@ def _check_image(checks: _Checks, platform: str, claims: Mapping[str, Any], imag
     actual = next((digest for digest in digests if digest[:96] == measurement), measurement)
     expected = " or ".join(digests) or "none: image.json lists no launch digest"
     checks.hold("image measurement", hardware and actual in digests, expected, actual, why)
-    host_data = claims.get("host_data", "none")
+    host_data = checks.claims.get("host_data", "none")
     holds = hardware and host_data == image.manifest_sha256
     why = why or "HOST_DATA is the SHA-256 of image.json"
     checks.hold("image host_data", holds, image.manifest_sha256, host_data, why)
 
 
-def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verdict:
+def _conclude(checks: _Checks, platform: str) -> Verdict:
     """Show the checks that did not run, and return the verdict."""
     expected = checks.expected
     defaults = Expectations._field_defaults
@@ -4250,13 +4309,14 @@ def _conclude(checks: _Checks, platform: str, claims: Mapping[str, Any]) -> Verd
     for name, why in plan.items():
         if name not in made:
             checks.skip(name, why)
-    # The verdict: a set inclusion.
+    # The verdict: a set inclusion. That nothing failed is not enough, because a check that never ran has not failed.
     passed, failed = ({check.name for check in checks.made if check.status == s} for s in ("passed", "failed"))
     missing = required - passed
     if missing and not failed:
         checks.hold("required checks", False, "every required check ran", f"not checked: {', '.join(sorted(missing))}")
+    # Two checks can have one name, such as those of two list files. If one of them failed, the name is in both sets.
     good = "simulated" if platform == "simulated" else "passed"
-    return Verdict("failed" if missing or failed else good, platform, claims, checks.made)
+    return Verdict("failed" if missing or failed else good, platform, checks.claims, checks.made)
 
 
 def verify_bundle(
@@ -4282,14 +4342,19 @@ def verify_bundle(
     """
     if not isinstance(now, datetime) or now.utcoffset() is None:
         raise TypeError(f"now is {now!r}, expected an aware datetime, such as datetime.now(UTC)")
-    checks, others = _Checks(expected, utc_time(now.timestamp()), endorsements, []), list(bundle.others)
+    anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
+    checks = _Checks(expected, utc_time(now.timestamp()), endorsements, anchors, [], {}, set())
+    others = list(bundle.others)
     if expected.evidence_only:  # name what lies there but is not verified
         others += ["provenance.json"] * (bundle.provenance is not None)
         others += [f"artifacts/{name}" for name in bundle.artifacts]
         bundle = bundle._replace(provenance=None)
 
     # 1. Who signed the evidence, and about what?
-    platform, signed, claims = _check_evidence(checks, bundle.evidence)
+    platform, signed = _check_evidence(checks, bundle.evidence)
+    claims = checks.claims
+    if not claims:  # nothing could be read: these claims are there even so
+        claims.update(dict.fromkeys(("report_data", "measurement", "nonce", "chip_id")))
     # 2. Is provenance.json a Statement, and did the attester sign it for this nonce?
     doc = None if expected.evidence_only else _check_provenance(checks, bundle.provenance)
     if bundle.provenance is not None:
@@ -4297,10 +4362,10 @@ def verify_bundle(
     _check_binding(checks, signed, bundle.provenance, doc)
     # 3. Does the Statement say what the caller expects, about these artifacts and this evidence?
     if doc is not None:
-        claims |= _check_statement(checks, doc)
+        _check_statement(checks, doc)
         _check_artifacts(checks, doc, bundle.artifacts)
         if claims["measurement"] is not None:
-            _check_builder(checks, platform, doc, claims)
+            _check_builder(checks, platform, doc)
     # 4. Is the evidence of hardware, and of the caller's image?
     if expected.require_tee:
         hardware = platform in PLATFORMS and platform != "simulated"
@@ -4310,12 +4375,12 @@ def verify_bundle(
     if expected.disk is not None:
         checks.hold("disk", not expected.disk, "the root hash of the measured command line", expected.disk or None)
     if expected.image is not None:
-        _check_image(checks, platform, claims, expected.image)
+        _check_image(checks, platform, expected.image)
     # 5. What else is in the folder of evidence alone?
     if others:
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
         checks.skip("other files", "not covered: this is evidence alone", ", ".join(sorted(others)[:10]) + more)
-    return _conclude(checks, platform, claims)
+    return _conclude(checks, platform)
 
 
 # endregion 17

@@ -4488,7 +4488,7 @@ class TestCollateral:
     def test_documents(self) -> None:
         read = confbuild.parse_collateral(collateral(pck_certificate_chain="ignored"))
         for name, doc in (("tcb_info", tcb_info()), ("qe_identity", qe_identity())):
-            text, signature = getattr(read, name), getattr(read, f"{name}_signature")
+            text, signature = read[name], read[f"{name}_signature"]
             assert confbuild.verify_document(name, text, signature, TOY_SIGNER.public) == doc
             assert confbuild.verify_document(name, text, signature.upper(), TOY_SIGNER.public) == doc
             with pytest.raises(confbuild.BadSignature, match=f"^{MISMATCH}$"):
