@@ -8996,7 +8996,7 @@ def claim_state(state: str) -> int:
     """
     os.makedirs(state, mode=0o700, exist_ok=True)
     marker = join(state, _STATE_MARKER)
-    if os.path.lexists(marker):
+    if lexists(marker):
         try:
             with open(open_regular(marker), "rb") as f:
                 match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
@@ -9031,7 +9031,7 @@ def _is_unmarked_state(state: str) -> bool:
     return (
         names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
         and ("jobs" in names or not names & {"incoming", "guests"})
-        and ("jobs" not in names or os.path.isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
+        and ("jobs" not in names or isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
     )
 
 
@@ -9134,7 +9134,7 @@ class Job:
     """
 
     def __init__(self, folder: str, record: JobRecord) -> None:
-        self.id = os.path.basename(folder)
+        self.id = basename(folder)
         self.folder = folder
         self.record = record
         self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
@@ -9289,7 +9289,7 @@ class Job:
                 self.announce(0)
                 self.update(state="running", started_at=utc_now(), attempts=self.record.attempts + 1)
             archive = build()
-            end: End = {"size": os.path.getsize(archive), "sha256": file_sha256(archive)}
+            end: End = {"size": getsize(archive), "sha256": file_sha256(archive)}
             shutil.move(archive, self.path("result.tar.gz"))
             sync(self.path("result.tar.gz"))
         except BuildFailed as e:
@@ -9332,7 +9332,7 @@ def open_text(job: Job) -> OpenFile:
     """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
     log, path = job.open_log(), job.path("log.txt")
     with job.deriving:
-        if not os.path.exists(path):
+        if not exists(path):
             whole = log.finished  # before its size
             with open(path + ".tmp", "ab" if job.converted else "wb") as f:  # "wb": an earlier server has begun it
                 while job.converted < log.size:
@@ -9352,7 +9352,7 @@ def open_member(job: Job, name: str) -> OpenFile:
     job.open_result()  # raises if there is none
     path = job.path(f"file-{sha256_hex(name.encode('utf-8', 'replace'))}")
     with job.deriving:
-        if not os.path.exists(path):
+        if not exists(path):
             with gzip.open(job.path("result.tar.gz")) as stream:
                 for member in tar_members(stream, MAX_UNPACKED):
                     if member.kind == "file" and member.name.partition("/")[2] == name:
@@ -9371,9 +9371,7 @@ def _log_end(job: Job, log: EventLog) -> None:
     record = job.record
     times = [record.submitted_at, record.started_at or record.finished_at, record.finished_at]
     submitted, started, finished = (datetime.fromisoformat(text).timestamp() for text in times)
-    name = re.sub(
-        r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", os.path.basename(job.request.repo_url or job.request.source_name)
-    )
+    name = re.sub(r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", basename(job.request.repo_url or job.request.source_name))
     outcome = (record.failure or {"error_type": "ok"})["error_type"]
     toolchain = re.search(rb'"type":"detect","msg":"([a-z]+)"', os.pread(log.fd, 64 * KIB, 0))
     fields = {"job": job.id, "name": safe_name(name), "outcome": outcome, "seconds": round(finished - started, 3)}
@@ -9393,7 +9391,7 @@ def _refuse_damaged() -> Iterator[None]:
     try:
         yield
     except (Malformed, FileNotFoundError) as e:
-        reason = f"{os.path.basename(e.filename)}: {e.strerror}" if isinstance(e, OSError) else e
+        reason = f"{basename(e.filename)}: {e.strerror}" if isinstance(e, OSError) else e
         raise Refused(404, "Damaged", f"the files of this build are damaged: {reason}") from None
 
 
@@ -9407,7 +9405,7 @@ def _read_job(folder: str, grown: Callable[[EventLog], None]) -> Job:
         if isinstance(e, OSError):
             if e.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-            reason = f"{os.path.basename(e.filename or folder)}: {e.strerror}"
+            reason = f"{basename(e.filename or folder)}: {e.strerror}"
         failure = {"error": f"the files of this build are damaged: {reason}", "error_type": "Damaged"}
         job.record = job.record._replace(state="damaged", failure=failure)
     return job
@@ -9496,7 +9494,7 @@ class JobTable:
             job = self._live.get(job_id) or self._used.get(job_id)
             known = job_id in self._order
         if not known:
-            if _JOB_ID.fullmatch(job_id) and os.path.exists(join(self._removed, job_id)):
+            if _JOB_ID.fullmatch(job_id) and exists(join(self._removed, job_id)):
                 removed = utc_time(os.path.getmtime(join(self._removed, job_id)))
                 raise Refused(410, "Gone", f"this build was removed at {removed}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
@@ -9522,7 +9520,7 @@ class JobTable:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
         with self._lock:
             order = [job_id for job_id in sorted(self._order, key=self._order.__getitem__) if job_id not in self._live]
-        order = [job_id for job_id in order if os.path.isfile(join(self.folder, job_id, "job.json"))]
+        order = [job_id for job_id in order if isfile(join(self.folder, job_id, "job.json"))]
         folders = [join(self.folder, job_id) for job_id in order]
         sizes = [sum(entry.stat().st_size for entry in os.scandir(folder)) for folder in folders]
         total = sum(sizes)
@@ -11210,7 +11208,7 @@ class Api(NamedTuple):
                     fields = self._read_fields(body, archive)
             job = self.jobs.submit(self._check_fields(fields, archive), archive, key)
         finally:
-            if os.path.exists(archive):
+            if exists(archive):
                 os.unlink(archive)
         return json_response({"job_id": job.id})
 
@@ -11816,7 +11814,7 @@ def request_body(request: BuildRequest, archive: str | None) -> tuple[Iterator[b
                 yield base64.b64encode(block)
         yield tail
 
-    return blocks(), len(head + tail) + -(-os.path.getsize(archive) // 3) * 4
+    return blocks(), len(head + tail) + -(-getsize(archive) // 3) * 4
 
 
 class BrokenProtocol(RemoteError):
@@ -11831,22 +11829,21 @@ class ResultTooLarge(BrokenProtocol):
 
 
 class BoundedReader(io.RawIOBase):
-    """Raw stream of the bytes that a socket receives: at most MAX_ANSWER in timeout_s from one renew() to the next.
+    """Raw stream of what a socket receives: at most MAX_ANSWER bytes in READ_TIMEOUT_S from one renew() to the next.
 
     Without these bounds http.client reads interim responses, trailers and a chunk of negative size for ever.
     """
 
-    def __init__(self, sock: "socket.socket", timeout_s: float) -> None:
+    def __init__(self, sock: "socket.socket") -> None:
         self._socket = sock
         self._stream = sock.makefile("rb", buffering=0)
-        self._timeout_s = timeout_s
         self.ended = False
         self.renew()
 
     def renew(self) -> None:
-        """Allow MAX_ANSWER bytes in timeout_s, from now on."""
+        """Allow MAX_ANSWER bytes in READ_TIMEOUT_S, from now on."""
         self._left = MAX_ANSWER
-        self._deadline = time.monotonic() + self._timeout_s
+        self._deadline = time.monotonic() + READ_TIMEOUT_S
 
     def readable(self) -> bool:
         """Return True, for BufferedReader."""
@@ -11898,7 +11895,7 @@ def bounded_response() -> "type[http.client.HTTPResponse]":
         """Response that ends. Its methods raise BrokenProtocol, OSError."""
 
         def __init__(self, sock: "socket.socket", *arguments: Any, **named: Any) -> None:
-            self._received = BoundedReader(sock, READ_TIMEOUT_S)
+            self._received = BoundedReader(sock)
             super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
 
         def begin(self) -> None:
@@ -11917,13 +11914,11 @@ def bounded_response() -> "type[http.client.HTTPResponse]":
 
 
 def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
-    """Return urllib's opener with bounded responses and without redirects. proxies: use those of the environment."""
+    """Return an opener with bounded responses, which returns the response of any status.
 
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        """urllib would send the token to another host."""
-
-        def redirect_request(self, *_: Any) -> None:
-            return None
+    It follows no redirect: urllib would send the token to another host.
+    proxies: use those of the environment.
+    """
 
     class Handler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         """Opens http and https URLs, with such responses."""
@@ -11936,7 +11931,10 @@ def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
 
             return super().do_open(connect, req, **named)
 
-    return urllib.request.build_opener(NoRedirect, Handler, urllib.request.ProxyHandler(None if proxies else {}))
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(Handler())
+    opener.add_handler(urllib.request.ProxyHandler(None if proxies else {}))
+    return opener
 
 
 class StreamEvent(NamedTuple):
@@ -11954,7 +11952,7 @@ class EventStreamParser:
         self._data: list[str] = []
         self._id = ""
         self._silence = 0  # bytes since the last event
-        self._begun = False  # past the place of a byte order mark
+        self._mark = b"\xef\xbb\xbf"  # may precede the next line: a byte order mark
         self._after_cr = False
         self.retry_s: float | None = None
 
@@ -11964,11 +11962,6 @@ class EventStreamParser:
         self._silence += len(block)
         if self._silence > MAX_SILENCE:
             raise BrokenProtocol(f"more than {MAX_SILENCE} bytes without an event")
-        if not self._begun:
-            if len(self._rest) < 3 and b"\xef\xbb\xbf".startswith(self._rest):
-                return []
-            self._begun = True
-            self._rest = self._rest.removeprefix(b"\xef\xbb\xbf")
         if self._after_cr and self._rest:  # CR LF is one end of a line
             self._after_cr = False
             self._rest = self._rest.removeprefix(b"\n")
@@ -11979,28 +11972,25 @@ class EventStreamParser:
         self._rest = lines.pop()
         events = []
         for line in lines:
-            if line:
-                self._field(line.decode("utf-8", "replace"))
-            elif self._data:
+            line, self._mark = line.removeprefix(self._mark), b""
+            name, _, value = line.decode("utf-8", "replace").partition(":")
+            value = value.removeprefix(" ")
+            if not line and self._data:
                 events.append(StreamEvent("\n".join(self._data), self._id))
                 self._data = []
                 self._silence = 0
+            elif name == "data":
+                self._data.append(value)
+            elif name == "id" and "\0" not in value:
+                self._id = value
+            elif name == "retry" and re.fullmatch("[0-9]{1,9}", value):
+                self.retry_s = int(value) / 1000
         return events
 
     @property
     def idle(self) -> bool:
         """Whether everything that was fed belongs to events that were returned."""
         return not (self._rest or self._data or self._after_cr)
-
-    def _field(self, line: str) -> None:
-        name, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if name == "data":
-            self._data.append(value)
-        elif name == "id" and "\0" not in value:
-            self._id = value
-        elif name == "retry" and re.fullmatch("[0-9]{1,9}", value):
-            self.retry_s = int(value) / 1000
 
 
 # Answers of the server, for check_schema. It may add keys [CONTRACT 1.3].
@@ -12067,34 +12057,35 @@ class ApiClient:
         if self._token:
             request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            return self._send(request)
-        except urllib.error.HTTPError as e:
-            with e:
-                try:
-                    detail = str(parse_json(e.read(MIB), "answer")["detail"])
-                except (Malformed, KeyError, TypeError, OSError):
-                    detail = f"{method} {path}: {e.reason}"
-            hint = (
-                "--max-archive MIB raises the limit, of a build here or of `confbuild serve`" if e.code == 413 else ""
-            )
-            if e.code == 401:
-                hint = "the token was refused: " if self._token else ""
-                hint += "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token"
-            raise RemoteError(f"the server said {e.code}: {detail}", e.code, hint) from None
+            response = self._send(request)
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
             text = f"{self._url}: {getattr(reason, 'strerror', None) or reason}"
-            hints = {
+            causes = {
                 "SSLCertVerificationError": "SSL_CERT_FILE=FILE names a file with the certificate to trust",
                 "SSLError": "try http://",
                 "RemoteDisconnected": "try https://",
                 "ConnectionResetError": "try https://",
             }
-            hint = hints.get(type(reason).__name__, "is `confbuild serve` running there?")
+            hint = causes.get(type(reason).__name__, "is `confbuild serve` running there?")
             raise RemoteError(text, hint=hint) from None
+        status = response.status
+        if 200 <= status < 300:
+            return response
+        with response:
+            try:
+                detail = str(parse_json(response.read(MIB), "answer")["detail"])
+            except (Malformed, KeyError, TypeError, OSError):
+                detail = f"{method} {path}: {response.reason}"
+        refused = "the token was refused: " if self._token else ""
+        hints = {
+            401: refused + "--token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token",
+            413: "--max-archive MIB raises the limit, of a build here or of `confbuild serve`",
+        }
+        raise RemoteError(f"the server said {status}: {detail}", status, hints.get(status, ""))
 
     def _send(self, request: "urllib.request.Request") -> Any:
-        """Return the response. Raises urllib.error.HTTPError for an error of HTTP, OSError."""
+        """Return the response, of any status. Raises OSError."""
         return self._opener.open(request, timeout=READ_TIMEOUT_S)
 
     def _ask(self, method: str, path: str, body: Any = None, headers: Strings | None = None) -> bytes:
@@ -12347,7 +12338,7 @@ def _start() -> tuple[Json, str, list[str]]:
     own_source()  # WORK may hide this file; the argument after the code is what the sweeper loads
     env = build_environment(outside, os.environ, config.get("env", ()))
     folders = itertools.chain.from_iterable(value.split(os.pathsep) for value in env.values())
-    local = [WORK] * (os.path.exists(WORK) and "file" in config["policy"]["schemes"])  # a repository could lie there
+    local = [WORK] * (exists(WORK) and "file" in config["policy"]["schemes"])  # a repository could lie there
     readable = (config.get("sandbox") or {}).get("readable", ())
     needed = [sys.executable, sweeper[5], *folders, *local, *readable, config.get("cache") or "/"]
     workspace = show_workspace(outside, needed)
@@ -12470,7 +12461,7 @@ def run_fetcher() -> None:
     try:
         fetch_git(config["repo_url"], config["repo_ref"], root, os.environ, policy)
         write_source(archive, root, name)
-        if os.path.getsize(archive) > policy.max_archive:
+        if getsize(archive) > policy.max_archive:
             raise limit_error(f"the repository packs to more than {policy.max_archive} bytes (--max-archive)")
         answer = {"name": name}
     except (BuildFailed, OSError) as e:
@@ -12617,7 +12608,7 @@ def command_vms(
         return words, {**os.environ, **more, "CONFBUILD_NAME": name, "CONFBUILD_JOB": job}
 
     def start(workspace: str, job: str) -> VmStart:
-        return VmStart(*fill(command, os.path.basename(workspace), job), config, grace_s=GRACE_S)
+        return VmStart(*fill(command, basename(workspace), job), config, grace_s=GRACE_S)
 
     def clean_up(name: str, job: str) -> "subprocess.Popen[bytes] | None":
         argv, env = fill(cleanup, name, job)
@@ -12736,12 +12727,9 @@ class VmClient(ApiClient):
         try:
             headers = dict(request.header_items())
             self._connection.request(request.get_method(), request.selector, request.data, headers)
-            response = self._connection.getresponse()
+            return self._connection.getresponse()
         except http.client.HTTPException as e:  # the last response has not ended, or ended the stream
             raise BrokenProtocol(f"{type(e).__name__}: {e}") from None
-        if response.status >= http.HTTPStatus.MULTIPLE_CHOICES:
-            raise urllib.error.HTTPError(request.selector, response.status, response.reason, response.headers, response)
-        return response
 
     def check(self) -> None:
         """Ask whether the agent lives, which also keeps the stream alive. Raises RemoteError."""
@@ -12761,7 +12749,7 @@ class Vm:
         self.kind = kind
         self.job = job
         self.name = WORKSPACE + secrets.token_hex(8)
-        self.workspace = os.path.join(os.path.realpath(kind.folder), self.name)  # empty once it is removed
+        self.workspace = join(realpath(kind.folder), self.name)  # empty once it is removed
         self.ready = False
         self.console_log = ""  # the path that gets its console when it is destroyed; empty for none
         self._disk = STATE if kind.folder else TMPDIR
@@ -12769,7 +12757,7 @@ class Vm:
             with room_on(self._disk):
                 if kind.folder:
                     os.mkdir(self.workspace, 0o700)
-                    with open(os.path.join(self.workspace, "job"), "w", encoding="ascii") as f:
+                    with open(join(self.workspace, "job"), "w", encoding="ascii") as f:
                         f.write(job)
                 else:
                     self.workspace = make_workspace()
@@ -13176,7 +13164,7 @@ class VmHost:
                         deadline = fetcher.stream.deadline = time.monotonic() + self._build_timeout_s
                         request, source = self._fetch(fetcher, request)
                     with vm.explained():
-                        vm.console_log = os.path.join(job.folder, "console.log")
+                        vm.console_log = join(job.folder, "console.log")
                         if not vm.ready:
                             self._tell(log, vm, "booting")
                             self.pool.boot(vm)
@@ -13195,7 +13183,7 @@ class VmHost:
             raise ValueError("unreachable")
         finally:
             for vm in current:
-                if os.path.lexists(vm.workspace):
+                if lexists(vm.workspace):
                     self.pool.destroy(vm)
 
     @staticmethod
@@ -13213,9 +13201,7 @@ class VmHost:
         if "name" not in answer:
             raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
         name = answer["name"] + ".tar.gz"
-        return request._replace(repo_url="", repo_ref="", source_name=name), os.path.join(
-            fetcher.workspace, "source.tar.gz"
-        )
+        return request._replace(repo_url="", repo_ref="", source_name=name), join(fetcher.workspace, "source.tar.gz")
 
     @room_on(STATE)
     def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
@@ -13239,7 +13225,7 @@ class VmHost:
             if stream.read1(BLOCK):  # the next request needs the end of this response
                 raise BuildFailed("VmError", "the VM sent more after its last event")
         expected = self._expected._replace(nonce=request.nonce)
-        return fetch_result(agent, agent_job, os.path.join(job.folder, "result.tmp"), expected)
+        return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
 
 
 def finish_cleaning(cleaner: "subprocess.Popen[bytes]") -> None:
@@ -15379,7 +15365,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         raise UsageError(
             f"--vm {kind} requires --image DIR, the image that the guest boots", "`confbuild image` makes one"
         )
-    image, facts = read_image(os.path.abspath(options.image)), check_image(options.image)  # QEMU runs in another folder
+    image, facts = read_image(abspath(options.image)), check_image(options.image)  # QEMU runs in another folder
     if facts.parts or facts.firmware:
         raise ImageError(
             f"{options.image}: {facts.parts or facts.firmware}",
@@ -15422,7 +15408,7 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
     """
     env, port = build_environment("", os.environ, options.env), options.listen[1]
     for path in options.readable:
-        if not os.path.exists(path):
+        if not exists(path):
             raise UsageError(f"--readable {path}: no such file or folder")
     if options.cache:
         os.makedirs(options.cache, 0o700, exist_ok=True)
@@ -15440,7 +15426,7 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
             "leave the option out, or build in guests: --tee or --vm qemu",
         )
     sandbox = usable._replace(
-        readable=[*readable_paths(env, os.path.expanduser("~")), *map(os.path.realpath, options.readable)]
+        readable=[*readable_paths(env, os.path.expanduser("~")), *map(realpath, options.readable)]
     )
     return BuildPlatform(
         SIMULATED_PLATFORM,
@@ -15481,10 +15467,8 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
 
 def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
     """Return sandbox with state, cache, secrets of the service and all workspaces hidden, even in readable folders."""
-    files = [
-        os.path.realpath(path) + "/" for path in (state, options.token_file, options.tls_key, options.cache) if path
-    ]
-    return sandbox._replace(hidden=[*files, os.path.join(os.path.realpath(tempfile.gettempdir()), "confbuild-")])
+    files = [realpath(path) + "/" for path in (state, options.token_file, options.tls_key, options.cache) if path]
+    return sandbox._replace(hidden=[*files, join(realpath(tempfile.gettempdir()), "confbuild-")])
 
 
 def _require_snp(image: str | None) -> None:
@@ -15620,7 +15604,7 @@ def vm_kind(
 
     port: returns the port of the service; called when the first VM is made.
     """
-    guest, folder = machine.guest, os.path.join(state, "guests")
+    guest, folder = machine.guest, join(state, "guests")
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
     if options.vm_command:
         more = {"CONFBUILD_IMAGE": options.image or "", "CONFBUILD_VCPUS": str(options.vcpus)}
@@ -15642,9 +15626,9 @@ def vm_kind(
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):
-            path = os.path.join(folder, name)
+            path = join(folder, name)
             with contextlib.suppress(OSError):
-                cleaner = kind.clean_up(name, read_limited(os.path.join(path, "job"), 100).decode("ascii", "replace"))
+                cleaner = kind.clean_up(name, read_limited(join(path, "job"), 100).decode("ascii", "replace"))
                 if cleaner is not None:
                     finish_cleaning(cleaner)
             remove_tree(path)
