@@ -435,8 +435,13 @@ def source_error(message: str) -> BuildFailed:
 
 
 def limit_error(message: str) -> BuildFailed:
-    """Return the error for a source that exceeds a limit."""
+    """Return the error for a source that exceeds a limit, and for a full disk."""
     return BuildFailed("LimitError", message)
+
+
+def vm_error(message: str) -> BuildFailed:
+    """Return the error for a VM that failed."""
+    return BuildFailed("VmError", message)
 
 
 # endregion 2
@@ -8307,7 +8312,7 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
 # kept here, under one lock; none of them is made for each event or each byte.  Those numbers belong to the objects that
 # do the work, and GET /metrics asks for them.  Any thread may call this.
 
-_BUCKETS = (0.1, 0.5, 1, 5, 15, 60, 300, 1800, float("inf"))  # seconds
+_BUCKETS = "0.1 0.5 1 5 15 60 300 1800 +Inf".split()  # seconds
 # fmt: off
 METRICS = {  # name -> (type, help)
     "confbuild_build_info":                 ("gauge",     "The version, as a label."),
@@ -8345,7 +8350,7 @@ def count(sample: str, amount: float = 1, **labels: object) -> None:
 def observe(name: str, seconds: float) -> None:
     """Add an observation to a histogram of METRICS."""
     for bound in _BUCKETS:
-        count(f"{name}_bucket", seconds <= bound, le=f"{bound:g}".replace("inf", "+Inf"))
+        count(f"{name}_bucket", seconds <= float(bound), le=bound)
     count(f"{name}_sum", seconds)
     count(f"{name}_count")
 
@@ -8460,7 +8465,7 @@ class EventLog:
     owner: Any = None
 
     def __init__(
-        self, path: str, on_append: "Callable[[EventLog], None] | None" = None, flags: int = os.O_RDWR | os.O_CREAT
+        self, path: str, on_append: "Callable[[EventLog], None]" = lambda _: None, flags: int = os.O_RDWR | os.O_CREAT
     ) -> None:
         self.fd = open_regular(path, flags)
         weakref.finalize(self, os.close, self.fd)
@@ -8473,9 +8478,7 @@ class EventLog:
             found = (0, 0, False)
         if not found[2]:
             found = find_log_end(self.fd, self._first_zero(length))
-        self.size = found[0]
-        self.count = found[1]
-        self.finished = found[2]
+        self.size, self.count, self.finished = found
         self.phases: dict[str, float] = {}
         self._torn = length > self.size  # guarded by _lock; bytes follow the last frame
 
@@ -8515,8 +8518,7 @@ class EventLog:
             self.size += len(data)
             self.finished = finished
             self.phases.setdefault(frames[0].split('"', 4)[3], round(time.time(), 3))
-        if self._on_append is not None:
-            self._on_append(self)
+        self._on_append(self)
 
     def lacks_only(self, event: Payloads) -> bool:
         """Return whether only the beginning of event's frame, or zeros, follow the last whole frame."""
@@ -8678,14 +8680,13 @@ class Watcher:
     """A client that follows a log, or downloads a file up to its size.
 
     start: the number of events of the log, or of bytes of the file, that the client does not want.
-    chunked: whether the stream uses the chunked transfer coding.
+    chunked: whether the stream uses the chunked transfer coding, and its last chunk is still to come.
     greeting: bytes to send first, in the framing of the stream.
     then: called when everything has been sent, instead of closing the socket.
 
     position: the offset in source; -1 until the log has start events.
     left: the number of bytes to send from there by sendfile.
     pending: bytes to send before those.
-    ending: the last chunk has been sent.
     peer_half_closed: the peer sends nothing more.
     ndjson: the stream has a line of JSON for each event, instead of its frame.
     since: the time of the last progress, by the monotonic clock.
@@ -8714,7 +8715,6 @@ class Watcher:
         self.position = -1
         self.left = 0
         self.pending = self.frame(greeting) if greeting else b""
-        self.ending = False
         self.peer_half_closed = False
         self.mask = 0
         self.since = time.monotonic()
@@ -8742,14 +8742,13 @@ class Streamer:
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self.served: set[Watcher] = set()
         self._waiting: dict[EventLog | OpenFile, set[Watcher]] = {}  # watchers that have received the whole log so far
-        # The last small range, read once for all watchers that want it: log, position, length, bytes.
-        self._block: tuple[EventLog | OpenFile | None, int, int, bytes] = (None, 0, 0, b"")
+        # Reads a range; keeps the last one for the other watchers that want it, and its file until one is dropped.
+        self._read = functools.lru_cache(1)(lambda source, size, position: os.pread(source.fd, size, position))
         self._turn = _TURN
         self.files = 0
         self.events = 0
         self.bytes = 0
-        self.grown: Callable[[EventLog], None] = self._selector.post
-        self.add: Callable[[Watcher], None] = self._selector.post
+        self.grown = self.add = self._selector.post
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
 
@@ -8882,9 +8881,7 @@ class Streamer:
                 watcher.pending = b"%x\r\n" % rest if watcher.chunked else b""
                 return True
             rest = min(rest, _SMALL)  # TLS has no sendfile
-            if self._block[:3] != (source, watcher.position, rest):
-                self._block = (source, watcher.position, rest, os.pread(source.fd, rest, watcher.position))
-            data = self._block[3]
+            data = self._read(source, rest, watcher.position)
             if not data:
                 raise OSError("the file ends before the range does")
             if watcher.ndjson:
@@ -8897,8 +8894,8 @@ class Streamer:
         if watcher.start < source.count:
             self.events += source.count - watcher.start
             watcher.start = source.count
-        if finished and watcher.chunked and not watcher.ending:
-            watcher.ending = True
+        if finished and watcher.chunked:
+            watcher.chunked = False  # after the last chunk
             watcher.pending = b"0\r\n\r\n"
             return True
         if finished:
@@ -8920,8 +8917,7 @@ class Streamer:
         """Stop serving watcher, and call then instead of closing its socket."""
         self._forget(watcher)
         self._want(watcher, 0)
-        if self._block[0] is watcher.source:
-            self._block = (None, 0, 0, b"")
+        self._read.cache_clear()
         self.served.discard(watcher)
         self.files -= watcher.files
         (then or watcher.sock.close)()
@@ -8997,11 +8993,9 @@ def claim_state(state: str) -> int:
     os.makedirs(state, mode=0o700, exist_ok=True)
     marker = join(state, _STATE_MARKER)
     if lexists(marker):
-        try:
-            with open(open_regular(marker), "rb") as f:
-                match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
-        except Malformed:
-            match = None
+        match = None
+        with contextlib.suppress(Malformed), open(open_regular(marker), "rb") as f:
+            match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
         if not match:
             raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
         if int(match[1]) > STATE_VERSION:
@@ -9026,24 +9020,12 @@ def claim_state(state: str) -> int:
 
 def _is_unmarked_state(state: str) -> bool:
     """Tell whether state is empty except for our output, a state of 0.1, or one that could not be marked before."""
-    names = {name for name in os.listdir(state) if not _is_our_output(join(state, name))}
+    ours = [realpath(f"/proc/self/fd/{fd}") for fd in (1, 2)]  # `serve --state DIR > DIR/server.log` creates it first
+    found = {name for name in os.listdir(state) if join(realpath(state), name) not in ours}
+    found -= {_STATE_MARKER + ".tmp", "lock"}
     jobs = join(state, "jobs")
-    return (
-        names <= {_STATE_MARKER + ".tmp", "lock", "incoming", "guests", "jobs"}
-        and ("jobs" in names or not names & {"incoming", "guests"})
-        and ("jobs" not in names or isdir(jobs) and all(_JOB_ID.fullmatch(name) for name in os.listdir(jobs)))
-    )
-
-
-def _is_our_output(path: str) -> bool:
-    """Tell whether stdout or stderr is the file at path: `serve --state DIR > DIR/server.log` creates it first."""
-    for fd in (1, 2):
-        try:
-            if os.path.samestat(os.fstat(fd), os.lstat(path)):
-                return True
-        except OSError:  # closed
-            pass
-    return False
+    is_state = found <= {"incoming", "guests", "jobs"} and isdir(jobs) and all(map(_JOB_ID.fullmatch, os.listdir(jobs)))
+    return not found or is_state
 
 
 class JobRecord(NamedTuple):
@@ -9099,24 +9081,6 @@ class JobRecord(NamedTuple):
         result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
         return to_payload({"type": "complete", "result": result})
 
-    def to_wire(self, job_id: str, position: int | None, log: EventLog | None) -> Json:
-        """Return the status of the job. position: in the queue, if it waits. log: until it ends. [CONTRACT 1.12]"""
-        url, ref = self.request.repo_url, self.request.repo_ref
-        return {
-            "job_id": job_id,
-            "status": self.state,
-            **({"repo_url": url, "repo_ref": ref} if url else {"source_name": self.request.source_name}),
-            "nonce": self.request.nonce,
-            "attempts": self.attempts,
-            "submitted_at": self.submitted_at,
-            "started_at": self.started_at or None,
-            "finished_at": self.finished_at or None,
-            "result": self.result,
-            "phases": self.phases if log is None or self.ended else dict(log.phases),
-            **(self.failure or {}),
-            **({} if position is None else {"position": position}),
-        }
-
     @property
     def ended(self) -> bool:
         """Whether no other state can follow."""
@@ -9147,6 +9111,12 @@ class Job:
         self._reason: tuple[str, str] | None = None  # guarded by _halting; (error_type, error), why the build must stop
         self._stop: Callable[[], None] | None = None  # guarded by _halting; stops the build; called at most once
 
+    def live_log(self) -> EventLog:
+        """Return the log of a job that has not ended."""
+        if self.log is None:
+            raise ValueError("the job has ended")
+        return self.log
+
     def path(self, name: str) -> str:
         """Return the path of the file called name in the job's folder."""
         return join(self.folder, name)
@@ -9172,7 +9142,7 @@ class Job:
         archive: the uploaded archive; is moved, if the request has one.
         """
         os.mkdir(self.folder, 0o700)
-        if self.source is not None:
+        if self.source:
             sync(archive)
             os.rename(archive, self.source)
         self.log = EventLog(self.path("events"), grown)
@@ -9192,7 +9162,7 @@ class Job:
         if record.result is not None:
             self._open_result(record.result["size"])
             self.record = record
-        if not record.ended and self.source is not None:
+        if not record.ended and self.source:
             OpenFile(self.source)
         log = EventLog(self.path("events"), grown, os.O_RDONLY if record.ended else os.O_RDWR)
         if record.ended and log.finished:
@@ -9215,14 +9185,13 @@ class Job:
 
     def open_log(self) -> EventLog:
         """Return the log. Raises Refused 404 if it is damaged, OSError."""
-        log = self.log
-        if log is None:  # so the job has ended
-            with _refuse_damaged():
-                log = EventLog(self.path("events"), flags=os.O_RDONLY)
-            if not log.finished:
-                failure = self.record.failure or {"error": "the log of this build has no end"}
-                raise Refused(404, "Damaged", failure["error"])
-        return log
+        if self.log:
+            return self.log
+        with _refuse_damaged():  # the job has ended
+            log = EventLog(self.path("events"), flags=os.O_RDONLY)
+        if log.finished:
+            return log
+        raise Refused(404, "Damaged", (self.record.failure or {}).get("error", "the log of this build has no end"))
 
     def open_result(self) -> OpenFile:
         """Return the archive. Raises Refused 404 if there is none, OSError."""
@@ -9245,14 +9214,32 @@ class Job:
         write_durably(self.path("job.json"), record.to_bytes())
         self.record = record
 
+    def describe(self, positions: "Mapping[Job, int]") -> Json:
+        """Return the status of the job. positions: of the jobs that wait. [CONTRACT 1.12]"""
+        record, log = self.record, self.log
+        request, url = record.request, record.request.repo_url
+        return {
+            "job_id": self.id,
+            "status": record.state,
+            **({"repo_url": url, "repo_ref": request.repo_ref} if url else {"source_name": request.source_name}),
+            "nonce": request.nonce,
+            "attempts": record.attempts,
+            "submitted_at": record.submitted_at,
+            "started_at": record.started_at or None,
+            "finished_at": record.finished_at or None,
+            "result": record.result,
+            "phases": record.phases if log is None or record.ended else dict(log.phases),
+            **(record.failure or {}),
+            **({"position": positions[self]} if self in positions and record.state == "queued" else {}),
+        }
+
     def announce(self, position: int) -> None:
         """Append an event with the place in the queue, if it has changed. Caller must hold writing."""
         self.tried_at = time.monotonic()
-        if position == self.position or self.log is None:
-            return
         try:
-            self.log.append(to_payload({"type": "queued", "position": position}))
-            self.position = position
+            if self.log and position != self.position:
+                self.log.append(to_payload({"type": "queued", "position": position}))
+                self.position = position
         except OSError as e:  # the disk may be full; the next announcement makes up for it
             logger().error("job %s: cannot announce its position: %s", self.id, e)
 
@@ -9267,7 +9254,7 @@ class Job:
                 return
             self._reason = (error_type, message)
             stop = self._stop
-        if stop is not None:
+        if stop:
             stop()
         if error_type == "Cancelled":  # holds even if the server dies before the build has stopped
             with self.writing:
@@ -9296,12 +9283,12 @@ class Job:
             end = e
         except Exception as e:  # noqa: BLE001  # a bug must not end the slot
             if isinstance(e, OSError) and is_full(e):
-                end = BuildFailed("LimitError", f"the disk of the server is full: {e.strerror}")
+                end = limit_error(f"the disk of the server is full: {e.strerror}")
             else:
                 logger().exception("job %s", self.id)
                 end = BuildFailed("InternalError", "internal error; the log of the server has the details")
         with self._halting:
-            if isinstance(end, BuildFailed) and self._reason is not None:
+            if isinstance(end, BuildFailed) and self._reason:
                 end = BuildFailed(*self._reason)
             self._reason = ("", "")  # nothing is left to halt
         return end
@@ -9317,13 +9304,13 @@ class Job:
             if end.error_type == "Parked":  # the next server runs it again, at no cost
                 self.update(state="queued", attempts=self.record.attempts - 1)
                 return
+        log = self.live_log()
         if not self.record.ended:
-            self.update(finished_at=utc_now(), phases=dict(self.log.phases if self.log else {}), **changes)
-        if self.log is not None:
-            self.log.append(self.record.complete_event())
-            _log_end(self, self.log)
+            self.update(finished_at=utc_now(), phases=dict(log.phases), **changes)
+        log.append(self.record.complete_event())
+        _log_end(self, log)
         self.log = None
-        if self.source is not None:
+        if self.source:
             with contextlib.suppress(OSError):  # it is gone already
                 os.unlink(self.source)
 
@@ -9437,8 +9424,8 @@ class JobTable:
         self.folder = join(state, "jobs")
         self._lock = threading.Lock()
         self._order: dict[str, Order] = {}  # guarded by _lock; of all jobs, by id
-        self._live: dict[str, Job] = {}  # guarded by _lock; those that have not ended, and damaged ones
-        # guarded by _lock; those that have ended and that somebody uses
+        self._live: set[Job] = set()  # guarded by _lock; those that have not ended, and damaged ones
+        # guarded by _lock; those and the others that somebody uses, by id
         self._used: weakref.WeakValueDictionary[str, Job] = weakref.WeakValueDictionary()
         self._removed = join(state, "removed")  # an empty file for each job that was removed, at that time
         for path in (self.folder, self.incoming, self._removed):
@@ -9456,11 +9443,11 @@ class JobTable:
         found = [_read_job(join(self.folder, name), grown) for name in names if not self._glance(name)]
         for job in found:
             self.add(job)
-            if job.log is None:
+            if not job.log:
                 logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
         with self._lock:
             last = max((seq for seq, *_ in self._order.values()), default=-1)
-        return sorted((job for job in found if job.log is not None), key=_order), last
+        return sorted((job for job in found if job.log), key=_order), last
 
     def _glance(self, job_id: str) -> bool:
         """Add the job if a look at its files shows that it has ended, and return whether it was added."""
@@ -9480,25 +9467,25 @@ class JobTable:
         """Add a job that has not ended."""
         with self._lock:
             self._order[job.id] = _order(job)
-            self._live[job.id] = job
+            self._used[job.id] = job
+            self._live.add(job)
 
     def end(self, job: Job) -> None:
         """Forget a job that has ended, unless somebody uses it."""
         with self._lock:
-            self._used[job.id] = job
-            del self._live[job.id]
+            self._live.remove(job)
 
     def get(self, job_id: str) -> Job:
         """Return the job with this id, the same object for all who use it. Raises Refused 404."""
         with self._lock:
-            job = self._live.get(job_id) or self._used.get(job_id)
+            job = self._used.get(job_id)
             known = job_id in self._order
         if not known:
             if _JOB_ID.fullmatch(job_id) and exists(join(self._removed, job_id)):
                 removed = utc_time(os.path.getmtime(join(self._removed, job_id)))
                 raise Refused(410, "Gone", f"this build was removed at {removed}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
-        if job is None:
+        if not job:
             job = _read_job(join(self.folder, job_id), lambda _: None)
             with self._lock:
                 job = self._used.setdefault(job_id, job)
@@ -9507,7 +9494,7 @@ class JobTable:
     def live(self) -> list[Job]:
         """Return the jobs that have not ended, and damaged ones."""
         with self._lock:
-            return list(self._live.values())
+            return list(self._live)
 
     def ids(self, after: str = "") -> list[str]:
         """Return the ids of all jobs, newest first. after: only those that are older than this one. Raises Refused."""
@@ -9518,15 +9505,17 @@ class JobTable:
 
     def expire(self, keep_s: float, keep_bytes: float) -> None:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
-        with self._lock:
-            order = [job_id for job_id in sorted(self._order, key=self._order.__getitem__) if job_id not in self._live]
-        order = [job_id for job_id in order if isfile(join(self.folder, job_id, "job.json"))]
-        folders = [join(self.folder, job_id) for job_id in order]
-        sizes = [sum(entry.stat().st_size for entry in os.scandir(folder)) for folder in folders]
-        total = sum(sizes)
-        for job_id, folder, size in zip(order, folders, sizes, strict=True):
-            age_s = time.time() - os.path.getmtime(join(folder, "job.json"))
-            if age_s > YOUNG_S and (age_s > keep_s or total > keep_bytes) and self._remove(job_id):
+        live = {job.id for job in self.live()}
+        files = {one: join(self.folder, one, "job.json") for one in reversed(self.ids()) if one not in live}
+        sizes = {
+            one: sum(entry.stat().st_size for entry in os.scandir(dirname(file)))
+            for one, file in files.items()
+            if isfile(file)
+        }
+        total = sum(sizes.values())
+        for one, size in sizes.items():
+            age_s = time.time() - os.path.getmtime(files[one])
+            if age_s > YOUNG_S and (age_s > keep_s or total > keep_bytes) and self._remove(one):
                 total -= size
 
     def _remove(self, job_id: str) -> bool:
@@ -9555,8 +9544,7 @@ def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[Json]:
     positions, found = jobs.positions(), []
     for job_id in jobs.table.ids(after)[:limit]:
         with contextlib.suppress(Refused):  # it is removed meanwhile
-            job = jobs.get(job_id)
-            found.append(job.record.to_wire(job.id, positions.get(job), job.log))
+            found.append(jobs.get(job_id).describe(positions))
     return found
 
 
@@ -9627,7 +9615,7 @@ class Jobs:
             self._accepted, self._seq = last >= 0, max(last, 0)
             for job in found:
                 end = job.record.unpublished_end()
-                if end is not None:
+                if end:
                     self._ending[job] = end
                 else:
                     self._queue.append(job)
@@ -9660,7 +9648,7 @@ class Jobs:
         with job.writing:
             try:
                 known = self.table.find(key)
-                if known is not None:
+                if known:
                     return known
                 job.create(self.table.folder, self._grown, archive)
                 self.table.add(job)
@@ -9683,15 +9671,11 @@ class Jobs:
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
-    def describe(self, job: Job) -> Json:
-        """Return the status of a job. [CONTRACT 1.12]"""
-        return job.record.to_wire(job.id, self.positions().get(job), job.log)
-
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
             queue, running = len(self._queue), len(self._running)
-            logs = [job.log for job in self._running if job.log is not None]
+            logs = [job.live_log() for job in self._running]
         sizes = {"confbuild_event_bytes_appended_total": sum(log.size for log in logs)}
         sizes["confbuild_events_appended_total"] = sum(log.count for log in logs)
         return {"confbuild_queue_jobs": queue, "confbuild_running_jobs": running, **sizes}
@@ -9756,9 +9740,9 @@ class Jobs:
             job.tried_at = time.monotonic()
             with self._changed:
                 end = self._ending.get(job)
-            if end is not None:  # else another thread was faster
+            if end:  # else another thread was faster
                 job.complete(end)
-                if job.log is None:
+                if not job.log:
                     self.table.end(job)
                 with self._changed:
                     del self._ending[job]
@@ -11120,7 +11104,7 @@ class Api(NamedTuple):
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
-        return json_response(self.jobs.describe(self.jobs.get(request.arguments[0])))
+        return json_response(self.jobs.get(request.arguments[0]).describe(self.jobs.positions()))
 
     def cancel(self, request: Request) -> Response:
         """Cancel a build. Return its status, which is still "running" until the build has stopped. [CONTRACT 1.12]"""
@@ -11189,7 +11173,7 @@ class Api(NamedTuple):
         if key and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", f"Idempotency-Key must have the form {IDEMPOTENCY_KEY.pattern}")
         job = self.jobs.table.find(key)
-        if job is not None:
+        if job:
             return json_response({"job_id": job.id})
         self.jobs.check_open()
         archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
@@ -11438,8 +11422,7 @@ class Connection:
     def has_head(self) -> bool:
         """Tell whether buffer holds the whole head of a request, or bytes that cannot become one."""
         if not self.searched:
-            empty = re.match(rb"(?:\r?\n)*", self.buffer)  # before a request [RFC9112 2.2]
-            del self.buffer[: empty.end() if empty else 0]
+            self.buffer[:] = re.sub(rb"\A(?:\r?\n)+", b"", self.buffer)  # empty lines before it [RFC9112 2.2]
         found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
         self.searched = len(self.buffer) if self.buffer != b"\r" else 0
         self.end = found.end() if found else self.searched * (self.searched > MAX_HEAD)
@@ -11463,7 +11446,7 @@ class Connection:
             self.pending = b""
         if seated:
             server.seats.release()  # before the thread "accept" wakes up and looks for one
-        if watcher is not None:
+        if watcher:
             server.streamer.add(watcher)
         else:
             server.take(self)
@@ -11486,7 +11469,7 @@ class Connection:
         self.pending = encode_head(response, request, self.closing)
         if request.method == "HEAD" or response.status in NO_BODY:
             return None
-        if response.source is None:
+        if not response.source:
             self.pending += response.body
             return None
         greeting = server.api.greeting if live and not response.ndjson else b""
@@ -11562,19 +11545,17 @@ def listen(address: tuple[str, int] | None) -> "socket.socket":
     """Return a non-blocking socket that listens on address. None: one that nobody can reach. Raises OSError."""
     if address is None:
         return socket.socket(socket.AF_INET, socket.SOCK_DGRAM)  # unbound; a sandbox around us may refuse AF_UNIX
-    inherited = inherited_socket()
-    if inherited is not None:
-        inherited.setblocking(False)
-        return inherited
-    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
-        sock.bind(address)
-        sock.listen(4096)
-    except BaseException:
-        sock.close()
-        raise
+    sock = inherited_socket()
+    if not sock:
+        sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
+            sock.bind(address)
+            sock.listen(4096)
+        except BaseException:
+            sock.close()
+            raise
     sock.setblocking(False)
     return sock
 
@@ -11767,9 +11748,9 @@ class Server:
     def _evict(self) -> bool:
         """Close the connection that has waited longest. Return False if none waits."""
         oldest = next(iter(self._waiting), None)
-        if oldest is not None:
+        if oldest:
             self._close(oldest)
-        return oldest is not None
+        return bool(oldest)
 
     def _leave(self, c: Connection) -> None:
         self._held -= self._waiting.pop(c, 0)
@@ -12385,15 +12366,13 @@ def serve_agent(
     reserve = join(state, "reserve")
 
     def build(job: Job) -> str:
-        log = job.log
-        if log is None:
-            raise ValueError("a running job has a log")
+        log = job.live_log()
         max_log = shutil.disk_usage(state).free // 2  # the rest is for the final events
 
         def emit(phase: str, messages: Sequence[str]) -> None:
             if log.size > max_log:
                 reason = f"the build's log has more than {max_log} bytes, half of the free disk of its VM"
-                raise BuildFailed("LimitError", reason)
+                raise limit_error(reason)
             log.append(to_payloads(phase, messages))
 
         try:
@@ -12408,7 +12387,7 @@ def serve_agent(
                 with contextlib.suppress(OSError):
                     remove_tree(join(workspace, name))
             reason = f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {getattr(e, 'strerror', e)}"
-            raise BuildFailed("LimitError", reason) from None
+            raise limit_error(reason) from None
         finally:
             remove_tree(reserve)
 
@@ -12649,7 +12628,7 @@ class VmStream:
         self.console = b""  # the last MAX_CONSOLE bytes
         self.errors: IO[bytes] | None = None  # where the console comes from, if there is one
         self.used_at = time.monotonic()
-        self._over = False  # nothing will be received
+        self.over = False  # nothing will be received
         self._sock = sock
         self._timeout_s = READ_TIMEOUT_S
         weakref.finalize(self, sock.close)  # not sooner: another thread may wait in poll(2)
@@ -12667,14 +12646,14 @@ class VmStream:
 
     def shut(self, how: int) -> None:
         """Shut down one direction or both, as socket.shutdown does; this wakes a thread that waits."""
-        self._over = how == socket.SHUT_RDWR
+        self.over |= how == socket.SHUT_RDWR
         with contextlib.suppress(OSError):
             self._sock.shutdown(how)
 
     def readinto(self, buffer: Any) -> int:
         """Receive into buffer and return the number of bytes, 0 at the end. Raises OSError, BuildFailed."""
         until = time.monotonic() + self._timeout_s
-        while not self._over:
+        while not self.over:
             try:
                 size = self._sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
                 self.used_at = time.monotonic()
@@ -12700,12 +12679,12 @@ class VmStream:
     def wait(self, until: float) -> None:
         """Wait until there is something to receive or it is until, and read what is there of the console."""
         poll = select.poll()
-        if not self._over:
+        if not self.over:
             poll.register(self._sock, select.POLLIN)
-        if self.errors is not None:
+        if self.errors:
             poll.register(self.errors, select.POLLIN)
         ready = dict(poll.poll(max(0.0, min(until - time.monotonic(), 1e6)) * 1000))
-        if self.errors is not None and self.errors.fileno() in ready:
+        if self.errors and self.errors.fileno() in ready:
             block = os.read(self.errors.fileno(), BLOCK)
             self.console = (self.console + block)[-MAX_CONSOLE:]
             if not block:
@@ -12762,10 +12741,9 @@ class Vm:
                 else:
                     self.workspace = make_workspace()
         except OSError as e:
-            raise BuildFailed("VmError", f"cannot make a workspace for the VM: {e.strerror}") from None
+            raise vm_error(f"cannot make a workspace for the VM: {e.strerror}") from None
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._gone = False  # guarded by _lock
         self._grace_s = 0.0
         ours, self._theirs = socket.socketpair()
         self.stream = VmStream(ours)
@@ -12780,8 +12758,8 @@ class Vm:
         Raises BuildFailed VmError, or LimitError if the disk is full.
         """
         with self._lock:
-            if self._gone:
-                raise BuildFailed("VmError", "the VM was destroyed before it was started")
+            if self.stream.over:
+                raise vm_error("the VM was destroyed before it was started")
             try:
                 with room_on(self._disk), self._theirs as theirs:
                     start = self.kind.start(self.workspace, self.job)
@@ -12801,11 +12779,11 @@ class Vm:
                         pass_fds=start.fds,
                         preexec_fn=_bound_to_parent() if start.foreign else None,
                     )
-                    if child.stderr is not None:
+                    if child.stderr:
                         self.stream.errors = child.stderr
                         weakref.finalize(self.stream, child.stderr.close)
             except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
-                raise BuildFailed("VmError", f"the VM cannot be started: {e}") from None
+                raise vm_error(f"the VM cannot be started: {e}") from None
             with contextlib.suppress(OSError):  # it has ended, and greet() says so
                 self.stream.sendall(line.encode("ascii") + b"\n")  # fits into the socket's buffer
             count("confbuild_vms_started_total")
@@ -12825,15 +12803,18 @@ class Vm:
             try:
                 size = self.stream.readinto(byte)
             except TimeoutError:
-                raise BuildFailed("VmError", f"the VM did not boot within {timeout_s:g} s") from None
-            if not size and not has_room(self.workspace):
-                raise BuildFailed("LimitError", f"the disk of {self._disk} is full")
+                raise vm_error(f"the VM did not boot within {timeout_s:g} s") from None
             if not size:
-                raise BuildFailed("VmError", "the VM ended while it booted")
+                full = not has_room(self.workspace)
+                raise (
+                    limit_error(f"the disk of {self._disk} is full")
+                    if full
+                    else vm_error("the VM ended while it booted")
+                )
             line += byte
             noise += 1
             if noise > MAX_LINE:
-                raise BuildFailed("VmError", f"the VM sent {MAX_LINE} bytes without the agent's answer")
+                raise vm_error(f"the VM sent {MAX_LINE} bytes without the agent's answer")
         self.ready = True
         observe("confbuild_boot_seconds", timeout_s - until + time.monotonic())
         return dict(parse_json(bytes(line[line.index(expected) :]), "answer of the VM", 8))
@@ -12861,20 +12842,19 @@ class Vm:
             console = self.stream.console.decode("utf-8", "replace").split("\n")
             lines = [_CONSOLE_NOISE.sub("", line.replace("\t", " "))[:400].strip() for line in console]
             shown = " | ".join([line for line in lines if line][-LAST_LINES:])
-            raise BuildFailed("VmError", f"{text}; last lines of the console: {shown}" if shown else text) from None
+            raise vm_error(f"{text}; last lines of the console: {shown}" if shown else text) from None
 
     def _read_console(self) -> None:
         """Read the console of a process that has been killed to its end, for at most a second."""
         until = time.monotonic() + 1
-        while self.stream.errors is not None and time.monotonic() < until:
+        while self.stream.errors and time.monotonic() < until:
             self.stream.wait(until)
 
     def kill(self) -> None:
         """End the VM and everything that it has started. For any thread, any number of times."""
         with self._lock:
-            self._gone = True
             self.stream.shut(socket.SHUT_RDWR)
-            if self._child is not None:
+            if self._child:
                 pid = self._child.pid  # its own until destroy() reaps it
                 with survive("processes of a build may live on"):
                     os.kill(pid, signal.SIGSTOP)  # so that it starts nothing more
@@ -12895,7 +12875,7 @@ class Vm:
         self.kill()
         with self._lock:
             child, self._child = self._child, None
-        if child is not None:
+        if child:
             child.wait()
             self._read_console()
             if self.console_log and self.stream.console:
@@ -12947,7 +12927,7 @@ class VmPool:
             spares, self._spares = self._spares, []
             booting = self._booting
             self._changed.notify_all()
-        if booting is not None:
+        if booting:
             booting.kill()
         for vm in spares:
             self.destroy(vm)
@@ -12965,10 +12945,10 @@ class VmPool:
             vm.destroy(clean)
         with survive("what a VM has left behind elsewhere may live on"), self._spawning:
             cleaner = vm.kind.clean_up(vm.name, vm.job)
-            if cleaner is not None:
+            if cleaner:
                 self._alive[cleaner] = cleaner.pid
         with survive("what a VM has left behind may live on"):
-            if cleaner is not None:
+            if cleaner:
                 finish_cleaning(cleaner)
             if self._reap:
                 self._kill_strays()
@@ -13062,7 +13042,7 @@ class VmPool:
         """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
-            if vm is not None:
+            if vm:
                 self._spares.remove(vm)
             self._changed.notify_all()
         return vm or self._make_vm(job)
@@ -13071,7 +13051,7 @@ class VmPool:
         """Return a VM that waits for a build, and take it; boot one if none does. Raises BuildFailed VmError."""
         with self._changed:
             if self._waiting == MAX_WAITING:
-                raise BuildFailed("VmError", f"{MAX_WAITING} other requests wait for a VM")
+                raise vm_error(f"{MAX_WAITING} other requests wait for a VM")
             before = self._failures
             self._waiting += 1
             self._changed.notify_all()
@@ -13084,7 +13064,7 @@ class VmPool:
                 self._waiting -= 1
             if self._spares and not self._stopping:
                 return self._spares.pop(0)
-            raise BuildFailed("VmError", self._failure if self._failures > before else "no VM is ready")
+            raise vm_error(self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
         """Return evidence.json of a VM that waits for a build; boot one if there is none.
@@ -13135,9 +13115,7 @@ class VmHost:
 
         A VM that fails before its first `build` event is replaced, twice at most.
         """
-        request, source, log = job.request, job.source, job.log
-        if log is None:
-            raise ValueError("a running job has a log")
+        request, source, log = job.request, job.source, job.live_log()
         current, halted, deadline = list[Vm](), threading.Event(), float("inf")
 
         def halt() -> None:
@@ -13158,7 +13136,7 @@ class VmHost:
             for attempt in range(1, MAX_ATTEMPTS + 1):
                 vm, built = use(self.pool.take(job.id)), False
                 try:
-                    if source is None and not vm.kind.networked:
+                    if not source and not vm.kind.networked:
                         self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
                         fetcher = use(self._make_fetcher(request.repo_url, request.repo_ref))
                         deadline = fetcher.stream.deadline = time.monotonic() + self._build_timeout_s
@@ -13210,9 +13188,7 @@ class VmHost:
         source: the path of the source, or None for a repository.
         Raises BuildFailed, RemoteError, OSError, ValueError.
         """
-        log, agent = job.log, vm.client
-        if log is None:
-            raise ValueError("a running job has a log")
+        log, agent = job.live_log(), vm.client
         try:
             agent_job = agent.submit(request, source)
         except RemoteError as e:
@@ -13220,10 +13196,10 @@ class VmHost:
             raise BuildFailed(error_type, f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
             failure = relay_events(stream, log, self._max_log, job.id)
-            if failure is not None:
+            if failure:
                 raise failure
             if stream.read1(BLOCK):  # the next request needs the end of this response
-                raise BuildFailed("VmError", "the VM sent more after its last event")
+                raise vm_error("the VM sent more after its last event")
         expected = self._expected._replace(nonce=request.nonce)
         return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
 
@@ -13256,14 +13232,14 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
     while True:
         block = stream.read1(BLOCK)
         if not block:
-            raise BuildFailed("VmError", "the VM ended in the middle of the build")
+            raise vm_error("the VM ended in the middle of the build")
         room -= len(block)
         if room < 0:
-            raise BuildFailed("LimitError", f"the build's log has more than {max_log} bytes")
+            raise limit_error(f"the build's log has more than {max_log} bytes")
         text += block.decode("ascii")
         end = text.rfind("\n\n", max(0, len(text) - len(block) - 1)) + 2  # the text before has none
         if len(text) - end > MAX_EVENT:
-            raise BuildFailed("VmError", f"the VM sent an event of more than {MAX_EVENT} bytes")
+            raise vm_error(f"the VM sent an event of more than {MAX_EVENT} bytes")
         if end < 2:
             continue
         frames, text = text[:end], text[end:]
@@ -13287,10 +13263,10 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
                     logger().warning("job %s: dropped an event that only the server may emit: %.200a", name, event)
                 continue
             if kind not in PHASES[reached:] or event.keys() != {"type", "msg"} or not isinstance(event["msg"], str):
-                raise BuildFailed("VmError", f"the VM sent an invalid event: {compact_json(event)[:200]}")
+                raise vm_error(f"the VM sent an invalid event: {compact_json(event)[:200]}")
             reached, payloads = PHASES.index(kind), to_payloads(kind, [event["msg"]])
             if len(payloads.parts[0]) > MAX_EVENT:  # in the log, whose escapes are longer
-                raise BuildFailed("VmError", f"the VM sent an event of more than {MAX_EVENT} bytes")
+                raise vm_error(f"the VM sent an event of more than {MAX_EVENT} bytes")
             log.append(payloads)
 
 
@@ -13304,12 +13280,12 @@ def _parse_complete(event: Mapping[str, Any]) -> BuildFailed | None:
     try:
         result = check_schema(event, _COMPLETE, "complete")["result"]
     except Malformed:
-        raise BuildFailed("VmError", f"the VM sent an invalid result: {compact_json(event)[:200]}") from None
+        raise vm_error(f"the VM sent an invalid result: {compact_json(event)[:200]}") from None
     if result["status"] == "ok":
         return None
     error_type, error = result["error_type"], result["error"]
     if error_type in _HOST_FAILURES:
-        raise BuildFailed("VmError", f"the VM reported {error_type}, which only the server may report: {error}")
+        raise vm_error(f"the VM reported {error_type}, which only the server may report: {error}")
     return BuildFailed(error_type, f"in the VM: {error}" if error_type == "InternalError" else error)
 
 
@@ -13322,18 +13298,17 @@ def fetch_result(agent: ApiClient, agent_job: str, path: str, expected: Expectat
     try:
         agent.download(agent_job, path)
         verdict = verify_bundle(read_bundle(path), expected, datetime.now(UTC))
-        verified = verdict.verdict != "failed"
+        verified = verdict.verdict != "failed"  # not only its checks: a required one may be missing
     except ResultTooLarge:
-        raise BuildFailed("LimitError", f"the result has more than {MAX_RESULT} bytes") from None
+        raise limit_error(f"the result has more than {MAX_RESULT} bytes") from None
     except UsageError as e:
         raise BuildFailed("AttestationError", str(e).replace(path, "the result")) from None
     finally:
         if not verified:
             remove_tree(path)
     if not verified:
-        failed = [check for check in verdict.checks if check.status == "failed"]
         # The detail of that check names the certificate that is missing.
-        names = [f"{check.name} ({check.detail})" if check.name == "VEK form" else check.name for check in failed]
+        names = [c.name if c.name != "VEK form" else f"{c.name} ({c.detail})" for c in verdict.failures]
         raise BuildFailed("AttestationError", f"the VM's bundle does not verify: {', '.join(names)}")
     return path
 
@@ -15349,7 +15324,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     if options.tee and kind != "snp":
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     platform = GUEST_PLATFORMS.get(kind)
-    if platform is None:
+    if not platform:
         _refuse(options, f"--image {_GUEST_OPTIONS} --cbitpos --vek", " requires --tee, --vm snp or --vm qemu")
         return _simulated_platform(options)
     _refuse(
@@ -15386,7 +15361,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         guest = guest._replace(cbitpos=options.cbitpos or found)
         return BuildPlatform(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
     version = qemu_version()
-    if version is None:
+    if not version:
         raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
     guest = guest._replace(firmware=version >= FIRMWARE_QEMU)
     how = f"QEMU {version[0]}.{version[1]} itself (the image's firmware requires QEMU 10)"
@@ -15611,7 +15586,7 @@ def vm_kind(
         more["CONFBUILD_MEMORY"] = str(options.memory)
         told = {"policy": policy._asdict(), "vek": vek, "env": options.env}
         kind = command_vms(options.vm_command, options.vm_cleanup, machine.platform, told, folder, more)
-    elif guest is not None:
+    elif guest:
         kind = qemu_vms(guest, {"policy": policy._asdict(), "vek": vek}, folder)
     else:
         box = machine.sandbox and _hide(machine.sandbox, options, state)
@@ -15629,7 +15604,7 @@ def vm_kind(
             path = join(folder, name)
             with contextlib.suppress(OSError):
                 cleaner = kind.clean_up(name, read_limited(join(path, "job"), 100).decode("ascii", "replace"))
-                if cleaner is not None:
+                if cleaner:
                     finish_cleaning(cleaner)
             remove_tree(path)
     return kind
@@ -15640,7 +15615,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
     facts, platform = machine.facts, machine.platform
     if options.vm_command:
         isolation = "a VM for each build, which a command of the operator starts; only its evidence says what it is"
-    elif facts is not None:
+    elif facts:
         network = "with" if options.guest_network else "without"
         isolation = f"a guest for each build, which runs there as another user, {network} a network"
         isolation += "" if platform.confidential else "; the host can read and change it"
@@ -15654,9 +15629,8 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
         "platform": platform.name,
         "confidential": platform.confidential,
         "notice": platform.notice,
-        "image": None
-        if facts is None
-        else {
+        "image": facts
+        and {
             "manifest_sha256": facts.manifest_sha256,
             "launch_digests": dict(facts.launch_digests),
             **(machine.guest.image.origin if machine.guest else {}),
@@ -15693,9 +15667,7 @@ def _read_der(path: str) -> bytes:
     """Return the DER of a certificate or revocation list in a DER or PEM file. Raises Malformed, OSError."""
     data = read_limited(path, MAX_JSON)
     match = re.fullmatch(rb"\s*-----BEGIN [A-Z0-9 ]+-----([A-Za-z0-9+/=\s]+)-----END [A-Z0-9 ]+-----\s*", data)
-    if match is None:
-        return data
-    return decode_base64(b"".join(match[1].split()).decode("ascii"), path)
+    return decode_base64(b"".join(match[1].split()).decode("ascii"), path) if match else data
 
 
 # endregion 44

@@ -18353,12 +18353,14 @@ class TestJobs:
                 task = pool.submit(go.set if what == "end" else lambda: jobs.cancel(job))
             assert blocked.wait(30)
             other = jobs.submit(request._replace(repo_ref=""))
-            assert confbuild.list_jobs(jobs, 10)[0]["job_id"] == other.id and jobs.describe(other)["status"] in (
+            assert confbuild.list_jobs(jobs, 10)[0]["job_id"] == other.id and other.describe(jobs.positions())[
+                "status"
+            ] in (
                 "queued",
                 "running",
                 "ok",
             )
-            for known in list(jobs.table._live.values()):
+            for known in list(jobs.table._live):
                 assert known.open_log().count >= 0 and jobs.get(known.id) is known
             if what == "cancel waiting":
                 jobs.cancel(other)
@@ -18688,7 +18690,7 @@ class TestState:
                 assert re.fullmatch(rf"the files of this build are damaged: {name}: .+", listed[job_id(2)]["error"])
                 assert str(tmp_path) not in listed[job_id(2)]["error"]
                 jobs.cancel(job)
-                assert jobs.describe(job) == listed[job_id(2)] and contents(folder) == before
+                assert job.describe(jobs.positions()) == listed[job_id(2)] and contents(folder) == before
                 if name != "events" and status in ("ok", "failed") and name != "job.json":
                     assert job.open_log().finished
                 elif name != "job.json" or status == "queued":
@@ -18698,7 +18700,7 @@ class TestState:
             wait_for(lambda: jobs.get(job_id(3)).log is None)
             assert (
                 jobs.get(job_id(3)).open_log().last() == OK_EVENT
-                and jobs.describe(jobs.get(job_id(3)))["status"] == "ok"
+                and jobs.get(job_id(3)).describe(jobs.positions())["status"] == "ok"
             )
 
     @pytest.mark.parametrize(
@@ -18758,7 +18760,7 @@ class TestState:
             assert (one["job_id"], one["status"]) == (job_id(1), "damaged")
             assert one["error"].startswith(f"the files of this build are damaged: {message}"), one
             wait_for(lambda: all_ended(jobs))
-            assert jobs.describe(jobs.get(other["job_id"]))["status"] == "ok" and contents(folder) == before
+            assert jobs.get(other["job_id"]).describe(jobs.positions())["status"] == "ok" and contents(folder) == before
 
     @pytest.mark.parametrize("seq", [0, 7, confbuild.MAX_SEQ])
     def test_any_seq(self, tmp_path: Path, seq: int) -> None:
@@ -18804,7 +18806,7 @@ class TestState:
             with started(state) as jobs:
                 json.dumps(confbuild.list_jobs(jobs, 10))
                 wait_for(lambda: all_ended(jobs))
-                assert jobs.describe(jobs.get(job_id(2)))["status"] == "ok" and (
+                assert jobs.get(job_id(2)).describe(jobs.positions())["status"] == "ok" and (
                     other / "events"
                 ).read_bytes().endswith(sent(COMPLETE_EVENT)[0].encode() + b"\n\n")
                 job = jobs.get(job_id(1))
@@ -18830,7 +18832,7 @@ class TestState:
                 (folder / "events").write_bytes(whole[:cut] + lost)
                 with started(tmp_path, slots=0) as jobs:
                     wait_for(lambda: (folder / "events").read_bytes() == whole and all_ended(jobs))
-                    assert jobs.describe(jobs.get(job_id(1)))["status"] == status
+                    assert jobs.get(job_id(1)).describe(jobs.positions())["status"] == status
 
     def test_never_accepted(self, tmp_path: Path) -> None:
         """Remove only the folders of jobs that a dead server had not accepted yet, and nothing elsewhere."""
@@ -20096,7 +20098,7 @@ class TestHttp:
         s = site()
         ids = [json.loads(s.ask("POST", "/build", URL)[2])["job_id"] for _ in range(2)]
         job = s.jobs.get(ids[1 if cancelled else 0])
-        wait_for(lambda: s.jobs.describe(s.jobs.get(ids[0]))["status"] == "running")
+        wait_for(lambda: s.jobs.get(ids[0]).describe(s.jobs.positions())["status"] == "running")
         log, real = job.open_log(), confbuild.write_durably
         full = threading.Event()
         full.set()
@@ -20121,7 +20123,7 @@ class TestHttp:
         """That a build is cancelled is told to it first of all, also where it cannot be written down."""
         s = site()
         job = s.jobs.get(json.loads(s.ask("POST", "/build", URL)[2])["job_id"])
-        wait_for(lambda: s.jobs.describe(job)["status"] == "running")
+        wait_for(lambda: job.describe(s.jobs.positions())["status"] == "running")
         told = threading.Event()
         job.when_halted(told.set)
         with monkeypatch.context() as m:
@@ -22029,8 +22031,8 @@ class TestAgent:
             lambda: None,
         )
         job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        wait_for(lambda: made[0].describe(job)["status"] == "failed")
-        status = made[0].describe(job)
+        wait_for(lambda: job.describe(made[0].positions())["status"] == "failed")
+        status = job.describe(made[0].positions())
         assert status["error_type"] == error_type and message in (None, status["error"])
         assert [(tmp_path / name).exists() for name in folders] == ["disk of the VM" not in (message or "")] * len(
             folders
@@ -22919,11 +22921,11 @@ class TestSandboxedBuilds:
             archive.write_bytes(tarball(project(build)))
             jobs.start()
             job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"), str(archive))
-            wait_for(lambda: jobs.describe(job)["status"] in ("ok", "failed"))
+            wait_for(lambda: job.describe(jobs.positions())["status"] in ("ok", "failed"))
             jobs.stop(0)
             log = (Path(job.folder) / "events").read_text()
-            return [json.loads(line[6:])["msg"] for line in log.split("\n") if '"build"' in line], jobs.describe(
-                job
+            return [json.loads(line[6:])["msg"] for line in log.split("\n") if '"build"' in line], job.describe(
+                jobs.positions()
             ).get("error", "")
 
         lines, error = run(
@@ -23600,7 +23602,7 @@ class TestSpares:
             if how == "stop":
                 break
             jobs.cancel(job)
-            wait_for(lambda j: jobs.describe(j).get("error_type") == "Cancelled", job)
+            wait_for(lambda j: j.describe(jobs.positions()).get("error_type") == "Cancelled", job)
         jobs.stop(0)
         assert not any(thread.is_alive() for thread in jobs._threads)
         assert not any(os.path.exists(vm.workspace) for vm in made)
