@@ -8693,6 +8693,11 @@ class Watcher:
     files: the number of its descriptors: a socket, and the source unless that is the log of a running job.
     """
 
+    position = -1
+    left = 0
+    peer_half_closed = False
+    mask = 0
+
     def __init__(
         self,
         sock: "socket.socket",
@@ -8712,11 +8717,7 @@ class Watcher:
         self.tls = tls
         self.then = then
         self.ndjson = ndjson
-        self.position = -1
-        self.left = 0
         self.pending = self.frame(greeting) if greeting else b""
-        self.peer_half_closed = False
-        self.mask = 0
         self.since = time.monotonic()
         self.files = 1 + source.finished
 
@@ -8736,18 +8737,19 @@ class Streamer:
     add: serves a watcher, whose socket now belongs to the streamer.  Any thread may call this.
     """
 
+    _turn = _TURN
+    files = 0
+    events = 0
+
     def __init__(self, keepalive_s: float = KEEPALIVE_S, stall_s: float = STALL_S) -> None:
         self._keepalive_s = keepalive_s
         self._stall_s = stall_s
+        self.bytes = 0
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self.served: set[Watcher] = set()
         self._waiting: dict[EventLog | OpenFile, set[Watcher]] = {}  # watchers that have received the whole log so far
         # Reads a range; keeps the last one for the other watchers that want it, and its file until one is dropped.
         self._read = functools.lru_cache(1)(lambda source, size, position: os.pread(source.fd, size, position))
-        self._turn = _TURN
-        self.files = 0
-        self.events = 0
-        self.bytes = 0
         self.grown = self.add = self._selector.post
         self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
         self._thread.start()
@@ -9068,14 +9070,6 @@ class JobRecord(NamedTuple):
             raise Malformed("job.json", f"seq {record.seq} or attempts {record.attempts}: not between 0 and {MAX_SEQ}")
         return record
 
-    def unpublished_end(self) -> BuildFailed | Json | None:
-        """Return the failure or the result of a job whose log is not complete, or None if the job must run."""
-        if self.failure is not None:  # cancelled, or the server died before it wrote the last event
-            return BuildFailed(self.failure["error_type"], self.failure["error"])
-        if self.state == "running" and self.attempts >= MAX_ATTEMPTS:
-            return BuildFailed("InternalError", f"the server ended {self.attempts} times during this build")
-        return self.result
-
     def complete_event(self) -> Payloads:
         """Return the last event of a job that has ended."""
         result = {"status": "failed", **self.failure} if self.failure else {"status": "ok"}
@@ -9097,16 +9091,17 @@ class Job:
     log: None if the job has ended or is damaged.
     """
 
+    position: Any = -1  # the last one announced
+    tried_at = float("-inf")  # the time of the last try to announce a position, or to complete
+    log: EventLog | None = None
+    converted = 0  # bytes of the log that log.txt has; belongs to the holder of deriving
+
     def __init__(self, folder: str, record: JobRecord) -> None:
         self.id = basename(folder)
         self.folder = folder
         self.record = record
         self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
-        self.position: Any = -1  # the last one announced
-        self.tried_at = float("-inf")  # the time of the last try to announce a position, or to complete
-        self.log: EventLog | None = None
         self.deriving = threading.Lock()  # its holder makes a file from the others
-        self.converted = 0  # bytes of the log that log.txt has; belongs to the holder of deriving
         self._halting = threading.Lock()
         self._reason: tuple[str, str] | None = None  # guarded by _halting; (error_type, error), why the build must stop
         self._stop: Callable[[], None] | None = None  # guarded by _halting; stops the build; called at most once
@@ -9515,21 +9510,18 @@ class JobTable:
         total = sum(sizes.values())
         for one, size in sizes.items():
             age_s = time.time() - os.path.getmtime(files[one])
-            if age_s > YOUNG_S and (age_s > keep_s or total > keep_bytes) and self._remove(one):
-                total -= size
-
-    def _remove(self, job_id: str) -> bool:
-        """Remove a job that has ended, unless somebody uses it by now. Return whether it was removed."""
-        with open(join(self._removed, job_id), "wb"):
-            pass
-        with self._lock:
-            if job_id in self._used:
-                return False
-            del self._order[job_id]
-        trash = join(self.incoming, job_id)  # which the next server empties if this one dies
-        os.rename(join(self.folder, job_id), trash)
-        remove_tree(trash)
-        return True
+            if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes):
+                continue
+            with open(join(self._removed, one), "wb"):
+                pass
+            with self._lock:
+                if one in self._used:  # by now
+                    continue
+                del self._order[one]
+            trash = join(self.incoming, one)  # which the next server empties if this one dies
+            os.rename(dirname(files[one]), trash)
+            remove_tree(trash)
+            total -= size
 
     def find(self, key: str) -> Job | None:
         """Return the job that was accepted with this Idempotency-Key in the last KEY_S seconds."""
@@ -9614,9 +9606,14 @@ class Jobs:
         with self._changed:
             self._accepted, self._seq = last >= 0, max(last, 0)
             for job in found:
-                end = job.record.unpublished_end()
-                if end:
-                    self._ending[job] = end
+                record = job.record
+                if record.failure:  # cancelled, or the server died before it wrote the last event
+                    self._ending[job] = BuildFailed(record.failure["error_type"], record.failure["error"])
+                elif record.state == "running" and record.attempts >= MAX_ATTEMPTS:
+                    reason = f"the server ended {record.attempts} times during this build"
+                    self._ending[job] = BuildFailed("InternalError", reason)
+                elif record.result:
+                    self._ending[job] = record.result
                 else:
                     self._queue.append(job)
         for thread in self._threads:
@@ -11192,8 +11189,7 @@ class Api(NamedTuple):
                     fields = self._read_fields(body, archive)
             job = self.jobs.submit(self._check_fields(fields, archive), archive, key)
         finally:
-            if exists(archive):
-                os.unlink(archive)
+            remove_tree(archive)  # if it was not moved
         return json_response({"job_id": job.id})
 
     def _read_fields(self, body: IO[bytes], archive: str) -> Any:
@@ -11218,9 +11214,8 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidJson", str(e)) from None
         _check_form(doc, "body")
         if doc.get("source_data") and not start:  # its name was written with an escape
-            string = io.BytesIO(compact_json(doc["source_data"]).encode("ascii"))
-            string.seek(1)
-            save_archive(string, archive, self.policy.max_archive)
+            string = compact_json(doc["source_data"]).encode("ascii")
+            save_archive(io.BytesIO(string[1:]), archive, self.policy.max_archive)
         return doc
 
     def _check_fields(self, fields: Json, archive: str) -> BuildRequest:
@@ -11283,13 +11278,13 @@ def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
 
     Raises Refused 404 or 405.
     """
-    allowed = []
+    allowed = set[str]()
     for route in ROUTES:
+        methods = {"GET", "HEAD"} if route.method == "GET" else {route.method}
         match = re.fullmatch(route.path.replace("{id}", "([^/]+)").replace("{file}", "(.+)"), path)
-        if match:
-            if route.method == ("GET" if method == "HEAD" else method):
-                return route, match.groups()
-            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+        if match and method in methods:
+            return route, match.groups()
+        allowed |= methods if match else set()
     if allowed:
         allow = ", ".join(sorted(allowed))
         raise Refused(405, "MethodNotAllowed", f"method {method[:80]}: expected {allow}", {"Allow": allow})
@@ -11403,6 +11398,15 @@ class Connection:
     deadline: of time.monotonic(), for what the client must do next.
     """
 
+    searched = 0  # where the search for the end of the head goes on
+    end = 0  # of the head, once it is there
+    pending = b""  # bytes of an answer that remain to be sent
+    closing = False  # after them
+    unread = 0  # bytes of the body of a request
+    route = ""  # of the request, if it has one
+    expects_100 = False  # the client waits for 100 before it sends the body
+    mask = 0  # the events that the selector waits for
+
     def __init__(self, sock: "socket.socket", address: str, tls: bool, deadline: float) -> None:
         self.sock = sock
         self.address = address
@@ -11410,14 +11414,6 @@ class Connection:
         self.deadline = deadline
         self.shaking = tls  # the TLS handshake is not finished
         self.buffer = bytearray()  # received, not yet used
-        self.searched = 0  # where the search for the end of the head goes on
-        self.end = 0  # of the head, once it is there
-        self.pending = b""  # bytes of an answer that remain to be sent
-        self.closing = False  # after them
-        self.unread = 0  # bytes of the body of a request
-        self.route = ""  # of the request, if it has one
-        self.expects_100 = False  # the client waits for 100 before it sends the body
-        self.mask = 0  # the events that the selector waits for
 
     def has_head(self) -> bool:
         """Tell whether buffer holds the whole head of a request, or bytes that cannot become one."""
@@ -11928,14 +11924,15 @@ class StreamEvent(NamedTuple):
 class EventStreamParser:
     """Incremental parser of an event stream. retry_s: the delay that the server asked for, or None. [SSE 9.2.6]"""
 
+    _id = ""
+    _silence = 0  # bytes since the last event
+    _mark = b"\xef\xbb\xbf"  # may precede the next line: a byte order mark
+    _after_cr = False
+    retry_s: float | None = None
+
     def __init__(self) -> None:
         self._rest = bytearray()
         self._data: list[str] = []
-        self._id = ""
-        self._silence = 0  # bytes since the last event
-        self._mark = b"\xef\xbb\xbf"  # may precede the next line: a byte order mark
-        self._after_cr = False
-        self.retry_s: float | None = None
 
     def feed(self, block: bytes) -> list[StreamEvent]:
         """Return the events that block completes; an empty line ends an event. Raises BrokenProtocol."""
@@ -12623,12 +12620,13 @@ class VmStream:
     deadline, build_s: when operations raise BuildFailed TimeoutError, by the monotonic clock, and the limit to name.
     """
 
+    console = b""  # the last MAX_CONSOLE bytes
+    errors: IO[bytes] | None = None  # where the console comes from, if there is one
+    over = False  # nothing will be received
+
     def __init__(self, sock: "socket.socket") -> None:
         self.deadline, self.build_s = float("inf"), 0.0
-        self.console = b""  # the last MAX_CONSOLE bytes
-        self.errors: IO[bytes] | None = None  # where the console comes from, if there is one
         self.used_at = time.monotonic()
-        self.over = False  # nothing will be received
         self._sock = sock
         self._timeout_s = READ_TIMEOUT_S
         weakref.finalize(self, sock.close)  # not sooner: another thread may wait in poll(2)
@@ -12676,10 +12674,13 @@ class VmStream:
         finally:
             self._sock.settimeout(None)  # with a timeout, recv_into() would wait in spite of MSG_DONTWAIT
 
-    def wait(self, until: float) -> None:
-        """Wait until there is something to receive or it is until, and read what is there of the console."""
+    def wait(self, until: float, receiving: bool = True) -> None:
+        """Wait until it is until or the console has more, which is read; if receiving, or there is something to receive.
+
+        The end of the stream, also by shut(), is something to receive.
+        """
         poll = select.poll()
-        if not self.over:
+        if receiving:
             poll.register(self._sock, select.POLLIN)
         if self.errors:
             poll.register(self.errors, select.POLLIN)
@@ -12724,13 +12725,15 @@ class Vm:
     Raises BuildFailed VmError, or LimitError if the disk is full.
     """
 
+    ready = False
+    console_log = ""  # the path that gets its console when it is destroyed; empty for none
+    _grace_s = 0.0
+
     def __init__(self, kind: VmKind, job: str = "spare") -> None:
         self.kind = kind
         self.job = job
         self.name = WORKSPACE + secrets.token_hex(8)
         self.workspace = join(realpath(kind.folder), self.name)  # empty once it is removed
-        self.ready = False
-        self.console_log = ""  # the path that gets its console when it is destroyed; empty for none
         self._disk = STATE if kind.folder else TMPDIR
         try:
             with room_on(self._disk):
@@ -12744,7 +12747,6 @@ class Vm:
             raise vm_error(f"cannot make a workspace for the VM: {e.strerror}") from None
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
-        self._grace_s = 0.0
         ours, self._theirs = socket.socketpair()
         self.stream = VmStream(ours)
         self.client = VmClient(self.stream)
@@ -12848,7 +12850,7 @@ class Vm:
         """Read the console of a process that has been killed to its end, for at most a second."""
         until = time.monotonic() + 1
         while self.stream.errors and time.monotonic() < until:
-            self.stream.wait(until)
+            self.stream.wait(until, receiving=False)
 
     def kill(self) -> None:
         """End the VM and everything that it has started. For any thread, any number of times."""
@@ -13072,7 +13074,9 @@ class VmPool:
         nonce: 32 hexadecimal digits.
         Raises BuildFailed.
         """
-        for attempt in range(1, MAX_ATTEMPTS + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             vm = self._await_spare()
             try:
                 evidence = vm.client.attestation(nonce)
@@ -13086,29 +13090,21 @@ class VmPool:
             else:
                 self._put_back(vm)
                 return evidence
-        raise ValueError("unreachable")
 
 
-class VmHost:
+class VmHost(NamedTuple):
     """Runs jobs in VMs, each in a fresh one.
 
     make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
     expected: what every bundle must fulfil, besides the job's nonce.
+    max_log: the bytes of one log.
     """
 
-    def __init__(
-        self,
-        pool: VmPool,
-        make_fetcher: Callable[[str, str], Vm],
-        build_timeout_s: float = BUILD_TIMEOUT_S,
-        expected: Expectations = Expectations(),
-        max_log: int = MAX_LOG,
-    ) -> None:
-        self.pool = pool
-        self._make_fetcher = make_fetcher
-        self._build_timeout_s = build_timeout_s
-        self._expected = expected
-        self._max_log = max_log
+    pool: VmPool
+    make_fetcher: Callable[[str, str], Vm]
+    build_timeout_s: float = BUILD_TIMEOUT_S
+    expected: Expectations = Expectations()
+    max_log: int = MAX_LOG
 
     def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
@@ -13126,20 +13122,20 @@ class VmHost:
         def use(vm: Vm) -> Vm:
             """Let halt() kill vm, which is not started yet, at any time from now on."""
             current.append(vm)
-            vm.stream.build_s = self._build_timeout_s
-            if halted.is_set():
-                vm.kill()
+            vm.stream.build_s = self.build_timeout_s
+            job.when_halted(halt)  # at once if it has been
             return vm
 
-        job.when_halted(halt)
+        attempt = 0
         try:
-            for attempt in range(1, MAX_ATTEMPTS + 1):
+            while True:
+                attempt += 1
                 vm, built = use(self.pool.take(job.id)), False
                 try:
                     if not source and not vm.kind.networked:
                         self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
-                        fetcher = use(self._make_fetcher(request.repo_url, request.repo_ref))
-                        deadline = fetcher.stream.deadline = time.monotonic() + self._build_timeout_s
+                        fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
+                        deadline = fetcher.stream.deadline = time.monotonic() + self.build_timeout_s
                         request, source = self._fetch(fetcher, request)
                     with vm.explained():
                         vm.console_log = join(job.folder, "console.log")
@@ -13147,7 +13143,7 @@ class VmHost:
                             self._tell(log, vm, "booting")
                             self.pool.boot(vm)
                         self._tell(log, vm, "ready")
-                        deadline = vm.stream.deadline = min(deadline, time.monotonic() + self._build_timeout_s)
+                        deadline = vm.stream.deadline = min(deadline, time.monotonic() + self.build_timeout_s)
                         path = self._drive(vm, job, request, source)
                     built = True
                     return path
@@ -13158,10 +13154,9 @@ class VmHost:
                     self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
                 finally:
                     self.pool.destroy(vm, clean=built)
-            raise ValueError("unreachable")
         finally:
             for vm in current:
-                if lexists(vm.workspace):
+                if vm.workspace:
                     self.pool.destroy(vm)
 
     @staticmethod
@@ -13175,7 +13170,7 @@ class VmHost:
     def _fetch(self, fetcher: Vm, request: BuildRequest) -> tuple[BuildRequest, str]:
         """Return the request for the fetched repository as an archive, and the archive's path. Raises BuildFailed."""
         with fetcher.explained():
-            answer = self.pool.boot(fetcher, self._build_timeout_s)
+            answer = self.pool.boot(fetcher, self.build_timeout_s)
         if "name" not in answer:
             raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
         name = answer["name"] + ".tar.gz"
@@ -13195,12 +13190,12 @@ class VmHost:
             error_type = "LimitError" if e.status == http.HTTPStatus.INSUFFICIENT_STORAGE else "VmError"
             raise BuildFailed(error_type, f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
-            failure = relay_events(stream, log, self._max_log, job.id)
+            failure = relay_events(stream, log, self.max_log, job.id)
             if failure:
                 raise failure
             if stream.read1(BLOCK):  # the next request needs the end of this response
                 raise vm_error("the VM sent more after its last event")
-        expected = self._expected._replace(nonce=request.nonce)
+        expected = self.expected._replace(nonce=request.nonce)
         return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
 
 

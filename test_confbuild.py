@@ -30121,7 +30121,7 @@ CALLBACKS = {
     "stop": {"Vm.kill"},
     "_run": {"VmHost.run"},
     "_make_vm": {"Vm.__init__"},
-    "_make_fetcher": {"Vm.__init__"},
+    "make_fetcher": {"Vm.__init__"},
 }
 
 
