@@ -204,6 +204,7 @@ import os
 import stat
 import time
 from collections import deque
+from contextlib import contextmanager, suppress
 from os.path import (
     abspath,
     basename,
@@ -211,6 +212,7 @@ from os.path import (
     commonprefix,
     dirname,
     exists,
+    getmtime,
     getsize,
     isabs,
     isdir,
@@ -223,6 +225,7 @@ from os.path import (
     relpath,
     samefile,
 )
+from time import monotonic
 
 if TYPE_CHECKING:
     import argparse
@@ -8718,7 +8721,7 @@ class Watcher:
         self.then = then
         self.ndjson = ndjson
         self.pending = self.frame(greeting) if greeting else b""
-        self.since = time.monotonic()
+        self.since = monotonic()
         self.files = 1 + source.finished
 
     def frame(self, data: bytes) -> bytes:
@@ -8761,9 +8764,9 @@ class Streamer:
 
     def _run(self) -> None:
         every = min(1.0, self._keepalive_s, self._stall_s)
-        scan_at = time.monotonic() + every
+        scan_at = monotonic() + every
         while True:
-            events = self._selector.wait(max(0.0, scan_at - time.monotonic()))
+            events = self._selector.wait(max(0.0, scan_at - monotonic()))
             self._turn = _TURN if len(events) < 2 else _SHARED_TURN
             if not self._take_notes():
                 break
@@ -8772,8 +8775,8 @@ class Streamer:
                     self._on_readable(watcher)
                 if mask & watcher.mask & WRITE:
                     self._pump(watcher)
-            if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + every
+            if monotonic() >= scan_at:
+                scan_at = monotonic() + every
                 self._scan(scan_at - every)
         for watcher in list(self.served):
             self._drop(watcher)
@@ -8828,7 +8831,7 @@ class Streamer:
         for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
             self._comment(watcher)
         for watcher in [w for w in self.served if w.mask & WRITE and w.since <= now - self._stall_s]:
-            with contextlib.suppress(OSError):  # the system discards the bytes that it holds for the peer
+            with suppress(OSError):  # the system discards the bytes that it holds for the peer
                 watcher.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self._drop(watcher)
 
@@ -8868,7 +8871,7 @@ class Streamer:
         finally:
             if turn < self._turn:
                 self.bytes += self._turn - turn
-                watcher.since = time.monotonic()
+                watcher.since = monotonic()
 
     def _next(self, watcher: Watcher) -> bool:
         """Set up the next bytes for watcher.  Return False if there are none now, or none any more."""
@@ -8903,7 +8906,7 @@ class Streamer:
         if finished:
             self._drop(watcher, watcher.then)
             return False
-        watcher.since = time.monotonic()
+        watcher.since = monotonic()
         self._waiting.setdefault(source, set()).add(watcher)
         self._want(watcher, READ)
         return False
@@ -8996,7 +8999,7 @@ def claim_state(state: str) -> int:
     marker = join(state, _STATE_MARKER)
     if lexists(marker):
         match = None
-        with contextlib.suppress(Malformed), open(open_regular(marker), "rb") as f:
+        with suppress(Malformed), open(open_regular(marker), "rb") as f:
             match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
         if not match:
             raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
@@ -9230,7 +9233,7 @@ class Job:
 
     def announce(self, position: int) -> None:
         """Append an event with the place in the queue, if it has changed. Caller must hold writing."""
-        self.tried_at = time.monotonic()
+        self.tried_at = monotonic()
         try:
             if self.log and position != self.position:
                 self.log.append(to_payload({"type": "queued", "position": position}))
@@ -9306,7 +9309,7 @@ class Job:
         _log_end(self, log)
         self.log = None
         if self.source:
-            with contextlib.suppress(OSError):  # it is gone already
+            with suppress(OSError):  # it is gone already
                 os.unlink(self.source)
 
 
@@ -9367,7 +9370,7 @@ def _log_end(job: Job, log: EventLog) -> None:
         observe("confbuild_build_seconds", finished - started)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _refuse_damaged() -> Iterator[None]:
     """Raise Refused 404 if the block finds a file of a job missing or damaged."""
     try:
@@ -9477,7 +9480,7 @@ class JobTable:
             known = job_id in self._order
         if not known:
             if _JOB_ID.fullmatch(job_id) and exists(join(self._removed, job_id)):
-                removed = utc_time(os.path.getmtime(join(self._removed, job_id)))
+                removed = utc_time(getmtime(join(self._removed, job_id)))
                 raise Refused(410, "Gone", f"this build was removed at {removed}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
         if not job:
@@ -9509,7 +9512,7 @@ class JobTable:
         }
         total = sum(sizes.values())
         for one, size in sizes.items():
-            age_s = time.time() - os.path.getmtime(files[one])
+            age_s = time.time() - getmtime(files[one])
             if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes):
                 continue
             with open(join(self._removed, one), "wb"):
@@ -9535,7 +9538,7 @@ def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[Json]:
     """Return the status of at most limit jobs, newest first. after: the id of the job before them, or empty."""
     positions, found = jobs.positions(), []
     for job_id in jobs.table.ids(after)[:limit]:
-        with contextlib.suppress(Refused):  # it is removed meanwhile
+        with suppress(Refused):  # it is removed meanwhile
             found.append(jobs.get(job_id).describe(positions))
     return found
 
@@ -9692,7 +9695,7 @@ class Jobs:
     def _tend(self) -> None:
         """Thread "queue": announce positions that have changed, and complete jobs that could not end before."""
         with self._changed:
-            now = time.monotonic()
+            now = monotonic()
             moved = [job for position, job in enumerate(self._queue) if job.position != position]
             due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
             late = [job for job in self._ending if job.tried_at + RETRY_S <= now]
@@ -9721,7 +9724,7 @@ class Jobs:
 
     def _end_locked(self, job: Job, end: End) -> None:
         """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
-        job.tried_at = time.monotonic()
+        job.tried_at = monotonic()
         self._ending[job] = end
         self._changed.notify_all()
 
@@ -9734,7 +9737,7 @@ class Jobs:
     def _complete(self, job: Job) -> None:
         """Publish the end of a job, if that is due: the only way to a `complete` event. Any thread. Raises OSError."""
         with job.writing:
-            job.tried_at = time.monotonic()
+            job.tried_at = monotonic()
             with self._changed:
                 end = self._ending.get(job)
             if end:  # else another thread was faster
@@ -11395,7 +11398,7 @@ class Connection:
 
     A request's thread waits for the client only to read the body.
 
-    deadline: of time.monotonic(), for what the client must do next.
+    deadline: of monotonic(), for what the client must do next.
     """
 
     searched = 0  # where the search for the end of the head goes on
@@ -11484,7 +11487,7 @@ class Connection:
         if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
             raise Refused(411, "LengthRequired", "expected one Content-Length and no Transfer-Encoding")
         self.unread = int(length)
-        self.deadline = time.monotonic() + 60 + self.unread / MIN_RATE
+        self.deadline = monotonic() + 60 + self.unread / MIN_RATE
         self.expects_100 = head.minor == 1 and head.headers.get("expect", "").lower() == "100-continue"
         connection = f",{head.headers.get('connection', '')},"
         self.closing = not head.minor or bool(re.search(r",[ \t]*close[ \t]*,", connection, re.IGNORECASE))
@@ -11515,7 +11518,7 @@ class Connection:
                 self.sock.settimeout(REQUEST_TIMEOUT_S)
                 if self.expects_100:  # only now: the route may have refused the request
                     self.sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                if time.monotonic() > self.deadline:
+                if monotonic() > self.deadline:
                     raise TimeoutError
                 block = self.sock.recv(size)
         except TimeoutError:
@@ -11593,9 +11596,9 @@ class Server:
     def serve_forever(self) -> None:
         """Serve until stop() is called."""
         self._selector.set_mask(self, READ)
-        scan_at, more = time.monotonic(), False
+        scan_at, more = monotonic(), False
         while True:
-            timeout = None if self.mask and not self._waiting else max(0.0, scan_at - time.monotonic())
+            timeout = None if self.mask and not self._waiting else max(0.0, scan_at - monotonic())
             for end, mask in self._selector.wait(0 if more else timeout):
                 if end is self:
                     self._accept()
@@ -11612,8 +11615,8 @@ class Server:
                 self._set_deadline(note)
                 self._hold(note)
                 self._advance(note, note.tls)
-            if time.monotonic() >= scan_at:
-                scan_at = time.monotonic() + (0 if self._scan(time.monotonic()) else self.scan_s)
+            if monotonic() >= scan_at:
+                scan_at = monotonic() + (0 if self._scan(monotonic()) else self.scan_s)
             more = self._start_requests()
 
     def stop(self) -> None:
@@ -11629,7 +11632,7 @@ class Server:
 
     def _set_deadline(self, c: Connection) -> None:
         rest_s = self.linger_s if c.closing else self.idle_s
-        c.deadline = time.monotonic() + (STALL_S if c.pending else rest_s)
+        c.deadline = monotonic() + (STALL_S if c.pending else rest_s)
 
     def _accept(self) -> None:
         for _ in range(_BATCH):
@@ -11652,7 +11655,7 @@ class Server:
                 logger().debug("%s: %r", address, e)
                 sock.close()
                 continue
-            connection = Connection(sock, str(address[0]), self._tls is not None, time.monotonic() + self.head_s)
+            connection = Connection(sock, str(address[0]), self._tls is not None, monotonic() + self.head_s)
             self._hold(connection)
             self._selector.set_mask(connection, READ)
 
@@ -11677,7 +11680,7 @@ class Server:
                 return
             while not c.has_head():
                 if c.buffer:
-                    c.deadline = min(c.deadline, time.monotonic() + self.head_s)
+                    c.deadline = min(c.deadline, monotonic() + self.head_s)
                 if not readable:
                     raise BlockingIOError
                 data = c.sock.recv(MAX_HEAD)
@@ -11728,7 +11731,7 @@ class Server:
         for c in late:
             if c.buffer and not (c.end or c.pending or c.closing):
                 response = problem(Refused(408, "RequestTimeout", f"the head took more than {self.head_s:g} seconds"))
-                with contextlib.suppress(OSError):  # the client has disconnected, or reads nothing
+                with suppress(OSError):  # the client has disconnected, or reads nothing
                     c.sock.send(encode_head(response, Request("", "", 0, {}), True) + response.body)
             self._close(c)
         return len(late) == _BATCH
@@ -11820,7 +11823,7 @@ class BoundedReader(io.RawIOBase):
     def renew(self) -> None:
         """Allow MAX_ANSWER bytes in READ_TIMEOUT_S, from now on."""
         self._left = MAX_ANSWER
-        self._deadline = time.monotonic() + READ_TIMEOUT_S
+        self._deadline = monotonic() + READ_TIMEOUT_S
 
     def readable(self) -> bool:
         """Return True, for BufferedReader."""
@@ -11828,7 +11831,7 @@ class BoundedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Receive into buffer and return the number of bytes, 0 at the end. Raises BrokenProtocol, OSError."""
-        remaining_s = self._deadline - time.monotonic()
+        remaining_s = self._deadline - monotonic()
         if remaining_s <= 0:
             raise TimeoutError("timed out")
         if self._left <= 0:
@@ -12031,11 +12034,8 @@ class ApiClient:
 
     def open(self, method: str, path: str, body: Any = None, headers: Strings | None = None) -> Any:
         """Return the response, which the caller closes. Raises RemoteError, with the status of an HTTP error."""
-        request = urllib.request.Request(self._url + path, body, dict(headers or {}), method=method)
-        if self._token:
-            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         try:
-            response = self._send(request)
+            response = self._send(method, path, body, dict(headers or {}))
         except (OSError, http.client.InvalidURL, UnicodeError) as e:
             reason = getattr(e, "reason", e)
             text = f"{self._url}: {getattr(reason, 'strerror', None) or reason}"
@@ -12062,8 +12062,11 @@ class ApiClient:
         }
         raise RemoteError(f"the server said {status}: {detail}", status, hints.get(status, ""))
 
-    def _send(self, request: "urllib.request.Request") -> Any:
+    def _send(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Any:
         """Return the response, of any status. Raises OSError."""
+        request = urllib.request.Request(self._url + path, body, headers, method=method)
+        if self._token:
+            request.add_unredirected_header("Authorization", f"Bearer {self._token}")
         return self._opener.open(request, timeout=READ_TIMEOUT_S)
 
     def _ask(self, method: str, path: str, body: Any = None, headers: Strings | None = None) -> bytes:
@@ -12144,7 +12147,7 @@ class ApiClient:
                     raise
             except OSError:
                 pass  # the connection broke
-            now = time.monotonic()
+            now = monotonic()
             lost_at = now if lost_at is None else lost_at
             if not notified:
                 notified = True
@@ -12381,7 +12384,7 @@ def serve_agent(
                 raise
             for name in ("source", *BUILD_FOLDERS, "agent/bundle", "agent/result.tar.gz"):
                 # In a guest the build's user owns its files; they fill another disk than the agent's.
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     remove_tree(join(workspace, name))
             reason = f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {getattr(e, 'strerror', e)}"
             raise limit_error(reason) from None
@@ -12626,7 +12629,7 @@ class VmStream:
 
     def __init__(self, sock: "socket.socket") -> None:
         self.deadline, self.build_s = float("inf"), 0.0
-        self.used_at = time.monotonic()
+        self.used_at = monotonic()
         self._sock = sock
         self._timeout_s = READ_TIMEOUT_S
         weakref.finalize(self, sock.close)  # not sooner: another thread may wait in poll(2)
@@ -12645,46 +12648,46 @@ class VmStream:
     def shut(self, how: int) -> None:
         """Shut down one direction or both, as socket.shutdown does; this wakes a thread that waits."""
         self.over |= how == socket.SHUT_RDWR
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self._sock.shutdown(how)
 
     def readinto(self, buffer: Any) -> int:
         """Receive into buffer and return the number of bytes, 0 at the end. Raises OSError, BuildFailed."""
-        until = time.monotonic() + self._timeout_s
+        until = monotonic() + self._timeout_s
         while not self.over:
             try:
                 size = self._sock.recv_into(buffer, 0, socket.MSG_DONTWAIT)
-                self.used_at = time.monotonic()
+                self.used_at = monotonic()
                 return size
             except BlockingIOError:
                 self.wait(min(until, self.deadline))
             except ConnectionError:  # it has ended without reading everything
                 break
-            if time.monotonic() >= self.deadline:
+            if monotonic() >= self.deadline:
                 raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
-            if time.monotonic() >= until:
+            if monotonic() >= until:
                 raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
         return 0
 
     def sendall(self, data: Any) -> None:
         """Send data. Raises OSError."""
-        self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - time.monotonic())))
+        self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - monotonic())))
         try:
             self._sock.sendall(data)
         finally:
             self._sock.settimeout(None)  # with a timeout, recv_into() would wait in spite of MSG_DONTWAIT
 
     def wait(self, until: float, receiving: bool = True) -> None:
-        """Wait until it is until or the console has more, which is read; if receiving, or there is something to receive.
+        """Wait until the time until, or until the console has more, which is read.
 
-        The end of the stream, also by shut(), is something to receive.
+        receiving: or until there is something to receive, such as the end of the stream, also by shut().
         """
         poll = select.poll()
         if receiving:
             poll.register(self._sock, select.POLLIN)
         if self.errors:
             poll.register(self.errors, select.POLLIN)
-        ready = dict(poll.poll(max(0.0, min(until - time.monotonic(), 1e6)) * 1000))
+        ready = dict(poll.poll(max(0.0, min(until - monotonic(), 1e6)) * 1000))
         if self.errors and self.errors.fileno() in ready:
             block = os.read(self.errors.fileno(), BLOCK)
             self.console = (self.console + block)[-MAX_CONSOLE:]
@@ -12703,10 +12706,9 @@ class VmClient(ApiClient):
         self._connection.response_class = bounded_response()
         self._connection.sock = stream  # it has the methods that are called
 
-    def _send(self, request: "urllib.request.Request") -> Any:
+    def _send(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Any:
         try:
-            headers = dict(request.header_items())
-            self._connection.request(request.get_method(), request.selector, request.data, headers)
+            self._connection.request(method, path, body, headers)
             return self._connection.getresponse()
         except http.client.HTTPException as e:  # the last response has not ended, or ended the stream
             raise BrokenProtocol(f"{type(e).__name__}: {e}") from None
@@ -12786,7 +12788,7 @@ class Vm:
                         weakref.finalize(self.stream, child.stderr.close)
             except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as e:
                 raise vm_error(f"the VM cannot be started: {e}") from None
-            with contextlib.suppress(OSError):  # it has ended, and greet() says so
+            with suppress(OSError):  # it has ended, and greet() says so
                 self.stream.sendall(line.encode("ascii") + b"\n")  # fits into the socket's buffer
             count("confbuild_vms_started_total")
             return int(child.pid)
@@ -12797,11 +12799,11 @@ class Vm:
         Raises BuildFailed VmError, or LimitError if the VM has ended and the disk is full.
         """
         expected, line, noise = f'{{"agent":"{self._token}"'.encode("ascii"), bytearray(), 0
-        until, byte = time.monotonic() + timeout_s, bytearray(1)
+        until, byte = monotonic() + timeout_s, bytearray(1)
         while not (line.endswith(b"\n") and expected in line):
             if line.endswith(b"\n"):
                 line.clear()
-            self.stream.settimeout(max(0.0, until - time.monotonic()))
+            self.stream.settimeout(max(0.0, until - monotonic()))
             try:
                 size = self.stream.readinto(byte)
             except TimeoutError:
@@ -12818,7 +12820,7 @@ class Vm:
             if noise > MAX_LINE:
                 raise vm_error(f"the VM sent {MAX_LINE} bytes without the agent's answer")
         self.ready = True
-        observe("confbuild_boot_seconds", timeout_s - until + time.monotonic())
+        observe("confbuild_boot_seconds", timeout_s - until + monotonic())
         return dict(parse_json(bytes(line[line.index(expected) :]), "answer of the VM", 8))
 
     def is_alive(self) -> bool:
@@ -12830,7 +12832,7 @@ class Vm:
             except ChildProcessError:
                 return False  # another thread has reaped it
 
-    @contextlib.contextmanager
+    @contextmanager
     def explained(self) -> Iterator[None]:
         """Raise BuildFailed VmError, with the last lines of the console, for what the VM does wrong in the block."""
         try:
@@ -12848,8 +12850,8 @@ class Vm:
 
     def _read_console(self) -> None:
         """Read the console of a process that has been killed to its end, for at most a second."""
-        until = time.monotonic() + 1
-        while self.stream.errors and time.monotonic() < until:
+        until = monotonic() + 1
+        while self.stream.errors and monotonic() < until:
             self.stream.wait(until, receiving=False)
 
     def kill(self) -> None:
@@ -12870,8 +12872,8 @@ class Vm:
         """
         if clean and self._grace_s:
             self.stream.shut(socket.SHUT_WR)
-            until = time.monotonic() + self._grace_s
-            while self.is_alive() and time.monotonic() < until:
+            until = monotonic() + self._grace_s
+            while self.is_alive() and monotonic() < until:
                 self.stream.wait(0)
                 time.sleep(0.01)
         self.kill()
@@ -12968,7 +12970,7 @@ class VmPool:
         kill_all(strays)
         with self._spawning:  # what was killed here, or lost its parent before, is our child now
             for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
-                with contextlib.suppress(ChildProcessError):  # its own parent reaps it
+                with suppress(ChildProcessError):  # its own parent reaps it
                     os.waitpid(pid, os.WNOHANG)
 
     def _lacks_spares_locked(self) -> bool:  # caller must hold _changed
@@ -12995,7 +12997,7 @@ class VmPool:
             self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)
             if self._stopping:
                 return False
-            silent_at = time.monotonic() - KEEPALIVE_S
+            silent_at = monotonic() - KEEPALIVE_S
             due = [vm for vm in self._spares if not vm.is_alive() or vm.stream.used_at < silent_at]
             self._spares = [vm for vm in self._spares if vm not in due]
             wanted = not due and self._lacks_spares_locked()
@@ -13135,7 +13137,7 @@ class VmHost(NamedTuple):
                     if not source and not vm.kind.networked:
                         self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
                         fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
-                        deadline = fetcher.stream.deadline = time.monotonic() + self.build_timeout_s
+                        deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
                         request, source = self._fetch(fetcher, request)
                     with vm.explained():
                         vm.console_log = join(job.folder, "console.log")
@@ -13143,7 +13145,7 @@ class VmHost(NamedTuple):
                             self._tell(log, vm, "booting")
                             self.pool.boot(vm)
                         self._tell(log, vm, "ready")
-                        deadline = vm.stream.deadline = min(deadline, time.monotonic() + self.build_timeout_s)
+                        deadline = vm.stream.deadline = min(deadline, monotonic() + self.build_timeout_s)
                         path = self._drive(vm, job, request, source)
                     built = True
                     return path
@@ -15435,28 +15437,23 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     )
 
 
-def _hide(sandbox: Sandbox, options: "argparse.Namespace", state: str) -> Sandbox:
-    """Return sandbox with state, cache, secrets of the service and all workspaces hidden, even in readable folders."""
-    files = [realpath(path) + "/" for path in (state, options.token_file, options.tls_key, options.cache) if path]
-    return sandbox._replace(hidden=[*files, join(realpath(tempfile.gettempdir()), "confbuild-")])
-
-
 def _require_snp(image: str | None) -> None:
     """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
     remedy = "`confbuild image` makes one; name it with --image DIR"
     checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image is missing", remedy)]
     missing = [check for check in checks if check.status != "passed"]
-    for check in checks if missing else ():
+    if not missing:
+        return
+    for check in checks:
         if check in missing:
             say(f"MISS  {check.name}: {check.actual}", check.detail)
         else:
             say(f"ok    {check.name}")
-    if missing:
-        raise UsageError(
-            f"this machine cannot run SEV-SNP guests: {len(missing)} of {len(checks)} requirements are missing; "
-            "nothing was started",
-            "`--vm qemu` boots the same image in a guest that is not confidential",
-        )
+    raise UsageError(
+        f"this machine cannot run SEV-SNP guests: {len(missing)} of {len(checks)} requirements are missing; "
+        "nothing was started",
+        "`--vm qemu` boots the same image in a guest that is not confidential",
+    )
 
 
 class Running(NamedTuple):
@@ -15509,7 +15506,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     host = address.strip("[]")
     tls = _tls_context(options)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with contextlib.suppress(OSError, ValueError):  # some systems report no limit and have one
+    with suppress(OSError, ValueError):  # some systems report no limit and have one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
@@ -15584,7 +15581,11 @@ def vm_kind(
     elif guest:
         kind = qemu_vms(guest, {"policy": policy._asdict(), "vek": vek}, folder)
     else:
-        box = machine.sandbox and _hide(machine.sandbox, options, state)
+        # Builds do not see these, even in readable folders: state, cache, secrets of the service, and all workspaces.
+        secret = [state, options.token_file, options.tls_key, options.cache]
+        hidden = [realpath(path) + "/" for path in filter(None, secret)]
+        hidden.append(join(realpath(tempfile.gettempdir()), "confbuild-"))
+        box = machine.sandbox and machine.sandbox._replace(hidden=hidden)
         closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
         unclosed = (machine.protections or {}).get("ports")
         return own_vms(
@@ -15597,7 +15598,7 @@ def vm_kind(
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):
             path = join(folder, name)
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 cleaner = kind.clean_up(name, read_limited(join(path, "job"), 100).decode("ascii", "replace"))
                 if cleaner:
                     finish_cleaning(cleaner)
@@ -15652,8 +15653,10 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
 
 def _read_tokens(path: str | None) -> list[str]:
     """Return the bearer tokens in the file at path; none without a path. Raises UsageError, OSError."""
-    tokens = read_limited(path, MIB).split() if path else []
-    if path and not (tokens and all(token.isascii() for token in tokens)):
+    if not path:
+        return []
+    tokens = read_limited(path, MIB).split()
+    if not tokens or not all(map(bytes.isascii, tokens)):
         raise UsageError(f"--token-file {path}: there is no token in it, or one that is not ASCII")
     return [token.decode("ascii") for token in tokens]
 
