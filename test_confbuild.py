@@ -22615,7 +22615,7 @@ class TestVm:
             return confbuild.fetch_result(client, "j", str(tmp_path / "result.tmp"), confbuild.Expectations())
 
         host = vm_host(make)
-        monkeypatch.setattr(host, "_drive", confbuild.room_on(confbuild.STATE)(drive))
+        monkeypatch.setattr(confbuild.VmHost, "_drive", confbuild.room_on(confbuild.STATE)(drive))
         jobs = confbuild.Jobs(str(tmp_path / "state"), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         if where == "tell":
@@ -23149,7 +23149,7 @@ def stand_in_host(tmp: Path, *failures: Exception) -> confbuild.VmHost:
 def test_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
     """A VM that ends under a build is told of in words."""
     host = stand_in_host(tmp_path)
-    monkeypatch.setattr(host, "_drive", raising(error))
+    monkeypatch.setattr(confbuild.VmHost, "_drive", raising(error))
     jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
     with pytest.raises(confbuild.BuildFailed, match=f"^the VM failed: {said}$"):
         host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")))
@@ -23549,13 +23549,13 @@ class TestSpares:
         """A build whose spare has died gets another VM."""
         host, driven = stand_in_host(tmp_path), list[Any]()
 
-        def drive(vm: Any, *_: Any) -> str:
+        def drive(_: Any, vm: Any, *__: Any) -> str:
             driven.append(vm)
             if vm is dead:
                 raise ConnectionResetError(104, "reset")
             return "path"
 
-        monkeypatch.setattr(host, "_drive", drive)
+        monkeypatch.setattr(confbuild.VmHost, "_drive", drive)
         dead = StandInVm()
         dead.ready = True
         host.pool._spares.append(dead)
