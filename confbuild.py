@@ -11036,14 +11036,6 @@ def read_count(request: Request, name: str, default: str) -> int:
     return int(text)
 
 
-def _check_form(doc: Any, where: str) -> None:
-    """Check that doc has the names and types of a request. where: body or query, for the error. Raises Refused."""
-    try:
-        check_schema(doc, _REQUEST, where)
-    except Malformed as e:
-        raise Refused(422, "InvalidRequest", str(e)) from None
-
-
 class Api(NamedTuple):
     """The routes of ROUTES.
 
@@ -11187,10 +11179,9 @@ class Api(NamedTuple):
                 if raw:  # the archive is the body; artifacts may come several times
                     patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
                     fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
-                    _check_form(fields, "query")
                 else:
                     fields = self._read_fields(body, archive)
-            job = self.jobs.submit(self._check_fields(fields, archive), archive, key)
+            job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
         finally:
             remove_tree(archive)  # if it was not moved
         return json_response({"job_id": job.id})
@@ -11212,18 +11203,25 @@ class Api(NamedTuple):
         if len(text) > MAX_FIELDS:
             raise Refused(413, "PayloadTooLarge", f"the body has more than {MAX_FIELDS} bytes besides source_data")
         try:
-            doc = parse_json(text, "body", 32, 2**53)
+            return parse_json(text, "body", 32, 2**53)
         except Malformed as e:
             raise Refused(400, "InvalidJson", str(e)) from None
-        _check_form(doc, "body")
-        if doc.get("source_data") and not start:  # its name was written with an escape
-            string = compact_json(doc["source_data"]).encode("ascii")
-            save_archive(io.BytesIO(string[1:]), archive, self.policy.max_archive)
-        return doc
 
-    def _check_fields(self, fields: Json, archive: str) -> BuildRequest:
-        """Return the build that fields ask for. archive: the path of source_data. Raises Refused, OSError."""
+    def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:
+        """Return the build that fields ask for.
+
+        where: they come from, for errors: body or query.
+        archive: the path of source_data.
+        Raises Refused, OSError.
+        """
+        try:
+            check_schema(fields, _REQUEST, where)
+        except Malformed as e:
+            raise Refused(422, "InvalidRequest", str(e)) from None
         text, url, ref, source, source_name, toolchain, subdir = map(fields.get, REQUEST_FIELDS)
+        if source is not None and not exists(archive):  # the name was written with an escape
+            string = compact_json(source).encode("ascii")
+            save_archive(io.BytesIO(string[1:]), archive, self.policy.max_archive)
         choices = toolchain or "", subdir or "", fields.get("artifacts") or ()
         nonce = parse_nonce(text)
         if not nonce:

@@ -19894,6 +19894,10 @@ class TestHttp:
             assert answer[0] == 200, (text, answer)
             source = s.jobs.get(confbuild.list_jobs(s.jobs, 1)[0]["job_id"]).source
             assert source and Path(source).read_bytes() == base64.b64decode(GZIP)
+        for name in ("source_data", "source\\u005fdata"):  # an empty archive is no archive
+            is_problem(
+                s.ask("POST", "/build", jsonish(f'"{name}": ""')), 400, "InvalidSource", "source_data is neither"
+            )
 
     @pytest.mark.parametrize(
         ("method", "path", "body", "headers", "status", "error_type", "more"),
