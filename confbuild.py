@@ -8463,6 +8463,7 @@ class EventLog:
     size, count and finished are written under _lock, in this order; a reader may read them without it.
     phases: the first event of each phase that this object appended -> its time, in seconds since 1970.
     owner: is kept alive by whoever reads the log.
+    waiting: the watchers that have received everything so far; belongs to their streamer.
     """
 
     owner: Any = None
@@ -8473,6 +8474,7 @@ class EventLog:
         self.fd = open_regular(path, flags)
         weakref.finalize(self, os.close, self.fd)
         self._on_append = on_append
+        self.waiting: set[Any] = set()
         self._lock = threading.Lock()
         length = os.fstat(self.fd).st_size
         try:
@@ -8663,7 +8665,7 @@ class OpenFile:
     """A regular file, open for reading; it is closed with the last reference.  Raises Malformed, OSError.
 
     size: where a watcher's range ends; at first, the size of the file.
-    count, finished, offset_of: as of a complete EventLog whose events are bytes.
+    count, finished, offset_of, waiting: as of a complete EventLog whose events are bytes.
     """
 
     count, finished = 0, True
@@ -8672,6 +8674,7 @@ class OpenFile:
     def __init__(self, path: str) -> None:
         self.fd = open_regular(path)
         weakref.finalize(self, os.close, self.fd)
+        self.waiting: set[Any] = set()
         self.size = os.fstat(self.fd).st_size
 
     def offset_of(self, count: int) -> int:
@@ -8750,7 +8753,6 @@ class Streamer:
         self.bytes = 0
         self._selector = WakeableSelector()  # notes: a log has grown, a watcher is new, None: stop
         self.served: set[Watcher] = set()
-        self._waiting: dict[EventLog | OpenFile, set[Watcher]] = {}  # watchers that have received the whole log so far
         # Reads a range; keeps the last one for the other watchers that want it, and its file until one is dropped.
         self._read = functools.lru_cache(1)(lambda source, size, position: os.pread(source.fd, size, position))
         self.grown = self.add = self._selector.post
@@ -8787,7 +8789,8 @@ class Streamer:
         going = True
         for note in dict.fromkeys(self._selector.notes()):  # a log may have grown many times
             if isinstance(note, EventLog):
-                for watcher in self._waiting.pop(note, ()):
+                waiting, note.waiting = note.waiting, set()
+                for watcher in waiting:
                     self._pump(watcher)
             elif note is None:
                 going = False
@@ -8817,18 +8820,17 @@ class Streamer:
             # The peer has closed its socket, or only its sending half: sending a comment shows which.
             watcher.peer_half_closed = True
             self._want(watcher, watcher.mask)
-            if watcher in self._waiting.get(watcher.source, ()):
+            if not watcher.mask & WRITE:  # it has everything so far
                 self._comment(watcher)
 
     def _comment(self, watcher: Watcher) -> None:
         """Send a comment to a waiting watcher; this fails if the peer is gone."""
-        self._forget(watcher)
         watcher.pending = watcher.frame(b"\n" if watcher.ndjson else b": keepalive\n\n")
         self._pump(watcher)
 
     def _scan(self, now: float) -> None:
         """Send comments to watchers after a silence, and disconnect those that take nothing."""
-        for watcher in [w for waiting in self._waiting.values() for w in waiting if w.since <= now - self._keepalive_s]:
+        for watcher in [w for w in self.served if not w.mask & WRITE and w.since <= now - self._keepalive_s]:
             self._comment(watcher)
         for watcher in [w for w in self.served if w.mask & WRITE and w.since <= now - self._stall_s]:
             with suppress(OSError):  # the system discards the bytes that it holds for the peer
@@ -8907,20 +8909,13 @@ class Streamer:
             self._drop(watcher, watcher.then)
             return False
         watcher.since = monotonic()
-        self._waiting.setdefault(source, set()).add(watcher)
+        source.waiting.add(watcher)
         self._want(watcher, READ)
         return False
 
-    def _forget(self, watcher: Watcher) -> None:
-        """Remove watcher from those that wait for events."""
-        waiting = self._waiting.get(watcher.source, set())
-        waiting.discard(watcher)
-        if not waiting:
-            self._waiting.pop(watcher.source, None)
-
     def _drop(self, watcher: Watcher, then: "Callable[[], None] | None" = None) -> None:
         """Stop serving watcher, and call then instead of closing its socket."""
-        self._forget(watcher)
+        watcher.source.waiting.discard(watcher)
         self._want(watcher, 0)
         self._read.cache_clear()
         self.served.discard(watcher)
@@ -9158,7 +9153,7 @@ class Job:
             record = JobRecord.parse(f.read(MIB))
         self.record = record._replace(result=None)  # until the archive is there
         if record.result is not None:
-            self._open_result(record.result["size"])
+            self.check_result(record.result["size"])
             self.record = record
         if not record.ended and self.source:
             OpenFile(self.source)
@@ -9175,7 +9170,8 @@ class Job:
             self.position = log.last().get("position", -1)
         self.log = log
 
-    def _open_result(self, size: int) -> OpenFile:
+    def check_result(self, size: int) -> OpenFile:
+        """Return the archive. Raises Malformed unless it has size bytes, OSError."""
         file = OpenFile(self.path("result.tar.gz"))
         if file.size != size:
             raise Malformed("result.tar.gz", f"not a regular file of {size} bytes")
@@ -9191,16 +9187,6 @@ class Job:
             return log
         raise Refused(404, "Damaged", (self.record.failure or {}).get("error", "the log of this build has no end"))
 
-    def open_result(self) -> OpenFile:
-        """Return the archive. Raises Refused 404 if there is none, OSError."""
-        record = self.record
-        if record.result is None:
-            error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
-            reason = (record.failure or {}).get("error", "it has not ended")
-            raise Refused(404, error_type, f"the build is {record.state}: {reason}")
-        with _refuse_damaged():
-            return self._open_result(record.result["size"])
-
     def update(self, **changes: Any) -> None:
         """Change fields of the record, after job.json. Caller must hold writing.
 
@@ -9211,25 +9197,6 @@ class Job:
             raise ValueError(f"a job that is {self.state} cannot become {record.state}")
         write_durably(self.path("job.json"), record.to_bytes())
         self.record = record
-
-    def describe(self, positions: "Mapping[Job, int]") -> Json:
-        """Return the status of the job. positions: of the jobs that wait. [CONTRACT 1.12]"""
-        record, log = self.record, self.log
-        request, url = record.request, record.request.repo_url
-        return {
-            "job_id": self.id,
-            "status": record.state,
-            **({"repo_url": url, "repo_ref": request.repo_ref} if url else {"source_name": request.source_name}),
-            "nonce": request.nonce,
-            "attempts": record.attempts,
-            "submitted_at": record.submitted_at,
-            "started_at": record.started_at or None,
-            "finished_at": record.finished_at or None,
-            "result": record.result,
-            "phases": record.phases if log is None or record.ended else dict(log.phases),
-            **(record.failure or {}),
-            **({"position": positions[self]} if self in positions and record.state == "queued" else {}),
-        }
 
     def announce(self, position: int) -> None:
         """Append an event with the place in the queue, if it has changed. Caller must hold writing."""
@@ -9313,6 +9280,17 @@ class Job:
                 os.unlink(self.source)
 
 
+def open_result(job: Job) -> OpenFile:
+    """Return the archive. Raises Refused 404 if there is none, OSError."""
+    record = job.record
+    if record.result is None:
+        error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
+        reason = (record.failure or {}).get("error", "it has not ended")
+        raise Refused(404, error_type, f"the build is {record.state}: {reason}")
+    with _refuse_damaged():
+        return job.check_result(record.result["size"])
+
+
 def open_text(job: Job) -> OpenFile:
     """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
     log, path = job.open_log(), job.path("log.txt")
@@ -9334,7 +9312,7 @@ def open_text(job: Job) -> OpenFile:
 
 def open_member(job: Job, name: str) -> OpenFile:
     """Return the file of the bundle that is called name. Raises Refused 404, OSError."""
-    job.open_result()  # raises if there is none
+    open_result(job)  # raises if there is none
     path = job.path(f"file-{sha256_hex(name.encode('utf-8', 'replace'))}")
     with job.deriving:
         if not exists(path):
@@ -9534,12 +9512,32 @@ class JobTable:
         return self.get(found[0]) if found else None
 
 
+def describe_job(job: Job, positions: Mapping[Job, int]) -> Json:
+    """Return the status of a job. positions: of the jobs that wait. [CONTRACT 1.12]"""
+    record, log = job.record, job.log
+    request, url = record.request, record.request.repo_url
+    return {
+        "job_id": job.id,
+        "status": record.state,
+        **({"repo_url": url, "repo_ref": request.repo_ref} if url else {"source_name": request.source_name}),
+        "nonce": request.nonce,
+        "attempts": record.attempts,
+        "submitted_at": record.submitted_at,
+        "started_at": record.started_at or None,
+        "finished_at": record.finished_at or None,
+        "result": record.result,
+        "phases": record.phases if log is None or record.ended else dict(log.phases),
+        **(record.failure or {}),
+        **({"position": positions[job]} if job in positions and record.state == "queued" else {}),
+    }
+
+
 def list_jobs(jobs: "Jobs", limit: int, after: str = "") -> list[Json]:
     """Return the status of at most limit jobs, newest first. after: the id of the job before them, or empty."""
     positions, found = jobs.positions(), []
     for job_id in jobs.table.ids(after)[:limit]:
         with suppress(Refused):  # it is removed meanwhile
-            found.append(jobs.get(job_id).describe(positions))
+            found.append(describe_job(jobs.get(job_id), positions))
     return found
 
 
@@ -11096,7 +11094,7 @@ class Api(NamedTuple):
 
     def status(self, request: Request) -> Response:
         """Return the status of a build. [CONTRACT 1.12]"""
-        return json_response(self.jobs.get(request.arguments[0]).describe(self.jobs.positions()))
+        return json_response(describe_job(self.jobs.get(request.arguments[0]), self.jobs.positions()))
 
     def cancel(self, request: Request) -> Response:
         """Cancel a build. Return its status, which is still "running" until the build has stopped. [CONTRACT 1.12]"""
@@ -11139,7 +11137,7 @@ class Api(NamedTuple):
 
     def result(self, request: Request) -> Response:
         """Return the archive, or a range of it. [CONTRACT 1.11]"""
-        file = self._open(request, Job.open_result)
+        file = self._open(request, open_result)
         digest = str(file.owner.record.result["sha256"])
         headers = {
             "Content-Type": "application/gzip",
@@ -11187,10 +11185,9 @@ class Api(NamedTuple):
         return json_response({"job_id": job.id})
 
     def _read_fields(self, body: IO[bytes], archive: str) -> Any:
-        """Return the JSON document in body, and write its source_data to the new file archive.
+        """Return the JSON document in body, and write its source_data to the new file archive. Raises Refused, OSError.
 
         Only source_data may be long. It is decoded in blocks, and the rest is parsed as if it were empty.
-        Raises Refused, OSError.
         """
         body.seek(0)
         text = body.read(MAX_FIELDS)
@@ -11208,11 +11205,10 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidJson", str(e)) from None
 
     def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:
-        """Return the build that fields ask for.
+        """Return the build that fields ask for. Raises Refused, OSError.
 
-        where: they come from, for errors: body or query.
+        where: body or query, for errors.
         archive: the path of source_data.
-        Raises Refused, OSError.
         """
         try:
             check_schema(fields, _REQUEST, where)
@@ -13069,14 +13065,13 @@ class VmPool:
             raise vm_error(self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
-        """Return evidence.json of a VM that waits for a build; boot one if there is none.
+        """Return evidence.json of a VM that waits for a build; boot one if there is none. Raises BuildFailed.
 
         nonce: 32 hexadecimal digits.
-        Raises BuildFailed.
         """
-        attempt = 0
+        left = MAX_ATTEMPTS
         while True:
-            attempt += 1
+            left -= 1
             vm = self._await_spare()
             try:
                 evidence = vm.client.attestation(nonce)
@@ -13084,7 +13079,7 @@ class VmPool:
             except (RemoteError, Malformed) as e:
                 lost = not vm.is_alive()
                 self.destroy(vm)
-                if not lost or attempt == MAX_ATTEMPTS:
+                if not lost or not left:
                     error_type = "AttestationError" if getattr(e, "status", 0) else "VmError"
                     raise BuildFailed(error_type, f"the VM does not attest: {e}") from None
             else:

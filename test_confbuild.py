@@ -18353,9 +18353,9 @@ class TestJobs:
                 task = pool.submit(go.set if what == "end" else lambda: jobs.cancel(job))
             assert blocked.wait(30)
             other = jobs.submit(request._replace(repo_ref=""))
-            assert confbuild.list_jobs(jobs, 10)[0]["job_id"] == other.id and other.describe(jobs.positions())[
-                "status"
-            ] in (
+            assert confbuild.list_jobs(jobs, 10)[0]["job_id"] == other.id and confbuild.describe_job(
+                other, jobs.positions()
+            )["status"] in (
                 "queued",
                 "running",
                 "ok",
@@ -18690,7 +18690,7 @@ class TestState:
                 assert re.fullmatch(rf"the files of this build are damaged: {name}: .+", listed[job_id(2)]["error"])
                 assert str(tmp_path) not in listed[job_id(2)]["error"]
                 jobs.cancel(job)
-                assert job.describe(jobs.positions()) == listed[job_id(2)] and contents(folder) == before
+                assert confbuild.describe_job(job, jobs.positions()) == listed[job_id(2)] and contents(folder) == before
                 if name != "events" and status in ("ok", "failed") and name != "job.json":
                     assert job.open_log().finished
                 elif name != "job.json" or status == "queued":
@@ -18700,7 +18700,7 @@ class TestState:
             wait_for(lambda: jobs.get(job_id(3)).log is None)
             assert (
                 jobs.get(job_id(3)).open_log().last() == OK_EVENT
-                and jobs.get(job_id(3)).describe(jobs.positions())["status"] == "ok"
+                and confbuild.describe_job(jobs.get(job_id(3)), jobs.positions())["status"] == "ok"
             )
 
     @pytest.mark.parametrize(
@@ -18760,7 +18760,10 @@ class TestState:
             assert (one["job_id"], one["status"]) == (job_id(1), "damaged")
             assert one["error"].startswith(f"the files of this build are damaged: {message}"), one
             wait_for(lambda: all_ended(jobs))
-            assert jobs.get(other["job_id"]).describe(jobs.positions())["status"] == "ok" and contents(folder) == before
+            assert (
+                confbuild.describe_job(jobs.get(other["job_id"]), jobs.positions())["status"] == "ok"
+                and contents(folder) == before
+            )
 
     @pytest.mark.parametrize("seq", [0, 7, confbuild.MAX_SEQ])
     def test_any_seq(self, tmp_path: Path, seq: int) -> None:
@@ -18806,7 +18809,7 @@ class TestState:
             with started(state) as jobs:
                 json.dumps(confbuild.list_jobs(jobs, 10))
                 wait_for(lambda: all_ended(jobs))
-                assert jobs.get(job_id(2)).describe(jobs.positions())["status"] == "ok" and (
+                assert confbuild.describe_job(jobs.get(job_id(2)), jobs.positions())["status"] == "ok" and (
                     other / "events"
                 ).read_bytes().endswith(sent(COMPLETE_EVENT)[0].encode() + b"\n\n")
                 job = jobs.get(job_id(1))
@@ -18832,7 +18835,7 @@ class TestState:
                 (folder / "events").write_bytes(whole[:cut] + lost)
                 with started(tmp_path, slots=0) as jobs:
                     wait_for(lambda: (folder / "events").read_bytes() == whole and all_ended(jobs))
-                    assert jobs.get(job_id(1)).describe(jobs.positions())["status"] == status
+                    assert confbuild.describe_job(jobs.get(job_id(1)), jobs.positions())["status"] == status
 
     def test_never_accepted(self, tmp_path: Path) -> None:
         """Remove only the folders of jobs that a dead server had not accepted yet, and nothing elsewhere."""
@@ -20102,7 +20105,7 @@ class TestHttp:
         s = site()
         ids = [json.loads(s.ask("POST", "/build", URL)[2])["job_id"] for _ in range(2)]
         job = s.jobs.get(ids[1 if cancelled else 0])
-        wait_for(lambda: s.jobs.get(ids[0]).describe(s.jobs.positions())["status"] == "running")
+        wait_for(lambda: confbuild.describe_job(s.jobs.get(ids[0]), s.jobs.positions())["status"] == "running")
         log, real = job.open_log(), confbuild.write_durably
         full = threading.Event()
         full.set()
@@ -20127,7 +20130,7 @@ class TestHttp:
         """That a build is cancelled is told to it first of all, also where it cannot be written down."""
         s = site()
         job = s.jobs.get(json.loads(s.ask("POST", "/build", URL)[2])["job_id"])
-        wait_for(lambda: job.describe(s.jobs.positions())["status"] == "running")
+        wait_for(lambda: confbuild.describe_job(job, s.jobs.positions())["status"] == "running")
         told = threading.Event()
         job.when_halted(told.set)
         with monkeypatch.context() as m:
@@ -22035,8 +22038,8 @@ class TestAgent:
             lambda: None,
         )
         job = made[0].submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        wait_for(lambda: job.describe(made[0].positions())["status"] == "failed")
-        status = job.describe(made[0].positions())
+        wait_for(lambda: confbuild.describe_job(job, made[0].positions())["status"] == "failed")
+        status = confbuild.describe_job(job, made[0].positions())
         assert status["error_type"] == error_type and message in (None, status["error"])
         assert [(tmp_path / name).exists() for name in folders] == ["disk of the VM" not in (message or "")] * len(
             folders
@@ -22925,12 +22928,12 @@ class TestSandboxedBuilds:
             archive.write_bytes(tarball(project(build)))
             jobs.start()
             job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="demo.tar.gz"), str(archive))
-            wait_for(lambda: job.describe(jobs.positions())["status"] in ("ok", "failed"))
+            wait_for(lambda: confbuild.describe_job(job, jobs.positions())["status"] in ("ok", "failed"))
             jobs.stop(0)
             log = (Path(job.folder) / "events").read_text()
-            return [json.loads(line[6:])["msg"] for line in log.split("\n") if '"build"' in line], job.describe(
-                jobs.positions()
-            ).get("error", "")
+            return [
+                json.loads(line[6:])["msg"] for line in log.split("\n") if '"build"' in line
+            ], confbuild.describe_job(job, jobs.positions()).get("error", "")
 
         lines, error = run(
             f"grep -E 'processes|core|file size' /proc/self/limits; head -c 1000000 /dev/zero > fits\n{QUICK}"
@@ -23606,7 +23609,7 @@ class TestSpares:
             if how == "stop":
                 break
             jobs.cancel(job)
-            wait_for(lambda j: j.describe(jobs.positions()).get("error_type") == "Cancelled", job)
+            wait_for(lambda j: confbuild.describe_job(j, jobs.positions()).get("error_type") == "Cancelled", job)
         jobs.stop(0)
         assert not any(thread.is_alive() for thread in jobs._threads)
         assert not any(os.path.exists(vm.workspace) for vm in made)
