@@ -8767,11 +8767,21 @@ class Streamer:
     def _run(self) -> None:
         every = min(1.0, self._keepalive_s, self._stall_s)
         scan_at = monotonic() + every
-        while True:
+        going = True
+        while going:
             events = self._selector.wait(max(0.0, scan_at - monotonic()))
             self._turn = _TURN if len(events) < 2 else _SHARED_TURN
-            if not self._take_notes():
-                break
+            for note in dict.fromkeys(self._selector.notes()):  # a log may have grown many times
+                if isinstance(note, EventLog):
+                    waiting, note.waiting = note.waiting, set()
+                    for watcher in waiting:
+                        self._pump(watcher)
+                elif note:
+                    self.served.add(note)
+                    self.files += note.files
+                    self._pump(note)
+                else:
+                    going = False
             for watcher, mask in events:
                 if mask & watcher.mask & READ:  # the mask of a dropped watcher is 0
                     self._on_readable(watcher)
@@ -8783,22 +8793,6 @@ class Streamer:
         for watcher in list(self.served):
             self._drop(watcher)
         self._selector.close()
-
-    def _take_notes(self) -> bool:
-        """Act on the notes of other threads.  Return False if one of them asks to stop."""
-        going = True
-        for note in dict.fromkeys(self._selector.notes()):  # a log may have grown many times
-            if isinstance(note, EventLog):
-                waiting, note.waiting = note.waiting, set()
-                for watcher in waiting:
-                    self._pump(watcher)
-            elif note is None:
-                going = False
-            else:
-                self.served.add(note)
-                self.files += note.files
-                self._pump(note)
-        return going
 
     def _want(self, watcher: Watcher, mask: int) -> None:
         """Wait for the events in mask of watcher's socket."""
@@ -12792,14 +12786,12 @@ class Vm:
 
         Raises BuildFailed VmError, or LimitError if the VM has ended and the disk is full.
         """
-        expected, line, noise = f'{{"agent":"{self._token}"'.encode("ascii"), bytearray(), 0
-        until, byte = monotonic() + timeout_s, bytearray(1)
-        while not (line.endswith(b"\n") and expected in line):
-            if line.endswith(b"\n"):
-                line.clear()
+        expected = f'{{"agent":"{self._token}"'.encode("ascii")
+        until, block, received, answer = monotonic() + timeout_s, bytearray(KIB), b"", None
+        while not answer:  # after it, the agent says nothing until it is asked
             self.stream.settimeout(max(0.0, until - monotonic()))
             try:
-                size = self.stream.readinto(byte)
+                size = self.stream.readinto(block)
             except TimeoutError:
                 raise vm_error(f"the VM did not boot within {timeout_s:g} s") from None
             if not size:
@@ -12809,13 +12801,13 @@ class Vm:
                     if full
                     else vm_error("the VM ended while it booted")
                 )
-            line += byte
-            noise += 1
-            if noise > MAX_LINE:
+            received += block[:size]
+            answer = re.search(re.escape(expected) + rb".*\n", received)
+            if not answer and len(received) > MAX_LINE:
                 raise vm_error(f"the VM sent {MAX_LINE} bytes without the agent's answer")
         self.ready = True
         observe("confbuild_boot_seconds", timeout_s - until + monotonic())
-        return dict(parse_json(bytes(line[line.index(expected) :]), "answer of the VM", 8))
+        return dict(parse_json(answer[0], "answer of the VM", 8))
 
     def is_alive(self) -> bool:
         """Return whether the process may still answer, without reaping it: its id stays its own."""
@@ -13131,7 +13123,12 @@ class VmHost(NamedTuple):
                         self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
                         fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
                         deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
-                        request, source = self._fetch(fetcher, request)
+                        with fetcher.explained():
+                            answer = self.pool.boot(fetcher, self.build_timeout_s)
+                        if "name" not in answer:
+                            raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
+                        request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
+                        source = join(fetcher.workspace, "source.tar.gz")
                     with vm.explained():
                         vm.console_log = join(job.folder, "console.log")
                         if not vm.ready:
@@ -13161,15 +13158,6 @@ class VmHost(NamedTuple):
         label = vm.kind.platform.label
         if label or always:
             log.append(to_payloads("vm", [f"{label or vm.kind.platform.name + ' VM'}: {message}"]))
-
-    def _fetch(self, fetcher: Vm, request: BuildRequest) -> tuple[BuildRequest, str]:
-        """Return the request for the fetched repository as an archive, and the archive's path. Raises BuildFailed."""
-        with fetcher.explained():
-            answer = self.pool.boot(fetcher, self.build_timeout_s)
-        if "name" not in answer:
-            raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
-        name = answer["name"] + ".tar.gz"
-        return request._replace(repo_url="", repo_ref="", source_name=name), join(fetcher.workspace, "source.tar.gz")
 
     @room_on(STATE)
     def _drive(self, vm: Vm, job: Job, request: BuildRequest, source: str | None) -> str:
