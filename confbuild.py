@@ -8985,7 +8985,7 @@ def claim_state(state: str) -> int:
     nor written by confbuild 0.1, which wrote no marker. [CONTRACT 1.15] Raises OSError.
     """
     os.makedirs(state, mode=0o700, exist_ok=True)
-    marker = join(state, _STATE_MARKER)
+    marker, jobs = join(state, _STATE_MARKER), join(state, "jobs")
     if lexists(marker):
         match = None
         with suppress(Malformed), open(open_regular(marker), "rb") as f:
@@ -8996,10 +8996,16 @@ def claim_state(state: str) -> int:
             raise UsageError(
                 f"{state} was written by a newer confbuild: state version {int(match[1])}, expected {STATE_VERSION}"
             )
-    elif not _is_unmarked_state(state):
-        raise UsageError(
-            f"{state} is neither empty nor a state directory of confbuild", "choose another directory with --state"
-        )
+    else:  # it must be empty, a state of 0.1, or one that could not be marked before
+        # `serve --state DIR > DIR/server.log` creates that file first.
+        output = [realpath(f"/proc/self/fd/{fd}") for fd in (1, 2)]
+        found = {name for name in os.listdir(state) if join(realpath(state), name) not in output}
+        found -= {_STATE_MARKER + ".tmp", "lock"}
+        is_state = isdir(jobs) and all(map(_JOB_ID.fullmatch, os.listdir(jobs)))
+        if found and not (is_state and found <= {"incoming", "guests", "jobs"}):
+            raise UsageError(
+                f"{state} is neither empty nor a state directory of confbuild", "choose another directory with --state"
+            )
     lock = os.open(join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -9010,16 +9016,6 @@ def claim_state(state: str) -> int:
             raise UsageError(f"{state} is in use by another server") from None
         raise
     return lock
-
-
-def _is_unmarked_state(state: str) -> bool:
-    """Tell whether state is empty except for our output, a state of 0.1, or one that could not be marked before."""
-    ours = [realpath(f"/proc/self/fd/{fd}") for fd in (1, 2)]  # `serve --state DIR > DIR/server.log` creates it first
-    found = {name for name in os.listdir(state) if join(realpath(state), name) not in ours}
-    found -= {_STATE_MARKER + ".tmp", "lock"}
-    jobs = join(state, "jobs")
-    is_state = found <= {"incoming", "guests", "jobs"} and isdir(jobs) and all(map(_JOB_ID.fullmatch, os.listdir(jobs)))
-    return not found or is_state
 
 
 class JobRecord(NamedTuple):
@@ -11244,7 +11240,7 @@ def openapi_document() -> Json:
     bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
         places = [("path", name, _ID) for name in _NAME.findall(route.path)]
-        places += [("query", name, schema) for name, schema in route.query.items()]
+        places += [("query", *item) for item in route.query.items()]
         paths.setdefault(route.path, {})[route.method.lower()] = {
             "operationId": route.name,
             "summary": route.summary,
@@ -11555,6 +11551,8 @@ class Server:
     """
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
+    mask = 0
+    _held = 0  # the sum of the bytes of _waiting
 
     def __init__(
         self,
@@ -11574,11 +11572,9 @@ class Server:
         self.max_fd = max(files - 512, files * 3 // 4) if files >= 0 else sys.maxsize  # the rest is for jobs and VMs
         self._selector = WakeableSelector()  # notes: a connection that waits for its client again; None: stop
         self._waiting: dict[Connection, int] = {}  # oldest first; how many bytes each holds
-        self._held = 0  # the sum of these bytes
         self._ready: deque[Connection] = deque()  # those of _waiting that have a head and need a thread
         self._ended = threading.Event()
         self.sock = listen(address)
-        self.mask = 0
         self.server_address = self.sock.getsockname()
 
     def serve_forever(self) -> None:
@@ -12491,8 +12487,8 @@ class Platform(NamedTuple):
 
     def expectations(self, facts: ImageFacts | None) -> Expectations:
         """Return what a server requires of the bundles of its own VMs. facts: about what they boot."""
-        known, tee = (facts, True) if self.confidential else (None, False)
-        return Expectations(builder_id=BUILDERS[self.name], image=known, require_tee=tee)
+        tee = self.confidential
+        return Expectations(builder_id=BUILDERS[self.name], image=facts if tee else None, require_tee=tee)
 
 
 SIMULATED_PLATFORM = Platform(
@@ -12802,9 +12798,9 @@ class Vm:
                     else vm_error("the VM ended while it booted")
                 )
             received += block[:size]
-            answer = re.search(re.escape(expected) + rb".*\n", received)
-            if not answer and len(received) > MAX_LINE:
+            if len(received) > MAX_LINE:
                 raise vm_error(f"the VM sent {MAX_LINE} bytes without the agent's answer")
+            answer = re.search(re.escape(expected) + rb".*\n\Z", received)
         self.ready = True
         observe("confbuild_boot_seconds", timeout_s - until + monotonic())
         return dict(parse_json(answer[0], "answer of the VM", 8))
