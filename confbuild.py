@@ -890,10 +890,15 @@ def utc_now() -> str:
 # many contents octets; a constructed element contains elements. Only what X.509 needs is read: tags of one byte,
 # definite lengths, every value in its one shortest form. Every function raises Malformed for any other bytes, in time
 # linear in their number. Nothing recurses on its input.
+#
+# Why so strict: a signature covers bytes, but people trust what the bytes say. If a value had two encodings, or if
+# bytes could be left over, two readers could find two different certificates in the same signed bytes.
 
 # Tags [X680 8.4, X690 8.1.2].
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, OID, SEQUENCE, SET = 0x01, 0x02, 0x03, 0x04, 0x06, 0x30, 0x31
 UTF8_STRING, PRINTABLE_STRING, IA5_STRING, UTC_TIME, GENERALIZED_TIME = 0x0C, 0x13, 0x16, 0x17, 0x18
+# The other string types, such as TeletexString, have alphabets that two readers decode differently. No certificate of
+# AMD or Intel contains them.
 _STRING_CODECS = {UTF8_STRING: "utf-8", PRINTABLE_STRING: "ascii", IA5_STRING: "ascii"}
 _DER_TIME = re.compile(
     rb"""
@@ -935,6 +940,7 @@ class Der:
 
     def element(self, tag: int) -> tuple[bytes, bytes]:
         """Return (the whole encoding, the contents octets) of the next element.  [X690 8.1, 10.1]"""
+        # The caller names the tag that it expects, so the sender cannot have one kind of element read as another.
         reader, start = self._reader, self._reader.at
         self.require(self.peek() == tag, f"tag {tag:#04x} is missing")
         length = reader.take(2)[1]
@@ -958,12 +964,15 @@ class Der:
 
     def read_all(self, parse: Callable[["Der"], _T]) -> _T:
         """Return parse(self), which must read every element."""
+        # What a parser left unread would be signed bytes that nobody has looked at.
         value = parse(self)
         self.end()
         return value
 
     def each(self, tag: int = SEQUENCE) -> Iterator["Der"]:
-        """Yield a cursor inside each element of the next SEQUENCE. The caller reads all of it before it goes on.
+        """Yield a cursor inside each element of the next SEQUENCE.
+
+        The caller must read the whole element before it asks for the next one.
 
         tag: of the elements.
         """
@@ -983,6 +992,8 @@ class Der:
 
     def oid(self) -> str:
         """Return an OBJECT IDENTIFIER in dotted form, of at most 64 octets.  [X690 8.19]"""
+        # Those in certificates of AMD and Intel have about a dozen octets. Without a bound, the arcs of a long one
+        # would grow to numbers that take quadratic time to print.
         octets, arcs = self.contents(OID), [0]
         ended = 0 < len(octets) <= 64 and octets[-1] < 0x80
         self.require(ended, "an OBJECT IDENTIFIER that is empty, unfinished or too long")
@@ -996,6 +1007,8 @@ class Der:
 
     def bit_string(self) -> bytes:
         """Return a BIT STRING of whole octets.  [X690 8.6]"""
+        # The first octet is the number of unused bits at the end. Keys and signatures use all bits. KeyUsage does not,
+        # but nothing here reads it.
         octets = self.contents(BIT_STRING)
         self.require(octets[:1] == b"\x00", "a BIT STRING with unused bits")
         return octets[1:]
@@ -1015,6 +1028,8 @@ class Der:
         [RFC5280 4.1.2.5]
         """
         tag = self.peek()
+        # One form of text for both types, so that not_before <= now <= not_after compares times. Days that do not
+        # exist, such as February 31, are accepted: nothing calculates with these texts.
         octets = self.contents(UTC_TIME if tag == UTC_TIME else GENERALIZED_TIME)
         if tag == UTC_TIME:  # it has two digits for the year: 50 to 99 belong to the last century
             octets = (b"20" if octets < b"5" else b"19") + octets
@@ -1233,8 +1248,16 @@ def verify_ecdsa(curve: Curve, q: PublicKey, message: bytes, r: int, s: int) -> 
 # Intel: root -> PCK CA -> PCK (of one machine), and root -> TCB signer. Only the root's key is pinned; the other
 # certificates come with the evidence. All are P-256 keys and sign with ECDSA and SHA-256.
 #
-# parse_* authenticates nothing, unlike verify_*, make_anchors.
+# Functions called parse_* authenticate nothing. verify_* and make_anchors check signatures.
+#
+# This is not a validator for the Web: there are no policies, host names, or paths to search for. Each chain has one
+# known length, each certificate one known place in it, and all that remains of path validation [RFC5280 6] is: each
+# certificate names its issuer and has its signature, the issuer may sign certificates, and the time lies in its period.
+# The caller of these functions checks the time, and that the last key is the pinned one.
 
+# Whoever could replace a key in this table could forge every report. So it can be audited: the SHA-256 next to each key
+# is the one that openssl prints, and the tests compute it again. A new product of AMD needs a new row here.
+#
 # AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
 # To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
 # vlek/v1/Milan/cert_chain the ASVK and the ARK):
@@ -1324,6 +1347,9 @@ _AMD_KEYS = (
      KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="""),
 )
 # fmt: on
+# Intel's other certificates are replaced every few years, so they come with the quote and the collateral.
+# Each chain of them must end in this key.
+#
 # Intel's root: serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, key. To compare it with
 # https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer, use openssl as above.
 _INTEL_KEY = (
@@ -1340,6 +1366,9 @@ _INTEL_KEY = (
 # Attribute types of names [X520].
 _NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}
 Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the order of the certificate
+# The algorithms are compared as whole encodings. Parsing them, with parameters that are optional and have defaults,
+# would accept hashes and salt lengths that nobody uses, and an attacker would choose the weakest.
+#
 # AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes [RFC4055 3.1], without and
 # with the trailer field. The field has its default and should be absent, but AMD's older certificates contain it.
 _SHA384 = "300d06096086480165030402020500"
@@ -1351,14 +1380,18 @@ _EC_ALGORITHMS = {  # id-ecPublicKey with a named curve [RFC5480 2.1]
     bytes.fromhex("301006072a8648ce3d020106052b81040022"): P384,
     bytes.fromhex("301306072a8648ce3d020106082a8648ce3d030107"): P256,
 }
-# One block of a PEM file [RFC7468]; a chain may end with a NUL.
+# One block of a PEM file [RFC7468]; a chain may end with a NUL. The quantifier is possessive: if no END line follows,
+# re does not try every shorter block, which would take quadratic time.
 _PEM = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n]*+)-----END CERTIFICATE-----")
 _ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
+# BasicConstraints says whether a certificate is that of a CA. KeyUsage says what its key may do; the place of a
+# certificate in its chain decides that here.
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
-# Extensions of a VEK [VCEK 3.1, tables 8 and 9]. An SPL is a security patch level: one byte of TCB_VERSION.
+# Extensions of a VEK [VCEK 3.1, tables 8 and 9]: by them AMD says which chip (HWID) or cloud (CSP_ID) has the key, and
+# which versions of the firmware it was derived for. An SPL is a security patch level: one byte of TCB_VERSION.
 _PRODUCT_NAME, _HWID, _SPL = "1.3.6.1.4.1.3704.1.2", "1.3.6.1.4.1.3704.1.4", "1.3.6.1.4.1.3704.1.3."
 _CSP_ID = "1.3.6.1.4.1.3704.1.5"
-# [GHCB 4.1.8.1]
+# By these GUIDs, the host's table of certificates names them [GHCB 4.1.8.1].
 VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}
 _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
 
@@ -1450,6 +1483,7 @@ def intel_name(common_name: str) -> Name:
 
 def pinned_anchors() -> Anchors:
     """Return the pinned keys of AMD and Intel."""
+    # The names are not in the tables: all of AMD's differ in the common name only, which ends with the product.
     anchors = {"Intel": {"root": Anchor(intel_name("Intel SGX Root CA"), *_INTEL_KEY)}}
     for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
@@ -1465,6 +1499,7 @@ def name_text(name: Name) -> str:
 
 def _parse_attribute(der: Der) -> tuple[str, str]:
     """Return the type, abbreviated if known, and the value of an AttributeTypeAndValue.  [RFC5280 4.1.2.4]"""
+    # Names are compared attribute by attribute, as they were written: case and spaces count, unlike in [RFC5280 7.1].
     oid = der.oid()
     return _NAME_TYPES.get(oid, oid), der.text()
 
@@ -1479,12 +1514,16 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
 
     An unknown extension may be ignored unless it is critical. The two that are critical here restrict CAs.
     """
+    # AMD's and Intel's own extensions are not critical, and a reader that does not know them may still rely on the
+    # rest. An extension that restricts the key is critical; ignoring one would give the key more rights than its CA
+    # did.
     found: dict[str, bytes] = {}
     for extension in der.each():
         oid = extension.oid()
         critical = extension.peek() == BOOLEAN
         if critical:  # TRUE is FF, and FALSE, the default, must not be encoded [X690 11.1, 11.5]
             extension.require(extension.contents(BOOLEAN) == b"\xff", f"extension {oid}: critical is not TRUE")
+        # Of two HWIDs, one reader would take the first and another the last.
         extension.require(oid not in found, f"extension {oid} occurs twice")
         known = oid in (_BASIC_CONSTRAINTS, _KEY_USAGE)
         extension.require(known or not critical, f"extension {oid} is critical but unknown")
@@ -1497,6 +1536,7 @@ def _parse_public_key(data: bytes, structure: str) -> PublicKey:
 
     RSA with 2048 to 4096 bits and exponent 65537, or an uncompressed point, not checked to be on the curve.
     """
+    # The algorithm decides how the bits are read, so it is read first, and no key is accepted under two algorithms.
     info = Der(data, structure).enter()
     algorithm, octets = info.read_all(lambda info: (info.element(SEQUENCE)[0], info.bit_string()))
     curve = _EC_ALGORITHMS.get(algorithm)
@@ -1519,6 +1559,8 @@ def _parse_signed(data: bytes, structure: str) -> tuple[bytes, Der, bytes, bytes
 
     data: a certificate or a revocation list, SEQUENCE { tbs SEQUENCE, AlgorithmIdentifier, BIT STRING }.
     """
+    # The signature covers the encoding of tbs from its tag on. It is kept as it was received: encoding it again could
+    # give other bytes.
     signed = Der(data, structure).read_all(Der.enter)
     (tbs, contents), (algorithm, _), signature = signed.read_all(
         lambda signed: (signed.element(SEQUENCE), signed.element(SEQUENCE), signed.bit_string())
@@ -1534,6 +1576,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     structure: names the certificate in errors.
     Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
     """
+    # Every field is read, also those that no check uses, because it may not be skipped what cannot be understood.
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
     serial = der.integer()
@@ -1543,6 +1586,8 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     not_before, not_after = der.enter().read_all(lambda validity: (validity.time(), validity.time()))
     subject = _parse_name(der)
     spki = der.element(SEQUENCE)[0]
+    # issuerUniqueID and subjectUniqueID [RFC5280 4.1.2.8] would stand here. Neither AMD nor Intel writes them, so the
+    # next element must be the extensions.
     extensions = der.enter(0xA3).read_all(_parse_extensions)
     der.end()
     key = _parse_public_key(spki, structure)
@@ -1559,6 +1604,8 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     der.require(der.integer() == 1, "expected version 2")  # counted from 0
     der.require(der.element(SEQUENCE)[0] == algorithm, _ALGORITHMS_DIFFER)
     issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
+    # An entry has the serial number, the date, and perhaps extensions such as the reason. Being listed is enough: a key
+    # that was good until some date cannot be told from one that was stolen before.
     revoked = []
     if der.peek() == SEQUENCE:  # revokedCertificates is absent if empty
         for entry in der.each():
@@ -1577,6 +1624,7 @@ def verify_signature(key: PublicKey, tbs: bytes, signature: bytes) -> None:
 
     An RSA key signs with RSASSA-PSS, any other with ECDSA and P-256; the signature is then DER [RFC3279 2.2.3].
     """
+    # The type of the trusted key decides, not the algorithm that the certificate claims.
     if isinstance(key, RsaKey):
         verify_rsassa_pss(key, tbs, signature)
     else:
@@ -1591,8 +1639,11 @@ def verify_crl(data: bytes, structure: str, issuers: Mapping[Name, PublicKey]) -
     issuers: trusted keys.
     Raises Malformed, BadSignature.
     """
+    # A list by somebody else could not hide a revocation, since lists only add to what is revoked. But shown as
+    # verified, it would make the reader believe that this issuer has revoked nothing.
     crl = parse_crl(data, structure)
     if crl.issuer not in issuers:
+        # Without the name, the error would only be a bad signature, and people would look for a damaged file.
         expected = " or ".join(map(name_text, issuers))
         raise Malformed(structure, f"issued by {name_text(crl.issuer)}, expected {expected}")
     verify_signature(issuers[crl.issuer], crl.tbs_cert_list, crl.signature)
@@ -1606,6 +1657,8 @@ def make_anchors(product: str, **certificates: bytes) -> dict[str, Anchor]:
     certificates: role -> DER; the first one must have signed all of them, itself included.
     Raises Malformed, BadSignature.
     """
+    # The caller trusts these files. That they belong together is checked so that a wrong file shows up here, and not
+    # later as a VEK with a bad signature.
     made: dict[str, Anchor] = {}
     for role, data in certificates.items():
         structure = f"{product} {role}"
@@ -1641,6 +1694,7 @@ def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]
 
     Raises Malformed.
     """
+    # Nothing may stand between the blocks. A second chain there would be read by some tools and not by others.
     *pieces, rest = _PEM.split(text)  # text, base64, text, base64, ..., text
     count = len(pieces) // 2
     if count != length or "".join([*pieces[::2], rest]).strip("\r\n\0"):
@@ -1651,11 +1705,14 @@ def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]
 def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tuple[bytes, bytes]]) -> None:
     """Raise Malformed or BadSignature unless each certificate has signed the one before it.
 
-    The last one must have signed itself.
-    Every certificate but the first must be one of a CA. Neither the time nor the key of the last one is checked.
+    The last one must have signed itself, and each but the first must be that of a CA. The caller checks the time, and
+    that the last key is a trusted one.
     structure: names the chain in errors.
-    verified: certificates of such chains, which need no second look; this chain is added.
+    verified: (signed part, signature) of the certificates that earlier calls have verified. They are not verified
+        again, and those of this chain are added.
     """
+    # Without the check of cA, a key that Intel has certified for another purpose, such as one machine's, would pass as
+    # a CA's.
     for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
         if (certificate.tbs_certificate, certificate.signature) not in verified:
             # BasicConstraints begins with cA; FALSE is the default, which must not be encoded. [RFC5280 4.2.1.9]
@@ -1681,6 +1738,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
     names: those that the product has, as in TCB_LAYOUTS.
     Raises Malformed.
     """
+    # One byte each, as in TCB_VERSION. Two levels that differ by 256 must not look equal.
     levels = {}
     for name in names:
         der = _vek_extension(vek, _SPL + _SPL_ARCS[name], f"VEK {name} SPL")
@@ -1700,6 +1758,7 @@ def vek_product(vek: Certificate) -> str:
 
 def has_hwid(vek: Certificate) -> bool:
     """Return whether the VEK names a chip. A VCEK does, a VLEK does not.  [VCEK 3.1]"""
+    # A VLEK is loaded into many machines of a cloud, so it cannot name one.
     return _HWID in vek.extensions
 
 
@@ -1718,6 +1777,8 @@ def vek_in_table(table: bytes, kind: str) -> bytes | None:
     about the byte order of the GUID, so both are accepted.
     table: any bytes, from the hostile host.
     """
+    # A wrong certificate does no harm, because the report's signature is checked with its key. Offsets and lengths may
+    # lie: slices of Python end at the end of the table.
     wanted = uuid.UUID(VEK_GUIDS.get(kind, "0" * 32))
     for guid, offset, length in struct.iter_unpack("<16sII", table[: len(table) // 24 * 24]):
         if not any(guid):
@@ -1733,6 +1794,8 @@ def find_vek(data: bytes, kind: str) -> Certificate:
     kind: "VCEK" or "VLEK", if there are several.
     Raises Malformed.
     """
+    # What people have at hand: the answer of AMD's service (DER, or PEM with the chain), or the host's table. latin-1
+    # decodes any bytes, so that PEM can be looked for in all of them.
     found = [decode_base64("".join(block.split()), "VEK") for block in _PEM.findall(data.decode("latin-1"))]
     certificates = [parse_certificate(der, "VEK") for der in found or [vek_in_table(data, kind) or data]]
     return next((vek for vek in certificates if ("CN", f"SEV-{kind}") in vek.subject), certificates[0])
@@ -1745,6 +1808,8 @@ def vek_chip_id(vek: Certificate) -> bytes:
     which the report extends with zeros.
     Raises Malformed.
     """
+    # Eight bytes are enough for Turin's identifiers. The report's other 56 bytes are then zero, so extending the
+    # identifier with zeros compares all 64.
     hwid = vek.extensions.get(_HWID, b"")
     if len(hwid) == 66 and hwid[:2] == b"\x04\x40":
         hwid = hwid[2:]
@@ -2151,6 +2216,8 @@ def parse_td_quote(data: bytes) -> TdQuote:
         inside.end()
         return Reader(content, "TDX quote")
 
+    # Header: version, attestation key type, TEE type, reserved, QE vendor, user data. Version 5 adds the type and the
+    # size of the body. In version 4 it is always the body of TD 1.0.
     r = Reader(data, "TDX quote")
     version, key_type, tee_type, vendor = r.unpack("<HHI4x16s20x")
     r.require(version in (4, 5), f"version {version}, expected 4 or 5")
@@ -2181,6 +2248,7 @@ def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
 
 def raw_pair(data: bytes) -> tuple[int, int]:
     """Return the two numbers of 32 bytes each in a signature or a public key."""
+    # Without the length, bytes after s would be a second encoding of the same signature.
     if len(data) != 64:
         raise BadSignature(f"the signature has {len(data)} bytes, expected 64")
     return int.from_bytes(data[:32], "big"), int.from_bytes(data[32:], "big")
@@ -2196,6 +2264,8 @@ def parse_pck(certificate: Certificate) -> Pck:
 
     Raises Malformed.
     """
+    # The TCB is a list of 16 component SVNs and the PCESVN, by OIDs that end in 1 to 17. Intel's TCB levels have the
+    # same order.
     try:
         fields = Der(certificate.extensions[_SGX], "SGX extension").read_all(_sgx_fields)
         tcb = fields[f"{_SGX}.2"].read_all(_sgx_fields)
@@ -2214,6 +2284,10 @@ def parse_pck(certificate: Certificate) -> Pck:
 # module, with their status), the identity of the quoting enclave, and two revocation lists. The caller supplies them in
 # one JSON file. parse_collateral authenticates nothing. verify_document returns a document that Intel's root has
 # signed; what the others take has been verified by the caller.
+#
+# How a status is found: a TCB info lists levels, and each is a set of least version numbers. The machine has reached a
+# level if each of its own numbers is at least as high. Its status is that of the highest level that it has reached. Old
+# documents name no problems that were found later, so each has a period in which it counts.
 
 TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
     "UpToDate",
@@ -2243,7 +2317,8 @@ def _hex_of(size: int) -> re.Pattern[str]:
     return re.compile(f"[0-9A-Fa-f]{{{2 * size}}}")
 
 
-# The members that are read; Intel may add others ("*").
+# The members that are read; Intel may add others ("*"), and has done so. Version and id must be these: another version
+# of a document could give a member another meaning.
 _LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "*": object}
 _ISVSVN = [{**_LEVEL, "tcb": {"isvsvn": int}}]
 _COMPONENTS = [{"svn": int, "*": object}] * 16
@@ -2319,6 +2394,8 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
     Its version is the second component of TEE_TCB_SVN. Version 0 has no entry of its own and no levels.
     Raises Malformed.
     """
+    # The version selects the entry, and the entry's MRSIGNER must then be that of the quote. So a host gains nothing
+    # from a module that claims another version: Intel must have signed it.
     version = f"TDX_{quote.tee_tcb_svn[1]:02X}"
     if version == "TDX_00":
         return info["tdxModule"]
@@ -2333,6 +2410,8 @@ def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
 
     A field counts only under the mask that the document gives for it, if it gives one.  [PCS]
     """
+    # Bits outside of the mask may differ between machines, such as those that say which features are in use. Intel's
+    # masks contain the bit DEBUG, which must be zero.
     actual = []
     for name, data in fields.items():
         mask = bytes.fromhex(document.get(f"{name}Mask", "ff" * len(data)))
@@ -2355,6 +2434,8 @@ def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
 
 def _numbers(tcb: Any) -> list[int]:
     """Return the security version numbers of a level, in the order in which levels are sorted."""
+    # Of a quoting enclave or a TDX module, this is one number. Of a platform, there are 16 components of the
+    # processor's own firmware, the version of the PCE, and 16 components of TDX.
     if "pcesvn" not in tcb:
         return [tcb["isvsvn"]]
     sgx, tdx = ([component["svn"] for component in tcb[f"{kind}tcbcomponents"]] for kind in ("sgx", "tdx"))
@@ -2362,10 +2443,14 @@ def _numbers(tcb: Any) -> list[int]:
 
 
 def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> Any:
-    """Return the highest level whose numbers are all reached.
+    """Return the highest level whose numbers are all at most the actual ones.
+
+    actual: in the order of _numbers.
+    what: names the owner of these numbers in the error.
 
     Raises Malformed.
     """
+    # This order does not depend on that of the document.
     # The first level that is reached counts, so the highest must come first, whatever the order of the document.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
@@ -2394,8 +2479,11 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
         if level["tcbStatus"] == "Revoked":
             status = "Revoked"
         elif level["tcbStatus"] in REFUSED_TCB:
+            # One that is out of date itself, or revoked, stays so.
             status = _OUT_OF_DATE.get(status, status)
+    # Advisories of a level tell what its firmware is vulnerable to; the caller sees those of all three.
     advisories = {name for level in (platform, *others) for name in level.get("advisoryIDs", ())}
+    # Whatever a status is called, the dates tell how far the machine lags behind.
     date, newest = platform["tcbDate"], max(level["tcbDate"] for level in info["tcbLevels"])
     try:
         list(map(datetime.fromisoformat, (date, newest)))
@@ -2409,7 +2497,8 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
 # region 12. Event logs                                                [uses 11]
 # ==============================================================================
 # Logs of what a TD's registers RTMR0 to RTMR3 were extended with. Nobody signs a log: it is right if replaying it gives
-# the registers of a quote. Then its digests are proven, and of an event only what its digest was recomputed from here.
+# the registers of a quote. Then its digests are proven. Of the other fields of an event, only those are proven from
+# which its digest was computed again here.
 # Specifications: [CCEL], [DSTACK].
 
 _CCEL_DIGESTS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x0D: 64}  # algorithm -> size [TPM2-2 6.3]
@@ -2429,6 +2518,8 @@ def replay_ccel(data: bytes) -> list[bytes]:
     """
     r = Reader(data, "cc_eventlog")
     # The first event has the old form with a SHA-1 digest, and describes the others.
+    # TCG_PCR_EVENT: register, type, SHA-1 digest, size of the data. Its data describe the algorithms of the log; they
+    # are not trusted, because the sizes of the known algorithms are fixed.
     _, kind, size = r.unpack("<II20xI")
     r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
     r.take(size)
@@ -2441,6 +2532,7 @@ def replay_ccel(data: bytes) -> list[bytes]:
             r.require(algorithm in _CCEL_DIGESTS, f"digest of unknown algorithm {algorithm:#x}")
             digests[algorithm] = r.take(_CCEL_DIGESTS[algorithm])
         r.take(*r.unpack("<I"))
+        # An event of this type is a remark and extends nothing. MRTD was final before the first event.
         if kind == _NO_ACTION or register == 0:  # register 0 is MRTD
             continue
         r.require(register <= 4, f"event of register {register}, expected at most 4")
@@ -2470,6 +2562,7 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
             if index == 3:
                 proven.append((name, payload.hex()))
         _extend(registers, index, digest)
+    # From system-ready on, the app runs and can add events of any name, such as a second compose-hash.
     ready = [name for name, _ in proven].index("system-ready") if ("system-ready", "") in proven else len(proven)
     return registers, proven[:ready]
 
@@ -2492,7 +2585,8 @@ MAX_SECTIONS = 16 * MIB  # sum of the sections in the metadata; edk2 asks for 19
 MAX_VOLUME = 64 * MIB  # of a decompressed firmware volume; Debian's has 16 MiB
 MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
 
-# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]. Only the contents of NORMAL and VMSA pages are measured.
+# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]. Only the contents of NORMAL and VMSA pages are measured. Of the
+# others, the digest covers that they exist, where they are and of which type.
 PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
 # Section type of the metadata -> name [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and the type that QEMU gives
 # its pages [QEMU target/i386/sev.c].
@@ -2537,6 +2631,7 @@ BSP_RESET = 0xFFFFFFF0  # the first instruction of the first vCPU [APM2 14.1.5]
     """.split()
 )
 _HASHES_SIZE = 176  # 18 + 3 * 50 bytes, and zeros up to a multiple of 16
+# The firmware's programs are compressed, so their names can only be found after decompression.
 _LZMA_SECTION = re.compile(re.escape(b"\2" + _LZMA))  # of type EFI_SECTION_GUID_DEFINED
 # The file name by which the host offers a program that the firmware starts, unmeasured, instead of the kernel. Firmware
 # from edk2-stable202502 on may look for it.
@@ -2638,6 +2733,8 @@ def _footer_table(data: bytes) -> dict[bytes, bytes]:
     data || u16 size || GUID, and size counts all three.
     Raises Malformed.
     """
+    # The last 32 bytes are the reset vector, where the first vCPU starts. The footer, an entry without data, comes
+    # before it and counts the whole table in its size.
     at = len(data) - 32 - 18
     size, guid = struct.unpack_from("<H16s", data, at)
     _require_form(guid == _TABLE_FOOTER, "no table of GUIDs ends 32 bytes before its end: not OVMF")
@@ -2672,6 +2769,7 @@ def parse_firmware(data: bytes) -> Firmware:
         reader.end()
         return values
 
+    # The metadata lie somewhere else in the firmware; their entry holds the distance to its end.
     [offset] = entry(_SEV_METADATA, "SEV metadata", "<I")
     [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", "<I")
     area, area_size = entry(_HASHES_AREA, "area for hashes", "<2I") if _HASHES_AREA in table else (0, 0)
@@ -2682,6 +2780,7 @@ def parse_firmware(data: bytes) -> Firmware:
     fits = size == 16 + 12 * count and size <= offset
     _require_form(fits, f"its SEV metadata of {size} bytes cannot have {count} sections")
     sections = list(struct.iter_unpack("<3I", metadata[16:size]))
+    # QEMU could add a section of a type that is unknown here in another way, with another digest.
     for gpa, length, kind in sections:
         _require_form(kind in SECTION_TYPES, f"section of unknown type {kind:#x}")
         whole = length and (gpa | length) % PAGE_SIZE == 0
@@ -2698,6 +2797,7 @@ def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str |
     append: bytes that are not UTF-8 are surrogates, as in sys.argv.
     Raises Malformed if append cannot be a command line.  [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
+    # An absent option is not the same as no hash: QEMU then hashes an empty initrd, and a command line of one NUL.
     try:
         cmdline = (append or "").encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -2714,6 +2814,7 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
     Raises Malformed if the firmware has no such page: nothing would measure its kernel.
     [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
+    # The metadata say which page is measured, the table of GUIDs where the firmware looks. Both must be the same page.
     section = f"of type {SNP_KERNEL_HASHES:#x} (SNP_KERNEL_HASHES)"
     places = [(gpa, size) for gpa, size, kind in firmware.sections if kind == SNP_KERNEL_HASHES]
     _require_form(bool(places), f"no measured direct boot: it has no section {section}")
@@ -2725,7 +2826,9 @@ def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
     # Elsewhere, the firmware would read hashes that nobody measures.
     inside = 0 <= offset <= PAGE_SIZE - _HASHES_SIZE and firmware.hashes_size >= _HASHES_SIZE
     _require_form(inside, f"its area for hashes lies outside its section {section}")
-    # GUID || u16 size of the whole || entries of GUID || u16 size || SHA-256
+    # The table: GUID || u16 size of the whole || entries of GUID || u16 size || SHA-256. The firmware hashes what the
+    # host hands it and starts it only if the hash is in this table, so the digest of this page stands for all three
+    # files.
     rows = (_HASH_OF_CMDLINE, hashes.cmdline), (_HASH_OF_INITRD, hashes.initrd), (_HASH_OF_KERNEL, hashes.kernel)
     entries = b"".join(struct.pack("<16sH32s", guid, 50, digest) for guid, digest in rows)
     table = struct.pack("<16sH", _HASHES, 18 + len(entries)) + entries
@@ -2738,6 +2841,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
     eip: its first instruction.
     The other parameters are those of compute_launch_digest.
     """
+    # A vCPU starts in real mode: rip holds the low 16 bits of the address, and cs has the high ones as its base.
     accessed = 0 if vmm == "ec2" and eip == BSP_RESET else 1  # the lowest bit of the attributes of cs
     computed = {
         "cs": (eip & 0xFFFF0000) << 64 | 0xFFFF_009A_F000 | accessed << 16,
@@ -2746,6 +2850,8 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
         "sev_features": guest_features,
         **_DIFFERENCES[vmm],
     }
+    # All other bytes are zero. With registers of its choice, a host could start the guest in the middle of some code,
+    # so the whole page is measured.
     page = bytearray(PAGE_SIZE)
     for offset, size, name, value in VMSA_FIELDS:
         page[offset : offset + size] = computed.get(name, value or 0).to_bytes(size, "little")
@@ -2753,7 +2859,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
 
 
 class Step(NamedTuple):
-    """Pages that the host adds in one step: it takes `size` bytes at gpa.
+    """Pages that the host adds to the guest in one step: size bytes from gpa on.
 
     data: their contents, which are measured in pages of type NORMAL and VMSA only.
     """
@@ -2773,6 +2879,7 @@ def extend_digest(steps: Iterable[Step], explain: Explain) -> bytes:
 
     explain: called after each step, with its name and the digest so far.
     """
+    # A chain: each step hashes the digest so far. So the order counts, and no page can be added or left out unnoticed.
     sha384, digest = hashlib.sha384, bytes(48)
     for name, page_type, gpa, size, data in steps:
         for at in range(0, size, PAGE_SIZE):
@@ -2803,6 +2910,7 @@ def compute_launch_digest(
     explain: see extend_digest.
     Raises Malformed if a number is out of range, or if hashes is given but the firmware has no place for them.
     """
+    # The bounds are those of the fields in the VMSA, and of KVM.
     if not (1 <= vcpus <= MAX_VCPUS and 0 <= signature < 1 << 32 and 0 <= guest_features < 1 << 64 and vmm in VMMS):
         found = f"{vcpus} vCPUs, signature {signature:#x}, guest features {guest_features:#x}, VMM {vmm}"
         raise Malformed("launch digest", f"out of range: {found}")
@@ -2810,7 +2918,8 @@ def compute_launch_digest(
     data, size = firmware.data, len(firmware.data)
     base = (1 << 32) - size
     steps = [Step(f"firmware: {size:#x} bytes at {base:#x}", PAGE_NORMAL, base, size, data)]
-    # EC2 adds the CPUID page last; GCE does not measure SNP_SEC_MEM.
+    # The firmware ends at 4 GiB, just below which the first vCPU starts. The sections follow in the order of the
+    # metadata, but EC2 adds the CPUID page last, and GCE does not measure SNP_SEC_MEM.
     for gpa, size, kind in sorted(firmware.sections, key=lambda section: vmm == "ec2" and section[2] == SNP_CPUID):
         name, page_type = SECTION_TYPES[kind]
         if kind == SNP_KERNEL_HASHES and page:
@@ -2818,6 +2927,7 @@ def compute_launch_digest(
         elif kind == SNP_SEC_MEM and vmm == "gce":
             page_type = PAGE_UNMEASURED
         steps.append(Step(f"section: {size:#x} bytes at {gpa:#x}, type {kind:#x} {name}", page_type, gpa, size, page))
+    # The first vCPU starts in the reset vector, the others where the firmware's metadata say.
     for number in range(vcpus):
         vmsa = vmsa_page(firmware.reset_eip if number else BSP_RESET, signature, guest_features, vmm)
         steps.append(Step(f"VMSA: vCPU {number}", PAGE_VMSA, VMSA_GPA, PAGE_SIZE, vmsa))
@@ -2847,6 +2957,8 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
 
     Raises Malformed.
     """
+    # An LZMA file of the old form: properties (5 bytes), u64 length of the contents, data. The length bounds the memory
+    # that a hostile firmware can fill.
     begin, end = volume_place(data)
     packed = data[begin:end]
     left = int.from_bytes(packed[5:13], "little")  # after the properties; edk2 always writes the length
@@ -2869,6 +2981,8 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
 
 def firmware_state(data: bytes) -> str:
     """Return "" if the firmware admits no shim, else a message why its launch digest does not tell what it boots."""
+    # A name can begin in one block and end in the next. Finding it proves nothing about the code that uses it, but
+    # without it, the firmware cannot ask the host for the file.
     tail = b""
     try:
         for block in volume_blocks(data):
@@ -2890,8 +3004,7 @@ def firmware_state(data: bytes) -> str:
 # Computes the launch digest of an SEV-SNP guest that QEMU starts from an IGVM file, and reads the command line of its
 # kernel out of the pages that this digest covers [IGVM]. A file consists of a fixed header, variable headers and file
 # data, all little-endian. It can serve several platforms; each variable header names those that it is for by a mask.
-# What a loader refuses is refused, and so is what QEMU, KVM or the firmware would refuse later: no guest has that
-# digest.
+# A file that its loader, QEMU, KVM or the firmware would refuse is refused here too: no guest can have its digest.
 # Pure; any section and thread may call it.
 
 MAX_IGVM = GIB  # of a file, and of the memory that it fills
@@ -3017,7 +3130,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
 
 
 def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
-    """Return what QEMU adds to an SEV-SNP guest, in its order, and {GPA: page} whose contents are measured.
+    """Return (QEMU's steps of adding pages to an SEV-SNP guest, {GPA: page} of those whose contents are measured).
 
     Raises Malformed.  [IGVM; QEMU backends/igvm.c]
     """
@@ -3130,6 +3243,8 @@ def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
 
     Raises Malformed unless there is exactly one of each.
     """
+    # The partition table says which bytes the guest will mount. Nobody measures it, so a disk with two root partitions
+    # is refused: the guest could take the other one.
     header = take(SECTOR, SECTOR)
     magic, size, checksum, table_lba, count, entry_size, table_checksum = struct.unpack("<8s4x2I52xQ3I420x", header)
     # The field itself counts as zero.
@@ -3152,7 +3267,7 @@ def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
 def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
     """Raise Malformed unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
 
-    read: returns so many bytes at an offset; fewer at the end of the disk.
+    read: called with an offset and a size; returns that many bytes, or fewer at the end of the disk.
     root_hash: 64 lower-case digits.
     """
 
@@ -3191,6 +3306,9 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
             _require_disk(take(at, block) == computed, f"hash block at byte {at} differs from what it covers")
             yield digest_of(computed)
 
+    # From the bottom up, in one pass: each level is a generator that reads blocks of its own level and compares them
+    # with what the level below it yields. So memory holds one block of each level, and every byte of data is read once.
+    # Where a stored hash block is wrong, the guest's reads would fail.
     digests: Iterator[bytes] = (
         digest_of(take(at, data_block)) for at in range(data_at, data_at + data_size, data_block)
     )
@@ -3210,6 +3328,9 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
 # The schema of provenance.json: an in-toto Statement [IN-TOTO] whose predicate is SLSA provenance [SLSA]. The schema is
 # data, for check_schema, with the keys in the order of [CONTRACT 3.2]. The functions below it read a Statement. Pure;
 # any section and thread may call them.
+#
+# The schema allows no key that it does not know. Hardware has signed the digest of the whole file, so a reader will
+# take any key in it for true, also one that this verifier has never looked at.
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, by SHA-1 or SHA-256
@@ -3230,6 +3351,7 @@ _TOOLS = [
 ]
 # `integrity` in pnpm-lock.yaml: a hash in the form of [SRI]. [K]
 _INTEGRITY = r"(md5|sha1|sha256|sha384|sha512)-[A-Za-z0-9+/]{22,86}={0,2}(\?[\x21-\x7e]*)?"
+# A digest is only a name here: nobody has the dependency at hand to hash it.
 # [K] writes every nix hash as sha256, whatever its algorithm, in hexadecimal digits or base64. As sha512 it writes the
 # integrity of a pnpm package, or the commit of a package that is a GitHub tarball.
 _DIGEST = (
@@ -3247,6 +3369,9 @@ OLDER_BUILD_TYPES = {
     "https://lunal.dev/kettle/nix@v1": "nix",
     "https://lunal.dev/kettle/pnpm@v1": "pnpm",
 }
+# A WORD has no control characters, so that no name can feign another line of somebody's output. A question mark means
+# that the older generation lacks the key, or that only some toolchains write it. All other keys must be there, so a
+# reader need not guess what their absence means.
 _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
@@ -3300,13 +3425,16 @@ def check_statement(doc: Any) -> Any:
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     build_type, toolchain = definition["buildType"], definition["internalParameters"]["toolchain"]
     path = ".predicate.buildDefinition.internalParameters.toolchain"
+    # Our own toolchains name the programs that they used, whichever these are. [K] has three toolchains of fixed
+    # programs.
     own = {**dict.fromkeys(filter(WORD.fullmatch, toolchain), _PROGRAM), "kettle": _PROGRAM}
     check_schema(toolchain, own if build_type == CONFBUILD_TYPE else tuple(_TOOLS), structure, path, ordered=True)
     if build_type not in OLDER_BUILD_TYPES:
         check_schema(toolchain["kettle"], _PROGRAM, structure, path + ".kettle", ordered=True)
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
-    # A reader of two byproducts with one name could take the other one.
+    # The two passes above have checked everything but the names of byproducts, which are free. A reader of two
+    # byproducts with one name could take the other one.
     [(name, count), *_] = [*Counter(b["name"] for b in run["byproducts"]).most_common(1), ("", 0)]
     if count > 1:
         raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
@@ -3334,6 +3462,8 @@ def merkle_entries(doc: Any) -> list[str]:
     """Return the leaves of the byproduct input_merkle_root, in order.  [CONTRACT 3.6]"""
     definition = doc["predicate"]["buildDefinition"]
     source, parameters = definition["externalParameters"]["source"]["digest"], definition["internalParameters"]
+    # The order is that of [K], in which nix differs from the others. A leaf is text without a type or a length, but the
+    # whole list is checked, not a part of it, so no leaf can be taken for another one.
     tools = {name: (tool["digest"]["sha256"], tool["version"]) for name, tool in parameters["toolchain"].items()}
     del tools["kettle"]
     before, after = [source["gitCommit"], source["gitTree"]], [parameters["lockfileHash"]["sha256"]]
@@ -3348,6 +3478,7 @@ def merkle_entries(doc: Any) -> list[str]:
 
 def byproduct(doc: Any, name: str) -> str | None:
     """Return the SHA-256 of the byproduct with this name, or None."""
+    # Every name occurs once: check_statement has seen to that.
     byproducts = doc["predicate"]["runDetails"]["byproducts"]
     return {entry["name"]: entry["digest"]["sha256"] for entry in byproducts}.get(name)
 
@@ -3371,6 +3502,7 @@ def package_of(uri: str) -> str:
     uri: such as pkg:cargo/NAME@VERSION?checksum=...
     With a path, vcs_url or another URL, the result is "": anybody can give a fork the name of a package.
     """
+    # The qualifiers of a purl [PURL] say where a package comes from. Without them it is the registry of its type.
     path, _, query = uri.partition("?")
     elsewhere = re.search(r"(?i)(^|&)(path|(vcs|repository|download)_url)=", query)
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
@@ -3411,7 +3543,8 @@ REQUIRED_OF_BUNDLE = frozenset(
 # The checks that must pass if the caller sets a field of Expectations, the most important first. The columns, two or
 # more spaces apart, are: the field; the check; the option that requests it; where its value comes from. That is
 # "provenance", or a pattern of the platforms whose evidence has it. "-" stands for an empty cell.
-# If a check has the name of a claim, it compares that claim with the field.
+# If a check has the name of a claim, it compares that claim with the field. The command line shows in this order what
+# was not checked, so the first rows are what a careless caller misses most.
 # fmt: off
 EXPECTED = [
     ["" if cell == "-" else cell for cell in re.split("  +", line.strip())]
@@ -3462,6 +3595,7 @@ EXPECTED = [
     """.strip().splitlines()
 ]
 # fmt: on
+# What evidence alone cannot tell. In its verdict, these checks are shown with the reason ALONE.
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
 _CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
 MEASURED = {check for _, check, _, _ in EXPECTED if check.endswith("measurement")}  # they tie evidence to software
@@ -3622,6 +3756,8 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
     vek: not authenticated yet.  [VCEK]
     """
     # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here.
+    # Names first: a certificate with a wrong name and the right signature, or the reverse, must show which of both it
+    # is.
     roles, kind = checks.anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     chain = (vek, issuer, roles["ark"])
@@ -3644,10 +3780,12 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
 
 
 def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Any:
-    """Check the form of the certificate in the evidence, or else of the caller's, and return it.
+    """Return the certificate of the VEK, and check its form; None if there is none.
 
-    data: the certificate in the evidence, or None. A VEK of the caller completes evidence but never replaces it.
+    data: the certificate in the evidence, or None. Then the caller's is used, which completes evidence but never
+        replaces a part of it.
     """
+    # Without a certificate, nobody knows whose signature the report has, so this fails and is not just left out.
     given = checks.endorsements.vek
     if data is not None:
         return checks.attempt("VEK form", parse_certificate, data, "VEK")
@@ -3669,6 +3807,8 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     certificate: of the VEK, from the evidence, or None.
     oldest: the oldest report version that is accepted.  [SNP-ABI 7.3]
     """
+    # Four questions: Which key signed the report? Is it AMD's? Is it still good? And what does the report say about the
+    # VM?
     _check_anchors(checks)
     # The offsets of parse_report are those of these versions. A later one may give a field another meaning.
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
@@ -3688,6 +3828,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:
         _check_vek(checks, report, product, vek)
+    # The name of a cloud in a VLEK is a claim like any other: the caller can expect one (--csp-id).
     csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
     # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
     checks.compare("VMPL", checks.expected.vmpl, report.vmpl, "of the software in the guest that asked for the report")
@@ -3710,7 +3851,7 @@ def _check_revocation(checks: _Checks, product: str, kind: str) -> None:
     """Check that no revocation list names the ASK or ASVK, and that a list is valid now.  [VCEK, RFC5280 5]
 
     kind: VCEK or VLEK.
-    A list that is not valid now fails only if expected.require_crl; otherwise its validity is shown.
+    A list that is not valid now fails only if the caller requires lists (require_crl); otherwise its period is shown.
     """
     # A list of another product is verified and shown, but says nothing about this one. A product of the caller's roots
     # may lack an ARK.
@@ -3747,13 +3888,15 @@ def _check_revocation(checks: _Checks, product: str, kind: str) -> None:
 
 
 def _check_guest(checks: _Checks, report: Report, product: str) -> None:
-    """Check the caller's expectations of the guest and of the platform that are no claims.
+    """Check the debug mode, and those expectations of the report that are more than equality with a claim.
 
-    product: of the report; of a simulated one, any that has its layout of the TCB.
+    product: tells the layout of the TCBs. A simulated report has none, so any product will do for it.
     """
     expected = checks.expected
     _check_debug(checks, bool(report.policy & POLICY_DEBUG))
-    # Without an expectation, the values that stand in for it here are not used: expect then skips the check.
+    # The policy is what the guest's owner demanded of the firmware at launch; the host could have started the same
+    # guest with a weaker one. Without an expectation, the values that stand in for it here are not used: expect then
+    # skips the check.
     policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
     words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
     checks.expect(
@@ -3762,6 +3905,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         f"{value:#x} ({', '.join(words)}) in the bits {mask:#x}, ABI at least {abi >> 8}.{abi & 255}",
         policy & mask == value and policy & 0xFFFF >= abi,
     )
+    # A host can turn features on that help an attacker, such as SMT, so the caller names those that may be on.
     info, may = report.platform_info, expected.platform_info or 0
     shown = f"{info:#x} ({', '.join(bit_names(info, PLATFORM_NAMES))})"
     checks.expect("platform_info", shown, f"no bit outside {may:#x}", not info & ~may)
@@ -3899,6 +4043,7 @@ def _check_td(checks: _Checks, quote: TdQuote) -> None:
         "TD attributes", not attributes & TD_FORBIDDEN, f"none of {TD_FORBIDDEN:#x}", f"{attributes:#x}", detail
     )
     _check_debug(checks, bool(attributes & TD_DEBUG))
+    # Every TD saves the state of these two. A module that says otherwise is none that Intel has described.
     checks.hold(
         "XFAM", xfam & XFAM_REQUIRED == XFAM_REQUIRED, f"all of {XFAM_REQUIRED:#x}", f"{xfam:#x}", "x87 and SSE"
     )
@@ -3927,9 +4072,12 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
     chain: from the machine's certificate to the root.
     pck: what the machine's certificate says.
     """
+    # First the documents: who signed them, and are they valid now? Then the lists. Then what both say about this
+    # machine.
     collateral = checks.attempt("collateral form", parse_collateral, checks.endorsements.collateral)
     if collateral is None:
         return
+    # The chain of the PCK list brings no key that is used: the list is verified with the PCK CA of the quote.
     info, info_signer = _check_document(checks, "TCB info", "tcb_info", collateral)
     identity, identity_signer = _check_document(checks, "QE identity", "qe_identity", collateral)
     _check_chain(checks, "PCK list signer", collateral["pck_crl_issuer_chain"], 2)
@@ -3972,6 +4120,8 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
 
 def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
     """Check the status of a TD's TCB."""
+    # By default, what a machine's owner can mend by settings or in software passes, and missing updates of firmware do
+    # not.
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
     # Up to date is relative to the documents given: how far the machine's level lies behind the newest one.
     days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
@@ -4007,6 +4157,7 @@ def _check_simulated(checks: _Checks, evidence: Any) -> bytes:
 def _check_snp(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platforms snp and gcp-snp.  [CONTRACT 4.2, 4.5]"""
     # The ASK and ARK next to the VEK are ignored: an attacker can make a chain of his own with AMD's names.
+    # A VM finds no certificate if its host provides none. Then the caller can give one (--vek).
     report: Report = evidence["attestation_report"]
     chain = evidence.get("cert_chain")
     _check_report(checks, report, chain and chain["vcek"], 3)
@@ -4015,6 +4166,8 @@ def _check_snp(checks: _Checks, evidence: Any) -> bytes:
 
 def _check_az_snp(checks: _Checks, evidence: Any) -> bytes | None:
     """Check evidence of platform az-snp.  [CONTRACT 4.3, 4.5]"""
+    # The paravisor asks for the report when the VM starts, so what the caller wants to have signed cannot be in it: the
+    # TPM signs that later. Reports of version 2 occur there.
     report = parse_report(evidence["hcl_report"].attestation_report)
     _check_report(checks, report, evidence.get("vcek"), 2)
     return _check_tpm(checks, evidence, report.report_data)
@@ -4034,6 +4187,7 @@ def _check_tdx(checks: _Checks, evidence: Any) -> bytes:
 
 def _check_dstack(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platform dstack.  [CONTRACT 4.6]"""
+    # There the measurement is that of a common image, and RTMR3 tells the app. So the event log is required.
     quote: TdQuote = evidence["quote"]
     _check_quote(checks, quote)
     replayed = checks.attempt("event log", replay_dstack, evidence["event_log"])
@@ -4085,9 +4239,12 @@ _TPM_QUOTE = {
     "message": decode_hex,
     "pcrs": [re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")] * PCR_COUNT,
 }
+# `ask` and `ark` are part of the format that all producers share. They may be anything, because nothing uses them.
 _CHAIN = {"vcek": decode_base64, "ask?": object, "ark?": object}
 _SNP = Evidence({"attestation_report": _parsed(parse_report), "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
 _TDX = Evidence({"quote": _parsed(parse_td_quote), "cc_eventlog?": (decode_base64, None)}, _check_tdx, _REQUIRED_TDX)
+# A schema accepts only what some producer writes: null for a certificate or log that a host did not provide, and, from
+# dstack, a quote in hexadecimal digits or in base64.
 PLATFORMS: Mapping[str, Evidence] = {
     "simulated": Evidence(
         {"version": 1, "notice": str, "attestation_report": _parsed(parse_report)},
@@ -4150,6 +4307,7 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None]:
     signed = row.check(checks, evidence)
     if signed is not None:
         checks.claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
+    # Checks that have the name of a claim. All of them run here, whatever the platform, so none can be forgotten.
     for field, check, _, _ in EXPECTED:
         actual, value = checks.claims.get(check), getattr(checks.expected, field)
         if actual is not None:  # of several values, one must be the claim; the case of digits does not count
@@ -4198,11 +4356,14 @@ def _check_statement(checks: _Checks, doc: Any) -> None:
         value = getattr(checks.expected, field)
         wanted = value if isinstance(value, str | None) else "\n".join(value)
         checks.expect(field, actual, wanted, wanted == actual)
+    # The list says what the build fetched, not what ended up in the artifacts.
     # A package may be given by its name, if it comes from the default registry, or by its whole uri.
     packages = checks.expected.packages or ()
     missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     found = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
     checks.expect("packages", found, ", ".join(packages), not missing)
+    # The builder's own clock says when the build finished. It is as good as the builder: the nonce proves freshness,
+    # this does not.
     oldest, newest = checks.expected.finished or ("", "")
     recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
@@ -4272,9 +4433,11 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
         return
     ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in checks.claims else -1]
     refused = (*of_no_vm, other)
+    # Builders of other people are free to choose their names. Ours must not stand for what they do not do.
     detail = "this builder has no such confidential VM"
     checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
-    # Our builders write this byproduct. For others it is optional, but must be right if it is there.
+    # It says in the provenance which VM it was. Our builders write this byproduct. For others it is optional, but must
+    # be right if it is there.
     claimed = byproduct(doc, "measurement")
     if claimed is not None or builder_id == ours:
         digest = sha256_hex(bytes.fromhex(checks.claims["measurement"]))
@@ -4283,6 +4446,8 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
 
 def _check_image(checks: _Checks, platform: str, image: ImageFacts) -> None:
     """Check that the image is intact and that the VM was launched from it.  [CONTRACT 5.6]"""
+    # The caller has hashed the files of the image and computed these digests again from them. If a file differs from
+    # image.json, the digests are not those of the image that its maker published.
     checks.hold("image parts", not image.parts, "as image.json says", image.parts or None)
     checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or None)
     measurement = checks.claims["measurement"]
@@ -4290,7 +4455,9 @@ def _check_image(checks: _Checks, platform: str, image: ImageFacts) -> None:
         return
     hardware = platform != "simulated"
     why = "" if hardware else "simulated evidence: no hardware measured this VM"
-    # The digest depends on the CPU model and the number of vCPUs, so an image has several.
+    # The launch digest covers firmware, kernel, initrd and command line. HOST_DATA ties the VM to image.json, which
+    # names the other parts of the image. The digest depends on the CPU model and the number of vCPUs, so an image has
+    # several.
     digests = [f"{digest} ({label})" for label, digest in image.launch_digests.items()]
     actual = next((digest for digest in digests if digest[:96] == measurement), measurement)
     expected = " or ".join(digests) or "none: image.json lists no launch digest"
@@ -4309,6 +4476,7 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     of_platform = PLATFORMS[platform].required if platform in PLATFORMS else _REQUIRED_EVIDENCE
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
+    # An empty value is a request too, and measurements=[] is one that nothing can fulfil.
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
     plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(sorted(required), _BLOCKED)
     if expected.evidence_only:
@@ -4319,6 +4487,7 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
             checks.skip(name, why)
     # The verdict: a set inclusion. That nothing failed is not enough, because a check that never ran has not failed.
     passed, failed = ({check.name for check in checks.made if check.status == s} for s in ("passed", "failed"))
+    # This line is what PASSED means: no name is in `required` without being in `passed`.
     missing = required - passed
     if missing and not failed:
         checks.hold("required checks", False, "every required check ran", f"not checked: {', '.join(sorted(missing))}")
@@ -4353,17 +4522,20 @@ def verify_bundle(
     anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
     checks = _Checks(expected, utc_time(now.timestamp()), endorsements, anchors, [], {}, set())
     others = list(bundle.others)
-    if expected.evidence_only:  # name what lies there but is not verified
+    # With evidence alone, whatever else lies there is named, so that nobody takes it for verified.
+    if expected.evidence_only:
         others += ["provenance.json"] * (bundle.provenance is not None)
         others += [f"artifacts/{name}" for name in bundle.artifacts]
         bundle = bundle._replace(provenance=None)
 
-    # 1. Who signed the evidence, and about what?
+    # 1. Who signed the evidence, and about what? This ends with the 64 bytes that the VM had signed, if a key that the
+    # manufacturer certifies has signed them.
     platform, signed = _check_evidence(checks, bundle.evidence)
     claims = checks.claims
     if not claims:  # nothing could be read: these claims are there even so
         claims.update(dict.fromkeys(("report_data", "measurement", "nonce", "chip_id")))
-    # 2. Is provenance.json a Statement, and did the attester sign it for this nonce?
+    # 2. Is provenance.json a Statement, and did the attester sign it for this nonce? From here on, what the Statement
+    # says is what software in that VM said.
     doc = None if expected.evidence_only else _check_provenance(checks, bundle.provenance)
     if bundle.provenance is not None:
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
@@ -4374,7 +4546,8 @@ def verify_bundle(
         _check_artifacts(checks, doc, bundle.artifacts)
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc)
-    # 4. Is the evidence of hardware, and of the caller's image?
+    # 4. Is the evidence of hardware, and of the caller's image? Only this tells which software said it, unless the
+    # caller gives its measurement.
     if expected.require_tee:
         hardware = platform in PLATFORMS and platform != "simulated"
         checks.hold("hardware evidence", hardware, "signed by hardware", platform, "--require-tee")

@@ -48,6 +48,7 @@ import tempfile
 import termios
 import threading
 import time
+import tokenize
 import traceback
 import tracemalloc
 import types
@@ -30315,6 +30316,17 @@ if __name__ == "__main__":
             if isinstance(top, ast.FunctionDef | ast.ClassDef) and not top.name.startswith("_"):
                 assert ast.get_docstring(top), f"line {top.lineno}: {top.name} says nothing about itself"
         assert long == []
+
+    def test_the_verifier_gives_its_reasons(self) -> None:
+        """15 % or more of the lines in each section of Part II have a comment."""
+        tokens = tokenize.generate_tokens(io.StringIO(self.SOURCE).readline)
+        commented = {token.start[0] for token in tokens if token.type == tokenize.COMMENT}
+        verifier = [r for r in self.REGIONS if r.number > self.FREE and r.last < self.CUT]
+        assert len(verifier) == 13
+        for r in verifier:
+            lines = range(r.first + 2, r.last)  # without the banner's frame
+            share = len(commented.intersection(lines)) / len(lines)
+            assert share >= 0.15, f"section {r.number}, {r.title}: {share:.1%}"
 
     def test_guards(self) -> None:
         """And the check itself finds what is planted."""
