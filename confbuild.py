@@ -4920,7 +4920,7 @@ def readable_paths(env: Strings, home: str) -> list[str]:
     real = dict.fromkeys(realpath(path) for path in found if not path.endswith("/.local/share"))
     return [
         *SYSTEM_FOLDERS,
-        *(path for path in real if exists(path) and not (home + "/").startswith(path.rstrip("/") + "/")),
+        *(path for path in real if exists(path) and commonpath((home, path)) != path),
     ]
 
 
@@ -4983,17 +4983,19 @@ class Confinement(Launcher):
         self.writable = [join(workspace, folder) for folder in folders]
         self.devices = list(_OPEN_DEVICES)
         self.unix = False
-        self._thread: concurrent.futures.ThreadPoolExecutor | None = None
+
+    @functools.cached_property
+    def _thread(self) -> "concurrent.futures.ThreadPoolExecutor":
+        """The thread in the sandbox. Raises BuildFailed VmError if it cannot enter it."""
+        thread = concurrent.futures.ThreadPoolExecutor(1, "sandbox")
+        try:
+            thread.submit(self.restrict).result()
+        except OSError as e:
+            raise BuildFailed("VmError", f"the sandbox cannot be entered: {e.strerror}") from None
+        return thread
 
     def start(self, argv: Sequence[str], **options: Any) -> Any:
         """Start argv in the sandbox. Raises OSError like Popen, and BuildFailed VmError without a sandbox."""
-        if self._thread is None:
-            thread = concurrent.futures.ThreadPoolExecutor(1, "sandbox")
-            try:
-                thread.submit(self.restrict).result()
-            except OSError as e:
-                raise BuildFailed("VmError", f"the sandbox cannot be entered: {e.strerror}") from None
-            self._thread = thread
         return self._thread.submit(lambda: subprocess.Popen(argv, **options)).result()
 
     def share(self, paths: Sequence[str]) -> None:
@@ -5012,10 +5014,9 @@ class Confinement(Launcher):
 
     def close_network(self) -> bool:
         """Take sockets of the Internet, even to this machine, from programs that start later, if seccomp works."""
-        if self._thread is None or not self.sandbox.filtered:
-            return False
-        self._thread.submit(apply_filter, self.unix, False).result()
-        return True
+        if self.sandbox.filtered:
+            self._thread.submit(apply_filter, self.unix, False).result()
+        return self.sandbox.filtered
 
     def restrict(self) -> None:
         """Put this thread, and everything that it starts, into the sandbox. Raises OSError."""
@@ -5352,6 +5353,12 @@ def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
         if e.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):  # a link, a socket or pipe, a directory
             raise
     raise Malformed(basename(path), "not a regular file")
+
+
+def read_regular(path: str, limit: int) -> bytes:
+    """Return the first bytes of the regular file at path, at most limit. Raises as open_regular does."""
+    with open(open_regular(path), "rb") as f:
+        return f.read(limit)
 
 
 def is_full(error: OSError) -> bool:
@@ -5887,9 +5894,9 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
 
     It is the single top-level directory, else root with source_name without its suffix.
     source_name: the file name of the archive, unverified."""
-    entries = os.listdir(root)
-    if len(entries) == 1 and stat.S_ISDIR(os.lstat(join(root, entries[0])).st_mode):
-        return join(root, entries[0]), safe_name(entries[0])
+    entries = [*os.scandir(root)]
+    if len(entries) == 1 and entries[0].is_dir(follow_symlinks=False):
+        return entries[0].path, safe_name(entries[0].name)
     base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", basename(source_name.replace("\\", "/")))
     return root, safe_name(base or "build")
 
@@ -6889,8 +6896,7 @@ def read_lockfile(path: str) -> bytes:
     Raises BuildFailed SourceError if path is not a regular file of at most 64 MiB.
     """
     try:
-        with open(open_regular(path), "rb") as f:
-            data = f.read(_MAX_LOCKFILE + 1)
+        data = read_regular(path, _MAX_LOCKFILE + 1)
     except FileNotFoundError:
         return b""
     except Malformed as e:
@@ -7002,21 +7008,26 @@ def _is_genuine(folder: str, checksum: str | None) -> bool:
 def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Json:
     """Return one entry of resolvedDependencies.  Raises BuildFailed ProvenanceError, which names the entry."""
     kind, _, url = source.partition("+")
-    algorithm, digest = "sha256", str(checksum)
+    algorithm, digest, form, missing = "sha256", str(checksum), "[0-9a-f]{64}", "checksum"
     if kind == "git":
         url, _, digest = url.rpartition("#")
-        algorithm = "gitCommit"
-    problem = ""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+ [0-9A-Za-z.+-]+", f"{name} {version}"):
-        problem = f"invalid package name or version: {name[:80]!r} {version[:80]!r}"
-    elif kind not in ("registry", "sparse", "git"):
-        problem = f"{name} {version} has the unknown source {source[:80]!r}, expected registry+, sparse+ or git+"
-    elif not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}" if kind == "git" else "[0-9a-f]{64}", digest):
-        problem = f"{name} {version} has no {'commit' if kind == 'git' else 'checksum'}"
-    elif not re.fullmatch(r"[\x21-\x7e]+", url):
-        problem = f"{name} {version} has a source whose URL is not printable ASCII"
-    if problem:
-        raise BuildFailed("ProvenanceError", f"Cargo.lock: {problem}")
+        algorithm, form, missing = "gitCommit", _OBJECT.pattern, "commit"
+    for pattern, text, problem in (
+        (
+            r"[A-Za-z0-9_-]+ [0-9A-Za-z.+-]+",
+            f"{name} {version}",
+            f"invalid package name or version: {name[:80]!r} {version[:80]!r}",
+        ),
+        (
+            "registry|sparse|git",
+            kind,
+            f"{name} {version} has the unknown source {source[:80]!r}, expected registry+, sparse+ or git+",
+        ),
+        (form, digest, f"{name} {version} has no {missing}"),
+        (r"[\x21-\x7e]+", url, f"{name} {version} has a source whose URL is not printable ASCII"),
+    ):
+        if not re.fullmatch(pattern, text):
+            raise BuildFailed("ProvenanceError", f"Cargo.lock: {problem}")
     url = re.sub(r"^([A-Za-z0-9+.-]+://)[^/?#]*@", r"\1", url)  # without credentials
     url = re.sub("[?#&]", lambda match: f"%{ord(match[0]):02X}", url)
     query = f"vcs_url=git+{url}@{digest}" if kind == "git" else f"checksum=sha256:{digest}"
@@ -7028,7 +7039,7 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Js
 def _locate(root: str, folder: str, target: str) -> str:
     """Return the path of target relative to root, or "" if it lies outside.  folder: target is relative to it."""
     base, real = realpath(root), realpath(join(root, folder, target.replace("\0", "/")))
-    return relpath(real, base) if (real + "/").startswith(base + "/") else ""
+    return relpath(real, base) if commonpath((real, base)) == base else ""
 
 
 def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
@@ -7843,10 +7854,6 @@ def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
         path = join(root, name)
         return file_sha256(path) if stat.S_ISREG(os.lstat(path).st_mode) else "not a regular file"
 
-    def document(name: str) -> bytes:
-        with open(open_regular(join(root, name)), "rb") as f:
-            return f.read(MAX_JSON + 1)
-
     folder, names = join(root, "artifacts"), os.listdir(root)
     if islink(folder):
         if not evidence_only:
@@ -7854,7 +7861,7 @@ def _read_directory(root: str, evidence_only: bool) -> BundleFiles:
     elif isdir(folder) or "artifacts" in names and not evidence_only:
         inside = [f"artifacts/{name}" for name in os.listdir(folder)]
         names = inside + [name for name in names if not inside or name != "artifacts"]
-    return _assemble(names, digest, document, evidence_only, False)
+    return _assemble(names, digest, lambda name: read_regular(join(root, name), MAX_JSON + 1), evidence_only, False)
 
 
 def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: bool) -> BundleFiles:
@@ -8112,8 +8119,8 @@ def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> 
 def _copy_crate(path: str, digest: str, copy: str) -> bool:
     """Copy the file at path, at once, if it has this SHA-256, and return whether it has.  Raises OSError."""
     data = b""
-    with contextlib.suppress(OSError, Malformed), open(open_regular(path), "rb") as f:
-        data = f.read(_MAX_CRATE)
+    with contextlib.suppress(OSError, Malformed):
+        data = read_regular(path, _MAX_CRATE)
     right = sha256_hex(data) == digest
     if right:
         folder = dirname(copy)
@@ -8130,7 +8137,7 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
     Raises BuildFailed.
     """
     network, stdout = b"all", b""
-    if _OWN_OUTPUT in plan.env.values():
+    if _OWN_OUTPUT in plan.outputs:
         os.mkdir(join(project, _OWN_OUTPUT))
     _launchers[-1].hand_over([project])
     for number, step in enumerate(plan.steps):
@@ -9161,8 +9168,8 @@ def claim_state(state: str) -> int:
     marker, jobs = join(state, _STATE_MARKER), join(state, "jobs")
     if lexists(marker):
         match = None
-        with suppress(Malformed), open(open_regular(marker), "rb") as f:
-            match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", f.read(100))
+        with suppress(Malformed):
+            match = re.fullmatch(rb"confbuild state ([1-9][0-9]{0,8})\n", read_regular(marker, 100))
         if not match:
             raise UsageError(f"{marker} is damaged: expected 'confbuild state {STATE_VERSION}'")
         if int(match[1]) > STATE_VERSION:
@@ -9312,8 +9319,7 @@ class Job:
 
         Raises Malformed if the files are invalid or contradict each other, OSError.
         """
-        with open(open_regular(self.path("job.json")), "rb") as f:
-            record = JobRecord.parse(f.read(MIB))
+        record = JobRecord.parse(read_regular(self.path("job.json"), MIB))
         self.record = record._replace(result=None)  # until the archive is there
         if record.result is not None:
             self.check_result(record.result["size"])
@@ -9592,8 +9598,7 @@ class JobTable:
         """Add the job if a look at its files shows that it has ended, and return whether it was added."""
         folder = join(self.folder, job_id)
         try:
-            with open(open_regular(join(folder, "job.json")), "rb") as f:
-                match = _ENDED.fullmatch(f.read(MIB))
+            match = _ENDED.fullmatch(read_regular(join(folder, "job.json"), MIB))
             if match and EventLog(join(folder, "events"), flags=os.O_RDONLY).finished:
                 with self._lock:
                     self._order[job_id] = (int(match[1]), match[2].decode("ascii"), (match[3] or b"").decode("ascii"))
