@@ -4582,7 +4582,7 @@ def logger() -> "logging.Logger":
     return logging.getLogger("confbuild")
 
 
-@contextlib.contextmanager
+@contextmanager
 def survive(what: str) -> Iterator[None]:
     """Log any exception of the block and go on: for threads that must not die, and for cleaning up.
 
@@ -4633,7 +4633,7 @@ def read_processes(name: str) -> Iterator[tuple[int, bytes]]:
 
     Processes that end meanwhile are left out."""
     for entry in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
-        with contextlib.suppress(OSError), open(f"/proc/{entry}/{name}", "rb") as f:
+        with suppress(OSError), open(f"/proc/{entry}/{name}", "rb") as f:
             yield int(entry), f.read()
 
 
@@ -4659,12 +4659,12 @@ def kill_all(find: Callable[[], list[int]]) -> None:
     """Kill the processes that find returns until it returns none, for at most two seconds.
 
     find is called repeatedly because processes may fork meanwhile."""
-    deadline = time.monotonic() + 2
+    deadline = monotonic() + 2
     for pids in iter(find, []):
-        if time.monotonic() > deadline:
+        if monotonic() > deadline:
             return
         for pid in pids:
-            with contextlib.suppress(OSError):  # it has ended
+            with suppress(OSError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
 
@@ -4678,7 +4678,7 @@ class Launcher:
 
     def kill(self, child: Any) -> None:
         """Kill a child, and what is left of its process group."""
-        with contextlib.suppress(OSError):  # no process of the group is left
+        with suppress(OSError):  # no process of the group is left
             os.killpg(child.pid, signal.SIGKILL)
 
     def kill_rest(self) -> None:
@@ -5006,7 +5006,7 @@ class Confinement(Launcher):
         if not paths:
             return
         for path in paths:
-            with contextlib.suppress(OSError):  # nix reports it if it matters
+            with suppress(OSError):  # nix reports it if it matters
                 os.makedirs(path, exist_ok=True)
         self.writable += paths
         self.unix = any(exists(join(path, "daemon-socket/socket")) for path in paths)
@@ -5211,7 +5211,7 @@ def _run_to_end(
     with selectors.DefaultSelector() as selector, contextlib.ExitStack() as pipes:
         for index, pipe in enumerate(filter(None, (child.stdout, child.stderr))):
             selector.register(pipes.enter_context(pipe), selectors.EVENT_READ, index)
-            with contextlib.suppress(OSError, AttributeError):  # beyond the limit of the user, or not Linux
+            with suppress(OSError, AttributeError):  # beyond the limit of the user, or not Linux
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, MIB)  # fewer, larger reads
         try:
             while selector.get_map():
@@ -5221,7 +5221,7 @@ def _run_to_end(
                         take(key.data, block)
                     else:
                         selector.unregister(key.fileobj)
-                now = time.monotonic()
+                now = monotonic()
                 if now - watched_at > 0.25:
                     watch()
                     watched_at = now
@@ -5366,7 +5366,7 @@ def is_full(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
-@contextlib.contextmanager
+@contextmanager
 def room_on(disk: str) -> Iterator[None]:
     """Raise BuildFailed LimitError if the block finds the disk full.
 
@@ -5418,7 +5418,7 @@ def remove_tree(path: str) -> None:
     if isdir(path) and not islink(path):
         path = abspath(path)  # like the result of mkdtemp, since Python 3.12
         os.chmod(path, 0o700)
-        with contextlib.suppress(RecursionError):
+        with suppress(RecursionError):
             shutil.rmtree(path, ignore_errors=True)  # also makes room on a full disk for the heap
     elif lexists(path):
         os.unlink(path)
@@ -5451,7 +5451,7 @@ def make_workspace() -> str:
     """
     for number in itertools.count():
         path = join(realpath(tempfile.gettempdir()), f"{WORKSPACE}{number}")
-        with contextlib.suppress(FileExistsError):
+        with suppress(FileExistsError):
             os.mkdir(path, 0o700)
             break
     return path
@@ -5462,7 +5462,7 @@ def remove_workspace(path: str) -> None:
 
     Its name is free at once: what another VM then makes there stays.
     """
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         moved = f"{path}-{secrets.token_hex(8)}"
         os.rename(path, moved)
         remove_tree(moved)
@@ -5473,7 +5473,7 @@ def walk_files(root: str, folder: str = "") -> list[str]:
 
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
-    with contextlib.suppress(PermissionError):
+    with suppress(PermissionError):
         for entry in list(os.scandir(join(root, folder))):
             name = join(folder, entry.name)
             if folder.count(os.sep) >= MAX_DEPTH:
@@ -5901,7 +5901,7 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     return root, safe_name(base or "build")
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
     """Open path for a new gzip tarball, whose bytes depend only on its members."""
     write = functools.partial(tarfile.open, None, "w", format=tarfile.PAX_FORMAT)
@@ -6787,8 +6787,8 @@ class Toolchain(NamedTuple):
         return self._replace(**self.adapt(project))
 
 
-@contextlib.contextmanager
-def _parsing(what: str, error_type: str) -> Iterator[None]:
+@contextmanager
+def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
     """Raise BuildFailed of error_type if the block fails because a document has an unexpected form.  what: its name."""
     try:
         yield
@@ -6960,7 +6960,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     A package without a source must lie inside project, where the tree hash covers it; it has no entry.
     Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
     """
-    with _parsing("Cargo.lock", "SourceError"):
+    with _parsing("Cargo.lock"):
         doc = tomllib.loads(lock.decode("utf-8"))
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
         rows = [
@@ -7076,7 +7076,7 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
             continue
         if not f"{folder}/".startswith(base):
             continue  # cargo does not read it
-        with _parsing(name, "SourceError"):
+        with _parsing(name):
             sources = doc.get("source", {}).values()
             rows = [(key, s[key]) for s in sources for key in ("directory", "local-registry") if key in s]
             rows += [(key, target) for key in ("include", "paths") for target in doc.get(key, ())]
@@ -7121,10 +7121,8 @@ def evaluate_nix(plan: Toolchain, root: str, folder: str) -> Toolchain:
     if read_lockfile(lock) != plan.lock:
         raise BuildFailed("ProvenanceError", "flake.lock is missing or out of date: run `nix flake lock` and commit it")
     count, fetches = parse_derivations(output)
-    parameters: dict[str, Any] = {"evaluation": {"derivationCount": count, "fetchCount": len(fetches)}}
-    inputs = flake_inputs(plan.lock)
-    if inputs:
-        parameters["flakeInputs"] = inputs
+    evaluation, inputs = {"derivationCount": count, "fetchCount": len(fetches)}, flake_inputs(plan.lock)
+    parameters = {"evaluation": evaluation, **({"flakeInputs": inputs} if inputs else {})}
     command = [*plan.steps[0], "--print-out-paths" if release >= [2, 9] else "--json", *_NIX_FEATURES]
     return plan._replace(steps=[command], dependencies=fetches, parameters=parameters)
 
@@ -7185,7 +7183,7 @@ def flake_inputs(lock: bytes) -> list[Strings]:
 
     Raises BuildFailed SourceError.
     """
-    with _parsing("flake.lock", "SourceError"):
+    with _parsing("flake.lock"):
         doc = json.loads(lock or b'{"nodes": {"": {}}, "root": ""}')
         nodes = doc["nodes"]
         return [
@@ -7268,7 +7266,7 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Raises BuildFailed SourceError.
     """
     found = []
-    with _parsing("pnpm-lock.yaml", "SourceError"):
+    with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
             raise ValueError(f"lockfileVersion is {doc['lockfileVersion']}, expected 9.0 of `pnpm install` of pnpm 9")
@@ -7292,7 +7290,7 @@ def adapt_npm(project: str) -> Json:
     Scripts run without a network, after everything is fetched. Without a script called build, dist is source.
     Raises BuildFailed SourceError.
     """
-    with _parsing("package.json", "SourceError"):
+    with _parsing("package.json"):
         scripts = dict(json.loads(read_lockfile(join(project, "package.json")) or b"{}").get("scripts", {}))
     builds = "build" in scripts
     steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
@@ -7307,7 +7305,7 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Raises BuildFailed SourceError.
     """
     found = {}
-    with _parsing("package-lock.json", "SourceError"):
+    with _parsing("package-lock.json"):
         doc = json.loads(lock)
         if doc["lockfileVersion"] not in (2, 3):
             raise ValueError(
@@ -7341,7 +7339,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Before Go 1.17, go.mod does not list every module: then all modules of go.sum.  [GO: go.mod, replace, go.sum]
     Raises BuildFailed SourceError, also if a module is replaced by a folder outside of project.
     """
-    with _parsing("go.mod and go.sum", "SourceError"):
+    with _parsing("go.mod and go.sum"):
         lines = (line.split() for line in lock.decode("utf-8").splitlines())
         sums = {(name, version): value for name, version, value in lines if not version.endswith("/go.mod")}
         text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, folder, "go.mod")).decode("utf-8"))
@@ -7357,12 +7355,15 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         modules = set()
         for name, version in (row.split() for verb, row in rows if verb == "require"):
             modules.add(replaced.get((name, version), replaced.get((name,), (name, version))))
-        found = []
-        for name, version in sorted(sums.keys() & modules if complete else sums):
-            uri = f"pkg:golang/{name}@{version}?checksum={sums[name, version]}"
-            digest = base64.b64decode(sums[name, version].removeprefix("h1:"), validate=True).hex()
-            found.append(descriptor(name, digest, "dirHash", uri=uri))
-    return found
+        return [
+            descriptor(
+                name,
+                base64.b64decode(sums[name, version].removeprefix("h1:"), validate=True).hex(),
+                "dirHash",
+                uri=f"pkg:golang/{name}@{version}?checksum={sums[name, version]}",
+            )
+            for name, version in sorted(sums.keys() & modules if complete else sums)
+        ]
 
 
 def collect_go(project: str, _: bytes) -> Artifacts:
@@ -7376,7 +7377,7 @@ _RECIPE = {"command": [WORD], "artifacts": [WORD], "inputs?": [WORD], "programs?
 
 def _read_recipe(project: str) -> Json:
     """Return the contents of confbuild.toml.  Raises BuildFailed SourceError."""
-    with _parsing("confbuild.toml", "SourceError"):
+    with _parsing("confbuild.toml"):
         text = read_lockfile(join(project, "confbuild.toml")).decode("utf-8")
         recipe = check_schema(tomllib.loads(text), _RECIPE, "confbuild.toml")
         for path in (*recipe.get("inputs", ()), *recipe.get("outputs", ())):
@@ -7390,10 +7391,9 @@ def _read_recipe(project: str) -> Json:
 def adapt_own(project: str) -> Json:
     """Return what confbuild.toml says.  [CONTRACT 2.1]  Raises BuildFailed SourceError."""
     recipe = _read_recipe(project)
-    command, programs = recipe["command"], recipe.get("programs", ())
-    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *programs])
-    found = {"steps": [command], "tools": [*tools], "outputs": recipe.get("outputs", ())}
-    return {**found, "artifacts": recipe["artifacts"]}
+    command, artifacts, outputs = recipe["command"], recipe["artifacts"], recipe.get("outputs", ())
+    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *recipe.get("programs", ())])
+    return {"steps": [command], "tools": [*tools], "artifacts": artifacts, "outputs": outputs}
 
 
 def own_dependencies(_: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7689,7 +7689,7 @@ def sev_guest_report(ioctl: Callable[[int, Any], Any], data: bytes) -> tuple[byt
 
 def _read_ccel() -> str | None:
     """Return a TD's log of measurements as base64, or None if this process cannot read it."""
-    with contextlib.suppress(OSError), open(CCEL, "rb") as f:
+    with suppress(OSError), open(CCEL, "rb") as f:
         log = f.read(MAX_CCEL + 1)
         return _base64(log) if len(log) <= MAX_CCEL else None
     return None
@@ -8080,7 +8080,7 @@ def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, em
     raise ValueError("there is at least one toolchain")
 
 
-@contextlib.contextmanager
+@contextmanager
 def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> Iterator[None]:
     """Give cargo copies of the crates in cache before the block, and add those that it has fetched afterwards.
 
@@ -8101,7 +8101,7 @@ def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> 
         for registry, (file, digest) in itertools.product(known, crates.items())
         if _copy_crate(f"{cache}/{registry}/{digest}", digest, f"{own}/registry/cache/{registry}/{file}")
     }
-    with contextlib.suppress(OSError):  # nothing was taken, or a program of the source was quicker
+    with suppress(OSError):  # nothing was taken, or a program of the source was quicker
         os.rename(f"{own}/registry", registries)  # follows no link
     if crates:
         emit("init", [f"{len(taken)} of {len(crates)} crates come from the cache"])
@@ -8119,7 +8119,7 @@ def _cached_crates(plan: Toolchain, cache: str | None, own: str, emit: Emit) -> 
 def _copy_crate(path: str, digest: str, copy: str) -> bool:
     """Copy the file at path, at once, if it has this SHA-256, and return whether it has.  Raises OSError."""
     data = b""
-    with contextlib.suppress(OSError, Malformed):
+    with suppress(OSError, Malformed):
         data = read_regular(path, _MAX_CRATE)
     right = sha256_hex(data) == digest
     if right:
@@ -8354,8 +8354,9 @@ _EMBEDDED_TIME = re.compile(r"\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d|(?<!\d)[12]\d{9}(\d
 def elf_sections(data: bytes) -> dict[str, bytes]:
     """Return name -> contents of the sections of a 64-bit little-endian ELF file; none for any other file.  [ELF]"""
     found = {}
-    with contextlib.suppress(struct.error, IndexError, OverflowError):
-        [start], (size, count, names) = struct.unpack_from("<Q", data, 40), struct.unpack_from("<HHH", data, 58)
+    with suppress(struct.error, IndexError, OverflowError):
+        # e_shoff, e_shentsize, e_shnum, e_shstrndx
+        start, size, count, names = struct.unpack_from("<40xQ10xHHH", data)
         # sh_name, sh_type, sh_offset, sh_size; SHT_NOBITS, 8, has no contents
         rows = [struct.unpack_from("<II16xQQ", data, start + size * number) for number in range(count)]
         if data.startswith(b"\x7fELF\2\1") and sum(row[3] for row in rows if row[1] != 8) <= len(data):
@@ -8401,7 +8402,7 @@ def cyclonedx_hashes(digest: Strings) -> list[dict[str, str]]:
     ]:
         if not re.fullmatch("[0-9a-f]+", value):
             encoded = value.partition("?")[0].rpartition("-")[2].rstrip("=")
-            with contextlib.suppress(ValueError):  # the oldest bundles have texts that are no digests
+            with suppress(ValueError):  # the oldest bundles have texts that are no digests
                 value = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
         if len(value) in _ALGORITHMS:
             found.append({"alg": _ALGORITHMS[len(value)], "content": value})
