@@ -6810,6 +6810,7 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
     wanted = ", ".join(toolchain.marker for toolchain in rows) or f"a toolchain called {name[:40]!r}"
     markers = [toolchain.marker for toolchain in TOOLCHAINS]
     near = [marker for marker in markers if marker in files]
+    near += [f"{marker}: a link, and a file is needed" for marker in markers if islink(join(project, marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
     below = [path for path in match_files(project, "*/*") if basename(path) in markers]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
@@ -7918,7 +7919,8 @@ ALLOWED_ENVIRONMENT = """
     NIX_CONF_DIR NIX_REMOTE NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR
     http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
 """.split()
-FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+# The sandbox closes RUSTUP_HOME, so an attempt to install a toolchain would end with a complaint about a file there.
+FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", "RUSTUP_AUTO_INSTALL": "0"}
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 _MAX_CRATE = 64 * MIB  # crates.io accepts 10 MB
 _MAX_REGISTRIES = 16  # folders of a cache; builds choose their names

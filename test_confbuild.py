@@ -13315,7 +13315,7 @@ class TestDetect:
         (tmp_path / "other").touch()
         (tmp_path / "Cargo.lock").symlink_to("other")
         kind, message = failure(lambda: confbuild.detect_toolchains(str(tmp_path)))
-        assert (kind, message) == ("UnsupportedToolchainError", NO_MARKER + "none of the files that lead there")
+        assert (kind, message) == ("UnsupportedToolchainError", NO_MARKER + "Cargo.lock: a link, and a file is needed")
         (tmp_path / "Cargo.lock").unlink()
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
@@ -16085,6 +16085,7 @@ class TestBuildEnvironment:
         }
         own = {"HOME": "/w/home", "TMPDIR": "/w/tmp", "CARGO_HOME": "/w/cargo"}
         own |= {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}  # whatever the server's are
+        own |= {"RUSTUP_AUTO_INSTALL": "0"}
         expected = {
             "PATH": "/bin",
             "NIX_CONF_DIR": "/n",
@@ -16099,7 +16100,8 @@ class TestBuildEnvironment:
         )  # --env adds; the folders stay ours
         assert more == {**expected, "GREETING": "hi", "HTTPS_PROXY": "http://u:secret@h:1"}
         assert confbuild.build_environment("/w", environ, ["LANG"]) == {**expected, "LANG": "C"}
-        assert confbuild.build_environment("/w", {**environ, "RUSTUP_HOME": "/r"}, ())["RUSTUP_HOME"] == "/r"
+        rustup = {"RUSTUP_HOME": "/r", "RUSTUP_AUTO_INSTALL": "1"}
+        assert rustup.items() <= confbuild.build_environment("/w", {**environ, **rustup}, ()).items()
         monkeypatch.setattr(os.path, "expanduser", lambda path: {"~": "/nowhere"}[path])
         assert confbuild.build_environment("/w", {}, ()) == {"PATH": os.defpath, **own}
         monkeypatch.setattr(os.path, "expanduser", lambda path: {"~": str(tmp_path)}[path])
