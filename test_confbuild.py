@@ -10568,7 +10568,7 @@ os._exit(0)""",
     def test_kill_all_gives_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What cannot be killed holds nobody up for more than two seconds; a process id that is gone is no error."""
         now, gone = [0.0], 0x7FFFFFFF
-        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(confbuild, "monotonic", lambda: now[0])
         monkeypatch.setattr(time, "sleep", lambda seconds: now.append(now.pop() + seconds))
         confbuild.kill_all(lambda: [gone])
         assert 2 <= now[0] < 2.1
