@@ -14611,25 +14611,16 @@ class Broker(Launcher):
 
     def start(self, argv: Sequence[str], **options: Any) -> "BrokeredProcess":
         """Start argv as the build user. options: those of subprocess.Popen that section Programs uses; no stdin."""
-        question = {
-            "op": "run",
-            "argv": argv,
-            "cwd": options["cwd"],
-            "env": dict(options["env"]),
-            "network": self._network,
-        }
-        fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes] | None]()
+        question = {"op": "run", "argv": argv, "network": self._network}
+        question |= {"cwd": options["cwd"], "env": dict(options["env"])}
+        fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes]]()
         with contextlib.ExitStack() as ours:
             try:
-                for target in (options["stdout"], options["stderr"]):
-                    streams.append(None)
-                    if target == subprocess.PIPE:
-                        end, fd = os.pipe()
-                        streams[-1] = ours.enter_context(open(end, "rb"))
-                    else:
-                        fd = os.dup(fds[1] if target == subprocess.STDOUT else target.fileno())
+                for _ in range(1 if options["stderr"] == subprocess.STDOUT else 2):
+                    end, fd = os.pipe()
                     fds.append(fd)
-                connection = ours.enter_context(self._open(question, fds))
+                    streams.append(ours.enter_context(open(end, "rb")))
+                connection = ours.enter_context(self._open(question, [*fds[:2], fds[-1]]))
             finally:
                 for fd in fds:
                     os.close(fd)
@@ -14662,8 +14653,8 @@ def _receive(connection: "socket.socket") -> Json:
 class BrokeredProcess:
     """A program that runs as the build user: the part of subprocess.Popen that section Programs uses."""
 
-    def __init__(self, connection: "socket.socket", stdout: IO[bytes] | None, stderr: IO[bytes] | None) -> None:
-        self.pid = _receive(connection)["pid"]
+    def __init__(self, connection: "socket.socket", stdout: IO[bytes], stderr: IO[bytes] | None = None) -> None:
+        _receive(connection)  # raises if it has not started
         self.stdout = stdout
         self.stderr = stderr
         self.returncode: int | None = None
