@@ -13575,7 +13575,7 @@ class Image(NamedTuple):
     initrd: str
     tools: str
     launch_digests: Sequence[tuple[str, int, str]]
-    parts: Mapping[str, Mapping[str, Any]]
+    parts: Mapping[str, Json]
     origin: Strings = {}
 
 
@@ -13999,19 +13999,19 @@ def _python_files(root: str, tree: _Tree) -> tuple[list[str], str]:
         and not _NOT_IN_INITRD.match(name, len(library))
         and stat.S_ISREG(tree[name].mode)
     )
-    chosen: dict[str, None] = {}
+    chosen = list[str]()
     for name in names:
-        chosen.update(dict.fromkeys(_resolve(tree, name)))
+        chosen += _resolve(tree, name)
         listed = "" if name.endswith(".py") else _run_in_root(root, "--list", f"./{name}")
         for soname, found in re.findall(r"(?m)^\t(\S+) => (\S+)", listed):
             if found.startswith(("/", "not")):  # a file of this machine, or none
                 raise ImageError(f"the root file system has no {soname}, which {name} needs")
-            chosen.update(dict.fromkeys(_resolve(tree, found)))
-    return list(chosen), match[1]
+            chosen += _resolve(tree, found)
+    return list(dict.fromkeys(chosen)), match[1]
 
 
 def _compile_python(root: str, version: str, sources: _Tree) -> _Tree:
-    """Return the .pyc file of each of sources under the name of its source, compiled by the Python of root.
+    """Return the .pyc file of each of sources, next to its source, compiled by the Python of root.
 
     sources: by the path that they have in a guest. Each .pyc file names its source by this path.
     version: as _python_files returns it.
@@ -14021,7 +14021,7 @@ def _compile_python(root: str, version: str, sources: _Tree) -> _Tree:
             write_file(join(scratch, name), _content(node))
         python = (f"./usr/bin/python{version}", "-S", "-s", "-B", "-m", "compileall", "-q", "-b")
         _run_in_root(root, *python, "--invalidation-mode=unchecked-hash", "-s", scratch, "-p", "/", scratch)
-        return {name: _new_file(read_limited(join(scratch, name + "c"), 64 * MIB)) for name in sources}
+        return {f"{name}c": _new_file(read_limited(_regular(join(scratch, f"{name}c")), 64 * MIB)) for name in sources}
 
 
 def kernel_release(data: bytes) -> str:
@@ -14094,13 +14094,13 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     names, version = _python_files(root, tree)
     own, agent = f"{_AGENT}/confbuild.py", _new_file(own_source())
     sources = {name: tree[name] for name in names if name.startswith("usr/lib/python") and name.endswith(".py")}
-    compiled = _compile_python(root, version, {**sources, own: agent})
-    initrd = {name: tree[name] for name in names if name not in sources}
-    initrd |= {name + "c": compiled[name] for name in sources}
+    initrd = _compile_python(root, version, {**sources, own: agent})
+    compiled = initrd.pop(own + "c")
+    initrd |= {name: tree[name] for name in names if name not in sources}
     tools = {name: node for name, node in tree.items() if not re.match(r"boot(/|$)|(usr/)?lib/modules(/|$)", name)}
     for target in initrd, tools:
         _place(target, own, agent)
-        _place(target, f"{_AGENT}/__pycache__/confbuild.cpython-{version.replace('.', '')}.pyc", compiled[own])
+        _place(target, f"{_AGENT}/__pycache__/confbuild.cpython-{version.replace('.', '')}.pyc", compiled)
     loaded = _kernel_modules(modules)
     for name, data in loaded.items():
         _place(initrd, f"usr/lib/modules/{name}.ko", _new_file(data))
@@ -14296,7 +14296,7 @@ def check_image(folder: str) -> ImageFacts:
     Raises UsageError, OSError.
     """
     image = read_image(folder)
-    firmware = read_limited(image.firmware, MAX_FIRMWARE)
+    firmware = read_limited(_regular(image.firmware), MAX_FIRMWARE)
     found = {part: file_sha256(getattr(image, part)) for part in _PARTS}
     parts = image.parts.items()
     wrong = [f"{part} does not match image.json" for part, row in parts if found[part] != row["sha256"]]
@@ -14328,7 +14328,7 @@ def _root_hash(path: str, blocks: int) -> str:
     size = blocks * VERITY_BLOCK
     if blocks < 2 or size > getsize(path):
         return ""
-    with open(path, "rb") as f:
+    with open(_regular(path), "rb") as f:
         digests = b"".join(block_digests(f.read(min(BLOCK, size - at))) for at in range(0, size, BLOCK))
     return verity_tree(digests)[1].hex()
 
@@ -15331,7 +15331,7 @@ class Display:
             with self._lock:
                 self._put([f"confbuild: {plain_text(text)}"])
 
-    def event(self, event: Mapping[str, Any]) -> None:
+    def event(self, event: Json) -> None:
         """Show one event of the stream, also of an unknown type. end() shows `complete`."""
         kind = plain_text(str(event["type"]))[:20]
         if "msg" in event:
@@ -15360,7 +15360,7 @@ class Display:
             elif time.monotonic() - self._drawn_at > 0.05:
                 self._draw()
 
-    def end(self, failure: Mapping[str, Any] | None, where: Callable[[], str] | None = None) -> None:
+    def end(self, failure: Json | None, where: Callable[[], str] | None = None) -> None:
         """Show the end of the build.
 
         failure: the result of `complete` if the build failed.
@@ -16162,7 +16162,7 @@ def _check_target(path: str) -> None:
         raise UsageError(f"{path} cannot be written: {e.strerror}", hint) from None
 
 
-def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Mapping[str, Any] | None:
+def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | None:
     """Show the events of a job after the first start ones. Return the result of `complete`; None if nothing came.
 
     log: the file that gets the lines of the build; "" for none. The job was then submitted earlier.
@@ -16337,7 +16337,7 @@ def cmd_watch(options: "argparse.Namespace") -> int:
     return EXIT_OK if result["status"] == "ok" else EXIT_NO
 
 
-def _status_text(job: Mapping[str, Any]) -> str:
+def _status_text(job: Json) -> str:
     """Return the status of a job for people, who call a cancelled build cancelled."""
     return "cancelled" if job.get("error_type") == "Cancelled" else str(job["status"])
 
@@ -16360,7 +16360,7 @@ def cmd_list(options: "argparse.Namespace") -> None:
         print(plain_text(row).rstrip())
 
 
-def _took(job: Mapping[str, Any]) -> str:
+def _took(job: Json) -> str:
     """Return how long a finished job ran, or "" if its server does not say."""
     try:
         began, ended = (datetime.fromisoformat(job[f"{word}_at"]) for word in ("started", "finished"))
@@ -16568,7 +16568,7 @@ def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
     return where + explain_difference(*(read_limited(path, GIB) for path in pair))
 
 
-def _request_again(options: "argparse.Namespace", facts: Mapping[str, Mapping[str, str]]) -> None:
+def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) -> None:
     """Set the options of `build` that request the build of a bundle once more.  Raises UsageError."""
     recorded, build = facts["source"], facts["build"]
     uri, commit = recorded["uri"], recorded.get("gitCommit")
@@ -17007,7 +17007,7 @@ class Command(NamedTuple):
     summary: str = ""
     example: str = ""
     note: str = ""
-    defaults: Mapping[str, Any] = {}
+    defaults: Json = {}
 
 
 def cmd_completion(options: "argparse.Namespace") -> None:
@@ -17480,7 +17480,7 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
 
 
 # Mark after a metavar -> what it means to argparse.
-_MARKS: Mapping[str, Mapping[str, Any]] = {
+_MARKS: Mapping[str, Json] = {
     "...": {"action": "append"},
     "!": {"required": True},
     "+": {"nargs": "+"},
