@@ -14876,12 +14876,12 @@ _MOUNTS = (
 # The mounts below SYSROOT. Together those that a build can fill leave memory for the agent's log and result, the kernel
 # and both our processes, which can then still report what happened.
 _SYSROOT_MOUNTS = (
-    ("proc", "/proc", _MS_DATA, "hidepid=2"),
-    ("tmpfs", "/dev", _MS_DEVICES, "mode=0755,size=64k"),
-    ("tmpfs", "/run", _MS_DATA, "mode=0755,size=1m"),
-    ("tmpfs", "/tmp", _MS_PROGRAMS, "mode=1777,size=5%,nr_inodes=16k"),
-    ("tmpfs", "/work", _MS_PROGRAMS, "mode=0755,size=55%,nr_inodes=200k"),
-    ("tmpfs", "/work/agent", _MS_DATA, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"),
+    ("proc", f"{SYSROOT}/proc", _MS_DATA, "hidepid=2"),
+    ("tmpfs", f"{SYSROOT}/dev", _MS_DEVICES, "mode=0755,size=64k"),
+    ("tmpfs", f"{SYSROOT}/run", _MS_DATA, "mode=0755,size=1m"),
+    ("tmpfs", f"{SYSROOT}/tmp", _MS_PROGRAMS, "mode=1777,size=5%,nr_inodes=16k"),
+    ("tmpfs", f"{SYSROOT}/work", _MS_PROGRAMS, "mode=0755,size=55%,nr_inodes=200k"),
+    ("tmpfs", f"{SYSROOT}/work/agent", _MS_DATA, f"mode=0700,uid={AGENT_UID},gid={AGENT_UID},size=20%"),
 )
 # No user namespaces, which would make a build root towards much of the kernel; no kernel log for builds; no io_uring;
 # no further modules.
@@ -14972,8 +14972,8 @@ def _mount_tools(root_hash: str, blocks: int) -> None:
     _device_mapper(_DM_TABLE_LOAD, target, _DM_READONLY_FLAG)
     _device_mapper(_DM_DEV_SUSPEND)  # without its flag, this resumes
     mount("erofs", SYSROOT, _MS_READONLY, "", _await_device("dm-0"))
-    for kind, path, flags, options in _SYSROOT_MOUNTS:
-        mount(kind, SYSROOT + path, flags, options)
+    for row in _SYSROOT_MOUNTS:
+        mount(*row)
     for name, major, minor in _DEVICES:
         os.mknod(f"{SYSROOT}/dev/{name}", 0o666 | stat.S_IFCHR, os.makedev(major, minor))
         os.chmod(f"{SYSROOT}/dev/{name}", 0o666)
