@@ -5835,7 +5835,7 @@ def _read_tar_numbers(header: bytes) -> tuple[int, int]:
     mode, _, _, size, _, checksum, *_ = (
         int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field
     )
-    if checksum != sum(header[:148]) + sum(b" " * 8) + sum(header[156:]):
+    if checksum != sum(header[:148] + b" " * 8 + header[156:]):
         raise source_error("the archive is damaged: a header has a wrong checksum")
     return size, mode
 
@@ -5872,7 +5872,8 @@ def _read_tar_member(
     header: bytes, size: int, mode: int, extended: Mapping[bytes, bytes], contents: Iterator[bytes]
 ) -> _Member:
     """Return the member of a header and its extensions."""
-    name, target, prefix = (header[start:end].partition(b"\0")[0] for start, end in ((0, 100), (157, 257), (345, 500)))
+    fields = struct.unpack("100s57x100s88x155s12x", header)
+    name, target, prefix = (field.partition(b"\0")[0] for field in fields)
     # GNU's format has other fields there, and star's format has more fields after it.
     if prefix and (header[257:263] != b"ustar\0" or header[500:].strip(b"\0")):
         raise source_error("the archive has a prefix in a header that is not in POSIX format")
@@ -7875,7 +7876,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
             if count > MAX_MEMBERS:
                 raise UsageError(f"{path}: more than {MAX_MEMBERS} members")
             folder = member.kind == "directory"
-            name = re.sub(r"\A\./", "", member.name + "/" * folder)
+            name = (member.name + "/" * folder).removeprefix("./")
             top, slash, rest = name.partition("/")
             tops.update([top] if slash else [])
             if not (folder or member.kind == "file") or files.get(name) or len(tops) > 1 or tops & {"", ".", ".."}:
