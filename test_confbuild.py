@@ -10514,6 +10514,9 @@ answer([*map(str, confbuild.capture(["sh", "-c", sys.argv[2]], "/", dict(os.envi
         assert drive(call, "(sleep 3; echo late) & echo soon") == ["0", "b'soon\\n'", ""], (
             "it waited for what a program left behind"
         )
+        mark = f"mark-{os.urandom(8).hex()}"
+        assert drive(call, "sleep 300 >/dev/null 2>&1 & echo soon", MARK=mark) == ["0", "b'soon\\n'", ""]
+        assert marked(mark) == []  # what is left of its process group has ended
 
     def test_capture_has_a_limit(self) -> None:
         for size, expected in ((100, [0, 100]), (101, ["LimitError", "sh printed more than 100 bytes"])):
@@ -14161,6 +14164,7 @@ class TestPnpm:
         plan = inputs_of(tmp_path)
         assert plan.steps == [["pnpm", "install", "--frozen-lockfile"], ["pnpm", "build"]]
         assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
+        assert plan.artifacts == ("dist",)
         # pnpm runs as installed, whatever `packageManager` names.
         assert plan.env["npm_config_manage_package_manager_versions"] == "false"
         assert plan.env["npm_config_package_manager_strict"] == "false"
