@@ -15061,7 +15061,7 @@ def _start_guest() -> None:
     if config["platform"] == "snp":
         mount("configfs", "/sys/kernel/config", _MS_DATA, "")
     for name, value in _SYSCTL:
-        if os.path.exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
+        if exists(f"/proc/sys/{name}"):  # else the kernel was built without the feature
             write_file(f"/proc/sys/{name}", value.encode("ascii"))
     # Read this file and import the agent's modules now, from the initrd: its own root has no compiled ones.
     own_source()
@@ -16107,12 +16107,11 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with contextlib.suppress(BuildFailed):
-            for toolchain in detect_toolchains(join(source, subdir), options.toolchain)[:1]:
-                if os.path.normpath(join(subdir, toolchain.marker)) not in packed.files:
-                    hint = shlex.join(["git", "-C", source, "add", "-f", join(subdir, toolchain.marker)])
-                    raise UsageError(
-                        f"{source}: git ignores {toolchain.marker}, so it is not in the source", f"`{hint}`"
-                    )
+            marker = detect_toolchains(join(source, subdir), options.toolchain)[0].marker
+            path = join(subdir, marker)
+            if normpath(path) not in packed.files:
+                hint = shlex.join(["git", "-C", source, "add", "-f", path])
+                raise UsageError(f"{source}: git ignores {marker}, so it is not in the source", f"`{hint}`")
         return packed
     except OSError as e:  # a full disk names no file
         raise UsageError(
@@ -16241,7 +16240,7 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
         again = "the result stays on the server: " + client.command("fetch", job_id, "-o", delivery.bundle, *checks)
     try:
         _check_target(delivery.bundle)
-        if os.path.exists(delivery.bundle):
+        if exists(delivery.bundle):
             client.display.note(f"{delivery.bundle} exists; the new bundle replaces it if it verifies")
         path, verdict = _hold_bundle(client.service, job_id, delivery)
     except RemoteError as e:
@@ -16598,7 +16597,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     path = options.bundle
     if basename(path) == "evidence.json":
         path = dirname(path) or "."
-    if not os.path.exists(path):  # also "-", which cannot be read twice
+    if not exists(path):  # also "-", which cannot be read twice
         raise UsageError(f"{path}: no such bundle")
     name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
