@@ -524,6 +524,11 @@ def compact_json(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def json_bytes(value: Any) -> bytes:
+    """Return compact_json(value) as bytes."""
+    return compact_json(value).encode("ascii")
+
+
 NONCE_PATTERN = "[0-9a-fA-F]{32}|[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"  # the second form is a UUID
 
 
@@ -9229,7 +9234,7 @@ class JobRecord(NamedTuple):
         for name in ("phases", "key"):  # earlier versions do not know them
             if not doc[name]:
                 del doc[name]
-        return compact_json(doc).encode("ascii")
+        return json_bytes(doc)
 
     @classmethod
     def parse(cls, data: bytes) -> "JobRecord":
@@ -11073,7 +11078,7 @@ def problem(refused: Refused) -> Response:
         "error_type": refused.error_type,
     }
     headers = {"Content-Type": _PROBLEM, **refused.headers}
-    return Response(refused.status, headers, compact_json(doc).encode("ascii"))
+    return Response(refused.status, headers, json_bytes(doc))
 
 
 def to_refused(error: Exception, line: str) -> Refused:
@@ -11095,7 +11100,7 @@ def to_refused(error: Exception, line: str) -> Refused:
 
 def json_response(value: Any) -> Response:
     """Return 200 with value as JSON."""
-    return Response(200, JSON_HEADERS, compact_json(value).encode("ascii") + b"\n")
+    return Response(200, JSON_HEADERS, json_bytes(value) + b"\n")
 
 
 # The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as
@@ -11143,8 +11148,8 @@ def save_archive(body: IO[bytes], path: str, max_bytes: int) -> None:
                 if b"\\" in text:  # \/ or \u002b, which some encoders write
                     text = json.loads(b'"%b"' % text).encode("ascii")
                 text = rest + text
-                rest = b"" if ended else text[(len(text) - 1) & ~3 :]  # the last group, which may have padding
-                text = text[: len(text) - len(rest)]
+                cut = len(text) if ended else (len(text) - 1) & ~3  # before the last group, which may have padding
+                text, rest = text[:cut], text[cut:]
                 if rest and b"=" in text:
                     raise ValueError("base64 goes on after its padding")
                 data = binascii.a2b_base64(text, strict_mode=True)
@@ -11388,7 +11393,7 @@ class Api(NamedTuple):
             raise Refused(422, "InvalidRequest", str(e)) from None
         text, url, ref, source, source_name, toolchain, subdir = map(fields.get, REQUEST_FIELDS)
         if source is not None and not exists(archive):  # the name was written with an escape
-            string = compact_json(source).encode("ascii")
+            string = json_bytes(source)
             save_archive(io.BytesIO(string[1:]), archive, self.policy.max_archive)
         choices = toolchain or "", subdir or "", fields.get("artifacts") or ()
         nonce = parse_nonce(text)
@@ -11948,10 +11953,10 @@ def request_body(request: BuildRequest, archive: str | None) -> tuple[Iterator[b
     """
     fields = {name: value for name, value in request._asdict().items() if value}
     if archive is None:
-        text = compact_json(fields).encode("ascii")
+        text = json_bytes(fields)
         return iter([text]), len(text)
     fields["source_data"] = ""
-    head, tail = compact_json(fields).encode("ascii")[:-2], b'"}'
+    head, tail = json_bytes(fields)[:-2], b'"}'
 
     def blocks() -> Iterator[bytes]:
         yield head
@@ -12018,13 +12023,14 @@ class BoundedReader(io.RawIOBase):
         return io.BufferedReader(self)
 
 
-def _read_http(received: BoundedReader, read: Callable[..., Any], *arguments: Any) -> Any:
-    """Return read(*arguments), a method of http.client's response that reads from received.
+@contextmanager
+def _reading(received: BoundedReader) -> Iterator[None]:
+    """Raise what happens to http.client in the block, which reads from received.
 
-    Raises BrokenProtocol if the bytes are not HTTP, OSError if the connection is lost.
+    That is BrokenProtocol if the bytes are not HTTP, OSError if the connection is lost.
     """
     try:
-        return read(*arguments)
+        yield
     except OSError:
         raise
     except (http.client.HTTPException, ValueError) as e:  # ValueError: a chunk of negative size
@@ -12045,16 +12051,19 @@ def bounded_response() -> "type[http.client.HTTPResponse]":
             super().__init__(self._received, *arguments, **named)  # type: ignore[arg-type]  # it only calls makefile
 
         def begin(self) -> None:
-            _read_http(self._received, super().begin)
+            with _reading(self._received):
+                super().begin()
             if self._received.ended:  # http.client would take that for the end of the head
                 raise ConnectionError("the connection broke")
 
         def read(self, amt: int | None = None) -> bytes:
-            return bytes(_read_http(self._received, super().read, amt))
+            with _reading(self._received):
+                return super().read(amt)
 
         def read1(self, n: int = -1) -> bytes:
             self._received.renew()
-            return bytes(_read_http(self._received, super().read1, n))
+            with _reading(self._received):
+                return super().read1(n)
 
     return Response
 
@@ -12070,12 +12079,8 @@ def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
         """Opens http and https URLs, with such responses."""
 
         def do_open(self, http_class: Any, req: Any, **named: Any) -> Any:
-            def connect(*arguments: Any, **options: Any) -> Any:
-                connection = http_class(*arguments, **options)
-                connection.response_class = bounded_response()
-                return connection
-
-            return super().do_open(connect, req, **named)
+            bounded: Any = type("Bounded", (http_class,), {"response_class": bounded_response()})
+            return super().do_open(bounded, req, **named)
 
     opener = urllib.request.OpenerDirector()
     opener.add_handler(Handler())
@@ -12458,7 +12463,7 @@ def _start_lifeline(end: Callable[[], None]) -> None:
 
 def _answer_host(**answer: Any) -> None:
     """Write the answer to the host's first line.  [CONTRACT 6.2]"""
-    os.write(1, compact_json(answer).encode("ascii") + b"\n")
+    os.write(1, json_bytes(answer) + b"\n")
 
 
 def _kill_and_sweep(sweeper: list[str]) -> NoReturn:
@@ -12645,7 +12650,7 @@ LAST_LINES = 8  # of the console, in an error message
 GRACE_S, CLEAN_UP_S = 5.0, 60.0  # for a VM to end after its build, and for its clean-up
 # Terminal sequences, whatever else could control a terminal, and a warning that an emulator prints a dozen times.
 _CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]|^.*: warning: TCG doesn't support requested feature.*")
-_HOST_PHASES = frozenset(("queued", "vm"))  # events that only the server emits
+_HOST_PHASES = PHASES[:2]  # events that only the server emits: queued and vm
 _HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
 
 
@@ -13412,7 +13417,7 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
             kind = event.get("type") if isinstance(event, dict) else None
             if kind == "complete":
                 return _parse_complete(event)
-            if isinstance(kind, str) and kind in _HOST_PHASES:
+            if kind in _HOST_PHASES:
                 # Every agent emits this one, of its own queue.
                 if not warned and event != {"type": "queued", "position": 0}:
                     warned = True
@@ -13427,8 +13432,8 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
 
 
 # The `complete` event of an agent, for check_schema [CONTRACT 1.9].
-_RESULTS = ({"status": "ok"}, {"status": "failed", "error": str, "error_type": tuple(sorted(FAILURES))})
-_COMPLETE = {"type": "complete", "result": _RESULTS}
+_FAILED = {"status": "failed", "error": str, "error_type": tuple(sorted(FAILURES))}
+_COMPLETE = {"type": "complete", "result": ({"status": "ok"}, _FAILED)}
 
 
 def _parse_complete(event: Mapping[str, Any]) -> BuildFailed | None:
@@ -14599,7 +14604,7 @@ class Broker(Launcher):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.connect(self._path)
-            socket.send_fds(connection, [compact_json(question).encode("ascii")], list(fds))
+            socket.send_fds(connection, [json_bytes(question)], list(fds))
         except OSError:
             connection.close()
             raise
@@ -14757,7 +14762,7 @@ class GuestBroker:
     @staticmethod
     def _send(connection: "socket.socket", answer: Json) -> None:
         with contextlib.suppress(OSError):  # the agent has gone, or does not receive
-            connection.send(compact_json(answer).encode("ascii"))
+            connection.send(json_bytes(answer))
 
     def _run(self, question: Json) -> Json:
         """Run a program as the build user. Raises OSError."""
