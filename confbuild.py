@@ -11162,23 +11162,6 @@ def save_archive(body: IO[bytes], path: str, max_bytes: int) -> None:
         ) from None
 
 
-def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """Return the first byte and the length of a range of size bytes; a length below 1 is not satisfiable [RFC9110 14].
-
-    text: the Range header. None if it is not one range of bytes: a server may ignore it, and several ranges as well.
-    """
-    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", text.replace(" ", ""), re.ASCII)
-    if not match or match[1] + match[2] == "":
-        return None
-    if not match[1]:  # the last bytes
-        first, last = max(0, size - int(match[2])), size - 1
-    else:
-        first, last = int(match[1]), int(match[2] or size)
-        if match[2] and first > last:
-            return None
-    return first, min(last, size - 1) - first + 1
-
-
 def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Response:
     """Return the answer with file, or the range of it that request asks for.  [RFC9110 13.2, 14]
 
@@ -11192,15 +11175,18 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     asked = request.headers.get("range", "")
     if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
         asked = ""
-    size, span = file.size, parse_range(asked, file.size)
-    if span is None:
-        return Response(200, headers, source=file)
-    if span[1] < 1:
+    size, match = file.size, re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
+    first, last = match.groups() if match else ("", "")
+    if not first + last or first and last and int(first) > int(last):
+        return Response(200, headers, source=file)  # a server may ignore what is not one range of bytes
+    start = int(first) if first else max(0, size - int(last))
+    end = min(size, int(last) + 1) if first and last else size
+    if start >= end:
         message = f"{asked[:80]}: there are {size} bytes"
         raise Refused(416, "RangeNotSatisfiable", message, {"Content-Range": f"bytes */{size}"})
-    file.size = sum(span)
-    headers["Content-Range"] = f"bytes {span[0]}-{file.size - 1}/{size}"
-    return Response(206, headers, source=file, start=span[0])
+    file.size = end
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+    return Response(206, headers, source=file, start=start)
 
 
 def read_count(request: Request, name: str, default: str) -> int:
