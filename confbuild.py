@@ -9513,7 +9513,7 @@ def _log_end(job: Job, log: EventLog) -> None:
     times = [record.submitted_at, record.started_at or record.finished_at, record.finished_at]
     submitted, started, finished = (datetime.fromisoformat(text).timestamp() for text in times)
     name = re.sub(r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", basename(job.request.repo_url or job.request.source_name))
-    outcome = (record.failure or {"error_type": "ok"})["error_type"]
+    outcome = (record.failure or {}).get("error_type", "ok")
     toolchain = re.search(rb'"type":"detect","msg":"([a-z]+)"', os.pread(log.fd, 64 * KIB, 0))
     fields = {"job": job.id, "name": safe_name(name), "outcome": outcome, "seconds": round(finished - started, 3)}
     logger().info("job %s %s %s %.1f s", job.id[:4], *list(fields.values())[1:], extra={"fields": fields})
@@ -11504,10 +11504,10 @@ def parse_head(data: bytes) -> Request:
     bad = re.search(rb"\r(?!\n)|[\0-\x08\x0b\x0c\x0e-\x1f\x7f]", data)
     require(not bad, "the head has a control character, or a CR without LF")
     first, *rows = re.split("\r?\n", data.decode("latin-1"))
-    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first) or [""] * 5
-    method, target, minor = line[1], line[2], min(int(line[4] or 0), 1)
+    line = re.fullmatch(rf"({_TOKEN}) ([!-~]+) HTTP/([0-9])\.([0-9])", first)
+    method, target, major, minor = line.groups() if line else [""] * 4
     require(method, f"the first line is {first[:80]!r}, expected METHOD TARGET HTTP/1.1")
-    require(line[3] == "1", f"HTTP/{line[3]}.{line[4]}: expected HTTP/1.1", 505)
+    require(major == "1", f"HTTP/{major}.{minor}: expected HTTP/1.1", 505)
     require(len(rows) <= MAX_HEADERS + 2, f"the head has more than {MAX_HEADERS} fields", 431)
     headers: dict[str, str] = {}
     for row in rows[:-2]:
@@ -11517,15 +11517,15 @@ def parse_head(data: bytes) -> Request:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     host = headers.get("host", "")
     require(
-        _AUTHORITY.fullmatch(host) and (not minor or "host" in headers), "expected one Host field, HOST or HOST:PORT"
+        _AUTHORITY.fullmatch(host) and (minor == "0" or "host" in headers), "expected one Host field, HOST or HOST:PORT"
     )
-    absolute = re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
+    path, absolute = target, re.match(r"https?://([^/?#]*)/?", target, re.IGNORECASE)
     if absolute:  # replaces the host of the field [RFC9112 3.2.2]
         headers["host"] = host = absolute[1]
-        target = "/" + target[absolute.end() :]
-    path = target[0] == "/" or target == "*" or method == "CONNECT"
-    require(path and _AUTHORITY.fullmatch(host), f"the target {line[2][:80]!r} is neither a path nor a URL")
-    return Request(method, target, minor, headers)
+        path = "/" + target[absolute.end() :]
+    valid = path[0] == "/" or path == "*" or method == "CONNECT"
+    require(valid and _AUTHORITY.fullmatch(host), f"the target {target[:80]!r} is neither a path nor a URL")
+    return Request(method, path, min(int(minor), 1), headers)
 
 
 def encode_head(response: Response, request: Request, close: bool) -> bytes:
@@ -12497,8 +12497,8 @@ def choose_attester(config: Json, get: Callable[[bytes], tuple[bytes, bytes | No
     Raises NoAttester if the hardware gives no report; simulated evidence never replaces it.
     """
     platform = config["platform"]
-    passed = [name for name in config.get("env", ()) if name in os.environ]
-    byproducts = {f"env:{name}": sha256_hex(os.fsencode(os.environ[name])) for name in passed}
+    names = filter(os.environ.__contains__, config.get("env", ()))
+    byproducts = {f"env:{name}": sha256_hex(os.fsencode(os.environ[name])) for name in names}
     byproducts |= {"guest_network": sha256_hex(config["network"].encode("ascii"))} if "network" in config else {}
     if platform != "snp":
         return Attester(BUILDERS[platform], simulated_evidence, byproducts)
@@ -15714,13 +15714,17 @@ def vm_kind(
     """
     guest, folder = machine.guest, join(state, "guests")
     vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
+    told = {"policy": policy._asdict(), "vek": vek}
     if options.vm_command:
-        more = {"CONFBUILD_IMAGE": options.image or "", "CONFBUILD_VCPUS": str(options.vcpus)}
-        more["CONFBUILD_MEMORY"] = str(options.memory)
-        told = {"policy": policy._asdict(), "vek": vek, "env": options.env}
+        more = {
+            "CONFBUILD_IMAGE": options.image or "",
+            "CONFBUILD_VCPUS": str(options.vcpus),
+            "CONFBUILD_MEMORY": str(options.memory),
+        }
+        told |= {"env": options.env}
         kind = command_vms(options.vm_command, options.vm_cleanup, machine.platform, told, folder, more)
     elif guest:
-        kind = qemu_vms(guest, {"policy": policy._asdict(), "vek": vek}, folder)
+        kind = qemu_vms(guest, told, folder)
     else:
         # Builds do not see these, even in readable folders: state, cache, secrets of the service, and all workspaces.
         secret = [state, options.token_file, options.tls_key, options.cache]
@@ -15729,12 +15733,8 @@ def vm_kind(
         box = machine.sandbox and machine.sandbox._replace(hidden=hidden)
         closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
         unclosed = (machine.protections or {}).get("ports")
-        return own_vms(
-            "agent",
-            {"policy": policy._asdict(), "cache": options.cache},
-            options.env,
-            lambda: box and box._replace(ports=-1 if unclosed else closed()),
-        )
+        told |= {"cache": options.cache}
+        return own_vms("agent", told, options.env, lambda: box and box._replace(ports=-1 if unclosed else closed()))
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):
