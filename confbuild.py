@@ -16609,6 +16609,8 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     ]
     for row in others:
         say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
+    if any(row["name"] == "gitTree" for row in others):
+        raise UsageError("the source is not the recorded one")
     if others and not options.any_toolchain:
         raise UsageError("these are not the recorded ones", "--any-toolchain compares the artifacts anyway")
     names = "build_path", "build_environment", "build_kernel", "build_cpu"
