@@ -12658,12 +12658,9 @@ class TestCheckout:
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         assert len(head) == 64 and self.pack(root, tmp_path)[1:3] == (tree, head)
-        assert (
-            confbuild.source_expectations(str(root), confbuild.Expectations(), b'"gitTree": "' + b"0" * 64 + b'"')[
-                0
-            ].source_tree
-            == tree
-        )
+        source = {"digest": {"gitCommit": "", "gitTree": "0" * 64}, "uri": ""}
+        said = json.dumps(statement(predicate__buildDefinition__externalParameters__source=source)).encode()
+        assert confbuild.source_expectations(str(root), confbuild.Expectations(), said)[0].source_tree == tree
         (root / "a.txt").write_text("b")
         packed = self.pack(root, tmp_path)
         assert (len(packed.tree), packed.commit) == (40, "") and confbuild.source_expectations(
