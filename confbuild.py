@@ -8159,7 +8159,7 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
-            closed = " (the network is closed in this step)" if network == b"fetch" else ""
+            closed = " (the network is closed in this step)" * (network == b"fetch")
             message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}"
             raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
     return network, stdout

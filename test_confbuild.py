@@ -13326,6 +13326,12 @@ class TestDetect:
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
 
+    def test_a_toolchain_is_one_row_and_at_most_two_functions(self) -> None:
+        defaults = confbuild.Toolchain._field_defaults
+        for toolchain in confbuild.TOOLCHAINS:
+            fields = toolchain._asdict().items()
+            assert 1 <= sum(callable(value) and value is not defaults[name] for name, value in fields) <= 2, toolchain
+
     MARKERS = ("confbuild.toml", "flake.nix", "Cargo.lock", "pnpm-lock.yaml", "package-lock.json", "go.mod")
 
     def test_every_toolchain_in_the_order_of_the_contract(self, tmp_path: Path) -> None:
