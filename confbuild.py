@@ -580,8 +580,8 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         a function, such as decode_base64: is called with the value and its place, and its result replaces the value
         a type: int, str, dict or list (True is not an int), or object: any value
         a compiled pattern: text that matches from its first to its last character
-        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "...", any
-            further keys may follow
+        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "..." or "*", any
+            further keys may follow. So keys that a sender chose must never become keys of a schema
         a list of one schema: an array of any length; of n copies of a schema: an array of n items
         a tuple of schemas: one of these alternatives
         anything else: this value
@@ -891,10 +891,10 @@ def utc_now() -> str:
 # ==============================================================================
 # region 5. DER                                                   [uses nothing]
 # ==============================================================================
-# A reader of DER [X690], the encoding of certificates and revocation lists: an element is a tag, a length and that
-# many contents octets; a constructed element contains elements. Only what X.509 needs is read: tags of one byte,
-# definite lengths, every value in its one shortest form. Every function raises Malformed for any other bytes, in time
-# linear in their number. Nothing recurses on its input.
+# A reader of DER [X690], the encoding of certificates and revocation lists. An element is a tag, a length and that
+# many contents octets; a constructed element contains elements. The reader accepts only what X.509 needs: tags of one
+# byte, definite lengths, and each value in its shortest form. Every function raises Malformed for any other bytes. It
+# takes time linear in the number of bytes, and does not recurse on its input.
 #
 # Why so strict: a signature covers bytes, but people trust what the bytes say. If a value had two encodings, or if
 # bytes could be left over, two readers could find two different certificates in the same signed bytes.
@@ -945,12 +945,13 @@ class Der:
 
     def element(self, tag: int) -> tuple[bytes, bytes]:
         """Return (the whole encoding, the contents octets) of the next element.  [X690 8.1, 10.1]"""
-        # The caller names the tag that it expects, so the sender cannot have one kind of element read as another.
+        # The caller names the tag that it expects, so a sender cannot pass off one kind of element as another.
         reader, start = self._reader, self._reader.at
         self.require(self.peek() == tag, f"tag {tag:#04x} is missing")
         length = reader.take(2)[1]
-        # From 0x80 on this octet is not the length but the number of octets that hold it. 0x80 itself would begin the
-        # indefinite form. DER wants the fewest octets: no leading zero, and none at all for a length below 0x80.
+        # Below 0x80 this octet is the length. Above 0x80 it says how many octets follow that hold the length. 0x80
+        # itself would mean the indefinite form, which DER forbids. DER wants the fewest octets: no leading zero, and
+        # the short form for a length below 0x80.
         if length >= 0x80:
             octets = reader.take(length - 0x80)
             length = int.from_bytes(octets, "big")
@@ -997,8 +998,8 @@ class Der:
 
     def oid(self) -> str:
         """Return an OBJECT IDENTIFIER in dotted form, of at most 64 octets.  [X690 8.19]"""
-        # Those in certificates of AMD and Intel have about a dozen octets. Without a bound, the arcs of a long one
-        # would grow to numbers that take quadratic time to print.
+        # The OIDs of AMD and Intel have about a dozen octets. Without a limit, one arc could become a number so long
+        # that Python takes quadratic time to print it.
         octets, arcs = self.contents(OID), [0]
         ended = 0 < len(octets) <= 64 and octets[-1] < 0x80
         self.require(ended, "an OBJECT IDENTIFIER that is empty, unfinished or too long")
@@ -1028,9 +1029,9 @@ class Der:
             self.fail("a string with bytes outside its alphabet")
 
     def time(self) -> str:
-        """Return a UTCTime or GeneralizedTime as 2026-11-23T00:00:00Z; such texts compare as times do.
+        """Return a UTCTime or GeneralizedTime as text such as 2026-11-23T00:00:00Z.  [RFC5280 4.1.2.5]
 
-        [RFC5280 4.1.2.5]
+        To compare two such texts is to compare the times.
         """
         tag = self.peek()
         # One form of text for both types, so that not_before <= now <= not_after compares times. Days that do not
@@ -1066,10 +1067,10 @@ class RsaKey(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The curve y^2 = x^3 - 3x + b modulo p, and the hash of its signatures, as long as n.  [SP800-186 3.2.1]
+    """A curve y^2 = x^3 - 3x + b modulo p, and the hash that its signatures use.  [SP800-186 3.2.1]
 
     g: base point (x, y) of the prime order n; the cofactor is 1.
-    sha: a constructor of hashlib.
+    sha: a constructor of hashlib, whose digest has as many bits as n.
     """
 
     name: str
@@ -1255,10 +1256,10 @@ def verify_ecdsa(curve: Curve, q: PublicKey, message: bytes, r: int, s: int) -> 
 #
 # Functions called parse_* authenticate nothing. verify_* and make_anchors check signatures.
 #
-# This is not a validator for the Web: there are no policies, host names, or paths to search for. Each chain has one
-# known length, each certificate one known place in it, and all that remains of path validation [RFC5280 6] is: each
-# certificate names its issuer and has its signature, the issuer may sign certificates, and the time lies in its period.
-# The caller of these functions checks the time, and that the last key is the pinned one.
+# This is not a validator for the Web: there are no policies, host names, or paths to search for. Each chain has a known
+# length, and each certificate a known place in it. So little remains of path validation [RFC5280 6]: a certificate
+# names its issuer, the issuer has signed it, the issuer may sign certificates, and the time lies in the certificate's
+# period. The caller of these functions checks the time, and that the chain ends in the pinned key.
 
 # Whoever could replace a key in this table could forge every report. So it can be audited: the SHA-256 next to each key
 # is the one that openssl prints, and the tests compute it again. A new product of AMD needs a new row here.
@@ -1353,7 +1354,8 @@ _AMD_KEYS = (
 )
 # fmt: on
 # Intel's other certificates are replaced every few years, so they come with the quote and the collateral.
-# Each chain of them must end in this key.
+# Each chain of them must end in this key. The verdict compares the SHA-256 below with that of the chain's last key, so
+# of these values the SHA-256 is the one that is trusted; the coordinates are for readers and for the tests.
 #
 # Intel's root: serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, key. To compare it with
 # https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer, use openssl as above.
@@ -1392,11 +1394,11 @@ _ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
 # BasicConstraints says whether a certificate is that of a CA. KeyUsage says what its key may do; the place of a
 # certificate in its chain decides that here.
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
-# Extensions of a VEK [VCEK 3.1, tables 8 and 9]: by them AMD says which chip (HWID) or cloud (CSP_ID) has the key, and
-# which versions of the firmware it was derived for. An SPL is a security patch level: one byte of TCB_VERSION.
+# Extensions of a VEK [VCEK 3.1, tables 8 and 9]. They say which chip (HWID) or cloud (CSP_ID) has the key, and from
+# which versions of the firmware it was derived. An SPL is a security patch level: one byte of TCB_VERSION.
 _PRODUCT_NAME, _HWID, _SPL = "1.3.6.1.4.1.3704.1.2", "1.3.6.1.4.1.3704.1.4", "1.3.6.1.4.1.3704.1.3."
 _CSP_ID = "1.3.6.1.4.1.3704.1.5"
-# By these GUIDs, the host's table of certificates names them [GHCB 4.1.8.1].
+# The GUIDs of the two kinds of VEK in the certificate table that a host gives to its guest [GHCB 4.1.8.1].
 VEK_GUIDS = {"VCEK": "63da758d-e664-4564-adc5-f4b93be8accd", "VLEK": "a8074bc2-a25a-483e-aae6-39c045a0b8a1"}
 _SPL_ARCS = {"bootloader": "1", "tee": "2", "snp": "3", "microcode": "8", "fmc": "9"}
 
@@ -1405,7 +1407,8 @@ class Anchor(NamedTuple):
     """A trusted CA key.
 
     not_before, not_after: as 2026-11-23T00:00:00Z.
-    spki_sha256: for auditors to compare; no check uses it.
+    spki_sha256: of the SubjectPublicKeyInfo. For Intel's root, this is the value that a chain must end in. For AMD's
+        keys, it is only there for auditors to compare.
     """
 
     subject: Name
@@ -1519,9 +1522,8 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
 
     An unknown extension may be ignored unless it is critical. The two that are critical here restrict CAs.
     """
-    # AMD's and Intel's own extensions are not critical, and a reader that does not know them may still rely on the
-    # rest. An extension that restricts the key is critical; ignoring one would give the key more rights than its CA
-    # did.
+    # A critical extension may restrict what the key may do. Ignoring an unknown one could give the key more rights than
+    # its CA did. AMD's and Intel's own extensions are not critical, so a reader may skip those that it does not know.
     found: dict[str, bytes] = {}
     for extension in der.each():
         oid = extension.oid()
@@ -1581,7 +1583,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     structure: names the certificate in errors.
     Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
     """
-    # Every field is read, also those that no check uses, because it may not be skipped what cannot be understood.
+    # Every field is parsed, even if no check uses it: signed bytes that cannot be understood must not be skipped.
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
     serial = der.integer()
@@ -1609,8 +1611,8 @@ def parse_crl(data: bytes, structure: str) -> RevocationList:
     der.require(der.integer() == 1, "expected version 2")  # counted from 0
     der.require(der.element(SEQUENCE)[0] == algorithm, _ALGORITHMS_DIFFER)
     issuer, this_update, next_update = _parse_name(der), der.time(), der.time()
-    # An entry has the serial number, the date, and perhaps extensions such as the reason. Being listed is enough: a key
-    # that was good until some date cannot be told from one that was stolen before.
+    # An entry has the serial number, the date, and perhaps extensions such as the reason. A listed key counts as
+    # revoked at any time, whatever that date: a signature does not prove when it was made, so a thief could backdate.
     revoked = []
     if der.peek() == SEQUENCE:  # revokedCertificates is absent if empty
         for entry in der.each():
@@ -1644,8 +1646,8 @@ def verify_crl(data: bytes, structure: str, issuers: Mapping[Name, PublicKey]) -
     issuers: trusted keys.
     Raises Malformed, BadSignature.
     """
-    # A list by somebody else could not hide a revocation, since lists only add to what is revoked. But shown as
-    # verified, it would make the reader believe that this issuer has revoked nothing.
+    # Another issuer's list could not hide a revocation, because lists only add revoked keys. But if it were shown as
+    # verified, the reader would believe that this issuer has revoked nothing.
     crl = parse_crl(data, structure)
     if crl.issuer not in issuers:
         # Without the name, the error would only be a bad signature, and people would look for a damaged file.
@@ -1695,7 +1697,7 @@ def verify_issued(certificate: Certificate, issuer: Anchor | Certificate, struct
 
 
 def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]:
-    """Parse PEM with length certificates and nothing else but white space and NUL.  [RFC7468]
+    """Parse PEM with length certificates and nothing else but line breaks and NUL.  [RFC7468]
 
     Raises Malformed.
     """
@@ -1713,9 +1715,11 @@ def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tup
     The last one must have signed itself, and each but the first must be that of a CA. The caller checks the time, and
     that the last key is a trusted one.
     structure: names the chain in errors.
-    verified: (signed part, signature) of the certificates that earlier calls have verified. They are not verified
-        again, and those of this chain are added.
+    verified: (signed part, signature) of the certificates that earlier calls have accepted. They are not verified
+        again, not even against the issuer that follows them here. Those of this chain are added.
     """
+    # To skip them is safe because a verdict passes only if every chain passes and ends in the pinned root: such a
+    # certificate has been traced to that root, whatever follows it here.
     # Without the check of cA, a key that Intel has certified for another purpose, such as one machine's, would pass as
     # a CA's.
     for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
@@ -1743,7 +1747,7 @@ def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
     names: those that the product has, as in TCB_LAYOUTS.
     Raises Malformed.
     """
-    # One byte each, as in TCB_VERSION. Two levels that differ by 256 must not look equal.
+    # A level is one byte, as in TCB_VERSION; a larger number is an error.
     levels = {}
     for name in names:
         der = _vek_extension(vek, _SPL + _SPL_ARCS[name], f"VEK {name} SPL")
@@ -1799,8 +1803,9 @@ def find_vek(data: bytes, kind: str) -> Certificate:
     kind: "VCEK" or "VLEK", if there are several.
     Raises Malformed.
     """
-    # What people have at hand: the answer of AMD's service (DER, or PEM with the chain), or the host's table. latin-1
-    # decodes any bytes, so that PEM can be looked for in all of them.
+    # People have the answer of AMD's service (DER, or PEM with the chain) or the host's certificate table. Decoding as
+    # latin-1 never fails, so PEM can be searched for in any bytes. If no certificate has the right name, return the
+    # first one: the check "signing key" then shows its name.
     found = [decode_base64("".join(block.split()), "VEK") for block in _PEM.findall(data.decode("latin-1"))]
     certificates = [parse_certificate(der, "VEK") for der in found or [vek_in_table(data, kind) or data]]
     return next((vek for vek in certificates if ("CN", f"SEV-{kind}") in vek.subject), certificates[0])
@@ -1969,6 +1974,8 @@ def reserved_fields(report: Report) -> list[str]:
     A bit that a later version of the report defines is reserved in this one: alias-check, iommu-write-safe and the
     bytes of CPUID before version 3, tio, page-swap-off and the mitigation vectors before version 5.
     """
+    # Bits that are defined: of the policy 0 to 24, and page-swap-off (25) since version 5; of PLATFORM_INFO 0 to 4,
+    # 5 and 6 since version 3, and tio (7) since version 5; of the flags 0 to 4. True counts as 1.
     data, v3, v5 = report.data, report.version >= 3, report.version >= 5
     fields: dict[str, Any] = {
         "policy": report.policy >> 25 + v5,
@@ -2028,7 +2035,7 @@ HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 class HclReport(NamedTuple):
     """The two parts of an HCL report.
 
-    attestation_report: of the hardware; not what TDX signs.
+    attestation_report: the report of SEV-SNP hardware. With TDX nothing reads it: the evidence has the quote besides.
     runtime_data: JSON. Its SHA-256 is the first half of the hardware report's report_data.
     """
 
@@ -2051,8 +2058,8 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
     """Parse the HCL report of an Azure VM.  [AZURE]
 
     expected: the report type.
-    Integers are little-endian. Nobody signs the headers, but every value in them is known, so each is compared and no
-    bit can change unnoticed. Only the number of zeros after the runtime data is free.
+    Integers are little-endian. Nobody signs the headers, so each of their fields must have a known value. Only two
+    things may vary: the version (1 or 2), and the number of zeros after the runtime data.
     Raises Malformed.
     """
     r = Reader(data, "HCL report")
@@ -2071,6 +2078,7 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
     )
     r.require(not any(reserved), "reserved bytes are not zero")
     r.require(not any(tail), "bytes after the runtime data")
+    # The hash in the hardware report covers the JSON without the NULs that may end it.
     return HclReport(attestation_report, content.rstrip(b"\x00"))
 
 
@@ -2103,7 +2111,8 @@ def parse_quote(message: bytes) -> TpmQuote:
     """
     r = Reader(message, "TPMS_ATTEST")
     magic, tag = r.unpack(">IH")
-    # The TPM signs other data of this form only if the magic differs, so the magic proves that the TPM made it.
+    # With a restricted key, such as an AK, a TPM signs no foreign data that begins with this magic. So the magic proves
+    # that the TPM itself made the structure.  [TPM2-1, restricted signing keys]
     r.require(magic == TPM_GENERATED_VALUE, "magic is not TPM_GENERATED_VALUE")
     r.require(tag == TPM_ST_ATTEST_QUOTE, "type is not TPM_ST_ATTEST_QUOTE")
     r.take(*r.unpack(">H"))  # qualifiedSigner
@@ -2144,13 +2153,14 @@ def compute_pcr_digest(pcrs: Sequence[bytes], pcr_select: Sequence[int]) -> byte
 # The functions here parse the parts of that chain and authenticate none, except verify_raw; the section "Verdict"
 # checks the links.
 
-# The body, TD Quote Body 1.0 of 584 bytes, and what 1.5 appends; "x" is a reserved byte [TDX-QUOTE, TD Quote Body].
+# TD Quote Body 1.0 (584 bytes), then the two fields that 1.5 appends [TDX-QUOTE, TD Quote Body].
 _TD_BODY = struct.Struct("<16s 48s48s8s 8s8s 48s48s48s48s 192s 64s 16s48s")
 _TD_BODIES = ((2, 584), (3, 648))  # type and size
 QE_VENDOR = "939a7233f79c4ca9940a0db3957f0607"  # Intel's quoting enclave
 TDX_TEE, ECDSA_P256 = 0x81, 2  # TEE type, attestation key type
 _QE_CERTIFICATION, _PCK_CHAIN = 6, 5  # types of certification data
-# Bits of TDATTRIBUTES [TDX-MODULE, ATTRIBUTES]. Those of the byte TUD, except DEBUG, profile a TD; others are reserved.
+# Bits of TDATTRIBUTES [TDX-MODULE, ATTRIBUTES]. TD_FORBIDDEN holds the reserved bits, and those of the first byte, TUD,
+# except DEBUG: they let the host profile a TD.
 TD_DEBUG, TD_MIGRATABLE, TD_FORBIDDEN = 1, 1 << 29, 0x3FFFFFFF0780FF00 | 0xFE
 XFAM_REQUIRED = 3  # x87 and SSE state, which every processor has
 # The extension of a PCK certificate [PCK, SGX extensions]: PPID .1, TCB .2, PCEID .3, FMSPC .4.
@@ -2260,7 +2270,10 @@ def raw_pair(data: bytes) -> tuple[int, int]:
 
 
 def _sgx_fields(der: Der) -> dict[str, Der]:
-    """Return OID -> value of a SEQUENCE of pairs of both."""
+    """Return {OID: cursor over the value} of a SEQUENCE of pairs (OID, value).
+
+    The values have several types, so any tag is accepted here; the caller asks for the one that it expects.
+    """
     return {field.oid(): Der(field.element(field.peek())[0], "SGX extension") for field in der.each()}
 
 
@@ -2287,12 +2300,12 @@ def parse_pck(certificate: Certificate) -> Pck:
 # ==============================================================================
 # What Intel publishes about machines of a kind [PCS]: TCB info (the levels of a machine's firmware and of the TDX
 # module, with their status), the identity of the quoting enclave, and two revocation lists. The caller supplies them in
-# one JSON file. parse_collateral authenticates nothing. verify_document returns a document that Intel's root has
-# signed; what the others take has been verified by the caller.
+# one JSON file. parse_collateral authenticates nothing. verify_document returns a document only if the given key has
+# signed it. The other functions expect documents that the caller has verified.
 #
-# How a status is found: a TCB info lists levels, and each is a set of least version numbers. The machine has reached a
-# level if each of its own numbers is at least as high. Its status is that of the highest level that it has reached. Old
-# documents name no problems that were found later, so each has a period in which it counts.
+# How a status is found: a TCB info lists levels. Each level is a set of least version numbers. A machine has reached a
+# level if each of its own numbers is at least as high, and its status is that of the highest level that it has reached.
+# An old document knows nothing of flaws that were found later, so each document is valid for a limited time.
 
 TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
     "UpToDate",
@@ -2399,8 +2412,8 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
     Its version is the second component of TEE_TCB_SVN. Version 0 has no entry of its own and no levels.
     Raises Malformed.
     """
-    # The version selects the entry, and the entry's MRSIGNER must then be that of the quote. So a host gains nothing
-    # from a module that claims another version: Intel must have signed it.
+    # The version selects the entry, and the MRSIGNER of the module must then be that of the entry. So a module gains
+    # nothing if it claims another version: Intel must have signed it in any case.
     version = f"TDX_{quote.tee_tcb_svn[1]:02X}"
     if version == "TDX_00":
         return info["tdxModule"]
@@ -2455,7 +2468,6 @@ def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> A
 
     Raises Malformed.
     """
-    # This order does not depend on that of the document.
     # The first level that is reached counts, so the highest must come first, whatever the order of the document.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
@@ -2470,7 +2482,8 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     Raises Malformed if one of the three is below every level, or if a date does not exist.
     """
     svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
-    # The first two components are those of the module, which has levels of its own from version 1 on.
+    # The first two components are those of the module. From version 1 on, the module has levels of its own, so they do
+    # not count here: 255 reaches every level.
     tdx = (255, 255, *svn[2:]) if minor else svn
     platform = _reached_level(info["tcbLevels"], [*pck.svns, pck.pcesvn, *tdx], "the platform")
     # The quoting enclave has levels in its own document, by its ISVSVN.
@@ -2501,9 +2514,9 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
 # ==============================================================================
 # region 12. Event logs                                                [uses 11]
 # ==============================================================================
-# Logs of what a TD's registers RTMR0 to RTMR3 were extended with. Nobody signs a log: it is right if replaying it gives
-# the registers of a quote. Then its digests are proven. Of the other fields of an event, only those are proven from
-# which its digest was computed again here.
+# Logs of what a TD's registers RTMR0 to RTMR3 were extended with. Nobody signs a log. If replaying it gives the
+# registers of a quote, its digests are proven, in this order. Any other field of an event is proven only if the digest
+# was recomputed from it here.
 # Specifications: [CCEL], [DSTACK].
 
 _CCEL_DIGESTS = {0x04: 20, 0x0B: 32, 0x0C: 48, 0x0D: 64}  # algorithm -> size [TPM2-2 6.3]
@@ -2522,9 +2535,8 @@ def replay_ccel(data: bytes) -> list[bytes]:
     Raises Malformed.
     """
     r = Reader(data, "cc_eventlog")
-    # The first event has the old form with a SHA-1 digest, and describes the others.
-    # TCG_PCR_EVENT: register, type, SHA-1 digest, size of the data. Its data describe the algorithms of the log; they
-    # are not trusted, because the sizes of the known algorithms are fixed.
+    # The first event has the old form, TCG_PCR_EVENT: register, type, SHA-1 digest, size of the data. Its data describe
+    # the algorithms of the log. They are not trusted: the sizes of the known algorithms are fixed.
     _, kind, size = r.unpack("<II20xI")
     r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
     r.take(size)
@@ -2785,7 +2797,7 @@ def parse_firmware(data: bytes) -> Firmware:
     fits = size == 16 + 12 * count and size <= offset
     _require_form(fits, f"its SEV metadata of {size} bytes cannot have {count} sections")
     sections = list(struct.iter_unpack("<3I", metadata[16:size]))
-    # QEMU could add a section of a type that is unknown here in another way, with another digest.
+    # If QEMU knows a type that is unknown here, it may add the section in another way, which changes the digest.
     for gpa, length, kind in sections:
         _require_form(kind in SECTION_TYPES, f"section of unknown type {kind:#x}")
         whole = length and (gpa | length) % PAGE_SIZE == 0
@@ -2986,8 +2998,8 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
 
 def firmware_state(data: bytes) -> str:
     """Return "" if the firmware admits no shim, else a message why its launch digest does not tell what it boots."""
-    # A name can begin in one block and end in the next. Finding it proves nothing about the code that uses it, but
-    # without it, the firmware cannot ask the host for the file.
+    # The name can begin in one block and end in the next. A firmware that contains it need not use it, but one without
+    # it cannot ask the host for the file.
     tail = b""
     try:
         for block in volume_blocks(data):
@@ -3147,6 +3159,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
     following: tuple[int, ...] = ()  # the page that continues it
     for step, key in _snp_steps(data):
         name, page_type, gpa, size, page = step
+        # All VMSAs have the same GPA, so they do not count as pages that are filled.
         if page_type == PAGE_VMSA:
             vmsa = bytearray(page)
             vmsa[0x0D1] |= 0x10  # KVM sets EFER.SVME, CR4.MCE and bit 1 of RFLAGS; see VMSA_FIELDS
@@ -3183,7 +3196,7 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     """
     items: list[bytes] = []
     for gpa, page in measured.items():
-        # An item may end in the next page.
+        # An item has 48 bytes, so up to 47 of them can lie in the next page.
         items += _KERNEL_ITEM.findall(bytes(page) + bytes(measured.get(gpa + PAGE_SIZE, b"")[:47]))
     require = Reader(b"", "kernel").require
     require(len(items) == 1, f"{len(items)} items in measured pages name one, expected 1")
@@ -3374,9 +3387,9 @@ OLDER_BUILD_TYPES = {
     "https://lunal.dev/kettle/nix@v1": "nix",
     "https://lunal.dev/kettle/pnpm@v1": "pnpm",
 }
-# A WORD has no control characters, so that no name can feign another line of somebody's output. A question mark means
-# that the older generation lacks the key, or that only some toolchains write it. All other keys must be there, so a
-# reader need not guess what their absence means.
+# A WORD has no control characters, so no name can fake a further line of output. A question mark means that the older
+# generation lacks the key, or that only some toolchains write it. All other keys must be there, so a reader need not
+# guess what their absence means.
 _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
@@ -3438,8 +3451,8 @@ def check_statement(doc: Any) -> Any:
         check_schema(toolchain["kettle"], _PROGRAM, structure, path + ".kettle", ordered=True)
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
-    # The two passes above have checked everything but the names of byproducts, which are free. A reader of two
-    # byproducts with one name could take the other one.
+    # The two passes above have checked everything but the names of byproducts, which are free. If two byproducts had
+    # one name, two readers could look at different ones.
     [(name, count), *_] = [*Counter(b["name"] for b in run["byproducts"]).most_common(1), ("", 0)]
     if count > 1:
         raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
@@ -3467,8 +3480,8 @@ def merkle_entries(doc: Any) -> list[str]:
     """Return the leaves of the byproduct input_merkle_root, in order.  [CONTRACT 3.6]"""
     definition = doc["predicate"]["buildDefinition"]
     source, parameters = definition["externalParameters"]["source"]["digest"], definition["internalParameters"]
-    # The order is that of [K], in which nix differs from the others. A leaf is text without a type or a length, but the
-    # whole list is checked, not a part of it, so no leaf can be taken for another one.
+    # The order is that of [K], in which nix differs from the others. A leaf holds neither its type nor its length. That
+    # is safe because the root is always computed from the whole list: nobody proves a single leaf.
     tools = {name: (tool["digest"]["sha256"], tool["version"]) for name, tool in parameters["toolchain"].items()}
     del tools["kettle"]
     before, after = [source["gitCommit"], source["gitTree"]], [parameters["lockfileHash"]["sha256"]]
@@ -3519,9 +3532,9 @@ def package_of(uri: str) -> str:
 # ==============================================================================
 # verify_bundle takes the bytes of a bundle and what a caller expects, and returns a verdict [CONTRACT 4.1, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
-# Each check compares two values that come from different places. The verdict is a set inclusion: every check that the
-# platform requires, that a bundle requires or that the caller requests has passed, and none failed. Any thread may call
-# verify_bundle; it shares nothing.
+# Each check compares two values that come from different places. The verdict is "passed" only if every required check
+# has passed and no check has failed. The platform requires checks, a bundle requires checks, and so does each field
+# that the caller sets. Any thread may call verify_bundle; it shares nothing.
 #
 # Read verify_bundle and _conclude first: they say what PASSED means. _check_evidence follows, which looks up the
 # platform in PLATFORMS. Its row names the function that checks evidence of this kind, from the key of the manufacturer
@@ -3600,7 +3613,7 @@ EXPECTED = [
     """.strip().splitlines()
 ]
 # fmt: on
-# What evidence alone cannot tell. In its verdict, these checks are shown with the reason ALONE.
+# Checks that need a provenance. With evidence_only, they are shown as not checked, with the reason ALONE.
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
 _CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
 MEASURED = {check for _, check, _, _ in EXPECTED if check.endswith("measurement")}  # they tie evidence to software
@@ -3628,7 +3641,8 @@ class _Checks(NamedTuple):
     anchors: the CA keys that are trusted.
     made: the checks, in the order in which they ran.
     claims: what the evidence and the provenance say, in the order in which the verdict shows it.
-    traced: certificates that were traced to Intel's root; see verify_chain.
+    traced: certificates of chains that verify_chain has accepted. It does not check that a chain ends in Intel's root;
+        the check "... root" of the same chain does, and if that fails, the verdict is "failed" anyway.
     """
 
     expected: Expectations
@@ -3669,7 +3683,7 @@ class _Checks(NamedTuple):
         """Add a check that passes if the time of the verification lies in every period, both ends included."""
         firsts, lasts = zip(*periods, strict=True)
         first, last = max(firsts), min(lasts)
-        # What begins in the future is rarely forged: more often the clock of a small machine has lost its time.
+        # A period that begins in the future is rarely a forgery. More often the clock of this machine is behind.
         if self.now < first:
             detail += "; is the clock of this machine behind?"
         self.hold(name, first <= self.now <= last, f"{first} to {last}", self.now, detail.removeprefix("; "))
@@ -3678,7 +3692,7 @@ class _Checks(NamedTuple):
         """Add a check of the registers that the caller expects, unless wanted is None."""
         if wanted is not None:
             values = {i: value.lower() for i, value in sorted(wanted.items())}
-            # A register that the quote does not cover was reported by nobody who can be trusted.
+            # The quote says nothing about a register that it does not cover, so that register counts as "none".
             self.compare(name, compact_json(values), compact_json({i: actual.get(i, "none") for i in values}))
 
     def skip(self, name: str, why: str, actual: Any = "", expected: str = "", failed: bool = False) -> None:
@@ -3760,9 +3774,8 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
 
     vek: not authenticated yet.  [VCEK]
     """
-    # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here.
-    # Names first: a certificate with a wrong name and the right signature, or the reverse, must show which of both it
-    # is.
+    # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here. The name
+    # of the issuer has a check of its own, so that the verdict shows whether the name or the signature is wrong.
     roles, kind = checks.anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
     chain = (vek, issuer, roles["ark"])
@@ -3837,7 +3850,8 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
     # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
     checks.compare("VMPL", checks.expected.vmpl, report.vmpl, "of the software in the guest that asked for the report")
-    # A migration agent is another VM that may take this one's memory. Nothing here verifies it.
+    # A migration agent is another VM that may take this one's memory. Nothing here verifies it. Without the policy's
+    # bit, a guest cannot have one. With it, report_id_ma is all ones if none was bound at launch.  [SNP-ABI 7.3]
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
     agent = report.report_id_ma.hex() if migrates else "none"
     checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
@@ -3899,9 +3913,8 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     """
     expected = checks.expected
     _check_debug(checks, bool(report.policy & POLICY_DEBUG))
-    # The policy is what the guest's owner demanded of the firmware at launch; the host could have started the same
-    # guest with a weaker one. Without an expectation, the values that stand in for it here are not used: expect then
-    # skips the check.
+    # The guest's owner expects this policy, but the host passes it at launch and could have passed a weaker one. If the
+    # caller expects nothing, the zeros here are never compared: expect skips the check.
     policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
     words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
     checks.expect(
@@ -3928,7 +3941,8 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         # from the committed one on. So each of the four must reach the minimum.
         kinds = ("reported", "committed", "current", "launch")
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
-        # A level for another product says nothing here, but one for a name that this product lacks is never reached.
+        # Levels for another product are skipped. A level that this product does not have counts as -1: never reached.
+        # If levels are given but none is for this product, the check fails.
         named = [(key.rpartition(":"), level) for key, level in expected.min_tcb.items()]
         minimum = [(name, level) for (of, _, name), level in named if of in ("", product.lower()) and name != "tdx"]
         low = [kind for kind, levels in tcbs.items() if any(levels.get(name, -1) < level for name, level in minimum)]
@@ -3995,7 +4009,8 @@ def _check_document(checks: _Checks, title: str, name: str, collateral: Strings)
 
     title: begins the names of the checks.
     name: of the document in the collateral.
-    Return (the document, or None if it is not as signed; its signer, or nothing if that is no certificate).
+    Return (the document, its signer). The document is None if its signature is invalid; the signer is empty if its
+    chain cannot be parsed.
     """
     text, signature, pem = (collateral[name + part] for part in ("", "_signature", "_issuer_chain"))
     signer = _check_chain(checks, f"{title} signer", pem, 2)[:1]
@@ -4082,7 +4097,8 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
     collateral = checks.attempt("collateral form", parse_collateral, checks.endorsements.collateral)
     if collateral is None:
         return
-    # The chain of the PCK list brings no key that is used: the list is verified with the PCK CA of the quote.
+    # The chain of the PCK list is checked like the others, but none of its keys is used: the list is verified with the
+    # PCK CA of the quote.
     info, info_signer = _check_document(checks, "TCB info", "tcb_info", collateral)
     identity, identity_signer = _check_document(checks, "QE identity", "qe_identity", collateral)
     _check_chain(checks, "PCK list signer", collateral["pck_crl_issuer_chain"], 2)
@@ -4125,10 +4141,10 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
 
 def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
     """Check the status of a TD's TCB."""
-    # By default, what a machine's owner can mend by settings or in software passes, and missing updates of firmware do
-    # not.
+    # By default, a status passes if the machine's owner can fix the cause by settings or software. Missing updates of
+    # firmware fail.
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
-    # Up to date is relative to the documents given: how far the machine's level lies behind the newest one.
+    # "Up to date" is relative to the given documents. So also show how far the level lies behind the newest one.
     days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
     advisories = f" ({', '.join(tcb.advisories)})" if tcb.advisories else ""
     actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {days} days behind the newest"
@@ -4145,7 +4161,8 @@ def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> N
     checks.compare("RTMR replay", expected, actual, "the registers of the quote, and those that the event log gives")
 
 
-# The checks of the platforms. Each returns the 64 bytes that the attester signed, or None if nothing proves them.
+# The checks of the platforms. Each returns the 64 bytes that the attester signed, as the evidence claims: they are
+# proven only if all checks of the platform pass. None means that the evidence holds no such bytes.
 
 
 def _check_simulated(checks: _Checks, evidence: Any) -> bytes:
@@ -4192,7 +4209,8 @@ def _check_tdx(checks: _Checks, evidence: Any) -> bytes:
 
 def _check_dstack(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platform dstack.  [CONTRACT 4.6]"""
-    # There the measurement is that of a common image, and RTMR3 tells the app. So the event log is required.
+    # dstack boots one image for all apps, so the measurement does not tell which app runs. RTMR3 does, through the
+    # event log. So the log is required.
     quote: TdQuote = evidence["quote"]
     _check_quote(checks, quote)
     replayed = checks.attempt("event log", replay_dstack, evidence["event_log"])
@@ -4204,6 +4222,7 @@ def _check_dstack(checks: _Checks, evidence: Any) -> bytes:
             compose_hash = next((payload for name, payload in events if name == "compose-hash"), None)
             shown = [{"event": name, "payload": payload} for name, payload in events]
             checks.claims.update(events=shown, compose_hash=compose_hash)
+            # _check_evidence compares only claims that have a value, so a missing one must fail here.
             if compose_hash is None:
                 checks.expect("compose_hash", "none", checks.expected.compose_hash, False)
     return quote.report_data
@@ -4343,8 +4362,8 @@ def _check_statement(checks: _Checks, doc: Any) -> None:
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
-    # The builder computed this root over the source, the lock file, the tools and the dependencies. If it does not
-    # follow from those in the Statement, the builder had others.
+    # The builder computed this root over the source, the lock file, the tools and the dependencies. If the root differs
+    # from that of the Statement, the builder used other inputs than the Statement lists.
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
     # The fields of Expectations that name one value of the Statement. Their texts must be equal.
     said = {
@@ -4393,8 +4412,8 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
         checks.hold("nonce is not zero", not zero, "not all zero", nonce, "an all-zero nonce does not prove freshness")
     if signed is None or provenance is None:
         return
-    # The one link between the hardware and the build: this comparison carries over to provenance.json, and from there
-    # to the artifacts, what the checks of the evidence have proven.
+    # This is the only link between the hardware and the build. What the evidence proves now holds for provenance.json
+    # too, and through its subjects for the artifacts.
     digest, actual, detail = sha256_hex(provenance), signed[:32].hex(), "signed[0:32] is the SHA-256 of provenance.json"
     holds = digest == actual
     compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
@@ -4436,9 +4455,11 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
         expected = " or ".join(of_no_vm)
         checks.hold("builder", builder_id in of_no_vm, expected, builder_id, "no hardware signed the evidence")
         return
+    # Only evidence of TDX has the claim quote_version.
     ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in checks.claims else -1]
     refused = (*of_no_vm, other)
-    # Builders of other people are free to choose their names. Ours must not stand for what they do not do.
+    # Builders of other people may have any name; nothing here proves it. But none of our names may stand next to
+    # evidence of another kind.
     detail = "this builder has no such confidential VM"
     checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
     # It says in the provenance which VM it was. Our builders write this byproduct. For others it is optional, but must
@@ -4477,11 +4498,11 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     """Show the checks that did not run, and return the verdict."""
     expected = checks.expected
     defaults = Expectations._field_defaults
+    # An empty value is a request too; measurements=[] is one that nothing can fulfil.
     requested = {check for field, check, _, _ in EXPECTED if getattr(expected, field) != defaults[field]}
     of_platform = PLATFORMS[platform].required if platform in PLATFORMS else _REQUIRED_EVIDENCE
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
-    # An empty value is a request too, and measurements=[] is one that nothing can fulfil.
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
     plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(sorted(required), _BLOCKED)
     if expected.evidence_only:
@@ -4533,8 +4554,8 @@ def verify_bundle(
         others += [f"artifacts/{name}" for name in bundle.artifacts]
         bundle = bundle._replace(provenance=None)
 
-    # 1. Who signed the evidence, and about what? This ends with the 64 bytes that the VM had signed, if a key that the
-    # manufacturer certifies has signed them.
+    # 1. Who signed the evidence, and about what? The result is the 64 bytes that the VM had signed. They are returned
+    # even if a check of their signature failed, but then the verdict is "failed".
     platform, signed = _check_evidence(checks, bundle.evidence)
     claims = checks.claims
     if not claims:  # nothing could be read: these claims are there even so
@@ -4549,6 +4570,8 @@ def verify_bundle(
     if doc is not None:
         _check_statement(checks, doc)
         _check_artifacts(checks, doc, bundle.artifacts)
+        # Without a measurement, nothing of the evidence could be read. The check "builder" is required, so the verdict
+        # is then "failed".
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc)
     # 4. Is the evidence of hardware, and of the caller's image? Only this tells which software said it, unless the
