@@ -3793,7 +3793,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
     else:
         masked = "" if any(report.chip_id) else _MASKED
         checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex(), masked)
-    # Only now do the fields of the report mean anything: everything above authenticates the key that this uses.
+    # Everything above authenticates a key. Only this check makes the fields of the report mean anything.
     checks.attempt("report signature", verify_report, report, vek.key)
 
 
@@ -4113,7 +4113,8 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
         crl = checks.attempt(name, lambda: verify_crl(decode_hex(collateral[name], name), name, keys))  # noqa: B023  # called now
         if crl is not None:
             lists.append((crl.this_update, crl.next_update))
-            revoked += [dict(c.subject)["CN"] for c in covered if c.serial in crl.revoked]
+            listed = [dict(c.subject) for c in covered if c.serial in crl.revoked]
+            revoked += [subject.get("CN", "a certificate without a name") for subject in listed]
     # One list alone proves nothing: the other may name the CA, or the machine.
     if len(lists) == 2:
         checks.hold(

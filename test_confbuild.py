@@ -9476,6 +9476,14 @@ class TestTdxVerdict:
         if failed == {"revocation"}:
             assert revocation.expected == "none revoked" and revocation.actual.startswith("Intel SGX ")
 
+    def test_a_revoked_certificate_without_a_name(self) -> None:
+        """Anybody can write one with a serial number of Intel's list, below Intel's own CA."""
+        names = (intel_x_name(PLATFORM_CA), seq())
+        forged = intel_x509("", PLATFORM_CA, TOY_PCK, TOY_PCK, sgx_extension(), serial=98, names=names)
+        verdict = self.over(tdx_bundle(td_quote(chain=pem_of(forged, "ca", "root"))), given=collateral())
+        assert failed_checks(verdict) == {"PCK chain", "revocation"}
+        assert self.check(verdict, "revocation").actual == "a certificate without a name"
+
     def test_another_signer_of_the_same_root(self) -> None:
         """The PCK CA signs certificates, not TCB info."""
         text = json.dumps(tcb_info())
