@@ -3688,12 +3688,14 @@ class _Checks(NamedTuple):
             detail += "; is the clock of this machine behind?"
         self.hold(name, first <= self.now <= last, f"{first} to {last}", self.now, detail.removeprefix("; "))
 
-    def registers(self, name: str, wanted: Mapping[int, str] | None, actual: Mapping[int, str]) -> None:
-        """Add a check of the registers that the caller expects, unless wanted is None."""
+    def registers(self, field: str, actual: Mapping[int, str]) -> None:
+        """Add the check of the registers that a field of Expectations lists, unless the field is None."""
+        wanted = getattr(self.expected, field)
         if wanted is not None:
             values = {i: value.lower() for i, value in sorted(wanted.items())}
             # The quote says nothing about a register that it does not cover, so that register counts as "none".
-            self.compare(name, compact_json(values), compact_json({i: actual.get(i, "none") for i in values}))
+            found = {i: actual.get(i, "none") for i in values}
+            self.compare(_CHECK_OF[field], compact_json(values), compact_json(found))
 
     def skip(self, name: str, why: str, actual: Any = "", expected: str = "", failed: bool = False) -> None:
         """Add a check that could not run.
@@ -3983,7 +3985,7 @@ def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | No
     checks.compare("PCR digest", compute_pcr_digest(pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     quoted = {i: pcrs[i].hex() for i in quote.pcr_select}
     checks.claims["pcrs"] = {str(i): value for i, value in quoted.items()}
-    checks.registers("PCR values", checks.expected.pcrs, quoted)
+    checks.registers("pcrs", quoted)
     return bytes(quote.extra_data.ljust(64, b"\x00"))
 
 
@@ -4074,7 +4076,7 @@ def _check_td(checks: _Checks, quote: TdQuote) -> None:
     detail = "another TD that may migrate this one (--service-td)"
     checks.compare("service TD", expected, "unknown, and the TD is migratable" if hidden else service, detail)
     rtmr = [register.hex() for register in quote.rtmr]
-    checks.registers("RTMR values", checks.expected.rtmrs, dict(enumerate(rtmr)))
+    checks.registers("rtmrs", dict(enumerate(rtmr)))
     minimum = (checks.expected.min_tcb or {}).get("tdx")
     if minimum is not None:
         # Compared as one number, a high first component would make up for a low second one.
@@ -4392,7 +4394,7 @@ def _check_statement(checks: _Checks, doc: Any) -> None:
     oldest, newest = checks.expected.finished or ("", "")
     recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
-    checks.claims.update({name: said[name] for name in ("builder_id", "build_type")})
+    checks.claims.update(builder_id=said["builder_id"], build_type=said["build_type"])
     checks.claims.update(source=source, finished_on=finished)
     for word in ("none", "open"):  # the byproduct is the SHA-256 of a word  [CONTRACT 3.7]
         if byproduct(doc, "guest_network") == sha256_hex(word.encode("ascii")):
