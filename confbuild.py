@@ -16904,7 +16904,6 @@ def _read_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-_SHIFTS = {"K": 10, "M": 20, "G": 30, "T": 40}
 _address = _typed(
     r"([^:\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
     "HOST:PORT or [IPV6]:PORT, with a port of at most 65535",
@@ -16924,7 +16923,9 @@ _age = _typed(
     lambda text: int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]],
 )
 _days = _typed("[0-9]{1,6}", "a whole number", lambda text: int(text) * 24 * 3600)
-_size = _typed("[0-9]{1,9}[KMGT]", "a size such as 500M or 20G", lambda text: int(text[:-1]) << _SHIFTS[text[-1]])
+_size = _typed(
+    "[0-9]{1,9}[KMGT]", "a size such as 500M or 20G", lambda text: int(text[:-1]) << 10 * " KMGT".index(text[-1])
+)
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
 _LEVEL_ITEM = "(([a-z]+:)?(?!tdx)[a-z]+=[0-9]{1,3}|tdx=([0-9a-fA-F]{2}){1,16})"
