@@ -27090,6 +27090,23 @@ def shell(tmp_path: Path, stub_path: str) -> Shell:
     return run
 
 
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Shell:
+    """As shell, in this process: for the commands that neither build nor serve, where the process is not the point."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path, **env: str) -> "subprocess.CompletedProcess[str]":
+        words = [str(argument) for argument in arguments]
+        capfd.readouterr()
+        with monkeypatch.context() as m:
+            for name, value in env.items():
+                m.setenv(name, value)
+            status = confbuild.main(words)
+        return subprocess.CompletedProcess(words, status, *capfd.readouterr())
+
+    return run
+
+
 def write_bundle(folder: Path, files: confbuild.BundleFiles) -> Path:
     """The bundle of `bundle()` as a directory."""
     return write_files(
@@ -27624,11 +27641,11 @@ class TestUsage:
             ("fish", "wat", ["watch"]),
         ],
     )
-    def test_completion(self, tmp_path: Path, shell: Shell, name: str, words: str, found: list[str]) -> None:
+    def test_completion(self, tmp_path: Path, inside: Shell, name: str, words: str, found: list[str]) -> None:
         """What the shell itself offers after these words. [CONTRACT 5.1]"""
         if shutil.which(name) is None:
             pytest.skip(f"{name} is missing: apt-get install {name}")
-        script = write_files(tmp_path, {"script": shell("completion", name).stdout}) / "script"
+        script = write_files(tmp_path, {"script": inside("completion", name).stdout}) / "script"
         if name == "fish":
             ask = f"source {script}; complete -C {shlex.quote('confbuild ' + words)}"
         else:
@@ -27638,10 +27655,10 @@ class TestUsage:
         done = subprocess.run([name, "-c", ask], capture_output=True, text=True, timeout=PATIENCE, check=True)
         assert (sorted(line.split("\t")[0] for line in done.stdout.splitlines()), done.stderr) == (found, "")
 
-    def test_completion_of_zsh(self, tmp_path: Path, shell: Shell) -> None:
+    def test_completion_of_zsh(self, tmp_path: Path, inside: Shell) -> None:
         if shutil.which("zsh") is None:
             pytest.skip("zsh is missing: apt-get install zsh")
-        script = write_files(tmp_path, {"script": shell("completion", "zsh").stdout}) / "script"
+        script = write_files(tmp_path, {"script": inside("completion", "zsh").stdout}) / "script"
         ask = f"source {script}; print -r -- $_comps[confbuild]; "
         ask += "COMP_WORDS=(confbuild verify --format ''); COMP_CWORD=3; compgen -F _confbuild; "
         ask += "COMP_WORDS=(confbuild watch --); COMP_CWORD=2; compgen -F _confbuild"
@@ -29223,7 +29240,7 @@ class TestAttest:
 
 
 class TestBuild:
-    def test_private_server(self, shell: Shell, tmp_path: Path) -> None:
+    def test_private_server(self, shell: Shell, inside: Shell, tmp_path: Path) -> None:
         """stdout is the answer, stderr is the talk; an old bundle is replaced. [CONTRACT 5.4]"""
         done = shell("build", "demo", how=(str(FILE),))
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
@@ -29239,9 +29256,9 @@ class TestBuild:
         python, program, *arguments = shlex.split(again[1]) if again else ("", "")
         assert (python, program) == (sys.executable, str(FILE))
         assert arguments[:-1] == ["verify", "demo-build", "--source", "demo", "--nonce"]
-        assert shell(*arguments).returncode == 3 and shell(*arguments, "--allow-simulated").returncode == 0
+        assert inside(*arguments).returncode == 3 and inside(*arguments, "--allow-simulated").returncode == 0
         write_files(tmp_path, {"demo/src/main.rs": "fn changed() {}"})
-        assert shell("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
+        assert inside("verify", "demo-build", "--source", "demo", "--allow-simulated").returncode == 1
         assert (tmp_path / "demo-build/artifacts/demo").read_text() == "built\n"
         write_files(tmp_path, {"demo-build/artifacts/demo": "old"})
         done = shell("build", "demo", "--output", "json", "--nonce", DASHED, "-o", "demo-build")
@@ -29723,7 +29740,7 @@ class TestBuild:
 
     @needs("git")
     @pytest.mark.usefixtures("plain_git")
-    def test_service(self, shell: Shell, tmp_path: Path, server: Callable[..., Server]) -> None:
+    def test_service(self, shell: Shell, inside: Shell, tmp_path: Path, server: Callable[..., Server]) -> None:
         """One server, every command of a client."""
         (tmp_path / "tokens").write_text("secret other\n")
         one = server("--token-file", str(tmp_path / "tokens"), program=(sys.executable, str(FILE)))
@@ -29743,46 +29760,46 @@ class TestBuild:
         done = shell("build", "demo", "--server", to[1])
         assert done.returncode == 4 and "the server said 401" in done.stderr
         assert "hint: --token-file FILE or CONFBUILD_TOKEN_FILE names the file with the token" in done.stderr
-        done = shell("list", "--server", to[1], "--token-file", write_files(tmp_path, {"bad": "wrong"}) / "bad")
+        done = inside("list", "--server", to[1], "--token-file", write_files(tmp_path, {"bad": "wrong"}) / "bad")
         assert "hint: the token was refused: --token-file FILE or " in done.stderr
-        done = shell("list", "--server", "https://" + to[1])
+        done = inside("list", "--server", "https://" + to[1])
         assert done.returncode == 4 and "hint: try http://" in done.stderr
-        job = json.loads(shell("list", *to, "--output", "json").stdout)["job_id"]
+        job = json.loads(inside("list", *to, "--output", "json").stdout)["job_id"]
         assert re.fullmatch(
             rf"JOB  .*  SOURCE\n{job}  ok +\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d +\d+\.\d s  demo.tar.gz\n",
-            shell("list", *to).stdout,
+            inside("list", *to).stdout,
         )
-        done = shell("watch", job, *to, "--from", "2", "--output", "json")
+        done = inside("watch", job, *to, "--from", "2", "--output", "json")
         assert [json.loads(line) for line in done.stdout.splitlines()] == one.events(job, 2)
         assert (done.returncode, done.stderr) == (0, "")
-        done = shell("watch", job, *to, "--from", str(len(one.events(job))))
+        done = inside("watch", job, *to, "--from", str(len(one.events(job))))
         assert (done.returncode, done.stdout) == (0, "") and done.stderr.startswith(
             "confbuild: there is nothing after event "
         )
-        done = shell("fetch", job[:8], "-o", "fetched", CONFBUILD_SERVER=to[1], CONFBUILD_TOKEN_FILE="tokens")
+        done = inside("fetch", job[:8], "-o", "fetched", CONFBUILD_SERVER=to[1], CONFBUILD_TOKEN_FILE="tokens")
         assert (done.returncode, done.stdout) == (0, "fetched\n")
         assert all(
             (tmp_path / "fetched" / name).read_bytes() == (tmp_path / "demo-build" / name).read_bytes()
             for name in ("provenance.json", "evidence.json", "artifacts/demo")
         )
-        assert shell("fetch", job, *to, "-o", "fetched", "--nonce", NONCE).returncode == 5
-        done = shell("fetch", job, *to, "-o", "demo")
+        assert inside("fetch", job, *to, "-o", "fetched", "--nonce", NONCE).returncode == 5
+        done = inside("fetch", job, *to, "-o", "demo")
         assert done.returncode == 2 and "is not a bundle" in done.stderr
-        assert shell("cancel", job, *to).stdout == f"{job}  already finished (ok)\n"
-        done = shell("watch", "ffffff", *to)
+        assert inside("cancel", job, *to).stdout == f"{job}  already finished (ok)\n"
+        done = inside("watch", "ffffff", *to)
         assert done.returncode == 2 and "no builds begin with that" in done.stderr
         long = one.submit(LONG)
         log = one.state / "jobs" / long / "events"
         wait_for(lambda: log.exists() and b"started" in log.read_bytes())
-        assert shell("fetch", long, *to).returncode == 4
-        done = shell("cancel", long, *to)
+        assert inside("fetch", long, *to).returncode == 4
+        done = inside("cancel", long, *to)
         assert (done.returncode, done.stdout) == (0, f"{long}  cancelled\n")
-        assert f"{long}  cancelled  " in shell("list", *to).stdout
-        done = shell("fetch", long, *to)
+        assert f"{long}  cancelled  " in inside("list", *to).stdout
+        done = inside("fetch", long, *to)
         assert done.returncode == 1 and "error: the build failed: Cancelled: " in done.stderr
-        done = shell("watch", long, *to)
+        done = inside("watch", long, *to)
         assert (done.returncode, done.stdout) == (1, "") and "failed     Cancelled: " in done.stderr
-        done = shell("cancel", "00000000-0000-4000-8000-000000000000", *to)
+        done = inside("cancel", "00000000-0000-4000-8000-000000000000", *to)
         assert done.returncode == 4 and "the server said 404" in done.stderr
 
     LAUNCHERS = (
