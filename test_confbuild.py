@@ -1085,12 +1085,16 @@ TD_FIELDS: Mapping[str, int] = {
 }
 
 
+# The MRSIGNER of Intel's enclaves, as its QE identity documents have it since 2021 [PCS, tdx/certification/v4/qe/identity]
+QE_MRSIGNER = bytes.fromhex("dc9e2a7c6f948f17474e34a7fc43ed030f7c1563f1babddf6340c82e0e54a8c5")
+
+
 def qe_report(attestation_key: bytes, authentication_data: bytes, **changes: Any) -> bytes:
     """The report of a quoting enclave. changes: offset -> bytes, by at_OFFSET."""
     data = bytearray(384)
     fields = {
         48: bytes((0x11,)) + bytes(7) + b"\xe7",
-        128: b"q" * 32,
+        128: QE_MRSIGNER,
         256: (2).to_bytes(2, "little"),
         258: (6).to_bytes(2, "little"),
         320: hashlib.sha256(attestation_key + authentication_data).digest(),
@@ -1187,7 +1191,7 @@ def qe_identity(**changes: Any) -> dict[str, Any]:
         "miscselectMask": "FFFFFFFF",
         "attributes": "11" + "00" * 15,
         "attributesMask": "FB" + "FF" * 7 + "00" * 8,
-        "mrsigner": "71" * 32,
+        "mrsigner": QE_MRSIGNER.hex().upper(),
         "isvprodid": 2,
         "tcbLevels": [
             tcb_level("2026-05-13", "UpToDate", {"isvsvn": 6}),
@@ -4735,13 +4739,12 @@ class TestEventLogs:
         for changes in ({"event_payload": COMPOSE_HASH[:-2]}, {"event": "compose-has"}):
             other = [{**event, **changes} if event["event"] == "compose-hash" else event for event in DSTACK_LOG[3:]]
             assert confbuild.replay_dstack(json.dumps(other))[0] != right[0]
-        # Other types and other registers prove no payload.
-        typed = [dstack_event("compose-hash", "11", kind=4), dstack_event("compose-hash", "22", imr=0)]
-        registers, events = confbuild.replay_dstack(json.dumps(typed))
-        assert events == [] and registers[0] == extended(bytes.fromhex(typed[1]["digest"]))
+        other = [dstack_event("compose-hash", "22", imr=0)]  # other registers prove no payload
+        registers, events = confbuild.replay_dstack(json.dumps(other))
+        assert events == [] and registers[0] == extended(bytes.fromhex(other[0]["digest"]))
         # dstack: SHA-384 of the type, the name and the payload, with colons between them
-        digest = hashlib.sha384(b"\x01\x00\x00\x08:a:b:\xff").hexdigest()
-        assert confbuild.replay_dstack(json.dumps([dstack_event("a:b", "ff", digest="0" * 96)]))[0][3] == extended(
+        digest = hashlib.sha384(b"\x01\x00\x00\x08:ab:\xff").hexdigest()
+        assert confbuild.replay_dstack(json.dumps([dstack_event("ab", "ff", digest="0" * 96)]))[0][3] == extended(
             bytes.fromhex(digest)
         )
 
@@ -4757,6 +4760,12 @@ class TestEventLogs:
             ([{**DSTACK_LOG[5], "event_payload": "0"}], "event_payload: expected pairs of hexadecimal digits"),
             ([{**DSTACK_LOG[5], "event_payload": None}], "[0].event_payload: null, expected text"),
             ([{"imr": 0}], "[0]: has the keys imr, expected "),
+            # Nobody signs type and name: relabelled, the compose-hash of the app would disappear behind a forged one.
+            ([{**DSTACK_LOG[5], "event_type": 4}], "event of register 3 of type 0x4"),
+            (
+                [{**DSTACK_LOG[5], "event": "compose-hash:", "event_payload": ""}],
+                "the name 'compose-hash:' could be compose-hash",
+            ),
         ],
     )
     def test_a_bad_dstack_log(self, log: Any, message: str) -> None:
@@ -6295,6 +6304,20 @@ class TestStatement:
             "failed",
             failed,
         )
+
+    @pytest.mark.parametrize("name", ["*", "...", "cargo?", "a\x1b"])
+    def test_names_of_programs_are_no_schema(self, name: str) -> None:
+        """A key of the sender's choice must not open the schema, which would let the values of all keys through."""
+        own = {DEFINITION + "buildType": confbuild.CONFBUILD_TYPE}
+        doc = statement(**own, **{DEFINITION + "internalParameters": parameters("cargo")})
+        confbuild.check_statement(doc)
+        toolchain = doc["predicate"]["buildDefinition"]["internalParameters"]["toolchain"]
+        for value in (1, toolchain["cargo"]):
+            changed = statement(**own, **{DEFINITION + "internalParameters": parameters("cargo")})
+            tools = {name: value, **toolchain}
+            changed["predicate"]["buildDefinition"]["internalParameters"]["toolchain"] = tools
+            with pytest.raises(confbuild.Malformed, match="toolchain: has the keys "):
+                confbuild.check_statement(changed)
 
     @pytest.mark.parametrize(
         ("build_type", "tools"),
@@ -9248,6 +9271,13 @@ class TestTdxVerdict:
             ({"qe_signature": TOY_QE.raw(qe_report(TOY_QE.point(), bytes(range(32))))}, "QE signature", "", ""),
             ({"authentication_data": b"x", "qe_report": qe_report(TOY_QE.point(), b"y")}, "QE binding", None, None),
             ({"qe_report": qe_report(TOY_QE.point(), bytes(range(32)), at_383=b"\1")}, "QE binding", None, None),
+            *(
+                # A quoting enclave of somebody else, or in debug mode, on a machine that Intel has certified.
+                ({"qe_report": qe_report(TOY_QE.point(), bytes(range(32)), **other)}, "QE identity", None, None)
+                for other in ({"at_128": b"q"}, {"at_48": b"\x13"}, {"at_16": b"\1"}, {"at_256": b"\1"})
+            ),
+            ({"mr_signer_seam": b"\1"}, "TDX module identity", None, None),
+            ({"seam_attributes": b"\1"}, "TDX module identity", None, None),
             ({"signature": bytes(64)}, "quote signature", "", ""),
             ({"td_attributes": b"\x01\0\0\x10"}, "debug", "off", "on"),
             *(
@@ -9643,7 +9673,7 @@ class TestVectors:
         "testroot-vek-issuer-name": False,
         "testroot-vek-spl-negative": False,
         "dstack-digest-wrong-payload-right": True,
-        "dstack-untyped-compose-hash": True,
+        "dstack-untyped-compose-hash": False,
         "neg-tdx-syn-a-dstack-digest-short": False,
         "neg-tdx-syn-a-two-certificates": False,
         "neg-tdx-tinfoil-412-xfam-fp-sse-not-set": False,
@@ -9756,13 +9786,15 @@ class TestVectors:
                 collateral=given.read_bytes() if given.exists() else None,
             )
             good, count = verdict.verdict == "passed", count + 1
-            if good != (self.AMBIGUOUS[path.name] if "ambiguous" in expect else expect["valid"]):
+            free = "ambiguous" in expect or "either" in expect
+            if good != (self.AMBIGUOUS.get(path.name, expect["valid"]) if free else expect["valid"]):
                 wrong += [(path.name, expect["reason"], failed_checks(verdict))]
             elif good:
                 wrong += [(path.name, claims) for claims in self.wrong_claims(verdict, expect)]
             elif expect["reason"] == "tcb-status" and verdict.claims["tcb_status"] != expect["tcb_status"]:
                 wrong += [(path.name, verdict.claims["tcb_status"])]
-        assert wrong == [] and count >= 171
+        assert not wrong, wrong[:9]
+        assert count >= 171
 
     def real(self, name: str) -> confbuild.BundleFiles:
         """A bundle of the real service, as if its artifact, which is not in the folder, were there."""
