@@ -3571,9 +3571,8 @@ _REQUIRED_SNP = _REQUIRED_EVIDENCE | set(
 )
 _REQUIRED_TDX = _REQUIRED_EVIDENCE | set(
     "attestation key type, TEE type, QE vendor, PCK form, PCK chain, PCK root, PCK validity, PCK extension, "
-    "QE signature, QE identity, TDX module identity, QE binding, quote signature, TD attributes, XFAM, service TD, debug".split(
-        ", "
-    )
+    "QE signature, QE identity, TDX module identity, QE binding, quote signature, TD attributes, XFAM, service TD, "
+    "debug".split(", ")
 )
 _REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
 REQUIRED_OF_BUNDLE = frozenset(

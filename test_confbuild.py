@@ -1085,7 +1085,7 @@ TD_FIELDS: Mapping[str, int] = {
 }
 
 
-# The MRSIGNER of Intel's enclaves, as its QE identity documents have it since 2021 [PCS, tdx/certification/v4/qe/identity]
+# The MRSIGNER of Intel's enclaves in its QE identity documents [PCS, tdx/certification/v4/qe/identity].
 QE_MRSIGNER = bytes.fromhex("dc9e2a7c6f948f17474e34a7fc43ed030f7c1563f1babddf6340c82e0e54a8c5")
 
 
