@@ -6915,13 +6915,14 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings) -> Toolc
 def find_program(name: str, project: str, env: Strings) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
-    A rustup shim is replaced by the program that rustup chooses in this directory.
+    A rustup shim is replaced by the program that rustup chooses in this directory. If rustup lacks the toolchain that
+    the project names, it installs it below HOME, which only this build has.
     Raises BuildFailed UnsupportedToolchainError if the program is not installed or does not print its version.
     """
 
-    def ask(*argv: str) -> str:
+    def ask(*argv: str, **more: str) -> str:
         try:
-            status, output, errors = capture(argv, project, env, 64 * KIB, untrusted=True)
+            status, output, errors = capture(argv, project, {**env, **more}, 64 * KIB, untrusted=True)
         except OSError as e:
             raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}") from None
         line = output.decode("utf-8", "replace").strip().partition("\n")[0]
@@ -6938,7 +6939,18 @@ def find_program(name: str, project: str, env: Strings) -> Program:
     for link in (found, path):  # a shim is a hard or symbolic link to the rustup in the same folder
         rustup = join(dirname(link), "rustup")
         if exists(rustup) and samefile(rustup, path):
-            path = realpath(ask(rustup, "which", name))
+            try:
+                path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="0")
+            except BuildFailed as e:
+                if env.get("RUSTUP_AUTO_INSTALL") == "0" or "is not installed" not in str(e):
+                    raise
+                own = join(env["HOME"], ".rustup")
+                write_file(join(own, "settings.toml"), b'version = "12"\nprofile = "minimal"\n')
+                try:
+                    path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="1", RUSTUP_HOME=own)
+                except BuildFailed as failure:
+                    raise BuildFailed(e.error_type, f"{e}; its installation failed: {failure}") from None
+            path = realpath(path)
             break
     return Program(path, ask(path, *_VERSION_OPTIONS.get(name, ("--version",))), file_sha256(path))
 
@@ -7981,8 +7993,7 @@ ALLOWED_ENVIRONMENT = """
     NIX_CONF_DIR NIX_REMOTE NIX_STORE_DIR NIX_STATE_DIR NIX_LOG_DIR
     http_proxy https_proxy no_proxy all_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY ALL_PROXY
 """.split()
-# The sandbox closes RUSTUP_HOME, so an attempt to install a toolchain would end with a complaint about a file there.
-FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC", "RUSTUP_AUTO_INSTALL": "0"}
+FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
 _MAX_CRATE = 64 * MIB  # crates.io accepts 10 MB
 _MAX_REGISTRIES = 16  # folders of a cache; builds choose their names
@@ -11095,7 +11106,7 @@ ROUTES = (
     Route("POST", "/build", "submit", "Submit a build",
           {200: 'accepted: {"job_id": UUID}', 400: "not JSON, or an invalid nonce, source, URL, ref or archive",
            409: "a single-use server has accepted its build", 411: "no Content-Length", 413: "body too large",
-           415: "not application/json", 422: "JSON of the wrong shape", 429: "queue full",
+           415: "neither JSON nor an archive", 422: "JSON of the wrong shape", 429: "queue full",
            503: "shutting down, or too many uploads", 507: "the disk of the server is full"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
           {200: "events", 204: "complete, and no event after N", 400: "invalid from",
@@ -11391,7 +11402,7 @@ class Api(NamedTuple):
                 while body.tell() < length:
                     block = request.read(min(length - body.tell(), BLOCK))
                     if not block:
-                        raise Refused(400, "InvalidJson", "the body ended early")
+                        raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
                     body.write(block)
                 if raw:  # the archive is the body; artifacts may come several times
                     patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
@@ -15612,7 +15623,7 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     """Return the VMs that --vm-command starts, with the evidence that --expect names. Raises UsageError, ImageError."""
     _refuse(
         options,
-        "--tee --vm --readable --no-isolation --require-isolation --cache",
+        "--tee --vm --readable --no-isolation --require-isolation --cache --guest-network --cbitpos",
         " cannot be combined with --vm-command",
     )
     for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
@@ -15710,7 +15721,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     lock = claim_state(state)
     make_copy(state)
     sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
-    policy = SourcePolicy((*SCHEMES, *options.allow_scheme), _is_loopback(host), *sizes, options.allow_filters)
+    local = _is_loopback(host) and not options.public_host  # a proxy brings clients of other machines
+    policy = SourcePolicy((*SCHEMES, *options.allow_scheme), local, *sizes, options.allow_filters)
     pool = VmPool(
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
         options.boot_timeout or machine.platform.boot_timeout_s,
@@ -15841,7 +15853,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
         },
         "toolchains": None
         if facts or options.vm_command
-        else {t.name: shutil.which(t.name) is not None for t in TOOLCHAINS},
+        else {t.name: t.name == "own" or shutil.which(t.name) is not None for t in TOOLCHAINS},
         "isolation": isolation,
         "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()},
         "version": __version__,
@@ -16125,8 +16137,8 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
     if options.server:
         _refuse(
             options,
-            f"--vm {_GUEST_OPTIONS} --readable --require-isolation --no-isolation --env --max-archive --build-timeout "
-            "--boot-timeout --allow-scheme --cache" + " --allow-filters" * is_url,
+            f"--vm {_GUEST_OPTIONS} --cbitpos --readable --require-isolation --no-isolation --env --max-archive "
+            "--build-timeout --boot-timeout --allow-scheme --cache" + " --allow-filters" * is_url,
             " cannot be combined with --server: the server decides it",
         )
         return

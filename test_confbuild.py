@@ -13480,6 +13480,34 @@ class TestPrograms:
             f"cannot run {tmp_path}/gone/bin/cargo: No such file or directory",
         )
 
+    def test_rustup_installs_a_missing_toolchain_for_this_build(self, tmp_path: Path) -> None:
+        """It goes below HOME, which is the build's own. RUSTUP_AUTO_INSTALL=0 forbids it. [CONTRACT 2.2]"""
+        recipe = """
+            own="$HOME/.rustup"
+            [ "$RUSTUP_AUTO_INSTALL" = 1 ] && [ "$RUSTUP_HOME" = "$own" ] && grep -q minimal "$own/settings.toml" || {
+                echo "error: toolchain '1.2' is not installed" >&2; exit 1; }
+            [ -e "$HOME/network" ] || { echo "error: no network" >&2; exit 1; }
+            mkdir -p "$own/bin" && printf '#!/bin/sh\necho cargo 1.2\n' > "$own/bin/cargo" && chmod +x "$own/bin/cargo"
+            echo "$own/bin/cargo"
+        """
+        script(tmp_path / "bin" / "rustup", recipe)
+        (tmp_path / "bin" / "cargo").symlink_to("rustup")
+        env = {**on_path(tmp_path / "bin"), "HOME": str(tmp_path), "RUSTUP_HOME": "/r"}
+
+        def find(**more: str) -> confbuild.Program:
+            return confbuild.find_program("cargo", str(tmp_path), {**env, **more})
+
+        env.pop("RUSTUP_AUTO_INSTALL", "")
+        missing = f"`{tmp_path}/bin/rustup which cargo` failed: error: toolchain '1.2' is not installed"
+        kind, message = failure(find)
+        assert (kind, message.partition(";")[0]) == ("UnsupportedToolchainError", missing)
+        assert message.endswith(
+            f"; its installation failed: `{tmp_path}/bin/rustup which cargo` failed: error: no network"
+        )
+        (tmp_path / "network").touch()
+        assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, missing)
+        assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
+
     def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
         script(tmp_path / "real", "echo cargo 1\n")
         (tmp_path / "bin").mkdir()
@@ -16147,7 +16175,6 @@ class TestBuildEnvironment:
         }
         own = {"HOME": "/w/home", "TMPDIR": "/w/tmp", "CARGO_HOME": "/w/cargo"}
         own |= {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}  # whatever the server's are
-        own |= {"RUSTUP_AUTO_INSTALL": "0"}
         expected = {
             "PATH": "/bin",
             "NIX_CONF_DIR": "/n",
@@ -21124,8 +21151,11 @@ class TestHttp:
         assert config["platform"] == "simulated"
         assert (
             config["limits"].items() >= {"archive_bytes": 1 << 20, "queue": 1, "slots": 1}.items()
-            and config["toolchains"]["cargo"] is True
+            and config["toolchains"]["cargo"] is config["toolchains"]["own"] is True
         )
+        # Whoever comes through the proxy must not reach the services of this machine.
+        local = {"nonce": NONCE, "repo_url": "http://127.0.0.1/x"}
+        assert b"loopback addresses are not accepted" in s.request("POST", "/build", local)[2]
         big = {
             **GOOD_REQUEST,
             "source_data": base64.b64encode(gzip.compress(random.Random(2).randbytes(2 << 20))).decode(),
@@ -23512,6 +23542,8 @@ esac
             (["--vm-cleanup", "x"], "--vm-cleanup requires --vm-command"),
             (["--expect", "snp"], "--expect requires --vm-command"),
             (["--vm-command", "x", "--tee"], "--tee cannot be combined with --vm-command"),
+            (["--vm-command", "x", "--cbitpos", "51"], "--cbitpos cannot be combined with --vm-command"),
+            (["--vm-command", "x", "--guest-network"], "--guest-network cannot be combined with --vm-command"),
             (["--vm-command", "x", "--vm", "sim"], "--vm cannot be combined with --vm-command"),
             (["--vm-command", "x", "--require-isolation"], "--require-isolation cannot be combined with --vm-command"),
             (["--vm-command", "x '"], "--vm-command x ': No closing quotation"),
