@@ -7137,6 +7137,9 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
             continue  # perhaps a test's fixture; cargo reports it if it matters
         base = name[: match.start(2)]
         tables = [doc]
+        for owner in (doc.get("package"), doc.get("workspace")):
+            if isinstance(owner, dict):
+                owner.pop("metadata", None)  # of other programs: packagers name paths of installed systems there
         for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
             for key, value in table.items():
                 if isinstance(value, dict):

@@ -13740,6 +13740,13 @@ class TestCargoDependencies:
         kind, message = failure(lambda: confbuild.cargo_dependencies(entry("evil").encode(), str(tmp_path / "demo")))
         assert kind == "ProvenanceError" and "evil" in message and "not a package inside the project" in message
 
+    def test_metadata_of_packagers_are_no_dependencies(self, tmp_path: Path) -> None:
+        """As in procs, whose rpm installs /usr/bin/procs."""
+        for table in ("package", "workspace"):
+            text = MANIFEST + f'[{table}.metadata.rpm.targets]\ndemo = {{ path = "/usr/bin/demo" }}\n'
+            write_files(tmp_path, {"Cargo.toml": text})
+            assert confbuild.cargo_dependencies(entry("demo", "0.1.0").encode(), str(tmp_path)) == []
+
     CRATE: Mapping[str, str] = {"Cargo.toml": '[package]\nname = "libc"\nversion = "0.2.1"\n', "src/lib.rs": "x"}
     CHECKSUMS: Mapping[str, str] = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in CRATE.items()}
 
