@@ -6906,7 +6906,8 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings) -> Toolc
     own = {name: value.format(project=project) for name, value in plan.env.items()}
     programs = {name: find_program(name, project, {**env, **own}) for name in plan.tools}
     own |= {name: programs[value].path for name, value in own.items() if value in programs}
-    folders = dict.fromkeys(dirname(program.path) for program in programs.values())
+    # For programs that call these by name. A link called npm leads to a folder with another npm, which does not work.
+    folders = dict.fromkeys(dirname(found.path) for name, found in programs.items() if basename(found.path) == name)
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
@@ -8025,7 +8026,8 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
 class BuildLog:
     """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
 
-    cause: the first line that begins with "error:" or "error[CODE]:", or "".  Later errors usually follow from it.
+    cause: the first line that begins with "error:", "error[CODE]:" or "npm error", or "".  Later errors usually follow
+        from it.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -8038,7 +8040,7 @@ class BuildLog:
         text = "".join(line + "\n" for line in lines)
         self._digest.update(text.encode("utf-8"))
         plain = re.sub(r"\x1b\[[0-9;]*m", "", text) if "error" in text else ""  # without colours
-        match = re.search(r"(?m)^[ \t]*(error(\[\w+\])?:.*)", plain)
+        match = re.search(r"(?m)^[ \t]*((error(\[\w+\])?:|npm error ).*)", plain)
         self.cause = self.cause or (match[1].strip() if match else "")
         if lines:
             self._emit("build", lines)

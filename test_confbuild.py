@@ -13508,6 +13508,20 @@ class TestPrograms:
         assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, missing)
         assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
 
+    def test_a_link_with_another_name_leaves_the_path_alone(self, tmp_path: Path) -> None:
+        """/usr/bin/npm leads to .../npm/bin/npm-cli.js, beside which lies an `npm` that works only on Windows."""
+        script(tmp_path / "lib" / "npm-cli.js", "echo 11\n")
+        script(tmp_path / "lib" / "npm", "exit 1\n")
+        script(tmp_path / "node" / "node", "echo v20\n")
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "npm").symlink_to(tmp_path / "lib" / "npm-cli.js")
+        demo = write_files(tmp_path / "demo", {"package-lock.json": '{"lockfileVersion": 3, "packages": {"": {}}}'})
+        write_files(demo, {"package.json": "{}"})
+        env = {"PATH": f"{tmp_path}/bin:{tmp_path}/node:/usr/bin:/bin"}
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        assert plan.programs["npm"].path == f"{tmp_path}/lib/npm-cli.js"
+        assert plan.env["PATH"].split(":") == [f"{tmp_path}/node", *env["PATH"].split(":")]
+
     def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
         script(tmp_path / "real", "echo cargo 1\n")
         (tmp_path / "bin").mkdir()
@@ -16233,6 +16247,7 @@ class TestBuildLog:
     @pytest.mark.parametrize(
         ("line", "cause"),
         [
+            ("npm error code ENOTFOUND", "npm error code ENOTFOUND"),
             ("error: x", "error: x"),
             ("   error[E0001]: x ", "error[E0001]: x"),
             ("errors: x", ""),
