@@ -8241,7 +8241,7 @@ def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], bef
     """
     found = find_artifacts(project, plan.folders or [""], ["[!.]*.[!d]*" if plan.folders else "*"])
     made = [relpath(path, project) for _, path in found if basename(path) not in before]
-    message = f"the build succeeded but made no {shlex.join(patterns) or 'executable'}"
+    message = f"the build succeeded but made no {' or '.join(patterns) or 'executable'}"
     return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
 
 

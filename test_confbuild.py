@@ -16728,7 +16728,7 @@ artifacts = ["o"]
         assert confbuild.main(verify) == 1
         for refused, message in (
             (("--subdir", "gone"), f"--subdir gone: not a folder of {demo}"),
-            (("--artifact", "*.gone", "--subdir", "a b"), "the build succeeded but made no '*.gone'; it made"),
+            (("--artifact", "*.gone", "--subdir", "a b"), "the build succeeded but made no *.gone; it made"),
         ):
             built = Built(demo, tmp_path / "no", *refused, PATH=stub_path)
             assert message in built.errors + str(built.result)
