@@ -43,7 +43,7 @@ option of the caller requires one. Together they say:
     - Every value that the caller gave matches.
 
 With --evidence-only, the first two say nothing: only the evidence is verified. With --at, all this holds as of that
-time: whatever expired or was revoked later does not count.
+time: what expired later does not count. But a key that a revocation list names counts as revoked at any time.
 
 What PASSED does not mean
 
@@ -2274,7 +2274,11 @@ def _sgx_fields(der: Der) -> dict[str, Der]:
 
     The values have several types, so any tag is accepted here; the caller asks for the one that it expects.
     """
-    return {field.oid(): Der(field.element(field.peek())[0], "SGX extension") for field in der.each()}
+    pairs = [(field.oid(), Der(field.element(field.peek())[0], "SGX extension")) for field in der.each()]
+    fields = dict(pairs)
+    if len(fields) != len(pairs):  # of two values, two readers could take different ones
+        raise Malformed("SGX extension", "two fields have one OID")
+    return fields
 
 
 def parse_pck(certificate: Certificate) -> Pck:

@@ -4392,6 +4392,7 @@ class TestTdQuote:
             extension(SGX, seq() + seq()),
             sgx_extension(fmspc=number(5)),
             sgx_extension(tcb=number(5)),
+            extension(SGX, seq(*[seq(oid(f"{SGX}.4"), tlv(4, FMSPC))] * 2)),
         ):
             with pytest.raises(confbuild.Malformed, match="^SGX extension: "):
                 read(bad)
