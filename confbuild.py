@@ -3625,7 +3625,6 @@ EXPECTED = [
     report_data         signed_data          --report-data            -
     rtmrs               RTMR values          --rtmr                   tdx|dstack
     mr_config_id        mr_config_id         --mr-config-id           tdx|dstack
-    service_td          service TD           --service-td             tdx|dstack
     compose_hash        compose_hash         --compose-hash           dstack
     host_data           host_data            --host-data              snp
     guest_svn           guest_svn            --guest-svn              snp
