@@ -12977,6 +12977,7 @@ class Vm:
                         f.write(job)
                 else:
                     self.workspace = make_workspace()
+                self._folder = os.open(self.workspace, os.O_RDONLY)
         except OSError as e:
             raise vm_error(f"cannot make a workspace for the VM: {e.strerror}") from None
         self._lock = threading.Lock()
@@ -13048,7 +13049,9 @@ class Vm:
             received += block[:size]
             if len(received) > MAX_LINE:
                 raise vm_error(f"the VM sent {MAX_LINE} bytes without the agent's answer")
-            answer = re.search(re.escape(expected) + rb".*\n\Z", received)
+            answer = re.search(re.escape(expected) + rb".*\n", received)
+        if answer.end() < len(received):
+            raise vm_error("the VM sent more than the agent's answer before it was asked")
         self.ready = True
         observe("confbuild_boot_seconds", timeout_s - until + monotonic())
         return dict(parse_json(answer[0], "answer of the VM", 8))
@@ -13116,9 +13119,12 @@ class Vm:
                 with survive(f"{self.console_log} is not written"), open(self.console_log, "wb") as f:
                     f.write(self.stream.console)
         self._theirs.close()
-        with survive(f"cannot remove {self.workspace}"):
-            remove_workspace(self.workspace)
-            self.workspace = ""  # the next VM may have one of the same name
+        if self.workspace:
+            with survive(f"cannot remove {self.workspace}"):
+                # The agent may have removed it, or have begun to. Then this name may be that of another VM's folder.
+                remove_workspace(os.readlink(f"/proc/self/fd/{self._folder}"))
+                os.close(self._folder)
+                self.workspace = ""
 
 
 class VmPool:
