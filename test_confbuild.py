@@ -178,6 +178,7 @@ class Workers:
                     session.items = [*tests, *(alone if number == 0 else [])]
                     session.config._tmp_path_factory._basetemp = base / str(number)
                     (base / str(number)).mkdir(0o700)
+                    confbuild.BUILD_UID += number  # the broker kills all processes of that user
                     with open(written, "w", encoding="ascii", buffering=1) as pipe:
                         self._work(session, queue, pipe, alone if number == 0 else [])
                     status = 0
@@ -26273,6 +26274,7 @@ class TestQuestions:
         """Each gets an error as its answer, and leaves no file descriptor open."""
         monkeypatch.setattr(confbuild, "SYSROOT", str(tmp_path))
         (tmp_path / "work").mkdir()
+        gc.collect()  # files of earlier tests
         before = len(os.listdir("/proc/self/fd"))
         answer, _ = self.asked(tmp_path, question, fds=(0, 1))
         assert (
@@ -26280,7 +26282,7 @@ class TestQuestions:
             and answer["errno"] in (errno.EINVAL, errno.EPERM, errno.EIO, errno.ENOTTY, errno.ENOENT)
             and 0 < len(answer["error"]) <= 500
         )
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(os.listdir("/proc/self/fd")) <= before
         with contextlib.suppress(FileNotFoundError):
             (tmp_path / "socket").unlink()
         assert self.asked(tmp_path, b'{"op": "own", "paths": []}')[0] == {}, "the next one is answered too"
