@@ -6259,13 +6259,14 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
 
 def fetch_history(
     url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str | None = None
-) -> None:
+) -> int:
     """Make the new directory root a repository with a commit as its HEAD, a history of depth 1, and no files yet.
 
     The tags that point at the commit are fetched too, for `git describe`.
     url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
     branch.
     origin: the URL to record, or "" for none; url by default.
+    Return the limit of the files' bytes, which those of HEAD keep to.
     Raises BuildFailed SourceError or LimitError."""
     env, git = git_environment(env, policy.schemes), join(root, ".git")
     pinned = _pinned_address(url, policy.loopback)
@@ -6303,6 +6304,7 @@ def fetch_history(
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
     if origin != "":
         _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
+    return max_bytes
 
 
 def fetch_git(
@@ -6311,13 +6313,12 @@ def fetch_git(
     """Check out a commit into the new directory root, with the bytes of the repository: see fetch_history.
 
     Submodules are empty folders."""
-    fetch_history(url, ref, root, env, policy, origin)
-    _check_out(root, env)
+    _check_out(root, env, fetch_history(url, ref, root, env, policy, origin))
 
 
-def _check_out(root: str, env: Mapping[str, str]) -> None:
-    """Write the files of HEAD, whose sizes fetch_history has checked."""
-    _git("checkout -q -f --detach HEAD --".split(), root, git_environment(env, ()))
+def _check_out(root: str, env: Mapping[str, str], max_bytes: int) -> None:
+    """Write the files of HEAD. max_bytes: from fetch_history, which has checked their sizes."""
+    _git("checkout -q -f --detach HEAD --".split(), root, git_environment(env, ()), max_bytes)
 
 
 def refuse_filters(directory: str, env: Mapping[str, str]) -> None:
@@ -6685,19 +6686,22 @@ def _read_head(
     for folder in removed:
         if any(name.startswith(folder + "/") for name in head):
             raise source_error(f"git tracks {folder}, which is removed before a build")
+    env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
+    files = [name for name in found if not IGNORED & {*name.split("/")}]
+    if found.keys() == head.keys() and not submodules:
+        # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
+        with contextlib.suppress(BuildFailed, OSError):
+            history = believe_history(checkout.root, env, "", checkout.own, files)
+    skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
-    git, env = join(root, ".git"), {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}
     policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
     origin = without_credentials(checkout.config.get("remote.origin.url", ""))
     notes = [f"commit {checkout.commit}"]
-    fetch_history("file://" + urllib.parse.quote(checkout.own), checkout.commit, root, env, policy, origin)
-    if found.keys() == head.keys() and not submodules:
-        # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
-        files = [name for name in found if not IGNORED & {*name.split("/")}]
-        with contextlib.suppress(BuildFailed, OSError):
-            return Source(checkout.root, files, believe_history(checkout.root, env, "", git, files), notes[0], git)
-    skipped = _skipped_files(checkout, found, head)
-    _check_out(root, env)
+    url = "file://" + urllib.parse.quote(checkout.own)
+    max_bytes = fetch_history(url, checkout.commit, root, env, policy, origin)
+    if history:
+        return Source(checkout.root, files, history, notes[0], join(root, ".git"))
+    _check_out(root, env, max_bytes)
     for link in (name for name, row in head.items() if row[0] == GITLINK):
         path = join(checkout.root, link)
         if not submodules or not lexists(join(path, ".git")):
