@@ -155,6 +155,10 @@ class Workers:
 
     def pytest_runtestloop(self, session: Any) -> bool | None:
         option, items = session.config.option, session.items
+        if (
+            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        ):  # a job in the background: its children would ignore it too
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         gc.enable()
         gc.collect()
         gc.freeze()  # the tests themselves are never garbage: neither look at them again, nor copy them for that
