@@ -15434,11 +15434,13 @@ class Display:
                 self._phase, self._since, self._lines = kind, time.monotonic(), 0
                 self._tail.clear()
             self._bar = [plain_text(line) for line in lines[-1:] if line.endswith("\r")]
+            if "\r" in "".join(lines):
+                lines = [line for line in lines if not line.endswith("\r")]
             self._lines += len(lines)
             if self.form != "plain":
-                lines = lines[-10 * TAIL :]  # no more are ever shown
+                lines = lines[-TAIL:]  # no more are ever shown
             if not "".join(lines).isprintable():
-                lines = [plain_text(line) for line in lines if not line.endswith("\r")]
+                lines = [plain_text(line) for line in lines]
             self._tail.extend(lines[-TAIL:])
             if self.form == "plain" and lines:
                 self._put([f"{kind:10} {line}" for line in lines])
