@@ -12244,8 +12244,8 @@ _BUILD_EVENT = re.compile(
 def find_build_messages(frames: str) -> list[str]:
     """Return the messages of the `build` events in frames, still escaped.  frames: ASCII."""
     count = frames.count(_BEFORE)
-    # Nearly every block is nothing but such frames without escapes. Its quotation marks and line ends show that: if they
-    # are those of `count` frames, no other ones can stand in a message. This is twice as fast as the expression.
+    # Nearly every block is nothing but such frames without escapes. Its quotation marks and line ends show that: if
+    # they are those of `count` frames, none can stand in a message. This is faster than the regular expression.
     marks = frames.encode("ascii").translate(None, UNESCAPED)
     if marks == b'\n""""""""\n\n' * count and frames.count(_AFTER) == count:
         return [frame.rpartition('"')[2] for frame in frames.split(_AFTER)[:-1]]
@@ -15443,7 +15443,8 @@ class Display:
                 lines = [plain_text(line) for line in lines]
             self._tail.extend(lines[-TAIL:])
             if self.form == "plain" and lines:
-                self._put([f"{kind:10} {line}" for line in lines])
+                start = f"{kind:10} "
+                self._put([start + line for line in lines])
             elif time.monotonic() - self._drawn_at > 0.05:
                 self._draw()
 
@@ -15474,7 +15475,7 @@ class Display:
     def _put(self, rows: Sequence[str], drawn: int = 0) -> None:
         """Replace what was drawn by rows, of which the next call replaces drawn."""
         erase = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
-        self._stream.write(erase + "".join(f"{row}\n" for row in rows))
+        self._stream.write(erase + "\n".join([*rows, ""]))
         self._stream.flush()
         self._drawn = drawn
 
@@ -16258,7 +16259,8 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | Non
     for event in client.service.events(job_id, start, submitted=bool(log)):
         if isinstance(event, list):
             kind, text = "build", "\n".join(event)  # no message has a line end: JSON escapes it
-            lines = json.loads('["%s"]' % text.replace("\n", '","')) if "\\" in text else event
+            array = text.replace("\n", '","') if "\\" in text else ""
+            lines = json.loads(f'["{array}"]') if array else event
         else:
             kind, lines = event["type"], [event["msg"]] if isinstance(event.get("msg"), str) else []
         # A new attempt after a crash of the server begins with `queued`: its log starts again.
