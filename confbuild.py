@@ -252,7 +252,6 @@ if TYPE_CHECKING:
     import socket
     import ssl
     import subprocess
-    import tarfile
     import tempfile
     import threading
     import tomllib
@@ -278,7 +277,7 @@ else:
 
     for _name in (
         "argparse ctypes fcntl fnmatch glob gzip hmac io ipaddress logging lzma resource secrets select selectors "
-        "shlex shutil signal socket ssl subprocess tarfile tempfile threading tomllib unicodedata weakref zipfile"
+        "shlex shutil signal socket ssl subprocess tempfile threading tomllib unicodedata weakref zipfile"
     ).split():
         globals()[_name] = _Lazy(_name)
     email = _Lazy("email", "email.utils")
@@ -5687,7 +5686,8 @@ class TreeWriter:
             if self.kinds.get(target) != "file":
                 raise source_error(f"{name!r} is a link to {member.target!r}, which is not an earlier file")
         for folder in above:
-            self._claim(folder, "directory")
+            if self.kinds.get(folder) != "directory":
+                self._claim(folder, "directory")
         self._claim(name, kind)
         self._make_folder(path if kind == "directory" else dirname(path))
         if member.kind == "hardlink":
@@ -5736,7 +5736,8 @@ class TreeWriter:
             raise source_error(f"{shown} has a control character or a backslash, or is not UTF-8")
         if len(parts) > MAX_DEPTH:
             raise limit_error(f"{shown} lies deeper than {MAX_DEPTH} folders")
-        if len(name.encode("utf-8")) > 2048 or any(len(part.encode("utf-8")) > 255 for part in parts):
+        size = len(name.encode("utf-8"))
+        if size > 2048 or size > 255 and any(len(part.encode("utf-8")) > 255 for part in parts):
             raise limit_error(f"{shown} is longer than 2048 bytes, or has a component of more than 255 bytes")
         return [part for part in parts if part]
 
@@ -5818,6 +5819,8 @@ MAX_EXTENDED = 64 * MIB  # all headers that extend another one; 1 KB of an archi
 _TAR_NUMBERS = ((100, 108), (108, 116), (116, 124), (124, 136), (136, 148), (148, 156), (329, 337), (337, 345))
 # Octal, or positive in base-256. Readers disagree about all others: Python's int accepts `1_0`, GNU tar `-7`.
 _TAR_NUMBER = re.compile(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", re.DOTALL)
+# Name, mode, uid, gid, size, mtime, checksum, type, target of a link, magic, version.
+_USTAR = "100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 247x"
 _TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"5": "directory"}
 _TAR_EXTENSIONS = {b"x": b"", b"g": b"", b"L": b"path", b"K": b"linkpath"}  # type -> the field that GNU's types extend
 _PAX_RECORD = re.compile(rb"([1-9][0-9]{0,6}) ([^=\n\0]{1,255})=")
@@ -5827,12 +5830,12 @@ _HARMLESS_PAX = b"comment mtime atime ctime uid gid uname gname SCHILY.archtype"
 _DISPUTED_PAX = tuple(b"GNU.sparse. GNU.dumpdir GNU.volume. SCHILY.realsize SCHILY.filetype SUN.holesdata".split())
 
 
-def _take(stream: Any, size: int) -> Iterator[bytes]:
-    """Yield the next size bytes of stream in blocks."""
+def _take(stream: Any, size: int, label: str = "the archive") -> Iterator[bytes]:
+    """Yield the next size bytes of stream in blocks. label: names it in errors."""
     while size:
         block = stream.read(min(size, BLOCK))
         if not block:
-            raise source_error("the archive is cut off")
+            raise source_error(f"{label} is cut off")
         size -= len(block)
         yield block
 
@@ -5963,45 +5966,67 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     return root, safe_name(base or "build")
 
 
-@contextmanager
-def open_tar(path: str) -> Iterator["tarfile.TarFile"]:
-    """Open path for a new gzip tarball, whose bytes depend only on its members."""
-    write = functools.partial(tarfile.open, None, "w", format=tarfile.PAX_FORMAT)
-    # GzipFile: level 6, modification time 0
-    with open(path, "wb") as f, gzip.GzipFile("", "wb", 6, f, 0) as z, io.BufferedWriter(z, MIB) as b, write(b) as tar:
-        yield tar
+def _tar_block(name: str, kind: bytes, mode: int, size: int, target: str) -> bytes:
+    """Return a header without an owner and a time. [POSIX.1-2017 pax, "ustar header block"]"""
+    nobody, never, unset = b"0" * 7, b"0" * 11, b" " * 8
+    path, link = (text.encode("ascii", "replace") for text in (name, target))
+    fields = (b"%07o" % mode, nobody, nobody, b"%011o" % size, never, unset, kind, link, b"ustar", b"00")
+    block = bytearray(struct.pack(_USTAR, path, *fields))
+    block[148:156] = b"%06o\0 " % sum(block)  # the checksum, which counts its own field as spaces
+    return bytes(block)
+
+
+def tar_header(name: str, kind: bytes, mode: int, size: int = 0, target: str = "") -> bytes:
+    """Return the header of a member, after a pax header for a name or target that does not fit. [POSIX.1-2017 pax]"""
+    records = b""
+    for key, value in ((b"path", os.fsencode(name)), (b"linkpath", os.fsencode(target))):
+        if len(value) > 100 or not value.isascii():
+            record = b" %b=%b\n" % (key, value)
+            length = len(record) + len(str(len(record)))
+            records += b"%d%b" % (len(record) + len(str(length)), record)  # a length counts its own digits
+    if records:
+        extension = _tar_block("././@PaxHeader", b"x", 0, len(records), "")
+        records = extension + records + bytes(-len(records) % 512)
+    return records + _tar_block(name, kind, mode, size, target)
 
 
 def write_source(archive: str, root: str, name: str, files: Iterable[str] = ("",), git: str = "") -> None:
     """Write files into the gzip tarball archive, in a directory called name, without owners and times.
 
     files: relative to root, folders with all that is in them; all of root by default.
-    git: the folder that becomes `.git`; empty for none."""
+    git: the folder that becomes `.git`; empty for none.
+    Raises BuildFailed SourceError or LimitError, OSError."""
 
-    def add(tar: "tarfile.TarFile", path: str, member: str) -> None:
-        info, mode = tarfile.TarInfo(member), os.lstat(path).st_mode
-        info.mode = 0o755 if mode & 0o100 else 0o644
-        if stat.S_ISREG(mode):
-            with open(path, "rb") as f:
-                info.size = os.fstat(f.fileno()).st_size
-                tar.addfile(info, f)
-        elif stat.S_ISLNK(mode):
-            info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
-            tar.addfile(info)
-        elif stat.S_ISDIR(mode):
-            info.type = tarfile.DIRTYPE
-            tar.addfile(info)
-            for name in sorted(os.listdir(path)):
-                add(tar, join(path, name), f"{member}/{name}")
+    def add(path: str, member: str) -> None:
+        found = os.lstat(path)
+        mode = 0o755 if found.st_mode & 0o100 else 0o644
+        if stat.S_ISREG(found.st_mode):
+            with open(path, "rb", 0) as f:
+                size = os.fstat(f.fileno()).st_size
+                if size >= 8 * GIB:
+                    raise limit_error(f"{path!r} has 8 GiB or more, which is too much for a tarball")
+                out.write(tar_header(member, b"0", mode, size))
+                for block in _take(f, size, repr(path)):
+                    out.write(block)
+                out.write(bytes(-size % 512))
+        elif stat.S_ISLNK(found.st_mode):
+            out.write(tar_header(member, b"2", mode, 0, os.readlink(path)))
+        elif stat.S_ISDIR(found.st_mode):
+            out.write(tar_header(f"{member}/", b"5", mode))
+            for below in sorted(os.listdir(path)):
+                add(join(path, below), f"{member}/{below}")
         else:
             raise source_error(f"{path!r} is neither a file nor a link")
 
-    # tarfile's own add takes twice as long: it looks up the owner of each file.
-    with open_tar(archive) as tar:
+    # GzipFile: level 6, modification time 0. The bytes depend only on the members. tarfile would take three times as
+    # long, and its bytes depend on its version.
+    with open(archive, "wb") as f, gzip.GzipFile("", "wb", 6, f, 0) as z, io.BufferedWriter(z, MIB) as out:
         if git:
-            add(tar, git, join(name, ".git"))
+            add(git, join(name, ".git"))
         for file in sorted(files):
-            add(tar, join(root, file), join(name, file).rstrip("/"))
+            add(join(root, file), join(name, file).rstrip("/"))
+        out.write(bytes(1024))
+        out.write(bytes(-out.tell() % 10_240))  # the size of a record of tar(1)
 
 
 # endregion 23
@@ -15148,7 +15173,7 @@ def _start_guest() -> None:
     # Read this file and import the agent's modules now, from the initrd: its own root has no compiled ones.
     own_source()
     for module in (
-        "gzip hmac http.client io logging resource secrets select selectors shutil subprocess tarfile tempfile "
+        "gzip hmac http.client io logging resource secrets select selectors shutil subprocess tempfile "
         "threading tomllib unicodedata urllib.request uuid weakref zipfile"
     ).split():
         __import__(module)

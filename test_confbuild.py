@@ -11502,6 +11502,87 @@ class TestArchives:
         shutil.rmtree(folder)
 
 
+class TestWriteSource:
+    """write_source: the bytes that tarfile would write, and what no tarball can hold."""
+
+    @staticmethod
+    def by_tarfile(root: Path, name: str) -> bytes:
+        """Return the tarball of root as tarfile writes it, unpacked."""
+        out = io.BytesIO()
+        with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            paths = [root, *root.rglob("*")]
+            for path in sorted(paths, key=lambda path: path.relative_to(root).parts):
+                info = tarfile.TarInfo("/".join((name, *path.relative_to(root).parts)))
+                info.mode = 0o755 if path.lstat().st_mode & 0o100 else 0o644
+                if path.is_symlink():
+                    info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
+                elif path.is_dir():
+                    info.type = tarfile.DIRTYPE
+                data = path.read_bytes() if info.isreg() else b""
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        return out.getvalue()
+
+    @given(
+        st.dictionaries(
+            st.lists(st.text("ab\u00e9 %=\n", min_size=1, max_size=60), min_size=1, max_size=4).map("/".join),
+            st.one_of(st.binary(max_size=1100), st.text("ab/\u00e9\n", min_size=1, max_size=150)),
+            max_size=5,
+        )
+    )
+    @settings(max_examples=60)
+    def test_as_tarfile(self, tmp_path_factory: pytest.TempPathFactory, files: dict[str, bytes | str]) -> None:
+        """Names and targets of any length, of ASCII and not; each is an executable file or a link."""
+        folder = tmp_path_factory.mktemp("pack")
+        root = folder / "root"
+        root.mkdir()
+        for name, content in files.items():
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                if isinstance(content, str):
+                    (root / name).symlink_to(content)
+                elif not (root / name).is_symlink() and not (root / name).is_dir():
+                    (root / name).write_bytes(content)
+                    (root / name).chmod(0o700 if len(content) % 2 else 0o600)
+        confbuild.write_source(str(folder / "a.tar.gz"), str(root), "top")
+        packed = (folder / "a.tar.gz").read_bytes()
+        assert gzip.decompress(packed) == self.by_tarfile(root, "top")
+        assert packed[4:10] == bytes(4) + b"\0\xff"  # no time; level 6; no operating system  [RFC1952 2.3]
+        shutil.rmtree(folder)
+
+    def test_lengths(self) -> None:
+        """A pax record counts the digits of its own length [POSIX.1-2017 pax]; tarfile reads every length back."""
+        for length in range(80, 1100):
+            name = "n" * length
+            header = confbuild.tar_header(name, b"0", 0o644)
+            with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
+                assert tar.getnames() == [name]
+            assert (len(header) > 512) is (length > 100)
+
+    def test_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        archive, root = str(tmp_path / "a.tar.gz"), tmp_path / "root"
+        root.mkdir()
+        os.mkfifo(root / "pipe")
+        with pytest.raises(confbuild.BuildFailed, match="pipe' is neither a file nor a link"):
+            confbuild.write_source(archive, str(root), "top")
+        (root / "pipe").unlink()
+        with open(root / "large", "wb") as f:
+            f.truncate(8 << 30)
+        with pytest.raises(confbuild.BuildFailed, match="large' has 8 GiB or more, which is too much for a tarball"):
+            confbuild.write_source(archive, str(root), "top")
+        (root / "large").write_bytes(b"12345")
+        real = os.fstat
+
+        def longer(fd: int) -> Any:
+            """The file had six bytes when it was opened."""
+            found = real(fd)
+            return types.SimpleNamespace(st_size=6, st_mode=found.st_mode, st_blksize=found.st_blksize)
+
+        monkeypatch.setattr(os, "fstat", longer)
+        with pytest.raises(confbuild.BuildFailed, match="large' is cut off"):
+            confbuild.write_source(archive, str(root), "top")
+
+
 class TestProject:
     @pytest.mark.parametrize(
         "entries, source_name, folder, name",
