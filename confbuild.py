@@ -5560,17 +5560,25 @@ def own_source() -> bytes:
     return bytes(__loader__.get_data(__file__))  # type: ignore[name-defined]
 
 
-# Run the file named after it. `python FILE` would keep the file's syntax tree, 10 MB, as long as the process lives.
+# Run the file named after it.
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-# Run the compiled copy, named first, of the file that is named second.
+# Run the compiled copy, a path or a file descriptor, that is named first, of the file that is named second.
 _RUN_COPY = (
     "import marshal, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
-    "with open(COPY, 'rb') as f: code = marshal.load(f)\n"
+    "with open(int(COPY) if COPY.isdigit() else COPY, 'rb') as f: code = marshal.load(f)\n"
     "exec(code)"
 )
 _copies: list[str] = [globals()["COPY"]] if "COPY" in globals() else []  # the path, if there is one
+
+
+def _own_code() -> Any:
+    """Return the compiled code of this file: of the frame that runs it, if there is one."""
+    frame: Any = sys._getframe()
+    while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
+        frame = frame.f_back
+    return frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
 
 
 def make_copy(folder: str) -> None:
@@ -5580,15 +5588,11 @@ def make_copy(folder: str) -> None:
     """
     if not isfile(__file__) or __file__.endswith(".pyc"):  # inside a zipapp; or compiled already
         return
-    frame: Any = sys._getframe()
-    while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
-        frame = frame.f_back
-    code = frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
     path = join(abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
     for old in glob.glob(join(glob.escape(folder), "confbuild-*.code*")):
         os.unlink(old)
     with open(path + ".tmp", "wb") as f:
-        marshal.dump(code, f)
+        marshal.dump(_own_code(), f)
     os.replace(path + ".tmp", path)
     _copies[:] = [path]
 
@@ -5605,12 +5609,18 @@ def own_program() -> list[str]:
 
 
 def reexec_without_ast() -> None:
-    """Replace this process by one that runs FILE without its syntax tree, if it was started as `python FILE ...`."""
+    """Replace this process by one that runs this file's compiled code, if it was started as `python FILE ...`.
+
+    Python would keep the syntax tree of FILE, 10 MB, as long as the process lives."""
     options = len(sys.orig_argv) - len(sys.argv)
     before, script = sys.orig_argv[:options], sys.orig_argv[options : options + 1]
     if __name__ == "__main__" and script == sys.argv[:1] and "-c" not in before:
+        copy = os.memfd_create("confbuild", 0)  # without MFD_CLOEXEC
+        with open(copy, "wb", closefd=False) as f:
+            marshal.dump(_own_code(), f)
+        os.lseek(copy, 0, os.SEEK_SET)
         # -P: with -c, Python would look for modules in the current directory.
-        os.execv(sys.executable, [*before, "-P", "-c", _RUN, *sys.argv])
+        os.execv(sys.executable, [*before, "-P", "-c", _RUN_COPY, str(copy), *sys.argv])
 
 
 # endregion 22

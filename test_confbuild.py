@@ -29939,8 +29939,10 @@ class TestBuild:
         (tmp_path / "tokens").write_text("secret other\n")
         one = server("--token-file", str(tmp_path / "tokens"), program=(sys.executable, str(FILE)))
         assert (
-            one.process is not None and confbuild._RUN.encode() in Path(f"/proc/{one.process.pid}/cmdline").read_bytes()
+            one.process is not None
+            and confbuild._RUN_COPY.encode() in Path(f"/proc/{one.process.pid}/cmdline").read_bytes()
         )  # it has shed its syntax tree
+        assert not [fd for fd in Path(f"/proc/{one.process.pid}/fd").iterdir() if "memfd" in os.readlink(fd)]
         one.headers = {"Authorization": "Bearer other"}
         to = ("--server", f"127.0.0.1:{one.port}", "--token-file", "tokens")
         write_files(tmp_path / "demo", {"build.sh": QUICK + "echo '\x1b[1mhello'\n"})
