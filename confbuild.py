@@ -8041,6 +8041,8 @@ ALLOWED_ENVIRONMENT = """
 """.split()
 FIXED_ENVIRONMENT = {"LANG": "C.UTF-8", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 BUILD_FOLDERS = ("home", "tmp", "cargo")  # of a workspace, for what a build writes next to its source
+# The variables of a build that --env cannot set.
+OWN_VARIABLES = {"HOME", "TMPDIR", "CARGO_HOME", *(name for toolchain in TOOLCHAINS for name in toolchain.env)}
 _MAX_CRATE = 64 * MIB  # crates.io accepts 10 MB
 _MAX_REGISTRIES = 16  # folders of a cache; builds choose their names
 
@@ -15587,6 +15589,8 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     There is no fallback: raises UsageError if this machine or the image lacks something that the platform needs.
     """
     _refuse(options, "" if options.vm_command else "--vm-cleanup --expect", " requires --vm-command")
+    for name in sorted(OWN_VARIABLES & {*options.env}):
+        raise UsageError(f"--env {name} has no effect: builds have a {name} of their own")
     if options.vm_command:
         return _command_platform(options)
     kind = options.vm or ("snp" if options.tee else "sim")
@@ -15917,7 +15921,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
         },
         "toolchains": None
         if facts or options.vm_command
-        else {t.name: t.name == "own" or shutil.which(t.name) is not None for t in TOOLCHAINS},
+        else {t.name: all(map(shutil.which, t.tools)) for t in TOOLCHAINS},
         "isolation": isolation,
         "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()},
         "version": __version__,
@@ -16163,6 +16167,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
             if options.tree not in ("", packed.tree):
                 raise UsageError(f"{source} has the tree {packed.tree}, not {options.tree}, which the bundle records")
             display.note(f"packed {packed.note}")
+            if machine and "Cargo.lock" in map(basename, packed.files):
+                _tell_cargo_settings(display)
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
         if machine is None:
             client = _client(options, display)
@@ -16241,6 +16247,17 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             f"{e.filename or scratch + ' cannot be written'}: {e.strerror or e}",
             "" if e.filename else "TMPDIR names the folder of temporary files",
         ) from None
+
+
+def _tell_cargo_settings(display: Display) -> None:
+    """Say that a build does not see the user's configuration of cargo, if that may be why it will fail. [CARGO]"""
+    home = os.environ.get("CARGO_HOME") or join(os.path.expanduser("~"), ".cargo")
+    for path in (join(home, "config.toml"), join(home, "config")):
+        with suppress(OSError, UsageError):
+            if re.search(rb"(?m)^[ \t]*\[(source|registr|http|net|patch)", read_limited(path, MIB)):
+                display.note(
+                    f"builds do not see {path}: what they need of it belongs into the source's .cargo/config.toml"
+                )
 
 
 def _check_waiting_vm(client: Client, expected: Expectations, endorsements: Endorsements) -> None:

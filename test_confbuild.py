@@ -27407,6 +27407,15 @@ BUILD_AND_SERVE = (
         "--env requires simulated VMs: a guest sees nothing of this machine",
     ),
     ("serve --print-command", 2, "--print-command requires --tee, --vm snp or --vm qemu"),
+    *[
+        (f"{command} --env PATH --env {name}", 2, f"--env {name} has no effect: builds have a {name} of their own")
+        for command, name in (
+            ("build demo", "CARGO_HOME"),
+            ("serve", "HOME"),
+            ("build demo", "GOFLAGS"),
+            ("serve --vm-command true", "RUSTC"),
+        )
+    ],
     (f"build demo --measurement {'0' * 96}", 2, "--measurement requires --tee"),
     *[
         (f"build demo --server http://127.0.0.1:1 {options}", 2, message)
@@ -27485,6 +27494,33 @@ answer(found)""",
 
 
 class TestUsage:
+    @pytest.mark.parametrize(
+        "config, told",
+        [
+            ("[source.crates-io]\nreplace-with = 'mirror'\n", True),
+            ("[alias]\nb = 'build'\n\n  [registries.company]\nindex = 'sparse+https://example.org/'\n", True),
+            ("[net]\ngit-fetch-with-cli = true\n", True),
+            ("[http]\nproxy = 'example.org'\n", True),
+            ("[patch.crates-io]\n", True),
+            ("[alias]\nb = 'build'\n[build]\njobs = 2\n", False),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["config", "config.toml"])
+    def test_settings_of_cargo(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: str, told: bool, name: str
+    ) -> None:
+        """A build does not see the user's mirror, and says so before it looks for crates elsewhere. [CONTRACT 2.2]"""
+        write_files(tmp_path, {f"home/.cargo/{name}": config})
+        for variables in ({"HOME": str(tmp_path / "home")}, {"CARGO_HOME": str(tmp_path / "home/.cargo"), "HOME": "/"}):
+            monkeypatch.delenv("CARGO_HOME", raising=False)
+            for variable, value in variables.items():
+                monkeypatch.setenv(variable, value)
+            out = io.StringIO()
+            confbuild._tell_cargo_settings(confbuild.Display(out, "plain"))
+            path = tmp_path / "home/.cargo" / name
+            rest = "what they need of it belongs into the source's .cargo/config.toml"
+            assert out.getvalue() == f"confbuild: builds do not see {path}: {rest}\n" * told
+
     @pytest.mark.parametrize(
         "line, status, message",
         [
