@@ -11171,7 +11171,7 @@ ROUTES = (
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
           {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
     Route("GET", "/builds", "list_builds", f"Builds, newest first, at most {MAX_LISTED}",
-          {200: "an array of status", 404: "no such build"},
+          {200: "an array of status", 400: "invalid limit", 404: "no such build"},
           query={"after": _ID, "limit": {"type": "integer", "minimum": 1}}),
     Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
@@ -11528,6 +11528,14 @@ def openapi_document() -> Json:
     content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
     bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
+        gone, removed = "{id}" in route.path or "after" in route.query, "the build was removed; the text says when"
+        answers = {
+            **route.answers,
+            **({408: "the body arrives too slowly"} if route.method == "POST" else {}),
+            **({410: removed} if gone else {}),
+            **({401: "no valid bearer token"} if route.path not in ("/", "/health") else {}),
+            421: "the Host is not a name of this server",
+        }
         places = [("path", name, _ID) for name in _NAME.findall(route.path)]
         places += [("query", *item) for item in route.query.items()]
         paths.setdefault(route.path, {})[route.method.lower()] = {
@@ -11540,7 +11548,7 @@ def openapi_document() -> Json:
             "responses": {
                 str(status): {"description": text}
                 | ({} if status in NO_BODY else {"content": {route.media_type if status < 300 else _PROBLEM: {}}})
-                for status, text in route.answers.items()
+                for status, text in sorted(answers.items())
             },
             **bodies.get(route.method, {}),
         }
