@@ -3648,6 +3648,7 @@ PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 ALONE = "evidence alone: provenance and artifacts are not checked"
 _BLOCKED = "it needs a check that failed"
 _UNASKED = "no expectation given"
+_UNUSED = "it was given, but no check of this evidence used it"
 _MASKED = (
     "the host masks the chip_id of its reports (MASK_CHIP_ID), so no VCEK can be found or match: its operator can "
     "turn that off, or use a VLEK"
@@ -4536,7 +4537,11 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
-    plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(sorted(required), _BLOCKED)
+    given = checks.endorsements  # of which evidence of another manufacturer uses nothing
+    unused = [f"revocation list file {name}" for name, _ in given.crls] + ["VEK form"] * (given.vek is not None)
+    unused += ["collateral form"] * (given.collateral is not None)
+    plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(unused, _UNUSED)
+    plan |= dict.fromkeys(sorted(required), _BLOCKED)
     if expected.evidence_only:
         plan |= dict.fromkeys(sorted(OF_PROVENANCE), ALONE)
     made = {check.name for check in checks.made} | {"hardware evidence"}  # the verdict says whether it is of hardware

@@ -7109,6 +7109,18 @@ def shown(platform: str) -> frozenset[str]:
 
 
 class TestVerdict:
+    def test_what_no_check_used(self) -> None:
+        """A list, certificate or collateral that says nothing about this evidence is shown as not checked."""
+        given: dict[str, Any] = {"crls": [("a.crl", b"?")], "vek": b"?", "collateral": b"?"}
+        verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(), **given)
+        assert verdict.verdict == "simulated"
+        rows = {check.name: check for check in verdict.checks}
+        for name in ("revocation list file a.crl", "VEK form", "collateral form"):
+            said = rows[name].status, rows[name].detail
+            assert said == ("not checked", "it was given, but no check of this evidence used it")
+        plain = verdict_over(bundle(COMPLETE), confbuild.Expectations())
+        assert not {"VEK form", "collateral form"} & {check.name for check in plain.checks}
+
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
         """[CONTRACT 4.4]"""
         requested: dict[str, Any] = {**OPTIONAL, "pcrs": "PCR values", "csp_id": "csp_id"}
