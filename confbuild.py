@@ -15679,6 +15679,7 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
     taken = f"builds fetch from port {port}, on which the service listens" if shared else ""
     protections = judge_protections(usable.abi, landlock, seccomp, taken)
     if options.no_isolation:
+        _refuse(options, "--readable", " has no effect with --no-isolation")
         protections = dict.fromkeys(protections, "switched off by --no-isolation")
     missing = [f"{name} ({why})" for name, why in protections.items() if why]
     if missing and options.require_isolation:
@@ -16226,6 +16227,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         )
         return
     _refuse(options, "--token-file", " requires --server")
+    _refuse(options, "--allow-scheme" * (not is_url), " requires a URL")
     scheme = source.partition("://")[0].lower()
     if is_url:
         if scheme in ("file", "git") and scheme not in options.allow_scheme:
@@ -16586,7 +16588,7 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
     """Return what the options but --source require; an option's dest is the name of the field. Raises UsageError."""
-    given = {name: value for name, value in vars(options).items() if name in Expectations._fields}
+    given = {name: value for name, value in vars(options).items() if name in Expectations._fields and value != []}
     for field in ("pcrs", "rtmrs"):
         if given[field] is not None:
             registers = given[field]
@@ -16905,12 +16907,17 @@ def cmd_attest(options: "argparse.Namespace") -> None:
     print(evidence.decode("ascii"), end="")
 
 
+_IMAGE_PARTS = "--rootfs --packages --debs --kernel --modules --firmware --vcpus --vcpu-type"
+
+
 def cmd_image(options: "argparse.Namespace") -> int:
     """Make an image, check one, or write the lock file of an image's packages."""
     if [options.out, options.check, options.lock].count(None) != 2:
         raise UsageError("exactly one of -o, --check and --lock is needed")
     if options.names and options.lock is None:
         raise UsageError("the names of packages require --lock")
+    _refuse(options, "--without" * (options.lock is None), " requires --lock")
+    _refuse(options, _IMAGE_PARTS * (options.out is None), " requires -o")
     if options.lock is not None:
         if not options.names:
             raise UsageError("--lock needs the names of packages")
@@ -16926,12 +16933,13 @@ def cmd_image(options: "argparse.Namespace") -> int:
         for label, digest in facts.launch_digests.items():
             print(f"measured    {label}: {digest}")
         return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
-    if (options.rootfs is None) == (options.packages is None or options.debs is None):
+    given = [name for name in ("rootfs", "packages", "debs") if getattr(options, name) is not None]
+    if given not in (["rootfs"], ["packages", "debs"]):
         raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
     vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
     names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
-    given = ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus])
-    image = make_image(options.out, given)
+    parts = ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus])
+    image = make_image(options.out, parts)
     print(f"image.json  sha256 {image.manifest_sha256}")
     for kind, count, digest in image.launch_digests:
         print(f"measured    {vcpu_label(kind, count)}: {digest}")
@@ -17724,8 +17732,9 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         found[known[name].dest] = _policy_value(parser, known[name], value, where + name, dirname(path))
     if options.measurements:  # any of them would do: the command line wins
         found.pop("measurements", None)
-    if options.pcrs:
-        found["pcrs"] = [pcr for pcr in found.get("pcrs", ()) if pcr[0] not in dict(options.pcrs)]
+    for registers in ("pcrs", "rtmrs"):
+        replaced = dict(getattr(options, registers) or ())
+        found[registers] = [row for row in found.get(registers, ()) if row[0] not in replaced] or None
     return argparse.Namespace(**found)
 
 
@@ -17798,10 +17807,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _run(sys.argv[1:] if argv is None else list(argv))
         finally:  # --help raises
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the results has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = EXIT_NO
-        if argv is None:  # end as other programs do, which shells expect
+    except OSError as e:  # of stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest of the results there
+        status = EXIT_USAGE
+        if not isinstance(e, BrokenPipeError):
+            say(f"error: stdout cannot be written: {e.strerror}")
+        elif argv is None:  # their reader has gone: end as other programs do, which shells expect
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGPIPE)
     if argv is None:

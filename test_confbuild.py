@@ -17638,6 +17638,12 @@ class TestRebuild:
         first = write_bundle(tmp_path / "first", GOOD_BUNDLE)
         assert confbuild.main(["rebuild", str(first), "--source", "d", *more]) == status
         assert said in "".join(capsys.readouterr()) and os.path.exists("first-rebuild/provenance.json")
+        command = ["rebuild", str(first), "--source", "d", *more, "--format", "json", "-o", "again"]
+        assert confbuild.main(command) == status and os.path.exists("again/provenance.json")
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        shown = [[row["type"], row["name"], row["equal"], said.endswith(row["detail"] + "\n")] for row in rows]
+        same = artifact == b"artifact"
+        assert shown in ([], [["artifact", "demo", same, "the same" in said]]) and (status == 2) == (shown == [])
 
     def test_refusals(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -17772,7 +17778,13 @@ class TestVsa:
             predicate = found["predicate"]
             assert predicate["verificationResult"] == result
             policies.add(predicate["policy"]["digest"]["sha256"])
-        assert len(policies) == 3
+        expected = {"nonce": "0" * 31 + "1"}
+        assert (
+            len(policies) == 3
+            and predicate["policy"]["digest"]["sha256"]
+            == hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
+        )
+        assert predicate["verifiedLevels"] == ["FAILED"]
         assert found["predicateType"] == "https://slsa.dev/verification_summary/v1"
         assert found["subject"] == statement()["subject"]
         documents = (("provenance.json", provenance_of(GOOD_BUNDLE)), ("evidence.json", GOOD_BUNDLE.evidence))
@@ -27378,6 +27390,8 @@ BUILD_AND_SERVE = (
         "found package.json: `npm install --package-lock-only` makes package-lock.json",
     ),
     ("build demo --token-file blank", 2, "--token-file requires --server"),
+    ("build demo --allow-scheme file", 2, "--allow-scheme requires a URL"),
+    ("serve --no-isolation --readable /usr", 2, "--readable has no effect with --no-isolation"),
     ("build demo -o demo", 2, "demo exists and is not a bundle"),
     ("build demo -o demo/Cargo.toml", 2, "exists and is not a bundle"),
     ("build empty", 2, "empty: there is nothing to build"),
@@ -27682,10 +27696,25 @@ class TestUsage:
             ("image --lock l", 2, "--lock needs the names of packages"),
             ("image --lock l -- -x", 2, "'-x' is not the name of a package"),
             ("image -o i x", 2, "the names of packages require --lock"),
+            ("image -o i --rootfs empty --without x", 2, "--without requires --lock"),
+            *[
+                (f"image {mode} {option} 1", 2, f"{option} requires -o")
+                for mode in ("--check i", "--lock l x")
+                for option in confbuild._IMAGE_PARTS.split()
+                if option != "--vcpus" or mode != "--check i"
+            ],
+            ("image --check i --vcpus=1", 2, "--vcpus requires -o"),
             ("image --check b x", 2, "the names of packages require --lock"),
             *[
                 (f"image -o i {options}", 2, "either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
-                for options in ("", "--packages blank", "--debs empty", "--rootfs empty --packages blank --debs empty")
+                for options in (
+                    "",
+                    "--packages blank",
+                    "--debs empty",
+                    "--rootfs empty --packages blank --debs empty",
+                    "--rootfs empty --packages blank",
+                    "--rootfs empty --debs empty",
+                )
             ],
             ("image -o i --rootfs empty --vcpus 0", 2, "--vcpus: '0' is not a whole number above zero"),
             ("image -o i --rootfs nowhere", 2, "nowhere/: No such file"),
@@ -27946,6 +27975,43 @@ class TestUsage:
             noise += [(arguments, done.stderr)] if done.stderr else []
             assert done.returncode == -signal.SIGPIPE, "as other programs end"
         assert noise == []
+
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+    @pytest.mark.parametrize("unbuffered", ["", "1"])
+    def test_results_that_cannot_be_written(self, unbuffered: str) -> None:
+        """[CONTRACT 5.3]"""
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [*PROGRAM, "--version"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+                timeout=PATIENCE,
+                check=False,
+            )
+        message = "confbuild: error: stdout cannot be written: No space left on device\n"
+        assert (done.returncode, done.stderr) == (2, message)
+
+    def test_jobs_by_their_first_characters(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Two are enough if no other build begins with them. [CONTRACT 5.1]"""
+        ids = ["ab000000-0000-4000-8000-000000000000", "ab100000-0000-4000-8000-000000000000", "cd" + "0" * 34]
+        jobs = [{"job_id": job, "status": "ok", "submitted_at": ""} for job in ids]
+
+        def answer(_: str, path: str) -> Answer:
+            return 200, {}, json.dumps(jobs if path == "/builds" else jobs[ids.index(path[7:])]).encode()
+
+        with StandIn(answer) as one:
+
+            def cancel(job: str) -> tuple[int, str, str]:
+                return confbuild.main(["cancel", job, "--server", one.url, "--format", "json"]), *capsys.readouterr()
+
+            for job, found in (("cd", 2), ("ab1", 1), (ids[0], 0)):
+                assert cancel(job) == (0, json.dumps(jobs[found], separators=(",", ":")) + "\n", "")
+            message = f"confbuild: error: ab: 2 builds begin with that\nconfbuild: hint: {ids[0]} {ids[1]}\n"
+            assert cancel("ab") == (2, "", message)
+            seen = [path for _, path, _ in one.seen]
+            assert seen[-2:] == [f"/build/{ids[0]}", "/builds"], "a whole id is not looked up"
 
     def test_old_pythons(self) -> None:
         """Those installed here, and a simulated old one: Python parses the whole file before its first line.
@@ -28211,6 +28277,8 @@ class TestVerify:
             ((*at, "--rtmr", "1=" + "02" * 48), 1, "RTMR values"),
             ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "1=" + "01" * 48), 2, "--rtmr: a register is given twice"),
             ((*at, "--rtmr", "4=" + "00" * 48), 2, "is not a register below 4 and its value"),
+            (("--policy", str(tmp_path / "policy.toml"), "--rtmr", "2=" + "00" * 48), 0, "PASSED"),
+            (("--policy", str(tmp_path / "policy.toml"), "--rtmr", "1=" + "02" * 48), 1, "RTMR values"),
             ((*at, "--min-tcb", "snp=24,tdx=050103"), 0, "PASSED"),
             ((*at, "--min-tcb", "tdx=050104"), 1, "minimum TCB"),
             ((*at, "--min-tcb", "snp=24"), 1, "required checks"),
@@ -28346,6 +28414,25 @@ class TestVerify:
             text = os.read(master, 65536)
             os.close(master)
             assert b"SIMULATED" in text and (b"\x1b[33;1m" in text) == colored
+
+    def test_color_elsewhere(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In a file or a pipe only if FORCE_COLOR asks for it; progress is drawn on no dumb terminal. [CONTRACT 5.2]"""
+        terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
+        for env, color, form in (
+            ({}, (False, True), "live"),
+            ({"TERM": "dumb"}, (False, False), "plain"),
+            ({"FORCE_COLOR": "1"}, (True, True), "live"),
+            ({"NO_COLOR": "1"}, (False, False), "live"),
+        ):
+            with monkeypatch.context() as m:
+                for name, value in ({"TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""} | env).items():
+                    m.setenv(name, value)
+                assert (confbuild.wants_color(io.StringIO()), confbuild.wants_color(terminal)) == color
+                assert confbuild.Display(io.StringIO(), "auto").form == "plain"
+                display = confbuild.Display(terminal, "auto")
+                display.end(None)
+                assert display.form == form
 
     @pytest.mark.parametrize(
         "bundle_name, options, status, check",
@@ -30963,11 +31050,32 @@ class TestContract:
             for name in only if re.match("`(build|serve)", effect) else told:
                 told[name] |= set(re.findall(r"`(--[a-z-]+)", names))
         assert told == {name: options[name] for name in told}
+        named = set()
         for names, text in re.findall(r"(?m)^\| (`.*?`) \| (.*)\|$", self.section("5.8")):
-            for name in re.findall(r"`(\w+)`", names):
-                if name != "rebuild":  # which has those of `build` too
-                    own = set(re.findall(r"--[a-z-]+", text))
-                    assert options[name] <= own | {"--out"}, name
+            own, commands = set(re.findall(r"--[a-z-]+", text)), re.findall(r"`(\w+)`", names)
+            named |= {*commands}
+            if commands == ["rebuild"]:  # which has those of `build` too, except those about the source
+                own |= options["build"] - {"--ref", "--submodules", "--toolchain", "--subdir", "--artifact"}
+            assert set.union(*(options[name] for name in commands)) - {"--out"} == own - {"--out"}, names
+        assert named == {row.name for row in confbuild.COMMANDS if row.group} - {"build", "verify", "serve"}
+
+    def test_synopsis(self) -> None:
+        """Each command is there, with options that it has; --output is --format. [CONTRACT 5.1, 5.2]"""
+        synopsis = re.findall(r"(?m)^    confbuild (\w+)(.*\n(?:     .*\n)*)", self.section("5.1"))
+        parsers = {row.name: confbuild.command_parser(row) for row in confbuild.COMMANDS if row.group}
+        assert {name for name, _ in synopsis} == {*parsers}
+        for name, text in synopsis:
+            known = {option: action for action in parsers[name]._actions for option in action.option_strings}
+            named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", text))
+            assert named <= {*known}, name
+            for option, word in re.findall(r"(-[\w-]+) ([a-z0-9]+(?:\|\w+)+)", text):
+                assert list(known[option].choices or ()) == word.split("|"), (name, option)
+            required = {action.option_strings[0] for action in known.values() if action.required}
+            optional = set(re.findall(r"\[(--?[a-z-]+)", text))
+            assert required <= named - optional, name
+        aliases = {name for name, parser in parsers.items() if "--output" in parser._option_string_actions}
+        [line] = re.findall(r"(?s)- `--output` is an alias of `--format` (.*?)\. ", self.section("5.2"))
+        assert set(re.findall(r"`(\w+)`", line)) == aliases
 
 
 # endregion 47
