@@ -10303,6 +10303,30 @@ class TestSandbox:
             ["seccomp"],
         ]
 
+    @pytest.mark.parametrize(
+        "words, asked",
+        [
+            ([0] * 6, ["capget"]),
+            ([0xFB, 0xFB, 0xFB, 0, 0, 0], ["capget"]),
+            ([0x100, 0, 0, 0, 0, 0], ["capget", "capset"]),
+            ([0, 0, 0, 0, 1, 0], ["capget", "capset"]),
+        ],
+    )
+    def test_no_capability_to_drop(
+        self, monkeypatch: pytest.MonkeyPatch, words: Sequence[int], asked: Sequence[str]
+    ) -> None:
+        """A service of systemd has none, and the filter of its unit forbids capset(2)."""
+
+        class Libc(FakeLibc):
+            def capget(self, header: Any, data: Any) -> int:
+                data[:] = words
+                return self.note("capget")
+
+        libc = Libc(6)
+        monkeypatch.setattr(confbuild, "_libc", lambda: libc)
+        confbuild._drop_capabilities()
+        assert [name for _, name, *_ in libc.asked] == asked
+
     def test_nix(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """nix writes in its store and needs terminals, or Unix sockets if it has a daemon."""
         for daemon in (False, True):
