@@ -5033,9 +5033,8 @@ def _drop_capabilities() -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522)  # _LINUX_CAPABILITY_VERSION_3
     data = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable for capabilities 0 to 31, then for the rest
     system_call("capget", header, data)
-    kept = [*(word & _KEPT_CAPABILITIES for word in data[:3]), 0, 0, 0]
-    if kept != data[:]:  # systemd's filter forbids the call to a service, which has none anyway
-        data[:] = kept
+    before, data[:] = data[:], [*(word & _KEPT_CAPABILITIES for word in data[:3]), 0, 0, 0]
+    if before != data[:]:  # systemd's filter forbids the call to a service, which has none anyway
         system_call("capset", header, data)
 
 
