@@ -8156,7 +8156,7 @@ def run_pipeline(
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
     commands = [*[f"cd {shlex.quote(folder)}"] * bool(folder), *map(shlex.join, plan.steps)]
     commands[-1] += f" # artifacts: {shlex.join(request.artifacts)}" * bool(request.artifacts)
-    digests = {"build_log": log.hexdigest(), "build_network": sha256_hex(network), **_conditions(root, env)}
+    digests = {"build_log": log.hexdigest(), "build_network": sha256_hex(network), **_conditions(root, plan.env)}
     digests |= attester.byproducts
     statement = _make_statement(plan, " && ".join(commands), source, attester.builder, digests, subjects, started)
     emit("attest", ["Generating attestation"])
