@@ -8673,7 +8673,9 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
     """Return the text of all metrics. gauges: the values of those that are not counted here."""
     with _counting:
         counts = dict(_counts)
-    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in gauges.items()}
+    # A counter without labels is there from the start: an alert on its increase would miss one that appears as 1.
+    started = dict.fromkeys(("confbuild_vms_started_total", "confbuild_vms_lost_total"), 0)
+    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in {**started, **gauges}.items()}
     counts["confbuild_build_info", f'version="{__version__}"'] = 1
     lines = []
     for name, (kind, text) in METRICS.items():
@@ -11401,7 +11403,7 @@ class Api(NamedTuple):
         log = self._open(request, Job.open_log)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
-        ndjson = "application/x-ndjson" in request.headers.get("accept", "")
+        ndjson = "application/x-ndjson" in request.headers.get("accept", "").lower()
         media_type = "application/x-ndjson" if ndjson else "text/event-stream"
         headers = {"Content-Type": media_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return Response(200, headers, source=log, start=start, ndjson=ndjson)
@@ -11445,7 +11447,7 @@ class Api(NamedTuple):
         length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
-        if key and not IDEMPOTENCY_KEY.fullmatch(key):
+        if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", f"Idempotency-Key must have the form {IDEMPOTENCY_KEY.pattern}")
         job = self.jobs.table.find(key)
         if job:
@@ -12772,6 +12774,7 @@ LAST_LINES = 8  # of the console, in an error message
 GRACE_S, CLEAN_UP_S = 5.0, 60.0  # for a VM to end after its build, and for its clean-up
 # Terminal sequences, whatever else could control a terminal, and a warning that an emulator prints a dozen times.
 _CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]|^.*: warning: TCG doesn't support requested feature.*")
+FETCH = "fetch"  # stands for the id of a job: the process is no VM, but fetches a repository for one
 _HOST_PHASES = PHASES[:2]  # events that only the server emits: queued and vm
 _HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
 
@@ -13016,7 +13019,7 @@ class Vm:
 
     [CONTRACT 6.3]
 
-    job: the id of its job; `spare` if it is started before there is one.
+    job: the id of its job; `spare` if it is started before there is one; FETCH for a fetcher, which metrics leave out.
     Raises BuildFailed VmError, or LimitError if the disk is full.
     """
 
@@ -13084,7 +13087,7 @@ class Vm:
                 raise vm_error(f"the VM cannot be started: {e}") from None
             with suppress(OSError):  # it has ended, and greet() says so
                 self.stream.sendall(line.encode("ascii") + b"\n")  # fits into the socket's buffer
-            count("confbuild_vms_started_total")
+            count("confbuild_vms_started_total", self.job != FETCH)
             return int(child.pid)
 
     def greet(self, timeout_s: float) -> dict[str, Any]:
@@ -13114,7 +13117,8 @@ class Vm:
         if answer.end() < len(received):
             raise vm_error("the VM sent more than the agent's answer before it was asked")
         self.ready = True
-        observe("confbuild_boot_seconds", timeout_s - until + monotonic())
+        if self.job != FETCH:
+            observe("confbuild_boot_seconds", timeout_s - until + monotonic())
         return dict(parse_json(answer[0], "answer of the VM", 8))
 
     def is_alive(self) -> bool:
@@ -13283,6 +13287,7 @@ class VmPool:
                 with self._changed:
                     if not self._stopping:
                         logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                        count("confbuild_vms_lost_total")
                     self._failures += 1
                     self._failure = str(e) or type(e).__name__
                     self._changed.notify_all()
@@ -13368,10 +13373,7 @@ class VmPool:
             raise vm_error(self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
-        """Return evidence.json of a VM that waits for a build; boot one if there is none. Raises BuildFailed.
-
-        nonce: 32 hexadecimal digits.
-        """
+        """Return evidence.json of a VM that waits or is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
         left = MAX_ATTEMPTS
         while True:
             left -= 1
@@ -13381,6 +13383,7 @@ class VmPool:
                 parse_json(evidence, "evidence of the VM")
             except (RemoteError, Malformed) as e:
                 lost = not vm.is_alive()
+                count("confbuild_vms_lost_total")
                 self.destroy(vm)
                 if not lost or not left:
                     error_type = "AttestationError" if getattr(e, "status", 0) else "VmError"
@@ -13454,6 +13457,7 @@ class VmHost(NamedTuple):
                     last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
                     if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
                         raise
+                    count("confbuild_vms_lost_total")
                     self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
                 finally:
                     self.pool.destroy(vm, clean=built)
@@ -15815,7 +15819,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     expected = machine.platform.expectations(machine.facts)
     vms = VmHost(
         pool,
-        lambda url, ref: Vm(own_vms("fetcher", {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref})),
+        lambda url, ref: Vm(own_vms("fetcher", {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref}), FETCH),
         options.build_timeout,
         expected,
     )

@@ -11863,6 +11863,7 @@ class TestChecks:
             ("file:///srv/x", "file", False),
             ("ssh://host/x", "ssh", False),
             ("https://example.org/a%20b", "https", False),
+            ("https://a/" + "x" * 2038, "https", False),
         ],
     )
     def test_urls_accepted(self, url: str, schemes: str, loopback: bool) -> None:
@@ -11876,7 +11877,7 @@ class TestChecks:
             ("https://a/\n", "not a URL"),
             ("https://\u00e9/x", "not a URL"),
             ("https://a\\b/x", "not a URL"),
-            ("https://a/" + "x" * 2048, "at most 2048 characters"),
+            ("https://a/" + "x" * 2039, "at most 2048 characters"),
             ("https://[::1/x", "repo_url: "),
             ("https://h:99999/x", "ort"),
             ("https://h:x/x", "ort"),
@@ -18146,6 +18147,7 @@ class TestStreamer:
             d.append(*["s" * 4000] * 64)
         data = d.finish()
         assert dechunk(read_all(fast)) == data and d.streamer.files == 2
+        assert all(len(watcher.pending) < 128 << 10 for watcher in list(d.streamer.served))  # it costs no memory
         assert dechunk(read_all(slow[0])) == data == read_all(slow[1])
 
     def test_keepalive_and_departures(self, desk: Callable[..., Desk]) -> None:
@@ -18172,6 +18174,17 @@ class TestStreamer:
         data = d.finish()
         assert dechunk(got + read_all(stays)).replace(b": keepalive\n\n", b"") == data
         assert dechunk(read_all(half)).replace(b": keepalive\n\n", b"") == data[d.log.offset_of(1) :]
+
+    def test_keepalive_between_lines(self, desk: Callable[..., Desk]) -> None:
+        """Among lines of JSON a keepalive is an empty line. [CONTRACT 1.7]"""
+        d = desk(keepalive_s=0.05)
+        ours, theirs = socket.socketpair()
+        d.ends.append(ours)
+        d.streamer.add(confbuild.Watcher(theirs, d.log, 0, False, False, b"", None, True))
+        ours.settimeout(PATIENCE)
+        assert ours.recv(2) == b"\n"
+        d.finish()
+        assert read_all(ours).strip(b"\n") == b'{"id":1,' + sent(COMPLETE_EVENT)[0][1:].encode()
 
     def test_stalled_reader(self, desk: Callable[..., Desk], tmp_path: Path) -> None:
         """A client that takes nothing is disconnected, and can resume; one that waits for events is not.
@@ -18352,7 +18365,7 @@ def has_finished(log: confbuild.EventLog) -> Callable[[], bool]:
 
 class TestJobs:
     def test_example_stream(self, server: Callable[..., Server]) -> None:
-        """The example of the public documentation, and its rules for from, HEAD and the end. [CONTRACT 1.7]"""
+        """The example of the public documentation, and its rules for from, HEAD and the end. [CONTRACT 1.7, 1.8]"""
         s = server()
         job = s.submit(project("echo one; echo two >&2; echo 'some data: x'\n" + QUICK))
         assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", job)
@@ -18380,10 +18393,7 @@ class TestJobs:
             '{"type":"complete","result":{"status":"ok"}}',
         ]
         lines = stream.split("\n\n")[:-1]
-        assert [line for line in lines if '"type":"vm"' not in line] == [
-            line for line in lines if line.partition("data: ")[2] in texts
-        ]
-        assert [text for text in (line.partition("data: ")[2] for line in lines) if '"type":"vm"' not in text] == texts
+        assert [line.partition("data: ")[2] for line in lines] == texts  # no `vm`
         assert [line.partition("\n")[0] for line in lines] == [f"id: {n}" for n in range(1, len(lines) + 1)]
         for n in range(len(lines)):
             for path, more in (
@@ -18402,6 +18412,9 @@ class TestJobs:
         for bad in ("-1", "x", "", "1.5", "%D9%A1", "1" * 19):
             status, headers, body = s.request("GET", f"{url}?from={bad}")
             assert (status, json.loads(body)["error_type"]) == (400, "InvalidFrom"), bad
+        status, headers, body = s.request("GET", url, Last_Event_ID="x")
+        assert (status, json.loads(body)["error_type"]) == (400, "InvalidFrom")
+        assert s.request("GET", f"{url}?from=999", Last_Event_ID="x")[0] == 204  # `from` wins
 
     def test_failures(self, server: Callable[..., Server]) -> None:
         """Each error_type that a build can bring about, end to end; a slot outlives them all. [CONTRACT 1.9]"""
@@ -18636,6 +18649,26 @@ class TestJobs:
         with pytest.raises(confbuild.Refused, match="shutting down") as refused:
             jobs.check_open()
         assert refused.value.status == 503
+
+    def test_result_before_complete(self, tmp_path: Path) -> None:
+        """Whoever sees `complete` can download the archive. The source stays until then. [CONTRACT 1.7, 1.15]"""
+        sizes, sources = list[int](), list[bytes]()
+
+        def grown(log: confbuild.EventLog) -> None:
+            if log.finished:
+                sizes.extend(confbuild.open_result(job).size for job in jobs.table.live())
+
+        def run(job: confbuild.Job) -> str:
+            sources.append(Path(job.path("source")).read_bytes())
+            return build_quickly(job)
+
+        jobs = confbuild.Jobs(str(tmp_path), run, grown)
+        jobs.start()
+        (tmp_path / "upload").write_bytes(GZIP_MAGIC)
+        job = jobs.submit(confbuild.BuildRequest(NONCE, source_name="x"), str(tmp_path / "upload"))
+        wait_for(lambda: job.log is None and all_ended(jobs))
+        jobs.stop(0)
+        assert (sizes, sources) == ([6], [GZIP_MAGIC]) and not os.path.exists(job.path("source"))
 
     @pytest.mark.parametrize("what", ["submit", "cancel waiting", "cancel running", "run", "end"])
     def test_a_slow_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
@@ -19455,10 +19488,13 @@ class TestPageText:
         assert status == 200 and body.decode() == confbuild.PAGE
         assert headers["Content-Type"] == "text/html; charset=utf-8" and headers["Vary"] == "Accept"
         policy = dict(rule.split(" ", 1) for rule in headers["Content-Security-Policy"].split("; "))
-        assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
         for kind, [text] in (("script", self.SCRIPT), ("style", self.STYLE)):
             digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-            assert policy[f"{kind}-src"] == f"'sha256-{digest}'"
+            assert policy.pop(f"{kind}-src") == f"'sha256-{digest}'"
+        assert policy.pop("connect-src") == "'self'" and policy.pop("img-src") == "data:"
+        assert policy.pop("require-trusted-types-for") == "'script'"
+        assert set(policy) == {"default-src", "base-uri", "form-action", "frame-ancestors"}
+        assert set(policy.values()) == {"'none'"}
 
     def test_for_browsers_only(self, site: Callable[..., "Site"]) -> None:
         """Other clients keep their 404, and on a server with tokens their 401; the page itself needs no token.
@@ -19815,6 +19851,7 @@ def is_problem(answer: tuple[int, Any, bytes], status: int, error_type: str, fra
         and doc["title"]
     ), doc
     assert doc["error_type"] == error_type and doc["error"] and fragment in doc["error"], doc
+    assert "\n" not in doc["error"] and doc["detail"] == doc["error"]
 
 
 def jsonish(text: str) -> bytes:
@@ -19832,6 +19869,9 @@ BODIES: list[tuple[Any, int, str, str]] = [
     (jsonish('"a": -Infinity'), 400, "InvalidJson", "Infinity"),
     (jsonish(f'"a": {2**53 + 1}'), 400, "InvalidJson", "an integer beyond"),
     (jsonish(f'"a": {-(2**53) - 1}'), 400, "InvalidJson", "an integer beyond"),
+    (jsonish('"a": 1e999'), 400, "InvalidJson", "expected a finite number"),
+    (jsonish('"a": 0.' + "1" * 31), 400, "InvalidJson", "of at most 32 characters"),
+    (jsonish('"a": "\\ud800"'), 400, "InvalidJson", "lone surrogate"),
     (jsonish('"a": ' + "[" * 32 + "]" * 32), 400, "InvalidJson", "nested deeper than 32"),
     (b"[]", 422, "InvalidRequest", "body: [], expected an object"),
     (b"{}", 422, "InvalidRequest", "body: has the keys none, expected nonce"),
@@ -20190,7 +20230,7 @@ class TestBody:
 
 class TestHttp:
     def test_bodies(self, site: Callable[..., Site]) -> None:
-        """Every refusal that a body can cause. None of them uses up a single-use server. [CONTRACT 1.6]"""
+        """Every refusal that a body can cause. None of them uses up a single-use server. [CONTRACT 1.3, 1.6]"""
         s = site(single_use=True)
         for body, status, error_type, fragment in BODIES:
             is_problem(s.ask("POST", "/build", body), status, error_type, fragment)
@@ -20885,7 +20925,7 @@ class TestHttp:
             assert (got + read_all(sock)).count(b"HTTP/1.1 200") == 1
 
     def test_tokens(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
-        """[CONTRACT 1.2]"""
+        """Every path needs a token, except /health, and the page for browsers. [CONTRACT 1.2, 1.17]"""
         s = site(tokens=("alpha", "bêta"))
         assert s.ask("GET", "/health")[0] == 200
         for given_token in (
@@ -20905,7 +20945,9 @@ class TestHttp:
             m.setattr(hmac, "compare_digest", lambda *pair: compared.append(pair))
             is_problem(s.ask("GET", "/builds", Authorization="Bearer alpha"), 401, "Unauthorized")
         assert compared == [(b"alpha", b"alpha"), (b"alpha", "b\u00eata".encode())]
-        is_problem(s.ask("GET", "/nothing"), 401, "Unauthorized")
+        for method, path in (("GET", "/nothing"), *((route.method, route.path) for route in confbuild.ROUTES)):
+            if path != "/health":
+                is_problem(s.ask(method, path.replace("{id}", job_id(1))), 401, "Unauthorized")
         assert [s.ask("GET", "/builds", Authorization=text)[0] for text in ("Bearer alpha", "bearer  alpha")] == [
             200,
             200,
@@ -20916,6 +20958,64 @@ class TestHttp:
         s = site()
         for host in ("localhost", "LOCALHOST:99", "127.0.0.1", "build.example", "Build.Example:443"):
             assert s.ask("GET", "/builds", Host=host)[0] == 200, host
+        s.server.access = confbuild.AccessPolicy((), ["build.example"])
+        assert s.ask("GET", "/builds", Host="127.0.0.1")[0] == 200  # the address that the client has connected to
+        is_problem(s.ask("GET", "/builds", Host="127.0.0.2"), 421, "MisdirectedRequest")
+        s.server.access.check({"host": "[fd00::1]:8080"}, "/", "fd00::1")
+
+    def test_request_ids(self, site: Callable[..., Site]) -> None:
+        """1 to 64 of some characters are taken over; every answer has one. [CONTRACT 1.1]"""
+        s = site()
+        job, long = s.finished(), "aZ0._-" * 10 + "1234"
+        for path, status in (
+            ("/health", 200),
+            ("/nope", 404),
+            (f"/build/{job}/events", 200),
+            (f"/build/{job}/events?from=999", 204),
+            (f"/build/{job}/result", 206),
+        ):
+            got = s.ask("GET", path, X_Request_Id=long, Range="bytes=0-0")
+            assert got[0] == status and got[1]["X-Request-Id"] == long
+        for bad in ("", long + "5", "a b", "a/b", "\xe9"):
+            given = s.ask("GET", "/health", X_Request_Id=bad)[1]["X-Request-Id"]
+            assert re.fullmatch("[0-9a-f]{32}", given), bad
+        refused = s.raw(b"GET /health HTTP/3.0\r\nX-Request-Id: mine\r\n\r\n")
+        assert refused[0] == 505 and re.fullmatch("[0-9a-f]{32}", refused[1]["X-Request-Id"])
+
+    def test_status(self, site: Callable[..., Site]) -> None:
+        """Each status has exactly these keys, before, during and after a build, or if damaged. [CONTRACT 1.12]"""
+        s = site(build_state=lambda state: replace(store(state, 1) / "events", "FIFO") or store(state, 2, "failed"))
+        common = ["attempts", "finished_at", "job_id", "nonce", "phases", "result", "started_at", "status"]
+        upload = sorted([*common, "source_name", "submitted_at"])
+        fetched = sorted([*common, "repo_ref", "repo_url", "submitted_at"])
+        time_ = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00"
+
+        def status(job: str) -> dict[str, Any]:
+            return dict(json.loads(s.ask("GET", f"/build/{job}")[2]))
+
+        first = json.loads(s.ask("POST", "/build", {**GOOD_REQUEST, "source_name": "n" * 300})[2])["job_id"]
+        wait_for(lambda: s.jobs.get(first).state == "running")
+        second = json.loads(s.ask("POST", "/build", {**URL, "nonce": NONCE.upper(), "repo_ref": "v1"})[2])["job_id"]
+        running, waiting = status(first), status(second)
+        assert sorted(running) == upload and running["source_name"] == "n" * 255
+        assert (running["attempts"], running["finished_at"], running["result"]) == (1, None, None)
+        assert re.fullmatch(time_, running["started_at"]) and re.fullmatch(time_, running["submitted_at"])
+        assert sorted(waiting) == sorted([*fetched, "position"]) and waiting["started_at"] is None
+        assert waiting.items() >= {"job_id": second, "status": "queued", "position": 0, "nonce": NONCE}.items()
+        assert waiting.items() >= {"attempts": 0, "repo_url": URL["repo_url"], "repo_ref": "v1", "result": None}.items()
+        assert waiting["phases"].keys() == {"queued"}
+        cancelled = json.loads(s.ask("DELETE", f"/build/{first}")[2])  # it has not stopped yet
+        assert cancelled == {**running, "error": "cancelled", "error_type": "Cancelled"} and status(first) == cancelled
+        ended = json.loads(s.ask("DELETE", f"/build/{second}")[2])
+        assert sorted(ended) == sorted([*fetched, "error", "error_type"]) and ended["status"] == "failed"
+        assert json.loads(s.ask("DELETE", f"/build/{second}")[2]) == ended
+        done = status(s.finished())
+        assert sorted(done) == upload and done["status"] == "ok" and list(done["result"]) == ["size", "sha256"]
+        assert re.fullmatch(time_, done["finished_at"])
+        assert sorted(status(job_id(1))) == sorted([*upload, "error", "error_type"])
+        assert status(job_id(2))["phases"] == {} and confbuild.JobRecord(1, s.jobs.get(first).request).phases == {}
+        log = confbuild.EventLog(s.jobs.get(second).path("events"))
+        assert log.count and log.phases == {}  # a server that starts does not know when the phases began
 
     def test_log_and_files(self, site: Callable[..., Site]) -> None:
         """The text of a log, also while it grows, and each file of a bundle, with ranges. [CONTRACT 1.16]"""
@@ -20930,6 +21030,7 @@ class TestHttp:
         text = "".join(line + "\n" for line in lines).encode()
         status, headers, body = s.ask("GET", url)
         assert (status, body, headers["Content-Type"]) == (200, text, "text/plain; charset=utf-8")
+        is_problem(s.ask("GET", url, Range=f"bytes={len(text)}-"), 416, "RangeNotSatisfiable")  # nothing is new
         s.gate.set()
         wait_for(lambda: job.state == "ok" and job.log is None)
         rest = "\u00e9\ntwo\n".encode()
@@ -20940,6 +21041,7 @@ class TestHttp:
             f"bytes {len(text)}-{len(text + rest) - 1}/{len(text + rest)}",
         )
         is_problem(s.ask("GET", url, Range=f"bytes={len(text + rest)}-"), 416, "RangeNotSatisfiable")
+        assert s.ask("GET", url, If_None_Match=headers["ETag"])[0] == 304
         assert s.ask("HEAD", url)[1]["Content-Length"] == str(len(text + rest))
         with tarfile.open(job.path("result.tar.gz")) as archive:
             opened = {m.name.partition("/")[2]: archive.extractfile(m) for m in archive if m.isfile()}
@@ -20951,6 +21053,8 @@ class TestHttp:
             kind = "application/json" if name.endswith("json") else "application/octet-stream"
             assert headers["Content-Type"] == kind and headers["X-Content-Type-Options"] == "nosniff"
             assert s.ask("GET", f"/build/{job.id}/files/{name}", Range="bytes=1-2")[2] == body[1:3]
+            same = f"/build/{job.id}/files/{name.replace('a', '%61')}"
+            assert s.ask("GET", same, If_None_Match=headers["ETag"])[0] == 304
         for name in ("demo", "artifacts", "../job.json", "artifacts/../evidence.json", "%00", "x" * 300, "%ff", ""):
             is_problem(s.ask("GET", f"/build/{job.id}/files/{name}"), 404, "NotFound")
         assert not [name for name in os.listdir(job.folder) if name.endswith(".tmp")]
@@ -20981,7 +21085,7 @@ class TestHttp:
         """The same objects with their ids, for those who accept them; no comments among them. [CONTRACT 1.7]"""
         s = site()
         job = s.finished()
-        status, headers, body = s.ask("GET", f"/build/{job}/events?from=1", Accept="application/x-ndjson")
+        status, headers, body = s.ask("GET", f"/build/{job}/events?from=1", Accept="text/x, Application/X-NDJSON;q=0.5")
         frames_ = s.ask("GET", f"/build/{job}/events?from=1")[2].split(b"\n\n")[1:-1]
         assert (status, headers["Content-Type"]) == (200, "application/x-ndjson")
         assert (
@@ -21023,8 +21127,9 @@ class TestHttp:
         first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
         assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
-        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key='"'), 400, "InvalidKey")
-        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="x" * 256), 400, "InvalidKey")
+        for key in ('"', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
+            is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key=key), 400, "InvalidKey")
+        is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="!~" * 127 + "x"), 409, "AlreadyAccepted")
         s.gate.set()
         wait_for(lambda: all_ended(s.jobs))
         s.jobs.stop(10)
@@ -21056,7 +21161,9 @@ class TestHttp:
             with pytest.raises(confbuild.Refused, match="is being accepted") as refused:
                 jobs.submit(request, key="key")
             release.set()
-            assert refused.value.status == 503 and jobs.submit(request, key="other").id != task.result(30).id
+            assert (refused.value.status, refused.value.error_type) == (503, "Busy")
+            assert refused.value.headers["Retry-After"] == "10"
+            assert jobs.submit(request, key="other").id != task.result(30).id
             assert jobs.submit(request, key="key") is task.result(30)
 
     def test_pages(self, tmp_path: Path, site: Callable[..., Site]) -> None:
@@ -21141,6 +21248,42 @@ class TestHttp:
             assert synced.wait(30)
             gate.set()
             wait_for(lambda: jobs.table.ids() == [job.id] and not os.listdir(tmp_path / "incoming"))
+
+    def test_once_a_minute(self) -> None:
+        """Builds that are not kept are removed after a minute of looks at the logs. [CONTRACT 1.15]"""
+        done = list[Any]()
+        table = types.SimpleNamespace(live=list, expire=lambda *limits: done.append(limits))
+        jobs: Any = types.SimpleNamespace(stopping=types.SimpleNamespace(wait=done.append), table=table)
+        confbuild._keep(jobs, 9, 8)
+        assert done == [confbuild.SYNC_S] * round(60 / confbuild.SYNC_S) + [(9, 8)]
+
+    def test_damaged_jobs_are_kept(self, tmp_path: Path) -> None:
+        """[CONTRACT 1.15]"""
+        replace(store(tmp_path, 1) / "events", "nothing")
+        store(tmp_path, 2)
+        for n in (1, 2):
+            os.utime(tmp_path / "jobs" / job_id(n) / "job.json", (0, 0))
+        with started(tmp_path, slots=0) as jobs:
+            jobs.table.expire(0, 0)
+            assert jobs.table.ids() == [job_id(1)]
+            assert [(one.name, one.stat().st_size) for one in (tmp_path / "removed").iterdir()] == [(job_id(2), 0)]
+
+    def test_gauges(self, tmp_path: Path) -> None:
+        """What the objects count by themselves. A counter without labels is 0 at first. [CONTRACT 1.17]"""
+        streamer: Any = types.SimpleNamespace(events=3, bytes=5, served={1, 2})
+        found = confbuild._gauges(streamer, str(tmp_path))
+        assert [found[f"confbuild_{name}"] for name in ("events_sent_total", "bytes_sent_total", "watchers")] == [
+            3,
+            5,
+            2,
+        ]
+        assert 0 < found["confbuild_disk_free_bytes"] <= shutil.disk_usage(tmp_path).total
+        assert found["process_cpu_seconds_total"] > 0 and found["process_resident_memory_bytes"] > 1 << 20
+        with pytest.MonkeyPatch.context() as m:
+            m.setattr(confbuild, "_counts", {})
+            lines = confbuild.render_metrics({}).splitlines()
+        assert {"confbuild_vms_started_total{} 0", "confbuild_vms_lost_total{} 0"} <= {*lines}
+        assert f'confbuild_build_info{{version="{confbuild.__version__}"}} 1' in lines
 
     def test_metrics(self, site: Callable[..., Site]) -> None:
         """Counts of builds, events and requests; and promtool finds nothing to say. [CONTRACT 1.17]"""
@@ -21339,7 +21482,7 @@ class TestHttp:
     def test_options(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """--max-archive, --token-file, --queue and --public-host work, and /config shows the limits.
 
-        [CONTRACT 1.2, 1.12, 1.13]
+        [CONTRACT 1.2, 1.6, 1.12, 1.13, 1.17]
         """
         (tmp_path / "tokens").write_text("t0\nt1\n")
         s = server(
@@ -21374,8 +21517,22 @@ class TestHttp:
         assert status["nonce"] == NONCE and status["source_name"] == "demo.tar.gz" and status["finished_at"] is None
         jobs.append(s.submit())
         is_problem(s.request("POST", "/build", URL), 429, "QueueFull")
+
+        def metrics() -> dict[str, float]:
+            rows = (line.rpartition(" ") for line in s.request("GET", "/metrics")[2].decode().splitlines())
+            return {name.removesuffix("{}"): float(value) for name, _, value in rows if not name.startswith("#")}
+
+        live = {"confbuild_queue_jobs": 1, "confbuild_running_jobs": 1, "confbuild_slots": 1, "confbuild_watchers": 0}
+        live |= {"confbuild_vms_started_total": 1, "confbuild_vms_lost_total": 0}
+        wait_for(lambda: metrics().items() >= live.items())  # the VM of the first build may still be started
         (tmp_path / "gate").touch()
-        assert [s.events(job)[-1]["result"] for job in jobs] == [{"status": "ok"}] * 2
+        streams = [s.events(job) for job in jobs]
+        assert [stream[-1]["result"] for stream in streams] == [{"status": "ok"}] * 2
+        ended = metrics()
+        assert ended["confbuild_vms_started_total"] == ended["confbuild_boot_seconds_count"] == 2
+        assert ended["confbuild_events_sent_total"] == sum(map(len, streams)) < ended["confbuild_bytes_sent_total"]
+        assert ended['confbuild_builds_total{toolchain="cargo",outcome="ok"}'] == 2
+        assert (ended["confbuild_queue_jobs"], ended["confbuild_running_jobs"]) == (0, 0)
         verdict = verdict_over(*self.unpacked(s, jobs[0], tmp_path))
         assert verdict.verdict == "simulated"
 
@@ -22506,7 +22663,8 @@ class TestFetcher:
         vm = confbuild.Vm(
             confbuild.own_vms(
                 "fetcher", {"policy": confbuild.SourcePolicy(("file",))._asdict(), "repo_url": url, "repo_ref": "main"}
-            )
+            ),
+            confbuild.FETCH,
         )
         vm.spawn()
         try:
@@ -22519,10 +22677,12 @@ class TestFetcher:
             vm.destroy()
 
     @needs("git")
-    def test_fetched(self, tmp_path: Path, stub_path: str) -> None:
-        """A repository as an archive, whose history a builder believes."""
+    def test_fetched(self, tmp_path: Path, stub_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A repository as an archive, whose history a builder believes. It is no VM of the metrics. [CONTRACT 1.17]"""
         origin = write_files(tmp_path / "hello.git", project(), commit=True)
+        monkeypatch.setattr(confbuild, "_counts", {})
         answer, workspace = self.run(tmp_path, stub_path, f"file://{origin}")
+        assert sum(confbuild._counts.values()) == 0
         assert answer == {"name": "hello"} and not os.path.exists(workspace)
         (tmp_path / "s").mkdir()
         confbuild.unpack_archive(str(tmp_path / "fetched"), str(tmp_path / "s"))
@@ -23681,6 +23841,10 @@ esac
         assert len(set(names)) == 3 and all(re.fullmatch("confbuild-vm-[0-9a-f]{16}", name) for name in names)
         assert (tmp_path / "cleaned").read_text() == "".join(f"{name} {job}\n" for name in names)
         assert b"on the console\n" in (s.state / "jobs" / job / "console.log").read_bytes()
+        told_metrics = s.request("GET", "/metrics")[2]  # [CONTRACT 1.17]
+        assert b"\nconfbuild_vms_started_total{} 3\n" in told_metrics
+        assert b"\nconfbuild_vms_lost_total{} 2\n" in told_metrics
+        assert b"\nconfbuild_boot_seconds_count{} 2\n" in told_metrics
         config = json.loads(s.request("GET", "/config")[2])
         assert (config["platform"], config["confidential"], config["toolchains"]) == ("simulated", False, None)
         assert config["isolation"].startswith("a VM for each build, which a command of the operator starts")
@@ -23810,11 +23974,10 @@ class TestSpares:
         """
         s = server()
         assert counted(s) == 0
-        assert (
-            s.request("GET", f"/attestation?nonce={NONCE}")[0]
-            == s.request("HEAD", f"/attestation?nonce={NONCE}")[0]
-            == 200
-        )
+        status, _, body = s.request("GET", f"/attestation?nonce={NONCE}")
+        assert status == s.request("HEAD", f"/attestation?nonce={NONCE}")[0] == 200
+        report = base64.b64decode(json.loads(body)["evidence"]["attestation_report"])
+        assert report[0x50:0x90] == bytes(32) + bytes.fromhex(NONCE) + bytes(16)  # no provenance exists yet
         assert counted(s) == 1
         assert s.events(s.submit())[-1] == OK_EVENT
         wait_for(lambda: counted(s) == 0)
@@ -27937,6 +28100,24 @@ class TestUsage:
         assert states == [str(tmp_path / ".local/share/confbuild"), "here", "/data/confbuild"] and ended == [130] * 3
         assert "running builds have 7 s" in capfd.readouterr().err
 
+    def test_listening(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Loopback by default. Another address is taken with a token or on request. [CONTRACT 1.2]"""
+        assert confbuild.parse_arguments(["serve"]).listen == ("127.0.0.1", 8080)
+        (tmp_path / "tokens").write_text("one two\nthree\n\n")
+        assert confbuild._read_tokens(str(tmp_path / "tokens")) == ["one", "two", "three"]
+        monkeypatch.setattr(confbuild, "reexec_without_ast", lambda: None)
+        monkeypatch.setattr(confbuild, "prepare_platform", raising(AssertionError("the address is accepted")))
+        level = confbuild.logger().level
+        try:
+            for host in ("0.0.0.0", "[::]", "build.example"):
+                for options in (["--insecure"], ["--token-file", str(tmp_path / "tokens")]):
+                    with pytest.raises(AssertionError, match="the address is accepted"):
+                        confbuild.cmd_serve(confbuild.parse_arguments(["serve", "--listen", f"{host}:1", *options]))
+                with pytest.raises(confbuild.UsageError, match="other machines can reach that"):
+                    confbuild.cmd_serve(confbuild.parse_arguments(["serve", "--listen", f"{host}:1"]))
+        finally:
+            confbuild.logger().setLevel(level)
+
     def test_state_in_use(self, shell: Shell, server: Callable[..., Server], tmp_path: Path) -> None:
         one = server()
         done = shell("serve", "--listen", "127.0.0.1:0", "--state", one.state)
@@ -31118,6 +31299,12 @@ class TestContract:
         for number, phrase, value, expected in (
             ("1.4", "The head is not complete 10 s after its first byte", confbuild.HEAD_S, 10),
             ("1.4", "is not 1 to 255 characters of printable ASCII", confbuild.IDEMPOTENCY_KEY.pattern[-7:], "{1,255}"),
+            ("1.4", "10 s after the connection was opened", confbuild.HEAD_S, 10),
+            ("1.4", "30 s pass without a byte of the body", confbuild.REQUEST_TIMEOUT_S, 30),
+            ("1.4", "60 s and 1 s for each 16 KiB", confbuild.MIN_RATE, 16 << 10),
+            ("1.4", "more than 64 KiB or more than 100 fields", confbuild.MAX_HEAD, 64 << 10),
+            ("1.4", "more than 64 KiB or more than 100 fields", confbuild.MAX_HEADERS, 100),
+            ("1.6", "all other fields together have at most 64 KiB", confbuild.MAX_FIELDS, 64 << 10),
             ("1.6", "The default limit is 64 MiB of archive", confbuild.MAX_ARCHIVE, 64 << 20),
             ("1.6", "accepted in the last day", confbuild.KEY_S, 24 * 3600),
             ("1.7", "After 15 seconds of silence", confbuild.KEEPALIVE_S, 15),
@@ -31150,6 +31337,18 @@ class TestContract:
         ):
             text = " ".join(self.section(number).split())
             assert phrase in text and value == expected, (number, phrase, value)
+
+    def test_configuration(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """GET /config has exactly the keys of the table, and the limits that it names. [CONTRACT 1.13]"""
+        monkeypatch.setattr(confbuild, "probe_sandbox", lambda: (confbuild.Sandbox(), "no Landlock", "no seccomp"))
+        options = confbuild.parse_arguments(["serve"])
+        described = confbuild._describe_server(options, confbuild.prepare_platform(options))
+        assert re.findall(r"`(\w+)`", self.column("1.13")) == [*described]
+        limits = re.findall(r"(?m)^\| `limits` \| (.*) \|$", self.section("1.13"))
+        assert re.findall(r"`(\w+)`", limits[0]) == [*described["limits"]]
+        assert (described["confidential"], described["image"]) == (False, None) and described["notice"]
+        assert described["version"] == confbuild.__version__ and described["limits"]["archive_bytes"] == 64 << 20
+        assert described["measurement"] == confbuild.simulated_measurement().hex()
 
     def test_options(self) -> None:
         """Each table of options has exactly the options of its commands. [CONTRACT 5.6, 5.7, 5.8]"""
