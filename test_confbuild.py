@@ -23815,7 +23815,7 @@ echo "on the console" >&2
 case $(wc -l < {tmp_path}/started) in
   1) exit 0;;
   2) cat | {AGENT} | (dd bs=1 count=400 2>/dev/null; kill -9 0);;
-  *) cat | {AGENT} | cat;;
+  *) cat | {AGENT} | cat; exit 3;;
 esac
 """,
                 },
@@ -23847,6 +23847,8 @@ esac
         assert b"\nconfbuild_boot_seconds_count{} 2\n" in told_metrics
         config = json.loads(s.request("GET", "/config")[2])
         assert (config["platform"], config["confidential"], config["toolchains"]) == ("simulated", False, None)
+        greeting = b": simulated VM: not confidential; the evidence is signed by no hardware\n"
+        assert config["notice"] and s.request("GET", f"/build/{job}/events")[2].startswith(greeting)
         assert config["isolation"].startswith("a VM for each build, which a command of the operator starts")
         assert os.listdir(s.state / "guests") == []
 
@@ -23862,6 +23864,40 @@ esac
         s = server("--vm-command", f"sh {liar}/liar", "--expect", "snp")
         result = s.events(s.submit())[-1]["result"]
         assert result["error_type"] == "AttestationError" and "does not verify: " in result["error"]
+
+    def test_what_is_expected(self) -> None:
+        """[CONTRACT 6.4]"""
+        facts = TestHardwareVerdict.IMAGE
+        wanted = confbuild.Expectations(builder_id=confbuild.SNP_BUILDER, image=facts, require_tee=True)
+        assert confbuild.SNP_PLATFORM.expectations(facts) == wanted
+        simulated = confbuild.Expectations(builder_id=confbuild.SIMULATED_BUILDER)
+        assert confbuild.SIMULATED_PLATFORM.expectations(facts) == simulated
+
+    def test_the_command(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its words, which no shell sees, and its environment; the same of the clean-up. [CONTRACT 6.1]"""
+        monkeypatch.setenv("GREETING", "hi")
+        words = ["--vm-command", "run '$HOME x' --to={name}.{job} \\; {other}", "--vm-cleanup", "echo {name}-{job}"]
+        more = ["--image", "an image", "--vcpus", "3", "--memory", "512", "--env", "GREETING"]
+        options, policy = confbuild.parse_arguments(["serve", *words, *more]), confbuild.SourcePolicy()
+        machine: Any = types.SimpleNamespace(guest=None, platform=confbuild.SIMULATED_PLATFORM)
+        kind = confbuild.vm_kind(options, str(tmp_path), policy, machine, lambda: 0)
+        start, popen, name = kind.start("/x/confbuild-vm-0a", "spare"), list[Any](), "confbuild-vm-0a"
+        assert start.argv == ["run", "$HOME x", f"--to={name}.spare", ";", "{other}"] and start.grace_s == 5
+        assert start.config == {"policy": policy._asdict(), "vek": None, "env": ["GREETING"]}
+        told = {"CONFBUILD_IMAGE": "an image", "CONFBUILD_VCPUS": "3", "CONFBUILD_MEMORY": "512"}
+        env = {**os.environ, **told, "CONFBUILD_NAME": name, "CONFBUILD_JOB": "spare"}
+        assert start.env == env and env["GREETING"] == "hi"
+        monkeypatch.setattr(subprocess, "Popen", lambda argv, **given: popen.append((argv, given["env"])))
+        kind.clean_up(name, "j")
+        assert popen == [(["echo", f"{name}-j"], {**env, "CONFBUILD_JOB": "j"})]
+
+    def test_a_clean_up_that_hangs(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """[CONTRACT 6.1]"""
+        monkeypatch.setattr(confbuild, "CLEAN_UP_S", 0.01)
+        with subprocess.Popen(["sleep", "600"]) as cleaner:
+            confbuild.finish_cleaning(cleaner)
+            assert cleaner.returncode == -signal.SIGKILL
+        assert "--vm-cleanup ended with status -9" in caplog.text
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """After kill -9 nothing of a VM runs here, and the next server cleans up before it does anything else."""
@@ -31271,6 +31307,11 @@ class TestContract:
             "urn:confbuild:build:v1",
             "https://confidential.ai/attested-builds/v1",
         }
+        told = self.column("6.2")  # [CONTRACT 6.2]
+        line = [name.removesuffix("?") for name in confbuild._CONFIG]
+        assert set(re.findall(r"`(\w+)`", told)) == set(line[: line.index("workspace")])
+        [limits] = re.findall("the limits of sources: (.*)", self.section("6.2"))
+        assert re.findall(r"`(\w+)`", limits) == [*confbuild.SourcePolicy._fields]
         locks = {row.name: row.lock_file for row in confbuild.TOOLCHAINS}  # [CONTRACT 3.6]
         assert (locks["go"], locks["own"]) == ("go.sum", "confbuild.toml")
         older = re.findall(r"`(https:\S*@v1)`", self.section("3.8"))  # [CONTRACT 3.8]
@@ -31332,6 +31373,8 @@ class TestContract:
             ("6.1", "it has 5 s to end by itself", confbuild.GRACE_S, 5),
             ("6.1", "for at most 60 s", confbuild.CLEAN_UP_S, 60),
             ("6.2", "at most 65,536 bytes", confbuild.MAX_CONFIGURATION, 65_536),
+            ("6.2", "65,536 bytes without it end the attempt", confbuild.MAX_LINE, 65_536),
+            ("6.3", "a comment comes at least every 15 s", confbuild.KEEPALIVE_S, 15),
             ("6.3", "after 15 s of silence for `GET /health`", confbuild.KEEPALIVE_S, 15),
             ("6.3", "60 s of silence, destroys the VM", confbuild.READ_TIMEOUT_S, 60),
         ):
