@@ -7184,6 +7184,17 @@ class TestVerdict:
         """[CONTRACT 4.1]"""
         assert verdict_over(evidence(extra={"more": {"platform": "snp"}}), ANY).verdict == "simulated"
 
+    @pytest.mark.parametrize("platform", confbuild.PLATFORMS)
+    def test_further_names_inside_the_evidence_are_refused(self, platform: str) -> None:
+        """[CONTRACT 4.1]"""
+        schema: Any = confbuild.PLATFORMS[platform].schema
+        inner = {**{name: 1 for name in schema if not name.endswith("?")}, "more": 1}
+        files = attested()._replace(evidence=json.dumps({"platform": platform, "evidence": inner}).encode())
+        verdict = verdict_over(files, ANY)
+        [form] = [check for check in verdict.checks if check.name == "report form"]
+        assert (verdict.verdict, form.status) == ("failed", "failed")
+        assert form.detail.startswith(f"{platform} evidence: has the keys ") and "more" in form.detail
+
     @pytest.mark.parametrize("key", OPTIONAL)
     def test_each_expectation_alone(self, key: str) -> None:
         verdict = verdict_over(bundle(COMPLETE), confbuild.Expectations(**{key: RIGHT[key]}))
@@ -8331,6 +8342,9 @@ class TestHardwareVerdict:
             ).hex(),
         }
         assert {name: verdict.claims[name] for name in wanted} == wanted
+        fields = set(confbuild.Report._fields[:-3]) - {"version", "reported_tcb"}  # [CONTRACT 5.5]
+        named = {"report_version", "tcb", "policy_abi", "policy_bits", "platform_info_bits", "csp_id"}
+        assert fields | named <= verdict.claims.keys()
         if other:
             assert verdict.claims["vm_configuration"] == {"secure-boot": True} and len(verdict.claims["pcrs"]) == 24
 
@@ -9538,6 +9552,15 @@ class TestTdxVerdict:
         revocation = self.check(verdict, "revocation")
         if failed == {"revocation"}:
             assert revocation.expected == "none revoked" and revocation.actual.startswith("Intel SGX ")
+
+    def test_the_claims_of_the_contract(self) -> None:
+        """[CONTRACT 4.6]"""
+        [text] = re.findall(r"(?s)\nClaims: (.*?)\n\n", TestContract.section("4.6"))
+        names = set(re.findall(r"`(\w+)`", text)) - {"system"}
+        claims = self.over(dstack_bundle(), given=collateral()).claims
+        assert len(names) > 17 and names <= claims.keys()
+        with_collateral = {"tcb_status", "advisories", "tcb_date", "tcb_days_behind"}
+        assert names - self.over().claims.keys() == with_collateral | {"events", "compose_hash"}
 
     def test_a_revoked_certificate_without_a_name(self) -> None:
         """Anybody can write one with a serial number of Intel's list, below Intel's own CA."""
@@ -20243,6 +20266,10 @@ class TestHttp:
         )
         is_problem(s.ask("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted", "accepts one build")
         assert [job["nonce"] for job in confbuild.list_jobs(s.jobs, 2)] == [NONCE]
+
+    def test_a_nonce_of_zeros(self, site: Callable[..., Site]) -> None:
+        """[CONTRACT 4.1]"""
+        assert site().ask("POST", "/build", {**GOOD_REQUEST, "nonce": "0" * 32})[0] == 200
 
     def test_escaped_name(self, site: Callable[..., Site]) -> None:
         """The same JSON, the same build: with escapes in the name, or in the value."""
@@ -31312,6 +31339,17 @@ class TestContract:
         assert set(re.findall(r"`(\w+)`", told)) == set(line[: line.index("workspace")])
         [limits] = re.findall("the limits of sources: (.*)", self.section("6.2"))
         assert re.findall(r"`(\w+)`", limits) == [*confbuild.SourcePolicy._fields]
+        for number, platform in (("4.2", "snp"), ("4.3", "az-snp"), ("4.4", "simulated")):  # [CONTRACT 4.2, 4.3, 4.4]
+            schema: Any = confbuild.PLATFORMS[platform].schema
+            assert re.findall(r"`(\w+)`", self.column(number)) == [name.rstrip("?") for name in schema]
+        evidence = re.findall(r"(?m)^\| (`.*?`) \| (`.*?) \|$", self.section("4.6"))  # [CONTRACT 4.6]
+        assert {p for row, _ in evidence for p in row.strip("`").split("`, `")} | {"snp", "gcp-snp", "az-snp"} == {
+            *confbuild.PLATFORMS
+        } - {"simulated"}
+        for row, text in evidence:
+            for platform in row.strip("`").split("`, `"):
+                schema = confbuild.PLATFORMS[platform].schema
+                assert re.findall(r"`(\w+)`", text) == [name.rstrip("?") for name in schema], platform
         locks = {row.name: row.lock_file for row in confbuild.TOOLCHAINS}  # [CONTRACT 3.6]
         assert (locks["go"], locks["own"]) == ("go.sum", "confbuild.toml")
         older = re.findall(r"`(https:\S*@v1)`", self.section("3.8"))  # [CONTRACT 3.8]
