@@ -22,6 +22,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import lzma
 import marshal
 import math
@@ -13085,6 +13086,21 @@ class TestPackDirectory:
         _, members, _ = self.pack(root, tmp_path)
         assert set(members) == everything | {f"other/{name}" for name in (*bundle_files, "more")}
 
+    def test_links_that_lead_out(self, tmp_path: Path) -> None:
+        """They are no source unless git tracks them: in a work tree, and in any other folder. [CONTRACT 5.4]"""
+        root = self.repository(tmp_path)
+        (root / "out").symlink_to("/usr")
+        (root / "sub/out").symlink_to("../../elsewhere")
+        packed, members, _ = self.pack(root, tmp_path)
+        assert packed.note == f"commit {git(root, 'rev-parse', 'HEAD')}" and not {"out", "sub/out"} & members.keys()
+        git(root, "add", "sub/out")
+        git(root, "commit", "-q", "-m", "two")
+        packed, members, _ = self.pack(root, tmp_path)
+        assert packed.note == f"commit {git(root, 'rev-parse', 'HEAD')}" and "out" not in members
+        assert members["sub/out"].linkname == "../../elsewhere"
+        shutil.rmtree(root / ".git")
+        assert {name for name in self.pack(root, tmp_path)[1] if "out" in name or "link" in name} == {"link"}
+
     def test_nothing_of_this_machine(self, tmp_path: Path) -> None:
         """The archive contains neither the name of a local folder nor the credentials of an inner repository."""
         assert str(tmp_path).encode() not in self.pack(self.repository(tmp_path), tmp_path)[2]
@@ -17823,6 +17839,15 @@ class TestSbom:
             "tool:rustc",
             "tool:kettle",
         ]
+        assert [[component["type"], component.get("scope")] for component in found["components"]] == [
+            ["file", None],
+            *[["application", "excluded"]] * 3,
+        ]
+        row = depends_on("pkg:cargo/itoa@1.2?checksum=sha256:ab")
+        made = confbuild.make_sbom(statement(predicate__buildDefinition__resolvedDependencies=[row]), b"")
+        [library] = [component for component in made["components"] if component["type"] == "library"]
+        assert (library["purl"], library["version"]) == (row["uri"], "1.2")
+        assert library["hashes"] == [{"alg": "SHA-256", "content": row["digest"]["sha256"]}]
         (folder / "artifacts/demo").write_bytes(b"other")
         assert confbuild.main(["sbom", str(folder)]) == 1
         assert f"{folder} fails to verify" in capsys.readouterr().err
@@ -20266,6 +20291,15 @@ class TestHttp:
         )
         is_problem(s.ask("POST", "/build", GOOD_REQUEST), 409, "AlreadyAccepted", "accepts one build")
         assert [job["nonce"] for job in confbuild.list_jobs(s.jobs, 2)] == [NONCE]
+
+    def test_verbose(self, site: Callable[..., Site], caplog: pytest.LogCaptureFixture) -> None:
+        """Requests are logged for --verbose, without what could steer a terminal. [CONTRACT 5.7]"""
+        s = site()
+        with caplog.at_level(logging.DEBUG, "confbuild"):
+            s.ask("GET", "/health")
+            s.raw(b"GET /\x1b[2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        said = [record.getMessage().partition(" ")[2] for record in caplog.records if record.levelname == "DEBUG"]
+        assert '"GET /health HTTP/1.1" 200' in said and any(text.startswith('"GET /?[2J HTTP/1.1" 4') for text in said)
 
     def test_a_nonce_of_zeros(self, site: Callable[..., Site]) -> None:
         """[CONTRACT 4.1]"""
@@ -28155,7 +28189,9 @@ class TestUsage:
         try:
             assert confbuild.main(["serve", "--grace", "7"]) == 0
             monkeypatch.setenv("XDG_DATA_HOME", "/data")
-            assert confbuild.main(["serve", "--state", "here"]) == confbuild.main(["serve"]) == 0
+            assert confbuild.logger().level == logging.INFO
+            assert confbuild.main(["serve", "--state", "here"]) == confbuild.main(["serve", "--verbose"]) == 0
+            assert confbuild.logger().level == logging.DEBUG
         finally:
             confbuild.logger().setLevel(level)
             for number, handler in handlers.items():
