@@ -18465,10 +18465,11 @@ class TestJobs:
         assert s.request("GET", f"{url}?from=999", Last_Event_ID="x")[0] == 204  # `from` wins
 
     def test_failures(self, server: Callable[..., Server]) -> None:
-        """Each error_type that a build can bring about, end to end; a slot outlives them all. [CONTRACT 1.9]"""
+        """Each error_type that a build can bring about, end to end; a slot outlives them all. [CONTRACT 1.6, 1.9]"""
         s = server("--slots", "2", "--build-timeout", "2")
         depth = "a/" * 70 + "x"
         bad = base64.b64encode(b"\x1f\x8b\x08 and no more").decode()
+        good = {"source_data": base64.b64encode(tarball(project())).decode()}
         lock = LOCK + '\n[[package]]\nname = "lost"\nversion = "1.0.0"\n'
         table: list[tuple[str, str, Any, dict[str, str]]] = [
             (
@@ -18484,6 +18485,10 @@ class TestJobs:
             ("TimeoutError", "the build took longer than 2 s", project("sleep 60"), {}),
             ("NoArtifacts", "no executable", project("true"), {}),
             ("ProvenanceError", "lost 1.0.0", {**project(), "Cargo.lock": lock}, {}),
+            # What does not fit the source fails the build, not the request.
+            ("UnsupportedToolchainError", "none of a toolchain called 'make'", None, {**good, "toolchain": "make"}),
+            ("SourceError", "subdir 'gone' is not a folder of the source", None, {**good, "subdir": "gone"}),
+            ("NoArtifacts", "made no *.gone", None, {**good, "artifacts": ["*.gone"]}),
         ]
         jobs = [s.submit(files, **fields) for _, _, files, fields in table]
         for (error_type, fragment, _, _), job in zip(table, jobs, strict=True):
@@ -21104,6 +21109,7 @@ class TestHttp:
         is_problem(s.ask("GET", url, Range=f"bytes={len(text + rest)}-"), 416, "RangeNotSatisfiable")
         assert s.ask("GET", url, If_None_Match=headers["ETag"])[0] == 304
         assert s.ask("HEAD", url)[1]["Content-Length"] == str(len(text + rest))
+        assert sorted(os.listdir(job.folder)) == ["events", "job.json", "log.txt", "result.tar.gz"]  # [CONTRACT 1.15]
         with tarfile.open(job.path("result.tar.gz")) as archive:
             opened = {m.name.partition("/")[2]: archive.extractfile(m) for m in archive if m.isfile()}
             members = {name: member.read() for name, member in opened.items() if member}
@@ -21118,7 +21124,9 @@ class TestHttp:
             assert s.ask("GET", same, If_None_Match=headers["ETag"])[0] == 304
         for name in ("demo", "artifacts", "../job.json", "artifacts/../evidence.json", "%00", "x" * 300, "%ff", ""):
             is_problem(s.ask("GET", f"/build/{job.id}/files/{name}"), 404, "NotFound")
-        assert not [name for name in os.listdir(job.folder) if name.endswith(".tmp")]
+        assert sorted(re.sub("file-.*", "file-", name) for name in os.listdir(job.folder)) == [
+            "events", *["file-"] * 3, "job.json", "log.txt", "result.tar.gz"
+        ]  # fmt: skip
 
     def test_long_log(self, tmp_path: Path) -> None:
         """Text and lines of JSON of a log that is longer than a block, with an event that is longer than one."""
@@ -21162,7 +21170,11 @@ class TestHttp:
         job = s.jobs.get(json.loads(answer[2])["job_id"])
         assert job.request == confbuild.BuildRequest(NONCE, source_name="a b.tgz") and job.source
         assert Path(job.source).read_bytes() == archive
-        assert s.ask("POST", url, b"PK\x05\x06" + bytes(18), Content_Type="application/zip")[0] == 200
+        empty = b"PK\x05\x06" + bytes(18)
+        for kind in ("application/zip", "application/gzip; x=y"):  # the first bytes identify the format
+            assert s.ask("POST", url, empty, Content_Type=kind)[0] == 200
+        as_json = {"nonce": NONCE, "source_data": base64.b64encode(empty).decode()}
+        assert s.ask("POST", "/build", as_json, Content_Type="Application/JSON; charset=utf-8")[0] == 200
         choices = "&toolchain=cargo&subdir=a%2Fb&artifacts=lib*.so&artifacts=b"
         answer = s.ask("POST", url + choices, archive, Content_Type="application/gzip")
         chosen = s.jobs.get(json.loads(answer[2])["job_id"]).request
@@ -22945,6 +22957,20 @@ class TestVm:
             assert relayed(tmp_path, data, max_log=limit)[0] is None
         assert caught is None or caught.value.error_type == "LimitError"
 
+    def test_words_of_each_platform(self, tmp_path: Path) -> None:
+        """What `vm` events begin with, which platforms have some, and what streams begin with. [CONTRACT 1.7, 1.8]"""
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        for platform in (confbuild.SIMULATED_PLATFORM, confbuild.QEMU_PLATFORM, confbuild.SNP_PLATFORM):
+            vm: Any = types.SimpleNamespace(kind=types.SimpleNamespace(platform=platform))
+            for always in (False, True):
+                confbuild.VmHost._tell(log, vm, "x", always)
+            assert ("not confidential" in platform.greeting) == (not platform.confidential) == bool(platform.notice)
+        assert re.findall(r'"type":"vm","msg":"(.*)"', (tmp_path / "log").read_text()) == [
+            "simulated VM: x",
+            *["QEMU guest, not confidential: x"] * 2,
+            *["SEV-SNP guest: x"] * 2,
+        ]
+
     @pytest.mark.parametrize("error_type", sorted(confbuild.FAILURES - confbuild._HOST_FAILURES))
     def test_told(self, tmp_path: Path, error_type: str) -> None:
         """[CONTRACT 1.9]"""
@@ -23651,6 +23677,7 @@ class TestSandboxedBuilds:
         [CONTRACT 1.7, 1.13]
         """
         s = server()
+        assert s.request("POST", "/build", URL)[0] == 200  # on loopback, as the server [CONTRACT 1.6]
         protections = json.loads(s.request("GET", "/config")[2])["protections"]
         assert protections == {name: why or "in effect" for name, why in KEPT.items()}
         body = s.request("GET", f"/build/{s.submit()}/events")[2].decode()
@@ -27562,6 +27589,26 @@ class TestMachine:
         monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (0, 0))
         assert self.prepare("--tee", "--print-command").guest == confbuild.Guest(confbuild.SNP_PLATFORM, image)
         emulated = self.prepare("--vm", "qemu")
+        elsewhere = self.prepare("--vm-command", "x", "--expect", "snp")
+        unlisted = self.prepare("--vm-command", "x", "--expect", "snp", "--vcpus", "7")
+        origin = {"reference": "https://example.org/image", "igvm": "x.igvm"}
+        about = {"manifest_sha256": image.manifest_sha256, "launch_digests": dict(plain.facts.launch_digests)}
+        digest = digests["EPYC-v4", 1]
+        for machine, name, confidential, measurement in (  # [CONTRACT 1.13]
+            (plain, "snp", True, digest),
+            (emulated, "qemu", False, digest),
+            (elsewhere, "snp", True, digest),
+            (unlisted, "snp", True, None),
+        ):
+            guest = machine.guest and machine.guest._replace(image=image._replace(origin=origin))
+            config = confbuild._describe_server(confbuild.parse_arguments(["serve"]), machine._replace(guest=guest))
+            assert (config["platform"], config["confidential"], config["measurement"]) == (
+                name,
+                confidential,
+                measurement,
+            )
+            assert bool(config["notice"]) == (not confidential) and config["protections"] is None
+            assert (config["image"], config["toolchains"]) == ({**about, **(origin if guest else {})}, None)
         assert (
             emulated.guest == confbuild.Guest(confbuild.QEMU_PLATFORM, image)
             and "the image's firmware, which checks kernel" in emulated.note
@@ -28198,6 +28245,13 @@ class TestUsage:
                 signal.signal(number, handler)
         assert states == [str(tmp_path / ".local/share/confbuild"), "here", "/data/confbuild"] and ended == [130] * 3
         assert "running builds have 7 s" in capfd.readouterr().err
+
+    def test_loopback(self) -> None:
+        """[CONTRACT 1.2, 1.6]"""
+        for host in ("localhost", "127.0.0.1", "127.9.9.9", "[::1]", "::1"):
+            assert confbuild._is_loopback(host), host
+        for host in ("0.0.0.0", "::", "[::]", "10.0.0.1", "build.example", "localhost.example", ""):
+            assert not confbuild._is_loopback(host), host
 
     def test_listening(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Loopback by default. Another address is taken with a token or on request. [CONTRACT 1.2]"""
