@@ -15301,7 +15301,7 @@ def size_text(size: int) -> str:
 
 
 def wants_color(stream: IO[str]) -> bool:
-    """Return True if output to stream is coloured: https://no-color.org and https://force-color.org."""
+    """Return True if output to stream is coloured: https://no-color.org and https://force-color.org.  [CONTRACT 5.2]"""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
@@ -15975,7 +15975,7 @@ CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 
 
 def _json_line(record: "logging.LogRecord") -> str:
-    """Return a record of the log as a JSON object: `serve --log-format json`.  [CONTRACT 5.2]"""
+    """Return a record of the log as a JSON object: `serve --log-format json`.  [CONTRACT 5.7]"""
     doc = {"time": utc_time(record.created), "level": record.levelname.lower(), "message": record.getMessage()}
     if record.exc_info:
         doc["exception"] = logging.Formatter().formatException(record.exc_info)

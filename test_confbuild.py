@@ -31533,6 +31533,10 @@ class TestContract:
             - {"--help", "--output"}  # an alias [CONTRACT 5.2]
             for row in confbuild.COMMANDS
         }
+        [text] = re.findall(r"JSON as quote libraries write it: (.*?); ", self.section("5.6"))
+        names = [name for name in re.findall(r"`(\w+)`", text) if name[0] != "_"]
+        names += [name + part for name in names[:2] for part in ("_signature", "_issuer_chain")]
+        assert sorted(names) == sorted(confbuild._COLLATERAL)
         options["verify"] -= {"--verbose", "--format"}  # [CONTRACT 5.5]
         assert set(re.findall(r"`(--[a-z-]+)", self.column("5.6"))) == options["verify"]
         told: dict[str, set[str]] = {"build": set(), "serve": set()}
