@@ -17477,7 +17477,7 @@ COMMANDS = (
     Command(
         "watch",
         cmd_watch,
-        (_JOB, *_CLIENT, ("--from N start", "leave out the first N events", _count, 0)),
+        (_JOB, *_CLIENT, ("--from N start", "leave out the first N events (default: 0)", _count, 0)),
         _SERVICE,
         "follow a build",
         "confbuild watch d3d8 --server http://127.0.0.1:8080",

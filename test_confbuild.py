@@ -28308,6 +28308,11 @@ class TestUsage:
                 assert action.help or not action.option_strings or action.choices, (
                     f"{name} {action.option_strings} says nothing"
                 )
+                has_default = action.default not in (None, "", [], "==SUPPRESS==") and action.default is not False
+                said = re.findall(r"default: ([^);,]*)", (action.help or "") % vars(action))
+                value = ":".join(map(str, action.default)) if isinstance(action.default, tuple) else action.default
+                value = "keep them" if value == math.inf else f"{value:g}" if isinstance(value, float) else str(value)
+                assert not has_default or said == [value], (name, action.option_strings)
 
     @pytest.mark.parametrize(
         ("name", "words", "found"),
