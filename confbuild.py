@@ -15672,7 +15672,7 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
 
     Raises UsageError if --require-isolation asks for more.
     """
-    env, port = build_environment("", os.environ, options.env), options.listen[1]
+    env, (_, port) = build_environment("", os.environ, options.env), options.listen or ("", -1)
     for path in options.readable:
         if not exists(path):
             raise UsageError(f"--readable {path}: no such file or folder")
@@ -15751,12 +15751,37 @@ def _require_snp(image: str | None) -> None:
     )
 
 
+class LocalClient(ApiClient):
+    """Client of a server in this process. It needs no port that builds or other users could reach."""
+
+    def __init__(self, server: Server, notify: Callable[[str], None]) -> None:
+        super().__init__("http://localhost", notify=notify)
+        self._server = server
+
+    def _send(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Any:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._server.take(Connection(theirs, "local", False, 0.0))
+        connection = http.client.HTTPConnection("localhost")
+        connection.response_class = bounded_response()
+        connection.sock = ours
+        connection.request(method, path, body, {**headers, "Connection": "close"})
+        return connection.getresponse()
+
+
 class Running(NamedTuple):
-    """A server in this process. stop: ends it; running builds get that many seconds. is_alive: it accepts requests."""
+    """A server in this process.
+
+    url: empty if it listens on no port.
+    stop: ends it; running builds get that many seconds.
+    is_alive: whether it accepts requests.
+    connect: returns a client of it, which passes messages for the user to the argument.
+    """
 
     url: str
     stop: Callable[[float], None]
     is_alive: Callable[[], bool]
+    connect: Callable[[Callable[[str], None]], ApiClient]
 
 
 def _tls_context(options: "argparse.Namespace") -> "ssl.SSLContext | None":
@@ -15794,10 +15819,11 @@ def _gauges(streamer: Streamer, state: str) -> dict[str, float]:
 def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: BuildPlatform) -> Running:
     """Start a server on options.listen, with its state in the directory state.
 
+    options.listen: None for no port: then only Running.connect reaches it.
     tokens: accepted bearer tokens; none: everybody may build.
     Raises UsageError, OSError.
     """
-    address, port = options.listen
+    address, port = options.listen or ("localhost", 0)
     host = address.strip("[]")
     tls = _tls_context(options)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -15839,7 +15865,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         lambda: {**jobs.gauges(), "confbuild_slots": options.slots, **_gauges(streamer, state)},
     )
     try:
-        server = Server((host, port), api, access, streamer, tls)
+        server = Server((host, port) if options.listen else None, api, access, streamer, tls)
     except OSError as e:
         raise UsageError(
             f"--listen {address}:{port}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
@@ -15857,7 +15883,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         pool.stop()
         os.close(lock)
 
-    return Running(f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}", stop, thread.is_alive)
+    url = f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}" if options.listen else ""
+    return Running(url, stop, thread.is_alive, functools.partial(LocalClient, server))
 
 
 def vm_kind(
@@ -15887,9 +15914,9 @@ def vm_kind(
         hidden.append(join(realpath(tempfile.gettempdir()), "confbuild-"))
         box = machine.sandbox and machine.sandbox._replace(hidden=hidden)
         closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
-        unclosed = (machine.protections or {}).get("ports")
+        none = not options.listen or (machine.protections or {}).get("ports")
         told |= {"cache": options.cache}
-        return own_vms("agent", told, options.env, lambda: box and box._replace(ports=-1 if unclosed else closed()))
+        return own_vms("agent", told, options.env, lambda: box and box._replace(ports=-1 if none else closed()))
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):
@@ -16151,7 +16178,7 @@ class Delivery(NamedTuple):
 def cmd_build(options: "argparse.Namespace") -> int:
     """Submit, follow, download and verify one build.
 
-    Without --server, a temporary server on loopback builds it and exits with the build.
+    Without --server, a temporary server in this process builds it, which listens on no port.
     """
     source, is_url = options.source, "://" in options.source
     _check_build_options(options, is_url)
@@ -16192,10 +16219,9 @@ def cmd_build(options: "argparse.Namespace") -> int:
         if machine is None:
             client = _client(options, display)
         else:
-            token = secrets.token_urlsafe(32)
-            running = start_server(options, join(scratch, "state"), [token], machine)
+            running = start_server(options, join(scratch, "state"), [], machine)
             stack.callback(running.stop, 0.0)
-            client = Client(ApiClient(running.url, token, display.note), display)
+            client = Client(running.connect(display.note), display)
             display.note(machine.note)
         if options.tee:
             _check_waiting_vm(client, expected, endorsements)
@@ -17228,8 +17254,8 @@ complete -c confbuild -c confbuild.py -a '(__confbuild)'
 )
 _BUILD, _SERVICE, _CONFIDENTIAL = "Build and verify", "Service", "Confidential VMs"
 # Of the temporary server of `build` and `rebuild`.
-_TEMPORARY = {
-    "listen": ("127.0.0.1", 0),
+_TEMPORARY: Json = {
+    "listen": None,
     "slots": 1,
     "queue": 1,
     "single_use": True,

@@ -29996,6 +29996,17 @@ class TestAttest:
 
 
 class TestBuild:
+    @needs("strace")
+    def test_no_port(self, tmp_path: Path) -> None:
+        """The server of a local build listens on nothing that its build or another user could reach. [CONTRACT 5.4]"""
+        write_files(tmp_path / "demo", {"confbuild.toml": 'command = ["true"]\nartifacts = ["a"]\n', "a": "1"})
+        command = [*PROGRAM, "build", "demo", "--format", "quiet"]
+        trace = ["strace", "-f", "-qq", "-o", "calls", "-e", "trace=listen,accept,accept4,bind"]
+        done = subprocess.run([*trace, *command], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        assert (done.returncode, done.stdout) == (0, "demo-build\n"), done.stderr
+        calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "AF_NETLINK" not in line]
+        assert not [line for line in calls if re.search(r"\b(listen|accept4?|bind)\(", line)]
+
     def test_private_server(self, shell: Shell, inside: Shell, tmp_path: Path) -> None:
         """stdout is the answer, stderr is the talk; an old bundle is replaced. [CONTRACT 5.4]"""
         done = shell("build", "demo", how=(str(FILE),))
