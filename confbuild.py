@@ -261,6 +261,7 @@ if TYPE_CHECKING:
     import urllib.request
     import weakref
     import zipfile
+    import zlib
 else:
 
     class _Lazy:
@@ -277,7 +278,7 @@ else:
 
     for _name in (
         "argparse ctypes fcntl fnmatch glob gzip hmac io ipaddress logging lzma resource secrets select selectors "
-        "shlex shutil signal socket ssl subprocess tempfile threading tomllib unicodedata weakref zipfile"
+        "shlex shutil signal socket ssl subprocess tempfile threading tomllib unicodedata weakref zipfile zlib"
     ).split():
         globals()[_name] = _Lazy(_name)
     email = _Lazy("email", "email.utils")
@@ -9202,6 +9203,8 @@ class Streamer:
                 if b"\n\n" not in data:  # a long event
                     data = os.pread(source.fd, MAX_FRAME, watcher.position)
                 data = data[: data.rfind(b"\n\n") + 2]
+                if len(data) < 2:
+                    raise OSError("the log is damaged")
             watcher.pending = watcher.frame(to_ndjson(data) if watcher.ndjson else data)
             watcher.position += len(data)
             return True
@@ -9596,13 +9599,15 @@ def open_result(job: Job) -> OpenFile:
 def open_text(job: Job) -> OpenFile:
     """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
     log, path = job.open_log(), job.path("log.txt")
-    with job.deriving:
+    with job.deriving, _refuse_damaged():
         if not exists(path):
             whole = log.finished  # before its size
             with open(path + ".tmp", "ab" if job.converted else "wb") as f:  # "wb": an earlier server has begun it
                 while job.converted < log.size:
                     frames = os.pread(log.fd, MAX_FRAME, job.converted)
                     frames = frames[: frames.rfind(b"\n\n", 0, log.size - job.converted) + 2]
+                    if len(frames) < 2:
+                        raise Malformed("events", f"no frame ends after byte {job.converted}")
                     f.write(to_text(frames))
                     job.converted += len(frames)
             if whole:
@@ -9616,7 +9621,7 @@ def open_member(job: Job, name: str) -> OpenFile:
     """Return the file of the bundle that is called name. Raises Refused 404, OSError."""
     open_result(job)  # raises if there is none
     path = job.path(f"file-{sha256_hex(name.encode('utf-8', 'replace'))}")
-    with job.deriving:
+    with job.deriving, _refuse_damaged():
         if not exists(path):
             with gzip.open(job.path("result.tar.gz")) as stream:
                 for member in tar_members(stream, MAX_UNPACKED):
@@ -9655,8 +9660,8 @@ def _refuse_damaged() -> Iterator[None]:
     """Raise Refused 404 if the block finds a file of a job missing or damaged."""
     try:
         yield
-    except (Malformed, FileNotFoundError) as e:
-        reason = f"{basename(e.filename)}: {e.strerror}" if isinstance(e, OSError) else e
+    except (FileNotFoundError, ValueError, BuildFailed, EOFError, gzip.BadGzipFile, zlib.error) as e:
+        reason = f"{basename(e.filename)}: {e.strerror}" if isinstance(e, FileNotFoundError) else e
         raise Refused(404, "Damaged", f"the files of this build are damaged: {reason}") from None
 
 

@@ -20648,6 +20648,34 @@ class TestHttp:
         assert s.ask("GET", f"/build/{job}/result")[::2] == (200, b"result")  # whose size is right
         assert json.loads(s.ask("DELETE", f"/build/{job}")[2])["status"] == "damaged"
 
+    def test_a_damaged_file(self, site: Callable[..., Site], caplog: pytest.LogCaptureFixture) -> None:
+        """Bytes that changed on the disk are no bug of the server: 404, and nothing waits for ever. [CONTRACT 1.4]"""
+        archive = bytearray(gzip.compress(random.Random(1).randbytes(3000)))
+        results = [b"result", bytes(archive[:-9]), bytes(archive), gzip.compress(b"no tarball" * 99)]
+        results[2] = bytes(archive[:11] + b"\xff" * 40 + archive[51:])
+        begin, end = frames(['{"type":"queued","position":0}'])[0], b"".join(frames(sent(COMPLETE_EVENT) * 2, 3))
+        logs = [b'id: 2\ndata: {"type":"build","msg":"\\x"}\n\n', b"x" * confbuild.MAX_FRAME + b"y\n\n"]
+
+        def fill(state: Path) -> None:
+            for n, data in enumerate(results, 1):
+                changed = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+                (store(state, n, result=changed) / "result.tar.gz").write_bytes(data)
+            for n, data in enumerate(logs, 5):
+                (store(state, n) / "events").write_bytes(begin + data + end)
+
+        s = site(build_state=fill)
+        for n in range(1, 5):
+            is_problem(
+                s.ask("GET", f"/build/{job_id(n)}/files/evidence.json"), 404, "Damaged", "of this build are damaged"
+            )
+        for n in (5, 6):
+            is_problem(s.ask("GET", f"/build/{job_id(n)}/log"), 404, "Damaged", "of this build are damaged")
+        stream = f"GET /build/{job_id(6)}/events HTTP/1.0\r\nAccept: application/x-ndjson\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", s.port), 20) as sock:
+            sock.sendall(stream)
+            assert b"complete" not in read_all(sock)  # it ends
+        assert caplog.text == ""
+
     def test_no_thread(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
         """A connection that gets no thread gives its seat back."""
         s = site()
