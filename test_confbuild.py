@@ -21078,7 +21078,13 @@ class TestHttp:
 
     def test_status(self, site: Callable[..., Site]) -> None:
         """Each status has exactly these keys, before, during and after a build, or if damaged. [CONTRACT 1.12]"""
-        s = site(build_state=lambda state: replace(store(state, 1) / "events", "FIFO") or store(state, 2, "failed"))
+
+        def fill(state: Path) -> None:
+            replace(store(state, 1) / "events", "FIFO")
+            store(state, 2, "failed")
+            replace(store(state, 3) / "job.json", "FIFO")
+
+        s = site(build_state=fill)
         common = ["attempts", "finished_at", "job_id", "nonce", "phases", "result", "started_at", "status"]
         upload = sorted([*common, "source_name", "submitted_at"])
         fetched = sorted([*common, "repo_ref", "repo_url", "submitted_at"])
@@ -21107,6 +21113,9 @@ class TestHttp:
         assert sorted(done) == upload and done["status"] == "ok" and list(done["result"]) == ["size", "sha256"]
         assert re.fullmatch(time_, done["finished_at"])
         assert sorted(status(job_id(1))) == sorted([*upload, "error", "error_type"])
+        unread = status(job_id(3))
+        assert sorted(unread) == sorted(status(job_id(1))) and unread["status"] == "damaged"
+        assert not any(unread[name] for name in upload if name not in ("job_id", "status"))
         assert status(job_id(2))["phases"] == {} and confbuild.JobRecord(1, s.jobs.get(first).request).phases == {}
         log = confbuild.EventLog(s.jobs.get(second).path("events"))
         assert log.count and log.phases == {}  # a server that starts does not know when the phases began
