@@ -18471,7 +18471,7 @@ class TestJobs:
         bad = base64.b64encode(b"\x1f\x8b\x08 and no more").decode()
         good = {"source_data": base64.b64encode(tarball(project())).decode()}
         lock = LOCK + '\n[[package]]\nname = "lost"\nversion = "1.0.0"\n'
-        table: list[tuple[str, str, Any, dict[str, str]]] = [
+        table: list[tuple[str, str, Any, dict[str, Any]]] = [
             (
                 "BuildError",
                 "ended with status 3: error[E0425]: no value",
