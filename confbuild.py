@@ -6944,16 +6944,19 @@ def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
     return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
 
 
-def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings) -> Toolchain:
+def prepare(
+    toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Emit = lambda phase, messages: None
+) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
     env: of the build.
+    emit: called with a phase and its messages.
     Raises BuildFailed.
     """
     plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
     own = {name: value.format(project=project) for name, value in plan.env.items()}
-    programs = {name: find_program(name, project, {**env, **own}) for name in plan.tools}
+    programs = {name: find_program(name, project, {**env, **own}, emit) for name in plan.tools}
     own |= {name: programs[value].path for name, value in own.items() if value in programs}
     # For programs that call these by name. A link called npm leads to a folder with another npm, which does not work.
     folders = dict.fromkeys(dirname(found.path) for name, found in programs.items() if basename(found.path) == name)
@@ -6962,7 +6965,7 @@ def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings) -> Toolc
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
-def find_program(name: str, project: str, env: Strings) -> Program:
+def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phase, messages: None) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
     A rustup shim is replaced by the program that rustup chooses in this directory. If rustup lacks the toolchain that
@@ -6995,6 +6998,8 @@ def find_program(name: str, project: str, env: Strings) -> Program:
                 if env.get("RUSTUP_AUTO_INSTALL") == "0" or "is not installed" not in str(e):
                     raise
                 own = join(env["HOME"], ".rustup")
+                if not exists(own):  # it takes a while
+                    emit("init", [f"Installing the toolchain for this build: {e}"])
                 write_file(join(own, "settings.toml"), b'version = "12"\nprofile = "minimal"\n')
                 try:
                     path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="1", RUSTUP_HOME=own)
@@ -8203,7 +8208,7 @@ def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, em
     for toolchain in found:
         try:
             _remove_outputs(toolchain, join(root, folder))
-            return prepare(toolchain, root, folder, env)
+            return prepare(toolchain, root, folder, env, emit)
         except BuildFailed as e:
             if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None

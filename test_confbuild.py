@@ -13663,8 +13663,12 @@ class TestPrograms:
         (tmp_path / "bin" / "cargo").symlink_to("rustup")
         env = {**on_path(tmp_path / "bin"), "HOME": str(tmp_path), "RUSTUP_HOME": "/r"}
 
+        told = list[tuple[str, Sequence[str]]]()
+
         def find(**more: str) -> confbuild.Program:
-            return confbuild.find_program("cargo", str(tmp_path), {**env, **more})
+            return confbuild.find_program(
+                "cargo", str(tmp_path), {**env, **more}, lambda phase, messages: told.append((phase, messages))
+            )
 
         env.pop("RUSTUP_AUTO_INSTALL", "")
         missing = f"`{tmp_path}/bin/rustup which cargo` failed: error: toolchain '1.2' is not installed"
@@ -13676,6 +13680,7 @@ class TestPrograms:
         (tmp_path / "network").touch()
         assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, missing)
         assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
+        assert told == [("init", [f"Installing the toolchain for this build: {missing}"])]  # once: rustc finds it there
 
     def test_a_link_with_another_name_leaves_the_path_alone(self, tmp_path: Path) -> None:
         """/usr/bin/npm leads to .../npm/bin/npm-cli.js, beside which lies an `npm` that works only on Windows."""
