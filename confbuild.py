@@ -8079,11 +8079,23 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
     }
 
 
+# The first line of an error.
+_CAUSE = re.compile(
+    r"""
+    ^[ \t\u2009]* (
+        error(\[\w+\])?:              # cargo and rustc, rustup, nix
+        | npm\ error\  | ERR_PNPM_
+        | go:\ (?!downloading|warning) | \S+\.go:[0-9]+:[0-9]+:
+    ) .*
+    """,
+    re.VERBOSE | re.MULTILINE,
+)
+
+
 class BuildLog:
     """Passes the lines of a build on to emit, and hashes them as UTF-8, each followed by LF.  [CONTRACT 3.7]
 
-    cause: the first line that begins with "error:", "error[CODE]:" or "npm error", or "".  Later errors usually follow
-        from it.
+    cause: the first line that has the form of an error, or "".  Later errors usually follow from it.
     """
 
     def __init__(self, emit: Emit) -> None:
@@ -8095,9 +8107,9 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", text) if "error" in text else ""  # without colours
-        match = re.search(r"(?m)^[ \t]*((error(\[\w+\])?:|npm error ).*)", plain)
-        self.cause = self.cause or (match[1].strip() if match else "")
+        if not self.cause and any(word in text for word in ("error", "ERR_PNPM_", "go: ", ".go:")):
+            match = _CAUSE.search(re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
+            self.cause = match[0].strip() if match else ""
         if lines:
             self._emit("build", lines)
 
