@@ -17212,6 +17212,7 @@ class Command(NamedTuple):
             "--verbose"              without a metavar: a flag
             "--crl FILE..."          repeatable
             "--vcpus N!"             required
+            "--policy FILE?"         may be given once; its function refuses a second one
             "BUNDLE+ bundles"        without a name: an argument, here one or more; "*" is any number
             "--pcr N=HEX... pcrs"    a dest, if it is not the first long name; those of `verify` are fields of
                                      Expectations
@@ -17330,7 +17331,7 @@ COMMANDS = (
                 "text",
             ),
             ("-v --verbose", "show every check, and every field of the evidence"),
-            ("--policy FILE...", "TOML file with any of the options below, without dashes; the command line wins"),
+            ("--policy FILE?", "TOML file with any of the options below, without dashes; the command line wins"),
             ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
             ("--vsa FILE", "write the verdict to this file too, as a SLSA Verification Summary"),
             "what was built",
@@ -17700,6 +17701,7 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
 # Mark after a metavar -> what it means to argparse.
 _MARKS: Mapping[str, Json] = {
     "...": {"action": "append"},
+    "?": {"action": "append"},
     "!": {"required": True},
     "+": {"nargs": "+"},
     "*": {"nargs": "*"},
@@ -17708,7 +17710,7 @@ _MARKS: Mapping[str, Json] = {
 
 def _add_row(parser: Any, words: str, text: str, kind: Any = str, default: Any = None) -> list[str]:
     """Add the argument or option of a row of Command to parser, and return it for the usage if it is required."""
-    [(names, metavar, mark, dest)] = re.findall(r"^((?:-\S+ ?)*)(?:(\S+?)(\.\.\.|[!+*])?(?: (\w+))?)?$", words)
+    [(names, metavar, mark, dest)] = re.findall(r"^((?:-\S+ ?)*)(?:(\S+?)(\.\.\.|[?!+*])?(?: (\w+))?)?$", words)
     variable = re.search(r"default: (CONFBUILD_\w+)", text)
     default = os.environ.get(variable[1], "") if variable else default
     named: dict[str, Any] = {"dest": dest} if names and dest else {}
