@@ -6167,6 +6167,8 @@ def _git(
         return output
     lines = errors.splitlines() or [f"git ended with status {status}"]
     cause = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])  # the first one
+    if cause.endswith(":"):  # what it is about stands in the next line
+        cause += " ".join(["", *map(str.strip, lines[lines.index(cause) + 1 :][:1])])
     if re.search("(?i)out of memory|cannot allocate|file too large", errors):
         limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
         raise limit_error(f"git needs more than {limits_text}: {cause}")
@@ -6517,7 +6519,13 @@ def believe_history(
     urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
     submodules: dict[str, Mapping[str, Any]] = {}
     for link, named in links.items():
-        folder, path, url = join(project, link), prefix + link, without_credentials(urls.get(link, ""))
+        folder, path, url = join(project, link), prefix + link, urls.get(link, "")
+        if url.startswith(("./", "../")):  # relative to the repository's own URL [gitmodules(5)]
+            base = config.get("remote.origin.url", "").strip().rstrip("/")
+            while base and url.startswith(("./", "../")):
+                base, url = base.rpartition("/")[0] if url[1] == "." else base, url.partition("/")[2]
+            url = f"{base}/{url}" * bool(base)
+        url = without_credentials(url)
         uri = f"pkg:generic/{urllib.parse.quote(path)}@{named}?vcs_url=git+{url}@{named}"
         submodules[path] = descriptor(path, named, "gitCommit", uri=uri)
         if isdir(folder) and os.listdir(folder):
@@ -6670,9 +6678,16 @@ def read_source(
     allow_filters: accept files with filters, which are never run.
     Raises BuildFailed."""
     root, own = realpath(directory), tempfile.mkdtemp(dir=scratch)
+    if commonpath((root, realpath(own))) == root:
+        failure = source_error(f"it contains {realpath(scratch)}, the folder of temporary files")
+        failure.hint = "TMPDIR names another folder"
+        raise failure
     checkout, why = open_checkout(root, own), "it is no git work tree"
     found = list_source(root, checkout, submodules)
-    files = [name for name in found if lexists(join(root, name)) and not IGNORED & {*name.split("/")}]
+    # A folder that has become a link is that link, and what git knows in it is gone.
+    is_real = functools.cache(lambda folder: realpath(join(root, folder)) == normpath(join(root, folder)))
+    present = [name for name in found if lexists(join(root, name)) and is_real(dirname(name))]
+    files = [name for name in present if not IGNORED & {*name.split("/")}]
     if checkout:
         why = "git has no commit"
     if checkout and checkout.commit:
@@ -6685,6 +6700,9 @@ def read_source(
                 return _read_head(checkout, scratch, found, outputs, submodules)
             except BuildFailed as e:
                 why = str(e)
+                if why.startswith(("fatal: ", "error: ")):  # git has failed: never pack what just lies there
+                    e.hint = e.hint or "if objects are missing, `git fetch --refetch` or `git sparse-checkout disable`"
+                    raise
     # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
     kept = [name for name in files if not f"{name}/".startswith(tuple(f"{output}/" for output in outputs))]
     ignored = ", ignored ones too" if "!" in found.values() else ""
@@ -6709,7 +6727,7 @@ def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[s
     changed = {row[3:] for row in rows[:-1]}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
-    names = sorted(name for name in changed if found.get(name) != "S")
+    names = sorted(name if name.isprintable() else ascii(name) for name in changed if found.get(name) != "S")
     if names:
         more = f" and {len(names) - 5} more" * (len(names) > 5)
         raise source_error(f"it differs from HEAD in {', '.join(names[:5])}{more}")
@@ -6747,11 +6765,17 @@ def _read_head(
     for link in (name for name, row in head.items() if row[0] == GITLINK):
         path = join(checkout.root, link)
         if not submodules or not lexists(join(path, ".git")):
-            notes.append(f"without the submodule {link} (--submodules packs it if it is checked out)")
+            how = (
+                "`git submodule update --init` checks it out"
+                if submodules
+                else "--submodules packs it if it is checked out"
+            )
+            notes.append(f"without the submodule {link} ({how})")
             continue
         inner = read_source(path, scratch, (), True, True)
         if inner.history is None:
             raise source_error(f"the submodule {link}: {inner.note}")
+        notes += [f"{link} {note}" for note in inner.note.split("; ")[1:]]
         os.rmdir(join(root, link))
         os.rename(inner.root, join(root, link))
     for name in skipped:
@@ -6918,8 +6942,10 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
     found = [toolchain for toolchain in rows if toolchain.marker in files]
     if found:
         return found
-    wanted = ", ".join(toolchain.marker for toolchain in rows) or f"a toolchain called {name[:40]!r}"
-    markers = [toolchain.marker for toolchain in TOOLCHAINS]
+    if not rows:
+        names = ", ".join(toolchain.name for toolchain in TOOLCHAINS)
+        raise BuildFailed("UnsupportedToolchainError", f"no toolchain is called {name[:40]!r}, expected {names}")
+    wanted, markers = ", ".join(toolchain.marker for toolchain in rows), [t.marker for t in TOOLCHAINS]
     near = [marker for marker in markers if marker in files]
     near += [f"{marker}: a link, and a file is needed" for marker in markers if islink(join(project, marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
@@ -6940,7 +6966,8 @@ def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
     Raises BuildFailed.
     """
     project = join(root, folder)
-    plan, lock = toolchain.adapted(project), read_lockfile(join(project, toolchain.lock_file))
+    plan = toolchain.adapted(project)
+    lock = read_lockfile(join(project, plan.lock_file))
     return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
 
 
@@ -7421,6 +7448,7 @@ def adapt_npm(project: str) -> Json:
     """Return the steps `npm ci && npm run build`, or with `npm pack` if package.json has no script called build.
 
     Scripts run without a network, after everything is fetched. Without a script called build, dist is source.
+    npm prefers an npm-shrinkwrap.json to the package-lock.json.
     Raises BuildFailed SourceError.
     """
     with _parsing("package.json"):
@@ -7428,7 +7456,9 @@ def adapt_npm(project: str) -> Json:
     builds = "build" in scripts
     steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
     steps.append("npm run build" if builds else "npm pack")
-    return {"steps": [*map(str.split, steps)], "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds)}
+    lock_file = "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json"
+    outputs = ("node_modules", _OWN_OUTPUT, *["dist"] * builds)
+    return {"steps": [*map(str.split, steps)], "outputs": outputs, "lock_file": lock_file}
 
 
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7548,6 +7578,7 @@ _CARGO_FOLDERS = ("target/release", "target/*/release")
 _NEAR = {
     "Cargo.toml": "`cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
     "package.json": "`npm install --package-lock-only` makes package-lock.json",
+    "npm-shrinkwrap.json": "`cp npm-shrinkwrap.json package-lock.json` makes package-lock.json",
     "yarn.lock": "`npm install --package-lock-only` makes package-lock.json",
     **dict.fromkeys(
         ("Makefile", "CMakeLists.txt", "pyproject.toml", "pom.xml", "build.gradle"),
@@ -7571,8 +7602,10 @@ TOOLCHAINS = (
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
+        # The last ones: it reads this lock file, whatever the project's .npmrc says.
         env={"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false",
-            "CI": "true"},
+            "CI": "true", "npm_config_lockfile_dir": "{project}", "npm_config_git_branch_lockfile": "false",
+            "npm_config_shared_workspace_lockfile": "true"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
@@ -8084,7 +8117,7 @@ _CAUSE = re.compile(
     r"""
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
-        | npm\ error\  | ERR_PNPM_
+        | npm\ error\ (?!code|errno|syscall|path) | ERR_PNPM_
         | go:\ (?!downloading|warning) | \S+\.go:[0-9]+:[0-9]+:
     ) .*
     """,
@@ -8167,6 +8200,9 @@ def run_pipeline(
     try:
         made = find_artifacts(project, [*plan.folders, ""], patterns)
         made = made if patterns else plan.collect(project, stdout)
+        for pattern in patterns if request.artifacts or plan.name == "own" else ():
+            if made and not find_artifacts(project, [*plan.folders, ""], [pattern]):
+                emit("provenance", [f"Nothing matches {pattern}"])
         if not made:
             raise BuildFailed("NoArtifacts", _explain_nothing(plan, project, patterns, before))
         subjects = _take_artifacts(made, join(bundle, "artifacts"))
@@ -8292,7 +8328,12 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
         if number == plan.fetches > 0 and _launchers[-1].close_network():
             network = b"fetch"
         program = plan.programs[step[0]].path if step[0] in plan.programs else join(project, step[0])
-        status, stdout = run_tool([program, *step[1:]], project, plan.env, log, bool(plan.store))
+        try:
+            status, stdout = run_tool([program, *step[1:]], project, plan.env, log, bool(plan.store))
+        except OSError as e:
+            if is_full(e):
+                raise
+            raise BuildFailed("BuildError", f"{step[0]} cannot be run: {e.strerror}") from None
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
@@ -8374,7 +8415,7 @@ def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
         digest = file_sha256(copy)
         if taken.setdefault(name, digest) != digest:
-            raise BuildFailed("ProvenanceError", f"two outputs have different executables called {name}")
+            raise BuildFailed("ProvenanceError", f"two different artifacts are called {name}")
     return taken
 
 
@@ -11115,6 +11156,12 @@ NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
 RAW_TYPES = ("application/gzip", "application/zip")  # of a body that is the archive itself
 # Of POST /build [CONTRACT 1.6]; also artifacts, an array.
 REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name", "toolchain", "subdir")
+_NO_ARCHIVE = {
+    where: f"{what} is neither a ZIP file nor a gzip tarball"
+    for where, what in (("query", "the body"), ("body", "source_data"))
+}
+_ONE_SOURCE = "exactly one of repo_url and source_data, or a body that is an archive, is required"
+_KEY_FORM = 'Idempotency-Key: expected 1 to 255 printable ASCII characters, neither " nor \\'
 _REQUEST = {"nonce": str, "artifacts?": ([WORD], None), "...": object}
 _REQUEST |= dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
 
@@ -11339,7 +11386,9 @@ def read_count(request: Request, name: str, default: str) -> int:
     """Return the number in the query's field called name. Raises Refused 400, Invalid and the name."""
     text = request.query.get(name, default)
     if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
-        raise Refused(400, f"Invalid{name.title()}", f"{name}: {text[:80]!r} is not a number, such as 0")
+        raise Refused(
+            400, f"Invalid{name.title()}", f"{name}: {text[:80]!r} is not a number of at most 18 digits, such as 0"
+        )
     return int(text)
 
 
@@ -11470,7 +11519,7 @@ class Api(NamedTuple):
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
-            raise Refused(400, "InvalidKey", f"Idempotency-Key must have the form {IDEMPOTENCY_KEY.pattern}")
+            raise Refused(400, "InvalidKey", _KEY_FORM)
         job = self.jobs.table.find(key)
         if job:
             return json_response({"job_id": job.id})
@@ -11483,6 +11532,8 @@ class Api(NamedTuple):
                     if not block:
                         raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
                     body.write(block)
+                if raw and "source_data" in request.query:
+                    raise Refused(400, "InvalidSource", _ONE_SOURCE)
                 if raw:  # the archive is the body; artifacts may come several times
                     patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
                     fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
@@ -11514,10 +11565,9 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidJson", str(e)) from None
 
     def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:
-        """Return the build that fields ask for. Raises Refused, OSError.
+        """Return the build that fields of the body or query ask for, with source_data in the file archive.
 
-        where: body or query, for errors.
-        archive: the path of source_data.
+        Raises Refused, OSError.
         """
         try:
             check_schema(fields, _REQUEST, where)
@@ -11525,14 +11575,13 @@ class Api(NamedTuple):
             raise Refused(422, "InvalidRequest", str(e)) from None
         text, url, ref, source, source_name, toolchain, subdir = map(fields.get, REQUEST_FIELDS)
         if source is not None and not exists(archive):  # the name was written with an escape
-            string = json_bytes(source)
-            save_archive(io.BytesIO(string[1:]), archive, self.policy.max_archive)
+            save_archive(io.BytesIO(json_bytes(source)[1:]), archive, self.policy.max_archive)
         choices = toolchain or "", subdir or "", fields.get("artifacts") or ()
         nonce = parse_nonce(text)
         if not nonce:
-            raise Refused(400, "InvalidNonce", "the nonce must be 16 bytes in hexadecimal: 32 digits, or a UUID")
+            raise Refused(400, "InvalidNonce", f"nonce in the {where}: expected 32 hexadecimal digits, or a UUID")
         if (url is None) == (source is None):
-            raise Refused(400, "InvalidSource", "exactly one of repo_url and source_data is required")
+            raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if url is not None:
             check_url(url, self.policy.schemes, self.policy.loopback)
             check_ref(ref or "")
@@ -11541,7 +11590,7 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
         with open(archive, "rb") as f:
             if not is_archive(f.read(4)):
-                raise Refused(400, "InvalidSource", "source_data is neither a ZIP file nor a gzip tarball")
+                raise Refused(400, "InvalidSource", _NO_ARCHIVE[where])
         return BuildRequest(nonce, "", "", (source_name or "")[:255], *choices)
 
 
@@ -11848,7 +11897,13 @@ def inherited_socket() -> "socket.socket | None":
     """Return the listening socket that systemd has handed to this process, or None.  [sd_listen_fds(3)]"""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
-    return socket.socket(fileno=3)
+    count = os.environ.get("LISTEN_FDS", "")
+    if count != "1":
+        raise UsageError(f"LISTEN_FDS is {count!r}: expected one socket")
+    try:
+        return socket.socket(fileno=3)
+    except OSError as e:
+        raise UsageError(f"LISTEN_FDS: file descriptor 3 is no socket: {e.strerror}") from None
 
 
 def listen(address: tuple[str, int] | None) -> "socket.socket":
@@ -12344,6 +12399,10 @@ class ApiClient:
             valid = False
         if not valid:
             raise UsageError(f"{url!r} is not an http or https URL")
+        if parts.username is not None:
+            raise UsageError(
+                "the URL of the server contains credentials", "--token-file FILE names a file with the token"
+            )
         self._url = parts.geturl().rstrip("/")
         self._token = token
         self._notify = notify
@@ -12910,7 +12969,14 @@ def command_vms(
     def clean_up(name: str, job: str) -> "subprocess.Popen[bytes] | None":
         argv, env = fill(cleanup, name, job)
         return (
-            subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=2, start_new_session=True)
+            subprocess.Popen(
+                argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             if argv
             else None
         )
@@ -13270,6 +13336,7 @@ class VmPool:
         """Destroy vm, and kill what it has left behind, here and elsewhere."""
         with survive("a VM is not destroyed"):
             vm.destroy(clean)
+        cleaner = None
         with survive("what a VM has left behind elsewhere may live on"), self._spawning:
             cleaner = vm.kind.clean_up(vm.name, vm.job)
             if cleaner:
@@ -13520,14 +13587,15 @@ class VmHost(NamedTuple):
 
 
 def finish_cleaning(cleaner: "subprocess.Popen[bytes]") -> None:
-    """Wait for a clean-up, for a bounded time, and log its failure."""
+    """Wait for a clean-up, for a bounded time, and log its failure with its last line."""
     try:
-        status = cleaner.wait(CLEAN_UP_S)
+        output, _ = cleaner.communicate(timeout=CLEAN_UP_S)
     except subprocess.TimeoutExpired:
         cleaner.kill()
-        status = cleaner.wait()
-    if status:
-        logger().warning("--vm-cleanup ended with status %d", status)
+        output, _ = b"", cleaner.wait()
+    if cleaner.returncode:
+        said = output.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        logger().warning("--vm-cleanup ended with status %d: %s", cleaner.returncode, said[:400])
 
 
 def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
@@ -15628,6 +15696,8 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
 
     There is no fallback: raises UsageError if this machine or the image lacks something that the platform needs.
     """
+    if "--vm-command" in options.given and not options.vm_command.strip():
+        raise UsageError("--vm-command is empty")
     _refuse(options, "" if options.vm_command else "--vm-cleanup --expect", " requires --vm-command")
     for name in sorted(OWN_VARIABLES & {*options.env}):
         raise UsageError(f"--env {name} has no effect: builds have a {name} of their own")
@@ -15737,9 +15807,11 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     )
     for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
         try:
-            shlex.split(text)
+            program = (shlex.split(text) or [""])[0]
         except ValueError as e:
             raise UsageError(f"{name} {text}: {e}") from None
+        if program and not shutil.which(program):
+            raise UsageError(f"{name}: there is no program {program}")
     facts = check_image(options.image) if options.image else None
     platform = {row.name: row for row in (SIMULATED_PLATFORM, SNP_PLATFORM)}[options.expect]
     digest = facts.launch_digests.get(vcpu_label(options.vcpu_type, options.vcpus), "") if facts else ""
@@ -16020,6 +16092,7 @@ def _read_der(path: str) -> bytes:
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
 MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
+_UNVERIFIED = ".unverified.tar.gz"  # added to the name of a bundle that fails to verify
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 
 
@@ -16117,6 +16190,7 @@ def cmd_serve(options: "argparse.Namespace") -> None:
             handler.setFormatter(formatter)
     inherited = inherited_socket()
     if inherited is not None:
+        _refuse(options, "--listen", " has no effect: LISTEN_FDS names a socket that listens already")
         options.listen = inherited.getsockname()[:2]
     host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
@@ -16286,7 +16360,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         if scheme in ("file", "git") and scheme not in options.allow_scheme:
             hint = f"--allow-scheme {scheme} accepts them"
             raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", hint)
-    elif not isdir(join(source, options.subdir)):
+    elif not isdir(join(source, options.subdir)) or options.subdir and not _locate(source, "", options.subdir):
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
     elif os.listdir(source):
         try:
@@ -16307,6 +16381,8 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             marker = detect_toolchains(join(source, subdir), options.toolchain)[0].marker
             path = join(subdir, marker)
             if normpath(path) not in packed.files:
+                if subdir and not options.submodules and lexists(join(source, subdir, ".git")):
+                    raise UsageError(f"{source}: {subdir} is a submodule, which is not packed", "--submodules packs it")
                 hint = shlex.join(["git", "-C", source, "add", "-f", path])
                 raise UsageError(f"{source}: git ignores {marker}, so it is not in the source", f"`{hint}`")
         return packed
@@ -16365,7 +16441,8 @@ def _check_target(path: str) -> None:
     while not lexists(folder):
         folder = dirname(folder)
     try:
-        tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder).cleanup()
+        with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder) as trial:
+            os.mkdir(join(trial, basename(abspath(path)) + _UNVERIFIED))
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror}", hint) from None
 
@@ -16518,7 +16595,7 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
             why = str(e).replace(archive, "the result")
             verdict = Verdict("failed", "unknown", {}, [Check("result form", "failed", detail=why)])
         if verdict.verdict == "failed":  # it must not replace a good bundle
-            bundle += ".unverified.tar.gz"
+            bundle += _UNVERIFIED
             os.replace(archive, bundle)
             return bundle, verdict
         root, _ = find_project(root, "")
@@ -16600,7 +16677,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     if not bundle:  # as `build` would have named it
         [job] = client.service.jobs("GET", f"/build/{job_id}")
         name = str(job.get("source_name") or job.get("repo_url") or job_id)
-        bundle = repository_name(name.removesuffix(".tar.gz")) + "-build"
+        bundle = repository_name(re.sub(r"(?i)\.(tar\.gz|tgz|zip)$", "", name)) + "-build"
     try:
         return _fetch_bundle(client, job_id, Delivery(bundle, Expectations(options.nonce)))
     except RemoteError as e:
@@ -17104,6 +17181,11 @@ _address = _typed(
     "HOST:PORT or [IPV6]:PORT, with a port of at most 65535",
     _read_address,
 )
+_host = _typed(
+    r"[0-9A-Za-z._-]+|\[?[0-9A-Fa-f.]*(:[0-9A-Fa-f.]*){2,7}\]?",
+    "the name or address of a host, without a port",
+    lambda text: text.strip("[]"),
+)
 _count = _typed("[0-9]{1,9}", "a whole number", int)
 _positive = _typed(r"(?!0+\Z)[0-9]{1,9}", "a whole number above zero", int)
 _integer = _typed(
@@ -17117,9 +17199,11 @@ _age = _typed(
     "an age such as 90m, 24h or 30d",
     lambda text: int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]],
 )
-_days = _typed("[0-9]{1,6}", "a whole number", lambda text: int(text) * 24 * 3600)
+_days = _typed("[0-9]{1,6}", "a number of days below a million", lambda text: int(text) * 24 * 3600)
 _size = _typed(
-    "[0-9]{1,9}[KMGT]", "a size such as 500M or 20G", lambda text: int(text[:-1]) << 10 * " KMGT".index(text[-1])
+    "[0-9]{1,9}[KMGT]",
+    "a whole number with its unit, such as 500M or 20G",
+    lambda text: int(text[:-1]) << 10 * " KMGT".index(text[-1]),
 )
 _job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
@@ -17471,7 +17555,7 @@ COMMANDS = (
             ("--insecure", "let other machines build without a token"),
             ("--tls-cert FILE", "certificate chain, PEM"),
             ("--tls-key FILE", "private key of the certificate, PEM"),
-            ("--public-host NAME...", "name by which clients reach this server", str, []),
+            ("--public-host NAME...", "name by which clients reach this server, without a port", _host, []),
             (
                 "--grace S",
                 "time for running builds to finish when the server is stopped (default: %(default)g)",

@@ -12770,6 +12770,11 @@ class TestCheckout:
         os.utime(root / "Cargo.lock", (1, 1))  # so that git compares its contents
         if state == "modified":
             (root / "a.txt").write_text("b")
+        if state == "missing" and kind != "submodule":  # what lies there is never packed because git has failed
+            with pytest.raises(confbuild.UsageError, match="error: git upload-pack: ") as refused:
+                self.pack(root, tmp_path)
+            assert "`git fetch --refetch`" in refused.value.hint and not marker.exists()
+            return
         packed = self.pack(root, tmp_path)
         assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
@@ -12939,6 +12944,72 @@ class TestCheckout:
         packed = self.pack(root, tmp_path)
         assert packed.commit == git(root, "rev-parse", "HEAD") and packed.tree == git(root, "rev-parse", "HEAD^{tree}")
         assert "; without the submodule inner (--submodules packs it if it is checked out)" in packed.note
+
+    def test_a_folder_that_has_become_a_link(self, tmp_path: Path) -> None:
+        """What git knows in it is gone: it is not packed through the link."""
+        root = write_files(tmp_path / "demo", {"dd/f": "x", "real/f": "y", "a": "a"}, commit=True)
+        shutil.rmtree(root / "dd")
+        (root / "dd").symlink_to("real")
+        packed = self.pack(root, tmp_path)
+        assert sorted(packed.files) == ["a", "dd", "real/f"] and "differs from HEAD in dd, dd/f" in packed.note
+
+    def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
+        """They would be packed, and differ at each verification."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        (root / "tmp").mkdir()
+        message = f"it contains {root / 'tmp'}, the folder of temporary files"
+        with pytest.raises(confbuild.BuildFailed, match=message) as refused:
+            confbuild.read_source(str(root), str(root / "tmp"))
+        assert refused.value.hint == "TMPDIR names another folder"
+
+    def test_odd_names_that_differ(self, tmp_path: Path) -> None:
+        """A terminal would hide a line end, or a byte that is not UTF-8."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        for name in (b"new\nline", b"latin\xe9", b"plain"):
+            Path(os.fsdecode(os.path.join(os.fsencode(root), name))).touch()
+        note = self.pack(root, tmp_path).note
+        assert r"differs from HEAD in 'latin\udce9', 'new\nline', plain" in note
+
+    def test_an_unknown_extension(self, tmp_path: Path) -> None:
+        """git names it in the line after its message."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        with open(root / ".git/config", "a") as f:
+            f.write("[core]\n\trepositoryformatversion = 1\n[extensions]\n\tnovel = x\n")
+        with pytest.raises(confbuild.UsageError, match="unknown repository extension.*: novel"):
+            self.pack(root, tmp_path)
+
+    def test_relative_urls_of_submodules(self, tmp_path: Path) -> None:
+        """They are relative to the repository's own URL. [gitmodules(5)]"""
+        for origin, url, expected in (
+            ("https://u:tok@example.com/o/p.git", "../lib", "https://example.com/o/lib"),
+            ("https://example.com/o/p/", "./lib.git", "https://example.com/o/p/lib.git"),
+            ("git@example.com:o/p.git", "../lib", "example.com:o/lib"),
+            ("", "../lib", ""),
+            ("https://example.com/o/p.git", "https://example.org/l", "https://example.org/l"),
+        ):
+            shutil.rmtree(tmp_path / "demo", ignore_errors=True)
+            root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+            write_files(root / "inner", {"b": "b"}, commit=True)
+            write_files(root, {".gitmodules": f'[submodule "inner"]\n\tpath = inner\n\turl = {url}\n'})
+            git(root, "add", "inner", ".gitmodules")
+            git(root, "commit", "-qm", "two")
+            if origin:
+                git(root, "remote", "add", "origin", origin)
+            history = confbuild.read_source(str(root), str(tmp_path)).history
+            assert history is not None
+            assert f"vcs_url=git+{expected}@" in str(history.submodules["inner"]["uri"]), (origin, url)
+
+    def test_a_submodule_as_the_folder_to_build(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        write_files(root / "inner", {"confbuild.toml": 'command = ["true"]\nartifacts = ["x"]\n'}, commit=True)
+        git(root, "add", "inner")
+        git(root, "commit", "-qm", "two")
+        assert confbuild.main(["build", str(root), "--subdir", "inner", "-o", str(tmp_path / "o")]) == 2
+        said = f"error: {root}: inner is a submodule, which is not packed\nconfbuild: hint: --submodules packs it\n"
+        assert said in capsys.readouterr().err
+        (tmp_path / "beside").mkdir()
+        assert confbuild.main(["build", str(root), "--subdir", "../beside", "-o", str(tmp_path / "o")]) == 2
+        assert f"--subdir ../beside: not a folder of {root}\n" in capsys.readouterr().err
 
 
 @needs("git")
@@ -13559,11 +13630,12 @@ class TestDetect:
         assert [toolchain.name for toolchain in confbuild.detect_toolchains(str(tmp_path))] == names
         assert [confbuild.detect_toolchains(str(tmp_path), name)[0].name for name in names] == names
         (tmp_path / "go.mod").unlink()
-        for name, wanted in (("go", "go.mod"), ("make", "a toolchain called 'make'")):
-            assert failure(functools.partial(confbuild.detect_toolchains, str(tmp_path), name)) == (
-                "UnsupportedToolchainError",
-                f"the project has none of {wanted}; found {'; '.join(self.MARKERS[:5])}",
-            )
+        for name, said in (
+            ("go", f"the project has none of go.mod; found {'; '.join(self.MARKERS[:5])}"),
+            ("make", f"no toolchain is called 'make', expected {', '.join(names)}"),
+        ):
+            found = failure(functools.partial(confbuild.detect_toolchains, str(tmp_path), name))
+            assert found == ("UnsupportedToolchainError", said)
 
     @pytest.mark.parametrize(
         ("files", "found", "hint"),
@@ -14446,6 +14518,18 @@ class TestPnpm:
 
 
 class TestNpm:
+    def test_a_shrinkwrap_wins(self, tmp_path: Path) -> None:
+        """`npm ci` prefers it. [npm-shrinkwrap.json(5)]"""
+        lock = {"lockfileVersion": 3, "packages": {"": {}}}
+        write_files(tmp_path, {"package.json": "{}", "package-lock.json": json.dumps(lock)})
+        [npm] = confbuild.detect_toolchains(str(tmp_path))
+        assert confbuild.read_inputs(npm, str(tmp_path)).lock == (tmp_path / "package-lock.json").read_bytes()
+        package = {"version": "2.1.1", "integrity": self.SHA512}
+        other = json.dumps({"lockfileVersion": 3, "packages": {"node_modules/ms": package}})
+        write_files(tmp_path, {"npm-shrinkwrap.json": other})
+        plan = confbuild.read_inputs(npm, str(tmp_path))
+        assert plan.lock == other.encode() and [d["name"] for d in plan.dependencies or ()] == ["ms"]
+
     SHA512 = "sha512-" + base64.b64encode(bytes(range(64))).decode()
 
     def read(self, packages: Any, version: Any = 3) -> list[Any]:
@@ -15157,7 +15241,7 @@ class TestPlanNix:
         other.write_text("#!/bin/sh\nrm -rf /\n")
         assert failure(lambda: confbuild._take_artifacts(found, str(tmp_path / "different"))) == (
             "ProvenanceError",
-            "two outputs have different executables called hello",
+            "two different artifacts are called hello",
         )
 
 
@@ -16421,7 +16505,8 @@ class TestBuildLog:
     @pytest.mark.parametrize(
         ("line", "cause"),
         [
-            ("npm error code ENOTFOUND", "npm error code ENOTFOUND"),
+            ("npm error code ENOTFOUND", ""),
+            ("npm error network request to https://x failed", "npm error network request to https://x failed"),
             ("error: x", "error: x"),
             ("   error[E0001]: x ", "error[E0001]: x"),
             ("\u2009ERR_PNPM_NO_LOCKFILE\u2009 Cannot install", "ERR_PNPM_NO_LOCKFILE\u2009 Cannot install"),
@@ -16991,6 +17076,30 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         digests = {row["name"]: row["digest"]["sha256"] for row in predicate["runDetails"]["byproducts"]}
         assert digests["env:GREETING"] == hashlib.sha256(b"hi").hexdigest()
         assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(demo), "--allow-simulated"]) == 0
+
+    @pytest.mark.parametrize(
+        ("mode", "text", "reason"),
+        [
+            (0o644, "#!/bin/sh\n", "Permission denied"),
+            (0o755, "echo\n", "Exec format error"),
+            (0o755, "#!/nope\n", "No such file or directory"),
+        ],
+    )
+    def test_a_program_that_cannot_run(self, tmp_path: Path, mode: int, text: str, reason: str) -> None:
+        demo = write_files(
+            tmp_path / "demo", {"confbuild.toml": 'command = ["./b.sh"]\nartifacts = ["a"]\n', "b.sh": text}
+        )
+        (demo / "b.sh").chmod(mode)
+        built = Built(demo, tmp_path / "out")
+        assert built.status == 1 and built.result["error_type"] == "BuildError"
+        assert built.result["error"] == f"./b.sh cannot be run: {reason}"
+
+    def test_a_pattern_that_matches_nothing(self, tmp_path: Path) -> None:
+        recipe = 'command = ["true"]\nartifacts = ["a", "lib*.so"]\n'
+        demo = write_files(tmp_path / "demo", {"confbuild.toml": recipe, "a": "1"})
+        built = Built(demo, tmp_path / "out")
+        assert built.status == 0
+        assert built.told("provenance") == ["Generating provenance", "Nothing matches lib*.so"]
 
     @needs("git")
     def test_an_ignored_lock_file(self, tmp_path: Path, stub_path: str) -> None:
@@ -18497,7 +18606,12 @@ class TestJobs:
             ("NoArtifacts", "no executable", project("true"), {}),
             ("ProvenanceError", "lost 1.0.0", {**project(), "Cargo.lock": lock}, {}),
             # What does not fit the source fails the build, not the request.
-            ("UnsupportedToolchainError", "none of a toolchain called 'make'", None, {**good, "toolchain": "make"}),
+            (
+                "UnsupportedToolchainError",
+                "no toolchain is called 'make', expected own, nix, cargo",
+                None,
+                {**good, "toolchain": "make"},
+            ),
             ("SourceError", "subdir 'gone' is not a folder of the source", None, {**good, "subdir": "gone"}),
             ("NoArtifacts", "made no *.gone", None, {**good, "artifacts": ["*.gone"]}),
         ]
@@ -21239,6 +21353,19 @@ class TestHttp:
             is_problem(s.ask("POST", path, body, Content_Type=kind), status, error_type)
         assert os.listdir(s.jobs.table.incoming) == []
 
+    def test_sources_of_raw_bodies(self, site: Callable[..., Site]) -> None:
+        """Errors name what was sent: the body, and fields of the query. [CONTRACT 1.6]"""
+        s, good = site(), tarball(project())
+        for query, data, error_type, said in (
+            (f"nonce={NONCE}", b"", "InvalidSource", "the body is neither a ZIP file nor a gzip tarball"),
+            ("", good, "InvalidNonce", "nonce in the query: expected 32 hexadecimal digits, or a UUID"),
+            (f"nonce={NONCE}&source_data=AAAA", good, "InvalidSource", "exactly one of repo_url and source_data, or a"),
+            (f"nonce={NONCE}&repo_url=https://a/b", good, "InvalidSource", "exactly one of repo_url and source_data"),
+        ):
+            answer = s.ask("POST", f"/build?{query}", data, Content_Type="application/gzip")
+            is_problem(answer, 400, error_type)
+            assert said in json.loads(answer[2])["detail"], query
+
     def test_idempotency(self, site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
         """A repeated key within a day returns the same job, also after a restart, and where no build is accepted.
 
@@ -23693,7 +23820,7 @@ class TestSandboxedBuilds:
                 ["serve", "--vm", "qemu", "--cache", "/c"],
                 "--cache requires simulated VMs: a guest sees nothing of this machine",
             ),
-            (["serve", "--vm-command", "x", "--cache", "/c"], "--cache cannot be combined with --vm-command"),
+            (["serve", "--vm-command", "sh", "--cache", "/c"], "--cache cannot be combined with --vm-command"),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--cache", "/c"],
                 "--cache cannot be combined with --server: the server decides it",
@@ -24098,18 +24225,34 @@ esac
         [
             (["--vm-cleanup", "x"], "--vm-cleanup requires --vm-command"),
             (["--expect", "snp"], "--expect requires --vm-command"),
-            (["--vm-command", "x", "--tee"], "--tee cannot be combined with --vm-command"),
-            (["--vm-command", "x", "--cbitpos", "51"], "--cbitpos cannot be combined with --vm-command"),
-            (["--vm-command", "x", "--guest-network"], "--guest-network cannot be combined with --vm-command"),
-            (["--vm-command", "x", "--vm", "sim"], "--vm cannot be combined with --vm-command"),
-            (["--vm-command", "x", "--require-isolation"], "--require-isolation cannot be combined with --vm-command"),
-            (["--vm-command", "x '"], "--vm-command x ': No closing quotation"),
-            (["--vm-command", "x", "--vm-cleanup", "'"], "--vm-cleanup ': No closing quotation"),
+            (["--vm-command", "sh", "--tee"], "--tee cannot be combined with --vm-command"),
+            (["--vm-command", "sh", "--cbitpos", "51"], "--cbitpos cannot be combined with --vm-command"),
+            (["--vm-command", "sh", "--guest-network"], "--guest-network cannot be combined with --vm-command"),
+            (["--vm-command", "sh", "--vm", "sim"], "--vm cannot be combined with --vm-command"),
+            (["--vm-command", "sh", "--require-isolation"], "--require-isolation cannot be combined with --vm-command"),
+            (["--vm-command", "sh '"], "--vm-command sh ': No closing quotation"),
+            (["--vm-command", "sh", "--vm-cleanup", "'"], "--vm-cleanup ': No closing quotation"),
+            (["--vm-command", "/nowhere/vm {name}"], "--vm-command: there is no program /nowhere/vm"),
+            (["--vm-command", "sh", "--vm-cleanup", "no-such x"], "--vm-cleanup: there is no program no-such"),
+            (["--vm-command", " "], "--vm-command is empty"),
+            (["--vm-command", ""], "--vm-command is empty"),
         ],
     )
     def test_options(self, arguments: list[str], message: str) -> None:
         with pytest.raises(confbuild.UsageError, match=f"^{re.escape(message)}$"):
             confbuild.prepare_platform(confbuild.parse_arguments(["serve", *arguments]))
+
+    def test_a_failed_clean_up(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Its last line is part of one message; a program that is gone by then is one error, not two."""
+        command = ["sh", "-c", "echo first; echo 'no such pod' >&2; exit 3"]
+        cleaner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        confbuild.finish_cleaning(cleaner)
+        assert [r.getMessage() for r in caplog.records] == ["--vm-cleanup ended with status 3: no such pod"]
+        caplog.clear()
+        kind = confbuild.command_vms("true", "/nowhere/clean", confbuild.SIMULATED_PLATFORM, {}, "", {})
+        pool = confbuild.VmPool(lambda *_: confbuild.Vm(kind))
+        pool.destroy(confbuild.Vm(kind))
+        assert len(caplog.records) == 1 and "No such file or directory" in str(caplog.records[0].exc_info)
 
 
 class TestSpares:
@@ -27637,8 +27780,8 @@ class TestMachine:
         monkeypatch.setattr(confbuild, "sev_cpuid", lambda: (0, 0))
         assert self.prepare("--tee", "--print-command").guest == confbuild.Guest(confbuild.SNP_PLATFORM, image)
         emulated = self.prepare("--vm", "qemu")
-        elsewhere = self.prepare("--vm-command", "x", "--expect", "snp")
-        unlisted = self.prepare("--vm-command", "x", "--expect", "snp", "--vcpus", "7")
+        elsewhere = self.prepare("--vm-command", "sh", "--expect", "snp")
+        unlisted = self.prepare("--vm-command", "sh", "--expect", "snp", "--vcpus", "7")
         origin = {"reference": "https://example.org/image", "igvm": "x.igvm"}
         about = {"manifest_sha256": image.manifest_sha256, "launch_digests": dict(plain.facts.launch_digests)}
         digest = digests["EPYC-v4", 1]
@@ -27987,6 +28130,11 @@ class TestUsage:
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
             ("no-such", 2, "unknown command no-such"),
+            ("list --server http://user:secret@127.0.0.1:1", 2, "the URL of the server contains credentials\n"),
+            ("serve --public-host build.example:8443", 2, "'build.example:8443' is not the name or address of a host"),
+            ("serve --public-host http://a", 2, "'http://a' is not the name or address of a host, without a port"),
+            ("serve --keep-days 9999999", 2, "'9999999' is not a number of days below a million"),
+            ("serve --keep-bytes 6000", 2, "'6000' is not a whole number with its unit, such as 500M or 20G"),
             ("list", 2, "no server is named\nconfbuild: hint: give --server URL, or set CONFBUILD_SERVER"),
             ("list --server ftp://x", 2, "is not an http or https URL"),
             ("list --server http://127.0.0.1:1", 4, "refused"),
