@@ -17091,8 +17091,8 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         )
         (demo / "b.sh").chmod(mode)
         built = Built(demo, tmp_path / "out")
-        assert built.status == 1 and built.result["error_type"] == "BuildError"
-        assert built.result["error"] == f"./b.sh cannot be run: {reason}"
+        said = {"status": "failed", "error": f"./b.sh cannot be run: {reason}", "error_type": "BuildError"}
+        assert (built.status, built.result) == (1, said)
 
     def test_a_pattern_that_matches_nothing(self, tmp_path: Path) -> None:
         recipe = 'command = ["true"]\nartifacts = ["a", "lib*.so"]\n'
