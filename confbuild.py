@@ -11156,6 +11156,7 @@ NO_BODY = (204, 304)  # statuses of responses without a body [RFC9110 6.4.1]
 RAW_TYPES = ("application/gzip", "application/zip")  # of a body that is the archive itself
 # Of POST /build [CONTRACT 1.6]; also artifacts, an array.
 REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name", "toolchain", "subdir")
+_NONCE_FORM = "16 bytes in hexadecimal: 32 digits, or a UUID"
 _NO_ARCHIVE = {
     where: f"{what} is neither a ZIP file nor a gzip tarball"
     for where, what in (("query", "the body"), ("body", "source_data"))
@@ -11428,7 +11429,7 @@ class Api(NamedTuple):
         """Return the evidence of the VM that waits. [CONTRACT 1.14]"""
         nonce = parse_nonce(request.query.get("nonce"))
         if not nonce:
-            raise Refused(400, "InvalidNonce", "?nonce= must be 16 bytes in hexadecimal: 32 digits, or a UUID")
+            raise Refused(400, "InvalidNonce", f"?nonce= must be {_NONCE_FORM}")
         try:
             return Response(200, JSON_HEADERS, self.attest(nonce))
         except Refused:
@@ -11579,7 +11580,7 @@ class Api(NamedTuple):
         choices = toolchain or "", subdir or "", fields.get("artifacts") or ()
         nonce = parse_nonce(text)
         if not nonce:
-            raise Refused(400, "InvalidNonce", f"nonce in the {where}: expected 32 hexadecimal digits, or a UUID")
+            raise Refused(400, "InvalidNonce", f"the nonce in the {where} must be {_NONCE_FORM}")
         if (url is None) == (source is None):
             raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if url is not None:
@@ -13190,7 +13191,8 @@ class Vm:
             try:
                 size = self.stream.readinto(block)
             except TimeoutError:
-                raise vm_error(f"the VM did not boot within {timeout_s:g} s") from None
+                said = f": it sent {len(received)} bytes, but not the agent's answer" if received else ""
+                raise vm_error(f"the VM did not boot within {timeout_s:g} s{said}") from None
             if not size:
                 full = not has_room(self.workspace)
                 raise (
