@@ -5971,6 +5971,11 @@ def _read_tar_member(
     )
 
 
+def without_suffix(name: str) -> str:
+    """Return the file name of an archive without its suffix."""
+    return re.sub(r"(?i)\.(tar\.gz|tgz|zip|gz)$", "", name)
+
+
 def find_project(root: str, source_name: str) -> tuple[str, str]:
     """Return (directory, name) of the project in an unpacked source. [CONTRACT 1.11]
 
@@ -5979,7 +5984,7 @@ def find_project(root: str, source_name: str) -> tuple[str, str]:
     entries = [*os.scandir(root)]
     if len(entries) == 1 and entries[0].is_dir(follow_symlinks=False):
         return entries[0].path, safe_name(entries[0].name)
-    base = re.sub(r"(?i)(\.tar\.gz|\.tgz|\.zip|\.gz)$", "", basename(source_name.replace("\\", "/")))
+    base = without_suffix(basename(source_name.replace("\\", "/")))
     return root, safe_name(base or "build")
 
 
@@ -6519,13 +6524,8 @@ def believe_history(
     urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
     submodules: dict[str, Mapping[str, Any]] = {}
     for link, named in links.items():
-        folder, path, url = join(project, link), prefix + link, urls.get(link, "")
-        if url.startswith(("./", "../")):  # relative to the repository's own URL [gitmodules(5)]
-            base = config.get("remote.origin.url", "").strip().rstrip("/")
-            while base and url.startswith(("./", "../")):
-                base, url = base.rpartition("/")[0] if url[1] == "." else base, url.partition("/")[2]
-            url = f"{base}/{url}" * bool(base)
-        url = without_credentials(url)
+        folder, path = join(project, link), prefix + link
+        url = without_credentials(_resolve_url(urls.get(link, ""), config.get("remote.origin.url", "")))
         uri = f"pkg:generic/{urllib.parse.quote(path)}@{named}?vcs_url=git+{url}@{named}"
         submodules[path] = descriptor(path, named, "gitCommit", uri=uri)
         if isdir(folder) and os.listdir(folder):
@@ -6537,6 +6537,16 @@ def believe_history(
     time_s = max(EPOCH, int(committed[1]) if committed else 0)
     uri = without_credentials(config.get("remote.origin.url", "").strip())
     return History(commit, tree, uri, submodules, time_s)
+
+
+def _resolve_url(url: str, origin: str) -> str:
+    """Return the URL of a submodule, which may be relative to that of its repository, or "". [gitmodules(5)]"""
+    if not url.startswith(("./", "../")):
+        return url
+    base = origin.strip().rstrip("/")
+    while url.startswith(("./", "../")):
+        base, url = base.rpartition("/")[0] if url[1] == "." else base, url.partition("/")[2]
+    return f"{base}/{url}" * bool(base)
 
 
 class Checkout(NamedTuple):
@@ -8198,13 +8208,12 @@ def run_pipeline(
     bundle = join(own, "bundle")
     patterns = request.artifacts or plan.artifacts
     try:
-        made = find_artifacts(project, [*plan.folders, ""], patterns)
-        made = made if patterns else plan.collect(project, stdout)
-        for pattern in patterns if request.artifacts or plan.name == "own" else ():
-            if made and not find_artifacts(project, [*plan.folders, ""], [pattern]):
-                emit("provenance", [f"Nothing matches {pattern}"])
+        matches = {pattern: find_artifacts(project, [*plan.folders, ""], [pattern]) for pattern in patterns}
+        made = sorted({*itertools.chain(*matches.values())}) if patterns else plan.collect(project, stdout)
         if not made:
             raise BuildFailed("NoArtifacts", _explain_nothing(plan, project, patterns, before))
+        if request.artifacts or plan.name == "own":  # those of the other rows are alternatives
+            emit("provenance", [f"Nothing matches {pattern}" for pattern, rows in matches.items() if not rows])
         subjects = _take_artifacts(made, join(bundle, "artifacts"))
     except PermissionError as e:  # the build can take the permissions away
         raise BuildFailed("ProvenanceError", f"cannot read the artifacts: {e}") from None
@@ -8758,6 +8767,7 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
 MAX_FRAME = 4 * MIB  # more than the longest event that relay_events accepts
 # Occurs only in the frame of a `complete` event: inside a message, JSON escapes the LF.
 _COMPLETE_MARK = '\ndata: {"type":"complete",'
+BUILD_START, BUILD_END = '{"type":"build","msg":"', '"}'  # of a `build` event, around its message
 UNESCAPED = bytes(set(range(0x20, 0x7F)) - set(b'"\\'))  # the characters that compact_json does not escape
 
 
@@ -11157,10 +11167,7 @@ RAW_TYPES = ("application/gzip", "application/zip")  # of a body that is the arc
 # Of POST /build [CONTRACT 1.6]; also artifacts, an array.
 REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name", "toolchain", "subdir")
 _NONCE_FORM = "16 bytes in hexadecimal: 32 digits, or a UUID"
-_NO_ARCHIVE = {
-    where: f"{what} is neither a ZIP file nor a gzip tarball"
-    for where, what in (("query", "the body"), ("body", "source_data"))
-}
+_ARCHIVE = {"query": "the body", "body": "source_data"}  # where the fields are -> where the archive is
 _ONE_SOURCE = "exactly one of repo_url and source_data, or a body that is an archive, is required"
 _KEY_FORM = 'Idempotency-Key: expected 1 to 255 printable ASCII characters, neither " nor \\'
 _REQUEST = {"nonce": str, "artifacts?": ([WORD], None), "...": object}
@@ -11514,6 +11521,8 @@ class Api(NamedTuple):
         if not raw and media_type != "application/json":  # a form of another site cannot send these [CONTRACT 1.2]
             expected = ", ".join(("application/json", *RAW_TYPES))
             raise Refused(415, "UnsupportedMediaType", f"Content-Type {media_type[:80]!r}: expected {expected}")
+        if raw and "source_data" in request.query:
+            raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
         length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
@@ -11533,8 +11542,6 @@ class Api(NamedTuple):
                     if not block:
                         raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
                     body.write(block)
-                if raw and "source_data" in request.query:
-                    raise Refused(400, "InvalidSource", _ONE_SOURCE)
                 if raw:  # the archive is the body; artifacts may come several times
                     patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
                     fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
@@ -11591,7 +11598,7 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
         with open(archive, "rb") as f:
             if not is_archive(f.read(4)):
-                raise Refused(400, "InvalidSource", _NO_ARCHIVE[where])
+                raise Refused(400, "InvalidSource", f"{_ARCHIVE[where]} is neither a ZIP file nor a gzip tarball")
         return BuildRequest(nonce, "", "", (source_name or "")[:255], *choices)
 
 
@@ -11608,14 +11615,13 @@ def openapi_document() -> Json:
     content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
     bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
-        gone, removed = "{id}" in route.path or "after" in route.query, "the build was removed; the text says when"
-        answers = {
-            **route.answers,
-            **({408: "the body arrives too slowly"} if route.method == "POST" else {}),
-            **({410: removed} if gone else {}),
-            **({401: "no valid bearer token"} if route.path not in ("/", "/health") else {}),
-            421: "the Host is not a name of this server",
-        }
+        common = (
+            (401, "no valid bearer token", route.path not in ("/", "/health")),
+            (408, "the body arrives too slowly", route.method in bodies),
+            (410, "the build was removed; the text says when", "{id}" in route.path or "after" in route.query),
+            (421, "the Host is not a name of this server", True),
+        )
+        answers = {**route.answers, **{status: text for status, text, applies in common if applies}}
         places = [("path", name, _ID) for name in _NAME.findall(route.path)]
         places += [("query", *item) for item in route.query.items()]
         paths.setdefault(route.path, {})[route.method.lower()] = {
@@ -12284,6 +12290,15 @@ def _build_opener(proxies: bool) -> "urllib.request.OpenerDirector":
     return opener
 
 
+def connect_over(sock: Any) -> "http.client.HTTPConnection":
+    """Return a connection over sock, with bounded responses. It never opens another one."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.auto_open = 0
+    connection.response_class = bounded_response()
+    connection.sock = sock
+    return connection
+
+
 class StreamEvent(NamedTuple):
     """One event of an event stream. id: the last event id; empty if the server has sent none."""
 
@@ -12347,7 +12362,7 @@ _ACCEPTED = {"job_id": re.compile(r"[0-9A-Za-z-]{1,64}"), "...": object}
 
 
 # The frame of a `build` event, around its number and its message.
-_BEFORE, _AFTER = '\ndata: {"type":"build","msg":"', '"}\n\n'
+_BEFORE, _AFTER = "\ndata: " + BUILD_START, BUILD_END + "\n\n"
 # One whose message may have escapes, those of surrogates in pairs.
 _BUILD_EVENT = re.compile(
     r"""
@@ -13086,10 +13101,7 @@ class VmClient(ApiClient):
 
     def __init__(self, stream: VmStream) -> None:
         super().__init__("http://vm")
-        self._connection = http.client.HTTPConnection("localhost")
-        self._connection.auto_open = 0
-        self._connection.response_class = bounded_response()
-        self._connection.sock = stream  # it has the methods that are called
+        self._connection = connect_over(stream)  # it has the methods that are called
 
     def _send(self, method: str, path: str, body: Any, headers: dict[str, str]) -> Any:
         try:
@@ -13632,7 +13644,7 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
         # Nearly every block has nothing but build events.
         if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):
             reached = PHASES.index("build")
-            log.append(Payloads(messages, '{"type":"build","msg":"', '"}'))
+            log.append(Payloads(messages, BUILD_START, BUILD_END))
             continue
         for frame in frames.split("\n\n")[:-1]:
             if frame.startswith(":"):
@@ -15858,9 +15870,7 @@ class LocalClient(ApiClient):
         ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._server.take(Connection(theirs, "local", False, 0.0))
-        connection = http.client.HTTPConnection("localhost")
-        connection.response_class = bounded_response()
-        connection.sock = ours
+        connection = connect_over(ours)
         connection.request(method, path, body, {**headers, "Connection": "close"})
         return connection.getresponse()
 
@@ -16089,7 +16099,7 @@ def _read_der(path: str) -> bytes:
 
 # endregion 44
 # ==============================================================================
-# region 45. Commands  [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 35, 36, 39, 40, 43, 44]
+# region 45. Commands [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 31, 35, 36, 39, 40, 43, 44]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -16454,7 +16464,7 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | Non
 
     log: the file that gets the lines of the build; "" for none. The job was then submitted earlier.
     """
-    display, event_start = client.display, '{"type":"build","msg":"'
+    display = client.display
     for event in client.service.events(job_id, start, submitted=bool(log)):
         if isinstance(event, list):
             kind, text = "build", "\n".join(event)  # no message has a line end: JSON escapes it
@@ -16467,7 +16477,7 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | Non
             if kind == "build":
                 f.write("\n".join([*lines, ""]).encode("utf-8", "replace"))
         if display.form == "json" and isinstance(event, list):
-            print(event_start + text.replace("\n", f'"}}\n{event_start}') + '"}', flush=True)
+            print(BUILD_START + text.replace("\n", f"{BUILD_END}\n{BUILD_START}") + BUILD_END, flush=True)
         elif display.form == "json":
             print(compact_json(event), flush=True)
         elif isinstance(event, list):
@@ -16679,7 +16689,7 @@ def cmd_fetch(options: "argparse.Namespace") -> int:
     if not bundle:  # as `build` would have named it
         [job] = client.service.jobs("GET", f"/build/{job_id}")
         name = str(job.get("source_name") or job.get("repo_url") or job_id)
-        bundle = repository_name(re.sub(r"(?i)\.(tar\.gz|tgz|zip)$", "", name)) + "-build"
+        bundle = repository_name(without_suffix(name)) + "-build"
     try:
         return _fetch_bundle(client, job_id, Delivery(bundle, Expectations(options.nonce)))
     except RemoteError as e:
