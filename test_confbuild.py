@@ -14403,6 +14403,17 @@ snapshots:
 
 
 class TestPnpm:
+    def test_settings_of_the_project_choose_no_other_lock_file(self, tmp_path: Path) -> None:
+        """pnpm prefers the environment to .npmrc. [pnpm: settings, lockfile-dir, git-branch-lockfile]"""
+        write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n", "package.json": "{}"})
+        for name in ("pnpm", "node"):
+            script(tmp_path / "bin" / name, "echo 9\n")
+        [pnpm] = confbuild.detect_toolchains(str(tmp_path))
+        env = confbuild.prepare(pnpm, str(tmp_path), "", on_path(tmp_path / "bin")).env
+        assert env["npm_config_lockfile_dir"] == str(tmp_path)
+        assert env["npm_config_git_branch_lockfile"] == "false"
+        assert env["npm_config_shared_workspace_lockfile"] == "true"
+
     SHORT, INTEGRITY = (
         f"{name}-" + base64.b64encode(bytes(range(size))).decode() for name, size in (("sha1", 20), ("sha512", 64))
     )
@@ -28099,6 +28110,47 @@ answer(found)""",
 
 
 class TestUsage:
+    def test_sockets_that_systemd_hands_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One listening socket, and no --listen next to it. [sd_listen_fds(3)]"""
+        found = confbuild.inherited_socket.__wrapped__  # without its cache
+        monkeypatch.setenv("LISTEN_PID", "1")
+        assert found() is None
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        for count in ("2", "0", ""):
+            monkeypatch.setenv("LISTEN_FDS", count)
+            with pytest.raises(confbuild.UsageError, match=f"LISTEN_FDS is '{count}': expected one socket"):
+                found()
+        monkeypatch.setenv("LISTEN_FDS", "1")
+
+        def no_socket(**_: Any) -> Any:
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socket", no_socket)
+            with pytest.raises(confbuild.UsageError, match="file descriptor 3 is no socket: Socket operation on non-"):
+                found()
+        with socket.socket() as sock:
+            monkeypatch.setattr(confbuild, "inherited_socket", lambda: sock)
+            monkeypatch.setattr(confbuild, "reexec_without_ast", lambda: None)
+            options = confbuild.parse_arguments(["serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path)])
+            with pytest.raises(confbuild.UsageError, match="--listen has no effect: LISTEN_FDS names a socket"):
+                confbuild.cmd_serve(options)
+
+    def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
+        """It is refused before the build, also if only the name of an unverified result would be too long."""
+        confbuild._check_target(str(tmp_path / ("n" * 237)))
+        for length in (238, 255, 300):
+            with pytest.raises(confbuild.UsageError, match="cannot be written: File name too long"):
+                confbuild._check_target(str(tmp_path / ("n" * length)))
+
+    @pytest.mark.parametrize(
+        ("name", "expected"),
+        [("a.tar.gz", "a"), ("a.TGZ", "a"), ("a.zip", "a"), ("a.gz", "a"), ("a.tar", "a.tar"), ("zip", "zip")],
+    )
+    def test_names_of_archives(self, name: str, expected: str) -> None:
+        """`build` and `fetch` name a bundle by the same rule."""
+        assert confbuild.without_suffix(name) == expected
+
     @pytest.mark.parametrize(
         "config, told",
         [
