@@ -10516,6 +10516,7 @@ async function showList() {
     builds.forEach(drawRow);
   };
   setInterval(() => builds.forEach(drawRow), 1000);
+  let lost = "";  // the alert of this loop, which ends with its reason; any other stays
   for (let first = true;; await sleep(1500)) {
     if (document.hidden && !first) continue;
     try {
@@ -10528,12 +10529,10 @@ async function showList() {
       builds.forEach(drawRow);
       $("none").hidden = builds.size > 0;
       $("list").hidden = !builds.size;
-      say("alert", first || $("alert").dataset.lost ? "" : $("alert").textContent);
-      delete $("alert").dataset.lost;
+      if ($("alert").textContent == lost) say("alert", "");
       first = false;
     } catch (e) {
-      say("alert", `The server does not answer (${e.message}); trying again.`);
-      $("alert").dataset.lost = 1;
+      say("alert", lost = `The server does not answer (${e.message}); trying again.`);
     }
   }
 }
