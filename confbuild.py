@@ -5574,7 +5574,7 @@ _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name
 # Run the compiled copy, a path or a file descriptor, that is named first, of the file that is named second.
 _RUN_COPY = (
     "import marshal, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
-    "with open(int(COPY) if COPY.isdigit() else COPY, 'rb') as f: code = marshal.load(f)\n"
+    "with open(int(COPY) if COPY.isdigit() else COPY, 'rb') as f: code = marshal.loads(f.read())\n"
     "exec(code)"
 )
 _copies: list[str] = [globals()["COPY"]] if "COPY" in globals() else []  # the path, if there is one
@@ -5599,7 +5599,7 @@ def make_copy(folder: str) -> None:
     for old in glob.glob(join(glob.escape(folder), "confbuild-*.code*")):
         os.unlink(old)
     with open(path + ".tmp", "wb") as f:
-        marshal.dump(_own_code(), f)
+        f.write(marshal.dumps(_own_code()))
     os.replace(path + ".tmp", path)
     _copies[:] = [path]
 
@@ -5624,7 +5624,7 @@ def reexec_without_ast() -> None:
     if __name__ == "__main__" and script == sys.argv[:1] and "-c" not in before:
         copy = os.memfd_create("confbuild", 0)  # without MFD_CLOEXEC
         with open(copy, "wb", closefd=False) as f:
-            marshal.dump(_own_code(), f)
+            f.write(marshal.dumps(_own_code()))
         os.lseek(copy, 0, os.SEEK_SET)
         # -P: with -c, Python would look for modules in the current directory.
         os.execv(sys.executable, [*before, "-P", "-c", _RUN_COPY, str(copy), *sys.argv])
@@ -13297,18 +13297,25 @@ class VmPool:
     """The VMs of a server: boots and destroys them, and keeps some that wait for a build.
 
     make_vm: makes a VM that is not started, for the id of a job or for nobody yet.
-    warm: how many VMs wait for a build.
     reap: this process is a child subreaper whose only children are VMs; any other is what a VM has left behind.
+    warm: how many VMs wait for a build.
+    single_use: there is one build, so that nobody needs a VM in place of the one that it takes.
     """
 
     def __init__(
-        self, make_vm: Callable[..., Vm], boot_timeout_s: float = BOOT_TIMEOUT_S, reap: bool = False, warm: int = 0
+        self,
+        make_vm: Callable[..., Vm],
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+        reap: bool = False,
+        warm: int = 0,
+        single_use: bool = False,
     ) -> None:
         tempfile.gettempdir()  # looked up while there is room: on a full disk it raises another error
         self._make_vm = make_vm
         self._boot_timeout_s = boot_timeout_s
         self._reap = reap
-        self._warm = warm
+        self._single_use = single_use
+        self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
         self._alive: dict[object, int] = {}  # guarded by _spawning; VMs and clean-ups, with their process ids
         # The program that exec'ed this one may have had children of its own.
@@ -13429,9 +13436,10 @@ class VmPool:
             with vm.explained():
                 self.boot(vm)
         finally:
+            self._put_back(vm)
             with self._changed:
                 self._booting = None
-            self._put_back(vm)
+                self._changed.notify_all()
 
     def _put_back(self, vm: Vm) -> None:
         """Let vm wait for a build if it is ready and alive, else destroy it."""
@@ -13449,9 +13457,13 @@ class VmPool:
     def take(self, job: str) -> Vm:
         """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
+            # One that boots is ready sooner than a new one.
+            self._changed.wait_for(lambda: self._spares or not self._booting)
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
+            if self._single_use:
+                self._warm = 0
             self._changed.notify_all()
         return vm or self._make_vm(job)
 
@@ -15945,7 +15957,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
         options.boot_timeout or machine.platform.boot_timeout_s,
         guard_process(),
-        options.warm,
+        int(not machine.guest and not options.vm_command) if options.warm is None else options.warm,
+        options.single_use,
     )
     expected = machine.platform.expectations(machine.facts)
     vms = VmHost(
@@ -16313,6 +16326,12 @@ def cmd_build(options: "argparse.Namespace") -> int:
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         display = Display(sys.stderr, options.format)
+        if machine:  # first, so that a simulated VM starts while the source is packed
+            running = start_server(options, join(scratch, "state"), [], machine)
+            stack.callback(running.stop, 0.0)
+            client = Client(running.connect(display.note), display)
+        else:
+            client = _client(options, display)
         if not is_url:
             archive = join(scratch, name + ".tar.gz")
             request = BuildRequest(nonce, "", "", basename(archive), *choices)
@@ -16323,12 +16342,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             if machine and "Cargo.lock" in map(basename, packed.files):
                 _tell_cargo_settings(display)
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
-        if machine is None:
-            client = _client(options, display)
-        else:
-            running = start_server(options, join(scratch, "state"), [], machine)
-            stack.callback(running.stop, 0.0)
-            client = Client(running.connect(display.note), display)
+        if machine:
             display.note(machine.note)
         if options.tee:
             _check_waiting_vm(client, expected, endorsements)
@@ -17380,7 +17394,7 @@ _TEMPORARY: Json = {
     "public_host": [],
     "tls_cert": None,
     "tls_key": None,
-    "warm": 0,
+    "warm": None,
     "keep_days": float("inf"),
     "keep_bytes": float("inf"),
     "print_command": False,
@@ -17582,7 +17596,11 @@ COMMANDS = (
                 _size,
                 float("inf"),
             ),
-            ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
+            (
+                "--warm N",
+                "VMs that wait for a build beyond --slots (default: 1 if they are simulated, else 0)",
+                _count,
+            ),
             ("--print-command", "print the command line of a guest, and exit"),
             *_MACHINE,
             "VMs elsewhere",
