@@ -5598,10 +5598,11 @@ def make_copy(folder: str) -> None:
     path = join(abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
     for old in glob.glob(join(glob.escape(folder), "confbuild-*.code*")):
         os.unlink(old)
-    with open(path + ".tmp", "wb") as f:
-        f.write(marshal.dumps(_own_code()))
-    os.replace(path + ".tmp", path)
-    _copies[:] = [path]
+    with suppress(OSError):  # on a full disk, VMs start more slowly
+        with open(path + ".tmp", "wb") as f:
+            f.write(marshal.dumps(_own_code()))
+        os.replace(path + ".tmp", path)
+        _copies[:] = [path]
 
 
 def own_program() -> list[str]:
@@ -5913,8 +5914,10 @@ def _read_tar_numbers(header: bytes) -> tuple[int, int]:
         raise source_error(
             "the archive is not a tarball, or has a number that is neither octal nor positive in base-256"
         )
-    mode, _, _, size, _, checksum, *_ = (
-        int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8) for field in fields if field
+    mode, size, checksum = (
+        int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8)
+        for field in (fields[0], fields[3], fields[5])
+        if field
     )
     if checksum != sum(header[:148] + b" " * 8 + header[156:]):
         raise source_error("the archive is damaged: a header has a wrong checksum")
@@ -6094,7 +6097,7 @@ def git_tree(
         is_link = stat.S_ISLNK(mode)
         if not is_link and not stat.S_ISREG(mode):
             raise source_error(f"{name!r} is neither a file nor a link")
-        with io.BytesIO(os.fsencode(os.readlink(path))) if is_link else open(path, "rb") as f:
+        with io.BytesIO(os.fsencode(os.readlink(path))) if is_link else open(path, "rb", 0) as f:
             digest = _git_object(algorithm, b"blob", f)
         git_mode = b"120000" if is_link else b"100%o" % (0o644 | (mode >> 6 & 1) * 0o111)
         found[name] = git_mode, digest
@@ -13299,22 +13302,17 @@ class VmPool:
     make_vm: makes a VM that is not started, for the id of a job or for nobody yet.
     reap: this process is a child subreaper whose only children are VMs; any other is what a VM has left behind.
     warm: how many VMs wait for a build.
-    single_use: there is one build, so that nobody needs a VM in place of the one that it takes.
     """
 
+    single_use = False  # there is one build: nobody needs a VM in place of the one that it takes
+
     def __init__(
-        self,
-        make_vm: Callable[..., Vm],
-        boot_timeout_s: float = BOOT_TIMEOUT_S,
-        reap: bool = False,
-        warm: int = 0,
-        single_use: bool = False,
+        self, make_vm: Callable[..., Vm], boot_timeout_s: float = BOOT_TIMEOUT_S, reap: bool = False, warm: int = 0
     ) -> None:
         tempfile.gettempdir()  # looked up while there is room: on a full disk it raises another error
         self._make_vm = make_vm
         self._boot_timeout_s = boot_timeout_s
         self._reap = reap
-        self._single_use = single_use
         self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
         self._alive: dict[object, int] = {}  # guarded by _spawning; VMs and clean-ups, with their process ids
@@ -13337,8 +13335,7 @@ class VmPool:
         """Destroy the spares, and make no more."""
         with self._changed:
             self._stopping = True
-            spares, self._spares = self._spares, []
-            booting = self._booting
+            spares, self._spares, booting = self._spares, list[Vm](), self._booting
             self._changed.notify_all()
         if booting:
             booting.kill()
@@ -13397,8 +13394,7 @@ class VmPool:
                     if not self._stopping:
                         logger().error("no VM waits for a build: %s", e or type(e).__name__)
                         count("confbuild_vms_lost_total")
-                    self._failures += 1
-                    self._failure = str(e) or type(e).__name__
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
                     self._changed.notify_all()
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
@@ -13436,10 +13432,9 @@ class VmPool:
             with vm.explained():
                 self.boot(vm)
         finally:
-            self._put_back(vm)
             with self._changed:
                 self._booting = None
-                self._changed.notify_all()
+            self._put_back(vm)
 
     def _put_back(self, vm: Vm) -> None:
         """Let vm wait for a build if it is ready and alive, else destroy it."""
@@ -13462,8 +13457,7 @@ class VmPool:
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
-            if self._single_use:
-                self._warm = 0
+            self._warm *= not self.single_use
             self._changed.notify_all()
         return vm or self._make_vm(job)
 
@@ -13472,14 +13466,11 @@ class VmPool:
         with self._changed:
             if self._waiting == MAX_WAITING:
                 raise vm_error(f"{MAX_WAITING} other requests wait for a VM")
-            before = self._failures
+            before, limit = self._failures, self._boot_timeout_s + RETRY_S
             self._waiting += 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(
-                    lambda: self._spares or self._failures > before or self._stopping,
-                    self._boot_timeout_s + RETRY_S,
-                )
+                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
             finally:
                 self._waiting -= 1
             if self._spares and not self._stopping:
@@ -15958,8 +15949,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         options.boot_timeout or machine.platform.boot_timeout_s,
         guard_process(),
         int(not machine.guest and not options.vm_command) if options.warm is None else options.warm,
-        options.single_use,
     )
+    pool.single_use = options.single_use
     expected = machine.platform.expectations(machine.facts)
     vms = VmHost(
         pool,

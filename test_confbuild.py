@@ -363,6 +363,8 @@ def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Server:
     """A real `serve` in its own process and session, with a fixed port, which can be killed and started again."""
 
+    warm: Sequence[str] = ("--warm", "0")  # few tests use a second VM, which takes its time
+
     def __init__(
         self,
         state: Path,
@@ -391,6 +393,7 @@ class Server:
             f"127.0.0.1:{self.port}",
             "--state",
             str(self.state),
+            *self.warm,
             *self.options,
         ]
         self.process = subprocess.Popen(
@@ -24301,8 +24304,21 @@ class TestSpares:
         assert second not in left and "has ended" in s.stop()
         wait_for(lambda: not any(map(living, left)))
 
+    def test_default(self, tmp_path: Path, stub_path: str) -> None:
+        """One simulated VM waits, also for the only build of a server, which leaves no other one behind."""
+        s = Server(tmp_path / "state", stub_path, "--single-use")
+        s.warm = ()
+        s.start()
+        try:
+            wait_for(lambda: counted(s) == 1)
+            assert s.events(s.submit())[-1] == OK_EVENT
+            wait_for(lambda: counted(s) == 0)
+            assert b"\nconfbuild_vms_started_total 1\n" in s.request("GET", "/metrics")[2]
+        finally:
+            s.stop()
+
     def test_on_demand(self, server: Callable[..., Server]) -> None:
-        """Without --warm, the question boots the one VM that answers, which then waits for the next build.
+        """Where no VM waits, the question boots the one VM that answers, which then waits for the next build.
 
         [CONTRACT 1.14]
         """
