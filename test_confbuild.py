@@ -24313,7 +24313,7 @@ class TestSpares:
             wait_for(lambda: counted(s) == 1)
             assert s.events(s.submit())[-1] == OK_EVENT
             wait_for(lambda: counted(s) == 0)
-            assert b"\nconfbuild_vms_started_total 1\n" in s.request("GET", "/metrics")[2]
+            assert b"\nconfbuild_vms_started_total{} 1\n" in s.request("GET", "/metrics")[2]
         finally:
             s.stop()
 
