@@ -3635,6 +3635,8 @@ EXPECTED = [
     author_key_digest   author_key_digest    --author-key-digest      snp
     report_id           report_id            --report-id              snp
     csp_id              csp_id               --csp-id                 snp
+    vmpl                VMPL                 --vmpl                   snp
+    service_td          service TD           --service-td             tdx|dstack
     """.strip().splitlines()
 ]
 # fmt: on
@@ -6944,14 +6946,22 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
         raise BuildFailed(error_type, f"{what} has an unexpected form: {type(e).__name__}: {e}") from None
 
 
-def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
-    """Return those of TOOLCHAINS whose marker is a regular file of project, in their order.  [CONTRACT 2.1]
+def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolchain]:
+    """Return those of TOOLCHAINS whose marker is a regular file of a project, in their order.  [CONTRACT 2.1]
 
+    The Cargo.lock of a workspace counts for its members; it lies above them.  [CARGO: workspaces]
     name: of the only one to return, or empty.
+    folder: of the project in the source root.
     Raises BuildFailed UnsupportedToolchainError if there is none.
     """
+    project = normpath(join(root, folder))
     files = {entry.name for entry in os.scandir(project) if entry.is_file(follow_symlinks=False)}
     rows = [toolchain for toolchain in TOOLCHAINS if name in ("", toolchain.name)]
+    if "Cargo.toml" in files and "Cargo.lock" not in files:
+        above = ("../" * (n + 1) + "Cargo.lock" for n in range(len(normpath(folder).split("/")) if folder else 0))
+        for lock in [path for path in above if isfile(join(project, path))][:1]:
+            rows = [row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row for row in rows]
+            files.add(lock)
     found = [toolchain for toolchain in rows if toolchain.marker in files]
     if found:
         return found
@@ -6968,7 +6978,9 @@ def detect_toolchains(project: str, name: str = "") -> list[Toolchain]:
     failure = BuildFailed("UnsupportedToolchainError", message)
     for path in (normpath(join(project, folder)) for folder in ("../..", "..", *map(dirname, reversed(below)))):
         if any(isfile(join(path, marker)) for marker in markers):  # the last one counts
-            failure.hint = f"`confbuild build {shlex.quote(path)}` builds what is there"
+            is_member = "Cargo.toml" in files and isfile(join(path, "Cargo.lock"))
+            inner = ["--subdir", relpath(project, path)] if is_member else []
+            failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
 
@@ -7639,8 +7651,7 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     name: of the toolchain, or empty.
     Raises BuildFailed UnsupportedToolchainError, with a hint.
     """
-    project = join(directory, subdir)
-    outputs = detect_toolchains(project, name)[0].adapted(project).outputs
+    outputs = detect_toolchains(directory, name, subdir)[0].adapted(join(directory, subdir)).outputs
     return [normpath(join(subdir, output)) for output in outputs]
 
 
@@ -7665,7 +7676,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
-        found = detect_toolchains(join(directory, folder))
+        found = detect_toolchains(directory, folder=folder)
         matching = (t for t in found if [*read_inputs(t, directory, folder).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
@@ -8194,7 +8205,7 @@ def run_pipeline(
     project = normpath(join(root, folder))
     if not isdir(project) or bool(folder) < bool(request.subdir):
         raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
-    found = detect_toolchains(project, request.toolchain)
+    found = detect_toolchains(root, request.toolchain, folder)
     _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
     emit("detect", [found[0].name])
     emit("init", ["Verifying build inputs"])
@@ -16394,7 +16405,7 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with contextlib.suppress(BuildFailed):
-            marker = detect_toolchains(join(source, subdir), options.toolchain)[0].marker
+            marker = detect_toolchains(source, options.toolchain, subdir)[0].marker
             path = join(subdir, marker)
             if normpath(path) not in packed.files:
                 if subdir and not options.submodules and lexists(join(source, subdir, ".git")):

@@ -7106,6 +7106,8 @@ UNASKED = {
     "mr_config_id",
     "compose_hash",
     "csp_id",
+    "VMPL",
+    "service TD",
 }
 
 
@@ -7140,6 +7142,7 @@ class TestVerdict:
         requested |= {"image": OF_IMAGE, "require_crl": ["revocation", "revocation list age"]}
         requested |= {"require_collateral": ["TCB status", "revocation"], "rtmrs": "RTMR values"}
         requested |= {"mr_config_id": "mr_config_id", "compose_hash": "compose_hash"}
+        requested |= {"vmpl": "VMPL", "service_td": "service TD"}
         assert sorted((field, check) for field, check, _, _ in confbuild.EXPECTED) == sorted(
             (field, check)
             for field, checks in requested.items()
@@ -7817,6 +7820,7 @@ CHANGES: list[Change] = [
     ("VMPL 1", lambda: snp({"vmpl": 1}), {"VMPL"}, {}),
     ("VMPL 1 expected", lambda: snp({"vmpl": 1}), set(), of(vmpl=1)),
     ("VMPL 0, but 1 expected", snp, {"VMPL"}, of(vmpl=1)),
+    ("a service TD expected, which is none of SEV-SNP", snp, {"required checks"}, of(service_td="12" * 48)),
     *[
         (
             f"reserved: {fields}",
@@ -13618,6 +13622,21 @@ class TestDetect:
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
 
+    def test_a_member_of_a_workspace(self, tmp_path: Path) -> None:
+        """The lock file of the workspace, which lies in the source; the nearest one. [CONTRACT 2.1]"""
+        write_files(tmp_path, {"Cargo.lock": "0", "ws/Cargo.lock": "1", "ws/crates/one/Cargo.toml": "", "ws/two/x": ""})
+        for folder in ("crates/one", "crates/one/", "./crates//one"):
+            [cargo] = confbuild.detect_toolchains(str(tmp_path / "ws"), "", folder)
+            assert (cargo.name, cargo.marker, cargo.lock_file) == ("cargo", "../../Cargo.lock", "../../Cargo.lock")
+        (tmp_path / "ws/Cargo.lock").unlink()
+        for root, folder in ((tmp_path / "ws", "crates/one"), (tmp_path / "ws/crates/one", ""), (tmp_path, "ws/two")):
+            assert failure(lambda: confbuild.detect_toolchains(str(root), "", folder))[1].startswith(NO_MARKER)
+        [cargo] = confbuild.detect_toolchains(str(tmp_path), "", "ws/crates/one")
+        assert confbuild.read_lockfile(str(tmp_path / "ws/crates/one" / cargo.lock_file)) == b"0"
+        write_files(tmp_path, {"ws/crates/one/Cargo.lock": "own", "ws/crates/one/go.mod": ""})
+        found = confbuild.detect_toolchains(str(tmp_path), "", "ws/crates/one")
+        assert [row.marker for row in found] == ["Cargo.lock", "go.mod"]
+
     def test_a_toolchain_is_one_row_and_at_most_two_functions(self) -> None:
         defaults = confbuild.Toolchain._field_defaults
         for toolchain in confbuild.TOOLCHAINS:
@@ -13659,7 +13678,7 @@ class TestDetect:
             (
                 {"Cargo.toml": "", "../../Cargo.lock": ""},
                 "Cargo.toml: `cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
-                "`confbuild build @@` builds what is there",
+                "`confbuild build @@ --subdir crates/one` builds what is there",
             ),
         ],
     )
@@ -17423,6 +17442,22 @@ class TestRealCargo:
         assert "`confbuild build PARENT --subdir DIR`" in built.result["error"]
         built = Built(tmp_path / "demo", tmp_path / "out", "--subdir", "a", PATH=stub_path)
         assert built.provenance()["buildDefinition"]["resolvedDependencies"] == []
+
+    @needs("cargo")
+    def test_a_member(self, tmp_path: Path) -> None:
+        """A member that is no default member is built alone, and verified with the source."""
+        package = '[package]\nname = "{}"\nversion = "0.1.0"\nedition = "2021"\n'
+        files = {"Cargo.toml": '[workspace]\nmembers = ["a", "b"]\ndefault-members = ["a"]\nresolver = "2"\n'}
+        for name in ("a", "b"):
+            files |= {f"{name}/Cargo.toml": package.format(name), f"{name}/src/main.rs": "fn main() {}\n"}
+        lock = "version = 3\n" + "".join(f'\n[[package]]\nname = "{name}"\nversion = "0.1.0"\n' for name in "ab")
+        demo = write_files(tmp_path / "demo", {**files, "Cargo.lock": lock})
+        built = Built(demo, tmp_path / "out", "--subdir", "b")
+        definition = built.provenance()["buildDefinition"]
+        assert definition["externalParameters"]["buildCommand"] == "cd b && cargo build --locked --release"
+        assert definition["internalParameters"]["lockfileHash"] == {"sha256": hashlib.sha256(lock.encode()).hexdigest()}
+        assert [path.name for path in (tmp_path / "out/artifacts").iterdir()] == ["b"]
+        assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(demo)]) == 3
 
     @needs("git")
     def test_a_dirty_tree(self, tmp_path: Path, stub_path: str) -> None:
