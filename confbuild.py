@@ -16663,6 +16663,9 @@ def cmd_list(options: "argparse.Namespace") -> None:
         for job in jobs:
             print(compact_json(job))
         return
+    if options.format == "quiet":
+        print(*(job["job_id"] for job in jobs), sep="\n", end="\n" * bool(jobs))
+        return
     if not jobs:
         client.display.note("no builds yet")
         return

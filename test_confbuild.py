@@ -9077,7 +9077,7 @@ class TestToyHierarchy:
         every |= confbuild.REQUIRED_OF_BUNDLE
         every |= REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
         if simulated:
-            every = every - {"revocation", "revocation list age", "PCR values", "csp_id"} | {"debug"}
+            every = every - {"revocation", "revocation list age", "PCR values", "csp_id", "VMPL"} | {"debug"}
             never_passed, never_failed = {"hardware evidence", "image measurement", "image host_data"}, set()
         else:
             every |= {"measurement byproduct", "revocation list file a", "revocation list file b"}
@@ -16941,7 +16941,7 @@ artifacts = ["o"]
         archive = packed(tmp_path / "a", gzip.compress(tar_of(("demo", "", FOLDER), ("demo/a", b"", FILE_TYPE))))
         detected: list[str] = []
 
-        def detect(path: str, _: str) -> None:
+        def detect(path: str, *_: str) -> None:
             detected.append(path)
             raise confbuild.BuildFailed("UnsupportedToolchainError", "none")
 
@@ -30842,6 +30842,7 @@ class TestBuild:
         done = inside("list", "--server", "https://" + to[1])
         assert done.returncode == 4 and "hint: try http://" in done.stderr
         job = json.loads(inside("list", *to, "--output", "json").stdout)["job_id"]
+        assert inside("list", *to, "--format", "quiet").stdout == f"{job}\n"
         assert re.fullmatch(
             rf"JOB  .*  SOURCE\n{job}  ok +\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d +\d+\.\d s  demo.tar.gz\n",
             inside("list", *to).stdout,
