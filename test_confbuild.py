@@ -13630,7 +13630,8 @@ class TestDetect:
             assert (cargo.name, cargo.marker, cargo.lock_file) == ("cargo", "../../Cargo.lock", "../../Cargo.lock")
         (tmp_path / "ws/Cargo.lock").unlink()
         for root, folder in ((tmp_path / "ws", "crates/one"), (tmp_path / "ws/crates/one", ""), (tmp_path, "ws/two")):
-            assert failure(lambda: confbuild.detect_toolchains(str(root), "", folder))[1].startswith(NO_MARKER)
+            detect = functools.partial(confbuild.detect_toolchains, str(root), "", folder)
+            assert failure(detect)[1].startswith(NO_MARKER)
         [cargo] = confbuild.detect_toolchains(str(tmp_path), "", "ws/crates/one")
         assert confbuild.read_lockfile(str(tmp_path / "ws/crates/one" / cargo.lock_file)) == b"0"
         write_files(tmp_path, {"ws/crates/one/Cargo.lock": "own", "ws/crates/one/go.mod": ""})
