@@ -7224,7 +7224,9 @@ def _locate(root: str, folder: str, target: str) -> str:
     return relpath(real, base) if commonpath((real, base)) == base else ""
 
 
-def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
+def _scan_cargo(
+    root: str, folder: str, names: Iterable[str] | None = None
+) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
     """Return the names of the packages inside root, the packages that cargo compiles in place of others, and the paths
     of those outside.
 
@@ -7232,9 +7234,10 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     whether that is a copy of the package by `cargo vendor`).  [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
+    names: of the files to read, relative to root; all by default.
     """
     packages, outside, instead = [], dict[str, str](), {}
-    for name in walk_files(root):
+    for name in walk_files(root) if names is None else names:
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
         if not match or not isfile(join(root, name)):
             continue
@@ -7277,6 +7280,24 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
         if where == (dirname(place) if vendored else place)
     }
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
+
+
+def widen_source(root: str, name: str, folder: str) -> tuple[str, str]:
+    """Return (source root, folder in it) of a project, of the git work tree around it if cargo needs more of that.
+
+    That is so if its Cargo.toml names packages in folders outside of root, and all of them lie in this work tree.
+    name: of the toolchain, or empty.
+    Raises BuildFailed if there is no toolchain.
+    """
+    if detect_toolchains(root, name, folder)[0].name != "cargo":
+        return root, folder
+    outside = _scan_cargo(root, folder, [normpath(join(folder, "Cargo.toml"))])[2].values()
+    top = realpath(root)
+    while not lexists(join(top, ".git")) and top != dirname(top):
+        top = dirname(top)
+    inner = relpath(realpath(join(root, folder)), top)
+    needed = outside and lexists(join(top, ".git")) and all(_locate(top, inner, target) for target in outside)
+    return (top, inner) if needed else (root, folder)
 
 
 def evaluate_nix(plan: Toolchain, root: str, folder: str) -> Toolchain:
@@ -7673,6 +7694,9 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
         claimed = re.match("cd '?(.+?)'? && ", parameters["buildCommand"])
         folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
+        above = realpath(directory).removesuffix(f"/{folder}")
+        if folder and not isdir(join(directory, folder)) and isdir(join(above, folder)):  # that very folder was named
+            directory = above
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
@@ -16308,6 +16332,12 @@ def cmd_build(options: "argparse.Namespace") -> int:
     name = repository_name(source) if is_url else safe_name(basename(realpath(source)))
     bundle = options.out or name + "-build"
     _check_target(bundle)
+    if not is_url:
+        with suppress(BuildFailed):  # whoever builds it will say so
+            options.source, options.subdir = widen_source(source, options.toolchain, options.subdir)
+        if options.source != source:
+            say(f"packing {options.source}, since {source} depends on folders beside it")
+            source = options.source
     choices = (options.toolchain, options.subdir, options.artifacts)
     machine = None if options.server else prepare_platform(options)
     expected = Expectations(nonce)

@@ -17443,6 +17443,37 @@ class TestRealCargo:
         assert "`confbuild build PARENT --subdir DIR`" in built.result["error"]
         built = Built(tmp_path / "demo", tmp_path / "out", "--subdir", "a", PATH=stub_path)
         assert built.provenance()["buildDefinition"]["resolvedDependencies"] == []
+        # Where git knows a folder that contains both, nobody has to ask for it.
+        demo = commit_all(tmp_path / "demo")
+        one = Built(demo / "a", tmp_path / "one", PATH=stub_path).provenance()["buildDefinition"]
+        digest = {"gitCommit": git(demo, "rev-parse", "HEAD"), "gitTree": git(demo, "write-tree")}
+        source = {"digest": digest, "uri": "https://example.org/demo.git"}
+        assert one["externalParameters"] == {"buildCommand": "cd a && cargo build --locked --release", "source": source}
+        for named in (demo, demo / "a"):
+            assert confbuild.main(["verify", str(tmp_path / "one"), "--source", str(named)]) == 3
+        assert confbuild.main(["verify", str(tmp_path / "one"), "--source", str(demo / "b")]) in (1, 2)
+
+    def test_a_wider_source(self, tmp_path: Path) -> None:
+        """A cargo project whose Cargo.toml leads out of it, but not out of the work tree of git. [CONTRACT 5.4]"""
+        widen = confbuild.widen_source
+        top, manifest = tmp_path / "top", MANIFEST + '[dependencies]\nb = {{ path = "{}" }}\n'
+        files = {"a/Cargo.lock": "", "a/inner/Cargo.lock": "", "b/Cargo.toml": "", ".git": "gitdir: elsewhere"}
+        write_files(top, {**files, "a/Cargo.toml": manifest.format("../b"), "a/inner/Cargo.toml": MANIFEST})
+        assert widen(str(top / "a"), "", "") == (str(top), "a")
+        assert widen(str(top), "", "a") == (str(top), "a")
+        assert widen(str(top / "a"), "", "inner") == (str(top / "a"), "inner")
+        write_files(top, {"a/inner/Cargo.toml": manifest.format("../../b")})
+        assert widen(str(top / "a"), "", "inner") == widen(str(top / "a/inner"), "", "") == (str(top), "a/inner")
+        (tmp_path / "link").symlink_to(top / "a")
+        assert widen(str(tmp_path / "link"), "", "") == (str(top), "a")
+        for path in ("../../b", "/etc", "inner", "."):
+            write_files(top, {"a/Cargo.toml": manifest.format(path)})
+            assert widen(str(top / "a"), "", "") == (str(top / "a"), ""), path
+        write_files(top, {"a/Cargo.toml": manifest.format("../b"), "a/confbuild.toml": ""})
+        assert widen(str(top / "a"), "", "") == (str(top / "a"), "")
+        assert widen(str(top / "a"), "cargo", "") == (str(top), "a")
+        (top / ".git").unlink()
+        assert widen(str(top / "a"), "cargo", "") == (str(top / "a"), "")
 
     @needs("cargo")
     def test_a_member(self, tmp_path: Path) -> None:
