@@ -26472,6 +26472,8 @@ class TestQemuVm:
             assert select.select([fd], [], [], 20)[0] == [fd]
         finally:
             os.close(fd)
+        with contextlib.suppress(ChildProcessError):  # a build in an earlier test has made this process a subreaper
+            os.waitpid(int(pid), 0)
         confbuild.remove_tree(workspace)
 
 
