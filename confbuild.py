@@ -797,7 +797,7 @@ class Expectations(NamedTuple):
     host_data: Text = None
     guest_policy: Sequence[int] | None = None  # mask, value of these bits, least ABI (major << 8 | minor)
     platform_info: int | None = None  # the bits that may be set
-    vmpl: int = 0
+    vmpl: int | None = None  # None: 0 for SEV-SNP
     guest_svn: int | None = None
     min_guest_svn: int | None = None
     min_firmware: Sequence[int] | None = None  # major, minor, build, of the current and the committed version
@@ -3878,8 +3878,6 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
         _check_vek(checks, report, product, vek)
     # The name of a cloud in a VLEK is a claim like any other: the caller can expect one (--csp-id).
     csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
-    # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
-    checks.compare("VMPL", checks.expected.vmpl, report.vmpl, "of the software in the guest that asked for the report")
     # A migration agent is another VM that may take this one's memory. Nothing here verifies it. Without the policy's
     # bit, a guest cannot have one. With it, report_id_ma is all ones if none was bound at launch.  [SNP-ABI 7.3]
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
@@ -3941,6 +3939,10 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
 
     product: tells the layout of the TCBs. A simulated report has none, so any product will do for it.
     """
+    # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
+    checks.compare(
+        "VMPL", checks.expected.vmpl or 0, report.vmpl, "of the software in the guest that asked for the report"
+    )
     expected = checks.expected
     _check_debug(checks, bool(report.policy & POLICY_DEBUG))
     # The guest's owner expects this policy, but the host passes it at launch and could have passed a weaker one. If the
@@ -5374,6 +5376,7 @@ def run_tool(
 # nothing that a build left behind can block or mislead the caller.  Free to all later sections; no threads.
 
 TMPDIR, STATE = "the server's TMPDIR", "the server's state"  # the disks that errors name
+STALE_S = 600.0  # much more than a VM needs until it has files in its folder
 
 
 def file_sha256(path: str) -> str:
@@ -5520,6 +5523,9 @@ def make_workspace() -> str:
     """
     for number in itertools.count():
         path = join(realpath(tempfile.gettempdir()), f"{WORKSPACE}{number}")
+        with suppress(OSError):
+            if time.time() - os.stat(path).st_mtime > STALE_S:
+                os.rmdir(path)  # only if it is empty: a server was killed before it started the VM
         with suppress(FileExistsError):
             os.mkdir(path, 0o700)
             break
@@ -6946,40 +6952,81 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
         raise BuildFailed(error_type, f"{what} has an unexpected form: {type(e).__name__}: {e}") from None
 
 
+def _read_toml(path: str) -> Json:
+    """Return the contents of a file of cargo's; {} if cargo cannot read it, which it reports if it matters."""
+    try:
+        return tomllib.loads(read_limited(path, MIB).decode("utf-8"))
+    except (OSError, UsageError, ValueError, RecursionError):
+        return {}
+
+
+def _find_workspace(root: str, folder: str) -> str:
+    """Return the folder of the workspace that the cargo package in folder belongs to: its own, or one above.
+
+    Its Cargo.lock is the only one that cargo reads.  [CARGO: workspaces]
+    Both are relative to root, which a workspace does not lie above.
+    """
+
+    def names(key: str) -> bool:
+        paths = table.get(key, ()) if isinstance(table, dict) else ()
+        return any(isinstance(path, str) and f"{inner}/".startswith(normpath(path) + "/") for path in paths)
+
+    package = _read_toml(join(root, folder, "Cargo.toml")).get("package")
+    pointer = package.get("workspace") if isinstance(package, dict) else None
+    if isinstance(pointer, str):
+        place = _locate(root, folder, pointer)
+        return "" if place == "." else place or folder
+    place = folder
+    while True:
+        table = _read_toml(join(root, place, "Cargo.toml")).get("workspace")
+        inner = relpath(join(root, folder), join(root, place))
+        if table is not None:
+            return folder if names("exclude") and not names("members") else place
+        if not place:
+            return folder
+        place = dirname(place)
+
+
 def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolchain]:
     """Return those of TOOLCHAINS whose marker is a regular file of a project, in their order.  [CONTRACT 2.1]
 
-    The Cargo.lock of a workspace counts for its members; it lies above them.  [CARGO: workspaces]
+    That of a cargo package lies in the folder of its workspace.
     name: of the only one to return, or empty.
-    folder: of the project in the source root.
+    folder: of the project in the source root, without links.
     Raises BuildFailed UnsupportedToolchainError if there is none.
     """
+
+    def is_regular(path: str) -> bool:
+        return isfile(path) and not islink(path)
+
     project = normpath(join(root, folder))
-    files = {entry.name for entry in os.scandir(project) if entry.is_file(follow_symlinks=False)}
-    rows = [toolchain for toolchain in TOOLCHAINS if name in ("", toolchain.name)]
-    if "Cargo.toml" in files and "Cargo.lock" not in files:
-        above = ("../" * (n + 1) + "Cargo.lock" for n in range(len(normpath(folder).split("/")) if folder else 0))
-        for lock in [path for path in above if isfile(join(project, path))][:1]:
-            rows = [row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row for row in rows]
-            files.add(lock)
-    found = [toolchain for toolchain in rows if toolchain.marker in files]
+    is_package = is_regular(join(project, "Cargo.toml"))
+    lock = relpath(join(root, _find_workspace(root, folder) if is_package else folder, "Cargo.lock"), project)
+    rows = [
+        row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row
+        for row in TOOLCHAINS
+        if name in ("", row.name)
+    ]
+    found = [row for row in rows if is_regular(join(project, row.marker))]
     if found:
         return found
     if not rows:
         names = ", ".join(toolchain.name for toolchain in TOOLCHAINS)
         raise BuildFailed("UnsupportedToolchainError", f"no toolchain is called {name[:40]!r}, expected {names}")
-    wanted, markers = ", ".join(toolchain.marker for toolchain in rows), [t.marker for t in TOOLCHAINS]
-    near = [marker for marker in markers if marker in files]
-    near += [f"{marker}: a link, and a file is needed" for marker in markers if islink(join(project, marker))]
-    near += [f"{file}: {advice}" for file, advice in _NEAR.items() if file in files]
+    wanted, markers = ", ".join(row.marker for row in rows), [row.marker for row in TOOLCHAINS]
+    near = [marker for marker in markers if is_regular(join(project, marker))]
+    links = (path for path in dict.fromkeys((*markers, lock)) if islink(join(project, path)))
+    near += [f"{path}: a link, and a file is needed" for path in links]
+    near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
     below = [path for path in match_files(project, "*/*") if basename(path) in markers]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
     message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
     failure = BuildFailed("UnsupportedToolchainError", message)
     for path in (normpath(join(project, folder)) for folder in ("../..", "..", *map(dirname, reversed(below)))):
-        if any(isfile(join(path, marker)) for marker in markers):  # the last one counts
-            is_member = "Cargo.toml" in files and isfile(join(path, "Cargo.lock"))
-            inner = ["--subdir", relpath(project, path)] if is_member else []
+        if any(is_regular(join(path, marker)) for marker in markers):  # the last one counts
+            inside = relpath(project, path)
+            is_member = is_package and inside[0] != "." and not _find_workspace(path, inside)
+            inner = ["--subdir", inside] * is_member
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
@@ -7034,7 +7081,8 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
         if status == 0 and line.isprintable() and line:
             return line
         lines = errors.splitlines() or [f"exit status {status}, expected one line of text"]
-        reason = next((line for line in lines if line.startswith("error")), lines[-1])  # rustup continues with advice
+        # rustup and pnpm continue with advice.
+        reason = next((line.strip() for line in lines if re.match("(?i) *error", line)), lines[-1])
         raise BuildFailed("UnsupportedToolchainError", f"`{' '.join(argv)}` failed: {reason}")
 
     found = shutil.which(name, path=env["PATH"])
@@ -7220,7 +7268,9 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Js
 
 def _locate(root: str, folder: str, target: str) -> str:
     """Return the path of target relative to root, or "" if it lies outside.  folder: target is relative to it."""
-    base, real = realpath(root), realpath(join(root, folder, target.replace("\0", "/")))
+    if "\0" in target:
+        return ""
+    base, real = realpath(root), realpath(join(root, folder, target))
     return relpath(real, base) if commonpath((real, base)) == base else ""
 
 
@@ -7241,10 +7291,7 @@ def _scan_cargo(
         match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
         if not match or not isfile(join(root, name)):
             continue
-        try:
-            doc = tomllib.loads(read_limited(join(root, name), MIB).decode("utf-8"))
-        except (UsageError, ValueError, RecursionError):
-            continue  # perhaps a test's fixture; cargo reports it if it matters
+        doc = _read_toml(join(root, name))
         base = name[: match.start(2)]
         tables = [doc]
         for owner in (doc.get("package"), doc.get("workspace")):
@@ -7693,10 +7740,11 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
         claimed = re.match("cd '?(.+?)'? && ", parameters["buildCommand"])
-        folder = claimed[1] if claimed and _locate(directory, "", claimed[1]) else ""
+        folder = claimed[1] if claimed else ""
         above = realpath(directory).removesuffix(f"/{folder}")
-        if folder and not isdir(join(directory, folder)) and isdir(join(above, folder)):  # that very folder was named
+        if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
             directory = above
+        folder = folder and _locate(directory, "", folder)
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
@@ -8229,6 +8277,7 @@ def run_pipeline(
     project = normpath(join(root, folder))
     if not isdir(project) or bool(folder) < bool(request.subdir):
         raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
+    folder = "" if folder == "." else folder
     found = detect_toolchains(root, request.toolchain, folder)
     _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
     emit("detect", [found[0].name])
@@ -10593,7 +10642,7 @@ async function submit(make) {
   }
 }
 
-function submitArchive(file, limit) {
+async function submitArchive(file, limit) {
   if (!file) return;
   if (file.size > limit) {
     say("alert", `${file.name} has ${size(file.size)}; this server accepts at most ${size(limit)}.`);
@@ -10601,8 +10650,11 @@ function submitArchive(file, limit) {
   }
   const type = /\.zip$/i.test(file.name) ? "application/zip" : "application/gzip";
   const name = encodeURIComponent(file.name);
-  submit(nonce => ({url: `build?nonce=${nonce}&source_name=${name}`, headers: {"Content-Type": type}, body: file}));
+  const before = $("limit").textContent;
   $("limit").textContent = `uploading ${size(file.size)} …`;
+  const request = {headers: {"Content-Type": type}, body: file};
+  await submit(nonce => ({url: `build?nonce=${nonce}&source_name=${name}`, ...request}));
+  $("limit").textContent = before;
 }
 
 function prepareSubmit(limit) {
@@ -13484,11 +13536,11 @@ class VmPool:
             if not kept:
                 self.destroy(vm)
 
-    def take(self, job: str) -> Vm:
+    def take(self, job: str, is_halted: Callable[[], bool] = lambda: False) -> Vm:
         """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
-            # One that boots is ready sooner than a new one.
-            self._changed.wait_for(lambda: self._spares or not self._booting)
+            while self._booting and not self._spares and not is_halted():  # it is ready sooner than a new one
+                self._changed.wait(0.05)
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
@@ -13568,10 +13620,11 @@ class VmHost(NamedTuple):
             return vm
 
         attempt = 0
+        job.when_halted(halt)
         try:
             while True:
                 attempt += 1
-                vm, built = use(self.pool.take(job.id)), False
+                vm, built = use(self.pool.take(job.id, halted.is_set)), False
                 try:
                     if not source and not vm.kind.networked:
                         self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
@@ -15919,12 +15972,14 @@ class Running(NamedTuple):
     stop: ends it; running builds get that many seconds.
     is_alive: whether it accepts requests.
     connect: returns a client of it, which passes messages for the user to the argument.
+    pool: keeps VMs waiting after its start(), which is for whoever can stop them.
     """
 
     url: str
     stop: Callable[[float], None]
     is_alive: Callable[[], bool]
     connect: Callable[[Callable[[str], None]], ApiClient]
+    pool: VmPool
 
 
 def _tls_context(options: "argparse.Namespace") -> "ssl.SSLContext | None":
@@ -16014,9 +16069,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         raise UsageError(
             f"--listen {address}:{port}: {e.strerror or e}", "--listen 127.0.0.1:0 takes a free port"
         ) from None
-    pool.start()
-    jobs.start()
     thread = threading.Thread(target=server.serve_forever, name="accept", daemon=True)
+    jobs.start()
     thread.start()
 
     def stop(grace_s: float) -> None:
@@ -16028,7 +16082,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         os.close(lock)
 
     url = f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}" if options.listen else ""
-    return Running(url, stop, thread.is_alive, functools.partial(LocalClient, server))
+    return Running(url, stop, thread.is_alive, functools.partial(LocalClient, server), pool)
 
 
 def vm_kind(
@@ -16265,6 +16319,7 @@ def cmd_serve(options: "argparse.Namespace") -> None:
     signal.signal(signal.SIGINT, stop)
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     running = start_server(options, options.state or join(data, "confbuild"), tokens, machine)
+    running.pool.start()
     report(f"serving on {running.url}")
     report(machine.note)
     notify_systemd("READY=1")
@@ -16361,7 +16416,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
         if machine:  # first, so that a simulated VM starts while the source is packed
             running = start_server(options, join(scratch, "state"), [], machine)
             stack.callback(running.stop, 0.0)
-            client = Client(running.connect(display.note), display)
+            client = Client(running.connect(display.note), display)  # imports: an interrupt in one would break the next
+            running.pool.start()
         else:
             client = _client(options, display)
         if not is_url:
@@ -16417,9 +16473,12 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         if scheme in ("file", "git") and scheme not in options.allow_scheme:
             hint = f"--allow-scheme {scheme} accepts them"
             raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", hint)
-    elif not isdir(join(source, options.subdir)) or options.subdir and not _locate(source, "", options.subdir):
+        return
+    folder = options.subdir and _locate(source, "", options.subdir)
+    if not isdir(join(source, options.subdir)) or bool(folder) < bool(options.subdir):
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
-    elif os.listdir(source):
+    options.subdir = "" if folder == "." else folder
+    if os.listdir(source):
         try:
             find_outputs(source, options.toolchain, options.subdir)
         except BuildFailed as e:
@@ -16436,12 +16495,12 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
         with contextlib.suppress(BuildFailed):
             marker = detect_toolchains(source, options.toolchain, subdir)[0].marker
-            path = join(subdir, marker)
-            if normpath(path) not in packed.files:
+            path = normpath(join(subdir, marker))
+            if path not in packed.files:
                 if subdir and not options.submodules and lexists(join(source, subdir, ".git")):
                     raise UsageError(f"{source}: {subdir} is a submodule, which is not packed", "--submodules packs it")
                 hint = shlex.join(["git", "-C", source, "add", "-f", path])
-                raise UsageError(f"{source}: git ignores {marker}, so it is not in the source", f"`{hint}`")
+                raise UsageError(f"{source}: git ignores {path}, so it is not in the source", f"`{hint}`")
         return packed
     except OSError as e:  # a full disk names no file
         raise UsageError(
@@ -17508,7 +17567,7 @@ COMMANDS = (
                 _guest_policy,
             ),
             ("--platform-info LIST", "bits of PLATFORM_INFO that may be set, such as smt,ecc or 0x5", _platform_info),
-            ("--vmpl N", "VMPL that asked for the report (default: %(default)s)", _vmpl, 0),
+            ("--vmpl N", "VMPL that asked for the report (default: 0)", _vmpl),
             ("--report-data HEX", "all 64 bytes that the attester signed, for evidence alone", _hex(128)),
             ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
             ("--guest-svn N", "GUEST_SVN of the report", _count),

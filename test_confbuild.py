@@ -7106,7 +7106,6 @@ UNASKED = {
     "mr_config_id",
     "compose_hash",
     "csp_id",
-    "VMPL",
     "service TD",
 }
 
@@ -9037,6 +9036,7 @@ class TestToyHierarchy:
         yield bundle(COMPLETE), {"image": image}, {}
         wrong = {key: values[0] for key, values in WRONG.items()}
         yield bundle(COMPLETE), {**wrong, "image": self.WRONG_IMAGE, "require_tee": True}, {}
+        yield bundle(COMPLETE), {"vmpl": 1}, {}
         yield report_with(0x80, b"\1"), {}, {}
         yield report_with(0x2A0, b"\1"), {}, {}
         yield report_with(0x0A, b"\x08"), {}, {}
@@ -9077,7 +9077,7 @@ class TestToyHierarchy:
         every |= confbuild.REQUIRED_OF_BUNDLE
         every |= REQUIRED_OF_PLATFORM[platform] | {"artifact demo", "nonce is not zero"}
         if simulated:
-            every = every - {"revocation", "revocation list age", "PCR values", "csp_id", "VMPL"} | {"debug"}
+            every = every - {"revocation", "revocation list age", "PCR values", "csp_id"} | {"debug"}
             never_passed, never_failed = {"hardware evidence", "image measurement", "image host_data"}, set()
         else:
             every |= {"measurement byproduct", "revocation list file a", "revocation list file b"}
@@ -9290,6 +9290,11 @@ class TestTdxVerdict:
 
     def check(self, verdict: confbuild.Verdict, name: str) -> confbuild.Check:
         return next(check for check in verdict.checks if check.name == name)
+
+    def test_what_a_td_does_not_have(self) -> None:
+        """An expectation of SEV-SNP never passes unchecked."""
+        for expected in ({"vmpl": 0}, {"vmpl": 1}, {"guest_svn": 0}, {"host_data": "00" * 32}):
+            assert failed_checks(self.over(**expected)) == {"required checks"}, expected
 
     @pytest.mark.parametrize("platform", ["tdx", "gcp-tdx"])
     @pytest.mark.parametrize("changes", [{}, {"version": 5}, {"version": 5, "body_type": 3}, {"tail": bytes(70)}])
@@ -13014,6 +13019,11 @@ class TestCheckout:
         assert confbuild.main(["build", str(root), "--subdir", "inner", "-o", str(tmp_path / "o")]) == 2
         said = f"error: {root}: inner is a submodule, which is not packed\nconfbuild: hint: --submodules packs it\n"
         assert said in capsys.readouterr().err
+        # However a folder is spelled: its path in the source counts.
+        (root / "link").symlink_to("inner")
+        for spelled in ("./inner/", "link", str(root / "inner"), "../demo/inner"):
+            assert confbuild.main(["build", str(root), "--subdir", spelled, "-o", str(tmp_path / "o")]) == 2
+            assert said in capsys.readouterr().err
         (tmp_path / "beside").mkdir()
         assert confbuild.main(["build", str(root), "--subdir", "../beside", "-o", str(tmp_path / "o")]) == 2
         assert f"--subdir ../beside: not a folder of {root}\n" in capsys.readouterr().err
@@ -13622,21 +13632,50 @@ class TestDetect:
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
 
-    def test_a_member_of_a_workspace(self, tmp_path: Path) -> None:
-        """The lock file of the workspace, which lies in the source; the nearest one. [CONTRACT 2.1]"""
-        write_files(tmp_path, {"Cargo.lock": "0", "ws/Cargo.lock": "1", "ws/crates/one/Cargo.toml": "", "ws/two/x": ""})
-        for folder in ("crates/one", "crates/one/", "./crates//one"):
-            [cargo] = confbuild.detect_toolchains(str(tmp_path / "ws"), "", folder)
-            assert (cargo.name, cargo.marker, cargo.lock_file) == ("cargo", "../../Cargo.lock", "../../Cargo.lock")
-        (tmp_path / "ws/Cargo.lock").unlink()
-        for root, folder in ((tmp_path / "ws", "crates/one"), (tmp_path / "ws/crates/one", ""), (tmp_path, "ws/two")):
-            detect = functools.partial(confbuild.detect_toolchains, str(root), "", folder)
-            assert failure(detect)[1].startswith(NO_MARKER)
-        [cargo] = confbuild.detect_toolchains(str(tmp_path), "", "ws/crates/one")
-        assert confbuild.read_lockfile(str(tmp_path / "ws/crates/one" / cargo.lock_file)) == b"0"
-        write_files(tmp_path, {"ws/crates/one/Cargo.lock": "own", "ws/crates/one/go.mod": ""})
-        found = confbuild.detect_toolchains(str(tmp_path), "", "ws/crates/one")
-        assert [row.marker for row in found] == ["Cargo.lock", "go.mod"]
+    @pytest.mark.parametrize(
+        ("files", "place"),
+        [
+            ({"ws/Cargo.toml": "[workspace]"}, "ws"),
+            ({"ws/crates/Cargo.toml": "[workspace]", "ws/Cargo.toml": "[workspace]"}, "ws/crates"),
+            ({"ws/crates/Cargo.toml": "[package]", "ws/Cargo.toml": "[package]\n[workspace]"}, "ws"),
+            ({"Cargo.toml": "[workspace]"}, ""),
+            ({"ws/crates/one/Cargo.toml": "[workspace]", "ws/Cargo.toml": "[workspace]"}, "ws/crates/one"),
+            ({"ws/Cargo.toml": "[package]"}, "ws/crates/one"),
+            ({"ws/Cargo.toml": "[workspace"}, "ws/crates/one"),
+            ({"ws/Cargo.toml": '[workspace]\nexclude = ["crates"]'}, "ws/crates/one"),
+            ({"ws/Cargo.toml": '[workspace]\nexclude = ["./crates/one", 1]'}, "ws/crates/one"),
+            ({"ws/Cargo.toml": '[workspace]\nexclude = ["crates/on"]'}, "ws"),
+            ({"ws/Cargo.toml": '[workspace]\nexclude = ["crates"]\nmembers = ["crates/one"]'}, "ws"),
+            (
+                {"ws/crates/one/Cargo.toml": '[package]\nworkspace = "../../../top"', "ws/Cargo.toml": "[workspace]"},
+                "top",
+            ),
+            ({"ws/crates/one/Cargo.toml": '[package]\nworkspace = "../../.."'}, ""),
+            ({"ws/crates/one/Cargo.toml": '[package]\nworkspace = "../../../.."'}, "ws/crates/one"),
+            ({"ws/crates/one/Cargo.toml": "package = 1\nworkspace = 1"}, "ws/crates/one"),
+        ],
+    )
+    def test_the_workspace(self, tmp_path: Path, files: dict[str, str], place: str) -> None:
+        """The lock file that counts is the one that cargo reads; decoys lie elsewhere. [CONTRACT 2.1]"""
+        folder, root = "ws/crates/one", tmp_path / "root"
+        write_files(tmp_path, {"Cargo.toml": "[workspace]", "Cargo.lock": "above the source"})
+        write_files(root, {f"{folder}/Cargo.toml": "[package]", **files})
+        for above in ("", "ws/", "ws/crates/", f"{folder}/", "top/"):
+            write_files(root, {above + "Cargo.lock": above.rstrip("/")})
+        [cargo] = confbuild.detect_toolchains(str(root), "", folder)
+        assert cargo.marker == cargo.lock_file == os.path.relpath(root / place / "Cargo.lock", root / folder)
+        assert confbuild.read_inputs(cargo._replace(read=lambda *_: []), str(root), folder).lock == place.encode()
+        (root / place / "Cargo.lock").unlink()
+        (root / place / "Cargo.lock").symlink_to("other")
+        (root / place / "other").touch()
+        with pytest.raises(confbuild.BuildFailed, match=re.escape(f" {cargo.marker}: a link, and a file is needed")):
+            confbuild.detect_toolchains(str(root), "", folder)
+
+    def test_no_package_in_a_workspace(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {"Cargo.toml": "[workspace]", "Cargo.lock": "", "docs/package-lock.json": "", "x/y": ""})
+        assert [row.name for row in confbuild.detect_toolchains(str(tmp_path), "", "docs")] == ["npm"]
+        detect = functools.partial(confbuild.detect_toolchains, str(tmp_path), "", "x")
+        assert failure(detect)[1].startswith(NO_MARKER)
 
     def test_a_toolchain_is_one_row_and_at_most_two_functions(self) -> None:
         defaults = confbuild.Toolchain._field_defaults
@@ -13677,7 +13716,7 @@ class TestDetect:
             ),
             # A member of a workspace.
             (
-                {"Cargo.toml": "", "../../Cargo.lock": ""},
+                {"Cargo.toml": "", "../../Cargo.lock": "", "../../Cargo.toml": "[workspace]"},
                 "Cargo.toml: `cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
                 "`confbuild build @@ --subdir crates/one` builds what is there",
             ),
@@ -14080,7 +14119,7 @@ class TestCargoDependencies:
             ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
             ('include = ["x.toml"]', "include leads to x.toml"),
             ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
-            ("paths = [3]", ".cargo/config.toml has an unexpected form: AttributeError"),
+            ("paths = [3]", ".cargo/config.toml has an unexpected form: TypeError"),
         ],
     )
     def test_folders_outside(self, tmp_path: Path, config: str, fragment: str) -> None:
@@ -19948,6 +19987,9 @@ class TestPage:
         browser.run("performance.clearResourceTimings(), void showList()")
         browser.wait("performance.getEntriesByType('resource').filter(e => e.name.includes('/builds?')).length > 2")
         assert "accepts at most 4.0 KiB" in browser.text("#alert")
+        browser.run("prepareSubmit(5000)")
+        browser.run(drop.format("bad.tgz", "new Uint8Array(8)"))
+        browser.wait("$('alert').innerText.startsWith('Not accepted: ') && $('limit').innerText == '(at most 4.9 KiB)'")
         browser.run(drop.format("my demo.tgz", f"Uint8Array.from(atob('{archive}'), c => c.charCodeAt(0))"))
         browser.wait("job && lineCount >= 0 && build && !$('build').hidden")
         newest = s.jobs.get(browser.run("job"))
@@ -23126,6 +23168,31 @@ def vm_host(
 
 
 class TestVm:
+    def test_what_a_killed_server_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An empty folder that is old is nobody's; one that is new or has files may be another VM's."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        folders = [tmp_path / f"confbuild-vm-{number}" for number in range(4)]
+        for folder in folders[:3]:
+            folder.mkdir()
+        (folders[1] / "home").mkdir()
+        for folder in folders[1:3]:
+            os.utime(folder, (1, 1))
+        assert [confbuild.make_workspace() for _ in range(2)] == [*map(str, folders[2:])]
+
+    def test_interrupted_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nothing is left of a VM that Ctrl-C has stopped while it started."""
+        write_files(tmp_path / "demo", {"confbuild.toml": 'command = ["true"]\nartifacts = ["x"]\n', "x": ""})
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+        def interrupt(*_: Any) -> Any:
+            wait_for(lambda: [*(tmp_path / "tmp").glob("confbuild-vm-*")])
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(confbuild, "_pack", interrupt)
+        assert confbuild.main(["build", str(tmp_path / "demo"), "-o", str(tmp_path / "o")]) == 130
+        assert [*(tmp_path / "tmp").iterdir()] == []
+
     def test_free_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The first free name; a VM that is destroyed twice leaves alone what the next one of this name has."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -24464,6 +24531,31 @@ class TestSpares:
         wait_for(lambda: host.pool._spares)
         assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
         host.pool.stop()
+
+    def test_taken_while_it_boots(self, tmp_path: Path) -> None:
+        """A job waits for the VM that boots, which is ready sooner than another one; not if it has been halted."""
+        host = stand_in_host(tmp_path)
+        gate, made = threading.Event(), list[Any]()
+
+        class Slow(StandInVm):
+            def greet(self, timeout_s: float) -> Any:
+                made.append(self)
+                assert gate.wait(PATIENCE)
+                return super().greet(timeout_s)
+
+        host.pool._make_vm, host.pool._warm, host.pool.single_use = Slow, 1, True
+        host.pool.start()
+        wait_for(lambda: made)
+        other = host.pool.take("", lambda: True)
+        assert other is not made[0] and not other.ready
+        taken: list[Any] = []
+        thread = threading.Thread(target=lambda: taken.append(host.pool.take("")))
+        thread.start()
+        gate.set()
+        thread.join(PATIENCE)
+        assert taken == made[:1] and taken[0].ready
+        host.pool.stop()
+        assert made == taken
 
     def test_stop_while_one_boots(self, tmp_path: Path) -> None:
         """A stop does not wait until a VM has booted."""
