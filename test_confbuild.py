@@ -28658,7 +28658,8 @@ class TestUsage:
             assert callable(stop)
             stop(signal.SIGTERM, None)
             assert len(ended) == len(states) - 1
-            return types.SimpleNamespace(url="http://x", stop=lambda grace: stop(signal.SIGTERM, None))
+            pool = types.SimpleNamespace(start=lambda: None)
+            return types.SimpleNamespace(url="http://x", stop=lambda grace: stop(signal.SIGTERM, None), pool=pool)
 
         monkeypatch.setattr(confbuild, "prepare_platform", lambda _: types.SimpleNamespace(note="note", guest=None))
         monkeypatch.setattr(confbuild, "start_server", start)
