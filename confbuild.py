@@ -4856,7 +4856,7 @@ _NOT_IN_WORKSPACE = 0b1000_1000_0100_0000
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
 _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWUSER = 0x00020000, 0x04000000, 0x10000000  # linux/sched.h
-_MS_BIND, _MS_MOVE, _MS_REC, _MS_UNBINDABLE, _MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x20000, 0x40000  # sys/mount.h
+_MS_BIND, _MS_MOVE, _MS_REC, _MS_UNBINDABLE, _MS_SLAVE = 0x1000, 0x2000, 0x4000, 0x20000, 0x80000  # sys/mount.h
 # fmt: off
 _SECCOMP_NAMES = ("arch", "prlimit64", "socket", "socketpair", "sendto", "sendmsg", "sendmmsg")
 _SECCOMP_NUMBERS = {  # linux/audit.h; arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h
@@ -5175,7 +5175,7 @@ def _enter_namespaces(workspace: str) -> None:
             with open(f"/proc/self/{name}", "w", encoding="ascii") as f:
                 f.write(text)
     socket.sethostname("localhost")
-    mount("", "/", _MS_PRIVATE | _MS_REC, "")
+    mount("", "/", _MS_SLAVE | _MS_REC, "")  # a VM that waits sees what is mounted and unmounted meanwhile
     mount("tmpfs", root, 0, "mode=0755,size=64k")
     mount("", root, _MS_UNBINDABLE, "")  # or it would also appear inside itself
     for entry in os.scandir("/"):
@@ -7739,8 +7739,9 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     if doc:
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
-        claimed = re.match("cd '?(.+?)'? && ", parameters["buildCommand"])
-        folder = claimed[1] if claimed else ""
+        with suppress(ValueError):  # quotes that do not match, or too few words
+            command, claimed, *_ = shlex.split(parameters["buildCommand"])
+            folder = claimed if command == "cd" else ""
         above = realpath(directory).removesuffix(f"/{folder}")
         if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
             directory = above
@@ -12882,7 +12883,7 @@ def serve_agent(
     server = Server(None, api, AccessPolicy([], []), streamer)
     server.idle_s = server.scan_s = 1e6  # the host decides how long this VM waits
     jobs.start()
-    _answer_host(agent=config["token"], version=__version__)
+    _answer_host(agent=config["token"], version=__version__, workspace=workspace)
     server.take(Connection(_connect(end), "host", False, 0.0))
     server.serve_forever()
 
@@ -13392,6 +13393,7 @@ class VmPool:
     """
 
     single_use = False  # there is one build: nobody needs a VM in place of the one that it takes
+    same_path = False  # no VM waits beside a build if their workspaces would have different paths
 
     def __init__(
         self, make_vm: Callable[..., Vm], boot_timeout_s: float = BOOT_TIMEOUT_S, reap: bool = False, warm: int = 0
@@ -13403,14 +13405,12 @@ class VmPool:
         self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
         self._alive: dict[object, int] = {}  # guarded by _spawning; VMs and clean-ups, with their process ids
-        # The program that exec'ed this one may have had children of its own.
-        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()
+        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # of what exec'ed this program
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
         self._booting: Vm | None = None  # guarded by _changed; the next spare
         self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is
-        self._failures = 0  # guarded by _changed; spares that did not boot
-        self._failure = ""  # guarded by _changed; why the last one did not
+        self._failure: Sequence[str] = ()  # guarded by _changed; why the last spare did not boot: each a new object
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -13427,7 +13427,7 @@ class VmPool:
         if booting:
             booting.kill()
         for vm in spares:
-            self.destroy(vm)
+            self.destroy(vm, clean=True)
         self._thread.join(self._boot_timeout_s)
 
     def boot(self, vm: Vm, timeout_s: float = 0.0) -> dict[str, Any]:
@@ -13481,7 +13481,7 @@ class VmPool:
                     if not self._stopping:
                         logger().error("no VM waits for a build: %s", e or type(e).__name__)
                         count("confbuild_vms_lost_total")
-                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
+                    self._failure = [str(e) or type(e).__name__]
                     self._changed.notify_all()
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
@@ -13517,7 +13517,8 @@ class VmPool:
                 if self._stopping:
                     vm.kill()
             with vm.explained():
-                self.boot(vm)
+                shown = self.boot(vm).get("workspace") == WORK
+            self.single_use |= self.same_path and not shown
         finally:
             with self._changed:
                 self._booting = None
@@ -13553,16 +13554,16 @@ class VmPool:
         with self._changed:
             if self._waiting == MAX_WAITING:
                 raise vm_error(f"{MAX_WAITING} other requests wait for a VM")
-            before, limit = self._failures, self._boot_timeout_s + RETRY_S
+            before, limit = self._failure, self._boot_timeout_s + RETRY_S
             self._waiting += 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
+                self._changed.wait_for(lambda: self._spares or self._failure is not before or self._stopping, limit)
             finally:
                 self._waiting -= 1
             if self._spares and not self._stopping:
                 return self._spares.pop(0)
-            raise vm_error(self._failure if self._failures > before else "no VM is ready")
+            raise vm_error("no VM is ready" if self._failure is before else self._failure[0])
 
     def attestation(self, nonce: str) -> bytes:
         """Return evidence.json of a VM that waits or is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
@@ -13678,8 +13679,9 @@ class VmHost(NamedTuple):
         try:
             agent_job = agent.submit(request, source)
         except RemoteError as e:
-            error_type = "LimitError" if e.status == http.HTTPStatus.INSUFFICIENT_STORAGE else "VmError"
-            raise BuildFailed(error_type, f"the VM did not accept the build: {e}") from None
+            if e.status == http.HTTPStatus.INSUFFICIENT_STORAGE:
+                raise limit_error(f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {e}") from None
+            raise vm_error(f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
             failure = relay_events(stream, log, self.max_log, job.id)
             if failure:
@@ -16040,7 +16042,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         guard_process(),
         int(not machine.guest and not options.vm_command) if options.warm is None else options.warm,
     )
-    pool.single_use = options.single_use
+    pool.single_use, pool.same_path = options.single_use, options.warm is None
     expected = machine.platform.expectations(machine.facts)
     vms = VmHost(
         pool,

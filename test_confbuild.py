@@ -23588,7 +23588,9 @@ class TestVm:
             vm.client = confbuild.ApiClient(agent.url)  # type: ignore[assignment]
             job = confbuild.Job(str(tmp_path), confbuild.JobRecord(1, request))
             job.log = confbuild.EventLog(str(tmp_path / "events"))
-            message = f"^the VM did not accept the build: the server said {status}: no$"
+            full = "the disk of the VM (the server's TMPDIR or a guest's memory) is full"
+            message = re.escape(full if status == 507 else "the VM did not accept the build")
+            message = f"^{message}: the server said {status}: no$"
             with pytest.raises(confbuild.BuildFailed, match=message) as caught:
                 stand_in_host(tmp_path)._drive(vm, job, request, None)
         assert caught.value.error_type == error_type
@@ -24530,6 +24532,24 @@ class TestSpares:
         host.pool.start()
         wait_for(lambda: host.pool._spares)
         assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
+        host.pool.stop()
+
+    @pytest.mark.parametrize("path", ["/work", "/tmp/confbuild-vm-0"])
+    def test_same_path(self, tmp_path: Path, path: str) -> None:
+        """Beside a build no VM waits by itself if it would show its workspace elsewhere: builds would not repeat."""
+
+        class Shown(StandInVm):
+            def greet(self, timeout_s: float) -> Any:
+                return super().greet(timeout_s) | {"workspace": path}
+
+        host = stand_in_host(tmp_path)
+        host.pool._make_vm, host.pool._warm, host.pool.same_path = Shown, 1, True
+        host.pool.start()
+        wait_for(lambda: host.pool._spares)
+        first = host.pool.take("")
+        assert first.ready and host.pool._warm == (path == "/work")
+        if path == "/work":
+            wait_for(lambda: host.pool._spares)
         host.pool.stop()
 
     def test_taken_while_it_boots(self, tmp_path: Path) -> None:
