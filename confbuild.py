@@ -6835,14 +6835,14 @@ def pack_directory(
     Raises UsageError."""
     try:
         source = read_source(directory, workspace, outputs, submodules, allow_filters)
+        if not source.files:
+            raise UsageError(f"{directory}: there is nothing to build")
+        name, history = safe_name(basename(realpath(directory))), source.history
+        tree = history.tree if history else git_tree(source.root, source.files)
+        whole = history and not source.git  # with the empty folders of submodules
+        write_source(archive, source.root, name, [""] if whole else source.files, source.git)
     except BuildFailed as e:
         raise UsageError(f"{directory}: {e}", e.hint) from None
-    if not source.files:
-        raise UsageError(f"{directory}: there is nothing to build")
-    name, history = safe_name(basename(realpath(directory))), source.history
-    tree = history.tree if history else git_tree(source.root, source.files)
-    whole = history and not source.git  # with the empty folders of submodules
-    write_source(archive, source.root, name, [""] if whole else source.files, source.git)
     return Packed(source.note, tree, history.commit if history else "", source.files)
 
 
@@ -16378,6 +16378,24 @@ class Delivery(NamedTuple):
     checks: Sequence[str] = ()
 
 
+@contextmanager
+def _undisturbed_end() -> Iterator[tuple[str, contextlib.ExitStack]]:
+    """Yield a folder for temporary files, and a stack of what to do at the end of the block.
+
+    No signal interrupts that end: a second Ctrl-C would leave VMs and files behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
+            try:
+                yield scratch, stack
+            finally:
+                for number in handlers:
+                    signal.signal(number, signal.SIG_IGN)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def cmd_build(options: "argparse.Namespace") -> int:
     """Submit, follow, download and verify one build.
 
@@ -16412,7 +16430,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):  # they cancel, as Ctrl-C does; nohup ignores SIGHUP
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
+    with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         display = Display(sys.stderr, options.format)
         if machine:  # first, so that a simulated VM starts while the source is packed

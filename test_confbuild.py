@@ -11812,6 +11812,10 @@ class TestGitTree:
         with pytest.raises(confbuild.BuildFailed, match="'pipe' is neither a file nor a link") as caught:
             confbuild.git_tree(str(tmp_path), confbuild.walk_files(str(tmp_path)))
         assert caught.value.error_type == "SourceError"
+        scratch = tmp_path.parent / f"{tmp_path.name}-scratch"
+        scratch.mkdir()
+        with pytest.raises(confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link$"):
+            confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch))
 
     def test_a_deep_repository(self, tmp_path: Path) -> None:
         """A fetched one, which no archive's limit has seen: no RecursionError."""
@@ -23189,8 +23193,17 @@ class TestVm:
             wait_for(lambda: [*(tmp_path / "tmp").glob("confbuild-vm-*")])
             raise KeyboardInterrupt
 
+        stop = confbuild.VmPool.stop
+
+        def stop_and_interrupt(pool: confbuild.VmPool) -> None:
+            signal.raise_signal(signal.SIGINT)  # a second Ctrl-C
+            stop(pool)
+
+        monkeypatch.setattr(confbuild.VmPool, "stop", stop_and_interrupt)
         monkeypatch.setattr(confbuild, "_pack", interrupt)
+        handler = signal.getsignal(signal.SIGINT)
         assert confbuild.main(["build", str(tmp_path / "demo"), "-o", str(tmp_path / "o")]) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
         assert [*(tmp_path / "tmp").iterdir()] == []
 
     def test_free_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
