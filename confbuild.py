@@ -6851,7 +6851,7 @@ def pack_directory(
 # region 25. Toolchains                                    [uses 16, 20, 21, 24]
 # ==============================================================================
 # Recognises a project's toolchain, and records its inputs before the build.  A toolchain is one row of TOOLCHAINS
-# and two functions, such as go_dependencies, which reads the lock file and runs nothing, and collect_go, which finds
+# and two functions, such as go_dependencies, which reads the lock file and runs nothing, and collect_cargo, which finds
 # the artifacts after the build.  A plan is a row that has been completed for one project: read_inputs adds what the
 # source says.  prepare adds the programs, which it looks up once, in the project's directory; that same file is hashed,
 # asked for its version and run.
@@ -6911,6 +6911,7 @@ class Toolchain(NamedTuple):
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
+    settings: files below HOME -> their text.
     lock: the contents of lock_file.
     dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
     programs: those of tools.
@@ -6933,6 +6934,7 @@ class Toolchain(NamedTuple):
     artifacts: Sequence[str] = ()
     build_type: str = BUILD_TYPE
     store: Strings = {}
+    settings: Strings = {}
     lock: bytes = b""
     dependencies: Sequence[Json] | None = None
     programs: Mapping[str, Program] = {}
@@ -6960,6 +6962,11 @@ def _read_toml(path: str) -> Json:
         return {}
 
 
+def _with_above(folder: str) -> list[str]:
+    """Return folder and those above it, up to the source root "", to which they are relative."""
+    return [folder, *_with_above(dirname(folder))] if folder else [""]
+
+
 def _find_workspace(root: str, folder: str) -> str:
     """Return the folder of the workspace that the cargo package in folder belongs to: its own, or one above.
 
@@ -6976,15 +6983,12 @@ def _find_workspace(root: str, folder: str) -> str:
     if isinstance(pointer, str):
         place = _locate(root, folder, pointer)
         return "" if place == "." else place or folder
-    place = folder
-    while True:
+    for place in _with_above(folder):
         table = _read_toml(join(root, place, "Cargo.toml")).get("workspace")
-        inner = relpath(join(root, folder), join(root, place))
+        inner = relpath(folder or ".", place or ".")
         if table is not None:
             return folder if names("exclude") and not names("members") else place
-        if not place:
-            return folder
-        place = dirname(place)
+    return folder
 
 
 def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolchain]:
@@ -7057,8 +7061,16 @@ def prepare(
     own = {name: value.format(project=project) for name, value in plan.env.items()}
     programs = {name: find_program(name, project, {**env, **own}, emit) for name in plan.tools}
     own |= {name: programs[value].path for name, value in own.items() if value in programs}
-    # For programs that call these by name. A link called npm leads to a folder with another npm, which does not work.
-    folders = dict.fromkeys(dirname(found.path) for name, found in programs.items() if basename(found.path) == name)
+    # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
+    # ones that come first in PATH, and may hold another npm or pnpm.
+    behind = (
+        found.path
+        for name, found in programs.items()
+        if realpath(shutil.which(name, path=env["PATH"]) or "") != found.path
+    )
+    folders = dict.fromkeys(map(dirname, behind))
+    for file, text in plan.settings.items():
+        write_file(join(env["HOME"], file), text.encode("utf-8"))
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
@@ -7312,11 +7324,17 @@ def _scan_cargo(
         if not f"{folder}/".startswith(base):
             continue  # cargo does not read it
         with _parsing(name):
+            if "lockfile-path" in doc.get("resolver", {}):
+                raise BuildFailed(
+                    "ProvenanceError", f"{name}: resolver.lockfile-path makes cargo read another lock file"
+                )
             sources = doc.get("source", {}).values()
             rows = [(key, s[key]) for s in sources for key in ("directory", "local-registry") if key in s]
             rows += [(key, target) for key in ("include", "paths") for target in doc.get(key, ())]
             for kind, target in rows:
-                where = _locate(root, base, target) if kind != "include" else ""  # more files that cargo reads
+                where = _locate(root, base, target)
+                if kind == "include":
+                    raise BuildFailed("ProvenanceError", f"{name}: include names more settings of cargo: {target}")
                 if not where:
                     raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
                 instead[where] = kind == "directory"
@@ -7516,9 +7534,14 @@ def parse_lock_yaml(data: bytes) -> Json:
 def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
 
-    Raises BuildFailed SourceError.
+    Raises BuildFailed SourceError, also if settings of pnpm could name another lock file.
     """
     found = []
+    for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
+        if re.search(
+            rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|\\[ux]", read_lockfile(join(root, path))
+        ):
+            raise source_error(f"{path}: settings that may name another lock file are refused")
     with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
@@ -7558,9 +7581,15 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
 
     A package inside project, or inside the tarball of another, has no entry.
-    Raises BuildFailed SourceError.
+    Raises BuildFailed SourceError, also if npm would read the lock file of a workspace above.
     """
     found = {}
+    for above in _with_above(folder)[1:]:
+        with _parsing(join(above, "package.json")):
+            spaces = json.loads(read_lockfile(join(root, above, "package.json")) or "{}").get("workspaces", ())
+            patterns = spaces.get("packages", ()) if isinstance(spaces, dict) else spaces
+            if any(fnmatch.fnmatch(relpath(folder, above or "."), normpath(pattern)) for pattern in patterns):
+                raise source_error(f"npm reads the lock file of the workspace that {folder} belongs to: build that")
     with _parsing("package-lock.json"):
         doc = json.loads(lock)
         if doc["lockfileVersion"] not in (2, 3):
@@ -7606,7 +7635,10 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
             target, *version = new.split()
             if not version and not _locate(root, folder, target):
-                raise ValueError(f"{old.strip()} is replaced by {target}, outside of the source")
+                problem = f"go.mod: {old.strip()} is replaced by {target}, which is no part of what was sent"
+                raise source_error(
+                    f"{problem}; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
+                )
             replaced[tuple(old.split())] = (target, *version)
         modules = set()
         for name, version in (row.split() for verb, row in rows if verb == "require"):
@@ -7622,9 +7654,25 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         ]
 
 
-def collect_go(project: str, _: bytes) -> Artifacts:
-    """Return (name, path) of the executables of main packages."""
-    return [row for row in find_artifacts(project, [_OWN_OUTPUT], ["*"]) if _is_executable(row[1])]
+def evaluate_go(plan: Toolchain, root: str, folder: str) -> Toolchain:
+    """Return plan with what collects the executables of main packages.
+
+    Of several packages whose executables have one name, go keeps any: none of them is an artifact.
+    """
+    argv = [plan.programs["go"].path, "list", "-e", "-find", "-f", '{{if eq .Name "main"}}{{.Target}}{{end}}', "./..."]
+    _, listed, _ = capture(argv, join(root, folder), plan.env, untrusted=True)
+    names = [basename(path) for path in listed.decode("utf-8", "replace").split("\n")]
+
+    def collect(project: str, _: bytes) -> Artifacts:
+        made = [row for row in find_artifacts(project, [_OWN_OUTPUT], ["*"]) if _is_executable(row[1])]
+        taken = [row for row in made if names.count(row[0]) < 2]
+        if made and not taken:
+            raise BuildFailed(
+                "NoArtifacts", f"several main packages are called {made[0][0]}; --subdir builds one of them"
+            )
+        return taken
+
+    return plan._replace(collect=collect)
 
 
 # confbuild.toml: the argument vector, patterns of the artifacts, lock files, programs, folders to remove.
@@ -7695,10 +7743,13 @@ TOOLCHAINS = (
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        # The last ones: it reads this lock file, whatever the project's .npmrc says.
-        env={"npm_config_manage_package_manager_versions": "false", "npm_config_package_manager_strict": "false",
-            "CI": "true", "npm_config_lockfile_dir": "{project}", "npm_config_git_branch_lockfile": "false",
-            "npm_config_shared_workspace_lockfile": "true"},
+        # The last three: it reads this lock file, whatever the project's .npmrc says. pnpm 11 reads pnpm_config_.
+        env={"CI": "true", "pnpm_config_pm_on_fail": "ignore", **{f"{prefix}_config_{name}": value
+            for prefix in ("npm", "pnpm") for name, value in (("manage_package_manager_versions", "false"),
+                ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
+                ("shared_workspace_lockfile", "true"))}},
+        # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
+        settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
@@ -7707,7 +7758,7 @@ TOOLCHAINS = (
     # Neither the builder's settings nor a workspace file change the build.
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],
-        go_dependencies, collect_go, env={"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"},
+        go_dependencies, evaluate=evaluate_go, env={"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"},
         fetches=1, outputs=(_OWN_OUTPUT,), folders=(_OWN_OUTPUT,), build_type=CONFBUILD_TYPE),
 )
 # fmt: on
@@ -8214,8 +8265,8 @@ _CAUSE = re.compile(
     r"""
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
-        | npm\ error\ (?!code|errno|syscall|path) | ERR_PNPM_
-        | go:\ (?!downloading|warning) | \S+\.go:[0-9]+:[0-9]+:
+        | npm\ error\ (?!code|errno|syscall|path) | ERR_PNPM_ | ERROR[ ]{2}
+        | go:\ (?!downloading|warning|no\ module\ dependencies) | \S+\.go:[0-9]+:[0-9]+:
     ) .*
     """,
     re.VERBOSE | re.MULTILINE,
@@ -8237,7 +8288,7 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        if not self.cause and any(word in text for word in ("error", "ERR_PNPM_", "go: ", ".go:")):
+        if not self.cause and any(word in text for word in ("error", "ERR_PNPM_", "ERROR  ", "go: ", ".go:")):
             match = _CAUSE.search(re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
             self.cause = match[0].strip() if match else ""
         if lines:
@@ -16502,7 +16553,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         try:
             find_outputs(source, options.toolchain, options.subdir)
         except BuildFailed as e:
-            raise UsageError(f"{source}: {e}", e.hint) from None
+            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint) from None
 
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:

@@ -13832,7 +13832,8 @@ class TestPrograms:
         env = {"PATH": f"{tmp_path}/bin:{tmp_path}/node:/usr/bin:/bin"}
         plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
         assert plan.programs["npm"].path == f"{tmp_path}/lib/npm-cli.js"
-        assert plan.env["PATH"].split(":") == [f"{tmp_path}/node", *env["PATH"].split(":")]
+        # Nor is node's folder put first: what scripts call npm is what was hashed, though there may be one beside node.
+        assert plan.env["PATH"] == env["PATH"]
 
     def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
         script(tmp_path / "real", "echo cargo 1\n")
@@ -14121,7 +14122,8 @@ class TestCargoDependencies:
             ('paths = ["link"]', "paths leads to link"),
             ('[source.v]\ndirectory = "../v"', "directory leads to ../v"),
             ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
-            ('include = ["x.toml"]', "include leads to x.toml"),
+            ('include = ["x.toml"]', "include names more settings of cargo: x.toml"),
+            ('[resolver]\nlockfile-path = "x"', "resolver.lockfile-path makes cargo read another lock file"),
             ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
             ("paths = [3]", ".cargo/config.toml has an unexpected form: TypeError"),
         ],
@@ -14479,6 +14481,32 @@ class TestPnpm:
         assert env["npm_config_lockfile_dir"] == str(tmp_path)
         assert env["npm_config_git_branch_lockfile"] == "false"
         assert env["npm_config_shared_workspace_lockfile"] == "true"
+        assert env["pnpm_config_lockfile_dir"] == str(tmp_path) and env["pnpm_config_pm_on_fail"] == "ignore"  # pnpm 11
+        # What scripts call reads neither: pnpm 10 gives them an empty value.
+        assert (Path(env["HOME"]) / ".config/pnpm/rc").read_text() == "manage-package-manager-versions=false\n"
+
+    @pytest.mark.parametrize("place", ["", "packages/", "packages/x/"])
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "lockfileDir: o",
+            "lockfile-dir: o",
+            "gitBranchLockfile: true",
+            "sharedWorkspaceLockfile: false",
+            '"\\x6c": o',
+        ],
+    )
+    def test_settings_of_the_workspace(self, tmp_path: Path, place: str, line: str) -> None:
+        """They outrank the environment in pnpm 10. [pnpm: settings]"""
+        write_files(tmp_path, {f"{place}pnpm-workspace.yaml": f"packages:\n  - x\n{line}\n", "packages/x/y": ""})
+        lock = b"lockfileVersion: '9.0'\n"
+        read = functools.partial(confbuild.pnpm_dependencies, lock, str(tmp_path), "packages/x")
+        assert failure(read) == (
+            "SourceError",
+            f"{place}pnpm-workspace.yaml: settings that may name another lock file are refused",
+        )
+        write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
+        assert read() == []
 
     SHORT, INTEGRITY = (
         f"{name}-" + base64.b64encode(bytes(range(size))).decode() for name, size in (("sha1", 20), ("sha512", 64))
@@ -14595,6 +14623,30 @@ class TestPnpm:
 
 
 class TestNpm:
+    @pytest.mark.parametrize(
+        ("workspaces", "is_member"),
+        [
+            (["packages/*"], True),
+            ({"packages": ["./packages/x"]}, True),
+            (["**"], True),
+            (["packages"], False),
+            (["x", "other/*"], False),
+            ({}, False),
+        ],
+    )
+    def test_a_member_of_a_workspace(self, tmp_path: Path, workspaces: Any, is_member: bool) -> None:
+        """npm reads the lock file of the workspace. [npm: workspaces]"""
+        lock = json.dumps({"lockfileVersion": 3, "packages": {"": {}}}).encode()
+        write_files(tmp_path, {"package.json": json.dumps({"workspaces": workspaces}), "packages/x/package.json": "{}"})
+        read = functools.partial(confbuild.npm_dependencies, lock, str(tmp_path), "packages/x")
+        if is_member:
+            said = "npm reads the lock file of the workspace that packages/x belongs to: build that"
+            assert failure(read) == ("SourceError", said)
+        else:
+            assert read() == []
+        write_files(tmp_path, {"package.json": '{"workspaces": 3}'})
+        assert failure(read)[1].startswith("package.json has an unexpected form: ")
+
     def test_a_shrinkwrap_wins(self, tmp_path: Path) -> None:
         """`npm ci` prefers it. [npm-shrinkwrap.json(5)]"""
         lock = {"lockfileVersion": 3, "packages": {"": {}}}
@@ -14807,12 +14859,6 @@ class TestGo:
     @pytest.mark.parametrize(
         ("mod", "sums", "fragment"),
         [
-            (GO_MOD + "replace rsc.io/quote => ../quote\n", GO_SUM, "rsc.io/quote is replaced by ../quote, outside"),
-            (
-                GO_MOD + "replace rsc.io/quote v1.5.2 => /quote\n",
-                GO_SUM,
-                "rsc.io/quote v1.5.2 is replaced by /quote, outside",
-            ),
             (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "ValueError"),
             (GO_MOD + "require rsc.io/quote\n", GO_SUM, "ValueError"),
             (GO_MOD, "one two\n", "ValueError"),
@@ -14827,6 +14873,15 @@ class TestGo:
         assert kind == "SourceError" and message.startswith("go.mod and go.sum has an unexpected form: ")
         assert fragment in message
 
+    @pytest.mark.parametrize(("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote")])
+    def test_a_folder_outside(self, tmp_path: Path, old: str, new: str) -> None:
+        write_files(tmp_path, {"go.mod": GO_MOD + f"replace {old} => {new}\n"})
+        kind, message = failure(lambda: confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path)))
+        assert kind == "SourceError" and message == (
+            f"go.mod: {old} is replaced by {new}, which is no part of what was sent; "
+            "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
+        )
+
     def test_the_plan(self, tmp_path: Path) -> None:
         """[CONTRACT 2.1]"""
         plan = inputs_of(write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM}))
@@ -14836,9 +14891,25 @@ class TestGo:
         ]
         assert plan.env == {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
         assert (plan.lock.decode(), plan.fetches, plan.build_type) == (GO_SUM, 1, "urn:confbuild:build:v1")
+
+    def test_the_executables(self, tmp_path: Path) -> None:
+        """Of two with one name, the one that is kept is any. [CONTRACT 2.1]"""
+        targets = ["/home/go/bin/v1.2-tool", "", "/home/go/bin/twice", "/home/go/bin/twice", "/home/go/bin/lost"]
+        script(tmp_path / "bin/go", "[ $1 = list ] && echo '" + "\n".join(targets) + "'\n")
+        write_files(tmp_path, {"go.mod": GO_MOD, "go.sum": GO_SUM, ".confbuild/plain": ""})
+        go = next(row for row in confbuild.TOOLCHAINS if row.name == "go")
+        plan = go._replace(
+            env=on_path(tmp_path / "bin"), programs={"go": confbuild.Program(str(tmp_path / "bin/go"), "", "")}
+        )
+        plan = confbuild.evaluate_go(plan, str(tmp_path), "")
+        assert plan.collect(str(tmp_path), b"") == []
+        script(tmp_path / ".confbuild/twice", "")
+        with pytest.raises(
+            confbuild.BuildFailed, match="^several main packages are called twice; --subdir builds one of"
+        ):
+            plan.collect(str(tmp_path), b"")
         script(tmp_path / ".confbuild/v1.2-tool", "")
-        write_files(tmp_path, {".confbuild/plain": ""})
-        assert [name for name, _ in confbuild.collect_go(str(tmp_path), b"")] == ["v1.2-tool"]
+        assert [name for name, _ in plan.collect(str(tmp_path), b"")] == ["v1.2-tool"]
 
 
 RECIPE = 'command = ["make", "all"]\nartifacts = ["out/*"]\n'
@@ -16590,6 +16661,9 @@ class TestBuildLog:
             ("go: a.example/b@v0.0.0: 403 Forbidden", "go: a.example/b@v0.0.0: 403 Forbidden"),
             ("go: downloading a.example/b v0.0.0", ""),
             ("go: warning: x", ""),
+            ("go: no module dependencies to download", ""),
+            ("\u2009ERROR\u2009 packages field missing or empty", ""),
+            (" ERROR  packages field missing or empty", "ERROR  packages field missing or empty"),
             ("./cmd/main.go:4:2: undefined: x", "./cmd/main.go:4:2: undefined: x"),
             ("see main.go:4:2: x", ""),
             ("errors: x", ""),
