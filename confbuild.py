@@ -7088,7 +7088,8 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
         try:
             status, output, errors = capture(argv, project, {**env, **more}, 64 * KIB, untrusted=True)
         except OSError as e:
-            raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}") from None
+            advice = "; --readable DIR lets builds read its folder" * (e.errno == errno.EACCES)
+            raise BuildFailed("UnsupportedToolchainError", f"cannot run {argv[0]}: {e.strerror}{advice}") from None
         line = output.decode("utf-8", "replace").strip().partition("\n")[0]
         if status == 0 and line.isprintable() and line:
             return line
@@ -7107,8 +7108,10 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
             try:
                 path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="0")
             except BuildFailed as e:
-                if env.get("RUSTUP_AUTO_INSTALL") == "0" or "is not installed" not in str(e):
+                if "is not installed" not in str(e):
                     raise
+                if env.get("RUSTUP_AUTO_INSTALL") == "0":
+                    raise BuildFailed(e.error_type, f"{e}, and RUSTUP_AUTO_INSTALL=0 forbids to install it") from None
                 own = join(env["HOME"], ".rustup")
                 if not exists(own):  # it takes a while
                     emit("init", [f"Installing the toolchain for this build: {e}"])
@@ -8486,7 +8489,8 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
-            closed = " (the network is closed in this step)" * (network == b"fetch")
+            needs = re.search("(?i)network|resolve|connect|fetch|dial|getaddrinfo|EAI_AGAIN|ENOTFOUND|^$", log.cause)
+            closed = " (the network is closed in this step)" * (network == b"fetch" and bool(needs))
             message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}"
             raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
     return network, stdout

@@ -13787,6 +13787,14 @@ class TestPrograms:
             f"cannot run {tmp_path}/gone/bin/cargo: No such file or directory",
         )
 
+    def test_a_program_that_may_not_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        script(tmp_path / "bin/cargo", "")
+        refused = PermissionError(errno.EACCES, "Permission denied")
+        monkeypatch.setattr(confbuild, "capture", raising(refused))
+        assert failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin")))[1] == (
+            f"cannot run {tmp_path}/bin/cargo: Permission denied; --readable DIR lets builds read its folder"
+        )
+
     def test_rustup_installs_a_missing_toolchain_for_this_build(self, tmp_path: Path) -> None:
         """It goes below HOME, which is the build's own. RUSTUP_AUTO_INSTALL=0 forbids it. [CONTRACT 2.2]"""
         recipe = """
@@ -13816,7 +13824,8 @@ class TestPrograms:
             f"; its installation failed: `{tmp_path}/bin/rustup which cargo` failed: error: no network"
         )
         (tmp_path / "network").touch()
-        assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, missing)
+        forbidden = f"{missing}, and RUSTUP_AUTO_INSTALL=0 forbids to install it"
+        assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, forbidden)
         assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
         assert told == [("init", [f"Installing the toolchain for this build: {missing}"])]  # once: rustc finds it there
 
@@ -17211,6 +17220,28 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         )
         with tarfile.open(tmp_path / "out/artifacts/dist.tar.gz") as tar:
             assert tar.getnames() == ["dist", "dist/x"]
+
+    @pytest.mark.parametrize(
+        ("line", "is_network"),
+        [
+            ("error: getaddrinfo EAI_AGAIN registry.npmjs.org", True),
+            ("error: fetch failed", True),
+            ("no cause at all", True),
+            ("error: src/x.ts:3: a type does not match", False),
+        ],
+    )
+    def test_a_failure_without_a_network(self, tmp_path: Path, line: str, is_network: bool) -> None:
+        """The message says so where that may be why. [CONTRACT 2.1]"""
+        if not confbuild.probe_sandbox()[0].filtered:
+            pytest.skip("this kernel has no seccomp, so the network stays open")
+        version = '[ "$1" = --version ] && { echo 9; exit; }\n'
+        script(tmp_path / "bin/pnpm", f"{version}[ $1 = build ] && {{ echo '{line}'; exit 3; }} || true\n")
+        script(tmp_path / "bin/node", "echo v22.12.0\n")
+        demo = write_files(tmp_path / "demo", {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n", "package.json": "{}"})
+        built = Built(demo, tmp_path / "out", PATH=on_path(tmp_path / "bin")["PATH"])
+        closed = " (the network is closed in this step)" * is_network
+        cause = f": {line}" * line.startswith("error")
+        assert built.result is not None and built.result["error"] == f"pnpm build ended with status 3{closed}{cause}"
 
     def test_a_recipe(self, tmp_path: Path) -> None:
         recipe = 'command = ["./build.sh"]\nartifacts = ["out/*"]\nprograms = ["sh"]\noutputs = ["out"]\n'
