@@ -11049,7 +11049,7 @@ function showPhases(live) {
   $("phases").tBodies[0].replaceChildren(...names.map((name, i) => {
     const next = order.find(time => time > began[name]);
     const time = name in began ? span((next ? next * 1000 : end) - began[name] * 1000) : "";
-    const text = name == "build" ? `${lineCount.toLocaleString("en")} lines` : phases.get(name);
+    const text = name == "build" ? $("count").textContent : phases.get(name);
     return el("tr", {className: live && i == names.length - 1 ? "now" : ""},
       el("th", {scope: "row", textContent: name}), el("td", {textContent: time}), el("td", {textContent: text}));
   }));
