@@ -8270,11 +8270,15 @@ _CAUSE = re.compile(
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
         | npm\ error\ (?!code|errno|syscall|path) | ERR_PNPM_ | ERROR[ ]{2}
+        | Error:\ listen\ EACCES
         | go:\ (?!downloading|warning|no\ module\ dependencies) | \S+\.go:[0-9]+:[0-9]+:
     ) .*
     """,
     re.VERBOSE | re.MULTILINE,
 )
+
+
+_CAUSE_WORDS = ("error", "ERR_PNPM_", "ERROR  ", "listen EACCES", "go: ", ".go:")  # of which each cause has one
 
 
 class BuildLog:
@@ -8292,7 +8296,7 @@ class BuildLog:
         """Emit lines as events of the phase `build`."""
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
-        if not self.cause and any(word in text for word in ("error", "ERR_PNPM_", "ERROR  ", "go: ", ".go:")):
+        if not self.cause and any(word in text for word in _CAUSE_WORDS):
             match = _CAUSE.search(re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
             self.cause = match[0].strip() if match else ""
         if lines:
@@ -8491,8 +8495,11 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
             ending = f"status {status}" if status > 0 else f"signal {-status}"
             needs = re.search("(?i)network|resolve|connect|fetch|dial|getaddrinfo|EAI_AGAIN|ENOTFOUND|^$", log.cause)
             closed = " (the network is closed in this step)" * (network == b"fetch" and bool(needs))
-            message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}"
-            raise BuildFailed("LimitError" if full else "BuildError", message.removesuffix(": "))
+            message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}".removesuffix(": ")
+            message += " (builds may use no Unix socket unless --no-isolation lets them)" * (
+                "listen EACCES" in log.cause
+            )
+            raise BuildFailed("LimitError" if full else "BuildError", message)
     return network, stdout
 
 

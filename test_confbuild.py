@@ -16670,6 +16670,10 @@ class TestBuildLog:
             ("go: a.example/b@v0.0.0: 403 Forbidden", "go: a.example/b@v0.0.0: 403 Forbidden"),
             ("go: downloading a.example/b v0.0.0", ""),
             ("go: warning: x", ""),
+            (
+                "Error: listen EACCES: permission denied /work/tmp/x",
+                "Error: listen EACCES: permission denied /work/tmp/x",
+            ),
             ("go: no module dependencies to download", ""),
             ("\u2009ERROR\u2009 packages field missing or empty", ""),
             (" ERROR  packages field missing or empty", "ERROR  packages field missing or empty"),
@@ -17228,6 +17232,7 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
             ("error: fetch failed", True),
             ("no cause at all", True),
             ("error: src/x.ts:3: a type does not match", False),
+            ("Error: listen EACCES: permission denied /work/tmp/tsx-0/1.pipe", False),
         ],
     )
     def test_a_failure_without_a_network(self, tmp_path: Path, line: str, is_network: bool) -> None:
@@ -17240,7 +17245,8 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         demo = write_files(tmp_path / "demo", {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n", "package.json": "{}"})
         built = Built(demo, tmp_path / "out", PATH=on_path(tmp_path / "bin")["PATH"])
         closed = " (the network is closed in this step)" * is_network
-        cause = f": {line}" * line.startswith("error")
+        cause = f": {line}" * line.startswith(("error", "Error"))
+        cause += " (builds may use no Unix socket unless --no-isolation lets them)" * ("listen" in line)
         assert built.result is not None and built.result["error"] == f"pnpm build ended with status 3{closed}{cause}"
 
     def test_a_recipe(self, tmp_path: Path) -> None:
