@@ -6903,7 +6903,8 @@ class Toolchain(NamedTuple):
     adapt: called with a project; returns those of the other fields that depend on it.
     evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
         is missing, the next toolchain whose marker exists builds the project.
-    env: added to the environment of the build; the name of a tool stands for its path, {project} for the project's.
+    env: added to the environment of the build; the name of a tool stands for its path, {project} for the project's,
+        {home} for HOME.
     fetches: how many of the steps need a network; 0 if all may use it.
     outputs: the directories of a project that are removed before the build.
     folders: where the build puts artifacts: patterns relative to the project.
@@ -6912,6 +6913,8 @@ class Toolchain(NamedTuple):
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
     settings: files below HOME -> their text.
+    locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
+        certain.
     lock: the contents of lock_file.
     dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
     programs: those of tools.
@@ -6935,6 +6938,7 @@ class Toolchain(NamedTuple):
     build_type: str = BUILD_TYPE
     store: Strings = {}
     settings: Strings = {}
+    locate: Sequence[str] = ()
     lock: bytes = b""
     dependencies: Sequence[Json] | None = None
     programs: Mapping[str, Program] = {}
@@ -6957,7 +6961,7 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
 def _read_toml(path: str) -> Json:
     """Return the contents of a file of cargo's; {} if cargo cannot read it, which it reports if it matters."""
     try:
-        return tomllib.loads(read_limited(path, MIB).decode("utf-8"))
+        return tomllib.loads(read_limited(path, MIB).decode("utf-8-sig"))
     except (OSError, UsageError, ValueError, RecursionError):
         return {}
 
@@ -7004,13 +7008,13 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
         return isfile(path) and not islink(path)
 
     project = normpath(join(root, folder))
-    is_package = is_regular(join(project, "Cargo.toml"))
+    is_package, manifest = isfile(join(project, "Cargo.toml")), _read_toml(join(project, "Cargo.toml"))
     lock = relpath(join(root, _find_workspace(root, folder) if is_package else folder, "Cargo.lock"), project)
-    rows = [
-        row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row
-        for row in TOOLCHAINS
-        if name in ("", row.name)
-    ]
+    package = manifest.get("package")
+    is_plain = not folder and ("workspace" in manifest or isinstance(package, dict) and "workspace" not in package)
+    rows = [row for row in TOOLCHAINS if name in ("", row.name)]
+    rows = [row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row for row in rows]
+    rows = [row._replace(locate=()) for row in rows] if is_plain or not is_package and not folder else rows
     found = [row for row in rows if is_regular(join(project, row.marker))]
     if found:
         return found
@@ -7058,7 +7062,7 @@ def prepare(
     Raises BuildFailed.
     """
     plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
-    own = {name: value.format(project=project) for name, value in plan.env.items()}
+    own = {name: value.format(project=project, home=env.get("HOME", "")) for name, value in plan.env.items()}
     programs = {name: find_program(name, project, {**env, **own}, emit) for name in plan.tools}
     own |= {name: programs[value].path for name, value in own.items() if value in programs}
     # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
@@ -7073,6 +7077,15 @@ def prepare(
         write_file(join(env["HOME"], file), text.encode("utf-8"))
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
+    if plan.locate:  # a reading of our own is in doubt
+        argv = [programs[plan.locate[0]].path, *plan.locate[1:]]
+        status, output, _ = capture(argv, project, plan.env, MIB, untrusted=True)
+        used = output.decode("utf-8", "replace").strip()
+        used, lock = used if isdir(used) else dirname(used), join(project, plan.lock_file)
+        # If it fails, so will the build; versions of cargo before 1.48 lack the option.
+        if status == 0 and isabs(used) and isdir(used) and realpath(used) != realpath(dirname(lock)):
+            problem = f"{plan.locate[0]} reads the lock file in {used}, not {join(folder, plan.lock_file)}"
+            raise BuildFailed("ProvenanceError", problem)
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
@@ -7229,7 +7242,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
         dependency = _cargo_dependency(name, version, source, checksum)
-        place, vendored = replaced.get((name, version), ("", False))
+        place, vendored = replaced.get((name, "")) or replaced.get((name, version), ("", False))
         path = join(root, place)
         if place and not (vendored and _is_genuine(path, checksum)):
             uri = f"pkg:cargo/{name}@{version}?path={urllib.parse.quote(place)}"
@@ -7289,6 +7302,53 @@ def _locate(root: str, folder: str, target: str) -> str:
     return relpath(real, base) if commonpath((real, base)) == base else ""
 
 
+def _read_settings(root: str, folder: str) -> list[tuple[str, str, Json]]:
+    """Return (name, folder, contents) of the configuration files of cargo in the source that apply in folder.
+
+    Raises BuildFailed for what cargo may read otherwise.  [CARGO: config, "hierarchical structure"]
+    """
+    found = list[tuple[str, str, Json]]()
+    for place in _with_above(folder):
+        home = join(place, ".cargo")
+        names = [name for name in (join(home, "config"), join(home, "config.toml")) if lexists(join(root, name))]
+        for name in names[:1]:  # cargo prefers the one without a suffix
+            if islink(join(root, home)) or islink(join(root, name)):
+                raise BuildFailed("ProvenanceError", f"{name}: a link, and a file in a folder is needed")
+            with _parsing(name):
+                found.append((name, place, tomllib.loads(read_lockfile(join(root, name)).decode("utf-8"))))
+    return found
+
+
+def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> dict[str, bool]:
+    """Return the folders that cargo compiles in place of packages: folder -> whether a directory source.
+
+    settings: from _read_settings.
+    Raises BuildFailed ProvenanceError.
+    """
+    found, used = dict[str, bool](), set[str]()
+    for name, _, doc in settings:
+        with _parsing(name):
+            used |= {str(source.get("replace-with")) for source in doc.get("source", {}).values()}
+    for name, base, doc in settings:
+        with _parsing(name):
+            if "include" in doc or "lockfile-path" in doc.get("resolver", {}):
+                problem = (
+                    "include and resolver.lockfile-path are refused: they name more settings and another lock file"
+                )
+                raise BuildFailed("ProvenanceError", f"{name}: {problem}")
+            kinds = ("directory", "local-registry")
+            rows = [(k, s[k], title in used) for title, s in doc.get("source", {}).items() for k in kinds if k in s]
+            for kind, target, is_used in (*rows, *(("paths", target, True) for target in doc.get("paths", ()))):
+                where = _locate(root, base, target)
+                if not where:
+                    raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
+                inside = os.listdir(join(root, where)) if kind == "directory" else ()
+                if any(islink(join(root, where, entry)) for entry in inside):
+                    raise BuildFailed("ProvenanceError", f"{name}: {target} contains links")
+                found |= {where: kind == "directory"} if is_used else {}
+    return found
+
+
 def _scan_cargo(
     root: str, folder: str, names: Iterable[str] | None = None
 ) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
@@ -7296,18 +7356,17 @@ def _scan_cargo(
     of those outside.
 
     The first are without those that a file of cargo's takes from outside. The second are (name, version) -> (folder,
-    whether that is a copy of the package by `cargo vendor`).  [CARGO: overriding dependencies, source replacement]
+    whether that is a copy of the package by `cargo vendor`), without a version for packages of any version.
+    [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
-    names: of the files to read, relative to root; all by default.
+    names: of the manifests to read, relative to root; all by default, and the settings of cargo.
     """
-    packages, outside, instead = [], dict[str, str](), {}
-    for name in walk_files(root) if names is None else names:
-        match = re.search(r"(^|/)(Cargo\.toml|\.cargo/config(\.toml)?)$", name)
-        if not match or not isfile(join(root, name)):
-            continue
-        doc = _read_toml(join(root, name))
-        base = name[: match.start(2)]
+    packages, outside = [], dict[str, str]()
+    settings = _read_settings(root, folder) if names is None else []
+    manifests = [name for name in (walk_files(root) if names is None else names) if basename(name) == "Cargo.toml"]
+    docs = [(dirname(name), _read_toml(join(root, name))) for name in manifests if isfile(join(root, name))]
+    for base, doc in (*docs, *((base, doc) for _, base, doc in settings)):
         tables = [doc]
         for owner in (doc.get("package"), doc.get("workspace")):
             if isinstance(owner, dict):
@@ -7319,33 +7378,16 @@ def _scan_cargo(
                     target = value.get("path")
                     if isinstance(target, str) and not _locate(root, base, target):
                         outside[str(value.get("package", key))] = target
-        if match[2] == "Cargo.toml":
-            package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-            if isinstance(package, dict) and isinstance(package.get("name"), str):
-                packages.append((package["name"], str(package.get("version")), base.rstrip("/")))
-            continue
-        if not f"{folder}/".startswith(base):
-            continue  # cargo does not read it
-        with _parsing(name):
-            if "lockfile-path" in doc.get("resolver", {}):
-                raise BuildFailed(
-                    "ProvenanceError", f"{name}: resolver.lockfile-path makes cargo read another lock file"
-                )
-            sources = doc.get("source", {}).values()
-            rows = [(key, s[key]) for s in sources for key in ("directory", "local-registry") if key in s]
-            rows += [(key, target) for key in ("include", "paths") for target in doc.get(key, ())]
-            for kind, target in rows:
-                where = _locate(root, base, target)
-                if kind == "include":
-                    raise BuildFailed("ProvenanceError", f"{name}: include names more settings of cargo: {target}")
-                if not where:
-                    raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
-                instead[where] = kind == "directory"
+    for base, doc in docs:
+        package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
+        if isinstance(package, dict) and isinstance(package.get("name"), str):
+            packages.append((package["name"], str(package.get("version")), base))
     replaced = {
-        (name, version): (place, vendored)
-        for where, vendored in instead.items()
+        (name, version if vendored else ""): (place, vendored)
+        for where, vendored in _replaced_folders(root, settings).items()
         for name, version, place in packages
-        if where == (dirname(place) if vendored else place)
+        # cargo searches the folders of paths, and replaces any version.
+        if where in ((dirname(place) or ".",) if vendored else (place or ".", ".") + tuple(_with_above(place)))
     }
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
@@ -7541,10 +7583,9 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """
     found = []
     for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
-        if re.search(
-            rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|\\[ux]", read_lockfile(join(root, path))
-        ):
-            raise source_error(f"{path}: settings that may name another lock file are refused")
+        refused = rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|\\[ux]"
+        if re.search(refused, read_lockfile(join(root, path))):
+            raise source_error(f"{path}: settings that may name another lock file, store or node_modules are refused")
     with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
@@ -7584,15 +7625,9 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
 
     A package inside project, or inside the tarball of another, has no entry.
-    Raises BuildFailed SourceError, also if npm would read the lock file of a workspace above.
+    Raises BuildFailed SourceError.
     """
     found = {}
-    for above in _with_above(folder)[1:]:
-        with _parsing(join(above, "package.json")):
-            spaces = json.loads(read_lockfile(join(root, above, "package.json")) or "{}").get("workspaces", ())
-            patterns = spaces.get("packages", ()) if isinstance(spaces, dict) else spaces
-            if any(fnmatch.fnmatch(relpath(folder, above or "."), normpath(pattern)) for pattern in patterns):
-                raise source_error(f"npm reads the lock file of the workspace that {folder} belongs to: build that")
     with _parsing("package-lock.json"):
         doc = json.loads(lock)
         if doc["lockfileVersion"] not in (2, 3):
@@ -7602,7 +7637,9 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         for path, entry in doc["packages"].items():
             url, version = entry.get("resolved", ""), entry.get("version", "")
             local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
-            if entry.get("inBundle") or "node_modules/" not in path or local and _locate(root, folder, local):
+            # What the root bundles is fetched as usual.
+            in_tarball = entry.get("inBundle") and path.count("node_modules/") > 1
+            if in_tarball or "node_modules/" not in path or local and _locate(root, folder, local):
                 continue
             name = entry.get("name", path.rpartition("node_modules/")[2])
             place, _, commit = url.partition("#")
@@ -7611,10 +7648,13 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             elif local or not entry.get("integrity"):
                 raise ValueError(f"{path}: {url or version} has no integrity, or lies outside of the source")
             else:
-                integrity = max(entry["integrity"].split())  # sha512 before sha1
+                hashes = sorted(entry["integrity"].split())  # sha512 after sha1
+                integrity, strongest = hashes[-1], hashes[-1].partition("-")[0]
+                if any(other.startswith(strongest) for other in hashes[:-1]):
+                    raise ValueError(f"{path}: has several hashes of {strongest}, and npm accepts any")
                 algorithm, digest = _parse_hash(integrity)
                 query = f"checksum={integrity}"
-                if url and not url.startswith(f"https://registry.npmjs.org/{name}/-/"):
+                if url not in ("", f"https://registry.npmjs.org/{name}/-/{name.rpartition('/')[2]}-{version}.tgz"):
                     query += f"&download_url={without_credentials(place)}"
             uri = f"pkg:npm/{name}@{version}?{query}"
             found[uri] = descriptor(name, digest, algorithm, uri=uri)
@@ -7631,19 +7671,27 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         lines = (line.split() for line in lock.decode("utf-8").splitlines())
         sums = {(name, version): value for name, version, value in lines if not version.endswith("/go.mod")}
         text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, folder, "go.mod")).decode("utf-8"))
-        blocks = re.findall(r"(?ms)^(go|require|replace)\b\s*(?:\((.*?)\)|([^\n]*))", text)
-        rows = [(verb, row) for verb, block, line in blocks for row in (block or line).splitlines() if row.strip()]
+        rows, block = list[tuple[str, str]](), ""
+        for line in re.sub("([()])", r" \1 ", text).splitlines():  # a line may be indented, in a block or not
+            verb, rest = [*line.split(None, 1), "", ""][:2]
+            if block:
+                rows += [(block, line.strip())] if verb not in ("", ")") else []
+                block *= verb != ")"
+            elif rest.strip() == "(":
+                block = verb
+            else:
+                rows.append((verb, rest))
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
-        replaced = {}
+        replaced: dict[Any, Any] = {}
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
-            target, *version = new.split()
-            if not version and not _locate(root, folder, target):
+            target, *release = new.split()
+            if not release and not _locate(root, folder, target):
                 problem = f"go.mod: {old.strip()} is replaced by {target}, which is no part of what was sent"
                 raise source_error(
                     f"{problem}; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
                 )
-            replaced[tuple(old.split())] = (target, *version)
-        modules = set()
+            replaced[tuple(old.split())] = (target, *release)
+        modules = set[Any]()
         for name, version in (row.split() for verb, row in rows if verb == "require"):
             modules.add(replaced.get((name, version), replaced.get((name,), (name, version))))
         return [
@@ -7742,22 +7790,25 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env={"RUSTC": "rustc", "CARGO_TARGET_DIR": "{project}/target"}),
+        env={"RUSTC": "rustc", **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
+        locate="cargo locate-project --workspace --message-format plain".split()),
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        # The last three: it reads this lock file, whatever the project's .npmrc says. pnpm 11 reads pnpm_config_.
+        # From lockfile_dir on: it reads this lock file, and installs nothing that the source contains, whatever the
+        # project's .npmrc says. pnpm 11 reads pnpm_config_.
         env={"CI": "true", "pnpm_config_pm_on_fail": "ignore", **{f"{prefix}_config_{name}": value
             for prefix in ("npm", "pnpm") for name, value in (("manage_package_manager_versions", "false"),
                 ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
-                ("shared_workspace_lockfile", "true"))}},
+                ("shared_workspace_lockfile", "true"), ("store_dir", "{home}/.pnpm-store"),
+                ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"))}},
         # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
         settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
             "CI": "true", "npm_config_pack_destination": _OWN_OUTPUT},
-        fetches=1, artifacts=("dist", f"{_OWN_OUTPUT}/*.tgz"), build_type=CONFBUILD_TYPE),
+        locate=("npm", "prefix"), fetches=1, artifacts=("dist", f"{_OWN_OUTPUT}/*.tgz"), build_type=CONFBUILD_TYPE),
     # Neither the builder's settings nor a workspace file change the build.
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],

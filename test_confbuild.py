@@ -14090,7 +14090,9 @@ class TestCargoDependencies:
         ("config", "files", "genuine"),
         [
             ('paths = ["v/libc"]\n', {}, False),
-            ('paths = ["v"]\n', {}, True),  # has no package of its own
+            ('paths = ["v"]\n', {}, False),  # cargo searches it
+            ('paths = ["v/lib"]\n', {}, True),
+            ('[source.v]\ndirectory = "v"\n', {}, True),  # in place of nothing
             ('[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"\n', {}, False),
             ("@", {"files": {}, "package": SHA}, False),  # of `cargo vendor --no-checksums` or somebody's change
             ("@", {"files": CHECKSUMS, "package": SHA}, True),
@@ -14109,7 +14111,7 @@ class TestCargoDependencies:
 
         [CONTRACT 3.5]
         """
-        config = config.replace("@", '[source.v]\ndirectory = "v"\n')
+        config = config.replace("@", '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"\n')
         folder = write_files(tmp_path / "v/libc", self.CRATE)
         tree = confbuild.git_tree(str(folder), [*self.CRATE], "sha256")
         write_files(tmp_path, {".cargo/config.toml": config, "Cargo.toml": MANIFEST})
@@ -14131,8 +14133,11 @@ class TestCargoDependencies:
             ('paths = ["link"]', "paths leads to link"),
             ('[source.v]\ndirectory = "../v"', "directory leads to ../v"),
             ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
-            ('include = ["x.toml"]', "include names more settings of cargo: x.toml"),
-            ('[resolver]\nlockfile-path = "x"', "resolver.lockfile-path makes cargo read another lock file"),
+            ('include = ["x.toml"]', "include and resolver.lockfile-path are refused"),
+            ('[resolver]\nlockfile-path = "x"', "they name more settings and another lock file"),
+            ("\ufeffpaths = []", ".cargo/config.toml has an unexpected form: TOMLDecodeError"),
+            ("a = {\n}", ".cargo/config.toml has an unexpected form: TOMLDecodeError"),
+            ('[source.v]\ndirectory = "linked"', ".cargo/config.toml: linked contains links"),
             ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
             ("paths = [3]", ".cargo/config.toml has an unexpected form: TypeError"),
         ],
@@ -14141,6 +14146,8 @@ class TestCargoDependencies:
         """[CONTRACT 3.5]"""
         demo = write_files(tmp_path / "demo", {".cargo/config.toml": config, "v/x": ""})
         (demo / "link").symlink_to(tmp_path)
+        (demo / "linked").mkdir()
+        (demo / "linked/libc").symlink_to("../v")
         lock = entry(source=REGISTRY, checksum=SHA).encode()
         assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo)))[1]
         # cargo reads the configuration of the folders above that in which it runs, and no other.
@@ -14148,6 +14155,52 @@ class TestCargoDependencies:
         assert confbuild.cargo_dependencies(lock, str(demo), "b") == [LIBC]
         if '"/' in config:
             assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
+
+    def test_which_settings_cargo_reads(self, tmp_path: Path) -> None:
+        """Of two files the one without a suffix, and both through links. [CARGO: config]"""
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        demo = write_files(tmp_path / "demo", {"v/libc/Cargo.toml": '[package]\nname = "libc"\nversion = "9"\n'})
+        write_files(demo, {".cargo/config.toml": 'paths = ["v"]'})
+        assert "?path=v/libc" in str(confbuild.cargo_dependencies(lock, str(demo)))  # whatever its version is
+        write_files(demo, {".cargo/config": ""})
+        assert confbuild.cargo_dependencies(lock, str(demo)) == [LIBC]
+        (demo / ".cargo/config").unlink()
+        for name in ("config", "config.toml"):
+            (demo / ".cargo/config.toml").rename(demo / "settings")
+            (demo / f".cargo/{name}").symlink_to("../settings")
+            said = f".cargo/{name}: a link, and a file in a folder is needed"
+            assert failure(lambda: confbuild.cargo_dependencies(lock, str(demo))) == ("ProvenanceError", said)
+            (demo / f".cargo/{name}").unlink()
+            (demo / "settings").rename(demo / ".cargo/config.toml")
+        (demo / ".cargo").rename(demo / "real")
+        (demo / ".cargo").symlink_to("real")
+        assert failure(lambda: confbuild.cargo_dependencies(lock, str(demo)))[1].startswith(
+            ".cargo/config.toml: a link"
+        )
+
+    @needs("cargo")
+    @pytest.mark.parametrize(
+        ("files", "used"),
+        [
+            ({"sub/Cargo.lock": ""}, "demo"),  # no package of its own
+            ({"sub/Cargo.toml": MANIFEST, "Cargo.toml": '[workspace]\nmembers = ["sub"]\na = {\n}\n'}, "demo"),
+            ({"sub/Cargo.toml": MANIFEST, "Cargo.toml": '[workspace]\nmembers = ["sub"]'}, ""),
+        ],
+    )
+    def test_cargo_has_the_last_word(self, tmp_path: Path, files: dict[str, str], used: str) -> None:
+        """Whatever it reads otherwise, such as newer TOML: its own answer counts. [CONTRACT 2.1]"""
+        source = {"src/main.rs": "fn main() {}\n"}
+        base = {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **source, "sub/src/main.rs": "fn main() {}\n"}
+        demo = write_files(tmp_path / "demo", {**base, "sub/Cargo.lock": LOCK, **files})
+        [cargo] = confbuild.detect_toolchains(str(demo), "", "sub")
+        env = confbuild.build_environment(str(tmp_path), os.environ, ())
+        (tmp_path / "home").mkdir(exist_ok=True)
+        prepare = functools.partial(confbuild.prepare, cargo, str(demo), "sub", env)
+        if used:
+            said = f"cargo reads the lock file in {tmp_path}/{used}, not sub/Cargo.lock"
+            assert failure(prepare) == ("ProvenanceError", said)
+        else:
+            assert prepare().lock == LOCK.encode()
 
     def test_a_subdir_may_use_its_neighbours(self, tmp_path: Path) -> None:
         files = {
@@ -14354,6 +14407,7 @@ class TestPlanCargo:
             "PATH": stub_path,
             "RUSTC": f"{stub}/rustc",
             "CARGO_TARGET_DIR": str(tmp_path / "target"),
+            "CARGO_BUILD_BUILD_DIR": str(tmp_path / "target"),
         }
         assert plan.lock == (tmp_path / "Cargo.lock").read_bytes()
         assert (plan.dependencies, plan.parameters) == ([LIBC], {})
@@ -14490,6 +14544,11 @@ class TestPnpm:
         assert env["npm_config_lockfile_dir"] == str(tmp_path)
         assert env["npm_config_git_branch_lockfile"] == "false"
         assert env["npm_config_shared_workspace_lockfile"] == "true"
+        assert (env["npm_config_modules_dir"], env["npm_config_virtual_store_dir"]) == (
+            "node_modules",
+            "node_modules/.pnpm",
+        )
+        assert env["npm_config_store_dir"] == env["HOME"] + "/.pnpm-store"
         assert env["pnpm_config_lockfile_dir"] == str(tmp_path) and env["pnpm_config_pm_on_fail"] == "ignore"  # pnpm 11
         # What scripts call reads neither: pnpm 10 gives them an empty value.
         assert (Path(env["HOME"]) / ".config/pnpm/rc").read_text() == "manage-package-manager-versions=false\n"
@@ -14502,6 +14561,8 @@ class TestPnpm:
             "lockfile-dir: o",
             "gitBranchLockfile: true",
             "sharedWorkspaceLockfile: false",
+            "virtualStoreDir: x",
+            "modules-dir: x",
             '"\\x6c": o',
         ],
     )
@@ -14512,7 +14573,7 @@ class TestPnpm:
         read = functools.partial(confbuild.pnpm_dependencies, lock, str(tmp_path), "packages/x")
         assert failure(read) == (
             "SourceError",
-            f"{place}pnpm-workspace.yaml: settings that may name another lock file are refused",
+            f"{place}pnpm-workspace.yaml: settings that may name another lock file, store or node_modules are refused",
         )
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
         assert read() == []
@@ -14632,29 +14693,40 @@ class TestPnpm:
 
 
 class TestNpm:
-    @pytest.mark.parametrize(
-        ("workspaces", "is_member"),
-        [
-            (["packages/*"], True),
-            ({"packages": ["./packages/x"]}, True),
-            (["**"], True),
-            (["packages"], False),
-            (["x", "other/*"], False),
-            ({}, False),
-        ],
-    )
-    def test_a_member_of_a_workspace(self, tmp_path: Path, workspaces: Any, is_member: bool) -> None:
-        """npm reads the lock file of the workspace. [npm: workspaces]"""
-        lock = json.dumps({"lockfileVersion": 3, "packages": {"": {}}}).encode()
-        write_files(tmp_path, {"package.json": json.dumps({"workspaces": workspaces}), "packages/x/package.json": "{}"})
-        read = functools.partial(confbuild.npm_dependencies, lock, str(tmp_path), "packages/x")
-        if is_member:
-            said = "npm reads the lock file of the workspace that packages/x belongs to: build that"
-            assert failure(read) == ("SourceError", said)
+    @needs("npm")
+    @pytest.mark.parametrize("workspaces", [["packages/*"], {"packages": ["./packages/{x,y}"]}, ["packages/x/*"]])
+    def test_a_member_of_a_workspace(self, tmp_path: Path, workspaces: Any) -> None:
+        """npm reads the lock file of the workspace, if the folder is its member. [npm: workspaces]"""
+        lock = json.dumps({"lockfileVersion": 3, "packages": {"": {}}})
+        files = {"packages/x/package-lock.json": lock, "packages/x/package.json": '{"name": "x", "version": "1.0.0"}'}
+        root = json.dumps({"name": "r", "version": "1.0.0", "workspaces": workspaces})
+        demo = write_files(tmp_path / "demo", {"package.json": root, **files})
+        (tmp_path / "home").mkdir()
+        env = confbuild.build_environment(str(tmp_path), os.environ, ())
+        [npm] = confbuild.detect_toolchains(str(demo), "", "packages/x")
+        prepare = functools.partial(confbuild.prepare, npm, str(demo), "packages/x", env)
+        if workspaces == ["packages/x/*"]:
+            assert prepare().lock == lock.encode()
         else:
-            assert read() == []
-        write_files(tmp_path, {"package.json": '{"workspaces": 3}'})
-        assert failure(read)[1].startswith("package.json has an unexpected form: ")
+            said = f"npm reads the lock file in {demo}, not packages/x/package-lock.json"
+            assert failure(prepare) == ("ProvenanceError", said)
+
+    def test_what_npm_would_take_otherwise(self) -> None:
+        """Of several hashes npm accepts any; a bundle of the root is fetched; a version may be no part of the URL."""
+        one, other = ("sha512-" + base64.b64encode(bytes([n] * 64)).decode() for n in (1, 2))
+        url = "https://registry.npmjs.org/left-pad/-/left-pad-1.3.0.tgz"
+
+        def read(path: str = "node_modules/left-pad", **entry: Any) -> Any:
+            entry = {"version": "1.3.0", "resolved": url, "integrity": one, **entry}
+            doc = {"lockfileVersion": 3, "packages": {"": {}, path: entry}}
+            return confbuild.npm_dependencies(json.dumps(doc).encode(), "/nowhere")
+
+        uri = f"pkg:npm/left-pad@1.3.0?checksum={one}"
+        assert [row["uri"] for row in read(integrity=f"sha1-{'A' * 27}= {one}", inBundle=True)] == [uri]
+        assert read("node_modules/a/node_modules/left-pad", inBundle=True) == []
+        assert [row["uri"] for row in read(version="1.2.0")] == [uri.replace("1.3.0", "1.2.0") + f"&download_url={url}"]
+        kind, message = failure(lambda: read(integrity=f"{one} {other}"))
+        assert kind == "SourceError" and "has several hashes of sha512, and npm accepts any" in message
 
     def test_a_shrinkwrap_wins(self, tmp_path: Path) -> None:
         """`npm ci` prefers it. [npm-shrinkwrap.json(5)]"""
@@ -14881,6 +14953,16 @@ class TestGo:
         kind, message = failure(lambda: confbuild.go_dependencies(data, str(tmp_path)))
         assert kind == "SourceError" and message.startswith("go.mod and go.sum has an unexpected form: ")
         assert fragment in message
+
+    def test_indented_lines(self, tmp_path: Path) -> None:
+        """As go reads them: what is in a block is none of the directives around it. [GO: go.mod grammar]"""
+        assert self.read(tmp_path, GO_MOD + "  replace\trsc.io/quote => ./q\n", GO_SUM) == self.read(
+            tmp_path, GO_MOD + "replace(\nrsc.io/quote => ./q\n)\n", GO_SUM
+        )
+        old = re.sub("(?m)^go .*", "go 1.16", GO_MOD)
+        assert self.read(tmp_path, old, GO_SUM) == self.read(
+            tmp_path, old + "exclude (\ngo.uber.org/x v1.17.0\n)\n", GO_SUM
+        )
 
     @pytest.mark.parametrize(("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote")])
     def test_a_folder_outside(self, tmp_path: Path, old: str, new: str) -> None:
