@@ -6904,7 +6904,7 @@ class Toolchain(NamedTuple):
     evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
         is missing, the next toolchain whose marker exists builds the project.
     env: added to the environment of the build; the name of a tool stands for its path, {project} for the project's,
-        {home} for HOME.
+        {home} for HOME, {node} for the version of node.
     fetches: how many of the steps need a network; 0 if all may use it.
     outputs: the directories of a project that are removed before the build.
     folders: where the build puts artifacts: patterns relative to the project.
@@ -7062,8 +7062,14 @@ def prepare(
     Raises BuildFailed.
     """
     plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
-    own = {name: value.format(project=project, home=env.get("HOME", "")) for name, value in plan.env.items()}
+
+    def own_env(node: str) -> dict[str, str]:
+        words = {"project": project, "home": env.get("HOME", ""), "node": node}
+        return {name: value.format(**words) for name, value in plan.env.items()}
+
+    own = own_env("")
     programs = {name: find_program(name, project, {**env, **own}, emit) for name in plan.tools}
+    own = own_env(programs["node"].version.removeprefix("v")) if "node" in programs else own
     own |= {name: programs[value].path for name, value in own.items() if value in programs}
     # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
     # ones that come first in PATH, and may hold another npm or pnpm.
@@ -7392,15 +7398,11 @@ def _scan_cargo(
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 
-def widen_source(root: str, name: str, folder: str) -> tuple[str, str]:
-    """Return (source root, folder in it) of a project, of the git work tree around it if cargo needs more of that.
+def wider_source(root: str, folder: str) -> tuple[str, str]:
+    """Return (source root, folder in it) of a cargo project: of the git work tree around it if it needs more of that.
 
     That is so if its Cargo.toml names packages in folders outside of root, and all of them lie in this work tree.
-    name: of the toolchain, or empty.
-    Raises BuildFailed if there is no toolchain.
     """
-    if detect_toolchains(root, name, folder)[0].name != "cargo":
-        return root, folder
     outside = _scan_cargo(root, folder, [normpath(join(folder, "Cargo.toml"))])[2].values()
     top = realpath(root)
     while not lexists(join(top, ".git")) and top != dirname(top):
@@ -7583,9 +7585,13 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """
     found = []
     for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
-        refused = rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|\\[ux]"
+        refused = (
+            rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|node-?version|\\[ux]"
+        )
         if re.search(refused, read_lockfile(join(root, path))):
-            raise source_error(f"{path}: settings that may name another lock file, store or node_modules are refused")
+            raise source_error(
+                f"{path}: settings that may name another lock file, store, node_modules or node are refused"
+            )
     with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
@@ -7740,6 +7746,8 @@ def _read_recipe(project: str) -> Json:
                 raise ValueError(f"{path} is not a path below the project")
         if not recipe["command"]:
             raise ValueError("command is empty")
+        if any("/" in program for program in recipe.get("programs", ())):
+            raise ValueError("programs has a path, expected names that are looked up in PATH")
     return dict(recipe)
 
 
@@ -7795,13 +7803,14 @@ TOOLCHAINS = (
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        # From lockfile_dir on: it reads this lock file, and installs nothing that the source contains, whatever the
-        # project's .npmrc says. pnpm 11 reads pnpm_config_.
+        # From lockfile_dir on: it reads this lock file, installs nothing that the source contains and runs this node,
+        # whatever the project's .npmrc says. pnpm 11 reads pnpm_config_.
         env={"CI": "true", "pnpm_config_pm_on_fail": "ignore", **{f"{prefix}_config_{name}": value
             for prefix in ("npm", "pnpm") for name, value in (("manage_package_manager_versions", "false"),
                 ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
                 ("shared_workspace_lockfile", "true"), ("store_dir", "{home}/.pnpm-store"),
-                ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"))}},
+                ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"),
+                ("use_node_version", "{node}"))}},
         # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
         settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
@@ -16521,12 +16530,6 @@ def cmd_build(options: "argparse.Namespace") -> int:
     name = repository_name(source) if is_url else safe_name(basename(realpath(source)))
     bundle = options.out or name + "-build"
     _check_target(bundle)
-    if not is_url:
-        with suppress(BuildFailed):  # whoever builds it will say so
-            options.source, options.subdir = widen_source(source, options.toolchain, options.subdir)
-        if options.source != source:
-            say(f"packing {options.source}, since {source} depends on folders beside it")
-            source = options.source
     choices = (options.toolchain, options.subdir, options.artifacts)
     machine = None if options.server else prepare_platform(options)
     expected = Expectations(nonce)
@@ -16613,10 +16616,15 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
     options.subdir = "" if folder == "." else folder
     if os.listdir(source):
+        hint, (top, inner) = "", wider_source(source, options.subdir)
         try:
             find_outputs(source, options.toolchain, options.subdir)
+            if top != source:  # does the lock file have what lies outside?
+                hint = f"`{shlex.join(['confbuild', 'build', top, '--subdir', inner])}` builds it in its git work tree"
+                [found, *_] = detect_toolchains(source, options.toolchain, options.subdir)
+                read_inputs(found, source, options.subdir)
         except BuildFailed as e:
-            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint) from None
+            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint or hint) from None
 
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:

@@ -14548,7 +14548,7 @@ class TestPnpm:
             "node_modules",
             "node_modules/.pnpm",
         )
-        assert env["npm_config_store_dir"] == env["HOME"] + "/.pnpm-store"
+        assert env["npm_config_store_dir"] == env["HOME"] + "/.pnpm-store" and env["npm_config_use_node_version"] == "9"
         assert env["pnpm_config_lockfile_dir"] == str(tmp_path) and env["pnpm_config_pm_on_fail"] == "ignore"  # pnpm 11
         # What scripts call reads neither: pnpm 10 gives them an empty value.
         assert (Path(env["HOME"]) / ".config/pnpm/rc").read_text() == "manage-package-manager-versions=false\n"
@@ -14573,7 +14573,7 @@ class TestPnpm:
         read = functools.partial(confbuild.pnpm_dependencies, lock, str(tmp_path), "packages/x")
         assert failure(read) == (
             "SourceError",
-            f"{place}pnpm-workspace.yaml: settings that may name another lock file, store or node_modules are refused",
+            f"{place}pnpm-workspace.yaml: settings that may name another lock file, store, node_modules or node are refused",
         )
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
         assert read() == []
@@ -17666,7 +17666,7 @@ class TestRealCargo:
         first = next((line for line in built.told("build") if line.startswith("error")), "")
         assert kind == "NoArtifacts" or built.result["error"] == prefix + first
 
-    def test_a_neighbour(self, tmp_path: Path, stub_path: str) -> None:
+    def test_a_neighbour(self, tmp_path: Path, stub_path: str, capsys: pytest.CaptureFixture[str]) -> None:
         """A package outside of the source is refused, and the hint helps."""
         files = {
             "Cargo.toml": MANIFEST + '[dependencies]\nb = { path = "../b" }\n',
@@ -17679,37 +17679,38 @@ class TestRealCargo:
         assert "`confbuild build PARENT --subdir DIR`" in built.result["error"]
         built = Built(tmp_path / "demo", tmp_path / "out", "--subdir", "a", PATH=stub_path)
         assert built.provenance()["buildDefinition"]["resolvedDependencies"] == []
-        # Where git knows a folder that contains both, nobody has to ask for it.
+        for named in (tmp_path / "demo", tmp_path / "demo/a"):
+            assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(named)]) == 3
+        assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(tmp_path / "demo/b")]) in (1, 2)
+        # Where git knows a folder that contains both, it is named, and not packed by itself.
         demo = commit_all(tmp_path / "demo")
-        one = Built(demo / "a", tmp_path / "one", PATH=stub_path).provenance()["buildDefinition"]
-        digest = {"gitCommit": git(demo, "rev-parse", "HEAD"), "gitTree": git(demo, "write-tree")}
-        source = {"digest": digest, "uri": "https://example.org/demo.git"}
-        assert one["externalParameters"] == {"buildCommand": "cd a && cargo build --locked --release", "source": source}
-        for named in (demo, demo / "a"):
-            assert confbuild.main(["verify", str(tmp_path / "one"), "--source", str(named)]) == 3
-        assert confbuild.main(["verify", str(tmp_path / "one"), "--source", str(demo / "b")]) in (1, 2)
+        assert confbuild.main(["build", str(demo / "a"), "-o", str(tmp_path / "x")]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"error: {demo}/a: Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b" in said
+        )
+        assert f" build {demo} --subdir a` builds it in its git work tree\n" in said
+        lock = write_files(demo, {"a/Cargo.lock": LOCK})  # which does not have it: cargo will say so, or not need it
+        confbuild._check_build_options(confbuild.parse_arguments(["build", str(lock / "a")]), False)
 
     def test_a_wider_source(self, tmp_path: Path) -> None:
         """A cargo project whose Cargo.toml leads out of it, but not out of the work tree of git. [CONTRACT 5.4]"""
-        widen = confbuild.widen_source
+        widen = confbuild.wider_source
         top, manifest = tmp_path / "top", MANIFEST + '[dependencies]\nb = {{ path = "{}" }}\n'
         files = {"a/Cargo.lock": "", "a/inner/Cargo.lock": "", "b/Cargo.toml": "", ".git": "gitdir: elsewhere"}
         write_files(top, {**files, "a/Cargo.toml": manifest.format("../b"), "a/inner/Cargo.toml": MANIFEST})
-        assert widen(str(top / "a"), "", "") == (str(top), "a")
-        assert widen(str(top), "", "a") == (str(top), "a")
-        assert widen(str(top / "a"), "", "inner") == (str(top / "a"), "inner")
+        assert widen(str(top / "a"), "") == (str(top), "a")
+        assert widen(str(top), "a") == (str(top), "a")
+        assert widen(str(top / "a"), "inner") == (str(top / "a"), "inner")
         write_files(top, {"a/inner/Cargo.toml": manifest.format("../../b")})
-        assert widen(str(top / "a"), "", "inner") == widen(str(top / "a/inner"), "", "") == (str(top), "a/inner")
+        assert widen(str(top / "a"), "inner") == widen(str(top / "a/inner"), "") == (str(top), "a/inner")
         (tmp_path / "link").symlink_to(top / "a")
-        assert widen(str(tmp_path / "link"), "", "") == (str(top), "a")
+        assert widen(str(tmp_path / "link"), "") == (str(top), "a")
         for path in ("../../b", "/etc", "inner", "."):
             write_files(top, {"a/Cargo.toml": manifest.format(path)})
-            assert widen(str(top / "a"), "", "") == (str(top / "a"), ""), path
-        write_files(top, {"a/Cargo.toml": manifest.format("../b"), "a/confbuild.toml": ""})
-        assert widen(str(top / "a"), "", "") == (str(top / "a"), "")
-        assert widen(str(top / "a"), "cargo", "") == (str(top), "a")
+            assert widen(str(top / "a"), "") == (str(top / "a"), ""), path
         (top / ".git").unlink()
-        assert widen(str(top / "a"), "cargo", "") == (str(top / "a"), "")
+        assert widen(str(top / "a"), "") == (str(top / "a"), "")
 
     @needs("cargo")
     def test_a_member(self, tmp_path: Path) -> None:
