@@ -14563,6 +14563,7 @@ class TestPnpm:
             "sharedWorkspaceLockfile: false",
             "virtualStoreDir: x",
             "modules-dir: x",
+            "useNodeVersion: 18.20.4",
             '"\\x6c": o',
         ],
     )
@@ -14571,10 +14572,8 @@ class TestPnpm:
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": f"packages:\n  - x\n{line}\n", "packages/x/y": ""})
         lock = b"lockfileVersion: '9.0'\n"
         read = functools.partial(confbuild.pnpm_dependencies, lock, str(tmp_path), "packages/x")
-        assert failure(read) == (
-            "SourceError",
-            f"{place}pnpm-workspace.yaml: settings that may name another lock file, store, node_modules or node are refused",
-        )
+        said = "settings that may name another lock file, store, node_modules or node are refused"
+        assert failure(read) == ("SourceError", f"{place}pnpm-workspace.yaml: {said}")
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
         assert read() == []
 
