@@ -7030,7 +7030,10 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
     message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
     failure = BuildFailed("UnsupportedToolchainError", message)
-    for path in (normpath(join(project, folder)) for folder in ("../..", "..", *map(dirname, reversed(below)))):
+    for path in (
+        normpath(join(project, folder))
+        for folder in ("../../../..", "../../..", "../..", "..", *map(dirname, reversed(below)))
+    ):
         if any(is_regular(join(path, marker)) for marker in markers):  # the last one counts
             inside = relpath(project, path)
             is_member = is_package and inside[0] != "." and not _find_workspace(path, inside)
@@ -7225,7 +7228,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
     """
     with _parsing("Cargo.lock"):
-        doc = tomllib.loads(lock.decode("utf-8"))
+        doc = tomllib.loads(lock.decode("utf-8-sig"))
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
         rows = [
             (p["name"], p["version"], p.get("source"), p.get("checksum"))
@@ -7235,7 +7238,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
     found = []
-    inside, replaced, outside = _scan_cargo(root, folder) if rows else (set(), {}, {})
+    inside, replaced, outside = _scan_cargo(root, folder)
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
@@ -7260,6 +7263,10 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
 def _is_genuine(folder: str, checksum: str | None) -> bool:
     """Return whether folder, made by `cargo vendor`, holds exactly the files of the package with this checksum."""
     files = {name: join(folder, name) for name in walk_files(folder)}
+    if checksum is None or any(
+        map(islink, files.values())
+    ):  # of a git repository: nothing ties the files to its commit
+        return False
     found = {name: file_sha256(path) for name, path in files.items() if isfile(path)}
     try:
         doc = parse_json(read_lockfile(join(folder, ".cargo-checksum.json")), "checksums")
@@ -7624,7 +7631,8 @@ def adapt_npm(project: str) -> Json:
     steps.append("npm run build" if builds else "npm pack")
     lock_file = "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json"
     outputs = ("node_modules", _OWN_OUTPUT, *["dist"] * builds)
-    return {"steps": [*map(str.split, steps)], "outputs": outputs, "lock_file": lock_file}
+    artifacts = [*["dist"] * builds, f"{_OWN_OUTPUT}/*.tgz"]
+    return {"steps": [*map(str.split, steps)], "outputs": outputs, "lock_file": lock_file, "artifacts": artifacts}
 
 
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7645,7 +7653,8 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
             # What the root bundles is fetched as usual.
             in_tarball = entry.get("inBundle") and path.count("node_modules/") > 1
-            if in_tarball or "node_modules/" not in path or local and _locate(root, folder, local):
+            in_source = "node_modules/" not in path or local and _locate(root, folder, local)
+            if in_tarball or in_source or entry.get("extraneous"):
                 continue
             name = entry.get("name", path.rpartition("node_modules/")[2])
             place, _, commit = url.partition("#")
@@ -7675,7 +7684,10 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """
     with _parsing("go.mod and go.sum"):
         lines = (line.split() for line in lock.decode("utf-8").splitlines())
-        sums = {(name, version): value for name, version, value in lines if not version.endswith("/go.mod")}
+        sums = dict[tuple[str, str], str]()
+        for name, version, value in lines:
+            if not version.endswith("/go.mod") and sums.setdefault((name, version), value) != value:
+                raise ValueError(f"{name} {version} has two hashes, and go accepts any")
         text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, folder, "go.mod")).decode("utf-8"))
         rows, block = list[tuple[str, str]](), ""
         for line in re.sub("([()])", r" \1 ", text).splitlines():  # a line may be indented, in a block or not
@@ -7748,6 +7760,8 @@ def _read_recipe(project: str) -> Json:
             raise ValueError("command is empty")
         if any("/" in program for program in recipe.get("programs", ())):
             raise ValueError("programs has a path, expected names that are looked up in PATH")
+        if "kettle" in (recipe["command"][0], *recipe.get("programs", ())):
+            raise ValueError("kettle is the name of confbuild itself in a provenance")
     return dict(recipe)
 
 
@@ -7798,7 +7812,8 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env={"RUSTC": "rustc", **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
+        env={"RUSTC": "rustc", **dict.fromkeys(("RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"), ""),
+            **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
         locate="cargo locate-project --workspace --message-format plain".split()),
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
@@ -7810,14 +7825,16 @@ TOOLCHAINS = (
                 ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
                 ("shared_workspace_lockfile", "true"), ("store_dir", "{home}/.pnpm-store"),
                 ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"),
-                ("use_node_version", "{node}"))}},
+                ("use_node_version", "{node}"), ("lockfile_only", "false"))}},
         # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
         settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
-            "CI": "true", "npm_config_pack_destination": _OWN_OUTPUT},
-        locate=("npm", "prefix"), fetches=1, artifacts=("dist", f"{_OWN_OUTPUT}/*.tgz"), build_type=CONFBUILD_TYPE),
+            "CI": "true", "npm_config_pack_destination": _OWN_OUTPUT,
+            # Whatever the project's .npmrc says, it installs, and here.
+            "npm_config_dry_run": "false", "npm_config_package_lock_only": "false", "npm_config_global": "false"},
+        locate=("npm", "prefix"), fetches=1, build_type=CONFBUILD_TYPE),
     # Neither the builder's settings nor a workspace file change the build.
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],

@@ -14156,6 +14156,26 @@ class TestCargoDependencies:
         if '"/' in config:
             assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
 
+    def test_settings_count_without_dependencies(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {".cargo/config.toml": "include = []"})
+        assert (
+            "include and resolver.lockfile-path"
+            in failure(lambda: confbuild.cargo_dependencies(b"\xef\xbb\xbfversion = 4\n", str(tmp_path)))[1]
+        )
+
+    def test_a_vendored_folder_with_a_link_is_not_genuine(self, tmp_path: Path) -> None:
+        """Nor is one whose checksum is that of no package, as of a git repository."""
+        write_files(tmp_path, {"v/a": "a", "real/b": "b"})
+        (tmp_path / "v/src").symlink_to("../real")
+        for checksum, genuine in ((SHA, False), (None, False)):
+            files = {"a": hashlib.sha256(b"a").hexdigest()}
+            write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": checksum})})
+            assert confbuild._is_genuine(str(tmp_path / "v"), checksum) is genuine
+        (tmp_path / "v/src").unlink()
+        assert not confbuild._is_genuine(str(tmp_path / "v"), None)
+        write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": SHA})})
+        assert confbuild._is_genuine(str(tmp_path / "v"), SHA)
+
     def test_which_settings_cargo_reads(self, tmp_path: Path) -> None:
         """Of two files the one without a suffix, and both through links. [CARGO: config]"""
         lock = entry(source=REGISTRY, checksum=SHA).encode()
@@ -14406,6 +14426,8 @@ class TestPlanCargo:
         assert plan.env == {
             "PATH": stub_path,
             "RUSTC": f"{stub}/rustc",
+            "RUSTC_WRAPPER": "",  # cargo: no wrapper, whatever the settings say
+            "RUSTC_WORKSPACE_WRAPPER": "",
             "CARGO_TARGET_DIR": str(tmp_path / "target"),
             "CARGO_BUILD_BUILD_DIR": str(tmp_path / "target"),
         }
@@ -14722,7 +14744,7 @@ class TestNpm:
 
         uri = f"pkg:npm/left-pad@1.3.0?checksum={one}"
         assert [row["uri"] for row in read(integrity=f"sha1-{'A' * 27}= {one}", inBundle=True)] == [uri]
-        assert read("node_modules/a/node_modules/left-pad", inBundle=True) == []
+        assert read("node_modules/a/node_modules/left-pad", inBundle=True) == read(extraneous=True) == []
         assert [row["uri"] for row in read(version="1.2.0")] == [uri.replace("1.3.0", "1.2.0") + f"&download_url={url}"]
         kind, message = failure(lambda: read(integrity=f"{one} {other}"))
         assert kind == "SourceError" and "has several hashes of sha512, and npm accepts any" in message
@@ -14942,6 +14964,11 @@ class TestGo:
             (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "ValueError"),
             (GO_MOD + "require rsc.io/quote\n", GO_SUM, "ValueError"),
             (GO_MOD, "one two\n", "ValueError"),
+            (
+                GO_MOD,
+                GO_SUM + "rsc.io/quote v1.5.2 h1:AAAA\n",
+                "rsc.io/quote v1.5.2 has two hashes, and go accepts any",
+            ),
             (GO_MOD, "rsc.io/quote v1.5.2 h1:x\n", "Error"),
             (GO_MOD, "\udcff", "UnicodeDecodeError"),
         ],
@@ -15030,6 +15057,8 @@ class TestOwn:
             (RECIPE + 'outptus = ["x"]', "has the keys command, artifacts, outptus, expected command, artifacts"),
             (RECIPE.replace('["make", "all"]', '"make"'), '.command: "make", expected an array'),
             (RECIPE.replace('["make", "all"]', "[]"), "command is empty"),
+            (RECIPE + 'programs = ["./tool"]', "programs has a path, expected names that are looked up in PATH"),
+            (RECIPE + 'programs = ["kettle"]', "kettle is the name of confbuild itself in a provenance"),
             *(
                 (f'{RECIPE}{key} = ["{path}"]', f"{path} is not a path below the project")
                 for key in ("inputs", "outputs")
