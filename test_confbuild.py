@@ -12698,6 +12698,12 @@ class TestHistory:
 
 
 @pytest.fixture
+def own_tmpdir(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder of temporary files in which no test that runs beside this one makes workspaces of the same name."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("own")))
+
+
+@pytest.fixture
 def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
     """git with nobody's configuration."""
     for name, value in {
@@ -23013,6 +23019,7 @@ def piped(kind: confbuild.VmKind, shell: str = 'cat | "$@" | cat', **changes: An
     return kind._replace(start=start)
 
 
+@pytest.mark.usefixtures("own_tmpdir")
 class TestAgent:
     @pytest.mark.parametrize("shell", ['exec "$@"', 'cat | "$@" | cat', 'echo noise; printf "$ "; cat | "$@" | cat'])
     def test_lifeline(self, tmp_path: Path, stub_path: str, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
@@ -23257,6 +23264,7 @@ class TestAgent:
         assert swept == [(sys.executable, ["python3", "sweep", str(tmp_path)])]
 
 
+@pytest.mark.usefixtures("own_tmpdir")
 class TestFetcher:
     def run(self, tmp_path: Path, stub_path: str, url: str) -> tuple[Any, str]:
         """(its answer besides the token, its workspace), which is gone afterwards."""
@@ -23393,6 +23401,7 @@ def vm_host(
     return confbuild.VmHost(confbuild.VmPool(make, boot_timeout_s), no_fetcher, build_timeout_s)
 
 
+@pytest.mark.usefixtures("own_tmpdir")
 class TestVm:
     def test_what_a_killed_server_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """An empty folder that is old is nobody's; one that is new or has files may be another VM's."""
@@ -24648,6 +24657,7 @@ esac
         assert len(caplog.records) == 1 and "No such file or directory" in str(caplog.records[0].exc_info)
 
 
+@pytest.mark.usefixtures("own_tmpdir")
 class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A spare attests; if it dies it is replaced; if a build takes it, the next one boots; none remains."""
