@@ -7812,8 +7812,7 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env={"RUSTC": "rustc", **dict.fromkeys(("RUSTC_WRAPPER", "RUSTC_WORKSPACE_WRAPPER"), ""),
-            **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
+        env={"RUSTC": "rustc", **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
         locate="cargo locate-project --workspace --message-format plain".split()),
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),

@@ -14432,8 +14432,6 @@ class TestPlanCargo:
         assert plan.env == {
             "PATH": stub_path,
             "RUSTC": f"{stub}/rustc",
-            "RUSTC_WRAPPER": "",  # cargo: no wrapper, whatever the settings say
-            "RUSTC_WORKSPACE_WRAPPER": "",
             "CARGO_TARGET_DIR": str(tmp_path / "target"),
             "CARGO_BUILD_BUILD_DIR": str(tmp_path / "target"),
         }
