@@ -13022,7 +13022,7 @@ def serve_agent(
     server = Server(None, api, AccessPolicy([], []), streamer)
     server.idle_s = server.scan_s = 1e6  # the host decides how long this VM waits
     jobs.start()
-    _answer_host(agent=config["token"], version=__version__, workspace=workspace)
+    _answer_host(agent=config["token"], version=__version__)
     server.take(Connection(_connect(end), "host", False, 0.0))
     server.serve_forever()
 
@@ -13532,7 +13532,6 @@ class VmPool:
     """
 
     single_use = False  # there is one build: nobody needs a VM in place of the one that it takes
-    same_path = False  # no VM waits beside a build if their workspaces would have different paths
 
     def __init__(
         self, make_vm: Callable[..., Vm], boot_timeout_s: float = BOOT_TIMEOUT_S, reap: bool = False, warm: int = 0
@@ -13656,8 +13655,7 @@ class VmPool:
                 if self._stopping:
                     vm.kill()
             with vm.explained():
-                shown = self.boot(vm).get("workspace") == WORK
-            self.single_use |= self.same_path and not shown
+                self.boot(vm)
         finally:
             with self._changed:
                 self._booting = None
@@ -16181,7 +16179,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         guard_process(),
         int(not machine.guest and not options.vm_command) if options.warm is None else options.warm,
     )
-    pool.single_use, pool.same_path = options.single_use, options.warm is None
+    pool.single_use = options.single_use
     expected = machine.platform.expectations(machine.facts)
     vms = VmHost(
         pool,
@@ -17848,11 +17846,7 @@ COMMANDS = (
                 _size,
                 float("inf"),
             ),
-            (
-                "--warm N",
-                "VMs that wait for a build beyond --slots (default: 1 if they are simulated, else 0)",
-                _count,
-            ),
+            ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
             ("--print-command", "print the command line of a guest, and exit"),
             *_MACHINE,
             "VMs elsewhere",

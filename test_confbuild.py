@@ -363,8 +363,6 @@ def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Server:
     """A real `serve` in its own process and session, with a fixed port, which can be killed and started again."""
 
-    warm: Sequence[str] = ("--warm", "0")  # few tests use a second VM, which takes its time
-
     def __init__(
         self,
         state: Path,
@@ -393,7 +391,6 @@ class Server:
             f"127.0.0.1:{self.port}",
             "--state",
             str(self.state),
-            *self.warm,
             *self.options,
         ]
         self.process = subprocess.Popen(
@@ -24683,18 +24680,13 @@ class TestSpares:
         assert second not in left and "has ended" in s.stop()
         wait_for(lambda: not any(map(living, left)))
 
-    def test_default(self, tmp_path: Path, stub_path: str) -> None:
-        """One simulated VM waits, also for the only build of a server, which leaves no other one behind."""
-        s = Server(tmp_path / "state", stub_path, "--single-use")
-        s.warm = ()
-        s.start()
-        try:
-            wait_for(lambda: counted(s) == 1)
-            assert s.events(s.submit())[-1] == OK_EVENT
-            wait_for(lambda: counted(s) == 0)
-            assert b"\nconfbuild_vms_started_total{} 1\n" in s.request("GET", "/metrics")[2]
-        finally:
-            s.stop()
+    def test_single_use(self, server: Callable[..., Server]) -> None:
+        """The VM that waits for the only build of a server leaves no other one behind."""
+        s = server("--single-use", "--warm", "1")
+        wait_for(lambda: counted(s) == 1)
+        assert s.events(s.submit())[-1] == OK_EVENT
+        wait_for(lambda: counted(s) == 0)
+        assert b"\nconfbuild_vms_started_total{} 1\n" in s.request("GET", "/metrics")[2]
 
     def test_on_demand(self, server: Callable[..., Server]) -> None:
         """Where no VM waits, the question boots the one VM that answers, which then waits for the next build.
@@ -24775,24 +24767,6 @@ class TestSpares:
         host.pool.start()
         wait_for(lambda: host.pool._spares)
         assert all(text in caplog.text for text in ("No space left", "closed file", "new thread"))
-        host.pool.stop()
-
-    @pytest.mark.parametrize("path", ["/work", "/tmp/confbuild-vm-0"])
-    def test_same_path(self, tmp_path: Path, path: str) -> None:
-        """Beside a build no VM waits by itself if it would show its workspace elsewhere: builds would not repeat."""
-
-        class Shown(StandInVm):
-            def greet(self, timeout_s: float) -> Any:
-                return super().greet(timeout_s) | {"workspace": path}
-
-        host = stand_in_host(tmp_path)
-        host.pool._make_vm, host.pool._warm, host.pool.same_path = Shown, 1, True
-        host.pool.start()
-        wait_for(lambda: host.pool._spares)
-        first = host.pool.take("")
-        assert first.ready and host.pool._warm == (path == "/work")
-        if path == "/work":
-            wait_for(lambda: host.pool._spares)
         host.pool.stop()
 
     def test_taken_while_it_boots(self, tmp_path: Path) -> None:
