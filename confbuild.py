@@ -6986,7 +6986,7 @@ def _find_workspace(root: str, folder: str) -> str:
     pointer = package.get("workspace") if isinstance(package, dict) else None
     if isinstance(pointer, str):
         place = _locate(root, folder, pointer)
-        return "" if place == "." else place or folder
+        return folder if place is None else place
     for place in _with_above(folder):
         table = _read_toml(join(root, place, "Cargo.toml")).get("workspace")
         inner = relpath(folder or ".", place or ".")
@@ -7307,12 +7307,17 @@ def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Js
     return descriptor(name, digest, algorithm, uri=f"pkg:cargo/{name}@{version}?{query}")
 
 
-def _locate(root: str, folder: str, target: str) -> str:
-    """Return the path of target relative to root, or "" if it lies outside.  folder: target is relative to it."""
+def _locate(root: str, folder: str, target: str) -> str | None:
+    """Return the path of target relative to root, "" if it is root, None if it lies outside.
+
+    folder: target is relative to it.
+    """
     if "\0" in target:
-        return ""
+        return None
     base, real = realpath(root), realpath(join(root, folder, target))
-    return relpath(real, base) if commonpath((real, base)) == base else ""
+    if commonpath((real, base)) != base:
+        return None
+    return "" if real == base else relpath(real, base)
 
 
 def _read_settings(root: str, folder: str) -> list[tuple[str, str, Json]]:
@@ -7353,7 +7358,7 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
             rows = [(k, s[k], title in used) for title, s in doc.get("source", {}).items() for k in kinds if k in s]
             for kind, target, is_used in (*rows, *(("paths", target, True) for target in doc.get("paths", ()))):
                 where = _locate(root, base, target)
-                if not where:
+                if where is None:
                     raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
                 inside = os.listdir(join(root, where)) if kind == "directory" else ()
                 if any(islink(join(root, where, entry)) for entry in inside):
@@ -7389,7 +7394,7 @@ def _scan_cargo(
                 if isinstance(value, dict):
                     tables.append(value)
                     target = value.get("path")
-                    if isinstance(target, str) and not _locate(root, base, target):
+                    if isinstance(target, str) and _locate(root, base, target) is None:
                         outside[str(value.get("package", key))] = target
     for base, doc in docs:
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
@@ -7400,7 +7405,7 @@ def _scan_cargo(
         for where, vendored in _replaced_folders(root, settings).items()
         for name, version, place in packages
         # cargo searches the folders of paths, and replaces any version.
-        if where in ((dirname(place) or ".",) if vendored else (place or ".", ".") + tuple(_with_above(place)))
+        if where in ([dirname(place)] if vendored else _with_above(place))
     }
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
@@ -7415,7 +7420,9 @@ def wider_source(root: str, folder: str) -> tuple[str, str]:
     while not lexists(join(top, ".git")) and top != dirname(top):
         top = dirname(top)
     inner = relpath(realpath(join(root, folder)), top)
-    needed = outside and lexists(join(top, ".git")) and all(_locate(top, inner, target) for target in outside)
+    needed = (
+        outside and lexists(join(top, ".git")) and all(_locate(top, inner, target) is not None for target in outside)
+    )
     return (top, inner) if needed else (root, folder)
 
 
@@ -7607,7 +7614,7 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             resolution = entry.get("resolution", {})
             digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
             match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
-            if "directory" in resolution and _locate(root, folder, resolution["directory"]):
+            if "directory" in resolution and _locate(root, folder, resolution["directory"]) is not None:
                 continue  # the tree covers it
             if not match or not (digest or "codeload.github.com" in tarball):
                 raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
@@ -7653,7 +7660,7 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
             # What the root bundles is fetched as usual.
             in_tarball = entry.get("inBundle") and path.count("node_modules/") > 1
-            in_source = "node_modules/" not in path or local and _locate(root, folder, local)
+            in_source = "node_modules/" not in path or local and _locate(root, folder, local) is not None
             if in_tarball or in_source or entry.get("extraneous"):
                 continue
             name = entry.get("name", path.rpartition("node_modules/")[2])
@@ -7703,7 +7710,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         replaced: dict[Any, Any] = {}
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
             target, *release = new.split()
-            if not release and not _locate(root, folder, target):
+            if not release and _locate(root, folder, target) is None:
                 problem = f"go.mod: {old.strip()} is replaced by {target}, which is no part of what was sent"
                 raise source_error(
                     f"{problem}; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
@@ -7754,7 +7761,7 @@ def _read_recipe(project: str) -> Json:
         text = read_lockfile(join(project, "confbuild.toml")).decode("utf-8")
         recipe = check_schema(tomllib.loads(text), _RECIPE, "confbuild.toml")
         for path in (*recipe.get("inputs", ()), *recipe.get("outputs", ())):
-            if _locate(project, "", path) in ("", "."):
+            if not _locate(project, "", path):
                 raise ValueError(f"{path} is not a path below the project")
         if not recipe["command"]:
             raise ValueError("command is empty")
@@ -7876,7 +7883,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         above = realpath(directory).removesuffix(f"/{folder}")
         if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
             directory = above
-        folder = folder and _locate(directory, "", folder)
+        folder = _locate(directory, "", folder) or ""
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
@@ -8409,11 +8416,10 @@ def run_pipeline(
     # A real path, so that collect_cargo notices the symbolic links that a build makes.
     root = join(realpath(workspace), "source")
     name = _get_source(request, archive, root, env, policy)
-    folder = request.subdir and _locate(root, "", request.subdir)
-    project = normpath(join(root, folder))
-    if not isdir(project) or bool(folder) < bool(request.subdir):
+    folder = _locate(root, "", request.subdir)
+    if folder is None or not isdir(join(root, folder)):
         raise source_error(f"subdir {request.subdir[:80]!r} is not a folder of the source")
-    folder = "" if folder == "." else folder
+    project = normpath(join(root, folder))
     found = detect_toolchains(root, request.toolchain, folder)
     _launchers[-1].share([env.get(variable, default) for variable, default in found[0].store.items()])
     emit("detect", [found[0].name])
@@ -16625,10 +16631,10 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
             hint = f"--allow-scheme {scheme} accepts them"
             raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", hint)
         return
-    folder = options.subdir and _locate(source, "", options.subdir)
-    if not isdir(join(source, options.subdir)) or bool(folder) < bool(options.subdir):
+    folder = _locate(source, "", options.subdir)
+    if folder is None or not isdir(join(source, folder)):
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
-    options.subdir = "" if folder == "." else folder
+    options.subdir = folder
     if os.listdir(source):
         hint, (top, inner) = "", wider_source(source, options.subdir)
         try:
