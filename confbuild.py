@@ -6971,10 +6971,10 @@ def _with_above(folder: str) -> list[str]:
     return [folder, *_with_above(dirname(folder))] if folder else [""]
 
 
-def _find_workspace(root: str, folder: str) -> str:
-    """Return the folder of the workspace that the cargo package in folder belongs to: its own, or one above.
+def _find_workspace(root: str, folder: str) -> tuple[str, bool]:
+    """Return the folder of the workspace that the cargo package in folder belongs to, and whether that is certain.
 
-    Its Cargo.lock is the only one that cargo reads.  [CARGO: workspaces]
+    It is folder itself or one above. Its Cargo.lock is the only one that cargo reads.  [CARGO: workspaces]
     Both are relative to root, which a workspace does not lie above.
     """
 
@@ -6982,17 +6982,19 @@ def _find_workspace(root: str, folder: str) -> str:
         paths = table.get(key, ()) if isinstance(table, dict) else ()
         return any(isinstance(path, str) and f"{inner}/".startswith(normpath(path) + "/") for path in paths)
 
-    package = _read_toml(join(root, folder, "Cargo.toml")).get("package")
+    own = _read_toml(join(root, folder, "Cargo.toml"))
+    package = own.get("package")
     pointer = package.get("workspace") if isinstance(package, dict) else None
+    is_certain = not folder and ("workspace" in own or isinstance(package, dict) and "workspace" not in package)
     if isinstance(pointer, str):
         place = _locate(root, folder, pointer)
-        return folder if place is None else place
+        return folder if place is None else place, is_certain
     for place in _with_above(folder):
-        table = _read_toml(join(root, place, "Cargo.toml")).get("workspace")
+        table = (own if place == folder else _read_toml(join(root, place, "Cargo.toml"))).get("workspace")
         inner = relpath(folder or ".", place or ".")
         if table is not None:
-            return folder if names("exclude") and not names("members") else place
-    return folder
+            return folder if names("exclude") and not names("members") else place, is_certain
+    return folder, is_certain
 
 
 def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolchain]:
@@ -7008,13 +7010,12 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
         return isfile(path) and not islink(path)
 
     project = normpath(join(root, folder))
-    is_package, manifest = isfile(join(project, "Cargo.toml")), _read_toml(join(project, "Cargo.toml"))
-    lock = relpath(join(root, _find_workspace(root, folder) if is_package else folder, "Cargo.lock"), project)
-    package = manifest.get("package")
-    is_plain = not folder and ("workspace" in manifest or isinstance(package, dict) and "workspace" not in package)
+    is_package = isfile(join(project, "Cargo.toml"))
+    workspace, is_certain = _find_workspace(root, folder) if is_package else (folder, not folder)
+    lock = relpath(join(root, workspace, "Cargo.lock"), project)
     rows = [row for row in TOOLCHAINS if name in ("", row.name)]
     rows = [row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row for row in rows]
-    rows = [row._replace(locate=()) for row in rows] if is_plain or not is_package and not folder else rows
+    rows = [row._replace(locate=()) for row in rows] if is_certain else rows
     found = [row for row in rows if is_regular(join(project, row.marker))]
     if found:
         return found
@@ -7036,7 +7037,7 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     ):
         if any(is_regular(join(path, marker)) for marker in markers):  # the last one counts
             inside = relpath(project, path)
-            is_member = is_package and inside[0] != "." and not _find_workspace(path, inside)
+            is_member = is_package and inside[0] != "." and not _find_workspace(path, inside)[0]
             inner = ["--subdir", inside] * is_member
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
@@ -7263,9 +7264,8 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
 def _is_genuine(folder: str, checksum: str | None) -> bool:
     """Return whether folder, made by `cargo vendor`, holds exactly the files of the package with this checksum."""
     files = {name: join(folder, name) for name in walk_files(folder)}
-    if checksum is None or any(
-        map(islink, files.values())
-    ):  # of a git repository: nothing ties the files to its commit
+    # A checksum is missing for git repositories: nothing would tie the files to the commit.
+    if checksum is None or any(map(islink, files.values())):
         return False
     found = {name: file_sha256(path) for name, path in files.items() if isfile(path)}
     try:
@@ -7360,16 +7360,31 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
                 where = _locate(root, base, target)
                 if where is None:
                     raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
-                inside = os.listdir(join(root, where)) if kind == "directory" else ()
-                if any(islink(join(root, where, entry)) for entry in inside):
+                path = join(root, where)
+                inside = os.listdir(path) if kind == "directory" else ()
+                if any(islink(join(path, entry)) for entry in inside):
                     raise BuildFailed("ProvenanceError", f"{name}: {target} contains links")
                 found |= {where: kind == "directory"} if is_used else {}
     return found
 
 
-def _scan_cargo(
-    root: str, folder: str, names: Iterable[str] | None = None
-) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
+def _outside_paths(root: str, folder: str, doc: Json) -> dict[str, str]:
+    """Return the packages outside of root that a file of cargo's in folder names, with their paths."""
+    found, tables = dict[str, str](), [doc]
+    for owner in (doc.get("package"), doc.get("workspace")):
+        if isinstance(owner, dict):
+            owner.pop("metadata", None)  # of other programs: packagers name paths of installed systems there
+    for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
+        for key, value in table.items():
+            if isinstance(value, dict):
+                tables.append(value)
+                target = value.get("path")
+                if isinstance(target, str) and _locate(root, folder, target) is None:
+                    found[str(value.get("package", key))] = target
+    return found
+
+
+def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
     """Return the names of the packages inside root, the packages that cargo compiles in place of others, and the paths
     of those outside.
 
@@ -7378,28 +7393,16 @@ def _scan_cargo(
     [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
-    names: of the manifests to read, relative to root; all by default, and the settings of cargo.
     """
-    packages, outside = [], dict[str, str]()
-    settings = _read_settings(root, folder) if names is None else []
-    manifests = [name for name in (walk_files(root) if names is None else names) if basename(name) == "Cargo.toml"]
-    docs = [(dirname(name), _read_toml(join(root, name))) for name in manifests if isfile(join(root, name))]
-    for base, doc in (*docs, *((base, doc) for _, base, doc in settings)):
-        tables = [doc]
-        for owner in (doc.get("package"), doc.get("workspace")):
-            if isinstance(owner, dict):
-                owner.pop("metadata", None)  # of other programs: packagers name paths of installed systems there
-        for table in tables:  # it grows: `name = { path = ... }` may stand anywhere
-            for key, value in table.items():
-                if isinstance(value, dict):
-                    tables.append(value)
-                    target = value.get("path")
-                    if isinstance(target, str) and _locate(root, base, target) is None:
-                        outside[str(value.get("package", key))] = target
-    for base, doc in docs:
+    packages, outside, settings = [], dict[str, str](), _read_settings(root, folder)
+    for base in (dirname(name) for name in walk_files(root) if basename(name) == "Cargo.toml"):
+        doc = _read_toml(join(root, base, "Cargo.toml"))
+        outside |= _outside_paths(root, base, doc)
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
         if isinstance(package, dict) and isinstance(package.get("name"), str):
             packages.append((package["name"], str(package.get("version")), base))
+    for _, base, doc in settings:
+        outside |= _outside_paths(root, base, doc)
     replaced = {
         (name, version if vendored else ""): (place, vendored)
         for where, vendored in _replaced_folders(root, settings).items()
@@ -7415,7 +7418,7 @@ def wider_source(root: str, folder: str) -> tuple[str, str]:
 
     That is so if its Cargo.toml names packages in folders outside of root, and all of them lie in this work tree.
     """
-    outside = _scan_cargo(root, folder, [normpath(join(folder, "Cargo.toml"))])[2].values()
+    outside = _outside_paths(root, folder, _read_toml(join(root, folder, "Cargo.toml"))).values()
     top = realpath(root)
     while not lexists(join(top, ".git")) and top != dirname(top):
         top = dirname(top)
