@@ -6960,6 +6960,8 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
 
 def _read_toml(path: str) -> Json:
     """Return the contents of a file of cargo's; {} if cargo cannot read it, which it reports if it matters."""
+    if not isfile(path):  # a pipe would block
+        return {}
     try:
         return tomllib.loads(read_limited(path, MIB).decode("utf-8-sig"))
     except (OSError, UsageError, ValueError, RecursionError):
@@ -7361,7 +7363,7 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
                 if where is None:
                     raise BuildFailed("ProvenanceError", f"{name}: {kind} leads to {target}, outside of the source")
                 path = join(root, where)
-                inside = os.listdir(path) if kind == "directory" else ()
+                inside = os.listdir(path) if kind == "directory" and isdir(path) else ()
                 if any(islink(join(path, entry)) for entry in inside):
                     raise BuildFailed("ProvenanceError", f"{name}: {target} contains links")
                 found |= {where: kind == "directory"} if is_used else {}

@@ -14179,6 +14179,18 @@ class TestCargoDependencies:
         write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": SHA})})
         assert confbuild._is_genuine(str(tmp_path / "v"), SHA)
 
+    def test_what_is_missing_or_no_file(self, tmp_path: Path) -> None:
+        """cargo says that a folder is missing; a pipe blocks nobody."""
+        demo = write_files(tmp_path / "demo", {"Cargo.lock": "", "a/x": ""})
+        for target in ("gone", "a/x"):
+            write_files(demo, {".cargo/config.toml": f'[source.v]\ndirectory = "{target}"\n'})
+            assert confbuild.cargo_dependencies(entry(source=REGISTRY, checksum=SHA).encode(), str(demo)) == [LIBC]
+        for folder in (demo, demo / "a"):
+            os.mkfifo(folder / "Cargo.toml")
+        assert confbuild.detect_toolchains(str(demo))[0].name == "cargo"
+        assert confbuild.wider_source(str(demo), "a") == (str(demo), "a")
+        assert confbuild.cargo_dependencies(b"", str(demo)) == []
+
     def test_which_settings_cargo_reads(self, tmp_path: Path) -> None:
         """Of two files the one without a suffix, and both through links. [CARGO: config]"""
         lock = entry(source=REGISTRY, checksum=SHA).encode()
