@@ -13559,7 +13559,8 @@ class VmPool:
         self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
         self._booting: Vm | None = None  # guarded by _changed; the next spare
         self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is
-        self._failure: Sequence[str] = ()  # guarded by _changed; why the last spare did not boot: each a new object
+        self._failures = 0  # guarded by _changed; spares that did not boot
+        self._failure = ""  # guarded by _changed; why the last one did not
         self._stopping = False  # guarded by _changed
         self._thread = threading.Thread(target=self._keep_spares, name="spares", daemon=True)
 
@@ -13630,7 +13631,8 @@ class VmPool:
                     if not self._stopping:
                         logger().error("no VM waits for a build: %s", e or type(e).__name__)
                         count("confbuild_vms_lost_total")
-                    self._failure = [str(e) or type(e).__name__]
+                    self._failures += 1
+                    self._failure = str(e) or type(e).__name__
                     self._changed.notify_all()
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
@@ -13693,7 +13695,7 @@ class VmPool:
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
-            self._warm *= not self.single_use
+            self._warm = 0 if self.single_use else self._warm
             self._changed.notify_all()
         return vm or self._make_vm(job)
 
@@ -13702,16 +13704,16 @@ class VmPool:
         with self._changed:
             if self._waiting == MAX_WAITING:
                 raise vm_error(f"{MAX_WAITING} other requests wait for a VM")
-            before, limit = self._failure, self._boot_timeout_s + RETRY_S
+            before, limit = self._failures, self._boot_timeout_s + RETRY_S
             self._waiting += 1
             self._changed.notify_all()
             try:
-                self._changed.wait_for(lambda: self._spares or self._failure is not before or self._stopping, limit)
+                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
             finally:
                 self._waiting -= 1
             if self._spares and not self._stopping:
                 return self._spares.pop(0)
-            raise vm_error("no VM is ready" if self._failure is before else self._failure[0])
+            raise vm_error(self._failure if self._failures > before else "no VM is ready")
 
     def attestation(self, nonce: str) -> bytes:
         """Return evidence.json of a VM that waits or is booted. nonce: 32 hexadecimal digits. Raises BuildFailed."""
@@ -16188,7 +16190,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
         options.boot_timeout or machine.platform.boot_timeout_s,
         guard_process(),
-        int(not machine.guest and not options.vm_command) if options.warm is None else options.warm,
+        options.warm,
     )
     pool.single_use = options.single_use
     expected = machine.platform.expectations(machine.facts)
@@ -16575,7 +16577,8 @@ def cmd_build(options: "argparse.Namespace") -> int:
     with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         display = Display(sys.stderr, options.format)
-        if machine:  # first, so that a simulated VM starts while the source is packed
+        if machine:
+            options.warm = int(not machine.guest)  # a simulated VM starts while the source is packed
             running = start_server(options, join(scratch, "state"), [], machine)
             stack.callback(running.stop, 0.0)
             client = Client(running.connect(display.note), display)  # imports: an interrupt in one would break the next
@@ -17655,7 +17658,7 @@ _TEMPORARY: Json = {
     "public_host": [],
     "tls_cert": None,
     "tls_key": None,
-    "warm": None,
+    "warm": 0,  # build: 1 if the VM is simulated
     "keep_days": float("inf"),
     "keep_bytes": float("inf"),
     "print_command": False,
