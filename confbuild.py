@@ -6499,31 +6499,43 @@ class History(NamedTuple):
     time: int
 
 
-def believe_history(
-    project: str, env: Mapping[str, str], prefix: str = "", git: str = "", files: Sequence[str] | None = None
-) -> History:
+def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
     prefix: of the paths of submodules.
-    git: another folder with the history.
-    files: relative to project; None for all.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
-    git = git or join(project, ".git")
+    git, env = join(project, ".git"), git_environment(env, ())
     if not isdir(join(git, "objects")) or islink(git):
         raise source_error("there is no history")
-    env = git_environment(env, ())
     with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
         commit, config = _borrow_repository(git, git, own, env)
         if not commit:
             raise source_error("HEAD names no commit")
-        if int(_git(["cat-file", "-s", commit], own, env)) > MAX_COMMIT:
-            raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
-        body = _git(["cat-file", "commit", commit], own, env)
-        head = dict(_list_tree(commit, own, env))
-        links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
-        modules = _read_config(join(project, ".gitmodules"), own, env) if links else {}
+        return _believe_commit(project, own, commit, config, env, prefix, dict(_list_tree(commit, own, env)))
+
+
+def _believe_commit(
+    project: str,
+    own: str,
+    commit: str,
+    config: Mapping[str, str],
+    env: Mapping[str, str],
+    prefix: str,
+    head: Mapping[str, list[bytes]],
+    files: Sequence[str] | None = None,
+) -> History:
+    """Do what believe_history does, with a repository of our own that has the commit.
+
+    config: of the repository that it stands for.
+    head: from _list_tree.
+    files: relative to project; None for all."""
+    body = _git(["cat-file", "commit", commit], own, env)
+    if len(body) > MAX_COMMIT:
+        raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
+    links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
+    modules = _read_config(join(project, ".gitmodules"), own, env) if links else {}
     if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     if files is None:
@@ -6772,7 +6784,8 @@ def _read_head(
     if found.keys() == head.keys() and not submodules:
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
         with contextlib.suppress(BuildFailed, OSError):
-            history = believe_history(checkout.root, env, "", checkout.own, files)
+            plain = git_environment(env, ())
+            history = _believe_commit(checkout.root, checkout.own, checkout.commit, checkout.config, plain, "", head, files)
     skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
     policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
@@ -13084,6 +13097,100 @@ def run_fetcher() -> None:
     threading.Event().wait()  # until the lifeline ends this process
 
 
+class ForkedProcess(NamedTuple):
+    """A child of this process that another one has forked. It has what Vm uses of subprocess.Popen."""
+
+    pid: int
+    stderr: IO[bytes] | None = None
+
+    def wait(self) -> None:
+        """Wait for its end, and reap it."""
+        os.waitpid(self.pid, 0)
+
+
+class ForkServer:
+    """A copy of this process that forks agents and fetchers: Python takes 0.1 s to start and load this file, fork(2) 5 ms.
+
+    Made by a child subreaper that has one thread, before it has secrets.
+    """
+
+    def __init__(self) -> None:
+        for module in (email, gzip, selectors, subprocess, urllib):
+            module.__spec__  # noqa: B018  # loads it, as every agent needs it
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._serve(theirs)
+            finally:
+                os._exit(1)
+        theirs.close()
+
+    def start(self, command: str, stream: "socket.socket", start: "VmStart") -> ForkedProcess | None:
+        """Fork a process that runs command as VmStart says, with stream as its standard input and output.
+
+        Return None if that fails: whoever calls this can start the program instead.
+        """
+        with suppress(OSError, ValueError), self._lock:
+            request = json.dumps([command, start.cwd, dict(start.env), *start.fds]).encode("ascii")
+            socket.send_fds(self._socket, [request], [stream.fileno(), *start.fds])
+            return ForkedProcess(int(self._socket.recv(20)))
+        return None
+
+    def stop(self) -> None:
+        """End it. What it has forked lives on."""
+        self._socket.close()
+        os.waitpid(self._pid, 0)
+
+    def _serve(self, requests: "socket.socket") -> None:
+        """Fork what the other end of requests asks for, until it closes that."""
+        os.setsid()  # Ctrl-C is not for this process
+        _keep_only(requests.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        while True:
+            request, fds, *_ = socket.recv_fds(requests, MIB, 2)
+            if not request:
+                os._exit(0)
+            answer, written = os.pipe()
+            # The process in between ends at once, so that the server, which is a subreaper, becomes the parent.
+            between = os.fork()
+            if between == 0:
+                pid = os.fork()
+                if pid == 0:
+                    self._become(fds, *json.loads(request))
+                os.write(written, b"%d" % pid)
+                os._exit(0)
+            os.waitpid(between, 0)
+            for fd in (written, *fds):
+                os.close(fd)
+            requests.send(os.read(answer, 20))
+            os.close(answer)
+
+    @staticmethod
+    def _become(fds: Sequence[int], command: str, cwd: str, env: dict[str, str], *numbers: int) -> NoReturn:
+        """Run command with these file descriptors: first its standard input and output, then those with these numbers."""
+        os.setsid()
+        for fd, number in zip((fds[0], *fds), (0, 1, *numbers), strict=True):
+            os.dup2(fd, number)
+        _keep_only(*numbers)
+        logger().setLevel(logging.WARNING)
+        with survive(f"the {command} ends"):
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(env)
+            system_call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # for show_workspace
+            {"agent": run_agent, "fetcher": run_fetcher}[command]()
+        os._exit(1)
+
+
+def _keep_only(*fds: int) -> None:
+    """Close all file descriptors but these and the standard ones."""
+    for before, after in itertools.pairwise([2, *fds, 1 << 20]):
+        os.closerange(before + 1, after)
+
+
 # endregion 37
 # ==============================================================================
 # region 38. VMs       [uses 17, 18, 19, 21, 22, 27, 28, 30, 31, 32, 33, 36, 37]
@@ -13157,6 +13264,7 @@ class VmStart(NamedTuple):
     fds: file descriptors that it inherits.
     foreign: it is not this program: its standard error is the VM's console, and the kernel kills it with this process.
     grace_s: time that it gets to end by itself after a build.
+    fork: starts it in another way, with its stream as standard input and output; returns None if it cannot.
     """
 
     argv: Sequence[str]
@@ -13166,6 +13274,7 @@ class VmStart(NamedTuple):
     fds: Sequence[int] = ()
     foreign: bool = True
     grace_s: float = 0.0
+    fork: "Callable[[socket.socket, VmStart], ForkedProcess | None]" = lambda stream, start: None
 
 
 class VmKind(NamedTuple):
@@ -13185,7 +13294,11 @@ class VmKind(NamedTuple):
 
 
 def own_vms(
-    command: str, told: Mapping[str, Any], env: Sequence[str] = (), sandbox: Callable[[], Sandbox | None] = lambda: None
+    command: str,
+    told: Mapping[str, Any],
+    env: Sequence[str] = (),
+    sandbox: Callable[[], Sandbox | None] = lambda: None,
+    forks: ForkServer | None = None,
 ) -> VmKind:
     """Return the kind of VM that is a child process of this same file, which stands in for a confidential VM.
 
@@ -13193,6 +13306,7 @@ def own_vms(
     told: its configuration.
     env: more names of the server's environment that a build may see.
     sandbox: returns that of the programs that a build runs; None for none.
+    forks: starts them, if it can.
     """
 
     def start(workspace: str, _: str) -> VmStart:
@@ -13200,7 +13314,8 @@ def own_vms(
         config = {**told, "env": list(env), "sandbox": box and box._asdict(), "workspace": workspace}
         fds = () if box is None or box.ports < 0 else (box.ports,)
         own_env = build_environment(workspace, os.environ, env)
-        return VmStart([*own_program(), command], own_env, config, workspace, fds, foreign=False)
+        fork = functools.partial(forks.start, command) if forks else VmStart._field_defaults["fork"]
+        return VmStart([*own_program(), command], own_env, config, workspace, fds, foreign=False, fork=fork)
 
     return VmKind(SIMULATED_PLATFORM, True, start)
 
@@ -13386,7 +13501,7 @@ class Vm:
         except OSError as e:
             raise vm_error(f"cannot make a workspace for the VM: {e.strerror}") from None
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None  # guarded by _lock
+        self._child: subprocess.Popen[bytes] | ForkedProcess | None = None  # guarded by _lock
         ours, self._theirs = socket.socketpair()
         self.stream = VmStream(ours)
         self.client = VmClient(self.stream)
@@ -13410,10 +13525,10 @@ class Vm:
                         raise ValueError(f"its configuration has more than {MAX_CONFIGURATION} bytes")
                     self._grace_s = start.grace_s
                     # It is assigned here, so that destroy kills it whatever follows.
-                    self._child = child = subprocess.Popen(  # type: ignore[call-overload]  # a socket has a fileno
+                    self._child = child = start.fork(theirs, start) or subprocess.Popen(
                         start.argv,
-                        stdin=theirs,
-                        stdout=theirs,
+                        stdin=theirs.fileno(),
+                        stdout=theirs.fileno(),
                         stderr=subprocess.PIPE if start.foreign else None,
                         cwd=start.cwd,
                         env=start.env,
@@ -16175,28 +16290,36 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     """
     address, port = options.listen or ("localhost", 0)
     host = address.strip("[]")
-    tls = _tls_context(options)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(OSError, ValueError):  # some systems report no limit and have one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     lock = claim_state(state)
-    make_copy(state)
+    reap = guard_process()
+    forks = ForkServer() if reap and threading.active_count() == 1 else None
+    if not forks:
+        make_copy(state)
+    tls = _tls_context(options)
+    sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
     local = _is_loopback(host) and not options.public_host  # a proxy brings clients of other machines
     policy = SourcePolicy((*SCHEMES, *options.allow_scheme), local, *sizes, options.allow_filters)
     pool = VmPool(
-        functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]))),
+        functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]), forks)),
         options.boot_timeout or machine.platform.boot_timeout_s,
-        guard_process(),
+        reap,
         options.warm,
     )
     pool.single_use = options.single_use
     expected = machine.platform.expectations(machine.facts)
+
+    def make_fetcher(url: str, ref: str) -> Vm:
+        told = {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref}
+        return Vm(own_vms("fetcher", told, forks=forks), FETCH)
+
     vms = VmHost(
         pool,
-        lambda url, ref: Vm(own_vms("fetcher", {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref}), FETCH),
+        make_fetcher,
         options.build_timeout,
         expected,
     )
@@ -16231,6 +16354,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         server.stop()
         streamer.stop()
         pool.stop()
+        if forks:
+            forks.stop()
         os.close(lock)
 
     url = f"{'https' if tls else 'http'}://{address}:{server.server_address[1]}" if options.listen else ""
@@ -16238,7 +16363,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
 
 
 def vm_kind(
-    options: "argparse.Namespace", state: str, policy: SourcePolicy, machine: BuildPlatform, port: Callable[[], int]
+    options: "argparse.Namespace",
+    state: str,
+    policy: SourcePolicy,
+    machine: BuildPlatform,
+    port: Callable[[], int],
+    forks: ForkServer | None,
 ) -> VmKind:
     """Return the kind of VM that builds run in, after removing what VMs of an earlier server have left behind.
 
@@ -16263,10 +16393,10 @@ def vm_kind(
         hidden = [realpath(path) + "/" for path in filter(None, secret)]
         hidden.append(join(realpath(tempfile.gettempdir()), "confbuild-"))
         box = machine.sandbox and machine.sandbox._replace(hidden=hidden)
-        closed = functools.cache(lambda: close_port(port()))  # one ruleset for all VMs
         none = not options.listen or (machine.protections or {}).get("ports")
+        ports = functools.cache(lambda: -1 if none else close_port(port()))  # one ruleset for all VMs
         told |= {"cache": options.cache}
-        return own_vms("agent", told, options.env, lambda: box and box._replace(ports=-1 if none else closed()))
+        return own_vms("agent", told, options.env, lambda: box and box._replace(ports=ports()), forks)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     for name in os.listdir(folder):
         if name.startswith(WORKSPACE):
