@@ -5723,11 +5723,15 @@ class TreeWriter:
                 raise limit_error(f"{name[:80]!r} cannot be a link to {target[:80]!r}: {e.strerror}") from None
             self._count(getsize(path))  # whatever hashes or packs the tree reads it again
         elif kind == "file":
-            with open(path, "xb") as f:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)  # half the time of open, which counts here
+            try:
+                os.fchmod(fd, 0o755 if member.executable else 0o644)
                 for block in member.contents:  # count what really comes, not what a header announces
                     self._count(len(block))
-                    f.write(block)
-            os.chmod(path, 0o755 if member.executable else 0o644)
+                    while block:
+                        block = block[os.write(fd, block) :]
+            finally:
+                os.close(fd)
         elif kind == "symlink":
             self._links[name] = member.target
 
@@ -5792,7 +5796,8 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED, max_rati
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            members = _zip_members(f) if zipped else tar_members(gzip.GzipFile(fileobj=f), max_bytes)
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=f), MIB)
+            members = _zip_members(f) if zipped else tar_members(stream, max_bytes)
             for count, member in enumerate(members, 1):
                 if count > MAX_MEMBERS:
                     raise limit_error(f"the archive has more than {MAX_MEMBERS} members")
@@ -5856,14 +5861,28 @@ _HARMLESS_PAX = b"comment mtime atime ctime uid gid uname gname SCHILY.archtype"
 _DISPUTED_PAX = tuple(b"GNU.sparse. GNU.dumpdir GNU.volume. SCHILY.realsize SCHILY.filetype SUN.holesdata".split())
 
 
-def _take(stream: Any, size: int, label: str = "the archive") -> Iterator[bytes]:
-    """Yield the next size bytes of stream in blocks. label: names it in errors."""
+def _take(stream: Any, size: int) -> Iterator[bytes]:
+    """Yield the next size bytes of an archive in blocks."""
     while size:
         block = stream.read(min(size, BLOCK))
         if not block:
-            raise source_error(f"{label} is cut off")
+            raise source_error("the archive is cut off")
         size -= len(block)
         yield block
+
+
+def read_blocks(path: str, size: int) -> Iterator[bytes]:
+    """Yield the first size bytes of a file in blocks. Raises BuildFailed SourceError if it has fewer, OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # half the time of open, which counts for 60,000 small files
+    try:
+        while size:
+            block = os.read(fd, min(size, BLOCK))
+            if not block:
+                raise source_error(f"{path!r} is cut off")
+            size -= len(block)
+            yield block
+    finally:
+        os.close(fd)
 
 
 def tar_members(stream: Any, limit: int) -> Iterator[_Member]:
@@ -6034,14 +6053,12 @@ def write_source(archive: str, root: str, name: str, files: Iterable[str] = ("",
         found = os.lstat(path)
         mode = 0o755 if found.st_mode & 0o100 else 0o644
         if stat.S_ISREG(found.st_mode):
-            with open(path, "rb", 0) as f:
-                size = os.fstat(f.fileno()).st_size
-                if size >= 8 * GIB:
-                    raise limit_error(f"{path!r} has 8 GiB or more, which is too much for a tarball")
-                out.write(tar_header(member, b"0", mode, size))
-                for block in _take(f, size, repr(path)):
-                    out.write(block)
-                out.write(bytes(-size % 512))
+            if found.st_size >= 8 * GIB:
+                raise limit_error(f"{path!r} has 8 GiB or more, which is too much for a tarball")
+            out.write(tar_header(member, b"0", mode, found.st_size))
+            for block in read_blocks(path, found.st_size):
+                out.write(block)
+            out.write(bytes(-found.st_size % 512))
         elif stat.S_ISLNK(found.st_mode):
             out.write(tar_header(member, b"2", mode, 0, os.readlink(path)))
         elif stat.S_ISDIR(found.st_mode):
@@ -6101,14 +6118,15 @@ def git_tree(
     found = {name: (mode, binascii.unhexlify(digest)) for name, (mode, digest) in (absent or {}).items()}
     for name in files:
         path = join(root, name)
-        mode = os.lstat(path).st_mode
-        is_link = stat.S_ISLNK(mode)
-        if not is_link and not stat.S_ISREG(mode):
+        status = os.lstat(path)
+        if stat.S_ISLNK(status.st_mode):
+            target = os.fsencode(os.readlink(path))
+            found[name] = b"120000", _git_object(algorithm, b"blob", len(target), [target])
+        elif stat.S_ISREG(status.st_mode):
+            mode = b"100755" if status.st_mode & 0o100 else b"100644"
+            found[name] = mode, _git_object(algorithm, b"blob", status.st_size, read_blocks(path, status.st_size))
+        else:
             raise source_error(f"{name!r} is neither a file nor a link")
-        with io.BytesIO(os.fsencode(os.readlink(path))) if is_link else open(path, "rb", 0) as f:
-            digest = _git_object(algorithm, b"blob", f)
-        git_mode = b"120000" if is_link else b"100%o" % (0o644 | (mode >> 6 & 1) * 0o111)
-        found[name] = git_mode, digest
 
     def tree(entries: list[tuple[list[bytes], bytes, bytes]]) -> bytes:
         rows = []
@@ -6117,16 +6135,15 @@ def git_tree(
             # A folder sorts as if its name ended with a slash.
             rows.append((name + b"/", b"40000", tree(inner)) if inner[0][0] else (name, *inner[0][1:]))
         body = b"".join(b"%s %s\0%s" % (mode, name.rstrip(b"/"), digest) for name, mode, digest in sorted(rows))
-        return _git_object(algorithm, b"tree", io.BytesIO(body))
+        return _git_object(algorithm, b"tree", len(body), [body])
 
     return tree([(os.fsencode(name).split(b"/"), *entry) for name, entry in found.items()]).hex()
 
 
-def _git_object(algorithm: str, kind: bytes, contents: IO[bytes]) -> bytes:
-    """Return the name of an object: the hash of its header and contents. [GIT]"""
-    digest = hashlib.new(algorithm, b"%s %d\0" % (kind, contents.seek(0, os.SEEK_END)), usedforsecurity=False)
-    contents.seek(0)
-    for block in iter(functools.partial(contents.read, BLOCK), b""):
+def _git_object(algorithm: str, kind: bytes, size: int, blocks: Iterable[bytes]) -> bytes:
+    """Return the name of an object: the hash of its header and contents, which have size bytes. [GIT]"""
+    digest = hashlib.new(algorithm, b"%s %d\0" % (kind, size), usedforsecurity=False)
+    for block in blocks:
         digest.update(block)
     return digest.digest()
 
@@ -6536,7 +6553,7 @@ def _believe_commit(
         raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
     links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
     modules = _read_config(join(project, ".gitmodules"), own, env) if links else {}
-    if _git_object(object_format(commit), b"commit", io.BytesIO(body)).hex() != commit:
+    if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     if files is None:
         files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
