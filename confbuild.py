@@ -5315,11 +5315,13 @@ def capture(
     max_bytes: int = 64 * MIB,
     untrusted: bool = False,
     watch: Callable[[], None] = lambda: None,
+    what: str = "",
 ) -> tuple[int, bytes, str]:
     """Run argv and return (exit status, stdout, the end of stderr).
 
     untrusted: the source can influence the program.
     watch: called a few times per second; if it raises, the program is killed.
+    what: names it in errors; its path by default.
     Raises BuildFailed LimitError if it prints more than max_bytes."""
     texts, size = [bytearray(), bytearray()], 0
 
@@ -5329,7 +5331,7 @@ def capture(
         del texts[1][:-4096]
         size += len(block)
         if size > max_bytes:
-            raise limit_error(f"{argv[0]} printed more than {max_bytes} bytes")
+            raise limit_error(f"{what or argv[0]} printed more than {max_bytes} bytes")
 
     status = _run_to_end(_launchers[-1 if untrusted else 0], argv, cwd, env, take, watch=watch)
     return status, bytes(texts[0]), texts[1].decode("utf-8", "replace").strip()
@@ -6195,7 +6197,8 @@ def _git(
     if shutil.which("git", path=env.get("PATH")) is None:
         raise source_error("git is not installed here")
     limits = ["/bin/sh", "-c", _LIMIT, "sh", str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
-    status, output, errors = capture([*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch)
+    what = f"git {' '.join(arguments[:2])}"
+    status, output, errors = capture([*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch, what=what)
     if status == 0:
         return output
     lines = errors.splitlines() or [f"git ended with status {status}"]
@@ -6548,9 +6551,7 @@ def _believe_commit(
     config: of the repository that it stands for.
     head: from _list_tree.
     files: relative to project; None for all."""
-    body = _git(["cat-file", "commit", commit], own, env)
-    if len(body) > MAX_COMMIT:
-        raise limit_error(f"the commit has more than {MAX_COMMIT} bytes")
+    body = _git(["cat-file", "commit", commit], own, env, max_output=MAX_COMMIT)
     links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
     modules = _read_config(join(project, ".gitmodules"), own, env) if links else {}
     if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
@@ -6802,7 +6803,9 @@ def _read_head(
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
         with contextlib.suppress(BuildFailed, OSError):
             plain = git_environment(env, ())
-            history = _believe_commit(checkout.root, checkout.own, checkout.commit, checkout.config, plain, "", head, files)
+            history = _believe_commit(
+                checkout.root, checkout.own, checkout.commit, checkout.config, plain, "", head, files
+            )
     skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
     policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
@@ -13158,7 +13161,8 @@ class ForkServer:
     def stop(self) -> None:
         """End it. What it has forked lives on."""
         self._socket.close()
-        os.waitpid(self._pid, 0)
+        with suppress(ChildProcessError):  # it has died before, and VmPool has reaped it
+            os.waitpid(self._pid, 0)
 
     def _serve(self, requests: "socket.socket") -> None:
         """Fork what the other end of requests asks for, until it closes that."""
@@ -13200,6 +13204,14 @@ class ForkServer:
             system_call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # for show_workspace
             {"agent": run_agent, "fetcher": run_fetcher}[command]()
         os._exit(1)
+
+
+def fork_server() -> ForkServer | None:
+    """Return a new fork server, or None if this process has several threads.
+
+    A copy of this process would have one of them, and the locks that the others hold.  [fork(2)]
+    """
+    return ForkServer() if threading.active_count() == 1 else None
 
 
 def _keep_only(*fds: int) -> None:
@@ -16034,7 +16046,7 @@ class Display:
 
 # endregion 43
 # ==============================================================================
-# region 44. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 35, 36, 38, 39, 40, 43]
+# region 44. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 35, 36, 37, 38, 39, 40, 43]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
@@ -16298,6 +16310,14 @@ def _gauges(streamer: Streamer, state: str) -> dict[str, float]:
     }
 
 
+def _raise_file_limit() -> int:
+    """Raise the limit of file descriptors, of which each watcher needs one, as far as possible, and return it."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(OSError, ValueError):  # some systems report no limit and have one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: BuildPlatform) -> Running:
     """Start a server on options.listen, with its state in the directory state.
 
@@ -16307,13 +16327,10 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     """
     address, port = options.listen or ("localhost", 0)
     host = address.strip("[]")
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    with suppress(OSError, ValueError):  # some systems report no limit and have one
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # each watcher needs a file descriptor
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = _raise_file_limit()
     lock = claim_state(state)
     reap = guard_process()
-    forks = ForkServer() if reap and threading.active_count() == 1 else None
+    forks = None if options.vm_command or machine.guest or not reap else fork_server()
     if not forks:
         make_copy(state)
     tls = _tls_context(options)
@@ -16328,18 +16345,12 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
         options.warm,
     )
     pool.single_use = options.single_use
-    expected = machine.platform.expectations(machine.facts)
 
     def make_fetcher(url: str, ref: str) -> Vm:
         told = {"policy": policy._asdict(), "repo_url": url, "repo_ref": ref}
         return Vm(own_vms("fetcher", told, forks=forks), FETCH)
 
-    vms = VmHost(
-        pool,
-        make_fetcher,
-        options.build_timeout,
-        expected,
-    )
+    vms = VmHost(pool, make_fetcher, options.build_timeout, machine.platform.expectations(machine.facts))
     streamer = Streamer()
     limits = (options.slots, options.queue, options.single_use, options.keep_days, options.keep_bytes)
     jobs = Jobs(state, vms.run, streamer.grown, *limits)
@@ -16385,7 +16396,7 @@ def vm_kind(
     policy: SourcePolicy,
     machine: BuildPlatform,
     port: Callable[[], int],
-    forks: ForkServer | None,
+    forks: ForkServer | None = None,
 ) -> VmKind:
     """Return the kind of VM that builds run in, after removing what VMs of an earlier server have left behind.
 
@@ -16723,11 +16734,13 @@ def cmd_build(options: "argparse.Namespace") -> int:
             signal.signal(number, signal.default_int_handler)
     with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
-        display = Display(sys.stderr, options.format)
+        running = None
         if machine:
             options.warm = int(not machine.guest)  # a simulated VM starts while the source is packed
-            running = start_server(options, join(scratch, "state"), [], machine)
+            running = start_server(options, join(scratch, "state"), [], machine)  # before any other thread
             stack.callback(running.stop, 0.0)
+        display = Display(sys.stderr, options.format)
+        if running:
             client = Client(running.connect(display.note), display)  # imports: an interrupt in one would break the next
             running.pool.start()
         else:
