@@ -10974,6 +10974,7 @@ let pattern = null, hits = [], searched = 0;  // what is searched for, the rows 
 
 const redraw = () => { drawing ||= requestAnimationFrame(draw); };
 const visible = () => $("log").clientHeight / ROW;
+const counted = () => lineCount == 1 ? "1 line" : `${lineCount.toLocaleString("en")} lines`;
 const plain = text => text.includes("\x1b") ? text.replace(ESCAPE, "") : text;
 
 function draw() {
@@ -11003,7 +11004,7 @@ function draw() {
     $("pane").firstChild.style.transform = `translateY(${y}px)`;
   }
   $("follow").hidden = following;
-  $("count").textContent = lineCount == 1 ? "1 line" : `${lineCount.toLocaleString("en")} lines`;
+  $("count").textContent = counted();
   if (pattern && searched < count) search();
 }
 
@@ -11176,7 +11177,7 @@ function showPhases(live) {
   $("phases").tBodies[0].replaceChildren(...names.map((name, i) => {
     const next = order.find(time => time > began[name]);
     const time = name in began ? span((next ? next * 1000 : end) - began[name] * 1000) : "";
-    const text = name == "build" ? $("count").textContent : phases.get(name);
+    const text = name == "build" ? counted() : phases.get(name);
     return el("tr", {className: live && i == names.length - 1 ? "now" : ""},
       el("th", {scope: "row", textContent: name}), el("td", {textContent: time}), el("td", {textContent: text}));
   }));
@@ -12873,7 +12874,8 @@ def _parse_event(event: StreamEvent, position: int) -> Json:
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
 # output [CONTRACT 6.2].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
-# another child of the server, with the same life: it fetches a repository for a VM without a network.
+# another child of the server, with the same life: it fetches a repository for a VM without a network.  The fork server
+# is a copy of the server that starts both where VMs are simulated.
 #
 # Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends, since
 # whoever started this process is then dead or needs it no more.
@@ -13147,14 +13149,17 @@ class ForkServer:
                 os._exit(1)
         theirs.close()
 
-    def start(self, command: str, stream: "socket.socket", start: "VmStart") -> ForkedProcess | None:
-        """Fork a process that runs command as VmStart says, with stream as its standard input and output.
+    def start(
+        self, command: str, stream: "socket.socket", cwd: str, env: Strings, fds: Sequence[int]
+    ) -> ForkedProcess | None:
+        """Fork a process that runs command, with stream as its standard input and output.
 
+        fds: file descriptors that it inherits.
         Return None if that fails: whoever calls this can start the program instead.
         """
         with suppress(OSError, ValueError), self._lock:
-            request = json.dumps([command, start.cwd, dict(start.env), *start.fds]).encode("ascii")
-            socket.send_fds(self._socket, [request], [stream.fileno(), *start.fds])
+            request = json.dumps([command, cwd, dict(env), *fds]).encode("ascii")
+            socket.send_fds(self._socket, [request], [stream.fileno(), *fds])
             return ForkedProcess(int(self._socket.recv(20)))
         return None
 
@@ -13303,7 +13308,7 @@ class VmStart(NamedTuple):
     fds: Sequence[int] = ()
     foreign: bool = True
     grace_s: float = 0.0
-    fork: "Callable[[socket.socket, VmStart], ForkedProcess | None]" = lambda stream, start: None
+    fork: "Callable[[socket.socket], ForkedProcess | None]" = lambda stream: None
 
 
 class VmKind(NamedTuple):
@@ -13343,7 +13348,10 @@ def own_vms(
         config = {**told, "env": list(env), "sandbox": box and box._asdict(), "workspace": workspace}
         fds = () if box is None or box.ports < 0 else (box.ports,)
         own_env = build_environment(workspace, os.environ, env)
-        fork = functools.partial(forks.start, command) if forks else VmStart._field_defaults["fork"]
+
+        def fork(stream: "socket.socket") -> ForkedProcess | None:
+            return forks.start(command, stream, workspace, own_env, fds) if forks else None
+
         return VmStart([*own_program(), command], own_env, config, workspace, fds, foreign=False, fork=fork)
 
     return VmKind(SIMULATED_PLATFORM, True, start)
@@ -13554,7 +13562,7 @@ class Vm:
                         raise ValueError(f"its configuration has more than {MAX_CONFIGURATION} bytes")
                     self._grace_s = start.grace_s
                     # It is assigned here, so that destroy kills it whatever follows.
-                    self._child = child = start.fork(theirs, start) or subprocess.Popen(
+                    self._child = child = start.fork(theirs) or subprocess.Popen(
                         start.argv,
                         stdin=theirs.fileno(),
                         stdout=theirs.fileno(),

@@ -23220,8 +23220,8 @@ class TestAgent:
         "ours, theirs = os.pipe()\n"
         "forks = confbuild.fork_server()\n"
         "kind = confbuild.own_vms('agent', {'policy': confbuild.SourcePolicy()._asdict()}, forks=forks)\n"
-        "start = kind.start('/tmp', '')\n"
-        "print(start.fork(sys.stdin, start._replace(env={'A': 'x' * 300_000})), forks.start('no', sys.stdin, start).wait())\n"
+        "print(forks.start('agent', sys.stdin, '/', {'A': 'x' * 300_000}, []))\n"
+        "print(forks.start('unknown', sys.stdin, '/', {}, []).wait())\n"
         "one, how = boot()\n"
         "os.close(theirs)\n"
         "print(how, select.select([ours], [], [], 60)[0] == [ours], one.is_alive(), os.getpgid(one._child.pid))\n"
@@ -23246,14 +23246,14 @@ class TestAgent:
             check=False,
             env={"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)},
         )
-        refused, first, second = done.stdout.splitlines() or done.stderr.splitlines()
-        assert refused == "None None"
+        large, unknown, first, second = done.stdout.splitlines() or done.stderr.splitlines()
+        assert large == unknown == "None" and "KeyError: 'unknown'" in done.stderr
         assert re.fullmatch("ForkedProcess True True [0-9]+", first)
         assert second == "Popen [] False"
 
     def test_no_fork_of_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threading, "active_count", lambda: 2)
-        monkeypatch.setattr(os, "fork", raising(AssertionError))
+        monkeypatch.setattr(os, "fork", raising(AssertionError()))
         assert confbuild.fork_server() is None
 
     def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
