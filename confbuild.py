@@ -13131,7 +13131,7 @@ class ForkedProcess(NamedTuple):
 
 
 class ForkServer:
-    """A copy of this process that forks agents and fetchers: Python takes 0.1 s to start and load this file, fork(2) 5 ms.
+    """A copy of this process that forks agents and fetchers: that takes 5 ms, and to start Python with this file 0.1 s.
 
     Made by a child subreaper that has one thread, before it has secrets.
     """
@@ -13196,7 +13196,7 @@ class ForkServer:
 
     @staticmethod
     def _become(fds: Sequence[int], command: str, cwd: str, env: dict[str, str], *numbers: int) -> NoReturn:
-        """Run command with these file descriptors: first its standard input and output, then those with these numbers."""
+        """Run command with these file descriptors: its standard input and output, then those with these numbers."""
         os.setsid()
         for fd, number in zip((fds[0], *fds), (0, 1, *numbers), strict=True):
             os.dup2(fd, number)
