@@ -13144,13 +13144,18 @@ class ForkServer:
             module.__spec__  # noqa: B018  # loads it, as every agent needs it
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
-        if self._pid == 0:
+        self._socket.settimeout(10)
+        with theirs:
             try:
-                self._serve(theirs)
-            finally:
-                os._exit(1)
-        theirs.close()
+                self._pid = os.fork()
+            except OSError:
+                self._socket.close()
+                raise
+            if self._pid == 0:
+                try:
+                    self._serve(theirs)
+                finally:
+                    os._exit(1)
 
     def start(
         self, command: str, stream: "socket.socket", cwd: str, env: Strings, fds: Sequence[int]
@@ -13158,13 +13163,16 @@ class ForkServer:
         """Fork a process that runs command, with stream as its standard input and output.
 
         fds: file descriptors that it inherits.
-        Return None if that fails: whoever calls this can start the program instead.
+        Return None if that fails, and from then on: whoever calls this can start the program instead.
         """
-        with suppress(OSError, ValueError), self._lock:
-            request = json.dumps([command, cwd, dict(env), *fds]).encode("ascii")
-            socket.send_fds(self._socket, [request], [stream.fileno(), *fds])
-            return ForkedProcess(int(self._socket.recv(20)))
-        return None
+        request = json.dumps([command, cwd, dict(env), *fds]).encode("ascii")
+        try:
+            with self._lock:
+                socket.send_fds(self._socket, [request], [stream.fileno(), *fds])
+                return ForkedProcess(int(self._socket.recv(20)))
+        except (OSError, ValueError):
+            self._socket.close()  # a late answer must not be taken for the next one
+            return None
 
     def stop(self) -> None:
         """End it. What it has forked lives on."""
@@ -13215,11 +13223,13 @@ class ForkServer:
 
 
 def fork_server() -> ForkServer | None:
-    """Return a new fork server, or None if this process has several threads.
+    """Return a new fork server, or None if there can be none, as in a process with several threads.
 
-    A copy of this process would have one of them, and the locks that the others hold.  [fork(2)]
+    A copy of that would have one of them, and the locks that the others hold.  [fork(2)]
     """
-    return ForkServer() if threading.active_count() == 1 else None
+    with suppress(OSError):
+        return ForkServer() if threading.active_count() == 1 else None
+    return None
 
 
 def _keep_only(*fds: int) -> None:

@@ -23222,7 +23222,6 @@ class TestAgent:
         "ours, theirs = os.pipe()\n"
         "forks = confbuild.fork_server()\n"
         "kind = confbuild.own_vms('agent', {'policy': confbuild.SourcePolicy()._asdict()}, forks=forks)\n"
-        "print(forks.start('agent', sys.stdin, '/', {'A': 'x' * 300_000}, []))\n"
         "print(forks.start('unknown', sys.stdin, '/', {}, []).wait())\n"
         "one, how = boot()\n"
         "os.close(theirs)\n"
@@ -23232,6 +23231,9 @@ class TestAgent:
         "os.kill(forks._pid, signal.SIGKILL)\n"
         "two, how = boot()\n"
         "two.destroy()\n"
+        "forks.stop()\n"
+        "forks = confbuild.fork_server()\n"
+        "print(forks.start('agent', sys.stdin, '/', {'A': 'x' * 300_000}, []))\n"
         "forks.stop()\n"
         "print(how, confbuild.descendants(os.getpid()), os.path.exists(one.workspace))\n"
     )
@@ -23248,7 +23250,7 @@ class TestAgent:
             check=False,
             env={"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path)},
         )
-        large, unknown, first, second = done.stdout.splitlines() or done.stderr.splitlines()
+        unknown, first, large, second = done.stdout.splitlines() or done.stderr.splitlines()
         assert large == unknown == "None" and "KeyError: 'unknown'" in done.stderr
         assert re.fullmatch("ForkedProcess True True [0-9]+", first)
         assert second == "Popen [] False"
@@ -23257,6 +23259,9 @@ class TestAgent:
         monkeypatch.setattr(threading, "active_count", lambda: 2)
         monkeypatch.setattr(os, "fork", raising(AssertionError()))
         assert confbuild.fork_server() is None
+        monkeypatch.setattr(threading, "active_count", lambda: 1)
+        monkeypatch.setattr(os, "fork", raising(OSError(errno.EAGAIN, "Resource temporarily unavailable")))
+        assert confbuild.fork_server() is None  # the server runs without it
 
     def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A standard input that cannot be watched is one that has ended."""
