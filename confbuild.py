@@ -5583,7 +5583,8 @@ _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name
 
 # Run the compiled copy, a path or a file descriptor, that is named first, of the file that is named second.
 _RUN_COPY = (
-    "import marshal, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
+    "import marshal, os.path, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
+    "__file__ = os.path.abspath(__file__)  # agents run elsewhere\n"
     "with open(int(COPY) if COPY.isdigit() else COPY, 'rb') as f: code = marshal.loads(f.read())\n"
     "exec(code)"
 )
@@ -5620,7 +5621,7 @@ def own_program() -> list[str]:
 
     It is isolated from the environment, the current directory and site-packages."""
     path = abspath(__file__)
-    while not isfile(path):  # inside a zipapp
+    while not isfile(path) and path != "/":  # inside a zipapp; or removed
         path = dirname(path)
     run = [_RUN_COPY, *_copies] if _copies and os.path.exists(_copies[0]) else [_RUN]
     return [sys.executable, "-I", "-S", "-c", *run, path]

@@ -10887,6 +10887,11 @@ answer(None)""",
             and confbuild.own_source() == FILE.read_bytes()
         )
 
+    def test_removed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server whose file is replaced right now does not look for it forever."""
+        monkeypatch.setattr(confbuild, "__file__", "/no/such/confbuild.py")
+        assert confbuild.own_program()[-1] == "/"
+
     def test_logger(self) -> None:
         assert confbuild.logger().name == "confbuild"
 
@@ -31242,7 +31247,7 @@ class TestBuild:
     def test_service(self, shell: Shell, inside: Shell, tmp_path: Path, server: Callable[..., Server]) -> None:
         """One server, every command of a client."""
         (tmp_path / "tokens").write_text("secret other\n")
-        one = server("--token-file", str(tmp_path / "tokens"), program=(sys.executable, str(FILE)))
+        one = server("--token-file", str(tmp_path / "tokens"), program=(sys.executable, os.path.relpath(FILE)))
         assert (
             one.process is not None
             and confbuild._RUN_COPY.encode() in Path(f"/proc/{one.process.pid}/cmdline").read_bytes()
