@@ -6937,8 +6937,8 @@ class Toolchain(NamedTuple):
     adapt: called with a project; returns those of the other fields that depend on it.
     evaluate: completes a plan with its programs; also called with the source and the folder. If it fails, or a program
         is missing, the next toolchain whose marker exists builds the project.
-    env: added to the environment of the build; the name of a tool stands for its path, {project} for the project's,
-        {home} for HOME, {node} for the version of node.
+    env: added to the environment of the build; {project} stands for its path, {home} for HOME, and the name of a tool
+        for that Program. A v that a value begins with is left out: node prints v20.1.0, and pnpm calls it 20.1.0.
     fetches: how many of the steps need a network; 0 if all may use it.
     outputs: the directories of a project that are removed before the build.
     folders: where the build puts artifacts: patterns relative to the project.
@@ -7018,6 +7018,8 @@ def _find_workspace(root: str, folder: str) -> tuple[str, bool]:
         paths = table.get(key, ()) if isinstance(table, dict) else ()
         return any(isinstance(path, str) and f"{inner}/".startswith(normpath(path) + "/") for path in paths)
 
+    if not isfile(join(root, folder, "Cargo.toml")):
+        return folder, not folder
     own = _read_toml(join(root, folder, "Cargo.toml"))
     package = own.get("package")
     pointer = package.get("workspace") if isinstance(package, dict) else None
@@ -7033,10 +7035,28 @@ def _find_workspace(root: str, folder: str) -> tuple[str, bool]:
     return folder, is_certain
 
 
+def _find_module(root: str, folder: str) -> str:
+    """Return the folder whose go.mod counts in folder: itself or one above, up to root.  [GO: modules]"""
+    return next((place for place in _with_above(folder) if isfile(join(root, place, "go.mod"))), folder)
+
+
+def _find_rows(root: str, folder: str) -> list[Toolchain]:
+    """Return TOOLCHAINS with the paths of their files as seen from the project in folder.
+
+    Those of a cargo package lie in the folder of its workspace, and those of a go package in that of its module.
+    """
+    workspace, is_certain = _find_workspace(root, folder)
+    places, rows = {"cargo": workspace, "go": _find_module(root, folder)}, []
+    for row in TOOLCHAINS:
+        place = relpath(join(root, places.get(row.name, folder)), join(root, folder))
+        marker, lock = (normpath(join(place, file)) for file in (row.marker, row.lock_file))
+        rows.append(row._replace(marker=marker, lock_file=lock, locate=() if is_certain else row.locate))
+    return rows
+
+
 def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolchain]:
     """Return those of TOOLCHAINS whose marker is a regular file of a project, in their order.  [CONTRACT 2.1]
 
-    That of a cargo package lies in the folder of its workspace.
     name: of the only one to return, or empty.
     folder: of the project in the source root, without links.
     Raises BuildFailed UnsupportedToolchainError if there is none.
@@ -7045,36 +7065,34 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     def is_regular(path: str) -> bool:
         return isfile(path) and not islink(path)
 
+    def with_marker(rows: Iterable[Toolchain], project: str) -> list[Toolchain]:
+        return [row for row in rows if is_regular(join(project, row.marker))]
+
     project = normpath(join(root, folder))
-    is_package = isfile(join(project, "Cargo.toml"))
-    workspace, is_certain = _find_workspace(root, folder) if is_package else (folder, not folder)
-    lock = relpath(join(root, workspace, "Cargo.lock"), project)
-    rows = [row for row in TOOLCHAINS if name in ("", row.name)]
-    rows = [row._replace(marker=lock, lock_file=lock) if row.name == "cargo" else row for row in rows]
-    rows = [row._replace(locate=()) for row in rows] if is_certain else rows
-    found = [row for row in rows if is_regular(join(project, row.marker))]
+    every = _find_rows(root, folder)
+    rows = [row for row in every if name in ("", row.name)]
+    found = with_marker(rows, project)
     if found:
         return found
     if not rows:
         names = ", ".join(toolchain.name for toolchain in TOOLCHAINS)
         raise BuildFailed("UnsupportedToolchainError", f"no toolchain is called {name[:40]!r}, expected {names}")
-    wanted, markers = ", ".join(row.marker for row in rows), [row.marker for row in TOOLCHAINS]
-    near = [marker for marker in markers if is_regular(join(project, marker))]
-    links = (path for path in dict.fromkeys((*markers, lock)) if islink(join(project, path)))
-    near += [f"{path}: a link, and a file is needed" for path in links]
+    near = [row.marker for row in with_marker(every, project)]
+    near += [f"{row.marker}: a link, and a file is needed" for row in every if islink(join(project, row.marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
-    below = [path for path in match_files(project, "*/*") if basename(path) in markers]
+    below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
+    wanted = ", ".join(row.marker for row in rows)
     message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
     failure = BuildFailed("UnsupportedToolchainError", message)
     for path in (
         normpath(join(project, folder))
         for folder in ("../../../..", "../../..", "../..", "..", *map(dirname, reversed(below)))
     ):
-        if any(is_regular(join(path, marker)) for marker in markers):  # the last one counts
+        if with_marker(TOOLCHAINS, path):  # the last one counts
             inside = relpath(project, path)
-            is_member = is_package and inside[0] != "." and not _find_workspace(path, inside)[0]
-            inner = ["--subdir", inside] * is_member
+            is_inside = inside[0] != "." and with_marker(_find_rows(path, inside), project)
+            inner = ["--subdir", inside] * bool(is_inside)
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
@@ -7103,14 +7121,12 @@ def prepare(
     """
     plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
 
-    def own_env(node: str) -> dict[str, str]:
-        words = {"project": project, "home": env.get("HOME", ""), "node": node}
-        return {name: value.format(**words) for name, value in plan.env.items()}
+    def own_env() -> dict[str, str]:
+        words = {"project": project, "home": env.get("HOME", ""), **programs}
+        return {name: value.format(**words).removeprefix("v") for name, value in plan.env.items()}
 
-    own = own_env("")
-    programs = {name: find_program(name, project, {**env, **own}, emit) for name in plan.tools}
-    own = own_env(programs["node"].version.removeprefix("v")) if "node" in programs else own
-    own |= {name: programs[value].path for name, value in own.items() if value in programs}
+    programs = dict.fromkeys(plan.tools, Program("", "", ""))
+    programs |= {name: find_program(name, project, {**env, **own_env()}, emit) for name in plan.tools}
     # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
     # ones that come first in PATH, and may hold another npm or pnpm.
     behind = (
@@ -7122,7 +7138,7 @@ def prepare(
     for file, text in plan.settings.items():
         write_file(join(env["HOME"], file), text.encode("utf-8"))
     path = os.pathsep.join((*folders, env["PATH"]))
-    plan = plan._replace(env={**env, "PATH": path, **own}, programs=programs)
+    plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
         argv = [programs[plan.locate[0]].path, *plan.locate[1:]]
         status, output, _ = capture(argv, project, plan.env, MIB, untrusted=True)
@@ -7734,22 +7750,17 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         for name, version, value in lines:
             if not version.endswith("/go.mod") and sums.setdefault((name, version), value) != value:
                 raise ValueError(f"{name} {version} has two hashes, and go accepts any")
-        text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, folder, "go.mod")).decode("utf-8"))
-        rows, block = list[tuple[str, str]](), ""
-        for line in re.sub("([()])", r" \1 ", text).splitlines():  # a line may be indented, in a block or not
-            verb, rest = [*line.split(None, 1), "", ""][:2]
-            if block:
-                rows += [(block, line.strip())] if verb not in ("", ")") else []
-                block *= verb != ")"
-            elif rest.strip() == "(":
-                block = verb
-            else:
-                rows.append((verb, rest))
+        module = _find_module(root, folder)
+        text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, module, "go.mod")).decode("utf-8"))
+        # Each line of a block begins with its verb, then as without a block.
+        block = r"(?ms)^[ \t]*(\w+)[ \t]*\((?!\))(.*?)^[ \t]*\)"
+        text = re.sub(block, lambda match: match[2].replace("\n", f"\n{match[1]} "), text)
+        rows = re.findall(r"(?m)^[ \t]*(\w+)[ \t]+(\S.*)", text)
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
         replaced: dict[Any, Any] = {}
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
             target, *release = new.split()
-            if not release and _locate(root, folder, target) is None:
+            if not release and _locate(root, module, target) is None:
                 problem = f"go.mod: {old.strip()} is replaced by {target}, which is no part of what was sent"
                 raise source_error(
                     f"{problem}; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
@@ -7858,7 +7869,8 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env={"RUSTC": "rustc", **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
+        env={"RUSTC": "{rustc.path}",
+            **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
         locate="cargo locate-project --workspace --message-format plain".split()),
     # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
@@ -7870,7 +7882,7 @@ TOOLCHAINS = (
                 ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
                 ("shared_workspace_lockfile", "true"), ("store_dir", "{home}/.pnpm-store"),
                 ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"),
-                ("use_node_version", "{node}"), ("lockfile_only", "false"))}},
+                ("use_node_version", "{node.version}"), ("lockfile_only", "false"))}},
         # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
         settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),

@@ -13722,6 +13722,17 @@ class TestDetect:
                 "Cargo.toml: `cargo generate-lockfile` makes Cargo.lock (`git add -f Cargo.lock` if git ignores it)",
                 "`confbuild build @@ --subdir crates/one` builds what is there",
             ),
+            # A package of a module of go.
+            (
+                {"main.go": "", "../../go.mod": "", "../../package-lock.json": ""},
+                "none of the files that lead there",
+                "`confbuild build @@ --subdir crates/one` builds what is there",
+            ),
+            (
+                {"main.js": "", "../../package-lock.json": ""},
+                "none of the files that lead there",
+                "`confbuild build @@` builds what is there",
+            ),
         ],
     )
     def test_what_leads_to_a_marker(self, tmp_path: Path, files: dict[str, str], found: str, hint: str) -> None:
@@ -15016,6 +15027,18 @@ class TestGo:
         ]
         assert plan.env == {"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"}
         assert (plan.lock.decode(), plan.fetches, plan.build_type) == (GO_SUM, 1, "urn:confbuild:build:v1")
+
+    def test_a_folder_of_a_module(self, tmp_path: Path) -> None:
+        """Its go.mod and go.sum lie above, and paths in go.mod begin there. [CONTRACT 2.1]"""
+        mod = GO_MOD + "replace rsc.io/quote => ./inside\n"
+        write_files(tmp_path, {"go.mod": mod, "go.sum": GO_SUM, "cmd/a/main.go": "", "inside/go.mod": ""})
+        [go] = confbuild.detect_toolchains(str(tmp_path), "", "cmd/a")
+        assert (go.name, go.marker, go.lock_file) == ("go", "../../go.mod", "../../go.sum")
+        plan = confbuild.read_inputs(go, str(tmp_path), "cmd/a")
+        assert plan.lock.decode() == GO_SUM
+        assert [row["uri"].partition("?")[0][11:] for row in plan.dependencies or ()] == [self.TEXT, self.SAMPLER]
+        write_files(tmp_path, {"cmd/go.mod": "module nested\n"})
+        assert confbuild.detect_toolchains(str(tmp_path), "", "cmd/a")[0].marker == "../go.mod"
 
     def test_the_executables(self, tmp_path: Path) -> None:
         """Of two with one name, the one that is kept is any. [CONTRACT 2.1]"""
