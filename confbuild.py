@@ -4478,7 +4478,7 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
     # Each artifact has a check of its own, so that the reader sees which one differs. This one is required: the names
     # of the others are the builder's to choose.
     wrong = [name for name, digest in subjects if artifacts.get(name) != digest]
-    shown = f"not: {wrong[:5]}" if wrong else f"{len(subjects)} equal"
+    shown = f"missing or different: {', '.join(wrong[:5])}" if wrong else f"{len(subjects)} equal"
     checks.hold("artifacts", bool(subjects) and not wrong, "every subject exists and is equal", shown)
     # A file that somebody adds to a bundle would pass for built, just because it lies there.
     extra = sorted(artifacts.keys() - listed)
@@ -8340,8 +8340,7 @@ def _read_archive(path: str, f: IO[bytes], max_unpacked: int, evidence_only: boo
     except (UsageError, FileNotFoundError, PermissionError):
         raise
     except Exception as e:  # noqa: BLE001  # gzip, zlib and the reader raise several kinds for hostile bytes
-        hint = "give a directory that holds evidence.json, or a gzip tarball of a bundle"
-        raise UsageError(f"{path}: neither a bundle nor its archive: {e}", hint) from None
+        raise UsageError(f"{path}: neither a bundle nor its archive: {e}") from None
     root = "" if files.keys() & _DOCUMENTS else "".join(tops) + "/"
     place = re.compile(rf"({re.escape(root)}(?!artifacts\Z)(artifacts/)?[^/]*)?")
     for name in files:
@@ -17036,7 +17035,6 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
         display.note("to verify it again: " + shlex.join(command) + status)
     if display.form != "json":
         print(path)
-    sys.stdout.flush()
     return EXIT_OK if good else EXIT_UNVERIFIED
 
 
@@ -17245,21 +17243,20 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             wanted = of_source(files.provenance or b"")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
-            say(f"error: {e}", _bundle_hint(path) or e.hint)
+            say(f"error: {e}", _bundle_hint(path))
             status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
         else:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
             wire = verdict.to_wire()
-            if options.vsa is not None:
-                write_durably(
-                    abspath(options.vsa),
-                    to_canonical(make_vsa(files, verdict, status == EXIT_OK, wanted, when)) + b"\n",
-                )
             if options.format == "text":
                 heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
                 print(heading + shown)
+            if options.vsa is not None:
+                summary = make_vsa(files, verdict, status == EXIT_OK, wanted, when)
+                with open(options.vsa, "wb") as f:  # in place: it may be /dev/stdout
+                    f.write(to_canonical(summary) + b"\n")
         if options.format == "json":
             print(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}))
         statuses.append(status)
@@ -17271,10 +17268,10 @@ def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
     try:
         files = read_bundle(path, MAX_VERIFIED)
     except UsageError as e:
-        raise UsageError(str(e), _bundle_hint(path) or e.hint) from None
+        raise UsageError(str(e), _bundle_hint(path)) from None
     doc = read_statement(files.provenance or b"")
     if doc is None:
-        raise UsageError(f"{path}: provenance.json is missing or malformed: `verify {path}` says why")
+        raise UsageError(f"{path}: provenance.json is missing or malformed", f"`confbuild verify {path}` says why")
     return files, doc, verify_bundle(files, Expectations(), datetime.now(UTC))
 
 
@@ -17294,9 +17291,9 @@ def cmd_diff(options: "argparse.Namespace") -> int:
     paths = options.a, options.b
     read = [_read_verified(path) for path in paths]
     facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
-    rows, verdicts = differences(*facts), [verdict.verdict for _, _, verdict in read]
-    equal = not rows and "failed" not in verdicts
-    sides = list(zip("ab", "-+", paths, verdicts, strict=True))
+    rows, verdicts = differences(*facts), [verdict for _, _, verdict in read]
+    equal = not any([rows, *map(_report_failed, paths, verdicts)])
+    sides = [(*side, verdict.verdict) for *side, verdict in zip("ab", "-+", paths, verdicts, strict=True)]
     lines = [f"{sign} {path}: {verdict}" for _, sign, path, verdict in sides]
     for part in facts[0]:
         changed = [row for row in rows if row["part"] == part]
@@ -17370,6 +17367,8 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         raise UsageError(f"{path}: no such bundle")
     name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
+    if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
+        raise UsageError(f"-o {options.out} is the bundle to compare with", "name another directory with -o")
     _, doc, verdict = _read_verified(path)
     status = _report_failed(path, verdict)
     if status == EXIT_OK:
@@ -17417,18 +17416,19 @@ def cmd_sbom(options: "argparse.Namespace") -> int:
 
 
 def _bundle_hint(path: str) -> str:
-    """Return what the user may have meant by a path at which there is no bundle, or ""."""
+    """Return what the user may have meant by a path at which there is no bundle."""
     with contextlib.suppress(OSError):
         if isdir(path):
-            inside = [join(path, name) for name in sorted(os.listdir(path))]
-            return next((f"{p} is a bundle" for p in inside if isfile(join(p, "evidence.json"))), "")
+            for inside in (join(path, name) for name in sorted(os.listdir(path))):
+                if isfile(join(inside, "evidence.json")):
+                    return f"{inside} is a bundle"
         folder, name = os.path.split(path)
         if name in BUNDLE_FILES:
             return f"that is part of a bundle: verify {folder or '.'}"
         with open(path, "rb") as f:
             if b'"error_type"' in f.read(KIB):
                 return "this is a server's error message, not a bundle: use curl -f"
-    return ""
+    return "give a directory that holds evidence.json, or a gzip tarball of a bundle"
 
 
 def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str, str, str]:
@@ -17535,7 +17535,8 @@ def cmd_image(options: "argparse.Namespace") -> int:
         if not options.names:
             raise UsageError("--lock needs the names of packages")
         data = write_lock(options.names, options.without or ())
-        write_durably(abspath(options.lock), data)
+        with open(options.lock, "wb") as f:
+            f.write(data)
         print(f"{len(data.splitlines())} packages in {options.lock}")
         return EXIT_OK
     if options.check is not None:
@@ -17799,16 +17800,17 @@ class Command(NamedTuple):
 def cmd_completion(options: "argparse.Namespace") -> None:
     """Print a script that completes commands, options and choices."""
     shown = {row.name: command_parser(row)._actions for row in COMMANDS if row.group}
-    # A row: the words to offer, if "(number of words before) (command) (word before)" has the form of the pattern.
+    # A row: the words to offer, if "(number of words before) (command) (word before) (this word)" has the form of the
+    # pattern. Without a row, the shell offers files.
     rows = [("1 *", " ".join(shown))]
     for command, actions in shown.items():
         rows += [
-            (f"* {command} {name}", " ".join(action.choices))
+            (f"* {command} {name} *", " ".join(action.choices))
             for action in actions
             for name in action.option_strings or [command]
             if action.choices
         ]
-        rows.append((f"* {command} *", " ".join(name for action in actions for name in action.option_strings)))
+        rows.append((f"* {command} * -*", " ".join(name for action in actions for name in action.option_strings)))
     fish = options.shell == "fish"
     head, line, tail = _COMPLETION[fish]
     lines = [line % (pattern if fish else pattern.replace(" ", "\\ "), words) for pattern, words in rows]
@@ -17821,7 +17823,7 @@ _COMPLETION = (
     (
         """_confbuild() {
   local words=
-  case "$COMP_CWORD ${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]}" in
+  case "$COMP_CWORD ${COMP_WORDS[1]} ${COMP_WORDS[COMP_CWORD-1]} ${COMP_WORDS[COMP_CWORD]}" in
 """,
         "    %s) words='%s';;\n",
         """  esac
@@ -17833,12 +17835,15 @@ complete -o default -F _confbuild confbuild confbuild.py
     (
         """function __confbuild
   set -l words (commandline -opc)
-  switch (count $words)" $words[2] $words[-1]"
+  set -l word (commandline -ct)
+  switch (count $words)" $words[2] $words[-1] $word"
 """,
         "    case '%s'\n      string split -- ' ' '%s'\n",
-        """  end
+        """    case '*'
+      __fish_complete_path $word
+  end
 end
-complete -c confbuild -c confbuild.py -a '(__confbuild)'
+complete -c confbuild -c confbuild.py -f -a '(__confbuild)'
 """,
     ),
 )
@@ -18232,7 +18237,7 @@ Exit status
 
 `confbuild COMMAND --help` explains a command; `confbuild --version` prints the version and the SHA-256 of this file."""
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
-_NOT_IN_POLICY = {"help", "policy", "format", "verbose"}
+_NOT_IN_POLICY = {"help", "policy", "format", "verbose", "vsa"}
 _POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots", "collateral"}
 
 
@@ -18314,7 +18319,8 @@ def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
     if command is None:
         names = [row.name for row in COMMANDS if row.group] + ["--help", "--version"]
         kind = "option" if name.startswith("-") else "command"
-        raise UsageError(f"unknown {kind} {name}", _similar(name, names, "`confbuild --help` lists the commands"))
+        more = "`confbuild --help` lists the commands; options follow the command"
+        raise UsageError(f"unknown {kind} {name}", _similar(name, names, more))
     parser = command_parser(command)
     known = parser._option_string_actions
     given = {word.partition("=")[0]: word for word in itertools.takewhile("--".__ne__, words)}
@@ -18418,7 +18424,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     what this returns.
     """
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115  # None: it was closed
+        # None: it was closed. To lose a result is an error (O_RDONLY, 0), to lose a message is not (O_WRONLY, 1).
+        stream = getattr(sys, name) or open(os.open(os.devnull, name == "stderr"), "w")  # noqa: SIM115
         setattr(sys, name, stream)
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")

@@ -18066,10 +18066,13 @@ class TestDiff:
         assert found["a"] == {"bundle": str(a), "verdict": "simulated"}
         (b / "artifacts/demo").write_bytes(b"other")
         assert confbuild.main(["diff", str(b), str(b)]) == 1
-        assert capsys.readouterr().out.startswith(f"- {b}: failed\n")
+        said = capsys.readouterr()
+        assert said.out.startswith(f"- {b}: failed\n") and f"error: {b} fails to verify\n" in said.err
         (b / "provenance.json").write_text("{}")
         assert confbuild.main(["diff", str(a), str(b)]) == 2
-        assert f"{b}: provenance.json is missing or malformed: `verify {b}` says why" in capsys.readouterr().err
+        said = capsys.readouterr()
+        assert f"error: {b}: provenance.json is missing or malformed\n" in said.err
+        assert f" verify {b}` says why\n" in said.err
         assert confbuild.main(["sbom", str(tmp_path)]) == 2
         assert f"hint: {a} is a bundle" in capsys.readouterr().err
 
@@ -18282,6 +18285,16 @@ class TestRebuild:
         done = subprocess.run([*command, "other"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 2 and "which the bundle records" in done.stderr
 
+    def test_a_rebuild_in_place_of_the_bundle(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It would be compared with itself. [CONTRACT 5.9]"""
+        folder = write_bundle(tmp_path / "a", GOOD_BUNDLE)
+        os.symlink("a", tmp_path / "b")
+        for bundle_path, out in (("a", "a"), ("a", "b"), ("b", "a/"), ("a/evidence.json", "a")):
+            command = ["rebuild", f"{tmp_path}/{bundle_path}", "--source", "x", "-o", f"{tmp_path}/{out}"]
+            assert confbuild.main(command) == 2
+            assert f"-o {tmp_path}/{out} is the bundle to compare with" in capsys.readouterr().err
+        assert sorted(os.listdir(folder)) == ["artifacts", "evidence.json", "provenance.json"]
+
 
 class TestSbom:
     @pytest.mark.parametrize(
@@ -18407,6 +18420,14 @@ class TestVsa:
         capsys.readouterr()
         assert confbuild.main(["verify", str(folder), str(folder), "--vsa", str(vsa)]) == 2
         assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
+        assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "no/x")]) == 2
+        said = capsys.readouterr()
+        assert said.out.startswith("SIMULATED: "), "the verdict is shown anyway"
+        assert said.err == f"confbuild: error: {tmp_path}/no/x: No such file or directory\n"
+        os.symlink(vsa, tmp_path / "link")  # as /dev/stdout is one: it stays, and so does a device
+        assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "link"), "--allow-simulated"]) == 0
+        assert os.readlink(tmp_path / "link") == str(vsa)
+        assert json.loads(vsa.read_bytes())["predicate"]["verificationResult"] == "PASSED"
 
 
 # endregion 29
@@ -29081,9 +29102,12 @@ class TestUsage:
             ("bash", "verify --format j", ["json"]),
             ("bash", "completion ", ["bash", "fish", "zsh"]),
             ("bash", "wat", ["watch"]),
+            ("bash", "verify ", [""]),  # files
             ("fish", "verify --requi", ["--require-collateral", "--require-crl", "--require-tee"]),
             ("fish", "verify --format j", ["json"]),
             ("fish", "wat", ["watch"]),
+            ("fish", "verify --format ", ["json", "text"]),
+            ("fish", "verify scr", ["script"]),
         ],
     )
     def test_completion(self, tmp_path: Path, inside: Shell, name: str, words: str, found: list[str]) -> None:
@@ -29097,7 +29121,9 @@ class TestUsage:
             listed = shlex.join(["confbuild", *words.split(" ")])
             ask = f"source {script}; COMP_WORDS=({listed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); "
             ask += "_confbuild; printf '%s\\n' \"${COMPREPLY[@]}\""
-        done = subprocess.run([name, "-c", ask], capture_output=True, text=True, timeout=PATIENCE, check=True)
+        done = subprocess.run(
+            [name, "-c", ask], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=True
+        )
         assert (sorted(line.split("\t")[0] for line in done.stdout.splitlines()), done.stderr) == (found, "")
 
     def test_completion_of_zsh(self, tmp_path: Path, inside: Shell) -> None:
@@ -29979,7 +30005,18 @@ class TestVerify:
             ('"\\u001b[2J" = 1', "unknown option"),
             *[
                 (f'{name} = "x"', f"unknown option {name!r}")
-                for name in ("policy", "format", "bundles", "run", "version", "source_uri", "help", "-o", "Nonce")
+                for name in (
+                    "policy",
+                    "format",
+                    "vsa",
+                    "bundles",
+                    "run",
+                    "version",
+                    "source_uri",
+                    "help",
+                    "-o",
+                    "Nonce",
+                )
             ],
             ("[verify]\nnonce = 1", "unknown option 'verify'"),
             *[
@@ -31226,6 +31263,17 @@ class TestBuild:
                 and done.stderr.startswith("confbuild: error: b")
                 and "Traceback" not in done.stderr
             )
+        write_bundle(tmp_path / "b\u00fc", GOOD_BUNDLE)
+        lost = subprocess.run(
+            ["sh", "-c", 'exec "$@" >&-', "sh", *program],
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        message = "confbuild: error: stdout cannot be written: Bad file descriptor\n"
+        assert (lost.returncode, lost.stderr) == (2, message), "no status for a verdict that nobody saw"
 
     @pytest.mark.parametrize(
         "command", ["list", "cancel j", "watch j", "fetch j", "fetch j --nonce " + NONCE, "list --output json"]
