@@ -6170,7 +6170,7 @@ def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str,
 # The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
 # own.
 _SETTINGS = """
-    core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false core.symlinks=true
+    core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false
     http.followRedirects=false http.lowSpeedLimit=100 http.lowSpeedTime=60 protocol.version=2
     gc.auto=0 advice.detachedHead=false submodule.recurse=false
     core.packedGitWindowSize=32m core.packedGitLimit=256m core.bigFileThreshold=32m pack.threads=2
@@ -6430,7 +6430,7 @@ def _init_repository(git: str, algorithm: str, more: str = "") -> None:
     config = "[core]\nrepositoryformatversion = 0\n"
     if algorithm == "sha256":
         config = "[core]\nrepositoryformatversion = 1\n[extensions]\nobjectformat = sha256\n"
-    write_file(join(git, "config"), (config + more).encode("ascii"))
+    write_file(join(git, "config"), os.fsencode(config + more))
     write_file(join(git, "HEAD"), b"ref: refs/heads/main\n")
     for name in ("objects", "refs"):
         os.mkdir(join(git, name))
@@ -6459,32 +6459,43 @@ def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
         raise limit_error(f"the repository unpacks to more than {max_bytes} bytes")
 
 
-def _read_config(path: str, folder: str, env: Mapping[str, str]) -> dict[str, str]:
-    """Return the settings in a file in the form of git's configuration, or {} if it is missing or damaged."""
+def _quoted(text: str) -> str:
+    """Return text in quotes, as git reads it in its files."""
+    escaped = re.sub(r'(["\\])', r"\\\1", text).replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _read_config(folder: str, env: Mapping[str, str], path: str = "") -> dict[str, str]:
+    """Return settings of git, or {} if they are damaged.
+
+    path: a file with settings, which may be missing. Otherwise return those that git obeys in folder."""
     try:
-        listed = _git(["config", "-z", "--file", path, "--no-includes", "--list"], folder, env)
+        listed = _git(["config", "-z", "--list", *(["--no-includes", "--file", path] if path else [])], folder, env)
     except BuildFailed:
         return {}
     rows = (row.partition("\n") for row in os.fsdecode(listed).split("\0"))
     return {name: value if has_value else "true" for name, has_value, value in rows}
 
 
-def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _borrow_repository(
+    git: str, common: str, own: str, env: Mapping[str, str], settings: str = ""
+) -> tuple[str, dict[str, str]]:
     """Make the empty folder own a repository with the objects, HEAD and refs of another one.
 
     git: the folder that holds HEAD.
     common: the folder that holds objects and refs; it differs in a linked work tree.
+    settings: lines of its configuration.
     Return (the commit of HEAD or "", the other one's configuration). git never obeys that, since it could name
     programs."""
-    config, commit = _read_config(join(common, "config"), own, env), ""
-    fast = "bare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # a fetch from it: twice as fast, and hardly larger
-    _init_repository(own, config.get("extensions.objectformat", "sha1"), "[core]\n" + fast)
+    config, commit = _read_config(own, env, join(common, "config")), ""
+    fast = "[core]\nbare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # twice as fast a fetch, and hardly larger
+    _init_repository(own, config.get("extensions.objectformat", "sha1"), fast + settings)
     for name in ("HEAD", "refs"):
         remove_tree(join(own, name))
     for name in ("refs", "packed-refs"):
         os.symlink(abspath(join(common, name)), join(own, name))
-    quoted = re.sub(r'(["\\])', r"\\\1", abspath(join(common, "objects"))).replace("\n", "\\n")
-    write_file(join(own, "objects", "info", "alternates"), os.fsencode(f'"{quoted}"\n'))
+    alternate = _quoted(abspath(join(common, "objects"))) + "\n"
+    write_file(join(own, "objects", "info", "alternates"), os.fsencode(alternate))
     with contextlib.suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
         shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
         commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
@@ -6554,7 +6565,7 @@ def _believe_commit(
     files: relative to project; None for all."""
     body = _git(["cat-file", "commit", commit], own, env, max_output=MAX_COMMIT)
     links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
-    modules = _read_config(join(project, ".gitmodules"), own, env) if links else {}
+    modules = _read_config(own, env, join(project, ".gitmodules")) if links else {}
     if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
         raise source_error("the commit's contents do not hash to its name")
     if files is None:
@@ -6596,10 +6607,10 @@ class Checkout(NamedTuple):
 
     root: the top of the work tree.
     own: the repository of our own.
-    commit: of HEAD, or "".
+    commit: of HEAD, or "". The index of our own is that commit's.
     config: the configuration of the work tree, as data.
-    env: for a git that sees the work tree, and obeys the user's own configuration.
-    index_path: of the work tree's index. git sees it only if GIT_INDEX_FILE says so, else the index of HEAD."""
+    env: for a git that sees the work tree, and obeys the user's own configuration and _OBEYED.
+    index_path: of the work tree's index. git sees it only if GIT_INDEX_FILE says so."""
 
     root: str
     own: str
@@ -6609,47 +6620,62 @@ class Checkout(NamedTuple):
     index_path: str
 
 
-def open_checkout(directory: str, own: str) -> Checkout | None:
+# The settings of a work tree that say how git converts its files, and which it ignores; none of them names a program.
+_OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol
+    core.attributesfile core.excludesfile""".split()
+
+
+def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | None:
     """Return the work tree that contains directory, or None.
 
     own: an empty folder.
-    Objects, HEAD, refs, the index, and the patterns of ignored files and of attributes are used as data. The
-    configuration is not used: it could name programs (core.fsmonitor, filters, a partial clone's remote). The
-    configuration of the user is obeyed; its safe.directory decides which work trees of other users count.
+    allow_filters: accept files with filters, which are never run.
+    Objects, HEAD, refs, the index, and the patterns of ignored files and of attributes are used as data. Of the
+    configuration, only _OBEYED is used: the rest could name programs (core.fsmonitor, filters, a partial clone's
+    remote). The configuration of the user is obeyed; its safe.directory decides which work trees of other users count.
     Raises BuildFailed with git's reason if git refuses the work tree."""
-    root = realpath(directory)
+    root = directory = realpath(directory)
     while not lexists(join(root, ".git", "HEAD")) and not isfile(join(root, ".git")):
         root, below = dirname(root), root
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
     plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
+    env = {**plain, "GIT_CEILING_DIRECTORIES": dirname(root)}
     try:
-        found = _git(
-            ["rev-parse", "--git-dir", "--git-common-dir"], root, {**plain, "GIT_CEILING_DIRECTORIES": dirname(root)}
-        )
+        found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, env)
+        git, common = (join(root, os.fsdecode(line)) for line in found.splitlines())
+        # With what it includes, and what the user's own configuration includes for this work tree.
+        config = _read_config(root, env)
+        settings = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config)
+        commit, config = _borrow_repository(git, common, own, git_environment(plain, ()), "".join(settings))
+        os.symlink(join(common, "info"), join(own, "info"))
+        for name in os.listdir(git):
+            if name.startswith("sharedindex."):  # the index refers to it
+                os.symlink(join(git, name), join(own, name))
+        env = {**plain, "GIT_DIR": own, "GIT_WORK_TREE": root}
+        if commit:
+            _git(["read-tree", commit], root, env)
+            if not allow_filters:
+                refuse_filters(directory, env)
     except BuildFailed as e:
         e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
         raise
-    git, common = (join(root, os.fsdecode(line)) for line in found.splitlines())
-    commit, config = _borrow_repository(git, common, own, git_environment(plain, ()))
-    os.symlink(join(common, "info"), join(own, "info"))
-    for name in os.listdir(git):
-        if name.startswith("sharedindex."):  # the index refers to it
-            os.symlink(join(git, name), join(own, name))
-    env = {**plain, "GIT_DIR": own, "GIT_WORK_TREE": root}
     return Checkout(root, own, commit, config, env, join(git, "index"))
 
 
-def list_source(directory: str, checkout: Checkout | None, submodules: bool = False) -> dict[str, str]:
-    """Return the files of directory, as they are, that are its source: name -> git's letter for it.
+def list_source(
+    directory: str, own: str, submodules: bool = False, allow_filters: bool = True
+) -> tuple[Checkout | None, dict[str, str]]:
+    """Return the work tree that contains directory, and the files of directory that are its source, as they are.
 
-    The letters are those of `git ls-files -t`: "S" for a file that git was told to skip, which may be missing; "?" for
-    one that git does not track but would track. Without checkout, and in a folder that git ignores, these are all
-    files, with "!".
-    Bundles and links out of directory are not source unless git tracks them.
+    The files map names to the letters of `git ls-files -t`: "S" for a file that git was told to skip, which may be
+    missing; "?" for one that git does not track but would track. Without a work tree, and in a folder that git
+    ignores, these are all files, with "!".
+    Bundles, the logs of failed builds, links out of directory, and IGNORED are not source unless git tracks them.
+    own, allow_filters: as in _open_checkout.
     submodules: include the files of submodules that are checked out."""
-    letters = {}
+    checkout, letters = _open_checkout(directory, own, allow_filters), {}
     if checkout:
         env = {**checkout.env, "GIT_INDEX_FILE": checkout.index_path}
         rows = _git("ls-files -t -z --cached --others --exclude-standard".split(), directory, env)
@@ -6662,26 +6688,27 @@ def list_source(directory: str, checkout: Checkout | None, submodules: bool = Fa
         path, folder = join(directory, name), dirname(name)
         if isdir(path) and not islink(path):  # a submodule, or a repository that git does not track
             if lexists(join(path, ".git")) and (submodules or letter == "?"):
-                with tempfile.TemporaryDirectory() as own:
-                    inner = list_source(path, open_checkout(path, own), submodules)
+                with tempfile.TemporaryDirectory() as scratch:
+                    _, inner = list_source(path, scratch, submodules, allow_filters)
                 found |= {join(name, below): letter for below in inner}
         elif letter not in "?!" or not (
             # The .git folder of an inner repository may hold credentials.
-            ".git" in name.split(os.sep)
+            {".git", *IGNORED} & {*name.split(os.sep)}
+            or name.endswith((UNVERIFIED, "-build.log"))
             or (islink(path) and leads_out(directory, name))
             or any(part and is_bundle(join(directory, part)) for part in (folder, dirname(folder)))
         ):
             found[name] = letter
-    return found
+    return checkout, found
 
 
 BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
+UNVERIFIED = ".unverified.tar.gz"  # added to the name of a bundle that fails to verify
 
 
 def _is_bundle(folder: str) -> bool:
     """Return whether folder has the files of a bundle and no others."""
-    names = set(os.listdir(folder))
-    return names == BUNDLE_FILES or folder.endswith(".unverified") and names <= BUNDLE_FILES | {"result.tar.gz"}
+    return {*os.listdir(folder)} == BUNDLE_FILES
 
 
 def without_credentials(url: str) -> str:
@@ -6691,10 +6718,6 @@ def without_credentials(url: str) -> str:
         return scp[1]
     match = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^/?#]*@)?([^\x00-\x20\x7f@?#]*)([?#][^@]*)?", url)
     return match[1] + match[2] if match else ""
-
-
-# The settings of a work tree that say how git converts its files; none of them names a program.
-_CONVERSIONS = "core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol".split()
 
 
 class Source(NamedTuple):
@@ -6734,8 +6757,11 @@ def read_source(
         failure = source_error(f"it contains {realpath(scratch)}, the folder of temporary files")
         failure.hint = "TMPDIR names another folder"
         raise failure
-    checkout, why = open_checkout(root, own), "it is no git work tree"
-    found = list_source(root, checkout, submodules)
+    checkout, listed = list_source(root, own, submodules, allow_filters)
+    why = "it is no git work tree"
+    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
+    removed = tuple(f"{output}/" for output in outputs)
+    found = {name: letter for name, letter in listed.items() if not f"{name}/".startswith(removed)}
     # A folder that has become a link is that link, and what git knows in it is gone.
     is_real = functools.cache(lambda folder: realpath(join(root, folder)) == normpath(join(root, folder)))
     present = [name for name in found if lexists(join(root, name)) and is_real(dirname(name))]
@@ -6744,27 +6770,21 @@ def read_source(
         why = "git has no commit"
     if checkout and checkout.commit:
         why = "it is a folder inside a git work tree"
-        _git(["read-tree", checkout.commit], root, checkout.env)
-        if not allow_filters:
-            refuse_filters(root, checkout.env)
         if checkout.root == root:
             try:
-                return _read_head(checkout, scratch, found, outputs, submodules)
+                return _read_head(checkout, scratch, found, files, removed, submodules, allow_filters)
             except BuildFailed as e:
                 why = str(e)
                 if why.startswith(("fatal: ", "error: ")):  # git has failed: never pack what just lies there
-                    e.hint = e.hint or "if objects are missing, `git fetch --refetch` or `git sparse-checkout disable`"
+                    e.hint = e.hint or "`git fetch --refetch --no-filter` gets missing objects"
                     raise
-    # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
-    kept = [name for name in files if not f"{name}/".startswith(tuple(f"{output}/" for output in outputs))]
     ignored = ", ignored ones too" if "!" in found.values() else ""
-    return Source(root, kept, None, f"{len(kept)} files as they are{ignored}, without history: {why}")
+    return Source(root, files, None, f"{len(files)} files as they are{ignored}, without history: {why}")
 
 
 def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[str, list[bytes]]) -> set[str]:
     """Return the files that differ from HEAD or are missing because git was told to skip them.
 
-    The index of our own is HEAD's.
     found: from list_source.
     head: from _list_tree.
     Raises BuildFailed SourceError for any other difference."""
@@ -6773,9 +6793,8 @@ def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[s
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
     os.unlink(dirname(attributes))
     write_file(attributes, local + b"\n* -filter\n")
-    settings = (("-c", f"{name}={checkout.config[name]}") for name in _CONVERSIONS if name in checkout.config)
     command = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
-    rows = os.fsdecode(_git([*itertools.chain(*settings), *command], checkout.root, checkout.env)).split("\0")
+    rows = os.fsdecode(_git(command, checkout.root, checkout.env)).split("\0")
     changed = {row[3:] for row in rows[:-1]}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
@@ -6787,19 +6806,25 @@ def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[s
 
 
 def _read_head(
-    checkout: Checkout, scratch: str, found: Mapping[str, str], removed: Sequence[str], submodules: bool
+    checkout: Checkout,
+    scratch: str,
+    found: Mapping[str, str],
+    files: Sequence[str],
+    removed: tuple[str, ...],
+    submodules: bool,
+    allow_filters: bool,
 ) -> Source:
-    """Return the HEAD of a work tree as its source. The index of our own is HEAD's.
+    """Return the HEAD of a work tree as its source.
 
     found: from list_source.
-    removed: the folders that a build removes first.
+    files: those that are there.
+    removed: the folders that a build removes first, each with a slash.
     Raises BuildFailed if the work tree differs from HEAD, or the history cannot be used."""
     head = dict(_list_tree(checkout.commit, checkout.own, checkout.env))
-    for folder in removed:
-        if any(name.startswith(folder + "/") for name in head):
-            raise source_error(f"git tracks {folder}, which is removed before a build")
+    for name in head:
+        if name.startswith(removed):
+            raise source_error(f"git tracks {name}, which is removed before a build")
     env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
-    files = [name for name in found if not IGNORED & {*name.split("/")}]
     if found.keys() == head.keys() and not submodules:
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
         with contextlib.suppress(BuildFailed, OSError):
@@ -6827,7 +6852,7 @@ def _read_head(
             )
             notes.append(f"without the submodule {link} ({how})")
             continue
-        inner = read_source(path, scratch, (), True, True)
+        inner = read_source(path, scratch, (), True, allow_filters)
         if inner.history is None:
             raise source_error(f"the submodule {link}: {inner.note}")
         notes += [f"{link} {note}" for note in inner.note.split("; ")[1:]]
@@ -16539,7 +16564,6 @@ def _read_der(path: str) -> bytes:
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
 MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
-_UNVERIFIED = ".unverified.tar.gz"  # added to the name of a bundle that fails to verify
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 
 
@@ -16921,7 +16945,7 @@ def _check_target(path: str) -> None:
         folder = dirname(folder)
     try:
         with tempfile.TemporaryDirectory(prefix=".confbuild-", dir=folder) as trial:
-            os.mkdir(join(trial, basename(abspath(path)) + _UNVERIFIED))
+            os.mkdir(join(trial, basename(abspath(path)) + UNVERIFIED))
     except OSError as e:
         raise UsageError(f"{path} cannot be written: {e.strerror}", hint) from None
 
@@ -17073,7 +17097,7 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
             why = str(e).replace(archive, "the result")
             verdict = Verdict("failed", "unknown", {}, [Check("result form", "failed", detail=why)])
         if verdict.verdict == "failed":  # it must not replace a good bundle
-            bundle += _UNVERIFIED
+            bundle += UNVERIFIED
             os.replace(archive, bundle)
             return bundle, verdict
         root, _ = find_project(root, "")

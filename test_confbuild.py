@@ -12726,8 +12726,8 @@ class TestCheckout:
     def source(directory: Path, tmp_path: Path) -> tuple[list[str], str]:
         """The files of a source, and the commit, as `verify --source` reads them."""
         with tempfile.TemporaryDirectory(dir=tmp_path) as own:
-            checkout = confbuild.open_checkout(str(directory), own)
-            return sorted(confbuild.list_source(str(directory), checkout)), checkout.commit if checkout else ""
+            checkout, found = confbuild.list_source(str(directory), own)
+            return sorted(found), checkout.commit if checkout else ""
 
     @staticmethod
     def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
@@ -12787,7 +12787,7 @@ class TestCheckout:
         if state == "missing" and kind != "submodule":  # what lies there is never packed because git has failed
             with pytest.raises(confbuild.UsageError, match="error: git upload-pack: ") as refused:
                 self.pack(root, tmp_path)
-            assert "`git fetch --refetch`" in refused.value.hint and not marker.exists()
+            assert "`git fetch --refetch --no-filter`" in refused.value.hint and not marker.exists()
             return
         packed = self.pack(root, tmp_path)
         assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
@@ -12948,6 +12948,13 @@ class TestCheckout:
         assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
         (root / "new").touch()
         assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).commit
+        (tmp_path / "own").write_text(f"[core]\n\texcludesFile = {tmp_path}/mine\n\tautocrlf = true\n")
+        (tmp_path / "mine").write_text("new\n*.swp\n")
+        (tmp_path / "gitconfig").write_text(f'[includeIf "gitdir:{root}/"]\n\tpath = {tmp_path}/own\n')
+        (root / "a").write_bytes(b"a\r\n")
+        assert not self.pack(root, tmp_path).commit
+        git(root, "commit", "-qam", "two")
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
 
     def test_an_embedded_repository_is_a_submodule(self, tmp_path: Path) -> None:
         """git has a commit for it where others have files, whether or not .gitmodules names it: its folder is empty."""
@@ -13165,7 +13172,7 @@ class TestPackDirectory:
         bundle_files = {"provenance.json": "{}", "evidence.json": "{}", "artifacts/demo": "x"}
         for folder in ("demo-build", "other", "dist/bundle"):
             write_files(root / folder, bundle_files)
-        write_files(root / "demo-build.unverified", {"result.tar.gz": "x"})
+        write_files(root, {"demo-build.unverified.tar.gz": "x", "demo-build.log": "x"})
         packed, _, _ = self.pack(root, tmp_path)
         assert packed.note == f"commit {git(root, 'rev-parse', 'HEAD')}"
         shutil.rmtree(root / ".git")
@@ -13264,6 +13271,16 @@ CONVERSIONS: dict[str, tuple[Mapping[str, str], str]] = {
         {".gitattributes": "u.txt working-tree-encoding=UTF-16\n"},
         r"printf '\376\377\000x\000\n' > u.txt; git add -A; git commit -qm two",
     ),
+    "included": ({}, "printf '[core]\\nautocrlf=true' > .git/more; git config include.path more; again"),
+    "of this work tree": (
+        {},
+        "git config extensions.worktreeConfig true; git config --worktree core.eol crlf; "
+        "echo '* text' > .git/info/attributes; again",
+    ),
+    "attributesFile": (
+        {".gitattributes": ""},
+        "echo '* text eol=crlf' > ../it; git config core.attributesFile ../it; again",
+    ),
     "fileMode": ({}, "git config core.fileMode false; chmod 755 a.txt"),
     "symlinks": ({"link": "-> a.txt"}, "git config core.symlinks false; again; test ! -L link"),
     "sparse": ({"big/x": "x", "big/y": "y"}, "git sparse-checkout init --cone; git sparse-checkout set src"),
@@ -13272,6 +13289,9 @@ CONVERSIONS: dict[str, tuple[Mapping[str, str], str]] = {
     "result of nix": ({}, "ln -s /nix/store/0-h result"),
     "link to the folder above": ({}, "ln -s ../elsewhere result-bin"),
     "ignored": ({".gitignore": "private\n"}, "touch private"),
+    "excludesFile": ({"mine": "*.env\n"}, "git config core.excludesFile mine; touch .env"),
+    "macOS": ({}, "mkdir src/__MACOSX; touch .DS_Store src/.DS_Store src/__MACOSX/x"),
+    "output": ({}, "mkdir target; touch target/x"),
     "unstaged": ({}, "git rm -q --cached a.txt"),
 }
 # The files that `build` names, and what happened to them.
@@ -13388,6 +13408,20 @@ class TestSources:
         (root / "src/b.bin").write_text("what the filter writes")
         packed, _ = self.pack(root, tmp_path, allow_filters=True)
         assert packed.note.endswith("it differs from HEAD in src/b.bin") and not (tmp_path / "ran").exists()
+
+    def test_filters_of_a_submodule(self, tmp_path: Path) -> None:
+        """They are refused if it is packed, also in a modified work tree. [CONTRACT 5.4]"""
+        files = {".gitattributes": "*.bin filter=lfs\n", "a.bin": "pointer"}
+        library = write_files(tmp_path / "library", files, commit=True)
+        root = self.repository(tmp_path)
+        git(root, "submodule", "-q", "add", str(library), "vendor")
+        git(root, "commit", "-qm", "two")
+        assert self.pack(root, tmp_path)[0].commit
+        assert self.pack(root, tmp_path, submodules=True, allow_filters=True)[0].commit
+        for name in ("a.txt", "new"):
+            with pytest.raises(confbuild.UsageError, match="'a.bin' has the attribute filter=lfs"):
+                self.pack(root, tmp_path, submodules=True)
+            (root / name).write_text("changed")
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
     def test_a_work_tree_of_somebody_else(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23023,7 +23057,7 @@ def make_hostile(root: Path, git_folder: Path, marker: Path) -> None:
     """Whatever obeys this configuration, its hooks, or that of a repository inside of it, touches marker."""
     run = script(marker.parent / "run", f"touch {marker}\ncat\n")
     elsewhere = write_files(
-        marker.parent / "elsewhere", {"secret": "*\n", "included": f"[core]\n\tfsmonitor = {run}\n"}
+        marker.parent / "elsewhere", {"secret": "*.env\n", "included": f"[core]\n\tfsmonitor = {run}\n"}
     )
     for hook in (
         "post-index-change",
