@@ -10551,7 +10551,7 @@ td:last-child, th:last-child { padding-right: 0; }
 
 .title { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 16px; margin: 4px 0 2px; }
 .title .right { display: flex; gap: 8px; margin-left: auto; }
-.crumb { margin: 0; }
+#crumb { margin: 0; }
 #failure { margin: 10px 0; padding: 8px 12px; border-left: 3px solid var(--bad); background: var(--raised); }
 #phases { margin: 12px 0 16px; }
 #phases th, #phases td { border: 0; padding-block: 0; }
@@ -10564,8 +10564,8 @@ td:last-child, th:last-child { padding-right: 0; }
 .tools label { display: flex; align-items: center; gap: 5px; }
 .tools [type=checkbox] { min-height: 0; accent-color: var(--accent); }
 #log {
-  position: relative; overflow: auto; min-height: 153px; max-height: max(320px, 68vh); font-size: 12px;
-  line-height: 17px;
+  position: relative; overflow: auto; overflow-anchor: none; min-height: 153px; max-height: max(320px, 68vh);
+  font-size: 12px; line-height: 17px;
   background: var(--raised); border: 1px solid var(--line); border-radius: 4px; tab-size: 8;
 }
 #space { position: relative; min-width: max-content; }
@@ -10573,6 +10573,7 @@ td:last-child, th:last-child { padding-right: 0; }
 .row { display: flex; min-height: 17px; }
 .row a {
   flex: none; width: 5.5rem; padding-right: 14px; text-align: right; color: var(--quiet); text-decoration: none;
+  user-select: none;
 }
 .row a:hover { color: var(--accent); }
 .row > span { white-space: pre; }
@@ -10583,6 +10584,7 @@ td:last-child, th:last-child { padding-right: 0; }
 mark { background: var(--accent); color: var(--on-accent); }
 #follow { position: absolute; right: 20px; bottom: 14px; }
 #frame { position: relative; }
+#blank { position: absolute; top: 8px; left: 14px; margin: 0; }
 #link { min-height: 21px; margin: 6px 0 0; }
 pre {
   margin: 0 0 6px; padding: 10px 12px; background: var(--raised); border: 1px solid var(--line); border-radius: 4px;
@@ -10599,7 +10601,7 @@ summary { cursor: pointer; }
   #rows td:empty { display: none; }
   label:has(#url), label:has(#ref) { flex: 1 1 100%; }
   #url { width: 100%; }
-  #rows td:nth-child(3)::before { content: "position "; }
+  #rows td:nth-child(3)::before { content: "queue: "; }
   #rows td:nth-child(5)::after { content: " ago"; }
   #rows td:nth-child(6)::before { content: "took "; }
   .row a { width: 3.6rem; padding-right: 8px; }
@@ -10643,8 +10645,8 @@ summary { cursor: pointer; }
   <p><button id="older" hidden>Older builds</button></p>
 </section>
 
+<p id="crumb" hidden><a href="./">All builds</a></p>
 <section id="build" hidden>
-  <p class="crumb"><a href="./">All builds</a></p>
   <div class="title">
     <h1 id="source"></h1>
     <span><span id="state" role="status" aria-label="Status of the build"></span>
@@ -10666,7 +10668,8 @@ summary { cursor: pointer; }
   </div>
   <div id="frame">
     <div id="log" role="log" aria-live="off" aria-label="Build log" tabindex="0"><div id="space">
-      <div id="pane"></div></div></div>
+      <div id="pane"><div></div></div></div></div>
+    <p id="blank" class="quiet"></p>
     <button id="follow" hidden>Follow the end ↓</button>
   </div>
   <p id="link" class="quiet" role="status" aria-label="Connection"></p>
@@ -10687,8 +10690,13 @@ function el(name, properties, ...children) {
   return node;
 }
 
+// Change a text only if it is another one: screen readers announce every change, and it ends a selection.
+function write(node, text) {
+  if (node.textContent != text) node.textContent = text;
+}
+
 function say(id, text) {
-  $(id).textContent = text;
+  write($(id), text);
   if (id == "alert" || id == "failure" || id == "notice") $(id).hidden = !text;
 }
 
@@ -10780,9 +10788,12 @@ function sourceOf({repo_url, repo_ref, source_name}) {
   return (repo_url || source_name || "archive").replace("https://", "") + (repo_ref ? ` @ ${repo_ref}` : "");
 }
 
-async function cancel(id) {
-  if (!confirm("Cancel this build?")) return;
-  await ask(`build/${id}`, {method: "DELETE"}).catch(e => say("alert", `Not cancelled: ${e.message}`));
+const isLive = ({status}) => status == "queued" || status == "running";
+const stateOf = build => build.error_type == "Cancelled" && !isLive(build) ? "cancelled" : build.status;
+
+async function cancel(build) {
+  if (!confirm(`Cancel ${sourceOf(build)}?`)) return;
+  await ask(`build/${build.job_id}`, {method: "DELETE"}).catch(e => say("alert", `Not cancelled: ${e.message}`));
 }
 
 // ---- The list.
@@ -10794,7 +10805,7 @@ function addRow(build, newest) {
   const cells = Array.from({length: 7}, () => el("td"));
   const link = el("a", {href: `?build=${build.job_id}`, textContent: sourceOf(build)});
   cells[0].append(link, el("div", {className: "quiet mono", textContent: build.job_id.slice(0, 8)}));
-  const button = el("button", {textContent: "Cancel", onclick: () => cancel(build.job_id)});
+  const button = el("button", {textContent: "Cancel", onclick: () => cancel(build)});
   button.setAttribute("aria-label", `Cancel ${sourceOf(build)}`);
   cells[4].title = build.submitted_at;
   builds.set(build.job_id, {build, cells, button});
@@ -10803,17 +10814,17 @@ function addRow(build, newest) {
 
 function drawRow({build, cells, button}) {
   const texts = [
-    build.status,
+    stateOf(build),
     build.position === undefined ? "" : build.position ? `${build.position + 1}` : "next",
     build.status == "failed" || build.status == "damaged" ? build.error_type :
       build.status == "running" ? Object.keys(build.phases ?? {}).at(-1) : "",
     age(since(build.submitted_at)),
     build.started_at ? span(between(build.started_at, build.finished_at)) : "",
   ];
-  texts.forEach((text, i) => { if (cells[i + 1].textContent != text) cells[i + 1].textContent = text; });
-  cells[1].className = `state ${build.status}`;
+  texts.forEach((text, i) => write(cells[i + 1], text));
+  cells[1].className = `state ${stateOf(build)}`;
   cells[3].title = build.error || "";
-  const live = build.status == "queued" || build.status == "running";
+  const live = isLive(build);
   if (live != button.isConnected) live ? cells[6].append(button) : button.remove();
 }
 
@@ -10821,17 +10832,28 @@ async function showList() {
   $("home").hidden = false;
   $("older").onclick = async () => {
     const last = $("rows").lastElementChild.querySelector("a").search.slice(7);
-    const page = await json(`builds?limit=${PAGE}&after=${last}`);
-    for (const build of page) if (!builds.has(build.job_id)) addRow(build, false);
-    $("older").hidden = page.length < PAGE;
-    builds.forEach(drawRow);
+    try {
+      const page = await json(`builds?limit=${PAGE}&after=${last}`);
+      for (const build of page) if (!builds.has(build.job_id)) addRow(build, false);
+      $("older").hidden = page.length < PAGE;
+      builds.forEach(drawRow);
+    } catch (e) {
+      say("alert", `Older builds cannot be shown: ${e.message}`);
+    }
   };
   setInterval(() => builds.forEach(drawRow), 1000);
   let lost = "";  // the alert of this loop, which ends with its reason; any other stays
   for (let first = true;; await sleep(1500)) {
     if (document.hidden && !first) continue;
     try {
-      const page = await json(`builds?limit=${Math.min(1000, Math.max(PAGE, builds.size))}`);
+      const limit = Math.min(1000, Math.max(PAGE, builds.size));
+      const page = await json(`builds?limit=${limit}`), ids = new Set(page.map(build => build.job_id));
+      const oldest = page.length < limit ? "" : page.at(-1).submitted_at;
+      for (const [id, {build, cells}] of builds) {
+        if (ids.has(id) || build.submitted_at <= oldest) continue;
+        cells[0].parentNode.remove();  // the server has removed it
+        builds.delete(id);
+      }
       if (first) $("older").hidden = page.length < PAGE;
       for (const build of page.reverse()) {
         if (builds.has(build.job_id)) builds.get(build.job_id).build = build;
@@ -10857,7 +10879,11 @@ async function submit(make) {
   say("alert", "");
   try {
     const {job_id} = await json(url, {method: "POST", ...options});
-    localStorage.setItem(`nonce:${job_id}`, nonce);
+    try {
+      localStorage.setItem(`nonce:${job_id}`, nonce);
+    } catch {
+      // Full or forbidden: the page of the build will say that its nonce comes from the server.
+    }
     location.href = `?build=${job_id}`;
   } catch (e) {
     say("alert", `Not accepted: ${e.message}`);
@@ -10890,13 +10916,30 @@ function prepareSubmit(limit) {
       url: "build", headers: {"Content-Type": "application/json"}, body: JSON.stringify({nonce, ...body}),
     }));
   };
-  $("file").onchange = () => submitArchive($("file").files[0], limit);
-  document.ondragover = event => { event.preventDefault(); $("submit").classList.add("over"); };
+  $("url").onchange = () => {
+    if (/^\s*[\w-]+(\.[\w-]+)+\//.test($("url").value)) $("url").value = `https://${$("url").value.trim()}`;
+  };
+  $("file").onchange = async () => {
+    await submitArchive($("file").files[0], limit);
+    $("file").value = "";  // so that the same file can be chosen again, after a change
+  };
+  const files = event => event.dataTransfer.types.includes("Files");  // not text, which may go into a field
+  document.ondragover = event => {
+    if (!files(event)) return;
+    event.preventDefault();
+    $("submit").classList.add("over");
+  };
   document.ondragleave = event => { if (!event.relatedTarget) $("submit").classList.remove("over"); };
   document.ondrop = event => {
+    if (!files(event)) return;
     event.preventDefault();
     $("submit").classList.remove("over");
-    submitArchive(event.dataTransfer.files[0], limit);
+    const items = [...event.dataTransfer.items].filter(item => item.kind == "file");
+    if (items.length > 1 || items[0].webkitGetAsEntry()?.isDirectory) {
+      say("alert", "Drop one file, a .tar.gz or .zip of the project. A folder must be packed first.");
+    } else {
+      submitArchive(event.dataTransfer.files[0], limit);
+    }
   };
 }
 
@@ -10904,9 +10947,9 @@ function prepareSubmit(limit) {
 // A row is what the screen shows. The lines of a progress bar, which end with CR, are one row: its text is the last
 // line's, after a CR for each line that is gone, so that numbers of lines can be counted.
 
-const CHUNK = 1000;
-const chunks = [];  // full ones: {bytes, line: number of lines before it, style: of the text before it}
-let tail = {texts: [], line: 0, style: {}};  // the last chunk
+const CHUNK = 1000, LARGE = 1 << 20;  // rows; characters
+const chunks = [];  // full ones: {bytes, row: number of rows before it, line: of lines, style: of the text before it}
+let tail = {texts: [], row: 0, line: 0, style: {}, size: 0};  // the last chunk
 let lineCount = 0, byteCount = 0;
 let bar = false;  // the next line replaces the last row
 let gone = 0;  // lines that the last row has replaced
@@ -10925,24 +10968,37 @@ function addLine(text) {
   }
   if (gone) texts.push("\r".repeat(gone) + texts.pop());
   gone = 0;
-  if (texts.length == CHUNK) {
-    chunks.push({bytes: new TextEncoder().encode(texts.join("\n")), line: tail.line, style: tail.style});
-    let style = tail.style;
-    for (const one of texts) if (one.includes("\x1b")) style = paint(one, style, () => {});
-    tail = {texts: [], line: lineCount - 1, style};
+  if (texts.length == CHUNK || tail.size > LARGE) {
+    const {row, line, style} = tail;
+    chunks.push({bytes: new TextEncoder().encode(texts.join("\n")), row, line, style});
+    let last = style;
+    for (const one of texts) if (one.includes("\x1b")) last = paint(one, last, () => {});
+    tail = {texts: [], row: row + texts.length, line: lineCount - 1, style: last, size: 0};
   }
+  tail.size += text.length;
   tail.texts.push(text);
 }
 
-const rowCount = () => chunks.length * CHUNK + tail.texts.length;
+const rowCount = () => tail.row + tail.texts.length;
+const chunkAt = i => i < chunks.length ? chunks[i] : tail;
+
+// Return the index of the last chunk before which there are at most so many rows or lines, as name says.
+function chunkOf(name, count) {
+  let low = 0, high = chunks.length;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (chunkAt(middle)[name] <= count) low = middle; else high = middle - 1;
+  }
+  return low;
+}
 
 // Yield the rows from first up to, but not including, end.
 function* rows(first, end) {
-  for (let i = Math.floor(first / CHUNK); i * CHUNK < end; i++) {
-    const texts = i < chunks.length ? new TextDecoder().decode(chunks[i].bytes).split("\n") : tail.texts;
-    let {line, style} = i < chunks.length ? chunks[i] : tail;
-    for (let k = 0; k < texts.length && i * CHUNK + k < end; k++) {
-      const row = i * CHUNK + k, start = texts[k].lastIndexOf("\r") + 1;
+  for (let i = chunkOf("row", first); i <= chunks.length && chunkAt(i).row < end; i++) {
+    let {bytes, texts, row, line, style} = chunkAt(i);
+    texts ??= new TextDecoder("utf-8", {ignoreBOM: true}).decode(bytes).split("\n");
+    for (let k = 0; k < texts.length && row < end; k++, row++) {
+      const start = texts[k].lastIndexOf("\r") + 1;
       line += 1 + start + (row == rowCount() - 1 ? gone : 0);
       if (row >= first) yield {row, line, text: texts[k].slice(start), style};
       if (texts[k].includes("\x1b")) style = paint(texts[k], style, () => {});
@@ -10950,31 +11006,93 @@ function* rows(first, end) {
   }
 }
 
-// ---- Colours. A style is an object of CSS properties. Other escape sequences are left out.
+// ---- Colours. A style has bold, fg (an index or [red, green, blue]) and so on. Other escape sequences are left out.
 
 const ESCAPE = new RegExp([
   /\x1b\[([0-9;:]*)m/,  // SGR: colours
   /\x1b\[[0-?]*[ -/]*[@-~]/,  // another control sequence [ECMA-48 5.4]
-  /\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?/,  // an operating system command, such as a link
-  /\x1b[ -/]*[0-~]?|[\0-\x08\x0b-\x1f\x7f]/,
+  /\x1b[P\]X^_][^\x07\x1b]*(?:\x07|\x1b\\)?/,  // a control string, such as a link [ECMA-48 5.6]
+  /\x1b[ -/]*[0-~]?|[\0-\x08\x0b-\x1f\x7f-\x9f]/,
 ].map(part => part.source).join("|"), "g");
 const SGR = {
-  0: null, 1: {fontWeight: "bold"}, 2: {opacity: ".7"}, 3: {fontStyle: "italic"}, 4: {textDecoration: "underline"},
-  7: {color: "var(--ground)", backgroundColor: "var(--text)"}, 9: {textDecoration: "line-through"},
-  22: {fontWeight: "", opacity: ""}, 23: {fontStyle: ""}, 24: {textDecoration: ""},
-  27: {color: "", backgroundColor: ""}, 29: {textDecoration: ""}, 39: {color: ""}, 49: {backgroundColor: ""},
+  1: {bold: true}, 2: {dim: true}, 3: {italic: true}, 4: {underline: true}, 7: {reverse: true}, 9: {strike: true},
+  21: {underline: true}, 22: {bold: false, dim: false}, 23: {italic: false}, 24: {underline: false},
+  27: {reverse: false}, 29: {strike: false}, 39: {fg: undefined}, 49: {bg: undefined},
 };
 for (let i = 0; i < 16; i++) {
-  SGR[(i < 8 ? 30 : 82) + i] = {color: `var(--c${i})`};
-  SGR[(i < 8 ? 40 : 92) + i] = {backgroundColor: `var(--c${i})`};
+  SGR[(i < 8 ? 30 : 82) + i] = {fg: i};
+  SGR[(i < 8 ? 40 : 92) + i] = {bg: i};
 }
 
-function indexed(n) {
+// Return the style after an SGR sequence. Its codes are separated by ";". Parts of a code are separated by ":", but
+// those of a colour often by ";" too.
+function restyle(style, text) {
+  const codes = text.split(";").map(code => code.split(":").map(Number));
+  for (let i = 0; i < codes.length; i++) {
+    const [code, ...parts] = codes[i];
+    if (code == 38 || code == 48 || code == 58) {  // 58: of the underline, which has the colour of the text here
+      if (!parts.length) {
+        parts.push(...codes.slice(i + 1, i + (codes[i + 1]?.[0] == 2 ? 5 : 3)).flat());
+        i += parts.length;
+      }
+      const colour = parts[0] == 2 && parts.length > 3 ? parts.slice(-3).map(value => Math.min(value, 255))
+        : parts[0] == 5 ? parts[1] & 255 : undefined;
+      if (code != 58) style = {...style, [code == 38 ? "fg" : "bg"]: colour};
+    } else {
+      style = code ? {...style, ...SGR[code == 4 && parts[0] === 0 ? 24 : code]} : {};
+    }
+  }
+  return style;
+}
+
+// The 16 colours under other text or under their own. As colours of text alone they are variables of the style sheet.
+const BASIC = [0x000000, 0xc23127, 0x2f7d1f, 0xd6a41e, 0x245cba, 0x92328e, 0x0d7d83, 0xd9dddb,
+  0x666c69, 0xe8544b, 0x69be50, 0xf5d05a, 0x5894f0, 0xcd6ec8, 0x46bec3, 0xffffff];
+const BLACK = [0, 0, 0], WHITE = [255, 255, 255], LIGHT = [243, 243, 239], DARK = [28, 32, 31];  // the last: of the log
+
+function toRgb(colour) {
   const level = step => step ? 55 + 40 * step : 0;
-  if (n < 16) return `var(--c${n})`;
-  if (n > 231) return `rgb(${Array(3).fill(10 * n - 2312)})`;
-  n -= 16;
-  return `rgb(${level(Math.floor(n / 36))},${level(Math.floor(n / 6) % 6)},${level(n % 6)})`;
+  if (typeof colour == "object") return colour;
+  if (colour < 16) return [16, 8, 0].map(shift => BASIC[colour] >> shift & 255);
+  if (colour > 231) return Array(3).fill(10 * colour - 2312);
+  return [36, 6, 1].map(step => level(Math.floor((colour - 16) / step) % 6));
+}
+
+// The contrast of two colours, from 1 to 21.  [WCAG 2.2, contrast ratio]
+function contrast(...colours) {
+  const [dark, light] = colours.map(colour => {
+    const [r, g, b] = colour.map(value => value > 10 ? ((value / 255 + .055) / 1.055) ** 2.4 : value / 3294.6);
+    return .2126 * r + .7152 * g + .0722 * b + .05;
+  }).sort((a, b) => a - b);
+  return light / dark;
+}
+
+// Return colour, moved away from ground until it is readable on it.
+function readable(colour, ground) {
+  const end = contrast(WHITE, ground) > contrast(BLACK, ground) ? 255 : 0;
+  while (contrast(colour, ground) < 4) colour = colour.map(value => Math.round(value + (end - value) / 8 + end / 255));
+  return `rgb(${colour.map(value => Math.min(value, 255))})`;
+}
+
+// Return the CSS properties of style. No program can make text unreadable.
+function css({fg, bg, reverse, bold, dim, italic, underline, strike}) {
+  const found = {};
+  if (reverse) [fg, bg] = [bg, fg];
+  if (bg !== undefined) {
+    const ground = toRgb(bg), text = fg === undefined ? ground : toRgb(fg);  // ground: becomes black or white
+    const best = contrast(WHITE, ground) > contrast(BLACK, ground) ? WHITE : BLACK;
+    found.backgroundColor = `rgb(${ground})`;
+    found.color = `rgb(${contrast(text, ground) < 3 ? best : text})`;
+  } else if (reverse) {
+    Object.assign(found, {color: "var(--ground)", backgroundColor: "var(--text)"});
+  } else if (fg !== undefined) {
+    found.color = fg < 16 ? `var(--c${fg})` : `light-dark(${readable(toRgb(fg), LIGHT)}, ${readable(toRgb(fg), DARK)})`;
+  }
+  if (bold) found.fontWeight = "bold";
+  if (dim) found.opacity = ".7";
+  if (italic) found.fontStyle = "italic";
+  found.textDecoration = [underline && "underline", strike && "line-through"].filter(Boolean).join(" ");
+  return found;
 }
 
 // Call emit with each part of text and its style. Return the style after text.
@@ -10983,17 +11101,7 @@ function paint(text, style, emit) {
   for (const match of text.matchAll(ESCAPE)) {
     if (match.index > at) emit(text.slice(at, match.index), style);
     at = match.index + match[0].length;
-    const codes = match[1] === undefined ? [] : match[1].split(/[;:]/).map(code => Number(code) & 255);
-    while (codes.length) {
-      const code = codes.shift();
-      if (code == 38 || code == 48) {
-        const kind = codes.shift(), values = codes.splice(0, kind == 2 ? 3 : 1);
-        const colour = kind == 2 ? `rgb(${values})` : indexed(values[0]);
-        style = {...style, [code == 38 ? "color" : "backgroundColor"]: colour};
-      } else if (code in SGR) {
-        style = code ? {...style, ...SGR[code]} : {};
-      }
-    }
+    if (match[1] !== undefined) style = restyle(style, match[1]);
   }
   if (at < text.length) emit(text.slice(at), style);
   return style;
@@ -11004,12 +11112,21 @@ function paint(text, style, emit) {
 // ordinary scrolling. It also holds for wrapped rows, and for logs that are taller than browsers let an element be.
 
 const ROW = 17, TALLEST = 17e6;  // pixels; Firefox ends at 17.8 million
-const ERROR = /\b\w*error(\[\w+\])?:|\bfatal:|\bpanicked at\b|undefined reference to|^Traceback |\*\*\* .*\bError \d/i;
+const WIDEST = 4000;  // characters of a row that are drawn; browsers need a second for rows that are much longer
+// The first line of an error of compilers, linkers, programs; tsc, vite, cmake, make; npm, pnpm; go; webpack, esbuild,
+// maven; a shell; next.  "error::" is a path of Rust.
+const ERROR = new RegExp([
+  /\b\w*error(\[\w+\])?:(?!:)|\bfatal:|\bpanicked at\b|undefined reference to|^Traceback |^panic: |\bpanic!/,
+  /\berror (TS\d+|during build):|\bCMake Error\b|^make(\[\d+\])?: \*\*\* |\*\*\* .*\bError \d/,
+  /^\s*npm (ERR!|error) (?!code|errno|syscall|path)|^\s*(ERR_PNPM_|ERROR {2}|ELIFECYCLE)/,
+  /^go: (?!downloading|finding|extracting|warning|no module dependencies)|^(vet: )?\S+\.go:\d+(:\d+)?: |^--- FAIL: /,
+  /^ERROR in |\[ERROR\]|^\S*sh: .*(not found|No such file|ermission denied)|^Failed to compile/,
+].map(part => part.source).join("|"), "i");
 let following = true;
 let drawing = 0;  // the number of the animation frame that is asked for
 let firstRow = 0;  // the first row of the window
 let drawnAt = 0;  // the scrollTop that draw() left
-let target = 0;  // the number of the line in the address
+let target = 0, awaited = false;  // the number of the line in the address, and whether it is still to come
 let pattern = null, hits = [], searched = 0;  // what is searched for, the rows that have it, how many were searched
 
 const redraw = () => { drawing ||= requestAnimationFrame(draw); };
@@ -11019,7 +11136,7 @@ const plain = text => text.includes("\x1b") ? text.replace(ESCAPE, "") : text;
 
 function draw() {
   drawing = 0;
-  const log = $("log"), count = rowCount(), wrapped = $("wrap").checked;
+  const log = $("log"), list = $("pane").firstElementChild, count = rowCount(), wrapped = $("wrap").checked;
   const columns = Math.max(20, (log.clientWidth - 90) / 7.2);
   const most = (count + (wrapped ? byteCount / columns : 0)) * ROW;  // an upper bound of what wrapped rows need
   $("space").style.height = `${Math.min(TALLEST, most)}px`;
@@ -11029,34 +11146,40 @@ function draw() {
   drawnAt = log.scrollTop;
   const height = log.clientHeight, part = range > 0 ? Math.min(1, wanted / range) : 0;
   const anchor = part * count, above = part * height / ROW;
-  const nodes = [];
-  let y = part * height, anchored = null;
   const first = Math.max(0, Math.floor(anchor - above)), end = Math.ceil(anchor - above + height / ROW) + 1;
+  // What is drawn already stays, so that a selection of text does.
+  const old = new Map(Array.from(list.children, node => [node.key, node])), nodes = [];
+  let y = part * height, anchored = null;
   for (const one of rows(first, Math.min(count, end))) {
-    nodes.push(drawLine(one));
+    const text = one.text.slice(0, WIDEST), key = JSON.stringify([{...one, text}, pattern?.source, one.line == target]);
+    nodes.push(old.get(key) ?? Object.assign(drawLine(one), {key}));
     if (one.row == Math.min(count - 1, Math.floor(anchor))) anchored = nodes.at(-1);
   }
+  const stay = new Set(nodes);
+  for (const node of old.values()) if (!stay.has(node)) node.remove();
+  nodes.forEach((node, i) => { if (list.children[i] != node) list.insertBefore(node, list.children[i] ?? null); });
   $("pane").style.height = `${height}px`;
-  $("pane").replaceChildren(el("div", {}, ...nodes));
   if (anchored) {
     const within = Math.min(1, anchor - Math.min(count - 1, Math.floor(anchor)));
     y -= anchored.offsetTop + within * anchored.offsetHeight;
-    $("pane").firstChild.style.transform = `translateY(${y}px)`;
+    list.style.transform = `translateY(${y}px)`;
   }
   $("follow").hidden = following;
-  $("count").textContent = counted();
+  say("count", counted());
+  say("blank", count ? "" : complete ? "The build printed nothing." : "Nothing printed yet.");
   if (pattern && searched < count) search();
 }
 
 function drawLine({row, line, text, style}) {
-  const body = el("span");
+  const body = el("span"), cut = text.length - WIDEST;
   let hit = false;
-  paint(text, style, (part, style) => {
+  paint(cut > 0 ? text.slice(0, WIDEST) : text, style, (part, style) => {
     const span = el("span");
-    Object.assign(span.style, style);
+    Object.assign(span.style, css(style));
     part.split(pattern || /$^/).forEach((piece, i) => span.append(i % 2 ? el("mark", {textContent: piece}) : piece));
     body.append(span);
   });
+  if (cut > 0) body.append(el("i", {}, ` … ${cut.toLocaleString("en")} more characters: download the log`));
   if (pattern) hit = body.querySelector("mark") || plain(text).search(pattern) >= 0;
   const number = el("a", {href: `#L${line}`, textContent: line, tabIndex: -1});
   return el("div", {className: `row${hit ? " hit" : ""}${line == target ? " target" : ""}`}, number, body);
@@ -11066,6 +11189,7 @@ function drawLine({row, line, text, style}) {
 function goTo(row) {
   if (row < firstRow + 1 || row > firstRow + visible() - 2 || $("wrap").checked) firstRow = row - visible() / 3;
   firstRow = Math.max(0, Math.min(firstRow, rowCount() - visible()));
+  drawnAt = $("log").scrollTop;  // a scroll event that is still to come is older
   following = false;
   redraw();
 }
@@ -11073,28 +11197,32 @@ function goTo(row) {
 // Scroll to the line in the address, as soon as it is there.
 function goToTarget() {
   target = Number(/^#L(\d+)$/.exec(location.hash)?.[1] || 0);
+  awaited = target > lineCount;
   if (!target) return;
   following = false;
-  if (target > lineCount) return redraw();
-  let low = 0, high = chunks.length;  // the chunk that has it
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (chunks[middle].line < target) low = middle + 1; else high = middle;
+  if (awaited) {
+    if (complete) say("found", `there is no line ${target}`);
+    else if (isLive(build)) say("found", `line ${target} is still to come`);
+    return redraw();
   }
-  if (tail.line < target) low = chunks.length + 1;
-  for (const one of rows(Math.max(0, low - 1) * CHUNK, rowCount())) {
+  for (const one of rows(chunkAt(chunkOf("line", target - 1)).row, rowCount())) {
     if (one.line < target) continue;
     target = one.line;  // of a progress bar, the line that is left
     return goTo(one.row);
   }
 }
 
+function goToLine(line) {
+  if (location.hash == `#L${line}`) goToTarget(); else location.hash = `L${line}`;
+}
+
 // Call each with the rows that match, a chunk at a time, until it returns true. Return whether it did.
 async function scan(first, matches, each) {
   let paused = performance.now();
-  for (let row = first; row < rowCount(); row = (Math.floor(row / CHUNK) + 1) * CHUNK) {
-    const end = Math.min(rowCount(), (Math.floor(row / CHUNK) + 1) * CHUNK);
-    if (each([...rows(row, end)].filter(({text}) => matches.test(plain(text))), end)) return true;
+  for (let row = first; row < rowCount();) {
+    const end = chunks[chunkOf("row", row) + 1]?.row ?? rowCount();
+    if (each([...rows(row, end)].filter(({text}) => matches(plain(text))), end)) return true;
+    row = end;
     if (performance.now() - paused > 20) {
       await sleep(0);
       paused = performance.now();
@@ -11103,30 +11231,36 @@ async function scan(first, matches, each) {
   return false;
 }
 
-let searching = null;
-async function search() {
-  const mine = pattern;
-  if (searching === mine) return;
-  searching = mine;
+// Search the rows that were not searched yet. Return a promise of the end.
+let searching = {};
+function search() {
+  if (searching.pattern !== pattern) searching = {pattern, done: searchRows(pattern)};
+  return searching.done;
+}
+
+async function searchRows(mine) {
+  await sleep(0);  // so that searching is there
   const matches = new RegExp(mine.source, "i");
-  await scan(searched, matches, (found, end) => {
+  await scan(searched, text => matches.test(text), (found, end) => {
     if (pattern !== mine) return true;
     for (const {row} of found) hits.push(row);
     searched = end;
     showHits();
     return false;
   });
-  if (searching === mine) searching = null;
+  if (searching.pattern === mine) searching = {};
 }
 
 let current = -1;  // the row of the last match that was shown
+let asked = 0;  // how often something else than the first error was asked for, or it again
 
 function showHits() {
   const at = current < 0 ? 0 : hits.indexOf(current) + 1;
   say("found", !pattern ? "" : hits.length ? `${at || "–"} of ${hits.length.toLocaleString("en")}` : "no match");
 }
 
-function step(forward) {
+async function step(forward) {
+  if (pattern && !hits.length) await search();
   const from = current >= 0 ? current : forward ? firstRow - 1 : firstRow;
   const next = forward ? hits.find(row => row > from) ?? hits[0] : hits.findLast(row => row < from) ?? hits.at(-1);
   if (next === undefined) return;
@@ -11146,10 +11280,11 @@ function prepareLog() {
   };
   new ResizeObserver(redraw).observe(log);
   $("wrap").onchange = () => { log.classList.toggle("wrapped", $("wrap").checked); redraw(); };
-  $("follow").onclick = () => { following = true; target = 0; redraw(); log.focus(); };
+  $("follow").onclick = () => { following = true; target = 0; awaited = false; redraw(); log.focus(); };
   $("needle").oninput = () => {
+    asked++;
     const text = $("needle").value.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
-    pattern = text && text[0] != ":" ? new RegExp(`(${text})`, "gi") : null;
+    pattern = text && !/^:\d*$/.test(text) ? new RegExp(`(${text})`, "gi") : null;
     hits = [];
     searched = 0;
     current = -1;
@@ -11160,22 +11295,27 @@ function prepareLog() {
     const line = /^:(\d+)$/.exec($("needle").value);
     if (event.key == "Escape") { $("needle").value = ""; $("needle").oninput(); }
     if (event.key != "Enter") return;
-    if (line) location.hash = `L${line[1]}`;
+    if (line) goToLine(line[1]);
     else step(!event.shiftKey);
   };
   $("previous").onclick = () => step(false);
   $("next").onclick = () => step(true);
   $("error").onclick = async () => {
-    let row = 0, shown = false, last = false;
-    while (!shown && !last) {  // the line may be still to come
+    const go = (found, end) => {
+      row = end;
+      if (!found.length) return asked != mine;
+      say("found", "");
+      goToLine(found[0].line);
+      return true;
+    };
+    const cause = text => text.trim() && build.error?.endsWith(`: ${text.trim()}`);  // the server has found it
+    const mine = ++asked;
+    let row = 0, last = false;
+    if (await scan(0, cause, go)) return;
+    for (row = 0; asked == mine && !last; await sleep(200)) {  // the line may be still to come
       last = complete;
-      shown = await scan(row, ERROR, (found, end) => {
-        row = end;
-        if (found.length) location.hash = `L${found[0].line}`;
-        return found.length > 0;
-      });
-      say("found", shown ? "" : "no line looks like an error");
-      if (!shown && !last) await sleep(200);
+      if (await scan(row, text => ERROR.test(text), go)) return;
+      say("found", last ? "no line looks like an error" : "no error so far");
     }
   };
   onhashchange = goToTarget;
@@ -11195,11 +11335,11 @@ let complete = false;  // all events are here
 
 function showBuild() {
   const took = build.started_at ? span(between(build.started_at, build.finished_at)) : "";
-  const live = build.status == "queued" || build.status == "running";
+  const live = isLive(build), state = stateOf(build);
   say("source", sourceOf(build));
-  document.title = `${build.status} · ${sourceOf(build)} · confbuild`;
-  if ($("state").textContent != build.status) $("state").textContent = build.status;
-  $("state").className = `state ${build.status}`;
+  document.title = `${state} · ${sourceOf(build)} · confbuild`;
+  say("state", state);
+  $("state").className = `state ${state}`;
   say("took", took + (build.attempts > 1 ? `, attempt ${build.attempts}` : ""));
   say("facts", `${build.job_id}, submitted ${new Date(build.submitted_at).toLocaleString()}`);
   say("failure", build.error ? `${build.error_type}: ${build.error}` : "");
@@ -11213,14 +11353,17 @@ function showPhases(live) {
   const began = build.phases || {};  // type -> seconds
   const order = Object.values(began).sort((a, b) => a - b);
   const end = build.finished_at ? Date.parse(build.finished_at) : Date.now() + skew;
-  const names = [...phases.keys()];
-  $("phases").tBodies[0].replaceChildren(...names.map((name, i) => {
+  const names = [...phases.keys()], body = $("phases").tBodies[0];
+  while (body.rows.length > names.length) body.deleteRow(-1);
+  names.forEach((name, i) => {
+    const row = body.rows[i] ?? body.appendChild(el("tr", {}, el("th", {scope: "row"}), el("td"), el("td")));
     const next = order.find(time => time > began[name]);
     const time = name in began ? span((next ? next * 1000 : end) - began[name] * 1000) : "";
-    const text = name == "build" ? counted() : phases.get(name);
-    return el("tr", {className: live && i == names.length - 1 ? "now" : ""},
-      el("th", {scope: "row", textContent: name}), el("td", {textContent: time}), el("td", {textContent: text}));
-  }));
+    const waited = name == "queued" && build.status != "queued";
+    const text = name == "build" ? counted() : waited ? "" : phases.get(name);
+    [name, time, text].forEach((text, k) => write(row.cells[k], text));
+    row.className = live && i == names.length - 1 ? "now" : "";
+  });
 }
 
 async function refresh() {
@@ -11264,10 +11407,18 @@ function takeFrames(text) {
 }
 
 // Follow the events to the end, over lost connections.
+// Browsers open few connections to a server, and this takes one; so a hidden tab gives it up, and asks for the status.
 async function follow() {
-  let delay = 500, lost = false, paused = performance.now();
+  let delay = 500, lost = false, paused = performance.now(), stop = null;
+  document.addEventListener("visibilitychange", () => { if (document.hidden) stop?.abort(); });
   while (!complete) {
-    const stop = new AbortController();
+    if (document.hidden) {
+      const seen = new Promise(done => document.addEventListener("visibilitychange", done, {once: true}));
+      await Promise.race([seen, ...isLive(build) ? [sleep(5000)] : []]);
+      await refresh();
+      continue;
+    }
+    stop = new AbortController();
     let alarm = 0;
     try {
       const answer = await ask(`${path}/events?from=${position}`, {signal: stop.signal});
@@ -11285,8 +11436,8 @@ async function follow() {
           rest = takeFrames(rest + decoder.decode(value.subarray(at, at + SLICE), {stream: true}));
         }
         redraw();
-        if (target > 0 && target <= lineCount && !goToTarget.done) { goToTarget.done = true; goToTarget(); }
-        if (!document.hidden && performance.now() - paused > 30) {
+        if (awaited && target <= lineCount) { say("found", ""); goToTarget(); }
+        if (performance.now() - paused > 30) {
           await sleep(0);  // so that the page is drawn and reacts
           paused = performance.now();
         }
@@ -11297,6 +11448,7 @@ async function follow() {
       clearTimeout(alarm);
     }
     if (complete) break;
+    if (document.hidden) continue;
     say("link", `The connection was lost after event ${position}; resuming …`);
     lost = true;
     await sleep(delay);
@@ -11375,7 +11527,8 @@ function verifyCommand(nonce) {
   const options = ["python3 confbuild.py verify", `${job}.tar.gz`, `--nonce ${nonce || build.nonce}`];
   if (/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(build.repo_ref)) options.push(`--source-commit ${build.repo_ref}`);
   if (config.confidential && config.measurement) options.push(`--measurement ${config.measurement}`);
-  const notes = ["This page checks nothing. Download the bundle, and run this on a machine that you trust."];
+  const notes = ["This page checks nothing. Download the bundle, and run this beside it, with a confbuild.py that you",
+    "trust, on a machine that you trust."];
   if (!nonce) notes.push("The nonce is the server's word, because this browser did not submit the build.");
   if (nonce && nonce != build.nonce) notes.push("The server names another nonce than the one that this browser chose!");
   notes.push(config.confidential ? "The measurement is the server's word: compare it with the one that you expect."
@@ -11405,15 +11558,17 @@ async function main() {
     prepareSubmit(config.limits?.archive_bytes ?? Infinity);
     return showList();
   }
+  $("crumb").hidden = false;
   build = await json(path);
   showBuild();
-  $("cancel").onclick = () => cancel(job);
+  $("cancel").onclick = () => cancel(build);
   Object.assign($("download"), {href: `${path}/result`, download: `${job}.tar.gz`});
   Object.assign($("text"), {href: `${path}/log`, download: `${job}.log`});
   setInterval(() => { if (!build.finished_at) showBuild(); }, 1000);
   prepareLog();
   await follow();
-  await refresh();
+  if (awaited) goToTarget();
+  for (await refresh(); isLive(build); await refresh()) await sleep(2000);  // the server may be lost just now
   if (build.result) await showResult();
 }
 

@@ -20228,6 +20228,160 @@ class TestPage:
         browser.wait("document.querySelector('.target')?.innerText.includes('line 100')")
         browser.picture("build-dark")
 
+    def test_colours(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """All forms of colours, none of which makes text unreadable. [ECMA-48 8.3.117, ITU-T T.416 13.1.8]"""
+        browser.open(self.address(site()))
+        browser.wait("css")
+        for codes, style in (
+            ("31", {"fg": 1}),
+            ("1;38;5;200", {"bold": True, "fg": 200}),
+            ("38;2;1;2;300;4", {"fg": [1, 2, 255], "underline": True}),
+            ("48:2::1:2:3;9", {"bg": [1, 2, 3], "strike": True}),
+            ("48:2:1:2:3", {"bg": [1, 2, 3]}),
+            ("38:5:9;7", {"fg": 9, "reverse": True}),
+            ("58;2;1;2;3", {}),
+            ("58:5:1", {}),
+            ("4:3", {"underline": True}),
+            ("4;4:0", {"underline": False}),
+            ("31;;32", {"fg": 2}),
+            ("38", {}),
+            ("38;5", {"fg": 0}),
+            ("38;2;1", {}),
+            ("97;101;39;49", {}),
+        ):
+            assert browser.run(f"restyle({{}}, '{codes}')") == style, codes
+        worst = """(() => {
+            const rgb = text => [...text.matchAll(/\\d+/g)].map(Number), found = [];
+            const all = [undefined, ...Array(256).keys(), [255, 255, 0], [0, 0, 1]];
+            for (const fg of all) for (const bg of all) for (const reverse of [false, true]) {
+              const {color, backgroundColor} = css({fg, bg, reverse});
+              if (backgroundColor?.startsWith("rgb")) found.push(contrast(rgb(color), rgb(backgroundColor)));
+              else if (color?.startsWith("light-dark")) {
+                const values = rgb(color);
+                found.push(contrast(values.slice(0, 3), LIGHT), contrast(values.slice(3), DARK));
+              }
+            }
+            return found.reduce((a, b) => Math.min(a, b));
+        })()"""
+        assert browser.run(worst) >= 3
+        text = r"\x1b]8;;https://x\x1b\\link\x1b]8;;\x07 \x1bP1|sixel\x1b\\ \x1b[2Kup\x1b[1A\x07\0\x9b<b>\x1b[7"
+        assert browser.run(f"plain('{text}')") == "link  up<b>7"
+
+    FIRST_ERRORS = (
+        "error[E0308]: mismatched types",
+        "main.c:3:5: error: expected ';'",
+        "src/x.ts(3,7): error TS2322: Type 'string' is not assignable",
+        "./main.go:3:15: undefined: undefinedFn",
+        "main_test.go:9: got 1",
+        "go: updates to go.mod needed",
+        "panic: runtime error",
+        "--- FAIL: TestX (0.00s)",
+        "npm ERR! missing script: build",
+        'npm error Missing script: "build"',
+        " ERR_PNPM_OUTDATED_LOCKFILE  Cannot install",
+        " ELIFECYCLE  Command failed with exit code 1.",
+        "TypeError: x is not a function",
+        "sh: 1: tsc: not found",
+        "/bin/sh: vite: Permission denied",
+        '✘ [ERROR] Could not resolve "x"',
+        "error during build:",
+        "ERROR in ./src/index.js",
+        "CMake Error at CMakeLists.txt:3 (find_package):",
+        "make: *** No rule to make target 'x'.  Stop.",
+        "thread 'main' panicked at src/main.rs:2:5:",
+    )
+    NO_ERRORS = (
+        "test error::tests::display ... ok",
+        "   Compiling thiserror v1.0.69",
+        "go: downloading golang.org/x/error v0.1.0",
+        "go: no module dependencies to download",
+        "0 errors, 2 warnings",
+        "npm error code ELIFECYCLE",
+        "note: see src/error.rs",
+    )
+
+    def test_first_error(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """In the logs of many tools; again after the reader has left it; and the one that the server has named."""
+        s = site()
+        job = self.accepted(s)
+        self.append(s, job, *(f"line {n}" for n in range(1, 101)), "odd: broken")
+        browser.open(self.address(s, job))
+        browser.wait("lineCount == 101")
+        for lines, expected in ((self.FIRST_ERRORS, True), (self.NO_ERRORS, False)):
+            found = browser.run(f"{json.dumps(lines)}.filter(line => ERROR.test(line) != {json.dumps(expected)})")
+            assert found == []
+        browser.click("#error")
+        browser.wait("$('found').innerText == 'no error so far'")
+        browser.run("build = {...build, error: 'make ended with status 2: odd: broken'}, $('error').click()")
+        browser.wait("document.querySelector('.target')?.innerText == '101\\nodd: broken'")
+        browser.run("$('log').scrollTop = 0")
+        browser.wait("$('pane').innerText.startsWith('1\\nline 1') && !document.querySelector('.target')")
+        browser.click("#error")
+        browser.wait("document.querySelector('.target')")
+
+    def test_reader(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """What a reader does while lines arrive: select and copy text, ask for lines, hide the tab."""
+        s = site()
+        job = self.accepted(s)
+        self.append(s, job, "first", "second", "w" * 9000, ":colon")
+        browser.open(self.address(s, job))
+        browser.wait("document.querySelectorAll('.row').length == 4")
+        assert browser.run("document.querySelectorAll('.row')[2].innerText").endswith(
+            "5,000 more characters: download the log"
+        )
+        browser.run(
+            "(rows => getSelection().setBaseAndExtent(rows[0].lastChild, 0, rows[1].lastChild, 1))"
+            "(document.querySelectorAll('.row'))"
+        )
+        self.append(s, job, "more")
+        browser.wait("document.querySelectorAll('.row').length == 5")
+        assert browser.run("String(getSelection())").split() == ["first", "second"]
+
+        def enter(text: str) -> None:
+            browser.run(f"$('needle').value = {json.dumps(text)}; $('needle').oninput()")
+            browser.run("$('needle').onkeydown(new KeyboardEvent('keydown', {key: 'Enter'}))")
+
+        enter(":col")
+        browser.wait("$('found').innerText == '1 of 1'")
+        enter(":6")
+        browser.wait("$('found').innerText == 'line 6 is still to come'")
+        self.append(s, job, "the sixth")
+        browser.wait("document.querySelector('.target')?.innerText == '6\\nthe sixth' && !$('found').innerText")
+        hide = (
+            "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}});"
+            "document.dispatchEvent(new Event('visibilitychange'))"
+        )
+        assert len(s.streamer.served) == 1
+        browser.run(hide.format("true"))
+        wait_for(lambda: not s.streamer.served)  # of the few connections of a browser
+        self.append(s, job, "unseen")
+        s.gate.set()
+        browser.wait("document.title.startsWith('ok ')")
+        assert browser.run("lineCount") == 6 and not browser.text("#link")
+        browser.run(hide.format("false"))
+        browser.wait("lineCount == 9 && !$('result').hidden")
+        enter(":10")
+        browser.wait("$('found').innerText == 'there is no line 10'")
+
+    def test_removed(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """Builds that the server removes leave the list; those that were cancelled are called so."""
+        s = site()
+        first = self.accepted(s, source_name="one.tgz")
+        second = self.accepted(s, source_name="two.tgz")
+        assert s.ask("DELETE", f"/build/{second}")[0] == 200
+        browser.open(self.address(s))
+        browser.wait("$('rows').rows.length == 2 && $('rows').rows[0].cells[1].innerText == 'cancelled'")
+        os.utime(s.jobs.get(second).path("job.json"), (0, 0))
+
+        def removed() -> bool:
+            s.jobs.table.expire(float("inf"), 0)
+            return second not in s.jobs.table.ids()
+
+        wait_for(removed)  # as soon as no request uses it
+        browser.wait(f"$('rows').rows.length == 1 && $('rows').innerText.includes('{first[:8]}')")
+        browser.open(self.address(s, second))
+        browser.wait("$('alert').innerText.startsWith('this build was removed at ') && !$('crumb').hidden")
+
     def test_resume(self, server: Callable[..., Server], tmp_path: Path, browser: Browser) -> None:
         """A server that is killed and started again: the page says so and loses nothing."""
         s = server("--readable", str(tmp_path))
@@ -20312,6 +20466,13 @@ class TestPage:
         assert browser.run("localStorage['nonce:' + job]") == newest.request.nonce != NONCE
         browser.open(self.address(s))
         browser.wait("!$('home').hidden && $('rows').rows.length")
+        one = "data.items.add(new File([bytes], '{}'));"
+        browser.run(drop.replace(one, one * 2).format("a.tgz", "b.tgz", "new Uint8Array(8)"))
+        browser.wait("$('alert').innerText.startsWith('Drop one file')")
+        text = "new DragEvent('drop', {dataTransfer: new DataTransfer(), cancelable: true})"
+        assert browser.run(f"document.dispatchEvent({text})")  # the browser handles it
+        browser.run("$('url').value = 'git.example/demo.git'; $('url').onchange()")
+        assert browser.run("$('url').value") == "https://git.example/demo.git"
         browser.run("$('url').value = 'ftp://x'; $('submit').requestSubmit()")
         browser.wait("$('alert').innerText.startsWith('Not accepted: ')")
         browser.picture("refused")
