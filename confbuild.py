@@ -16946,17 +16946,16 @@ def cmd_build(options: "argparse.Namespace") -> int:
             signal.signal(number, signal.default_int_handler)
     with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
-        running = None
         if machine:
             options.warm = int(not machine.guest)  # a simulated VM starts while the source is packed
             running = start_server(options, join(scratch, "state"), [], machine)  # before any other thread
             stack.callback(running.stop, 0.0)
-        display = Display(sys.stderr, options.format)
-        if running:
+            display = Display(sys.stderr, options.format)
             client = Client(running.connect(display.note), display)  # imports: an interrupt in one would break the next
             running.pool.start()
         else:
-            client = _client(options, display)
+            client = _client(options)
+            display = client.display
         if not is_url:
             archive = join(scratch, name + ".tar.gz")
             request = BuildRequest(nonce, "", "", basename(archive), *choices)
@@ -17289,12 +17288,9 @@ def cmd_list(options: "argparse.Namespace") -> None:
     """List the jobs of a server, newest first."""
     client = _client(options)
     jobs = client.service.jobs("GET", "/builds", several=True)
-    if options.format == "json":
+    if options.format in ("json", "quiet"):
         for job in jobs:
-            print(compact_json(job))
-        return
-    if options.format == "quiet":
-        print(*(job["job_id"] for job in jobs), sep="\n", end="\n" * bool(jobs))
+            print(compact_json(job) if options.format == "json" else job["job_id"])
         return
     if not jobs:
         client.display.note("no builds yet")
@@ -17718,25 +17714,20 @@ def cmd_image(options: "argparse.Namespace") -> int:
             f.write(data)
         print(f"{len(data.splitlines())} packages in {options.lock}")
         return EXIT_OK
-    if options.check is not None:
-        facts = check_image(options.check)
-        print(f"image.json  sha256 {facts.manifest_sha256}")
-        print(f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}")
-        print(f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}")
-        for label, digest in facts.launch_digests.items():
-            print(f"measured    {label}: {digest}")
-        return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
-    given = [name for name in ("rootfs", "packages", "debs") if getattr(options, name) is not None]
-    if given not in (["rootfs"], ["packages", "debs"]):
-        raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
-    vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
-    names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
-    parts = ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus])
-    image = make_image(options.out, parts)
-    print(f"image.json  sha256 {image.manifest_sha256}")
-    for kind, count, digest in image.launch_digests:
-        print(f"measured    {vcpu_label(kind, count)}: {digest}")
-    return EXIT_OK
+    if options.out is not None:
+        given = [name for name in ("rootfs", "packages", "debs") if getattr(options, name) is not None]
+        if given not in (["rootfs"], ["packages", "debs"]):
+            raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
+        vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
+        names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
+        make_image(options.out, ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus]))
+    facts = check_image(options.check or options.out)
+    print(f"image.json  sha256 {facts.manifest_sha256}")
+    print(f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}")
+    print(f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}")
+    for label, digest in facts.launch_digests.items():
+        print(f"measured    {label}: {digest}")
+    return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
 
 
 def cmd_sweep(options: "argparse.Namespace") -> None:
