@@ -9030,7 +9030,9 @@ METRICS = {  # name -> (type, help)
 }
 # fmt: on
 _counting = _thread.allocate_lock()  # as of threading, which would be imported for it
-_counts: dict[tuple[str, str], float] = {}  # (sample, labels) -> value; for the holder of _counting
+# (sample, labels) -> value; for the holder of _counting.  A counter without labels is there from the start: an alert on
+# its increase would miss one that appears as 1.
+_counts: dict[tuple[str, str], float] = {("confbuild_vms_started_total", ""): 0, ("confbuild_vms_lost_total", ""): 0}
 
 
 def count(sample: str, amount: float = 1, **labels: object) -> None:
@@ -9052,9 +9054,7 @@ def render_metrics(gauges: Mapping[str, float]) -> str:
     """Return the text of all metrics. gauges: the values of those that are not counted here."""
     with _counting:
         counts = dict(_counts)
-    # A counter without labels is there from the start: an alert on its increase would miss one that appears as 1.
-    started = dict.fromkeys(("confbuild_vms_started_total", "confbuild_vms_lost_total"), 0)
-    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in {**started, **gauges}.items()}
+    counts |= {(name, ""): counts.get((name, ""), 0) + value for name, value in gauges.items()}
     counts["confbuild_build_info", f'version="{__version__}"'] = 1
     lines = []
     for name, (kind, text) in METRICS.items():
@@ -9667,7 +9667,7 @@ _JOB_SCHEMAS = {
         "result": result,
         "failure": failure,
         "phases?": dict,
-        "key?": IDEMPOTENCY_KEY,
+        "key?": ("", IDEMPOTENCY_KEY),
     }
     for state, (_, finished_at, result, failure) in JOB_STATES.items()
 }
@@ -9736,11 +9736,7 @@ class JobRecord(NamedTuple):
 
     def to_bytes(self) -> bytes:
         """Return job.json."""
-        doc = self._asdict() | {"request": self.request._asdict()}
-        for name in ("phases", "key"):  # earlier versions do not know them
-            if not doc[name]:
-                del doc[name]
-        return json_bytes(doc)
+        return json_bytes(self._asdict() | {"request": self.request._asdict()})
 
     @classmethod
     def parse(cls, data: bytes) -> "JobRecord":
@@ -11595,11 +11591,6 @@ img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; requ
     }
 
 
-def names_html(headers: Strings) -> bool:
-    """Tell whether the Accept of a request names text/html: */*, which every client sends, does not."""
-    return "text/html" in headers.get("accept", "").lower()
-
-
 # endregion 34
 # ==============================================================================
 # region 35. HTTP API                  [uses 18, 21, 23, 24, 30, 31, 32, 33, 34]
@@ -11638,7 +11629,7 @@ REQUEST_FIELDS = ("nonce", "repo_url", "repo_ref", "source_data", "source_name",
 _NONCE_FORM = "16 bytes in hexadecimal: 32 digits, or a UUID"
 _ARCHIVE = {"query": "the body", "body": "source_data"}  # where the fields are -> where the archive is
 _ONE_SOURCE = "exactly one of repo_url and source_data, or a body that is an archive, is required"
-_KEY_FORM = 'Idempotency-Key: expected 1 to 255 printable ASCII characters, neither " nor \\'
+_KEY_FORM = 'Idempotency-Key: expected 1 to 255 printable ASCII characters, no \\, and " only around them'
 _REQUEST = {"nonce": str, "artifacts?": ([WORD], None), "...": object}
 _REQUEST |= dict.fromkeys((f"{name}?" for name in REQUEST_FIELDS[1:]), (str, None))
 
@@ -11663,7 +11654,7 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """An answer, which has a body, or a source: an event stream or a range of a file.
+    """An answer: its body, and after it a source if it has one: an event stream or a range of a file.
 
     start: how many events of the log the client has, or the first byte of the range.
     ndjson: the form of the event stream.
@@ -11859,6 +11850,11 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     return Response(206, headers, source=file, start=start)
 
 
+def accepts(headers: Strings, media_type: str) -> bool:
+    """Tell whether the Accept of a request names media_type: */*, which every client sends, does not."""
+    return bool(re.search(rf"(?i){media_type}(?!\s*;\s*q=0[.0]*(?![.0-9]))", headers.get("accept", "")))
+
+
 def read_count(request: Request, name: str, default: str) -> int:
     """Return the number in the query's field called name. Raises Refused 400, Invalid and the name."""
     text = request.query.get(name, default)
@@ -11889,7 +11885,7 @@ class Api(NamedTuple):
 
     def page(self, request: Request) -> Response:
         """Return the page of browsers; other clients keep their 404. [CONTRACT 1.18]"""
-        if not names_html(request.headers):
+        if not accepts(request.headers, "text/html"):
             raise Refused(404, "NotFound", "no such path: '/' is only for clients whose Accept names text/html")
         return Response(200, page_headers(PAGE), PAGE.encode())
 
@@ -11951,10 +11947,10 @@ class Api(NamedTuple):
         log = self._open(request, Job.open_log)
         if log.finished and start >= log.count:
             return Response(204, {"Cache-Control": "no-store"})
-        ndjson = "application/x-ndjson" in request.headers.get("accept", "").lower()
+        ndjson = accepts(request.headers, "application/x-ndjson")
         media_type = "application/x-ndjson" if ndjson else "text/event-stream"
         headers = {"Content-Type": media_type, "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return Response(200, headers, source=log, start=start, ndjson=ndjson)
+        return Response(200, headers, b"" if ndjson else self.greeting, log, start, ndjson)
 
     def log(self, request: Request) -> Response:
         """Return the output of the build so far. [CONTRACT 1.16]"""
@@ -11994,7 +11990,7 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
-        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
+        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "").strip('"')
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
@@ -12149,7 +12145,7 @@ class AccessPolicy(NamedTuple):
         if host.strip("[]") not in (*self.hosts, "localhost", local_address):  # DNS rebinding
             message = f"Host {host[:80]!r} is not a name of this server; --public-host adds names"
             raise Refused(421, "MisdirectedRequest", message)
-        if not self.tokens or path == "/health" or path == "/" and names_html(headers):
+        if not self.tokens or path == "/health" or path == "/" and accepts(headers, "text/html"):
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
@@ -12307,10 +12303,9 @@ class Connection:
         if not response.source:
             self.pending += response.body
             return None
-        greeting = server.api.greeting if live and not response.ndjson else b""
-        then = None if live and self.closing else functools.partial(server.take, self)
+        then = functools.partial(server.take, self)
         watcher = Watcher(
-            self.sock, response.source, response.start, chunked, self.tls, greeting, then, response.ndjson
+            self.sock, response.source, response.start, chunked, self.tls, response.body, then, response.ndjson
         )
         watcher.pending = self.pending + watcher.pending
         self.pending = b""
@@ -12377,7 +12372,10 @@ def inherited_socket() -> "socket.socket | None":
     if count != "1":
         raise UsageError(f"LISTEN_FDS is {count!r}: expected one socket")
     try:
-        return socket.socket(fileno=3)
+        sock = socket.socket(fileno=3)
+        if sock.family == socket.AF_UNIX or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise UsageError("LISTEN_FDS: file descriptor 3 is not a TCP socket that listens")
+        return sock
     except OSError as e:
         raise UsageError(f"LISTEN_FDS: file descriptor 3 is no socket: {e.strerror}") from None
 
@@ -13502,7 +13500,6 @@ class VmStart(NamedTuple):
     cwd: the current directory; None for this process's.
     fds: file descriptors that it inherits.
     foreign: it is not this program: its standard error is the VM's console, and the kernel kills it with this process.
-    grace_s: time that it gets to end by itself after a build.
     fork: starts it in another way, with its stream as standard input and output; returns None if it cannot.
     """
 
@@ -13512,7 +13509,6 @@ class VmStart(NamedTuple):
     cwd: str | None = None
     fds: Sequence[int] = ()
     foreign: bool = True
-    grace_s: float = 0.0
     fork: "Callable[[socket.socket], ForkedProcess | None]" = lambda stream: None
 
 
@@ -13523,6 +13519,7 @@ class VmKind(NamedTuple):
     start: returns how one is started; called with its workspace and the id of its job.
     clean_up: starts the process that removes what a VM has left elsewhere, given its name and job; None for nothing.
     folder: the directory of the workspaces; empty for TMPDIR.
+    grace_s: time that one gets to end by itself after a build.
     """
 
     platform: Platform
@@ -13530,6 +13527,7 @@ class VmKind(NamedTuple):
     start: Callable[[str, str], VmStart]
     clean_up: "Callable[[str, str], subprocess.Popen[bytes] | None]" = lambda name, job: None
     folder: str = ""
+    grace_s: float = 0.0
 
 
 def own_vms(
@@ -13577,7 +13575,7 @@ def command_vms(
         return words, {**os.environ, **more, "CONFBUILD_NAME": name, "CONFBUILD_JOB": job}
 
     def start(workspace: str, job: str) -> VmStart:
-        return VmStart(*fill(command, basename(workspace), job), config, grace_s=GRACE_S)
+        return VmStart(*fill(command, basename(workspace), job), config)
 
     def clean_up(name: str, job: str) -> "subprocess.Popen[bytes] | None":
         argv, env = fill(cleanup, name, job)
@@ -13594,7 +13592,7 @@ def command_vms(
             else None
         )
 
-    return VmKind(platform, True, start, clean_up, folder)
+    return VmKind(platform, True, start, clean_up, folder, GRACE_S)
 
 
 def _bound_to_parent() -> Callable[[], None]:
@@ -13723,7 +13721,6 @@ class Vm:
 
     ready = False
     console_log = ""  # the path that gets its console when it is destroyed; empty for none
-    _grace_s = 0.0
 
     def __init__(self, kind: VmKind, job: str = "spare") -> None:
         self.kind = kind
@@ -13759,13 +13756,13 @@ class Vm:
         with self._lock:
             if self.stream.over:
                 raise vm_error("the VM was destroyed before it was started")
+            count("confbuild_vms_started_total", self.job != FETCH)  # now: one that cannot be started is lost
             try:
                 with room_on(self._disk), self._theirs as theirs:
                     start = self.kind.start(self.workspace, self.job)
                     line = compact_json({"token": self._token, "platform": self.kind.platform.name, **start.config})
                     if len(line) >= MAX_CONFIGURATION:
                         raise ValueError(f"its configuration has more than {MAX_CONFIGURATION} bytes")
-                    self._grace_s = start.grace_s
                     # It is assigned here, so that destroy kills it whatever follows.
                     self._child = child = start.fork(theirs) or subprocess.Popen(
                         start.argv,
@@ -13785,7 +13782,6 @@ class Vm:
                 raise vm_error(f"the VM cannot be started: {e}") from None
             with suppress(OSError):  # it has ended, and greet() says so
                 self.stream.sendall(line.encode("ascii") + b"\n")  # fits into the socket's buffer
-            count("confbuild_vms_started_total", self.job != FETCH)
             return int(child.pid)
 
     def greet(self, timeout_s: float) -> dict[str, Any]:
@@ -13867,9 +13863,9 @@ class Vm:
 
         clean: let it end by itself first.
         """
-        if clean and self._grace_s:
+        if clean and self.kind.grace_s:
             self.stream.shut(socket.SHUT_WR)
-            until = monotonic() + self._grace_s
+            until = monotonic() + self.kind.grace_s
             while self.is_alive() and monotonic() < until:
                 self.stream.wait(0)
                 time.sleep(0.01)
@@ -16686,9 +16682,7 @@ def _describe_server(options: "argparse.Namespace", machine: BuildPlatform) -> d
             "build_s": options.build_timeout,
             "single_use": options.single_use,
         },
-        "toolchains": None
-        if facts or options.vm_command
-        else {t.name: all(map(shutil.which, t.tools)) for t in TOOLCHAINS},
+        "toolchains": machine.protections and {t.name: all(map(shutil.which, t.tools)) for t in TOOLCHAINS},
         "isolation": isolation,
         "protections": machine.protections and {name: why or "in effect" for name, why in machine.protections.items()},
         "version": __version__,
@@ -16817,7 +16811,8 @@ def cmd_serve(options: "argparse.Namespace") -> None:
     inherited = inherited_socket()
     if inherited is not None:
         _refuse(options, "--listen", " has no effect: LISTEN_FDS names a socket that listens already")
-        options.listen = inherited.getsockname()[:2]
+        host, port = inherited.getsockname()[:2]
+        options.listen = f"[{host}]" if ":" in host else host, port
     host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(

@@ -20114,11 +20114,20 @@ class TestPageText:
         [CONTRACT 1.18]
         """
         s, closed = site(), site(tokens=("alpha",))
-        for accept in ("*/*", "application/json", "text/*", "text/plain", "-", ""):
+        for accept in (
+            "*/*",
+            "application/json",
+            "text/*",
+            "text/plain",
+            "-",
+            "",
+            "text/html;q=0, */*",
+            "text/html; q=0.00",
+        ):
             is_problem(s.ask("GET", "/", Accept=accept), 404, "NotFound", "no such path: '/'")
             is_problem(closed.ask("GET", "/", Accept=accept), 401, "Unauthorized")
             is_problem(closed.ask("GET", "/", Accept=accept, Authorization="Bearer alpha"), 404, "NotFound")
-        for accept in ("text/html", "application/json, Text/HTML;q=0.5"):
+        for accept in ("text/html", "application/json, Text/HTML;q=0.5", "text/html;q=0.001"):
             assert s.ask("GET", "/?build=any", Accept=accept)[0] == closed.ask("GET", "/", Accept=accept)[0] == 200
         assert s.ask("HEAD", "/", Accept="text/html")[2] == b""
         for path in ("/builds", "/config", "//x", "/build/1"):
@@ -21924,6 +21933,8 @@ class TestHttp:
             body.splitlines() == [re.sub(rb"id: (\d+)\ndata: .", rb'{"id":\1,', frame, count=1) for frame in frames_]
             and len(frames_) == 3
         )
+        refused = s.ask("GET", f"/build/{job}/events", Accept="application/x-ndjson ; q=0.0,*/*")
+        assert refused[1]["Content-Type"] == "text/event-stream"
 
     def test_raw_bodies(self, site: Callable[..., Site]) -> None:
         """An archive as it is, with the other fields in the query. [CONTRACT 1.6]"""
@@ -21975,8 +21986,9 @@ class TestHttp:
         s = site(single_use=True)
         first = s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 1")
         assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
+        assert s.ask("POST", "/build", URL, Idempotency_Key='"run 1"')[2] == first[2]  # a string of structured fields
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
-        for key in ('"', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
+        for key in ('"', '""', 'a"b', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
             is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key=key), 400, "InvalidKey")
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="!~" * 127 + "x"), 409, "AlreadyAccepted")
         s.gate.set()
@@ -22129,8 +22141,12 @@ class TestHttp:
         assert 0 < found["confbuild_disk_free_bytes"] <= shutil.disk_usage(tmp_path).total
         assert found["process_cpu_seconds_total"] > 0 and found["process_resident_memory_bytes"] > 1 << 20
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(confbuild, "_counts", {})
-            lines = confbuild.render_metrics({}).splitlines()
+            spec = importlib.util.spec_from_file_location("fresh", COMPILED)
+            assert spec and spec.loader
+            fresh = importlib.util.module_from_spec(spec)
+            m.setitem(sys.modules, "fresh", fresh)
+            spec.loader.exec_module(fresh)
+            lines = fresh.render_metrics({}).splitlines()
         assert {"confbuild_vms_started_total{} 0", "confbuild_vms_lost_total{} 0"} <= {*lines}
         assert f'confbuild_build_info{{version="{confbuild.__version__}"}} 1' in lines
 
@@ -24849,7 +24865,7 @@ esac
         machine: Any = types.SimpleNamespace(guest=None, platform=confbuild.SIMULATED_PLATFORM)
         kind = confbuild.vm_kind(options, str(tmp_path), policy, machine, lambda: 0)
         start, popen, name = kind.start("/x/confbuild-vm-0a", "spare"), list[Any](), "confbuild-vm-0a"
-        assert start.argv == ["run", "$HOME x", f"--to={name}.spare", ";", "{other}"] and start.grace_s == 5
+        assert start.argv == ["run", "$HOME x", f"--to={name}.spare", ";", "{other}"] and kind.grace_s == 5
         assert start.config == {"policy": policy._asdict(), "vek": None, "env": ["GREETING"]}
         told = {"CONFBUILD_IMAGE": "an image", "CONFBUILD_VCPUS": "3", "CONFBUILD_MEMORY": "512"}
         env = {**os.environ, **told, "CONFBUILD_NAME": name, "CONFBUILD_JOB": "spare"}
@@ -28850,9 +28866,28 @@ class TestUsage:
             patch.setattr(socket, "socket", no_socket)
             with pytest.raises(confbuild.UsageError, match="file descriptor 3 is no socket: Socket operation on non-"):
                 found()
+        for family, kind in (
+            (socket.AF_INET, socket.SOCK_DGRAM),
+            (socket.AF_INET, socket.SOCK_STREAM),
+            (socket.AF_UNIX, 1),
+        ):
+            with socket.socket(family, kind) as sock, monkeypatch.context() as patch:
+                sock.bind(("127.0.0.1", 0) if family == socket.AF_INET else str(tmp_path / "socket"))
+                if family == socket.AF_UNIX:
+                    sock.listen()
+                patch.setattr(socket, "socket", lambda sock=sock, **_: sock)
+                with pytest.raises(confbuild.UsageError, match="file descriptor 3 is not a TCP socket that listens"):
+                    found()
+        monkeypatch.setattr(confbuild, "reexec_without_ast", lambda: None)
+        with socket.create_server(("::1", 0), family=socket.AF_INET6) as sock, monkeypatch.context() as patch:
+            patch.setattr(confbuild, "inherited_socket", lambda: sock)
+            options = confbuild.parse_arguments(["serve"])
+            patch.setattr(confbuild, "prepare_platform", lambda _: sys.exit(0))
+            with pytest.raises(SystemExit):
+                confbuild.cmd_serve(options)
+            assert options.listen == ("[::1]", sock.getsockname()[1])  # as --listen has it
         with socket.socket() as sock:
             monkeypatch.setattr(confbuild, "inherited_socket", lambda: sock)
-            monkeypatch.setattr(confbuild, "reexec_without_ast", lambda: None)
             options = confbuild.parse_arguments(["serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path)])
             with pytest.raises(confbuild.UsageError, match="--listen has no effect: LISTEN_FDS names a socket"):
                 confbuild.cmd_serve(options)
