@@ -234,7 +234,6 @@ if TYPE_CHECKING:
     import email.utils
     import fcntl
     import fnmatch
-    import glob
     import gzip
     import hmac
     import http.client
@@ -277,7 +276,7 @@ else:
             return getattr(sys.modules[self._names[0]], attribute)
 
     for _name in (
-        "argparse ctypes fcntl fnmatch glob gzip hmac io ipaddress logging lzma resource secrets select selectors "
+        "argparse ctypes fcntl fnmatch gzip hmac io ipaddress logging lzma resource secrets select selectors "
         "shlex shutil signal socket ssl subprocess tempfile threading tomllib unicodedata weakref zipfile zlib"
     ).split():
         globals()[_name] = _Lazy(_name)
@@ -5581,50 +5580,23 @@ def own_source() -> bytes:
 _RUN = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-# Run the compiled copy, a path or a file descriptor, that is named first, of the file that is named second.
-_RUN_COPY = (
-    "import marshal, os.path, sys; [_, COPY, __file__, *_] = sys.argv; del sys.argv[:2]\n"
+# Run the compiled code in the file descriptor that is named first, of the file that is named second.
+_RUN_CODE = (
+    "import marshal, os.path, sys; [_, CODE, __file__, *_] = sys.argv; del sys.argv[:2]\n"
     "__file__ = os.path.abspath(__file__)  # agents run elsewhere\n"
-    "with open(int(COPY) if COPY.isdigit() else COPY, 'rb') as f: code = marshal.loads(f.read())\n"
+    "with open(int(CODE), 'rb') as f: code = marshal.loads(f.read())\n"
     "exec(code)"
 )
-_copies: list[str] = [globals()["COPY"]] if "COPY" in globals() else []  # the path, if there is one
-
-
-def _own_code() -> Any:
-    """Return the compiled code of this file: of the frame that runs it, if there is one."""
-    frame: Any = sys._getframe()
-    while frame and (frame.f_globals is not globals() or frame.f_code.co_name != "<module>"):
-        frame = frame.f_back
-    return frame.f_code if frame else compile(own_source(), __file__, "exec", dont_inherit=True)
-
-
-def make_copy(folder: str) -> None:
-    """Write a compiled copy of this file into folder, for own_program: compiling takes longer than anything else there.
-
-    folder: nobody else can write to it. A copy that an earlier process left is replaced, not used.
-    """
-    if not isfile(__file__) or __file__.endswith(".pyc"):  # inside a zipapp; or compiled already
-        return
-    path = join(abspath(folder), f"confbuild-{sha256_hex(own_source())}.code")  # VMs run elsewhere
-    for old in glob.glob(join(glob.escape(folder), "confbuild-*.code*")):
-        os.unlink(old)
-    with suppress(OSError):  # on a full disk, VMs start more slowly
-        with open(path + ".tmp", "wb") as f:
-            f.write(marshal.dumps(_own_code()))
-        os.replace(path + ".tmp", path)
-        _copies[:] = [path]
 
 
 def own_program() -> list[str]:
-    """Return the arguments that run this file again, from its compiled copy if there is one.
+    """Return the arguments that run this file again.
 
     It is isolated from the environment, the current directory and site-packages."""
     path = abspath(__file__)
     while not isfile(path) and path != "/":  # inside a zipapp; or removed
         path = dirname(path)
-    run = [_RUN_COPY, *_copies] if _copies and os.path.exists(_copies[0]) else [_RUN]
-    return [sys.executable, "-I", "-S", "-c", *run, path]
+    return [sys.executable, "-I", "-S", "-c", _RUN, path]
 
 
 def reexec_without_ast() -> None:
@@ -5634,12 +5606,15 @@ def reexec_without_ast() -> None:
     options = len(sys.orig_argv) - len(sys.argv)
     before, script = sys.orig_argv[:options], sys.orig_argv[options : options + 1]
     if __name__ == "__main__" and script == sys.argv[:1] and "-c" not in before:
-        copy = os.memfd_create("confbuild", 0)  # without MFD_CLOEXEC
-        with open(copy, "wb", closefd=False) as f:
-            f.write(marshal.dumps(_own_code()))
-        os.lseek(copy, 0, os.SEEK_SET)
+        frame: Any = sys._getframe()
+        while frame.f_code.co_name != "<module>":  # its code is that of this file
+            frame = frame.f_back
+        code = os.memfd_create("confbuild", 0)  # without MFD_CLOEXEC
+        with open(code, "wb", closefd=False) as f:
+            f.write(marshal.dumps(frame.f_code))
+        os.lseek(code, 0, os.SEEK_SET)
         # -P: with -c, Python would look for modules in the current directory.
-        os.execv(sys.executable, [*before, "-P", "-c", _RUN_COPY, str(copy), *sys.argv])
+        os.execv(sys.executable, [*before, "-P", "-c", _RUN_CODE, str(code), *sys.argv])
 
 
 # endregion 22
@@ -16540,8 +16515,6 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     lock = claim_state(state)
     reap = guard_process()
     forks = None if options.vm_command or machine.guest or not reap else fork_server()
-    if not forks:
-        make_copy(state)
     tls = _tls_context(options)
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
