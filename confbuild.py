@@ -16230,7 +16230,7 @@ class Display:
 
 # endregion 43
 # ==============================================================================
-# region 44. Server set-up  [uses 18, 19, 21, 22, 25, 26, 28, 32, 33, 35, 36, 37, 38, 39, 40, 43]
+# region 44. Server set-up  [uses 18, 19, 21, 25, 26, 28, 32, 33, 35, 36, 37, 38, 39, 40, 43]
 # ==============================================================================
 # From parsed options to a running server: check what the options ask of this machine, then wire VMs, jobs, streams, API
 # and HTTP server together. `serve` and a local `build` both call prepare_platform and start_server.
