@@ -751,7 +751,7 @@ class BundleFiles(NamedTuple):
 
     provenance: the bytes of provenance.json, or None if the file is absent.
     evidence: the bytes of evidence.json.
-    artifacts: name -> SHA-256 in hexadecimal, or the reason why it cannot be hashed ("no regular file").
+    artifacts: name -> SHA-256 in hexadecimal, or the reason why it has none ("not a regular file").
     others: for evidence alone, the names of the files next to it, which the verdict does not cover.
     """
 
@@ -1214,7 +1214,7 @@ def _affine(p: int, x: int, y: int, z: int) -> tuple[int, int] | None:
 def verify_ecdsa(curve: Curve, q: PublicKey, message: bytes, r: int, s: int) -> None:
     """Raise BadSignature unless (r, s) is q's ECDSA signature over message.  [FIPS186-5 6.4.2]
 
-    curve: that the key must be of; it also tells the hash. No other parameter needs to be checked before.
+    curve: the curve that q must lie on; it also determines the hash. Every other parameter may have any value.
     s may be above n / 2: the standard allows it, and AMD's firmware makes such signatures.
     """
     if not isinstance(q, Point) or q.curve is not curve:
@@ -1353,8 +1353,8 @@ _AMD_KEYS = (
 )
 # fmt: on
 # Intel's other certificates are replaced every few years, so they come with the quote and the collateral.
-# Each chain of them must end in this key. The verdict compares the SHA-256 below with that of the chain's last key, so
-# of these values the SHA-256 is the one that is trusted; the coordinates are for readers and for the tests.
+# Each chain of them must end in this key. The verdict compares the SHA-256 below with that of the chain's last key. So
+# only this SHA-256 is trusted; the coordinates are for readers and for the tests.
 #
 # Intel's root: serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, key. To compare it with
 # https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer, use openssl as above.
@@ -1717,8 +1717,8 @@ def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tup
     verified: (signed part, signature) of the certificates that earlier calls have accepted. They are not verified
         again, not even against the issuer that follows them here. Those of this chain are added.
     """
-    # To skip them is safe because a verdict passes only if every chain passes and ends in the pinned root: such a
-    # certificate has been traced to that root, whatever follows it here.
+    # Skipping them is safe. A verdict passes only if each of its chains passes and ends in the pinned root. That
+    # includes the chain in which such a certificate was verified.
     # Without the check of cA, a key that Intel has certified for another purpose, such as one machine's, would pass as
     # a CA's.
     for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
@@ -1802,9 +1802,9 @@ def find_vek(data: bytes, kind: str) -> Certificate:
     kind: "VCEK" or "VLEK", if there are several.
     Raises Malformed.
     """
-    # People have the answer of AMD's service (DER, or PEM with the chain) or the host's certificate table. Decoding as
-    # latin-1 never fails, so PEM can be searched for in any bytes. If no certificate has the right name, return the
-    # first one: the check "signing key" then shows its name.
+    # People have either the answer of AMD's service (DER, or PEM with the chain) or the host's certificate table.
+    # Decoding as latin-1 never fails, so any bytes can be searched for PEM. If no certificate has the right name,
+    # return the first one: the check "signing key" then shows its name.
     found = [decode_base64("".join(block.split()), "VEK") for block in _PEM.findall(data.decode("latin-1"))]
     certificates = [parse_certificate(der, "VEK") for der in found or [vek_in_table(data, kind) or data]]
     return next((vek for vek in certificates if ("CN", f"SEV-{kind}") in vek.subject), certificates[0])
@@ -2034,7 +2034,7 @@ HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 class HclReport(NamedTuple):
     """The two parts of an HCL report.
 
-    attestation_report: the report of SEV-SNP hardware. With TDX nothing reads it: the evidence has the quote besides.
+    attestation_report: the report of SEV-SNP hardware. With TDX nothing reads it: the evidence also has a quote.
     runtime_data: JSON. Its SHA-256 is the first half of the hardware report's report_data.
     """
 
@@ -2110,8 +2110,8 @@ def parse_quote(message: bytes) -> TpmQuote:
     """
     r = Reader(message, "TPMS_ATTEST")
     magic, tag = r.unpack(">IH")
-    # With a restricted key, such as an AK, a TPM signs no foreign data that begins with this magic. So the magic proves
-    # that the TPM itself made the structure.  [TPM2-1, restricted signing keys]
+    # An AK is a restricted key: with it, a TPM refuses to sign data from outside that begin with this magic. So the
+    # magic proves that the TPM itself made the structure.  [TPM2-1, restricted signing keys]
     r.require(magic == TPM_GENERATED_VALUE, "magic is not TPM_GENERATED_VALUE")
     r.require(tag == TPM_ST_ATTEST_QUOTE, "type is not TPM_ST_ATTEST_QUOTE")
     r.take(*r.unpack(">H"))  # qualifiedSigner
@@ -2262,7 +2262,7 @@ def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
 
 def raw_pair(data: bytes) -> tuple[int, int]:
     """Return the two numbers of 32 bytes each in a signature or a public key."""
-    # Without the length, bytes after s would be a second encoding of the same signature.
+    # If bytes could follow s, one signature would have several encodings.
     if len(data) != 64:
         raise BadSignature(f"the signature has {len(data)} bytes, expected 64")
     return int.from_bytes(data[:32], "big"), int.from_bytes(data[32:], "big")
@@ -2301,14 +2301,14 @@ def parse_pck(certificate: Certificate) -> Pck:
 # ==============================================================================
 # region 11. TDX collateral                                      [uses 6, 7, 10]
 # ==============================================================================
-# What Intel publishes about machines of a kind [PCS]: TCB info (the levels of a machine's firmware and of the TDX
-# module, with their status), the identity of the quoting enclave, and two revocation lists. The caller supplies them in
-# one JSON file. parse_collateral authenticates nothing. verify_document returns a document only if the given key has
+# Intel publishes four documents about each kind of machine [PCS]: the TCB info (levels of the firmware and of the TDX
+# module, each with a status), the identity of the quoting enclave, and two revocation lists. The caller supplies them
+# in one JSON file. parse_collateral authenticates nothing. verify_document returns a document only if the given key has
 # signed it. The other functions expect documents that the caller has verified.
 #
-# How a status is found: a TCB info lists levels. Each level is a set of least version numbers. A machine has reached a
-# level if each of its own numbers is at least as high, and its status is that of the highest level that it has reached.
-# An old document knows nothing of flaws that were found later, so each document is valid for a limited time.
+# How a status is found: a TCB info lists levels, and each level lists the least version numbers that it requires. A
+# machine has reached a level if none of its own numbers is lower. Its status is that of the highest level that it has
+# reached. An old document knows nothing of flaws that were found later, so each one is valid for a limited time.
 
 TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
     "UpToDate",
@@ -2379,7 +2379,8 @@ DOCUMENT_SCHEMAS = {
 class TcbStatus(NamedTuple):
     """The status of a machine's TCB.
 
-    date: of the level that the platform reached. newest: the date of the newest level of such platforms.
+    date: the date of the level that the platform has reached.
+    newest: the date of the newest level in the TCB info.
     """
 
     status: str
@@ -2389,7 +2390,7 @@ class TcbStatus(NamedTuple):
 
 
 def parse_collateral(data: bytes) -> Any:
-    """Return the members of a collateral file, and those of others that it may have.
+    """Return the members of a collateral file: those of _COLLATERAL, and any others that are in it.
 
     Raises Malformed.
     """
@@ -2403,7 +2404,8 @@ def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> 
     signature: in hexadecimal.
     Raises BadSignature, Malformed.
     """
-    # The signature is over the text as Intel wrote it. Parsing and writing it again could change it.
+    # The signature covers the text as Intel wrote it. So verify first and parse afterwards: a document that is parsed
+    # and written again can have other bytes.
     data = text.encode("utf-8")
     verify_raw(signer, data, decode_hex(signature, f"{name}_signature"))
     return check_schema(parse_json(data, name), DOCUMENT_SCHEMAS[name], name)
@@ -2412,7 +2414,7 @@ def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> 
 def module_identity(info: Any, quote: TdQuote) -> Any:
     """Return the entry of the TDX module in TCB info.  [PCS, tdxModuleIdentities]
 
-    Its version is the second component of TEE_TCB_SVN. Version 0 has no entry of its own and no levels.
+    The second component of TEE_TCB_SVN is the module's version. Version 0 has no entry of its own and no levels.
     Raises Malformed.
     """
     # The version selects the entry, and the MRSIGNER of the module must then be that of the entry. So a module gains
@@ -2431,8 +2433,8 @@ def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
 
     A field counts only under the mask that the document gives for it, if it gives one.  [PCS]
     """
-    # Bits outside of the mask may differ between machines, such as those that say which features are in use. Intel's
-    # masks contain the bit DEBUG, which must be zero.
+    # Bits outside of the mask may differ between machines, such as those that say which features are in use. The bit
+    # DEBUG lies inside of Intel's masks, and must be zero.
     actual = []
     for name, data in fields.items():
         mask = bytes.fromhex(document.get(f"{name}Mask", "ff" * len(data)))
@@ -2445,8 +2447,8 @@ def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
     return _describe(module, mrsigner=quote.mr_signer_seam, attributes=quote.seam_attributes)
 
 
-# What every QE identity document says of Intel's quoting enclave for TDX, whatever its version [PCS, QE identity], and
-# every TCB info of a TDX module.  They stand in for the documents of a collateral that is not given.
+# If the caller gives no collateral, these stand in for its documents. Every QE identity says this about Intel's quoting
+# enclave for TDX, and every TCB info says it about the TDX module, in all versions so far. [PCS, QE identity, TCB info]
 INTEL_QE = {
     "mrsigner": "dc9e2a7c6f948f17474e34a7fc43ed030f7c1563f1babddf6340c82e0e54a8c5",
     "attributes": "11000000000000000000000000000000",
@@ -2467,8 +2469,8 @@ def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
 
 def _numbers(tcb: Any) -> list[int]:
     """Return the security version numbers of a level, in the order in which levels are sorted."""
-    # Of a quoting enclave or a TDX module, this is one number. Of a platform, there are 16 components of the
-    # processor's own firmware, the version of the PCE, and 16 components of TDX.
+    # A quoting enclave or a TDX module has one number. A platform has 16 for components of the processor's firmware,
+    # the version of the PCE, and 16 for components of TDX.
     if "pcesvn" not in tcb:
         return [tcb["isvsvn"]]
     sgx, tdx = ([component["svn"] for component in tcb[f"{kind}tcbcomponents"]] for kind in ("sgx", "tdx"))
@@ -2483,7 +2485,7 @@ def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> A
 
     Raises Malformed.
     """
-    # The first level that is reached counts, so the highest must come first, whatever the order of the document.
+    # The first level that is reached counts. So sort the highest to the front: a document may have another order.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
             return level
@@ -2497,8 +2499,8 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     Raises Malformed if one of the three is below every level, or if a date does not exist.
     """
     svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
-    # The first two components are those of the module. From version 1 on, the module has levels of its own, so they do
-    # not count here: 255 reaches every level.
+    # The first two components belong to the module. From version 1 on, the module has levels of its own, so these two
+    # must not count a second time here: 255 reaches every level.
     tdx = (255, 255, *svn[2:]) if minor else svn
     platform = _reached_level(info["tcbLevels"], [*pck.svns, pck.pcesvn, *tdx], "the platform")
     # The quoting enclave has levels in its own document, by its ISVSVN.
@@ -2512,11 +2514,11 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
         if level["tcbStatus"] == "Revoked":
             status = "Revoked"
         elif level["tcbStatus"] in REFUSED_TCB:
-            # One that is out of date itself, or revoked, stays so.
+            # A platform that is itself out of date, or revoked, stays so.
             status = _OUT_OF_DATE.get(status, status)
-    # Advisories of a level tell what its firmware is vulnerable to; the caller sees those of all three.
+    # An advisory names a vulnerability of the firmware at that level. The caller sees those of all three.
     advisories = {name for level in (platform, *others) for name in level.get("advisoryIDs", ())}
-    # Whatever a status is called, the dates tell how far the machine lags behind.
+    # Intel decides when a level counts as out of date. The dates show the lag whatever Intel has decided.
     date, newest = platform["tcbDate"], max(level["tcbDate"] for level in info["tcbLevels"])
     try:
         list(map(datetime.fromisoformat, (date, newest)))
@@ -2529,8 +2531,8 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
 # ==============================================================================
 # region 12. Event logs                                                [uses 11]
 # ==============================================================================
-# Logs of what a TD's registers RTMR0 to RTMR3 were extended with. Nobody signs a log. If replaying it gives the
-# registers of a quote, its digests are proven, in this order. Any other field of an event is proven only if the digest
+# Logs of the events that extended a TD's registers RTMR0 to RTMR3. Nobody signs a log. But if replaying it gives the
+# registers of a quote, its digests and their order are proven. Any other field of an event is proven only if the digest
 # was recomputed from it here.
 # Specifications: [CCEL], [DSTACK].
 
@@ -3668,8 +3670,8 @@ class _Checks(NamedTuple):
     anchors: the CA keys that are trusted.
     made: the checks, in the order in which they ran.
     claims: what the evidence and the provenance say, in the order in which the verdict shows it.
-    traced: certificates of chains that verify_chain has accepted. It does not check that a chain ends in Intel's root;
-        the check "... root" of the same chain does, and if that fails, the verdict is "failed" anyway.
+    traced: certificates that verify_chain has accepted in one chain, and need not verify in the next one. Whether a
+        chain ends in Intel's root is another check of that chain ("PCK root" and so on).
     """
 
     expected: Expectations
@@ -3938,7 +3940,8 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
 
     product: tells the layout of the TCBs. A simulated report has none, so any product will do for it.
     """
-    # The guest's software at VMPL 0 asked for the report, not something less privileged inside the guest.
+    # Software at a higher VMPL has fewer rights in the guest. It could ask for a report too, with data of its choice.
+    # So the report must be one that VMPL 0 asked for, unless the caller expects another.
     checks.compare(
         "VMPL", checks.expected.vmpl or 0, report.vmpl, "of the software in the guest that asked for the report"
     )
@@ -4078,12 +4081,12 @@ def _check_quote(checks: _Checks, quote: TdQuote) -> None:
     key = Point(P256, *raw_pair(quote.attestation_key))
     checks.attempt("quote signature", verify_raw, key, quote.signed, quote.signature)
     _check_td(checks, quote)
-    # Collateral is about the machine that the PCK certificate names, so it is of no use without one.
+    # Collateral is about a kind of machine. Only the PCK certificate tells which kind this machine is.
     if checks.endorsements.collateral is None:
         for name in ("TCB status", "revocation"):
             checks.skip(name, "no collateral was given (--collateral)")
-        # Whoever owns a machine with a PCK certificate can have it sign the report of any enclave, also of one of their
-        # own that signs whatever they like. So these two are never skipped.
+        # A machine's key signs reports of any enclave. Its owner can write one that signs false quotes with a key of
+        # its own. So these two checks run even without collateral.
         checks.compare("QE identity", *describe_qe(INTEL_QE, quote.qe_report), _OF_QE)
         checks.compare("TDX module identity", *describe_module(INTEL_MODULE, quote), _OF_MODULE)
     elif pck is not None:
@@ -4101,7 +4104,7 @@ def _check_td(checks: _Checks, quote: TdQuote) -> None:
         "TD attributes", not attributes & TD_FORBIDDEN, f"none of {TD_FORBIDDEN:#x}", f"{attributes:#x}", detail
     )
     _check_debug(checks, bool(attributes & TD_DEBUG))
-    # Every TD saves the state of these two. A module that says otherwise is none that Intel has described.
+    # Every TD saves the state of these two. Intel has described no module that does not.
     checks.hold(
         "XFAM", xfam & XFAM_REQUIRED == XFAM_REQUIRED, f"all of {XFAM_REQUIRED:#x}", f"{xfam:#x}", "x87 and SSE"
     )
@@ -4178,8 +4181,8 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
 
 def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
     """Check the status of a TD's TCB."""
-    # By default, a status passes if the machine's owner can fix the cause by settings or software. Missing updates of
-    # firmware fail.
+    # By default, a status passes if its cause is a setting or software of the machine, and fails if updates of the
+    # firmware are missing.
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
     # "Up to date" is relative to the given documents. So also show how far the level lies behind the newest one.
     days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
@@ -4368,7 +4371,8 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None]:
     signed = row.check(checks, evidence)
     if signed is not None:
         checks.claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
-    # Checks that have the name of a claim. All of them run here, whatever the platform, so none can be forgotten.
+    # Now compare each claim that the caller expects something of. This happens here for all platforms, so that no
+    # platform can forget one.
     for field, check, _, _ in EXPECTED:
         actual, value = checks.claims.get(check), getattr(checks.expected, field)
         if actual is not None:  # of several values, one must be the claim; the case of digits does not count
@@ -4499,8 +4503,8 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
     # evidence of another kind.
     detail = "this builder has no such confidential VM"
     checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
-    # It says in the provenance which VM it was. Our builders write this byproduct. For others it is optional, but must
-    # be right if it is there.
+    # The provenance may name the measurement of the VM, too. Our builders always write this byproduct. For others it is
+    # optional, but must be right if it is there.
     claimed = byproduct(doc, "measurement")
     if claimed is not None or builder_id == ours:
         digest = sha256_hex(bytes.fromhex(checks.claims["measurement"]))
@@ -4541,7 +4545,7 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
-    given = checks.endorsements  # of which evidence of another manufacturer uses nothing
+    given = checks.endorsements  # AMD's are of no use to evidence of Intel, nor the other way round
     unused = [f"revocation list file {name}" for name, _ in given.crls] + ["VEK form"] * (given.vek is not None)
     unused += ["collateral form"] * (given.collateral is not None)
     plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(unused, _UNUSED)
