@@ -7087,7 +7087,9 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
     wanted = ", ".join(row.marker for row in rows)
-    message = f"the project has none of {wanted}; found " + ("; ".join(near) or "none of the files that lead there")
+    message = f"the project has none of {wanted}; found " + (
+        "; ".join(near) or "no file from which one of these is made"
+    )
     failure = BuildFailed("UnsupportedToolchainError", message)
     for path in (
         normpath(join(project, folder))
@@ -17365,6 +17367,30 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     return Expectations(**given)
 
 
+def _bundle_hint(path: str) -> str:
+    """Return what the user may have meant by a path at which there is no bundle."""
+    with contextlib.suppress(OSError):
+        if isdir(path):
+            for inside in (join(path, name) for name in sorted(os.listdir(path))):
+                if isfile(join(inside, "evidence.json")):
+                    return f"{inside} is a bundle"
+        folder, name = os.path.split(path)
+        if name in BUNDLE_FILES:
+            return f"that is part of a bundle: verify {folder or '.'}"
+        with open(path, "rb") as f:
+            if b'"error_type"' in f.read(KIB):
+                return "this is a server's error message, not a bundle: use curl -f"
+    return "give a directory that holds evidence.json, or a gzip tarball of a bundle"
+
+
+def _read_bundle(path: str, alone: bool = False) -> BundleFiles:
+    """Return what read_bundle returns. Raises UsageError with a hint."""
+    try:
+        return read_bundle(path, MAX_VERIFIED, alone)
+    except UsageError as e:
+        raise UsageError(str(e), _bundle_hint(path)) from None
+
+
 def cmd_verify(options: "argparse.Namespace") -> int:
     """Print the verdicts over bundles. Opens no socket."""
     when = options.at or datetime.fromtimestamp(time.time(), UTC)
@@ -17386,11 +17412,11 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     for path in options.bundles:
         try:
             alone = options.evidence_only or is_bare_evidence(path)
-            files = read_bundle(path, MAX_VERIFIED, alone)
+            files = _read_bundle(path, alone)
             wanted = of_source(files.provenance or b"")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
-            say(f"error: {e}", _bundle_hint(path))
+            say(f"error: {e}", e.hint)
             status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
         else:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
@@ -17412,10 +17438,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
 
 def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
     """Return the bundle at path, its Statement, and the verdict without expectations.  Raises UsageError."""
-    try:
-        files = read_bundle(path, MAX_VERIFIED)
-    except UsageError as e:
-        raise UsageError(str(e), _bundle_hint(path)) from None
+    files = _read_bundle(path)
     doc = read_statement(files.provenance or b"")
     if doc is None:
         raise UsageError(f"{path}: provenance.json is missing or malformed", f"`confbuild verify {path}` says why")
@@ -17560,22 +17583,6 @@ def cmd_sbom(options: "argparse.Namespace") -> int:
     files, doc, verdict = _read_verified(options.bundle)
     print(json.dumps(make_sbom(doc, files.provenance or b""), indent=2))
     return _report_failed(options.bundle, verdict)
-
-
-def _bundle_hint(path: str) -> str:
-    """Return what the user may have meant by a path at which there is no bundle."""
-    with contextlib.suppress(OSError):
-        if isdir(path):
-            for inside in (join(path, name) for name in sorted(os.listdir(path))):
-                if isfile(join(inside, "evidence.json")):
-                    return f"{inside} is a bundle"
-        folder, name = os.path.split(path)
-        if name in BUNDLE_FILES:
-            return f"that is part of a bundle: verify {folder or '.'}"
-        with open(path, "rb") as f:
-            if b'"error_type"' in f.read(KIB):
-                return "this is a server's error message, not a bundle: use curl -f"
-    return "give a directory that holds evidence.json, or a gzip tarball of a bundle"
 
 
 def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str, str, str]:

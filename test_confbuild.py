@@ -13750,12 +13750,12 @@ class TestDetect:
             # A package of a module of go.
             (
                 {"main.go": "", "../../go.mod": "", "../../package-lock.json": ""},
-                "none of the files that lead there",
+                "no file from which one of these is made",
                 "`confbuild build @@ --subdir crates/one` builds what is there",
             ),
             (
                 {"main.js": "", "../../package-lock.json": ""},
-                "none of the files that lead there",
+                "no file from which one of these is made",
                 "`confbuild build @@` builds what is there",
             ),
         ],
@@ -17026,7 +17026,7 @@ INTO_RELEASE = "mkdir -p target/release; cd target/release; "
 
 class TestPipeline:
     FAILURES: tuple[tuple[Mapping[str, str | bytes], str, str], ...] = (
-        ({"README": "x"}, "UnsupportedToolchainError", NO_MARKER + "none of the files that lead there"),
+        ({"README": "x"}, "UnsupportedToolchainError", NO_MARKER + "no file from which one of these is made"),
         (project("exit 7"), "BuildError", "cargo build --locked --release ended with status 7"),
         (project("kill -9 $$"), "BuildError", "cargo build --locked --release ended with signal 9"),
         (
@@ -18100,6 +18100,11 @@ class TestDiff:
         assert f" verify {b}` says why\n" in said.err
         assert confbuild.main(["sbom", str(tmp_path)]) == 2
         assert f"hint: {a} is a bundle" in capsys.readouterr().err
+        (tmp_path / "c").mkdir()
+        assert confbuild.main(["sbom", str(tmp_path / "c")]) == 2
+        assert "hint: give a directory that holds evidence.json" in capsys.readouterr().err
+        assert confbuild.main(["verify", str(a), "--source", str(tmp_path / "none")]) == 2
+        assert capsys.readouterr().err == f"confbuild: error: --source {tmp_path}/none: not a directory\n"
 
 
 def elf_of(*sections: tuple[str, bytes]) -> bytes:
