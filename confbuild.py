@@ -6908,6 +6908,10 @@ _OUTSIDE = """
 _OWN_OUTPUT = ".confbuild"  # folder of a project for what go and npm build
 _VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of --version
 _MAX_LOCKFILE = 64 * MIB
+_NOT_SENT = (
+    "is no part of what was sent; "
+    "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
+)
 
 
 Artifacts = list[tuple[str, str]]  # the (name, path) of each artifact
@@ -6950,7 +6954,6 @@ class Toolchain(NamedTuple):
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
-    settings: files below HOME -> their text.
     locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
         certain.
     lock: the contents of lock_file.
@@ -6975,7 +6978,6 @@ class Toolchain(NamedTuple):
     artifacts: Sequence[str] = ()
     build_type: str = BUILD_TYPE
     store: Strings = {}
-    settings: Strings = {}
     locate: Sequence[str] = ()
     lock: bytes = b""
     dependencies: Sequence[Json] | None = None
@@ -7141,8 +7143,6 @@ def prepare(
         if realpath(shutil.which(name, path=env["PATH"]) or "") != found.path
     )
     folders = dict.fromkeys(map(dirname, behind))
-    for file, text in plan.settings.items():
-        write_file(join(env["HOME"], file), text.encode("utf-8"))
     path = os.pathsep.join((*folders, env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
@@ -7301,12 +7301,9 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
-                raise BuildFailed(
-                    "ProvenanceError",
-                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the project"
-                    + f": {outside.get(name, '')[:80]} is no part of what was sent; `confbuild build PARENT --subdir "
-                    "DIR` builds DIR in a folder PARENT that contains both" * (name in outside),
-                )
+                why = f": {outside[name][:80]} {_NOT_SENT}" if name in outside else ", as far as its files are TOML 1.0"
+                problem = f"{name[:80]} {version[:80]} has no source and is not a package inside the project{why}"
+                raise BuildFailed("ProvenanceError", f"Cargo.lock: {problem}")
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
         dependency = _cargo_dependency(name, version, source, checksum)
@@ -7767,10 +7764,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
             target, *release = new.split()
             if not release and _locate(root, module, target) is None:
-                problem = f"go.mod: {old.strip()} is replaced by {target}, which is no part of what was sent"
-                raise source_error(
-                    f"{problem}; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
-                )
+                raise source_error(f"go.mod: {old.strip()} is replaced: {target} {_NOT_SENT}")
             replaced[tuple(old.split())] = (target, *release)
         modules = set[Any]()
         for name, version in (row.split() for verb, row in rows if verb == "require"):
@@ -7863,6 +7857,21 @@ _NEAR = {
     ),
 }
 
+# Whatever package.json, .npmrc and pnpm-workspace.yaml say, pnpm runs this node, reads this lock file, and installs
+# nothing that the source contains. pnpm 11 reads pnpm_config_.
+_PNPM_SETTINGS = """
+    npm_config_use_node_version={node.version}
+    npm_config_lockfile_dir={project} npm_config_lockfile_only=false
+    npm_config_git_branch_lockfile=false npm_config_shared_workspace_lockfile=true
+    npm_config_store_dir={home}/.pnpm-store
+    npm_config_modules_dir=node_modules npm_config_virtual_store_dir=node_modules/.pnpm
+"""
+
+
+def _variables(text: str) -> Strings:
+    """Return the environment variables of a text that has NAME=VALUE for each of them."""
+    return dict(word.split("=", 1) for word in text.split())
+
 
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
@@ -7875,34 +7884,28 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env={"RUSTC": "{rustc.path}",
-            **dict.fromkeys(("CARGO_TARGET_DIR", "CARGO_BUILD_BUILD_DIR"), "{project}/target")},
+        env=_variables("""
+            RUSTC={rustc.path} CARGO_TARGET_DIR={project}/target CARGO_BUILD_BUILD_DIR={project}/target"""),
         locate="cargo locate-project --workspace --message-format plain".split()),
-    # Otherwise pnpm would download and run the version that package.json names.
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        # From lockfile_dir on: it reads this lock file, installs nothing that the source contains and runs this node,
-        # whatever the project's .npmrc says. pnpm 11 reads pnpm_config_.
-        env={"CI": "true", "pnpm_config_pm_on_fail": "ignore", **{f"{prefix}_config_{name}": value
-            for prefix in ("npm", "pnpm") for name, value in (("manage_package_manager_versions", "false"),
-                ("package_manager_strict", "false"), ("lockfile_dir", "{project}"), ("git_branch_lockfile", "false"),
-                ("shared_workspace_lockfile", "true"), ("store_dir", "{home}/.pnpm-store"),
-                ("modules_dir", "node_modules"), ("virtual_store_dir", "node_modules/.pnpm"),
-                ("use_node_version", "{node.version}"), ("lockfile_only", "false"))}},
-        # pnpm 10 passes a false on to scripts as an empty value, which is no setting for the pnpm that they run.
-        settings={".config/pnpm/rc": "manage-package-manager-versions=false\n"},
+        env=_variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
+            # Whoever finds COREPACK_ROOT leaves the choice of its version to corepack: pnpm since 9, whatever the
+            # source says, and so in scripts. pnpm 11 would still refuse a version that package.json does not name.
+            + "CI=true COREPACK_ROOT={home} pnpm_config_pm_on_fail=ignore"),
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
-        env={"npm_config_audit": "false", "npm_config_fund": "false", "npm_config_update_notifier": "false",
-            "CI": "true", "npm_config_pack_destination": _OWN_OUTPUT,
-            # Whatever the project's .npmrc says, it installs, and here.
-            "npm_config_dry_run": "false", "npm_config_package_lock_only": "false", "npm_config_global": "false"},
+        # The last three: whatever the project's .npmrc says, it installs, and here.
+        env=_variables(f"""
+            CI=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
+            npm_config_pack_destination={_OWN_OUTPUT}
+            npm_config_dry_run=false npm_config_package_lock_only=false npm_config_global=false"""),
         locate=("npm", "prefix"), fetches=1, build_type=CONFBUILD_TYPE),
     # Neither the builder's settings nor a workspace file change the build.
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],
         go_dependencies, evaluate=evaluate_go,
-        env={"GOFLAGS": "", "GOTOOLCHAIN": "local", "GOENV": "off", "GOWORK": "off"},
+        env=_variables("GOFLAGS= GOTOOLCHAIN=local GOENV=off GOWORK=off"),
         fetches=1, outputs=(_OWN_OUTPUT,), folders=(_OWN_OUTPUT,), build_type=CONFBUILD_TYPE),
 )
 # fmt: on
@@ -8409,7 +8412,9 @@ _CAUSE = re.compile(
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
         | npm\ error\ (?!code|errno|syscall|path) | ERR_PNPM_ | ERROR[ ]{2}
-        | Error:\ listen\ EACCES
+        | \w*Error(\ \[\w+\])?:\     # JavaScript and Python
+        | \S+[:(][0-9]+[:,][0-9]+\)?:?\ (-\ |fatal\ )?error\b     # C, TypeScript
+        | make(\[[0-9]+\])?:\ \*\*\*
         | go:\ (?!downloading|warning|no\ module\ dependencies) | \S+\.go:[0-9]+:[0-9]+:
     ) .*
     """,
@@ -8418,7 +8423,12 @@ _CAUSE = re.compile(
 
 
 # Each cause that a toolchain prints has one of these words, of which each takes 0.05 µs in each line.
-_CAUSE_WORDS = {"cargo": ["error"], "nix": ["error"], "go": ["go:"], "": ["rror", "ERR", "go:"]}  # "": all others
+_CAUSE_WORDS = {
+    "cargo": ["error"],
+    "nix": ["error"],
+    "go": ["go:"],
+    "": ["rror", "ERR", "go:", "***"],
+}  # "": all others
 
 
 class BuildLog:
@@ -8634,7 +8644,9 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
         if status != 0:
             full = any(os.strerror(code) in log.cause for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
             ending = f"status {status}" if status > 0 else f"signal {-status}"
-            needs = re.search("(?i)network|resolve|connect|fetch|dial|getaddrinfo|EAI_AGAIN|ENOTFOUND|^$", log.cause)
+            needs = re.search(
+                "(?i)network|resolve host|connect|fetch|dial|getaddrinfo|EAI_AGAIN|ENOTFOUND|^$", log.cause
+            )
             closed = " (the network is closed in this step)" * (network == b"fetch" and bool(needs))
             message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}".removesuffix(": ")
             message += " (builds may use no Unix socket unless --no-isolation lets them)" * (
@@ -8716,7 +8728,7 @@ def _take_artifacts(found: Artifacts, folder: str) -> dict[str, str]:
             raise BuildFailed("ProvenanceError", f"the artifact {name} has become a symbolic link")
         digest = file_sha256(copy)
         if taken.setdefault(name, digest) != digest:
-            raise BuildFailed("ProvenanceError", f"two different artifacts are called {name}")
+            raise BuildFailed("ProvenanceError", f"two different artifacts are called {name}; --artifact can name one")
     return taken
 
 
@@ -17524,8 +17536,8 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
         _, options.subdir, _, *words = words
     options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []
     own_type = build["type"] == CONFBUILD_TYPE
-    known = ("npm ci", "go mod") if own_type else ("cargo build", "nix build", "pnpm install")
-    options.toolchain = words[0] if " ".join(words[:2]) in known else "own"
+    ours, theirs = ("npm ci --ignore-scripts &&", "go mod download &&"), ("cargo build", "nix build", "pnpm install")
+    options.toolchain = words[0] if " ".join(words).startswith(ours if own_type else theirs) else "own"
 
 
 def cmd_rebuild(options: "argparse.Namespace") -> int:

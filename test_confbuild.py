@@ -14293,7 +14293,7 @@ class TestCargoDependencies:
             (
                 entry("other", "1.0.0"),
                 "ProvenanceError",
-                "other 1.0.0 has no source and is not a package inside the project",
+                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.0",
             ),
             (
                 entry("None", "1.0.0"),
@@ -14616,8 +14616,8 @@ class TestPnpm:
         )
         assert env["npm_config_store_dir"] == env["HOME"] + "/.pnpm-store" and env["npm_config_use_node_version"] == "9"
         assert env["pnpm_config_lockfile_dir"] == str(tmp_path) and env["pnpm_config_pm_on_fail"] == "ignore"  # pnpm 11
-        # What scripts call reads neither: pnpm 10 gives them an empty value.
-        assert (Path(env["HOME"]) / ".config/pnpm/rc").read_text() == "manage-package-manager-versions=false\n"
+        # A setting would not do: pnpm 10 prefers that of pnpm-workspace.yaml, and gives scripts an empty value.
+        assert env["COREPACK_ROOT"] == env["HOME"]
 
     @pytest.mark.parametrize("place", ["", "packages/", "packages/x/"])
     @pytest.mark.parametrize(
@@ -14753,8 +14753,8 @@ class TestPnpm:
         assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
         assert plan.artifacts == ("dist",)
         # pnpm runs as installed, whatever `packageManager` names.
-        assert plan.env["npm_config_manage_package_manager_versions"] == "false"
-        assert plan.env["npm_config_package_manager_strict"] == "false"
+        assert plan.env["COREPACK_ROOT"] == "{home}"
+        assert plan.env["pnpm_config_pm_on_fail"] == "ignore"
 
 
 class TestNpm:
@@ -15039,8 +15039,8 @@ class TestGo:
         write_files(tmp_path, {"go.mod": GO_MOD + f"replace {old} => {new}\n"})
         kind, message = failure(lambda: confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path)))
         assert kind == "SourceError" and message == (
-            f"go.mod: {old} is replaced by {new}, which is no part of what was sent; "
-            "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT with both"
+            f"go.mod: {old} is replaced: {new} is no part of what was sent; "
+            "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
         )
 
     def test_the_plan(self, tmp_path: Path) -> None:
@@ -16840,6 +16840,16 @@ class TestBuildLog:
                 "Error: listen EACCES: permission denied /work/tmp/x",
                 "Error: listen EACCES: permission denied /work/tmp/x",
             ),
+            ("TypeError: x is not a function", "TypeError: x is not a function"),
+            ("Error [ERR_MODULE_NOT_FOUND]: x", "Error [ERR_MODULE_NOT_FOUND]: x"),
+            ("an Error: x", ""),
+            ("lib/a.c:3:5: error: expected ';'", "lib/a.c:3:5: error: expected ';'"),
+            ("a.h:3:1: fatal error: b.h: No such file", "a.h:3:1: fatal error: b.h: No such file"),
+            ("a.c:3:5: warning: error is unused", ""),
+            ("src/a.ts(3,5): error TS2304: x", "src/a.ts(3,5): error TS2304: x"),
+            ("src/a.ts:3:5 - error TS2304: x", "src/a.ts:3:5 - error TS2304: x"),
+            ("make: *** No rule to make target 'x'.  Stop.", "make: *** No rule to make target 'x'.  Stop."),
+            ("make[1]: *** [Makefile:3: x] Error 1", "make[1]: *** [Makefile:3: x] Error 1"),
             ("go: no module dependencies to download", ""),
             ("\u2009ERROR\u2009 packages field missing or empty", ""),
             (" ERROR  packages field missing or empty", "ERROR  packages field missing or empty"),
@@ -17398,6 +17408,8 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         [
             ("error: getaddrinfo EAI_AGAIN registry.npmjs.org", True),
             ("error: fetch failed", True),
+            ("error: Could not resolve host: github.com", True),
+            ("TypeError: Promise.withResolvers is not a function", False),
             ("no cause at all", True),
             ("error: src/x.ts:3: a type does not match", False),
             ("Error: listen EACCES: permission denied /work/tmp/tsx-0/1.pipe", False),
@@ -17413,7 +17425,7 @@ try "$1"; [ "$1" = install ] || { mkdir dist; echo built > dist/x; }
         demo = write_files(tmp_path / "demo", {"pnpm-lock.yaml": "lockfileVersion: '9.0'\n", "package.json": "{}"})
         built = Built(demo, tmp_path / "out", PATH=on_path(tmp_path / "bin")["PATH"])
         closed = " (the network is closed in this step)" * is_network
-        cause = f": {line}" * line.startswith(("error", "Error"))
+        cause = f": {line}" * line.startswith(("error", "Error", "TypeError"))
         cause += " (builds may use no Unix socket unless --no-isolation lets them)" * ("listen" in line)
         assert built.result is not None and built.result["error"] == f"pnpm build ended with status 3{closed}{cause}"
 
@@ -18199,6 +18211,8 @@ class TestRebuild:
             ("go build ./x", confbuild.CONFBUILD_TYPE, ("own", "", [])),
             ("cargo build --locked --release", confbuild.CONFBUILD_TYPE, ("own", "", [])),
             ("make", confbuild.CONFBUILD_TYPE, ("own", "", [])),
+            ("npm ci", confbuild.CONFBUILD_TYPE, ("own", "", [])),
+            ("cd a && go mod vendor", confbuild.CONFBUILD_TYPE, ("own", "a", [])),
             (
                 "cd 'a b/c' && cargo build --locked --release # artifacts: '*.so' lib",
                 confbuild.BUILD_TYPE,
