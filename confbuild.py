@@ -15994,9 +15994,8 @@ def size_text(size: int) -> str:
 
 def wants_color(stream: IO[str]) -> bool:
     """Return True if output to stream is coloured: https://no-color.org and https://force-color.org.  [CONTRACT 5.2]"""
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+    wanted = os.environ.get("FORCE_COLOR") or stream.isatty() and os.environ.get("TERM") != "dumb"
+    return bool(wanted) and not os.environ.get("NO_COLOR")
 
 
 def not_requested(verdict: Verdict) -> list[str]:
@@ -16310,7 +16309,11 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         raise UsageError(f"--tee is --vm snp, not --vm {kind}")
     platform = GUEST_PLATFORMS.get(kind)
     if not platform:
-        _refuse(options, f"--image {_GUEST_OPTIONS} --cbitpos --vek", " requires --tee, --vm snp or --vm qemu")
+        _refuse(
+            options,
+            f"--image {_GUEST_OPTIONS} --cbitpos --vek --print-command",
+            " requires --tee, --vm snp or --vm qemu",
+        )
         return _simulated_platform(options)
     _refuse(
         options,
@@ -16404,7 +16407,7 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     """Return the VMs that --vm-command starts, with the evidence that --expect names. Raises UsageError, ImageError."""
     _refuse(
         options,
-        "--tee --vm --readable --no-isolation --require-isolation --cache --guest-network --cbitpos",
+        "--tee --vm --readable --no-isolation --require-isolation --cache --guest-network --cbitpos --print-command",
         " cannot be combined with --vm-command",
     )
     for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
@@ -16811,9 +16814,7 @@ def cmd_serve(options: "argparse.Namespace") -> None:
             "give --token-file FILE, or --insecure to let everybody build",
         )
     machine = prepare_platform(options)
-    if options.print_command:
-        if machine.guest is None:
-            raise UsageError("--print-command requires --tee, --vm snp or --vm qemu")
+    if options.print_command and machine.guest:
         print(shlex.join(qemu_argv(machine.guest, "HASHES_PAGE")))
         return
     stopped = threading.Event()
@@ -16917,12 +16918,11 @@ def cmd_build(options: "argparse.Namespace") -> int:
     machine = None if options.server else prepare_platform(options)
     expected = Expectations(nonce)
     if options.tee:  # what the VM must be before it gets the source
-        facts = machine and machine.facts
-        if facts is None and options.image:
-            facts = check_image(options.image)
-        if facts is None and not options.measurements:
-            problem = "--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do"
-            raise UsageError(problem)
+        facts = machine.facts if machine else options.image and check_image(options.image)
+        if not facts and not options.measurements:
+            raise UsageError(
+                "--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do"
+            )
         expected = Expectations(nonce, options.measurements, facts, require_tee=True)
     else:
         _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
@@ -16960,7 +16960,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         if client.arguments:
             display.note(f"submitted job {job_id}; to follow it again: " + client.command("watch", job_id))
         checks = [] if is_url else ["--source", source]
-        checks += ["--image", options.image] if options.image and options.tee else []
+        checks += ["--image", options.image] * bool(options.image and options.tee)
         delivery = Delivery(bundle, expected, endorsements, checks)
         return _follow_and_fetch(client, job_id, delivery, join(scratch, "build.log"))
 
@@ -17418,12 +17418,12 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             say(f"--source {options.source}: {note}")
         return wanted
 
-    if options.vsa is not None and (len(options.bundles) > 1 or options.evidence_only):
-        raise UsageError("--vsa is about one bundle with a provenance")
     statuses = []
     for path in options.bundles:
+        alone = options.evidence_only or is_bare_evidence(path)
+        if options.vsa is not None and (alone or len(options.bundles) > 1):
+            raise UsageError("--vsa is about one bundle with a provenance")
         try:
-            alone = options.evidence_only or is_bare_evidence(path)
             files = _read_bundle(path, alone)
             wanted = of_source(files.provenance or b"")
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
@@ -18612,15 +18612,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Return the exit status of a command. Raises BrokenPipeError, and SystemExit after --help."""
-    if arguments[:1] in (["--help"], ["-h"]):
-        print(help_text())
-        return EXIT_OK
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(help_text(), file=sys.stdout if arguments else sys.stderr)
+        return EXIT_OK if arguments else EXIT_USAGE
     if arguments[:1] == ["--version"]:
         print(f"confbuild {__version__} sha256:{sha256_hex(own_source())}")
         return EXIT_OK
-    if not arguments:
-        print(help_text(), file=sys.stderr)
-        return EXIT_USAGE
     try:
         options = parse_arguments(arguments)
         if options.run not in (cmd_verify, cmd_measure):

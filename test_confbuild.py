@@ -18464,6 +18464,9 @@ class TestVsa:
         capsys.readouterr()
         assert confbuild.main(["verify", str(folder), str(folder), "--vsa", str(vsa)]) == 2
         assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
+        write_files(tmp_path / "bare", {"evidence.json": GOOD_BUNDLE.evidence})
+        assert confbuild.main(["verify", str(tmp_path / "bare/evidence.json"), "--vsa", str(vsa)]) == 2
+        assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
         assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "no/x")]) == 2
         said = capsys.readouterr()
         assert said.out.startswith("SIMULATED: "), "the verdict is shown anyway"
