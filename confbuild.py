@@ -16946,9 +16946,9 @@ def cmd_build(options: "argparse.Namespace") -> int:
             archive = join(scratch, name + ".tar.gz")
             request = BuildRequest(nonce, "", "", basename(archive), *choices)
             packed = _pack(options, archive, scratch)
+            display.note(f"packed {packed.note}")
             if options.tree not in ("", packed.tree):
                 raise UsageError(f"{source} has the tree {packed.tree}, not {options.tree}, which the bundle records")
-            display.note(f"packed {packed.note}")
             if machine and "Cargo.lock" in map(basename, packed.files):
                 _tell_cargo_settings(display)
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
@@ -17522,11 +17522,15 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
     uri, commit = recorded["uri"], recorded.get("gitCommit")
     options.source = options.source or uri * ("://" in uri)
     is_url = "://" in options.source
-    if not options.source or is_url and not commit:
-        missing = "commit" if options.source else "repository"
-        raise UsageError(f"{options.bundle} records no {missing}", "--source DIR names a checkout of its source")
     options.ref, options.tree = commit if is_url else "", recorded["gitTree"]
-    options.submodules = not is_url and any(name.startswith("pkg:generic/") for name in facts["dependencies"])
+    options.submodules = any(name.startswith("pkg:generic/") for name in facts["dependencies"])
+    problems = {
+        "records no repository": not options.source,
+        "records no commit": is_url and not commit,
+        "was built with submodules, which no URL delivers": is_url and options.submodules,
+    }
+    for problem in (text for text, found in problems.items() if found):
+        raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
     try:
         words = shlex.split(build["command"])
     except ValueError as e:

@@ -13400,6 +13400,15 @@ class TestSources:
         packed, _ = self.pack(root, tmp_path, allow_filters=True)
         assert packed.note.endswith("it differs from HEAD in src/b.bin") and not (tmp_path / "ran").exists()
 
+    @pytest.mark.parametrize("command", ["verify", "build"])
+    def test_a_refused_work_tree(self, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+        """The reason and the hint are those of git and its work tree, not of the bundle. [CONTRACT 5.4]"""
+        root = write_files(tmp_path / "demo", {"Cargo.lock": LOCK, "Cargo.toml": MANIFEST, ".git": "gitdir: /nowhere"})
+        given = [str(write_bundle(tmp_path / "b", bundle())), "--source"] if command == "verify" else []
+        assert confbuild.main([command, *given, str(root)]) == 2
+        said = capsys.readouterr().err
+        assert "not a git repository: /nowhere" in said and f"hint: repair it, or move {root}/.git away" in said
+
     def test_filters_of_a_submodule(self, tmp_path: Path) -> None:
         """They are refused if it is packed, also in a modified work tree. [CONTRACT 5.4]"""
         files = {".gitattributes": "*.bin filter=lfs\n", "a.bin": "pointer"}
@@ -18246,6 +18255,12 @@ class TestRebuild:
             with pytest.raises(confbuild.UsageError, match=missing) as caught:
                 confbuild._request_again(argparse.Namespace(bundle="b", source=named), self.facts("make", **changes))
             assert caught.value.hint == "--source DIR names a checkout of its source"
+        with_submodule = {**recorded, "dependencies": {"pkg:generic/a": "gitCommit:" + "56" * 20}}
+        options = argparse.Namespace(bundle="b", source="d")
+        confbuild._request_again(options, with_submodule)
+        assert options.submodules
+        with pytest.raises(confbuild.UsageError, match="b was built with submodules, which no URL delivers"):
+            confbuild._request_again(argparse.Namespace(bundle="b", source=""), with_submodule)
         with pytest.raises(confbuild.UsageError, match='b: buildCommand "make \'": No closing quotation'):
             confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts("make '"))
 
