@@ -6554,10 +6554,15 @@ def _believe_commit(
     if not body.startswith(b"tree %s\n" % tree.encode("ascii")):
         raise source_error("the files differ from the tree of HEAD")
     urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
+    origin = config.get("remote.origin.url", "").strip()
+    *scheme, base = origin.rpartition("://")
     submodules: dict[str, Mapping[str, Any]] = {}
     for link, named in links.items():
         folder, path = join(project, link), prefix + link
-        url = without_credentials(_resolve_url(urls.get(link, ""), config.get("remote.origin.url", "")))
+        url = urls.get(link, "")
+        if url.startswith(("./", "../")):  # relative to the origin [gitmodules(5)]
+            url = "".join([*scheme, normpath(join(base, url))])
+        url = without_credentials(url)
         uri = f"pkg:generic/{urllib.parse.quote(path)}@{named}?vcs_url=git+{url}@{named}"
         submodules[path] = descriptor(path, named, "gitCommit", uri=uri)
         if isdir(folder) and os.listdir(folder):
@@ -6567,18 +6572,7 @@ def _believe_commit(
             submodules |= inner.submodules
     committed = re.search(rb"(?m)^committer .* (\d{1,12}) [+-]\d+$", body)
     time_s = max(EPOCH, int(committed[1]) if committed else 0)
-    uri = without_credentials(config.get("remote.origin.url", "").strip())
-    return History(commit, tree, uri, submodules, time_s)
-
-
-def _resolve_url(url: str, origin: str) -> str:
-    """Return the URL of a submodule, which may be relative to that of its repository, or "". [gitmodules(5)]"""
-    if not url.startswith(("./", "../")):
-        return url
-    base = origin.strip().rstrip("/")
-    while url.startswith(("./", "../")):
-        base, url = base.rpartition("/")[0] if url[1] == "." else base, url.partition("/")[2]
-    return f"{base}/{url}" * bool(base)
+    return History(commit, tree, without_credentials(origin), submodules, time_s)
 
 
 class Checkout(NamedTuple):
@@ -6589,14 +6583,14 @@ class Checkout(NamedTuple):
     commit: of HEAD, or "". The index of our own is that commit's.
     config: the configuration of the work tree, as data.
     env: for a git that sees the work tree, and obeys the user's own configuration and _OBEYED.
-    index_path: of the work tree's index. git sees it only if GIT_INDEX_FILE says so."""
+    letters: those of `git ls-files -t` for the files of the folder that was asked for, from the work tree's index."""
 
     root: str
     own: str
     commit: str
     config: Mapping[str, str]
     env: Mapping[str, str]
-    index_path: str
+    letters: Mapping[str, str]
 
 
 # The settings of a work tree that say how git converts its files, and which it ignores; none of them names a program.
@@ -6637,10 +6631,12 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
             _git(["read-tree", commit], root, env)
             if not allow_filters:
                 refuse_filters(directory, env)
+        listed = "ls-files -t -z --cached --others --exclude-standard".split()
+        rows = os.fsdecode(_git(listed, directory, {**env, "GIT_INDEX_FILE": join(git, "index")})).split("\0")
     except BuildFailed as e:
         e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
         raise
-    return Checkout(root, own, commit, config, env, join(git, "index"))
+    return Checkout(root, own, commit, config, env, {row[2:]: row[0] for row in rows[:-1]})
 
 
 def list_source(
@@ -6654,15 +6650,11 @@ def list_source(
     Bundles, the logs of failed builds, links out of directory, and IGNORED are not source unless git tracks them.
     own, allow_filters: as in _open_checkout.
     submodules: include the files of submodules that are checked out."""
-    checkout, letters = _open_checkout(directory, own, allow_filters), {}
-    if checkout:
-        env = {**checkout.env, "GIT_INDEX_FILE": checkout.index_path}
-        rows = _git("ls-files -t -z --cached --others --exclude-standard".split(), directory, env)
-        letters = {row[2:]: row[0] for row in os.fsdecode(rows).split("\0")[:-1]}
+    checkout, found = _open_checkout(directory, own, allow_filters), dict[str, str]()
+    letters = checkout.letters if checkout else {}
     if not checkout or not letters and checkout.root != realpath(directory):
         letters = dict.fromkeys(walk_files(directory), "!")
-    found: dict[str, str] = {}
-    is_bundle = functools.cache(_is_bundle)
+    is_bundle = functools.cache(lambda folder: {*os.listdir(join(directory, folder))} == BUNDLE_FILES)
     for name, letter in letters.items():
         path, folder = join(directory, name), dirname(name)
         if isdir(path) and not islink(path):  # a submodule, or a repository that git does not track
@@ -6675,7 +6667,7 @@ def list_source(
             {".git", *IGNORED} & {*name.split(os.sep)}
             or name.endswith((UNVERIFIED, "-build.log"))
             or (islink(path) and leads_out(directory, name))
-            or any(part and is_bundle(join(directory, part)) for part in (folder, dirname(folder)))
+            or any(map(is_bundle, filter(None, (folder, dirname(folder)))))
         ):
             found[name] = letter
     return checkout, found
@@ -6683,11 +6675,6 @@ def list_source(
 
 BUNDLE_FILES = {"artifacts", "provenance.json", "evidence.json"}
 UNVERIFIED = ".unverified.tar.gz"  # added to the name of a bundle that fails to verify
-
-
-def _is_bundle(folder: str) -> bool:
-    """Return whether folder has the files of a bundle and no others."""
-    return {*os.listdir(folder)} == BUNDLE_FILES
 
 
 def without_credentials(url: str) -> str:
@@ -6804,7 +6791,7 @@ def _read_head(
         if name.startswith(removed):
             raise source_error(f"git tracks {name}, which is removed before a build")
     env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
-    if found.keys() == head.keys() and not submodules:
+    if {*files} == head.keys() and not submodules:
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
         with contextlib.suppress(BuildFailed, OSError):
             plain = git_environment(env, ())
