@@ -397,9 +397,9 @@ class BuildFailed(ConfbuildError):
     error_type: one of FAILURES, for the `complete` event.
     """
 
-    def __init__(self, error_type: str, message: str) -> None:
+    def __init__(self, error_type: str, message: str, hint: str = "") -> None:
         # One line of bounded length, because the message may quote output of the build.
-        super().__init__(" ".join(message[:4096].split()) or error_type)
+        super().__init__(" ".join(message[:4096].split()) or error_type, hint)
         self.error_type = error_type
 
 
@@ -431,9 +431,9 @@ class RemoteError(ConfbuildError):
         self.status = status
 
 
-def source_error(message: str) -> BuildFailed:
+def source_error(message: str, hint: str = "") -> BuildFailed:
     """Return the error for a source that cannot be used."""
-    return BuildFailed("SourceError", message)
+    return BuildFailed("SourceError", message, hint)
 
 
 def limit_error(message: str) -> BuildFailed:
@@ -6188,10 +6188,7 @@ def _git(
     if re.search("(?i)out of memory|cannot allocate|file too large", errors):
         limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
         raise limit_error(f"git needs more than {limits_text}: {cause}")
-    error = source_error(cause)
-    if "safe.directory" in lines[-1]:
-        error.hint = f"if you trust it: {lines[-1].strip()}"
-    raise error
+    raise source_error(cause, f"if you trust it: {lines[-1].strip()}" * ("safe.directory" in lines[-1]))
 
 
 def check_ref(ref: str) -> None:
@@ -6389,9 +6386,10 @@ def refuse_filters(directory: str, env: Mapping[str, str]) -> None:
     words = os.fsdecode(_git(["-c", f"alias.filters={alias}", "filters"], directory, env)).split("\0")
     for name, value in zip(words[::3], words[2::3], strict=False):
         if value not in ("unspecified", "unset", "set"):
-            error = source_error(f"{name[:80]!r} has the attribute filter={value[:40]}, and filters are never run")
-            error.hint = "--allow-filters builds with the bytes that are there, such as the pointers of git LFS"
-            raise error
+            raise source_error(
+                f"{name[:80]!r} has the attribute filter={value[:40]}, and filters are never run",
+                "--allow-filters builds with the bytes that are there, such as the pointers of git LFS",
+            )
 
 
 def _folder_size(folder: str) -> int:
@@ -6456,19 +6454,21 @@ def _read_config(folder: str, env: Mapping[str, str], path: str = "") -> dict[st
     return {name: value if has_value else "true" for name, has_value, value in rows}
 
 
-def _borrow_repository(
-    git: str, common: str, own: str, env: Mapping[str, str], settings: str = ""
-) -> tuple[str, dict[str, str]]:
+# The settings that say how git converts the files of a work tree, and which it ignores; none of them names a program.
+_OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol
+    core.attributesfile core.excludesfile""".split()
+
+
+def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str], config: Mapping[str, str]) -> str:
     """Make the empty folder own a repository with the objects, HEAD and refs of another one.
 
     git: the folder that holds HEAD.
     common: the folder that holds objects and refs; it differs in a linked work tree.
-    settings: lines of its configuration.
-    Return (the commit of HEAD or "", the other one's configuration). git never obeys that, since it could name
-    programs."""
-    config, commit = _read_config(own, env, join(common, "config")), ""
+    config: the other one's. Only _OBEYED is copied, since the rest could name programs.
+    Return the commit of HEAD, or ""."""
+    settings, commit = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config), ""
     fast = "[core]\nbare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # twice as fast a fetch, and hardly larger
-    _init_repository(own, config.get("extensions.objectformat", "sha1"), fast + settings)
+    _init_repository(own, config.get("extensions.objectformat", "sha1"), fast + "".join(settings))
     for name in ("HEAD", "refs"):
         remove_tree(join(own, name))
     for name in ("refs", "packed-refs"):
@@ -6479,7 +6479,7 @@ def _borrow_repository(
         shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
         commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
         write_file(join(own, "shallow"), f"{commit}\n".encode("ascii"))
-    return commit, config
+    return commit
 
 
 def _list_tree(commit: str, folder: str, env: Mapping[str, str], *options: str) -> list[tuple[str, list[bytes]]]:
@@ -6521,7 +6521,8 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
     if not isdir(join(git, "objects")) or islink(git):
         raise source_error("there is no history")
     with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
-        commit, config = _borrow_repository(git, git, own, env)
+        config = _read_config(own, env, join(git, "config"))
+        commit = _borrow_repository(git, git, own, env, config)
         if not commit:
             raise source_error("HEAD names no commit")
         return _believe_commit(project, own, commit, config, env, prefix, dict(_list_tree(commit, own, env)))
@@ -6593,11 +6594,6 @@ class Checkout(NamedTuple):
     letters: Mapping[str, str]
 
 
-# The settings of a work tree that say how git converts its files, and which it ignores; none of them names a program.
-_OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol
-    core.attributesfile core.excludesfile""".split()
-
-
 def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | None:
     """Return the work tree that contains directory, or None.
 
@@ -6620,8 +6616,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
         git, common = (join(root, os.fsdecode(line)) for line in found.splitlines())
         # With what it includes, and what the user's own configuration includes for this work tree.
         config = _read_config(root, env)
-        settings = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config)
-        commit, config = _borrow_repository(git, common, own, git_environment(plain, ()), "".join(settings))
+        commit = _borrow_repository(git, common, own, git_environment(plain, ()), config)
         os.symlink(join(common, "info"), join(own, "info"))
         for name in os.listdir(git):
             if name.startswith("sharedindex."):  # the index refers to it
@@ -6720,9 +6715,9 @@ def read_source(
     Raises BuildFailed."""
     root, own = realpath(directory), tempfile.mkdtemp(dir=scratch)
     if commonpath((root, realpath(own))) == root:
-        failure = source_error(f"it contains {realpath(scratch)}, the folder of temporary files")
-        failure.hint = "TMPDIR names another folder"
-        raise failure
+        raise source_error(
+            f"it contains {realpath(scratch)}, the folder of temporary files", "TMPDIR names another folder"
+        )
     checkout, listed = list_source(root, own, submodules, allow_filters)
     why = "it is no git work tree"
     # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
