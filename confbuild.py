@@ -9680,11 +9680,11 @@ def claim_state(state: str) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
-    except BaseException as e:
+    except OSError as e:
         os.close(lock)
-        if isinstance(e, BlockingIOError):
-            raise UsageError(f"{state} is in use by another server") from None
-        raise
+        busy = isinstance(e, BlockingIOError)
+        reason = "is in use by another server" if busy else f"cannot be written: {e.strerror}"
+        raise UsageError(f"{state} {reason}") from None
     return lock
 
 
@@ -13833,10 +13833,11 @@ class Vm:
                     kill_all(lambda: descendants(pid))
                 os.kill(pid, signal.SIGKILL)
 
-    def destroy(self, clean: bool = False) -> None:
+    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
         """Kill the VM, and remove its workspace. Any number of times, for one thread at a time.
 
         clean: let it end by itself first.
+        clean_up: is called in between: while there is a workspace, the next server would clean up.
         """
         if clean and self.kind.grace_s:
             self.stream.shut(socket.SHUT_WR)
@@ -13855,6 +13856,7 @@ class Vm:
                     f.write(self.stream.console)
         self._theirs.close()
         if self.workspace:
+            clean_up()
             with survive(f"cannot remove {self.workspace}"):
                 # The agent may have removed it, or have begun to. Then this name may be that of another VM's folder.
                 remove_workspace(os.readlink(f"/proc/self/fd/{self._folder}"))
@@ -13881,7 +13883,7 @@ class VmPool:
         self._reap = reap
         self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
-        self._alive: dict[object, int] = {}  # guarded by _spawning; VMs and clean-ups, with their process ids
+        self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs, with the ids of their processes or clean-ups
         self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # of what exec'ed this program
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
@@ -13916,16 +13918,17 @@ class VmPool:
 
     def destroy(self, vm: Vm, clean: bool = False) -> None:
         """Destroy vm, and kill what it has left behind, here and elsewhere."""
+
+        @survive("what a VM has left behind elsewhere may live on")
+        def clean_up() -> None:
+            with self._spawning:
+                cleaner = vm.kind.clean_up(vm.name, vm.job)
+                self._alive[vm] = cleaner.pid if cleaner else 0  # the VM itself is dead
+            finish_cleaning(cleaner)
+
         with survive("a VM is not destroyed"):
-            vm.destroy(clean)
-        cleaner = None
-        with survive("what a VM has left behind elsewhere may live on"), self._spawning:
-            cleaner = vm.kind.clean_up(vm.name, vm.job)
-            if cleaner:
-                self._alive[cleaner] = cleaner.pid
+            vm.destroy(clean, clean_up)
         with survive("what a VM has left behind may live on"):
-            if cleaner:
-                finish_cleaning(cleaner)
             if self._reap:
                 self._kill_strays()
         with self._spawning:
@@ -13970,8 +13973,7 @@ class VmPool:
             self._changed.wait_for(lambda: self._stopping or self._lacks_spares_locked(), 1.0)
             if self._stopping:
                 return False
-            silent_at = monotonic() - KEEPALIVE_S
-            due = [vm for vm in self._spares if not vm.is_alive() or vm.stream.used_at < silent_at]
+            due = [vm for vm in self._spares if not vm.is_alive() or vm.stream.used_at < monotonic() - KEEPALIVE_S]
             self._spares = [vm for vm in self._spares if vm not in due]
             wanted = not due and self._lacks_spares_locked()
         for vm in due:
@@ -14170,8 +14172,10 @@ class VmHost(NamedTuple):
         return fetch_result(agent, agent_job, join(job.folder, "result.tmp"), expected)
 
 
-def finish_cleaning(cleaner: "subprocess.Popen[bytes]") -> None:
-    """Wait for a clean-up, for a bounded time, and log its failure with its last line."""
+def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:
+    """Wait for a clean-up, if there is one, for a bounded time, and log its failure with its last line."""
+    if not cleaner:
+        return
     try:
         output, _ = cleaner.communicate(timeout=CLEAN_UP_S)
     except subprocess.TimeoutExpired:
@@ -16611,14 +16615,15 @@ def vm_kind(
         told |= {"cache": options.cache}
         return own_vms("agent", told, options.env, lambda: box and box._replace(ports=ports()), forks)
     os.makedirs(folder, mode=0o700, exist_ok=True)
-    for name in os.listdir(folder):
-        if name.startswith(WORKSPACE):
-            path = join(folder, name)
-            with suppress(OSError):
-                cleaner = kind.clean_up(name, read_limited(join(path, "job"), 100).decode("ascii", "replace"))
-                if cleaner:
-                    finish_cleaning(cleaner)
-            remove_tree(path)
+
+    def clean(name: str) -> None:
+        path = join(folder, name)
+        with suppress(OSError):
+            finish_cleaning(kind.clean_up(name, read_limited(join(path, "job"), 100).decode("ascii", "replace")))
+        remove_tree(path)
+
+    with concurrent.futures.ThreadPoolExecutor(64) as workers:  # at a time: each may take CLEAN_UP_S
+        list(workers.map(clean, [name for name in os.listdir(folder) if name.startswith(WORKSPACE)]))
     return kind
 
 

@@ -19866,6 +19866,15 @@ class TestState:
         assert os.listdir(jobs_ / "config") == ["config.xml"] and os.listdir(tmp_path / "elsewhere") == ["source"]
         assert sorted(os.listdir(jobs_ / job_id(5))) == ["notes", "source"]
 
+    def test_claim_on_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(confbuild, "write_durably", full)
+        for _ in range(2):  # the claim is given up
+            with pytest.raises(confbuild.UsageError, match=f"^{tmp_path} cannot be written: No space left on device$"):
+                confbuild.claim_state(str(tmp_path))
+
     def test_claim(self, tmp_path: Path) -> None:
         """A new, an empty and a 0.1 state are taken, and marked; one server at a time. [CONTRACT 1.15]"""
         (tmp_path / "empty").mkdir()
@@ -24646,7 +24655,7 @@ class StandInVm(confbuild.Vm):
     def kill(self) -> None:
         self.gone.set()
 
-    def destroy(self, clean: bool = False) -> None:
+    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
         self.destroyed = True
         self.kill()
 
@@ -24990,6 +24999,29 @@ esac
         with pytest.raises(confbuild.UsageError, match=f"^{re.escape(message)}$"):
             confbuild.prepare_platform(confbuild.parse_arguments(["serve", *arguments]))
 
+    def test_a_clean_up_that_is_cut_short(self, tmp_path: Path) -> None:
+        """While it runs, the VM's folder names the VM to the next server. [CONTRACT 6.1]"""
+        command = shlex.join(["sh", "-c", f"ls {tmp_path} > {tmp_path}.seen"])
+        kind = confbuild.command_vms("true", command, confbuild.SIMULATED_PLATFORM, {}, str(tmp_path), {})
+        vm = confbuild.Vm(kind, "j")
+        pool = confbuild.VmPool(lambda *_: vm)
+        pool.destroy(vm)
+        assert Path(f"{tmp_path}.seen").read_text() == f"{vm.name}\n"
+        assert os.listdir(tmp_path) == [] and not pool._alive
+
+    def test_clean_ups_of_an_earlier_server(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """All at a time: each of these two waits for the other one."""
+        for name in ("a", "b"):
+            write_files(tmp_path / f"state/guests/confbuild-vm-{name}", {"job": "j"})
+        seen = tmp_path / "seen"
+        seen.mkdir()
+        script = f"touch {seen}/{{name}}; until [ $(ls {seen} | wc -l) = 2 ]; do sleep 0.01; done"
+        words = ["--vm-command", "true", "--vm-cleanup", shlex.join(["sh", "-c", script])]
+        machine: Any = types.SimpleNamespace(guest=None, platform=confbuild.SIMULATED_PLATFORM)
+        options, state = confbuild.parse_arguments(["serve", *words]), str(tmp_path / "state")
+        confbuild.vm_kind(options, state, confbuild.SourcePolicy(), machine, lambda: 0)
+        assert not caplog.records and os.listdir(tmp_path / "state/guests") == []
+
     def test_a_failed_clean_up(self, caplog: pytest.LogCaptureFixture) -> None:
         """Its last line is part of one message; a program that is gone by then is one error, not two."""
         command = ["sh", "-c", "echo first; echo 'no such pod' >&2; exit 3"]
@@ -25282,7 +25314,7 @@ class TestSpares:
         made = list[confbuild.Vm]()
 
         class Stubborn(confbuild.Vm):
-            def destroy(self, clean: bool = False) -> None:
+            def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
                 made.append(self)
                 raise SystemError("it will not go")
 
