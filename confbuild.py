@@ -18332,7 +18332,7 @@ COMMANDS = (
             ("--explain", "print the digest after each step"),
         ),
         _CONFIDENTIAL,
-        "compute the SEV-SNP launch digest of a firmware and a kernel, or of an IGVM file",
+        "compute the launch digest of firmware and kernel, or of an IGVM file",
         "confbuild measure --firmware OVMF.fd --vcpus 1 --vcpu-type EPYC-v4",
     ),
     Command(
@@ -18365,7 +18365,7 @@ COMMANDS = (
         lambda _: run_agent(),
         (("--stdio", "over standard input and output, the only way"),),
         _SERVICE,
-        "inside a VM: run one build for a server that started this with --vm-command",
+        "inside a VM: run one build for `confbuild serve --vm-command`",
         "confbuild agent --stdio",
     ),
     # For the machinery, not for people: fetch a repository for a VM, remove a workspace.
@@ -18381,13 +18381,14 @@ Examples
 Exit status
   0    yes: built and verified, or verified
   1    no: the build failed, or the bundle does not verify
-  2    usage error, unreadable input, or a machine that lacks a requirement of --tee
+  2    usage error, unreadable input, or a machine without what --tee needs
   3    verify: everything matches, but the evidence is only simulated
-  4    the server could not be reached, refused the request, or broke the protocol
+  4    the server could not be reached, refused a request, or broke the protocol
   5    built, but the bundle does not verify
   130  interrupted
 
-`confbuild COMMAND --help` explains a command; `confbuild --version` prints the version and the SHA-256 of this file."""
+`confbuild COMMAND --help` explains a command; `confbuild --version` prints the
+version and the SHA-256 of this file."""
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
 _NOT_IN_POLICY = {"help", "policy", "format", "verbose", "vsa"}
 _POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots", "collateral"}

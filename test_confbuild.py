@@ -29363,6 +29363,7 @@ class TestUsage:
         """[CONTRACT 5.1]"""
         commands = {row.name: confbuild.command_parser(row) for row in confbuild.COMMANDS}
         top = shell("--help").stdout
+        assert max(map(len, top.splitlines())) <= 80
         for name in [row.name for row in confbuild.COMMANDS if row.group]:
             with pytest.raises(SystemExit) as ended:
                 confbuild.main([name, "--help"])
