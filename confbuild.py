@@ -18332,7 +18332,7 @@ COMMANDS = (
             ("--explain", "print the digest after each step"),
         ),
         _CONFIDENTIAL,
-        "compute the launch digest of firmware and kernel, or of an IGVM file",
+        "compute the launch digest of firmware and kernel, or an IGVM file",
         "confbuild measure --firmware OVMF.fd --vcpus 1 --vcpu-type EPYC-v4",
     ),
     Command(
@@ -18383,7 +18383,7 @@ Exit status
   1    no: the build failed, or the bundle does not verify
   2    usage error, unreadable input, or a machine without what --tee needs
   3    verify: everything matches, but the evidence is only simulated
-  4    the server could not be reached, refused a request, or broke the protocol
+  4    the server cannot be reached, refused a request, or broke the protocol
   5    built, but the bundle does not verify
   130  interrupted
 
