@@ -7081,8 +7081,7 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     ):
         if with_marker(TOOLCHAINS, path):  # the last one counts
             inside = relpath(project, path)
-            is_inside = inside[0] != "." and with_marker(_find_rows(path, inside), project)
-            inner = ["--subdir", inside] * bool(is_inside)
+            inner = ["--subdir", inside] * (inside[0] != "." and with_marker(_find_rows(path, inside), project) != [])
             failure.hint = f"`{shlex.join(['confbuild', 'build', path, *inner])}` builds what is there"
     raise failure
 
@@ -7131,9 +7130,14 @@ def prepare(
         argv = [programs[plan.locate[0]].path, *plan.locate[1:]]
         status, output, _ = capture(argv, project, plan.env, MIB, untrusted=True)
         used = output.decode("utf-8", "replace").strip()
-        used, lock = used if isdir(used) else dirname(used), join(project, plan.lock_file)
+        used = used if isdir(used) else dirname(used)
         # If it fails, so will the build; versions of cargo before 1.48 lack the option.
-        if status == 0 and isabs(used) and isdir(used) and realpath(used) != realpath(dirname(lock)):
+        if (
+            status == 0
+            and isabs(used)
+            and isdir(used)
+            and realpath(used) != realpath(dirname(join(project, plan.lock_file)))
+        ):
             problem = f"{plan.locate[0]} reads the lock file in {used}, not {join(folder, plan.lock_file)}"
             raise BuildFailed("ProvenanceError", problem)
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
@@ -7257,9 +7261,11 @@ def collect_cargo(project: str, _: bytes) -> Artifacts:
 
     With build.target, cargo puts them in target/TRIPLE/release.
     """
-    found = find_artifacts(project, _CARGO_FOLDERS, ["*"])
-    form = re.compile(r"(?s)(?!\.)([^.]*|.*\.exe)")
-    return [(name, path) for name, path in found if form.fullmatch(name) and _is_executable(path)]
+    return [
+        (name, path)
+        for name, path in find_artifacts(project, _CARGO_FOLDERS, ["*"])
+        if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", name) and _is_executable(path)
+    ]
 
 
 def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7305,12 +7311,11 @@ def _is_genuine(folder: str, checksum: str | None) -> bool:
     if checksum is None or any(map(islink, files.values())):
         return False
     found = {name: file_sha256(path) for name, path in files.items() if isfile(path)}
-    try:
-        doc = parse_json(read_lockfile(join(folder, ".cargo-checksum.json")), "checksums")
-    except (Malformed, BuildFailed):
-        return False
     found.pop(".cargo-checksum.json", None)
-    return bool(found) and doc == {"files": found, "package": checksum}
+    with suppress(Malformed, BuildFailed):
+        doc = parse_json(read_lockfile(join(folder, ".cargo-checksum.json")), "checksums")
+        return bool(found) and doc == {"files": found, "package": checksum}
+    return False
 
 
 def _cargo_dependency(name: str, version: str, source: str, checksum: Any) -> Json:
@@ -7646,6 +7651,12 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             raise source_error(
                 f"{path}: settings that may name another lock file, store, node_modules or node are refused"
             )
+    for path in (
+        join(root, name) for name in walk_files(root) if re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
+    ):
+        if isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
+            problem = "executionEnv is refused: pnpm would fetch and run another node"
+            raise source_error(f"{relpath(path, root)}: {problem}")
     with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
@@ -7710,9 +7721,9 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             elif local or not entry.get("integrity"):
                 raise ValueError(f"{path}: {url or version} has no integrity, or lies outside of the source")
             else:
-                hashes = sorted(entry["integrity"].split())  # sha512 after sha1
-                integrity, strongest = hashes[-1], hashes[-1].partition("-")[0]
-                if any(other.startswith(strongest) for other in hashes[:-1]):
+                *others, integrity = sorted(entry["integrity"].split())  # sha512 after sha1
+                strongest = integrity.partition("-")[0]
+                if any(other.startswith(strongest) for other in others):
                     raise ValueError(f"{path}: has several hashes of {strongest}, and npm accepts any")
                 algorithm, digest = _parse_hash(integrity)
                 query = f"checksum={integrity}"
@@ -7748,9 +7759,10 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             if not release and _locate(root, module, target) is None:
                 raise source_error(f"go.mod: {old.strip()} is replaced: {target} {_NOT_SENT}")
             replaced[tuple(old.split())] = (target, *release)
-        modules = set[Any]()
-        for name, version in (row.split() for verb, row in rows if verb == "require"):
-            modules.add(replaced.get((name, version), replaced.get((name,), (name, version))))
+        modules = {
+            replaced.get((name, version), replaced.get((name,), (name, version)))
+            for name, version in (row.split() for verb, row in rows if verb == "require")
+        }
         return [
             descriptor(
                 name,
@@ -7808,7 +7820,7 @@ def adapt_own(project: str) -> Json:
     """Return what confbuild.toml says.  [CONTRACT 2.1]  Raises BuildFailed SourceError."""
     recipe = _read_recipe(project)
     command, artifacts, outputs = recipe["command"], recipe["artifacts"], recipe.get("outputs", ())
-    tools = dict.fromkeys([*[command[0]] * ("/" not in command[0]), *recipe.get("programs", ())])
+    tools = dict.fromkeys(name for name in (command[0], *recipe.get("programs", ())) if "/" not in name)
     return {"steps": [command], "tools": [*tools], "artifacts": artifacts, "outputs": outputs}
 
 

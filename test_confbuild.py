@@ -14652,6 +14652,18 @@ class TestPnpm:
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
         assert read() == []
 
+    @pytest.mark.parametrize("place", ["", "packages/x/"])
+    def test_another_node(self, tmp_path: Path, place: str) -> None:
+        """pnpm 9 and 10 fetch the node that a package of the source names, and run its scripts with that."""
+        text = '{"pnpm": {"executionEnv": {"nodeVersion": "18.20.0"}}}'
+        write_files(tmp_path, {"node_modules/a/package.json": text, "old-package.json": text, "package.json/x": ""})
+        read = functools.partial(confbuild.pnpm_dependencies, b"lockfileVersion: '9.0'\n", str(tmp_path))
+        assert read() == []
+        shutil.rmtree(tmp_path / "package.json")
+        write_files(tmp_path, {f"{place}package.json": text})
+        said = f"{place}package.json: executionEnv is refused: pnpm would fetch and run another node"
+        assert failure(read) == ("SourceError", said)
+
     SHORT, INTEGRITY = (
         f"{name}-" + base64.b64encode(bytes(range(size))).decode() for name, size in (("sha1", 20), ("sha512", 64))
     )
@@ -14667,8 +14679,9 @@ class TestPnpm:
             else text.encode()
         )
 
-    def read(self, lock: str | bytes, folder: str = "/nowhere") -> list[Any]:
-        return confbuild.pnpm_dependencies(lock.encode() if isinstance(lock, str) else lock, folder)
+    def read(self, lock: str | bytes, folder: str = "") -> list[Any]:
+        with tempfile.TemporaryDirectory() as empty:
+            return confbuild.pnpm_dependencies(lock.encode() if isinstance(lock, str) else lock, folder or empty)
 
     def test_every_entry_as_kettle_writes_it(self, tmp_path: Path) -> None:
         """[CONTRACT 3.5]"""
