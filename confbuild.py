@@ -16786,8 +16786,11 @@ WantedBy=sockets.target
 
 def cmd_unit(options: "argparse.Namespace") -> None:
     """Print a systemd unit.  [systemd.exec(5), systemd.socket(5)]"""
-    program = shlex.join(map(abspath, (sys.executable, sys.argv[0])))
-    print(SOCKET_UNIT if options.socket else UNIT.format(program), end="")
+    program = [abspath(sys.executable), abspath(sys.argv[0])]
+    print(SOCKET_UNIT if options.socket else UNIT.format(shlex.join(program)), end="")
+    for path in program:
+        if realpath(path).startswith(("/home/", "/root/")):
+            say(f"the service cannot see {path}", "install Python for all users, and put confbuild.py into /opt")
 
 
 def cmd_serve(options: "argparse.Namespace") -> None:

@@ -19628,6 +19628,17 @@ class TestService:
         level = re.search(r"Overall exposure level for confbuild.service: ([0-9.]+)", done.stdout)
         assert level and float(level[1]) < 2.0 and not done.stderr, done
 
+    def test_unit_below_home(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        """ProtectHome=yes would hide these programs: the service would end with 203/EXEC."""
+        options = confbuild.parse_arguments(["unit"])
+        monkeypatch.setattr(sys, "executable", "/home/ann/.pyenv/bin/python3")
+        for program, told in (("/root/confbuild.py", 2), ("/opt/confbuild.py", 1)):
+            monkeypatch.setattr(sys, "argv", [program])
+            confbuild.cmd_unit(options)
+            out, err = capsys.readouterr()
+            assert f"ExecStart=/home/ann/.pyenv/bin/python3 {program} serve " in out
+            assert err.count("the service cannot see /") == err.count("hint: ") == told
+
     def test_socket_activation(self, tmp_path: Path) -> None:
         """The socket of systemd is used, READY and WATCHDOG are sent, and a line of JSON tells about each build."""
         notes = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
