@@ -17551,8 +17551,8 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     path = options.bundle
     if basename(path) == "evidence.json":
         path = dirname(path) or "."
-    if not exists(path):  # also "-", which cannot be read twice
-        raise UsageError(f"{path}: no such bundle")
+    if not isdir(path) and not isfile(path):  # such as "-": a pipe cannot be read twice
+        raise UsageError(f"{path}: no such directory or archive")
     name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
     if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
@@ -17577,7 +17577,9 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     if any(row["name"] == "gitTree" for row in others):
         raise UsageError("the source is not the recorded one")
     if others and not options.any_toolchain:
-        raise UsageError("these are not the recorded ones", "--any-toolchain compares the artifacts anyway")
+        raise UsageError(
+            "these compilers or tools are not the recorded ones", "--any-toolchain compares the artifacts anyway"
+        )
     names = "build_path", "build_environment", "build_kernel", "build_cpu"
     varied = [name for name in names if byproduct(doc, name) not in (None, byproduct(again, name))]
     one, other = before["artifacts"], after["artifacts"]
@@ -18070,9 +18072,9 @@ COMMANDS = (
                 "text",
             ),
             ("-v --verbose", "show every check, and every field of the evidence"),
+            ("--vsa FILE", "write the verdict to this file too, as a SLSA Verification Summary"),
             ("--policy FILE?", "TOML file with any of the options below, without dashes; the command line wins"),
             ("--evidence-only", "verify evidence.json alone; the verdict names the other files as not covered"),
-            ("--vsa FILE", "write the verdict to this file too, as a SLSA Verification Summary"),
             "what was built",
             ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
             ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),

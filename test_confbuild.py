@@ -18366,6 +18366,10 @@ class TestRebuild:
             assert confbuild.main(command) == 2
             assert f"-o {tmp_path}/{out} is the bundle to compare with" in capsys.readouterr().err
         assert sorted(os.listdir(folder)) == ["artifacts", "evidence.json", "provenance.json"]
+        os.mkfifo(tmp_path / "pipe")  # it could not be read twice
+        for name in ("-", "pipe", "none"):
+            assert confbuild.main(["rebuild", name if name == "-" else f"{tmp_path}/{name}"]) == 2
+            assert "no such directory or archive" in capsys.readouterr().err
 
 
 class TestSbom:
