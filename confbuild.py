@@ -10510,6 +10510,7 @@ form p { margin: 0; flex-basis: 100%; }
 label.button { color: var(--text); font-size: 14px; display: inline-block; }
 label.button:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
 
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 table { border-collapse: collapse; width: 100%; }
 th, td { padding: 5px 16px 5px 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--line); }
 th { font-weight: 500; }
@@ -10621,7 +10622,7 @@ summary { cursor: pointer; }
   <table id="list" aria-labelledby="list-title">
     <thead><tr><th scope="col">Source</th><th scope="col">Status</th><th scope="col">Position</th>
       <th scope="col">Phase</th><th scope="col">Age</th><th scope="col">Duration</th>
-      <th scope="col"><span hidden>Cancel</span></th></tr></thead>
+      <th scope="col"><span class="unseen">Cancel</span></th></tr></thead>
     <tbody id="rows"></tbody>
   </table>
   <p class="quiet" id="none" hidden>Nothing has been built here yet.</p>
@@ -10692,6 +10693,7 @@ function askToken(refused) {
   asking ??= new Promise(done => {
     $("login-note").textContent = refused ? "The server refused this token." : "It is kept until this tab is closed.";
     $("login").hidden = false;
+    $("token").value = "";
     $("token").focus();
     $("login").onsubmit = event => {
       event.preventDefault();
@@ -11164,7 +11166,7 @@ function drawLine({row, line, text, style}) {
   });
   if (cut > 0) body.append(el("i", {}, ` … ${cut.toLocaleString("en")} more characters: download the log`));
   if (pattern) hit = body.querySelector("mark") || plain(text).search(pattern) >= 0;
-  const number = el("a", {href: `#L${line}`, textContent: line, tabIndex: -1});
+  const number = el("a", {href: `#L${line}`, textContent: line, ariaLabel: `Line ${line}`, tabIndex: -1});
   return el("div", {className: `row${hit ? " hit" : ""}${line == target ? " target" : ""}`}, number, body);
 }
 
@@ -11516,7 +11518,12 @@ function verifyCommand(nonce) {
   if (nonce && nonce != build.nonce) notes.push("The server names another nonce than the one that this browser chose!");
   notes.push(config.confidential ? "The measurement is the server's word: compare it with the one that you expect."
     : "It ends with SIMULATED and status 3, because no hardware signed the evidence.");
-  return [el("pre", {className: "command"}, options.join(" ")), el("p", {className: "quiet"}, notes.join(" "))];
+  const command = el("pre", {className: "command"}, options.join(" "));
+  const copy = el("button", {textContent: "Copy", onclick: () => {
+    getSelection().selectAllChildren(command);
+    document.execCommand("copy");  // navigator.clipboard needs https
+  }});
+  return [command, copy, el("p", {className: "quiet"}, notes.join(" "))];
 }
 
 async function showResult() {
@@ -11547,7 +11554,7 @@ async function main() {
   $("cancel").onclick = () => cancel(build);
   Object.assign($("download"), {href: `${path}/result`, download: `${job}.tar.gz`});
   Object.assign($("text"), {href: `${path}/log`, download: `${job}.log`});
-  setInterval(() => { if (!build.finished_at) showBuild(); }, 1000);
+  setInterval(() => { if (isLive(build)) showBuild(); }, 1000);
   prepareLog();
   await follow();
   if (awaited) goToTarget();
@@ -11555,7 +11562,13 @@ async function main() {
   if (build.result) await showResult();
 }
 
-main().catch(e => say("alert", e.message));
+main().catch(e => {
+  say("alert", e.message);
+  say("link", "");
+  if (!build || !e.status) return;
+  build.status = "gone";  // the server has removed it, or is another one
+  showBuild();
+});
 </script>
 </body>
 </html>

@@ -20292,7 +20292,10 @@ class TestPage:
         browser.wait("document.querySelectorAll('#result table').length >= 3")
         assert browser.text("#state") == "ok" and browser.text("#count") == "110 lines"
         shown = browser.text("#result")
-        assert f"verify {job}.tar.gz --nonce {NONCE}" in shown and "8 bytes" in shown
+        command = f"python3 confbuild.py verify {job}.tar.gz --nonce {NONCE}"
+        assert command in shown and "8 bytes" in shown
+        browser.click("#result button")
+        assert browser.run("String(getSelection()).trim()") == command  # headless, it has no clipboard
         assert hashlib.sha256(b"artifact").hexdigest() in shown and confbuild.SIMULATED_NOTICE in shown
         phases = browser.run("[...$('phases').rows].map(row => [...row.cells].map(cell => cell.innerText))")
         assert [row[0] for row in phases] == ["queued", "build"] and phases[1][2] == "110 lines"
@@ -20455,6 +20458,13 @@ class TestPage:
         browser.wait(f"$('rows').rows.length == 1 && $('rows').innerText.includes('{first[:8]}')")
         browser.open(self.address(s, second))
         browser.wait("$('alert').innerText.startsWith('this build was removed at ') && !$('crumb').hidden")
+        browser.open(self.address(s, first))
+        browser.wait("build?.status == 'running' && position > 0")
+        job = s.jobs.table._order.pop(first)  # as if another server had returned
+        s.streamer.stop()
+        browser.wait("$('state').innerText == 'gone' && $('alert').innerText.startsWith('no such build')")
+        assert browser.run("$('cancel').hidden") and not browser.text("#link")
+        s.jobs.table._order[first] = job
 
     def test_resume(self, server: Callable[..., Server], tmp_path: Path, browser: Browser) -> None:
         """A server that is killed and started again: the page says so and loses nothing."""
@@ -20503,6 +20513,7 @@ class TestPage:
             browser.run(f"$('token').value = '{token}'; $('login').requestSubmit()")
             if note:
                 browser.wait(f"!$('login').hidden && $('login-note').innerText == '{note}'")
+                assert browser.run("$('token').value") == ""
                 browser.picture("token")
         browser.wait("$('pane').innerText.includes('secret line')")
         assert browser.run("[sessionStorage.token, localStorage.token]") == ["alpha", None]
