@@ -10125,9 +10125,9 @@ class JobTable:
             job = self._used.get(job_id)
             known = job_id in self._order
         if not known:
-            if _JOB_ID.fullmatch(job_id) and exists(join(self._removed, job_id)):
-                removed = utc_time(getmtime(join(self._removed, job_id)))
-                raise Refused(410, "Gone", f"this build was removed at {removed}")
+            marker = join(self._removed, job_id)
+            if _JOB_ID.fullmatch(job_id) and exists(marker):
+                raise Refused(410, "Gone", f"this build was removed at {utc_time(getmtime(marker))}")
             raise Refused(404, "NotFound", f"no such build: {job_id[:80]!r}")
         if not job:
             job = _read_job(join(self.folder, job_id), lambda _: None)
@@ -10150,15 +10150,15 @@ class JobTable:
     def expire(self, keep_s: float, keep_bytes: float) -> None:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
         live = {job.id for job in self.live()}
-        files = {one: join(self.folder, one, "job.json") for one in reversed(self.ids()) if one not in live}
+        folders = {one: join(self.folder, one) for one in reversed(self.ids()) if one not in live}
         sizes = {
-            one: sum(entry.stat().st_size for entry in os.scandir(dirname(file)))
-            for one, file in files.items()
-            if isfile(file)
+            one: sum(entry.stat().st_size for entry in os.scandir(folder))
+            for one, folder in folders.items()
+            if isfile(join(folder, "job.json"))
         }
         total = sum(sizes.values())
         for one, size in sizes.items():
-            age_s = time.time() - getmtime(files[one])
+            age_s = time.time() - getmtime(join(folders[one], "job.json"))
             if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes):
                 continue
             with open(join(self._removed, one), "wb"):
@@ -10168,7 +10168,7 @@ class JobTable:
                     continue
                 del self._order[one]
             trash = join(self.incoming, one)  # which the next server empties if this one dies
-            os.rename(dirname(files[one]), trash)
+            os.rename(folders[one], trash)
             remove_tree(trash)
             total -= size
 
@@ -11101,7 +11101,7 @@ const WIDEST = 4000;  // characters of a row that are drawn; browsers need a sec
 // The first line of an error of compilers, linkers, programs; tsc, vite, cmake, make; npm, pnpm; go; webpack, esbuild,
 // maven; a shell; next.  "error::" is a path of Rust.
 const ERROR = new RegExp([
-  /\b\w*error(\[\w+\])?:(?!:)|\bfatal:|\bpanicked at\b|undefined reference to|^Traceback |^panic: |\bpanic!/,
+  /error(\[\w+\])?:(?!:)|\bfatal:|\bpanicked at\b|undefined reference to|^Traceback |^panic: |\bpanic!/,
   /\berror (TS\d+|during build):|\bCMake Error\b|^make(\[\d+\])?: \*\*\* |\*\*\* .*\bError \d/,
   /^\s*npm (ERR!|error) (?!code|errno|syscall|path)|^\s*(ERR_PNPM_|ERROR {2}|ELIFECYCLE)/,
   /^go: (?!downloading|finding|extracting|warning|no module dependencies)|^(vet: )?\S+\.go:\d+(:\d+)?: |^--- FAIL: /,
@@ -11293,10 +11293,10 @@ function prepareLog() {
       goToLine(found[0].line);
       return true;
     };
-    const cause = text => text.trim() && build.error?.endsWith(`: ${text.trim()}`);  // the server has found it
+    const cause = text => text.trim() && build.error.endsWith(`: ${text.trim()}`);  // the server has found it
     const mine = ++asked;
     let row = 0, last = false;
-    if (await scan(0, cause, go)) return;
+    if (build.error && await scan(0, cause, go)) return;
     for (row = 0; asked == mine && !last; await sleep(200)) {  // the line may be still to come
       last = complete;
       if (await scan(row, text => ERROR.test(text), go)) return;
@@ -11575,9 +11575,9 @@ main().catch(e => {
 """
 
 
-def page_headers(page: str) -> dict[str, str]:
+def page_headers() -> dict[str, str]:
     """Return the headers of the page, with the hashes of its script and its style.  [CONTRACT 1.18]"""
-    texts = re.findall("(?s)<(?:style|script)>(.*?)</", page)
+    texts = re.findall("(?s)<(?:style|script)>(.*?)</", PAGE)
     style, script = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts)
     # img-src is for the icon. Trusted types make the browser refuse innerHTML.
     policy = f"""default-src 'none'; style-src 'sha256-{style}'; script-src 'sha256-{script}'; connect-src 'self'; \
@@ -11703,20 +11703,19 @@ ROUTES = (
            415: "neither JSON nor an archive", 422: "JSON of the wrong shape", 429: "queue full",
            503: "shutting down, or too many uploads", 507: "the disk of the server is full"}),
     Route("GET", "/build/{id}/events", "events", "Follow a build: Server-Sent Events, replayed from ?from=N, then live",
-          {200: "events", 204: "complete, and no event after N", 400: "invalid from",
-           404: "no such build, or its log is damaged", 503: "too many streams"}, "text/event-stream",
-          {"from": {"type": "integer", "minimum": 0}}),
+          {200: "events", 204: "complete, and no event after N", 400: "invalid from", 503: "too many streams"},
+          "text/event-stream", {"from": {"type": "integer", "minimum": 0}}),
     Route("GET", "/build/{id}/result", "result", "Download the bundle",
-          {200: "the archive", 404: "no archive, or not yet", **_RANGES}, "application/gzip"),
+          {200: "the archive", **_RANGES}, "application/gzip"),
     Route("GET", "/build/{id}/log", "log", "The output of a build so far, also while it runs",
-          {200: "the text", 404: "no such build, or its log is damaged", **_RANGES}, "text/plain"),
+          {200: "the text", **_RANGES}, "text/plain"),
     Route("GET", "/build/{id}/files/{file}", "file", "Download a file of the bundle, such as evidence.json",
-          {200: "the file", 404: "no such file, or no archive yet", **_RANGES}, "application/octet-stream"),
-    Route("GET", "/build/{id}", "status", "The status of a build", {200: "status", 404: "no such build"}),
+          {200: "the file", **_RANGES}, "application/octet-stream"),
+    Route("GET", "/build/{id}", "status", "The status of a build", {200: "status"}),
     Route("DELETE", "/build/{id}", "cancel", "Cancel a build",
-          {200: "status", 404: "no such build", 507: "cancelled, but the disk is full, so a restart may run it again"}),
+          {200: "status", 507: "cancelled, but the disk is full, so a restart may run it again"}),
     Route("GET", "/builds", "list_builds", f"Builds, newest first, at most {MAX_LISTED}",
-          {200: "an array of status", 400: "invalid limit", 404: "no such build"},
+          {200: "an array of status", 400: "invalid limit"},
           query={"after": _ID, "limit": {"type": "integer", "minimum": 1}}),
     Route("GET", "/config", "config", "A description of the server", {200: "configuration"}),
     Route("GET", "/attestation", "attestation", "Evidence of the VM that waits for a build, for ?nonce=",
@@ -11887,7 +11886,7 @@ class Api(NamedTuple):
         """Return the page of browsers; other clients keep their 404. [CONTRACT 1.18]"""
         if not accepts(request.headers, "text/html"):
             raise Refused(404, "NotFound", "no such path: '/' is only for clients whose Accept names text/html")
-        return Response(200, page_headers(PAGE), PAGE.encode())
+        return Response(200, page_headers(), PAGE.encode())
 
     def health(self, _: Request) -> Response:
         """Return 200 `ok`."""
@@ -12058,36 +12057,39 @@ class Api(NamedTuple):
         if url is not None:
             check_url(url, self.policy.schemes, self.policy.loopback)
             check_ref(ref or "")
-            return BuildRequest(nonce, url, ref or "", "", *choices)
-        if ref:
+        elif ref:
             raise Refused(400, "InvalidRef", "repo_ref requires repo_url")
-        with open(archive, "rb") as f:
-            if not is_archive(f.read(4)):
-                raise Refused(400, "InvalidSource", f"{_ARCHIVE[where]} is neither a ZIP file nor a gzip tarball")
-        return BuildRequest(nonce, "", "", (source_name or "")[:255], *choices)
+        else:
+            with open(archive, "rb") as f:
+                if not is_archive(f.read(4)):
+                    raise Refused(400, "InvalidSource", f"{_ARCHIVE[where]} is neither a ZIP file nor a gzip tarball")
+        return BuildRequest(nonce, url or "", ref or "", (not url and source_name or "")[:255], *choices)
 
 
 def openapi_document() -> Json:
     """Return the OpenAPI 3.1 document of ROUTES."""
     paths: dict[str, Any] = {}
+    text = {"type": "string"}
     schema = {
         "type": "object",
         "required": ["nonce"],
-        "properties": dict.fromkeys(REQUEST_FIELDS, {"type": "string"})
-        | {"nonce": _NONCE, "artifacts": {"type": "array", "items": {"type": "string"}}},
+        "properties": dict.fromkeys(REQUEST_FIELDS, text)
+        | {"nonce": _NONCE, "artifacts": {"type": "array", "items": text}},
         "oneOf": [{"required": ["repo_url"]}, {"required": ["source_data"]}],
     }
     content: dict[str, Any] = {"application/json": {"schema": schema}} | dict.fromkeys(RAW_TYPES, {})
     bodies = {"POST": {"requestBody": {"required": True, "content": content}}}
     for route in ROUTES:
+        of_build = "{id}" in route.path or "after" in route.query
         common = (
             (401, "no valid bearer token", route.path not in ("/", "/health")),
             (408, "the body arrives too slowly", route.method in bodies),
-            (410, "the build was removed; the text says when", "{id}" in route.path or "after" in route.query),
+            (404, "no such build, or what is asked for is not there, not yet, or damaged", of_build),
+            (410, "the build was removed; the text says when", of_build),
             (421, "the Host is not a name of this server", True),
         )
-        answers = {**route.answers, **{status: text for status, text, applies in common if applies}}
-        places = [("path", name, _ID) for name in _NAME.findall(route.path)]
+        answers = {**route.answers, **{status: reason for status, reason, applies in common if applies}}
+        places = [("path", name, {"id": _ID}.get(name, text)) for name in _NAME.findall(route.path)]
         places += [("query", *item) for item in route.query.items()]
         paths.setdefault(route.path, {})[route.method.lower()] = {
             "operationId": route.name,
@@ -12097,9 +12099,9 @@ def openapi_document() -> Json:
                 for place, name, schema in places
             ],
             "responses": {
-                str(status): {"description": text}
+                str(status): {"description": reason}
                 | ({} if status in NO_BODY else {"content": {route.media_type if status < 300 else _PROBLEM: {}}})
-                for status, text in sorted(answers.items())
+                for status, reason in sorted(answers.items())
             },
             **bodies.get(route.method, {}),
         }
@@ -12113,15 +12115,17 @@ def find_route(method: str, path: str) -> tuple[Route, Sequence[str]]:
 
     Raises Refused 404 or 405.
     """
-    allowed = set[str]()
+    found = {}
     for route in ROUTES:
-        methods = {"GET", "HEAD"} if route.method == "GET" else {route.method}
         match = re.fullmatch(route.path.replace("{id}", "([^/]+)").replace("{file}", "(.+)"), path)
-        if match and method in methods:
-            return route, match.groups()
-        allowed |= methods if match else set()
-    if allowed:
-        allow = ", ".join(sorted(allowed))
+        if match:
+            found[route.method] = route, match.groups()
+    if "GET" in found:
+        found["HEAD"] = found["GET"]
+    if method in found:
+        return found[method]
+    if found:
+        allow = ", ".join(sorted(found))
         raise Refused(405, "MethodNotAllowed", f"method {method[:80]}: expected {allow}", {"Allow": allow})
     raise Refused(404, "NotFound", f"no such path: {path[:80]!r}")
 
@@ -12220,9 +12224,8 @@ def encode_head(response: Response, request: Request, close: bool) -> bytes:
         headers["Content-Length"] = str(size)
     if close:
         headers["Connection"] = "close"
-    rows = [f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"]
-    rows += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*rows, "", ""]).encode("latin-1")
+    first = f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}"
+    return "\r\n".join([first, *map(": ".join, headers.items()), "", ""]).encode("latin-1")
 
 
 class Connection:

@@ -22405,6 +22405,13 @@ class TestHttp:
                     if path != "/":  # without an Accept that names text/html, the page is a 404
                         assert get[1]["Content-Type"].partition(";")[0] in operation["responses"]["200"]["content"]
         assert len(set(names)) == len(names)
+        found = {
+            p["name"]: p["schema"]
+            for one in doc["paths"].values()
+            for method in one.values()
+            for p in method["parameters"]
+        }
+        assert found["file"] == {"type": "string"} and found["id"]["format"] == "uuid"
         codes = {
             (method, path): {int(code) for code in operation["responses"]}
             for path, methods in doc["paths"].items()
@@ -22412,9 +22419,9 @@ class TestHttp:
         }
         assert all(421 in answers for answers in codes.values())
         assert {path for (_, path), answers in codes.items() if 401 not in answers} == {"/", "/health"}
-        assert {path for (_, path), answers in codes.items() if 410 in answers} == {
-            path for path in doc["paths"] if "{id}" in path or path == "/builds"
-        }
+        of_builds = {path for path in doc["paths"] if "{id}" in path or path == "/builds"}
+        assert {path for (_, path), answers in codes.items() if 410 in answers} == of_builds
+        assert {path for (_, path), answers in codes.items() if 404 in answers} == {"/", *of_builds}
         assert {path for (_, path), answers in codes.items() if 408 in answers} == {"/build"}
         assert s.ask("GET", "/health")[2] == b"ok" and json.loads(s.ask("GET", "/config")[2]) == {
             "platform": "simulated"
