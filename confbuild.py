@@ -6604,7 +6604,12 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
     remote). The configuration of the user is obeyed; its safe.directory decides which work trees of other users count.
     Raises BuildFailed with git's reason if git refuses the work tree."""
     root = directory = realpath(directory)
-    while not lexists(join(root, ".git", "HEAD")) and not isfile(join(root, ".git")):
+
+    def has_no_git() -> bool:
+        git = join(root, ".git")  # git says what is wrong with a file, a broken link, or a folder that is not readable
+        return lexists(git) is (isdir(git) and os.access(git, os.X_OK)) and not lexists(join(git, "HEAD"))
+
+    while has_no_git():
         root, below = dirname(root), root
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None

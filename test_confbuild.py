@@ -13409,6 +13409,22 @@ class TestSources:
         said = capsys.readouterr().err
         assert "not a git repository: /nowhere" in said and f"hint: repair it, or move {root}/.git away" in said
 
+    @pytest.mark.parametrize("kind", ["link", "private"])
+    def test_a_repository_out_of_reach(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+        """What git would ignore is never packed because git cannot read its folder. [CONTRACT 5.4]"""
+        root = self.repository(tmp_path, {".gitignore": ".env\n"})
+        (root / ".env").touch()
+        if kind == "link":
+            (root / ".git").rename(tmp_path / "moved")
+            (root / ".git").symlink_to("../elsewhere")
+        else:
+            (root / ".git/HEAD").unlink()
+            access = os.access  # as for a user who is not root
+            monkeypatch.setattr(os, "access", lambda path, mode: path != f"{root}/.git" and access(path, mode))
+        with pytest.raises(confbuild.UsageError, match="not a git repository") as caught:
+            self.pack(root, tmp_path)
+        assert f"move {root}/.git away" in caught.value.hint
+
     def test_filters_of_a_submodule(self, tmp_path: Path) -> None:
         """They are refused if it is packed, also in a modified work tree. [CONTRACT 5.4]"""
         files = {".gitattributes": "*.bin filter=lfs\n", "a.bin": "pointer"}
