@@ -13939,8 +13939,8 @@ class VmPool:
             self._changed.notify_all()
         if booting:
             booting.kill()
-        for vm in spares:
-            self.destroy(vm, clean=True)
+        with concurrent.futures.ThreadPoolExecutor(64) as workers:  # at a time: each may take CLEAN_UP_S
+            list(workers.map(lambda vm: self.destroy(vm, clean=True), spares))
         self._thread.join(self._boot_timeout_s)
 
     def boot(self, vm: Vm, timeout_s: float = 0.0) -> dict[str, Any]:

@@ -25071,14 +25071,29 @@ esac
         assert Path(f"{tmp_path}.seen").read_text() == f"{vm.name}\n"
         assert os.listdir(tmp_path) == [] and not pool._alive
 
+    @staticmethod
+    def together(folder: Path) -> str:
+        """A clean-up of which two must run at a time."""
+        seen = folder / "seen"
+        seen.mkdir()
+        script = f"touch {seen}/{{name}}; until [ $(ls {seen} | wc -l) = 2 ]; do sleep 0.01; done"
+        return shlex.join(["sh", "-c", script])
+
+    def test_spares_end_at_a_time(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "vms").mkdir()
+        platform, command = confbuild.SIMULATED_PLATFORM, self.together(tmp_path)
+        kind = confbuild.command_vms("true", command, platform, {}, str(tmp_path / "vms"), {})
+        pool = confbuild.VmPool(lambda *_: confbuild.Vm(kind))
+        pool._spares += [confbuild.Vm(kind), confbuild.Vm(kind)]
+        pool.start()
+        pool.stop()
+        assert not caplog.records and os.listdir(tmp_path / "vms") == []
+
     def test_clean_ups_of_an_earlier_server(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """All at a time: each of these two waits for the other one."""
         for name in ("a", "b"):
             write_files(tmp_path / f"state/guests/confbuild-vm-{name}", {"job": "j"})
-        seen = tmp_path / "seen"
-        seen.mkdir()
-        script = f"touch {seen}/{{name}}; until [ $(ls {seen} | wc -l) = 2 ]; do sleep 0.01; done"
-        words = ["--vm-command", "true", "--vm-cleanup", shlex.join(["sh", "-c", script])]
+        words = ["--vm-command", "true", "--vm-cleanup", self.together(tmp_path)]
         machine: Any = types.SimpleNamespace(guest=None, platform=confbuild.SIMULATED_PLATFORM)
         options, state = confbuild.parse_arguments(["serve", *words]), str(tmp_path / "state")
         confbuild.vm_kind(options, state, confbuild.SourcePolicy(), machine, lambda: 0)
