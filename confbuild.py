@@ -7233,16 +7233,16 @@ def match_files(root: str, pattern: str) -> list[str]:
     return sorted(filter(None, paths))
 
 
-def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]) -> Artifacts:
+def find_artifacts(project: str, folders: Sequence[str], pattern: str) -> Artifacts:
     """Return (name, path) of the files and directories of project that match, sorted by name.  [CONTRACT 2.1]
 
     project: its real path before the build.
     folders: relative to project, with * for any name; "" is the project.
-    patterns: relative to each folder.
+    pattern: relative to each folder.
     Raises BuildFailed ProvenanceError if the build replaced a part of a folder's path by a symbolic link.
     """
-    found = {}
-    for folder, pattern in itertools.product(folders, patterns):
+    found = []
+    for folder in folders:
         path = join(project, folder).rstrip("/")
         if realpath(path) != path:
             raise BuildFailed(
@@ -7250,11 +7250,10 @@ def find_artifacts(project: str, folders: Sequence[str], patterns: Sequence[str]
                 f"{folder or 'the project'} is a symbolic link to {realpath(path)}, "
                 "expected a directory that the build made",
             )
-        for match in match_files(project, f"{folder}/{pattern}"):
-            path = join(project, match)
+        for path in (join(project, match) for match in match_files(project, f"{folder}/{pattern}")):
             if isfile(path) or isdir(path):
-                found[path] = basename(path) + ".tar.gz" * isdir(path)
-    return sorted((name, path) for path, name in found.items())
+                found.append((basename(path) + ".tar.gz" * isdir(path), path))
+    return sorted(found)
 
 
 def _is_executable(path: str) -> bool:
@@ -7268,7 +7267,7 @@ def collect_cargo(project: str, _: bytes) -> Artifacts:
     """
     return [
         (name, path)
-        for name, path in find_artifacts(project, _CARGO_FOLDERS, ["*"])
+        for name, path in find_artifacts(project, _CARGO_FOLDERS, "*")
         if re.fullmatch(r"(?s)(?!\.)([^.]*|.*\.exe)", name) and _is_executable(path)
     ]
 
@@ -7789,7 +7788,7 @@ def evaluate_go(plan: Toolchain, root: str, folder: str) -> Toolchain:
     names = [basename(path) for path in listed.decode("utf-8", "replace").split("\n")]
 
     def collect(project: str, _: bytes) -> Artifacts:
-        made = [row for row in find_artifacts(project, [_OWN_OUTPUT], ["*"]) if _is_executable(row[1])]
+        made = [row for row in find_artifacts(project, plan.folders, "*") if _is_executable(row[1])]
         taken = [row for row in made if names.count(row[0]) < 2]
         if made and not taken:
             raise BuildFailed(
@@ -8505,7 +8504,7 @@ def run_pipeline(
     bundle = join(own, "bundle")
     patterns = request.artifacts or plan.artifacts
     try:
-        matches = {pattern: find_artifacts(project, [*plan.folders, ""], [pattern]) for pattern in patterns}
+        matches = {pattern: find_artifacts(project, [*plan.folders, ""], pattern) for pattern in patterns}
         made = sorted({*itertools.chain(*matches.values())}) if patterns else plan.collect(project, stdout)
         if not made:
             raise BuildFailed("NoArtifacts", _explain_nothing(plan, project, patterns, before))
@@ -8660,7 +8659,7 @@ def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], bef
 
     before: the names in project before the build, and of the folders that it makes.
     """
-    found = find_artifacts(project, plan.folders or [""], ["[!.]*.[!d]*" if plan.folders else "*"])
+    found = find_artifacts(project, plan.folders or [""], "[!.]*.[!d]*" if plan.folders else "*")
     made = [relpath(path, project) for _, path in found if basename(path) not in before]
     message = f"the build succeeded but made no {' or '.join(patterns) or 'executable'}"
     return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
