@@ -2380,13 +2380,13 @@ class TcbStatus(NamedTuple):
     """The status of a machine's TCB.
 
     date: the date of the level that the platform has reached.
-    newest: the date of the newest level in the TCB info.
+    days_behind: from that date to the date of the newest level in the TCB info.
     """
 
     status: str
     advisories: Sequence[str]
     date: str
-    newest: str
+    days_behind: int
 
 
 def parse_collateral(data: bytes) -> Any:
@@ -2521,10 +2521,10 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
     # Intel decides when a level counts as out of date. The dates show the lag whatever Intel has decided.
     date, newest = platform["tcbDate"], max(level["tcbDate"] for level in info["tcbLevels"])
     try:
-        list(map(datetime.fromisoformat, (date, newest)))
+        days_behind = (datetime.fromisoformat(newest) - datetime.fromisoformat(date)).days
     except ValueError:  # such as February 31
         raise Malformed("tcb_info", f"{date} or {newest} is not a date") from None
-    return TcbStatus(status, sorted(advisories), date, newest)
+    return TcbStatus(status, sorted(advisories), date, days_behind)
 
 
 # endregion 11
@@ -4185,13 +4185,14 @@ def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
     # firmware are missing.
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
     # "Up to date" is relative to the given documents. So also show how far the level lies behind the newest one.
-    days = (datetime.fromisoformat(tcb.newest) - datetime.fromisoformat(tcb.date)).days
     advisories = f" ({', '.join(tcb.advisories)})" if tcb.advisories else ""
-    actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {days} days behind the newest"
+    actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {tcb.days_behind} days behind the newest"
     detail = "firmware with known vulnerabilities; --accept-tcb accepts one status by name, never Revoked"
     holds = tcb.status in accepted
     checks.hold("TCB status", holds, " or ".join(accepted), actual, "" if holds else detail)
-    checks.claims.update(tcb_status=tcb.status, advisories=tcb.advisories, tcb_date=tcb.date, tcb_days_behind=days)
+    checks.claims.update(
+        tcb_status=tcb.status, advisories=tcb.advisories, tcb_date=tcb.date, tcb_days_behind=tcb.days_behind
+    )
 
 
 def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> None:

@@ -4579,17 +4579,20 @@ class TestCollateral:
     def test_levels(self) -> None:
         """The highest level of which every number is reached, however the levels are sorted."""
         newest, second, oldest = tcb_info()["tcbLevels"]
+        dates = [datetime.datetime.fromisoformat(level["tcbDate"]) for level in (newest, second, oldest)]
+        lag = [(dates[0] - date).days for date in dates]
+        assert 0 == lag[0] < lag[1] < lag[2]
         for levels in itertools.permutations((newest, second, oldest)):
             info = tcb_info(tcbLevels=list(levels))
-            assert tcb_of(info) == ("UpToDate", [], newest["tcbDate"], newest["tcbDate"])
+            assert tcb_of(info) == ("UpToDate", [], newest["tcbDate"], 0)
             assert tcb_of(info, tee_tcb_svn=bytes((5, 1, 3))) == (
                 "SWHardeningNeeded",
                 ["INTEL-SA-1"],
                 second["tcbDate"],
-                newest["tcbDate"],
+                lag[1],
             )
             old = tcb_of(info, pck=PCK._replace(svns=(5,) * 15 + (4,)), tee_tcb_svn=bytes((5, 1, 3)))
-            assert old == ("OutOfDate", ["INTEL-SA-1", "INTEL-SA-3"], oldest["tcbDate"], newest["tcbDate"])
+            assert old == ("OutOfDate", ["INTEL-SA-1", "INTEL-SA-3"], oldest["tcbDate"], lag[2])
             assert tcb_of(info, pck=PCK._replace(pcesvn=12)).status == "OutOfDate"
         for pck, svn in (
             (PCK._replace(pcesvn=4), (5, 1, 4)),
