@@ -11522,7 +11522,7 @@ function verifyCommand(nonce) {
   if (!nonce) notes.push("The nonce is the server's word, because this browser did not submit the build.");
   if (nonce && nonce != build.nonce) notes.push("The server names another nonce than the one that this browser chose!");
   notes.push(config.confidential ? "The measurement is the server's word: compare it with the one that you expect."
-    : "It ends with SIMULATED and status 3, because no hardware signed the evidence.");
+    : "The command ends with SIMULATED and status 3, because no hardware signed the evidence.");
   const command = el("pre", {className: "command"}, options.join(" "));
   const copy = el("button", {textContent: "Copy", onclick: () => {
     getSelection().selectAllChildren(command);
@@ -11840,7 +11840,7 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     asked = request.headers.get("range", "")
     if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
         asked = ""
-    size, match = file.size, re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", asked.replace(" ", ""), re.ASCII)
+    size, match = file.size, re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", asked.replace(" ", ""))
     first, last = match.groups() if match else ("", "")
     if not first + last or first and last and int(first) > int(last):
         return Response(200, headers, source=file)  # a server may ignore what is not one range of bytes
@@ -11862,7 +11862,7 @@ def accepts(headers: Strings, media_type: str) -> bool:
 def read_count(request: Request, name: str, default: str) -> int:
     """Return the number in the query's field called name. Raises Refused 400, Invalid and the name."""
     text = request.query.get(name, default)
-    if not re.fullmatch(r"[0-9]{1,18}", text, re.ASCII):
+    if not re.fullmatch("[0-9]{1,18}", text):
         raise Refused(
             400, f"Invalid{name.title()}", f"{name}: {text[:80]!r} is not a number of at most 18 digits, such as 0"
         )
@@ -12159,7 +12159,7 @@ class AccessPolicy(NamedTuple):
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "replace")
         # Compare with every token, each in constant time: any() over a list, not over a generator.
-        matches = [hmac.compare_digest(given, known.encode("utf-8")) for known in self.tokens]
+        matches = [hmac.compare_digest(given, known.encode()) for known in self.tokens]
         if scheme.lower() != "bearer" or not any(matches):
             headers = {"WWW-Authenticate": 'Bearer realm="confbuild"'}
             raise Refused(401, "Unauthorized", "a valid bearer token is required", headers)
@@ -12323,7 +12323,7 @@ class Connection:
         """Return the answer of the API. Raises Refused."""
         length = head.headers.get("content-length", "0")
         # First of all: if the end of the request is not known, bytes after it must not be taken for another request.
-        if "transfer-encoding" in head.headers or not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+        if "transfer-encoding" in head.headers or not re.fullmatch("[0-9]{1,18}", length):
             raise Refused(411, "LengthRequired", "expected one Content-Length and no Transfer-Encoding")
         self.unread = int(length)
         self.deadline = monotonic() + 60 + self.unread / MIN_RATE
