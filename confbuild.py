@@ -13340,6 +13340,7 @@ class ForkServer:
     def __init__(self) -> None:
         for module in (email, gzip, selectors, subprocess, urllib):
             module.__spec__  # noqa: B018  # loads it, as every agent needs it
+        own_source()  # of the code that agents run, and name in provenance, even if an upgrade replaces the file
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(10)

@@ -23623,7 +23623,9 @@ class TestAgent:
         assert confbuild.fork_server() is None
         monkeypatch.setattr(threading, "active_count", lambda: 1)
         monkeypatch.setattr(os, "fork", raising(OSError(errno.EAGAIN, "Resource temporarily unavailable")))
+        confbuild.own_source.cache_clear()
         assert confbuild.fork_server() is None  # the server runs without it
+        assert confbuild.own_source.cache_info().currsize == 1  # before the fork: the file may be replaced later
 
     def test_lifeline_that_breaks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A standard input that cannot be watched is one that has ended."""
