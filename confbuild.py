@@ -6792,7 +6792,7 @@ def _read_head(
         if name.startswith(removed):
             raise source_error(f"git tracks {name}, which is removed before a build")
     env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
-    if {*files} == head.keys() and not submodules:
+    if found.keys() == head.keys() and not submodules:
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
         with contextlib.suppress(BuildFailed, OSError):
             plain = git_environment(env, ())
