@@ -20723,6 +20723,9 @@ def site(tmp_path: Path) -> Iterator[Callable[..., Site]]:
         one.jobs.stop(10)
         one.server.stop()
         one.streamer.stop()
+        for note in one.streamer._selector.notes():  # a browser's request that came after the end
+            if isinstance(note, confbuild.Watcher):
+                note.sock.close()
 
 
 def is_problem(answer: tuple[int, Any, bytes], status: int, error_type: str, fragment: str = "") -> None:
