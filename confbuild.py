@@ -12454,6 +12454,8 @@ class Server:
                     self._selector.close()
                     self.sock.close()
                     self._ended.set()
+                    for late in self._selector.notes():  # take() did not see the end
+                        late.sock.close()
                     return
                 self._set_deadline(note)
                 self._hold(note)
