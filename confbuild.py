@@ -12410,8 +12410,7 @@ class Server:
     """
 
     head_s, idle_s, linger_s, scan_s = HEAD_S, IDLE_S, LINGER_S, 0.25
-    mask = 0
-    _held = 0  # the sum of the bytes of _waiting
+    mask = _held = 0  # _held: the sum of the bytes of _waiting
 
     def __init__(
         self,
