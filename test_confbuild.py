@@ -25129,7 +25129,8 @@ class TestSpares:
     def test_warm(self, server: Callable[..., Server]) -> None:
         """A spare attests; if it dies it is replaced; if a build takes it, the next one boots; none remains."""
         s = server("--warm", "1")
-        [first] = wait_for(lambda: counted(s) == 1 and agents(s))  # while it starts, it has a child
+        # While it starts, it has a child.
+        [[first]] = wait_for(lambda: [found for found in [agents(s)] if len(found) == 1])
         answer = s.request("GET", f"/attestation?nonce={NONCE}")
         assert answer[0] == 200 and answer[1]["Content-Type"] == "application/json"
         verdict = confbuild.verify_bundle(
@@ -25137,7 +25138,7 @@ class TestSpares:
         )
         assert verdict.verdict == "simulated" and verdict.claims["signed_data"] == "00" * 32 + NONCE + "00" * 16
         os.kill(first, signal.SIGKILL)
-        [second] = wait_for(lambda: counted(s) == 1 and {*agents(s)} - {first})
+        [[second]] = wait_for(lambda: [found for found in [{*agents(s)} - {first}] if len(found) == 1])
         wait_for(lambda: s.request("GET", f"/attestation?nonce={NONCE}")[0] == 200)
         seen = {}
         job = s.submit(project(f"grep PPid /proc/$$/status; {QUICK}"))
