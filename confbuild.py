@@ -5779,7 +5779,8 @@ def unpack_archive(path: str, root: str, max_bytes: int = MAX_UNPACKED, max_rati
         with open(path, "rb") as f:
             zipped = f.read(2) == b"PK"
             f.seek(0)
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=f), MIB)
+            # GzipFile.read is Python, and a header has 512 bytes.
+            stream = f if zipped else io.BufferedReader(gzip.GzipFile(fileobj=f), MIB)
             members = _zip_members(f) if zipped else tar_members(stream, max_bytes)
             for count, member in enumerate(members, 1):
                 if count > MAX_MEMBERS:
@@ -5844,12 +5845,12 @@ _HARMLESS_PAX = b"comment mtime atime ctime uid gid uname gname SCHILY.archtype"
 _DISPUTED_PAX = tuple(b"GNU.sparse. GNU.dumpdir GNU.volume. SCHILY.realsize SCHILY.filetype SUN.holesdata".split())
 
 
-def _take(stream: Any, size: int) -> Iterator[bytes]:
-    """Yield the next size bytes of an archive in blocks."""
+def _take(read: Callable[[int], bytes], size: int, label: str = "the archive") -> Iterator[bytes]:
+    """Yield the next size bytes in blocks. read: returns at most so many bytes. label: names the data in errors."""
     while size:
-        block = stream.read(min(size, BLOCK))
+        block = read(min(size, BLOCK))
         if not block:
-            raise source_error("the archive is cut off")
+            raise source_error(f"{label} is cut off")
         size -= len(block)
         yield block
 
@@ -5858,12 +5859,7 @@ def read_blocks(path: str, size: int) -> Iterator[bytes]:
     """Yield the first size bytes of a file in blocks. Raises BuildFailed SourceError if it has fewer, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)  # half the time of open, which counts for 60,000 small files
     try:
-        while size:
-            block = os.read(fd, min(size, BLOCK))
-            if not block:
-                raise source_error(f"{path!r} is cut off")
-            size -= len(block)
-            yield block
+        yield from _take(functools.partial(os.read, fd), size, repr(path))
     finally:
         os.close(fd)
 
@@ -5881,7 +5877,7 @@ def tar_members(stream: Any, limit: int) -> Iterator[_Member]:
         if not header.strip(b"\0"):
             break
         kind, (size, mode) = header[156:157], _read_tar_numbers(header)
-        contents = _take(stream, size)
+        contents = _take(stream.read, size)
         if kind in _TAR_EXTENSIONS:
             spare -= 512 + size
             if size > MIB or spare < 0:
@@ -5902,7 +5898,7 @@ def tar_members(stream: Any, limit: int) -> Iterator[_Member]:
                 raise limit_error(f"the archive unpacks to more than {limit} bytes")
             yield _read_tar_member(header, size, mode, extended, contents)
             extended = {}
-        deque(itertools.chain(contents, _take(stream, -size % 512)), 0)  # skip what nobody has read
+        deque(itertools.chain(contents, _take(stream.read, -size % 512)), 0)  # skip what nobody has read
     if not header or extended:
         raise source_error("the archive ends within a member" if extended else "the archive is empty")
     after = 0
