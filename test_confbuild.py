@@ -29377,14 +29377,19 @@ class TestUsage:
     def test_default_state_and_second_signal(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        """Jobs are kept in the user's folder of data; a second SIGTERM ends the server at once. [CONTRACT 1.15]"""
-        states, ended, clock = list[str](), list[int](), itertools.count()
+        """Jobs are kept in the user's folder of data; a second SIGTERM ends the server at once. [CONTRACT 1.15]
+
+        The handler takes no lock: the main thread, which it interrupts, could hold that.
+        """
+        states, ended, clock, called = list[str](), list[int](), itertools.count(), set[str]()
 
         def start(options: Any, state: str, *_: Any) -> Any:
             states.append(state)
             stop = signal.getsignal(signal.SIGTERM)
             assert callable(stop)
+            sys.setprofile(lambda frame, event, argument: called.add(frame.f_code.co_filename))
             stop(signal.SIGTERM, None)
+            sys.setprofile(None)
             assert len(ended) == len(states) - 1
             pool = types.SimpleNamespace(start=lambda: None)
             return types.SimpleNamespace(url="http://x", stop=lambda grace: stop(signal.SIGTERM, None), pool=pool)
@@ -29408,6 +29413,7 @@ class TestUsage:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         assert states == [str(tmp_path / ".local/share/confbuild"), "here", "/data/confbuild"] and ended == [130] * 3
+        assert confbuild.__file__ in called and threading.__file__ not in called
         assert "running builds have 7 s" in capfd.readouterr().err
 
     def test_loopback(self) -> None:
