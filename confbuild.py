@@ -5832,9 +5832,7 @@ def _zip_members(f: IO[bytes]) -> Iterator[_Member]:
 
 MAX_EXTENDED = 64 * MIB  # all headers that extend another one; 1 KB of an archive can hold 1 MiB of them
 # Mode, uid, gid, size, mtime and checksum; with a magic, also the numbers of a device.
-_TAR_NUMBERS = ((100, 108), (108, 116), (116, 124), (124, 136), (136, 148), (148, 156), (329, 337), (337, 345))
-# Octal, or positive in base-256. Readers disagree about all others: Python's int accepts `1_0`, GNU tar `-7`.
-_TAR_NUMBER = re.compile(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", re.DOTALL)
+_TAR_NUMBERS = {False: "100x 8s 8s 8s 12s 12s 8s 356x", True: "100x 8s 8s 8s 12s 12s 8s 173x 8s 8s 167x"}
 # Name, mode, uid, gid, size, mtime, checksum, type, target of a link, magic, version.
 _USTAR = "100s 8s 8s 8s 12s 12s 8s 1s 100s 6s 2s 247x"
 _TAR_KINDS = {b"0": "file", b"\0": "file", b"1": "hardlink", b"2": "symlink", b"5": "directory"}
@@ -5911,21 +5909,23 @@ def tar_members(stream: Any, limit: int) -> Iterator[_Member]:
             raise limit_error("the archive goes on for more than 16 MiB after its last member")
 
 
-def _read_tar_numbers(header: bytes) -> tuple[int, int]:
-    """Return (size, mode) of a header. Raise BuildFailed unless all its numbers and its checksum are valid."""
-    fields = [
-        _TAR_NUMBER.fullmatch(header, start, end)
-        for start, end in _TAR_NUMBERS[: 8 if header[257:262] == b"ustar" else 6]
-    ]
-    if len(header) < 512 or None in fields:
+@functools.lru_cache(4096)
+def _tar_number(field: bytes) -> int:
+    """Return a number of a header: octal, or positive in base-256. Raise BuildFailed SourceError for all others.
+
+    Readers disagree about those: Python's int accepts `1_0`, GNU tar `-7`."""
+    match = re.fullmatch(rb" *([0-7]+)[ \0]*|\0*|\x80(.+)", field, re.DOTALL)
+    if not match:
         raise source_error(
             "the archive is not a tarball, or has a number that is neither octal nor positive in base-256"
         )
-    mode, size, checksum = (
-        int.from_bytes(field[2], "big") if field[2] else int(field[1] or b"0", 8)
-        for field in (fields[0], fields[3], fields[5])
-        if field
-    )
+    return int.from_bytes(match[2], "big") if match[2] else int(match[1] or b"0", 8)
+
+
+def _read_tar_numbers(header: bytes) -> tuple[int, int]:
+    """Return (size, mode) of a header. Raise BuildFailed unless all its numbers and its checksum are valid."""
+    fields = struct.unpack(_TAR_NUMBERS[header[257:262] == b"ustar"], header if len(header) == 512 else b"-" * 512)
+    mode, _, _, size, _, checksum, *_ = map(_tar_number, fields)
     if checksum != sum(header[:148] + b" " * 8 + header[156:]):
         raise source_error("the archive is damaged: a header has a wrong checksum")
     return size, mode
@@ -6022,11 +6022,14 @@ def tar_header(name: str, kind: bytes, mode: int, size: int = 0, target: str = "
     return records + _tar_block(name, kind, mode, size, target)
 
 
-def write_source(archive: str, root: str, name: str, files: Iterable[str] = ("",), git: str = "") -> None:
+def write_source(
+    archive: str, root: str, name: str, files: Iterable[str] = ("",), git: str = "", level: int = 6
+) -> None:
     """Write files into the gzip tarball archive, in a directory called name, without owners and times.
 
     files: relative to root, folders with all that is in them; all of root by default.
     git: the folder that becomes `.git`; empty for none.
+    level: of the compression, from 1, fast, to 9, small.
     Raises BuildFailed SourceError or LimitError, OSError."""
 
     def add(path: str, member: str) -> None:
@@ -6048,9 +6051,9 @@ def write_source(archive: str, root: str, name: str, files: Iterable[str] = ("",
         else:
             raise source_error(f"{path!r} is neither a file nor a link")
 
-    # GzipFile: level 6, modification time 0. The bytes depend only on the members. tarfile would take three times as
-    # long, and its bytes depend on its version.
-    with open(archive, "wb") as f, gzip.GzipFile("", "wb", 6, f, 0) as z, io.BufferedWriter(z, MIB) as out:
+    # GzipFile: modification time 0. The bytes depend only on the members and the level. tarfile would take three times
+    # as long, and its bytes depend on its version.
+    with open(archive, "wb") as f, gzip.GzipFile("", "wb", level, f, 0) as z, io.BufferedWriter(z, MIB) as out:
         if git:
             add(git, join(name, ".git"))
         for file in sorted(files):
@@ -6863,7 +6866,8 @@ def pack_directory(
         name, history = safe_name(basename(realpath(directory))), source.history
         tree = history.tree if history else git_tree(source.root, source.files)
         whole = history and not source.git  # with the empty folders of submodules
-        write_source(archive, source.root, name, [""] if whole else source.files, source.git)
+        # It is read once: a higher level costs more than it saves.
+        write_source(archive, source.root, name, [""] if whole else source.files, source.git, level=3)
     except BuildFailed as e:
         raise UsageError(f"{directory}: {e}", e.hint) from None
     return Packed(source.note, tree, history.commit if history else "", source.files)
