@@ -26,42 +26,42 @@ Usage
     python3 confbuild.py --version                    print the version and the SHA-256 of this file
 
 A bundle is a directory: artifacts/ (the files that were built), provenance.json (which source, tools and dependencies
-they were built from: an in-toto Statement with SLSA provenance) and evidence.json (the statement of the processor
-about the VM of the build, the provenance and the nonce of the client).
+they were built from: an in-toto Statement with SLSA provenance) and evidence.json (what the processor signed: a report
+about the VM that ran the build, with the digest of provenance.json and the nonce of the client).
 
 What PASSED means
 
-Every required check passed and no check failed. The platform requires checks, a bundle requires checks, and each
-option of the caller requires one. Together they say:
+Every required check passed and no check failed. Three things require checks: the kind of hardware, the bundle, and each
+option that the caller gives. Together they say:
 
     - The files in artifacts/ are the subjects of provenance.json, with the same digests, and there are no others.
     - evidence.json contains the digest of this provenance.json.
     - An AMD SEV-SNP or Intel TDX processor signed that evidence about a VM whose memory its host can neither read nor
       change (unless --allow-debug was given and the VM is in debug mode).
-    - The manufacturer certifies the key. AMD certifies it for one processor or for one cloud, and for the version of
-      the firmware that signed. Intel certifies the key of one machine.
+    - The manufacturer certifies the key that signed. AMD certifies it for one processor or one cloud, and for one
+      version of the firmware. Intel certifies the key of one machine.
     - Every value that the caller gave matches.
 
-With --evidence-only, the first two say nothing: only the evidence is verified. With --at, all this holds as of that
-time: what expired later does not count. But a key that a revocation list names counts as revoked at any time.
+With --evidence-only, only the evidence is verified: the first two statements do not hold. With --at, all this holds as
+of that time: certificates may have expired since. But a key on a given revocation list counts as revoked at any time.
 
 What PASSED does not mean
 
     - Without --measurement, --image or --igvm it does not say which software ran in the VM. Anybody who rents such a
       machine can run software there that attests any provenance. For TDX the measurement covers only what the VM
       started with, which is its firmware; --rtmr or, on dstack, --compose-hash covers what ran next. On Azure --pcr
-      does. There the report only names the key that signed the evidence, and anybody can get a report for a key of
-      their own, even without a VM.
+      does. There the report only names the key that signed the evidence, and anybody can get such a report for a key
+      that they keep outside of any VM.
     - Without --nonce the evidence may be old.
     - Without --crl, or --collateral for TDX, the key may have been revoked.
     - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
-    - Without --source or --source-commit the source may be any source.
+    - Without --source, --source-commit or --source-tree any source may have been built.
     - It never says that the source is harmless.
 
 SIMULATED means: everything matches, but no hardware signed the evidence. Whoever made the bundle could have invented
 all of it.
 
-Contents (a section uses only sections above it; 1-4 are vocabulary, free to all)
+Contents (a section uses only sections above it; 1-4 are vocabulary, which every section may use)
 
     Part I - Vocabulary
      1. Names and limits
@@ -325,7 +325,7 @@ SIMULATED_BUILDER = "urn:confbuild:builder:simulated:v1"
 QEMU_BUILDER = "urn:confbuild:builder:qemu:v1"  # a QEMU guest that is not confidential
 SNP_BUILDER = "urn:confbuild:builder:sev-snp:v1"
 TDX_BUILDER = "urn:confbuild:builder:tdx:v1"
-# The platforms that an agent may be told to be, and the builder.id of their provenance. [CONTRACT 3.3]
+# Platform that the host names to its agent -> builder.id of the provenance [CONTRACT 3.3].
 BUILDERS: Mapping[str, str] = {"simulated": SIMULATED_BUILDER, "qemu": QEMU_BUILDER, "snp": SNP_BUILDER}
 SIMULATED_NOTICE = (
     "Simulated evidence: no confidential VM, no hardware signature. "
@@ -540,8 +540,8 @@ def parse_nonce(text: Any) -> str:
 def decode_base64(text: Any, name: str, urlsafe: bool = False) -> bytes:
     """Return the bytes of canonical base64.  [RFC4648 4, 5]
 
-    text: of the standard alphabet with padding, or any other JSON value, which is refused.
-    urlsafe: text is of the URL-safe alphabet instead, with or without padding.
+    text: in the standard alphabet, with padding. A JSON value that is not a string is refused.
+    urlsafe: text uses the URL-safe alphabet instead, with or without padding.
     Raises Malformed.
     """
     if isinstance(text, str):
@@ -697,7 +697,7 @@ def merkle_root(entries: Sequence[str]) -> str:
 # region 4. Records                                               [uses nothing]
 # ==============================================================================
 # Immutable values that pass between sections: what the verifier takes and returns, what a server accepts, and the
-# forms of a time. None of them checks its fields; whoever makes one has done that. Only utc_now reads the clock.
+# forms of a time. None of them checks its fields: the code that creates one does. Only utc_now reads the clock.
 
 
 class Check(NamedTuple):
@@ -763,9 +763,9 @@ class BundleFiles(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """What hashing the parts of an image directory found.
+    """The result of hashing the parts of an image directory.
 
-    manifest_sha256: of image.json. An SNP guest that boots the image has it as HOST_DATA.
+    manifest_sha256: of image.json. It is the HOST_DATA of an SNP guest that boots the image.
     parts: empty, or why the parts differ from image.json.
     firmware: empty, or why the firmware may boot something that is not measured.
     launch_digests: "EPYC-v4, 1 vCPU" -> the recomputed launch digest in hexadecimal.
@@ -783,8 +783,8 @@ Text = str | None  # in Expectations
 class Expectations(NamedTuple):
     """The reference values of the caller.
 
-    None and False mean: not checked. An empty text or list is compared like any other. Bytes are hexadecimal digits:
-    of either case for the evidence, in lower case for the provenance, which has no other.
+    None and False mean: not checked. An empty text or list is compared like any other. Bytes are written as hexadecimal
+    digits: in either case for values of the evidence, in lower case for values of the provenance.
     """
 
     nonce: Text = None
@@ -792,10 +792,10 @@ class Expectations(NamedTuple):
     image: ImageFacts | None = None  # the VM must have booted it
     igvm: Text = None  # the launch digest of the IGVM file that the VM must have booted
     disk: Text = None  # empty, or why the disk does not have the root hash of that file's command line
-    # "snp" or "milan:snp" -> its least level in each TCB of the report; "tdx" -> TEE_TCB_SVN, as one big-endian number.
+    # "snp" or "milan:snp" -> minimum level in each TCB of the report; "tdx" -> TEE_TCB_SVN, as one big-endian number.
     min_tcb: Mapping[str, int] | None = None
     host_data: Text = None
-    guest_policy: Sequence[int] | None = None  # mask, value of these bits, least ABI (major << 8 | minor)
+    guest_policy: Sequence[int] | None = None  # mask, value of these bits, minimum ABI (major << 8 | minor)
     platform_info: int | None = None  # the bits that may be set
     vmpl: int | None = None  # None: 0 for SEV-SNP
     guest_svn: int | None = None
@@ -815,8 +815,8 @@ class Expectations(NamedTuple):
     source_commit: Text = None
     source_tree: Text = None
     lockfile_sha256: Text = None
-    dependencies: Sequence[str] | None = None  # every dependency, as uris
-    packages: Sequence[str] | None = None  # some: NAME@VERSION of the default registry, or a uri
+    dependencies: Sequence[str] | None = None  # the uris of all dependencies
+    packages: Sequence[str] | None = None  # some dependencies: NAME@VERSION of the default registry, or a uri
     builder_id: Text = None
     build_type: Text = None
     build_log_sha256: Text = None
@@ -835,7 +835,7 @@ class Expectations(NamedTuple):
 
 
 def utc_time(seconds: float) -> str:
-    """Return a time for the verifier, as 2026-11-23T00:00:00Z.
+    """Return a time as UTC text, such as 2026-11-23T00:00:00Z.
 
     seconds: since 1970.
     """
@@ -1031,10 +1031,10 @@ class Der:
     def time(self) -> str:
         """Return a UTCTime or GeneralizedTime as text such as 2026-11-23T00:00:00Z.  [RFC5280 4.1.2.5]
 
-        To compare two such texts is to compare the times.
+        Such texts sort like the times that they name.
         """
         tag = self.peek()
-        # One form of text for both types, so that not_before <= now <= not_after compares times. Days that do not
+        # Both types become the same form, so that not_before <= now <= not_after compares times. Days that do not
         # exist, such as February 31, are accepted: nothing calculates with these texts.
         octets = self.contents(UTC_TIME if tag == UTC_TIME else GENERALIZED_TIME)
         if tag == UTC_TIME:  # it has two digits for the year: 50 to 99 belong to the last century
@@ -1069,8 +1069,8 @@ class RsaKey(NamedTuple):
 class Curve(NamedTuple):
     """A curve y^2 = x^3 - 3x + b modulo p, and the hash that its signatures use.  [SP800-186 3.2.1]
 
-    g: base point (x, y) of the prime order n; the cofactor is 1.
-    sha: a constructor of hashlib, whose digest has as many bits as n.
+    g: base point (x, y) of prime order n; the cofactor is 1.
+    sha: a hashlib constructor; its digests have as many bits as n.
     """
 
     name: str
@@ -1106,7 +1106,7 @@ P384 = Curve(
 
 
 class Point(NamedTuple):
-    """Affine coordinates, not checked to be on the curve. As a public key it is Q of the standard."""
+    """Affine coordinates; nothing has checked that they lie on the curve. A public key is Q of the standard."""
 
     curve: Curve
     x: int
@@ -1254,19 +1254,19 @@ def verify_ecdsa(curve: Curve, q: PublicKey, message: bytes, r: int, s: int) -> 
 # Intel: root -> PCK CA -> PCK (of one machine), and root -> TCB signer. Only the root's key is pinned; the other
 # certificates come with the evidence. All are P-256 keys and sign with ECDSA and SHA-256.
 #
-# Functions called parse_* authenticate nothing. verify_* and make_anchors check signatures.
+# Functions named parse_* authenticate nothing. verify_* and make_anchors check signatures.
 #
 # This is not a validator for the Web: there are no policies, host names, or paths to search for. Each chain has a known
 # length, and each certificate a known place in it. So little remains of path validation [RFC5280 6]: a certificate
 # names its issuer, the issuer has signed it, the issuer may sign certificates, and the time lies in the certificate's
 # period. The caller of these functions checks the time, and that the chain ends in the pinned key.
 
-# Whoever could replace a key in this table could forge every report. So it can be audited: the SHA-256 next to each key
-# is the one that openssl prints, and the tests compute it again. A new product of AMD needs a new row here.
+# Anybody who can replace a key in this table can forge every report. To audit it, compare the SHA-256 next to each key
+# with the one that openssl prints; the tests recompute them. A new product of AMD needs a new row here.
 #
 # AMD's CA keys: role, common name, serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, modulus.
-# To compare one with what AMD publishes (https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
-# vlek/v1/Milan/cert_chain the ASVK and the ARK):
+# AMD publishes them: https://kdsintf.amd.com/vcek/v1/Milan/cert_chain holds the ASK and the ARK,
+# vlek/v1/Milan/cert_chain the ASVK and the ARK. To print the SHA-256 of the key in a certificate:
 #     openssl x509 -in FILE -noout -pubkey | openssl pkey -pubin -outform der | sha256sum
 # fmt: off
 _AMD_KEYS = (
@@ -1353,9 +1353,9 @@ _AMD_KEYS = (
      KFmZDpeZWSZgzvn2K+SQTK80ZKn8Yq2SKfU="""),
 )
 # fmt: on
-# Intel's other certificates are replaced every few years, so they come with the quote and the collateral.
-# Each chain of them must end in this key. The verdict compares the SHA-256 below with that of the chain's last key. So
-# only this SHA-256 is trusted; the coordinates are for readers and for the tests.
+# Intel replaces its other certificates every few years, so they come with the quote and the collateral. Each chain must
+# end in this key: the verdict compares the SHA-256 of the chain's last key with the one below. Only this SHA-256 is
+# trusted; the coordinates are for readers and for the tests.
 #
 # Intel's root: serial number, notBefore, notAfter, SHA-256 of the SubjectPublicKeyInfo, key. To compare it with
 # https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer, use openssl as above.
@@ -1373,11 +1373,11 @@ _INTEL_KEY = (
 # Attribute types of names [X520].
 _NAME_TYPES = {"2.5.4.3": "CN", "2.5.4.6": "C", "2.5.4.7": "L", "2.5.4.8": "ST", "2.5.4.10": "O", "2.5.4.11": "OU"}
 Name = tuple[tuple[str, str], ...]  # (type, value) of each attribute, in the order of the certificate
-# The algorithms are compared as whole encodings. Parsing them, with parameters that are optional and have defaults,
-# would accept hashes and salt lengths that nobody uses, and an attacker would choose the weakest.
+# An algorithm is compared as a whole encoding. Its parameters are optional and have defaults. A parser of them would
+# accept hashes and salt lengths that nobody uses, and an attacker would choose the weakest.
 #
 # AlgorithmIdentifier of RSASSA-PSS with SHA-384, MGF1 with SHA-384 and a salt of 48 bytes [RFC4055 3.1], without and
-# with the trailer field. The field has its default and should be absent, but AMD's older certificates contain it.
+# with the trailer field. DER leaves out a field with its default value, but AMD's older certificates contain it.
 _SHA384 = "300d06096086480165030402020500"
 _PSS = "06092a864886f70d01010a 30{}a00f" + _SHA384 + "a11c301a06092a864886f70d010108" + _SHA384 + "a203020130"
 _PSS_ALGORITHMS = (bytes.fromhex("3041" + _PSS.format("34")), bytes.fromhex("3046" + _PSS.format("39") + "a303020101"))
@@ -1391,8 +1391,8 @@ _EC_ALGORITHMS = {  # id-ecPublicKey with a named curve [RFC5480 2.1]
 # re does not try every shorter block, which would take quadratic time.
 _PEM = re.compile("-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\r\n]*+)-----END CERTIFICATE-----")
 _ALGORITHMS_DIFFER = "the signed and the unsigned signature algorithm differ"
-# BasicConstraints says whether a certificate is that of a CA. KeyUsage says what its key may do; the place of a
-# certificate in its chain decides that here.
+# BasicConstraints says whether a certificate is a CA's. KeyUsage says what its key may do; here, the place of the
+# certificate in its chain decides that.
 _BASIC_CONSTRAINTS, _KEY_USAGE = "2.5.29.19", "2.5.29.15"
 # Extensions of a VEK [VCEK 3.1, tables 8 and 9]. They say which chip (HWID) or cloud (CSP_ID) has the key, and from
 # which versions of the firmware it was derived. An SPL is a security patch level: one byte of TCB_VERSION.
@@ -1419,7 +1419,7 @@ class Anchor(NamedTuple):
     key: PublicKey
 
 
-# Product ("Milan", "Intel") -> role ("ark", "ask", "asvk"; of Intel "root") -> its key.
+# Product ("Milan", "Intel") -> role ("ark", "ask", "asvk"; for Intel "root") -> its key.
 Anchors = Mapping[str, Mapping[str, Anchor]]
 
 
@@ -1461,7 +1461,7 @@ class Certificate(NamedTuple):
 class RevocationList(NamedTuple):
     """The fields of a certificate revocation list.
 
-    revoked: serial numbers. Not a set: an attacker could choose numbers with equal hashes and make it slow.
+    revoked: serial numbers. Not a set, because an attacker could choose numbers with equal hashes, which makes it slow.
     """
 
     tbs_cert_list: bytes
@@ -1491,7 +1491,7 @@ def intel_name(common_name: str) -> Name:
 
 def pinned_anchors() -> Anchors:
     """Return the pinned keys of AMD and Intel."""
-    # The names are not in the tables: all of AMD's differ in the common name only, which ends with the product.
+    # The tables hold only AMD's common names, which end with the product: the rest of each name is the same.
     anchors = {"Intel": {"root": Anchor(intel_name("Intel SGX Root CA"), *_INTEL_KEY)}}
     for role, common_name, serial, not_before, not_after, spki_sha256, modulus in _AMD_KEYS:
         key = RsaKey(int.from_bytes(base64.b64decode(modulus), "big"), 65537)
@@ -1520,7 +1520,7 @@ def _parse_name(der: Der) -> Name:
 def _parse_extensions(der: Der) -> dict[str, bytes]:
     """Return OID -> value.  [RFC5280 4.2]
 
-    An unknown extension may be ignored unless it is critical. The two that are critical here restrict CAs.
+    An unknown extension may be ignored unless it is critical. The two known critical ones restrict CAs.
     """
     # A critical extension may restrict what the key may do. Ignoring an unknown one could give the key more rights than
     # its CA did. AMD's and Intel's own extensions are not critical, so a reader may skip those that it does not know.
@@ -1530,7 +1530,7 @@ def _parse_extensions(der: Der) -> dict[str, bytes]:
         critical = extension.peek() == BOOLEAN
         if critical:  # TRUE is FF, and FALSE, the default, must not be encoded [X690 11.1, 11.5]
             extension.require(extension.contents(BOOLEAN) == b"\xff", f"extension {oid}: critical is not TRUE")
-        # Of two HWIDs, one reader would take the first and another the last.
+        # If there were two HWIDs, one reader would take the first and another the last.
         extension.require(oid not in found, f"extension {oid} occurs twice")
         known = oid in (_BASIC_CONSTRAINTS, _KEY_USAGE)
         extension.require(known or not critical, f"extension {oid} is critical but unknown")
@@ -1543,7 +1543,7 @@ def _parse_public_key(data: bytes, structure: str) -> PublicKey:
 
     RSA with 2048 to 4096 bits and exponent 65537, or an uncompressed point, not checked to be on the curve.
     """
-    # The algorithm decides how the bits are read, so it is read first, and no key is accepted under two algorithms.
+    # The algorithm decides how to read the bits. It is compared as a whole, so no key can pass as one of another kind.
     info = Der(data, structure).enter()
     algorithm, octets = info.read_all(lambda info: (info.element(SEQUENCE)[0], info.bit_string()))
     curve = _EC_ALGORITHMS.get(algorithm)
@@ -1583,7 +1583,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     structure: names the certificate in errors.
     Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
     """
-    # Every field is parsed, even if no check uses it: signed bytes that cannot be understood must not be skipped.
+    # Every field is parsed, even if no check uses it: signed bytes that nobody understands must not be skipped.
     tbs, der, signature, algorithm = _parse_signed(data, structure)
     der.require(der.enter(0xA0).read_all(Der.integer) == 2, "expected version 3")  # counted from 0
     serial = der.integer()
@@ -1710,18 +1710,17 @@ def parse_pem_chain(text: str, length: int, structure: str) -> list[Certificate]
 
 
 def verify_chain(chain: Sequence[Certificate], structure: str, verified: set[tuple[bytes, bytes]]) -> None:
-    """Raise Malformed or BadSignature unless each certificate has signed the one before it.
+    """Raise Malformed or BadSignature unless each certificate has signed the one before it, and the last one itself.
 
-    The last one must have signed itself, and each but the first must be that of a CA. The caller checks the time, and
-    that the last key is a trusted one.
+    All but the first must be CA certificates. The caller checks the time, and that the last key is a trusted one.
     structure: names the chain in errors.
-    verified: (signed part, signature) of the certificates that earlier calls have accepted. They are not verified
-        again, not even against the issuer that follows them here. Those of this chain are added.
+    verified: (signed part, signature) of each certificate that earlier calls accepted; this call adds its own. These
+        certificates are not verified again, not even against the issuer that follows them in this chain.
     """
-    # Skipping them is safe. A verdict passes only if each of its chains passes and ends in the pinned root. That
-    # includes the chain in which such a certificate was verified.
-    # Without the check of cA, a key that Intel has certified for another purpose, such as one machine's, would pass as
-    # a CA's.
+    # Not verifying them again is safe: a verdict passes only if all its chains pass and end in the pinned root, also
+    # the chain in which such a certificate was verified.
+    # Without the check of cA, a key that Intel certified for another purpose, such as one machine's, would pass as a
+    # CA's.
     for certificate, issuer in zip(chain, [*chain[1:], chain[-1]], strict=True):
         if (certificate.tbs_certificate, certificate.signature) not in verified:
             # BasicConstraints begins with cA; FALSE is the default, which must not be encoded. [RFC5280 4.2.1.9]
@@ -1742,7 +1741,7 @@ def _vek_extension(vek: Certificate, oid: str, structure: str) -> Der:
 
 
 def vek_tcb(vek: Certificate, names: Iterable[str]) -> dict[str, int]:
-    """Return the security patch levels in a VEK: of the firmware that its key belongs to.  [VCEK 3.1]
+    """Return the security patch levels in a VEK: the firmware version that its key belongs to.  [VCEK 3.1]
 
     names: those that the product has, as in TCB_LAYOUTS.
     Raises Malformed.
@@ -1782,12 +1781,12 @@ def vek_csp_id(vek: Certificate) -> str | None:
 def vek_in_table(table: bytes, kind: str) -> bytes | None:
     """Return the certificate of kind "VCEK" or "VLEK" in a certificate table, or None.  [GHCB 4.1.8.1]
 
-    An entry is a GUID (16 bytes), offset (u32) and length (u32); an entry of zeros ends the table.  Hosts disagree
-    about the byte order of the GUID, so both are accepted.
-    table: any bytes, from the hostile host.
+    An entry is a GUID (16 bytes), offset (u32) and length (u32); an entry of zeros ends the table. Hosts disagree about
+    the byte order of the GUID, so both are accepted.
+    table: any bytes; the host that wrote them is not trusted.
     """
-    # A wrong certificate does no harm, because the report's signature is checked with its key. Offsets and lengths may
-    # lie: slices of Python end at the end of the table.
+    # A wrong certificate does no harm, because the report's signature is checked with its key. Nor do false offsets and
+    # lengths: a slice in Python stops at the end of the table.
     wanted = uuid.UUID(VEK_GUIDS.get(kind, "0" * 32))
     for guid, offset, length in struct.iter_unpack("<16sII", table[: len(table) // 24 * 24]):
         if not any(guid):
@@ -1800,12 +1799,12 @@ def vek_in_table(table: bytes, kind: str) -> bytes | None:
 def find_vek(data: bytes, kind: str) -> Certificate:
     """Return the certificate of a VEK in DER, a PEM chain or a certificate table.
 
-    kind: "VCEK" or "VLEK", if there are several.
+    kind: which one to return if there are several: "VCEK" or "VLEK".
     Raises Malformed.
     """
-    # People have either the answer of AMD's service (DER, or PEM with the chain) or the host's certificate table.
-    # Decoding as latin-1 never fails, so any bytes can be searched for PEM. If no certificate has the right name,
-    # return the first one: the check "signing key" then shows its name.
+    # Callers have either the response of AMD's service (DER, or PEM with the chain) or the host's certificate table.
+    # Decoding as latin-1 never fails, so any bytes can be searched for PEM. If no certificate has the right name, the
+    # first one is returned, so that the check "signing key" shows its name.
     found = [decode_base64("".join(block.split()), "VEK") for block in _PEM.findall(data.decode("latin-1"))]
     certificates = [parse_certificate(der, "VEK") for der in found or [vek_in_table(data, kind) or data]]
     return next((vek for vek in certificates if ("CN", f"SEV-{kind}") in vek.subject), certificates[0])
@@ -1814,12 +1813,11 @@ def find_vek(data: bytes, kind: str) -> Certificate:
 def vek_chip_id(vek: Certificate) -> bytes:
     """Return the chip_id of a VCEK, 64 bytes.  [VCEK 3.1]
 
-    Three encodings occur in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and on Turin 8 bytes,
-    which the report extends with zeros.
+    Three encodings of HWID occur in the field: the 64 bytes as they are, the same in a DER OCTET STRING, and on Turin
+    only the first 8 bytes.
     Raises Malformed.
     """
-    # Eight bytes are enough for Turin's identifiers. The report's other 56 bytes are then zero, so extending the
-    # identifier with zeros compares all 64.
+    # The other 56 bytes of a Turin report's chip_id are zero. So extend the 8 bytes with zeros, to compare all 64.
     hwid = vek.extensions.get(_HWID, b"")
     if len(hwid) == 66 and hwid[:2] == b"\x04\x40":
         hwid = hwid[2:]
@@ -1837,7 +1835,7 @@ def vek_chip_id(vek: Certificate) -> bytes:
 # the caller has traced to AMD. Simulated evidence has the same layout, with zeros where only hardware has a value.
 
 REPORT_SIZE = 1184
-SIGNED_SIZE = 0x2A0  # the signature covers the bytes before it; those after it, from 0x330 on, mean nothing
+SIGNED_SIZE = 0x2A0  # the signature covers the bytes before this offset; those from 0x330 on mean nothing
 # The fields of Report, in the notation of the struct module; "x" is a reserved byte.
 # fmt: off
 _REPORT_LAYOUT = struct.Struct(
@@ -1868,7 +1866,7 @@ TCB_LAYOUTS = {
     "Turin": {"fmc": 0, "bootloader": 1, "tee": 2, "snp": 3, "microcode": 7},
 }
 # (family, first model, last model) of CPUID -> product. Siena and Bergamo (models A0 to AF) use Genoa's keys. Venice is
-# known by name only, to refuse it: AMD has published no keys of it. Its models are those of the crate sev 7.1.
+# known by name only, to refuse it: AMD has published no keys for it. Its models are those of the crate sev 7.1.
 _PRODUCTS = (
     (0x19, 0x00, 0x0F, "Milan"),
     (0x19, 0x10, 0x1F, "Genoa"),
@@ -1884,7 +1882,7 @@ class Report(NamedTuple):
     """The fields of an ATTESTATION_REPORT. A comment gives the offset of each.  [SNP-ABI 7.3]
 
     Nothing authenticates them yet.
-    r, s: of the signature, with all 72 bytes each, so that the 24 unused bytes cannot hide a change.
+    r, s: the signature. Each is read from all its 72 bytes, so that the 24 unused ones cannot hide a change.
     data: the whole report.
     """
 
@@ -1971,11 +1969,11 @@ def bit_names(bits: int, names: Sequence[str]) -> list[str]:
 def reserved_fields(report: Report) -> list[str]:
     """Return the names of the signed fields in which a reserved bit is set.  [SNP-ABI 4.3, 7.3]
 
-    A bit that a later version of the report defines is reserved in this one: alias-check, iommu-write-safe and the
-    bytes of CPUID before version 3, tio, page-swap-off and the mitigation vectors before version 5.
+    Bits that only a later version of the report defines count as reserved too. Before version 3 these are alias-check,
+    iommu-write-safe and the bytes of CPUID; before version 5 they are tio, page-swap-off and the mitigation vectors.
     """
-    # Bits that are defined: of the policy 0 to 24, and page-swap-off (25) since version 5; of PLATFORM_INFO 0 to 4,
-    # 5 and 6 since version 3, and tio (7) since version 5; of the flags 0 to 4. True counts as 1.
+    # Defined bits: policy 0 to 24, and since version 5 page-swap-off (25); PLATFORM_INFO 0 to 4, since version 3 also 5
+    # and 6, since version 5 also tio (7); flags 0 to 4. The shifts below use that True counts as 1.
     data, v3, v5 = report.data, report.version >= 3, report.version >= 5
     fields: dict[str, Any] = {
         "policy": report.policy >> 25 + v5,
@@ -1991,13 +1989,13 @@ def reserved_fields(report: Report) -> list[str]:
 
 
 def tcb_text(levels: Mapping[str, int]) -> str:
-    """Return security patch levels in the form that --min-tcb takes: "bootloader=3,tee=0"."""
+    """Return security patch levels in the form of --min-tcb: "bootloader=3,tee=0"."""
     return ",".join(f"{name}={level}" for name, level in levels.items())
 
 
 def vek_url(report: Report, product: str) -> str:
     """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]"""
-    short = {"bootloader": "bl", "microcode": "ucode"}  # the others are in the URL by their names
+    short = {"bootloader": "bl", "microcode": "ucode"}  # the others keep their names in the URL
     query = "&".join(
         f"{short.get(name, name)}SPL={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items()
     )
@@ -2035,7 +2033,7 @@ HCL_REQUEST = 2  # the request that produced the report; the same in every VM
 class HclReport(NamedTuple):
     """The two parts of an HCL report.
 
-    attestation_report: the report of SEV-SNP hardware. With TDX nothing reads it: the evidence also has a quote.
+    attestation_report: the report of SEV-SNP hardware. With TDX it is not used: the evidence has a quote instead.
     runtime_data: JSON. Its SHA-256 is the first half of the hardware report's report_data.
     """
 
@@ -2058,7 +2056,7 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
     """Parse the HCL report of an Azure VM.  [AZURE]
 
     expected: the report type.
-    Integers are little-endian. Nobody signs the headers, so each of their fields must have a known value. Only two
+    Integers are little-endian. The headers are not signed, so each of their fields must have a known value. Only two
     things may vary: the version (1 or 2), and the number of zeros after the runtime data.
     Raises Malformed.
     """
@@ -2088,7 +2086,7 @@ def parse_runtime_data(data: bytes) -> tuple[RsaKey, Any]:
     data: the runtime data of an HCL report, which has a JWK with the kid HCLAkPub.
     Raises Malformed.
     """
-    # The verdict repeats the document. The depth is small because indentation multiplies the size of deep documents.
+    # The verdict contains the document. Its depth is limited because indentation multiplies the size of a deep one.
     doc = parse_json(data, "runtime data", 16)
     keys = doc.get("keys") if isinstance(doc, dict) else None
     if not isinstance(keys, list):
@@ -2159,8 +2157,8 @@ _TD_BODIES = ((2, 584), (3, 648))  # type and size
 QE_VENDOR = "939a7233f79c4ca9940a0db3957f0607"  # Intel's quoting enclave
 TDX_TEE, ECDSA_P256 = 0x81, 2  # TEE type, attestation key type
 _QE_CERTIFICATION, _PCK_CHAIN = 6, 5  # types of certification data
-# Bits of TDATTRIBUTES [TDX-MODULE, ATTRIBUTES]. TD_FORBIDDEN holds the reserved bits, and those of the first byte, TUD,
-# except DEBUG: they let the host profile a TD.
+# Bits of TDATTRIBUTES [TDX-MODULE, ATTRIBUTES]. TD_FORBIDDEN holds the reserved bits, and all bits of the first byte,
+# TUD ("TD under debug"), but DEBUG: they let the host profile a TD.
 TD_DEBUG, TD_MIGRATABLE, TD_FORBIDDEN = 1, 1 << 29, 0x3FFFFFFF0780FF00 | 0xFE
 XFAM_REQUIRED = 3  # x87 and SSE state, which every processor has
 # The extension of a PCK certificate [PCK, SGX extensions]: PPID .1, TCB .2, PCEID .3, FMSPC .4.
@@ -2206,9 +2204,9 @@ class TdQuote(NamedTuple):
 
 
 class Pck(NamedTuple):
-    """What a PCK certificate says about the machine.
+    """The fields of a PCK certificate that describe its machine.
 
-    svns: security version numbers of its 16 components.
+    svns: security version numbers of the 16 components of its TCB.
     """
 
     svns: tuple[int, ...]
@@ -2256,7 +2254,10 @@ def parse_td_quote(data: bytes) -> TdQuote:
 
 
 def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
-    """Raise BadSignature unless signature, r and s of 32 bytes each, is key's over message, with P-256."""
+    """Raise BadSignature unless signature is key's ECDSA signature over message, with P-256.
+
+    signature: r and s, of 32 bytes each.
+    """
     r, s = raw_pair(signature)
     verify_ecdsa(P256, key, message, r, s)
 
@@ -2272,11 +2273,11 @@ def raw_pair(data: bytes) -> tuple[int, int]:
 def _sgx_fields(der: Der) -> dict[str, Der]:
     """Return {OID: cursor over the value} of a SEQUENCE of pairs (OID, value).
 
-    The values have several types, so any tag is accepted here; the caller asks for the one that it expects.
+    The values have several types, so any tag is accepted here. Whoever reads a value names the tag that it must have.
     """
     pairs = [(field.oid(), Der(field.element(field.peek())[0], "SGX extension")) for field in der.each()]
     fields = dict(pairs)
-    if len(fields) != len(pairs):  # of two values, two readers could take different ones
+    if len(fields) != len(pairs):  # if there were two values, two readers could take different ones
         raise Malformed("SGX extension", "two fields have one OID")
     return fields
 
@@ -2307,9 +2308,9 @@ def parse_pck(certificate: Certificate) -> Pck:
 # in one JSON file. parse_collateral authenticates nothing. verify_document returns a document only if the given key has
 # signed it. The other functions expect documents that the caller has verified.
 #
-# How a status is found: a TCB info lists levels, and each level lists the least version numbers that it requires. A
-# machine has reached a level if none of its own numbers is lower. Its status is that of the highest level that it has
-# reached. An old document knows nothing of flaws that were found later, so each one is valid for a limited time.
+# How a status is found: a TCB info lists levels, and each level lists minimum version numbers. A machine has reached a
+# level if none of its own numbers is lower. Its status is that of the highest level that it has reached. An old
+# document does not know flaws that were found later, so each document is valid for a limited time.
 
 TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
     "UpToDate",
@@ -2321,7 +2322,7 @@ TCB_STATUSES = (  # the best first [PCS, TCB info, tcbStatus]
     "Revoked",
 )
 REFUSED_TCB = TCB_STATUSES[4:]  # unless the caller accepts one by name; never Revoked
-# What a platform's status becomes if the quoting enclave or the TDX module is out of date.
+# Status of a platform -> its status if the quoting enclave or the TDX module is out of date.
 _OUT_OF_DATE = dict.fromkeys(TCB_STATUSES[:2], "OutOfDate")
 _OUT_OF_DATE |= dict.fromkeys(TCB_STATUSES[2:4], "OutOfDateConfigurationNeeded")
 TCB_SIGNER = intel_name("Intel SGX TCB Signing")
@@ -2339,8 +2340,8 @@ def _hex_of(size: int) -> re.Pattern[str]:
     return re.compile(f"[0-9A-Fa-f]{{{2 * size}}}")
 
 
-# The members that are read; Intel may add others ("*"), and has done so. Version and id must be these: another version
-# of a document could give a member another meaning.
+# The members that are read. Intel may add others ("*"), and has done so. Only these versions and ids are accepted: in
+# another version of a document, a member could have another meaning.
 _LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "*": object}
 _ISVSVN = [{**_LEVEL, "tcb": {"isvsvn": int}}]
 _COMPONENTS = [{"svn": int, "*": object}] * 16
@@ -2391,7 +2392,7 @@ class TcbStatus(NamedTuple):
 
 
 def parse_collateral(data: bytes) -> Any:
-    """Return the members of a collateral file: those of _COLLATERAL, and any others that are in it.
+    """Return the members of a collateral file: those of _COLLATERAL, and any others.
 
     Raises Malformed.
     """
@@ -2430,12 +2431,12 @@ def module_identity(info: Any, quote: TdQuote) -> Any:
 
 
 def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
-    """Return (what document says about these fields, what they hold), both as text.
+    """Return (the values of these fields in document, their actual values), both as text.
 
-    A field counts only under the mask that the document gives for it, if it gives one.  [PCS]
+    If the document has a mask for a field, only the bits in the mask are compared.  [PCS]
     """
-    # Bits outside of the mask may differ between machines, such as those that say which features are in use. The bit
-    # DEBUG lies inside of Intel's masks, and must be zero.
+    # Bits outside of the mask may differ between machines, such as those that say which features are in use. Intel's
+    # masks contain the bit DEBUG, and their documents say that it is zero.
     actual = []
     for name, data in fields.items():
         mask = bytes.fromhex(document.get(f"{name}Mask", "ff" * len(data)))
@@ -2444,12 +2445,12 @@ def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
 
 
 def describe_module(module: Any, quote: TdQuote) -> tuple[str, str]:
-    """Return (what the entry of a TDX module says, what the quote says), which must be equal."""
+    """Return (expected, actual) identity of the TDX module as text: of its entry in TCB info, and of the quote."""
     return _describe(module, mrsigner=quote.mr_signer_seam, attributes=quote.seam_attributes)
 
 
-# If the caller gives no collateral, these stand in for its documents. Every QE identity says this about Intel's quoting
-# enclave for TDX, and every TCB info says it about the TDX module, in all versions so far. [PCS, QE identity, TCB info]
+# If the caller gives no collateral, these stand in for its documents. So far, every QE identity has had these values
+# for Intel's quoting enclave, and every TCB info has had them for the TDX module. [PCS, QE identity, TCB info]
 INTEL_QE = {
     "mrsigner": "dc9e2a7c6f948f17474e34a7fc43ed030f7c1563f1babddf6340c82e0e54a8c5",
     "attributes": "11000000000000000000000000000000",
@@ -2461,7 +2462,10 @@ INTEL_MODULE = {"mrsigner": "00" * 48, "attributes": "00" * 8}
 
 
 def describe_qe(identity: Any, report: bytes) -> tuple[str, str]:
-    """Return (what the QE identity says, what the QE's report says), which must be equal.  [PCS, QE identity]"""
+    """Return (expected, actual) identity of the quoting enclave as text: of identity, and of its report.
+
+    [PCS, QE identity]
+    """
     # REPORTBODY of SGX: miscselect at 16, attributes at 48, MRSIGNER at 128, ISVPRODID at 256, ISVSVN at 258.
     fields = {"mrsigner": report[128:160], "attributes": report[48:64], "miscselect": report[16:20]}
     expected, actual = _describe(identity, **fields)
@@ -2479,14 +2483,13 @@ def _numbers(tcb: Any) -> list[int]:
 
 
 def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> Any:
-    """Return the highest level whose numbers are all at most the actual ones.
+    """Return the highest TCB level that the actual version numbers reach: none of them is lower.
 
     actual: in the order of _numbers.
     what: names the owner of these numbers in the error.
-
     Raises Malformed.
     """
-    # The first level that is reached counts. So sort the highest to the front: a document may have another order.
+    # Sort the levels, the highest first: a document may have them in another order.
     for level in sorted(levels, key=lambda level: _numbers(level["tcb"]), reverse=True):
         if all(have >= need for have, need in zip(actual, _numbers(level["tcb"]), strict=True)):
             return level
@@ -2496,7 +2499,8 @@ def _reached_level(levels: Sequence[Any], actual: Sequence[int], what: str) -> A
 def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck) -> TcbStatus:
     """Return the status of the platform, merged with those of its TDX module and its quoting enclave.  [PCS]
 
-    info, identity: documents. module: entry of the quote's TDX module.
+    info, identity: verified documents.
+    module: the entry of the quote's TDX module in info.
     Raises Malformed if one of the three is below every level, or if a date does not exist.
     """
     svn, minor = quote.tee_tcb_svn, quote.tee_tcb_svn[1]
@@ -2517,9 +2521,9 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
         elif level["tcbStatus"] in REFUSED_TCB:
             # A platform that is itself out of date, or revoked, stays so.
             status = _OUT_OF_DATE.get(status, status)
-    # An advisory names a vulnerability of the firmware at that level. The caller sees those of all three.
+    # An advisory names a vulnerability of the firmware at that level. Return those of all three.
     advisories = {name for level in (platform, *others) for name in level.get("advisoryIDs", ())}
-    # Intel decides when a level counts as out of date. The dates show the lag whatever Intel has decided.
+    # Intel decides when a level counts as out of date. The dates show how old it is, whatever Intel has decided.
     date, newest = platform["tcbDate"], max(level["tcbDate"] for level in info["tcbLevels"])
     try:
         days_behind = (datetime.fromisoformat(newest) - datetime.fromisoformat(date)).days
@@ -2532,8 +2536,8 @@ def evaluate_tcb(info: Any, identity: Any, module: Any, quote: TdQuote, pck: Pck
 # ==============================================================================
 # region 12. Event logs                                                [uses 11]
 # ==============================================================================
-# Logs of the events that extended a TD's registers RTMR0 to RTMR3. Nobody signs a log. But if replaying it gives the
-# registers of a quote, its digests and their order are proven. Any other field of an event is proven only if the digest
+# Logs of the events that extended a TD's registers RTMR0 to RTMR3. A log is not signed. But if replaying it gives the
+# registers of a quote, its digests and their order are proven. Another field of an event is proven only if the digest
 # was recomputed from it here.
 # Specifications: [CCEL], [DSTACK].
 
@@ -2553,8 +2557,8 @@ def replay_ccel(data: bytes) -> list[bytes]:
     Raises Malformed.
     """
     r = Reader(data, "cc_eventlog")
-    # The first event has the old form, TCG_PCR_EVENT: register, type, SHA-1 digest, size of the data. Its data describe
-    # the algorithms of the log. They are not trusted: the sizes of the known algorithms are fixed.
+    # The first event has the old form, TCG_PCR_EVENT: register, type, SHA-1 digest, size of the data. Its data list the
+    # log's algorithms and their sizes. They are not used: the sizes of the known algorithms are fixed.
     _, kind, size = r.unpack("<II20xI")
     r.require(kind == _NO_ACTION, f"first event of type {kind:#x}, expected {_NO_ACTION:#x}")
     r.take(size)
@@ -2567,7 +2571,7 @@ def replay_ccel(data: bytes) -> list[bytes]:
             r.require(algorithm in _CCEL_DIGESTS, f"digest of unknown algorithm {algorithm:#x}")
             digests[algorithm] = r.take(_CCEL_DIGESTS[algorithm])
         r.take(*r.unpack("<I"))
-        # An event of this type is a remark and extends nothing. MRTD was final before the first event.
+        # An event of this type is only a remark: it extends no register. MRTD was final before the first event.
         if kind == _NO_ACTION or register == 0:  # register 0 is MRTD
             continue
         r.require(register <= 4, f"event of register {register}, expected at most 4")
@@ -2577,10 +2581,10 @@ def replay_ccel(data: bytes) -> list[bytes]:
 
 
 def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
-    """Return (the registers RTMR0 to RTMR3 after the events of a dstack log, name and payload of each proven event).
+    """Return (the registers RTMR0 to RTMR3 after the events of a dstack log, (name, payload) of each proven event).
 
     The digest of an event of type DSTACK_EVENT is recomputed from its name and payload. Events after "system-ready"
-    are those of the app, which can give them any name; they are replayed but not returned.  [DSTACK]
+    come from the app, which can give them any name; they are replayed but not returned.  [DSTACK]
     Raises Malformed.
     """
     event = {"imr": int, "event_type": int, "digest": _hex_of(48), "event": str, "event_payload": str}
@@ -2590,12 +2594,12 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
         index, digest, name = entry["imr"], bytes.fromhex(entry["digest"]), entry["event"]
         if not 0 <= index <= 3:
             raise Malformed("event_log", f"event of register {index}, expected 0 to 3")
-        # Nobody signs the type, so a compose-hash that is relabelled must not disappear from the list. dstack extends
-        # register 3 with events of this type only.
+        # The type is not signed. If other types were allowed, somebody could hide a compose-hash by changing its type.
+        # dstack extends register 3 with events of this type only.
         if index == 3 and entry["event_type"] != DSTACK_EVENT:
             raise Malformed("event_log", f"event of register 3 of type {entry['event_type']:#x}")
         if entry["event_type"] == DSTACK_EVENT:
-            if re.match("(compose-hash|system-ready):", name):  # hides such an event whose payload begins with a colon
+            if re.match("(compose-hash|system-ready):", name):  # name a:b and payload c have the digest of a and b:c
                 raise Malformed("event_log", f"the name {name[:80]!r} could be {name.partition(':')[0]} and a payload")
             payload = decode_hex(entry["event_payload"], "event_log, event_payload")
             content = (DSTACK_EVENT.to_bytes(4, "little"), name.encode("utf-8"), payload)
@@ -2618,7 +2622,7 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
 # section and thread may call it.
 #
 # Not measured: memory size, devices, disks, CPU features, and everything else that the host provides. The firmware is
-# the first link: if it can start something else than the measured kernel, its digest stays the same (firmware_state).
+# the first link: if it starts anything but the measured kernel, the digest stays the same (see firmware_state).
 
 PAGE_SIZE = 4096
 MAX_FIRMWARE = 16 * MIB  # the limit of QEMU [QEMU hw/i386/pc.c, max-fw-size]; Debian's firmware has 4 MiB
@@ -2626,8 +2630,8 @@ MAX_SECTIONS = 16 * MIB  # sum of the sections in the metadata; edk2 asks for 19
 MAX_VOLUME = 64 * MIB  # of a decompressed firmware volume; Debian's has 16 MiB
 MAX_VCPUS = 4096  # [KVM arch/x86/include/asm/kvm_host.h, KVM_MAX_VCPUS]
 
-# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]. Only the contents of NORMAL and VMSA pages are measured. Of the
-# others, the digest covers that they exist, where they are and of which type.
+# PAGE_TYPE of SNP_LAUNCH_UPDATE [SNP-ABI 8.17.2]. Only the contents of NORMAL and VMSA pages are measured. For other
+# pages, the digest covers only their addresses and types.
 PAGE_NORMAL, PAGE_VMSA, PAGE_ZERO, PAGE_UNMEASURED, PAGE_SECRETS, PAGE_CPUID = range(1, 7)
 # Section type of the metadata -> name [EDK2 OvmfPkg/ResetVector/X64/OvmfSevMetadata.asm], and the type that QEMU gives
 # its pages [QEMU target/i386/sev.c].
@@ -2681,7 +2685,7 @@ SHIM_NAME = "shim\0".encode("utf-16-le")
 # offset, size, name and value after a reset of the VMSA's fields that are not zero [APM2 table B-4; QEMU
 # target/i386/cpu.c, x86_cpu_reset_hold]. KVM, from Linux 6.11 on, sets SVME in efer and MCE in cr4, and clears CD and
 # NW in cr0 [KVM arch/x86/kvm/svm/sev.c, sev_es_sync_vmsa]. A segment register is base || limit || attributes ||
-# selector. vmsa_page computes the values that are "-".
+# selector. vmsa_page computes the values marked "-".
 VMSA_FIELDS = [
     (int(offset, 16), int(size), name, None if value == "-" else int(value, 16))
     for offset, size, name, value in map(
@@ -2713,7 +2717,7 @@ VMSA_FIELDS = [
         """.strip().splitlines(),
     )
 ]
-# Differences of other hypervisors from QEMU. They are not specified: these are the values of sev-snp-measure 0.0.13.
+# How other hypervisors differ from QEMU. Nobody specifies it: these are the values of sev-snp-measure 0.0.13.
 _DIFFERENCES: Mapping[str, Mapping[str, int]] = {
     "QEMU": {},
     "ec2": {"ss": 0xFFFF_0092_0000, "tr": 0xFFFF_0083_0000, "rdx": 0x600, "mxcsr": 0, "x87_fcw": 0},
@@ -2770,12 +2774,12 @@ _require_form = Reader(b"", "firmware").require
 def _footer_table(data: bytes) -> dict[bytes, bytes]:
     """Return {GUID: data} of the table of GUIDs in a firmware.  [EDK2 OvmfPkg/ResetVector/Ia16/ResetVectorVtf0.asm]
 
-    The table ends 32 bytes before the end of the firmware and is read backwards.  An entry is
-    data || u16 size || GUID, and size counts all three.
+    The table ends 32 bytes before the end of the firmware and is read backwards. An entry is data || u16 size || GUID,
+    and size counts all three.
     Raises Malformed.
     """
-    # The last 32 bytes are the reset vector, where the first vCPU starts. The footer, an entry without data, comes
-    # before it and counts the whole table in its size.
+    # The last 32 bytes are the reset vector, where the first vCPU starts. Before it comes the footer: an entry without
+    # data, whose size is that of the whole table.
     at = len(data) - 32 - 18
     size, guid = struct.unpack_from("<H16s", data, at)
     _require_form(guid == _TABLE_FOOTER, "no table of GUIDs ends 32 bytes before its end: not OVMF")
@@ -2785,7 +2789,7 @@ def _footer_table(data: bytes) -> dict[bytes, bytes]:
     while at > start:
         size, guid = struct.unpack_from("<H16s", data, at - 18) if at - start >= 18 else (0, b"")
         _require_form(18 <= size <= at - start, f"entry of {size} bytes, its table of GUIDs has {at - start} left")
-        # QEMU takes one of two equal entries, another reader takes the other.
+        # If there were two entries of one GUID, QEMU would take one, and another reader the other.
         _require_form(guid not in table, f"two entries {guid.hex()} in its table of GUIDs")
         table[guid] = data[at - size : at - 18]
         at -= size
@@ -2810,7 +2814,7 @@ def parse_firmware(data: bytes) -> Firmware:
         reader.end()
         return values
 
-    # The metadata lie somewhere else in the firmware; their entry holds the distance to its end.
+    # The metadata lie elsewhere in the firmware: their entry says how far from its end.
     [offset] = entry(_SEV_METADATA, "SEV metadata", "<I")
     [reset_eip] = entry(_RESET_BLOCK, "SEV-ES reset block", "<I")
     area, area_size = entry(_HASHES_AREA, "area for hashes", "<2I") if _HASHES_AREA in table else (0, 0)
@@ -2821,7 +2825,7 @@ def parse_firmware(data: bytes) -> Firmware:
     fits = size == 16 + 12 * count and size <= offset
     _require_form(fits, f"its SEV metadata of {size} bytes cannot have {count} sections")
     sections = list(struct.iter_unpack("<3I", metadata[16:size]))
-    # If QEMU knows a type that is unknown here, it may add the section in another way, which changes the digest.
+    # An unknown type is refused: QEMU may know it and add its pages in another way, which changes the digest.
     for gpa, length, kind in sections:
         _require_form(kind in SECTION_TYPES, f"section of unknown type {kind:#x}")
         whole = length and (gpa | length) % PAGE_SIZE == 0
@@ -2850,9 +2854,9 @@ def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str |
 
 
 def hashes_page(firmware: Firmware, hashes: BootHashes) -> tuple[int, bytes]:
-    """Return (GPA, PAGE_SIZE bytes) of the page from which the firmware learns what it may boot.
+    """Return (GPA, PAGE_SIZE bytes) of the page that tells the firmware what it may boot.
 
-    Raises Malformed if the firmware has no such page: nothing would measure its kernel.
+    Raises Malformed if the firmware has no such page: then nothing measures the kernel.
     [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
     # The metadata say which page is measured, the table of GUIDs where the firmware looks. Both must be the same page.
@@ -2891,8 +2895,8 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
         "sev_features": guest_features,
         **_DIFFERENCES[vmm],
     }
-    # All other bytes are zero. With registers of its choice, a host could start the guest in the middle of some code,
-    # so the whole page is measured.
+    # All other bytes are zero. The whole page is measured: a host that could choose registers could start the guest in
+    # the middle of some code.
     page = bytearray(PAGE_SIZE)
     for offset, size, name, value in VMSA_FIELDS:
         page[offset : offset + size] = computed.get(name, value or 0).to_bytes(size, "little")
@@ -2902,7 +2906,7 @@ def vmsa_page(eip: int, signature: int, guest_features: int, vmm: str) -> bytes:
 class Step(NamedTuple):
     """Pages that the host adds to the guest in one step: size bytes from gpa on.
 
-    data: their contents, which are measured in pages of type NORMAL and VMSA only.
+    data: their contents, which are measured only in pages of type NORMAL and VMSA.
     """
 
     name: str
@@ -2920,7 +2924,7 @@ def extend_digest(steps: Iterable[Step], explain: Explain) -> bytes:
 
     explain: called after each step, with its name and the digest so far.
     """
-    # A chain: each step hashes the digest so far. So the order counts, and no page can be added or left out unnoticed.
+    # Each page is hashed together with the digest so far. So the order counts, and adding or leaving out a page shows.
     sha384, digest = hashlib.sha384, bytes(48)
     for name, page_type, gpa, size, data in steps:
         for at in range(0, size, PAGE_SIZE):
@@ -2998,8 +3002,8 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
 
     Raises Malformed.
     """
-    # An LZMA file of the old form: properties (5 bytes), u64 length of the contents, data. The length bounds the memory
-    # that a hostile firmware can fill.
+    # An LZMA file of the old form: properties (5 bytes), u64 length of the contents, data. The length limits how much
+    # memory a hostile firmware can fill.
     begin, end = volume_place(data)
     packed = data[begin:end]
     left = int.from_bytes(packed[5:13], "little")  # after the properties; edk2 always writes the length
@@ -3021,9 +3025,9 @@ def volume_blocks(data: bytes) -> Iterator[bytes]:
 
 
 def firmware_state(data: bytes) -> str:
-    """Return "" if the firmware admits no shim, else a message why its launch digest does not tell what it boots."""
-    # The name can begin in one block and end in the next. A firmware that contains it need not use it, but one without
-    # it cannot ask the host for the file.
+    """Return "" if the firmware admits no shim, else why its launch digest does not tell what it boots."""
+    # The name can begin in one block and end in the next. A firmware that contains the name may not use it, but a
+    # firmware without it cannot ask the host for that file.
     tail = b""
     try:
         for block in volume_blocks(data):
@@ -3044,8 +3048,8 @@ def firmware_state(data: bytes) -> str:
 # ==============================================================================
 # Computes the launch digest of an SEV-SNP guest that QEMU starts from an IGVM file, and reads the command line of its
 # kernel out of the pages that this digest covers [IGVM]. A file consists of a fixed header, variable headers and file
-# data, all little-endian. It can serve several platforms; each variable header names those that it is for by a mask.
-# A file that its loader, QEMU, KVM or the firmware would refuse is refused here too: no guest can have its digest.
+# data, all little-endian. It can serve several platforms; a mask in each variable header says which ones it is for.
+# A file that QEMU, KVM or the firmware would refuse is refused here too: no guest can have its digest.
 # Pure; any section and thread may call it.
 
 MAX_IGVM = GIB  # of a file, and of the memory that it fills
@@ -3122,7 +3126,7 @@ def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryvie
 
 
 def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
-    """Check all directives, and yield (step, key) of those for SEV-SNP, in the order of the file.
+    """Check all directives, and yield (step, key) for each one that SEV-SNP uses, in the order of the file.
 
     key: of a page, (number of the directive, GPA, attributes...); of a VMSA, (vCPU,); else empty.
     Raises Malformed.  [IGVM]
@@ -3171,7 +3175,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
 
 
 def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
-    """Return (QEMU's steps of adding pages to an SEV-SNP guest, {GPA: page} of those whose contents are measured).
+    """Return (the steps in which QEMU adds pages to an SEV-SNP guest, {GPA: page} of the pages that are measured).
 
     Raises Malformed.  [IGVM; QEMU backends/igvm.c]
     """
@@ -3183,7 +3187,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
     following: tuple[int, ...] = ()  # the page that continues it
     for step, key in _snp_steps(data):
         name, page_type, gpa, size, page = step
-        # All VMSAs have the same GPA, so they do not count as pages that are filled.
+        # All VMSAs have the same GPA, so `used` does not count them.
         if page_type == PAGE_VMSA:
             vmsa = bytearray(page)
             vmsa[0x0D1] |= 0x10  # KVM sets EFER.SVME, CR4.MCE and bit 1 of RFLAGS; see VMSA_FIELDS
@@ -3206,7 +3210,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
         held.append(step)
         if page_type == PAGE_NORMAL:
             measured[gpa] = memoryview(page)
-    # KVM adds a VMSA for every vCPU, in their order; one that the file lacks would have unknown registers.
+    # KVM adds a VMSA for every vCPU, in order. If the file lacks one, nobody knows its registers.
     order = sorted(vmsas)
     _require_igvm(order == [*range(len(order) or 1)], f"{len(order)} VMSAs, expected one of each vCPU from 0 on")
     return [*steps, *held, *map(vmsas.__getitem__, order)], measured
@@ -3215,7 +3219,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
 def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     """Return the command line in the section `.cmdline` of the kernel that the firmware boots.  [PE; PI volume 3]
 
-    measured: GPA -> page. Any other page may have been changed by the host, so none is read.
+    measured: GPA -> page. Only these pages are read: the host can change any other.
     Raises Malformed.
     """
     items: list[bytes] = []
@@ -3239,7 +3243,7 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     require(len(found) == 1, f"{len(found)} sections .cmdline, expected 1")
     [[_, virtual_size, _, size, reader.at]] = found
     raw = reader.take(size)
-    # The kernel's stub reads what lies within VirtualSize; other readers take all.
+    # The kernel's stub reads only the first VirtualSize bytes; other readers take all.
     text = raw[:virtual_size].rstrip(b"\0\n")
     require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text behind its end")
     try:
@@ -3371,8 +3375,8 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
 # data, for check_schema, with the keys in the order of [CONTRACT 3.2]. The functions below it read a Statement. Pure;
 # any section and thread may call them.
 #
-# The schema allows no key that it does not know. Hardware has signed the digest of the whole file, so a reader will
-# take any key in it for true, also one that this verifier has never looked at.
+# The schema refuses unknown keys. Hardware has signed the digest of the whole file, so readers will believe everything
+# in it, also a key that this verifier never looked at.
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, by SHA-1 or SHA-256
@@ -3386,7 +3390,7 @@ _TIME = re.compile(
 )
 _SHA256 = {"sha256": _HEX64}
 _PROGRAM = {"digest": _SHA256, "version": WORD}
-# Of [K], with the order of the keys. The older generation writes its whole banner as the version of kettle.
+# The toolchains of [K], with their keys in order. The older generation writes its whole banner as kettle's version.
 _TOOLS = [
     {**dict.fromkeys(names.split(), _PROGRAM), "kettle": {"digest": {"sha256": str}, "version": str}}
     for names in ("nix", "cargo rustc", "pnpm node")
@@ -3411,9 +3415,9 @@ OLDER_BUILD_TYPES = {
     "https://lunal.dev/kettle/nix@v1": "nix",
     "https://lunal.dev/kettle/pnpm@v1": "pnpm",
 }
-# A WORD has no control characters, so no name can fake a further line of output. A question mark means that the older
-# generation lacks the key, or that only some toolchains write it. All other keys must be there, so a reader need not
-# guess what their absence means.
+# A WORD has no control characters, so no name can fake another line of output. A question mark means that the older
+# generation lacks the key, or that only some toolchains write it. All other keys are required, so that no reader has to
+# guess what a missing one means.
 _STATEMENT = {
     "_type": STATEMENT_TYPE,
     "predicate": {
@@ -3457,9 +3461,9 @@ _STATEMENT = {
 
 
 def check_statement(doc: Any) -> Any:
-    """Return doc, a parsed JSON document, if it has the schema of provenance.json.  [CONTRACT 3.2, 3.8]
+    """Return doc, a parsed JSON document, if it has the schema of provenance.json.  [CONTRACT 3.2]
 
-    Both generations are accepted.
+    The build types of the older generation are accepted too.  [CONTRACT 3.8]
     Raises Malformed.
     """
     structure = "provenance schema"
@@ -3467,9 +3471,8 @@ def check_statement(doc: Any) -> Any:
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     build_type, toolchain = definition["buildType"], definition["internalParameters"]["toolchain"]
     path = ".predicate.buildDefinition.internalParameters.toolchain"
-    # Our own toolchains name the programs that they used, whichever these are. [K] has three toolchains of fixed
-    # programs.
-    # These names become keys of a schema, so they must not have a meaning there.
+    # [K] has three toolchains, each with fixed programs. Our own toolchains name whatever programs they used: these
+    # names become keys of a schema, so they must not have a special meaning there.
     names = (name for name in toolchain if WORD.fullmatch(name) and not re.search(r"^(\*|\.\.\.)$|\?$", name))
     own = {**dict.fromkeys(names, _PROGRAM), "kettle": _PROGRAM}
     check_schema(toolchain, own if build_type == CONFBUILD_TYPE else tuple(_TOOLS), structure, path, ordered=True)
@@ -3477,8 +3480,8 @@ def check_statement(doc: Any) -> Any:
         check_schema(toolchain["kettle"], _PROGRAM, structure, path + ".kettle", ordered=True)
     elif OLDER_BUILD_TYPES[build_type] not in toolchain:
         raise Malformed(structure, f"toolchain has the keys {', '.join(toolchain)}, but buildType is {build_type}")
-    # The two passes above have checked everything but the names of byproducts, which are free. If two byproducts had
-    # one name, two readers could look at different ones.
+    # Left to check: byproducts may have any names, but if two had the same one, two readers could look at different
+    # byproducts.
     [(name, count), *_] = [*Counter(b["name"] for b in run["byproducts"]).most_common(1), ("", 0)]
     if count > 1:
         raise Malformed(structure, f"{count} byproducts are called {name[:80]}")
@@ -3522,7 +3525,7 @@ def merkle_entries(doc: Any) -> list[str]:
 
 def byproduct(doc: Any, name: str) -> str | None:
     """Return the SHA-256 of the byproduct with this name, or None."""
-    # Every name occurs once: check_statement has seen to that.
+    # Every name occurs only once: check_statement refuses anything else.
     byproducts = doc["predicate"]["runDetails"]["byproducts"]
     return {entry["name"]: entry["digest"]["sha256"] for entry in byproducts}.get(name)
 
@@ -3546,7 +3549,7 @@ def package_of(uri: str) -> str:
     uri: such as pkg:cargo/NAME@VERSION?checksum=...
     With a path, vcs_url or another URL, the result is "": anybody can give a fork the name of a package.
     """
-    # The qualifiers of a purl [PURL] say where a package comes from. Without them it is the registry of its type.
+    # The qualifiers of a purl [PURL] say where a package comes from. Without them, it comes from its type's registry.
     path, _, query = uri.partition("?")
     elsewhere = re.search(r"(?i)(^|&)(path|(vcs|repository|download)_url)=", query)
     return path.partition("/")[2] if re.match(r"pkg:[a-z-]+/", path) and not elsewhere else ""
@@ -3559,16 +3562,16 @@ def package_of(uri: str) -> str:
 # verify_bundle takes the bytes of a bundle and what a caller expects, and returns a verdict [CONTRACT 4.1, 5.5]. Every
 # check runs and is shown, even after a failure; a check that could not run is shown as "not checked", with the reason.
 # Each check compares two values that come from different places. The verdict is "passed" only if every required check
-# has passed and no check has failed. The platform requires checks, a bundle requires checks, and so does each field
-# that the caller sets. Any thread may call verify_bundle; it shares nothing.
+# has passed and no check has failed. Three things require checks: the platform of the evidence, the bundle, and each
+# field that the caller sets. Any thread may call verify_bundle; it shares nothing.
 #
-# Read verify_bundle and _conclude first: they say what PASSED means. _check_evidence follows, which looks up the
-# platform in PLATFORMS. Its row names the function that checks evidence of this kind, from the key of the manufacturer
+# Read verify_bundle and _conclude first: they say what PASSED means. Then read _check_evidence, which looks up the
+# platform in PLATFORMS. The row there names the function that checks this kind of evidence, from the manufacturer's key
 # down to the 64 bytes that the VM had signed: the SHA-256 of provenance.json, the nonce, and zeros.
 
 # The checks that must pass, whatever the caller expects: for all evidence, for each kind of hardware, and for a bundle.
-# They are written down, not collected from the checks that ran: whoever makes evidence decides which of them can run.
-# A name that is missing here is a check that an attacker may skip.
+# They are listed here, not collected from the checks that ran, because the maker of the evidence decides which checks
+# can run. An attacker can skip any check whose name is missing here.
 _REQUIRED_EVIDENCE = frozenset(("evidence form", "platform", "report form"))
 _REQUIRED_SNP = _REQUIRED_EVIDENCE | set(
     "report version, signature algorithm, signing key, product, VEK form, VEK issuer, VEK signature, VEK validity, "
@@ -3585,11 +3588,10 @@ REQUIRED_OF_BUNDLE = frozenset(
     "provenance form, canonical form, provenance schema, provenance digest, report data tail, input Merkle root, "
     "builder, subjects, artifacts, unlisted files".split(", ")
 )
-# The checks that must pass if the caller sets a field of Expectations, the most important first. The columns, two or
-# more spaces apart, are: the field; the check; the option that requests it; where its value comes from. That is
-# "provenance", or a pattern of the platforms whose evidence has it. "-" stands for an empty cell.
-# If a check has the name of a claim, it compares that claim with the field. The command line shows in this order what
-# was not checked, so the first rows are what a careless caller misses most.
+# The checks that must pass if the caller sets a field of Expectations, the most important first: the command line shows
+# in this order what was not checked. The columns, two or more spaces apart, are: the field; the check; the option that
+# requests it; where its value comes from ("provenance", or a pattern of the platforms whose evidence has it). "-" is an
+# empty cell. If a check has the name of a claim, it compares that claim with the field.
 # fmt: off
 EXPECTED = [
     ["" if cell == "-" else cell for cell in re.split("  +", line.strip())]
@@ -3646,8 +3648,8 @@ EXPECTED = [
 OF_PROVENANCE = REQUIRED_OF_BUNDLE | {check for _, check, _, part in EXPECTED if part == "provenance"}
 _CHECK_OF = {field: check for field, check, _, _ in EXPECTED}
 MEASURED = {check for _, check, _, _ in EXPECTED if check.endswith("measurement")}  # they tie evidence to software
-# A subject is a file in artifacts/ itself. With "/" or "..", "\" on Windows, or a control character that a terminal
-# hides, two readers could take one name for two files.
+# A subject is a file directly in artifacts/. With "/" or "..", "\" on Windows, or a control character that a terminal
+# hides, two readers could take one name for two different files.
 PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f]{1,255}")
 # Why a check did not run.
 ALONE = "evidence alone: provenance and artifacts are not checked"
@@ -3665,14 +3667,14 @@ _LEGACY_DIGEST = (
 
 
 class _Checks(NamedTuple):
-    """What the caller gave for the verification of one bundle, and what the verification has found so far.
+    """The state of the verification of one bundle: the caller's input, and the results so far.
 
     now: the time to verify at, such as 2026-11-23T00:00:00Z.
     anchors: the CA keys that are trusted.
     made: the checks, in the order in which they ran.
     claims: what the evidence and the provenance say, in the order in which the verdict shows it.
-    traced: certificates that verify_chain has accepted in one chain, and need not verify in the next one. Whether a
-        chain ends in Intel's root is another check of that chain ("PCK root" and so on).
+    traced: the certificates that verify_chain has accepted in one chain and need not verify again in the next. Another
+        check of each chain ("PCK root" and so on) says whether it ends in Intel's root.
     """
 
     expected: Expectations
@@ -3691,7 +3693,7 @@ class _Checks(NamedTuple):
     def hold(self, name: str, holds: bool, expected: Any = "", actual: Any = None, detail: str = "") -> None:
         """Add a check that passes if holds is true.
 
-        expected, actual: shown to the reader; actual may be left out if there is nothing to say about it.
+        expected, actual: only shown, not compared; actual may be left out.
         """
         if actual is None:
             actual = expected if holds else "something else"
@@ -3719,11 +3721,11 @@ class _Checks(NamedTuple):
         self.hold(name, first <= self.now <= last, f"{first} to {last}", self.now, detail.removeprefix("; "))
 
     def registers(self, field: str, actual: Mapping[int, str]) -> None:
-        """Add the check of the registers that a field of Expectations lists, unless the field is None."""
+        """Add the check of the registers that a field of Expectations names, unless the field is None."""
         wanted = getattr(self.expected, field)
         if wanted is not None:
             values = {i: value.lower() for i, value in sorted(wanted.items())}
-            # The quote says nothing about a register that it does not cover, so that register counts as "none".
+            # The quote does not cover every register. One that it does not cover has the actual value "none".
             found = {i: actual.get(i, "none") for i in values}
             self.compare(_CHECK_OF[field], compact_json(values), compact_json(found))
 
@@ -3735,7 +3737,7 @@ class _Checks(NamedTuple):
         self.made.append(Check(name, "failed" if failed else "not checked", expected, str(actual), why))
 
     def expect(self, field: str, actual: Any, shown: Any, holds: bool) -> None:
-        """Add the check of a field of Expectations, which does not run if the caller left the field None.
+        """Add the check of a field of Expectations, as "not checked" if the caller left the field None.
 
         shown: the expected value as text.
         holds: whether actual is as expected.
@@ -3757,7 +3759,7 @@ class _Checks(NamedTuple):
 
 
 def _claim_report(checks: _Checks, report: Report, product: str) -> None:
-    """Add every field of the report to the claims. `tcb` is the reported TCB, which the VEK is for.
+    """Add every field of the report to the claims. `tcb` is the reported TCB: the one that the VEK belongs to.
 
     product: empty if unknown; then the TCBs are shown as bytes.
     """
@@ -3774,14 +3776,14 @@ def _claim_report(checks: _Checks, report: Report, product: str) -> None:
             value = f"{value:#x}"
         elif name == "platform_info":
             claims["platform_info_bits"] = bit_names(value, PLATFORM_NAMES)
-        # `version` alone could be taken for that of the firmware.
+        # `version` alone could be mistaken for that of the firmware.
         renamed = {"version": "report_version", "reported_tcb": "tcb"}.get(name, name)
         claims[renamed] = value.hex() if isinstance(value, bytes) else value
 
 
 def _check_anchors(checks: _Checks) -> None:
     """Show whose keys are trusted."""
-    # Keys of the caller are not shown as a passed check: nothing here can tell whether they are the manufacturer's.
+    # The caller's own keys are not shown as a passed check: nothing here can tell whether they are the manufacturer's.
     if checks.endorsements.anchors is None:
         checks.hold("trust anchors", True, "", "AMD's and Intel's, as pinned in this file")
     else:
@@ -3790,7 +3792,7 @@ def _check_anchors(checks: _Checks) -> None:
 
 def _check_debug(checks: _Checks, debug: bool) -> None:
     """Check that the VM is not in debug mode, unless the caller allows it."""
-    # The manufacturer signs reports of such VMs too. Their host can read the nonce, and write any artifact.
+    # The manufacturer's keys sign reports of such VMs too. Their host can read the nonce, and write any artifact.
     allowed = checks.expected.allow_debug
     checks.hold(
         "debug",
@@ -3806,7 +3808,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
 
     vek: not authenticated yet.  [VCEK]
     """
-    # The ASK or ASVK is pinned, not taken from the evidence, so its signature by the ARK needs no check here. The name
+    # The ASK or ASVK is pinned, not taken from the evidence, so nobody has to check the ARK's signature on it. The name
     # of the issuer has a check of its own, so that the verdict shows whether the name or the signature is wrong.
     roles, kind = checks.anchors[product], report.signing_key
     issuer = roles["asvk" if kind == "VLEK" else "ask"]
@@ -3814,10 +3816,10 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
     checks.hold("VEK issuer", vek.issuer == issuer.subject, name_text(issuer.subject), name_text(vek.issuer))
     checks.attempt("VEK signature", verify_signature, issuer.key, vek.tbs_certificate, vek.signature)
     checks.current("VEK validity", ((c.not_before, c.not_after) for c in chain), "of the VEK, its issuer and the ARK")
-    # The report's own words decided which of AMD's keys to use. The certificate must name the same product.
+    # The report itself said which product's keys to use. The certificate must name the same product.
     checks.compare("VEK product", product, lambda: vek_product(vek))
-    # The key of a VEK is derived from the versions of the firmware. If they differ from those in the report, another
-    # firmware made this key.
+    # The key of a VEK is derived from the versions of the firmware. If they differ from those in the report, this key
+    # belongs to another firmware.
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
     if kind == "VLEK":  # it belongs to a cloud, not to a chip
@@ -3832,10 +3834,10 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
 def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Any:
     """Return the certificate of the VEK, and check its form; None if there is none.
 
-    data: the certificate in the evidence, or None. Then the caller's is used, which completes evidence but never
+    data: the certificate in the evidence, or None. Only then is the caller's used: it completes evidence, but never
         replaces a part of it.
     """
-    # Without a certificate, nobody knows whose signature the report has, so this fails and is not just left out.
+    # Without a certificate, nobody knows who signed the report. So this check fails, and is not just "not checked".
     given = checks.endorsements.vek
     if data is not None:
         return checks.attempt("VEK form", parse_certificate, data, "VEK")
@@ -3860,7 +3862,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     # Four questions: Which key signed the report? Is it AMD's? Is it still good? And what does the report say about the
     # VM?
     _check_anchors(checks)
-    # The offsets of parse_report are those of these versions. A later one may give a field another meaning.
+    # parse_report knows these versions. In a later version, a field may have another offset or meaning.
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
@@ -3878,17 +3880,17 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)
     if vek is not None and checks.ok:
         _check_vek(checks, report, product, vek)
-    # The name of a cloud in a VLEK is a claim like any other: the caller can expect one (--csp-id).
+    # The name of the cloud in a VLEK is a claim like any other: the caller can require one (--csp-id).
     csp_id = None if vek is None else checks.attempt("VEK CSP_ID", vek_csp_id, vek)
-    # A migration agent is another VM that may take this one's memory. Nothing here verifies it. Without the policy's
-    # bit, a guest cannot have one. With it, report_id_ma is all ones if none was bound at launch.  [SNP-ABI 7.3]
+    # A migration agent is another VM that may take this one's memory. Nothing here verifies it, so there must be none:
+    # the policy's bit is off, or report_id_ma is all ones, since none was bound at launch.  [SNP-ABI 7.3]
     migrates = bool(report.policy & POLICY_MIGRATE_MA) and report.report_id_ma != b"\xff" * 32
     agent = report.report_id_ma.hex() if migrates else "none"
     checks.hold("migration agent", not migrates, "none", agent, "another VM that may take this VM's memory")
     # A bit that means nothing today may later mean that the guest is less protected.
     reserved = ", ".join(reserved_fields(report))
     checks.hold("reserved bits", not reserved, "zero", reserved or None, f"of a report of version {report.version}")
-    # The signature ends before these bytes. A value there would be a claim that nobody made.
+    # The signature does not cover these bytes. A value there would be a claim that nobody signed.
     checks.hold("unsigned bytes", not any(report.data[0x330:]), "zero", detail="of the report from 0x330 on")
     _check_revocation(checks, product, kind)
     _check_guest(checks, report, product)
@@ -3902,8 +3904,8 @@ def _check_revocation(checks: _Checks, product: str, kind: str) -> None:
     kind: VCEK or VLEK.
     A list that is not valid now fails only if the caller requires lists (require_crl); otherwise its period is shown.
     """
-    # A list of another product is verified and shown, but says nothing about this one. A product of the caller's roots
-    # may lack an ARK.
+    # A list of another product is verified and shown, but it says nothing about this product. If the caller gave roots,
+    # a product may lack an ARK.
     lists: list[RevocationList] = []
     own = checks.anchors.get(product, {})
     arks = {roles["ark"].subject: roles["ark"].key for roles in checks.anchors.values() if "ark" in roles}
@@ -3937,19 +3939,19 @@ def _check_revocation(checks: _Checks, product: str, kind: str) -> None:
 
 
 def _check_guest(checks: _Checks, report: Report, product: str) -> None:
-    """Check the debug mode, and those expectations of the report that are more than equality with a claim.
+    """Check VMPL and debug mode, and the expectations of the report that do more than compare a claim.
 
-    product: tells the layout of the TCBs. A simulated report has none, so any product will do for it.
+    product: decides the layout of the TCBs. A simulated report has no product; then any will do.
     """
-    # Software at a higher VMPL has fewer rights in the guest. It could ask for a report too, with data of its choice.
-    # So the report must be one that VMPL 0 asked for, unless the caller expects another.
+    # Software at a higher VMPL has fewer rights in the guest, but it can ask for a report too, with data of its choice.
+    # So VMPL 0 must have asked for the report, unless the caller expects another VMPL.
     checks.compare(
         "VMPL", checks.expected.vmpl or 0, report.vmpl, "of the software in the guest that asked for the report"
     )
     expected = checks.expected
     _check_debug(checks, bool(report.policy & POLICY_DEBUG))
-    # The guest's owner expects this policy, but the host passes it at launch and could have passed a weaker one. If the
-    # caller expects nothing, the zeros here are never compared: expect skips the check.
+    # The host passes the policy at launch, and could have passed a weaker one than the guest's owner wanted. If the
+    # caller expects nothing, the zeros here are never compared: `expect` skips the check.
     policy, (mask, value, abi) = report.policy, expected.guest_policy or (0, 0, 0)
     words, said = bit_names(value >> 16, POLICY_NAMES), bit_names(policy >> 16, POLICY_NAMES)
     checks.expect(
@@ -3958,7 +3960,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
         f"{value:#x} ({', '.join(words)}) in the bits {mask:#x}, ABI at least {abi >> 8}.{abi & 255}",
         policy & mask == value and policy & 0xFFFF >= abi,
     )
-    # A host can turn features on that help an attacker, such as SMT, so the caller names those that may be on.
+    # A host can turn on features that help an attacker, such as SMT, so the caller names those that may be on.
     info, may = report.platform_info, expected.platform_info or 0
     shown = f"{info:#x} ({', '.join(bit_names(info, PLATFORM_NAMES))})"
     checks.expect("platform_info", shown, f"no bit outside {may:#x}", not info & ~may)
@@ -3966,14 +3968,14 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     version, least = min(report.current_version[::-1], report.committed_version[::-1]), expected.min_firmware or ()
     wanted = "at least {}, current and committed".format(".".join(map(str, least)))
     checks.expect("min_firmware", ".".join(map(str, version)), wanted, tuple(version) >= tuple(least))
-    # A mitigation that is in place now may not have been when the memory of the guest was measured.
+    # A mitigation that is in place now may have been missing when the memory of the guest was measured.
     both, bits = report.launch_mit_vector & report.current_mit_vector, expected.min_mit_vector or 0
     checks.expect("min_mit_vector", f"{both:#x}", f"every bit of {bits:#x}, at launch and now", both & bits == bits)
     svn = expected.min_guest_svn or 0
     checks.expect("min_guest_svn", report.guest_svn, f"at least {svn}", report.guest_svn >= svn)
     if expected.min_tcb is not None and product in TCB_LAYOUTS:
-        # A VM that was launched on old firmware stays suspect after an update, and the host can return to any version
-        # from the committed one on. So each of the four must reach the minimum.
+        # A VM that was launched on old firmware stays suspect after an update, and the host can go back to any version
+        # down to the committed one. So all four must reach the minimum.
         kinds = ("reported", "committed", "current", "launch")
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
         # Levels for another product are skipped. A level that this product does not have counts as -1: never reached.
@@ -4000,8 +4002,8 @@ def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | No
     Return the 64 bytes that the attester signed, or None.
     """
     tpm, runtime_data = evidence["tpm_quote"], evidence["hcl_report"].runtime_data
-    # Step 1: the report binds the runtime data, which hold the key. Without this link, the quote could come from any
-    # TPM, or from a program that plays one.
+    # Step 1: the report binds the runtime data, which contain the key. Without this link, the quote could come from any
+    # TPM, or from a program that imitates one.
     found = checks.attempt("runtime data", parse_runtime_data, runtime_data)
     digest, actual = sha256_hex(runtime_data), report_data[:32].hex()
     checks.compare("runtime data digest", digest, actual, "report_data[0:32] is the SHA-256 of the runtime data")
@@ -4012,8 +4014,8 @@ def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | No
         checks.claims["vm_configuration"] = found[1].get("vm-configuration")
     if quote is None:
         return None
-    # Step 3: the quote binds the registers, and the caller's data. Only the registers that it selects are signed, so
-    # no other one becomes a claim.
+    # Step 3: the quote binds the registers and the caller's data. Only the registers that it selects are signed, so
+    # only these become claims.
     pcrs = [bytes.fromhex(value) for value in tpm["pcrs"]]
     checks.compare("PCR digest", compute_pcr_digest(pcrs, quote.pcr_select).hex(), quote.pcr_digest.hex())
     quoted = {i: pcrs[i].hex() for i in quote.pcr_select}
@@ -4030,7 +4032,7 @@ def _check_chain(checks: _Checks, title: str, pem: str, length: int) -> list[Cer
     chain: list[Certificate] = checks.attempt(f"{title} form", parse_pem_chain, pem, length, title) or []
     if chain:
         checks.attempt(f"{title} chain", verify_chain, chain, title, checks.traced)
-        # The chain brings a root of its own. Anybody can make one with Intel's name, but not with Intel's key.
+        # The root comes with the chain. Anybody can make a root with Intel's name, but not with Intel's key.
         root = checks.anchors.get("Intel", {}).get("root")
         expected = root.spki_sha256 if root else "none: no key of Intel"
         actual = sha256_hex(chain[-1].subject_public_key_info)
@@ -4044,18 +4046,18 @@ def _check_document(checks: _Checks, title: str, name: str, collateral: Strings)
 
     title: begins the names of the checks.
     name: of the document in the collateral.
-    Return (the document, its signer). The document is None if its signature is invalid; the signer is empty if its
-    chain cannot be parsed.
+    Return (the document, its signer). The document is None if its signature is invalid; the signer is an empty list if
+    the chain cannot be parsed.
     """
     text, signature, pem = (collateral[name + part] for part in ("", "_signature", "_issuer_chain"))
     signer = _check_chain(checks, f"{title} signer", pem, 2)[:1]
     if not signer:
         return None, signer
-    # The root has signed other certificates too, for other purposes: a PCK CA must not be able to vouch for firmware.
+    # Intel's root also signs certificates for other purposes: a PCK CA must not be able to vouch for firmware.
     checks.compare(f"{title} signer", name_text(TCB_SIGNER), name_text(signer[0].subject))
     doc = checks.attempt(f"{title} signature", verify_document, name, text, signature, signer[0].key)
     if doc is not None:
-        # Without this, a TCB info from before an advisory would show an old machine as up to date for ever.
+        # Without this check, a TCB info from before an advisory would show an old machine as up to date for ever.
         checks.current(f"{title} validity", [(doc["issueDate"], doc["nextUpdate"])])
     return doc, signer
 
@@ -4086,8 +4088,8 @@ def _check_quote(checks: _Checks, quote: TdQuote) -> None:
     if checks.endorsements.collateral is None:
         for name in ("TCB status", "revocation"):
             checks.skip(name, "no collateral was given (--collateral)")
-        # A machine's key signs reports of any enclave. Its owner can write one that signs false quotes with a key of
-        # its own. So these two checks run even without collateral.
+        # A machine's key signs reports of any enclave, and its owner can write an enclave that signs false quotes. So
+        # these two checks run even without collateral.
         checks.compare("QE identity", *describe_qe(INTEL_QE, quote.qe_report), _OF_QE)
         checks.compare("TDX module identity", *describe_module(INTEL_MODULE, quote), _OF_MODULE)
     elif pck is not None:
@@ -4105,7 +4107,7 @@ def _check_td(checks: _Checks, quote: TdQuote) -> None:
         "TD attributes", not attributes & TD_FORBIDDEN, f"none of {TD_FORBIDDEN:#x}", f"{attributes:#x}", detail
     )
     _check_debug(checks, bool(attributes & TD_DEBUG))
-    # Every TD saves the state of these two. Intel has described no module that does not.
+    # Every TD saves the state of these two: Intel has described no module that does not.
     checks.hold(
         "XFAM", xfam & XFAM_REQUIRED == XFAM_REQUIRED, f"all of {XFAM_REQUIRED:#x}", f"{xfam:#x}", "x87 and SSE"
     )
@@ -4119,7 +4121,7 @@ def _check_td(checks: _Checks, quote: TdQuote) -> None:
     checks.registers("rtmrs", dict(enumerate(rtmr)))
     minimum = (checks.expected.min_tcb or {}).get("tdx")
     if minimum is not None:
-        # Compared as one number, a high first component would make up for a low second one.
+        # If they were compared as one number, a high first component would make up for a low second one.
         least, svn = minimum.to_bytes(16, "big"), quote.tee_tcb_svn
         high = all(have >= need for have, need in zip(svn, least, strict=True))
         checks.hold("minimum TCB", high, f"at least {least.hex()}", svn.hex(), "each component of TEE_TCB_SVN")
@@ -4139,13 +4141,13 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
     collateral = checks.attempt("collateral form", parse_collateral, checks.endorsements.collateral)
     if collateral is None:
         return
-    # The chain of the PCK list is checked like the others, but none of its keys is used: the list is verified with the
-    # PCK CA of the quote.
+    # The chain of the PCK list is checked like the others, but its keys are not used: the key of the quote's PCK CA
+    # verifies the list.
     info, info_signer = _check_document(checks, "TCB info", "tcb_info", collateral)
     identity, identity_signer = _check_document(checks, "QE identity", "qe_identity", collateral)
     _check_chain(checks, "PCK list signer", collateral["pck_crl_issuer_chain"], 2)
-    # The root's list covers what the root has signed, the PCK CA's list the machine's certificate. The issuers are
-    # those of the quote: a list by anybody else cannot clear this machine.
+    # The root's list covers the certificates that the root signed, the PCK CA's list that of the machine. Both issuers
+    # come from the quote's chain: a list by anybody else cannot clear this machine.
     lists, revoked = [], []
     for name, issuer, covered in (
         ("root_ca_crl", chain[2], (chain[1], *info_signer, *identity_signer)),
@@ -4165,7 +4167,7 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
         checks.current("revocation list age", lists)
     if info is None or identity is None:
         return
-    # Documents of another kind of machine, signed by Intel too, could have kinder levels.
+    # Intel signs documents for other kinds of machines too, which could have more lenient levels.
     checks.compare("FMSPC", pck.fmspc.hex(), info["fmspc"].lower(), "the kind of machine")
     checks.compare("PCEID", pck.pce_id.hex(), info["pceId"].lower())
     # The PCK only tells which machine the enclave ran on. Intel's document tells which enclave may sign quotes there.
@@ -4182,10 +4184,10 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
 
 def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
     """Check the status of a TD's TCB."""
-    # By default, a status passes if its cause is a setting or software of the machine, and fails if updates of the
-    # firmware are missing.
+    # By default, a status passes if it is about settings or software of the machine, and fails if firmware updates are
+    # missing.
     accepted = [s for s in TCB_STATUSES if s not in REFUSED_TCB or (s in checks.expected.accept_tcb and s != "Revoked")]
-    # "Up to date" is relative to the given documents. So also show how far the level lies behind the newest one.
+    # "Up to date" is relative to the given documents. So also show how old the level is, compared with the newest one.
     advisories = f" ({', '.join(tcb.advisories)})" if tcb.advisories else ""
     actual = f"{tcb.status}{advisories}, level of {tcb.date[:10]}, {tcb.days_behind} days behind the newest"
     detail = "firmware with known vulnerabilities; --accept-tcb accepts one status by name, never Revoked"
@@ -4198,13 +4200,13 @@ def _check_tcb(checks: _Checks, tcb: TcbStatus) -> None:
 
 def _check_log(checks: _Checks, registers: Sequence[bytes], quote: TdQuote) -> None:
     """Check that replaying an event log gives the quote's registers."""
-    # Nobody signs the log. It is true only if its events, in this order, give the registers that are signed.
+    # The log is not signed. It is true only if its events, in this order, give the registers that are signed.
     expected, actual = (" ".join(r.hex() for r in rows[: len(registers)]) for rows in (quote.rtmr, registers))
     checks.compare("RTMR replay", expected, actual, "the registers of the quote, and those that the event log gives")
 
 
-# The checks of the platforms. Each returns the 64 bytes that the attester signed, as the evidence claims: they are
-# proven only if all checks of the platform pass. None means that the evidence holds no such bytes.
+# The checks of the platforms. Each returns the 64 bytes that the attester is said to have signed, or None if the
+# evidence has none. They are proven only if all checks of the platform pass.
 
 
 def _check_simulated(checks: _Checks, evidence: Any) -> bytes:
@@ -4220,8 +4222,8 @@ def _check_simulated(checks: _Checks, evidence: Any) -> bytes:
 
 def _check_snp(checks: _Checks, evidence: Any) -> bytes:
     """Check evidence of platforms snp and gcp-snp.  [CONTRACT 4.2, 4.5]"""
-    # The ASK and ARK next to the VEK are ignored: an attacker can make a chain of his own with AMD's names.
-    # A VM finds no certificate if its host provides none. Then the caller can give one (--vek).
+    # The ASK and ARK next to the VEK are ignored: an attacker can make a chain of his own with AMD's names. If the host
+    # gives the VM no certificate, the evidence has none. Then the caller can give one (--vek).
     report: Report = evidence["attestation_report"]
     chain = evidence.get("cert_chain")
     _check_report(checks, report, chain and chain["vcek"], 3)
@@ -4230,8 +4232,8 @@ def _check_snp(checks: _Checks, evidence: Any) -> bytes:
 
 def _check_az_snp(checks: _Checks, evidence: Any) -> bytes | None:
     """Check evidence of platform az-snp.  [CONTRACT 4.3, 4.5]"""
-    # The paravisor asks for the report when the VM starts, so what the caller wants to have signed cannot be in it: the
-    # TPM signs that later. Reports of version 2 occur there.
+    # The paravisor asks for the report when the VM starts, so the report cannot contain data that the caller chooses
+    # later: the TPM signs those. Reports of version 2 still occur there.
     report = parse_report(evidence["hcl_report"].attestation_report)
     _check_report(checks, report, evidence.get("vcek"), 2)
     return _check_tpm(checks, evidence, report.report_data)
@@ -4260,7 +4262,7 @@ def _check_dstack(checks: _Checks, evidence: Any) -> bytes:
         registers, events = replayed
         _check_log(checks, registers, quote)
         if checks.ok:  # otherwise nothing proves the events
-            # Of several, the first counts: later ones come from software that already runs.
+            # If there are several, the first counts: the others come from software that already runs.
             compose_hash = next((payload for name, payload in events if name == "compose-hash"), None)
             shown = [{"event": name, "payload": payload} for name, payload in events]
             checks.claims.update(events=shown, compose_hash=compose_hash)
@@ -4305,7 +4307,7 @@ _TPM_QUOTE = {
     "message": decode_hex,
     "pcrs": [re.compile(rf"[0-9a-fA-F]{{{2 * PCR_SIZE}}}")] * PCR_COUNT,
 }
-# `ask` and `ark` are part of the format that all producers share. They may be anything, because nothing uses them.
+# `ask` and `ark` belong to the format that all producers share. They may be anything, because nothing uses them.
 _CHAIN = {"vcek": decode_base64, "ask?": object, "ark?": object}
 _SNP = Evidence({"attestation_report": _parsed(parse_report), "cert_chain?": (_CHAIN, None)}, _check_snp, _REQUIRED_SNP)
 _TDX = Evidence({"quote": _parsed(parse_td_quote), "cc_eventlog?": (decode_base64, None)}, _check_tdx, _REQUIRED_TDX)
@@ -4358,8 +4360,8 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None]:
     doc = checks.attempt("evidence form", parse_json, data, "evidence")
     if not checks.ok:
         return "unknown", None
-    # The platform selects which checks run and which are required. Nobody signs it, and nobody needs to: whatever it
-    # says, the checks of that platform must pass.
+    # The platform decides which checks run and which are required. It is not signed, and need not be: whichever it
+    # names, the checks of that platform must pass.
     claimed = doc.get("platform") if isinstance(doc, dict) else None
     row, platform = PLATFORMS.get(str(claimed)), claimed if isinstance(claimed, str) else "unknown"
     problem = "the document has no `evidence`" if row else "unknown kind of evidence"
@@ -4373,11 +4375,11 @@ def _check_evidence(checks: _Checks, data: bytes) -> tuple[str, bytes | None]:
     signed = row.check(checks, evidence)
     if signed is not None:
         checks.claims.update(signed_data=signed.hex(), nonce=signed[32:48].hex())
-    # Now compare each claim that the caller expects something of. This happens here for all platforms, so that no
-    # platform can forget one.
+    # Now compare each claim for which the caller expects a value. This is done here for all platforms, so that none can
+    # forget it.
     for field, check, _, _ in EXPECTED:
         actual, value = checks.claims.get(check), getattr(checks.expected, field)
-        if actual is not None:  # of several values, one must be the claim; the case of digits does not count
+        if actual is not None:  # one of the expected values must be the claim; upper and lower case are equal
             wanted = [str(v) for v in (value if isinstance(value, list | tuple) else [value])]
             checks.expect(field, actual, " or ".join(wanted), str(actual).lower() in [v.lower() for v in wanted])
     return platform, signed
@@ -4389,12 +4391,12 @@ def _check_provenance(checks: _Checks, data: bytes | None) -> Any:
         hint = "--evidence-only verifies evidence without it"
         checks.hold("provenance form", False, "provenance.json", "missing", hint)
         return None
-    # A deeper document could grow to gigabytes by the indentation of the canonical form.
+    # A deeper document could grow to gigabytes in its canonical form, which is indented.
     doc = checks.attempt("provenance form", parse_json, data, "provenance", 16)
     if not checks.ok:
         return None
-    # A document has one form only. Otherwise the same content could have two digests, and a file could contain what
-    # two parsers read differently, such as a number with 40 digits.
+    # A document has only one form. Otherwise the same content could have two digests, and a file could contain
+    # something that two parsers read differently, such as a number with 40 digits.
     canonical = sha256_hex(to_canonical(doc))
     checks.compare("canonical form", canonical, sha256_hex(data), "json.dumps(doc, indent=2, ensure_ascii=False)")
     return checks.attempt("provenance schema", check_statement, doc)
@@ -4405,8 +4407,8 @@ def _check_statement(checks: _Checks, doc: Any) -> None:
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     source, finished = definition["externalParameters"]["source"], run["metadata"]["finishedOn"]
     uris = [d["uri"] for d in definition["resolvedDependencies"]]
-    # The builder computed this root over the source, the lock file, the tools and the dependencies. If the root differs
-    # from that of the Statement, the builder used other inputs than the Statement lists.
+    # The builder computed this root over the source, the lock file, the tools and the dependencies. If it differs from
+    # the root of what the Statement lists, the builder used other inputs.
     checks.compare("input Merkle root", merkle_root(merkle_entries(doc)), byproduct(doc, "input_merkle_root") or "none")
     # The fields of Expectations that name one value of the Statement. Their texts must be equal.
     said = {
@@ -4423,14 +4425,14 @@ def _check_statement(checks: _Checks, doc: Any) -> None:
         value = getattr(checks.expected, field)
         wanted = value if isinstance(value, str | None) else "\n".join(value)
         checks.expect(field, actual, wanted, wanted == actual)
-    # The list says what the build fetched, not what ended up in the artifacts.
-    # A package may be given by its name, if it comes from the default registry, or by its whole uri.
+    # The list says what the build fetched, not what ended up in the artifacts. The caller names a package of the
+    # default registry by NAME@VERSION, and any package by its uri.
     packages = checks.expected.packages or ()
     missing = sorted(set(packages) - {package_of(uri) or uri for uri in uris} - set(uris))
     found = ", ".join(f"{name!r} is missing" for name in missing) or f"{len(uris)} dependencies"
     checks.expect("packages", found, ", ".join(packages), not missing)
-    # The builder's own clock says when the build finished. It is as good as the builder: the nonce proves freshness,
-    # this does not.
+    # The builder's own clock says when the build finished, so this proves no more than the builder's word. Only a nonce
+    # proves freshness.
     oldest, newest = checks.expected.finished or ("", "")
     recent = finished is not None and oldest <= finished[:19] + "Z" <= newest  # times of one form sort as text
     checks.expect("finished", finished or "none", f"finished from {oldest} to {newest}", recent)
@@ -4447,23 +4449,23 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
     signed: the 64 bytes that the attester signed, or None.
     doc: the Statement in provenance, or None.
     """
-    # The nonce itself is compared like any other claim, in _check_evidence. Zeros could stand there because nobody sent
-    # a nonce, so they fit evidence of any age.
+    # The nonce itself is compared like any other claim, in _check_evidence. Evidence that was made without a nonce has
+    # zeros there, so a nonce of zeros would fit evidence of any age.
     nonce = checks.expected.nonce
     if nonce is not None:
         zero = nonce == bytes(NONCE_SIZE).hex()
         checks.hold("nonce is not zero", not zero, "not all zero", nonce, "an all-zero nonce does not prove freshness")
     if signed is None or provenance is None:
         return
-    # This is the only link between the hardware and the build. What the evidence proves now holds for provenance.json
-    # too, and through its subjects for the artifacts.
+    # This is the only link between the hardware and the build. It extends what the evidence proves to provenance.json,
+    # and through its subjects to the artifacts.
     digest, actual, detail = sha256_hex(provenance), signed[:32].hex(), "signed[0:32] is the SHA-256 of provenance.json"
     holds = digest == actual
     compact = json.dumps(doc, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     if not holds and doc is not None and actual == sha256_hex(compact):
         holds, detail = checks.expected.allow_legacy_digest, _LEGACY_DIGEST
     checks.hold("provenance digest", holds, digest, actual, detail)
-    # The rest is reserved. What stands there could be a statement of a format that this file does not know.
+    # The rest is reserved. A value there could have a meaning that this verifier does not know.
     checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
 
 
@@ -4480,12 +4482,12 @@ def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) ->
     checks.hold("subjects", bool(subjects) and not odd, "at least one, unique, plain file names", shown)
     for name, digest in subjects:
         checks.compare(f"artifact {name[:255]}", digest, artifacts.get(name, "missing"))
-    # Each artifact has a check of its own, so that the reader sees which one differs. This one is required: the names
-    # of the others are the builder's to choose.
+    # Each artifact has a check of its own, so that the reader sees which one differs. But their names come from the
+    # builder, so the required check is this one.
     wrong = [name for name, digest in subjects if artifacts.get(name) != digest]
     shown = f"missing or different: {', '.join(wrong[:5])}" if wrong else f"{len(subjects)} equal"
     checks.hold("artifacts", bool(subjects) and not wrong, "every subject exists and is equal", shown)
-    # A file that somebody adds to a bundle would pass for built, just because it lies there.
+    # People would believe that a file was built, just because it lies in artifacts/.
     extra = sorted(artifacts.keys() - listed)
     checks.hold("unlisted files", not extra, "none", ", ".join(extra[:5]) or None, "that the provenance does not name")
 
@@ -4501,12 +4503,12 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
     # Only evidence of TDX has the claim quote_version.
     ours, other = (TDX_BUILDER, SNP_BUILDER)[:: 1 if "quote_version" in checks.claims else -1]
     refused = (*of_no_vm, other)
-    # Builders of other people may have any name; nothing here proves it. But none of our names may stand next to
-    # evidence of another kind.
+    # A builder of somebody else may have any id: nothing here proves it. But none of our own ids may occur with another
+    # kind of evidence.
     detail = "this builder has no such confidential VM"
     checks.hold("builder", builder_id not in refused, f"any but {' or '.join(refused)}", builder_id, detail)
-    # The provenance may name the measurement of the VM, too. Our builders always write this byproduct. For others it is
-    # optional, but must be right if it is there.
+    # The provenance may also name the measurement of the VM. Our builders always write this byproduct. For others it is
+    # optional, but it must be right if present.
     claimed = byproduct(doc, "measurement")
     if claimed is not None or builder_id == ours:
         digest = sha256_hex(bytes.fromhex(checks.claims["measurement"]))
@@ -4515,8 +4517,8 @@ def _check_builder(checks: _Checks, platform: str, doc: Any) -> None:
 
 def _check_image(checks: _Checks, platform: str, image: ImageFacts) -> None:
     """Check that the image is intact and that the VM was launched from it.  [CONTRACT 5.6]"""
-    # The caller has hashed the files of the image and computed these digests again from them. If a file differs from
-    # image.json, the digests are not those of the image that its maker published.
+    # The caller has hashed the files of the image and computed these digests from them. If a file differs from
+    # image.json, the digests are not those of the image that was published.
     checks.hold("image parts", not image.parts, "as image.json says", image.parts or None)
     checks.hold("image firmware", not image.firmware, "admits no shim", image.firmware or None)
     measurement = checks.claims["measurement"]
@@ -4541,13 +4543,13 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     """Show the checks that did not run, and return the verdict."""
     expected = checks.expected
     defaults = Expectations._field_defaults
-    # An empty value is a request too; measurements=[] is one that nothing can fulfil.
+    # An empty value is a request too: no evidence can fulfil measurements=[].
     requested = {check for field, check, _, _ in EXPECTED if getattr(expected, field) != defaults[field]}
     of_platform = PLATFORMS[platform].required if platform in PLATFORMS else _REQUIRED_EVIDENCE
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
     # The plan: every check that a verdict shows, with the reason to show if the check has not run.
-    given = checks.endorsements  # AMD's are of no use to evidence of Intel, nor the other way round
+    given = checks.endorsements  # those of AMD are not used for evidence of Intel, nor the other way round
     unused = [f"revocation list file {name}" for name, _ in given.crls] + ["VEK form"] * (given.vek is not None)
     unused += ["collateral form"] * (given.collateral is not None)
     plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(unused, _UNUSED)
@@ -4558,9 +4560,9 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     for name, why in plan.items():
         if name not in made:
             checks.skip(name, why)
-    # The verdict: a set inclusion. That nothing failed is not enough, because a check that never ran has not failed.
+    # The verdict is a set inclusion. "No check failed" is not enough, because a check that never ran did not fail.
     passed, failed = ({check.name for check in checks.made if check.status == s} for s in ("passed", "failed"))
-    # This line is what PASSED means: no name is in `required` without being in `passed`.
+    # This line is what PASSED means: every name in `required` is also in `passed`.
     missing = required - passed
     if missing and not failed:
         checks.hold("required checks", False, "every required check ran", f"not checked: {', '.join(sorted(missing))}")
@@ -4578,12 +4580,12 @@ def verify_bundle(
     """Return the verdict over bundle, with every check, its expected value and its actual value.
 
     bundle: untrusted.
-    expected: what the caller requires beyond what every bundle must fulfil.
+    expected: what the caller requires, in addition to what every bundle must fulfil.
     now: an aware datetime. Certificates must be valid at this time.
     endorsements: a VEK, revocation lists or trust anchors from the caller.
 
-    A check is required by the platform of the evidence, by a bundle (unless expected.evidence_only is true), or by
-    a field that the caller set in expected. The verdict is
+    Checks are required by the platform of the evidence, by a bundle (unless expected.evidence_only is true), and by
+    each field that the caller sets in expected. The verdict is
         "passed"     if every required check passed, no check failed, and a processor signed the evidence
         "simulated"  if every required check passed and no check failed, but the evidence is simulated
         "failed"     in every other case
@@ -4595,20 +4597,19 @@ def verify_bundle(
     anchors = pinned_anchors() if endorsements.anchors is None else endorsements.anchors
     checks = _Checks(expected, utc_time(now.timestamp()), endorsements, anchors, [], {}, set())
     others = list(bundle.others)
-    # With evidence alone, whatever else lies there is named, so that nobody takes it for verified.
+    # With evidence alone, the verdict names the other files, so that nobody believes that they were verified.
     if expected.evidence_only:
         others += ["provenance.json"] * (bundle.provenance is not None)
         others += [f"artifacts/{name}" for name in bundle.artifacts]
         bundle = bundle._replace(provenance=None)
 
-    # 1. Who signed the evidence, and about what? The result is the 64 bytes that the VM had signed. They are returned
-    # even if a check of their signature failed, but then the verdict is "failed".
+    # 1. Who signed the evidence, and what does it say? The result is the 64 bytes that the VM had signed. It may be
+    # there even if the check of the signature failed, but then the verdict is "failed".
     platform, signed = _check_evidence(checks, bundle.evidence)
     claims = checks.claims
-    if not claims:  # nothing could be read: these claims are there even so
+    if not claims:  # nothing could be read; these claims are always present
         claims.update(dict.fromkeys(("report_data", "measurement", "nonce", "chip_id")))
-    # 2. Is provenance.json a Statement, and did the attester sign it for this nonce? From here on, what the Statement
-    # says is what software in that VM said.
+    # 2. Is provenance.json a Statement, and did the attester sign its digest? Then software in that VM vouches for it.
     doc = None if expected.evidence_only else _check_provenance(checks, bundle.provenance)
     if bundle.provenance is not None:
         claims["provenance_sha256"] = sha256_hex(bundle.provenance)
@@ -4617,12 +4618,12 @@ def verify_bundle(
     if doc is not None:
         _check_statement(checks, doc)
         _check_artifacts(checks, doc, bundle.artifacts)
-        # Without a measurement, nothing of the evidence could be read. The check "builder" is required, so the verdict
-        # is then "failed".
+        # No measurement means that the evidence could not be read. Then the required check "builder" does not run, so
+        # the verdict is "failed".
         if claims["measurement"] is not None:
             _check_builder(checks, platform, doc)
-    # 4. Is the evidence of hardware, and of the caller's image? Only this tells which software said it, unless the
-    # caller gives its measurement.
+    # 4. Does the evidence come from hardware, and from the caller's image? Only the image, or a measurement that the
+    # caller gives, tells which software wrote the provenance.
     if expected.require_tee:
         hardware = platform in PLATFORMS and platform != "simulated"
         checks.hold("hardware evidence", hardware, "signed by hardware", platform, "--require-tee")
@@ -4632,7 +4633,7 @@ def verify_bundle(
         checks.hold("disk", not expected.disk, "the root hash of the measured command line", expected.disk or None)
     if expected.image is not None:
         _check_image(checks, platform, expected.image)
-    # 5. What else is in the folder of evidence alone?
+    # 5. Which other files lie next to evidence alone?
     if others:
         more = f" and {len(others) - 10} more" if len(others) > 10 else ""
         checks.skip("other files", "not covered: this is evidence alone", ", ".join(sorted(others)[:10]) + more)
