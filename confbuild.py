@@ -8862,7 +8862,8 @@ def elf_sections(data: bytes) -> dict[str, bytes]:
         rows = [struct.unpack_from("<II16xQQ", data, start + size * number) for number in range(count)]
         if data.startswith(b"\x7fELF\2\1") and sum(row[3] for row in rows if row[1] != 8) <= len(data):
             for name, kind, offset, length in rows:
-                text = data[rows[names][2] + name :].partition(b"\0")[0].decode("utf-8", "replace")
+                begin = rows[names][2] + name  # at most 256 bytes of a name: 65,535 of them could share one of 1 GiB
+                text = data[begin : begin + 256].partition(b"\0")[0].decode("utf-8", "replace")
                 found[text] = data[offset : offset + length * (kind != 8)]
     return found
 

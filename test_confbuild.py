@@ -18215,6 +18215,10 @@ class TestExplanation:
         for end in range(len(good)):
             assert confbuild.elf_sections(good[:end]).keys() <= confbuild.elf_sections(good).keys()
         assert confbuild.elf_sections(good.replace(struct.pack("<QQ", 64, 4), struct.pack("<QQ", 0, len(good)))) == {}
+        header = b"\x7fELF\2\1" + struct.pack("<34xQ10xHHH", 64, 64, 60_000, 0)
+        row = struct.pack("<II16xQ32x", 0, 8, 64 + 64 * 60_000)  # 60,000 sections with one name of 8 MiB
+        with within(20):
+            assert list(confbuild.elf_sections(header + row * 60_000 + b"A" * 8 * confbuild.MIB)) == ["A" * 256]
 
     def test_archives(self, tmp_path: Path) -> None:
         """The first file of an archive that differs, inside of it the first difference, or the archive's own form."""
