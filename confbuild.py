@@ -1767,12 +1767,6 @@ def vek_product(vek: Certificate) -> str:
     return _vek_extension(vek, _PRODUCT_NAME, "VEK productName").read_all(Der.text).partition("-")[0]
 
 
-def has_hwid(vek: Certificate) -> bool:
-    """Return whether the VEK names a chip. A VCEK does, a VLEK does not.  [VCEK 3.1]"""
-    # A VLEK is loaded into many machines of a cloud, so it cannot name one.
-    return _HWID in vek.extensions
-
-
 def vek_csp_id(vek: Certificate) -> str | None:
     """Return the CSP_ID of a VLEK, the name of the cloud that it belongs to, or None for a VCEK.  [VCEK 3.1]
 
@@ -2261,8 +2255,7 @@ def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
 
     signature: r and s, of 32 bytes each.
     """
-    r, s = raw_pair(signature)
-    verify_ecdsa(P256, key, message, r, s)
+    verify_ecdsa(P256, key, message, *raw_pair(signature))
 
 
 def raw_pair(data: bytes) -> tuple[int, int]:
@@ -3825,8 +3818,8 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
     # belongs to another firmware.
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
-    if kind == "VLEK":  # it belongs to a cloud, not to a chip
-        checks.hold("VEK chip_id", not has_hwid(vek), "none")
+    if kind == "VLEK":  # it is loaded into many machines of a cloud, so it cannot name one
+        checks.hold("VEK chip_id", _HWID not in vek.extensions, "none")
     else:
         masked = "" if any(report.chip_id) else _MASKED
         checks.compare("VEK chip_id", report.chip_id.hex(), lambda: vek_chip_id(vek).hex(), masked)
@@ -8933,8 +8926,6 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
         for name, tool in definition["internalParameters"]["toolchain"].items()
     ]
-    root = {"type": "application", "bom-ref": "build", "name": source["uri"] or source["digest"]["gitTree"]}
-    version = source["digest"]["gitCommit"] or source["digest"]["gitTree"]
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
@@ -8944,7 +8935,12 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         "metadata": {
             "timestamp": run["metadata"]["startedOn"],
             "lifecycles": [{"phase": "build"}],
-            "component": {**root, "version": version},
+            "component": {
+                "type": "application",
+                "bom-ref": "build",
+                "name": source["uri"] or source["digest"]["gitTree"],
+                "version": source["digest"]["gitCommit"] or source["digest"]["gitTree"],
+            },
         },
         "components": [*files, *libraries.values(), *tools],
         "dependencies": [{"ref": "build", "dependsOn": [*(f["bom-ref"] for f in files), *libraries]}],
@@ -8954,16 +8950,17 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
 def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Expectations, now: datetime) -> Any:
     """Return a SLSA Verification Summary of the verdict over the bundle.  [VSA]
 
-    It claims build level 1, and level 2 if hardware signed the evidence for a VM with a measurement that the caller
-    named.  Level 3 is about the design of what was measured, which no check can prove.  Simulated evidence is named as
-    such.
+    It claims build level 1, and level 2 if hardware of AMD or Intel signed the evidence for a VM with a measurement
+    that the caller named, and not in debug mode.  Level 3 is about the design of what was measured, which no check can
+    prove.  Simulated evidence is named as such.
     accepted: whether the caller takes the verdict for success.
     expected: the policy of the summary; its digest is the SHA-256 of it as JSON with sorted keys.
     """
-    doc = read_statement(files.provenance or b"") or {}
-    source = doc["predicate"]["buildDefinition"]["externalParameters"]["source"]["uri"] if doc else ""
-    named = any(check.name in MEASURED and check.status == "passed" for check in verdict.checks)
-    levels = [f"SLSA_BUILD_LEVEL_{2 if verdict.verdict == 'passed' and named else 1}"]
+    source = verdict.claims.get("source", {"uri": ""})["uri"]
+    passed = {check.name for check in verdict.checks if check.status == "passed"}
+    # The host of a VM in debug mode can make any bundle there, and so can whoever owns the keys of --roots.
+    proven = verdict.ok and passed & MEASURED and "trust anchors" in passed and not verdict.claims.get("debug")
+    levels = [f"SLSA_BUILD_LEVEL_{2 if proven else 1}"]
     levels += ["CONFBUILD_SIMULATED"] * (verdict.verdict == "simulated")
     defaults = Expectations._field_defaults
     policy = {name: value for name, value in expected._asdict().items() if value != defaults[name]}
@@ -17472,8 +17469,8 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 print(heading + shown)
             if options.vsa is not None:
                 summary = make_vsa(files, verdict, status == EXIT_OK, wanted, when)
-                with open(options.vsa, "wb") as f:  # in place: it may be /dev/stdout
-                    f.write(to_canonical(summary) + b"\n")
+                with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
+                    print(json.dumps(summary, indent=2), file=f)  # ASCII: a hostile file's name need not be UTF-8
         if options.format == "json":
             print(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}))
         statuses.append(status)

@@ -3405,7 +3405,7 @@ class TestCertificates:
             assert vek.issuer == anchor.subject and vek.serial == 0 and isinstance(vek.key, confbuild.Point)
             levels = confbuild.tcb_levels(product, report.reported_tcb)
             assert confbuild.vek_tcb(vek, levels) == levels
-            assert confbuild.has_hwid(vek) == (kind == "SEV-VCEK") and (
+            assert (confbuild._HWID in vek.extensions) == (kind == "SEV-VCEK") and (
                 kind == "SEV-VLEK" or confbuild.vek_chip_id(vek) == report.chip_id
             )
             if (product, kind) not in seen:
@@ -3721,7 +3721,7 @@ class TestCertificates:
     )
     def test_chip(self, value: bytes, chip_id: bytes | int) -> None:
         vek = vek_with(extension("1.3.6.1.4.1.3704.1.4", value))
-        assert confbuild.has_hwid(vek)
+        assert confbuild._HWID in vek.extensions
         if isinstance(chip_id, bytes):
             assert confbuild.vek_chip_id(vek) == chip_id
         else:
@@ -3729,7 +3729,7 @@ class TestCertificates:
                 confbuild.vek_chip_id(vek)
 
     def test_no_chip(self) -> None:
-        assert not confbuild.has_hwid(vek_with())
+        assert confbuild._HWID not in vek_with().extensions
         with pytest.raises(confbuild.Malformed, match="^VEK HWID: 0 bytes, expected 64 or 8$"):
             confbuild.vek_chip_id(vek_with())
 
@@ -18481,11 +18481,14 @@ class TestVsa:
         named = confbuild.simulated_measurement().hex()
         assert self.levels(GOOD_BUNDLE, True, measurements=[named]) == ("PASSED", simulated)
         assert self.levels(GOOD_BUNDLE, False) == ("FAILED", ["FAILED"])
-        report = confbuild.Verdict("passed", "snp", {}, [confbuild.Check("measurement", "passed", "", "", "")])
+        checks = [confbuild.Check(name, "passed", "", "", "") for name in ("measurement", "trust anchors")]
+        report = confbuild.Verdict("passed", "snp", {"debug": False}, checks)
         for verdict, levels in (
             (report, ["SLSA_BUILD_LEVEL_2"]),
+            (report._replace(claims={"debug": True}), ["SLSA_BUILD_LEVEL_1"]),  # its host can write any artifact
+            (report._replace(checks=checks[:1]), ["SLSA_BUILD_LEVEL_1"]),  # --roots: the key may be anybody's
             (report._replace(checks=[]), ["SLSA_BUILD_LEVEL_1"]),
-            (report._replace(checks=[report.checks[0]._replace(status="failed")]), ["SLSA_BUILD_LEVEL_1"]),
+            (report._replace(checks=[checks[0]._replace(status="failed"), checks[1]]), ["SLSA_BUILD_LEVEL_1"]),
         ):
             summary = confbuild.make_vsa(GOOD_BUNDLE, verdict, True, ANY, NOON)
             assert summary["predicate"]["verifiedLevels"] == levels
@@ -18533,6 +18536,9 @@ class TestVsa:
         assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "link"), "--allow-simulated"]) == 0
         assert os.readlink(tmp_path / "link") == str(vsa)
         assert json.loads(vsa.read_bytes())["predicate"]["verificationResult"] == "PASSED"
+        (folder / "artifacts" / os.fsdecode(b"\xff")).write_bytes(b"")  # a name that no UTF-8 document can contain
+        assert confbuild.main(["verify", str(folder), "--vsa", str(vsa)]) == 1
+        assert json.loads(vsa.read_bytes())["predicate"]["verificationResult"] == "FAILED"
 
 
 # endregion 29
