@@ -336,21 +336,8 @@ SIMULATED_NOTICE = (
 PHASES = ("queued", "vm", "detect", "init", "build", "provenance", "attest", "complete")
 # Every `error_type` of a failed build [CONTRACT 1.9].
 FAILURES = frozenset(
-    # fmt: off
-    {
-        "BuildError",
-        "UnsupportedToolchainError",
-        "SourceError",
-        "LimitError",
-        "TimeoutError",
-        "Cancelled",
-        "NoArtifacts",
-        "ProvenanceError",
-        "AttestationError",
-        "VmError",
-        "InternalError",
-    }
-    # fmt: on
+    "BuildError UnsupportedToolchainError SourceError LimitError TimeoutError Cancelled NoArtifacts ProvenanceError "
+    "AttestationError VmError InternalError".split()
 )
 
 # endregion 1
@@ -2324,11 +2311,11 @@ _OUT_OF_DATE |= dict.fromkeys(TCB_STATUSES[2:4], "OutOfDateConfigurationNeeded")
 TCB_SIGNER = intel_name("Intel SGX TCB Signing")
 # The members of a collateral file: documents as signed, chains in PEM, the rest in hexadecimal digits. The names are
 # those that Intel's quote verification library and the tools around it use. Other members are ignored.
-_COLLATERAL = (
-    *("tcb_info", "tcb_info_signature", "tcb_info_issuer_chain"),
-    *("qe_identity", "qe_identity_signature", "qe_identity_issuer_chain"),
-    *("root_ca_crl", "pck_crl", "pck_crl_issuer_chain"),
-)
+_COLLATERAL = """
+    tcb_info tcb_info_signature tcb_info_issuer_chain
+    qe_identity qe_identity_signature qe_identity_issuer_chain
+    root_ca_crl pck_crl pck_crl_issuer_chain
+""".split()
 _ISO_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 
 
@@ -3579,7 +3566,7 @@ _REQUIRED_TDX = _REQUIRED_EVIDENCE | set(
     "QE signature, QE identity, TDX module identity, QE binding, quote signature, TD attributes, XFAM, service TD, "
     "debug".split(", ")
 )
-_REQUIRED_TPM = frozenset(("runtime data", "runtime data digest", "TPM quote", "TPM signature", "PCR digest"))
+_REQUIRED_TPM = frozenset("runtime data, runtime data digest, TPM quote, TPM signature, PCR digest".split(", "))
 REQUIRED_OF_BUNDLE = frozenset(
     "provenance form, canonical form, provenance schema, provenance digest, report data tail, input Merkle root, "
     "builder, subjects, artifacts, unlisted files".split(", ")
@@ -3818,7 +3805,7 @@ def _check_vek(checks: _Checks, report: Report, product: str, vek: Certificate) 
     # belongs to another firmware.
     levels = tcb_levels(product, report.reported_tcb)
     checks.compare("VEK TCB", tcb_text(levels), lambda: tcb_text(vek_tcb(vek, levels)))
-    if kind == "VLEK":  # it is loaded into many machines of a cloud, so it cannot name one
+    if kind == "VLEK":  # it is loaded into many machines of a cloud, so it names no chip  [VCEK 3.1]
         checks.hold("VEK chip_id", _HWID not in vek.extensions, "none")
     else:
         masked = "" if any(report.chip_id) else _MASKED
@@ -6212,7 +6199,7 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
     except ValueError as e:
         forbid(str(e))
     if parts.scheme not in schemes:
-        forbid(f"the scheme must be one of {', '.join(schemes)}")
+        forbid(f"scheme {parts.scheme!r}, expected {' or '.join(schemes)}")
     if "@" in parts.netloc or parts.query or parts.fragment:
         forbid("credentials, queries and fragments are not accepted")
     if parts.scheme == "file":
@@ -16710,7 +16697,7 @@ def _read_tokens(path: str | None) -> list[str]:
         return []
     tokens = read_limited(path, MIB).split()
     if not tokens or not all(map(bytes.isascii, tokens)):
-        raise UsageError(f"--token-file {path}: there is no token in it, or one that is not ASCII")
+        raise UsageError(f"--token-file {path}: no token in it, or one that is not ASCII")
     return [token.decode("ascii") for token in tokens]
 
 
@@ -16834,7 +16821,7 @@ def cmd_serve(options: "argparse.Namespace") -> None:
     host, port = options.listen
     if not _is_loopback(host) and not tokens and not options.insecure:
         raise UsageError(
-            f"--listen {host}:{port}: other machines can reach that",
+            f"--listen {host}:{port}: other machines can reach this address",
             "give --token-file FILE, or --insecure to let everybody build",
         )
     machine = prepare_platform(options)
@@ -16884,7 +16871,7 @@ class Client(NamedTuple):
 def _client(options: "argparse.Namespace", display: Display | None = None) -> Client:
     """Return the server that the options or the environment name. Raises UsageError."""
     if not options.server:
-        raise UsageError("no server is named", "give --server URL, or set CONFBUILD_SERVER")
+        raise UsageError("no server is given", "give --server URL, or set CONFBUILD_SERVER")
     [token, *_] = [*_read_tokens(options.token_file), ""]
     display = display or Display(sys.stderr, options.format)
     arguments = ["--server", options.server, *(["--token-file", options.token_file] if options.token_file else [])]
@@ -16899,7 +16886,7 @@ def _find_job(client: Client, job: str) -> str:
     found = [job_id for job_id in ids if job_id.startswith(job)]
     if len(found) != 1:
         raise UsageError(
-            f"{job}: {len(found) or 'no'} builds begin with that",
+            f"{job}: {len(found) or 'no'} build ids begin with it",
             " ".join(found[:5]) or "`confbuild list` shows the builds of a server",
         )
     return found[0]
@@ -16977,7 +16964,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
             packed = _pack(options, archive, scratch)
             display.note(f"packed {packed.note}")
             if options.tree not in ("", packed.tree):
-                raise UsageError(f"{source} has the tree {packed.tree}, not {options.tree}, which the bundle records")
+                raise UsageError(f"{source} has the tree {packed.tree}, the bundle records {options.tree}")
             if machine and "Cargo.lock" in map(basename, packed.files):
                 _tell_cargo_settings(display)
             expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
@@ -17019,11 +17006,13 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         return
     _refuse(options, "--token-file", " requires --server")
     _refuse(options, "--allow-scheme" * (not is_url), " requires a URL")
-    scheme = source.partition("://")[0].lower()
     if is_url:
-        if scheme in ("file", "git") and scheme not in options.allow_scheme:
-            hint = f"--allow-scheme {scheme} accepts them"
-            raise UsageError(f"{source}: URLs with {scheme}:// are not accepted", hint)
+        try:
+            check_url(source, (*SCHEMES, *options.allow_scheme), True)
+            check_ref(options.ref)
+        except Refused as e:
+            hint = "--allow-scheme file and --allow-scheme git accept these schemes too" * ("scheme" in str(e))
+            raise UsageError(str(e).replace("repo_url", "URL"), hint) from None
         return
     folder = _locate(source, "", options.subdir)
     if folder is None or not isdir(join(source, folder)):
@@ -17072,7 +17061,7 @@ def _tell_cargo_settings(display: Display) -> None:
         with suppress(OSError, UsageError):
             if re.search(rb"(?m)^[ \t]*\[(source|registr|http|net|patch)", read_limited(path, MIB)):
                 display.note(
-                    f"builds do not see {path}: what they need of it belongs into the source's .cargo/config.toml"
+                    f"builds do not see {path}: put the settings that they need into the source's .cargo/config.toml"
                 )
 
 
@@ -17089,7 +17078,7 @@ def _check_waiting_vm(client: Client, expected: Expectations, endorsements: Endo
             sys.stderr.write(render_verdict(verdict, wants_color(sys.stderr)) + "\n")
         problem = "the server's VM does not verify"
     elif verdict.claims.get("signed_data") != waiting_report_data(nonce).hex():
-        problem = "the server's evidence comes from a VM that has built something, not from a waiting one"
+        problem = "the server's evidence is that of a VM that has built something, not of a waiting one"
     if problem:
         raise ConfbuildError(problem + ": no byte of the source was sent")
     display.note("the VM that waits for the source verifies")
@@ -17558,8 +17547,9 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
         "records no commit": is_url and not commit,
         "was built with submodules, which no URL delivers": is_url and options.submodules,
     }
-    for problem in (text for text, found in problems.items() if found):
-        raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
+    for problem, found in problems.items():
+        if found:
+            raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
     try:
         words = shlex.split(build["command"])
     except ValueError as e:
@@ -17605,13 +17595,13 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         raise UsageError("the source is not the recorded one")
     if others and not options.any_toolchain:
         raise UsageError(
-            "these compilers or tools are not the recorded ones", "--any-toolchain compares the artifacts anyway"
+            "the compilers or tools differ from the recorded ones", "--any-toolchain compares the artifacts anyway"
         )
     names = "build_path", "build_environment", "build_kernel", "build_cpu"
     varied = [name for name in names if byproduct(doc, name) not in (None, byproduct(again, name))]
     one, other = before["artifacts"], after["artifacts"]
     if varied and one != other:
-        say(f"these differ, too: {', '.join(varied)}")
+        say(f"these differ too: {', '.join(varied)}")
     with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
         roots = [find_project(p if isdir(p) else _unpacked(p, scratch), "")[0] for p in (path, options.out)]
         for name in {**one, **other}:
@@ -17664,7 +17654,7 @@ _DIRECT_BOOT = "--kernel --initrd --append --vcpus --vcpu-type --vcpu-sig --gues
 def cmd_measure(options: "argparse.Namespace") -> int:
     """Print the launch digest of an IGVM file, or of a firmware, a kernel, an initrd and a command line."""
     if (options.firmware is None) == (options.igvm is None):
-        raise UsageError("exactly one of --firmware and --igvm is needed")
+        raise UsageError("measure: give exactly one of --firmware FILE and --igvm FILE")
     digests: list[str] = []
 
     def explain(step: str, digest: bytes) -> None:
@@ -17688,7 +17678,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         _refuse(options, "--initrd --append", " requires --kernel")
     absent = [options.vcpu_type, options.vcpu_sig].count(None)
     if options.vcpus is None or absent == 0 or (absent == 2 and options.vmm == VMMS[0]):  # others have their own
-        raise UsageError("--vcpus and exactly one of --vcpu-type and --vcpu-sig are needed")
+        raise UsageError("measure: give --vcpus N, and exactly one of --vcpu-type MODEL and --vcpu-sig X")
 
     with open(options.firmware, "rb") as f:
         data = f.read(MAX_FIRMWARE + 1)
@@ -17717,7 +17707,7 @@ def cmd_attest(options: "argparse.Namespace") -> None:
     platform = options.platform or ("tdx" if table is None else "snp")
     evidence = hardware_evidence(report, table, platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
-        say("the host handed out no certificate of the signing key: verifiers will need --vek")
+        say("the host gave no certificate of the signing key: verifiers will need --vek")
     print(evidence.decode("ascii"), end="")
 
 
@@ -17727,14 +17717,12 @@ _IMAGE_PARTS = "--rootfs --packages --debs --kernel --modules --firmware --vcpus
 def cmd_image(options: "argparse.Namespace") -> int:
     """Make an image, check one, or write the lock file of an image's packages."""
     if [options.out, options.check, options.lock].count(None) != 2:
-        raise UsageError("exactly one of -o, --check and --lock is needed")
-    if options.names and options.lock is None:
-        raise UsageError("the names of packages require --lock")
+        raise UsageError("image: give exactly one of -o DIR, --check DIR and --lock LOCK")
+    if bool(options.names) is (options.lock is None):
+        raise UsageError("--lock LOCK and the names of packages go together")
     _refuse(options, "--without" * (options.lock is None), " requires --lock")
     _refuse(options, _IMAGE_PARTS * (options.out is None), " requires -o")
     if options.lock is not None:
-        if not options.names:
-            raise UsageError("--lock needs the names of packages")
         data = write_lock(options.names, options.without or ())
         with open(options.lock, "wb") as f:
             f.write(data)
@@ -17743,14 +17731,14 @@ def cmd_image(options: "argparse.Namespace") -> int:
     if options.out is not None:
         given = [name for name in ("rootfs", "packages", "debs") if getattr(options, name) is not None]
         if given not in (["rootfs"], ["packages", "debs"]):
-            raise UsageError("either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
+            raise UsageError("image: give either --rootfs DIR, or --packages LOCK and --debs FOLDER")
         vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
         names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
         make_image(options.out, ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus]))
     facts = check_image(options.check or options.out)
     print(f"image.json  sha256 {facts.manifest_sha256}")
     print(f"parts       {plain_text(facts.parts) or 'ok: those of image.json'}")
-    print(f"firmware    {plain_text(facts.firmware) or 'ok: starts nothing but the kernel that is measured'}")
+    print(f"firmware    {plain_text(facts.firmware) or 'ok: starts only the measured kernel'}")
     for label, digest in facts.launch_digests.items():
         print(f"measured    {label}: {digest}")
     return EXIT_NO if facts.parts or facts.firmware else EXIT_OK
@@ -17916,7 +17904,7 @@ _time = _typed("[0-9]{4}-[0-9-]{5}T[0-9:]{8}Z", "a time such as 2026-11-23T12:00
 # Rows that several commands share  [CONTRACT 5.7, 5.8].
 _FORMAT = (
     "--format --output FORMAT",
-    "progress: auto (live on a terminal), plain, json or quiet (default: auto)",
+    "auto (live progress on a terminal), plain, json or quiet (default: auto)",
     ("auto", "plain", "json", "quiet"),
     "auto",
 )
@@ -17927,19 +17915,19 @@ _JOB = ("JOB job", "id of the job, or its first characters", _job)
 _MACHINE: Sequence[Any] = (
     "builds on this machine",
     ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
-    ("--env NAME...", "pass this environment variable to builds", str, []),
+    ("--env NAME...", "pass this environment variable to builds", _typed("[^=]+", "the name of a variable"), []),
     ("--cache DIR", "keep the crates that cargo fetches, for later builds", abspath),
     ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
     ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
     ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
     (
         "--boot-timeout S",
-        f"limit for the start of a VM (default: {BOOT_TIMEOUT_S:g}, of a guest {GUEST_BOOT_TIMEOUT_S:g})",
+        f"seconds that a VM may take to start (default: {BOOT_TIMEOUT_S:g}; a guest: {GUEST_BOOT_TIMEOUT_S:g})",
         _seconds,
     ),
-    ("--build-timeout S", "limit for a build (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
-    ("--max-archive MIB", "limit for an uploaded archive (default: %(default)s)", _positive, MAX_ARCHIVE // MIB),
-    ("--allow-filters", "accept sources with filters, such as git LFS, which are not run"),
+    ("--build-timeout S", "seconds that a build may take (default: %(default)g)", _seconds, BUILD_TIMEOUT_S),
+    ("--max-archive MIB", "maximum size of an uploaded archive (default: %(default)s)", _positive, MAX_ARCHIVE // MIB),
+    ("--allow-filters", "accept sources with filters, such as git LFS; the filters are not run"),
     "VMs",
     ("--tee", "build in SEV-SNP guests, or name what this machine lacks for them (same as --vm snp)"),
     (
@@ -17953,7 +17941,7 @@ _MACHINE: Sequence[Any] = (
     ("--memory MIB", "memory of a guest (default: %(default)s)", _positive, 2048),
     ("--guest-network", "let guests reach the network; the provenance says so"),
     ("--cbitpos N", "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)", _positive),
-    ("--vek FILE", "certificate of the host's VCEK, if the host's firmware hands none to guests"),
+    ("--vek FILE", "VCEK certificate of this host, for guests that get none from QEMU"),
 )
 
 
@@ -18070,9 +18058,9 @@ COMMANDS = (
             ("DIR|URL source", "project directory or git URL"),
             ("--ref REF", "branch, tag or commit of the URL (default: its default branch)", str, ""),
             ("--submodules", "pack the submodules of DIR that are checked out; without it their folders are empty"),
-            ("--toolchain NAME", f"{', '.join(_NAMES)} (default: by its marker)", _NAMES, ""),
-            ("--subdir DIR", "folder of the source that is built", str, ""),
-            ("--artifact GLOB... artifacts", "files that are the artifacts (default: executables)", str, []),
+            ("--toolchain NAME", f"{', '.join(_NAMES)} (default: the first whose file exists)", _NAMES, ""),
+            ("--subdir DIR", "build this folder of the source", str, ""),
+            ("--artifact GLOB... artifacts", "take these files as the artifacts (default: executables)", str, []),
             ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
             *_SUBMISSION,
         ),
@@ -18094,7 +18082,7 @@ COMMANDS = (
             ),
             (
                 "--format FORMAT",
-                "text, or json: one object per line and bundle (default: text)",
+                "text, or json: a line with one object for each bundle (default: text)",
                 ("text", "json"),
                 "text",
             ),
@@ -18111,7 +18099,7 @@ COMMANDS = (
             ("--dep NAME@VERSION... packages", "dependency from the default registry, or a whole pkg: uri"),
             ("--builder-id ID", "builder in the provenance"),
             ("--build-type URI", "buildType in the provenance"),
-            ("--max-age AGE", "greatest age of the build, by the builder's clock: 90m, 24h, 30d", _age),
+            ("--max-age AGE", "maximum age of the build, by the builder's clock: 90m, 24h, 30d", _age),
             ("--allow-legacy-digest", "accept the compact digest that the five oldest bundles signed"),
             "where it was built",
             ("--measurement HEX... measurements", "launch digest of the VM; one must match", _hex(96)),
@@ -18120,15 +18108,15 @@ COMMANDS = (
             ("--disk FILE", "disk whose whole dm-verity tree has the root hash in the IGVM file's command line"),
             (
                 "--min-tcb LEVELS",
-                "least security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219; for some "
+                "minimum security patch levels of each TCB, such as bootloader=4,tee=0,snp=24,microcode=219; for some "
                 "products: milan:snp=24,genoa:snp=23",
                 _levels,
             ),
-            ("--min-firmware VERSION", "least version of the SNP firmware, such as 1.55.40", _firmware),
-            ("--min-mit-vector X", "mitigations that the firmware had at launch and has now, as bits", _integer),
+            ("--min-firmware VERSION", "minimum version of the SNP firmware, such as 1.55.40", _firmware),
+            ("--min-mit-vector X", "bits of the mitigations that must be in place, at launch and now", _integer),
             (
                 "--guest-policy LIST",
-                "bits of the guest policy and least ABI, such as debug=0,smt=0,abi=1.55 or 0xb0000=0x30000",
+                "bits of the guest policy and minimum ABI, such as debug=0,smt=0,abi=1.55 or 0xb0000=0x30000",
                 _guest_policy,
             ),
             ("--platform-info LIST", "bits of PLATFORM_INFO that may be set, such as smt,ecc or 0x5", _platform_info),
@@ -18136,7 +18124,7 @@ COMMANDS = (
             ("--report-data HEX", "all 64 bytes that the attester signed, for evidence alone", _hex(128)),
             ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
             ("--guest-svn N", "GUEST_SVN of the report", _count),
-            ("--min-guest-svn N", "least GUEST_SVN of the report", _count),
+            ("--min-guest-svn N", "minimum GUEST_SVN of the report", _count),
             ("--chip-id HEX", "CHIP_ID of the report", _hex(128)),
             ("--family-id HEX", "FAMILY_ID of the report", _hex(32)),
             ("--image-id HEX", "IMAGE_ID of the report", _hex(32)),
@@ -18158,21 +18146,24 @@ COMMANDS = (
             ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
             "keys",
             ("--crl FILE...", "AMD's revocation list"),
-            ("--require-crl", "fail without a list of the right key that is valid now"),
+            ("--require-crl", "fail without --crl of the right key that is valid now"),
             (
                 "--vek FILE",
                 "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
             ),
             ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON"),
-            ("--require-collateral", "fail without them"),
+            ("--require-collateral", "fail without --collateral"),
             (
                 "--accept-tcb STATUS...",
                 "accept this TCB status too: OutOfDate, ...; never Revoked",
                 TCB_STATUSES[:-1],
                 [],
             ),
-            ("--at TIME", "verify as of this time, such as 2026-11-23T12:00:00Z, for a bundle that was kept", _time),
-            ("--roots DIR", "certificates to trust instead: <product>/{ark,ask,asvk}.der, intel/root.der"),
+            ("--at TIME", "verify an old bundle as of this time, such as 2026-11-23T12:00:00Z", _time),
+            (
+                "--roots DIR",
+                "certificates to trust instead of the pinned keys: <product>/{ark,ask,asvk}.der, intel/root.der",
+            ),
         ),
         _BUILD,
         "verify bundles, offline",
@@ -18227,7 +18218,7 @@ COMMANDS = (
         (
             (
                 "--listen HOST:PORT",
-                "address (default: 127.0.0.1:8080); port 0: any free one",
+                "address (default: 127.0.0.1:8080); port 0 takes a free one",
                 _address,
                 ("127.0.0.1", 8080),
             ),
@@ -18242,7 +18233,7 @@ COMMANDS = (
             ("--public-host NAME...", "name by which clients reach this server, without a port", _host, []),
             (
                 "--grace S",
-                "time for running builds to finish when the server is stopped (default: %(default)g)",
+                "seconds that running builds get when the server is stopped (default: %(default)g)",
                 _seconds,
                 30.0,
             ),
@@ -18255,19 +18246,19 @@ COMMANDS = (
                 _size,
                 float("inf"),
             ),
-            ("--warm N", "VMs that wait for a build beyond --slots (default: %(default)s)", _count, 0),
+            ("--warm N", "VMs that wait for a build, in addition to --slots (default: %(default)s)", _count, 0),
             ("--print-command", "print the command line of a guest, and exit"),
             *_MACHINE,
             "VMs elsewhere",
             (
                 "--vm-command ARGV",
-                "start each VM with this command, which must reach `confbuild agent --stdio`",
+                "command that starts each VM; its stdin and stdout must reach `confbuild agent --stdio`",
                 str,
                 "",
             ),
             (
                 "--vm-cleanup ARGV",
-                "afterwards run this command in any case; both may contain {job} and {name}",
+                "command to run after each VM, however it ended; both commands may contain {job} and {name}",
                 str,
                 "",
             ),
@@ -18286,7 +18277,7 @@ COMMANDS = (
     Command(
         "unit",
         cmd_unit,
-        [("--socket", "print the unit of its socket, which systemd opens for it")],
+        [("--socket", "print the unit of a socket that systemd opens for the service")],
         _SERVICE,
         "print a systemd unit that runs the service",
         "confbuild unit > /etc/systemd/system/confbuild.service",
@@ -18294,7 +18285,7 @@ COMMANDS = (
     Command(
         "watch",
         cmd_watch,
-        (_JOB, *_CLIENT, ("--from N start", "leave out the first N events (default: 0)", _count, 0)),
+        (_JOB, *_CLIENT, ("--from N start", "skip the first N events (default: 0)", _count, 0)),
         _SERVICE,
         "follow a build",
         "confbuild watch d3d8 --server http://127.0.0.1:8080",
@@ -18332,15 +18323,15 @@ COMMANDS = (
         "image",
         cmd_image,
         (
-            ("NAME* names", "with --lock: a package, with its dependencies"),
+            ("NAME* names", "with --lock: a package; its dependencies are added"),
             "one of",
             ("-o --out DIR", "make an image in this new directory"),
             ("--check DIR", "recompute an image's hashes and launch digests, and look for a shim in its firmware"),
             ("--lock LOCK", "write a lock file: a line NAME VERSION SHA256 for each package"),
             "to make an image",
             ("--rootfs DIR", "the root file system"),
-            ("--packages LOCK", "or the Debian packages that are unpacked to one"),
-            ("--debs FOLDER", "folder with their .deb files, which are recognised by SHA-256"),
+            ("--packages LOCK", "instead of --rootfs: Debian packages to unpack, by a lock file"),
+            ("--debs FOLDER", "folder with the .deb files of --packages, found by SHA-256"),
             ("--kernel FILE", "kernel (default: boot/vmlinuz-* of the root file system)"),
             ("--modules DIR", "kernel modules (default: those of the root file system)"),
             ("--firmware FILE", "AmdSev firmware (default: usr/share/ovmf/OVMF.amdsev.fd of the root file system)"),
@@ -18353,8 +18344,8 @@ COMMANDS = (
         "make or check the image that guests boot",
         "confbuild image --check image",
         "An image is a firmware, a kernel, an initrd and a disk of tools. The same input gives the same bytes. "
-        "Firmware that would start a file of the host instead of the measured kernel (edk2 from 2025 on does) is "
-        "sealed or refused. Only the Python of the root file system is run.",
+        "Firmware that would start a file from the host instead of the measured kernel (edk2 since 2025) is sealed or "
+        "refused. Of the root file system, only its Python is run.",
     ),
     Command(
         "measure",
@@ -18363,7 +18354,7 @@ COMMANDS = (
             ("--firmware FILE", "OVMF, as for QEMU's -bios"),
             ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
             ("--initrd FILE", "as for -initrd"),
-            ("--append TEXT", "as for -append, to the byte"),
+            ("--append TEXT", "exactly as for -append"),
             ("--vcpus N", "virtual processors at the launch: the first number of -smp", _positive),
             ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
             ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
@@ -18387,7 +18378,7 @@ COMMANDS = (
             ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
             (
                 "--platform PLATFORM",
-                "snp, gcp-snp, tdx or gcp-tdx (default: snp or tdx, as the hardware is)",
+                "snp, gcp-snp, tdx or gcp-tdx (default: snp or tdx, whichever this VM is)",
                 ("snp", "gcp-snp", "tdx", "gcp-tdx"),
             ),
             ("--fetch-vek", "fetch a missing certificate from AMD's key service (opens a socket)"),
@@ -18407,7 +18398,7 @@ COMMANDS = (
     Command(
         "agent",
         lambda _: run_agent(),
-        (("--stdio", "over standard input and output, the only way"),),
+        (("--stdio", "talk over standard input and output (always the case)"),),
         _SERVICE,
         "inside a VM: run one build for `confbuild serve --vm-command`",
         "confbuild agent --stdio",
@@ -18434,8 +18425,8 @@ Exit status
 `confbuild COMMAND --help` explains a command; `confbuild --version` prints the
 version and the SHA-256 of this file."""
 # Options of `verify` that a policy file cannot hold, and those that are paths, relative to the policy file.
-_NOT_IN_POLICY = {"help", "policy", "format", "verbose", "vsa"}
-_POLICY_PATHS = {"source", "image", "igvm", "disk", "crl", "vek", "roots", "collateral"}
+_NOT_IN_POLICY = "help policy format verbose vsa".split()
+_POLICY_PATHS = "source image igvm disk crl vek roots collateral".split()
 
 
 def command_parser(command: Command) -> "argparse.ArgumentParser":
@@ -18495,7 +18486,7 @@ def _add_row(parser: Any, words: str, text: str, kind: Any = str, default: Any =
 
 def help_text() -> str:
     """Return the help of the program: its commands in groups, examples and exit statuses."""
-    rows = ["usage: confbuild COMMAND ...", "", "Turn source code into an attested build, and verify one."]
+    rows = ["usage: confbuild COMMAND ...", "", "Build source code into an attested bundle, and verify such bundles."]
     for group in dict.fromkeys(command.group for command in COMMANDS if command.group):
         rows += ["", group, *(f"  {row.name:11} {row.summary}" for row in COMMANDS if row.group == group)]
     return "\n".join(rows) + "\n" + _EXAMPLES
@@ -18553,7 +18544,8 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
     found = dict[str, Any]()
     for name, value in policy.items():
         if name not in known:
-            raise UsageError(f"{where}unknown option {name!r}", "known options are " + ", ".join(sorted(known)))
+            hint = _similar(name, known, "known options are " + ", ".join(sorted(known)))
+            raise UsageError(f"{where}unknown option {name!r}", hint)
         found[known[name].dest] = _policy_value(parser, known[name], value, where + name, dirname(path))
     if options.measurements:  # any of them would do: the command line wins
         found.pop("measurements", None)
@@ -18652,7 +18644,7 @@ def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(help_text(), file=sys.stdout if arguments else sys.stderr)
         return EXIT_OK if arguments else EXIT_USAGE
-    if arguments[:1] == ["--version"]:
+    if arguments[0] == "--version":
         print(f"confbuild {__version__} sha256:{sha256_hex(own_source())}")
         return EXIT_OK
     try:
@@ -18672,7 +18664,9 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as e:
-        say(f"error: {e.filename + ': ' if e.filename else ''}{e.strerror or e}")
+        words = [word for argument in arguments for word in argument.split("=", 1)]
+        before = {word: option + " " for option, word in itertools.pairwise(words) if option.startswith("-")}
+        say(f"error: {before.get(e.filename, '') + e.filename + ': ' if e.filename else ''}{e.strerror or e}")
         return EXIT_USAGE
 
 

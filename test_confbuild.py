@@ -11916,8 +11916,8 @@ class TestChecks:
             ("https://[::1/x", "repo_url: "),
             ("https://h:99999/x", "ort"),
             ("https://h:x/x", "ort"),
-            ("ssh://h/x", "the scheme must be one of https, http"),
-            ("file:///x", "the scheme must be"),
+            ("ssh://h/x", "scheme 'ssh', expected https or http"),
+            ("file:///x", "scheme 'file', expected https or http"),
             ("git@h:x", "the scheme must be"),
             ("ext::sh", "the scheme must be"),
             ("-x", "the scheme must be"),
@@ -18381,7 +18381,7 @@ class TestRebuild:
         git(tmp_path / "other", "add", "new")
         git(tmp_path / "other", "commit", "-q", "-m", "new")
         done = subprocess.run([*command, "other"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and "which the bundle records" in done.stderr
+        assert done.returncode == 2 and "the bundle records" in done.stderr
 
     def test_a_rebuild_in_place_of_the_bundle(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """It would be compared with itself. [CONTRACT 5.9]"""
@@ -18531,7 +18531,7 @@ class TestVsa:
         assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "no/x")]) == 2
         said = capsys.readouterr()
         assert said.out.startswith("SIMULATED: "), "the verdict is shown anyway"
-        assert said.err == f"confbuild: error: {tmp_path}/no/x: No such file or directory\n"
+        assert said.err == f"confbuild: error: --vsa {tmp_path}/no/x: No such file or directory\n"
         os.symlink(vsa, tmp_path / "link")  # as /dev/stdout is one: it stays, and so does a device
         assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "link"), "--allow-simulated"]) == 0
         assert os.readlink(tmp_path / "link") == str(vsa)
@@ -28861,7 +28861,11 @@ BUILD_AND_SERVE = (
     ("build demo --nonce 00", 2, "--nonce: '00' is not a nonce: expected 32 hexadecimal digits or a UUID"),
     (f"build demo --nonce {'0' * 32}", 2, "--nonce: a nonce of zeros proves nothing"),
     ("build github.com/a/b", 2, "neither a directory nor a URL\nconfbuild: hint: is it https://github.com/a/b?"),
-    ("build file:///x", 2, "file:// are not accepted\nconfbuild: hint: --allow-scheme file accepts them"),
+    ("build file:///x", 2, "URL: scheme 'file', expected https or http\nconfbuild: hint: --allow-scheme file and "),
+    ("build ftp://h/x", 2, "URL: scheme 'ftp', expected https or http\nconfbuild: hint: --allow-scheme file and "),
+    ("build https://example.com", 2, "URL: a host and a path are required"),
+    ("build https://example.com/x --ref a..b", 2, "repo_ref: 'a..b' is not a valid branch, tag or commit name"),
+    ("build demo --env A=B", 2, "--env: 'A=B' is not the name of a variable"),
     (
         "build web",
         2,
@@ -28875,19 +28879,20 @@ BUILD_AND_SERVE = (
     ("build empty", 2, "empty: there is nothing to build"),
     ("build demo --build-timeout soon", 2, "--build-timeout: 'soon' is not a number of seconds"),
     ("build demo --max-archive 0", 2, "--max-archive: '0' is not a whole number above zero"),
-    ("build https://u:p@example.com/x", 4, "credentials, queries and fragments are not accepted"),
+    ("build https://u:p@example.com/x", 2, "URL: credentials, queries and fragments are not accepted"),
     (
         "serve --listen 0.0.0.0:0",
         2,
-        "other machines can reach that\nconfbuild: hint: give --token-file FILE, or --insecure",
+        "other machines can reach this address\nconfbuild: hint: give --token-file FILE, or --insecure",
     ),
-    ("serve --listen [::]:0", 2, "other machines can reach that"),
-    ("serve --listen example.com:0", 2, "other machines can reach that"),
+    ("serve --listen [::]:0", 2, "other machines can reach this address"),
+    ("serve --listen example.com:0", 2, "other machines can reach this address"),
     ("serve --listen nonsense", 2, "--listen: 'nonsense' is not HOST:PORT or [IPV6]:PORT"),
     ("serve --listen 127.0.0.1:70000", 2, "is not HOST:PORT or [IPV6]:PORT, with a port of at most 65535"),
     ("serve --slots 0", 2, "--slots: '0' is not a whole number above zero"),
     ("serve --token-file empty/../blank", 2, "no token in it"),
-    ("serve --token-file nowhere", 2, "nowhere: No such file or directory"),
+    ("serve --token-file nowhere", 2, "error: --token-file nowhere: No such file or directory"),
+    ("serve --token-file=nowhere", 2, "error: --token-file nowhere: No such file or directory"),
     ("serve --token-file binary", 2, "binary"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "--tls-cert blank, --tls-key blank: "),
@@ -29093,7 +29098,7 @@ class TestUsage:
             out = io.StringIO()
             confbuild._tell_cargo_settings(confbuild.Display(out, "plain"))
             path = tmp_path / "home/.cargo" / name
-            rest = "what they need of it belongs into the source's .cargo/config.toml"
+            rest = "put the settings that they need into the source's .cargo/config.toml"
             assert out.getvalue() == f"confbuild: builds do not see {path}: {rest}\n" * told
 
     @pytest.mark.parametrize(
@@ -29111,7 +29116,7 @@ class TestUsage:
             ("serve --public-host http://a", 2, "'http://a' is not the name or address of a host, without a port"),
             ("serve --keep-days 9999999", 2, "'9999999' is not a number of days below a million"),
             ("serve --keep-bytes 6000", 2, "'6000' is not a whole number with its unit, such as 500M or 20G"),
-            ("list", 2, "no server is named\nconfbuild: hint: give --server URL, or set CONFBUILD_SERVER"),
+            ("list", 2, "no server is given\nconfbuild: hint: give --server URL, or set CONFBUILD_SERVER"),
             ("list --server ftp://x", 2, "is not an http or https URL"),
             ("list --server http://127.0.0.1:1", 4, "refused"),
             ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"),
@@ -29174,13 +29179,13 @@ class TestUsage:
             ("verify b --roots blank", 2, "blank: Not a directory"),
             ("verify b --policy nowhere", 2, "nowhere: No such file"),
             ("verify b --image nowhere", 2, "nowhere"),
-            ("measure", 2, "exactly one of --firmware and --igvm is needed"),
-            ("measure --firmware f --igvm f", 2, "exactly one of --firmware and --igvm is needed"),
+            ("measure", 2, "measure: give exactly one of --firmware FILE and --igvm FILE"),
+            ("measure --firmware f --igvm f", 2, "measure: give exactly one of --firmware FILE and --igvm FILE"),
             *[
                 (
                     f"measure --firmware f {options}",
                     2,
-                    "--vcpus and exactly one of --vcpu-type and --vcpu-sig are needed",
+                    "measure: give --vcpus N, and exactly one of --vcpu-type MODEL and --vcpu-sig X",
                 )
                 for options in (
                     "",
@@ -29233,12 +29238,12 @@ class TestUsage:
                 "error: binary: firmware: 2 bytes, expected 1 to 4096 pages",
             ),
             *[
-                (f"image {options}", 2, "exactly one of -o, --check and --lock is needed")
+                (f"image {options}", 2, "image: give exactly one of -o DIR, --check DIR and --lock LOCK")
                 for options in ("", "name", "-o i --check i", "-o i --lock l x", "--check i --lock l")
             ],
-            ("image --lock l", 2, "--lock needs the names of packages"),
+            ("image --lock l", 2, "--lock LOCK and the names of packages go together"),
             ("image --lock l -- -x", 2, "'-x' is not the name of a package"),
-            ("image -o i x", 2, "the names of packages require --lock"),
+            ("image -o i x", 2, "--lock LOCK and the names of packages go together"),
             ("image -o i --rootfs empty --without x", 2, "--without requires --lock"),
             *[
                 (f"image {mode} {option} 1", 2, f"{option} requires -o")
@@ -29247,9 +29252,9 @@ class TestUsage:
                 if option != "--vcpus" or mode != "--check i"
             ],
             ("image --check i --vcpus=1", 2, "--vcpus requires -o"),
-            ("image --check b x", 2, "the names of packages require --lock"),
+            ("image --check b x", 2, "--lock LOCK and the names of packages go together"),
             *[
-                (f"image -o i {options}", 2, "either --rootfs DIR or --packages LOCK and --debs FOLDER is needed")
+                (f"image -o i {options}", 2, "image: give either --rootfs DIR, or --packages LOCK and --debs FOLDER")
                 for options in (
                     "",
                     "--packages blank",
@@ -29446,7 +29451,7 @@ class TestUsage:
                 for options in (["--insecure"], ["--token-file", str(tmp_path / "tokens")]):
                     with pytest.raises(AssertionError, match="the address is accepted"):
                         confbuild.cmd_serve(confbuild.parse_arguments(["serve", "--listen", f"{host}:1", *options]))
-                with pytest.raises(confbuild.UsageError, match="other machines can reach that"):
+                with pytest.raises(confbuild.UsageError, match="other machines can reach this address"):
                     confbuild.cmd_serve(confbuild.parse_arguments(["serve", "--listen", f"{host}:1"]))
         finally:
             confbuild.logger().setLevel(level)
@@ -29597,7 +29602,7 @@ class TestUsage:
 
             for job, found in (("cd", 2), ("ab1", 1), (ids[0], 0)):
                 assert cancel(job) == (0, json.dumps(jobs[found], separators=(",", ":")) + "\n", "")
-            message = f"confbuild: error: ab: 2 builds begin with that\nconfbuild: hint: {ids[0]} {ids[1]}\n"
+            message = f"confbuild: error: ab: 2 build ids begin with it\nconfbuild: hint: {ids[0]} {ids[1]}\n"
             assert cancel("ab") == (2, "", message)
             seen = [path for _, path, _ in one.seen]
             assert seen[-2:] == [f"/build/{ids[0]}", "/builds"], "a whole id is not looked up"
@@ -29772,7 +29777,7 @@ class TestBeforeTheSource:
                 "hardware evidence",
                 "does not verify",
             ),
-            (lambda: snp().evidence, "", "comes from a VM that has built something, not from a waiting one"),
+            (lambda: snp().evidence, "", "is that of a VM that has built something, not of a waiting one"),
         ],
     )
     def test_evidence(
@@ -30402,6 +30407,7 @@ class TestVerify:
             ("guest-svn = 0x" + "f" * 5000, "guest-svn: expected text or a whole number"),
             (f"guest-svn = {1 << 63}", "guest-svn: '9223372036854775808' is not a whole number"),
             ("x = 1", "unknown option 'x'\nconfbuild: hint: known options are accept-tcb, allow-debug, "),
+            ("nonc = 1", "unknown option 'nonc'\nconfbuild: hint: did you mean nonce?"),
             ('"\\u001b[2J" = 1', "unknown option"),
             *[
                 (f'{name} = "x"', f"unknown option {name!r}")
@@ -30788,7 +30794,7 @@ class TestImageCommand:
         first = f"image.json  sha256 {hashlib.sha256(Path('image/image.json').read_bytes()).hexdigest()}\n"
         assert re.fullmatch(
             first
-            + "parts       ok: those of image.json\nfirmware    ok: starts nothing but the kernel that is measured\n"
+            + "parts       ok: those of image.json\nfirmware    ok: starts only the measured kernel\n"
             + "".join(
                 rf"measured    {label}: [0-9a-f]{{96}}\n"
                 for label in ("EPYC-v4, 1 vCPU", "EPYC-v4, 2 vCPUs", "EPYC-Milan, 1 vCPU", "EPYC-Milan, 2 vCPUs")
@@ -30903,8 +30909,8 @@ class TestMeasure:
             ("fw", ("--vcpus", "4097"), "launch digest: out of range: 4097 vCPUs"),
             ("fw", ("--vcpu-sig", "0x100000000"), "launch digest: out of range: 1 vCPUs"),
             ("fw", ("--append", "\udcff\ud800"), "command line: contains a lone surrogate"),
-            ("fw", ("--kernel", "nowhere"), "nowhere: No such file"),
-            ("fw", ("--initrd", "."), ".: Is a directory"),
+            ("fw", ("--kernel", "nowhere"), "--kernel nowhere: No such file"),
+            ("fw", ("--initrd", "."), "--initrd .: Is a directory"),
         ],
     )
     def test_what_has_no_digest(
@@ -31037,7 +31043,7 @@ class TestMeasure:
             ("rootless", 0, 'line  "quiet"\nroot hash     none\n', "kernel: command line does not have one root hash"),
             ("rootless --disk disk", 1, "root hash     none\n", "kernel: command line does not have one root hash"),
             ("fw", 2, "", "error: fw: IGVM: not an IGVM file of version 1 or 2"),
-            ("igvm --disk nowhere", 2, "", "error: nowhere: No such file"),
+            ("igvm --disk nowhere", 2, "", "error: --disk nowhere: No such file"),
         ):
             assert confbuild.main(["measure", "--igvm", *options.split()]) == status, options
             said = capsys.readouterr()
@@ -31761,7 +31767,7 @@ class TestBuild:
         assert done.returncode == 2 and "is not a bundle" in done.stderr
         assert inside("cancel", job, *to).stdout == f"{job}  already finished (ok)\n"
         done = inside("watch", "ffffff", *to)
-        assert done.returncode == 2 and "no builds begin with that" in done.stderr
+        assert done.returncode == 2 and "no build ids begin with it" in done.stderr
         long = one.submit(LONG)
         log = one.state / "jobs" / long / "events"
         wait_for(lambda: log.exists() and b"started" in log.read_bytes())
