@@ -17629,12 +17629,10 @@ def read_igvm(path: str, disk: str | None, explain: Explain) -> tuple[bytes, str
     problem: why the disk does not have it, or why the command line or the root hash is empty; or empty.
     Raises UsageError if the file has no launch digest.
     """
-    if getsize(path) > MAX_IGVM:
-        raise UsageError(f"{path}: larger than {MAX_IGVM} bytes")
-    command_line = root_hash = problem = ""
-    with open(path, "rb") as f, open(disk or path, "rb") as d:
+    data, command_line, root_hash, problem = read_limited(path, MAX_IGVM), "", "", ""
+    with open(disk or path, "rb") as d:
         try:
-            steps, measured = parse_igvm(f.read())
+            steps, measured = parse_igvm(data)
         except Malformed as e:
             raise UsageError(f"{path}: {e}") from None
         try:

@@ -31059,7 +31059,9 @@ class TestMeasure:
     ) -> None:
         monkeypatch.setattr(confbuild, "MAX_IGVM", 100)
         assert confbuild.main(["measure", "--igvm", "fw"]) == 2
-        assert "error: fw: larger than 100 bytes" in capsys.readouterr().err
+        assert "error: fw: more than 100 bytes" in capsys.readouterr().err
+        assert confbuild.main(["measure", "--igvm", "/proc/cpuinfo"]) == 2  # a device has no size either
+        assert "error: /proc/cpuinfo: more than 100 bytes" in capsys.readouterr().err
 
 
 class TestAttest:
