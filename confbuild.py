@@ -159,7 +159,7 @@ Specifications
     [SSE]       WHATWG HTML, 9.2 Server-sent events
     [SRI]       W3C Subresource Integrity, with sha1 and md5 as in npm
     [TOML]      https://toml.io/en/v1.0.0
-    [RFC8259]   JSON      [RFC4648] base64          [RFC9530] Repr-Digest
+    [RFC8259]   JSON      [RFC8785] its canonical form    [RFC4648] base64    [RFC9530] Repr-Digest
     [RFC9110]   HTTP      [RFC9112] HTTP/1.1        [RFC9457] problem details    [RFC6750] bearer tokens
 
 Stable: the HTTP API, the files, the JSON, the command line and its exit statuses. Of the Python names, those in __all__
@@ -2566,12 +2566,21 @@ def replay_ccel(data: bytes) -> list[bytes]:
 def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
     """Return (the registers RTMR0 to RTMR3 after the events of a dstack log, (name, payload) of each proven event).
 
-    The digest of an event of type DSTACK_EVENT is recomputed from its name and payload. Events after "system-ready"
-    come from the app, which can give them any name; they are replayed but not returned.  [DSTACK]
+    The digest of an event of type DSTACK_EVENT is recomputed from its name and payload; some releases of dstack leave
+    it out. Events after "system-ready" come from the app, which can give them any name; they are replayed but not
+    returned.  [DSTACK]
     Raises Malformed.
     """
-    event = {"imr": int, "event_type": int, "digest": _hex_of(48), "event": str, "event_payload": str}
-    log = check_schema(parse_json(text.encode("utf-8"), "event_log"), [{**event, "*": object}], "event_log")
+    event = {
+        "imr": int,
+        "event_type": int,
+        "digest": (_hex_of(48), ""),
+        "event": str,
+        "event_payload": str,
+        "version?": (1, 2),
+        "*": object,
+    }
+    log = check_schema(parse_json(text.encode("utf-8"), "event_log"), [event], "event_log")
     registers, proven = [bytes(48)] * 4, []
     for entry in log:
         index, digest, name = entry["imr"], bytes.fromhex(entry["digest"]), entry["event"]
@@ -2585,14 +2594,16 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
             if re.match("(compose-hash|system-ready):", name):  # name a:b and payload c have the digest of a and b:c
                 raise Malformed("event_log", f"the name {name[:80]!r} could be {name.partition(':')[0]} and a payload")
             payload = decode_hex(entry["event_payload"], "event_log, event_payload")
-            content = (DSTACK_EVENT.to_bytes(4, "little"), name.encode("utf-8"), payload)
-            digest = hashlib.sha384(b":".join(content)).digest()
+            content = b":".join((DSTACK_EVENT.to_bytes(4, "little"), name.encode("utf-8"), payload))
+            if entry.get("version") == 2:  # an app chooses this form by the event_log_version of its compose file
+                quoted = json.dumps(name, ensure_ascii=False)  # as in canonical JSON [RFC8785]
+                content = f'{{"name":{quoted},"payload":"{payload.hex()}","type":{DSTACK_EVENT}}}'.encode()
+            digest = hashlib.sha384(content).digest()
             if index == 3:
                 proven.append((name, payload.hex()))
         _extend(registers, index, digest)
     # From system-ready on, the app runs and can add events of any name, such as a second compose-hash.
-    ready = [name for name, _ in proven].index("system-ready") if ("system-ready", "") in proven else len(proven)
-    return registers, proven[:ready]
+    return registers, [*itertools.takewhile(lambda event: event[0] != "system-ready", proven)]
 
 
 # endregion 12
@@ -8899,16 +8910,16 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
     definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
     digest, source = sha256_hex(provenance), definition["externalParameters"]["source"]
 
-    def component(kind: str, ref: str, name: str, digest: Strings, **more: str) -> Json:
+    def component(kind: str, ref: str, name: str, digest: Strings, **more: Any) -> Json:
         return {"type": kind, "bom-ref": ref, "name": name, **more, "hashes": cyclonedx_hashes(digest)}
 
     files = [component("file", f"artifact:{row['name']}", row["name"], row["digest"]) for row in doc["subject"]]
     libraries = {}
     for row in definition["resolvedDependencies"]:
-        uri, purl = row["uri"], {"purl": row["uri"]} if row["uri"].startswith("pkg:") else {}
-        library = component("library", uri, row["name"], row["digest"], version=split_uri(uri)[1], **purl)
-        properties = [{"name": f"digest:{kind}", "value": value} for kind, value in row["digest"].items()]
-        libraries[uri] = {**library, "properties": properties}
+        uri, digests = row["uri"], row["digest"]
+        more: dict[str, Any] = {"purl": uri} if uri.startswith("pkg:") else {}
+        more["properties"] = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
+        libraries[uri] = component("library", uri, row["name"], digests, version=split_uri(uri)[1], **more)
     tools = [
         component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
         for name, tool in definition["internalParameters"]["toolchain"].items()

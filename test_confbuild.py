@@ -4744,9 +4744,13 @@ class TestEventLogs:
 
     def test_dstack_recomputes(self) -> None:
         """A digest in the log counts only where the payload does not tell it."""
-        wrong = [{**event, "digest": "00" * 48} for event in DSTACK_LOG[3:]]
         right = confbuild.replay_dstack(json.dumps(DSTACK_LOG[3:]))
-        assert confbuild.replay_dstack(json.dumps(wrong)) == right
+        # Releases between pull requests 448 and 1038 of Dstack-TEE/dstack write an empty digest.
+        for digest in ("00" * 48, ""):
+            wrong = [{**event, "digest": digest} for event in DSTACK_LOG[3:]]
+            assert confbuild.replay_dstack(json.dumps(wrong)) == right
+        nothing = [{**DSTACK_LOG[0], "digest": ""}]  # of other events, nobody else knows the digest
+        assert confbuild.replay_dstack(json.dumps(nothing))[0][0] == extended(b"")
         for changes in ({"event_payload": COMPOSE_HASH[:-2]}, {"event": "compose-has"}):
             other = [{**event, **changes} if event["event"] == "compose-hash" else event for event in DSTACK_LOG[3:]]
             assert confbuild.replay_dstack(json.dumps(other))[0] != right[0]
@@ -4758,6 +4762,22 @@ class TestEventLogs:
         assert confbuild.replay_dstack(json.dumps([dstack_event("ab", "ff", digest="0" * 96)]))[0][3] == extended(
             bytes.fromhex(digest)
         )
+
+    def test_dstack_version_2(self) -> None:
+        """The digest is that of JSON [RFC8785]; the first text is of the tests of Dstack-TEE/dstack, pull 646."""
+        for name, payload, text in (
+            ("compose-hash", "abcd", '{"name":"compose-hash","payload":"abcd","type":134217729}'),
+            ('"\n\x01é', "", '{"name":"\\"\\n\\u0001é","payload":"","type":134217729}'),
+        ):
+            log = json.dumps([dstack_event(name, payload, version=2, preimage=text.encode().hex())])
+            registers, events = confbuild.replay_dstack(log)
+            assert registers[3] == extended(hashlib.sha384(text.encode()).digest()) and events == [(name, payload)]
+        # The version is not signed. With another one, the event has another digest.
+        one, two = ([{**event, "version": n} for event in DSTACK_LOG[3:]] for n in (1, 2))
+        right = confbuild.replay_dstack(json.dumps(DSTACK_LOG[3:]))
+        assert confbuild.replay_dstack(json.dumps(one)) == right != confbuild.replay_dstack(json.dumps(two))
+        with pytest.raises(confbuild.Malformed, match="version: 3, expected "):
+            confbuild.replay_dstack(json.dumps([{**DSTACK_LOG[3], "version": 3}]))
 
     @pytest.mark.parametrize(
         ("log", "message"),
