@@ -25958,7 +25958,7 @@ class TestDebs:
             info = tarfile.TarInfo("x")
             info.type, info.pax_headers = SYMLINK, {"linkpath": "a\0b"}
             tar.addfile(info)
-        with pytest.raises(confbuild.ImageError, match="lock: 'x' cannot be a link to 'a\\\\x00b': embedded null byte"):
+        with pytest.raises(confbuild.ImageError, match="lock: 'x' cannot be a link to 'a\\\\x00b': .*embedded null"):
             unpack_debs(tmp_path, deb_of(data.getvalue(), "data.tar"))
 
     @pytest.mark.parametrize(
