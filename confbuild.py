@@ -4654,7 +4654,7 @@ def logger() -> "logging.Logger":
 
 @contextmanager
 def survive(what: str) -> Iterator[None]:
-    """Log any exception of the block and go on: for threads that must not die, and for cleaning up.
+    """Log any exception of the block and continue. For threads that must not die, and for clean-up.
 
     what: the consequence, for the log."""
     try:
@@ -4830,7 +4830,7 @@ class LineSplitter:
 # So that a build can be repeated, the agent also enters namespaces in which its workspace is always WORK and the
 # hostname is fixed, if the kernel lets it; they protect nothing.
 #
-# All but the limits belong to a thread and pass on to its children.  So a thread of the agent restricts itself and
+# All but the limits apply to one thread, and its children inherit them.  So a thread of the agent restricts itself and
 # starts the programs: nothing runs between fork and exec, and the agent stays unrestricted.
 # [LINUX] Documentation/userspace-api/landlock.rst, seccomp_filter.rst
 #
@@ -4851,7 +4851,7 @@ _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
 # make_block 11, truncate 14, ioctl_dev 15.
 _READ = 0b1101
 _USE_DEVICE = 0b1100_0000_0000_0110
-_OF_FILES = 0b1100_0000_0000_0111  # the rights that apply to what is not a directory
+_OF_FILES = 0b1100_0000_0000_0111  # the rights that also apply to files
 _NOT_IN_WORKSPACE = 0b1000_1000_0100_0000
 # linux/capability.h: CHOWN 0, DAC_OVERRIDE 1, FOWNER 3, FSETID 4, KILL 5, SETGID 6, SETUID 7.
 _KEPT_CAPABILITIES = 0b11111011
@@ -5141,9 +5141,9 @@ def _count_threads() -> int:
 def show_workspace(workspace: str, needed: Iterable[str]) -> str:
     """Show workspace at WORK to this process and its children, with a fixed hostname, and return the path to use.
 
-    If this system has no such namespaces for this user, or one of the paths needed lies below WORK, nothing changes,
-    and that is workspace itself.
-    The caller has one thread, and can be dumped: else a user may not write its own uid_map.
+    If this user gets no such namespaces, or one of the needed paths lies below WORK, nothing changes, and the result is
+    workspace itself.
+    The caller must have only one thread, and be dumpable: otherwise it may not write its own uid_map.
     """
     if sys.platform != "linux" or any(
         (path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))
@@ -5191,7 +5191,7 @@ def _enter_namespaces(workspace: str) -> None:
 
 
 def _trial(sandbox: Sandbox) -> str:
-    """Return why a thread cannot enter sandbox, or "" after one did and ended."""
+    """Return why a thread cannot enter sandbox, or "" if a trial thread could."""
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as thread:
             for _ in range(2):  # a build takes two of Landlock's 16 layers
@@ -5471,7 +5471,7 @@ def has_room(folder: str) -> bool:
 def lacks_room(error: Exception, folder: str) -> bool:
     """Return whether a full disk caused error.
 
-    folder: its disk is examined if error does not come from the system: a program has failed there."""
+    folder: its disk is examined if error comes from a program that failed there, and not from the system."""
     return is_full(error) if isinstance(error, OSError) else not has_room(folder)
 
 
@@ -6061,11 +6061,11 @@ def write_source(
 # ==============================================================================
 # region 24. Git                                           [uses 16, 20, 21, 23]
 # ==============================================================================
-# Fetches a repository, names the tree of files as git would, believes a source's history, and packs a directory.  The
-# program git is used, but it never obeys what it reads: servers, repositories and work trees are hostile.  So git runs
-# with no configuration of a repository, with limits of memory and of file size, and connects only to addresses that
-# were checked.  Of a repository with a configuration only the objects are used, through a repository of our own.
-# A name of a tree or commit counts only after hashing the bytes here.  [GIT]  Everything runs in the caller's thread.
+# Fetches a repository, computes the tree of files as git would, checks the history of a source, and packs a directory.
+# The program git is used, but servers, repositories and work trees are hostile.  So git obeys no configuration of a
+# repository, has limits of memory and of file size, and connects only to addresses that were checked.  If a repository
+# has a configuration, only its objects are used, through a repository of our own.  The name of a tree or commit counts
+# only after its bytes were hashed here.  [GIT]  Everything runs in the caller's thread.
 
 _REF = re.compile(  # git-check-ref-format(1)
     r"""(?!-)(?![./])                               # not an option; no component begins with a dot
@@ -6179,7 +6179,7 @@ def _git(
         return output
     lines = errors.splitlines() or [f"git ended with status {status}"]
     cause = next((line for line in lines if line.startswith(("fatal: ", "error: "))), lines[-1])  # the first one
-    if cause.endswith(":"):  # what it is about stands in the next line
+    if cause.endswith(":"):  # the next line says what it is about
         cause += " ".join(["", *map(str.strip, lines[lines.index(cause) + 1 :][:1])])
     if re.search("(?i)out of memory|cannot allocate|file too large", errors):
         limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
@@ -6410,7 +6410,7 @@ def _init_repository(git: str, algorithm: str, more: str = "") -> None:
 
 
 def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
-    """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out: before any file of it is.
+    """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out. Called before any of its files is written.
 
     max_bytes: limit of all files."""
     many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
@@ -6492,9 +6492,9 @@ EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the tim
 
 
 class History(NamedTuple):
-    """What the `.git` of a source says, as far as it can be believed.
+    """The history of a source, from its `.git`.
 
-    commit, tree: their object names.
+    commit, tree: their object names, which were computed here.
     uri: of the origin, an unverified claim without credentials.
     submodules: path -> entry of resolvedDependencies; also the submodules of submodules that are not empty.
     time: of the commit, as the committer says, in seconds since 1970; at least EPOCH."""
@@ -6720,7 +6720,7 @@ def read_source(
             f"it contains {realpath(scratch)}, the folder of temporary files", "TMPDIR names another folder"
         )
     checkout, listed = list_source(root, own, submodules, allow_filters)
-    why = "it is no git work tree"
+    why = "it is not a git work tree"
     # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
     removed = tuple(f"{output}/" for output in outputs)
     found = {name: letter for name, letter in listed.items() if not f"{name}/".startswith(removed)}
@@ -6892,7 +6892,7 @@ _OWN_OUTPUT = ".confbuild"  # folder of a project for what go and npm build
 _VERSION_OPTIONS = {"go": ("version",), "sh": ("-c", "echo sh")}  # instead of --version
 _MAX_LOCKFILE = 64 * MIB
 _NOT_SENT = (
-    "is no part of what was sent; "
+    "is not part of what was sent; "
     "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
 )
 
@@ -7067,13 +7067,13 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
         names = ", ".join(toolchain.name for toolchain in TOOLCHAINS)
         raise BuildFailed("UnsupportedToolchainError", f"no toolchain is called {name[:40]!r}, expected {names}")
     near = [row.marker for row in with_marker(every, project)]
-    near += [f"{row.marker}: a link, and a file is needed" for row in every if islink(join(project, row.marker))]
+    near += [f"{row.marker}: a link, expected a file" for row in every if islink(join(project, row.marker))]
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
     below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
     wanted = ", ".join(row.marker for row in rows)
     message = f"the project has none of {wanted}; found " + (
-        "; ".join(near) or "no file from which one of these is made"
+        "; ".join(near) or "no file that one of these can be made from"
     )
     failure = BuildFailed("UnsupportedToolchainError", message)
     for path in (
@@ -7179,7 +7179,7 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
                 if "is not installed" not in str(e):
                     raise
                 if env.get("RUSTUP_AUTO_INSTALL") == "0":
-                    raise BuildFailed(e.error_type, f"{e}, and RUSTUP_AUTO_INSTALL=0 forbids to install it") from None
+                    raise BuildFailed(e.error_type, f"{e}, and RUSTUP_AUTO_INSTALL=0 forbids installing it") from None
                 own = join(env["HOME"], ".rustup")
                 if not exists(own):  # it takes a while
                     emit("init", [f"Installing the toolchain for this build: {e}"])
@@ -7373,7 +7373,7 @@ def _read_settings(root: str, folder: str) -> list[tuple[str, str, Json]]:
         names = [name for name in (join(home, "config"), join(home, "config.toml")) if lexists(join(root, name))]
         for name in names[:1]:  # cargo prefers the one without a suffix
             if islink(join(root, home)) or islink(join(root, name)):
-                raise BuildFailed("ProvenanceError", f"{name}: a link, and a file in a folder is needed")
+                raise BuildFailed("ProvenanceError", f"{name}: a link, expected a file in a folder")
             with _parsing(name):
                 found.append((name, place, tomllib.loads(read_lockfile(join(root, name)).decode("utf-8"))))
     return found
@@ -7988,7 +7988,7 @@ MAX_CCEL = 512 * KIB  # as base64 it must fit in one string of evidence.json; fi
 
 
 class NoAttester(ConfbuildError):
-    """No hardware on this machine attests, or it gave no valid report."""
+    """An error: no hardware on this machine attests, or it gave no valid report."""
 
 
 class Attester(NamedTuple):
@@ -8151,7 +8151,7 @@ def _read_ccel() -> str | None:
 
 
 def fetch_vek(url: str) -> bytes:
-    """Return the answer of AMD's key distribution service, at most MAX_CERTIFICATES bytes of it.  [VCEK 4.1]
+    """Return the response of AMD's key distribution service, at most MAX_CERTIFICATES bytes of it.  [VCEK 4.1]
 
     Raises NoAttester.
     """
@@ -8172,11 +8172,11 @@ def hardware_evidence(
 
     The certificate comes from table, else given, else fetch; the first that verifies the report wins.  A certificate in
     table can be that of an older TCB, which has another key.
-    table: the certificate table, from the hostile host; None: report is the quote of a TD.
-    fetch: returns AMD's answer for a URL.
+    table: the certificate table, from the hostile host; None if report is the quote of a TD.
+    fetch: returns AMD's response for a URL.
     given: a certificate in DER.
-    Raises NoAttester if platform is not of this hardware or the last certificate does not verify the report,
-    Malformed if report is not one.
+    Raises NoAttester if this hardware does not have that platform, or if the last certificate does not verify the
+    report; Malformed if report is not a report.
     """
     if platform.endswith("tdx") is not (table is None):
         raise NoAttester(f"this machine does not attest as {platform}", "leave --platform out")
@@ -8416,7 +8416,7 @@ _CAUSE = re.compile(
 )
 
 
-# Each cause that a toolchain prints has one of these words, of which each takes 0.05 µs in each line. "": the others.
+# Each cause that a toolchain prints has one of these words; searching a line for one takes 0.05 µs. "": the others.
 _CAUSE_WORDS = {"cargo": ["error"], "nix": ["error"], "go": ["go:"], "": ["rror", "ERR", "go:", "***"]}
 
 
@@ -8646,7 +8646,7 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
 
 
 def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], before: set[str]) -> str:
-    """Return that there are no artifacts, and what there is.
+    """Return the message for a build without artifacts, which names what it made instead.
 
     before: the names in project before the build, and of the folders that it makes.
     """
@@ -8949,8 +8949,8 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
 
     It claims build level 1, and level 2 if hardware of AMD or Intel signed the evidence for a VM with a measurement
     that the caller named, and not in debug mode.  Level 3 is about the design of what was measured, which no check can
-    prove.  Simulated evidence is named as such.
-    accepted: whether the caller takes the verdict for success.
+    prove.  Simulated evidence is marked as such.
+    accepted: whether the caller counts the verdict as success.
     expected: the policy of the summary; its digest is the SHA-256 of it as JSON with sorted keys.
     """
     source = verdict.claims.get("source", {"uri": ""})["uri"]
@@ -8988,9 +8988,9 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
 # ==============================================================================
 # region 30. Metrics                                              [uses nothing]
 # ==============================================================================
-# What an operator can alert on, in the text format of Prometheus [CONTRACT 1.17].  Counts that several threads make are
-# kept here, under one lock; none of them is made for each event or each byte.  Those numbers belong to the objects that
-# do the work, and GET /metrics asks for them.  Any thread may call this.
+# What an operator can alert on, in the text format of Prometheus [CONTRACT 1.17].  Counters that several threads change
+# are kept here, under one lock, and none changes with each event or byte.  Such numbers belong to the objects that do
+# the work; GET /metrics asks for them.  Any thread may call this.
 
 _BUCKETS = "0.1 0.5 1 5 15 60 300 1800 +Inf".split()  # seconds
 # fmt: off
@@ -9017,8 +9017,8 @@ METRICS = {  # name -> (type, help)
 }
 # fmt: on
 _counting = _thread.allocate_lock()  # as of threading, which would be imported for it
-# (sample, labels) -> value; for the holder of _counting.  A counter without labels is there from the start: an alert on
-# its increase would miss one that appears as 1.
+# (sample, labels) -> value; for the holder of _counting.  A counter without labels exists from the start: if it first
+# appeared as 1, an alert on its increase would miss that.
 _counts: dict[tuple[str, str], float] = {("confbuild_vms_started_total", ""): 0, ("confbuild_vms_lost_total", ""): 0}
 
 
@@ -9262,13 +9262,13 @@ class EventLog:
 # of its response; from then on the streamer's thread owns the socket and sends the bytes from the watcher's position to
 # the end of the log, chunked [RFC9112 7.1] for HTTP/1.1 clients.  Large ranges go through sendfile; small ones, which
 # many watchers want at once, are read once for all of them.  Appenders only enqueue a note, and wake the thread if it
-# sleeps; they never wait for a reader.  A client that takes nothing for STALL_S is disconnected.
+# sleeps; they never wait for a reader.  A client that reads nothing for STALL_S is disconnected.
 # Callers: the HTTP API; jobs through Streamer.grown.  Specifications: [CONTRACT 1.7], [SSE].
 #
 # Thread "streams": started by Streamer, owns its watchers and the selector, ended by stop().
 
 KEEPALIVE_S = 15.0  # silence before a comment [CONTRACT 1.7]
-STALL_S = 60.0  # until a client that takes nothing is disconnected [CONTRACT 1.7]
+STALL_S = 60.0  # until a client that reads nothing is disconnected [CONTRACT 1.7]
 READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, which would be imported for them
 _SMALL = 64 * KIB
 # The bytes that one watcher gets before the next one's turn.  A single watcher gets many, for few system calls; several
@@ -9503,7 +9503,7 @@ class Streamer:
         self._pump(watcher)
 
     def _scan(self, now: float) -> None:
-        """Send comments to watchers after a silence, and disconnect those that take nothing."""
+        """Send comments to watchers after a silence, and disconnect those that read nothing."""
         for watcher in [w for w in self.served if not w.mask & WRITE and w.since <= now - self._keepalive_s]:
             self._comment(watcher)
         for watcher in [w for w in self.served if w.mask & WRITE and w.since <= now - self._stall_s]:
@@ -9608,10 +9608,10 @@ class Streamer:
 # a `complete`; job.json holds the rest.  If the files of a job are invalid or contradict each other, the job is
 # "damaged": it is listed, its files are left alone, and no other job is affected.  Any thread may call Job and Jobs.
 #
-# Files are written outside of Jobs._changed, so that a slow disk delays only those who wait for that job.  Job.writing
-# serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an EventLog's lock;
-# JobTable._lock last.  Of the jobs that have ended, memory holds only the order, so that a state of any size costs
-# little.
+# Files are written outside of Jobs._changed, so that a slow disk delays only callers that wait for that job.
+# Job.writing serializes the writes of one job.  Lock order: Job.writing; then Jobs._changed, Job._halting or an
+# EventLog's lock; JobTable._lock last.  Memory holds only the order of the jobs that have ended, so that a state of any
+# size costs little.
 #
 # Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
 # announces positions, and completes jobs that a full disk has kept from ending.  All end by Jobs.stop and survive any
@@ -9625,11 +9625,11 @@ BUSY = {"Retry-After": "10"}
 SYNC_S = 5.0  # time between two looks at logs that a crash of the machine could lose, and at builds to remove
 YOUNG_S = 60.0  # time that a finished build is kept in any case, for those who waited for it
 RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
-ANNOUNCE_S = 1.0  # least time between two positions that a job announces
+ANNOUNCE_S = 1.0  # minimum time between two positions that a job announces
 
 _RESULT = {"size": int, "sha256": re.compile("[0-9a-f]{64}")}
 _FAILURE = {"error": str, "error_type": str}
-KEY_S = 24 * 3600.0  # how long an Idempotency-Key stands for its job [CONTRACT 1.6]
+KEY_S = 24 * 3600.0  # how long an Idempotency-Key returns its job [CONTRACT 1.6]
 IDEMPOTENCY_KEY = re.compile(r"[ !#-\[\]-~]{1,255}")  # printable ASCII, no quotation mark or backslash
 # state -> (the states that may follow; in job.json: finished_at, result, failure).  [CONTRACT 1.12]
 # A job that has not ended has a failure if its cancellation is recorded, but not published yet.
@@ -9876,7 +9876,7 @@ class Job:
             logger().error("job %s: cannot announce its position: %s", self.id, e)
 
     def halt(self, error_type: str, message: str) -> None:
-        """Let a running build stop soon, for the first reason given.
+        """Make a running build stop soon, for the first reason given.
 
         error_type: of FAILURES, or "Parked" if the next server runs the job again; "Cancelled" replaces it.
         Raises OSError if a cancellation cannot be recorded.
@@ -10058,7 +10058,7 @@ _ENDED = re.compile(
 
 
 class JobTable:
-    """The jobs of a state. Of those that have ended, memory holds only the order; one is read when somebody asks.
+    """The jobs of a state. Memory holds only the order of jobs that have ended; each is read when it is asked for.
 
     incoming: the folder of files that do not belong to a job yet.
     folder: of the jobs.
@@ -10348,7 +10348,7 @@ class Jobs:
         return {"confbuild_queue_jobs": queue, "confbuild_running_jobs": running, **sizes}
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops even so."""
+        """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops anyway."""
         with self._changed:
             running = job in self._running
             if job in self._queue:
@@ -10415,7 +10415,7 @@ class Jobs:
                     del self._ending[job]
 
     def stop(self, grace_s: float) -> bool:
-        """Accept no build, and park those that run after grace_s seconds. Return whether one has ended meanwhile."""
+        """Accept no more builds, and park those still running after grace_s seconds. Return whether one has ended."""
         with self._changed:
             self.stopping.set()
             self._changed.notify_all()
@@ -11851,7 +11851,7 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
 
 
 def accepts(headers: Strings, media_type: str) -> bool:
-    """Tell whether the Accept of a request names media_type: */*, which every client sends, does not."""
+    """Return whether the Accept of a request names media_type. */*, which every client sends, does not count."""
     return bool(re.search(rf"(?i){media_type}(?!\s*;\s*q=0[.0]*(?![.0-9]))", headers.get("accept", "")))
 
 
@@ -11869,9 +11869,9 @@ class Api(NamedTuple):
     """The routes of ROUTES.
 
     description: the answer of GET /config.
-    attest: returns the evidence of the VM that waits, for a nonce; raises ConfbuildError.
+    attest: called with a nonce; returns the evidence of the VM that waits, or raises ConfbuildError.
     greeting: the comment that begins every event stream, or nothing.
-    crowded: tells whether no further event stream or download can be served.
+    crowded: returns whether there are too many event streams and downloads for another one.
     gauges: the metrics that are not counted.
     """
 
@@ -12255,7 +12255,7 @@ class Connection:
         self.buffer = bytearray()  # received, not yet used
 
     def has_head(self) -> bool:
-        """Tell whether buffer holds the whole head of a request, or bytes that cannot become one."""
+        """Return whether buffer holds the whole head of a request, or bytes that cannot become one."""
         if not self.searched:
             self.buffer[:] = re.sub(rb"\A(?:\r?\n)+", b"", self.buffer)  # empty lines before it [RFC9112 2.2]
         found = _HEAD_END.search(self.buffer, max(0, self.searched - 2))
@@ -12381,7 +12381,7 @@ def inherited_socket() -> "socket.socket | None":
             raise UsageError("LISTEN_FDS: file descriptor 3 is not a TCP socket that listens")
         return sock
     except OSError as e:
-        raise UsageError(f"LISTEN_FDS: file descriptor 3 is no socket: {e.strerror}") from None
+        raise UsageError(f"LISTEN_FDS: file descriptor 3 is not a socket: {e.strerror}") from None
 
 
 def listen(address: tuple[str, int] | None) -> "socket.socket":
@@ -13072,11 +13072,11 @@ def _parse_event(event: StreamEvent, position: int) -> Json:
 # ==============================================================================
 # The program that runs inside a VM: the same API, single-use, with the pipeline behind it, over its standard input and
 # output [CONTRACT 6.2].  It reads its configuration from the first line and lives until its input ends.  The fetcher is
-# another child of the server, with the same life: it fetches a repository for a VM without a network.  The fork server
-# is a copy of the server that starts both where VMs are simulated.
+# another child of the server that lives as long: it fetches a repository for a VM without a network.  The fork server
+# is a copy of the server that starts both if VMs are simulated.
 #
-# Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends, since
-# whoever started this process is then dead or needs it no more.
+# Thread "lifeline": started by serve_agent and run_fetcher.  It ends the process when standard input ends: then the
+# process that started this one is dead, or does not need it any more.
 # Threads "copy": started by _connect, if standard input and output are not one socket; each copies one direction.
 
 MAX_CONFIGURATION = 64 * KIB  # bytes of the first line
@@ -13329,7 +13329,7 @@ class ForkedProcess(NamedTuple):
 
 
 class ForkServer:
-    """A copy of this process that forks agents and fetchers: that takes 5 ms, and to start Python with this file 0.1 s.
+    """A copy of this process that forks agents and fetchers in 5 ms; starting Python with this file takes 0.1 s.
 
     Made by a child subreaper that has one thread, before it has secrets.
     """
@@ -13421,7 +13421,7 @@ class ForkServer:
 def fork_server() -> ForkServer | None:
     """Return a new fork server, or None if there can be none, as in a process with several threads.
 
-    A copy of that would have one of them, and the locks that the others hold.  [fork(2)]
+    The copy of such a process would have one of the threads, but the locks of all.  [fork(2)]
     """
     with suppress(OSError):
         return ForkServer() if threading.active_count() == 1 else None
@@ -13442,8 +13442,8 @@ def _keep_only(*fds: int) -> None:
 # answers the API over that one stream, one request after the other.  Kinds of VM differ in how they are started, which
 # is a VmKind: the simulated VM is a child process of this same file with a session and a workspace of its own, whose
 # builds run as the server's user, in a sandbox that protects the server as far as its kernel can; another one is
-# whatever an operator's command starts.  Neither the process nor what it reaches is trusted: only evidence says what
-# built something [CONTRACT 6.4].
+# whatever an operator's command starts.  Neither the process nor what it reaches is trusted: only evidence tells what
+# kind of VM made a bundle [CONTRACT 6.4].
 #
 # VmPool boots VMs and destroys them; VmHost runs jobs in them.  Whatever a VM sends is checked: its events, its
 # failures, its bundle.  A VM costs this process one stream and no thread.
@@ -13461,7 +13461,7 @@ LAST_LINES = 8  # of the console, in an error message
 GRACE_S, CLEAN_UP_S = 5.0, 60.0  # for a VM to end after its build, and for its clean-up
 # Terminal sequences, whatever else could control a terminal, and a warning that an emulator prints a dozen times.
 _CONSOLE_NOISE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|[^ -~]|^.*: warning: TCG doesn't support requested feature.*")
-FETCH = "fetch"  # stands for the id of a job: the process is no VM, but fetches a repository for one
+FETCH = "fetch"  # in place of a job's id: the process is not a VM, but fetches a repository for one
 _HOST_PHASES = PHASES[:2]  # events that only the server emits: queued and vm
 _HOST_FAILURES = frozenset(("TimeoutError", "Cancelled", "VmError"))  # of FAILURES: those that only the server finds
 
@@ -13472,7 +13472,7 @@ class Platform(NamedTuple):
     name: in GET /config and in the agent's configuration; a key of BUILDERS.
     greeting: the comment at the head of each event stream; empty for none. [CONTRACT 1.7]
     notice: the notice of GET /config; empty for none. [CONTRACT 1.13]
-    label: the start of its `vm` events; empty if only failures are told. [CONTRACT 1.8]
+    label: the start of its `vm` events; empty if only failures are reported. [CONTRACT 1.8]
     confidential: its evidence must come from hardware, and match the facts that the server gives to expectations().
     boot_timeout_s: the default time limit for its start.
     """
@@ -13502,7 +13502,7 @@ SNP_PLATFORM = Platform("snp", label="SEV-SNP guest", confidential=True)
 class VmStart(NamedTuple):
     """How the process of a VM is started, whose standard input and output reach the agent.
 
-    config: what its agent is told besides the token and the platform.
+    config: the agent's configuration besides the token and the platform.
     cwd: the current directory; None for this process's.
     fds: file descriptors that it inherits.
     foreign: it is not this program: its standard error is the VM's console, and the kernel kills it with this process.
@@ -13545,7 +13545,7 @@ def own_vms(
 ) -> VmKind:
     """Return the kind of VM that is a child process of this same file, which stands in for a confidential VM.
 
-    command: `agent`; or `fetcher`, which is no VM, but fetches a repository for one without a network.
+    command: `agent`; or `fetcher`, which is not a VM, but fetches a repository for one without a network.
     told: its configuration.
     env: more names of the server's environment that a build may see.
     sandbox: returns that of the programs that a build runs; None for none.
@@ -13823,7 +13823,7 @@ class Vm:
         return dict(parse_json(answer[0], "answer of the VM", 8))
 
     def is_alive(self) -> bool:
-        """Return whether the process may still answer, without reaping it: its id stays its own."""
+        """Return whether the process may still answer. It is not reaped, so no other process can get its id."""
         with self._lock:
             try:
                 options = os.WEXITED | os.WNOHANG | os.WNOWAIT
@@ -13858,7 +13858,7 @@ class Vm:
         with self._lock:
             self.stream.shut(socket.SHUT_RDWR)
             if self._child:
-                pid = self._child.pid  # its own until destroy() reaps it
+                pid = self._child.pid  # of no other process until destroy() reaps it
                 with survive("processes of a build may live on"):
                     os.kill(pid, signal.SIGSTOP)  # so that it starts nothing more
                     kill_all(lambda: descendants(pid))
@@ -14969,9 +14969,9 @@ _NO_SHIM = "\u2603him\0".encode("utf-16-le")
 
 
 def seal_firmware(data: bytes) -> bytes:
-    """Return a firmware that starts nothing but the measured kernel; data itself if it already does.
+    """Return a firmware that starts only the measured kernel; data itself if it is already one.
 
-    From 2025 on, edk2 prefers an unmeasured file that the host offers as etc/boot/shim [EDK2
+    Since 2025, edk2 prefers an unmeasured file that the host offers as etc/boot/shim [EDK2
     OvmfPkg/Library/GenericQemuLoadImageLib]. The name that it looks for is changed to one that no host can offer,
     because it is not ASCII.
     Versions of liblzma compress differently: keep the result, and compare it with the origin after decompression.
@@ -15190,7 +15190,7 @@ def _root_hash(path: str, blocks: int) -> str:
 # so this section, can read and change whatever a guest sends or receives.
 #
 # The agent's standard input and output are a virtio-serial port that QEMU connects with its own.  The guest's console
-# and QEMU's messages come through QEMU's standard error.  Nobody trusts them.
+# and QEMU's messages come through QEMU's standard error; they are not trusted.
 
 QEMU = "qemu-system-x86_64"
 # The first QEMU that gives the kernel's file to the firmware unchanged (fw_cfg etc/boot/kernel), so that its hash fits.
@@ -15320,7 +15320,7 @@ def preflight(root: str = "") -> list[Check]:
     """
 
     def ask(path: str, mode: str, question: Callable[[IO[bytes]], str]) -> str:
-        """Return what question says about the open file, or why it cannot be opened; "" if all is well."""
+        """Return the problem that question finds in the open file, or why it cannot be opened; "" if there is none."""
         try:
             with open(root + path, mode, buffering=0) as f:
                 return question(f)
@@ -15377,7 +15377,7 @@ def preflight(root: str = "") -> list[Check]:
 def qemu_vms(guest: Guest, config: Json, folder: str = "") -> VmKind:
     """Return the kind of VM that is a guest of QEMU.
 
-    config: what its agent is told besides its network: `policy`, `vek`.
+    config: the agent's configuration besides the network: `policy`, `vek`.
     folder: the directory of the workspaces; empty for TMPDIR.
     """
 
@@ -15699,11 +15699,11 @@ def _ask_hardware(question: Json) -> Json:
 # ==============================================================================
 # The first process of a guest, as root, called by the initrd's /init.  It mounts the disk of tools, whose every block
 # the kernel checks against the root hash on its command line, and empty file systems in it; reads the agent's
-# configuration from a virtio-serial port; and starts the agent as a user without rights.  The agent's root has no /sys
-# and no device that attests, and hides this process.  Then this process answers the agent's Broker and reaps until the
-# agent ends.
+# configuration from a virtio-serial port; and starts the agent as an unprivileged user.  The agent's root has no /sys
+# and no device that attests, and hides this process.  Then this process answers the agent's Broker and reaps processes
+# until the agent ends.
 #
-# A build runs as a third user, by default in a network namespace without a way out.
+# A build runs as a third user, by default in a network namespace without connections.
 #
 # run_guest returns in every case, and /init then ends the machine by reboot(2), which also works without ACPI.
 #
@@ -15753,7 +15753,7 @@ class GuestError(ConfbuildError):
 def parse_command_line(text: str) -> tuple[str, int]:
     """Return (root hash, number of data blocks) of the disk of tools from the kernel's command line.
 
-    The firmware puts unmeasured words of the host before the measured ones, so a second parameter is an error.
+    The firmware puts unmeasured words from the host before the measured ones, so a second such parameter is an error.
     Raises GuestError.
     """
     found = re.findall(r"(?<!\S)confbuild\.tools=(\S*)", text)
@@ -15770,13 +15770,13 @@ def _load_modules() -> None:
             try:
                 system_call("syscall", _SYS_FINIT_MODULE, module.fileno(), b"", 0)
             except OSError as e:
-                # Already loaded, or this machine has no such device. Users of a module report their own errors.
+                # It is loaded already, or this machine has no such device. Code that needs a module reports errors.
                 if e.errno not in (errno.EEXIST, errno.ENODEV):
                     sys.stderr.write(f"confbuild: module {name}: {e.strerror}\n")
 
 
 def _await_device(name: str) -> str:
-    """Return the path of the first device whose name begins so, within ten seconds. Raises GuestError."""
+    """Wait for a device whose name begins with name, and return its path. Raises GuestError after ten seconds."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         for found in sorted(os.listdir("/dev")):
@@ -15983,7 +15983,7 @@ def own_command() -> list[str]:
 def say(text: str, hint: str = "") -> None:
     """Write a line about confbuild's own work to stderr, and what to do about it.
 
-    hint: commands in it begin with "`confbuild "; they are shown as this program was really started.
+    hint: commands in it begin with "`confbuild ", which is replaced by the words that started this program.
     """
     hint = hint.replace("`confbuild ", f"`{shlex.join(own_command())} ")
     sys.stderr.write(f"confbuild: {plain_text(text)}\n" + (f"confbuild: hint: {plain_text(hint)}\n" if hint else ""))
@@ -16115,7 +16115,7 @@ def _sentence(verdict: Verdict, color: bool, when: str) -> str:
 
 
 def _signer(verdict: Verdict, passed: Strings) -> str:
-    """Return where the evidence was signed, as far as the passed checks prove it."""
+    """Return where the evidence was signed, claiming only what the passed checks prove."""
     amd = f"AMD {plain_text(str(verdict.claims.get('product')))}"
     processor = f"an {'Intel' if 'quote_version' in verdict.claims else amd} processor"
     # On Azure, the report names a key, and that key signs. Anybody can obtain a report that names their own key, so
@@ -16236,7 +16236,7 @@ class Display:
                 self._put(rows)
 
     def _put(self, rows: Sequence[str], drawn: int = 0) -> None:
-        """Replace what was drawn by rows, of which the next call replaces drawn."""
+        """Replace what was drawn by rows; the next call replaces the last `drawn` of them."""
         erase = f"\x1b[{self._drawn}F\x1b[J" if self._drawn else ""
         self._stream.write(erase + "\n".join([*rows, ""]))
         self._stream.flush()
@@ -16489,8 +16489,8 @@ class Running(NamedTuple):
     url: empty if it listens on no port.
     stop: ends it; running builds get that many seconds.
     is_alive: whether it accepts requests.
-    connect: returns a client of it, which passes messages for the user to the argument.
-    pool: keeps VMs waiting after its start(), which is for whoever can stop them.
+    connect: called with a function for messages to the user; returns a client of the server.
+    pool: keeps VMs waiting after start(), which only a caller that can also stop them should call.
     """
 
     url: str
@@ -16543,8 +16543,8 @@ def _raise_file_limit() -> int:
 def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str], machine: BuildPlatform) -> Running:
     """Start a server on options.listen, with its state in the directory state.
 
-    options.listen: None for no port: then only Running.connect reaches it.
-    tokens: accepted bearer tokens; none: everybody may build.
+    options.listen: None for no port: then only Running.connect reaches the server.
+    tokens: accepted bearer tokens; if there are none, everybody may build.
     Raises UsageError, OSError.
     """
     address, port = options.listen or ("localhost", 0)
@@ -16618,7 +16618,7 @@ def vm_kind(
     port: Callable[[], int],
     forks: ForkServer | None = None,
 ) -> VmKind:
-    """Return the kind of VM that builds run in, after removing what VMs of an earlier server have left behind.
+    """Remove what VMs of an earlier server left behind, and return the kind of VM that builds run in.
 
     port: returns the port of the service; called when the first VM is made.
     """
@@ -16724,7 +16724,7 @@ def _read_der(path: str) -> bytes:
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
-MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time that it takes
+MAX_VERIFIED = 256 * GIB  # of an archive; its contents are only hashed, so this only limits the time
 CLOCK_SKEW_S = 300  # by which the builder's clock may be ahead of ours
 
 
@@ -16737,7 +16737,7 @@ def _json_line(record: "logging.LogRecord") -> str:
 
 
 def notify_systemd(state: str) -> None:
-    """Tell systemd about the state of the service, if it asked for that.  [sd_notify(3)]"""
+    """Report the state of the service to systemd, if it asked for that.  [sd_notify(3)]"""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
@@ -16825,7 +16825,7 @@ def cmd_serve(options: "argparse.Namespace") -> None:
             handler.setFormatter(formatter)
     inherited = inherited_socket()
     if inherited is not None:
-        _refuse(options, "--listen", " has no effect: LISTEN_FDS names a socket that listens already")
+        _refuse(options, "--listen", " has no effect: LISTEN_FDS passes a socket that already listens")
         host, port = inherited.getsockname()[:2]
         options.listen = f"[{host}]" if ":" in host else host, port
     host, port = options.listen
@@ -17065,7 +17065,7 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
 
 
 def _tell_cargo_settings(display: Display) -> None:
-    """Say that a build does not see the user's configuration of cargo, if that may be why it will fail. [CARGO]"""
+    """Note that a build does not see the user's configuration of cargo, if that may make it fail. [CARGO]"""
     home = os.environ.get("CARGO_HOME") or join(os.path.expanduser("~"), ".cargo")
     for path in (join(home, "config.toml"), join(home, "config")):
         with suppress(OSError, UsageError):
@@ -17119,7 +17119,7 @@ def _check_target(path: str) -> None:
 
 
 def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | None:
-    """Show the events of a job after the first start ones. Return the result of `complete`; None if nothing came.
+    """Show the events of a job after the first `start`. Return the result of `complete`; None if there is no event.
 
     log: the file that gets the lines of the build; "" for none. The job was then submitted earlier.
     """
@@ -17374,7 +17374,7 @@ def _read_roots(directory: str) -> Anchors:
 
 
 def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
-    """Return what --roots, --crl, --vek and --collateral name. Raises UsageError, OSError."""
+    """Return the contents of --roots, --crl, --vek and --collateral. Raises UsageError, OSError."""
     try:
         return Endorsements(
             None if options.roots is None else _read_roots(options.roots),
@@ -17387,14 +17387,14 @@ def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
 
 
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
-    """Return what the options but --source require; an option's dest is the name of the field. Raises UsageError."""
+    """Return what the options except --source require. The dest of an option names the field. Raises UsageError."""
     given = {name: value for name, value in vars(options).items() if name in Expectations._fields and value != []}
     for field in ("pcrs", "rtmrs"):
         if given[field] is not None:
             registers = given[field]
             given[field] = dict(registers)
             if len(given[field]) != len(registers):
-                raise UsageError(f"--{field[:-1]}: a register is given twice")
+                raise UsageError(f"--{field[:-1]}: one register is given twice")
     if options.image is not None:
         given["image"] = check_image(options.image)
     if options.igvm is not None:
@@ -17408,7 +17408,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
 
 
 def _bundle_hint(path: str) -> str:
-    """Return what the user may have meant by a path at which there is no bundle."""
+    """Return a hint for a path that is not a bundle: what the user may have meant."""
     with contextlib.suppress(OSError):
         if isdir(path):
             for inside in (join(path, name) for name in sorted(os.listdir(path))):
@@ -17424,7 +17424,7 @@ def _bundle_hint(path: str) -> str:
 
 
 def _read_bundle(path: str, alone: bool = False) -> BundleFiles:
-    """Return what read_bundle returns. Raises UsageError with a hint."""
+    """Return the bundle at path. Raises UsageError with a hint."""
     try:
         return read_bundle(path, MAX_VERIFIED, alone)
     except UsageError as e:
@@ -17450,7 +17450,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     for path in options.bundles:
         alone = options.evidence_only or is_bare_evidence(path)
         if options.vsa is not None and (alone or len(options.bundles) > 1):
-            raise UsageError("--vsa is about one bundle with a provenance")
+            raise UsageError("--vsa requires exactly one bundle, with a provenance")
         try:
             files = _read_bundle(path, alone)
             wanted = of_source(files.provenance or b"")

@@ -13167,7 +13167,7 @@ class TestPackDirectory:
         shutil.rmtree(root / ".git")
         os.link(root / "a.txt", root / "twin")
         packed, members, _ = self.pack(root, tmp_path)
-        assert set(members) == everything | {"twin"} and "it is no git work tree" in packed.note
+        assert set(members) == everything | {"twin"} and "it is not a git work tree" in packed.note
         os.makedirs(tmp_path / "unpacked")
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(tmp_path / "unpacked"))
         project = str(tmp_path / "unpacked/demo")
@@ -13698,7 +13698,7 @@ class TestDetect:
         (tmp_path / "other").touch()
         (tmp_path / "Cargo.lock").symlink_to("other")
         kind, message = failure(lambda: confbuild.detect_toolchains(str(tmp_path)))
-        assert (kind, message) == ("UnsupportedToolchainError", NO_MARKER + "Cargo.lock: a link, and a file is needed")
+        assert (kind, message) == ("UnsupportedToolchainError", NO_MARKER + "Cargo.lock: a link, expected a file")
         (tmp_path / "Cargo.lock").unlink()
         os.mkfifo(tmp_path / "Cargo.lock")
         assert failure(lambda: confbuild.detect_toolchains(str(tmp_path)))[0] == "UnsupportedToolchainError"
@@ -13739,7 +13739,7 @@ class TestDetect:
         (root / place / "Cargo.lock").unlink()
         (root / place / "Cargo.lock").symlink_to("other")
         (root / place / "other").touch()
-        with pytest.raises(confbuild.BuildFailed, match=re.escape(f" {cargo.marker}: a link, and a file is needed")):
+        with pytest.raises(confbuild.BuildFailed, match=re.escape(f" {cargo.marker}: a link, expected a file")):
             confbuild.detect_toolchains(str(root), "", folder)
 
     def test_no_package_in_a_workspace(self, tmp_path: Path) -> None:
@@ -13794,12 +13794,12 @@ class TestDetect:
             # A package of a module of go.
             (
                 {"main.go": "", "../../go.mod": "", "../../package-lock.json": ""},
-                "no file from which one of these is made",
+                "no file that one of these can be made from",
                 "`confbuild build @@ --subdir crates/one` builds what is there",
             ),
             (
                 {"main.js": "", "../../package-lock.json": ""},
-                "no file from which one of these is made",
+                "no file that one of these can be made from",
                 "`confbuild build @@` builds what is there",
             ),
         ],
@@ -13902,7 +13902,7 @@ class TestPrograms:
             f"; its installation failed: `{tmp_path}/bin/rustup which cargo` failed: error: no network"
         )
         (tmp_path / "network").touch()
-        forbidden = f"{missing}, and RUSTUP_AUTO_INSTALL=0 forbids to install it"
+        forbidden = f"{missing}, and RUSTUP_AUTO_INSTALL=0 forbids installing it"
         assert failure(lambda: find(RUSTUP_AUTO_INSTALL="0")) == (kind, forbidden)
         assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
         assert told == [("init", [f"Installing the toolchain for this build: {missing}"])]  # once: rustc finds it there
@@ -14278,7 +14278,7 @@ class TestCargoDependencies:
         for name in ("config", "config.toml"):
             (demo / ".cargo/config.toml").rename(demo / "settings")
             (demo / f".cargo/{name}").symlink_to("../settings")
-            said = f".cargo/{name}: a link, and a file in a folder is needed"
+            said = f".cargo/{name}: a link, expected a file in a folder"
             assert failure(lambda: confbuild.cargo_dependencies(lock, str(demo))) == ("ProvenanceError", said)
             (demo / f".cargo/{name}").unlink()
             (demo / "settings").rename(demo / ".cargo/config.toml")
@@ -15096,7 +15096,7 @@ class TestGo:
         write_files(tmp_path, {"go.mod": GO_MOD + f"replace {old} => {new}\n"})
         kind, message = failure(lambda: confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path)))
         assert kind == "SourceError" and message == (
-            f"go.mod: {old} is replaced: {new} is no part of what was sent; "
+            f"go.mod: {old} is replaced: {new} is not part of what was sent; "
             "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
         )
 
@@ -17093,7 +17093,7 @@ INTO_RELEASE = "mkdir -p target/release; cd target/release; "
 
 class TestPipeline:
     FAILURES: tuple[tuple[Mapping[str, str | bytes], str, str], ...] = (
-        ({"README": "x"}, "UnsupportedToolchainError", NO_MARKER + "no file from which one of these is made"),
+        ({"README": "x"}, "UnsupportedToolchainError", NO_MARKER + "no file that one of these can be made from"),
         (project("exit 7"), "BuildError", "cargo build --locked --release ended with status 7"),
         (project("kill -9 $$"), "BuildError", "cargo build --locked --release ended with signal 9"),
         (
@@ -18544,10 +18544,10 @@ class TestVsa:
         assert predicate["resourceUri"] == f"urn:sha256:{hashlib.sha256(documents[0][1]).hexdigest()}"
         capsys.readouterr()
         assert confbuild.main(["verify", str(folder), str(folder), "--vsa", str(vsa)]) == 2
-        assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
+        assert "--vsa requires exactly one bundle, with a provenance" in capsys.readouterr().err
         write_files(tmp_path / "bare", {"evidence.json": GOOD_BUNDLE.evidence})
         assert confbuild.main(["verify", str(tmp_path / "bare/evidence.json"), "--vsa", str(vsa)]) == 2
-        assert "--vsa is about one bundle with a provenance" in capsys.readouterr().err
+        assert "--vsa requires exactly one bundle, with a provenance" in capsys.readouterr().err
         assert confbuild.main(["verify", str(folder), "--vsa", str(tmp_path / "no/x")]) == 2
         said = capsys.readouterr()
         assert said.out.startswith("SIMULATED: "), "the verdict is shown anyway"
@@ -29051,7 +29051,9 @@ class TestUsage:
 
         with monkeypatch.context() as patch:
             patch.setattr(socket, "socket", no_socket)
-            with pytest.raises(confbuild.UsageError, match="file descriptor 3 is no socket: Socket operation on non-"):
+            with pytest.raises(
+                confbuild.UsageError, match="file descriptor 3 is not a socket: Socket operation on non-"
+            ):
                 found()
         for family, kind in (
             (socket.AF_INET, socket.SOCK_DGRAM),
@@ -29076,7 +29078,7 @@ class TestUsage:
         with socket.socket() as sock:
             monkeypatch.setattr(confbuild, "inherited_socket", lambda: sock)
             options = confbuild.parse_arguments(["serve", "--listen", "127.0.0.1:0", "--state", str(tmp_path)])
-            with pytest.raises(confbuild.UsageError, match="--listen has no effect: LISTEN_FDS names a socket"):
+            with pytest.raises(confbuild.UsageError, match="--listen has no effect: LISTEN_FDS passes a socket"):
                 confbuild.cmd_serve(options)
 
     def test_a_name_that_is_too_long(self, tmp_path: Path) -> None:
@@ -29190,7 +29192,7 @@ class TestUsage:
                 (f"verify b --pcr {pcr}", 2, "is not a register below 24 and its value, such as 4=HEX")
                 for pcr in ("4", "24=" + "0" * 64, "4=" + "0" * 63, "4=" + "g" * 64, "x=" + "0" * 64)
             ],
-            (f"verify b --pcr 4={'0' * 64} --pcr 4={'0' * 64}", 2, "--pcr: a register is given twice"),
+            (f"verify b --pcr 4={'0' * 64} --pcr 4={'0' * 64}", 2, "--pcr: one register is given twice"),
             ("verify b --crl nowhere", 2, "nowhere: No such file"),
             ("verify b --vek nowhere", 2, "nowhere: No such file"),
             ("verify b --vek demo", 2, "demo: Is a directory"),
@@ -29902,7 +29904,7 @@ class TestVerify:
             (("--at", "2025-01-01T00:00:00Z"), 1, "is the clock of this machine behind?"),
             ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "2=0x" + "00" * 48), 0, "PASSED"),
             ((*at, "--rtmr", "1=" + "02" * 48), 1, "RTMR values"),
-            ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "1=" + "01" * 48), 2, "--rtmr: a register is given twice"),
+            ((*at, "--rtmr", "1=" + "01" * 48, "--rtmr", "1=" + "01" * 48), 2, "--rtmr: one register is given twice"),
             ((*at, "--rtmr", "4=" + "00" * 48), 2, "is not a register below 4 and its value"),
             (("--policy", str(tmp_path / "policy.toml"), "--rtmr", "2=" + "00" * 48), 0, "PASSED"),
             (("--policy", str(tmp_path / "policy.toml"), "--rtmr", "1=" + "02" * 48), 1, "RTMR values"),
@@ -30396,7 +30398,7 @@ class TestVerify:
             ('source = "../empty"', "--roots roots", 2, "--source folder/../empty: "),
             (f'pcr = "4={"0" * 64}"', f"--roots roots --pcr 4={PCR_4}", 0, "PASSED"),
             (f'pcr = ["4={PCR_4}", "5={PCR_4}"]', "--roots roots", 1, "PCR values"),
-            (f'pcr = ["4={PCR_4}", "4={PCR_4}"]', "", 2, "--pcr: a register is given twice"),
+            (f'pcr = ["4={PCR_4}", "4={PCR_4}"]', "", 2, "--pcr: one register is given twice"),
             ("allow-simulated = true", "--roots roots", 0, "PASSED"),
             ('crl = "../nowhere"', "--roots roots", 2, "nowhere: No such file"),
         ],
@@ -31233,7 +31235,7 @@ class TestBuild:
         done = shell("build", "demo", how=(str(FILE),))
         assert (done.returncode, done.stdout) == (0, "demo-build\n")
         assert done.stderr.startswith(
-            "confbuild: packed 4 files as they are, ignored ones too, without history: it is no git work tree\n"
+            "confbuild: packed 4 files as they are, ignored ones too, without history: it is not a git work tree\n"
             "confbuild: simulated VMs: builds are not confidential, and run as this user; "
         )
         assert "\ndetect     cargo\n" in done.stderr and f"\n{PASSABLE}" in done.stderr and "\x1b" not in done.stderr
@@ -32719,18 +32721,18 @@ class TestContract:
             ("1.4", "is not 1 to 255 characters of printable ASCII", confbuild.IDEMPOTENCY_KEY.pattern[-7:], "{1,255}"),
             ("1.4", "10 s after the connection was opened", confbuild.HEAD_S, 10),
             ("1.4", "30 s pass without a byte of the body", confbuild.REQUEST_TIMEOUT_S, 30),
-            ("1.4", "60 s and 1 s for each 16 KiB", confbuild.MIN_RATE, 16 << 10),
+            ("1.4", "60 s plus 1 s for each 16 KiB", confbuild.MIN_RATE, 16 << 10),
             ("1.4", "more than 64 KiB or more than 100 fields", confbuild.MAX_HEAD, 64 << 10),
             ("1.4", "more than 64 KiB or more than 100 fields", confbuild.MAX_HEADERS, 100),
             ("1.6", "all other fields together have at most 64 KiB", confbuild.MAX_FIELDS, 64 << 10),
             ("1.6", "The default limit is 64 MiB of archive", confbuild.MAX_ARCHIVE, 64 << 20),
             ("1.6", "accepted in the last day", confbuild.KEY_S, 24 * 3600),
             ("1.7", "After 15 seconds of silence", confbuild.KEEPALIVE_S, 15),
-            ("1.7", "takes nothing for 60 s is disconnected", confbuild.STALL_S, 60),
-            ("1.8", "if the last one is more than a second old", confbuild.ANNOUNCE_S, 1),
+            ("1.7", "reads nothing for 60 s is disconnected", confbuild.STALL_S, 60),
+            ("1.8", "if the last such event is more than a second old", confbuild.ANNOUNCE_S, 1),
             ("1.8", "attempted at most three times", confbuild.MAX_ATTEMPTS, 3),
-            ("1.10", "at most 64 KiB of input", confbuild.MAX_LINE, 64 << 10),
-            ("1.11", "takes nothing for 60 s is disconnected", confbuild.STALL_S, 60),
+            ("1.10", "at most 64 KiB of output", confbuild.MAX_LINE, 64 << 10),
+            ("1.11", "reads nothing for 60 s is disconnected", confbuild.STALL_S, 60),
             ("1.12", "returns the last 1,000 builds", confbuild.MAX_LISTED, 1000),
             ("1.15", "at most 1 MiB", confbuild.MAX_CONSOLE, 1 << 20),
             ("1.15", "none that ended less than a minute ago", confbuild.YOUNG_S, 60),
