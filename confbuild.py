@@ -6978,7 +6978,9 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
-        raise BuildFailed(error_type, f"{what} has an unexpected form: {type(e).__name__}: {e}") from None
+        kind = "" if isinstance(e, ValueError) else f"{type(e).__name__}: "  # the others make no sense without it
+        text = str(e).removeprefix(f"{what}: ")  # Malformed names it too
+        raise BuildFailed(error_type, f"{what} has an unexpected form: {kind}{text}") from None
 
 
 def _read_toml(path: str) -> Json:
@@ -16355,7 +16357,8 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     if guest.memory_mib < MIN_MEMORY:
         raise UsageError(f"--memory {guest.memory_mib}: a guest needs {MIN_MEMORY} MiB to boot")
     label = vcpu_label(guest.vcpu_type, guest.vcpus)
-    if label not in facts.launch_digests:
+    digest = facts.launch_digests.get(label)
+    if not digest:
         raise ImageError(
             f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
             "`confbuild image --vcpu-type T --vcpus N` adds a launch digest for other vCPUs",
@@ -16364,7 +16367,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
         eax, ebx = sev_cpuid()
         found = ebx & 63 if eax >> 4 & 1 else guest.cbitpos
         guest = guest._replace(cbitpos=options.cbitpos or found)
-        return BuildPlatform(platform, guest, facts, facts.launch_digests[label], "SEV-SNP guests")
+        return BuildPlatform(platform, guest, facts, digest, "SEV-SNP guests")
     version = qemu_version()
     if not version:
         raise UsageError("qemu-system-x86_64 is not installed", "`apt-get install qemu-system-x86` or the like")
@@ -16372,13 +16375,8 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     how = f"QEMU {version[0]}.{version[1]} itself (the image's firmware requires QEMU 10)"
     if guest.firmware:
         how = "the image's firmware, which checks kernel, initrd and command line"
-    return BuildPlatform(
-        platform,
-        guest,
-        facts,
-        facts.launch_digests[label],
-        f"QEMU guests, booted by {how}: builds are not confidential, and no hardware signs their evidence",
-    )
+    note = f"QEMU guests, booted by {how}: builds are not confidential, and no hardware signs their evidence"
+    return BuildPlatform(platform, guest, facts, digest, note)
 
 
 def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
@@ -16395,7 +16393,7 @@ def _simulated_platform(options: "argparse.Namespace") -> BuildPlatform:
     usable, landlock, seccomp = probe_sandbox()
     proxies = " ".join(value for name, value in env.items() if name.lower().endswith("_proxy"))
     shared = port in {80, 443, *map(int, re.findall(r":(\d{1,5})\b", proxies))}
-    taken = f"builds fetch from port {port}, on which the service listens" if shared else ""
+    taken = f"builds fetch from port {port}, on which the service listens" * shared
     protections = judge_protections(usable.abi, landlock, seccomp, taken)
     if options.no_isolation:
         _refuse(options, "--readable", " has no effect with --no-isolation")
@@ -17223,7 +17221,7 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
             display.note("not checked: nonce (--nonce)")
         display.note(f"took {time.monotonic() - display.began:.1f} s")
         command = [*own_command(), "verify", path, *delivery.checks, *checks]
-        status = " (exit status 3: simulated)" if verdict.verdict == "simulated" else ""
+        status = " (exit status 3: simulated)" * (verdict.verdict == "simulated")
         display.note("to verify it again: " + shlex.join(command) + status)
     if display.form != "json":
         print(path)
@@ -17390,8 +17388,8 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
     """Return what the options except --source require. The dest of an option names the field. Raises UsageError."""
     given = {name: value for name, value in vars(options).items() if name in Expectations._fields and value != []}
     for field in ("pcrs", "rtmrs"):
-        if given[field] is not None:
-            registers = given[field]
+        registers = given[field]
+        if registers is not None:
             given[field] = dict(registers)
             if len(given[field]) != len(registers):
                 raise UsageError(f"--{field[:-1]}: one register is given twice")
@@ -17463,7 +17461,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
             wire = verdict.to_wire()
             if options.format == "text":
-                heading = plain_text(path) + "\n" if len(options.bundles) > 1 else ""
+                heading = (plain_text(path) + "\n") * (len(options.bundles) > 1)
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
                 print(heading + shown)
             if options.vsa is not None:
@@ -17580,7 +17578,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         path = dirname(path) or "."
     if not isdir(path) and not isfile(path):  # such as "-": a pipe cannot be read twice
         raise UsageError(f"{path}: no such directory or archive")
-    name = re.sub(r"\.(tar\.gz|tgz)$", "", basename(realpath(path)))
+    name = without_suffix(basename(realpath(path)))
     options.out = options.out or name + "-rebuild"
     if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
         raise UsageError(f"-o {options.out} is the bundle to compare with", "name another directory with -o")

@@ -3295,7 +3295,7 @@ def amd_files() -> Iterator[tuple[str, dict[str, bytes]]]:
     """(product, role -> certificate) of AMD, where the vectors are."""
     folder = SHARED / "vectors" / "amd"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: it is no part of the repository")
+        pytest.skip(f"{folder} is missing: it is not part of the repository")
     for product in ("Milan", "Genoa", "Turin"):
         yield (
             product,
@@ -3359,7 +3359,7 @@ class TestCertificates:
     def test_the_pinned_root_is_intels(self) -> None:
         path = SHARED / "vectors" / "intel" / "sgx_root_ca.der"
         if not path.is_file():
-            pytest.skip(f"{path} is missing: it is no part of the repository")
+            pytest.skip(f"{path} is missing: it is not part of the repository")
         assert confbuild.make_anchors("Intel", root=path.read_bytes()) == confbuild.pinned_anchors()["Intel"]
 
     @needs("openssl")
@@ -3392,7 +3392,7 @@ class TestCertificates:
         """Every VEK of the field parses, and says of itself what the report beside it says."""
         folder = SHARED / "vectors" / "vectors"
         if not folder.is_dir():
-            pytest.skip(f"{folder} is missing: it is no part of the repository")
+            pytest.skip(f"{folder} is missing: it is not part of the repository")
         seen = set()
         for path in sorted(
             path for path in folder.glob("*/vek.der") if not path.parent.name.startswith(("neg", "mal", "testroot"))
@@ -3419,7 +3419,7 @@ class TestCertificates:
     def test_real_revocation_lists(self) -> None:
         folder = SHARED / "vectors" / "crl"
         if not folder.is_dir():
-            pytest.skip(f"{folder} is missing: it is no part of the repository")
+            pytest.skip(f"{folder} is missing: it is not part of the repository")
         rows = json.loads((folder / "expect.json").read_text())
         assert {f"{name}.crl" for name in rows} == {path.name for path in folder.glob("*.crl")}
         for name, row in rows.items():
@@ -3782,7 +3782,7 @@ REPORT_VECTORS = (
 def real_bundle(name: str) -> Path:
     """The folder of a vector."""
     if not (folder := VECTORS / name).is_dir():
-        pytest.skip(f"{folder} is missing: it is no part of the repository")
+        pytest.skip(f"{folder} is missing: it is not part of the repository")
     return folder
 
 
@@ -3832,7 +3832,7 @@ class TestReport:
             assert getattr(confbuild.parse_report(data), name) == value
         assert confbuild.parse_report(data).data == data
 
-    @pytest.mark.skipif(not REPORT_VECTORS, reason=f"{VECTORS} is missing: it is no part of the repository")
+    @pytest.mark.skipif(not REPORT_VECTORS, reason=f"{VECTORS} is missing: it is not part of the repository")
     def test_real_reports(self) -> None:
         """What two other readers found, of every report of the folder."""
         wrong = []
@@ -9285,7 +9285,7 @@ def vectors() -> Path:
     """Evidence of real hardware, with its verdicts."""
     folder = SHARED / "vectors"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is missing: it is no part of the repository")
+        pytest.skip(f"{folder} is missing: it is not part of the repository")
     return folder
 
 
@@ -14213,8 +14213,8 @@ class TestCargoDependencies:
             ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
             ('include = ["x.toml"]', "include and resolver.lockfile-path are refused"),
             ('[resolver]\nlockfile-path = "x"', "they name more settings and another lock file"),
-            ("\ufeffpaths = []", ".cargo/config.toml has an unexpected form: TOMLDecodeError"),
-            ("a = {\n}", ".cargo/config.toml has an unexpected form: TOMLDecodeError"),
+            ("\ufeffpaths = []", ".cargo/config.toml has an unexpected form: "),
+            ("a = {\n}", ".cargo/config.toml has an unexpected form: "),
             ('[source.v]\ndirectory = "linked"', ".cargo/config.toml: linked contains links"),
             ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
             ("paths = [3]", ".cargo/config.toml has an unexpected form: TypeError"),
@@ -14322,7 +14322,7 @@ class TestCargoDependencies:
         assert confbuild.cargo_dependencies(lock, str(tmp_path / "demo"), "a") == []
         assert failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo/a"))) == (
             "ProvenanceError",
-            "Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b is no part of what was "
+            "Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b is not part of what was "
             "sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both",
         )
 
@@ -14394,8 +14394,8 @@ class TestCargoDependencies:
                 "ProvenanceError",
                 "invalid package name or version: 'a' '1?x=1'",
             ),
-            ("[[package]", "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
-            ("version = 4\nversion = 4\n", "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
+            ("[[package]", "SourceError", "Cargo.lock has an unexpected form: "),
+            ("version = 4\nversion = 4\n", "SourceError", "Cargo.lock has an unexpected form: "),
             ("[[package]]\nname = 'a'\n", "SourceError", "Cargo.lock has an unexpected form: KeyError: 'version'"),
             (
                 "[[package]]\nname = 1\nversion = '1'\n",
@@ -14413,7 +14413,7 @@ class TestCargoDependencies:
             ("package = ['x']\n", "SourceError", "Cargo.lock has an unexpected form: TypeError: "),
             ("[package]\nname = 'a'\n", "SourceError", "Cargo.lock has an unexpected form: TypeError: "),
             ("x = " + "[" * 5000, "SourceError", "Cargo.lock has an unexpected form: RecursionError: "),
-            ("\udcff", "SourceError", "Cargo.lock has an unexpected form: UnicodeDecodeError: "),
+            ("\udcff", "SourceError", "Cargo.lock has an unexpected form: 'utf-8' codec can"),
         ],
         ids=lambda value: value[-30:],
     )
@@ -14742,7 +14742,7 @@ class TestPnpm:
             ("lockfileVersion: 5.4\n", "lockfileVersion is 5.4, expected 9.0"),
             ("lockfileVersion: '6.0'\n", "lockfileVersion is 6.0, expected 9.0"),
             ("lockfileVersion:\n", "AttributeError"),
-            ("\udcff", "UnicodeDecodeError"),
+            ("\udcff", "'utf-8' codec can't decode"),
             *(
                 (f"lockfileVersion: '9.0'\n\npackages:\n  a@1:\n    resolution: {resolution}\n", "a@1: has neither")
                 for resolution in ("{}", '{integrity: ""}', "{tarball: https://h/x.tgz}", "[x]", "x")
@@ -14778,7 +14778,7 @@ class TestPnpm:
             ),
             ("lockfileVersion: '9.0'\na:\n    b: c\n", "line 3 is not what pnpm writes"),
             ("lockfileVersion: '9.0'\na: b\n  c: d\n", "line 3 is not what pnpm writes"),
-            ('lockfileVersion: "9.0\\x"\n', "JSONDecodeError"),
+            ('lockfileVersion: "9.0\\x"\n', "Invalid \\escape"),
         ],
     )
     def test_what_pnpm_does_not_write(self, text: str, fragment: str) -> None:
@@ -15062,16 +15062,16 @@ class TestGo:
     @pytest.mark.parametrize(
         ("mod", "sums", "fragment"),
         [
-            (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "ValueError"),
-            (GO_MOD + "require rsc.io/quote\n", GO_SUM, "ValueError"),
-            (GO_MOD, "one two\n", "ValueError"),
+            (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "not enough values to unpack"),
+            (GO_MOD + "require rsc.io/quote\n", GO_SUM, "not enough values to unpack"),
+            (GO_MOD, "one two\n", "not enough values to unpack"),
             (
                 GO_MOD,
                 GO_SUM + "rsc.io/quote v1.5.2 h1:AAAA\n",
                 "rsc.io/quote v1.5.2 has two hashes, and go accepts any",
             ),
-            (GO_MOD, "rsc.io/quote v1.5.2 h1:x\n", "Error"),
-            (GO_MOD, "\udcff", "UnicodeDecodeError"),
+            (GO_MOD, "rsc.io/quote v1.5.2 h1:x\n", "Invalid base64-encoded string"),
+            (GO_MOD, "\udcff", "'utf-8' codec can't decode"),
         ],
     )
     def test_what_is_refused(self, tmp_path: Path, mod: str, sums: str, fragment: str) -> None:
@@ -15165,8 +15165,8 @@ class TestOwn:
     @pytest.mark.parametrize(
         ("text", "fragment"),
         [
-            ("", "confbuild.toml: has the keys none, expected command, artifacts"),
-            ("x", "TOMLDecodeError"),
+            ("", "confbuild.toml has an unexpected form: has the keys none, expected command, artifacts"),
+            ("x", "confbuild.toml has an unexpected form: Expected '='"),
             (RECIPE + 'outptus = ["x"]', "has the keys command, artifacts, outptus, expected command, artifacts"),
             (RECIPE.replace('["make", "all"]', '"make"'), '.command: "make", expected an array'),
             (RECIPE.replace('["make", "all"]', "[]"), "command is empty"),
@@ -15449,8 +15449,8 @@ class TestFlakeInputs:
     @pytest.mark.parametrize(
         ("lock", "fragment"),
         [
-            (b"{", "JSONDecodeError"),
-            (b"\xff", "UnicodeDecodeError"),
+            (b"{", "Expecting property name"),
+            (b"\xff", "'utf-8' codec can't decode"),
             (b"[]", "TypeError"),
             (b"{}", "KeyError: 'nodes'"),
             (b'{"nodes":{}}', "KeyError: 'root'"),
@@ -17135,7 +17135,7 @@ class TestPipeline:
         ),
         # of a length that fits in an event
         ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
-        ({**project(), "Cargo.lock": "["}, "SourceError", "Cargo.lock has an unexpected form: TOMLDecodeError: "),
+        ({**project(), "Cargo.lock": "["}, "SourceError", "Cargo.lock has an unexpected form: "),
     )
 
     @staticmethod
@@ -30723,7 +30723,7 @@ class TestVerify:
         assert [row for row in trace if "execve(" not in row and "+++" not in row and "---" not in row] == []
 
     @pytest.mark.skipif(
-        not (SHARED / "vectors").is_dir(), reason="shared/vectors is missing: it is no part of the repository"
+        not (SHARED / "vectors").is_dir(), reason="shared/vectors is missing: it is not part of the repository"
     )
     @pytest.mark.parametrize(
         "name, options, status",
