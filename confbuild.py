@@ -34,24 +34,25 @@ What PASSED means
 Every required check passed and no check failed. Three things require checks: the kind of hardware, the bundle, and each
 option that the caller gives. Together they say:
 
-    - The files in artifacts/ are the subjects of provenance.json, with the same digests, and there are no others.
+    - The files in artifacts/ are exactly the subjects of provenance.json, with the same digests.
     - evidence.json contains the digest of this provenance.json.
     - An AMD SEV-SNP or Intel TDX processor signed that evidence about a VM whose memory its host can neither read nor
-      change (unless --allow-debug was given and the VM is in debug mode).
+      change (unless --allow-debug was given and the VM is in debug mode). On Azure it signed a report that names the
+      key of a virtual TPM, and that key signed the digest.
     - The manufacturer certifies the key that signed. AMD certifies it for one processor or one cloud, and for one
       version of the firmware. Intel certifies the key of one machine.
     - Every value that the caller gave matches.
 
-With --evidence-only, only the evidence is verified: the first two statements do not hold. With --at, all this holds as
-of that time: certificates may have expired since. But a key on a given revocation list counts as revoked at any time.
+With --evidence-only, the first two are not checked: only the evidence is verified. With --at, all this holds as of that
+time: certificates may have expired since. But a key on a given revocation list counts as revoked at any time.
 
 What PASSED does not mean
 
     - Without --measurement, --image or --igvm it does not say which software ran in the VM. Anybody who rents such a
       machine can run software there that attests any provenance. For TDX the measurement covers only what the VM
-      started with, which is its firmware; --rtmr or, on dstack, --compose-hash covers what ran next. On Azure --pcr
-      does. There the report only names the key that signed the evidence, and anybody can get such a report for a key
-      that they keep outside of any VM.
+      started with, which is its firmware; --rtmr or, on dstack, --compose-hash covers what ran next. On Azure, --pcr
+      does. There, without these options, PASSED does not even say that a VM signed the digest: anybody can get a report
+      that names a key of their own, which they keep outside of any VM.
     - Without --nonce the evidence may be old.
     - Without --crl, or --collateral for TDX, the key may have been revoked.
     - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
@@ -8259,7 +8260,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
     try:
         if path == "-":
             if sys.stdin is None:
-                raise UsageError("stdin is closed")
+                raise UsageError("-: stdin is closed")
             return _read_archive("stdin", sys.stdin.buffer, max_unpacked, evidence_only)
         if basename(path) == "evidence.json" and not isdir(path):
             return _read_directory(dirname(path) or ".", evidence_only)
@@ -12888,11 +12889,9 @@ class ApiClient:
         except ValueError:  # brackets, or an invalid port
             valid = False
         if not valid:
-            raise UsageError(f"{url!r} is not an http or https URL")
+            raise UsageError(f"--server {url!r}: expected an http or https URL")
         if parts.username is not None:
-            raise UsageError(
-                "the URL of the server contains credentials", "--token-file FILE names a file with the token"
-            )
+            raise UsageError("--server: the URL contains credentials", "--token-file FILE names a file with the token")
         self._url = parts.geturl().rstrip("/")
         self._token = token
         self._notify = notify

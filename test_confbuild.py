@@ -16696,7 +16696,7 @@ class TestBundle:
             else:
                 assert confbuild.read_bundle("-") == GOOD_BUNDLE
         monkeypatch.setattr(sys, "stdin", None)
-        with pytest.raises(confbuild.UsageError, match="stdin is closed"):
+        with pytest.raises(confbuild.UsageError, match="^-: stdin is closed$"):
             confbuild.read_bundle("-")
 
     @pytest.mark.parametrize(
@@ -23293,7 +23293,7 @@ class TestApiClient:
         "url", ["ftp://x", "http://", "file:///etc", "http://[::1", "http://h:x/", "http://h:99999/"]
     )
     def test_bad_url(self, url: str) -> None:
-        with pytest.raises(confbuild.UsageError, match="is not an http or https URL"):
+        with pytest.raises(confbuild.UsageError, match="expected an http or https URL"):
             confbuild.ApiClient(url)
 
 
@@ -29133,13 +29133,13 @@ class TestUsage:
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
             ("no-such", 2, "unknown command no-such"),
-            ("list --server http://user:secret@127.0.0.1:1", 2, "the URL of the server contains credentials\n"),
+            ("list --server http://user:secret@127.0.0.1:1", 2, "--server: the URL contains credentials\n"),
             ("serve --public-host build.example:8443", 2, "'build.example:8443' is not the name or address of a host"),
             ("serve --public-host http://a", 2, "'http://a' is not the name or address of a host, without a port"),
             ("serve --keep-days 9999999", 2, "'9999999' is not a number of days below a million"),
             ("serve --keep-bytes 6000", 2, "'6000' is not a whole number with its unit, such as 500M or 20G"),
             ("list", 2, "no server is given\nconfbuild: hint: give --server URL, or set CONFBUILD_SERVER"),
-            ("list --server ftp://x", 2, "is not an http or https URL"),
+            ("list --server ftp://x", 2, "--server 'ftp://x': expected an http or https URL"),
             ("list --server http://127.0.0.1:1", 4, "refused"),
             ("list --server http://127.0.0.1:1 --token-file binary", 2, "binary"),
             ("watch j --server http://127.0.0.1:1 --from -1", 2, "--from"),
