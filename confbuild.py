@@ -50,9 +50,9 @@ What PASSED does not mean
 
     - Without --measurement, --image or --igvm it does not say which software ran in the VM. Anybody who rents such a
       machine can run software there that attests any provenance. For TDX the measurement covers only what the VM
-      started with, which is its firmware; --rtmr or, on dstack, --compose-hash covers what ran next. On Azure, --pcr
-      does. There, without these options, PASSED does not even say that a VM signed the digest: anybody can get a report
-      that names a key of their own, which they keep outside of any VM.
+      started with, which is its firmware; --rtmr covers what ran next, on Azure --pcr. Without --rtmr, anybody's
+      operating system can claim any --compose-hash. On Azure, without these options, PASSED does not even say that a VM
+      signed the digest: anybody can get a report that names a key of their own, which they keep outside of any VM.
     - Without --nonce the evidence may be old.
     - Without --crl, or --collateral for TDX, the key may have been revoked.
     - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
@@ -1023,11 +1023,11 @@ class Der:
 
         Such texts sort like the times that they name.
         """
-        tag = self.peek()
+        short = self.peek() == UTC_TIME
         # Both types become the same form, so that not_before <= now <= not_after compares times. Days that do not
         # exist, such as February 31, are accepted: nothing calculates with these texts.
-        octets = self.contents(UTC_TIME if tag == UTC_TIME else GENERALIZED_TIME)
-        if tag == UTC_TIME:  # it has two digits for the year: 50 to 99 belong to the last century
+        octets = self.contents(UTC_TIME if short else GENERALIZED_TIME)
+        if short:  # it has two digits for the year: 50 to 99 belong to the last century
             octets = (b"20" if octets < b"5" else b"19") + octets
         match = _DER_TIME.fullmatch(octets)
         if match is None:
@@ -4152,8 +4152,9 @@ def _check_collateral(checks: _Checks, quote: TdQuote, chain: Sequence[Certifica
         crl = checks.attempt(name, lambda: verify_crl(decode_hex(collateral[name], name), name, keys))  # noqa: B023  # called now
         if crl is not None:
             lists.append((crl.this_update, crl.next_update))
-            listed = [dict(c.subject) for c in covered if c.serial in crl.revoked]
-            revoked += [subject.get("CN", "a certificate without a name") for subject in listed]
+            revoked += [
+                dict(c.subject).get("CN", "a certificate without a name") for c in covered if c.serial in crl.revoked
+            ]
     # One list alone proves nothing: the other may name the CA, or the machine.
     if len(lists) == 2:
         checks.hold(
@@ -4537,9 +4538,10 @@ def _check_image(checks: _Checks, platform: str, image: ImageFacts) -> None:
 def _conclude(checks: _Checks, platform: str) -> Verdict:
     """Show the checks that did not run, and return the verdict."""
     expected = checks.expected
-    defaults = Expectations._field_defaults
     # An empty value is a request too: no evidence can fulfil measurements=[].
-    requested = {check for field, check, _, _ in EXPECTED if getattr(expected, field) != defaults[field]}
+    requested = {
+        check for field, check, _, _ in EXPECTED if getattr(expected, field) != Expectations._field_defaults[field]
+    }
     of_platform = PLATFORMS[platform].required if platform in PLATFORMS else _REQUIRED_EVIDENCE
     of_bundle = frozenset() if expected.evidence_only else REQUIRED_OF_BUNDLE
     required = of_platform | of_bundle | requested
@@ -4547,8 +4549,8 @@ def _conclude(checks: _Checks, platform: str) -> Verdict:
     given = checks.endorsements  # those of AMD are not used for evidence of Intel, nor the other way round
     unused = [f"revocation list file {name}" for name, _ in given.crls] + ["VEK form"] * (given.vek is not None)
     unused += ["collateral form"] * (given.collateral is not None)
-    plan = {check: _UNASKED for _, check, _, _ in EXPECTED} | dict.fromkeys(unused, _UNUSED)
-    plan |= dict.fromkeys(sorted(required), _BLOCKED)
+    plan = {check: _UNASKED for _, check, _, _ in EXPECTED}
+    plan |= dict.fromkeys(unused, _UNUSED) | dict.fromkeys(sorted(required), _BLOCKED)
     if expected.evidence_only:
         plan |= dict.fromkeys(sorted(OF_PROVENANCE), ALONE)
     made = {check.name for check in checks.made} | {"hardware evidence"}  # the verdict says whether it is of hardware
@@ -8909,8 +8911,8 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
 
     Artifacts are of type `file`, dependencies `library`; the toolchain is `application` with the scope `excluded`.
     """
-    definition, run = doc["predicate"]["buildDefinition"], doc["predicate"]["runDetails"]
-    digest, source = sha256_hex(provenance), definition["externalParameters"]["source"]
+    definition = doc["predicate"]["buildDefinition"]
+    source = definition["externalParameters"]["source"]
 
     def component(kind: str, ref: str, name: str, digest: Strings, **more: Any) -> Json:
         return {"type": kind, "bom-ref": ref, "name": name, **more, "hashes": cyclonedx_hashes(digest)}
@@ -8930,10 +8932,10 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.UUID(digest[:32])}",
+        "serialNumber": f"urn:uuid:{uuid.UUID(sha256_hex(provenance)[:32])}",
         "version": 1,
         "metadata": {
-            "timestamp": run["metadata"]["startedOn"],
+            "timestamp": doc["predicate"]["runDetails"]["metadata"]["startedOn"],
             "lifecycles": [{"phase": "build"}],
             "component": {
                 "type": "application",
@@ -8958,18 +8960,17 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
     """
     source = verdict.claims.get("source", {"uri": ""})["uri"]
     passed = {check.name for check in verdict.checks if check.status == "passed"}
-    # The host of a VM in debug mode can make any bundle there, and so can whoever owns the keys of --roots.
-    proven = verdict.ok and passed & MEASURED and "trust anchors" in passed and not verdict.claims.get("debug")
-    levels = [f"SLSA_BUILD_LEVEL_{2 if proven else 1}"]
-    levels += ["CONFBUILD_SIMULATED"] * (verdict.verdict == "simulated")
-    defaults = Expectations._field_defaults
-    policy = {name: value for name, value in expected._asdict().items() if value != defaults[name]}
+    # The host of a VM in debug mode can make any bundle there, and so can whoever owns the keys of --roots. So can
+    # anybody who starts the named firmware with software of their own: the registers of a TD or TPM tell what it was.
+    registers = {"rtmr": "RTMR values", "pcrs": "PCR values"}
+    needed = {registers.get(claim, "trust anchors") for claim in verdict.claims}
+    proven = verdict.ok and passed & MEASURED and needed <= passed and not verdict.claims.get("debug")
+    simulated = ["CONFBUILD_SIMULATED"] * (verdict.verdict == "simulated")
+    policy = {name: v for name, v in expected._asdict().items() if v != Expectations._field_defaults[name]}
     documents = {"provenance.json": files.provenance or b"", "evidence.json": files.evidence}
     return {
         "_type": STATEMENT_TYPE,
-        "subject": [
-            descriptor(name, digest) for name, digest in files.artifacts.items() if re.fullmatch("[0-9a-f]{64}", digest)
-        ],
+        "subject": [descriptor(name, digest) for name, digest in files.artifacts.items() if _HEX64.fullmatch(digest)],
         "predicateType": "https://slsa.dev/verification_summary/v1",
         "predicate": {
             "verifier": {"id": "urn:confbuild:verifier:v1", "version": {"confbuild": __version__}},
@@ -8981,7 +8982,7 @@ def make_vsa(files: BundleFiles, verdict: Verdict, accepted: bool, expected: Exp
             },
             "inputAttestations": [{"uri": n, "digest": {"sha256": sha256_hex(d)}} for n, d in documents.items()],
             "verificationResult": "PASSED" if accepted else "FAILED",
-            "verifiedLevels": levels if accepted else ["FAILED"],
+            "verifiedLevels": [f"SLSA_BUILD_LEVEL_{2 if proven else 1}", *simulated] if accepted else ["FAILED"],
             "slsaVersion": "1.0",
         },
     }

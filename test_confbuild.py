@@ -18506,6 +18506,18 @@ class TestVsa:
         for verdict, levels in (
             (report, ["SLSA_BUILD_LEVEL_2"]),
             (report._replace(claims={"debug": True}), ["SLSA_BUILD_LEVEL_1"]),  # its host can write any artifact
+            # The measurement of a TD or a paravisor is that of firmware, which starts any software.
+            (report._replace(claims={"debug": False, "rtmr": []}), ["SLSA_BUILD_LEVEL_1"]),
+            (report._replace(claims={"debug": False, "pcrs": {}}), ["SLSA_BUILD_LEVEL_1"]),
+            (
+                confbuild.Verdict(
+                    "passed",
+                    "az-tdx",
+                    {"debug": False, "rtmr": [], "pcrs": {}},
+                    [*checks, *(checks[0]._replace(name=f"{name} values") for name in ("RTMR", "PCR"))],
+                ),
+                ["SLSA_BUILD_LEVEL_2"],
+            ),
             (report._replace(checks=checks[:1]), ["SLSA_BUILD_LEVEL_1"]),  # --roots: the key may be anybody's
             (report._replace(checks=[]), ["SLSA_BUILD_LEVEL_1"]),
             (report._replace(checks=[checks[0]._replace(status="failed"), checks[1]]), ["SLSA_BUILD_LEVEL_1"]),
