@@ -18625,6 +18625,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have ignored it: then no child has an exit status
         gc.freeze()  # what exists by now stays: looking at it again would cost a start with 10,000 jobs 0.15 s
         setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:

@@ -31242,6 +31242,16 @@ class TestBuild:
         calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "AF_NETLINK" not in line]
         assert not [line for line in calls if re.search(r"\b(listen|accept4?|bind)\(", line)]
 
+    def test_sigchld_is_ignored(self, tmp_path: Path) -> None:
+        """Some parents leave it so: without an exit status, Python would take every child for one that succeeded."""
+        write_files(
+            tmp_path / "demo", {"confbuild.toml": 'command = ["sh", "-c", "exit 7"]\nartifacts = ["a"]\n', "a": "1"}
+        )
+        ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, 1); os.execvp(sys.argv[1], sys.argv[1:])"
+        command = [sys.executable, "-c", ignore, *PROGRAM, "build", "demo", "--format", "quiet"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
+        assert (done.returncode, done.stdout) == (1, "") and "ended with status 7" in done.stderr
+
     def test_private_server(self, shell: Shell, inside: Shell, tmp_path: Path) -> None:
         """stdout is the answer, stderr is the talk; an old bundle is replaced. [CONTRACT 5.4]"""
         done = shell("build", "demo", how=(str(FILE),))
