@@ -3971,7 +3971,7 @@ def _check_guest(checks: _Checks, report: Report, product: str) -> None:
     if expected.min_tcb is not None and product in TCB_LAYOUTS:
         # A VM that was launched on old firmware stays suspect after an update, and the host can go back to any version
         # down to the committed one. So all four must reach the minimum.
-        kinds = ("reported", "committed", "current", "launch")
+        kinds = "reported committed current launch".split()
         tcbs = {kind: tcb_levels(product, getattr(report, f"{kind}_tcb")) for kind in kinds}
         # Levels for another product are skipped. A level that this product does not have counts as -1: never reached.
         # If levels are given but none is for this product, the check fails.
@@ -8273,7 +8273,7 @@ def read_bundle(path: str, max_unpacked: int = MAX_UNPACKED, evidence_only: bool
     except Malformed as e:
         raise UsageError(f"{path}: {e}") from None
     except OSError as e:
-        raise UsageError(f"{e.filename or path}: {e.strerror or e}") from None
+        raise UsageError(f"{e.filename or path or repr(path)}: {e.strerror or e}") from None
 
 
 def _assemble(
@@ -14956,7 +14956,7 @@ def _make_trees(root: str, tree: _Tree, modules: _Tree) -> tuple[_Tree, _Tree]:
     _place(initrd, f"{_AGENT}/modules", _new_file("\n".join(loaded).encode("ascii")))
     initrd["init"] = _new_file(_INIT, stat.S_IFREG | 0o755)
     initrd |= dict.fromkeys(("dev", "proc", "sys", "tmp", "run", "sysroot"), _FOLDER)
-    for name in "dev", "proc", "sys", "tmp", "run", "root", "work":  # mount points, since the disk is read-only
+    for name in "dev proc sys tmp run root work".split():  # mount points, since the disk is read-only
         _place(tools, name, tree.get(name, _FOLDER))
     _place(tools, "etc/resolv.conf", _new_link("../run/resolv.conf"))  # exists in a guest with a network
     # Needed before /dev is mounted: Python reads random numbers, and the kernel opens a console for messages.
@@ -16999,7 +16999,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         hint = f"is it https://{source}?" if re.match(r"[\w-]+(\.[\w-]+)+/", source) else ""
         if ":" in source:
             hint = "a repository has a URL like https://example.org/a/b.git"
-        raise UsageError(f"{source}: neither a directory nor a URL", hint)
+        raise UsageError(f"{source or repr(source)}: neither a directory nor a URL", hint)
     elif options.ref:
         raise UsageError("--ref requires a URL")
     if options.nonce is not None and not options.nonce.strip("0"):
@@ -17605,7 +17605,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         raise UsageError(
             "the compilers or tools differ from the recorded ones", "--any-toolchain compares the artifacts anyway"
         )
-    names = "build_path", "build_environment", "build_kernel", "build_cpu"
+    names = "build_path build_environment build_kernel build_cpu".split()
     varied = [name for name in names if byproduct(doc, name) not in (None, byproduct(again, name))]
     one, other = before["artifacts"], after["artifacts"]
     if varied and one != other:
@@ -17739,7 +17739,7 @@ def cmd_image(options: "argparse.Namespace") -> int:
         if given not in (["rootfs"], ["packages", "debs"]):
             raise UsageError("image: give either --rootfs DIR, or --packages LOCK and --debs FOLDER")
         vcpus = [(kind, count) for kind in options.vcpu_type or ["EPYC-v4"] for count in options.vcpus or [1]]
-        names = ("rootfs", "packages", "debs", "kernel", "firmware", "modules")  # in the order of ImageInput
+        names = "rootfs packages debs kernel firmware modules".split()  # in the order of ImageInput
         make_image(options.out, ImageInput._make([*(getattr(options, name) or "" for name in names), vcpus]))
     facts = check_image(options.check or options.out)
     print(f"image.json  sha256 {facts.manifest_sha256}")
@@ -18502,7 +18502,7 @@ def _similar(word: str, known: Iterable[str], otherwise: str) -> str:
     """Return a hint that names the known word that was probably meant."""
     import difflib
 
-    close = difflib.get_close_matches(word, list(known), 1)
+    close = difflib.get_close_matches(word.lower(), known, 1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
@@ -18511,8 +18511,9 @@ def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
     name, *words = arguments
     command = next((row for row in COMMANDS if row.name == name), None)
     if command is None:
-        names = [row.name for row in COMMANDS if row.group] + ["--help", "--version"]
         kind = "option" if name.startswith("-") else "command"
+        # For an option of a command, `serve` would be a bad guess at --server: it only stands in the wrong place.
+        names = [row.name for row in COMMANDS if row.group and kind == "command"] + ["--help", "--version"]
         more = "`confbuild --help` lists the commands; options follow the command"
         raise UsageError(f"unknown {kind} {name}", _similar(name, names, more))
     parser = command_parser(command)
@@ -18673,7 +18674,8 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as e:
         words = [word for argument in arguments for word in argument.split("=", 1)]
         before = {word: option + " " for option, word in itertools.pairwise(words) if option.startswith("-")}
-        say(f"error: {before.get(e.filename, '') + e.filename + ': ' if e.filename else ''}{e.strerror or e}")
+        name = f"{before.get(e.filename, '')}{e.filename or repr(e.filename)}: "
+        say(f"error: {'' if e.filename is None else name}{e.strerror or e}")
         return EXIT_USAGE
 
 

@@ -29141,6 +29141,15 @@ class TestUsage:
             ("", 2, "\nBuild and verify\n  build "),
             ("biuld", 2, "unknown command biuld\nconfbuild: hint: did you mean build?"),
             ("agnet", 2, "unknown command agnet\nconfbuild: hint: did you mean agent?"),
+            ("VERIFY b", 2, "unknown command VERIFY\nconfbuild: hint: did you mean verify?"),
+            (
+                "--server u build b",
+                2,
+                "unknown option --server\nconfbuild: hint: `{own} --help` lists the commands; op",
+            ),
+            ("build ''", 2, "error: '': neither a directory nor a URL"),
+            ("verify ''", 2, "error: '': No such file or directory"),
+            ("verify b --crl ''", 2, "error: --crl '': No such file or directory"),
             ("--verison", 2, "unknown option --verison\nconfbuild: hint: did you mean --version?"),
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
@@ -29342,7 +29351,7 @@ class TestUsage:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(buffer=io.BytesIO()))
         try:
-            returned: Any = confbuild.main(line.split())
+            returned: Any = confbuild.main(["" if word == "''" else word for word in line.split()])
         except SystemExit as e:  # argparse's own
             returned = e.code
         said = capsys.readouterr()
