@@ -6491,6 +6491,8 @@ def _list_tree(commit: str, folder: str, env: Mapping[str, str], *options: str) 
     return [(os.fsdecode(name), facts.split()) for facts, _, name in rows]
 
 
+# For a repository of our own, whose objects may come from anybody.
+_OWN_POLICY = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
 EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the time of what has no commit
 
 
@@ -6512,6 +6514,7 @@ class History(NamedTuple):
 def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
+    Replace `.git` by a repository of our own with that commit and nothing else.
     prefix: of the paths of submodules.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
@@ -6524,7 +6527,12 @@ def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> H
         commit = _borrow_repository(git, git, own, env, config)
         if not commit:
             raise source_error("HEAD names no commit")
-        return _believe_commit(project, own, commit, config, env, prefix, dict(_list_tree(commit, own, env)))
+        history = _believe_commit(project, own, commit, config, env, prefix, dict(_list_tree(commit, own, env)))
+        # A build may call git, which obeys programs in the configuration and believes any object and any ref.
+        fetch_history("file://" + urllib.parse.quote(own), commit, join(own, "clean"), env, _OWN_POLICY, history.uri)
+        remove_tree(git)
+        os.rename(join(own, "clean", ".git"), git)
+        return history
 
 
 def _believe_commit(
@@ -6799,11 +6807,10 @@ def _read_head(
             )
     skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
-    policy = SourcePolicy(("file",), max_ratio=MAX_UNPACKED, allow_filters=True)
     origin = without_credentials(checkout.config.get("remote.origin.url", ""))
     notes = [f"commit {checkout.commit}"]
     url = "file://" + urllib.parse.quote(checkout.own)
-    max_bytes = fetch_history(url, checkout.commit, root, env, policy, origin)
+    max_bytes = fetch_history(url, checkout.commit, root, env, _OWN_POLICY, origin)
     if history:
         return Source(checkout.root, files, history, notes[0], join(root, ".git"))
     _check_out(root, env, max_bytes)

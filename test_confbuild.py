@@ -12574,6 +12574,20 @@ def replaced_object(clone: Path) -> None:
     git(clone, "replace", "HEAD", git(clone, "commit-tree", "-m", "other", git(clone, "mktree")))
 
 
+def lying_object(clone: Path) -> None:
+    """A build that runs `git archive` would get another file than the one that was hashed."""
+    git(clone, "repack", "-adq")
+    for pack in (clone / ".git/objects/pack").iterdir():
+        with open(pack.rename(clone / pack.name), "rb") as f:
+            if pack.suffix == ".pack":
+                subprocess.run(["git", "unpack-objects", "-q"], cwd=clone, stdin=f, check=True, env=ORACLE_ENV)
+        (clone / pack.name).unlink()
+    right, wrong = git(clone, "rev-parse", "HEAD:lf.txt"), git(clone, "hash-object", "-w", "run.sh")
+    objects = clone / ".git/objects"
+    os.replace(objects / wrong[:2] / wrong[2:], objects / right[:2] / right[2:])
+    assert git(clone, "cat-file", "-p", "HEAD:lf.txt") == git(clone, "cat-file", "-p", right) != ""
+
+
 def write(folder: Path, texts: Mapping[str, str]) -> None:
     for name, text in texts.items():
         (folder / name).write_text(text)
@@ -12605,6 +12619,7 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("detached", lambda clone: git(clone, "checkout", "-q", "--detach"), ""),
     ("hostile configuration", hostile_config, ""),
     ("replaced_object", replaced_object, ""),
+    ("a lying object", lying_object, "error: "),
     ("modified", lambda clone: (clone / "lf.txt").write_bytes(b"x"), "the files differ from the tree of HEAD"),
     ("untracked", lambda clone: (clone / "new").touch(), "the files differ from the tree of HEAD"),
     (
@@ -12683,6 +12698,13 @@ class TestHistory:
                 "https://example.org/demo.git",
                 {},
             )
+            # What a build may ask of git, which obeys the configuration that it finds.
+            assert git(clone, "status", "--porcelain") == ""
+            assert git(clone, "for-each-ref", "--format=%(refname)") in ("", "refs/tags/v1")
+            assert git(clone, "config", "--local", "--name-only", "--list").split() == [
+                "core.repositoryformatversion",
+                "remote.origin.url",
+            ]
         assert sorted(os.listdir(clone.parent)) == before, "nothing ran, nothing is left"
 
     def test_a_large_commit(self, tmp_path: Path, pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
