@@ -159,7 +159,7 @@ Specifications
     [GIT]       git object format: gitformat-pack(5), git-hash-object(1), git-mktree(1)
     [SSE]       WHATWG HTML, 9.2 Server-sent events
     [SRI]       W3C Subresource Integrity, with sha1 and md5 as in npm
-    [TOML]      https://toml.io/en/v1.0.0
+    [TOML]      https://toml.io/en/v1.1.0
     [RFC8259]   JSON      [RFC8785] its canonical form    [RFC4648] base64    [RFC9530] Repr-Digest
     [RFC9110]   HTTP      [RFC9112] HTTP/1.1        [RFC9457] problem details    [RFC6750] bearer tokens
 
@@ -197,7 +197,6 @@ from typing import (
 
 # Parts III to VI. Modules that only some commands use are imported at their first use.
 import _thread
-import contextlib
 import errno
 import functools
 import gc
@@ -206,7 +205,7 @@ import os
 import stat
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from os.path import (
     abspath,
     basename,
@@ -5282,7 +5281,7 @@ def _run_to_end(
         start_new_session=True,
     )
     ended_at, watched_at = float("inf"), 0.0
-    with selectors.DefaultSelector() as selector, contextlib.ExitStack() as pipes:
+    with selectors.DefaultSelector() as selector, ExitStack() as pipes:
         for index, pipe in enumerate(filter(None, (child.stdout, child.stderr))):
             selector.register(pipes.enter_context(pipe), selectors.EVENT_READ, index)
             with suppress(OSError, AttributeError):  # beyond the limit of the user, or not Linux
@@ -6176,8 +6175,9 @@ def _git(
     if shutil.which("git", path=env.get("PATH")) is None:
         raise source_error("git is not installed here")
     limits = ["/bin/sh", "-c", _LIMIT, "sh", str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
-    what = f"git {' '.join(arguments[:2])}"
-    status, output, errors = capture([*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch, what=what)
+    status, output, errors = capture(
+        [*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch, what=f"git {' '.join(arguments[:2])}"
+    )
     if status == 0:
         return output
     lines = errors.splitlines() or [f"git ended with status {status}"]
@@ -6185,8 +6185,9 @@ def _git(
     if cause.endswith(":"):  # the next line says what it is about
         cause += " ".join(["", *map(str.strip, lines[lines.index(cause) + 1 :][:1])])
     if re.search("(?i)out of memory|cannot allocate|file too large", errors):
-        limits_text = f"{MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes"
-        raise limit_error(f"git needs more than {limits_text}: {cause}")
+        raise limit_error(
+            f"git needs more than {MAX_GIT_MEMORY} bytes of memory, or a file of more than {max_bytes} bytes: {cause}"
+        )
     raise source_error(cause, f"if you trust it: {lines[-1].strip()}" * ("safe.directory" in lines[-1]))
 
 
@@ -6313,15 +6314,13 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     ]
 
 
-def fetch_history(
-    url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str | None = None
-) -> int:
+def fetch_history(url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str) -> int:
     """Make the new directory root a repository with a commit as its HEAD, a history of depth 1, and no files yet.
 
     The tags that point at the commit are fetched too, for `git describe`.
     url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
     branch.
-    origin: the URL to record, or "" for none; url by default.
+    origin: the URL to record, or "" for none.
     Return the limit of the files' bytes, which those of HEAD keep to.
     Raises BuildFailed SourceError or LimitError."""
     env, git = git_environment(env, policy.schemes), join(root, ".git")
@@ -6358,18 +6357,16 @@ def fetch_history(
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
-    if origin != "":
-        _git(["config", "remote.origin.url", url if origin is None else origin], root, env)
+    if origin:
+        _git(["config", "remote.origin.url", origin], root, env)
     return max_bytes
 
 
-def fetch_git(
-    url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str | None = None
-) -> None:
+def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy) -> None:
     """Check out a commit into the new directory root, with the bytes of the repository: see fetch_history.
 
     Submodules are empty folders."""
-    _check_out(root, env, fetch_history(url, ref, root, env, policy, origin))
+    _check_out(root, env, fetch_history(url, ref, root, env, policy, url))
 
 
 def _check_out(root: str, env: Mapping[str, str], max_bytes: int) -> None:
@@ -6396,7 +6393,7 @@ def _folder_size(folder: str) -> int:
     size = 0
     for directory, _, files in os.walk(folder):
         for name in files:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 size += os.lstat(join(directory, name)).st_size
     return size
 
@@ -6474,7 +6471,7 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str], 
         os.symlink(abspath(join(common, name)), join(own, name))
     alternate = _quoted(abspath(join(common, "objects"))) + "\n"
     write_file(join(own, "objects", "info", "alternates"), os.fsencode(alternate))
-    with contextlib.suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
+    with suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
         shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
         commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
         write_file(join(own, "shallow"), f"{commit}\n".encode("ascii"))
@@ -6766,9 +6763,12 @@ def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[s
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
     os.unlink(dirname(attributes))
     write_file(attributes, local + b"\n* -filter\n")
-    command = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
-    rows = os.fsdecode(_git(command, checkout.root, checkout.env)).split("\0")
-    changed = {row[3:] for row in rows[:-1]}
+    listed = _git(
+        "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split(),
+        checkout.root,
+        checkout.env,
+    )
+    changed = {row[3:] for row in os.fsdecode(listed).split("\0")[:-1]}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
     names = sorted(name if name.isprintable() else ascii(name) for name in changed if found.get(name) != "S")
@@ -6800,17 +6800,22 @@ def _read_head(
     env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
     if found.keys() == head.keys() and not submodules:
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
-        with contextlib.suppress(BuildFailed, OSError):
+        with suppress(BuildFailed, OSError):
             plain = git_environment(env, ())
             history = _believe_commit(
                 checkout.root, checkout.own, checkout.commit, checkout.config, plain, "", head, files
             )
     skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
-    origin = without_credentials(checkout.config.get("remote.origin.url", ""))
     notes = [f"commit {checkout.commit}"]
-    url = "file://" + urllib.parse.quote(checkout.own)
-    max_bytes = fetch_history(url, checkout.commit, root, env, _OWN_POLICY, origin)
+    max_bytes = fetch_history(
+        "file://" + urllib.parse.quote(checkout.own),
+        checkout.commit,
+        root,
+        env,
+        _OWN_POLICY,
+        without_credentials(checkout.config.get("remote.origin.url", "")),
+    )
     if history:
         return Source(checkout.root, files, history, notes[0], join(root, ".git"))
     _check_out(root, env, max_bytes)
@@ -6947,8 +6952,7 @@ class Toolchain(NamedTuple):
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
-    locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
-        certain.
+    locate: the command that prints the folder of the lock file that the tool reads, or a file in it.
     lock: the contents of lock_file.
     dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
     programs: those of tools.
@@ -6993,14 +6997,45 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
         raise BuildFailed(error_type, f"{what} has an unexpected form: {kind}{text}") from None
 
 
+# Blanks and comments, and what follows them in TOML 1.1: a text with escapes, one without, a mark of inline tables, or
+# the rest. Every alternative matches whatever follows, so nothing is ever tried in two ways.
+_TOML_TOKEN = re.compile(
+    r"""
+    ((?:[ \t\r\n] | \#[^\n]*)*)
+    ( ""\"(?:[^"\\]+|\\.?|"{1,2}(?!"))*"{0,5} | "(?:[^"\\\n]+|\\.?)*"?
+    | '''(?:[^']+|'{1,2}(?!'))*'{0,5} | '[^'\n]*'?
+    | [{},] | [^ \t\r\n"'{},\#]+ | \Z )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def parse_toml(data: bytes) -> Json:
+    """Return the contents of a file of cargo's, which reads TOML 1.1; Python before 3.15 reads TOML 1.0.
+
+    Raises ValueError, also for a text of several lines that end with CRLF: cargo keeps them, and Python does not.
+    """
+    older = [" "]
+    for gap, token in _TOML_TOKEN.findall(data.decode("utf-8-sig")):
+        if token.startswith('"'):
+            token = re.sub(
+                r"(?s)\\.", lambda escape: {r"\e": r"\u001b", r"\x": r"\u00"}.get(escape[0], escape[0]), token
+            )
+        if older[-1] == "," and token == "}":
+            older.pop()
+        elif older[-1] not in "{," and token not in "},":
+            older.append(gap)
+        # A time without seconds. Only texts contain carriage returns, and the second one is refused.
+        older.append(re.sub(r"^([^\"':]*:\d\d)(?!:)", r"\1:00", token.replace("\r", "\r\r")))
+    return tomllib.loads("".join(older))
+
+
 def _read_toml(path: str) -> Json:
-    """Return the contents of a file of cargo's; {} if cargo cannot read it, which it reports if it matters."""
-    if not isfile(path):  # a pipe would block
-        return {}
-    try:
-        return tomllib.loads(read_limited(path, MIB).decode("utf-8-sig"))
-    except (OSError, UsageError, ValueError, RecursionError):
-        return {}
+    """Return the contents of a file of cargo's; {} if it cannot be read, which cargo reports if it matters."""
+    with suppress(OSError, UsageError, ValueError, RecursionError):
+        if isfile(path):  # a pipe would block
+            return parse_toml(read_limited(path, MIB))
+    return {}
 
 
 def _with_above(folder: str) -> list[str]:
@@ -7008,8 +7043,8 @@ def _with_above(folder: str) -> list[str]:
     return [folder, *_with_above(dirname(folder))] if folder else [""]
 
 
-def _find_workspace(root: str, folder: str) -> tuple[str, bool]:
-    """Return the folder of the workspace that the cargo package in folder belongs to, and whether that is certain.
+def _find_workspace(root: str, folder: str) -> str:
+    """Return the folder of the workspace that the cargo package in folder belongs to, as far as it can be read.
 
     It is folder itself or one above. Its Cargo.lock is the only one that cargo reads.  [CARGO: workspaces]
     Both are relative to root, which a workspace does not lie above.
@@ -7020,20 +7055,19 @@ def _find_workspace(root: str, folder: str) -> tuple[str, bool]:
         return any(isinstance(path, str) and f"{inner}/".startswith(normpath(path) + "/") for path in paths)
 
     if not isfile(join(root, folder, "Cargo.toml")):
-        return folder, not folder
+        return folder
     own = _read_toml(join(root, folder, "Cargo.toml"))
     package = own.get("package")
     pointer = package.get("workspace") if isinstance(package, dict) else None
-    is_certain = not folder and ("workspace" in own or isinstance(package, dict) and "workspace" not in package)
     if isinstance(pointer, str):
         place = _locate(root, folder, pointer)
-        return folder if place is None else place, is_certain
+        return folder if place is None else place
     for place in _with_above(folder):
         table = (own if place == folder else _read_toml(join(root, place, "Cargo.toml"))).get("workspace")
         inner = relpath(folder or ".", place or ".")
         if table is not None:
-            return folder if names("exclude") and not names("members") else place, is_certain
-    return folder, is_certain
+            return folder if names("exclude") and not names("members") else place
+    return folder
 
 
 def _find_module(root: str, folder: str) -> str:
@@ -7046,12 +7080,11 @@ def _find_rows(root: str, folder: str) -> list[Toolchain]:
 
     Those of a cargo package lie in the folder of its workspace, and those of a go package in that of its module.
     """
-    workspace, is_certain = _find_workspace(root, folder)
-    places, rows = {"cargo": workspace, "go": _find_module(root, folder)}, []
+    places, rows = {"cargo": _find_workspace(root, folder), "go": _find_module(root, folder)}, []
     for row in TOOLCHAINS:
         place = relpath(join(root, places.get(row.name, folder)), join(root, folder))
         marker, lock = (normpath(join(place, file)) for file in (row.marker, row.lock_file))
-        rows.append(row._replace(marker=marker, lock_file=lock, locate=() if is_certain else row.locate))
+        rows.append(row._replace(marker=marker, lock_file=lock))
     return rows
 
 
@@ -7083,8 +7116,7 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     near += [f"{file}: {advice}" for file, advice in _NEAR.items() if is_regular(join(project, file))]
     below = [path for path in match_files(project, "*/*") if basename(path) in [row.marker for row in TOOLCHAINS]]
     near += [f"{path}: --subdir {dirname(path)} builds it" for path in below[:3]]
-    wanted = ", ".join(row.marker for row in rows)
-    message = f"the project has none of {wanted}; found " + (
+    message = f"the project has none of {', '.join(row.marker for row in rows)}; found " + (
         "; ".join(near) or "no file that one of these can be made from"
     )
     failure = BuildFailed("UnsupportedToolchainError", message)
@@ -7136,23 +7168,18 @@ def prepare(
         for name, found in programs.items()
         if realpath(shutil.which(name, path=env["PATH"]) or "") != found.path
     )
-    folders = dict.fromkeys(map(dirname, behind))
-    path = os.pathsep.join((*folders, env["PATH"]))
+    path = os.pathsep.join((*dict.fromkeys(map(dirname, behind)), env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
-        argv = [programs[plan.locate[0]].path, *plan.locate[1:]]
-        status, output, _ = capture(argv, project, plan.env, MIB, untrusted=True)
+        tool, *options = plan.locate
+        status, output, _ = capture([programs[tool].path, *options], project, plan.env, MIB, untrusted=True)
         used = output.decode("utf-8", "replace").strip()
         used = used if isdir(used) else dirname(used)
         # If it fails, so will the build; versions of cargo before 1.48 lack the option.
-        if (
-            status == 0
-            and isabs(used)
-            and isdir(used)
-            and realpath(used) != realpath(dirname(join(project, plan.lock_file)))
-        ):
-            problem = f"{plan.locate[0]} reads the lock file in {used}, not {join(folder, plan.lock_file)}"
-            raise BuildFailed("ProvenanceError", problem)
+        if status == 0 and isabs(used) and realpath(used) != realpath(dirname(join(project, plan.lock_file))):
+            raise BuildFailed(
+                "ProvenanceError", f"{tool} reads the lock file in {used}, not {join(folder, plan.lock_file)}"
+            )
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
@@ -7287,7 +7314,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
     """
     with _parsing("Cargo.lock"):
-        doc = tomllib.loads(lock.decode("utf-8-sig"))
+        doc = parse_toml(lock)
         older = doc.get("metadata", {}).get  # before version 2 of the format, a table of its own held the checksums
         rows = [
             (p["name"], p["version"], p.get("source"), p.get("checksum"))
@@ -7301,9 +7328,12 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
-                why = f": {outside[name][:80]} {_NOT_SENT}" if name in outside else ", as far as its files are TOML 1.0"
-                problem = f"{name[:80]} {version[:80]} has no source and is not a package inside the project{why}"
-                raise BuildFailed("ProvenanceError", f"Cargo.lock: {problem}")
+                why = f": {outside[name][:80]} {_NOT_SENT}" if name in outside else ", as far as its files are TOML 1.1"
+                raise BuildFailed(
+                    "ProvenanceError",
+                    f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the "
+                    f"project{why}",
+                )
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
         dependency = _cargo_dependency(name, version, source, checksum)
@@ -7326,7 +7356,7 @@ def _is_genuine(folder: str, checksum: str | None) -> bool:
     found.pop(".cargo-checksum.json", None)
     with suppress(Malformed, BuildFailed):
         doc = parse_json(read_lockfile(join(folder, ".cargo-checksum.json")), "checksums")
-        return bool(found) and doc == {"files": found, "package": checksum}
+        return bool(doc == {"files": found, "package": checksum})
     return False
 
 
@@ -7387,7 +7417,7 @@ def _read_settings(root: str, folder: str) -> list[tuple[str, str, Json]]:
             if islink(join(root, home)) or islink(join(root, name)):
                 raise BuildFailed("ProvenanceError", f"{name}: a link, expected a file in a folder")
             with _parsing(name):
-                found.append((name, place, tomllib.loads(read_lockfile(join(root, name)).decode("utf-8"))))
+                found.append((name, place, parse_toml(read_lockfile(join(root, name)))))
     return found
 
 
@@ -7397,17 +7427,16 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
     settings: from _read_settings.
     Raises BuildFailed ProvenanceError.
     """
-    found, used = dict[str, bool](), set[str]()
-    for name, _, doc in settings:
-        with _parsing(name):
-            used |= {str(source.get("replace-with")) for source in doc.get("source", {}).values()}
-    for name, base, doc in settings:
-        with _parsing(name):
+    found = dict[str, bool]()
+    with _parsing(".cargo/config.toml"):
+        used = {str(source.get("replace-with")) for _, _, doc in settings for source in doc.get("source", {}).values()}
+        for name, base, doc in settings:
             if "include" in doc or "lockfile-path" in doc.get("resolver", {}):
-                problem = (
-                    "include and resolver.lockfile-path are refused: they name more settings and another lock file"
+                raise BuildFailed(
+                    "ProvenanceError",
+                    f"{name}: include and resolver.lockfile-path are refused: they name more settings and another lock "
+                    "file",
                 )
-                raise BuildFailed("ProvenanceError", f"{name}: {problem}")
             kinds = ("directory", "local-registry")
             rows = [(k, s[k], title in used) for title, s in doc.get("source", {}).items() for k in kinds if k in s]
             for kind, target, is_used in (*rows, *(("paths", target, True) for target in doc.get("paths", ()))):
@@ -7418,7 +7447,8 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
                 inside = os.listdir(path) if kind == "directory" and isdir(path) else ()
                 if any(islink(join(path, entry)) for entry in inside):
                     raise BuildFailed("ProvenanceError", f"{name}: {target} contains links")
-                found |= {where: kind == "directory"} if is_used else {}
+                if is_used:
+                    found[where] = kind == "directory"
     return found
 
 
@@ -7452,18 +7482,25 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     for base in (dirname(name) for name in walk_files(root) if basename(name) == "Cargo.toml"):
         doc = _read_toml(join(root, base, "Cargo.toml"))
         outside |= _outside_paths(root, base, doc)
+        if not doc:
+            packages.append(("", "", base))
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
         if isinstance(package, dict) and isinstance(package.get("name"), str):
             packages.append((package["name"], str(package.get("version")), base))
     for _, base, doc in settings:
         outside |= _outside_paths(root, base, doc)
-    replaced = {
-        (name, version if vendored else ""): (place, vendored)
-        for where, vendored in _replaced_folders(root, settings).items()
-        for name, version, place in packages
+    replaced, folders = dict[tuple[str, str], tuple[str, bool]](), _replaced_folders(root, settings)
+    for name, version, place in packages:
         # cargo searches the folders of paths, and replaces any version.
-        if where in ([dirname(place)] if vendored else _with_above(place))
-    }
+        above = _with_above(place)
+        kinds = [vendored for where, vendored in folders.items() if where in ([dirname(place)] if vendored else above)]
+        if not name and (kinds or place in (folder, _find_workspace(root, folder))):  # it may name any package
+            raise BuildFailed(
+                "ProvenanceError",
+                f"{join(place, 'Cargo.toml')} cannot be read as TOML 1.1 of at most 1 MiB, so what it replaces is not "
+                "known",
+            )
+        replaced |= {(name, version if vendored else ""): (place, vendored) for vendored in kinds}
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 
@@ -7474,13 +7511,14 @@ def wider_source(root: str, folder: str) -> tuple[str, str]:
     """
     outside = _outside_paths(root, folder, _read_toml(join(root, folder, "Cargo.toml"))).values()
     top = realpath(root)
-    while not lexists(join(top, ".git")) and top != dirname(top):
+    while not lexists(join(top, ".git")):
+        if top == dirname(top):
+            return root, folder
         top = dirname(top)
     inner = relpath(realpath(join(root, folder)), top)
-    needed = (
-        outside and lexists(join(top, ".git")) and all(_locate(top, inner, target) is not None for target in outside)
-    )
-    return (top, inner) if needed else (root, folder)
+    if outside and all(_locate(top, inner, target) is not None for target in outside):
+        return top, inner
+    return root, folder
 
 
 def evaluate_nix(plan: Toolchain, root: str, folder: str) -> Toolchain:
@@ -7667,8 +7705,7 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         join(root, name) for name in walk_files(root) if re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
     ):
         if isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
-            problem = "executionEnv is refused: pnpm would fetch and run another node"
-            raise source_error(f"{relpath(path, root)}: {problem}")
+            raise source_error(f"{relpath(path, root)}: executionEnv is refused: pnpm would fetch and run another node")
     with _parsing("pnpm-lock.yaml"):
         doc = parse_lock_yaml(lock)
         if not doc["lockfileVersion"].startswith("9."):
@@ -7699,10 +7736,12 @@ def adapt_npm(project: str) -> Json:
     builds = "build" in scripts
     steps = ["npm ci --ignore-scripts", "npm rebuild", *["npm run prepare"] * (builds and "prepare" in scripts)]
     steps.append("npm run build" if builds else "npm pack")
-    lock_file = "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json"
-    outputs = ("node_modules", _OWN_OUTPUT, *["dist"] * builds)
-    artifacts = [*["dist"] * builds, f"{_OWN_OUTPUT}/*.tgz"]
-    return {"steps": [*map(str.split, steps)], "outputs": outputs, "lock_file": lock_file, "artifacts": artifacts}
+    return {
+        "steps": [*map(str.split, steps)],
+        "outputs": ("node_modules", _OWN_OUTPUT, *["dist"] * builds),
+        "lock_file": "npm-shrinkwrap.json" if isfile(join(project, "npm-shrinkwrap.json")) else "package-lock.json",
+        "artifacts": [*["dist"] * builds, f"{_OWN_OUTPUT}/*.tgz"],
+    }
 
 
 def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -7814,8 +7853,7 @@ _RECIPE = {"command": [WORD], "artifacts": [WORD], "inputs?": [WORD], "programs?
 def _read_recipe(project: str) -> Json:
     """Return the contents of confbuild.toml.  Raises BuildFailed SourceError."""
     with _parsing("confbuild.toml"):
-        text = read_lockfile(join(project, "confbuild.toml")).decode("utf-8")
-        recipe = check_schema(tomllib.loads(text), _RECIPE, "confbuild.toml")
+        recipe = check_schema(parse_toml(read_lockfile(join(project, "confbuild.toml"))), _RECIPE, "confbuild.toml")
         for path in (*recipe.get("inputs", ()), *recipe.get("outputs", ())):
             if not _locate(project, "", path):
                 raise ValueError(f"{path} is not a path below the project")
@@ -8250,8 +8288,7 @@ def write_archive(path: str, project: str, provenance: bytes, evidence: bytes, f
 def is_bare_evidence(path: str) -> bool:
     """Return whether path is an evidence.json without a provenance.json next to it.  [CONTRACT 5.5]"""
     folder, name = os.path.split(path)
-    alone = not lexists(join(folder, "provenance.json"))
-    return name == "evidence.json" and isfile(path) and alone
+    return name == "evidence.json" and isfile(path) and not lexists(join(folder, "provenance.json"))
 
 
 __all__ += ["read_bundle"]
@@ -8649,11 +8686,11 @@ def _run_steps(plan: Toolchain, project: str, log: BuildLog) -> tuple[bytes, byt
                 "(?i)network|resolve host|connect|fetch|dial|getaddrinfo|EAI_AGAIN|ENOTFOUND|^$", log.cause
             )
             closed = " (the network is closed in this step)" * (network == b"fetch" and bool(needs))
-            message = f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}".removesuffix(": ")
-            message += " (builds may use no Unix socket unless --no-isolation lets them)" * (
-                "listen EACCES" in log.cause
+            raise BuildFailed(
+                "LimitError" if full else "BuildError",
+                f"{shlex.join(step)} ended with {ending}{closed}: {log.cause[:1000]}".removesuffix(": ")
+                + " (builds may use no Unix socket unless --no-isolation lets them)" * ("listen EACCES" in log.cause),
             )
-            raise BuildFailed("LimitError" if full else "BuildError", message)
     return network, stdout
 
 
@@ -8664,8 +8701,10 @@ def _explain_nothing(plan: Toolchain, project: str, patterns: Sequence[str], bef
     """
     found = find_artifacts(project, plan.folders or [""], "[!.]*.[!d]*" if plan.folders else "*")
     made = [relpath(path, project) for _, path in found if basename(path) not in before]
-    message = f"the build succeeded but made no {' or '.join(patterns) or 'executable'}"
-    return message + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
+    return (
+        f"the build succeeded but made no {' or '.join(patterns) or 'executable'}"
+        + f"; it made {', '.join(made[:5])}, which --artifact can name" * bool(made)
+    )
 
 
 def _describe_source(project: str, env: Strings, emit: Emit) -> tuple[Json, list[Json], int]:
@@ -15470,7 +15509,7 @@ class Broker(Launcher):
         question = {"op": "run", "argv": argv, "network": self._network}
         question |= {"cwd": options["cwd"], "env": dict(options["env"])}
         fds, streams = [os.open(os.devnull, os.O_RDWR)], list[IO[bytes]]()
-        with contextlib.ExitStack() as ours:
+        with ExitStack() as ours:
             try:
                 for _ in range(1 if options["stderr"] == subprocess.STDOUT else 2):
                     end, fd = os.pipe()
@@ -15611,7 +15650,7 @@ class GuestBroker:
 
     @staticmethod
     def _send(connection: "socket.socket", answer: Json) -> None:
-        with contextlib.suppress(OSError):  # the agent has gone, or does not receive
+        with suppress(OSError):  # the agent has gone, or does not receive
             connection.send(json_bytes(answer))
 
     def _run(self, question: Json) -> Json:
@@ -16745,7 +16784,7 @@ def notify_systemd(state: str) -> None:
     """Report the state of the service to systemd, if it asked for that.  [sd_notify(3)]"""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
             sock.sendto(state.encode("ascii"), re.sub("^@", "\0", address))
 
 
@@ -16917,13 +16956,13 @@ class Delivery(NamedTuple):
 
 
 @contextmanager
-def _undisturbed_end() -> Iterator[tuple[str, contextlib.ExitStack]]:
+def _undisturbed_end() -> Iterator[tuple[str, ExitStack]]:
     """Yield a folder for temporary files, and a stack of what to do at the end of the block.
 
     No signal interrupts that end: a second Ctrl-C would leave VMs and files behind."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, contextlib.ExitStack() as stack:
+        with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch, ExitStack() as stack:
             try:
                 yield scratch, stack
             finally:
@@ -16977,7 +17016,10 @@ def cmd_build(options: "argparse.Namespace") -> int:
             archive = join(scratch, name + ".tar.gz")
             request = BuildRequest(nonce, "", "", basename(archive), *choices)
             packed = _pack(options, archive, scratch)
-            display.note(f"packed {packed.note}")
+            display.note(
+                f"packed {packed.note}"
+                + f" of {options.source}, since {source} needs folders beside it" * (options.source != source)
+            )
             if options.tree not in ("", packed.tree):
                 raise UsageError(f"{source} has the tree {packed.tree}, the bundle records {options.tree}")
             if machine and "Cargo.lock" in map(basename, packed.files):
@@ -16997,7 +17039,10 @@ def cmd_build(options: "argparse.Namespace") -> int:
 
 
 def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
-    """Raise UsageError for a source that cannot be built, and for options that would have no effect."""
+    """Raise UsageError for a source that cannot be built, and for options that would have no effect.
+
+    Widen a source that is built on this machine if it needs folders beside it.
+    """
     source = options.source
     if is_url:
         options.max_ratio = MAX_RATIO
@@ -17034,15 +17079,11 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         raise UsageError(f"--subdir {options.subdir}: not a folder of {source}")
     options.subdir = folder
     if os.listdir(source):
-        hint, (top, inner) = "", wider_source(source, options.subdir)
         try:
             find_outputs(source, options.toolchain, options.subdir)
-            if top != source:  # does the lock file have what lies outside?
-                hint = f"`{shlex.join(['confbuild', 'build', top, '--subdir', inner])}` builds it in its git work tree"
-                [found, *_] = detect_toolchains(source, options.toolchain, options.subdir)
-                read_inputs(found, source, options.subdir)
         except BuildFailed as e:
-            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint or hint) from None
+            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint) from None
+        options.source, options.subdir = wider_source(source, options.subdir)
 
 
 def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
@@ -17050,10 +17091,10 @@ def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
     workspace, outputs, source, subdir = join(scratch, "pack"), list[str](), options.source, options.subdir
     os.mkdir(workspace)
     try:
-        with contextlib.suppress(BuildFailed):  # another server may know what this is
+        with suppress(BuildFailed):  # another server may know what this is
             outputs = find_outputs(source, options.toolchain, subdir)
         packed = pack_directory(source, archive, workspace, outputs, options.submodules, options.allow_filters)
-        with contextlib.suppress(BuildFailed):
+        with suppress(BuildFailed):
             marker = detect_toolchains(source, options.toolchain, subdir)[0].marker
             path = normpath(join(subdir, marker))
             if path not in packed.files:
@@ -17414,7 +17455,7 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
 
 def _bundle_hint(path: str) -> str:
     """Return a hint for a path that is not a bundle: what the user may have meant."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if isdir(path):
             for inside in (join(path, name) for name in sorted(os.listdir(path))):
                 if isfile(join(inside, "evidence.json")):
@@ -18547,7 +18588,7 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         raise UsageError("--policy is given more than once")
     where = f"--policy {path}: "
     try:
-        policy = tomllib.loads(read_limited(path, MIB).decode("utf-8"))
+        policy = parse_toml(read_limited(path, MIB))
     except (ValueError, RecursionError) as e:  # ValueError: also of UTF-8, and of a number with thousands of digits
         raise UsageError(f"{where}not TOML: {e}") from None
     known = {
@@ -18606,7 +18647,7 @@ class _ErrorStream:
 
     def write(self, text: str) -> None:
         """Write text if possible."""
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             self._stream.write(text)
             self._stream.flush()
 

@@ -51,6 +51,7 @@ import termios
 import threading
 import time
 import tokenize
+import tomllib
 import traceback
 import tracemalloc
 import types
@@ -355,7 +356,8 @@ def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("rustc", "rustc 1.90.0 (1159e78c4 2025-09-14)"),
     ):
         (folder / name).write_text(
-            f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\nexec sh ./build.sh\n'
+            f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\n'
+            '[ "$1" = locate-project ] && exit 1\nexec sh ./build.sh\n'
         )
         (folder / name).chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
@@ -14070,6 +14072,120 @@ def vcs(version: str, url: str) -> dict[str, Any]:
 LIBC = {"digest": {"sha256": SHA}, "name": "libc", "uri": f"pkg:cargo/libc@0.2.1?checksum=sha256:{SHA}"}
 
 
+# What TOML 1.1 adds, and what only looks like it: (text, meaning).
+NEWER_TOML: list[tuple[str, Any]] = [
+    ("x = {\n  a = 1, # }\n  b = [1, # ,\n 2,\n],\n  # last\n}", {"a": 1, "b": [1, 2]}),
+    ("x = {\r\n a = { b = 1,\r\n }\r\n , c = 2 }", {"a": {"b": 1}, "c": 2}),
+    ("x = [{\n}, { a = '}',\n}]", [{}, {"a": "}"}]),
+    ('x = "\\e[0m \\x41\\xe9 \\\\e \\\\x41 \\\\\\e"', "\x1b[0m A\xe9 \\e \\x41 \\\x1b"),
+    ('x = """\n\\x41"" # {\n""\\""", """""', 'A"" # {\n""""", ""'),
+    ("x = '\\e # {'", "\\e # {"),
+    ("x = '''\\x41'' # {\n'''''", "\\x41'' # {\n''"),
+    ("x = 07:32", datetime.time(7, 32)),
+    ("x = [07:32, 07:32:01.5,07:33]", [datetime.time(7, 32), datetime.time(7, 32, 1, 500000), datetime.time(7, 33)]),
+    ("x = 1979-05-27T07:32Z", datetime.datetime(1979, 5, 27, 7, 32, tzinfo=datetime.UTC)),
+    (
+        "x = 1979-05-27 07:32:01-07:00",
+        datetime.datetime(1979, 5, 27, 7, 32, 1, tzinfo=datetime.timezone(datetime.timedelta(hours=-7))),
+    ),
+    ('\ufeffx = { "a , }" = \'{ "\', \'"\' = "\\"" , }', {"a , }": '{ "', '"': '"'}),
+    ("x = '07:32' # 07:32", "07:32"),
+]
+
+
+# (TOML 1.0, TOML 1.1) with the same meaning.
+TOML_SCALARS = st.one_of(
+    st.sampled_from(["1", "-0.5e1", "true", "'\\x41, }'", '"""\n"" }\\\\e\n#"""', "'''{\n'' ,\n'''", "1979-05-27"]).map(
+        lambda text: (text, text)
+    ),
+    st.sampled_from(
+        [('"\\u001b#{"', '"\\e#{"'), ('"\\u00e9,}"', '"\\xe9,}"'), ("07:32:00", "07:32"), ("07:32:00.5", "07:32:00.5")]
+    ),
+    st.text("ae\\\"'#{}[],\n\t =x41:", max_size=9).map(lambda text: (json.dumps(text), json.dumps(text))),
+)
+TOML_GAPS = st.lists(st.sampled_from(["", " ", "\n", "# , }\n", "\r\n\t", "#'\"\n"]), min_size=40, max_size=40)
+
+
+def toml_collections(values: st.SearchStrategy[tuple[str, str]]) -> st.SearchStrategy[tuple[str, str]]:
+    def spell(kind: str, rows: list[tuple[str, str]], gaps: list[str], last: str) -> tuple[str, str]:
+        keys = [f"{'ab'[n % 2]}{n} = " * (kind == "{}") for n in range(len(rows))]
+        plain = ", ".join(key + row[0] for key, row in zip(keys, rows, strict=True))
+        newer = ",".join(
+            gaps[2 * n] + key + row[1] + gaps[2 * n + 1] for n, (key, row) in enumerate(zip(keys, rows, strict=True))
+        )
+        return f"{kind[0]}{plain}{kind[1]}", f"{kind[0]}{newer}{last * bool(rows)}{gaps[-1]}{kind[1]}"
+
+    last = st.sampled_from(["", ",", ", ", ",\n"])
+    return st.builds(spell, st.sampled_from(["[]", "{}"]), st.lists(values, max_size=4), TOML_GAPS, last)
+
+
+TOML_VALUES = st.recursive(TOML_SCALARS, toml_collections, max_leaves=12)
+
+
+class TestToml:
+    """What cargo reads. [TOML]"""
+
+    @pytest.mark.parametrize(("text", "meaning"), NEWER_TOML)
+    def test_newer_toml(self, text: str, meaning: Any) -> None:
+        assert confbuild.parse_toml(text.encode()) == {"x": meaning}
+        for text_below in (f"[t] # {{\n{text.lstrip(chr(0xFEFF))}\n", f"t.{text.lstrip(chr(0xFEFF))} # }}"):
+            assert confbuild.parse_toml(text_below.encode()) == {"t": {"x": meaning}}
+
+    @needs("cargo")
+    def test_cargo_agrees(self, tmp_path: Path) -> None:
+        """All but the times, which JSON lacks."""
+        rows = [(text.replace("x =", f"x{n} =", 1), meaning) for n, (text, meaning) in enumerate(NEWER_TOML)]
+        text = "\n".join(text.lstrip("\ufeff") for text, _ in rows)
+        write_files(tmp_path, {"Cargo.toml": f"{MANIFEST}[package.metadata]\n{text}\n", "src/main.rs": ""})
+        run = subprocess.run(["cargo", "read-manifest"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        if "TOML parse error" in run.stderr:
+            pytest.skip("cargo before 1.94 reads TOML 1.0")
+        found = json.loads(run.stdout)["metadata"]
+        for number, (_, meaning) in enumerate(NEWER_TOML):
+            assert found[f"x{number}"] == meaning or "datetime" in f"{meaning!r}{type(meaning)}"
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("x = {a\n}", "x = {a = 1,\n1}", "x = {a = 1 # }", "x = { a = 1,, }", "x = [1,,]", "x = 1,\n", "x\n= 1"),
+            *('x = "\\x4"', 'x = "\\xg0"', "x = 07:3", "x = 1\ny = {a = 1 b = 2}", 'x = "a\nb"', "x = '\n'", 'x = """'),
+            *(
+                "x = 1\rpaths = []",
+                '"\r\n" = 1',
+                'x = """\r\n"""',
+                "x = '''a\r\n'''",
+                "\ufeff\ufeffx = 1",
+                "x = 1 x = 2",
+            ),
+        ],
+    )
+    def test_no_toml(self, text: str) -> None:
+        with pytest.raises(ValueError):
+            confbuild.parse_toml(text.encode())
+
+    @pytest.mark.parametrize(
+        "text", ['"' * 100_000, '\\"""' * 50_000, "'" * 99_999, "#\n" * 100_000 + "\rx", ", " * 99_999]
+    )
+    def test_it_takes_no_time(self, text: str) -> None:
+        """Each token is tried once: a quadratic reader would take minutes here."""
+        with pytest.raises(ValueError):
+            confbuild.parse_toml(text.encode())
+
+    @given(st.lists(TOML_VALUES, max_size=4), st.sampled_from(["\n", " # { ,\n", "\r\n", "\n[t]\n", "\n[[t.u]] # '\n"]))
+    def test_the_meaning_is_that_of_older_toml(self, rows: list[tuple[str, str]], ending: str) -> None:
+        older, newer = ("".join(f"k{n} = {row[side]}{ending}" for n, row in enumerate(rows)) for side in (0, 1))
+        expected: Any
+        try:
+            expected = tomllib.loads(older)
+        except tomllib.TOMLDecodeError:  # a table twice
+            expected = ValueError
+        for text in (older, newer):
+            try:
+                assert confbuild.parse_toml(text.encode()) == expected
+            except tomllib.TOMLDecodeError:
+                assert expected is ValueError
+
+
 class TestCargoDependencies:
     @pytest.mark.parametrize(
         ("lock", "expected"),
@@ -14235,8 +14351,9 @@ class TestCargoDependencies:
             ('[source.v]\nlocal-registry = "/v"', "local-registry leads to /v"),
             ('include = ["x.toml"]', "include and resolver.lockfile-path are refused"),
             ('[resolver]\nlockfile-path = "x"', "they name more settings and another lock file"),
-            ("\ufeffpaths = []", ".cargo/config.toml has an unexpected form: "),
-            ("a = {\n}", ".cargo/config.toml has an unexpected form: "),
+            ('\ufeffpaths = ["/v"]', "paths leads to /v"),
+            ('a = { # }\n}\npaths = [\n"/v"]', "paths leads to /v"),
+            ("a = {\n1}", ".cargo/config.toml has an unexpected form: "),  # cargo drops the 1
             ('[source.v]\ndirectory = "linked"', ".cargo/config.toml: linked contains links"),
             ("source = 3", ".cargo/config.toml has an unexpected form: AttributeError"),
             ("paths = [3]", ".cargo/config.toml has an unexpected form: TypeError"),
@@ -14286,7 +14403,24 @@ class TestCargoDependencies:
             os.mkfifo(folder / "Cargo.toml")
         assert confbuild.detect_toolchains(str(demo))[0].name == "cargo"
         assert confbuild.wider_source(str(demo), "a") == (str(demo), "a")
-        assert confbuild.cargo_dependencies(b"", str(demo)) == []
+        said = "Cargo.toml cannot be read as TOML 1.1 of at most 1 MiB, so what it replaces is not known"
+        assert failure(lambda: confbuild.cargo_dependencies(b"", str(demo))) == ("ProvenanceError", said)
+        assert failure(lambda: confbuild.cargo_dependencies(b"", str(demo), "a"))[1] == f"a/{said}"
+
+    @pytest.mark.parametrize("unread", ["a = {\n1}", "#" * confbuild.MIB, 'a = """\r\n"""', "{{name}}"])
+    def test_what_cargo_may_understand(self, tmp_path: Path, unread: str) -> None:
+        """A manifest that we cannot read could name any package: it is refused where it counts. [CONTRACT 3.5]"""
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        demo = write_files(tmp_path, {"Cargo.toml": MANIFEST, "v/libc/Cargo.toml": self.CRATE["Cargo.toml"] + unread})
+        assert confbuild.cargo_dependencies(lock, str(demo)) == [LIBC]  # a template, say
+        said = "v/libc/Cargo.toml cannot be read as TOML 1.1 of at most 1 MiB, so what it replaces is not known"
+        for text in ('paths = ["v"]', '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"'):
+            write_files(demo, {".cargo/config.toml": text})
+            assert failure(lambda: confbuild.cargo_dependencies(lock, str(demo))) == ("ProvenanceError", said)
+        write_files(demo, {"v/libc/Cargo.toml": self.CRATE["Cargo.toml"] + "a = {\n}"})
+        assert "?path=v/libc" in str(confbuild.cargo_dependencies(lock, str(demo)))
+        write_files(demo, {"Cargo.toml": MANIFEST + unread, "v/libc/Cargo.toml": MANIFEST})
+        assert failure(lambda: confbuild.cargo_dependencies(lock, str(demo))) == ("ProvenanceError", said[7:])
 
     def test_which_settings_cargo_reads(self, tmp_path: Path) -> None:
         """Of two files the one without a suffix, and both through links. [CARGO: config]"""
@@ -14315,12 +14449,12 @@ class TestCargoDependencies:
         ("files", "used"),
         [
             ({"sub/Cargo.lock": ""}, "demo"),  # no package of its own
-            ({"sub/Cargo.toml": MANIFEST, "Cargo.toml": '[workspace]\nmembers = ["sub"]\na = {\n}\n'}, "demo"),
+            ({"sub/Cargo.toml": MANIFEST, "Cargo.toml": '[workspace]\nmembers = ["sub"]\na = {\n1}\n'}, "demo"),
             ({"sub/Cargo.toml": MANIFEST, "Cargo.toml": '[workspace]\nmembers = ["sub"]'}, ""),
         ],
     )
     def test_cargo_has_the_last_word(self, tmp_path: Path, files: dict[str, str], used: str) -> None:
-        """Whatever it reads otherwise, such as newer TOML: its own answer counts. [CONTRACT 2.1]"""
+        """Whatever it reads otherwise, such as what is no TOML: its own answer counts. [CONTRACT 2.1]"""
         source = {"src/main.rs": "fn main() {}\n"}
         base = {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK, **source, "sub/src/main.rs": "fn main() {}\n"}
         demo = write_files(tmp_path / "demo", {**base, "sub/Cargo.lock": LOCK, **files})
@@ -14359,7 +14493,7 @@ class TestCargoDependencies:
             (
                 entry("other", "1.0.0"),
                 "ProvenanceError",
-                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.0",
+                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.1",
             ),
             (
                 entry("None", "1.0.0"),
@@ -17153,7 +17287,7 @@ class TestPipeline:
             {**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")},
             "ProvenanceError",
             "Cargo.lock: gone 1.0.0 has no source and is not a package inside the project, as far as its files are "
-            "TOML 1.0",
+            "TOML 1.1",
         ),
         # of a length that fits in an event
         ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
@@ -17866,16 +18000,22 @@ class TestRealCargo:
         for named in (tmp_path / "demo", tmp_path / "demo/a"):
             assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(named)]) == 3
         assert confbuild.main(["verify", str(tmp_path / "out"), "--source", str(tmp_path / "demo/b")]) in (1, 2)
-        # Where git knows a folder that contains both, it is named, and not packed by itself.
+        # Where git knows a folder that contains both, a build on this machine takes that.
         demo = commit_all(tmp_path / "demo")
-        assert confbuild.main(["build", str(demo / "a"), "-o", str(tmp_path / "x")]) == 2
-        said = capsys.readouterr().err
-        assert (
-            f"error: {demo}/a: Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b" in said
-        )
-        assert f" build {demo} --subdir a` builds it in its git work tree\n" in said
-        lock = write_files(demo, {"a/Cargo.lock": LOCK})  # which does not have it: cargo will say so, or not need it
-        confbuild._check_build_options(confbuild.parse_arguments(["build", str(lock / "a")]), False)
+        built = Built(demo / "a", tmp_path / "wide", PATH=stub_path)
+        told = subprocess.run(
+            [*PROGRAM, "build", str(demo / "a"), "-o", str(tmp_path / "again")],
+            env={**os.environ, "PATH": stub_path},
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stderr
+        assert f"packed commit {git(demo, 'rev-parse', 'HEAD')} of {demo}, since {demo}/a needs folders beside" in told
+        source = built.provenance()["buildDefinition"]["externalParameters"]
+        assert source["buildCommand"].startswith("cd a && ")
+        assert source["source"]["digest"]["gitTree"] == git(demo, "rev-parse", "HEAD^{tree}")
+        for named in (demo, demo / "a"):
+            assert confbuild.main(["verify", str(tmp_path / "wide"), "--source", str(named)]) == 3
 
     def test_a_wider_source(self, tmp_path: Path) -> None:
         """A cargo project whose Cargo.toml leads out of it, but not out of the work tree of git. [CONTRACT 5.4]"""
