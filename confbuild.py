@@ -1973,8 +1973,9 @@ def reserved_fields(report: Report) -> list[str]:
 
 
 def tcb_text(levels: Mapping[str, int]) -> str:
-    """Return security patch levels in the form of --min-tcb: "bootloader=3,tee=0"."""
-    return ",".join(f"{name}={level}" for name, level in levels.items())
+    """Return security patch levels in the form of --min-tcb: "bootloader=3,tee=0", of a TD "tdx=0501..."."""
+    # A level has one byte, and the number of a TD 16.
+    return ",".join(f"{name}={f'{level:032x}' if level > 255 else level}" for name, level in levels.items())
 
 
 def vek_url(report: Report, product: str) -> str:
@@ -3860,15 +3861,14 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
     checks.hold("report version", oldest <= report.version <= 5, f"{oldest} to 5", report.version)
     checks.compare("signature algorithm", ECDSA_P384_SHA384, report.signature_algo, "1 is ECDSA P-384 with SHA-384")
     vek, product, kind = _find_vek(checks, report, certificate), report.product, report.signing_key
-    known = [name for name in TCB_LAYOUTS if name in checks.anchors]
+    known = [name for name in TCB_LAYOUTS if "ark" in checks.anchors.get(name, ())]
     if vek is not None:
         # The report names the kind of its key in signed bits; the certificate must be of the same kind.
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
         checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
         if report.version < 3:  # such a report has no CPUID: the issuer tells the product
-            amd = {name: roles for name, roles in checks.anchors.items() if "ark" in roles}
-            issuers = {anchor.subject: name for name, roles in amd.items() for anchor in roles.values()}
+            issuers = {anchor.subject: name for name in known for anchor in checks.anchors[name].values()}
             product = issuers.get(vek.issuer, "")
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
     checks.hold("product", product in known, " or ".join(known) or "none: no keys", product or "unknown", detail)

@@ -3883,6 +3883,7 @@ class TestReport:
     )
     def test_tcb_layouts(self, product: str, text: str) -> None:
         assert confbuild.tcb_text(confbuild.tcb_levels(product, bytes(range(1, 9)))) == text
+        assert confbuild.tcb_text({"snp": 255, "tdx": 0x0501 << 112}) == "snp=255,tdx=0501" + "00" * 14
         assert set(confbuild.tcb_levels(product, b"\xff" * 8).values()) == {255}
 
     @pytest.mark.parametrize(
@@ -8934,6 +8935,13 @@ class TestHardwareVerdict:
         )
         assert failed_checks(verdict) == {"product"} and verdict.claims["product"] == ""
         assert status_of(verdict, "revocation") == "not checked"
+
+    def test_anchors_without_an_ark(self) -> None:
+        """A caller of verify_bundle can leave a key out: the product is then one without keys."""
+        roles = {role: key for role, key in TOY_ANCHORS["Milan"].items() if role != "ark"}
+        for files in (snp(), azure()):  # the report tells the product, or the certificate
+            verdict = verdict_over(files, HARDWARE, anchors={"Milan": roles})
+            assert failed_checks(verdict) == {"product"}
 
     def test_trust_anchors_are_shown(self) -> None:
         for files, anchors, status, actual in (
