@@ -11948,10 +11948,10 @@ class TestChecks:
             ("https://h:x/x", "ort"),
             ("ssh://h/x", "scheme 'ssh', expected https or http"),
             ("file:///x", "scheme 'file', expected https or http"),
-            ("git@h:x", "the scheme must be"),
-            ("ext::sh", "the scheme must be"),
-            ("-x", "the scheme must be"),
-            ("//h/x", "the scheme must be"),
+            ("git@h:x", "expected https or http"),
+            ("ext::sh", "expected https or http"),
+            ("-x", "expected https or http"),
+            ("//h/x", "expected https or http"),
             ("https://u:p@h/x", "credentials, queries and fragments"),
             ("https://u@h/x", "credentials"),
             ("https://@h/x", "credentials"),
@@ -13458,7 +13458,9 @@ class TestSources:
         given = [str(write_bundle(tmp_path / "b", bundle())), "--source"] if command == "verify" else []
         assert confbuild.main([command, *given, str(root)]) == 2
         said = capsys.readouterr().err
-        assert "not a git repository: /nowhere" in said and f"hint: repair it, or move {root}/.git away" in said
+        assert (
+            re.search("not a git repository: .?/nowhere", said) and f"hint: repair it, or move {root}/.git away" in said
+        )
 
     @pytest.mark.parametrize("kind", ["link", "private"])
     def test_a_repository_out_of_reach(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
@@ -24864,7 +24866,7 @@ class TestSandboxedBuilds:
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--cache", "/c"],
                 "--cache cannot be combined with --server: the server decides it",
             ),
-            (["serve", "--cache", "/dev/null"], "/dev/null: File exists"),
+            (["serve", "--cache", "/dev/null"], "--cache /dev/null: File exists"),
             (
                 ["build", str(tmp_path), "--server", "http://127.0.0.1:1", "--no-isolation"],
                 "--no-isolation cannot be combined with --server: the server decides it",
@@ -26146,15 +26148,15 @@ class TestDebs:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            (b"", "p0: dpkg-deb: error: unexpected end of file in archive magic version number"),
-            (b"PK\3\4", "p0: dpkg-deb: error: unexpected end of file in archive magic version number"),
-            (b"!<arch>\n", "p0: dpkg-deb: error: unexpected end of file in archive member header"),
-            (deb_of(b"")[:150], "p0: dpkg-deb: error: unexpected end of file in archive member header"),
+            (b"", "p0: dpkg-deb: error: .*unexpected end of file"),
+            (b"PK\3\4", "p0: dpkg-deb: error: .*unexpected end of file"),
+            (b"!<arch>\n", "p0: dpkg-deb: error: .*unexpected end of file"),
+            (deb_of(b"")[:150], "p0: dpkg-deb: error: .*unexpected end of file"),
             (deb_of(b"", "other.tar.xz"), "p0: dpkg-deb: error: .* has premature member"),
             (deb_of(b"").replace(b"`", b"'"), "p0: dpkg-deb: error: .* is corrupt"),
             (deb_of(b"x", "data.tar.zst"), "p0: dpkg-deb.*: error: <decompress> subprocess|unknown compression"),
-            (deb_of(b"x" * 1000)[:-500], "p0: dpkg-deb.* unexpected end of file"),
-            (deb_of(b"x" * 1000), "p0: dpkg-deb.*: error: <decompress> subprocess returned error exit status 2"),
+            (deb_of(b"x" * 1000)[:-500], "p0: dpkg-deb.* (unexpected end of file|is truncated)"),
+            (deb_of(b"x" * 1000), "p0: dpkg-deb.*(<decompress> subprocess returned|decompressing archive)"),
             (deb_of(b"x" * 1000, "data.tar.gz"), "p0: dpkg-deb.*: error: <decompress> subprocess|p0: the archive is"),
             (deb_of(b"x" * 1000, "data.tar"), "p0: the archive is not a tarball"),
             (
@@ -26163,7 +26165,7 @@ class TestDebs:
             ),
             (
                 deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)))[:-20]),
-                "p0: dpkg-deb.*: error: <decompress> subprocess returned error exit status 2",
+                "p0: dpkg-deb.*(<decompress> subprocess returned|decompressing archive)",
             ),
             (deb_of(lzma.compress(tar_of(("x", b"y", FILE_TYPE)) + b"more")), "goes on after its end"),
         ],
@@ -31938,7 +31940,7 @@ class TestBuild:
         )
         assert done.returncode == 0, done.stdout
         done = shell("build", url)
-        assert done.returncode == 2 and "hint: --allow-scheme file accepts them" in done.stderr
+        assert done.returncode == 2 and "hint: --allow-scheme file and --allow-scheme git accept" in done.stderr
 
     @needs("git")
     @pytest.mark.usefixtures("plain_git")
@@ -31950,7 +31952,8 @@ class TestBuild:
             one.process is not None
             and confbuild._RUN_CODE.encode() in Path(f"/proc/{one.process.pid}/cmdline").read_bytes()
         )  # it has shed its syntax tree
-        assert not [fd for fd in Path(f"/proc/{one.process.pid}/fd").iterdir() if "memfd" in os.readlink(fd)]
+        with contextlib.suppress(PermissionError):  # another process of the server's user must not see that
+            assert not [fd for fd in Path(f"/proc/{one.process.pid}/fd").iterdir() if "memfd" in os.readlink(fd)]
         one.headers = {"Authorization": "Bearer other"}
         to = ("--server", f"127.0.0.1:{one.port}", "--token-file", "tokens")
         write_files(tmp_path / "demo", {"build.sh": QUICK + "echo '\x1b[1mhello'\n"})
