@@ -17503,7 +17503,8 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
             say(f"error: {e}", e.hint)
-            status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
+            # An empty summary: an earlier one in the file must not seem to be about this bundle.
+            status, wire, summary = EXIT_USAGE, {"verdict": "failed", "error": str(e)}, ""
         else:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
@@ -17512,10 +17513,11 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 heading = (plain_text(path) + "\n") * (len(options.bundles) > 1)
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
                 print(heading + shown)
-            if options.vsa is not None:
-                summary = make_vsa(files, verdict, status == EXIT_OK, wanted, when)
-                with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
-                    print(json.dumps(summary, indent=2), file=f)  # ASCII: a hostile file's name need not be UTF-8
+            # In ASCII: a hostile file's name need not be UTF-8.
+            summary = json.dumps(make_vsa(files, verdict, status == EXIT_OK, wanted, when), indent=2) + "\n"
+        if options.vsa is not None:
+            with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
+                f.write(summary)
         if options.format == "json":
             print(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}))
         statuses.append(status)

@@ -18743,6 +18743,8 @@ class TestVsa:
         (folder / "artifacts" / os.fsdecode(b"\xff")).write_bytes(b"")  # a name that no UTF-8 document can contain
         assert confbuild.main(["verify", str(folder), "--vsa", str(vsa)]) == 1
         assert json.loads(vsa.read_bytes())["predicate"]["verificationResult"] == "FAILED"
+        (folder / "evidence.json").unlink()  # the summary of an earlier bundle must not pass for that of this one
+        assert confbuild.main(["verify", str(folder), "--vsa", str(vsa)]) == 2 and vsa.read_bytes() == b""
 
 
 # endregion 29
@@ -30615,7 +30617,7 @@ class TestVerify:
         [
             ("x", "not TOML: "),
             ("nonce = 1\nnonce = 1", "not TOML: "),
-            ("\ufeffnonce = 1", "not TOML: "),
+            ("\ufeffnonce = 1", "nonce: '1' is not a nonce"),  # a byte order mark, which cargo ignores too
             ("x = " + "[" * 5000, "not TOML: "),
             ("nonce = 2026-13-45", "not TOML: "),
             ("guest-svn = " + "1" * 5000, "not TOML: Exceeds the limit"),
