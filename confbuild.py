@@ -8008,8 +8008,9 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     break
             plan = read_inputs(toolchain, source.root, folder)
     except BuildFailed as e:
-        hint = "git submodule update --init --recursive" * has_submodules
-        raise UsageError(f"--source {directory}: {e}", e.hint or hint) from None
+        raise UsageError(
+            f"--source {directory}: {e}", e.hint or "git submodule update --init --recursive" * has_submodules
+        ) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
     known = (str(row["uri"]) for row in history.submodules.values()) if history else ()
