@@ -7500,7 +7500,8 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
                 f"{join(place, 'Cargo.toml')} cannot be read as TOML 1.1 of at most 1 MiB, so what it replaces is not "
                 "known",
             )
-        replaced |= {(name, version if vendored else ""): (place, vendored) for vendored in kinds}
+        exact = re.fullmatch(r"\d\S*", version)  # cargo strips blanks, and asks the workspace for one that is inherited
+        replaced |= {(name, version if vendored and exact else ""): (place, vendored) for vendored in kinds}
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 

@@ -14417,6 +14417,15 @@ class TestCargoDependencies:
         assert failure(lambda: confbuild.cargo_dependencies(b"", str(demo))) == ("ProvenanceError", said)
         assert failure(lambda: confbuild.cargo_dependencies(b"", str(demo), "a"))[1] == f"a/{said}"
 
+    @pytest.mark.parametrize("version", ['version = " 0.2.1"', 'version = "0.2.1\\n"', "version.workspace = true", ""])
+    def test_a_version_that_cargo_completes(self, tmp_path: Path, version: str) -> None:
+        """A vendored crate is recorded as what it is, however its version is written. [CONTRACT 3.5]"""
+        settings_text = '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"'
+        manifest = f'[package]\nname = "libc"\n{version}\n'
+        files = {"Cargo.toml": MANIFEST, "v/libc/Cargo.toml": manifest, ".cargo/config.toml": settings_text}
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        assert "?path=v/libc" in str(confbuild.cargo_dependencies(lock, str(write_files(tmp_path, files))))
+
     @pytest.mark.parametrize("unread", ["a = {\n1}", "#" * confbuild.MIB, 'a = """\r\n"""', "{{name}}"])
     def test_what_cargo_may_understand(self, tmp_path: Path, unread: str) -> None:
         """A manifest that we cannot read could name any package: it is refused where it counts. [CONTRACT 3.5]"""
