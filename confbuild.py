@@ -13392,16 +13392,20 @@ class ForkServer:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(10)
         with theirs:
+            # An interrupt in a hook of fork(), such as that of the module logging, would be lost, and its lock kept.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             try:
                 self._pid = os.fork()
+                if self._pid == 0:
+                    try:
+                        self._serve(theirs)
+                    finally:
+                        os._exit(1)
             except OSError:
                 self._socket.close()
                 raise
-            if self._pid == 0:
-                try:
-                    self._serve(theirs)
-                finally:
-                    os._exit(1)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def start(
         self, command: str, stream: "socket.socket", cwd: str, env: Strings, fds: Sequence[int]
@@ -13432,6 +13436,7 @@ class ForkServer:
         _keep_only(requests.fileno())
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         while True:
             request, fds, *_ = socket.recv_fds(requests, MIB, 2)
             if not request:

@@ -23851,6 +23851,24 @@ class TestAgent:
         assert re.fullmatch("ForkedProcess True True [0-9]+", first)
         assert second == "Popen [] False"
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
+    def test_interrupted_fork(self) -> None:
+        """Ctrl-C while the fork server starts is not lost in a hook of fork(), and leaves no lock of logging behind."""
+        program = (
+            "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import confbuild, logging\n"
+            "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+            "try:\n"
+            "    confbuild.ForkServer()\n"
+            "    print('lost')\n"
+            "except KeyboardInterrupt:\n"
+            "    pass\n"
+            "print(os.wait()[1], signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(COMPILED.parent)], capture_output=True, text=True, check=False
+        )
+        assert (done.stdout, done.stderr) == ("0 set()\n", "")
+
     def test_no_fork_of_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threading, "active_count", lambda: 2)
         monkeypatch.setattr(os, "fork", raising(AssertionError()))
