@@ -10418,7 +10418,7 @@ class Jobs:
             moved = [job for position, job in enumerate(self._queue) if job.position != position]
             due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
             late = [job for job in self._ending if job.tried_at + RETRY_S <= now]
-            if not due and not late:
+            if not (due or late or self.stopping.is_set()):
                 self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
             with job.writing:
@@ -10461,10 +10461,12 @@ class Jobs:
                 end = self._ending.get(job)
             if end:  # else another thread was faster
                 job.complete(end)
-                if not job.log:
-                    self.table.end(job)
                 with self._changed:
                     del self._ending[job]
+                    if not job.log:
+                        self.table.end(job)
+                    elif self.stopping.is_set():  # parked: it can still be cancelled
+                        self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
         """Accept no more builds, and park those still running after grace_s seconds. Return whether one has ended."""

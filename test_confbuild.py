@@ -19678,6 +19678,32 @@ class TestJobs:
                 jobs.cancel(job)
         assert [told(job) for job in all_jobs[:3]] == [[0], [0], [1]]
 
+    def test_a_stop_that_nobody_announces(self, tmp_path: Path) -> None:
+        """The thread "queue" does not wait for changes of jobs that stopped before it began to wait."""
+        jobs = confbuild.Jobs(str(tmp_path), build_quickly, lambda log: None)
+        jobs.stopping.set()
+        thread = threading.Thread(target=jobs._tend, daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+
+    def test_cancelled_after_parking(self, tmp_path: Path) -> None:
+        """A job that a server has parked can be cancelled until the server ends."""
+        halted = threading.Event()
+
+        def build(job: confbuild.Job) -> str:
+            job.when_halted(halted.set)
+            assert halted.wait(PATIENCE)
+            raise confbuild.BuildFailed("VmError", "killed")
+
+        with started(tmp_path, build) as jobs:
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            wait_for(lambda: job._stop)
+            jobs.stop(0)
+            assert (job.state, job.record.attempts) == ("queued", 0)
+            jobs.cancel(job)
+            assert (job.state, job.record.failure and job.record.failure["error_type"]) == ("failed", "Cancelled")
+
     @pytest.mark.parametrize("name", ["queue", "slot 0"])
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), RuntimeError("a bug")])
     def test_threads_outlive_everything(
