@@ -13996,7 +13996,8 @@ class VmPool:
             booting.kill()
         with concurrent.futures.ThreadPoolExecutor(64) as workers:  # at a time: each may take CLEAN_UP_S
             list(workers.map(lambda vm: self.destroy(vm, clean=True), spares))
-        self._thread.join(self._boot_timeout_s)
+        with suppress(RuntimeError):  # Ctrl-C came before start()
+            self._thread.join(self._boot_timeout_s)
 
     def boot(self, vm: Vm, timeout_s: float = 0.0) -> dict[str, Any]:
         """Start vm, and return its answer. timeout_s: 0: that for booting. Raises BuildFailed."""
@@ -16987,6 +16988,9 @@ def cmd_build(options: "argparse.Namespace") -> int:
 
     Without --server, a temporary server in this process builds it, which listens on no port.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):  # they cancel, as Ctrl-C does; nohup ignores SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     source, is_url = options.source, "://" in options.source
     _check_build_options(options, is_url)
     nonce = options.nonce or secrets.token_hex(NONCE_SIZE)
@@ -17006,9 +17010,6 @@ def cmd_build(options: "argparse.Namespace") -> int:
     else:
         _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
     endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
-    for number in (signal.SIGTERM, signal.SIGHUP):  # they cancel, as Ctrl-C does; nohup ignores SIGHUP
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
     with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         if machine:
@@ -17327,7 +17328,8 @@ def _hold_bundle(service: ApiClient, job_id: str, delivery: Delivery) -> tuple[s
         os.makedirs(join(root, "artifacts"), exist_ok=True)
         for name in set(os.listdir(root)) - BUNDLE_FILES:  # an artifact, or an equal copy of one
             os.replace(join(root, name), join(root, "artifacts", name))
-        remove_tree(bundle)
+        with suppress(FileNotFoundError):  # not removed here: an interrupt would leave a part of it
+            os.rename(bundle, join(scratch, "old"))
         os.rename(root, bundle)
     return bundle, verdict
 
@@ -18693,6 +18695,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = _run(sys.argv[1:] if argv is None else list(argv))
         finally:  # --help raises
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
     except OSError as e:  # of stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest of the results there
         status = EXIT_USAGE
@@ -18726,8 +18730,6 @@ def _run(arguments: Sequence[str]) -> int:
     except ConfbuildError as e:
         say(f"error: {e}", e.hint)
         return e.exit_code
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         raise
     except OSError as e:

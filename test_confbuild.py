@@ -24130,6 +24130,22 @@ class TestVm:
         assert signal.getsignal(signal.SIGINT) is handler
         assert [*(tmp_path / "tmp").iterdir()] == []
 
+    @pytest.mark.parametrize("name", ["_check_target", "LocalClient"])
+    def test_interrupted_before_the_start(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        """Ctrl-C before the first VM is started; SIGTERM does the same from the first file that the command makes."""
+        write_files(tmp_path / "demo", {"confbuild.toml": 'command = ["true"]\nartifacts = ["x"]\n', "x": ""})
+        handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+
+            def interrupt(*_: Any) -> Any:
+                assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+                raise KeyboardInterrupt
+
+            monkeypatch.setattr(confbuild, name, interrupt)
+            assert confbuild.main(["build", str(tmp_path / "demo"), "-o", str(tmp_path / "o")]) == 130
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
     def test_free_names(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The first free name; a VM that is destroyed twice leaves alone what the next one of this name has."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -31593,6 +31609,36 @@ class TestBuild:
         write_files(tmp_path / "demo", {"big": random.Random(1).randbytes(8 << 20)})
         done = shell("build", "demo", "--max-archive", "1")
         assert done.returncode == 4 and "413" in done.stderr and "hint: --max-archive MIB raises" in done.stderr
+
+    def test_interrupted_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ctrl-C while the last results are written."""
+
+        def flush() -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=len, flush=flush))
+        assert confbuild.main(["--version"]) == 130
+
+    @pytest.mark.parametrize("there", [False, True])
+    def test_interrupted_replacement(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+        """A bundle is complete at any moment: nothing is removed in its place."""
+        write_files(tmp_path, {"o/artifacts/x": "old"} if there else {})
+
+        def download(job_id: str, path: str) -> None:
+            Path(path).write_bytes(result_archive(agreeing()))
+
+        real = confbuild.remove_tree
+
+        def remove(path: str) -> None:
+            assert path != str(tmp_path / "o")
+            real(path)
+
+        monkeypatch.setattr(confbuild, "remove_tree", remove)
+        service: Any = types.SimpleNamespace(download=download)
+        delivery = confbuild.Delivery(str(tmp_path / "o"), confbuild.Expectations())
+        path, verdict = confbuild._hold_bundle(service, "j", delivery)
+        assert (path, verdict.verdict) == (str(tmp_path / "o"), "simulated")
+        assert {file.name for file in tmp_path.iterdir()} == {"o"} and "evidence.json" in os.listdir(path)
 
     @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
     @pytest.mark.parametrize("remote", [False, True])
