@@ -4693,7 +4693,7 @@ def guard_process() -> bool:
     Return False on systems without these features."""
     if sys.platform != "linux":
         return False
-    if hasattr(_libc(), "malloc_trim"):
+    with suppress(AttributeError):
         _libc().malloc_trim(0)  # return about 10 MB that compiling this file left behind
     system_call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     system_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
@@ -10149,15 +10149,13 @@ class JobTable:
     def _glance(self, job_id: str) -> bool:
         """Add the job if a look at its files shows that it has ended, and return whether it was added."""
         folder = join(self.folder, job_id)
-        try:
+        with suppress(OSError, ValueError):  # damaged
             match = _ENDED.fullmatch(read_regular(f"{folder}/job.json", MIB))
-            with open(open_regular(f"{folder}/events"), "rb", buffering=0) as f:
-                if match and find_log_end(f.fileno(), os.fstat(f.fileno()).st_size)[2]:
-                    with self._lock:
-                        self._order[job_id] = (int(match[1]), match[2].decode(), (match[3] or b"").decode())
-                    return True
-        except (Malformed, OSError, ValueError):
-            pass  # damaged
+            log = OpenFile(f"{folder}/events")
+            if match and find_log_end(log.fd, log.size)[2]:
+                with self._lock:
+                    self._order[job_id] = (int(match[1]), match[2].decode(), (match[3] or b"").decode())
+                return True
         return False
 
     def add(self, job: Job) -> None:
@@ -10268,7 +10266,7 @@ def _keep(jobs: "Jobs", keep_s: float, keep_bytes: float) -> None:
         jobs.stopping.wait(SYNC_S)
         for log in filter(None, [job.log for job in jobs.table.live()]):
             os.fdatasync(log.fd)
-    if (keep_s, keep_bytes) != (float("inf"), float("inf")):
+    if min(keep_s, keep_bytes) < float("inf"):
         jobs.table.expire(keep_s, keep_bytes)
 
 
@@ -10393,11 +10391,13 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
-            queue, running = len(self._queue), len(self._running)
-            logs = [job.live_log() for job in self._running]
-        sizes = {"confbuild_event_bytes_appended_total": sum(log.size for log in logs)}
-        sizes["confbuild_events_appended_total"] = sum(log.count for log in logs)
-        return {"confbuild_queue_jobs": queue, "confbuild_running_jobs": running, **sizes}
+            queue, logs = len(self._queue), [job.live_log() for job in self._running]
+        return {
+            "confbuild_queue_jobs": queue,
+            "confbuild_running_jobs": len(logs),
+            "confbuild_events_appended_total": sum(log.count for log in logs),
+            "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
+        }
 
     def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops anyway."""
@@ -13417,7 +13417,7 @@ class ForkServer:
         fds: file descriptors that it inherits.
         Return None if that fails, and from then on: whoever calls this can start the program instead.
         """
-        request = json.dumps([command, cwd, dict(env), *fds]).encode("ascii")
+        request = json_bytes([command, cwd, dict(env), *fds])
         try:
             with self._lock:
                 socket.send_fds(self._socket, [request], [stream.fileno(), *fds])
@@ -13862,11 +13862,10 @@ class Vm:
                 said = f": it sent {len(received)} bytes, but not the agent's answer" if received else ""
                 raise vm_error(f"the VM did not boot within {timeout_s:g} s{said}") from None
             if not size:
-                full = not has_room(self.workspace)
                 raise (
-                    limit_error(f"the disk of {self._disk} is full")
-                    if full
-                    else vm_error("the VM ended while it booted")
+                    vm_error("the VM ended while it booted")
+                    if has_room(self.workspace)
+                    else limit_error(f"the disk of {self._disk} is full")
                 )
             received += block[:size]
             if len(received) > MAX_LINE:
@@ -13883,8 +13882,10 @@ class Vm:
         """Return whether the process may still answer. It is not reaped, so no other process can get its id."""
         with self._lock:
             try:
-                options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-                return self._child is not None and os.waitid(os.P_PID, self._child.pid, options) is None
+                return (
+                    self._child is not None
+                    and os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+                )
             except ChildProcessError:
                 return False  # another thread has reaped it
 
@@ -14114,7 +14115,7 @@ class VmPool:
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
-            self._warm = 0 if self.single_use else self._warm
+            self._warm *= not self.single_use
             self._changed.notify_all()
         return vm or self._make_vm(job)
 
@@ -14271,8 +14272,11 @@ def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:
         cleaner.kill()
         output, _ = b"", cleaner.wait()
     if cleaner.returncode:
-        said = output.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        logger().warning("--vm-cleanup ended with status %d: %s", cleaner.returncode, said[:400])
+        logger().warning(
+            "--vm-cleanup ended with status %d: %.400s",
+            cleaner.returncode,
+            output.decode("utf-8", "replace").strip().rpartition("\n")[2],
+        )
 
 
 def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> BuildFailed | None:
@@ -17191,10 +17195,11 @@ def _follow(client: Client, job_id: str, log: str, start: int = 0) -> Json | Non
         with open(log or os.devnull, "wb" if kind == "queued" else "ab") as f:
             if kind == "build":
                 f.write("\n".join([*lines, ""]).encode("utf-8", "replace"))
-        if display.form == "json" and isinstance(event, list):
-            print(BUILD_START + text.replace("\n", f"{BUILD_END}\n{BUILD_START}") + BUILD_END, flush=True)
-        elif display.form == "json":
-            print(compact_json(event), flush=True)
+        if display.form == "json":
+            built = (
+                isinstance(event, list) and BUILD_START + text.replace("\n", f"{BUILD_END}\n{BUILD_START}") + BUILD_END
+            )
+            print(built or compact_json(event), flush=True)
         elif isinstance(event, list):
             display.show(kind, lines)
         else:
