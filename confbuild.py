@@ -17821,6 +17821,7 @@ def cmd_sweep(options: "argparse.Namespace") -> None:
     if not basename(options.workspace).startswith(WORKSPACE):
         raise UsageError(f"{options.workspace} is not the workspace of a VM: expected the name {WORKSPACE}…")
     os.chdir("/")
+    kill_all(lambda: descendants(os.getpid()))  # what the agent has started while it became this command
     remove_workspace(options.workspace)
 
 

@@ -23948,6 +23948,22 @@ class TestAgent:
         ] and not os.path.exists("/confbuild-test")
         assert os.listdir(tmp_path / "vm/tmp") == []
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has child subreapers")
+    def test_what_starts_before_the_sweep(self, tmp_path: Path) -> None:
+        """A program that a build starts between the last look at its processes and the sweep does not outlive it."""
+        (tmp_path / "confbuild-vm-0").mkdir()
+        program = (
+            "import os, subprocess, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
+            "confbuild.guard_process()\n"
+            "print(subprocess.Popen(['sleep', '1000'], start_new_session=True, stdout=2).pid, flush=True)\n"
+            "confbuild.descendants = lambda *_: []\n"
+            "confbuild._kill_and_sweep([*confbuild.own_program(), 'sweep', sys.argv[2]])\n"
+        )
+        pid = subprocess.check_output(
+            [sys.executable, "-c", program, str(COMPILED.parent), str(tmp_path / "confbuild-vm-0")], text=True
+        )
+        assert not living(int(pid)) and [*tmp_path.iterdir()] == []
+
     def test_sweep_after_all(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """The workspace is swept also where the processes cannot be found."""
         swept: list[Any] = []
