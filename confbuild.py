@@ -10375,8 +10375,7 @@ class Jobs:
                     self._accepting.remove(key)
                     if accepted:
                         self._accepted = True
-                        self._queue.append(job)
-                        self._queue.sort(key=_order)  # a later job may have been written sooner
+                        self._queue = sorted([*self._queue, job], key=_order)  # a later job may be written sooner
                         self._changed.notify_all()
                 if not accepted:
                     remove_tree(job.folder)
@@ -10414,10 +10413,9 @@ class Jobs:
     def _tend(self) -> None:
         """Thread "queue": announce positions that have changed, and complete jobs that could not end before."""
         with self._changed:
-            now = monotonic()
             moved = [job for position, job in enumerate(self._queue) if job.position != position]
-            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
-            late = [job for job in self._ending if job.tried_at + RETRY_S <= now]
+            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= monotonic()]
+            late = [job for job in self._ending if job.tried_at + RETRY_S <= monotonic()]
             if not (due or late or self.stopping.is_set()):
                 self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
@@ -10461,11 +10459,11 @@ class Jobs:
                 end = self._ending.get(job)
             if end:  # else another thread was faster
                 job.complete(end)
+                if not job.log:
+                    self.table.end(job)
                 with self._changed:
                     del self._ending[job]
-                    if not job.log:
-                        self.table.end(job)
-                    elif self.stopping.is_set():  # parked: it can still be cancelled
+                    if job.log and self.stopping.is_set():  # parked: it can still be cancelled
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
@@ -13882,10 +13880,8 @@ class Vm:
         """Return whether the process may still answer. It is not reaped, so no other process can get its id."""
         with self._lock:
             try:
-                return (
-                    self._child is not None
-                    and os.waitid(os.P_PID, self._child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-                )
+                options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+                return self._child is not None and os.waitid(os.P_PID, self._child.pid, options) is None
             except ChildProcessError:
                 return False  # another thread has reaped it
 
@@ -14049,11 +14045,10 @@ class VmPool:
                 going = self._tend_spares()
             except Exception as e:  # noqa: BLE001  # a full disk, no more threads: whatever it is, this thread goes on
                 with self._changed:
+                    self._failures, self._failure = self._failures + 1, str(e) or type(e).__name__
                     if not self._stopping:
-                        logger().error("no VM waits for a build: %s", e or type(e).__name__)
+                        logger().error("no VM waits for a build: %s", self._failure)
                         count("confbuild_vms_lost_total")
-                    self._failures += 1
-                    self._failure = str(e) or type(e).__name__
                     self._changed.notify_all()
                     going = not self._changed.wait_for(lambda: self._stopping, RETRY_S)
 
@@ -16578,15 +16573,13 @@ def _tls_context(options: "argparse.Namespace") -> "ssl.SSLContext | None":
 def _gauges(streamer: Streamer, state: str) -> dict[str, float]:
     """Return metrics of the process and of its disk and streams."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    with open("/proc/self/statm", "rb") as f:
-        pages = int(f.read().split()[1])
     return {
         "confbuild_events_sent_total": streamer.events,
         "confbuild_bytes_sent_total": streamer.bytes,
         "confbuild_watchers": len(streamer.served),
         "confbuild_disk_free_bytes": shutil.disk_usage(state).free,
         "process_cpu_seconds_total": usage.ru_utime + usage.ru_stime,
-        "process_resident_memory_bytes": pages * resource.getpagesize(),
+        "process_resident_memory_bytes": int(read_limited("/proc/self/statm", KIB).split()[1]) * resource.getpagesize(),
     }
 
 
