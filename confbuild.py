@@ -13276,7 +13276,7 @@ def serve_agent(
     """
     _start_lifeline(end)
     policy = SourcePolicy(**config["policy"])
-    streamer = Streamer()
+    streamer = Streamer(stall_s=float("inf"))  # the host may be suspended; if it is lost, the stream ends
     state = join(workspace, "agent")
     reserve = join(state, "reserve")
 
@@ -13716,13 +13716,14 @@ class VmStream:
                 self.used_at = monotonic()
                 return size
             except BlockingIOError:
-                self.wait(min(until, self.deadline))
+                pass
             except ConnectionError:  # it has ended without reading everything
                 break
             if monotonic() >= self.deadline:
                 raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
-            if monotonic() >= until:
+            if monotonic() >= until:  # not if this process was suspended, and there is something to read
                 raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
+            self.wait(min(until, self.deadline))
         return 0
 
     def sendall(self, data: Any) -> None:

@@ -25141,6 +25141,35 @@ class TestStream:
             vm.kill()
         return Path(path).read_bytes()
 
+    def test_suspended(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A host that was suspended, as by Ctrl-Z, takes what has come meanwhile; an agent waits for its host."""
+        (ours, theirs), clock = socket.socketpair(), [0.0]
+        monkeypatch.setattr(confbuild, "monotonic", lambda: clock[0])
+        stream, buffer = confbuild.VmStream(ours), bytearray(8)
+
+        def suspended(until: float) -> None:
+            assert until == 60.0
+            clock[0] += 1000
+            theirs.sendall(comes.pop())
+
+        comes, stalls = [b"", b": x\n\n"], list[float]()
+        monkeypatch.setattr(stream, "wait", suspended)
+        with theirs:
+            assert stream.readinto(buffer) == 5
+            clock[0] = 0.0
+            with pytest.raises(TimeoutError, match="silent for 60 s"):
+                stream.readinto(buffer)
+        monkeypatch.setattr(confbuild, "_start_lifeline", lambda end: None)
+
+        def streamer(stall_s: float) -> None:
+            stalls.append(stall_s)
+            raise NotImplementedError
+
+        monkeypatch.setattr(confbuild, "Streamer", streamer)
+        with pytest.raises(NotImplementedError):
+            confbuild.serve_agent({"policy": {}}, "", confbuild.Attester("", lambda _: b""), lambda: None)
+        assert stalls == [float("inf")]
+
     def test_cut_at_every_byte(self, tmp_path: Path, said: list[bytes]) -> None:
         """A stream that ends early completes nothing."""
         result = self.drive(tmp_path, Recorded(said))
