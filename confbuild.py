@@ -5415,13 +5415,17 @@ def write_durably(path: str, data: bytes) -> None:
     sync(dirname(path))
 
 
+# O_BINARY is the only one of these that Windows has.
+_OPEN_FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+
+
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
     """Open the regular file at path without waiting, and return its descriptor.
 
     flags: as for open(2).
     Raises Malformed if path is a link, a pipe or the like, and OSError."""
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        fd = os.open(path, flags | _OPEN_FLAGS, 0o600)
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fd
         os.close(fd)
@@ -18687,7 +18691,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent may have ignored it: then no child has an exit status
+        with suppress(AttributeError):  # Windows has no SIGCHLD; a parent that ignored it hid every exit status
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         gc.freeze()  # what exists by now stays: looking at it again would cost a start with 10,000 jobs 0.15 s
         setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:
@@ -18710,6 +18715,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+_LINUX_ONLY = (cmd_build, cmd_rebuild, cmd_serve, cmd_image)  # without --server
+
+
 def _run(arguments: Sequence[str]) -> int:
     """Return the exit status of a command. Raises BrokenPipeError, and SystemExit after --help."""
     if not arguments or arguments[0] in ("--help", "-h"):
@@ -18720,6 +18728,8 @@ def _run(arguments: Sequence[str]) -> int:
         return EXIT_OK
     try:
         options = parse_arguments(arguments)
+        if sys.platform != "linux" and options.run in _LINUX_ONLY and not getattr(options, "server", ""):
+            raise UsageError(f"{arguments[0]} needs Linux, this is {sys.platform}", "--server URL builds elsewhere")
         if options.run not in (cmd_verify, cmd_measure):
             logging.basicConfig(
                 stream=sys.stderr,

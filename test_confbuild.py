@@ -29968,6 +29968,40 @@ class TestUsage:
                     r"confbuild: error: Python 3\.11 or later is needed, this is 3\.\d+\n", done.stderr
                 ), (python, done.stderr)
 
+    def test_other_systems(self, tmp_path: Path) -> None:
+        """Evidence is verified on any system: here without what Windows and macOS lack."""
+        write_bundle(tmp_path / "b", bundle())
+        script = """import os, runpy, select, signal, subprocess, sys, tempfile
+        for module, names in {
+            os: "O_CLOEXEC O_NOFOLLOW O_NONBLOCK O_DIRECTORY eventfd fork geteuid getuid memfd_create pidfd_open pread "
+            "sched_getaffinity sendfile setsid statvfs uname waitid",
+            signal: "SIGCHLD SIGHUP SIGPIPE SIGKILL SIGXFSZ pthread_sigmask",
+            select: "epoll poll",
+        }.items():
+            for name in names.split():
+                delattr(module, name)
+        for name in "fcntl grp pwd resource termios".split():
+            sys.modules[name] = None
+        sys.platform, sys.argv = "win32", sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")"""
+        for command, status, said in (
+            ("verify b --allow-simulated", 0, "SIMULATED"),
+            ("verify b/evidence.json", 3, "SIMULATED"),
+            ("diff b b", 0, "artifacts: the same"),
+            ("sbom b", 0, '"bomFormat": "CycloneDX"'),
+            ("completion bash", 0, "_confbuild"),
+            ("build b", 2, "error: build needs Linux, this is win32\nconfbuild: hint: --server URL builds elsewhere"),
+            ("serve", 2, "error: serve needs Linux, this is win32"),
+        ):
+            done = subprocess.run(
+                [sys.executable, "-c", script.replace("\n        ", "\n"), str(FILE), *command.split()],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
+            )
+            assert done.returncode == status and said in done.stdout + done.stderr, (command, done.stderr)
+
     def test_imports(self) -> None:
         errors = subprocess.run(
             [sys.executable, "-I", "-S", "-X", "importtime", str(FILE), "--version"],
