@@ -746,7 +746,7 @@ class BundleFiles(NamedTuple):
 
     provenance: bytes | None
     evidence: bytes
-    artifacts: Mapping[str, str]
+    artifacts: Strings
     others: Sequence[str] = ()
 
 
@@ -762,7 +762,7 @@ class ImageFacts(NamedTuple):
     manifest_sha256: str
     parts: str
     firmware: str
-    launch_digests: Mapping[str, str]
+    launch_digests: Strings
 
 
 Text = str | None  # in Expectations
@@ -4464,7 +4464,7 @@ def _check_binding(checks: _Checks, signed: bytes | None, provenance: bytes | No
     checks.compare("report data tail", bytes(16).hex(), signed[48:].hex(), "signed[48:64] is zero")
 
 
-def _check_artifacts(checks: _Checks, doc: Any, artifacts: Mapping[str, str]) -> None:
+def _check_artifacts(checks: _Checks, doc: Any, artifacts: Strings) -> None:
     """Check that artifacts/ holds every subject and nothing else.
 
     artifacts: as in BundleFiles.
@@ -6137,7 +6137,7 @@ def object_format(name: str) -> str:
     return "sha256" if len(name) == 64 else "sha1"
 
 
-def git_environment(env: Mapping[str, str], schemes: Sequence[str]) -> dict[str, str]:
+def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     """Return env for a git that reads no configuration of a user or system, never prompts and runs no helpers.
 
     env: its HOME is an empty directory.
@@ -6166,7 +6166,7 @@ _LIMIT = 'trap "" XFSZ; { ulimit -c 0; ulimit -f "$1"; ulimit -v "$2"; } 2>/dev/
 def _git(
     arguments: Sequence[str],
     cwd: str,
-    env: Mapping[str, str],
+    env: Strings,
     max_bytes: int = MAX_UNPACKED,
     max_output: int = 64 * MIB,
     watch: Callable[[], None] = lambda: None,
@@ -6318,7 +6318,7 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     ]
 
 
-def fetch_history(url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy, origin: str) -> int:
+def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePolicy, origin: str) -> int:
     """Make the new directory root a repository with a commit as its HEAD, a history of depth 1, and no files yet.
 
     The tags that point at the commit are fetched too, for `git describe`.
@@ -6366,19 +6366,19 @@ def fetch_history(url: str, ref: str, root: str, env: Mapping[str, str], policy:
     return max_bytes
 
 
-def fetch_git(url: str, ref: str, root: str, env: Mapping[str, str], policy: SourcePolicy) -> None:
+def fetch_git(url: str, ref: str, root: str, env: Strings, policy: SourcePolicy) -> None:
     """Check out a commit into the new directory root, with the bytes of the repository: see fetch_history.
 
     Submodules are empty folders."""
     _check_out(root, env, fetch_history(url, ref, root, env, policy, url))
 
 
-def _check_out(root: str, env: Mapping[str, str], max_bytes: int) -> None:
+def _check_out(root: str, env: Strings, max_bytes: int) -> None:
     """Write the files of HEAD. max_bytes: from fetch_history, which has checked their sizes."""
     _git("checkout -q -f --detach HEAD --".split(), root, git_environment(env, ()), max_bytes)
 
 
-def refuse_filters(directory: str, env: Mapping[str, str]) -> None:
+def refuse_filters(directory: str, env: Strings) -> None:
     """Raise BuildFailed SourceError if .gitattributes gives a file of the index a filter, as that of git LFS.
 
     Filters are programs, which are never run, so a build would see other bytes than in a usual checkout."""
@@ -6413,7 +6413,7 @@ def _init_repository(git: str, algorithm: str, more: str = "") -> None:
         os.mkdir(join(git, name))
 
 
-def _check_listing(root: str, env: Mapping[str, str], max_bytes: int) -> None:
+def _check_listing(root: str, env: Strings, max_bytes: int) -> None:
     """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out. Called before any of its files is written.
 
     max_bytes: limit of all files."""
@@ -6442,7 +6442,7 @@ def _quoted(text: str) -> str:
     return f'"{escaped}"'
 
 
-def _read_config(folder: str, env: Mapping[str, str], path: str = "") -> dict[str, str]:
+def _read_config(folder: str, env: Strings, path: str = "") -> dict[str, str]:
     """Return settings of git, or {} if they are damaged.
 
     path: a file with settings, which may be missing. Otherwise return those that git obeys in folder."""
@@ -6459,7 +6459,7 @@ _OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode 
     core.attributesfile core.excludesfile""".split()
 
 
-def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str], config: Mapping[str, str]) -> str:
+def _borrow_repository(git: str, common: str, own: str, env: Strings, config: Strings) -> str:
     """Make the empty folder own a repository with the objects, HEAD and refs of another one.
 
     git: the folder that holds HEAD.
@@ -6482,7 +6482,7 @@ def _borrow_repository(git: str, common: str, own: str, env: Mapping[str, str], 
     return commit
 
 
-def _list_tree(commit: str, folder: str, env: Mapping[str, str], *options: str) -> list[tuple[str, list[bytes]]]:
+def _list_tree(commit: str, folder: str, env: Strings, *options: str) -> list[tuple[str, list[bytes]]]:
     """Return (name, facts) of the files, links and submodules of a commit.
 
     facts: mode, type, object name in hexadecimal, and what options add.
@@ -6508,11 +6508,11 @@ class History(NamedTuple):
     commit: str
     tree: str
     uri: str
-    submodules: Mapping[str, Mapping[str, Any]]
+    submodules: Mapping[str, Json]
     time: int
 
 
-def believe_history(project: str, env: Mapping[str, str], prefix: str = "") -> History:
+def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
     Replace `.git` by a repository of our own with that commit and nothing else.
@@ -6540,8 +6540,8 @@ def _believe_commit(
     project: str,
     own: str,
     commit: str,
-    config: Mapping[str, str],
-    env: Mapping[str, str],
+    config: Strings,
+    env: Strings,
     prefix: str,
     head: Mapping[str, list[bytes]],
     files: Sequence[str] | None = None,
@@ -6565,7 +6565,7 @@ def _believe_commit(
     urls = {path: modules.get(key[:-4] + "url", "") for key, path in modules.items() if key.endswith(".path")}
     origin = config.get("remote.origin.url", "").strip()
     *scheme, base = origin.rpartition("://")
-    submodules: dict[str, Mapping[str, Any]] = {}
+    submodules: dict[str, Json] = {}
     for link, named in links.items():
         folder, path = join(project, link), prefix + link
         url = urls.get(link, "")
@@ -6597,9 +6597,9 @@ class Checkout(NamedTuple):
     root: str
     own: str
     commit: str
-    config: Mapping[str, str]
-    env: Mapping[str, str]
-    letters: Mapping[str, str]
+    config: Strings
+    env: Strings
+    letters: Strings
 
 
 def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | None:
@@ -6756,7 +6756,7 @@ def read_source(
     return Source(root, files, None, f"{len(files)} files as they are{ignored}, without history: {why}")
 
 
-def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[str, list[bytes]]) -> set[str]:
+def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[bytes]]) -> set[str]:
     """Return the files that differ from HEAD or are missing because git was told to skip them.
 
     found: from list_source.
@@ -6785,7 +6785,7 @@ def _skipped_files(checkout: Checkout, found: Mapping[str, str], head: Mapping[s
 def _read_head(
     checkout: Checkout,
     scratch: str,
-    found: Mapping[str, str],
+    found: Strings,
     files: Sequence[str],
     removed: tuple[str, ...],
     submodules: bool,
@@ -13569,8 +13569,8 @@ class VmStart(NamedTuple):
     """
 
     argv: Sequence[str]
-    env: Mapping[str, str]
-    config: Mapping[str, Any]
+    env: Strings
+    config: Json
     cwd: str | None = None
     fds: Sequence[int] = ()
     foreign: bool = True
@@ -13597,7 +13597,7 @@ class VmKind(NamedTuple):
 
 def own_vms(
     command: str,
-    told: Mapping[str, Any],
+    told: Json,
     env: Sequence[str] = (),
     sandbox: Callable[[], Sandbox | None] = lambda: None,
     forks: ForkServer | None = None,
@@ -13625,9 +13625,7 @@ def own_vms(
     return VmKind(SIMULATED_PLATFORM, True, start)
 
 
-def command_vms(
-    command: str, cleanup: str, platform: Platform, config: Mapping[str, Any], folder: str, more: Mapping[str, str]
-) -> VmKind:
+def command_vms(command: str, cleanup: str, platform: Platform, config: Json, folder: str, more: Strings) -> VmKind:
     """Return the kind of VM that an operator's command starts anywhere.  [CONTRACT 6.1]
 
     command, cleanup: arguments, quoted as for a shell; cleanup may be empty.
@@ -14339,7 +14337,7 @@ _FAILED = {"status": "failed", "error": str, "error_type": tuple(sorted(FAILURES
 _COMPLETE = {"type": "complete", "result": ({"status": "ok"}, _FAILED)}
 
 
-def _parse_complete(event: Mapping[str, Any]) -> BuildFailed | None:
+def _parse_complete(event: Json) -> BuildFailed | None:
     """Return the failure that a `complete` event reports, or None. Raises BuildFailed VmError if it is invalid."""
     try:
         result = check_schema(event, _COMPLETE, "complete")["result"]
@@ -16368,7 +16366,7 @@ class BuildPlatform(NamedTuple):
     launch_digest: str
     note: str
     sandbox: Sandbox | None = None
-    protections: Mapping[str, str] | None = None
+    protections: Strings | None = None
 
 
 def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
