@@ -6802,8 +6802,9 @@ def _read_head(
         if name.startswith(removed):
             raise source_error(f"git tracks {name}, which is removed before a build")
     env, history = {"PATH": os.environ.get("PATH", os.defpath), "HOME": scratch}, None
-    if found.keys() == head.keys() and not submodules:
-        # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files.
+    if found.keys() == head.keys() and not submodules and GITLINK not in (row[0] for row in head.values()):
+        # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files. But submodules do:
+        # believe_history replaces their `.git`, which must never be the user's.
         with suppress(BuildFailed, OSError):
             plain = git_environment(env, ())
             history = _believe_commit(

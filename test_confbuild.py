@@ -13655,6 +13655,25 @@ class TestSources:
             expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
             assert (packed.commit, expected.source_tree) == ("", packed.tree)
 
+    @pytest.mark.parametrize("submodules", [False, True])
+    def test_a_link_in_place_of_a_submodule(self, tmp_path: Path, submodules: bool) -> None:
+        """Whatever is read, the user's own repositories are never written."""
+        other, root = write_files(tmp_path / "other", {"o": "o"}, commit=True), self.repository(tmp_path)
+        git(root, "submodule", "-q", "add", "--", str(other), "out")
+        write_files(root, {}, commit=True)
+        for state in range(4):
+            if state == 1:
+                shutil.rmtree(root / "out")
+            elif state == 2:
+                (root / "out").symlink_to(other)
+            elif state == 3:
+                git(other, "tag", "v1")
+            before = {path: path.lstat().st_mtime_ns for folder in (root, other) for path in folder.rglob("*")}
+            self.pack(root, tmp_path, submodules=submodules)
+            confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
+            after = {path: path.lstat().st_mtime_ns for folder in (root, other) for path in folder.rglob("*")}
+            assert before == after
+
     def test_a_repository_that_lost_its_objects(self, tmp_path: Path) -> None:
         """A work tree of a repository that is gone: its files are not packed without git's word."""
         root = self.repository(tmp_path)
