@@ -6957,7 +6957,8 @@ class Toolchain(NamedTuple):
     build_type: of the provenance.
     store: directories outside of the workspace that a build writes to, and whose paths it prints on stdout:
         environment variable -> default.
-    locate: the command that prints the folder of the lock file that the tool reads, or a file in it.
+    locate: the command that prints the folder of the lock file that the tool reads, or a file in it; empty if that is
+        certain.
     lock: the contents of lock_file.
     dependencies: the provenance's resolvedDependencies, or None if only an evaluation finds them.
     programs: those of tools.
@@ -7086,10 +7087,11 @@ def _find_rows(root: str, folder: str) -> list[Toolchain]:
     Those of a cargo package lie in the folder of its workspace, and those of a go package in that of its module.
     """
     places, rows = {"cargo": _find_workspace(root, folder), "go": _find_module(root, folder)}, []
+    is_inner = folder or places["cargo"]  # at the top of the source there is no other lock file that a tool could read
     for row in TOOLCHAINS:
         place = relpath(join(root, places.get(row.name, folder)), join(root, folder))
         marker, lock = (normpath(join(place, file)) for file in (row.marker, row.lock_file))
-        rows.append(row._replace(marker=marker, lock_file=lock))
+        rows.append(row._replace(marker=marker, lock_file=lock, locate=row.locate if is_inner else ()))
     return rows
 
 

@@ -356,8 +356,7 @@ def stub_path(tmp_path_factory: pytest.TempPathFactory) -> str:
         ("rustc", "rustc 1.90.0 (1159e78c4 2025-09-14)"),
     ):
         (folder / name).write_text(
-            f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\n'
-            '[ "$1" = locate-project ] && exit 1\nexec sh ./build.sh\n'
+            f'#!/bin/sh\n[ "$1" = --version ] && {{ echo "{version}"; exit 0; }}\nexec sh ./build.sh\n'
         )
         (folder / name).chmod(0o755)
     return f"{folder}:{os.environ['PATH']}"
