@@ -6153,7 +6153,7 @@ def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
 _SETTINGS = """
     core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false
     http.followRedirects=false http.lowSpeedLimit=100 http.lowSpeedTime=60 protocol.version=2
-    gc.auto=0 advice.detachedHead=false submodule.recurse=false
+    gc.auto=0 maintenance.auto=false advice.detachedHead=false submodule.recurse=false
     core.packedGitWindowSize=32m core.packedGitLimit=256m core.bigFileThreshold=32m pack.threads=2
     fetch.unpackLimit=1 transfer.unpackLimit=1
 """.split()
@@ -6338,7 +6338,7 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
 
     fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url]
     for algorithm in sorted(("sha1", "sha256"), key=object_format(ref).__ne__):
-        _init_repository(git, algorithm)
+        _init_repository(git, algorithm, f'[remote "origin"]\nurl = {_quoted(origin)}\n' * bool(origin))
         try:
             _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
             break
@@ -6361,8 +6361,6 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
-    if origin:
-        _git(["config", "remote.origin.url", origin], root, env)
     return max_bytes
 
 
