@@ -6177,7 +6177,7 @@ def _git(
     watch: called a few times per second; if it raises, git is killed.
     Raises BuildFailed SourceError with git's message, or LimitError."""
     if shutil.which("git", path=env.get("PATH")) is None:
-        raise source_error("git is not installed here")
+        raise source_error("git is not installed here", "install git")
     limits = ["/bin/sh", "-c", _LIMIT, "sh", str(max_bytes // 512), str(MAX_GIT_MEMORY // KIB)]
     status, output, errors = capture(
         [*limits, *_GIT, *arguments], cwd, env, max_output, watch=watch, what=f"git {' '.join(arguments[:2])}"
