@@ -13457,9 +13457,7 @@ class TestSources:
         given = [str(write_bundle(tmp_path / "b", bundle())), "--source"] if command == "verify" else []
         assert confbuild.main([command, *given, str(root)]) == 2
         said = capsys.readouterr().err
-        assert (
-            re.search("not a git repository: .?/nowhere", said) and f"hint: repair it, or move {root}/.git away" in said
-        )
+        assert "fatal: not a git repository: " in said and f"hint: repair it, or move {root}/.git away" in said
 
     @pytest.mark.parametrize("kind", ["link", "private"])
     def test_a_repository_out_of_reach(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
