@@ -10418,9 +10418,9 @@ class Jobs:
     def _tend(self) -> None:
         """Thread "queue": announce positions that have changed, and complete jobs that could not end before."""
         with self._changed:
-            moved = [job for position, job in enumerate(self._queue) if job.position != position]
-            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= monotonic()]
-            late = [job for job in self._ending if job.tried_at + RETRY_S <= monotonic()]
+            moved, now = [job for at, job in enumerate(self._queue) if job.position != at], monotonic()
+            due = [job for job in moved if job.tried_at + ANNOUNCE_S <= now]
+            late = [job for job in self._ending if job.tried_at + RETRY_S <= now]
             if not (due or late or self.stopping.is_set()):
                 self._changed.wait(min(ANNOUNCE_S, RETRY_S) if moved or self._ending else None)
         for job in due:
