@@ -28379,7 +28379,7 @@ def boot_as_measured(folder: Path, image: confbuild.Image, *options: str) -> tup
                 sock.sendall(b"info registers\n")
                 found = re.search(rb"RIP=([0-9a-f]{16})", answer)  # of the last time
                 places = [*places[1:], int(found[1], 16) if found else -1]
-                stuck = 0 < min(places) and max(places) - min(places) < 64 and max(places) < 1 << 32
+                stuck = min(places) > 0 and max(places) - min(places) < 64 and max(places) < 1 << 32
             said = child.stdout.readline().decode() if select.select([child.stdout], [], [], 0)[0] else ""
     finally:
         child.kill()
