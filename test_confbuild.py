@@ -23901,17 +23901,18 @@ class TestAgent:
         program = (
             "import os, signal, sys; sys.path.insert(0, sys.argv[1]); import confbuild, logging\n"
             "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+            "before = signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
             "try:\n"
             "    confbuild.ForkServer()\n"
             "    print('lost')\n"
             "except KeyboardInterrupt:\n"
             "    pass\n"
-            "print(os.wait()[1], signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+            "print(os.wait()[1], signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", program, str(COMPILED.parent)], capture_output=True, text=True, check=False
         )
-        assert (done.stdout, done.stderr) == ("0 set()\n", "")
+        assert (done.stdout, done.stderr) == ("0 True\n", "")
 
     def test_no_fork_of_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threading, "active_count", lambda: 2)
