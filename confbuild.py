@@ -6080,7 +6080,6 @@ _REF = re.compile(  # git-check-ref-format(1)
     re.VERBOSE,
 )
 GITLINK = b"160000"  # the mode of a submodule [GIT]
-MAX_TAGS = 100  # of one commit
 MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
 MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds everything that a server announces
 
@@ -6336,11 +6335,12 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
         if _folder_size(git) > max_bytes:
             raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
 
-    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url]
+    # With a name to store it by, git also fetches the tags that point at it.
+    fetch = [*pinned, *"fetch -q --depth 1 --no-recurse-submodules --".split(), url, f"+{ref or 'HEAD'}:refs/fetched"]
     for algorithm in sorted(("sha1", "sha256"), key=object_format(ref).__ne__):
         _init_repository(git, algorithm, f'[remote "origin"]\nurl = {_quoted(origin)}\n' * bool(origin))
         try:
-            _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
+            _git(fetch, root, env, max_bytes, watch=watch)
             break
         except BuildFailed as e:
             if "mismatched algorithms" not in str(e) or algorithm != object_format(ref):
@@ -6355,11 +6355,7 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
         refuse_filters(root, env)
     # Keep the bytes that the tree hash covers.
     write_file(join(git, "info", "attributes"), b"* -text -eol -ident -filter -working-tree-encoding\n")
-    listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
-    rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
-    tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
-    if tags:
-        _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
+    os.unlink(join(git, "refs", "fetched"))
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
     return max_bytes
 
@@ -6391,12 +6387,12 @@ def refuse_filters(directory: str, env: Strings) -> None:
 
 
 def _folder_size(folder: str) -> int:
-    """Return the size of all files below folder, ignoring those that disappear meanwhile."""
+    """Return the size of all files below folder, each with 4 KiB more, ignoring those that disappear meanwhile."""
     size = 0
     for directory, _, files in os.walk(folder):
         for name in files:
             with suppress(FileNotFoundError):
-                size += os.lstat(join(directory, name)).st_size
+                size += os.lstat(join(directory, name)).st_size + 4 * KIB  # a server may announce a million tags
     return size
 
 
