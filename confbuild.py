@@ -6348,9 +6348,8 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
             remove_tree(git)
     watch()
     _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
-    commit = _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
-    write_file(join(git, "HEAD"), f"{commit}\n".encode("ascii"))
-    _git(["read-tree", commit], root, env, max_bytes)
+    _git("-c core.logAllRefUpdates=false update-ref --no-deref HEAD refs/fetched^0".split(), root, env)
+    _git(["read-tree", "HEAD"], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
     # Keep the bytes that the tree hash covers.
