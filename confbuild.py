@@ -6147,14 +6147,14 @@ def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     return {**env, **dict(setting.split("=") for setting in settings.split())}
 
 
-# The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
-# own.
+# The last two lines: little memory; one pack for all objects, as each file of its own would have a limit of its own;
+# and no log of who set HEAD when.
 _SETTINGS = """
     core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false
     http.followRedirects=false http.lowSpeedLimit=100 http.lowSpeedTime=60 protocol.version=2
     gc.auto=0 maintenance.auto=false advice.detachedHead=false submodule.recurse=false
     core.packedGitWindowSize=32m core.packedGitLimit=256m core.bigFileThreshold=32m pack.threads=2
-    fetch.unpackLimit=1 transfer.unpackLimit=1
+    fetch.unpackLimit=1 transfer.unpackLimit=1 core.logAllRefUpdates=false
 """.split()
 _GIT = ("git", *(word for setting in _SETTINGS for word in ("-c", setting)))
 # setrlimit(2) for git and everything that it starts, in POSIX's units. Without SIGXFSZ, a write beyond the limit fails
@@ -6348,7 +6348,7 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
             remove_tree(git)
     watch()
     _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
-    _git("-c core.logAllRefUpdates=false update-ref --no-deref HEAD refs/fetched^0".split(), root, env)
+    _git("update-ref --no-deref HEAD refs/fetched^0".split(), root, env)
     _git(["read-tree", "HEAD"], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
