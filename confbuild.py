@@ -827,7 +827,8 @@ def utc_time(seconds: float) -> str:
 
     seconds: since 1970.
     """
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+    # %Y does not pad: year 203 would sort after 2026.
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds)).rjust(20, "0")
 
 
 SCHEMES = ("https", "http")
@@ -2420,10 +2421,12 @@ def _describe(document: Any, **fields: bytes) -> tuple[str, str]:
     If the document has a mask for a field, only the bits in the mask are compared.  [PCS]
     """
     # Bits outside of the mask may differ between machines, such as those that say which features are in use. Intel's
-    # masks contain the bit DEBUG, and their documents say that it is zero.
+    # masks contain the bit DEBUG, and their documents say that it is zero. A signer is compared as a whole: a member
+    # mrsignerMask has no meaning, and the schema lets it be anything.
     actual = []
     for name, data in fields.items():
-        mask = bytes.fromhex(document.get(f"{name}Mask", "ff" * len(data)))
+        whole = "ff" * len(data)
+        mask = bytes.fromhex(whole if name == "mrsigner" else document.get(f"{name}Mask", whole))
         actual.append(bytes(a & b for a, b in zip(data, mask, strict=True)).hex())
     return " ".join(document[name].lower() for name in fields), " ".join(actual)
 
@@ -3835,6 +3838,8 @@ def _find_vek(checks: _Checks, report: Report, data: bytes | None) -> Any:
     # Without a certificate, nobody knows who signed the report. So this check fails, and is not just "not checked".
     given = checks.endorsements.vek
     if data is not None:
+        if given is not None:
+            checks.skip("given VEK", "the evidence holds a certificate of its own, which was used")
         return checks.attempt("VEK form", parse_certificate, data, "VEK")
     if given is not None:
         return checks.attempt("VEK form", find_vek, given, report.signing_key)
@@ -17883,7 +17888,7 @@ def _read_guest_policy(text: str) -> tuple[int, int, int]:
         name, _, given = part.partition("=")
         bits = wanted = 0
         if name == "abi":
-            abi = int.from_bytes(bytes(map(int, given.split("."))), "big")
+            abi = max(abi, int.from_bytes(bytes(map(int, given.split("."))), "big"))
         elif name in POLICY_NAMES:
             bits = 1 << 16 + POLICY_NAMES.index(name)
             wanted = bits * int(given or "1")

@@ -1959,6 +1959,14 @@ class TestRecords:
                 bool(verdict)
             assert verdict.ok == (word == "passed") and verdict.failures == checks[1:]
 
+    def test_times_sort_as_text(self) -> None:
+        """Also those of --at 0203-01-01T00:00:00Z, at which no certificate was valid yet."""
+        years = (1, 20, 203, 999, 1000, 1969, 2026, 9999)
+        times = [datetime.datetime(year, 1, 2, 3, 4, 5, tzinfo=datetime.UTC) for year in years]
+        texts = [confbuild.utc_time(when.timestamp()) for when in times]
+        assert texts == sorted(texts) == [f"{year:04}-01-02T03:04:05Z" for year in years]
+        assert not verdict_over(snp_bundle(), confbuild.Expectations(), "0203-01-01T00:00:00Z", anchors=TOY_ANCHORS).ok
+
     def test_wire_forms(self) -> None:
         verdict = confbuild.Verdict(
             "failed",
@@ -4647,6 +4655,17 @@ class TestCollateral:
             expected, actual = confbuild.describe_qe(qe_identity(), qe_report(b"", b"", **changes))
             assert (expected == actual) == same, changes
 
+    @pytest.mark.parametrize("mask", ["00" * 32, "00" * 48, "00", "", "zz", 0, None, [], {}])
+    def test_a_signer_has_no_mask(self, mask: object) -> None:
+        """Whoever signs documents under a root of his own can give them any further members."""
+        identity, module = qe_identity(mrsignerMask=mask), {**tcb_info()["tdxModule"], "mrsignerMask": mask}
+        for of, same in ((qe_report(b"", b""), True), (qe_report(b"", b"", at_128=b"x"), False)):
+            expected, actual = confbuild.describe_qe(identity, of)
+            assert (expected == actual) == same
+        for quote, same in ((TD_QUOTE, True), (TD_QUOTE._replace(mr_signer_seam=b"x" * 48), False)):
+            expected, actual = confbuild.describe_module(module, quote)
+            assert (expected == actual) == same
+
     @pytest.mark.parametrize(
         ("platform", "module", "enclave", "merged"),
         [
@@ -7158,6 +7177,12 @@ class TestVerdict:
             assert said == ("not checked", "it was given, but no check of this evidence used it")
         plain = verdict_over(bundle(COMPLETE), confbuild.Expectations())
         assert not {"VEK form", "collateral form"} & {check.name for check in plain.checks}
+
+    def test_a_certificate_that_the_evidence_does_not_need(self) -> None:
+        for files, status in ((snp_bundle(), "not checked"), (edited(snp_bundle(), "evidence", "cert_chain"), "")):
+            verdict = verdict_over(files, confbuild.Expectations(), anchors=TOY_ANCHORS, vek=vek_of())
+            assert verdict.ok and (not status or status_of(verdict, "given VEK") == status)
+            assert ("given VEK" in {check.name for check in verdict.checks}) == bool(status)
 
     def test_a_good_bundle_is_simulated_and_never_passed(self) -> None:
         """[CONTRACT 4.4]"""
@@ -30505,6 +30530,7 @@ class TestVerify:
             ("b", "--roots roots --guest-policy single-socket", 1, "guest_policy"),
             ("b", "--roots roots --guest-policy 196608=65536", 1, "guest_policy"),
             ("b", "--roots roots --guest-policy abi=0.1", 1, "guest_policy"),
+            ("b", "--roots roots --guest-policy abi=0.1,abi=0.0", 1, "guest_policy"),
             ("b", "--roots roots --platform-info 0", 0, ""),
             ("plat", "--roots roots --platform-info tsme,0x25", 0, ""),
             ("plat", "--roots roots --platform-info smt,0x3,alias-check", 1, "platform_info bits"),
