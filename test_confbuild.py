@@ -18734,21 +18734,23 @@ class TestVsa:
         assert self.levels(GOOD_BUNDLE, False) == ("FAILED", ["FAILED"])
         checks = [confbuild.Check(name, "passed", "", "", "") for name in ("measurement", "trust anchors")]
         report = confbuild.Verdict("passed", "snp", {"debug": False}, checks)
+        both = confbuild.Verdict(
+            "passed",
+            "az-tdx",
+            {"debug": False, "rtmr": [], "pcrs": {}},
+            [*checks, *(checks[0]._replace(name=f"{name} values") for name in ("RTMR", "PCR"))],
+        )
+        # RTMR1 and RTMR2 are the operating system's, and any operating system can give RTMR3 a value.
+        for rtmrs, level in (((1, 2), 2), ((0, 1, 2, 3), 2), ((0,), 1), ((3,), 1), ((1,), 1), ((0, 2, 3), 1)):
+            expected = confbuild.Expectations(rtmrs=dict.fromkeys(rtmrs, "00" * 48))
+            summary = confbuild.make_vsa(GOOD_BUNDLE, both, True, expected, NOON)
+            assert summary["predicate"]["verifiedLevels"] == [f"SLSA_BUILD_LEVEL_{level}"], rtmrs
         for verdict, levels in (
             (report, ["SLSA_BUILD_LEVEL_2"]),
             (report._replace(claims={"debug": True}), ["SLSA_BUILD_LEVEL_1"]),  # its host can write any artifact
             # The measurement of a TD or a paravisor is that of firmware, which starts any software.
             (report._replace(claims={"debug": False, "rtmr": []}), ["SLSA_BUILD_LEVEL_1"]),
             (report._replace(claims={"debug": False, "pcrs": {}}), ["SLSA_BUILD_LEVEL_1"]),
-            (
-                confbuild.Verdict(
-                    "passed",
-                    "az-tdx",
-                    {"debug": False, "rtmr": [], "pcrs": {}},
-                    [*checks, *(checks[0]._replace(name=f"{name} values") for name in ("RTMR", "PCR"))],
-                ),
-                ["SLSA_BUILD_LEVEL_2"],
-            ),
             (report._replace(checks=checks[:1]), ["SLSA_BUILD_LEVEL_1"]),  # --roots: the key may be anybody's
             (report._replace(checks=[]), ["SLSA_BUILD_LEVEL_1"]),
             (report._replace(checks=[checks[0]._replace(status="failed"), checks[1]]), ["SLSA_BUILD_LEVEL_1"]),
