@@ -7987,9 +7987,10 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     if doc:
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
+        # The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
         with suppress(ValueError):  # quotes that do not match, or too few words
-            command, claimed, *_ = shlex.split(parameters["buildCommand"])
-            folder = claimed if command == "cd" else ""
+            command, claimed, *_ = shlex.split(parameters["buildCommand"][:MAX_LINE])
+            folder = claimed if command == "cd" and claimed.count("/") <= MAX_DEPTH else ""
         above = realpath(directory).removesuffix(f"/{folder}")
         if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
             directory = above
@@ -17623,13 +17624,13 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
     for problem, found in problems.items():
         if found:
             raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
+    options.subdir = ""
     try:
         words = shlex.split(build["command"])
+        if words[:1] == ["cd"]:
+            _, options.subdir, _, *words = words
     except ValueError as e:
         raise UsageError(f"{options.bundle}: buildCommand {build['command'][:200]!r}: {e}") from None
-    options.subdir = ""
-    if words[0] == "cd":
-        _, options.subdir, _, *words = words
     options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []
     own_type = build["type"] == CONFBUILD_TYPE
     ours, theirs = ("npm ci --ignore-scripts &&", "go mod download &&"), ("cargo build", "nix build", "pnpm install")

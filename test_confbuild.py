@@ -13686,6 +13686,22 @@ class TestSources:
             expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
             assert (packed.commit, expected.source_tree) == ("", packed.tree)
 
+    def test_a_hostile_command(self, tmp_path: Path) -> None:
+        """The folder in a stranger's buildCommand is looked up in bounded time, and in bounded depth."""
+        root = self.repository(tmp_path)
+        plain = confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
+        for command in (
+            "cd " + "a/" * 500_000 + " x",
+            "cd " + "a/" * 3000 + " x",
+            "cd " + "'' " * 300_000,
+            "cd",
+            " ",
+        ):
+            said = statement(predicate__buildDefinition__externalParameters__buildCommand=command)
+            with within(5):
+                found = confbuild.source_expectations(str(root), confbuild.Expectations(), confbuild.to_canonical(said))
+            assert found == plain
+
     @pytest.mark.parametrize("submodules", [False, True])
     def test_a_link_in_place_of_a_submodule(self, tmp_path: Path, submodules: bool) -> None:
         """Whatever is read, the user's own repositories are never written."""
@@ -18551,8 +18567,13 @@ class TestRebuild:
         assert options.submodules
         with pytest.raises(confbuild.UsageError, match="b was built with submodules, which no URL delivers"):
             confbuild._request_again(argparse.Namespace(bundle="b", source=""), with_submodule)
-        with pytest.raises(confbuild.UsageError, match='b: buildCommand "make \'": No closing quotation'):
-            confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts("make '"))
+        for command, problem in (("make '", "No closing quotation"), ("cd x", "not enough values to unpack")):
+            with pytest.raises(confbuild.UsageError, match=f"b: buildCommand .{re.escape(command)}.: {problem}"):
+                confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts(command))
+        for command in (" ", "''", "cd x y"):
+            options = argparse.Namespace(bundle="b", source="d")
+            confbuild._request_again(options, self.facts(command))
+            assert (options.toolchain, options.subdir) == ("own", "x" * command.startswith("cd"))
 
     TREE = "predicate__buildDefinition__externalParameters__source__digest__gitTree"
     TOOL = "predicate__buildDefinition__internalParameters__toolchain__cargo__version"
