@@ -3255,8 +3255,9 @@ def root_hash_of(cmdline: str) -> str:
 
     Raises Malformed unless there is exactly one.
     """
-    # Blanks in double quotes are part of a word [LINUX lib/cmdline.c, next_arg].
-    words = re.findall(r'(?:"[^"]*(?:"|\Z)|[^\s"])+', cmdline)
+    # Blanks in double quotes are part of a word [LINUX lib/cmdline.c, next_arg]. Possessive, as in _JSON_TOKEN: a
+    # hostile command line may fill the file.
+    words = re.findall(r'(?:"[^"]*(?:"|\Z)|[^\s"])++', cmdline)
     values = {word.replace('"', "").lower() for word in words if re.match('"?roothash=', word)}
     match = re.fullmatch("roothash=([0-9a-f]{64})", " ".join(values))
     if match is None:

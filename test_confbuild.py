@@ -6038,6 +6038,18 @@ class TestIgvm:
             with pytest.raises(confbuild.Malformed, match="^kernel: command line does not have one root hash of 64"):
                 confbuild.root_hash_of(cmdline)
 
+    @pytest.mark.parametrize("word", ["a", '"a b" ', '""', '"'], ids=["long", "many", "quotes", "quote"])
+    def test_a_long_command_line_takes_no_more_memory_than_it_has(self, word: str) -> None:
+        """It may fill the file, which may have a gigabyte."""
+        cmdline = word * (confbuild.MIB // len(word))
+        tracemalloc.start()
+        try:
+            with within(5), contextlib.suppress(confbuild.Malformed):
+                confbuild.root_hash_of(cmdline)
+            assert tracemalloc.get_traced_memory()[1] < 24 * confbuild.MIB
+        finally:
+            tracemalloc.stop()
+
     def test_vectors(self) -> None:
         """110 files, against three other tools; README there states the rules."""
         folder = vectors() / "igvm"
