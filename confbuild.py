@@ -7330,7 +7330,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
     found = []
-    inside, replaced, outside = _scan_cargo(root, folder)
+    inside, replaced, outside = _scan_cargo(root, folder, {row[0] for row in rows})
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
@@ -7474,7 +7474,9 @@ def _outside_paths(root: str, folder: str, doc: Json) -> dict[str, str]:
     return found
 
 
-def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
+def _scan_cargo(
+    root: str, folder: str, locked: set[str]
+) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
     """Return the names of the packages inside root, the packages that cargo compiles in place of others, and the paths
     of those outside.
 
@@ -7483,16 +7485,20 @@ def _scan_cargo(root: str, folder: str) -> tuple[set[str], dict[tuple[str, str],
     [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
+    locked: the names in Cargo.lock. What other packages of root, such as templates, name is not compiled.
     """
     packages, outside, settings = [], dict[str, str](), _read_settings(root, folder)
     for base in (dirname(name) for name in walk_files(root) if basename(name) == "Cargo.toml"):
         doc = _read_toml(join(root, base, "Cargo.toml"))
-        outside |= _outside_paths(root, base, doc)
         if not doc:
             packages.append(("", "", base))
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-        if isinstance(package, dict) and isinstance(package.get("name"), str):
-            packages.append((package["name"], str(package.get("version")), base))
+        name = ""
+        if isinstance(package, dict):
+            name = str(package.get("name"))
+            packages.append((name, str(package.get("version")), base))
+        if not name or name in locked or "workspace" in doc:  # its members inherit from it
+            outside |= _outside_paths(root, base, doc)
     for _, base, doc in settings:
         outside |= _outside_paths(root, base, doc)
     replaced, folders = dict[tuple[str, str], tuple[str, bool]](), _replaced_folders(root, settings)

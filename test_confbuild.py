@@ -14377,7 +14377,8 @@ class TestCargoDependencies:
         )
         (tmp_path / "demo" / "link").symlink_to(tmp_path)
         assert confbuild.cargo_dependencies(entry("inner").encode(), str(tmp_path / "demo")) == []
-        kind, message = failure(lambda: confbuild.cargo_dependencies(entry("evil").encode(), str(tmp_path / "demo")))
+        lock = (entry("demo", "0.1.0") * (MANIFEST in text) + entry("evil")).encode()
+        kind, message = failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo")))
         assert kind == "ProvenanceError" and "evil" in message and "not a package inside the project" in message
 
     def test_metadata_of_packagers_are_no_dependencies(self, tmp_path: Path) -> None:
@@ -14578,6 +14579,29 @@ class TestCargoDependencies:
             "Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b is not part of what was "
             "sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both",
         )
+
+    @pytest.mark.parametrize(
+        ("table", "name", "refused"),
+        [
+            ("", "t", False),  # a template, which lies elsewhere when it is compiled
+            ("", "b", True),
+            ("[workspace]\n", "t", True),  # demo may inherit from it
+        ],
+    )
+    def test_what_a_package_names_that_is_not_compiled(
+        self, tmp_path: Path, table: str, name: str, refused: bool
+    ) -> None:
+        files = {
+            "Cargo.toml": MANIFEST,
+            "b/Cargo.toml": '[package]\nname = "b"\n',
+            "t/Cargo.toml": f'[package]\nname = "{name}"\n{table}[dependencies]\nb = {{ path = "../../b" }}\n',
+        }
+        lock = (entry("demo", "0.1.0") + entry("b", "1.0.0")).encode()
+        read = functools.partial(confbuild.cargo_dependencies, lock, str(write_files(tmp_path, files)))
+        if refused:
+            assert "../../b is not part of what was sent" in failure(read)[1]
+        else:
+            assert read() == []
 
     def test_an_entry_that_another_one_replaces(self, tmp_path: Path) -> None:
         write_files(tmp_path, {"Cargo.toml": MANIFEST})
