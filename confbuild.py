@@ -7705,14 +7705,15 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
 
     Raises BuildFailed SourceError, also if settings of pnpm could name another lock file.
     """
-    found = []
+    found = {}
     for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
         refused = (
             rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|node-?version|\\[ux]"
         )
-        if re.search(refused, read_lockfile(join(root, path))):
+        for setting in re.findall(refused, read_lockfile(join(root, path))):
             raise source_error(
-                f"{path}: settings that may name another lock file, store, node_modules or node are refused"
+                f"{path}: {setting.decode()}: settings that may name another lock file, store, node_modules or node "
+                "are refused"
             )
     for path in (
         join(root, name) for name in walk_files(root) if re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
@@ -7720,21 +7721,24 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         if isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
             raise source_error(f"{relpath(path, root)}: executionEnv is refused: pnpm would fetch and run another node")
     with _parsing("pnpm-lock.yaml"):
-        doc = parse_lock_yaml(lock)
-        if not doc["lockfileVersion"].startswith("9."):
-            raise ValueError(f"lockfileVersion is {doc['lockfileVersion']}, expected 9.0 of `pnpm install` of pnpm 9")
-        for key, entry in doc.get("packages", {}).items():
-            resolution = entry.get("resolution", {})
-            digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
-            match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
-            if "directory" in resolution and _locate(root, folder, resolution["directory"]) is not None:
-                continue  # the tree covers it
-            if not match or not (digest or "codeload.github.com" in tarball):
-                raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
-            uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
-            # Without a digest, the commit.
-            found.append(descriptor(match[1], digest or tarball.rpartition("/")[2], "sha512", uri=uri))
-    return sorted(found, key=lambda dependency: dependency["uri"])
+        # pnpm 11 describes in a document of its own what it needs before it can install.
+        for doc in map(parse_lock_yaml, lock.removeprefix(b"---\n").split(b"\n---\n")):
+            if not doc["lockfileVersion"].startswith("9."):
+                raise ValueError(
+                    f"lockfileVersion is {doc['lockfileVersion']}, expected 9.0 of `pnpm install` of pnpm 9"
+                )
+            for key, entry in doc.get("packages", {}).items():
+                resolution = entry.get("resolution", {})
+                digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
+                match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
+                if "directory" in resolution and _locate(root, folder, resolution["directory"]) is not None:
+                    continue  # the tree covers it
+                if not match or not (digest or "codeload.github.com" in tarball):
+                    raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
+                uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
+                # Without a digest, the commit.
+                found[uri] = descriptor(match[1], digest or tarball.rpartition("/")[2], "sha512", uri=uri)
+    return [found[uri] for uri in sorted(found)]
 
 
 def adapt_npm(project: str) -> Json:
@@ -7949,7 +7953,8 @@ TOOLCHAINS = (
         env=_variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
             # Whoever finds COREPACK_ROOT leaves the choice of its version to corepack: pnpm since 9, whatever the
             # source says, and so in scripts. pnpm 11 would still refuse a version that package.json does not name.
-            + "CI=true COREPACK_ROOT={home} pnpm_config_pm_on_fail=ignore"),
+            # pnpm 12 locks its store there, or else in /tmp, whatever TMPDIR says.
+            + "CI=true COREPACK_ROOT={home} pnpm_config_pm_on_fail=ignore XDG_RUNTIME_DIR={home}"),
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         # The last three: whatever the project's .npmrc says, it installs, and here.

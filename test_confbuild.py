@@ -14960,7 +14960,11 @@ class TestPnpm:
         lock = b"lockfileVersion: '9.0'\n"
         read = functools.partial(confbuild.pnpm_dependencies, lock, str(tmp_path), "packages/x")
         said = "settings that may name another lock file, store, node_modules or node are refused"
-        assert failure(read) == ("SourceError", f"{place}pnpm-workspace.yaml: {said}")
+        setting = re.search(
+            r"(?i)\w*lockfile-?dir|branchlockfile|workspacelockfile|storedir|modules-dir|nodev\w+", line
+        )
+        name = setting[0] if setting else "\\x"
+        assert failure(read) == ("SourceError", f"{place}pnpm-workspace.yaml: {name}: {said}")
         write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
         assert read() == []
 
@@ -15012,11 +15016,21 @@ class TestPnpm:
         assert "local@file:local" in failure(lambda: self.read(text.replace("directory: local", "directory: ../x")))[1]
         assert self.read("lockfileVersion: '9.0'\n\npackages: {}\n") == self.read("lockfileVersion: '9.0'\n") == []
 
+    def test_documents(self) -> None:
+        """What pnpm 11 and 12 write for configDependencies: the packages of every document count, once."""
+        first = "lockfileVersion: '9.0'\n\npackages:\n\n  a@1:\n    resolution: {integrity: x}\n"
+        second = first + "\n  b@1:\n    resolution: {integrity: y}\n"
+        uris = ["pkg:npm/a@1?checksum=x", "pkg:npm/b@1?checksum=y"]
+        for lock in (f"---\n{first}\n---\n{second}", f"{second}---\n{first}", f"---\n{second}"):
+            assert [dependency["uri"] for dependency in self.read(lock)] == uris
+
     @pytest.mark.parametrize(
         ("text", "fragment"),
         [
             ("", "KeyError: 'lockfileVersion'"),
             ("lockfileVersion: 5.4\n", "lockfileVersion is 5.4, expected 9.0"),
+            ("---\nlockfileVersion: '9.0'\n\n---\nlockfileVersion: 5.4\n", "lockfileVersion is 5.4, expected 9.0"),
+            ("lockfileVersion: '9.0'\n---\n", "KeyError: 'lockfileVersion'"),
             ("lockfileVersion: '6.0'\n", "lockfileVersion is 6.0, expected 9.0"),
             ("lockfileVersion:\n", "AttributeError"),
             ("\udcff", "'utf-8' codec can't decode"),
@@ -15030,7 +15044,7 @@ class TestPnpm:
             *(
                 (f"lockfileVersion: '9.0'\n{line}\n", "line 2 is not what pnpm writes")
                 for line in (
-                    "---",
+                    "--- a",
                     "lockfileVersion: '9.0'",
                     " a: b",
                     "  a: b",
@@ -15087,7 +15101,7 @@ class TestPnpm:
         assert (plan.tools, plan.fetches, plan.build_type) == (("pnpm", "node"), 1, confbuild.BUILD_TYPE)
         assert plan.artifacts == ("dist",)
         # pnpm runs as installed, whatever `packageManager` names.
-        assert plan.env["COREPACK_ROOT"] == "{home}"
+        assert plan.env["COREPACK_ROOT"] == "{home}" == plan.env["XDG_RUNTIME_DIR"]  # where pnpm 12 locks its store
         assert plan.env["pnpm_config_pm_on_fail"] == "ignore"
 
 
