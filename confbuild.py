@@ -7267,7 +7267,7 @@ def read_lockfile(path: str) -> bytes:
 def match_files(root: str, pattern: str) -> list[str]:
     """Return the paths, relative to root, that match pattern in the way of a shell. No symbolic link is followed."""
     paths = [""]
-    for part in filter(None, pattern.split("/")):
+    for part in (part for part in pattern.split("/") if part not in ("", ".")):
         folders = [path for path in paths if isdir(join(root, path))]
         found = [join(path, name) for path in folders for name in fnmatch.filter(os.listdir(join(root, path)), part)]
         paths = [path for path in found if not islink(join(root, path))]
@@ -7809,7 +7809,7 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     Raises BuildFailed SourceError, also if a module is replaced by a folder outside of project.
     """
     with _parsing("go.mod and go.sum"):
-        lines = (line.split() for line in lock.decode("utf-8").splitlines())
+        lines = filter(None, map(str.split, lock.decode("utf-8").splitlines()))
         sums = dict[tuple[str, str], str]()
         for name, version, value in lines:
             if not version.endswith("/go.mod") and sums.setdefault((name, version), value) != value:

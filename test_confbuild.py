@@ -14860,6 +14860,7 @@ class TestFindArtifacts:
         assert find("out/*.so") == ["out/.hidden.so", "out/a.so", "out/b.so"]
         assert find("*/*/c.so", "d.so", "d.so") == ["out/deep/c.so", "d.so"]
         assert find("*.so", folders=("out", "")) == ["out/.hidden.so", "out/a.so", "out/b.so", "d.so"]
+        assert find("./out/./a.so") == ["out/a.so"] == find("./a.so", folders=("out",))
         assert find("o[u]t") == ["out"] == find("out/") and find("gone*", "", ".") == []
         assert find("/etc/passwd", "../*", "elsewhere/bin/sh", "*/bin/sh", "out/../d.so", "") == []
 
@@ -15324,6 +15325,10 @@ class TestGo:
             "name": "rsc.io/quote",
             "uri": "pkg:golang/rsc.io/quote@v1.5.2?checksum=h1:w5fcysjrx7yqtD/aO+QwRjYZOKnaM9Uh2b40tElTs3Y=",
         }
+
+    def test_empty_lines(self, tmp_path: Path) -> None:
+        """go skips them in go.sum."""
+        assert self.read(tmp_path, sums="\n" + GO_SUM.replace("\n", "\n \n")) == [self.TEXT, self.QUOTE, self.SAMPLER]
 
     def test_what_is_recorded(self, tmp_path: Path) -> None:
         """The modules of go.mod that have a hash; before Go 1.17 it lists only a part of them. [CONTRACT 3.5]"""
