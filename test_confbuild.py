@@ -17182,6 +17182,12 @@ class TestBuildLog:
         ("line", "cause"),
         [
             ("npm error code ENOTFOUND", ""),
+            (
+                "npm error Lifecycle script `build` failed with error:\nnpm error code 127\nnpm error path /w/x\n"
+                "npm error workspace x@1.0.0\nnpm error location /w/x\nnpm error command failed\n"
+                "npm error command sh -c tsc",  # of npm 11
+                "npm error command sh -c tsc",
+            ),
             ("npm error network request to https://x failed", "npm error network request to https://x failed"),
             ("error: x", "error: x"),
             ("   error[E0001]: x ", "error[E0001]: x"),
