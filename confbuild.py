@@ -10036,14 +10036,16 @@ def open_text(job: Job) -> OpenFile:
     with job.deriving, _refuse_damaged():
         if not exists(path):
             whole = log.finished  # before its size
-            with open(path + ".tmp", "ab" if job.converted else "wb") as f:  # "wb": an earlier server has begun it
-                while job.converted < log.size:
-                    frames = os.pread(log.fd, MAX_FRAME, job.converted)
-                    frames = frames[: frames.rfind(b"\n\n", 0, log.size - job.converted) + 2]
+            at, job.converted = job.converted, 0  # if this fails, the next request begins the file anew
+            with open(path + ".tmp", "ab" if at else "wb") as f:  # "wb": an earlier server has begun it
+                while at < log.size:
+                    frames = os.pread(log.fd, MAX_FRAME, at)
+                    frames = frames[: frames.rfind(b"\n\n", 0, log.size - at) + 2]
                     if len(frames) < 2:
-                        raise Malformed("events", f"no frame ends after byte {job.converted}")
+                        raise Malformed("events", f"no frame ends after byte {at}")
                     f.write(to_text(frames))
-                    job.converted += len(frames)
+                    at += len(frames)
+            job.converted = at
             if whole:
                 os.rename(path + ".tmp", path)
             else:

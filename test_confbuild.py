@@ -22411,6 +22411,26 @@ class TestHttp:
             assert got == [{"id": n, **event} for n, event in enumerate(events, 1)][5:]
         streamer.stop()
 
+    @pytest.mark.parametrize("lines", [2, 3000])
+    @pytest.mark.parametrize("room", [4, 70_000])
+    def test_log_on_a_full_disk(self, tmp_path: Path, lines: int, room: int) -> None:
+        """A request that fails for want of room takes no line from a later one, and repeats none. [CONTRACT 1.16]"""
+        log = confbuild.EventLog(str(tmp_path / "log"))
+        job = confbuild.Job(str(tmp_path), confbuild.JobRecord(1, confbuild.BuildRequest(NONCE)))
+        job.log, text, limits = log, "", resource.getrlimit(resource.RLIMIT_FSIZE)
+        for end in range(2):
+            messages = [f"{end} {n} of some length" for n in range(lines)]
+            log.append(confbuild.to_payloads("build", messages))
+            text += "".join(f"{message}\n" for message in messages)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+            try:
+                with contextlib.suppress(OSError):
+                    confbuild.open_text(job)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            file = confbuild.open_text(job)
+            assert os.pread(file.fd, file.size, 0).decode() == text
+
     def test_ndjson(self, site: Callable[..., Site]) -> None:
         """The same objects with their ids, for those who accept them; no comments among them. [CONTRACT 1.7]"""
         s = site()
