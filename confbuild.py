@@ -10361,15 +10361,24 @@ class Jobs:
         for thread in self._threads:
             thread.start()
 
-    def check_open(self) -> None:
-        """Raise Refused 409, 429 or 503 if no build can be accepted now. [CONTRACT 1.6]"""
+    def check_open(self, key: str = "") -> Job | None:
+        """Return the build that was accepted with this key, if there is one. [CONTRACT 1.6]
+
+        Otherwise raise Refused 409, 429 or 503 if no build can be accepted now.
+        """
         with self._changed:
+            if key and key in self._accepting:
+                raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
+            known = self.table.find(key)
+            if known:
+                return known
             if self._single_use and (self._accepted or self._accepting):
                 raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
             if self.stopping.is_set():
                 raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
             if len(self._queue) + len(self._accepting) >= self._max_queue:
                 raise Refused(429, "QueueFull", f"the queue is full: {len(self._queue)} builds", {"Retry-After": "60"})
+        return None
 
     def submit(self, request: BuildRequest, archive: str = "", key: str = "") -> Job:
         """Accept a build, durably, or return the one with the same key. Raises Refused, OSError.
@@ -10377,18 +10386,15 @@ class Jobs:
         archive: the uploaded source; is moved.
         """
         with self._changed:
-            self.check_open()
-            if key and key in self._accepting:
-                raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
+            known = self.check_open(key)
+            if known:
+                return known
             self._accepting.append(key)
             self._seq = min(self._seq + 1, MAX_SEQ)
             record = JobRecord(self._seq, request, submitted_at=utc_now(), key=key)
         job, accepted = Job(join(self.table.incoming, str(uuid.uuid4())), record), False
         with job.writing:
             try:
-                known = self.table.find(key)
-                if known:
-                    return known
                 job.create(self.table.folder, self._grown, archive)
                 self.table.add(job)
                 accepted = True
@@ -12064,15 +12070,15 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
-        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "").strip('"')
+        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
+        key = re.sub('^"(.*)"$', r"\1", key)
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
-        job = self.jobs.table.find(key)
+        job = self.jobs.check_open(key)
         if job:
             return json_response({"job_id": job.id})
-        self.jobs.check_open()
         archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
         try:
             with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:

@@ -22497,7 +22497,7 @@ class TestHttp:
         assert first[0] == 200 and s.ask("POST", "/build", URL, Idempotency_Key="run 1")[2] == first[2]
         assert s.ask("POST", "/build", URL, Idempotency_Key='"run 1"')[2] == first[2]  # a string of structured fields
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="run 2"), 409, "AlreadyAccepted")
-        for key in ('"', '""', 'a"b', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
+        for key in ('"', '""', 'a"b', '"run 1', 'run 1"', '""run 1""', "x" * 256, "a\\b", "", "\xe9", "a\tb"):
             is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key=key), 400, "InvalidKey")
         is_problem(s.ask("POST", "/build", GOOD_REQUEST, Idempotency_Key="!~" * 127 + "x"), 409, "AlreadyAccepted")
         s.gate.set()
@@ -22535,6 +22535,27 @@ class TestHttp:
             assert refused.value.headers["Retry-After"] == "10"
             assert jobs.submit(request, key="other").id != task.result(30).id
             assert jobs.submit(request, key="key") is task.result(30)
+
+    @pytest.mark.parametrize("options", [{"single_use": True}, {"max_queue": 1}])
+    def test_a_key_where_no_other_build_is_accepted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    ) -> None:
+        """The second request is not refused because of the first one, at whatever stage that is. [CONTRACT 1.6]"""
+        request, real, seen = confbuild.BuildRequest(NONCE, "http://x/"), confbuild.write_durably, list[str]()
+
+        def write(path: str, data: bytes) -> None:
+            for ask in (lambda: jobs.check_open("key"), lambda: jobs.submit(request, key="key")):
+                with pytest.raises(confbuild.Refused) as refused:
+                    ask()
+                seen.append(refused.value.error_type)
+            real(path, data)
+
+        with started(tmp_path, slots=0, **options) as jobs:
+            monkeypatch.setattr(confbuild, "write_durably", write)
+            job = jobs.submit(request, key="key")
+            assert seen == ["Busy"] * 2 and jobs.check_open("key") is job is jobs.submit(request, key="key")
+            with pytest.raises(confbuild.Refused):
+                jobs.check_open("other")
 
     def test_pages(self, tmp_path: Path, site: Callable[..., Site]) -> None:
         """?after= continues the list; a job that nobody uses is not kept in memory. [CONTRACT 1.12]"""
@@ -22637,6 +22658,16 @@ class TestHttp:
             jobs.table.expire(0, 0)
             assert jobs.table.ids() == [job_id(1)]
             assert [(one.name, one.stat().st_size) for one in (tmp_path / "removed").iterdir()] == [(job_id(2), 0)]
+
+    def test_a_single_use_that_is_gone(self, tmp_path: Path) -> None:
+        """A server that accepts one build, ever, accepts no second one after the first was removed."""
+        os.utime(store(tmp_path, 1) / "job.json", (0, 0))
+        for _ in range(2):
+            with started(tmp_path, slots=0, single_use=True) as jobs:
+                with pytest.raises(confbuild.Refused, match="accepts one build"):
+                    jobs.check_open()
+                jobs.table.expire(0, 0)
+                assert jobs.table.ids() == []
 
     def test_gauges(self, tmp_path: Path) -> None:
         """What the objects count by themselves. A counter without labels is 0 at first. [CONTRACT 1.17]"""
