@@ -10011,12 +10011,12 @@ class Job:
         log = self.live_log()
         if not self.record.ended:
             self.update(finished_at=utc_now(), phases=dict(log.phases), **changes)
+        if self.source:  # before the last event: the next server does not look for what this one has left
+            with suppress(OSError):  # it is gone already
+                os.unlink(self.source)
         log.append(self.record.complete_event())
         _log_end(self, log)
         self.log = None
-        if self.source:
-            with suppress(OSError):  # it is gone already
-                os.unlink(self.source)
 
 
 def open_result(job: Job) -> OpenFile:

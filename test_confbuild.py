@@ -19690,11 +19690,15 @@ class TestJobs:
         assert refused.value.status == 503
 
     def test_result_before_complete(self, tmp_path: Path) -> None:
-        """Whoever sees `complete` can download the archive. The source stays until then. [CONTRACT 1.7, 1.15]"""
+        """Whoever sees `complete` can download the archive. The source stays until then. [CONTRACT 1.7, 1.15]
+
+        It is gone by then: a server that is killed at that moment leaves none behind.
+        """
         sizes, sources = list[int](), list[bytes]()
 
         def grown(log: confbuild.EventLog) -> None:
             if log.finished:
+                sources.extend(path.read_bytes() for path in tmp_path.glob("jobs/*/source"))
                 sizes.extend(confbuild.open_result(job).size for job in jobs.table.live())
 
         def run(job: confbuild.Job) -> str:
