@@ -10153,7 +10153,7 @@ class JobTable:
     def read(self, grown: Callable[[EventLog], None]) -> tuple[list[Job], int]:
         """Read the jobs of earlier servers. Return those that have not ended, in their order, and the last number.
 
-        The number is that of the last submission, or -1 if there is no job.
+        The number is that of the last submission, or -1 if there was none.
         """
         for name in os.listdir(self.incoming):
             if re.fullmatch(r"[0-9a-f-]{32,36}", name):  # it was not accepted
@@ -10165,7 +10165,7 @@ class JobTable:
             if not job.log:
                 logger().error("job %s: %s", job.id, (job.record.failure or {}).get("error"))
         with self._lock:
-            last = max((seq for seq, *_ in self._order.values()), default=-1)
+            last = max((seq for seq, *_ in self._order.values()), default=0 if os.listdir(self._removed) else -1)
         return sorted((job for job in found if job.log), key=_order), last
 
     def _glance(self, job_id: str) -> bool:
@@ -10232,7 +10232,7 @@ class JobTable:
         total = sum(sizes.values())
         for one, size in sizes.items():
             age_s = time.time() - getmtime(join(folders[one], "job.json"))
-            if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes):
+            if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes) or self.get(one).state == "damaged":
                 continue
             with open(join(self._removed, one), "wb"):
                 pass

@@ -22656,11 +22656,12 @@ class TestHttp:
         """[CONTRACT 1.15]"""
         replace(store(tmp_path, 1) / "events", "nothing")
         store(tmp_path, 2)
-        for n in (1, 2):
+        (store(tmp_path, 3) / "result.tar.gz").unlink()
+        for n in (1, 2, 3):
             os.utime(tmp_path / "jobs" / job_id(n) / "job.json", (0, 0))
         with started(tmp_path, slots=0) as jobs:
             jobs.table.expire(0, 0)
-            assert jobs.table.ids() == [job_id(1)]
+            assert jobs.table.ids() == [job_id(3), job_id(1)]
             assert [(one.name, one.stat().st_size) for one in (tmp_path / "removed").iterdir()] == [(job_id(2), 0)]
 
     def test_a_single_use_that_is_gone(self, tmp_path: Path) -> None:
