@@ -13815,11 +13815,11 @@ class Vm:
         self.kind = kind
         self.job = job
         self.name = WORKSPACE + secrets.token_hex(8)
-        self.workspace = join(realpath(kind.folder), self.name)  # empty once it is removed
         self._disk = STATE if kind.folder else TMPDIR
         try:
             with room_on(self._disk):
                 if kind.folder:
+                    self.workspace = join(realpath(kind.folder), self.name)  # empty once it is removed
                     os.mkdir(self.workspace, 0o700)
                     with open(join(self.workspace, "job"), "w", encoding="ascii") as f:
                         f.write(job)
@@ -16819,7 +16819,7 @@ def notify_systemd(state: str) -> None:
     """Report the state of the service to systemd, if it asked for that.  [sd_notify(3)]"""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, suppress(OSError):
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.sendto(state.encode("ascii"), re.sub("^@", "\0", address))
 
 
@@ -18707,6 +18707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Without argv, runs as the whole program: raises SystemExit with the status, since a zipapp's own start file drops
     what this returns.
     """
+    if sys.stdin is None:  # another file would take its number, or that of stdout or stderr, and pass for it
+        os.open(os.devnull, os.O_RDONLY)
     for name in ("stdout", "stderr"):
         # None: it was closed. To lose a result is an error (O_RDONLY, 0), to lose a message is not (O_WRONLY, 1).
         stream = getattr(sys, name) or open(os.open(os.devnull, name == "stderr"), "w")  # noqa: SIM115

@@ -20088,6 +20088,22 @@ class TestService:
         assert line.items() >= {"level": "info", "job": job, "name": "hello", "outcome": "SourceError"}.items()
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line["time"]) and line["seconds"] >= 0
 
+    def test_no_descriptor_for_systemd(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server that has no descriptor left for a moment goes on."""
+
+        def fail(*_: Any) -> Any:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent")
+        confbuild.notify_systemd("WATCHDOG=1")
+        monkeypatch.setattr(socket, "socket", fail)
+        confbuild.notify_systemd("WATCHDOG=1")
+
+    def test_closed_streams(self, server: Callable[..., Server]) -> None:
+        """As a daemon: no file that is opened later takes the number of a closed stream, and passes for it."""
+        s = server(program=("sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, str(COMPILED)))
+        assert s.events(s.submit())[-1] == OK_EVENT
+
 
 class TestState:
     @pytest.mark.parametrize("kind", KINDS)
@@ -24305,6 +24321,15 @@ def vm_host(
 
 @pytest.mark.usefixtures("own_tmpdir")
 class TestVm:
+    def test_a_removed_current_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A server outlives the folder in which it was started."""
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        vm = confbuild.Vm(confbuild.own_vms("agent", TOLD), "")
+        vm.destroy()
+        assert not os.path.exists(vm.workspace)
+
     def test_what_a_killed_server_left(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """An empty folder that is old is nobody's; one that is new or has files may be another VM's."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
