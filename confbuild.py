@@ -10419,10 +10419,11 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
-            queue, logs = len(self._queue), [job.live_log() for job in self._running]
+            queue, running = len(self._queue), len(self._running)
+            logs = [job.log for job in (*self._running, *self._ending) if job.log]
         return {
             "confbuild_queue_jobs": queue,
-            "confbuild_running_jobs": len(logs),
+            "confbuild_running_jobs": running,
             "confbuild_events_appended_total": sum(log.count for log in logs),
             "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
         }

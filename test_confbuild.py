@@ -22713,6 +22713,22 @@ class TestHttp:
         assert {"confbuild_vms_started_total{} 0", "confbuild_vms_lost_total{} 0"} <= {*lines}
         assert f'confbuild_build_info{{version="{confbuild.__version__}"}} 1' in lines
 
+    def test_events_of_a_build_that_cannot_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A counter never falls: they count also while a full disk keeps their build from ending. [CONTRACT 1.17]"""
+
+        def full(*_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def run(job: confbuild.Job) -> str:
+            monkeypatch.setattr(confbuild, "write_durably", full)
+            return build_quickly(job)
+
+        with started(tmp_path, run) as jobs:
+            log = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")).live_log()
+            wait_for(lambda: jobs._ending)
+            found = jobs.gauges()
+        assert (found["confbuild_running_jobs"], found["confbuild_events_appended_total"]) == (0, log.count) == (0, 2)
+
     def test_metrics(self, site: Callable[..., Site]) -> None:
         """Counts of builds, events and requests; and promtool finds nothing to say. [CONTRACT 1.17]"""
 
