@@ -10012,9 +10012,9 @@ class Job:
         log = self.live_log()
         if not self.record.ended:
             self.update(finished_at=utc_now(), phases=dict(log.phases), **changes)
-        if self.source:  # before the last event: the next server does not look for what this one has left
-            with suppress(OSError):  # it is gone already
-                os.unlink(self.source)
+        for left in ("source", "result.tmp"):  # before the last event: after it, the next server does not look
+            with suppress(OSError):  # there is none, or it is gone already
+                os.unlink(self.path(left))
         log.append(self.record.complete_event())
         _log_end(self, log)
         self.log = None
@@ -10224,15 +10224,14 @@ class JobTable:
     def expire(self, keep_s: float, keep_bytes: float) -> None:
         """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
         live = {job.id for job in self.live()}
-        folders = {one: join(self.folder, one) for one in reversed(self.ids()) if one not in live}
         sizes = {
-            one: sum(entry.stat().st_size for entry in os.scandir(folder))
-            for one, folder in folders.items()
+            folder: sum(entry.stat().st_size for entry in os.scandir(folder))
+            for folder in (join(self.folder, one) for one in reversed(self.ids()) if one not in live)
             if isfile(join(folder, "job.json"))
         }
         total = sum(sizes.values())
-        for one, size in sizes.items():
-            age_s = time.time() - getmtime(join(folders[one], "job.json"))
+        for folder, size in sizes.items():
+            one, age_s = basename(folder), time.time() - getmtime(join(folder, "job.json"))
             if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes) or self.get(one).state == "damaged":
                 continue
             with open(join(self._removed, one), "wb"):
@@ -10242,7 +10241,7 @@ class JobTable:
                     continue
                 del self._order[one]
             trash = join(self.incoming, one)  # which the next server empties if this one dies
-            os.rename(folders[one], trash)
+            os.rename(folder, trash)
             remove_tree(trash)
             total -= size
 
@@ -12072,10 +12071,10 @@ class Api(NamedTuple):
             raise Refused(400, "InvalidSource", _ONE_SOURCE)
         if "content-length" not in request.headers:
             raise Refused(411, "LengthRequired", "POST /build requires a Content-Length")
-        length, key = int(request.headers["content-length"]), request.headers.get("idempotency-key", "")
+        length = int(request.headers["content-length"])
+        key = re.sub('^"(.*)"$', r"\1", request.headers.get("idempotency-key", ""))
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
-        key = re.sub('^"(.*)"$', r"\1", key)
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
         job = self.jobs.check_open(key)
