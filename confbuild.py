@@ -12078,24 +12078,23 @@ class Api(NamedTuple):
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
         job = self.jobs.check_open(key)
-        if job:
-            return json_response({"job_id": job.id})
-        archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
-        try:
-            with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
-                while body.tell() < length:
-                    block = request.read(min(length - body.tell(), BLOCK))
-                    if not block:
-                        raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
-                    body.write(block)
-                if raw:  # the archive is the body; artifacts may come several times
-                    patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
-                    fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
-                else:
-                    fields = self._read_fields(body, archive)
-            job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
-        finally:
-            remove_tree(archive)  # if it was not moved
+        if not job:
+            archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
+            try:
+                with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
+                    while body.tell() < length:
+                        block = request.read(min(length - body.tell(), BLOCK))
+                        if not block:
+                            raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
+                        body.write(block)
+                    if raw:  # the archive is the body; artifacts may come several times
+                        patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
+                        fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
+                    else:
+                        fields = self._read_fields(body, archive)
+                job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
+            finally:
+                remove_tree(archive)  # if it was not moved
         return json_response({"job_id": job.id})
 
     def _read_fields(self, body: IO[bytes], archive: str) -> Any:
