@@ -590,7 +590,7 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
             try:
                 return check_schema(value, alternative, structure, path, ordered)
             except Malformed as e:
-                errors.append(e)
+                errors.append(e.with_traceback(None))  # whose frames hold this list, and all that the caller has
         # The alternative that matches deepest is the one that the writer meant.
         raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
     if isinstance(schema, dict) and isinstance(value, dict):
@@ -9985,7 +9985,7 @@ class Job:
             shutil.move(archive, self.path("result.tar.gz"))
             sync(self.path("result.tar.gz"))
         except BuildFailed as e:
-            end = e
+            end = e.with_traceback(None)  # whose frames hold end and the job, which would stay in use
         except Exception as e:  # noqa: BLE001  # a bug must not end the slot
             if isinstance(e, OSError) and is_full(e):
                 end = limit_error(f"the disk of the server is full: {e.strerror}")

@@ -58,6 +58,7 @@ import types
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 import zipapp
 import zipfile
 import zlib
@@ -459,6 +460,16 @@ def server(tmp_path: Path, stub_path: str) -> Iterator[Callable[..., Server]]:
         if one.process is not None and one.process.poll() is None:
             one.process.kill()
             one.process.communicate()
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """An idle server makes no garbage, so that none is collected."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def wait_for(condition: Callable[..., Any], *arguments: object) -> Any:
@@ -1887,6 +1898,20 @@ class TestJson:
         path = "" if re.match(r"\.|\[\d", message) else ": "
         with pytest.raises(confbuild.Malformed, match=f"^name: {re.escape('.x' + path + message)}$"):
             confbuild.check_schema(value, schema, "name", ".x")
+
+    def test_check_schema_keeps_nothing(self) -> None:
+        """The mismatch of an alternative keeps alive nothing that a caller has: no file stays open for it."""
+
+        class File:
+            pass
+
+        def call() -> weakref.ref[File]:
+            file = File()
+            confbuild.check_schema("x", (int, str), "doc")
+            return weakref.ref(file)
+
+        with without_gc():
+            assert call()() is None
 
     def test_check_schema_looks_at_the_order_of_keys_if_asked(self) -> None:
         schema, doc = [{"a": int, "b?": int, "c": {"d": int, "e": int}}], [{"a": 1, "c": {"d": 1, "e": 2}}]
@@ -22663,6 +22688,19 @@ class TestHttp:
             assert synced.wait(30)
             gate.set()
             wait_for(lambda: jobs.table.ids() == [job.id] and not os.listdir(tmp_path / "incoming"))
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_nobody_uses_a_build_that_has_ended(self, tmp_path: Path, fails: bool) -> None:
+        """So it is not kept because of that, nor is its log open, until garbage is collected. [CONTRACT 1.15]"""
+
+        def run(job: confbuild.Job) -> str:
+            if fails:
+                raise confbuild.BuildFailed("BuildError", "no")
+            return build_quickly(job)
+
+        with without_gc(), started(tmp_path, run) as jobs:
+            jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            wait_for(lambda: all_ended(jobs) and not jobs.table._used)
 
     def test_once_a_minute(self) -> None:
         """Builds that are not kept are removed after a minute of looks at the logs. [CONTRACT 1.15]"""
