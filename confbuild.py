@@ -9526,22 +9526,24 @@ class Streamer:
             for note in dict.fromkeys(self._selector.notes()):  # a log may have grown many times
                 if isinstance(note, EventLog):
                     waiting, note.waiting = note.waiting, set()
-                    for watcher in waiting:
-                        self._pump(watcher)
+                    while waiting:
+                        self._pump(waiting.pop())
                 elif note:
                     self.served.add(note)
                     self.files += note.files
                     self._pump(note)
                 else:
                     going = False
+                del note  # a log keeps its job in use, and there may be no other note for days
             for watcher, mask in events:
                 if mask & watcher.mask & READ:  # the mask of a dropped watcher is 0
                     self._on_readable(watcher)
                 if mask & watcher.mask & WRITE:
                     self._pump(watcher)
+                del watcher
             if monotonic() >= scan_at:
                 scan_at = monotonic() + every
-                self._scan(scan_at - every)
+                self._scan(monotonic())
         for watcher in list(self.served):
             self._drop(watcher)
         self._selector.close()

@@ -19172,6 +19172,23 @@ def desk(tmp_path: Path) -> Iterator[Callable[..., Desk]]:
 
 
 class TestStreamer:
+    def test_nothing_is_kept_of_the_last_stream(self, tmp_path: Path) -> None:
+        """A thread that has nothing to do keeps no job in use, so it can be removed. [CONTRACT 1.15]"""
+        streamer, log = confbuild.Streamer(), confbuild.EventLog(str(tmp_path / "log"))
+        log.append(confbuild.to_payloads("build", ["one"]))
+        ours, theirs = socket.socketpair()
+        streamer.add(confbuild.Watcher(theirs, log, 0, False, False, b""))
+        with without_gc(), ours:
+            ours.shutdown(socket.SHUT_WR)
+            wait_for(lambda: b"keepalive" in ours.recv(1 << 16))
+            log.append(COMPLETE_EVENT)
+            streamer.grown(log)
+            assert read_all(ours).endswith(b"\n\n")
+            kept = weakref.ref(log)
+            del theirs, log
+            wait_for(lambda: kept() is None)
+        streamer.stop()
+
     def test_masks(self) -> None:
         assert (confbuild.READ, confbuild.WRITE) == (selectors.EVENT_READ, selectors.EVENT_WRITE)
 
