@@ -10236,8 +10236,7 @@ class JobTable:
             one, age_s = basename(folder), time.time() - getmtime(join(folder, "job.json"))
             if age_s <= YOUNG_S or (age_s <= keep_s and total <= keep_bytes) or self.get(one).state == "damaged":
                 continue
-            with open(join(self._removed, one), "wb"):
-                pass
+            write_file(join(self._removed, one), b"")
             with self._lock:
                 if one in self._used:  # by now
                     continue
@@ -10251,7 +10250,7 @@ class JobTable:
         """Return the job that was accepted with this Idempotency-Key in the last KEY_S seconds."""
         since = datetime.fromtimestamp(time.time() - KEY_S, UTC).isoformat()
         with self._lock:
-            found = [one for one, order in self._order.items() if key and order[2] == key and order[1] > since]
+            found = [one for one, (_, at, known) in self._order.items() if key and known == key and at > since]
         return self.get(found[0]) if found else None
 
 
@@ -10363,24 +10362,17 @@ class Jobs:
         for thread in self._threads:
             thread.start()
 
-    def check_open(self, key: str = "") -> Job | None:
-        """Return the build that was accepted with this key, if there is one. [CONTRACT 1.6]
-
-        Otherwise raise Refused 409, 429 or 503 if no build can be accepted now.
-        """
+    def check_open(self, key: str = "") -> None:
+        """Raise Refused 409, 429 or 503 if no build can be accepted now, or one with this key is just then."""
         with self._changed:
             if key and key in self._accepting:
                 raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
-            known = self.table.find(key)
-            if known:
-                return known
             if self._single_use and (self._accepted or self._accepting):
                 raise Refused(409, "AlreadyAccepted", "this server accepts one build, and has accepted it")
             if self.stopping.is_set():
                 raise Refused(503, "ShuttingDown", "the server is shutting down", {"Retry-After": "30"})
             if len(self._queue) + len(self._accepting) >= self._max_queue:
                 raise Refused(429, "QueueFull", f"the queue is full: {len(self._queue)} builds", {"Retry-After": "60"})
-        return None
 
     def submit(self, request: BuildRequest, archive: str = "", key: str = "") -> Job:
         """Accept a build, durably, or return the one with the same key. Raises Refused, OSError.
@@ -10388,15 +10380,16 @@ class Jobs:
         archive: the uploaded source; is moved.
         """
         with self._changed:
-            known = self.check_open(key)
-            if known:
-                return known
+            self.check_open(key)
             self._accepting.append(key)
             self._seq = min(self._seq + 1, MAX_SEQ)
             record = JobRecord(self._seq, request, submitted_at=utc_now(), key=key)
         job, accepted = Job(join(self.table.incoming, str(uuid.uuid4())), record), False
         with job.writing:
             try:
+                known = self.table.find(key)
+                if known:
+                    return known
                 job.create(self.table.folder, self._grown, archive)
                 self.table.add(job)
                 accepted = True
@@ -10420,11 +10413,10 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
-            queue, running = len(self._queue), len(self._running)
+            found = {"confbuild_queue_jobs": len(self._queue), "confbuild_running_jobs": len(self._running)}
             logs = [job.log for job in (*self._running, *self._ending) if job.log]
         return {
-            "confbuild_queue_jobs": queue,
-            "confbuild_running_jobs": running,
+            **found,
             "confbuild_events_appended_total": sum(log.count for log in logs),
             "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
         }
@@ -11906,6 +11898,28 @@ def save_archive(body: IO[bytes], path: str, max_bytes: int) -> None:
         ) from None
 
 
+def read_fields(body: IO[bytes], archive: str, max_bytes: int) -> Any:
+    """Return the JSON document in body, and write its source_data to the new file archive.
+
+    Only source_data may be long. It is decoded in blocks, and the rest is parsed as if it were empty.
+    Raises Refused if it is not JSON, or source_data has more than max_bytes; OSError.
+    """
+    body.seek(0)
+    text = body.read(MAX_FIELDS)
+    start = find_source_data(text)
+    if start:
+        body.seek(start)
+        text = text[:start]
+        save_archive(body, archive, max_bytes)
+    text += body.read(MAX_FIELDS + 1)
+    if len(text) > MAX_FIELDS:
+        raise Refused(413, "PayloadTooLarge", f"the body has more than {MAX_FIELDS} bytes besides source_data")
+    try:
+        return parse_json(text, "body", 32, 2**53)
+    except Malformed as e:
+        raise Refused(400, "InvalidJson", str(e)) from None
+
+
 def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Response:
     """Return the answer with file, or the range of it that request asks for.  [RFC9110 13.2, 14]
 
@@ -12079,13 +12093,14 @@ class Api(NamedTuple):
             raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
-        job = self.jobs.check_open(key)
+        job = self.jobs.table.find(key)
         if not job:
             archive = join(self.jobs.table.incoming, uuid.uuid4().hex)
             try:
+                self.jobs.check_open(key)
                 with open(archive, "wb") if raw else tempfile.TemporaryFile(dir=self.jobs.table.incoming) as body:
                     while body.tell() < length:
-                        block = request.read(min(length - body.tell(), BLOCK))
+                        block = request.read(BLOCK)
                         if not block:
                             raise Refused(400, "InvalidSource" if raw else "InvalidJson", "the body ended early")
                         body.write(block)
@@ -12093,31 +12108,15 @@ class Api(NamedTuple):
                         patterns = urllib.parse.parse_qs(request.target.partition("?")[2]).get("artifacts")
                         fields = {"nonce": "", **request.query, "source_data": "", "artifacts": patterns}
                     else:
-                        fields = self._read_fields(body, archive)
+                        fields = read_fields(body, archive, limit)
                 job = self.jobs.submit(self._check_fields(fields, "query" if raw else "body", archive), archive, key)
+            except Refused:  # a build with this key may be why
+                job = self.jobs.table.find(key)
+                if not job:
+                    raise
             finally:
                 remove_tree(archive)  # if it was not moved
         return json_response({"job_id": job.id})
-
-    def _read_fields(self, body: IO[bytes], archive: str) -> Any:
-        """Return the JSON document in body, and write its source_data to the new file archive. Raises Refused, OSError.
-
-        Only source_data may be long. It is decoded in blocks, and the rest is parsed as if it were empty.
-        """
-        body.seek(0)
-        text = body.read(MAX_FIELDS)
-        start = find_source_data(text)
-        if start:
-            body.seek(start)
-            text = text[:start]
-            save_archive(body, archive, self.policy.max_archive)
-        text += body.read(MAX_FIELDS + 1)
-        if len(text) > MAX_FIELDS:
-            raise Refused(413, "PayloadTooLarge", f"the body has more than {MAX_FIELDS} bytes besides source_data")
-        try:
-            return parse_json(text, "body", 32, 2**53)
-        except Malformed as e:
-            raise Refused(400, "InvalidJson", str(e)) from None
 
     def _check_fields(self, fields: Any, where: str, archive: str) -> BuildRequest:
         """Return the build that fields of the body or query ask for, with source_data in the file archive.
