@@ -10557,6 +10557,8 @@ header a { color: var(--text); font-size: 16px; font-weight: 650; letter-spacing
 #server { color: var(--quiet); margin-left: auto; }
 #notice, #alert { margin: 0; padding-block: 8px; border-bottom: 1px solid var(--line); background: var(--raised); }
 #alert, #failure { color: var(--bad); overflow-wrap: anywhere; }
+#alert { position: sticky; top: 0; z-index: 1; }
+#source, #failure { max-height: 9em; overflow: auto; }
 main { padding-block: 20px 48px; }
 h1 { margin: 0; font-size: 20px; font-weight: 650; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2, #home h1 { margin: 28px 0 8px; font-size: 14px; font-weight: 650; letter-spacing: 0; }
@@ -10592,12 +10594,17 @@ th, td { padding: 5px 16px 5px 0; text-align: left; vertical-align: baseline; bo
 th { font-weight: 500; }
 tbody th { width: 10rem; }
 td:last-child, th:last-child { padding-right: 0; }
+[aria-label=Artifacts] td:nth-child(2) { white-space: nowrap; }
 #rows td:first-child { width: 40%; overflow-wrap: anywhere; }
 #rows td:last-child { text-align: right; }
 #rows td { height: 43px; white-space: nowrap; }
 #rows td:first-child { white-space: normal; }
 #rows button { min-height: 26px; padding: 1px 8px; }
-#rows a { font-weight: 600; color: var(--text); text-decoration: none; }
+#rows a {
+  font-weight: 600; color: var(--text); text-decoration: none;
+  display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3; overflow: hidden;
+}
+#rows a:focus-visible { outline-offset: -2px; }
 #rows a:hover { text-decoration: underline; }
 .state::before {
   content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px; border-radius: 50%;
@@ -10697,7 +10704,7 @@ summary { cursor: pointer; }
   <h2 id="list-title">Latest builds</h2>
   <table id="list" aria-labelledby="list-title">
     <thead><tr><th scope="col">Source</th><th scope="col">Status</th><th scope="col">Position</th>
-      <th scope="col">Phase</th><th scope="col">Age</th><th scope="col">Duration</th>
+      <th scope="col">Phase or error</th><th scope="col">Age</th><th scope="col">Duration</th>
       <th scope="col"><span class="unseen">Cancel</span></th></tr></thead>
     <tbody id="rows"></tbody>
   </table>
@@ -10750,8 +10757,12 @@ function el(name, properties, ...children) {
   return node;
 }
 
+// Return text without the characters that change the direction of others: with them, gnp.exe looks like exe.png.
+const forward = text => text.replace(/[\u202a-\u202e\u2066-\u2069]/g, "");
+
 // Change a text only if it is another one: screen readers announce every change, and it ends a selection.
 function write(node, text) {
+  text = forward(`${text ?? ""}`);
   if (node.textContent != text) node.textContent = text;
 }
 
@@ -10788,7 +10799,9 @@ async function ask(url, options = {}) {
     const token = sessionStorage.getItem("token");
     const headers = {...options.headers};
     if (token) headers.Authorization = `Bearer ${token}`;
-    const answer = await fetch(url, {...options, headers});
+    const answer = await fetch(url, {...options, headers}).catch(() => {
+      throw new Error("the server cannot be reached");  // browsers say "Failed to fetch" and the like
+    });
     if (answer.status == 401) {
       if (sessionStorage.getItem("token") === token) await askToken(token);
       continue;
@@ -10846,7 +10859,7 @@ function size(bytes) {
 }
 
 function sourceOf({repo_url, repo_ref, source_name}) {
-  return (repo_url || source_name || "archive").replace("https://", "") + (repo_ref ? ` @ ${repo_ref}` : "");
+  return forward((repo_url || source_name || "archive").replace("https://", "") + (repo_ref ? ` @ ${repo_ref}` : ""));
 }
 
 const isLive = ({status}) => status == "queued" || status == "running";
@@ -10864,10 +10877,10 @@ const builds = new Map();  // id -> {build, cells}, in no order
 
 function addRow(build, newest) {
   const cells = Array.from({length: 7}, () => el("td"));
-  const link = el("a", {href: `?build=${build.job_id}`, textContent: sourceOf(build)});
+  const name = sourceOf(build), link = el("a", {href: `?build=${build.job_id}`, textContent: name, title: name});
   cells[0].append(link, el("div", {className: "quiet mono", textContent: build.job_id.slice(0, 8)}));
   const button = el("button", {textContent: "Cancel", onclick: () => cancel(build)});
-  button.setAttribute("aria-label", `Cancel ${sourceOf(build)}`);
+  button.setAttribute("aria-label", `Cancel ${name}`);
   cells[4].title = build.submitted_at;
   builds.set(build.job_id, {build, cells, button});
   $("rows")[newest ? "prepend" : "append"](el("tr", {}, ...cells));
@@ -10877,7 +10890,7 @@ function drawRow({build, cells, button}) {
   const texts = [
     stateOf(build),
     build.position === undefined ? "" : build.position ? `${build.position + 1}` : "next",
-    build.status == "failed" || build.status == "damaged" ? build.error_type :
+    ["failed", "damaged"].includes(stateOf(build)) ? build.error_type :
       build.status == "running" ? Object.keys(build.phases ?? {}).at(-1) : "",
     age(since(build.submitted_at)),
     build.started_at ? span(between(build.started_at, build.finished_at)) : "",
@@ -10926,7 +10939,7 @@ async function showList() {
       if ($("alert").textContent == lost) say("alert", "");
       first = false;
     } catch (e) {
-      say("alert", lost = `The server does not answer (${e.message}); trying again.`);
+      say("alert", lost = `This list is not up to date: ${e.message}; trying again.`);
     }
   }
 }
@@ -10945,16 +10958,15 @@ async function submit(make) {
     } catch {
       // Full or forbidden: the page of the build will say that its nonce comes from the server.
     }
-    location.href = `?build=${job_id}`;
+    location.href = `?build=${job_id}`;  // until that page is there, a second click submits nothing
   } catch (e) {
     say("alert", `Not accepted: ${e.message}`);
-  } finally {
     $("go").disabled = false;
   }
 }
 
 async function submitArchive(file, limit) {
-  if (!file) return;
+  if (!file || $("go").disabled) return;
   if (file.size > limit) {
     say("alert", `${file.name} has ${size(file.size)}; this server accepts at most ${size(limit)}.`);
     return;
@@ -10970,6 +10982,7 @@ async function submitArchive(file, limit) {
 
 function prepareSubmit(limit) {
   $("limit").textContent = limit < Infinity ? `(at most ${size(limit)})` : "";
+  onpageshow = () => { $("go").disabled = false; };  // when the browser's "back" returns to this page as it was
   $("submit").onsubmit = event => {
     event.preventDefault();
     const body = {repo_url: $("url").value, repo_ref: $("ref").value.trim()};
@@ -11073,7 +11086,7 @@ const ESCAPE = new RegExp([
   /\x1b\[([0-9;:]*)m/,  // SGR: colours
   /\x1b\[[0-?]*[ -/]*[@-~]/,  // another control sequence [ECMA-48 5.4]
   /\x1b[P\]X^_][^\x07\x1b]*(?:\x07|\x1b\\)?/,  // a control string, such as a link [ECMA-48 5.6]
-  /\x1b[ -/]*[0-~]?|[\0-\x08\x0b-\x1f\x7f-\x9f]/,
+  /\x1b[ -/]*[0-~]?|[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]/,
 ].map(part => part.source).join("|"), "g");
 const SGR = {
   1: {bold: true}, 2: {dim: true}, 3: {italic: true}, 4: {underline: true}, 7: {reverse: true}, 9: {strike: true},
@@ -11252,6 +11265,7 @@ function goTo(row) {
   firstRow = Math.max(0, Math.min(firstRow, rowCount() - visible()));
   drawnAt = $("log").scrollTop;  // a scroll event that is still to come is older
   following = false;
+  $("log").scrollIntoView({block: "nearest"});  // on a small screen it may be below the window
   redraw();
 }
 
@@ -11259,7 +11273,7 @@ function goTo(row) {
 function goToTarget() {
   target = Number(/^#L(\d+)$/.exec(location.hash)?.[1] || 0);
   awaited = target > lineCount;
-  if (!target) return;
+  if (!target) return redraw();
   following = false;
   if (awaited) {
     if (complete) say("found", `there is no line ${target}`);
@@ -11317,7 +11331,8 @@ let asked = 0;  // how often something else than the first error was asked for, 
 
 function showHits() {
   const at = current < 0 ? 0 : hits.indexOf(current) + 1;
-  say("found", !pattern ? "" : hits.length ? `${at || "–"} of ${hits.length.toLocaleString("en")}` : "no match");
+  const [number, count] = [at || "–", hits.length].map(one => one.toLocaleString("en"));
+  say("found", !pattern ? "" : hits.length ? `${number} of ${count}` : "no match");
 }
 
 async function step(forward) {
@@ -11403,7 +11418,7 @@ function showBuild() {
   $("state").className = `state ${state}`;
   say("took", took + (build.attempts > 1 ? `, attempt ${build.attempts}` : ""));
   say("facts", `${build.job_id}, submitted ${new Date(build.submitted_at).toLocaleString()}`);
-  say("failure", build.error ? `${build.error_type}: ${build.error}` : "");
+  say("failure", build.error && state != "cancelled" ? `${build.error_type}: ${build.error}` : "");
   $("cancel").hidden = !live;
   $("download").hidden = !build.result;
   $("build").hidden = false;
@@ -11588,16 +11603,16 @@ function verifyCommand(nonce) {
   const options = ["python3 confbuild.py verify", `${job}.tar.gz`, `--nonce ${nonce || build.nonce}`];
   if (/^([0-9a-f]{40}|[0-9a-f]{64})$/.test(build.repo_ref)) options.push(`--source-commit ${build.repo_ref}`);
   if (config.confidential && config.measurement) options.push(`--measurement ${config.measurement}`);
-  const notes = ["This page checks nothing. Download the bundle, and run this beside it, with a confbuild.py that you",
+  const notes = ["This page checks nothing. Download the bundle, and run this next to it, with a confbuild.py that you",
     "trust, on a machine that you trust."];
-  if (!nonce) notes.push("The nonce is the server's word, because this browser did not submit the build.");
+  if (!nonce) notes.push("The nonce comes from the server, because this browser did not submit the build.");
   if (nonce && nonce != build.nonce) notes.push("The server names another nonce than the one that this browser chose!");
-  notes.push(config.confidential ? "The measurement is the server's word: compare it with the one that you expect."
+  notes.push(config.confidential ? "The measurement comes from the server: compare it with the one that you expect."
     : "The command ends with SIMULATED and status 3, because no hardware signed the evidence.");
   const command = el("pre", {className: "command"}, options.join(" "));
   const copy = el("button", {textContent: "Copy", onclick: () => {
     getSelection().selectAllChildren(command);
-    document.execCommand("copy");  // navigator.clipboard needs https
+    write(copy, document.execCommand("copy") ? "Copied" : "Press Ctrl-C");  // navigator.clipboard needs https
   }});
   return [command, copy, el("p", {className: "quiet"}, notes.join(" "))];
 }

@@ -20723,10 +20723,25 @@ class TestPage:
         assert all(re.fullmatch(r"\d+ s", row[4]) for row in cells) and re.fullmatch(r"\d+\.\d s", cells[1][5])
         browser.run("confirm = () => true")
         browser.click("[aria-label='Cancel two.tar.gz']")
-        browser.wait("$('rows').rows[0].innerText.includes('Cancelled')")
+        browser.wait("$('rows').rows[0].innerText.includes('cancelled')")
+        assert browser.run("$('rows').rows[0].cells[3].innerText") == ""
         assert s.jobs.get(second).state == "failed"
         browser.picture("list")
         assert browser.run("$('rows').querySelector('a').href") == self.address(s, second)
+
+    def test_names(self, site: Callable[..., "Site"], browser: Browser) -> None:
+        """A long name takes three lines of the list; no name is shown in another order than it has."""
+        s = site()
+        self.accepted(s, source_name="\u202egnp.exe" + "W" * 240)
+        job = self.accepted(s, source_name="\u2066" + "x" * 254)
+        browser.open(self.address(s), 360, 740)
+        browser.wait("$('rows').rows.length == 2")
+        names = browser.run("[...$('rows').querySelectorAll('a')].map(link => [link.title, link.offsetHeight])")
+        assert names == [["x" * 254, 63], ["gnp.exe" + "W" * 240, 63]]
+        browser.picture("long-names")
+        browser.open(self.address(s, job), 360, 740)
+        browser.wait("!$('build').hidden && $('source').innerText == 'x'.repeat(254)")
+        assert browser.run("$('source').offsetHeight < 200")
 
     def test_live_log(self, site: Callable[..., "Site"], browser: Browser) -> None:
         """From the first line to the verified bundle, with all that a reader can do on the way."""
@@ -21035,11 +21050,18 @@ class TestPage:
         browser.run("$('url').value = 'git.example/demo.git'; $('url').onchange()")
         assert browser.run("$('url').value") == "https://git.example/demo.git"
         browser.run("$('url').value = 'ftp://x'; $('submit').requestSubmit()")
-        browser.wait("$('alert').innerText.startsWith('Not accepted: ')")
+        browser.wait("$('alert').innerText.startsWith('Not accepted: ') && !$('go').disabled")
         browser.picture("refused")
         browser.run(
             "$('url').value = 'https://git.example/demo.git'; $('ref').value = ' v1 '; $('submit').requestSubmit()"
         )
+        browser.wait("job && build && !$('build').hidden")
+        # After an accepted build nothing else is submitted, until the page is left or comes back.
+        assert browser.run(
+            "ask = async () => ({json: () => ({job_id: ''})}), submit(() => ({url: ''})).then(() => $('go').disabled)"
+        )
+        browser.wait("!job && !$('home').hidden && !$('go').disabled")
+        browser.run("history.back()")
         browser.wait("job && build && !$('build').hidden")
         request = s.jobs.get(browser.run("job")).request
         assert (request.repo_url, request.repo_ref) == ("https://git.example/demo.git", "v1")
@@ -21059,6 +21081,8 @@ class TestPage:
         browser.run("$('wrap').click()")
         browser.wait("document.querySelector('.row').offsetHeight > 100")
         browser.picture("narrow-build")
+        browser.run("scrollTo(0, 0), goToLine(1)")
+        browser.wait("$('log').getBoundingClientRect().bottom <= innerHeight")
         browser.call("Input.dispatchKeyEvent", type="keyDown", key="/", text="/")
         assert browser.run("document.activeElement.id") == "needle"
         names = browser.run(
