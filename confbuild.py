@@ -9740,7 +9740,10 @@ def claim_state(state: str) -> int:
     Raises UsageError if another server uses it or it is not a state directory: it has no marker, and is neither empty
     nor written by confbuild 0.1, which wrote no marker. [CONTRACT 1.15] Raises OSError.
     """
-    os.makedirs(state, mode=0o700, exist_ok=True)
+    try:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"{state} cannot be made: {e.strerror}", "choose another directory with --state") from None
     marker, jobs = join(state, _STATE_MARKER), join(state, "jobs")
     if lexists(marker):
         match = None
@@ -17132,7 +17135,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         try:
             find_outputs(source, options.toolchain, options.subdir)
         except BuildFailed as e:
-            raise UsageError(f"{join(source, options.subdir).rstrip('/')}: {e}", e.hint) from None
+            raise UsageError(f"{normpath(join(source, options.subdir))}: {e}", e.hint) from None
         options.source, options.subdir = wider_source(source, options.subdir)
 
 
@@ -18548,6 +18551,10 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
             message = message.removeprefix("argument ").replace("unrecognized arguments:", "unexpected argument")
             raise UsageError(f"{command.name}: {message}", f"`confbuild {command.name} --help` lists the options")
 
+        def print_help(self, file: Any = None) -> None:
+            """Print the help. argparse would ignore that it cannot be written."""
+            print(self.format_help(), end="")
+
     usage = [f"confbuild {command.name} [options]"]
     parser = Parser(
         prog=f"confbuild {command.name}",
@@ -18743,7 +18750,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
     except OSError as e:  # of stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes the rest of the results there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes the rest of the results there
         status = EXIT_USAGE
         if not isinstance(e, BrokenPipeError):
             say(f"error: stdout cannot be written: {e.strerror}")

@@ -29560,7 +29560,12 @@ BUILD_AND_SERVE = (
     ("serve --token-file binary", 2, "binary"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank", 2, "--tls-cert and --tls-key go together"),
     ("serve --listen 127.0.0.1:0 --state s --tls-cert blank --tls-key blank", 2, "--tls-cert blank, --tls-key blank: "),
-    ("serve --listen 127.0.0.1:0 --state blank", 2, "blank: File exists"),
+    (
+        "serve --listen 127.0.0.1:0 --state blank",
+        2,
+        "blank cannot be made: File exists\nconfbuild: hint: choose another directory with --state",
+    ),
+    ("build /", 2, "error: /: the project has none of"),
     ("serve --tee --vm qemu", 2, "--tee is --vm snp, not --vm qemu"),
     ("build demo --tee", 2, "this machine cannot run SEV-SNP guests: "),
     *[
@@ -30246,12 +30251,13 @@ class TestUsage:
         assert noise == []
 
     @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+    @pytest.mark.parametrize("arguments", ["--version", "verify --help"])
     @pytest.mark.parametrize("unbuffered", ["", "1"])
-    def test_results_that_cannot_be_written(self, unbuffered: str) -> None:
+    def test_results_that_cannot_be_written(self, unbuffered: str, arguments: str) -> None:
         """[CONTRACT 5.3]"""
         with open("/dev/full", "wb") as full:
             done = subprocess.run(
-                [*PROGRAM, "--version"],
+                [*PROGRAM, *arguments.split()],
                 stdout=full,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -32442,6 +32448,8 @@ class TestBuild:
         )
         message = "confbuild: error: stdout cannot be written: Bad file descriptor\n"
         assert (lost.returncode, lost.stderr) == (2, message), "no status for a verdict that nobody saw"
+        nothing = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *program], timeout=PATIENCE, check=False)
+        assert nothing.returncode == 2
 
     @pytest.mark.parametrize(
         "command", ["list", "cancel j", "watch j", "fetch j", "fetch j --nonce " + NONCE, "list --output json"]
