@@ -6308,7 +6308,7 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     try:
         found = sorted({str(row[4][0]) for row in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)})
     except (OSError, UnicodeError) as e:
-        raise source_error(f"{parts.hostname}: {e}") from None
+        raise source_error(f"{parts.hostname}: {getattr(e, 'strerror', e)}") from None
     for address in found:
         complaint = _forbidden_address(address, loopback)
         if complaint:
@@ -10587,6 +10587,7 @@ label:has(#url) { flex: 0 1 26rem; }
 #submit { padding: 14px 16px; border: 1px dashed var(--line); border-radius: 6px; }
 #submit.over { border-color: var(--accent); background: var(--raised); }
 form p { margin: 0; flex-basis: 100%; }
+#login { margin-bottom: 20px; }
 #file { position: absolute; width: 1px; height: 1px; opacity: 0; }
 label.button { color: var(--text); font-size: 14px; display: inline-block; }
 label.button:focus-within { outline: 2px solid var(--accent); outline-offset: 2px; }
@@ -10667,7 +10668,9 @@ summary { cursor: pointer; }
   #rows tr { border-bottom: 1px solid var(--line); }
   #rows td { border: 0; padding: 0; height: auto; }
   #rows td:first-child { width: 100%; }
-  #rows td:last-child { margin-left: auto; }
+  #rows tr:has(button) td:first-child { width: calc(100% - 90px); }
+  #rows td:last-child { margin-left: auto; order: 1; }
+  #rows td:not(:first-child, :last-child) { order: 2; }
   #rows td:empty { display: none; }
   label:has(#url), label:has(#ref) { flex: 1 1 100%; }
   #url { width: 100%; }
@@ -10688,7 +10691,8 @@ summary { cursor: pointer; }
 <main>
 <form id="login" hidden>
   <label>Token of this server
-    <input id="token" type="password" autocomplete="off" required pattern="[!-~]+" size="40"></label>
+    <input id="token" type="password" autocomplete="off" required pattern="[!-~]+" size="40"
+      title="A token has only ASCII characters and no spaces."></label>
   <button class="primary">Continue</button>
   <p class="quiet" id="login-note"></p>
 </form>
@@ -11201,24 +11205,26 @@ const ERROR = new RegExp([
 ].map(part => part.source).join("|"), "i");
 let following = true;
 let drawing = 0;  // the number of the animation frame that is asked for
-let firstRow = 0;  // the first row of the window
+let firstRow = 0;  // the first row of the window; if rows are wrapped, the row at the part of it that the log is at
 let drawnAt = 0;  // the scrollTop that draw() left
 let target = 0, awaited = false;  // the number of the line in the address, and whether it is still to come
 let pattern = null, hits = [], searched = 0;  // what is searched for, the rows that have it, how many were searched
 
 const redraw = () => { drawing ||= requestAnimationFrame(draw); };
 const visible = () => $("log").clientHeight / ROW;
+const isWrapped = () => $("log").classList.contains("wrapped");
+const lastFirst = () => Math.max(0, rowCount() - (isWrapped() ? 0 : visible()));  // the largest value of firstRow
 const counted = () => lineCount == 1 ? "1 line" : `${lineCount.toLocaleString("en")} lines`;
 const plain = text => text.includes("\x1b") ? text.replace(ESCAPE, "") : text;
 
 function draw() {
   drawing = 0;
-  const log = $("log"), list = $("pane").firstElementChild, count = rowCount(), wrapped = $("wrap").checked;
+  const log = $("log"), list = $("pane").firstElementChild, count = rowCount(), wrapped = isWrapped();
   const columns = Math.max(20, (log.clientWidth - 90) / 7.2);
   const most = (count + (wrapped ? byteCount / columns : 0)) * ROW;  // an upper bound of what wrapped rows need
   $("space").style.height = `${Math.min(TALLEST, most)}px`;
   const range = log.scrollHeight - log.clientHeight;
-  const wanted = following ? range : range * firstRow / Math.max(1, count - visible());
+  const wanted = following ? range : range * firstRow / Math.max(1, lastFirst());
   if (Math.abs(log.scrollTop - wanted) >= 1) log.scrollTop = wanted;
   drawnAt = log.scrollTop;
   const height = log.clientHeight, part = range > 0 ? Math.min(1, wanted / range) : 0;
@@ -11264,8 +11270,9 @@ function drawLine({row, line, text, style}) {
 
 // Scroll to a row unless it is visible.
 function goTo(row) {
-  if (row < firstRow + 1 || row > firstRow + visible() - 2 || $("wrap").checked) firstRow = row - visible() / 3;
-  firstRow = Math.max(0, Math.min(firstRow, rowCount() - visible()));
+  if (isWrapped()) firstRow = row * rowCount() / Math.max(1, rowCount() - 1);  // the whole row is in the window then
+  else if (row < firstRow + 1 || row > firstRow + visible() - 2) firstRow = row - visible() / 3;
+  firstRow = Math.max(0, Math.min(firstRow, lastFirst()));
   drawnAt = $("log").scrollTop;  // a scroll event that is still to come is older
   following = false;
   $("log").scrollIntoView({block: "nearest"});  // on a small screen it may be below the window
@@ -11352,13 +11359,18 @@ function prepareLog() {
   const log = $("log");
   log.onscroll = () => {
     const range = log.scrollHeight - log.clientHeight;
+    if (Math.abs(log.scrollTop - drawnAt) < 1) return;  // draw() scrolled, not the reader
     following = log.scrollTop >= range - 2;
-    const row = range > 0 ? log.scrollTop / range * Math.max(0, rowCount() - visible()) : 0;
-    if (Math.abs(log.scrollTop - drawnAt) >= 1) firstRow = row;  // the reader scrolled, not draw()
+    firstRow = range > 0 ? log.scrollTop / range * lastFirst() : 0;
     redraw();
   };
   new ResizeObserver(redraw).observe(log);
-  $("wrap").onchange = () => { log.classList.toggle("wrapped", $("wrap").checked); redraw(); };
+  $("wrap").onchange = () => {
+    const part = firstRow / Math.max(1, lastFirst());
+    log.classList.toggle("wrapped", $("wrap").checked);
+    firstRow = part * lastFirst();
+    redraw();
+  };
   $("follow").onclick = () => { following = true; target = 0; awaited = false; redraw(); log.focus(); };
   $("needle").oninput = () => {
     asked++;
@@ -11571,7 +11583,7 @@ function provenanceTable({predicate: {buildDefinition: {buildType, ...build}, ru
     ["Finished", metadata?.finishedOn], ["Build type", buildType],
     ...(runDetails.byproducts ?? []).map(one => [one.name, digestOf(one)]),
   ];
-  const more = el("details", {}, el("summary", {}, `${dependencies.length} dependencies`));
+  const more = el("details", {hidden: !dependencies.length}, el("summary", {}, `Dependencies: ${dependencies.length}`));
   more.ontoggle = () => {
     if (more.children.length > 1) return;
     const rows = dependencies.map(one => [one.name, one.uri, digestOf(one)]);
