@@ -9200,6 +9200,7 @@ class TestToyHierarchy:
             "TCB level",
             "TDX module",
             "collateral form",
+            "given VEK",
             "f'{title} chain'",
             "f'{title} form'",
             "f'{title} root'",
