@@ -9768,8 +9768,7 @@ def claim_state(state: str) -> int:
     lock = os.open(join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not lexists(marker):
-            write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
+        write_durably(marker, b"confbuild state %d\n" % STATE_VERSION)
     except OSError as e:
         os.close(lock)
         busy = isinstance(e, BlockingIOError)

@@ -20375,8 +20375,6 @@ class TestState:
         for _ in range(2):  # the claim is given up
             with pytest.raises(confbuild.UsageError, match=f"^{tmp_path} cannot be written: No space left on device$"):
                 confbuild.claim_state(str(tmp_path))
-        (tmp_path / "confbuild-state").write_text("confbuild state 1\n")  # what it holds can still be served
-        os.close(confbuild.claim_state(str(tmp_path)))
 
     def test_claim(self, tmp_path: Path) -> None:
         """A new, an empty and a 0.1 state are taken, and marked; one server at a time. [CONTRACT 1.15]"""
