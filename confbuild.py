@@ -6086,6 +6086,7 @@ _REF = re.compile(  # git-check-ref-format(1)
     re.VERBOSE,
 )
 GITLINK = b"160000"  # the mode of a submodule [GIT]
+MAX_TAGS = 100  # of one commit
 MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
 MAX_GIT_MEMORY = GIB  # address space of each process of git, which holds everything that a server announces
 
@@ -6153,14 +6154,14 @@ def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     return {**env, **dict(setting.split("=") for setting in settings.split())}
 
 
-# The last two lines: little memory; one pack for all objects, as each file of its own would have a limit of its own;
-# and no log of who set HEAD when.
+# The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
+# own.
 _SETTINGS = """
     core.hooksPath=/dev/null credential.helper= core.fsmonitor=false core.untrackedCache=false
     http.followRedirects=false http.lowSpeedLimit=100 http.lowSpeedTime=60 protocol.version=2
     gc.auto=0 maintenance.auto=false advice.detachedHead=false submodule.recurse=false
     core.packedGitWindowSize=32m core.packedGitLimit=256m core.bigFileThreshold=32m pack.threads=2
-    fetch.unpackLimit=1 transfer.unpackLimit=1 core.logAllRefUpdates=false
+    fetch.unpackLimit=1 transfer.unpackLimit=1
 """.split()
 _GIT = ("git", *(word for setting in _SETTINGS for word in ("-c", setting)))
 # setrlimit(2) for git and everything that it starts, in POSIX's units. Without SIGXFSZ, a write beyond the limit fails
@@ -6341,12 +6342,11 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
         if _folder_size(git) > max_bytes:
             raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
 
-    # With a name to store it by, git also fetches the tags that point at it.
-    fetch = [*pinned, *"fetch -q --depth 1 --no-recurse-submodules --".split(), url, f"+{ref or 'HEAD'}:refs/fetched"]
+    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url]
     for algorithm in sorted(("sha1", "sha256"), key=object_format(ref).__ne__):
         _init_repository(git, algorithm, f'[remote "origin"]\nurl = {_quoted(origin)}\n' * bool(origin))
         try:
-            _git(fetch, root, env, max_bytes, watch=watch)
+            _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
             break
         except BuildFailed as e:
             if "mismatched algorithms" not in str(e) or algorithm != object_format(ref):
@@ -6354,13 +6354,18 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
             remove_tree(git)
     watch()
     _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
-    _git("update-ref --no-deref HEAD refs/fetched^0".split(), root, env)
-    _git(["read-tree", "HEAD"], root, env, max_bytes)
+    commit = _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
+    write_file(join(git, "HEAD"), f"{commit}\n".encode("ascii"))
+    _git(["read-tree", commit], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
     # Keep the bytes that the tree hash covers.
     write_file(join(git, "info", "attributes"), b"* -text -eol -ident -filter -working-tree-encoding\n")
-    os.unlink(join(git, "refs", "fetched"))
+    listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
+    rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
+    tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
+    if tags:
+        _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
     os.unlink(join(git, "FETCH_HEAD"))  # it contains url
     return max_bytes
 
@@ -6392,12 +6397,12 @@ def refuse_filters(directory: str, env: Strings) -> None:
 
 
 def _folder_size(folder: str) -> int:
-    """Return the size of all files below folder, each with 4 KiB more, ignoring those that disappear meanwhile."""
+    """Return the size of all files below folder, ignoring those that disappear meanwhile."""
     size = 0
     for directory, _, files in os.walk(folder):
         for name in files:
             with suppress(FileNotFoundError):
-                size += os.lstat(join(directory, name)).st_size + 4 * KIB  # a server may announce a million tags
+                size += os.lstat(join(directory, name)).st_size
     return size
 
 

@@ -13647,20 +13647,13 @@ class TestSources:
             assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
             assert git(out, "status", "--porcelain") == ""
 
-    def test_many_tags(self, tmp_path: Path) -> None:
-        """All of them come; what a server can fill the disk with is bounded."""
+    def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(confbuild, "MAX_TAGS", 2)
         root = self.repository(tmp_path)
-        commit = git(root, "rev-parse", "HEAD")
-        names = [f"t{n:03}" for n in range(300)]
-        (root / ".git/packed-refs").write_text("".join(f"{commit} refs/tags/{name}\n" for name in names))
-        policy = confbuild.SourcePolicy(("file",))
-        confbuild.fetch_git(f"file://{root}", "", str(tmp_path / "o"), ORACLE_ENV, policy)
-        assert git(tmp_path / "o", "tag").split() == names
-        assert not git(tmp_path / "o", "for-each-ref", "refs/fetched")
-        with pytest.raises(confbuild.BuildFailed, match="the repository's pack has more than 1048576 bytes"):
-            confbuild.fetch_git(
-                f"file://{root}", "", str(tmp_path / "p"), ORACLE_ENV, policy._replace(max_unpacked=1 << 20)
-            )
+        for name in "abc":
+            git(root, "tag", name)
+        confbuild.fetch_git(f"file://{root}", "", str(tmp_path / "o"), ORACLE_ENV, confbuild.SourcePolicy(("file",)))
+        assert git(tmp_path / "o", "tag").split() == ["a", "b"]
 
     def test_submodules_by_url(self, tmp_path: Path, origin: dict[str, str]) -> None:
         """Their folders are empty, and the commit stays. [CONTRACT 2.2]"""
