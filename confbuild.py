@@ -6324,17 +6324,20 @@ def _pinned_address(url: str, loopback: bool) -> list[str]:
     ]
 
 
-def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePolicy, origin: str) -> int:
-    """Make the new directory root a repository with a commit as its HEAD, a history of depth 1, and no files yet.
+def fetch_git(
+    url: str, ref: str, root: str, env: Strings, policy: SourcePolicy, own: str = "", files: bool = True
+) -> None:
+    """Make the new directory root a repository with a commit as its HEAD, and a history of depth 1.
 
     The tags that point at the commit are fetched too, for `git describe`.
     url, ref: checked by check_url and check_ref. ref is a branch, tag, full ref or commit; empty means the default
-    branch.
-    origin: the URL to record, or "" for none.
-    Return the limit of the files' bytes, which those of HEAD keep to.
+    branch. url is recorded as the origin.
+    own: a repository of our own to fetch from in place of url, which may then be empty; ref is a commit.
+    files: write the files of HEAD, with the bytes of the repository. Submodules are empty folders.
     Raises BuildFailed SourceError or LimitError."""
     env, git = git_environment(env, policy.schemes), join(root, ".git")
-    pinned = _pinned_address(url, policy.loopback)
+    source = "file://" + urllib.parse.quote(own) if own else url
+    pinned = _pinned_address(source, policy.loopback)
     os.mkdir(root)
     max_bytes = min(policy.max_unpacked, shutil.disk_usage(root).free // 2)
 
@@ -6342,9 +6345,9 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
         if _folder_size(git) > max_bytes:
             raise limit_error(f"the repository's pack has more than {max_bytes} bytes")
 
-    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), url]
+    fetch = [*pinned, *"fetch -q --depth 1 --no-tags --no-recurse-submodules --".split(), source]
     for algorithm in sorted(("sha1", "sha256"), key=object_format(ref).__ne__):
-        _init_repository(git, algorithm, f'[remote "origin"]\nurl = {_quoted(origin)}\n' * bool(origin))
+        _init_repository(git, algorithm, f'[remote "origin"]\nurl = {_quoted(url)}\n' * bool(url))
         try:
             _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
             break
@@ -6353,33 +6356,28 @@ def fetch_history(url: str, ref: str, root: str, env: Strings, policy: SourcePol
                 raise
             remove_tree(git)
     watch()
-    _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
-    commit = _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
+    if files:
+        _check_listing(root, env, min(max_bytes, max(64 * MIB, policy.max_ratio * _folder_size(git))))
+    commit = ref if own else _git(["rev-parse", "FETCH_HEAD^0"], root, env).decode("ascii").strip()
     write_file(join(git, "HEAD"), f"{commit}\n".encode("ascii"))
     _git(["read-tree", commit], root, env, max_bytes)
     if not policy.allow_filters:
         refuse_filters(root, env)
     # Keep the bytes that the tree hash covers.
     write_file(join(git, "info", "attributes"), b"* -text -eol -ident -filter -working-tree-encoding\n")
-    listed = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch).decode("utf-8", "replace")
-    rows = (row.removesuffix("^{}").split("\t") for row in listed.splitlines() if row.startswith(commit + "\t"))
-    tags = [f"+{tag}:{tag}" for _, tag in rows if _REF.fullmatch(tag)]
+    if own:  # one process in place of three
+        shown = _git(["log", "-1", "--format=%D", "--decorate=full", "--decorate-refs=refs/tags/", commit], own, env)
+        tags = [name[5:] for name in os.fsdecode(shown).strip().split(", ") if name.startswith("tag: ")]
+    else:
+        shown = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch)
+        rows = (row.removesuffix("^{}").split("\t") for row in os.fsdecode(shown).splitlines())
+        tags = [tag for name, tag in rows if name == commit]
+    tags = [f"+{tag}:{tag}" for tag in tags if _REF.fullmatch(tag)]
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
-    os.unlink(join(git, "FETCH_HEAD"))  # it contains url
-    return max_bytes
-
-
-def fetch_git(url: str, ref: str, root: str, env: Strings, policy: SourcePolicy) -> None:
-    """Check out a commit into the new directory root, with the bytes of the repository: see fetch_history.
-
-    Submodules are empty folders."""
-    _check_out(root, env, fetch_history(url, ref, root, env, policy, url))
-
-
-def _check_out(root: str, env: Strings, max_bytes: int) -> None:
-    """Write the files of HEAD. max_bytes: from fetch_history, which has checked their sizes."""
-    _git("checkout -q -f --detach HEAD --".split(), root, git_environment(env, ()), max_bytes)
+    os.unlink(join(git, "FETCH_HEAD"))  # it contains source
+    if files:
+        _git("checkout -q -f --detach HEAD --".split(), root, env, max_bytes)
 
 
 def refuse_filters(directory: str, env: Strings) -> None:
@@ -6463,27 +6461,34 @@ _OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode 
     core.attributesfile core.excludesfile""".split()
 
 
-def _borrow_repository(git: str, common: str, own: str, env: Strings, config: Strings) -> str:
+def _borrow_repository(git: str, common: str, own: str, env: Strings, config: Strings) -> tuple[str, bytes]:
     """Make the empty folder own a repository with the objects, HEAD and refs of another one.
 
     git: the folder that holds HEAD.
     common: the folder that holds objects and refs; it differs in a linked work tree.
     config: the other one's. Only _OBEYED is copied, since the rest could name programs.
-    Return the commit of HEAD, or ""."""
-    settings, commit = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config), ""
+    Return (the name of the commit of HEAD, which is computed here, its contents), both empty if there is none."""
+    settings = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config)
+    algorithm = "sha256" if config.get("extensions.objectformat") == "sha256" else "sha1"
     fast = "[core]\nbare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # twice as fast a fetch, and hardly larger
-    _init_repository(own, config.get("extensions.objectformat", "sha1"), fast + "".join(settings))
+    _init_repository(own, algorithm, fast + "".join(settings))
     for name in ("HEAD", "refs"):
         remove_tree(join(own, name))
     for name in ("refs", "packed-refs"):
         os.symlink(abspath(join(common, name)), join(own, name))
     alternate = _quoted(abspath(join(common, "objects"))) + "\n"
     write_file(join(own, "objects", "info", "alternates"), os.fsencode(alternate))
-    with suppress(OSError, BuildFailed):  # HEAD is not a file, or names no commit
+    with suppress(OSError):  # HEAD is not a file
         shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
-        commit = _git("rev-parse -q --verify HEAD".split(), own, env).decode("ascii").strip()
-        write_file(join(own, "shallow"), f"{commit}\n".encode("ascii"))
-    return commit
+    try:
+        body = _git("cat-file commit HEAD".split(), own, env, max_output=MAX_COMMIT)
+    except BuildFailed as e:
+        if re.search("not a git repository|Not a valid object name", str(e)):  # HEAD is damaged, or names no commit yet
+            return "", b""
+        raise
+    commit = _git_object(algorithm, b"commit", len(body), [body]).hex()
+    write_file(join(own, "shallow"), f"{commit}\n".encode("ascii"))
+    return commit, body
 
 
 def _list_tree(commit: str, folder: str, env: Strings, *options: str) -> list[tuple[str, list[bytes]]]:
@@ -6516,6 +6521,26 @@ class History(NamedTuple):
     time: int
 
 
+class Checkout(NamedTuple):
+    """A work tree of git, read through a repository of our own, so that git never finds its configuration.
+
+    root: the top of the work tree.
+    own: the repository of our own.
+    commit: of HEAD, or "". The index of our own is that commit's.
+    body: its contents.
+    config: the configuration of the work tree, as data.
+    env: for a git that sees the work tree, and obeys the user's own configuration and _OBEYED.
+    letters: those of `git ls-files -t` for the files of the folder that was asked for, from the work tree's index."""
+
+    root: str
+    own: str
+    commit: str
+    body: bytes
+    config: Strings
+    env: Strings
+    letters: Strings = {}
+
+
 def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
@@ -6529,37 +6554,28 @@ def believe_history(project: str, env: Strings, prefix: str = "") -> History:
         raise source_error("there is no history")
     with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
         config = _read_config(own, env, join(git, "config"))
-        commit = _borrow_repository(git, git, own, env, config)
+        commit, body = _borrow_repository(git, git, own, env, config)
         if not commit:
             raise source_error("HEAD names no commit")
-        history = _believe_commit(project, own, commit, config, env, prefix, dict(_list_tree(commit, own, env)))
+        checkout, head = Checkout(project, own, commit, body, config, env), dict(_list_tree(commit, own, env))
+        history = _believe_commit(checkout, head, prefix)
         # A build may call git, which obeys programs in the configuration and believes any object and any ref.
-        fetch_history("file://" + urllib.parse.quote(own), commit, join(own, "clean"), env, _OWN_POLICY, history.uri)
+        fetch_git(history.uri, commit, join(own, "clean"), env, _OWN_POLICY, own, files=False)
         remove_tree(git)
         os.rename(join(own, "clean", ".git"), git)
         return history
 
 
 def _believe_commit(
-    project: str,
-    own: str,
-    commit: str,
-    config: Strings,
-    env: Strings,
-    prefix: str,
-    head: Mapping[str, list[bytes]],
-    files: Sequence[str] | None = None,
+    checkout: Checkout, head: Mapping[str, list[bytes]], prefix: str = "", files: Sequence[str] | None = None
 ) -> History:
     """Do what believe_history does, with a repository of our own that has the commit.
 
-    config: of the repository that it stands for.
     head: from _list_tree.
-    files: relative to project; None for all."""
-    body = _git(["cat-file", "commit", commit], own, env, max_output=MAX_COMMIT)
+    files: of the work tree; None for all."""
+    project, own, commit, body, config, env, _ = checkout
     links = {name: digest.decode("ascii") for name, (mode, _, digest) in head.items() if mode == GITLINK}
     modules = _read_config(own, env, join(project, ".gitmodules")) if links else {}
-    if _git_object(object_format(commit), b"commit", len(body), [body]).hex() != commit:
-        raise source_error("the commit's contents do not hash to its name")
     if files is None:
         files = [name for name in walk_files(project) if not name.startswith(tuple(link + "/" for link in links))]
     absent = {name: (row[0], row[2]) for name, row in head.items() if name in links or IGNORED & set(name.split("/"))}
@@ -6586,24 +6602,6 @@ def _believe_commit(
     committed = re.search(rb"(?m)^committer .* (\d{1,12}) [+-]\d+$", body)
     time_s = max(EPOCH, int(committed[1]) if committed else 0)
     return History(commit, tree, without_credentials(origin), submodules, time_s)
-
-
-class Checkout(NamedTuple):
-    """A work tree of git, read through a repository of our own, so that git never finds its configuration.
-
-    root: the top of the work tree.
-    own: the repository of our own.
-    commit: of HEAD, or "". The index of our own is that commit's.
-    config: the configuration of the work tree, as data.
-    env: for a git that sees the work tree, and obeys the user's own configuration and _OBEYED.
-    letters: those of `git ls-files -t` for the files of the folder that was asked for, from the work tree's index."""
-
-    root: str
-    own: str
-    commit: str
-    config: Strings
-    env: Strings
-    letters: Strings
 
 
 def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | None:
@@ -6633,7 +6631,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
         git, common = (join(root, os.fsdecode(line)) for line in found.splitlines())
         # With what it includes, and what the user's own configuration includes for this work tree.
         config = _read_config(root, env)
-        commit = _borrow_repository(git, common, own, git_environment(plain, ()), config)
+        commit, body = _borrow_repository(git, common, own, git_environment(plain, ()), config)
         os.symlink(join(common, "info"), join(own, "info"))
         for name in os.listdir(git):
             if name.startswith("sharedindex."):  # the index refers to it
@@ -6648,7 +6646,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
     except BuildFailed as e:
         e.hint = e.hint or f"repair it, or move {root}/.git away to build all files"
         raise
-    return Checkout(root, own, commit, config, env, {row[2:]: row[0] for row in rows[:-1]})
+    return Checkout(root, own, commit, body, config, env, {row[2:]: row[0] for row in rows[:-1]})
 
 
 def list_source(
@@ -6810,24 +6808,15 @@ def _read_head(
         # Nearly every work tree has the very bytes of HEAD, and needs no second copy of its files. But submodules do:
         # believe_history replaces their `.git`, which must never be the user's.
         with suppress(BuildFailed, OSError):
-            plain = git_environment(env, ())
-            history = _believe_commit(
-                checkout.root, checkout.own, checkout.commit, checkout.config, plain, "", head, files
-            )
+            plain = checkout._replace(env=git_environment(env, ()))
+            history = _believe_commit(plain, head, files=files)
     skipped = set() if history else _skipped_files(checkout, found, head)
     root = join(tempfile.mkdtemp(dir=scratch), safe_name(basename(checkout.root)))
     notes = [f"commit {checkout.commit}"]
-    max_bytes = fetch_history(
-        "file://" + urllib.parse.quote(checkout.own),
-        checkout.commit,
-        root,
-        env,
-        _OWN_POLICY,
-        without_credentials(checkout.config.get("remote.origin.url", "")),
-    )
+    origin = without_credentials(checkout.config.get("remote.origin.url", ""))
+    fetch_git(origin, checkout.commit, root, env, _OWN_POLICY, checkout.own, files=history is None)
     if history:
         return Source(checkout.root, files, history, notes[0], join(root, ".git"))
-    _check_out(root, env, max_bytes)
     for link in (name for name, row in head.items() if row[0] == GITLINK):
         path = join(checkout.root, link)
         if not submodules or not lexists(join(path, ".git")):
