@@ -330,6 +330,8 @@ def git(folder: Path | str, *arguments: str) -> str:
         "protocol.file.allow=always",
         "-c",
         "init.defaultBranch=main",
+        "-c",
+        "maintenance.auto=false",
     )
     return (
         subprocess.run(["git", *options, *arguments], cwd=folder, env=ORACLE_ENV, check=True, capture_output=True)
@@ -16754,7 +16756,7 @@ class TestBundle:
             (gzip.compress(b"hello" * 300), "neither a bundle nor its archive"),
             (gzip.compress(tar_of(*WHOLE))[:-9], "neither a bundle nor its archive"),
             (b"\x1f\x8b\x08\0\0\0\0\0\0\0\xff\xff", "neither a bundle nor its archive"),
-            (gzip.compress(tar_of(*WHOLE))[:-5] + b"\0" * 5, "neither a bundle nor its archive: CRC check failed"),
+            (gzip.compress(tar_of(*WHOLE))[:-8] + bytes(8), "neither a bundle nor its archive: CRC check failed"),
         ],
     )
     def test_bytes_that_are_no_archive(self, tmp_path: Path, data: bytes, message: str) -> None:
@@ -30467,11 +30469,15 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def enter_at_now(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(time, "time", lambda: 1795435200.0)
+
+
 @pytest.fixture
 def showroom(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The current directory, at NOW: workshop itself, in which nothing may change."""
-    monkeypatch.chdir(workshop)
-    monkeypatch.setattr(time, "time", lambda: 1795435200.0)
+    enter_at_now(workshop, monkeypatch)
     before = {path: os.stat(path).st_mtime_ns for path in (".", "folder", "b")}
     yield
     assert {path: os.stat(path).st_mtime_ns for path in before} == before
@@ -30481,8 +30487,7 @@ def showroom(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def bench(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, at NOW: a copy of workshop."""
     shutil.copytree(workshop, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(time, "time", lambda: 1795435200.0)
+    enter_at_now(tmp_path, monkeypatch)
     return tmp_path
 
 
