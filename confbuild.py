@@ -7159,16 +7159,13 @@ def prepare(
         words = {"project": project, "home": env.get("HOME", ""), **programs}
         return {name: value.format(**words).removeprefix("v") for name, value in plan.env.items()}
 
-    programs = dict.fromkeys(plan.tools, Program("", "", ""))
-    programs |= {name: find_program(name, project, {**env, **own_env()}, emit) for name in plan.tools}
-    # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
-    # ones that come first in PATH, and may hold another npm or pnpm.
-    behind = (
-        found.path
-        for name, found in programs.items()
-        if realpath(shutil.which(name, path=env["PATH"]) or "") != found.path
-    )
-    path = os.pathsep.join((*dict.fromkeys(map(dirname, behind)), env["PATH"]))
+    programs, path = dict.fromkeys(plan.tools, Program("", "", "")), env["PATH"]
+    for name in plan.tools:
+        programs[name] = found = find_program(name, project, {**env, **own_env(), "PATH": path}, emit)
+        # For the next one, and for programs that call these by name, if a rustup shim stands for it. Any other folder
+        # would go before the ones that come first in PATH, and may hold another npm or pnpm.
+        if realpath(shutil.which(name, path=path) or "") != found.path:
+            path = dirname(found.path) + os.pathsep + path
     plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
         tool, *options = plan.locate

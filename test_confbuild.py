@@ -14040,6 +14040,18 @@ class TestPrograms:
         assert find()[:2] == (f"{tmp_path}/.rustup/bin/cargo", "cargo 1.2")
         assert told == [("init", [f"Installing the toolchain for this build: {missing}"])]  # once: rustc finds it there
 
+    def test_the_compiler_beside_cargo(self, tmp_path: Path, rustup: Path) -> None:
+        """The rustc is that of cargo's toolchain, whatever comes first in PATH; rustup is asked once. [CONTRACT 2.2]"""
+        script(rustup / "rustup", f"echo $2 >> {tmp_path}/asked\n" + RUSTUP.replace("@", str(tmp_path)))
+        script(tmp_path / "new" / "bin" / "rustc", "echo rustc new\n")
+        script(tmp_path / "usr" / "rustc", "echo rustc 1.0\n")
+        demo = write_files(tmp_path / "project-new", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK})
+        env = {"PATH": f"{tmp_path}/usr:{rustup}:/usr/bin:/bin"}
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        assert [program.version for program in plan.programs.values()] == ["cargo new", "rustc new"]
+        assert plan.env["PATH"] == f"{tmp_path}/new/bin:{env['PATH']}"
+        assert (tmp_path / "asked").read_text() == "cargo\n"
+
     def test_a_link_with_another_name_leaves_the_path_alone(self, tmp_path: Path) -> None:
         """/usr/bin/npm leads to .../npm/bin/npm-cli.js, beside which lies an `npm` that works only on Windows."""
         script(tmp_path / "lib" / "npm-cli.js", "echo 11\n")
