@@ -170,6 +170,7 @@ class Workers:
         workers = min(len(os.sched_getaffinity(0)) + 1, 16)  # one more than cores: tests also wait
         if option.collectonly or option.usepdb or option.maxfail or len(items) < 200 or session.testsfailed:
             return None
+        st.text().validate()  # makes hypothesis' table of Unicode: a second, once for all processes
         queue, filled = os.pipe()
         # The tests that share guests are one process's, which starts them first and asks for their results last.
         alone = [item for item in items if item.cls is TestRealGuest]
@@ -266,6 +267,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if not plugins.hasplugin("confbuild"):
         plugins.register(SharedNote(), "confbuild")
         plugins.register(Workers())
+
+
+@functools.cache
+def syntax(source: str) -> ast.Module:
+    """The syntax tree of source; that of confbuild.py is made once, which takes 0.3 s."""
+    return ast.parse(source)
 
 
 def needs(tool: str) -> pytest.MarkDecorator:
@@ -7367,12 +7374,12 @@ class TestVerdict:
         """No check compares a value with itself or with its own words: a file called `none` would pass."""
         class_ = next(
             node
-            for node in ast.parse(FILE.read_text("utf-8")).body
+            for node in syntax(FILE.read_text("utf-8")).body
             if isinstance(node, ast.ClassDef) and node.name == "_Checks"
         )
         calls = [
             node
-            for top in ast.parse(FILE.read_text("utf-8")).body
+            for top in syntax(FILE.read_text("utf-8")).body
             if top.lineno > class_.lineno
             for node in ast.walk(top)
             if isinstance(node, ast.Call)
@@ -7682,9 +7689,7 @@ class TestVerdict:
         assert (verdict.verdict, check.actual, check.expected) == ("passed", NOW, f"{NOW} to {NOW}")
 
     def test_no_assert_that_dash_o_would_drop(self) -> None:
-        assert [
-            node.lineno for node in ast.walk(ast.parse(FILE.read_text("utf-8"))) if isinstance(node, ast.Assert)
-        ] == []
+        assert [node.lineno for node in ast.walk(syntax(FILE.read_text("utf-8"))) if isinstance(node, ast.Assert)] == []
 
 
 def toy_anchors(product: str, **roles: dict[str, Any]) -> confbuild.Anchors:
@@ -28744,28 +28749,37 @@ def guests(
     )
     (origin / "spy.sh").chmod(0o755)
     write_files(origin, {}, commit=True)
-    code = (
-        "import json, sys; sys.path.insert(0, sys.argv[1]); from test_confbuild import *; "
-        "print(json.dumps(guest_runs(Path(sys.argv[2]))))"
-    )
-    with open(folder / "errors", "wb") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, str(FILE.parent), str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-        )
+    results, written = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        try:
+            with open(written, "w", encoding="ascii") as pipe:
+                json.dump(guest_runs(folder), pipe)
+        except BaseException:
+            (folder / "errors").write_text(traceback.format_exc())
+        finally:
+            os._exit(0)
+    os.close(written)
+
+    def reap() -> None:
+        with contextlib.suppress(ChildProcessError):  # a server in this process has reaped it
+            os.waitpid(child, 0)
 
     @functools.cache
     def collect() -> GuestRuns:
-        output = child.communicate(timeout=10 * PATIENCE)[0]
-        assert child.returncode == 0, (folder / "errors").read_text()
-        return GuestRuns(*json.loads(output))
+        assert select.select([results], [], [], 10 * PATIENCE)[0], "the guests hang"
+        with open(results, encoding="ascii") as pipe:
+            answer = pipe.read()
+        reap()
+        assert answer, (folder / "errors").read_text()
+        return GuestRuns(*json.loads(answer))
 
     yield collect
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+    if collect.cache_info().misses == 0:
+        os.close(results)
+        os.killpg(child, signal.SIGKILL)
+        reap()
 
 
 @needs_qemu(10, 0)
@@ -32729,7 +32743,7 @@ def names_read(source: str) -> Iterator[tuple[int, str]]:
                 yield from inside(child)
 
     yield from inside(symtable.symtable(source, "confbuild", "exec"))
-    for node in ast.walk(tree := ast.parse(source)):
+    for node in ast.walk(tree := syntax(source)):
         for part in filter(None, (getattr(node, "annotation", None), getattr(node, "returns", None))):
             for n in ast.walk(part):
                 quoted = (
@@ -32753,7 +32767,7 @@ def unguarded(source: str) -> list[str]:
     *_locked methods begin with all of them.
     """
     lines, bad = source.splitlines(), []
-    for cls in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
+    for cls in (n for n in ast.walk(syntax(source)) if isinstance(n, ast.ClassDef)):
         notes = (
             re.search(r"self\.(\w+)\b.*#\s*guarded by (\w+)", line) for line in lines[cls.lineno - 1 : cls.end_lineno]
         )
@@ -32807,7 +32821,7 @@ class LockOrder:
     ) - {"is_alive"}
 
     def __init__(self, source: str, callbacks: Mapping[str, set[str]]) -> None:
-        tree = ast.parse(source)
+        tree = syntax(source)
         self.callbacks, self.locks, self.fields = callbacks, dict[str, str](), dict[str, set[str]]()
         self.classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
         self.bodies: dict[str, ast.FunctionDef] = {
@@ -33005,15 +33019,9 @@ CALLBACKS = {
 }
 
 
-@functools.cache
-def tree() -> ast.Module:
-    """The syntax tree of confbuild.py, made when somebody asks: collecting the tests is what nothing runs next to."""
-    return ast.parse(FILE.read_bytes())
-
-
 class TestLayout:
     SOURCE = FILE.read_text(encoding="utf-8")
-    TREE = property(lambda self: tree())
+    TREE = property(lambda self: syntax(self.SOURCE))
     REGIONS = regions_of(SOURCE)
     FREE = 4  # the vocabulary, which a banner need not name
     CUT = SOURCE[: SOURCE.index("# ---- End of the verifier.")].count("\n") + 1
@@ -33409,7 +33417,7 @@ class TestContract:
     def test_errors(self) -> None:
         """The statuses and words of errors are those that the code raises. [CONTRACT 1.4, 1.6]"""
         raised = set()
-        for node in ast.walk(ast.parse(FILE.read_bytes())):
+        for node in ast.walk(syntax(FILE.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Refused":
                 status, word = node.args[:2]
                 if isinstance(status, ast.Constant) and isinstance(word, ast.Constant):
