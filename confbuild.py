@@ -16388,6 +16388,7 @@ def _is_loopback(host: str) -> bool:
 # MiB. Measured with QEMU 10.0.2 and an initrd of 33 MB: a guest does not boot with 200, and builds with 384.
 MIN_MEMORY = 384
 _GUEST_OPTIONS = "--vcpus --vcpu-type --memory --guest-network"
+_IMAGE_HINT = "`confbuild image --help` says how to make one"
 
 
 def _refuse(options: "argparse.Namespace", names: str, why: str) -> None:
@@ -16419,8 +16420,6 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
 
     There is no fallback: raises UsageError if this machine or the image lacks something that the platform needs.
     """
-    if "--vm-command" in options.given and not options.vm_command.strip():
-        raise UsageError("--vm-command is empty")
     _refuse(options, "" if options.vm_command else "--vm-cleanup --expect", " requires --vm-command")
     for name in sorted(OWN_VARIABLES & {*options.env}):
         raise UsageError(f"--env {name} has no effect: builds have a {name} of their own")
@@ -16447,14 +16446,12 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     elif not options.print_command:
         _require_snp(options.image)
     if not options.image:
-        raise UsageError(
-            f"--vm {kind} requires --image DIR, the image that the guest boots", "`confbuild image` makes one"
-        )
-    image, facts = read_image(abspath(options.image)), check_image(options.image)  # QEMU runs in another folder
+        raise UsageError(f"--vm {kind} requires --image DIR, the image that the guest boots", _IMAGE_HINT)
+    facts, image = check_image(options.image), read_image(abspath(options.image))  # QEMU runs in another folder
     if facts.parts or facts.firmware:
         raise ImageError(
             f"{options.image}: {facts.parts or facts.firmware}",
-            "`confbuild image --check DIR` says what is wrong; `confbuild image -o DIR` makes a new image",
+            f"`confbuild image --check {shlex.quote(options.image)}` says what is wrong",
         )
     guest = Guest(platform, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
     if guest.memory_mib < MIN_MEMORY:
@@ -16464,7 +16461,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     if not digest:
         raise ImageError(
             f"{options.image} is made for {', '.join(facts.launch_digests)}, not for {label}",
-            "`confbuild image --vcpu-type T --vcpus N` adds a launch digest for other vCPUs",
+            "--vcpu-type and --vcpus of `confbuild image -o` add launch digests for other vCPUs to a new image",
         )
     if platform.confidential:
         eax, ebx = sev_cpuid()
@@ -16530,11 +16527,11 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
     )
     for name, text in (("--vm-command", options.vm_command), ("--vm-cleanup", options.vm_cleanup)):
         try:
-            program = (shlex.split(text) or [""])[0]
+            program = (shlex.split(text or "") or [""])[0]
         except ValueError as e:
             raise UsageError(f"{name} {text}: {e}") from None
-        if program and not shutil.which(program):
-            raise UsageError(f"{name}: there is no program {program}")
+        if text and not shutil.which(program):
+            raise UsageError(f"{name} {text}: there is no program {program!r}")
     facts = check_image(options.image) if options.image else None
     platform = {row.name: row for row in (SIMULATED_PLATFORM, SNP_PLATFORM)}[options.expect]
     digest = facts.launch_digests.get(vcpu_label(options.vcpu_type, options.vcpus), "") if facts else ""
@@ -16551,8 +16548,7 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
 
 def _require_snp(image: str | None) -> None:
     """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
-    remedy = "`confbuild image` makes one; name it with --image DIR"
-    checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image is missing", remedy)]
+    checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image DIR is missing", _IMAGE_HINT)]
     missing = [check for check in checks if check.status != "passed"]
     if not missing:
         return
@@ -16722,7 +16718,7 @@ def vm_kind(
     port: returns the port of the service; called when the first VM is made.
     """
     guest, folder = machine.guest, join(state, "guests")
-    vek = None if options.vek is None else base64.b64encode(_read_der(options.vek)).decode("ascii")
+    vek = options.vek and base64.b64encode(options.vek).decode("ascii")
     told = {"policy": policy._asdict(), "vek": vek}
     if options.vm_command:
         more = {
@@ -16731,7 +16727,7 @@ def vm_kind(
             "CONFBUILD_MEMORY": str(options.memory),
         }
         told |= {"env": options.env}
-        kind = command_vms(options.vm_command, options.vm_cleanup, machine.platform, told, folder, more)
+        kind = command_vms(options.vm_command, options.vm_cleanup or "", machine.platform, told, folder, more)
     elif guest:
         kind = qemu_vms(guest, told, folder)
     else:
@@ -16742,7 +16738,7 @@ def vm_kind(
         box = machine.sandbox and machine.sandbox._replace(hidden=hidden)
         none = not options.listen or (machine.protections or {}).get("ports")
         ports = functools.cache(lambda: -1 if none else close_port(port()))  # one ruleset for all VMs
-        told |= {"cache": options.cache}
+        told |= {"cache": options.cache and abspath(options.cache)}
         return own_vms("agent", told, options.env, lambda: box and box._replace(ports=ports()), forks)
     os.makedirs(folder, mode=0o700, exist_ok=True)
 
@@ -16819,7 +16815,7 @@ def _read_der(path: str) -> bytes:
 
 # endregion 44
 # ==============================================================================
-# region 45. Commands [uses 6, 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 31, 35, 36, 39, 40, 43, 44]
+# region 45. Commands [uses 7, 8, 13, 14, 15, 16, 17, 18, 21, 22, 23, 24, 25, 26, 27, 29, 31, 35, 36, 39, 40, 43, 44]
 # ==============================================================================
 # The commands, which wire the sections together.  Results go to stdout, progress and diagnostics to stderr.
 
@@ -16996,7 +16992,7 @@ def _find_job(client: Client, job: str) -> str:
     if len(found) != 1:
         raise UsageError(
             f"{job}: {len(found) or 'no'} build ids begin with it",
-            " ".join(found[:5]) or "`confbuild list` shows the builds of a server",
+            " ".join(found[:5]) or f"`{client.command('list')}` shows the builds of the server",
         )
     return found[0]
 
@@ -17054,7 +17050,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         expected = Expectations(nonce, options.measurements, facts, require_tee=True)
     else:
         _refuse(options, "--measurement" + " --image" * (machine is None), " requires --tee")
-    endorsements = Endorsements(vek=None if options.vek is None else _read_der(options.vek))
+    endorsements = Endorsements(vek=options.vek)
     with _undisturbed_end() as (scratch, stack):
         archive, request = None, BuildRequest(nonce, source, options.ref, "", *choices)
         if machine:
@@ -17106,7 +17102,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         hint = f"is it https://{source}?" if re.match(r"[\w-]+(\.[\w-]+)+/", source) else ""
         if ":" in source:
             hint = "a repository has a URL like https://example.org/a/b.git"
-        raise UsageError(f"{source or repr(source)}: neither a directory nor a URL", hint)
+        raise UsageError(f"{source}: neither a directory nor a URL", hint)
     elif options.ref:
         raise UsageError("--ref requires a URL")
     if options.nonce is not None and not options.nonce.strip("0"):
@@ -17307,7 +17303,8 @@ def _fetch_bundle(client: Client, job_id: str, delivery: Delivery) -> int:
         raise
     except (OSError, UsageError) as e:
         problem = f"{delivery.bundle} cannot be written: {e.strerror or e}" if isinstance(e, OSError) else str(e)
-        raise UsageError(problem, again or _keep_result(client.service, job_id)) from None
+        hint = getattr(e, "hint", again) if again else _keep_result(client.service, job_id)
+        raise UsageError(problem, hint) from None
     display, good = client.display, verdict.verdict != "failed"
     shown = render_verdict(verdict, wants_color(sys.stderr)) + "\n"
     if display.form == "json":
@@ -17476,19 +17473,6 @@ def _read_roots(directory: str) -> Anchors:
     return anchors
 
 
-def _read_endorsements(options: "argparse.Namespace") -> Endorsements:
-    """Return the contents of --roots, --crl, --vek and --collateral. Raises UsageError, OSError."""
-    try:
-        return Endorsements(
-            None if options.roots is None else _read_roots(options.roots),
-            [(basename(path), _read_der(path)) for path in options.crl or ()],
-            None if options.vek is None else _read_der(options.vek),
-            None if options.collateral is None else read_limited(options.collateral, MAX_JSON),
-        )
-    except (Malformed, BadSignature) as e:
-        raise UsageError(str(e)) from None
-
-
 def _read_expectations(options: "argparse.Namespace", now: float) -> Expectations:
     """Return what the options except --source require. The dest of an option names the field. Raises UsageError."""
     given = {name: value for name, value in vars(options).items() if name in Expectations._fields and value != []}
@@ -17498,8 +17482,6 @@ def _read_expectations(options: "argparse.Namespace", now: float) -> Expectation
             given[field] = dict(registers)
             if len(given[field]) != len(registers):
                 raise UsageError(f"--{field[:-1]}: one register is given twice")
-    if options.image is not None:
-        given["image"] = check_image(options.image)
     if options.igvm is not None:
         digest, _, _, problem = read_igvm(options.igvm, options.disk, lambda step, digest: None)
         given |= {"igvm": digest.hex(), "disk": None if options.disk is None else problem}
@@ -17538,7 +17520,10 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     """Print the verdicts over bundles. Opens no socket."""
     when = options.at or datetime.fromtimestamp(time.time(), UTC)
     at = utc_time(when.timestamp()) if options.at else ""
-    expected, endorsements = _read_expectations(options, when.timestamp()), _read_endorsements(options)
+    with suppress(OSError):  # an earlier summary must not seem to be about this bundle
+        os.truncate(options.vsa or "", 0)
+    expected = _read_expectations(options, when.timestamp())
+    endorsements = Endorsements(options.roots, options.crl, options.vek, options.collateral)
 
     @functools.cache
     def of_source(provenance: bytes) -> Expectations:
@@ -17560,8 +17545,7 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             verdict = verify_bundle(files, wanted._replace(evidence_only=alone), when, endorsements)
         except UsageError as e:
             say(f"error: {e}", e.hint)
-            # An empty summary: an earlier one in the file must not seem to be about this bundle.
-            status, wire, summary = EXIT_USAGE, {"verdict": "failed", "error": str(e)}, ""
+            status, wire = EXIT_USAGE, {"verdict": "failed", "error": str(e)}
         else:
             simulated = EXIT_OK if options.allow_simulated else EXIT_SIMULATED
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
@@ -17570,11 +17554,10 @@ def cmd_verify(options: "argparse.Namespace") -> int:
                 heading = (plain_text(path) + "\n") * (len(options.bundles) > 1)
                 shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
                 print(heading + shown)
-            # In ASCII: a hostile file's name need not be UTF-8.
-            summary = json.dumps(make_vsa(files, verdict, status == EXIT_OK, wanted, when), indent=2) + "\n"
-        if options.vsa is not None:
-            with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
-                f.write(summary)
+            if options.vsa is not None:
+                summary = make_vsa(files, verdict, status == EXIT_OK, wanted, when)
+                with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
+                    f.write(json.dumps(summary, indent=2) + "\n")  # ASCII: a hostile file's name need not be UTF-8
         if options.format == "json":
             print(json.dumps({"schema": 1, "bundle": path, **({"at": at} if at else {}), **wire}))
         statuses.append(status)
@@ -17586,7 +17569,9 @@ def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
     files = _read_bundle(path)
     doc = read_statement(files.provenance or b"")
     if doc is None:
-        raise UsageError(f"{path}: provenance.json is missing or malformed", f"`confbuild verify {path}` says why")
+        raise UsageError(
+            f"{path}: provenance.json is missing or malformed", f"`confbuild verify {shlex.quote(path)}` says why"
+        )
     return files, doc, verify_bundle(files, Expectations(), datetime.now(UTC))
 
 
@@ -17594,7 +17579,7 @@ def _report_failed(path: str, verdict: Verdict) -> int:
     """Return the exit status for a bundle, after reporting that it fails to verify if it does."""
     if verdict.verdict != "failed":
         return EXIT_OK
-    say(f"error: {path} fails to verify", f"`confbuild verify {path}` says why")
+    say(f"error: {path} fails to verify", f"`confbuild verify {shlex.quote(path)}` says why")
     return EXIT_NO
 
 
@@ -17766,8 +17751,6 @@ _DIRECT_BOOT = "--kernel --initrd --append --vcpus --vcpu-type --vcpu-sig --gues
 
 def cmd_measure(options: "argparse.Namespace") -> int:
     """Print the launch digest of an IGVM file, or of a firmware, a kernel, an initrd and a command line."""
-    if (options.firmware is None) == (options.igvm is None):
-        raise UsageError("measure: give exactly one of --firmware FILE and --igvm FILE")
     digests: list[str] = []
 
     def explain(step: str, digest: bytes) -> None:
@@ -17792,22 +17775,19 @@ def cmd_measure(options: "argparse.Namespace") -> int:
     absent = [options.vcpu_type, options.vcpu_sig].count(None)
     if options.vcpus is None or absent == 0 or (absent == 2 and options.vmm == VMMS[0]):  # others have their own
         raise UsageError("measure: give --vcpus N, and exactly one of --vcpu-type MODEL and --vcpu-sig X")
-
-    with open(options.firmware, "rb") as f:
-        data = f.read(MAX_FIRMWARE + 1)
     try:
-        firmware, hashes = parse_firmware(data), None
+        firmware, hashes = parse_firmware(options.firmware), None
         if options.kernel is not None:
-            kernel = bytes.fromhex(file_sha256(options.kernel))
-            initrd = None if options.initrd is None else bytes.fromhex(file_sha256(options.initrd))
-            hashes = boot_hashes(kernel, initrd, options.append)
+            hashes = boot_hashes(options.kernel, options.initrd, options.append)
         signature = CPU_SIGNATURES.get(options.vcpu_type, options.vcpu_sig or 0)
         compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
-        raise UsageError(f"{options.firmware}: {e}" if e.structure.startswith("firmware") else str(e)) from None
-    state = "" if hashes is None else firmware_state(data)  # without a kernel, only the firmware is measured
+        raise UsageError(str(e)) from None
+    state = (
+        "" if hashes is None else firmware_state(options.firmware)
+    )  # without a kernel, only the firmware is measured
     if state:
-        say(f"warning: {options.firmware}: {state}")
+        say(f"warning: firmware: {state}")
         say("warning: this digest proves nothing about the code that ran")
     print(digests[0 if options.ovmf_hash else -1])  # the firmware is the first step
     return EXIT_OK
@@ -17815,8 +17795,7 @@ def cmd_measure(options: "argparse.Namespace") -> int:
 
 def cmd_attest(options: "argparse.Namespace") -> None:
     """Print evidence for a provenance, from the hardware of this confidential VM."""
-    provenance = read_limited(options.provenance, MAX_JSON)
-    report, table = get_report(report_data(provenance, options.nonce))
+    report, table = get_report(report_data(options.provenance, options.nonce))
     platform = options.platform or ("tdx" if table is None else "snp")
     evidence = hardware_evidence(report, table, platform, fetch_vek if options.fetch_vek else None)
     if b'"cert_chain": null' in evidence:
@@ -17829,8 +17808,6 @@ _IMAGE_PARTS = "--rootfs --packages --debs --kernel --modules --firmware --vcpus
 
 def cmd_image(options: "argparse.Namespace") -> int:
     """Make an image, check one, or write the lock file of an image's packages."""
-    if [options.out, options.check, options.lock].count(None) != 2:
-        raise UsageError("image: give exactly one of -o DIR, --check DIR and --lock LOCK")
     if bool(options.names) is (options.lock is None):
         raise UsageError("--lock LOCK and the names of packages go together")
     _refuse(options, "--without" * (options.lock is None), " requires --lock")
@@ -17868,7 +17845,7 @@ def cmd_sweep(options: "argparse.Namespace") -> None:
 
 # endregion 45
 # ==============================================================================
-# region 46. Options                 [uses 8, 9, 11, 13, 21, 22, 25, 37, 43, 45]
+# region 46. Options         [uses 8, 9, 11, 13, 21, 22, 25, 37, 39, 43, 44, 45]
 # ==============================================================================
 # The command line [CONTRACT 5.1]: the options of each command, their types, one row per command, help, completion, and
 # main, which translates errors to exit statuses.
@@ -17888,6 +17865,21 @@ def _typed(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> 
         except ValueError:
             pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+
+    return parse
+
+
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return an argparse type that reads the file or folder with this name."""
+
+    def parse(path: str) -> Any:
+        try:
+            return read(path)
+        except OSError as e:
+            problem = f"{e.filename or repr(path)}: {e.strerror}"
+        except ConfbuildError as e:
+            problem = str(e)
+        raise argparse.ArgumentTypeError(problem)
 
     return parse
 
@@ -17958,6 +17950,10 @@ def _read_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+_text = _typed("(?s).+", "a value: it is empty")
+_contents = _reader(lambda path: read_limited(path, MAX_JSON))
+_der = _reader(_read_der)
+_digest = _reader(lambda path: bytes.fromhex(file_sha256(path)))
 _address = _typed(
     r"([^:\s]+|\[[0-9a-fA-F:.]+\]):[0-9]{1,5}",
     "HOST:PORT or [IPV6]:PORT, with a port of at most 65535",
@@ -17968,8 +17964,8 @@ _host = _typed(
     "the name or address of a host, without a port",
     lambda text: text.strip("[]"),
 )
-_count = _typed("[0-9]{1,9}", "a whole number", int)
-_positive = _typed(r"(?!0+\Z)[0-9]{1,9}", "a whole number above zero", int)
+_count = _typed("[0-9]{1,10}", "a whole number with at most 10 digits", int)
+_positive = _typed(r"(?!0+\Z)[0-9]{1,9}", "a whole number above zero with at most 9 digits", int)
 _integer = _typed(
     "0x[0-9a-fA-F]{1,16}|[0-9]{1,20}",
     "a whole number such as 33 or 0x21",
@@ -17996,7 +17992,7 @@ _levels = _typed(
     _read_levels,
 )
 _NUMBER = "0x[0-9a-fA-F]{1,16}|[0-9]{1,19}"
-_ITEM = rf"((?!abi)[a-z][a-z0-9-]+(=[01])?|abi=[0-9]{{1,3}}\.[0-9]{{1,3}}|({_NUMBER})=({_NUMBER}))"
+_ITEM = rf"((?!abi)[a-z][a-z0-9-]+(=[01])?|abi=[0-9]{{1,3}}\.[0-9]{{1,3}}|(?!(0x)?0+=)({_NUMBER})=({_NUMBER}))"
 _guest_policy = _typed(
     f"{_ITEM}(,{_ITEM})*",
     f"a list of NAME, NAME=0, MASK=VALUE and abi=MAJOR.MINOR; the names are {', '.join(filter(None, POLICY_NAMES))}",
@@ -18022,16 +18018,16 @@ _FORMAT = (
     ("auto", "plain", "json", "quiet"),
     "auto",
 )
-_CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)")
-_CLIENT = (("--server URL", "the server (default: CONFBUILD_SERVER)"), _CLIENT_TOKEN, _FORMAT)
+_CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)", str)
+_CLIENT = (("--server URL", "the server (default: CONFBUILD_SERVER)", str), _CLIENT_TOKEN, _FORMAT)
 _JOB = ("JOB job", "id of the job, or its first characters", _job)
 # Of a server that builds on this machine, temporary or not.
 _MACHINE: Sequence[Any] = (
     "builds on this machine",
     ("--allow-scheme SCHEME...", "accept git URLs with this scheme too: file or git", ("file", "git"), []),
     ("--env NAME...", "pass this environment variable to builds", _typed("[^=]+", "the name of a variable"), []),
-    ("--cache DIR", "keep the crates that cargo fetches, for later builds", abspath),
-    ("--readable DIR...", "let builds in simulated VMs read this folder too", str, []),
+    ("--cache DIR", "keep the crates that cargo fetches, for later builds"),
+    ("--readable DIR...", "let builds in simulated VMs read this folder too", _text, []),
     ("--require-isolation", "refuse to start if this machine cannot be protected from its builds"),
     ("--no-isolation", "let builds in simulated VMs do whatever this user may do"),
     (
@@ -18051,16 +18047,16 @@ _MACHINE: Sequence[Any] = (
     ),
     ("--image DIR", "image that guests boot, made by `confbuild image`"),
     ("--vcpus N", "virtual processors of a guest; measured (default: %(default)s)", _positive, 1),
-    ("--vcpu-type T", "their QEMU model; measured (default: %(default)s)", str, "EPYC-v4"),
+    ("--vcpu-type T", "their QEMU model; measured (default: %(default)s)", _text, "EPYC-v4"),
     ("--memory MIB", "memory of a guest (default: %(default)s)", _positive, 2048),
     ("--guest-network", "let guests reach the network; the provenance says so"),
     ("--cbitpos N", "position of the C-bit in an SEV-SNP guest (default: from /dev/cpu/0/cpuid, else 51)", _positive),
-    ("--vek FILE", "VCEK certificate of this host, for guests that get none from QEMU"),
+    ("--vek FILE", "VCEK certificate of this host, for guests that get none from QEMU", _der),
 )
 
 
 _SUBMISSION = (
-    ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)"),
+    ("--server URL", "build on this server (default: CONFBUILD_SERVER; empty: build here)", str),
     _CLIENT_TOKEN,
     ("--nonce HEX", "32 hexadecimal digits or a UUID (default: random)", _nonce),
     _FORMAT,
@@ -18073,8 +18069,9 @@ class Command(NamedTuple):
     """A command of the program.
 
     group: its heading in the help; "" hides it.
-    rows: its arguments and options. A text is the heading of the rows below it. A row is (words, help, type or
-        choices, default), where words are the names of the option, its metavar and its dest:
+    rows: its arguments and options. A text is the heading of the rows below it; below "one of", exactly one of them
+        must be given. A row is (words, help, type or choices, default), where words are the names of the option, its
+        metavar and its dest:
             "--verbose"              without a metavar: a flag
             "--crl FILE..."          repeatable
             "--vcpus N!"             required
@@ -18159,8 +18156,8 @@ _TEMPORARY: Json = {
     "keep_days": float("inf"),
     "keep_bytes": float("inf"),
     "print_command": False,
-    "vm_command": "",
-    "vm_cleanup": "",
+    "vm_command": None,
+    "vm_cleanup": None,
     "max_ratio": MAX_UNPACKED,  # the user's own directory may be as compressible as it likes
 }
 _NAMES = tuple(toolchain.name for toolchain in TOOLCHAINS)
@@ -18174,7 +18171,7 @@ COMMANDS = (
             ("--submodules", "pack the submodules of DIR that are checked out; without it their folders are empty"),
             ("--toolchain NAME", f"{', '.join(_NAMES)} (default: the first whose file exists)", _NAMES, ""),
             ("--subdir DIR", "build this folder of the source", str, ""),
-            ("--artifact GLOB... artifacts", "take these files as the artifacts (default: executables)", str, []),
+            ("--artifact GLOB... artifacts", "take these files as the artifacts (default: executables)", _text, []),
             ("-o --out DIR", "directory of the bundle (default: NAME-build)"),
             *_SUBMISSION,
         ),
@@ -18207,7 +18204,7 @@ COMMANDS = (
             "what was built",
             ("--nonce HEX", "nonce that was sent with the build: 32 hexadecimal digits or a UUID", _nonce),
             ("--source DIR", "checkout with the tree, lock file and dependencies of the provenance"),
-            ("--source-uri URI", "origin of the source in the provenance"),
+            ("--source-uri URI", "origin of the source in the provenance", str),
             ("--source-commit HEX", "commit in the provenance", _hex(40, 64)),
             ("--source-tree HEX", "git tree in the provenance", _hex(40, 64)),
             ("--dep NAME@VERSION... packages", "dependency from the default registry, or a whole pkg: uri"),
@@ -18217,7 +18214,7 @@ COMMANDS = (
             ("--allow-legacy-digest", "accept the compact digest that the five oldest bundles signed"),
             "where it was built",
             ("--measurement HEX... measurements", "launch digest of the VM; one must match", _hex(96)),
-            ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA"),
+            ("--image DIR", "image that the VM booted, by its launch digest and HOST_DATA", _reader(check_image)),
             ("--igvm FILE", "IGVM file that QEMU started the VM from, by its launch digest"),
             ("--disk FILE", "disk whose whole dm-verity tree has the root hash in the IGVM file's command line"),
             (
@@ -18259,13 +18256,14 @@ COMMANDS = (
             ("--require-tee", "fail for simulated evidence"),
             ("--allow-simulated", "exit with 0 instead of 3 for simulated evidence that matches"),
             "keys",
-            ("--crl FILE...", "AMD's revocation list"),
+            ("--crl FILE...", "AMD's revocation list", _reader(lambda path: (basename(path), _read_der(path))), []),
             ("--require-crl", "fail without --crl of the right key that is valid now"),
             (
                 "--vek FILE",
                 "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
+                _der,
             ),
-            ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON"),
+            ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON", _contents),
             ("--require-collateral", "fail without --collateral"),
             (
                 "--accept-tcb STATUS...",
@@ -18277,6 +18275,7 @@ COMMANDS = (
             (
                 "--roots DIR",
                 "certificates to trust instead of the pinned keys: <product>/{ark,ask,asvk}.der, intel/root.der",
+                _reader(_read_roots),
             ),
         ),
         _BUILD,
@@ -18337,7 +18336,12 @@ COMMANDS = (
                 ("127.0.0.1", 8080),
             ),
             ("--state DIR", "directory for jobs (default: ~/.local/share/confbuild)"),
-            ("--slots N", "builds at a time (default: %(default)s)", _positive, 1),
+            (
+                "--slots N",
+                "builds at a time (default: %(default)s)",
+                _typed("[1-9][0-9]{0,3}", "a whole number from 1 to 9999", int),
+                1,
+            ),
             ("--queue N", "builds that may wait (default: %(default)s)", _positive, 1000),
             ("--single-use", "accept one build, ever"),
             ("--token-file FILE", "file with bearer tokens, one per line; a client needs one of them"),
@@ -18367,14 +18371,10 @@ COMMANDS = (
             (
                 "--vm-command ARGV",
                 "command that starts each VM; its stdin and stdout must reach `confbuild agent --stdio`",
-                str,
-                "",
             ),
             (
                 "--vm-cleanup ARGV",
                 "command to run after each VM, however it ended; both commands may contain {job} and {name}",
-                str,
-                "",
             ),
             (
                 "--expect PLATFORM",
@@ -18465,18 +18465,26 @@ COMMANDS = (
         "measure",
         cmd_measure,
         (
-            ("--firmware FILE", "OVMF, as for QEMU's -bios"),
-            ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)"),
-            ("--initrd FILE", "as for -initrd"),
-            ("--append TEXT", "exactly as for -append"),
+            "one of",
+            (
+                "--firmware FILE",
+                "OVMF, as for QEMU's -bios",
+                _reader(lambda path: read_limited(path, MAX_FIRMWARE)),
+            ),
+            ("--igvm FILE", "IGVM file that QEMU starts; prints its kernel's command line too"),
+            "with --firmware",
+            ("--kernel FILE", "as for -kernel, with kernel-hashes=on (default: none is measured)", _digest),
+            ("--initrd FILE", "as for -initrd", _digest),
+            ("--append TEXT", "exactly as for -append", str),
             ("--vcpus N", "virtual processors at the launch: the first number of -smp", _positive),
             ("--vcpu-type MODEL", "as for -cpu, such as EPYC-v4", tuple(CPU_SIGNATURES)),
             ("--vcpu-sig X", "CPUID signature of another model: EAX of Fn0000_0001", _integer),
             ("--guest-features X", "SEV_FEATURES (default: %(default)s; with debug-swap 0x21)", _integer, 1),
             ("--vmm VMM", f"hypervisor: {', '.join(VMMS)} (default: %(default)s)", tuple(VMMS), VMMS[0]),
             ("--ovmf-hash", "print the digest of the firmware alone, which other tools call its OVMF hash"),
-            ("--igvm FILE", "instead of --firmware: IGVM file that QEMU starts; prints its kernel's command line too"),
-            ("--disk FILE", "with --igvm: disk whose whole dm-verity tree must have the root hash of the command line"),
+            "with --igvm",
+            ("--disk FILE", "disk whose whole dm-verity tree must have the root hash of the command line"),
+            "output",
             ("--output-format FORMAT", "hex or base64 (default: %(default)s)", ("hex", "base64"), "hex"),
             ("--explain", "print the digest after each step"),
         ),
@@ -18488,7 +18496,7 @@ COMMANDS = (
         "attest",
         cmd_attest,
         (
-            ("FILE provenance", "provenance.json; its evidence.json is printed"),
+            ("FILE provenance", "provenance.json; its evidence.json is printed", _contents),
             ("--nonce HEX!", "32 hexadecimal digits or a UUID", _nonce),
             (
                 "--platform PLATFORM",
@@ -18568,6 +18576,8 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
     for row in command.rows:
         if isinstance(row, str):
             section = parser.add_argument_group(row)
+            if row == "one of":
+                section = section.add_mutually_exclusive_group(required=True)
         else:
             usage += _add_row(section, *row)
     parser.usage = " ".join(usage)
@@ -18586,14 +18596,16 @@ _MARKS: Mapping[str, Json] = {
 }
 
 
-def _add_row(parser: Any, words: str, text: str, kind: Any = str, default: Any = None) -> list[str]:
+def _add_row(parser: Any, words: str, text: str, kind: Any = _text, default: Any = None) -> list[str]:
     """Add the argument or option of a row of Command to parser, and return it for the usage if it is required."""
     [(names, metavar, mark, dest)] = re.findall(r"^((?:-\S+ ?)*)(?:(\S+?)(\.\.\.|[?!+*])?(?: (\w+))?)?$", words)
     variable = re.search(r"default: (CONFBUILD_\w+)", text)
     default = os.environ.get(variable[1], "") if variable else default
     named: dict[str, Any] = {"dest": dest} if names and dest else {}
     if metavar:
-        named |= {"choices" if isinstance(kind, tuple) else "type": kind, "metavar": metavar, "default": default}
+        # A file is read once, since it may be a pipe, although words next to a policy are parsed twice.
+        named |= {"choices": kind} if isinstance(kind, tuple) else {"type": functools.cache(kind)}
+        named |= {"metavar": metavar, "default": default}
     else:
         named["action"] = "store_true"
     text += " (repeatable)" if mark == "..." else ""
@@ -18665,9 +18677,10 @@ def _read_policy(parser: "argparse.ArgumentParser", options: "argparse.Namespace
         if name not in known:
             hint = _similar(name, known, "known options are " + ", ".join(sorted(known)))
             raise UsageError(f"{where}unknown option {name!r}", hint)
-        found[known[name].dest] = _policy_value(parser, known[name], value, where + name, dirname(path))
-    if options.measurements:  # any of them would do: the command line wins
-        found.pop("measurements", None)
+        action = known[name]
+        added = isinstance(action, argparse._AppendAction) and name != "measurement"  # any of those would do
+        if added or not getattr(options, action.dest):  # else the command line wins
+            found[action.dest] = _policy_value(parser, action, value, where + name, dirname(path))
     for registers in ("pcrs", "rtmrs"):
         replaced = dict(getattr(options, registers) or ())
         found[registers] = [row for row in found.get(registers, ()) if row[0] not in replaced] or None
@@ -18692,7 +18705,7 @@ def _policy_value(
     folder *= action.dest in _POLICY_PATHS
     try:
         texts = [str(item) for item in items if type(item) in (str, int)]
-        found = [parser._get_values(action, [join(folder, text)]) for text in texts if "\0" not in text]
+        found = [parser._get_values(action, [text and join(folder, text)]) for text in texts if "\0" not in text]
     except ValueError:  # a number with thousands of digits
         found = []
     except argparse.ArgumentError as e:
@@ -18794,7 +18807,7 @@ def _run(arguments: Sequence[str]) -> int:
     except OSError as e:
         words = [word for argument in arguments for word in argument.split("=", 1)]
         before = {word: option + " " for option, word in itertools.pairwise(words) if option.startswith("-")}
-        name = f"{before.get(e.filename, '')}{e.filename or repr(e.filename)}: "
+        name = f"{before.get(e.filename, '')}{e.filename}: "
         say(f"error: {'' if e.filename is None else name}{e.strerror or e}")
         return EXIT_USAGE
 

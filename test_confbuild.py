@@ -18520,6 +18520,13 @@ class TestDiff:
         said = capsys.readouterr()
         assert f"error: {b}: provenance.json is missing or malformed\n" in said.err
         assert f" verify {b}` says why\n" in said.err
+        shutil.copytree(a, tmp_path / "a space")
+        (tmp_path / "a space/artifacts/demo").write_bytes(b"other")
+        for status in (1, 2):
+            assert confbuild.main(["sbom", str(tmp_path / "a space")]) == status
+            assert f" verify '{tmp_path}/a space'` says why\n" in capsys.readouterr().err
+            (tmp_path / "a space/provenance.json").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "a space")
         assert confbuild.main(["sbom", str(tmp_path)]) == 2
         assert f"hint: {a} is a bundle" in capsys.readouterr().err
         (tmp_path / "c").mkdir()
@@ -18926,6 +18933,10 @@ class TestVsa:
         assert json.loads(vsa.read_bytes())["predicate"]["verificationResult"] == "FAILED"
         (folder / "evidence.json").unlink()  # the summary of an earlier bundle must not pass for that of this one
         assert confbuild.main(["verify", str(folder), "--vsa", str(vsa)]) == 2 and vsa.read_bytes() == b""
+        vsa.write_bytes(b"{}")
+        assert (
+            confbuild.main(["verify", str(folder), "--disk", "x", "--vsa", str(vsa)]) == 2 and vsa.read_bytes() == b""
+        )
 
 
 # endregion 29
@@ -25757,10 +25768,17 @@ esac
             (["--vm-command", "sh", "--require-isolation"], "--require-isolation cannot be combined with --vm-command"),
             (["--vm-command", "sh '"], "--vm-command sh ': No closing quotation"),
             (["--vm-command", "sh", "--vm-cleanup", "'"], "--vm-cleanup ': No closing quotation"),
-            (["--vm-command", "/nowhere/vm {name}"], "--vm-command: there is no program /nowhere/vm"),
-            (["--vm-command", "sh", "--vm-cleanup", "no-such x"], "--vm-cleanup: there is no program no-such"),
-            (["--vm-command", " "], "--vm-command is empty"),
-            (["--vm-command", ""], "--vm-command is empty"),
+            (
+                ["--vm-command", "/nowhere/vm {name}"],
+                "--vm-command /nowhere/vm {name}: there is no program '/nowhere/vm'",
+            ),
+            (
+                ["--vm-command", "sh", "--vm-cleanup", "no-such x"],
+                "--vm-cleanup no-such x: there is no program 'no-such'",
+            ),
+            (["--vm-command", " "], "--vm-command  : there is no program ''"),
+            (["--vm-command", "''"], "--vm-command '': there is no program ''"),
+            (["--vm-command", "sh", "--vm-cleanup", " "], "--vm-cleanup  : there is no program ''"),
         ],
     )
     def test_options(self, arguments: list[str], message: str) -> None:
@@ -29603,7 +29621,20 @@ BUILD_AND_SERVE = (
     ("serve --listen example.com:0", 2, "other machines can reach this address"),
     ("serve --listen nonsense", 2, "--listen: 'nonsense' is not HOST:PORT or [IPV6]:PORT"),
     ("serve --listen 127.0.0.1:70000", 2, "is not HOST:PORT or [IPV6]:PORT, with a port of at most 65535"),
-    ("serve --slots 0", 2, "--slots: '0' is not a whole number above zero"),
+    *[
+        (f"serve --slots {count}", 2, f"--slots: '{count}' is not a whole number from 1 to 9999")
+        for count in (0, 10_000)
+    ],
+    *[  # an empty shell variable: without its tokens, for example, a server would let everybody build
+        (f"{words}=", 2, f"{words.split()[-1]}: '' is not a value: it is empty")
+        for words in (
+            *(f"serve --{name}" for name in ("token-file", "state", "cache", "readable", "vm-command", "vm-cleanup")),
+            *(f"build demo --{name}" for name in ("artifact", "cache", "image")),
+        )
+    ],
+    ("build demo --out=", 2, "-o/--out: '' is not a value: it is empty"),
+    ("serve --cache blank", 2, "error: --cache blank: File exists"),
+    ("serve --vek nowhere", 2, "serve: --vek: nowhere: No such file or directory"),
     ("serve --token-file empty/../blank", 2, "no token in it"),
     ("serve --token-file nowhere", 2, "error: --token-file nowhere: No such file or directory"),
     ("serve --token-file=nowhere", 2, "error: --token-file nowhere: No such file or directory"),
@@ -29637,7 +29668,8 @@ BUILD_AND_SERVE = (
     (
         "serve --vm qemu",
         2,
-        "--vm qemu requires --image DIR, the image that the guest boots\nconfbuild: hint: `{own} image` makes one",
+        "--vm qemu requires --image DIR, the image that the guest boots\n"
+        "confbuild: hint: `{own} image --help` says how to make one\n",
     ),
     ("serve --vm qemu --image empty", 2, "empty: no image.json in it"),
     (
@@ -29834,9 +29866,14 @@ class TestUsage:
                 2,
                 "unknown option --server\nconfbuild: hint: `{own} --help` lists the commands; op",
             ),
-            ("build ''", 2, "error: '': neither a directory nor a URL"),
-            ("verify ''", 2, "error: '': No such file or directory"),
-            ("verify b --crl ''", 2, "error: --crl '': No such file or directory"),
+            *[
+                (f"{words}=", 2, f": {words.split()[-1]}: '' is not a value: it is empty")
+                for words in ("verify b --vsa", "image --check", "image --lock l x --without", "measure --igvm")
+            ],
+            ("fetch j -o ''", 2, "fetch: -o/--out: '' is not a value: it is empty"),
+            ("build ''", 2, "build: DIR|URL: '' is not a value: it is empty"),
+            ("verify b ''", 2, "verify: BUNDLE: '' is not a value: it is empty"),
+            ("verify b --crl ''", 2, "verify: --crl: '': No such file or directory"),
             ("--verison", 2, "unknown option --verison\nconfbuild: hint: did you mean --version?"),
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
@@ -29875,7 +29912,11 @@ class TestUsage:
             (f"verify b --image-id {'g' * 32}", 2, "is not 32 hex"),
             (f"verify b --measurement {'0' * 96} --measurement 0", 2, "--measurement: '0' is not 96 hex"),
             ("verify b --guest-svn -1", 2, "--guest-svn"),
-            ("verify b --guest-svn 1234567890", 2, "is not a whole number"),
+            ("verify b --guest-svn 12345678901", 2, "is not a whole number with at most 10 digits"),
+            *[
+                (f"verify b --guest-policy {bits}", 2, "is not a list of NAME, NAME=0, MASK=VALUE")
+                for bits in ("0=0", "smt,0x00=0", "0x10000=0x20000", "debug=2", "abi=1")
+            ],
             ("verify b --guest-svn \u0661", 2, "is not a whole number"),
             *[
                 (f"verify b --min-tcb {levels}", 2, "is not a list of levels such as")
@@ -29901,19 +29942,22 @@ class TestUsage:
                 for pcr in ("4", "24=" + "0" * 64, "4=" + "0" * 63, "4=" + "g" * 64, "x=" + "0" * 64)
             ],
             (f"verify b --pcr 4={'0' * 64} --pcr 4={'0' * 64}", 2, "--pcr: one register is given twice"),
-            ("verify b --crl nowhere", 2, "nowhere: No such file"),
-            ("verify b --vek nowhere", 2, "nowhere: No such file"),
-            ("verify b --vek demo", 2, "demo: Is a directory"),
-            ("verify b --roots nowhere", 2, "nowhere: No such file"),
+            ("verify b --crl nowhere", 2, "verify: --crl: nowhere: No such file"),
+            ("verify b --crl armour", 2, "verify: --crl: armour: expected canonical base64"),
+            ("verify b --vek nowhere", 2, "verify: --vek: nowhere: No such file"),
+            ("verify b --vek demo", 2, "verify: --vek: demo: Is a directory"),
+            ("verify b --vek armour", 2, "verify: --vek: armour: expected canonical base64"),
+            ("verify b --collateral demo", 2, "verify: --collateral: demo: Is a directory"),
+            ("verify b --roots nowhere", 2, "verify: --roots: nowhere: No such file"),
             ("verify b --roots empty", 2, "--roots empty: expected a directory milan, genoa, turin, intel in it"),
             ("verify b --roots blank", 2, "blank: Not a directory"),
             ("verify b --policy nowhere", 2, "nowhere: No such file"),
             ("verify b --image nowhere", 2, "nowhere"),
-            ("measure", 2, "measure: give exactly one of --firmware FILE and --igvm FILE"),
-            ("measure --firmware f --igvm f", 2, "measure: give exactly one of --firmware FILE and --igvm FILE"),
+            ("measure", 2, "measure: one of the arguments --firmware --igvm is required"),
+            ("measure --firmware blank --igvm f", 2, "measure: --igvm: not allowed with argument --firmware"),
             *[
                 (
-                    f"measure --firmware f {options}",
+                    f"measure --firmware blank {options}",
                     2,
                     "measure: give --vcpus N, and exactly one of --vcpu-type MODEL and --vcpu-sig X",
                 )
@@ -29929,8 +29973,8 @@ class TestUsage:
             *[
                 (f"measure --igvm f {option} {value}", 2, f"{option} has no effect with --igvm")
                 for option, value in (
-                    ("--kernel", "k"),
-                    ("--initrd", "i"),
+                    ("--kernel", "blank"),
+                    ("--initrd", "blank"),
                     ("--append", "a"),
                     ("--vcpus", "1"),
                     ("--vcpu-type", "EPYC"),
@@ -29940,37 +29984,44 @@ class TestUsage:
                     ("--ovmf-hash", ""),
                 )
             ],
-            ("measure --firmware f --ovmf-hash --vcpus 1", 2, "--vcpus has no effect with --ovmf-hash"),
-            ("measure --firmware f --disk d --vcpus 1 --vcpu-sig 1", 2, "--disk requires --igvm"),
-            ("measure --firmware f --append x --vcpus 1 --vcpu-sig 1", 2, "--append requires --kernel"),
+            ("measure --firmware blank --ovmf-hash --vcpus 1", 2, "--vcpus has no effect with --ovmf-hash"),
+            ("measure --firmware blank --disk d --vcpus 1 --vcpu-sig 1", 2, "--disk requires --igvm"),
+            ("measure --firmware blank --append x --vcpus 1 --vcpu-sig 1", 2, "--append requires --kernel"),
             ("measure --igvm f --output-format octal", 2, "--output-format: invalid choice"),
             ("measure --igvm nowhere", 2, "nowhere: No such file"),
             ("verify b --disk d", 2, "--disk requires --igvm"),
             ("verify b --igvm nowhere", 2, "nowhere: No such file"),
-            ("measure --firmware f --vcpus 0 --vcpu-type EPYC-v4", 2, "--vcpus: '0' is not a whole number above zero"),
-            ("measure --firmware f --vcpus 1 --vcpu-type EPYC-v6", 2, "--vcpu-type: invalid choice"),
-            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --vmm xen", 2, "--vmm: invalid choice"),
+            (
+                "measure --firmware blank --vcpus 0 --vcpu-type EPYC-v4",
+                2,
+                "--vcpus: '0' is not a whole number above zero",
+            ),
+            ("measure --firmware blank --vcpus 1 --vcpu-type EPYC-v6", 2, "--vcpu-type: invalid choice"),
+            ("measure --firmware blank --vcpus 1 --vcpu-sig 0 --vmm xen", 2, "--vmm: invalid choice"),
             *[
                 (
-                    f"measure --firmware f --vcpus 1 --vcpu-sig={text}",
+                    f"measure --firmware blank --vcpus 1 --vcpu-sig={text}",
                     2,
                     "is not a whole number such as 33 or 0x21",
                 )
                 for text in ("", "-1", "0x", "x1", "1_0", "0X1", "0x" + "1" * 17, "1" * 21, "\u0661")
             ],
-            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --initrd x", 2, "--initrd requires --kernel"),
-            ("measure --firmware f --vcpus 1 --vcpu-sig 0 --append=", 2, "--append requires --kernel"),
+            ("measure --firmware blank --vcpus 1 --vcpu-sig 0 --initrd blank", 2, "--initrd requires --kernel"),
+            ("measure --firmware blank --vcpus 1 --vcpu-sig 0 --append=", 2, "--append requires --kernel"),
             ("measure --firmware nowhere --vcpus 1 --vcpu-sig 0", 2, "nowhere: No such file"),
             ("measure --firmware empty --vcpus 1 --vcpu-sig 0", 2, "empty: Is a directory"),
             (
                 "measure --firmware binary --vcpus 1 --vcpu-sig 0",
                 2,
-                "error: binary: firmware: 2 bytes, expected 1 to 4096 pages",
+                "error: firmware: 2 bytes, expected 1 to 4096 pages",
             ),
             *[
-                (f"image {options}", 2, "image: give exactly one of -o DIR, --check DIR and --lock LOCK")
-                for options in ("", "name", "-o i --check i", "-o i --lock l x", "--check i --lock l")
+                (f"image {options}", 2, "image: one of the arguments -o/--out --check --lock is required")
+                for options in ("", "name")
             ],
+            ("image -o i --check i", 2, "image: --check: not allowed with argument -o/--out"),
+            ("image -o i --lock l x", 2, "image: --lock: not allowed with argument -o/--out"),
+            ("image --check i --lock l", 2, "image: --lock: not allowed with argument --check"),
             ("image --lock l", 2, "--lock LOCK and the names of packages go together"),
             ("image --lock l -- -x", 2, "'-x' is not the name of a package"),
             ("image -o i x", 2, "--lock LOCK and the names of packages go together"),
@@ -30031,7 +30082,12 @@ class TestUsage:
         (tmp_path / "empty").mkdir()
         write_files(
             tmp_path,
-            {"blank": "", "binary": b"\xff\xfe", **{f"demo/{name}": content for name, content in project().items()}},
+            {
+                "blank": "",
+                "binary": b"\xff\xfe",
+                "armour": "-----BEGIN X-----\nAAA\n-----END X-----\n",
+                **{f"demo/{name}": content for name, content in project().items()},
+            },
         )
         write_bundle(tmp_path / "b", bundle())
         monkeypatch.setenv("NO_PROXY", "*")
@@ -31048,7 +31104,9 @@ class TestVerify:
             folders.append(folder)
             return TestHardwareVerdict.IMAGE
 
-        monkeypatch.setattr(confbuild, "check_image", check)
+        command = next(row for row in confbuild.COMMANDS if row.name == "verify")
+        rows = [(*row[:2], check) if row[0] == "--image DIR" else row for row in command.rows]
+        monkeypatch.setattr(confbuild, "COMMANDS", [command._replace(rows=rows)])
         for name, options, status in (
             ("booted", "--image image", 0),
             ("b", "--image image", 1),
@@ -31073,8 +31131,8 @@ class TestVerify:
             ("--vek forged.pem", "forged.pem: expected canonical base64"),
             ("--roots=", "No such file"),
             ("--vek=", "No such file"),
-            ("--source=", "--source : not a directory"),
-            ("--policy=", "No such file"),
+            ("--source=", "--source: '' is not a value: it is empty"),
+            ("--policy=", "--policy: '' is not a value: it is empty"),
         ],
     )
     def test_endorsements_that_cannot_be_used(
@@ -31180,6 +31238,22 @@ class TestVerify:
         said = capsys.readouterr()
         assert message in (said.err if status == 2 else said.out.splitlines()[0] if message == "PASSED" else said.out)
 
+    def test_a_pipe_next_to_a_policy(self, bench: Path) -> None:
+        """It is read once, although its option is parsed twice: as the shell's <(curl ...)."""
+        (bench / "folder/policy.toml").write_text('roots = "../roots"\nrequire-crl = true')
+        reader, writer = os.pipe()
+        with open(writer, "wb") as pipe:
+            pipe.write((bench / "crl.der").read_bytes())
+        with open(reader, "rb"):
+            words = ["verify", "b", "--policy", "folder/policy.toml", "--crl", f"/dev/fd/{reader}"]
+            assert confbuild.main(words) == 0
+
+    def test_a_large_guest_svn(self) -> None:
+        """Reports have 32 bits of it.  [SNP-ABI 7.3]"""
+        for name in ("guest-svn", "min-guest-svn"):
+            options = confbuild.parse_arguments(["verify", "b", f"--{name}", str(2**32 - 1)])
+            assert getattr(options, name.replace("-", "_")) == 2**32 - 1
+
     @pytest.mark.parametrize(
         "toml, message",
         [
@@ -31191,6 +31265,8 @@ class TestVerify:
             ("guest-svn = " + "1" * 5000, "not TOML: Exceeds the limit"),
             ("guest-svn = 0x" + "f" * 5000, "guest-svn: expected text or a whole number"),
             (f"guest-svn = {1 << 63}", "guest-svn: '9223372036854775808' is not a whole number"),
+            ("vek = ''", "p.toml: vek: '': No such file"),
+            ("crl = ['nowhere']", "nowhere: No such file"),
             ("x = 1", "unknown option 'x'\nconfbuild: hint: known options are accept-tcb, allow-debug, "),
             ("nonc = 1", "unknown option 'nonc'\nconfbuild: hint: did you mean nonce?"),
             ('"\\u001b[2J" = 1', "unknown option"),
@@ -31624,7 +31700,9 @@ class TestImageCommand:
 
 class TestMeasure:
     BOOT = ("--kernel", "kernel", "--initrd", "initrd", "--append", TOY_APPEND)
-    WARNING = "confbuild: warning: {}: {}\nconfbuild: warning: this digest proves nothing about the code that ran\n"
+    WARNING = (
+        "confbuild: warning: firmware: {}\nconfbuild: warning: this digest proves nothing about the code that ran\n"
+    )
 
     @pytest.mark.parametrize("row", TOY_DIGESTS)
     def test_known_digests(
@@ -31680,20 +31758,20 @@ class TestMeasure:
                 confbuild.main(["measure", "--firmware", name, *boots, "--vcpus", "1", "--vcpu-sig", "0x800f12"]) == 0
             )
             said = capsys.readouterr()
-            assert said.err == (self.WARNING.format(name, state) if state and boots else "") and re.fullmatch(
+            assert said.err == (self.WARNING.format(state) if state and boots else "") and re.fullmatch(
                 r"[0-9a-f]{96}\n", said.out
             )
 
     @pytest.mark.parametrize(
         "name, options, message",
         [
-            ("bare", (), "bare: firmware: no measured direct boot: it has no section of type 0x10"),
-            ("large", (), "large: firmware: 16777217 bytes, expected 1 to"),
+            ("bare", (), "firmware: no measured direct boot: it has no section of type 0x10"),
+            ("large", (), "measure: --firmware: large: more than 16777216 bytes"),
             ("fw", ("--vcpus", "4097"), "launch digest: out of range: 4097 vCPUs"),
             ("fw", ("--vcpu-sig", "0x100000000"), "launch digest: out of range: 1 vCPUs"),
             ("fw", ("--append", "\udcff\ud800"), "command line: contains a lone surrogate"),
-            ("fw", ("--kernel", "nowhere"), "--kernel nowhere: No such file"),
-            ("fw", ("--initrd", "."), "--initrd .: Is a directory"),
+            ("fw", ("--kernel", "nowhere"), "measure: --kernel: nowhere: No such file"),
+            ("fw", ("--initrd", "."), "measure: --initrd: .: Is a directory"),
         ],
     )
     def test_what_has_no_digest(
@@ -32592,10 +32670,13 @@ class TestBuild:
         )
         assert inside("fetch", job, *to, "-o", "fetched", "--nonce", NONCE).returncode == 5
         done = inside("fetch", job, *to, "-o", "demo")
-        assert done.returncode == 2 and "is not a bundle" in done.stderr
+        assert (
+            done.returncode == 2 and "is not a bundle\nconfbuild: hint: name another directory with -o\n" in done.stderr
+        )
         assert inside("cancel", job, *to).stdout == f"{job}  already finished (ok)\n"
         done = inside("watch", "ffffff", *to)
         assert done.returncode == 2 and "no build ids begin with it" in done.stderr
+        assert f" list {shlex.join(to)}` shows the builds of the server\n" in done.stderr
         long = one.submit(LONG)
         log = one.state / "jobs" / long / "events"
         wait_for(lambda: log.exists() and b"started" in log.read_bytes())
