@@ -18642,15 +18642,19 @@ def parse_arguments(arguments: Sequence[str]) -> "argparse.Namespace":
         raise UsageError(f"unknown {kind} {name}", _similar(name, names, more))
     parser = command_parser(command)
     known = parser._option_string_actions
-    given = {word.partition("=")[0]: word for word in itertools.takewhile("--".__ne__, words)}
-    for option, word in given.items():
+    given = set()
+    for word in itertools.takewhile("--".__ne__, words):
+        option, _, value = word.partition("=")
         if word.startswith("--") and " " not in word and option not in known:  # argparse would first miss others
             more = f"`confbuild {name} --help` lists the options"
             raise UsageError(f"{name}: unknown option {option}", _similar(option, known, more))
+        if option in known and value == "--":  # argparse before 3.13 would take that for no value, and check nothing
+            raise UsageError(f"{name}: {option}: '--' is not a value")
+        given.add(option)
     options = parser.parse_args(words)
     if getattr(options, "policy", None):
         options = parser.parse_args(words, _read_policy(parser, options))  # the command line adds to it, or wins
-    options.given = given.keys()
+    options.given = given
     return options
 
 
@@ -18705,7 +18709,11 @@ def _policy_value(
     folder *= action.dest in _POLICY_PATHS
     try:
         texts = [str(item) for item in items if type(item) in (str, int)]
-        found = [parser._get_values(action, [text and join(folder, text)]) for text in texts if "\0" not in text]
+        found = [
+            parser._get_values(action, [text and join(folder, text)])
+            for text in texts
+            if "\0" not in text and text != "--"
+        ]
     except ValueError:  # a number with thousands of digits
         found = []
     except argparse.ArgumentError as e:

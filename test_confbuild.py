@@ -29871,6 +29871,10 @@ class TestUsage:
                 for words in ("verify b --vsa", "image --check", "image --lock l x --without", "measure --igvm")
             ],
             ("fetch j -o ''", 2, "fetch: -o/--out: '' is not a value: it is empty"),
+            *[
+                (f"verify b {option}=--", 2, f"verify: {option}: '--' is not a value")
+                for option in ("--nonce", "--measurement", "--source", "--format")
+            ],
             ("build ''", 2, "build: DIR|URL: '' is not a value: it is empty"),
             ("verify b ''", 2, "verify: BUNDLE: '' is not a value: it is empty"),
             ("verify b --crl ''", 2, "verify: --crl: '': No such file or directory"),
@@ -31266,6 +31270,8 @@ class TestVerify:
             ("guest-svn = 0x" + "f" * 5000, "guest-svn: expected text or a whole number"),
             (f"guest-svn = {1 << 63}", "guest-svn: '9223372036854775808' is not a whole number"),
             ("vek = ''", "p.toml: vek: '': No such file"),
+            ("nonce = '--'", "p.toml: nonce: expected text or a whole number"),
+            ("dep = ['a', '--']", "p.toml: dep: expected text or a whole number, or a list of them"),
             ("crl = ['nowhere']", "nowhere: No such file"),
             ("x = 1", "unknown option 'x'\nconfbuild: hint: known options are accept-tcb, allow-debug, "),
             ("nonc = 1", "unknown option 'nonc'\nconfbuild: hint: did you mean nonce?"),
