@@ -17551,9 +17551,9 @@ def cmd_verify(options: "argparse.Namespace") -> int:
             status = {"passed": EXIT_OK, "failed": EXIT_NO, "simulated": simulated}[verdict.verdict]
             wire = verdict.to_wire()
             if options.format == "text":
-                heading = (plain_text(path) + "\n") * (len(options.bundles) > 1)
-                shown = render_verdict(verdict, wants_color(sys.stdout), options.verbose, at)
-                print(heading + shown)
+                if len(options.bundles) > 1:
+                    print(plain_text(path))
+                print(render_verdict(verdict, wants_color(sys.stdout), options.verbose, at))
             if options.vsa is not None:
                 summary = make_vsa(files, verdict, status == EXIT_OK, wanted, when)
                 with open(options.vsa, "w") as f:  # in place: it may be /dev/stdout
@@ -17977,13 +17977,11 @@ _age = _typed(
     "an age such as 90m, 24h or 30d",
     lambda text: int(text[:-1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[text[-1]],
 )
-_days = _typed("[0-9]{1,6}", "a number of days below a million", lambda text: int(text) * 24 * 3600)
 _size = _typed(
     "[0-9]{1,9}[KMGT]",
     "a whole number with its unit, such as 500M or 20G",
     lambda text: int(text[:-1]) << 10 * " KMGT".index(text[-1]),
 )
-_job = _typed("[0-9A-Za-z-]{1,64}", "the id of a job")
 _nonce = _typed(NONCE_PATTERN, "a nonce: expected 32 hexadecimal digits or a UUID", parse_nonce)
 _LEVEL_ITEM = "(([a-z]+:)?(?!tdx)[a-z]+=[0-9]{1,3}|tdx=([0-9a-fA-F]{2}){1,16})"
 _levels = _typed(
@@ -18002,13 +18000,11 @@ _ITEM = f"([a-z][a-z0-9-]+|{_NUMBER})"
 _platform_info = _typed(
     f"{_ITEM}(,{_ITEM})*", f"a list of numbers and of the names {', '.join(PLATFORM_NAMES)}", _read_platform_info
 )
-_vmpl = _typed("[0-3]", "a VMPL: 0, 1, 2 or 3", int)
 _firmware = _typed(
     r"[0-9]{1,3}\.[0-9]{1,3}(\.[0-9]{1,3})?",
     "a version such as 1.55 or 1.55.40",
     lambda text: tuple(map(int, text.split("."))),
 )
-_time = _typed("[0-9]{4}-[0-9-]{5}T[0-9:]{8}Z", "a time such as 2026-11-23T12:00:00Z", datetime.fromisoformat)
 
 
 # Rows that several commands share  [CONTRACT 5.7, 5.8].
@@ -18020,7 +18016,7 @@ _FORMAT = (
 )
 _CLIENT_TOKEN = ("--token-file FILE", "file with the server's bearer token (default: CONFBUILD_TOKEN_FILE)", str)
 _CLIENT = (("--server URL", "the server (default: CONFBUILD_SERVER)", str), _CLIENT_TOKEN, _FORMAT)
-_JOB = ("JOB job", "id of the job, or its first characters", _job)
+_JOB = ("JOB job", "id of the job, or its first characters", _typed("[0-9A-Za-z-]{1,64}", "the id of a job"))
 # Of a server that builds on this machine, temporary or not.
 _MACHINE: Sequence[Any] = (
     "builds on this machine",
@@ -18231,7 +18227,7 @@ COMMANDS = (
                 _guest_policy,
             ),
             ("--platform-info LIST", "bits of PLATFORM_INFO that may be set, such as smt,ecc or 0x5", _platform_info),
-            ("--vmpl N", "VMPL that asked for the report (default: 0)", _vmpl),
+            ("--vmpl N", "VMPL that asked for the report (default: 0)", _typed("[0-3]", "a VMPL: 0, 1, 2 or 3", int)),
             ("--report-data HEX", "all 64 bytes that the attester signed, for evidence alone", _hex(128)),
             ("--host-data HEX", "HOST_DATA of the report", _hex(64)),
             ("--guest-svn N", "GUEST_SVN of the report", _count),
@@ -18271,7 +18267,11 @@ COMMANDS = (
                 TCB_STATUSES[:-1],
                 [],
             ),
-            ("--at TIME", "verify an old bundle as of this time, such as 2026-11-23T12:00:00Z", _time),
+            (
+                "--at TIME",
+                "verify an old bundle as of this time, such as 2026-11-23T12:00:00Z",
+                _typed("[0-9]{4}-[0-9-]{5}T[0-9:]{8}Z", "a time such as 2026-11-23T12:00:00Z", datetime.fromisoformat),
+            ),
             (
                 "--roots DIR",
                 "certificates to trust instead of the pinned keys: <product>/{ark,ask,asvk}.der, intel/root.der",
@@ -18357,7 +18357,12 @@ COMMANDS = (
             ),
             ("-v --verbose", "log requests"),
             ("--log-format FORMAT", "text, or json: an object per line (default: text)", ("text", "json"), "text"),
-            ("--keep-days N", "remove builds that ended N days ago (default: keep them)", _days, float("inf")),
+            (
+                "--keep-days N",
+                "remove builds that ended N days ago (default: keep them)",
+                _typed("[0-9]{1,6}", "a number of days below a million", lambda text: int(text) * 24 * 3600),
+                float("inf"),
+            ),
             (
                 "--keep-bytes SIZE",
                 "remove the oldest builds while all that ended take more than SIZE, such as 20G (default: keep them)",
@@ -18813,7 +18818,8 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         raise
     except OSError as e:
-        words = [word for argument in arguments for word in argument.split("=", 1)]
+        words = ["--token-file", os.environ.get("CONFBUILD_TOKEN_FILE", "")]
+        words += [word for argument in arguments for word in argument.split("=", 1)]
         before = {word: option + " " for option, word in itertools.pairwise(words) if option.startswith("-")}
         name = f"{before.get(e.filename, '')}{e.filename}: "
         say(f"error: {'' if e.filename is None else name}{e.strerror or e}")

@@ -30105,6 +30105,14 @@ class TestUsage:
         message = message.replace("{own}", shlex.join(confbuild.own_command()))  # as this program was started
         assert (returned, said.out) == (status, "") and message in said.err, said.err
 
+    def test_a_token_file_of_the_environment(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The message says where the name of the file comes from, as for one on the command line."""
+        monkeypatch.setenv("CONFBUILD_TOKEN_FILE", str(tmp_path / "gone"))
+        assert confbuild.main(["list", "--server", "http://127.0.0.1:1"]) == 2
+        assert capsys.readouterr().err == f"confbuild: error: --token-file {tmp_path}/gone: No such file or directory\n"
+
     @pytest.mark.parametrize("line, status, message", BUILD_AND_SERVE)
     def test_messages_of_build_and_serve(
         self, elsewhere: Mapping[str, Any], line: str, status: int, message: str
