@@ -16079,7 +16079,7 @@ def plain_text(text: str) -> str:
 
 def own_command() -> list[str]:
     """Return the words with which this program was started, for commands that people can paste."""
-    program = sys.argv[0] or "-c"
+    program = sys.argv[0]
     if program.endswith((".py", ".pyz")):
         return [*(sys.orig_argv[:1] or [sys.executable]), program]
     return [program if os.sep in program and shutil.which("confbuild") != program else "confbuild"]
@@ -16979,7 +16979,7 @@ def _client(options: "argparse.Namespace", display: Display | None = None) -> Cl
         raise UsageError("no server is given", "give --server URL, or set CONFBUILD_SERVER")
     [token, *_] = [*_read_tokens(options.token_file), ""]
     display = display or Display(sys.stderr, options.format)
-    arguments = ["--server", options.server, *(["--token-file", options.token_file] if options.token_file else [])]
+    arguments = ["--server", options.server] + ["--token-file", options.token_file] * bool(options.token_file)
     return Client(ApiClient(options.server, token, display.note), display, arguments)
 
 
@@ -17083,7 +17083,7 @@ def cmd_build(options: "argparse.Namespace") -> int:
         job_id = client.service.submit(request, archive)
         if client.arguments:
             display.note(f"submitted job {job_id}; to follow it again: " + client.command("watch", job_id))
-        checks = [] if is_url else ["--source", source]
+        checks = ["--source", source] * (not is_url)
         checks += ["--image", options.image] * bool(options.image and options.tee)
         delivery = Delivery(bundle, expected, endorsements, checks)
         return _follow_and_fetch(client, job_id, delivery, join(scratch, "build.log"))
@@ -17123,7 +17123,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
             check_ref(options.ref)
         except Refused as e:
             hint = "--allow-scheme file and --allow-scheme git accept these schemes too" * ("scheme" in str(e))
-            raise UsageError(str(e).replace("repo_url", "URL"), hint) from None
+            raise UsageError(str(e).replace("repo_url", "URL").replace("repo_ref", "--ref"), hint) from None
         return
     folder = _locate(source, "", options.subdir)
     if folder is None or not isdir(join(source, folder)):
@@ -18564,6 +18564,7 @@ def command_parser(command: Command) -> "argparse.ArgumentParser":
 
         def error(self, message: str) -> NoReturn:
             message = message.removeprefix("argument ").replace("unrecognized arguments:", "unexpected argument")
+            message = message.replace("ignored explicit argument", "takes no value, but was given")
             raise UsageError(f"{command.name}: {message}", f"`confbuild {command.name} --help` lists the options")
 
         def print_help(self, file: Any = None) -> None:

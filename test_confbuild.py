@@ -29596,7 +29596,7 @@ BUILD_AND_SERVE = (
     ("build file:///x", 2, "URL: scheme 'file', expected https or http\nconfbuild: hint: --allow-scheme file and "),
     ("build ftp://h/x", 2, "URL: scheme 'ftp', expected https or http\nconfbuild: hint: --allow-scheme file and "),
     ("build https://example.com", 2, "URL: a host and a path are required"),
-    ("build https://example.com/x --ref a..b", 2, "repo_ref: 'a..b' is not a valid branch, tag or commit name"),
+    ("build https://example.com/x --ref a..b", 2, "error: --ref: 'a..b' is not a valid branch, tag or commit name"),
     ("build demo --env A=B", 2, "--env: 'A=B' is not the name of a variable"),
     (
         "build web",
@@ -29880,6 +29880,7 @@ class TestUsage:
             ("verify b --crl ''", 2, "verify: --crl: '': No such file or directory"),
             ("--verison", 2, "unknown option --verison\nconfbuild: hint: did you mean --version?"),
             ("verify b --polcy x", 2, "verify: unknown option --polcy\nconfbuild: hint: did you mean --policy?"),
+            ("verify b --verbose=1", 2, "verify: -v/--verbose: takes no value, but was given '1'"),
             ("verify b --zzz=x", 2, "unknown option --zzz\nconfbuild: hint: `{own} verify --help` lists"),
             ("no-such", 2, "unknown command no-such"),
             ("list --server http://user:secret@127.0.0.1:1", 2, "--server: the URL contains credentials\n"),
