@@ -16451,7 +16451,7 @@ def prepare_platform(options: "argparse.Namespace") -> BuildPlatform:
     if facts.parts or facts.firmware:
         raise ImageError(
             f"{options.image}: {facts.parts or facts.firmware}",
-            f"`confbuild image --check {shlex.quote(options.image)}` says what is wrong",
+            f"`confbuild image --check {shlex.quote(options.image)}` says what is wrong; a new image repairs it",
         )
     guest = Guest(platform, image, options.vcpus, options.vcpu_type, options.memory, options.guest_network)
     if guest.memory_mib < MIN_MEMORY:
