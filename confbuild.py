@@ -16060,8 +16060,7 @@ def run_guest() -> None:
 
 _CONTROL = re.compile(
     r"""
-    [\ud800-\udfff]                         # lone surrogates, which no encoding can print
-    | \x1b\[ [0-?]* [\ -/]* [@-~]           # CSI: colours, cursor movement
+      \x1b\[ [0-?]* [\ -/]* [@-~]           # CSI: colours, cursor movement
     | \x1b\] [^\x07\x1b]* (?:\x07|\x1b\\)   # OSC: titles, links
     | \x1b .?                               # every other escape sequence
     | [\x00-\x08\x0a-\x1f\x7f-\x9f]         # control characters except tab
@@ -16073,8 +16072,8 @@ TAIL = 40  # lines shown of a failed build
 
 
 def plain_text(text: str) -> str:
-    """Return text without ANSI sequences and control characters; tabs become spaces."""
-    return _CONTROL.sub("", text).expandtabs()
+    """Return text without ANSI sequences and control characters; tabs become spaces, and lone surrogates "?"."""
+    return _CONTROL.sub("", text.encode("utf-8", "replace").decode()).expandtabs()
 
 
 def own_command() -> list[str]:
@@ -17103,8 +17102,8 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         if ":" in source:
             hint = "a repository has a URL like https://example.org/a/b.git"
         raise UsageError(f"{source}: neither a directory nor a URL", hint)
-    elif options.ref:
-        raise UsageError("--ref requires a URL")
+    else:
+        _refuse(options, "--ref --allow-scheme", " requires a URL")
     if options.nonce is not None and not options.nonce.strip("0"):
         raise UsageError("--nonce: a nonce of zeros proves nothing, and its verification fails", "leave --nonce out")
     if options.server:
@@ -17116,7 +17115,6 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         )
         return
     _refuse(options, "--token-file", " requires --server")
-    _refuse(options, "--allow-scheme" * (not is_url), " requires a URL")
     if is_url:
         try:
             check_url(source, (*SCHEMES, *options.allow_scheme), True)
@@ -17859,11 +17857,9 @@ def _typed(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> 
     """
 
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if re.fullmatch(pattern, text, re.ASCII):
                 return convert(text)
-        except ValueError:
-            pass
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse

@@ -28944,6 +28944,7 @@ class TestRendering:
             ("\u202eevil\u202c\u2066x\u2069", "evilx"),
             ("a\tb", "a       b"),
             ("\x1b\x1b[31mx", "[31mx"),
+            ("caf\udce9", "caf?"),  # a name that is not UTF-8; without its octet it would be the name of another file
         ],
     )
     def test_plain_text(self, text: str, plain: str) -> None:
@@ -29590,6 +29591,12 @@ BUILD_AND_SERVE = (
     ("build demo --outpu json", 2, "build: unknown option --outpu\nconfbuild: hint: did you mean --output?"),
     ("build nowhere", 2, "nowhere: neither a directory nor a URL"),
     ("build demo --ref x", 2, "--ref requires a URL"),
+    ("build demo --ref=", 2, "--ref requires a URL"),
+    (
+        "build git://h/x --server http://127.0.0.1:1 --allow-scheme git",
+        2,
+        "--allow-scheme cannot be combined with --server: the server decides it",
+    ),
     ("build demo --nonce 00", 2, "--nonce: '00' is not a nonce: expected 32 hexadecimal digits or a UUID"),
     (f"build demo --nonce {'0' * 32}", 2, "--nonce: a nonce of zeros proves nothing"),
     ("build github.com/a/b", 2, "neither a directory nor a URL\nconfbuild: hint: is it https://github.com/a/b?"),
@@ -29700,9 +29707,9 @@ BUILD_AND_SERVE = (
                     "--max-archive 1",
                     "--build-timeout 1",
                     "--boot-timeout 1",
-                    "--allow-scheme git",
                 )
             ],
+            ("--allow-scheme git", "--allow-scheme requires a URL"),
             ("--tee --vcpus 2", "--vcpus cannot be combined with --server: the server decides it"),
             ("--tee", "--tee needs --image DIR or --measurement HEX: without them, a VM with any contents would do"),
             ("--tee --image empty", "empty: no image.json in it"),
