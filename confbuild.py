@@ -5648,8 +5648,11 @@ def is_archive(head: bytes) -> bool:
 
 
 def safe_name(name: str) -> str:
-    """Reduce name to a folder name of the characters [A-Za-z0-9._-] that is not empty, `.` or `..`. [CONTRACT 1.11]"""
-    reduced = re.sub(r"[^A-Za-z0-9._-]", "_", name)[:100]
+    """Reduce name to a folder name of the characters [A-Za-z0-9._-] that is not empty, `.` or `..`. [CONTRACT 1.11]
+
+    It does not begin with "-", so that it can be pasted into a command.
+    """
+    reduced = re.sub(r"[^A-Za-z0-9._-]|^-", "_", name)[:100]
     return reduced if reduced.strip(".") else "build"
 
 

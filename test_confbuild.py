@@ -11798,10 +11798,11 @@ class TestProject:
     @example("")
     @example("a" * 300)
     @example("a\n")
+    @example("-rf")
     def test_safe_name(self, name: str) -> None:
         """[CONTRACT 1.11]"""
         plain = confbuild.safe_name(name)
-        assert re.fullmatch(r"[A-Za-z0-9._-]{1,100}", plain) and plain not in (".", "..")
+        assert re.fullmatch(r"(?!-)[A-Za-z0-9._-]{1,100}", plain) and plain not in (".", "..")
         assert confbuild.safe_name(plain) == plain
 
 
