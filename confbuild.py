@@ -17405,7 +17405,7 @@ def cmd_list(options: "argparse.Namespace") -> None:
     jobs = client.service.jobs("GET", "/builds", several=True)
     if options.format in ("json", "quiet"):
         for job in jobs:
-            print(compact_json(job) if options.format == "json" else job["job_id"])
+            print(compact_json(job) if options.format == "json" else plain_text(job["job_id"]))
         return
     if not jobs:
         client.display.note("no builds yet")

@@ -30415,6 +30415,15 @@ class TestUsage:
             seen = [path for _, path, _ in one.seen]
             assert seen[-2:] == [f"/build/{ids[0]}", "/builds"], "a whole id is not looked up"
 
+    @pytest.mark.parametrize("form", ["plain", "quiet", "json"])
+    def test_a_list_that_steers_a_terminal(self, capsys: pytest.CaptureFixture[str], form: str) -> None:
+        """A server chooses the ids of its jobs; each is one line without control characters."""
+        job = {"job_id": "a\x1b[2J\nb", "status": "\x1b[31mok", "submitted_at": "\r", "source_name": "\u202ex"}
+        with StandIn((200, {}, json.dumps([job]).encode())) as one:
+            assert confbuild.main(["list", "--server", one.url, "--format", form]) == 0
+        out = capsys.readouterr().out
+        assert not re.search(r"[\x00-\x09\x0b-\x1f]", out) and out.count("\n") == 1 + (form == "plain")
+
     def test_old_pythons(self) -> None:
         """Those installed here, and a simulated old one: Python parses the whole file before its first line.
 
