@@ -7705,6 +7705,15 @@ def parse_lock_yaml(data: bytes) -> Json:
     return top
 
 
+# Settings in pnpm-workspace.yaml, and escapes that may hide one. Lines that are comments do not count, but those with a
+# quotation mark do: what begins like a comment may be the end of a text.
+_PNPM_REFUSED = re.compile(
+    rb"""(?imx) ^ (?! [ \t]* \# [\t\x20!\#-&(-~]* \r? $ ) .*? (
+    lockfile-?dir | branch-?lockfile | workspace-?lockfile | store-?dir | modules-?dir | node-?version
+    | \\[ux] | \\(?=[\r\n]) )"""
+)
+
+
 def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
 
@@ -7712,19 +7721,16 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """
     found = {}
     for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
-        refused = (
-            rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|node-?version|\\[ux]"
-        )
-        for setting in re.findall(refused, read_lockfile(join(root, path))):
+        setting = re.search(_PNPM_REFUSED, read_lockfile(join(root, path)))
+        if setting:
             raise source_error(
-                f"{path}: {setting.decode()}: settings that may name another lock file, store, node_modules or node "
+                f"{path}: {setting[1].decode()}: settings that may name another lock file, store, node_modules or node "
                 "are refused"
             )
-    for path in (
-        join(root, name) for name in walk_files(root) if re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
-    ):
-        if isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
-            raise source_error(f"{relpath(path, root)}: executionEnv is refused: pnpm would fetch and run another node")
+    for name in walk_files(root):
+        path, matches = join(root, name), re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
+        if matches and isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
+            raise source_error(f"{name}: executionEnv is refused: pnpm would fetch and run another node")
     with _parsing("pnpm-lock.yaml"):
         # pnpm 11 describes in a document of its own what it needs before it can install.
         for doc in map(parse_lock_yaml, lock.removeprefix(b"---\n").split(b"\n---\n")):

@@ -14972,6 +14972,10 @@ class TestPnpm:
             "modules-dir: x",
             "useNodeVersion: 18.20.4",
             '"\\x6c": o',
+            '? "lockfile\\\nDir"\n: o',  # one text
+            '{a: "\n# ", lockfileDir: o}',  # no comment
+            "a: 1 # lockfileDir",  # it may be
+            "# lockfileDir isn't set",
         ],
     )
     def test_settings_of_the_workspace(self, tmp_path: Path, place: str, line: str) -> None:
@@ -14983,10 +14987,11 @@ class TestPnpm:
         setting = re.search(
             r"(?i)\w*lockfile-?dir|branchlockfile|workspacelockfile|storedir|modules-dir|nodev\w+", line
         )
-        name = setting[0] if setting else "\\x"
+        name = setting[0] if setting else "\\x" if "x6c" in line else "\\"
         assert failure(read) == ("SourceError", f"{place}pnpm-workspace.yaml: {name}: {said}")
-        write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
-        assert read() == []
+        for comment in ("", f"  # nodeVersion: {line.encode().hex()}", "#storeDir\r"):
+            write_files(tmp_path, {f"{place}pnpm-workspace.yaml": f"packages:\n  - x\n{comment}\n"})
+            assert read() == []
 
     @pytest.mark.parametrize("place", ["", "packages/x/"])
     def test_another_node(self, tmp_path: Path, place: str) -> None:
