@@ -7339,11 +7339,11 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
-                why = f": {outside[name][:80]} {_NOT_SENT}" if name in outside else ", as far as its files are TOML 1.1"
+                why = f": {outside[name][:80]}" if name in outside else ", as far as its files are TOML 1.1, and"
                 raise BuildFailed(
                     "ProvenanceError",
                     f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the "
-                    f"project{why}",
+                    f"project{why} {_NOT_SENT}",
                 )
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
@@ -7494,14 +7494,12 @@ def _scan_cargo(
     """
     packages, outside, settings = [], dict[str, str](), _read_settings(root, folder)
     for base in (dirname(name) for name in walk_files(root) if basename(name) == "Cargo.toml"):
-        doc = _read_toml(join(root, base, "Cargo.toml"))
-        if not doc:
-            packages.append(("", "", base))
+        doc, name, version = _read_toml(join(root, base, "Cargo.toml")), "", ""
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-        name = ""
         if isinstance(package, dict):
-            name = str(package.get("name"))
-            packages.append((name, str(package.get("version")), base))
+            name, version = str(package.get("name")), str(package.get("version"))
+        if name or not doc:
+            packages.append((name, version, base))
         if not name or name in locked or "workspace" in doc:  # its members inherit from it
             outside |= _outside_paths(root, base, doc)
     for _, base, doc in settings:

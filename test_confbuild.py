@@ -14633,7 +14633,8 @@ class TestCargoDependencies:
             (
                 entry("other", "1.0.0"),
                 "ProvenanceError",
-                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.1",
+                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.1, "
+                "and is not part of what was sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT",
             ),
             (
                 entry("None", "1.0.0"),
