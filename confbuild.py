@@ -7992,6 +7992,20 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     return [normpath(join(subdir, output)) for output in outputs]
 
 
+def split_command(command: str) -> tuple[str, list[str]]:
+    """Return (folder, words) of a buildCommand. Without `cd FOLDER &&`, folder is "".  [CONTRACT 2.1]
+
+    The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
+    Raises ValueError.
+    """
+    folder, words = "", shlex.split(command[:MAX_LINE])
+    if words[:1] == ["cd"]:
+        _, folder, _, *words = words
+    if folder.count("/") > MAX_DEPTH:
+        raise ValueError(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+    return folder, words
+
+
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
     """Return expected with the tree, lock file digest and dependencies of the source in directory.
 
@@ -8008,10 +8022,8 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     if doc:
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
-        # The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
-        with suppress(ValueError):  # quotes that do not match, or too few words
-            command, claimed, *_ = shlex.split(parameters["buildCommand"][:MAX_LINE])
-            folder = claimed if command == "cd" and claimed.count("/") <= MAX_DEPTH else ""
+        with suppress(ValueError):
+            folder, _ = split_command(parameters["buildCommand"])
         above = realpath(directory).removesuffix(f"/{folder}")
         if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
             directory = above
@@ -17684,11 +17696,8 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
     for problem, found in problems.items():
         if found:
             raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
-    options.subdir = ""
     try:
-        words = shlex.split(build["command"])
-        if words[:1] == ["cd"]:
-            _, options.subdir, _, *words = words
+        options.subdir, words = split_command(build["command"])
     except ValueError as e:
         raise UsageError(f"{options.bundle}: buildCommand {build['command'][:200]!r}: {e}") from None
     options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []

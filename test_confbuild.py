@@ -18654,9 +18654,15 @@ class TestRebuild:
         assert options.submodules
         with pytest.raises(confbuild.UsageError, match="b was built with submodules, which no URL delivers"):
             confbuild._request_again(argparse.Namespace(bundle="b", source=""), with_submodule)
-        for command, problem in (("make '", "No closing quotation"), ("cd x", "not enough values to unpack")):
+        for command, problem in (
+            ("make '", "No closing quotation"),
+            ("cd x", "not enough values to unpack"),
+            (f"cd {'/' * 99} && make", "'/{80}' lies deeper than 64 folders"),
+        ):
             with pytest.raises(confbuild.UsageError, match=f"b: buildCommand .{re.escape(command)}.: {problem}"):
                 confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts(command))
+        with within(20):  # shlex takes quadratic time
+            confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts("make " + "a" * 10**7))
         for command in (" ", "''", "cd x y"):
             options = argparse.Namespace(bundle="b", source="d")
             confbuild._request_again(options, self.facts(command))
