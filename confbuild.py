@@ -8894,9 +8894,10 @@ def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
     lock, tools = internal.pop("lockfileHash"), internal.pop("toolchain")
     dependencies: dict[str, list[str]] = {}
     for dependency in definition["resolvedDependencies"]:
-        name, version = split_uri(dependency["uri"])
-        digest = ", ".join(f"{kind}:{value}" for kind, value in dependency["digest"].items())
-        dependencies.setdefault(name, []).append(f"{version} {digest}".strip())
+        package, version, query = split_uri(dependency["uri"])
+        said = {"name": dependency["name"], **dependency["digest"]}.items()
+        others = [f"{kind}:{value}" for kind, value in said if value not in dependency["uri"]]
+        dependencies.setdefault(package, []).append(" ".join(filter(None, [version, query, *others])))
     measured = {"measurement": str(verdict.claims["measurement"])} if verdict.claims.get("measurement") else {}
     return {
         "source": {"uri": external["source"]["uri"], **external["source"]["digest"]},
@@ -8914,12 +8915,14 @@ def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
     }
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """Return (uri without version and checksum, version) of a dependency.  [PURL]"""
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Return (package, version, qualifiers) of a dependency.  [PURL]
+
+    The version follows the last @ of the last part of the path. That of npm may be a path or a URL with more of them.
+    """
     path, _, query = uri.partition("?")
-    path, _, version = path.rpartition("@") if "@" in path.rpartition("/")[2] else (path, "", "")
-    kept = "&".join(part for part in query.split("&") if part and not re.match("(checksum|hash)=", part))
-    return path + f"?{kept}" * bool(kept), version
+    [(package, version), *_] = re.findall(r"(pkg:npm/.[^@]*(?=@)|.*(?=@[^@/]*$)|.*)@?(.*)", path)
+    return package, version, query
 
 
 def differences(a: Facts, b: Facts) -> list[dict[str, str | None]]:
@@ -9006,12 +9009,15 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         return {"type": kind, "bom-ref": ref, "name": name, **more, "hashes": cyclonedx_hashes(digest)}
 
     files = [component("file", f"artifact:{row['name']}", row["name"], row["digest"]) for row in doc["subject"]]
-    libraries = {}
-    for row in definition["resolvedDependencies"]:
+    libraries = []
+    for number, row in enumerate(definition["resolvedDependencies"]):
         uri, digests = row["uri"], row["digest"]
-        more: dict[str, Any] = {"purl": uri} if uri.startswith("pkg:") else {}
-        more["properties"] = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
-        libraries[uri] = component("library", uri, row["name"], digests, version=split_uri(uri)[1], **more)
+        purl = {"purl": uri} if uri.startswith("pkg:") else {}
+        properties = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
+        ref, version = f"dependency:{number}:{uri}", split_uri(uri)[1]  # several may have one uri
+        libraries.append(
+            component("library", ref, row["name"], digests, version=version, properties=properties, **purl)
+        )
     tools = [
         component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
         for name, tool in definition["internalParameters"]["toolchain"].items()
@@ -9032,8 +9038,8 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
                 "version": source["digest"]["gitCommit"] or source["digest"]["gitTree"],
             },
         },
-        "components": [*files, *libraries.values(), *tools],
-        "dependencies": [{"ref": "build", "dependsOn": [*(f["bom-ref"] for f in files), *libraries]}],
+        "components": [*files, *libraries, *tools],
+        "dependencies": [{"ref": "build", "dependsOn": [part["bom-ref"] for part in (*files, *libraries)]}],
     }
 
 
@@ -17680,7 +17686,7 @@ def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
     return where + explain_difference(*(read_limited(path, GIB) for path in pair))
 
 
-def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) -> None:
+def _request_again(options: "argparse.Namespace", facts: Facts) -> None:
     """Set the options of `build` that request the build of a bundle once more.  Raises UsageError."""
     recorded, build = facts["source"], facts["build"]
     uri, commit = recorded["uri"], recorded.get("gitCommit")

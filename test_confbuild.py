@@ -18431,20 +18431,49 @@ class TestDiff:
     @pytest.mark.parametrize(
         ("uri", "parts"),
         [
-            ("pkg:cargo/itoa@1.0.19?checksum=sha256:ab", ("pkg:cargo/itoa", "1.0.19")),
+            ("pkg:cargo/itoa@1.0.19?checksum=sha256:ab", ("pkg:cargo/itoa", "1.0.19", "checksum=sha256:ab")),
             (
-                "pkg:cargo/itoa@1?checksum=sha256:ab&repository_url=https://a/b",
-                ("pkg:cargo/itoa?repository_url=https://a/b", "1"),
+                "pkg:cargo/itoa@1?checksum=sha256:ab&repository_url=https://a/b@c",
+                ("pkg:cargo/itoa", "1", "checksum=sha256:ab&repository_url=https://a/b@c"),
             ),
-            ("pkg:npm/%40babel/core@7.1.0", ("pkg:npm/%40babel/core", "7.1.0")),
-            ("pkg:generic/hello?hash=sha256:ab", ("pkg:generic/hello", "")),
-            ("pkg:golang/a@b/c", ("pkg:golang/a@b/c", "")),
-            ("", ("", "")),
+            ("pkg:npm/%40babel/core@7.1.0", ("pkg:npm/%40babel/core", "7.1.0", "")),
+            ("pkg:npm/@babel/core@7.1.0?checksum=x", ("pkg:npm/@babel/core", "7.1.0", "checksum=x")),
+            ("pkg:npm/@babel/core", ("pkg:npm/@babel/core", "", "")),
+            # Of a file or tarball, as pnpm names it.
+            ("pkg:npm/x@file:x.tgz?checksum=x", ("pkg:npm/x", "file:x.tgz", "checksum=x")),
+            ("pkg:npm/x@file:a/@b/x.tgz?checksum=x", ("pkg:npm/x", "file:a/@b/x.tgz", "checksum=x")),
+            ("pkg:npm/@s/x@https://a/@b/x.tgz", ("pkg:npm/@s/x", "https://a/@b/x.tgz", "")),
+            (
+                "pkg:generic/a@b/c@12?vcs_url=git+https://a/b@12",
+                ("pkg:generic/a@b/c", "12", "vcs_url=git+https://a/b@12"),
+            ),
+            ("pkg:generic/hello?hash=sha256:ab", ("pkg:generic/hello", "", "hash=sha256:ab")),
+            ("pkg:golang/a@b/c", ("pkg:golang/a@b/c", "", "")),
+            ("", ("", "", "")),
         ],
     )
-    def test_split_uri(self, uri: str, parts: tuple[str, str]) -> None:
+    def test_split_uri(self, uri: str, parts: tuple[str, str, str]) -> None:
         """[PURL]: the version follows the last @ of the last part of the path."""
         assert confbuild.split_uri(uri) == parts
+
+    def test_dependencies(self) -> None:
+        """One row for each package, with whatever differs: version, place, commit, digest, name, number."""
+        place = "predicate__buildDefinition__resolvedDependencies"
+        git, commits = "vcs_url=git+https://a/b@", ("12" * 20, "34" * 20)
+
+        def rows(*dependencies: dict[str, Any]) -> list[tuple[str, str | None]]:
+            found = changed_facts(**{place: [*dependencies]})
+            assert all(part == "dependencies" and before is None for part, _, before, _ in found)
+            return [(name, after) for _, name, _, after in found]
+
+        one, other = (depends_on(f"pkg:cargo/itoa@1?{git}{commit}", gitCommit=commit) for commit in commits)
+        assert rows(one) == [("pkg:cargo/itoa", f"1 {git}{commits[0]}")]
+        assert rows(other, one) == [("pkg:cargo/itoa", f"1 {git}{commits[0]}; 1 {git}{commits[1]}")]
+        same = depends_on("pkg:cargo/itoa@1?checksum=sha256:" + "cd" * 32)
+        said = "1 checksum=sha256:" + "cd" * 32
+        assert rows(same) == [("pkg:cargo/itoa", said)] and rows(same, same) == [("pkg:cargo/itoa", f"{said}; {said}")]
+        forged = {**same, "name": "serde", "digest": {"sha256": "ef" * 32}}
+        assert rows(forged) == [("pkg:cargo/itoa", f"{said} name:serde sha256:{'ef' * 32}")]
 
     def test_each_part(self) -> None:
         prefix = "predicate__buildDefinition__"
@@ -18793,7 +18822,7 @@ class TestSbom:
 
         rows = [
             depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),
-            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),  # a bom-ref is unique
+            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab", sha256="ef" * 32),  # a bom-ref is unique
             depends_on("pkg:npm/a@1", sha512="sha512-" + base64.b64encode(b"\xab" * 64).decode()),
             depends_on("git+https://a/b", gitCommit="ab" * 20),
         ]
@@ -18827,6 +18856,11 @@ class TestSbom:
         [library] = [component for component in made["components"] if component["type"] == "library"]
         assert (library["purl"], library["version"]) == (row["uri"], "1.2")
         assert library["hashes"] == [{"alg": "SHA-256", "content": row["digest"]["sha256"]}]
+        others = [row, {**row, "digest": {"sha256": "ef" * 32}}, depends_on("")]  # each is listed, and has a bom-ref
+        made = confbuild.make_sbom(statement(predicate__buildDefinition__resolvedDependencies=others), b"")
+        refs = [component["bom-ref"] for component in made["components"] if component["type"] == "library"]
+        assert refs == [f"dependency:0:{row['uri']}", f"dependency:1:{row['uri']}", "dependency:2:"]
+        assert made["dependencies"] == [{"ref": "build", "dependsOn": ["artifact:demo", *refs]}]
         (folder / "artifacts/demo").write_bytes(b"other")
         assert confbuild.main(["sbom", str(folder)]) == 1
         assert f"{folder} fails to verify" in capsys.readouterr().err
