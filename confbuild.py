@@ -7992,10 +7992,11 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     return [normpath(join(subdir, output)) for output in outputs]
 
 
-def split_command(command: str) -> tuple[str, list[str]]:
-    """Return (folder, words) of a buildCommand. Without `cd FOLDER &&`, folder is "".  [CONTRACT 2.1]
+def read_command(command: str, directory: str) -> tuple[str, str, list[str]]:
+    """Return (source, folder, words) of a buildCommand. It begins with `cd FOLDER &&`, or folder is "".  [CONTRACT 2.1]
 
     The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
+    directory: the source, or that very folder.
     Raises ValueError.
     """
     folder, words = "", shlex.split(command[:MAX_LINE])
@@ -8003,7 +8004,10 @@ def split_command(command: str) -> tuple[str, list[str]]:
         _, folder, _, *words = words
     if folder.count("/") > MAX_DEPTH:
         raise ValueError(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
-    return folder, words
+    above = realpath(directory).removesuffix(f"/{folder}")
+    if not isdir(join(directory, folder)) and isdir(join(above, folder)):
+        directory = above
+    return directory, folder, words
 
 
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
@@ -8023,10 +8027,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
         with suppress(ValueError):
-            folder, _ = split_command(parameters["buildCommand"])
-        above = realpath(directory).removesuffix(f"/{folder}")
-        if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
-            directory = above
+            directory, folder, _ = read_command(parameters["buildCommand"], directory)
         folder = _locate(directory, "", folder) or ""
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
@@ -17703,7 +17704,7 @@ def _request_again(options: "argparse.Namespace", facts: Facts) -> None:
         if found:
             raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
     try:
-        options.subdir, words = split_command(build["command"])
+        options.source, options.subdir, words = read_command(build["command"], options.source)
     except ValueError as e:
         raise UsageError(f"{options.bundle}: buildCommand {build['command'][:200]!r}: {e}") from None
     options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []

@@ -18697,6 +18697,15 @@ class TestRebuild:
             confbuild._request_again(options, self.facts(command))
             assert (options.toolchain, options.subdir) == ("own", "x" * command.startswith("cd"))
 
+    def test_the_folder_that_was_built(self, tmp_path: Path) -> None:
+        """--source may name it, as for verify."""
+        (tmp_path / "r/a/b").mkdir(parents=True)
+        facts = self.facts("cd a/b && make", uri="https://h/r", gitCommit="34" * 20)
+        for named, source in (("r", "r"), ("r/a/b", "r"), ("r/a", "r/a"), ("", "https://h/r")):
+            options = argparse.Namespace(bundle="b", source=str(tmp_path / named) if named else "")
+            confbuild._request_again(options, facts)
+            assert options.source == (str(tmp_path / source) if named else source) and options.subdir == "a/b"
+
     TREE = "predicate__buildDefinition__externalParameters__source__digest__gitTree"
     TOOL = "predicate__buildDefinition__internalParameters__toolchain__cargo__version"
 
