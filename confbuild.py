@@ -17732,17 +17732,14 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         status = cmd_build(options)
     if status != EXIT_OK:
         return status
-    _, again, verdict = _read_verified(options.out)
+    again, verdict = _read_verified(options.out)
     after = bundle_facts(again, verdict)
-    others = [
-        row
-        for row in differences(before, after)
-        if row["name"] == "gitTree" or row["part"] == "toolchain" and row["name"] != "kettle"
-    ]
+    tree = after["source"]["gitTree"]
+    if tree != options.tree:
+        raise UsageError(f"{options.source} has the tree {tree}, the bundle records {options.tree}")
+    others = [row for row in differences(before, after) if row["part"] == "toolchain" and row["name"] != "kettle"]
     for row in others:
         say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
-    if any(row["name"] == "gitTree" for row in others):
-        raise UsageError("the source is not the recorded one")
     if others and not options.any_toolchain:
         raise UsageError(
             "the compilers or tools differ from the recorded ones", "--any-toolchain compares the artifacts anyway"

@@ -18714,8 +18714,8 @@ class TestRebuild:
         [
             ({}, b"artifact", (), 0, f"demo: the same, sha256:{DEMO_SHA256}\n"),
             ({}, b"other", (), 1, "demo: different: byte 0: "),
-            ({TREE: "34" * 20}, b"artifact", (), 2, f"gitTree: recorded {'12' * 20}, here {'34' * 20}"),
-            ({TREE: "34" * 20}, b"artifact", ("--any-toolchain",), 2, "error: the source is not the recorded one"),
+            ({TREE: "34" * 20}, b"artifact", ("--any-toolchain",), 2,
+             f"error: d has the tree {'34' * 20}, the bundle records {'12' * 20}"),
             ({TOOL: "cargo 2"}, b"artifact", (), 2, "hint: --any-toolchain compares the artifacts anyway"),
             ({TOOL: "cargo 2"}, b"artifact", ("--any-toolchain",), 0, "confbuild: cargo: recorded cargo 1 sha256:"),
         ],
