@@ -8998,8 +8998,8 @@ def cyclonedx_hashes(digest: Strings) -> list[dict[str, str]]:
     return found
 
 
-def make_sbom(doc: Any, provenance: bytes) -> Any:
-    """Return a CycloneDX 1.6 document of the Statement doc, which has these bytes.  [CYCLONEDX]
+def make_sbom(doc: Any) -> Any:
+    """Return a CycloneDX 1.6 document of the Statement doc.  [CYCLONEDX]
 
     Artifacts are of type `file`, dependencies `library`; the toolchain is `application` with the scope `excluded`.
     """
@@ -9027,7 +9027,7 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.UUID(sha256_hex(provenance)[:32])}",
+        "serialNumber": f"urn:uuid:{uuid.UUID(sha256_hex(to_canonical(doc))[:32])}",
         "version": 1,
         "metadata": {
             "timestamp": doc["predicate"]["runDetails"]["metadata"]["startedOn"],
@@ -17619,13 +17619,13 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
 
 
-def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
-    """Return the bundle at path, its Statement, and the verdict without expectations.  Raises UsageError."""
+def _read_verified(path: str) -> tuple[Any, Verdict]:
+    """Return the Statement of the bundle at path, and the verdict without expectations.  Raises UsageError."""
     files = _read_bundle(path)
     doc = read_statement(files.provenance or b"")
     if doc is None:
         raise UsageError(f"{path}: provenance.json is missing or malformed", f"`confbuild verify {path}` says why")
-    return files, doc, verify_bundle(files, Expectations(), datetime.now(UTC))
+    return doc, verify_bundle(files, Expectations(), datetime.now(UTC))
 
 
 def _report_failed(path: str, verdict: Verdict) -> int:
@@ -17642,9 +17642,9 @@ def cmd_diff(options: "argparse.Namespace") -> int:
     [CONTRACT 5.9]
     """
     paths = options.a, options.b
-    read = [_read_verified(path) for path in paths]
-    facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
-    rows, verdicts = differences(*facts), [verdict for _, _, verdict in read]
+    docs, verdicts = zip(*map(_read_verified, paths), strict=True)
+    facts = [*map(bundle_facts, docs, verdicts)]
+    rows = differences(*facts)
     equal = not any([rows, *map(_report_failed, paths, verdicts)])
     sides = [(*side, verdict.verdict) for *side, verdict in zip("ab", "-+", paths, verdicts, strict=True)]
     lines = [f"{sign} {path}: {verdict}" for _, sign, path, verdict in sides]
@@ -17724,7 +17724,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
     options.out = options.out or name + "-rebuild"
     if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
         raise UsageError(f"-o {options.out} is the bundle to compare with", "name another directory with -o")
-    _, doc, verdict = _read_verified(path)
+    doc, verdict = _read_verified(path)
     status = _report_failed(path, verdict)
     if status == EXIT_OK:
         before = bundle_facts(doc, verdict)
@@ -17764,8 +17764,8 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
 
 def cmd_sbom(options: "argparse.Namespace") -> int:
     """Print the bill of materials of a bundle; 1 if the bundle fails to verify."""
-    files, doc, verdict = _read_verified(options.bundle)
-    print(json.dumps(make_sbom(doc, files.provenance or b""), indent=2))
+    doc, verdict = _read_verified(options.bundle)
+    print(json.dumps(make_sbom(doc), indent=2))
     return _report_failed(options.bundle, verdict)
 
 
