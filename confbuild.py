@@ -8497,7 +8497,7 @@ _CAUSE = re.compile(
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
         | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed)
-        | \[?ERR_PNPM_ | ERROR[ ]{2}
+        | \[?ERR_PNPM_ | ERROR[ ]{2} | \[ERROR\]
         | \w*Error(\ \[\w+\])?:\     # JavaScript and Python
         | \S+[:(][0-9]+[:,][0-9]+\)?:?\ (-\ |fatal\ )?error\b     # C, TypeScript
         | make(\[[0-9]+\])?:\ \*\*\*

@@ -17238,6 +17238,7 @@ class TestBuildLog:
             ("\u2009ERROR\u2009 packages field missing or empty", ""),
             (" ERROR  packages field missing or empty", "ERROR  packages field missing or empty"),
             ("[ERR_PNPM_META_FETCH_FAIL] GET https://x: y", "[ERR_PNPM_META_FETCH_FAIL] GET https://x: y"),  # pnpm 11
+            ("[ERROR] No matching version found for a@1", "[ERROR] No matching version found for a@1"),
             ("./cmd/main.go:4:2: undefined: x", "./cmd/main.go:4:2: undefined: x"),
             ("see main.go:4:2: x", ""),
             ("errors: x", ""),
