@@ -7824,11 +7824,14 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             if not version.endswith("/go.mod") and sums.setdefault((name, version), value) != value:
                 raise ValueError(f"{name} {version} has two hashes, and go accepts any")
         module = _find_module(root, folder)
-        text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, module, "go.mod")).decode("utf-8"))
+        text = read_lockfile(join(root, module, "go.mod")).decode("utf-8")
+        text = re.sub(r"""(["`])([^\s\\"`]*)\1|//.*""", r"\2", text)
+        if re.search('["`]', text):
+            raise ValueError("go.mod has a text with an escape or a blank")
         # Each line of a block begins with its verb, then as without a block.
-        block = r"(?ms)^[ \t]*(\w+)[ \t]*\((?!\))(.*?)^[ \t]*\)"
+        block = r"(?ms)^[ \t\r]*(\w+)[ \t\r]*\((?!\))(.*?)^[ \t\r]*\)"
         text = re.sub(block, lambda match: match[2].replace("\n", f"\n{match[1]} "), text)
-        rows = re.findall(r"(?m)^[ \t]*(\w+)[ \t]+(\S.*)", text)
+        rows = re.findall(r"(?m)^[ \t\r]*(\w+)[ \t\r]+(\S.*)", text)
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
         replaced: dict[Any, Any] = {}
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):

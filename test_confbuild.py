@@ -15412,12 +15412,26 @@ class TestGo:
             tmp_path, old + "exclude (\ngo.uber.org/x v1.17.0\n)\n", GO_SUM
         )
 
-    @pytest.mark.parametrize(("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote")])
+    @pytest.mark.parametrize("line", ["require\r{} v1.5.2", "\rrequire {} v1.5.2", "require\r(\n\r{} v1.5.2\n\r)"])
+    @pytest.mark.parametrize("name", ["rsc.io/quote", '"rsc.io/quote"', "`rsc.io/quote`"])
+    def test_blanks_and_quotation_marks(self, tmp_path: Path, line: str, name: str) -> None:
+        """A carriage return is a blank for go. [golang.org/x/mod/modfile, read.go]"""
+        assert self.read(tmp_path, "module m\ngo 1.21\n" + line.format(name) + " // `a\n") == [self.QUOTE]
+
+    @pytest.mark.parametrize("text", [r'"rsc.io/q\u0075ote"', '"./a v1.0.0"', "`./a b`", '"rsc.io/quote'])
+    def test_texts_that_hide_a_module(self, tmp_path: Path, text: str) -> None:
+        """go would read an escape, and a blank as part of a path."""
+        for mod in (f"require {text} v1.5.2\n", f"replace rsc.io/quote => {text}\n"):
+            assert "go.mod has a text with an escape or a blank" in failure(lambda mod=mod: self.read(tmp_path, mod))[1]
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote"), ("m", '".//../../quote"')]
+    )
     def test_a_folder_outside(self, tmp_path: Path, old: str, new: str) -> None:
         write_files(tmp_path, {"go.mod": GO_MOD + f"replace {old} => {new}\n"})
         kind, message = failure(lambda: confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path)))
         assert kind == "SourceError" and message == (
-            f"go.mod: {old} is replaced: {new} is not part of what was sent; "
+            f"go.mod: {old} is replaced: {new.strip(chr(34))} is not part of what was sent; "
             "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
         )
 
