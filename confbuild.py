@@ -7783,13 +7783,17 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             raise ValueError(
                 f"lockfileVersion is {doc['lockfileVersion']!r}, expected 2 or 3 of `npm install` of npm 7"
             )
+        # Those whose tarballs contain others. What the project and its workspaces bundle is fetched as usual.
+        bundlers = {
+            path for path, p in doc["packages"].items() if "node_modules/" in path and p.get("bundleDependencies")
+        }
         for path, entry in doc["packages"].items():
+            if "integrity" not in entry and "inBundle" in entry and path.rpartition("/node_modules/")[0] in bundlers:
+                bundlers.add(path)
+                continue
             url, version = entry.get("resolved", ""), entry.get("version", "")
             local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
-            # What the root bundles is fetched as usual.
-            in_tarball = entry.get("inBundle") and path.count("node_modules/") > 1
-            in_source = "node_modules/" not in path or local and _locate(root, folder, local) is not None
-            if in_tarball or in_source or entry.get("extraneous"):
+            if "node_modules/" not in path or local and _locate(root, folder, local) is not None:
                 continue
             name = entry.get("name", path.rpartition("node_modules/")[2])
             place, _, commit = url.partition("#")

@@ -15162,7 +15162,9 @@ class TestNpm:
 
         uri = f"pkg:npm/left-pad@1.3.0?checksum={one}"
         assert [row["uri"] for row in read(integrity=f"sha1-{'A' * 27}= {one}", inBundle=True)] == [uri]
-        assert read("node_modules/a/node_modules/left-pad", inBundle=True) == read(extraneous=True) == []
+        # npm installs both: what the lock file says about them does not count if package.json says otherwise.
+        for again in (read("node_modules/a/node_modules/left-pad", inBundle=True), read(extraneous=True)):
+            assert [row["uri"] for row in again] == [uri]
         assert [row["uri"] for row in read(version="1.2.0")] == [uri.replace("1.3.0", "1.2.0") + f"&download_url={url}"]
         kind, message = failure(lambda: read(integrity=f"{one} {other}"))
         assert kind == "SourceError" and "has several hashes of sha512, and npm accepts any" in message
@@ -15250,9 +15252,18 @@ class TestNpm:
             "packages/one": {"version": "1.0.0"},
             "node_modules/one": {"resolved": "packages/one", "link": True},
             "node_modules/two": {"resolved": "file:two.tgz", "integrity": self.SHA512},
-            "node_modules/x/node_modules/y": {"version": "1.0.0", "inBundle": True},
         }
-        assert self.read(rows) == self.read(rows, 2) == []
+        inner = {"version": "1.0.0", "inBundle": True}
+        bundle = {
+            "node_modules/x": {"resolved": "file:x.tgz", "integrity": self.SHA512, "bundleDependencies": ["y"]},
+            "node_modules/x/node_modules/y": inner,
+            "node_modules/x/node_modules/y/node_modules/@s/z": inner,
+        }
+        assert self.read(rows) == self.read(rows, 2) == self.read({**rows, **bundle}) == []
+        # npm fetches what another package only seems to contain.
+        for x in ({}, {"node_modules/x": {**bundle.pop("node_modules/x"), "bundleDependencies": []}}):
+            kind, message = failure(functools.partial(self.read, {**x, **bundle}))
+            assert kind == "SourceError" and "node_modules/x/node_modules/y: 1.0.0 has no integrity" in message
 
     @pytest.mark.parametrize(
         ("packages", "version", "fragment"),
