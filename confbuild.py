@@ -7740,10 +7740,13 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
                 resolution = entry.get("resolution", {})
                 digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
                 match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
-                if "directory" in resolution and _locate(root, folder, resolution["directory"]) is not None:
+                kind = resolution.get("type", "tarball")
+                if kind == "directory" and _locate(root, folder, resolution["directory"]) is not None:
                     continue  # the tree covers it
-                if not match or not (digest or "codeload.github.com" in tarball):
-                    raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
+                if not match or kind != "tarball" or not (digest or "codeload.github.com" in tarball):
+                    raise ValueError(
+                        f"{key}: has neither an integrity nor a tarball of codeload.github.com, or is of another type"
+                    )
                 uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
                 # Without a digest, the commit.
                 found[uri] = descriptor(match[1], digest or tarball.rpartition("/")[2], "sha512", uri=uri)

@@ -15042,6 +15042,12 @@ class TestPnpm:
         assert "local@file:local" in failure(lambda: self.read(text.replace("directory: local", "directory: ../x")))[1]
         assert self.read("lockfileVersion: '9.0'\n\npackages: {}\n") == self.read("lockfileVersion: '9.0'\n") == []
 
+    def test_a_directory_that_is_not_read(self) -> None:
+        """Without a type, pnpm fetches the tarball."""
+        lock = "lockfileVersion: '9.0'\n\npackages:\n\n  a@1:\n    resolution: {integrity: x, directory: .}\n"
+        assert [row["uri"] for row in self.read(lock)] == ["pkg:npm/a@1?checksum=x"]
+        assert self.read(lock.replace("directory: .", "directory: ., type: directory")) == []
+
     def test_documents(self) -> None:
         """What pnpm 11 and 12 write for configDependencies: the packages of every document count, once."""
         first = "lockfileVersion: '9.0'\n\npackages:\n\n  a@1:\n    resolution: {integrity: x}\n"
@@ -15062,8 +15068,13 @@ class TestPnpm:
             ("\udcff", "'utf-8' codec can't decode"),
             *(
                 (f"lockfileVersion: '9.0'\n\npackages:\n  a@1:\n    resolution: {resolution}\n", "a@1: has neither")
-                for resolution in ("{}", '{integrity: ""}', "{tarball: https://h/x.tgz}", "[x]", "x")
-                if resolution not in ("[x]", "x")
+                for resolution in (
+                    "{}",
+                    '{integrity: ""}',
+                    "{tarball: https://h/x.tgz}",
+                    "{integrity: x, repo: https://h/r, commit: y, type: git}",
+                    "{integrity: x, directory: ../x, type: directory}",
+                )
             ),
             ("lockfileVersion: '9.0'\npackages:\n  a@1:\n    resolution: [x]\n", "AttributeError"),
             ("lockfileVersion: '9.0'\npackages:\n  a:\n    resolution: {integrity: x}\n", "a: has neither"),
