@@ -8906,8 +8906,7 @@ def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
     dependencies: dict[str, list[str]] = {}
     for dependency in definition["resolvedDependencies"]:
         package, version, query = split_uri(dependency["uri"])
-        said = {"name": dependency["name"], **dependency["digest"]}.items()
-        others = [f"{kind}:{value}" for kind, value in said if value not in dependency["uri"]]
+        others = [f"{k}:{value}" for k, value in dependency["digest"].items() if value not in dependency["uri"]]
         dependencies.setdefault(package, []).append(" ".join(filter(None, [version, query, *others])))
     measured = {"measurement": str(verdict.claims["measurement"])} if verdict.claims.get("measurement") else {}
     return {
