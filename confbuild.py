@@ -17686,14 +17686,17 @@ def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
     pair = [next(filter(isfile, (join(f, "artifacts", name), join(f, name)))) for f in folders]
     where, roots = "", [_unpacked(path, scratch) for path in pair]
     if all(roots):
-        one, other = ({file: file_sha256(join(root, file)) for file in walk_files(root)} for root in roots)
+        one, other = (
+            {file: file_sha256(join(root, file)) for file in walk_files(root) if not islink(join(root, file))}
+            for root in roots
+        )
         changed = sorted(file for file, _ in one.items() ^ other.items())
         if not changed:
             return "the archives have the same files; links, modes, times, order or compression differ"
         if changed[0] not in one.keys() & other.keys():
             return f"only one archive has {changed[0]}"
         where, pair = f"{changed[0]} in the archive, ", [join(root, changed[0]) for root in roots]
-    return where + explain_difference(*(read_limited(path, GIB) for path in pair))
+    return where + explain_difference(*(read_regular(path, GIB) for path in pair))
 
 
 def _request_again(options: "argparse.Namespace", facts: Facts) -> None:

@@ -18658,6 +18658,22 @@ class TestExplanation:
         same = "the archives have the same files; links, modes, times, order or compression differ"
         assert explain(one, gzip.compress(gzip.decompress(one), 1)) == same
         assert explain(one, b"\x1f\x8bx").startswith("byte 2: the bytes ")
+        for path in (tmp_path / "a/l", tmp_path / "b/l"):  # a link may lead to a directory or nowhere
+            write_files(path, {"d/t": str(path)})
+            os.symlink("none", path / "a")
+            os.symlink("d", path / "b")
+        links = [tmp_path / f"{side}.tar.gz" for side in "ab"]
+        for side, path in zip("ab", links, strict=True):
+            confbuild.write_source(str(path), str(tmp_path / side / "l"), "l", level=6)
+        assert explain(*(path.read_bytes() for path in links)).startswith("l/d/t in the archive, byte ")
+
+    def test_a_large_artifact(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 1 GiB of each file, the rest is not read."""
+        monkeypatch.setattr(confbuild, "GIB", 9)
+        for name, data in (("a", b"\0abcde\0 and"), ("b", b"\0abcdf\0 more")):
+            write_files(tmp_path / name, {"x": data})
+        said = confbuild._explain_artifact([f"{tmp_path}/a", f"{tmp_path}/b"], "x", str(tmp_path))
+        assert said == "byte 5: the text 'abcde' has become 'abcdf'"
 
 
 class TestRebuild:
