@@ -8999,9 +8999,9 @@ def cyclonedx_hashes(digest: Strings) -> list[dict[str, str]]:
         word for kind, text in digest.items() if kind not in ("gitCommit", "dirHash") for word in text.split()
     ]:
         if not re.fullmatch("[0-9a-f]+", value):
-            encoded = value.partition("?")[0].rpartition("-")[2].rstrip("=")
+            encoded = value.partition("?")[0].rpartition("-")[2] + "=="  # if these are too many, they do not count
             with suppress(ValueError):  # the oldest bundles have texts that are no digests
-                value = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
+                value = base64.b64decode(encoded).hex()
         if len(value) in _ALGORITHMS:
             found.append({"alg": _ALGORITHMS[len(value)], "content": value})
     return found
