@@ -8043,7 +8043,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
         found = detect_toolchains(directory, folder=folder)
-        matching = (t for t in found if [*read_inputs(t, directory, folder).tools, "kettle"] == tools)
+        matching = (t for t in found if [*t.adapted(join(directory, folder)).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)

@@ -15192,6 +15192,19 @@ class TestNpm:
         plan = confbuild.read_inputs(npm, str(tmp_path))
         assert plan.lock == other.encode() and [d["name"] for d in plan.dependencies or ()] == ["ms"]
 
+    def test_a_lock_file_that_was_not_used(self, tmp_path: Path) -> None:
+        """`verify --source` does not read that of another toolchain."""
+        lock = json.dumps({"lockfileVersion": 3, "packages": {}})
+        write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '6.0'\n", "package-lock.json": lock})
+        inner = "predicate__buildDefinition__internalParameters__toolchain"
+        tool = {"digest": {"sha256": "ab" * 32}, "version": "1"}
+        said = statement(
+            predicate__buildDefinition__buildType=confbuild.CONFBUILD_TYPE,
+            **{inner: dict.fromkeys(("npm", "node", "kettle"), tool)},
+        )
+        found, _ = confbuild.source_expectations(str(tmp_path), ANY, confbuild.to_canonical(said))
+        assert found.lockfile_sha256 == hashlib.sha256(lock.encode()).hexdigest()
+
     SHA512 = "sha512-" + base64.b64encode(bytes(range(64))).decode()
 
     def read(self, packages: Any, version: Any = 3) -> list[Any]:
