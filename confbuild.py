@@ -7835,8 +7835,8 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         text = re.sub(r"""(["`])([^\s\\"`]*)\1|//.*""", r"\2", text)
         if re.search('["`]', text):
             raise ValueError("go.mod has a text with an escape or a blank")
-        # Each line of a block begins with its verb, then as without a block.
-        block = r"(?ms)^[ \t\r]*(\w+)[ \t\r]*\((?!\))(.*?)^[ \t\r]*\)"
+        # Each line of a block begins with its verb, then as without a block. Only a folder may have parentheses.
+        block = r"(?m)^[ \t\r]*(\w+)[ \t\r]*\(([^()]*)^[ \t\r]*\)"
         text = re.sub(block, lambda match: match[2].replace("\n", f"\n{match[1]} "), text)
         rows = re.findall(r"(?m)^[ \t\r]*(\w+)[ \t\r]+(\S.*)", text)
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
