@@ -17707,12 +17707,11 @@ def _request_again(options: "argparse.Namespace", facts: Facts) -> None:
     is_url = "://" in options.source
     options.ref, options.tree = commit if is_url else "", recorded["gitTree"]
     options.submodules = any(name.startswith("pkg:generic/") for name in facts["dependencies"])
-    problems = {
-        "records no repository": not options.source,
-        "records no commit": is_url and not commit,
-        "was built with submodules, which no URL delivers": is_url and options.submodules,
-    }
-    for problem, found in problems.items():
+    for problem, found in (
+        ("records no repository", not options.source),
+        ("records no commit", is_url and not commit),
+        ("was built with submodules, which no URL delivers", is_url and options.submodules),
+    ):
         if found:
             raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
     try:
