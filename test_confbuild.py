@@ -15278,15 +15278,16 @@ class TestNpm:
             "node_modules/two": {"resolved": "file:two.tgz", "integrity": self.SHA512},
         }
         inner = {"version": "1.0.0", "inBundle": True}
-        bundle = {
+        bundle: dict[str, dict[str, Any]] = {
             "node_modules/x": {"resolved": "file:x.tgz", "integrity": self.SHA512, "bundleDependencies": ["y"]},
             "node_modules/x/node_modules/y": inner,
             "node_modules/x/node_modules/y/node_modules/@s/z": inner,
         }
         assert self.read(rows) == self.read(rows, 2) == self.read({**rows, **bundle}) == []
         # npm fetches what another package only seems to contain.
-        for x in ({}, {"node_modules/x": {**bundle.pop("node_modules/x"), "bundleDependencies": []}}):
-            kind, message = failure(functools.partial(self.read, {**x, **bundle}))
+        x = bundle.pop("node_modules/x")
+        for found in (bundle, {"node_modules/x": {**x, "bundleDependencies": []}, **bundle}):
+            kind, message = failure(functools.partial(self.read, found))
             assert kind == "SourceError" and "node_modules/x/node_modules/y: 1.0.0 has no integrity" in message
 
     @pytest.mark.parametrize(
@@ -15460,7 +15461,9 @@ class TestGo:
     def test_texts_that_hide_a_module(self, tmp_path: Path, text: str) -> None:
         """go would read an escape, and a blank as part of a path."""
         for mod in (f"require {text} v1.5.2\n", f"replace rsc.io/quote => {text}\n"):
-            assert "go.mod has a text with an escape or a blank" in failure(lambda mod=mod: self.read(tmp_path, mod))[1]
+            assert (
+                "go.mod has a text with an escape or a blank" in failure(functools.partial(self.read, tmp_path, mod))[1]
+            )
 
     @pytest.mark.parametrize(
         ("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote"), ("m", '".//../../quote"')]
