@@ -6927,7 +6927,7 @@ Artifacts = list[tuple[str, str]]  # the (name, path) of each artifact
 class Program(NamedTuple):
     """A program of a toolchain.
 
-    path: the file that runs, without symbolic links.
+    path: of the file that runs. It may be a symbolic link: some programs behave as they are called.
     version: the first line that it prints for --version.
     sha256: the digest of the file, in hexadecimal.
     """
@@ -7174,11 +7174,7 @@ def prepare(
     programs |= {name: find_program(name, project, {**env, **own_env()}, emit) for name in plan.tools}
     # For programs that call these by name: those that a rustup shim stands for. Any other folder would go before the
     # ones that come first in PATH, and may hold another npm or pnpm.
-    behind = (
-        found.path
-        for name, found in programs.items()
-        if realpath(shutil.which(name, path=env["PATH"]) or "") != found.path
-    )
+    behind = (found.path for name, found in programs.items() if shutil.which(name, path=env["PATH"]) != found.path)
     path = os.pathsep.join((*dict.fromkeys(map(dirname, behind)), env["PATH"]))
     plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
@@ -7219,10 +7215,10 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
     found = shutil.which(name, path=env["PATH"])
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
-    path = realpath(found)
-    for link in (found, path):  # a shim is a hard or symbolic link to the rustup in the same folder
+    path = abspath(found)
+    for link in (found, realpath(found)):  # a shim is a hard or symbolic link to the rustup in the same folder
         rustup = join(dirname(link), "rustup")
-        if exists(rustup) and samefile(rustup, path):
+        if exists(rustup) and samefile(rustup, found):
             try:
                 path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="0")
             except BuildFailed as e:
