@@ -8011,7 +8011,7 @@ def read_command(command: str, directory: str) -> tuple[str, str, list[str]]:
     if folder.count("/") > MAX_DEPTH:
         raise ValueError(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
     above = realpath(directory).removesuffix(f"/{folder}")
-    if not isdir(join(directory, folder)) and isdir(join(above, folder)):
+    if isdir(directory) and not isdir(join(directory, folder)):
         directory = above
     return directory, folder, words
 
@@ -9020,9 +9020,16 @@ def make_sbom(doc: Any) -> Any:
         uri, digests = row["uri"], row["digest"]
         purl = {"purl": uri} if uri.startswith("pkg:") else {}
         properties = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
-        ref, version = f"dependency:{number}:{uri}", split_uri(uri)[1]  # several may have one uri
         libraries.append(
-            component("library", ref, row["name"], digests, version=version, properties=properties, **purl)
+            component(
+                "library",
+                f"dependency:{number}:{uri}",  # several may have one uri
+                row["name"],
+                digests,
+                version=split_uri(uri)[1],
+                properties=properties,
+                **purl,
+            )
         )
     tools = [
         component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
@@ -17727,8 +17734,7 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         path = dirname(path) or "."
     if not isdir(path) and not isfile(path):  # such as "-": a pipe cannot be read twice
         raise UsageError(f"{path}: no such directory or archive")
-    name = without_suffix(basename(realpath(path)))
-    options.out = options.out or name + "-rebuild"
+    options.out = options.out or without_suffix(basename(realpath(path))) + "-rebuild"
     if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
         raise UsageError(f"-o {options.out} is the bundle to compare with", "name another directory with -o")
     doc, verdict = _read_verified(path)
