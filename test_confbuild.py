@@ -17518,7 +17518,8 @@ class TestPipeline:
             {**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")},
             "ProvenanceError",
             "Cargo.lock: gone 1.0.0 has no source and is not a package inside the project, as far as its files are "
-            "TOML 1.1",
+            "TOML 1.1, and is not part of what was sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder "
+            "PARENT that contains both",
         ),
         # of a length that fits in an event
         ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
