@@ -6919,7 +6919,7 @@ Artifacts = list[tuple[str, str]]  # the (name, path) of each artifact
 class Program(NamedTuple):
     """A program of a toolchain.
 
-    path: the file that runs, without symbolic links.
+    path: of the file that runs. It may be a symbolic link: some programs behave as they are called.
     version: the first line that it prints for --version.
     sha256: the digest of the file, in hexadecimal.
     """
@@ -7167,7 +7167,7 @@ def prepare(
         programs[name] = found = find_program(name, project, {**env, **own_env(), "PATH": path}, emit)
         # For the next one, and for programs that call these by name, if a rustup shim stands for it. Any other folder
         # would go before the ones that come first in PATH, and may hold another npm or pnpm.
-        if realpath(shutil.which(name, path=path) or "") != found.path:
+        if shutil.which(name, path=path) != found.path:
             path = dirname(found.path) + os.pathsep + path
     plan = plan._replace(env={**env, "PATH": path, **own_env()}, programs=programs)
     if plan.locate:  # a reading of our own is in doubt
@@ -7208,10 +7208,10 @@ def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phas
     found = shutil.which(name, path=env["PATH"])
     if found is None:
         raise BuildFailed("UnsupportedToolchainError", f"{name} is not installed on the builder")
-    path = realpath(found)
-    for link in (found, path):  # a shim is a hard or symbolic link to the rustup in the same folder
+    path = abspath(found)
+    for link in (found, realpath(found)):  # a shim is a hard or symbolic link to the rustup in the same folder
         rustup = join(dirname(link), "rustup")
-        if exists(rustup) and samefile(rustup, path):
+        if exists(rustup) and samefile(rustup, found):
             try:
                 path = ask(rustup, "which", name, RUSTUP_AUTO_INSTALL="0")
             except BuildFailed as e:
@@ -7328,11 +7328,11 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     for name, version, source, checksum in rows:
         if source is None:
             if name not in inside:
-                why = f": {outside[name][:80]} {_NOT_SENT}" if name in outside else ", as far as its files are TOML 1.1"
+                why = f": {outside[name][:80]}" if name in outside else ", as far as its files are TOML 1.1, and"
                 raise BuildFailed(
                     "ProvenanceError",
                     f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the "
-                    f"project{why}",
+                    f"project{why} {_NOT_SENT}",
                 )
             continue
         checksum = checksum or older(f"checksum {name} {version} ({source})")
@@ -7483,14 +7483,12 @@ def _scan_cargo(
     """
     packages, outside, settings = [], dict[str, str](), _read_settings(root, folder)
     for base in (dirname(name) for name in walk_files(root) if basename(name) == "Cargo.toml"):
-        doc = _read_toml(join(root, base, "Cargo.toml"))
-        if not doc:
-            packages.append(("", "", base))
+        doc, name, version = _read_toml(join(root, base, "Cargo.toml")), "", ""
         package = doc.get("package", doc.get("project"))  # cargo still accepts the older name
-        name = ""
         if isinstance(package, dict):
-            name = str(package.get("name"))
-            packages.append((name, str(package.get("version")), base))
+            name, version = str(package.get("name")), str(package.get("version"))
+        if name or not doc:
+            packages.append((name, version, base))
         if not name or name in locked or "workspace" in doc:  # its members inherit from it
             outside |= _outside_paths(root, base, doc)
     for _, base, doc in settings:
@@ -7694,6 +7692,15 @@ def parse_lock_yaml(data: bytes) -> Json:
     return top
 
 
+# Settings in pnpm-workspace.yaml, and escapes that may hide one. Lines that are comments do not count, but those with a
+# quotation mark do: what begins like a comment may be the end of a text.
+_PNPM_REFUSED = re.compile(
+    rb"""(?imx) ^ (?! [ \t]* \# [\t\x20!\#-&(-~]* \r? $ ) .*? (
+    lockfile-?dir | branch-?lockfile | workspace-?lockfile | store-?dir | modules-?dir | node-?version
+    | \\[ux] | \\(?=[\r\n]) )"""
+)
+
+
 def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
 
@@ -7701,19 +7708,16 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     """
     found = {}
     for path in (join(place, "pnpm-workspace.yaml") for place in _with_above(folder)):
-        refused = (
-            rb"(?i)lockfile-?dir|branch-?lockfile|workspace-?lockfile|store-?dir|modules-?dir|node-?version|\\[ux]"
-        )
-        for setting in re.findall(refused, read_lockfile(join(root, path))):
+        setting = re.search(_PNPM_REFUSED, read_lockfile(join(root, path)))
+        if setting:
             raise source_error(
-                f"{path}: {setting.decode()}: settings that may name another lock file, store, node_modules or node "
+                f"{path}: {setting[1].decode()}: settings that may name another lock file, store, node_modules or node "
                 "are refused"
             )
-    for path in (
-        join(root, name) for name in walk_files(root) if re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
-    ):
-        if isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
-            raise source_error(f"{relpath(path, root)}: executionEnv is refused: pnpm would fetch and run another node")
+    for name in walk_files(root):
+        path, matches = join(root, name), re.fullmatch(r"(?!.*node_modules/)(.*/)?package\.json", name)
+        if matches and isfile(path) and b'"executionEnv"' in read_limited(path, GIB):
+            raise source_error(f"{name}: executionEnv is refused: pnpm would fetch and run another node")
     with _parsing("pnpm-lock.yaml"):
         # pnpm 11 describes in a document of its own what it needs before it can install.
         for doc in map(parse_lock_yaml, lock.removeprefix(b"---\n").split(b"\n---\n")):
@@ -7725,10 +7729,13 @@ def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
                 resolution = entry.get("resolution", {})
                 digest, tarball = resolution.get("integrity"), resolution.get("tarball", "")
                 match = re.fullmatch("(@?[^@]+)@(.*)", key.partition("(")[0])
-                if "directory" in resolution and _locate(root, folder, resolution["directory"]) is not None:
+                kind = resolution.get("type", "tarball")
+                if kind == "directory" and _locate(root, folder, resolution["directory"]) is not None:
                     continue  # the tree covers it
-                if not match or not (digest or "codeload.github.com" in tarball):
-                    raise ValueError(f"{key}: has neither an integrity nor a tarball of codeload.github.com")
+                if not match or kind != "tarball" or not (digest or "codeload.github.com" in tarball):
+                    raise ValueError(
+                        f"{key}: has neither an integrity nor a tarball of codeload.github.com, or is of another type"
+                    )
                 uri = f"pkg:npm/{match[1]}@{match[2]}?checksum={digest}" if digest else tarball
                 # Without a digest, the commit.
                 found[uri] = descriptor(match[1], digest or tarball.rpartition("/")[2], "sha512", uri=uri)
@@ -7768,13 +7775,17 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             raise ValueError(
                 f"lockfileVersion is {doc['lockfileVersion']!r}, expected 2 or 3 of `npm install` of npm 7"
             )
+        # Those whose tarballs contain others. What the project and its workspaces bundle is fetched as usual.
+        bundlers = {
+            path for path, p in doc["packages"].items() if "node_modules/" in path and p.get("bundleDependencies")
+        }
         for path, entry in doc["packages"].items():
+            if "integrity" not in entry and "inBundle" in entry and path.rpartition("/node_modules/")[0] in bundlers:
+                bundlers.add(path)
+                continue
             url, version = entry.get("resolved", ""), entry.get("version", "")
             local = url.removeprefix("file:") if entry.get("link") or url.startswith("file:") else ""
-            # What the root bundles is fetched as usual.
-            in_tarball = entry.get("inBundle") and path.count("node_modules/") > 1
-            in_source = "node_modules/" not in path or local and _locate(root, folder, local) is not None
-            if in_tarball or in_source or entry.get("extraneous"):
+            if "node_modules/" not in path or local and _locate(root, folder, local) is not None:
                 continue
             name = entry.get("name", path.rpartition("node_modules/")[2])
             place, _, commit = url.partition("#")
@@ -7809,11 +7820,14 @@ def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
             if not version.endswith("/go.mod") and sums.setdefault((name, version), value) != value:
                 raise ValueError(f"{name} {version} has two hashes, and go accepts any")
         module = _find_module(root, folder)
-        text = re.sub(r'//.*|["`]', "", read_lockfile(join(root, module, "go.mod")).decode("utf-8"))
-        # Each line of a block begins with its verb, then as without a block.
-        block = r"(?ms)^[ \t]*(\w+)[ \t]*\((?!\))(.*?)^[ \t]*\)"
+        text = read_lockfile(join(root, module, "go.mod")).decode("utf-8")
+        text = re.sub(r"""(["`])([^\s\\"`]*)\1|//.*""", r"\2", text)
+        if re.search('["`]', text):
+            raise ValueError("go.mod has a text with an escape or a blank")
+        # Each line of a block begins with its verb, then as without a block. Only a folder may have parentheses.
+        block = r"(?m)^[ \t\r]*(\w+)[ \t\r]*\(([^()]*)^[ \t\r]*\)"
         text = re.sub(block, lambda match: match[2].replace("\n", f"\n{match[1]} "), text)
-        rows = re.findall(r"(?m)^[ \t]*(\w+)[ \t]+(\S.*)", text)
+        rows = re.findall(r"(?m)^[ \t\r]*(\w+)[ \t\r]+(\S.*)", text)
         complete = any([*map(int, re.findall(r"\d+", row))] >= [1, 17] for verb, row in rows if verb == "go")
         replaced: dict[Any, Any] = {}
         for old, _, new in (row.partition("=>") for verb, row in rows if verb == "replace"):
@@ -7977,6 +7991,24 @@ def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
     return [normpath(join(subdir, output)) for output in outputs]
 
 
+def read_command(command: str, directory: str) -> tuple[str, str, list[str]]:
+    """Return (source, folder, words) of a buildCommand. It begins with `cd FOLDER &&`, or folder is "".  [CONTRACT 2.1]
+
+    The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
+    directory: the source, or that very folder.
+    Raises ValueError.
+    """
+    folder, words = "", shlex.split(command[:MAX_LINE])
+    if words[:1] == ["cd"]:
+        _, folder, _, *words = words
+    if folder.count("/") > MAX_DEPTH:
+        raise ValueError(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+    above = realpath(directory).removesuffix(f"/{folder}")
+    if isdir(directory) and not isdir(join(directory, folder)):
+        directory = above
+    return directory, folder, words
+
+
 def source_expectations(directory: str, expected: Expectations, provenance: bytes) -> tuple[Expectations, str]:
     """Return expected with the tree, lock file digest and dependencies of the source in directory.
 
@@ -7993,19 +8025,14 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     if doc:
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
-        # The command is of a stranger: shlex takes quadratic time, and no source has a deeper folder.
-        with suppress(ValueError):  # quotes that do not match, or too few words
-            command, claimed, *_ = shlex.split(parameters["buildCommand"][:MAX_LINE])
-            folder = claimed if command == "cd" and claimed.count("/") <= MAX_DEPTH else ""
-        above = realpath(directory).removesuffix(f"/{folder}")
-        if not isdir(join(directory, folder)) and isdir(join(above, folder)):  # directory is that very folder
-            directory = above
+        with suppress(ValueError):
+            directory, folder, _ = read_command(parameters["buildCommand"], directory)
         folder = _locate(directory, "", folder) or ""
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
         found = detect_toolchains(directory, folder=folder)
-        matching = (t for t in found if [*read_inputs(t, directory, folder).tools, "kettle"] == tools)
+        matching = (t for t in found if [*t.adapted(join(directory, folder)).tools, "kettle"] == tools)
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)
@@ -8468,7 +8495,8 @@ _CAUSE = re.compile(
     r"""
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
-        | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed) | ERR_PNPM_ | ERROR[ ]{2}
+        | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed)
+        | \[?ERR_PNPM_ | ERROR[ ]{2} | \[ERROR\]
         | \w*Error(\ \[\w+\])?:\     # JavaScript and Python
         | \S+[:(][0-9]+[:,][0-9]+\)?:?\ (-\ |fatal\ )?error\b     # C, TypeScript
         | make(\[[0-9]+\])?:\ \*\*\*
@@ -8866,9 +8894,9 @@ def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
     lock, tools = internal.pop("lockfileHash"), internal.pop("toolchain")
     dependencies: dict[str, list[str]] = {}
     for dependency in definition["resolvedDependencies"]:
-        name, version = split_uri(dependency["uri"])
-        digest = ", ".join(f"{kind}:{value}" for kind, value in dependency["digest"].items())
-        dependencies.setdefault(name, []).append(f"{version} {digest}".strip())
+        package, version, query = split_uri(dependency["uri"])
+        others = [f"{k}:{value}" for k, value in dependency["digest"].items() if value not in dependency["uri"]]
+        dependencies.setdefault(package, []).append(" ".join(filter(None, [version, query, *others])))
     measured = {"measurement": str(verdict.claims["measurement"])} if verdict.claims.get("measurement") else {}
     return {
         "source": {"uri": external["source"]["uri"], **external["source"]["digest"]},
@@ -8886,12 +8914,14 @@ def bundle_facts(doc: Any, verdict: Verdict) -> Facts:
     }
 
 
-def split_uri(uri: str) -> tuple[str, str]:
-    """Return (uri without version and checksum, version) of a dependency.  [PURL]"""
+def split_uri(uri: str) -> tuple[str, str, str]:
+    """Return (package, version, qualifiers) of a dependency.  [PURL]
+
+    The version follows the last @ of the last part of the path. That of npm may be a path or a URL with more of them.
+    """
     path, _, query = uri.partition("?")
-    path, _, version = path.rpartition("@") if "@" in path.rpartition("/")[2] else (path, "", "")
-    kept = "&".join(part for part in query.split("&") if part and not re.match("(checksum|hash)=", part))
-    return path + f"?{kept}" * bool(kept), version
+    [(package, version), *_] = re.findall(r"(pkg:npm/.[^@]*(?=@)|.*(?=@[^@/]*$)|.*)@?(.*)", path)
+    return package, version, query
 
 
 def differences(a: Facts, b: Facts) -> list[dict[str, str | None]]:
@@ -8958,16 +8988,16 @@ def cyclonedx_hashes(digest: Strings) -> list[dict[str, str]]:
         word for kind, text in digest.items() if kind not in ("gitCommit", "dirHash") for word in text.split()
     ]:
         if not re.fullmatch("[0-9a-f]+", value):
-            encoded = value.partition("?")[0].rpartition("-")[2].rstrip("=")
+            encoded = value.partition("?")[0].rpartition("-")[2] + "=="  # if these are too many, they do not count
             with suppress(ValueError):  # the oldest bundles have texts that are no digests
-                value = base64.b64decode(encoded + "=" * (-len(encoded) % 4)).hex()
+                value = base64.b64decode(encoded).hex()
         if len(value) in _ALGORITHMS:
             found.append({"alg": _ALGORITHMS[len(value)], "content": value})
     return found
 
 
-def make_sbom(doc: Any, provenance: bytes) -> Any:
-    """Return a CycloneDX 1.6 document of the Statement doc, which has these bytes.  [CYCLONEDX]
+def make_sbom(doc: Any) -> Any:
+    """Return a CycloneDX 1.6 document of the Statement doc.  [CYCLONEDX]
 
     Artifacts are of type `file`, dependencies `library`; the toolchain is `application` with the scope `excluded`.
     """
@@ -8978,12 +9008,22 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         return {"type": kind, "bom-ref": ref, "name": name, **more, "hashes": cyclonedx_hashes(digest)}
 
     files = [component("file", f"artifact:{row['name']}", row["name"], row["digest"]) for row in doc["subject"]]
-    libraries = {}
-    for row in definition["resolvedDependencies"]:
+    libraries = []
+    for number, row in enumerate(definition["resolvedDependencies"]):
         uri, digests = row["uri"], row["digest"]
-        more: dict[str, Any] = {"purl": uri} if uri.startswith("pkg:") else {}
-        more["properties"] = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
-        libraries[uri] = component("library", uri, row["name"], digests, version=split_uri(uri)[1], **more)
+        purl = {"purl": uri} if uri.startswith("pkg:") else {}
+        properties = [{"name": f"digest:{kind}", "value": value} for kind, value in digests.items()]
+        libraries.append(
+            component(
+                "library",
+                f"dependency:{number}:{uri}",  # several may have one uri
+                row["name"],
+                digests,
+                version=split_uri(uri)[1],
+                properties=properties,
+                **purl,
+            )
+        )
     tools = [
         component("application", f"tool:{name}", name, tool["digest"], version=tool["version"], scope="excluded")
         for name, tool in definition["internalParameters"]["toolchain"].items()
@@ -8992,7 +9032,7 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
-        "serialNumber": f"urn:uuid:{uuid.UUID(sha256_hex(provenance)[:32])}",
+        "serialNumber": f"urn:uuid:{uuid.UUID(sha256_hex(to_canonical(doc))[:32])}",
         "version": 1,
         "metadata": {
             "timestamp": doc["predicate"]["runDetails"]["metadata"]["startedOn"],
@@ -9004,8 +9044,8 @@ def make_sbom(doc: Any, provenance: bytes) -> Any:
                 "version": source["digest"]["gitCommit"] or source["digest"]["gitTree"],
             },
         },
-        "components": [*files, *libraries.values(), *tools],
-        "dependencies": [{"ref": "build", "dependsOn": [*(f["bom-ref"] for f in files), *libraries]}],
+        "components": [*files, *libraries, *tools],
+        "dependencies": [{"ref": "build", "dependsOn": [part["bom-ref"] for part in (*files, *libraries)]}],
     }
 
 
@@ -17565,15 +17605,15 @@ def cmd_verify(options: "argparse.Namespace") -> int:
     return max(statuses, key=(EXIT_OK, EXIT_SIMULATED, EXIT_NO, EXIT_USAGE).index)
 
 
-def _read_verified(path: str) -> tuple[BundleFiles, Any, Verdict]:
-    """Return the bundle at path, its Statement, and the verdict without expectations.  Raises UsageError."""
+def _read_verified(path: str) -> tuple[Any, Verdict]:
+    """Return the Statement of the bundle at path, and the verdict without expectations.  Raises UsageError."""
     files = _read_bundle(path)
     doc = read_statement(files.provenance or b"")
     if doc is None:
         raise UsageError(
             f"{path}: provenance.json is missing or malformed", f"`confbuild verify {shlex.quote(path)}` says why"
         )
-    return files, doc, verify_bundle(files, Expectations(), datetime.now(UTC))
+    return doc, verify_bundle(files, Expectations(), datetime.now(UTC))
 
 
 def _report_failed(path: str, verdict: Verdict) -> int:
@@ -17590,9 +17630,9 @@ def cmd_diff(options: "argparse.Namespace") -> int:
     [CONTRACT 5.9]
     """
     paths = options.a, options.b
-    read = [_read_verified(path) for path in paths]
-    facts = [bundle_facts(doc, verdict) for _, doc, verdict in read]
-    rows, verdicts = differences(*facts), [verdict for _, _, verdict in read]
+    docs, verdicts = zip(*map(_read_verified, paths), strict=True)
+    facts = [*map(bundle_facts, docs, verdicts)]
+    rows = differences(*facts)
     equal = not any([rows, *map(_report_failed, paths, verdicts)])
     sides = [(*side, verdict.verdict) for *side, verdict in zip("ab", "-+", paths, verdicts, strict=True)]
     lines = [f"{sign} {path}: {verdict}" for _, sign, path, verdict in sides]
@@ -17625,17 +17665,20 @@ def _explain_artifact(folders: Sequence[str], name: str, scratch: str) -> str:
     pair = [next(filter(isfile, (join(f, "artifacts", name), join(f, name)))) for f in folders]
     where, roots = "", [_unpacked(path, scratch) for path in pair]
     if all(roots):
-        one, other = ({file: file_sha256(join(root, file)) for file in walk_files(root)} for root in roots)
+        one, other = (
+            {file: file_sha256(join(root, file)) for file in walk_files(root) if not islink(join(root, file))}
+            for root in roots
+        )
         changed = sorted(file for file, _ in one.items() ^ other.items())
         if not changed:
             return "the archives have the same files; links, modes, times, order or compression differ"
         if changed[0] not in one.keys() & other.keys():
             return f"only one archive has {changed[0]}"
         where, pair = f"{changed[0]} in the archive, ", [join(root, changed[0]) for root in roots]
-    return where + explain_difference(*(read_limited(path, GIB) for path in pair))
+    return where + explain_difference(*(read_regular(path, GIB) for path in pair))
 
 
-def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) -> None:
+def _request_again(options: "argparse.Namespace", facts: Facts) -> None:
     """Set the options of `build` that request the build of a bundle once more.  Raises UsageError."""
     recorded, build = facts["source"], facts["build"]
     uri, commit = recorded["uri"], recorded.get("gitCommit")
@@ -17643,19 +17686,15 @@ def _request_again(options: "argparse.Namespace", facts: Mapping[str, Strings]) 
     is_url = "://" in options.source
     options.ref, options.tree = commit if is_url else "", recorded["gitTree"]
     options.submodules = any(name.startswith("pkg:generic/") for name in facts["dependencies"])
-    problems = {
-        "records no repository": not options.source,
-        "records no commit": is_url and not commit,
-        "was built with submodules, which no URL delivers": is_url and options.submodules,
-    }
-    for problem, found in problems.items():
+    for problem, found in (
+        ("records no repository", not options.source),
+        ("records no commit", is_url and not commit),
+        ("was built with submodules, which no URL delivers", is_url and options.submodules),
+    ):
         if found:
             raise UsageError(f"{options.bundle} {problem}", "--source DIR names a checkout of its source")
-    options.subdir = ""
     try:
-        words = shlex.split(build["command"])
-        if words[:1] == ["cd"]:
-            _, options.subdir, _, *words = words
+        options.source, options.subdir, words = read_command(build["command"], options.source)
     except ValueError as e:
         raise UsageError(f"{options.bundle}: buildCommand {build['command'][:200]!r}: {e}") from None
     options.artifacts = words[words.index("artifacts:") + 1 :] if "artifacts:" in words else []
@@ -17671,11 +17710,10 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         path = dirname(path) or "."
     if not isdir(path) and not isfile(path):  # such as "-": a pipe cannot be read twice
         raise UsageError(f"{path}: no such directory or archive")
-    name = without_suffix(basename(realpath(path)))
-    options.out = options.out or name + "-rebuild"
+    options.out = options.out or without_suffix(basename(realpath(path))) + "-rebuild"
     if realpath(options.out) == realpath(path):  # it would be replaced, and then compared with itself
         raise UsageError(f"-o {options.out} is the bundle to compare with", "name another directory with -o")
-    _, doc, verdict = _read_verified(path)
+    doc, verdict = _read_verified(path)
     status = _report_failed(path, verdict)
     if status == EXIT_OK:
         before = bundle_facts(doc, verdict)
@@ -17683,17 +17721,14 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
         status = cmd_build(options)
     if status != EXIT_OK:
         return status
-    _, again, verdict = _read_verified(options.out)
+    again, verdict = _read_verified(options.out)
     after = bundle_facts(again, verdict)
-    others = [
-        row
-        for row in differences(before, after)
-        if row["name"] == "gitTree" or row["part"] == "toolchain" and row["name"] != "kettle"
-    ]
+    tree = after["source"]["gitTree"]
+    if tree != options.tree:
+        raise UsageError(f"{options.source} has the tree {tree}, the bundle records {options.tree}")
+    others = [row for row in differences(before, after) if row["part"] == "toolchain" and row["name"] != "kettle"]
     for row in others:
         say(f"{row['name']}: recorded {row['a']}, here {row['b']}")
-    if any(row["name"] == "gitTree" for row in others):
-        raise UsageError("the source is not the recorded one")
     if others and not options.any_toolchain:
         raise UsageError(
             "the compilers or tools differ from the recorded ones", "--any-toolchain compares the artifacts anyway"
@@ -17718,8 +17753,8 @@ def cmd_rebuild(options: "argparse.Namespace") -> int:
 
 def cmd_sbom(options: "argparse.Namespace") -> int:
     """Print the bill of materials of a bundle; 1 if the bundle fails to verify."""
-    files, doc, verdict = _read_verified(options.bundle)
-    print(json.dumps(make_sbom(doc, files.provenance or b""), indent=2))
+    doc, verdict = _read_verified(options.bundle)
+    print(json.dumps(make_sbom(doc), indent=2))
     return _report_failed(options.bundle, verdict)
 
 

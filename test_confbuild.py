@@ -14069,16 +14069,19 @@ class TestPrograms:
         write_files(demo, {"package.json": "{}"})
         env = {"PATH": f"{tmp_path}/bin:{tmp_path}/node:/usr/bin:/bin"}
         plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
-        assert plan.programs["npm"].path == f"{tmp_path}/lib/npm-cli.js"
+        assert plan.programs["npm"].path == f"{tmp_path}/bin/npm"
         # Nor is node's folder put first: what scripts call npm is what was hashed, though there may be one beside node.
         assert plan.env["PATH"] == env["PATH"]
 
-    def test_links_are_resolved_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
-        script(tmp_path / "real", "echo cargo 1\n")
+    def test_a_link_runs_as_it_is_called_and_a_stranger_called_rustup_is_not_asked(self, tmp_path: Path) -> None:
+        """Busybox, clang++ and the shims of version managers behave as they are called."""
+        script(tmp_path / "real", 'basename "$0"\n')
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "cargo").symlink_to(tmp_path / "real")
         script(tmp_path / "bin" / "rustup", "echo /bin/false\n")
-        assert confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin")).path == str(tmp_path / "real")
+        found = confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"))
+        digest = hashlib.sha256((tmp_path / "real").read_bytes()).hexdigest()
+        assert found == (f"{tmp_path}/bin/cargo", "cargo", digest)
 
     @pytest.mark.parametrize("name", ["cargo", "rustc", "nix"])
     def test_not_installed(self, tmp_path: Path, name: str) -> None:
@@ -14653,7 +14656,8 @@ class TestCargoDependencies:
             (
                 entry("other", "1.0.0"),
                 "ProvenanceError",
-                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.1",
+                "other 1.0.0 has no source and is not a package inside the project, as far as its files are TOML 1.1, "
+                "and is not part of what was sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT",
             ),
             (
                 entry("None", "1.0.0"),
@@ -14992,6 +14996,10 @@ class TestPnpm:
             "modules-dir: x",
             "useNodeVersion: 18.20.4",
             '"\\x6c": o',
+            '? "lockfile\\\nDir"\n: o',  # one text
+            '{a: "\n# ", lockfileDir: o}',  # no comment
+            "a: 1 # lockfileDir",  # it may be
+            "# lockfileDir isn't set",
         ],
     )
     def test_settings_of_the_workspace(self, tmp_path: Path, place: str, line: str) -> None:
@@ -15003,10 +15011,11 @@ class TestPnpm:
         setting = re.search(
             r"(?i)\w*lockfile-?dir|branchlockfile|workspacelockfile|storedir|modules-dir|nodev\w+", line
         )
-        name = setting[0] if setting else "\\x"
+        name = setting[0] if setting else "\\x" if "x6c" in line else "\\"
         assert failure(read) == ("SourceError", f"{place}pnpm-workspace.yaml: {name}: {said}")
-        write_files(tmp_path, {f"{place}pnpm-workspace.yaml": "packages:\n  - x\n"})
-        assert read() == []
+        for comment in ("", f"  # nodeVersion: {line.encode().hex()}", "#storeDir\r"):
+            write_files(tmp_path, {f"{place}pnpm-workspace.yaml": f"packages:\n  - x\n{comment}\n"})
+            assert read() == []
 
     @pytest.mark.parametrize("place", ["", "packages/x/"])
     def test_another_node(self, tmp_path: Path, place: str) -> None:
@@ -15056,6 +15065,12 @@ class TestPnpm:
         assert "local@file:local" in failure(lambda: self.read(text.replace("directory: local", "directory: ../x")))[1]
         assert self.read("lockfileVersion: '9.0'\n\npackages: {}\n") == self.read("lockfileVersion: '9.0'\n") == []
 
+    def test_a_directory_that_is_not_read(self) -> None:
+        """Without a type, pnpm fetches the tarball."""
+        lock = "lockfileVersion: '9.0'\n\npackages:\n\n  a@1:\n    resolution: {integrity: x, directory: .}\n"
+        assert [row["uri"] for row in self.read(lock)] == ["pkg:npm/a@1?checksum=x"]
+        assert self.read(lock.replace("directory: .", "directory: ., type: directory")) == []
+
     def test_documents(self) -> None:
         """What pnpm 11 and 12 write for configDependencies: the packages of every document count, once."""
         first = "lockfileVersion: '9.0'\n\npackages:\n\n  a@1:\n    resolution: {integrity: x}\n"
@@ -15076,8 +15091,13 @@ class TestPnpm:
             ("\udcff", "'utf-8' codec can't decode"),
             *(
                 (f"lockfileVersion: '9.0'\n\npackages:\n  a@1:\n    resolution: {resolution}\n", "a@1: has neither")
-                for resolution in ("{}", '{integrity: ""}', "{tarball: https://h/x.tgz}", "[x]", "x")
-                if resolution not in ("[x]", "x")
+                for resolution in (
+                    "{}",
+                    '{integrity: ""}',
+                    "{tarball: https://h/x.tgz}",
+                    "{integrity: x, repo: https://h/r, commit: y, type: git}",
+                    "{integrity: x, directory: ../x, type: directory}",
+                )
             ),
             ("lockfileVersion: '9.0'\npackages:\n  a@1:\n    resolution: [x]\n", "AttributeError"),
             ("lockfileVersion: '9.0'\npackages:\n  a:\n    resolution: {integrity: x}\n", "a: has neither"),
@@ -15176,7 +15196,9 @@ class TestNpm:
 
         uri = f"pkg:npm/left-pad@1.3.0?checksum={one}"
         assert [row["uri"] for row in read(integrity=f"sha1-{'A' * 27}= {one}", inBundle=True)] == [uri]
-        assert read("node_modules/a/node_modules/left-pad", inBundle=True) == read(extraneous=True) == []
+        # npm installs both: what the lock file says about them does not count if package.json says otherwise.
+        for again in (read("node_modules/a/node_modules/left-pad", inBundle=True), read(extraneous=True)):
+            assert [row["uri"] for row in again] == [uri]
         assert [row["uri"] for row in read(version="1.2.0")] == [uri.replace("1.3.0", "1.2.0") + f"&download_url={url}"]
         kind, message = failure(lambda: read(integrity=f"{one} {other}"))
         assert kind == "SourceError" and "has several hashes of sha512, and npm accepts any" in message
@@ -15192,6 +15214,19 @@ class TestNpm:
         write_files(tmp_path, {"npm-shrinkwrap.json": other})
         plan = confbuild.read_inputs(npm, str(tmp_path))
         assert plan.lock == other.encode() and [d["name"] for d in plan.dependencies or ()] == ["ms"]
+
+    def test_a_lock_file_that_was_not_used(self, tmp_path: Path) -> None:
+        """`verify --source` does not read that of another toolchain."""
+        lock = json.dumps({"lockfileVersion": 3, "packages": {}})
+        write_files(tmp_path, {"pnpm-lock.yaml": "lockfileVersion: '6.0'\n", "package-lock.json": lock})
+        inner = "predicate__buildDefinition__internalParameters__toolchain"
+        tool = {"digest": {"sha256": "ab" * 32}, "version": "1"}
+        said = statement(
+            predicate__buildDefinition__buildType=confbuild.CONFBUILD_TYPE,
+            **{inner: dict.fromkeys(("npm", "node", "kettle"), tool)},
+        )
+        found, _ = confbuild.source_expectations(str(tmp_path), ANY, confbuild.to_canonical(said))
+        assert found.lockfile_sha256 == hashlib.sha256(lock.encode()).hexdigest()
 
     SHA512 = "sha512-" + base64.b64encode(bytes(range(64))).decode()
 
@@ -15264,9 +15299,19 @@ class TestNpm:
             "packages/one": {"version": "1.0.0"},
             "node_modules/one": {"resolved": "packages/one", "link": True},
             "node_modules/two": {"resolved": "file:two.tgz", "integrity": self.SHA512},
-            "node_modules/x/node_modules/y": {"version": "1.0.0", "inBundle": True},
         }
-        assert self.read(rows) == self.read(rows, 2) == []
+        inner = {"version": "1.0.0", "inBundle": True}
+        bundle: dict[str, dict[str, Any]] = {
+            "node_modules/x": {"resolved": "file:x.tgz", "integrity": self.SHA512, "bundleDependencies": ["y"]},
+            "node_modules/x/node_modules/y": inner,
+            "node_modules/x/node_modules/y/node_modules/@s/z": inner,
+        }
+        assert self.read(rows) == self.read(rows, 2) == self.read({**rows, **bundle}) == []
+        # npm fetches what another package only seems to contain.
+        x = bundle.pop("node_modules/x")
+        for found in (bundle, {"node_modules/x": {**x, "bundleDependencies": []}, **bundle}):
+            kind, message = failure(functools.partial(self.read, found))
+            assert kind == "SourceError" and "node_modules/x/node_modules/y: 1.0.0 has no integrity" in message
 
     @pytest.mark.parametrize(
         ("packages", "version", "fragment"),
@@ -15400,6 +15445,8 @@ class TestGo:
             (GO_MOD + "replace rsc.io/quote\n", GO_SUM, "not enough values to unpack"),
             (GO_MOD + "require rsc.io/quote\n", GO_SUM, "not enough values to unpack"),
             (GO_MOD, "one two\n", "not enough values to unpack"),
+            ("require (\n" * 10**5, "", "not enough values to unpack"),  # in linear time
+            ('replace (\n\trsc.io/quote => "./a(b"\n)\n', "", "not enough values to unpack"),
             (
                 GO_MOD,
                 GO_SUM + "rsc.io/quote v1.5.2 h1:AAAA\n",
@@ -15412,7 +15459,8 @@ class TestGo:
     def test_what_is_refused(self, tmp_path: Path, mod: str, sums: str, fragment: str) -> None:
         write_files(tmp_path, {"go.mod": mod})
         data = sums.encode(errors="surrogateescape")
-        kind, message = failure(lambda: confbuild.go_dependencies(data, str(tmp_path)))
+        with within(20):
+            kind, message = failure(lambda: confbuild.go_dependencies(data, str(tmp_path)))
         assert kind == "SourceError" and message.startswith("go.mod and go.sum has an unexpected form: ")
         assert fragment in message
 
@@ -15426,12 +15474,28 @@ class TestGo:
             tmp_path, old + "exclude (\ngo.uber.org/x v1.17.0\n)\n", GO_SUM
         )
 
-    @pytest.mark.parametrize(("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote")])
+    @pytest.mark.parametrize("line", ["require\r{} v1.5.2", "\rrequire {} v1.5.2", "require\r(\n\r{} v1.5.2\n\r)"])
+    @pytest.mark.parametrize("name", ["rsc.io/quote", '"rsc.io/quote"', "`rsc.io/quote`"])
+    def test_blanks_and_quotation_marks(self, tmp_path: Path, line: str, name: str) -> None:
+        """A carriage return is a blank for go. [golang.org/x/mod/modfile, read.go]"""
+        assert self.read(tmp_path, "module m\ngo 1.21\n" + line.format(name) + " // `a\n") == [self.QUOTE]
+
+    @pytest.mark.parametrize("text", [r'"rsc.io/q\u0075ote"', '"./a v1.0.0"', "`./a b`", '"rsc.io/quote'])
+    def test_texts_that_hide_a_module(self, tmp_path: Path, text: str) -> None:
+        """go would read an escape, and a blank as part of a path."""
+        for mod in (f"require {text} v1.5.2\n", f"replace rsc.io/quote => {text}\n"):
+            assert (
+                "go.mod has a text with an escape or a blank" in failure(functools.partial(self.read, tmp_path, mod))[1]
+            )
+
+    @pytest.mark.parametrize(
+        ("old", "new"), [("rsc.io/quote", "../quote"), ("rsc.io/quote v1.5.2", "/quote"), ("m", '".//../../quote"')]
+    )
     def test_a_folder_outside(self, tmp_path: Path, old: str, new: str) -> None:
         write_files(tmp_path, {"go.mod": GO_MOD + f"replace {old} => {new}\n"})
         kind, message = failure(lambda: confbuild.go_dependencies(GO_SUM.encode(), str(tmp_path)))
         assert kind == "SourceError" and message == (
-            f"go.mod: {old} is replaced: {new} is not part of what was sent; "
+            f"go.mod: {old} is replaced: {new.strip(chr(34))} is not part of what was sent; "
             "`confbuild build PARENT --subdir DIR` builds DIR in a folder PARENT that contains both"
         )
 
@@ -17251,6 +17315,8 @@ class TestBuildLog:
             ("go: no module dependencies to download", ""),
             ("\u2009ERROR\u2009 packages field missing or empty", ""),
             (" ERROR  packages field missing or empty", "ERROR  packages field missing or empty"),
+            ("[ERR_PNPM_META_FETCH_FAIL] GET https://x: y", "[ERR_PNPM_META_FETCH_FAIL] GET https://x: y"),  # pnpm 11
+            ("[ERROR] No matching version found for a@1", "[ERROR] No matching version found for a@1"),
             ("./cmd/main.go:4:2: undefined: x", "./cmd/main.go:4:2: undefined: x"),
             ("see main.go:4:2: x", ""),
             ("errors: x", ""),
@@ -17472,7 +17538,8 @@ class TestPipeline:
             {**project(), "Cargo.lock": LOCK + entry("gone", "1.0.0")},
             "ProvenanceError",
             "Cargo.lock: gone 1.0.0 has no source and is not a package inside the project, as far as its files are "
-            "TOML 1.1",
+            "TOML 1.1, and is not part of what was sent; `confbuild build PARENT --subdir DIR` builds DIR in a folder "
+            "PARENT that contains both",
         ),
         # of a length that fits in an event
         ({**project(), "Cargo.lock": LOCK + entry("n" * 9_000_000, "1.0.0")}, "ProvenanceError", "Cargo.lock: nnn"),
@@ -18444,20 +18511,49 @@ class TestDiff:
     @pytest.mark.parametrize(
         ("uri", "parts"),
         [
-            ("pkg:cargo/itoa@1.0.19?checksum=sha256:ab", ("pkg:cargo/itoa", "1.0.19")),
+            ("pkg:cargo/itoa@1.0.19?checksum=sha256:ab", ("pkg:cargo/itoa", "1.0.19", "checksum=sha256:ab")),
             (
-                "pkg:cargo/itoa@1?checksum=sha256:ab&repository_url=https://a/b",
-                ("pkg:cargo/itoa?repository_url=https://a/b", "1"),
+                "pkg:cargo/itoa@1?checksum=sha256:ab&repository_url=https://a/b@c",
+                ("pkg:cargo/itoa", "1", "checksum=sha256:ab&repository_url=https://a/b@c"),
             ),
-            ("pkg:npm/%40babel/core@7.1.0", ("pkg:npm/%40babel/core", "7.1.0")),
-            ("pkg:generic/hello?hash=sha256:ab", ("pkg:generic/hello", "")),
-            ("pkg:golang/a@b/c", ("pkg:golang/a@b/c", "")),
-            ("", ("", "")),
+            ("pkg:npm/%40babel/core@7.1.0", ("pkg:npm/%40babel/core", "7.1.0", "")),
+            ("pkg:npm/@babel/core@7.1.0?checksum=x", ("pkg:npm/@babel/core", "7.1.0", "checksum=x")),
+            ("pkg:npm/@babel/core", ("pkg:npm/@babel/core", "", "")),
+            # Of a file or tarball, as pnpm names it.
+            ("pkg:npm/x@file:x.tgz?checksum=x", ("pkg:npm/x", "file:x.tgz", "checksum=x")),
+            ("pkg:npm/x@file:a/@b/x.tgz?checksum=x", ("pkg:npm/x", "file:a/@b/x.tgz", "checksum=x")),
+            ("pkg:npm/@s/x@https://a/@b/x.tgz", ("pkg:npm/@s/x", "https://a/@b/x.tgz", "")),
+            (
+                "pkg:generic/a@b/c@12?vcs_url=git+https://a/b@12",
+                ("pkg:generic/a@b/c", "12", "vcs_url=git+https://a/b@12"),
+            ),
+            ("pkg:generic/hello?hash=sha256:ab", ("pkg:generic/hello", "", "hash=sha256:ab")),
+            ("pkg:golang/a@b/c", ("pkg:golang/a@b/c", "", "")),
+            ("", ("", "", "")),
         ],
     )
-    def test_split_uri(self, uri: str, parts: tuple[str, str]) -> None:
+    def test_split_uri(self, uri: str, parts: tuple[str, str, str]) -> None:
         """[PURL]: the version follows the last @ of the last part of the path."""
         assert confbuild.split_uri(uri) == parts
+
+    def test_dependencies(self) -> None:
+        """One row for each package, with whatever differs: version, place, commit, digest, number."""
+        place = "predicate__buildDefinition__resolvedDependencies"
+        git, commits = "vcs_url=git+https://a/b@", ("12" * 20, "34" * 20)
+
+        def rows(*dependencies: dict[str, Any]) -> list[tuple[str, str | None]]:
+            found = changed_facts(**{place: [*dependencies]})
+            assert all(part == "dependencies" and before is None for part, _, before, _ in found)
+            return [(name, after) for _, name, _, after in found]
+
+        one, other = (depends_on(f"pkg:cargo/itoa@1?{git}{commit}", gitCommit=commit) for commit in commits)
+        assert rows(one) == [("pkg:cargo/itoa", f"1 {git}{commits[0]}")]
+        assert rows(other, one) == [("pkg:cargo/itoa", f"1 {git}{commits[0]}; 1 {git}{commits[1]}")]
+        same = depends_on("pkg:cargo/itoa@1?checksum=sha256:" + "cd" * 32)
+        said = "1 checksum=sha256:" + "cd" * 32
+        assert rows(same) == [("pkg:cargo/itoa", said)] and rows(same, same) == [("pkg:cargo/itoa", f"{said}; {said}")]
+        forged = {**same, "digest": {"sha256": "ef" * 32}}
+        assert rows(forged) == [("pkg:cargo/itoa", f"{said} sha256:{'ef' * 32}")]
 
     def test_each_part(self) -> None:
         prefix = "predicate__buildDefinition__"
@@ -18612,6 +18708,22 @@ class TestExplanation:
         same = "the archives have the same files; links, modes, times, order or compression differ"
         assert explain(one, gzip.compress(gzip.decompress(one), 1)) == same
         assert explain(one, b"\x1f\x8bx").startswith("byte 2: the bytes ")
+        for path in (tmp_path / "a/l", tmp_path / "b/l"):  # a link may lead to a directory or nowhere
+            write_files(path, {"d/t": str(path)})
+            os.symlink("none", path / "a")
+            os.symlink("d", path / "b")
+        links = [tmp_path / f"{side}.tar.gz" for side in "ab"]
+        for side, path in zip("ab", links, strict=True):
+            confbuild.write_source(str(path), str(tmp_path / side / "l"), "l", level=6)
+        assert explain(*(path.read_bytes() for path in links)).startswith("l/d/t in the archive, byte ")
+
+    def test_a_large_artifact(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Of 1 GiB of each file, the rest is not read."""
+        monkeypatch.setattr(confbuild, "GIB", 9)
+        for name, data in (("a", b"\0abcde\0 and"), ("b", b"\0abcdf\0 more")):
+            write_files(tmp_path / name, {"x": data})
+        said = confbuild._explain_artifact([f"{tmp_path}/a", f"{tmp_path}/b"], "x", str(tmp_path))
+        assert said == "byte 5: the text 'abcde' has become 'abcdf'"
 
 
 class TestRebuild:
@@ -18674,13 +18786,28 @@ class TestRebuild:
         assert options.submodules
         with pytest.raises(confbuild.UsageError, match="b was built with submodules, which no URL delivers"):
             confbuild._request_again(argparse.Namespace(bundle="b", source=""), with_submodule)
-        for command, problem in (("make '", "No closing quotation"), ("cd x", "not enough values to unpack")):
+        for command, problem in (
+            ("make '", "No closing quotation"),
+            ("cd x", "not enough values to unpack"),
+            (f"cd {'/' * 99} && make", "'/{80}' lies deeper than 64 folders"),
+        ):
             with pytest.raises(confbuild.UsageError, match=f"b: buildCommand .{re.escape(command)}.: {problem}"):
                 confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts(command))
+        with within(20):  # shlex takes quadratic time
+            confbuild._request_again(argparse.Namespace(bundle="b", source="d"), self.facts("make " + "a" * 10**7))
         for command in (" ", "''", "cd x y"):
             options = argparse.Namespace(bundle="b", source="d")
             confbuild._request_again(options, self.facts(command))
             assert (options.toolchain, options.subdir) == ("own", "x" * command.startswith("cd"))
+
+    def test_the_folder_that_was_built(self, tmp_path: Path) -> None:
+        """--source may name it, as for verify."""
+        (tmp_path / "r/a/b").mkdir(parents=True)
+        facts = self.facts("cd a/b && make", uri="https://h/r", gitCommit="34" * 20)
+        for named, source in (("r", "r"), ("r/a/b", "r"), ("r/a", "r/a"), ("", "https://h/r")):
+            options = argparse.Namespace(bundle="b", source=str(tmp_path / named) if named else "")
+            confbuild._request_again(options, facts)
+            assert options.source == (str(tmp_path / source) if named else source) and options.subdir == "a/b"
 
     TREE = "predicate__buildDefinition__externalParameters__source__digest__gitTree"
     TOOL = "predicate__buildDefinition__internalParameters__toolchain__cargo__version"
@@ -18690,8 +18817,8 @@ class TestRebuild:
         [
             ({}, b"artifact", (), 0, f"demo: the same, sha256:{DEMO_SHA256}\n"),
             ({}, b"other", (), 1, "demo: different: byte 0: "),
-            ({TREE: "34" * 20}, b"artifact", (), 2, f"gitTree: recorded {'12' * 20}, here {'34' * 20}"),
-            ({TREE: "34" * 20}, b"artifact", ("--any-toolchain",), 2, "error: the source is not the recorded one"),
+            ({TREE: "34" * 20}, b"artifact", ("--any-toolchain",), 2,
+             f"error: d has the tree {'34' * 20}, the bundle records {'12' * 20}"),
             ({TOOL: "cargo 2"}, b"artifact", (), 2, "hint: --any-toolchain compares the artifacts anyway"),
             ({TOOL: "cargo 2"}, b"artifact", ("--any-toolchain",), 0, "confbuild: cargo: recorded cargo 1 sha256:"),
         ],
@@ -18807,7 +18934,7 @@ class TestSbom:
 
         rows = [
             depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),
-            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab"),  # a bom-ref is unique
+            depends_on("pkg:cargo/itoa@1?checksum=sha256:ab", sha256="ef" * 32),  # a bom-ref is unique
             depends_on("pkg:npm/a@1", sha512="sha512-" + base64.b64encode(b"\xab" * 64).decode()),
             depends_on("git+https://a/b", gitCommit="ab" * 20),
         ]
@@ -18816,7 +18943,7 @@ class TestSbom:
             docs += [confbuild.read_statement((folder / "provenance.json").read_bytes()) or statement()]
         validator = validation.JsonStrictValidator(SchemaVersion.V1_6)
         for doc in docs:
-            text = json.dumps(confbuild.make_sbom(doc, confbuild.to_canonical(doc)))
+            text = json.dumps(confbuild.make_sbom(doc))
             assert validator.validate_str(text) is None
         assert validator.validate_str(text.replace('"SHA-256"', '"SHA-257"')) is not None
 
@@ -18837,10 +18964,15 @@ class TestSbom:
             *[["application", "excluded"]] * 3,
         ]
         row = depends_on("pkg:cargo/itoa@1.2?checksum=sha256:ab")
-        made = confbuild.make_sbom(statement(predicate__buildDefinition__resolvedDependencies=[row]), b"")
+        made = confbuild.make_sbom(statement(predicate__buildDefinition__resolvedDependencies=[row]))
         [library] = [component for component in made["components"] if component["type"] == "library"]
         assert (library["purl"], library["version"]) == (row["uri"], "1.2")
         assert library["hashes"] == [{"alg": "SHA-256", "content": row["digest"]["sha256"]}]
+        others = [row, {**row, "digest": {"sha256": "ef" * 32}}, depends_on("")]  # each is listed, and has a bom-ref
+        made = confbuild.make_sbom(statement(predicate__buildDefinition__resolvedDependencies=others))
+        refs = [component["bom-ref"] for component in made["components"] if component["type"] == "library"]
+        assert refs == [f"dependency:0:{row['uri']}", f"dependency:1:{row['uri']}", "dependency:2:"]
+        assert made["dependencies"] == [{"ref": "build", "dependsOn": ["artifact:demo", *refs]}]
         (folder / "artifacts/demo").write_bytes(b"other")
         assert confbuild.main(["sbom", str(folder)]) == 1
         assert f"{folder} fails to verify" in capsys.readouterr().err
