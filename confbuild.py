@@ -10086,7 +10086,8 @@ def _log_end(job: Job, log: EventLog) -> None:
     """Log and count a build that has ended."""
     record = job.record
     times = [record.submitted_at, record.started_at or record.finished_at, record.finished_at]
-    submitted, started, finished = (datetime.fromisoformat(text).timestamp() for text in times)
+    stamps = (datetime.fromisoformat(text).timestamp() for text in times)
+    submitted, started, finished = itertools.accumulate(stamps, max)  # the clock may have been set back
     name = re.sub(r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", basename(job.request.repo_url or job.request.source_name))
     outcome = (record.failure or {}).get("error_type", "ok")
     toolchain = re.search(rb'"type":"detect","msg":"([a-z]+)"', os.pread(log.fd, 64 * KIB, 0))

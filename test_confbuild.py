@@ -19725,6 +19725,16 @@ class TestJobs:
             jobs.check_open()
         assert refused.value.status == 503
 
+    def test_a_clock_that_is_set_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No time is negative, which a sum of Prometheus must never see."""
+        seen = list[tuple[str, float]]()
+        monkeypatch.setattr(confbuild, "observe", lambda *row: seen.append(row))
+        times = [f"2026-11-23T12:0{minute}:00+00:00" for minute in (2, 1, 0)]
+        record = confbuild.JobRecord(1, confbuild.BuildRequest(NONCE), 1, "ok", *times)
+        log = confbuild.EventLog(str(tmp_path / "events"))
+        confbuild._log_end(confbuild.Job(str(tmp_path), record), log)
+        assert seen == [("confbuild_wait_seconds", 0), ("confbuild_build_seconds", 0)]
+
     def test_result_before_complete(self, tmp_path: Path) -> None:
         """Whoever sees `complete` can download the archive. The source stays until then. [CONTRACT 1.7, 1.15]
 
