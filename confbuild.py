@@ -18755,8 +18755,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
-        with suppress(AttributeError):  # Windows has no SIGCHLD; a parent that ignored it hid every exit status
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with suppress(AttributeError):  # Windows has neither
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it hid every exit status
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # one that blocked SIGTERM made `serve` deaf to it
         gc.freeze()  # what exists by now stays: looking at it again would cost a start with 10,000 jobs 0.15 s
         setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:

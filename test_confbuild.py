@@ -20147,6 +20147,33 @@ class TestService:
         monkeypatch.setattr(socket, "socket", fail)
         confbuild.notify_systemd("WATCHDOG=1")
 
+    def test_no_delay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Answers leave at once, also over a socket of a systemd unit without NoDelay."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for inherited in (listener, None):
+                monkeypatch.setattr(confbuild, "inherited_socket", lambda given=inherited: given)
+                with confbuild.listen(("127.0.0.1", 0)) as sock:
+                    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    def test_blocked_signals(self, server: Callable[..., Server]) -> None:
+        """SIGTERM ends a server whose parent blocks it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            s = server()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        assert "stopping; running builds have 30 s" in s.stop()
+
+    def test_paths_that_are_not_utf8(self, tmp_path: Path, stub_path: str) -> None:
+        """They may name the state, temporary files and programs."""
+        folder = tmp_path / os.fsdecode(b"\xff")
+        folder.mkdir()
+        s = Server(folder / "state", f"{stub_path}:{folder}", env={"TMPDIR": str(folder)})
+        try:
+            assert s.start().events(s.submit())[-1] == OK_EVENT
+        finally:
+            s.stop()
+
     def test_closed_streams(self, server: Callable[..., Server]) -> None:
         """As a daemon: no file that is opened later takes the number of a closed stream, and passes for it."""
         s = server(program=("sh", "-c", 'exec "$@" <&- >&-', "sh", sys.executable, str(COMPILED)))
