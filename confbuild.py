@@ -451,13 +451,16 @@ Strings = Mapping[str, str]
 _JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 10**20 - 1) -> Any:
+def parse_json(
+    data: bytes, name: str, max_depth: int = 127, max_integer: int = 10**20 - 1, surrogates: str = "strict"
+) -> Any:
     """Return the value of one JSON document.  [RFC8259]
 
     data: at most MAX_JSON bytes of UTF-8 without a byte order mark. No duplicate names, NaN, Infinity or lone
         surrogates; each string has at most 1 MiB as written.
     max_depth: of nested arrays and objects.
     max_integer: the largest absolute value of an integer.
+    surrogates: "surrogatepass" accepts lone ones, which are bytes of file names that are not UTF-8 (PEP 383).
     Raises Malformed.
     """
 
@@ -498,7 +501,7 @@ def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=fraction, parse_int=integer, parse_float=fraction
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8", surrogates)
     except UnicodeEncodeError:
         raise Malformed(name, "a lone surrogate is not a character") from None
     except json.JSONDecodeError as e:
@@ -13224,7 +13227,8 @@ def read_config(read: Callable[[], bytes]) -> Json:
         line += byte
         if not byte or len(line) > MAX_CONFIGURATION:
             raise Malformed("configuration", f"expected a line of at most {MAX_CONFIGURATION} bytes")
-    return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
+    config = parse_json(bytes(line), "configuration", 8, surrogates="surrogatepass")
+    return dict(check_schema(config, _CONFIG, "configuration"))
 
 
 def _connect(end: Callable[[], None]) -> "socket.socket":
