@@ -13848,6 +13848,7 @@ class Vm:
     """
 
     ready = False
+    used = False  # by a job
     console_log = ""  # the path that gets its console when it is destroyed; empty for none
 
     def __init__(self, kind: VmKind, job: str = "spare") -> None:
@@ -14082,13 +14083,16 @@ class VmPool:
         with survive("a VM is not destroyed"):
             vm.destroy(clean, clean_up)
         with survive("what a VM has left behind may live on"):
-            if self._reap:
+            if self._reap and vm.used:
                 self._kill_strays()
         with self._spawning:
             self._alive.pop(vm, None)
 
     def _kill_strays(self) -> None:
-        """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent."""
+        """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent.
+
+        They would include git while a local `build` packs its source; but by then no job has used a VM.
+        """
 
         def strays() -> list[int]:
             with self._spawning:
@@ -14248,7 +14252,7 @@ class VmHost(NamedTuple):
         def use(vm: Vm) -> Vm:
             """Let halt() kill vm, which is not started yet, at any time from now on."""
             current.append(vm)
-            vm.stream.build_s = self.build_timeout_s
+            vm.used, vm.stream.build_s = True, self.build_timeout_s
             job.when_halted(halt)  # at once if it has been
             return vm
 

@@ -26111,6 +26111,16 @@ class TestSpares:
         vm.destroy()
         child.wait()
 
+    def test_no_job_no_strays(self) -> None:
+        """The end of a VM that no job has used kills no process, such as git while it packs the source of a build."""
+        pool, vm = confbuild.VmPool(confbuild.Vm, reap=True), confbuild.Vm(confbuild.own_vms("agent", TOLD))
+        with subprocess.Popen(["sleep", "300"]) as stray:
+            pool.destroy(vm)
+            assert living(stray.pid)
+            vm.used = True
+            pool.destroy(vm)
+            assert not living(stray.pid)
+
     def test_timeout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """A silent VM ends with the build's time, and a VM that cannot be destroyed does not keep its slot."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", f"{SAY_READY}; exec sleep 300"])
