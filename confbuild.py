@@ -12512,12 +12512,12 @@ def listen(address: tuple[str, int] | None) -> "socket.socket":
         sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
             sock.bind(address)
             sock.listen(4096)
         except BaseException:
             sock.close()
             raise
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
     sock.setblocking(False)
     return sock
 
