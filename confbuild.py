@@ -13785,29 +13785,37 @@ class VmStream:
                 pass
             except ConnectionError:  # it has ended without reading everything
                 break
-            if monotonic() >= self.deadline:
-                raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
-            if monotonic() >= until:  # not if this process was suspended, and there is something to read
-                raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
-            self.wait(min(until, self.deadline))
+            self._await(until, select.POLLIN)
         return 0
 
     def sendall(self, data: Any) -> None:
-        """Send data. Raises OSError."""
-        self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - monotonic())))
-        try:
-            self._sock.sendall(data)
-        finally:
-            self._sock.settimeout(None)  # with a timeout, recv_into() would wait in spite of MSG_DONTWAIT
+        """Send data. Raises OSError, BuildFailed."""
+        until, rest = monotonic() + READ_TIMEOUT_S, memoryview(data)
+        while rest:
+            with suppress(BlockingIOError):
+                rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+                continue
+            self._await(until, select.POLLOUT)
 
-    def wait(self, until: float, receiving: bool = True) -> None:
+    def _await(self, until: float, events: int) -> None:
+        """Wait as wait() does. Raises TimeoutError after until, and BuildFailed after the deadline.
+
+        Not if this process was suspended, and there was something to read: then this is not called.
+        """
+        if monotonic() >= self.deadline:
+            raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
+        if monotonic() >= until:
+            raise TimeoutError(f"silent for {READ_TIMEOUT_S:.0f} s")
+        self.wait(min(until, self.deadline), events)
+
+    def wait(self, until: float, events: int = 0) -> None:
         """Wait until the time until, or until the console has more, which is read.
 
-        receiving: or until there is something to receive, such as the end of the stream, also by shut().
+        events: of poll(2); or until the stream has one of them. The end of the stream, also by shut(), is any of them.
         """
         poll = select.poll()
-        if receiving:
-            poll.register(self._sock, select.POLLIN)
+        if events:
+            poll.register(self._sock, events)
         if self.errors:
             poll.register(self.errors, select.POLLIN)
         ready = dict(poll.poll(max(0.0, min(until - monotonic(), 1e6)) * 1000))
@@ -13973,7 +13981,7 @@ class Vm:
         """Read the console of a process that has been killed to its end, for at most a second."""
         until = monotonic() + 1
         while self.stream.errors and monotonic() < until:
-            self.stream.wait(until, receiving=False)
+            self.stream.wait(until)
 
     def kill(self) -> None:
         """End the VM and everything that it has started. For any thread, any number of times."""

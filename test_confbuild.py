@@ -25527,8 +25527,8 @@ class TestStream:
         monkeypatch.setattr(confbuild, "monotonic", lambda: clock[0])
         stream, buffer = confbuild.VmStream(ours), bytearray(8)
 
-        def suspended(until: float) -> None:
-            assert until == 60.0
+        def suspended(until: float, events: int) -> None:
+            assert (until, events) == (60.0, select.POLLIN)
             clock[0] += 1000
             theirs.sendall(comes.pop())
 
@@ -25719,6 +25719,13 @@ esac
         s.start()
         assert cleaned.read_text().splitlines()[0] == f"{name} {job}"
         assert s.events(job)[-1] == OK_EVENT
+
+    def test_a_talkative_command(self, server: Callable[..., Server]) -> None:
+        """The console is also read while the source is sent, or a full pipe would stop the command."""
+        script = f"(head -c 300000; head -c 99999 /dev/zero | tr '\\0' x >&2; cat) | {AGENT} | cat"
+        s = server("--vm-command", shlex.join(["sh", "-c", script]))
+        large = base64.b64encode(random.Random(1).randbytes(2 << 20)).decode()
+        assert s.events(s.submit(project(large=large)))[-1] == OK_EVENT
 
     def test_cancelled(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """A cancellation ends the command, and cleans up, too."""
