@@ -10346,12 +10346,10 @@ class Jobs:
         self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
-        work = {"queue": self._tend, "keeper": lambda: _keep(self, keep_s, keep_bytes)} | {
-            f"slot {number}": self._work for number in range(slots)
-        }
+        work = [("queue", self._tend), ("keeper", lambda: _keep(self, keep_s, keep_bytes))]
+        work += [(f"slot {number}", self._work) for number in range(slots)]
         self._threads = [
-            threading.Thread(target=_repeat, args=(step, self.stopping), name=name, daemon=True)
-            for name, step in work.items()
+            threading.Thread(target=_repeat, args=(step, self.stopping), name=name, daemon=True) for name, step in work
         ]
 
     def start(self) -> None:
@@ -10424,13 +10422,13 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
-            found = {"confbuild_queue_jobs": len(self._queue), "confbuild_running_jobs": len(self._running)}
             logs = [job.log for job in (*self._running, *self._ending) if job.log]
-        return {
-            **found,
-            "confbuild_events_appended_total": sum(log.count for log in logs),
-            "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
-        }
+            return {
+                "confbuild_queue_jobs": len(self._queue),
+                "confbuild_running_jobs": len(self._running),
+                "confbuild_events_appended_total": sum(log.count for log in logs),
+                "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
+            }
 
     def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops anyway."""
