@@ -14087,18 +14087,15 @@ class VmPool:
             finish_cleaning(cleaner)
 
         with survive("a VM is not destroyed"):
-            vm.destroy(clean, clean_up)
+            vm.destroy(clean_up)
         with survive("what a VM has left behind may live on"):
-            if self._reap and vm.used:
+            if self._reap and vm.used:  # not while a local `build` packs its source: git is no stray
                 self._kill_strays()
         with self._spawning:
             self._alive.pop(vm, None)
 
     def _kill_strays(self) -> None:
-        """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent.
-
-        They would include git while a local `build` packs its source; but by then no job has used a VM.
-        """
+        """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent."""
 
         def strays() -> list[int]:
             with self._spawning:
