@@ -19729,8 +19729,8 @@ class TestJobs:
         """No time is negative, which a sum of Prometheus must never see."""
         seen = list[tuple[str, float]]()
         monkeypatch.setattr(confbuild, "observe", lambda *row: seen.append(row))
-        times = [f"2026-11-23T12:0{minute}:00+00:00" for minute in (2, 1, 0)]
-        record = confbuild.JobRecord(1, confbuild.BuildRequest(NONCE), 1, "ok", *times)
+        first, then, last = (f"2026-11-23T12:0{minute}:00+00:00" for minute in (2, 1, 0))
+        record = confbuild.JobRecord(1, confbuild.BuildRequest(NONCE), 1, "ok", first, then, last)
         log = confbuild.EventLog(str(tmp_path / "events"))
         confbuild._log_end(confbuild.Job(str(tmp_path), record), log)
         assert seen == [("confbuild_wait_seconds", 0), ("confbuild_build_seconds", 0)]
@@ -25722,7 +25722,7 @@ esac
 
     def test_a_talkative_command(self, server: Callable[..., Server]) -> None:
         """The console is also read while the source is sent, or a full pipe would stop the command."""
-        script = f"(head -c 300000; head -c 99999 /dev/zero | tr '\\0' x >&2; cat) | {AGENT} | cat"
+        script = f"(dd bs=64K count=5 status=none; head -c 99999 /dev/zero | tr '\\0' x >&2; cat) | {AGENT} | cat"
         s = server("--vm-command", shlex.join(["sh", "-c", script]))
         large = base64.b64encode(random.Random(1).randbytes(2 << 20)).decode()
         assert s.events(s.submit(project(large=large)))[-1] == OK_EVENT
