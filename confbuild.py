@@ -9840,6 +9840,7 @@ class Job:
 
     record: as job.json holds it; replaced by update().
     log: None if the job has ended or is damaged.
+    afterwards: what its slot does once the end of the job was published, or when that has failed.
     """
 
     position: Any = -1  # the last one announced
@@ -9851,6 +9852,7 @@ class Job:
         self.id = basename(folder)
         self.folder = folder
         self.record = record
+        self.afterwards = ExitStack()
         self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
         self.deriving = threading.Lock()  # its holder makes a file from the others
         self._halting = threading.Lock()
@@ -10465,11 +10467,12 @@ class Jobs:
             job = self._queue.pop(0)
             self._running.add(job)
             self._changed.notify_all()
-        end = job.run(lambda: self._run(job))
-        with self._changed:
-            self._running.discard(job)
-            self._end_locked(job, end)
-        self._try_to_complete(job)
+        with job.afterwards:
+            end = job.run(lambda: self._run(job))
+            with self._changed:
+                self._running.discard(job)
+                self._end_locked(job, end)
+            self._try_to_complete(job)
 
     def _end_locked(self, job: Job, end: End) -> None:
         """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
@@ -13992,18 +13995,17 @@ class Vm:
                     kill_all(lambda: descendants(pid))
                 os.kill(pid, signal.SIGKILL)
 
-    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
-        """Kill the VM, and remove its workspace. Any number of times, for one thread at a time.
+    def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
+        """End the VM, and remove its workspace. Any number of times, for one thread at a time.
 
-        clean: let it end by itself first.
+        If it lives, it gets some time to end by itself; then it is killed.
         clean_up: is called in between: while there is a workspace, the next server would clean up.
         """
-        if clean and self.kind.grace_s:
-            self.stream.shut(socket.SHUT_WR)
-            until = monotonic() + self.kind.grace_s
-            while self.is_alive() and monotonic() < until:
-                self.stream.wait(0)
-                time.sleep(0.01)
+        self.stream.shut(socket.SHUT_WR)
+        until = monotonic() + self.kind.grace_s
+        while self.is_alive() and monotonic() < until:
+            self.stream.wait(0)
+            time.sleep(0.01)
         self.kill()
         with self._lock:
             child, self._child = self._child, None
@@ -14066,7 +14068,7 @@ class VmPool:
         if booting:
             booting.kill()
         with concurrent.futures.ThreadPoolExecutor(64) as workers:  # at a time: each may take CLEAN_UP_S
-            list(workers.map(lambda vm: self.destroy(vm, clean=True), spares))
+            list(workers.map(self.destroy, spares))
         with suppress(RuntimeError):  # Ctrl-C came before start()
             self._thread.join(self._boot_timeout_s)
 
@@ -14076,7 +14078,7 @@ class VmPool:
             self._alive[vm] = vm.spawn()
         return vm.greet(timeout_s or self._boot_timeout_s)
 
-    def destroy(self, vm: Vm, clean: bool = False) -> None:
+    def destroy(self, vm: Vm) -> None:
         """Destroy vm, and kill what it has left behind, here and elsewhere."""
 
         @survive("what a VM has left behind elsewhere may live on")
@@ -14242,6 +14244,7 @@ class VmHost(NamedTuple):
     def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
 
+        job.afterwards destroys the VM: nobody who waits for the end of the build waits for that as well.
         A VM that fails before its first `build` event is replaced, twice at most.
         """
         request, source, log = job.request, job.source, job.live_log()
@@ -14255,49 +14258,42 @@ class VmHost(NamedTuple):
         def use(vm: Vm) -> Vm:
             """Let halt() kill vm, which is not started yet, at any time from now on."""
             current.append(vm)
+            job.afterwards.callback(self.pool.destroy, vm)
             vm.used, vm.stream.build_s = True, self.build_timeout_s
             job.when_halted(halt)  # at once if it has been
             return vm
 
         attempt = 0
         job.when_halted(halt)
-        try:
-            while True:
-                attempt += 1
-                vm, built = use(self.pool.take(job.id, halted.is_set)), False
-                try:
-                    if not source and not vm.kind.networked:
-                        self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
-                        fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
-                        deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
-                        with fetcher.explained():
-                            answer = self.pool.boot(fetcher, self.build_timeout_s)
-                        if "name" not in answer:
-                            raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
-                        request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
-                        source = join(fetcher.workspace, "source.tar.gz")
-                    with vm.explained():
-                        vm.console_log = join(job.folder, "console.log")
-                        if not vm.ready:
-                            self._tell(log, vm, "booting")
-                            self.pool.boot(vm)
-                        self._tell(log, vm, "ready")
-                        deadline = vm.stream.deadline = min(deadline, monotonic() + self.build_timeout_s)
-                        path = self._drive(vm, job, request, source)
-                    built = True
-                    return path
-                except BuildFailed as e:
-                    last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
-                    if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
-                        raise
-                    count("confbuild_vms_lost_total")
-                    self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
-                finally:
-                    self.pool.destroy(vm, clean=built)
-        finally:
-            for vm in current:
-                if vm.workspace:
-                    self.pool.destroy(vm)
+        while True:
+            attempt += 1
+            vm = use(self.pool.take(job.id, halted.is_set))
+            try:
+                if not source and not vm.kind.networked:
+                    self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
+                    fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
+                    deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
+                    with fetcher.explained():
+                        answer = self.pool.boot(fetcher, self.build_timeout_s)
+                    if "name" not in answer:
+                        raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
+                    request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
+                    source = join(fetcher.workspace, "source.tar.gz")
+                with vm.explained():
+                    vm.console_log = join(job.folder, "console.log")
+                    if not vm.ready:
+                        self._tell(log, vm, "booting")
+                        self.pool.boot(vm)
+                    self._tell(log, vm, "ready")
+                    deadline = vm.stream.deadline = min(deadline, monotonic() + self.build_timeout_s)
+                    return self._drive(vm, job, request, source)
+            except BuildFailed as e:
+                last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
+                if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
+                    raise
+                count("confbuild_vms_lost_total")
+                self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
+                self.pool.destroy(vm)
 
     @staticmethod
     @room_on(STATE)

@@ -24830,7 +24830,7 @@ class TestVm:
         host = vm_host(make, boot_timeout_s=0.3 if "0.3" in fragment else PATIENCE)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
+        with job.afterwards, pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
             host.run(job)
         assert caught.value.error_type == "VmError" and len(made) == confbuild.MAX_ATTEMPTS
         assert not any(os.path.exists(vm.workspace) for vm in made) and {vm.job for vm in made} == {job.id}
@@ -24900,7 +24900,7 @@ class TestVm:
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         if where == "tell":
             job.log = types.SimpleNamespace(append=raising(full))  # type: ignore[assignment]
-        with pytest.raises(confbuild.BuildFailed) as caught:
+        with job.afterwards, pytest.raises(confbuild.BuildFailed) as caught:
             host.run(job)
         assert (caught.value.error_type, str(caught.value)) == (
             "LimitError",
@@ -24974,11 +24974,11 @@ class TestVm:
         wait_for(lambda: not any(living(int(pid)) for pid in pids))
         result = s.events(job)[-1]["result"]
         assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids) == 3
-        assert not os.path.exists(workspace)
+        wait_for(lambda: not os.path.exists(workspace))
         assert s.events(s.submit())[-1]["result"] == {"status": "ok"}
         assert s.process is not None
-        children = Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text()
-        assert len(children.split()) == 1  # no zombie either: this one forks agents
+        children = Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) == 1)  # no zombie either: this one forks agents
         assert "Traceback" not in s.stop()
 
 
@@ -25412,7 +25412,7 @@ class StandInVm(confbuild.Vm):
     def kill(self) -> None:
         self.gone.set()
 
-    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
+    def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
         self.destroyed = True
         self.kill()
 
@@ -25637,6 +25637,7 @@ esac
         job = s.submit()
         events = s.events(job)
         assert events[-1] == OK_EVENT
+        wait_for(lambda: os.listdir(s.state / "guests") == [])
         told = [event["msg"] for event in events if event["type"] == "vm"]
         assert [re.sub(r": .*", "", text.removeprefix("VM of sh: ")) for text in told] == [
             "booting", "attempt 1 of 3 failed", "booting", "ready", "attempt 2 of 3 failed", "booting", "ready"
@@ -25656,7 +25657,6 @@ esac
         greeting = b": simulated VM: not confidential; the evidence is signed by no hardware\n"
         assert config["notice"] and s.request("GET", f"/build/{job}/events")[2].startswith(greeting)
         assert config["isolation"].startswith("a VM for each build, which a command of the operator starts")
-        assert os.listdir(s.state / "guests") == []
 
     def test_expected_evidence(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """Only evidence decides: a VM without hardware cannot build where that is expected. [CONTRACT 6.4]"""
@@ -25704,6 +25704,20 @@ esac
             confbuild.finish_cleaning(cleaner)
             assert cleaner.returncode == -signal.SIGKILL
         assert "--vm-cleanup ended with status -9" in caplog.text
+
+    def test_after_the_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Whether a build succeeds or fails, its command may end by itself, and `complete` waits for no clean-up."""
+        command, ended = f"cat | {AGENT} | cat; sleep 0.1; echo {{job}} >> {tmp_path}/ended", tmp_path / "ended"
+        s = server(
+            "--slots", "2", "--vm-command", f"sh -c {shlex.quote(command)}", "--vm-cleanup", f"cat {tmp_path}/pipe"
+        )
+        os.mkfifo(tmp_path / "pipe")
+        jobs = [s.submit(), s.submit(project("exit 1"))]
+        assert [s.events(job)[-1]["result"]["status"] for job in jobs] == ["ok", "failed"]
+        wait_for(lambda: ended.exists() and sorted(ended.read_text().split()) == sorted(jobs))
+        for _ in jobs:
+            (tmp_path / "pipe").write_text("")
+        wait_for(lambda: os.listdir(s.state / "guests") == [])
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """After kill -9 nothing of a VM runs here, and the next server cleans up before it does anything else."""
@@ -26016,7 +26030,9 @@ class TestSpares:
         dead.ready = True
         host.pool._spares.append(dead)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
-        assert host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))) == "path"
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+        with job.afterwards:
+            assert host.run(job) == "path"
         assert dead.destroyed and driven[0] is dead and driven[1] is not dead and driven[1].destroyed
 
     def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26134,14 +26150,15 @@ class TestSpares:
         made = list[confbuild.Vm]()
 
         class Stubborn(confbuild.Vm):
-            def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
+            def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
                 made.append(self)
                 raise SystemError("it will not go")
 
         host = vm_host(lambda job: Stubborn(confbuild.own_vms("agent", TOLD), job), 30, 0.05)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        with pytest.raises(confbuild.BuildFailed, match="^the build took longer than 0.05 s$") as caught:
+        took = "^the build took longer than 0.05 s$"
+        with job.afterwards, pytest.raises(confbuild.BuildFailed, match=took) as caught:
             host.run(job)
         assert caught.value.error_type == "TimeoutError" and "a VM is not destroyed" in caplog.text
         assert not host.pool._alive
@@ -27842,7 +27859,7 @@ class TestQemuVm:
             "platform": "qemu",
             "network": "none",
         }
-        one.destroy(clean=True)
+        one.destroy()
         assert not living(pid)
         assert Path(one.console_log).read_text() == said
         os.unlink(one.console_log)
@@ -27934,7 +27951,7 @@ class TestQemuVm:
 
     def test_not_started(self, vm: Callable[..., confbuild.Vm], monkeypatch: pytest.MonkeyPatch) -> None:
         one = vm("")
-        one.destroy(clean=True)
+        one.destroy()
         with pytest.raises(confbuild.BuildFailed, match="the VM was destroyed before it was started"):
             one.spawn()
         two = vm("")
