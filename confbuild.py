@@ -4652,8 +4652,7 @@ def verify_bundle(
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
-# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.  Where there
-# is no /proc, only the process group is killed.
+# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.
 
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
@@ -4696,30 +4695,25 @@ def mount(kind: str, target: str, flags: int, options: str, source: str = "none"
     system_call("mount", *arguments, label=f"mount {target}")
 
 
-def guard_process() -> bool:
-    """Become a child subreaper, and hide memory and environment from other processes of this user, except root.
-
-    Return False on systems without these features."""
-    if sys.platform != "linux":
-        return False
+def guard_process() -> None:
+    """Become a child subreaper, and hide memory and environment from other processes of this user, except root."""
     with suppress(AttributeError):
         _libc().malloc_trim(0)  # return about 10 MB that compiling this file left behind
     system_call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     system_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
-    return True
 
 
 def read_processes(name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (process, contents of the file called name in its folder of /proc); nothing without /proc.
+    """Yield (process, contents of the file called name in its folder of /proc).
 
     Processes that end meanwhile are left out."""
-    for entry in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{entry}/{name}", "rb") as f:
             yield int(entry), f.read()
 
 
 def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[int]" = frozenset()) -> list[int]:
-    """Return the processes below the process root, parents first; none without /proc.
+    """Return the processes below the process root, parents first.
 
     dead: include zombies.
     without: leave out these processes and everything below them."""
@@ -5156,9 +5150,7 @@ def show_workspace(workspace: str, needed: Iterable[str]) -> str:
     workspace itself.
     The caller must have only one thread, and be dumpable: otherwise it may not write its own uid_map.
     """
-    if sys.platform != "linux" or any(
-        (path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))
-    ):
+    if any((path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))):
         return workspace
     trial = os.fork()  # half a change could not be undone
     if trial == 0:
@@ -5214,8 +5206,6 @@ def _trial(sandbox: Sandbox) -> str:
 
 def probe_sandbox() -> tuple[Sandbox, str, str]:
     """Return (usable sandbox, why Landlock cannot be used or "", why seccomp cannot be used or "")."""
-    if sys.platform != "linux":
-        return Sandbox(), "only Linux has Landlock", "only Linux has seccomp"
     abi = 0
     try:
         abi = system_call("syscall", _CREATE_RULESET, None, 0, 1, label="landlock_create_ruleset")
@@ -13307,10 +13297,10 @@ def _start() -> tuple[Json, str, list[str]]:
     readable = (config.get("sandbox") or {}).get("readable", ())
     needed = [sys.executable, sweeper[5], *folders, *local, *readable, config.get("cache") or "/"]
     workspace = show_workspace(outside, needed)
-    if guard_process():
-        # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
-        # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+    guard_process()
+    # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
+    # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
+    system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)
@@ -16672,8 +16662,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     host = address.strip("[]")
     files = _raise_file_limit()
     lock = claim_state(state)
-    reap = guard_process()
-    forks = None if options.vm_command or machine.guest or not reap else fork_server()
+    guard_process()
+    forks = None if options.vm_command or machine.guest else fork_server()
     tls = _tls_context(options)
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
@@ -16682,7 +16672,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     pool = VmPool(
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]), forks)),
         options.boot_timeout or machine.platform.boot_timeout_s,
-        reap,
+        True,
         options.warm,
     )
     pool.single_use = options.single_use
@@ -18787,7 +18777,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-_LINUX_ONLY = (cmd_build, cmd_rebuild, cmd_serve, cmd_image)  # without --server
+_LINUX_ONLY = "build rebuild serve image agent".split()  # without --server
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -18800,7 +18790,7 @@ def _run(arguments: Sequence[str]) -> int:
         return EXIT_OK
     try:
         options = parse_arguments(arguments)
-        if sys.platform != "linux" and options.run in _LINUX_ONLY and not getattr(options, "server", ""):
+        if sys.platform != "linux" and arguments[0] in _LINUX_ONLY and not getattr(options, "server", ""):
             raise UsageError(f"{arguments[0]} needs Linux, this is {sys.platform}", "--server URL builds elsewhere")
         if options.run not in (cmd_verify, cmd_measure):
             logging.basicConfig(
