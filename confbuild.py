@@ -11956,12 +11956,12 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     Raises Refused 416.
     """
     headers["Accept-Ranges"] = "bytes"
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    known = re.findall(r'"[^"]*"|\*', request.headers.get("if-none-match", ""))
     if headers["ETag"] in known or "*" in known:
         return Response(304, headers)
     asked = request.headers.get("range", "")
-    if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
-        asked = ""
+    if request.method == "HEAD" or request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
+        asked = ""  # only GET has ranges
     size, match = file.size, re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", asked.replace(" ", ""))
     first, last = match.groups() if match else ("", "")
     if not first + last or first and last and int(first) > int(last):
@@ -14222,14 +14222,12 @@ class VmHost(NamedTuple):
 
     make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
     expected: what every bundle must fulfil, besides the job's nonce.
-    max_log: the bytes of one log.
     """
 
     pool: VmPool
     make_fetcher: Callable[[str, str], Vm]
     build_timeout_s: float = BUILD_TIMEOUT_S
     expected: Expectations = Expectations()
-    max_log: int = MAX_LOG
 
     def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
@@ -14308,7 +14306,7 @@ class VmHost(NamedTuple):
                 raise limit_error(f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {e}") from None
             raise vm_error(f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
-            failure = relay_events(stream, log, self.max_log, job.id)
+            failure = relay_events(stream, log, MAX_LOG, job.id)
             if failure:
                 raise failure
             if stream.read1(BLOCK):  # the next request needs the end of this response
