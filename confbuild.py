@@ -13718,7 +13718,7 @@ def _bound_to_parent() -> Callable[[], None]:
 
     Everything is looked up here, before the fork: after it, a lock of another thread would stay locked.
     """
-    prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
+    prctl, set_limit, core = _libc().prctl, resource.setrlimit, resource.RLIMIT_CORE
     parent, kill = os.getpid(), int(signal.SIGKILL)
 
     def bind() -> None:
