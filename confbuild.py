@@ -14035,11 +14035,11 @@ class VmPool:
         self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
         self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs, with the ids of their processes or clean-ups
-        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # of what exec'ed this program
+        self._foreign = frozenset(descendants(os.getpid()))  # of what exec'ed this program
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
         self._booting: Vm | None = None  # guarded by _changed; the next spare
-        self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is
+        self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is, and at most one job
         self._failures = 0  # guarded by _changed; spares that did not boot
         self._failure = ""  # guarded by _changed; why the last one did not
         self._stopping = False  # guarded by _changed
@@ -14089,16 +14089,15 @@ class VmPool:
     def _kill_strays(self) -> None:
         """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent."""
 
-        def strays() -> list[int]:
+        def strays(dead: bool = False) -> list[int]:
             with self._spawning:
                 # One look: what a VM starts between two would be taken for a stray. Its processes are not ours.
-                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
+                return descendants(os.getpid(), dead, set(self._alive.values()) | self._foreign)
 
         kill_all(strays)
-        with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
-                with suppress(ChildProcessError):  # its own parent reaps it
-                    os.waitpid(pid, os.WNOHANG)
+        for pid in strays(dead=True):  # what was killed here, or lost its parent before, is our child now
+            with suppress(ChildProcessError):  # its own parent reaps it
+                os.waitpid(pid, os.WNOHANG)
 
     def _lacks_spares_locked(self) -> bool:  # caller must hold _changed
         return len(self._spares) < max(self._warm, min(self._waiting, 1))
@@ -14171,8 +14170,11 @@ class VmPool:
     def take(self, job: str, is_halted: Callable[[], bool] = lambda: False) -> Vm:
         """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
-            while self._booting and not self._spares and not is_halted():  # it is ready sooner than a new one
-                self._changed.wait(0.05)
+            if not self._waiting:  # else a new one is ready sooner than the spare after this one
+                self._waiting += 1
+                while self._booting and not self._spares and not is_halted():  # it is ready sooner than a new one
+                    self._changed.wait(0.05)
+                self._waiting -= 1
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
@@ -14188,10 +14190,8 @@ class VmPool:
             before, limit = self._failures, self._boot_timeout_s + RETRY_S
             self._waiting += 1
             self._changed.notify_all()
-            try:
-                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
-            finally:
-                self._waiting -= 1
+            self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
+            self._waiting -= 1
             if self._spares and not self._stopping:
                 return self._spares.pop(0)
             raise vm_error(self._failure if self._failures > before else "no VM is ready")

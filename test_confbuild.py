@@ -25993,6 +25993,8 @@ class TestSpares:
         taken: list[Any] = []
         thread = threading.Thread(target=lambda: taken.append(host.pool.take("")))
         thread.start()
+        wait_for(lambda: host.pool._waiting)
+        assert not host.pool.take("").ready, "one job gets that VM, and the next one should not wait in vain"
         gate.set()
         thread.join(PATIENCE)
         assert taken == made[:1] and taken[0].ready
