@@ -11962,7 +11962,7 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     asked = request.headers.get("range", "")
     if request.method == "HEAD" or request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
         asked = ""  # only GET has ranges
-    size, match = file.size, re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", asked.replace(" ", ""))
+    size, match = file.size, re.fullmatch("(?i)bytes=([0-9]{0,20})-([0-9]{0,20})", asked.replace(" ", ""))
     first, last = match.groups() if match else ("", "")
     if not first + last or first and last and int(first) > int(last):
         return Response(200, headers, source=file)  # a server may ignore what is not one range of bytes

@@ -22962,6 +22962,7 @@ class TestHttp:
             (f"bytes=-{n + 5}", (0, n)),
             (f"bytes=3-{n + 99}", (3, n)),
             (f"bytes={n - 1}-", (n - 1, n)),
+            (f"Bytes=1-{2**64 - 1}", (1, n)),  # names of units have no case [RFC9110 14.1]
         ):
             status, headers, part = s.ask("GET", url, Range=asked)
             assert (status, part) == (206, data[slice(*expected)]) and headers[
