@@ -17433,7 +17433,7 @@ def _took(job: Json) -> str:
     """Return how long a finished job ran, or "" if its server does not say."""
     try:
         began, ended = (datetime.fromisoformat(job[f"{word}_at"]) for word in ("started", "finished"))
-        return f"{(ended - began).total_seconds():.1f} s"
+        return f"{max(0.0, (ended - began).total_seconds()):.1f} s"  # the clock may have been set back
     except (KeyError, TypeError, ValueError):
         return ""
 

@@ -29780,6 +29780,14 @@ answer(found)""",
 
 
 class TestUsage:
+    def test_took(self) -> None:
+        """How long a job of a list ran: never less than nothing, also if the server's clock was set back."""
+        times = {"started_at": "2026-11-23T12:00:01+00:00", "finished_at": "2026-11-23T12:00:03.5+00:00"}
+        assert confbuild._took(times) == "2.5 s"
+        assert confbuild._took(times | {"finished_at": "2026-11-23T12:00:00+00:00"}) == "0.0 s"
+        for finished_at in (None, 5, "yesterday"):
+            assert confbuild._took(times | {"finished_at": finished_at}) == confbuild._took({}) == ""
+
     def test_sockets_that_systemd_hands_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One listening socket, and no --listen next to it. [sd_listen_fds(3)]"""
         found = confbuild.inherited_socket.__wrapped__  # without its cache
