@@ -14322,7 +14322,7 @@ def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:
     try:
         output, _ = cleaner.communicate(timeout=CLEAN_UP_S)
     except subprocess.TimeoutExpired:
-        cleaner.kill()
+        Launcher().kill(cleaner)  # with what it has started
         output, _ = b"", cleaner.wait()
     if cleaner.returncode:
         logger().warning(

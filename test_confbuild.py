@@ -25702,9 +25702,11 @@ esac
     def test_a_clean_up_that_hangs(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """[CONTRACT 6.1]"""
         monkeypatch.setattr(confbuild, "CLEAN_UP_S", 0.01)
-        with subprocess.Popen(["sleep", "600"]) as cleaner:
+        with subprocess.Popen(["sh", "-c", "sleep 600; true"], start_new_session=True) as cleaner:
+            [child] = wait_for(confbuild.descendants, cleaner.pid)
             confbuild.finish_cleaning(cleaner)
             assert cleaner.returncode == -signal.SIGKILL
+            wait_for(lambda: not living(child))
         assert "--vm-cleanup ended with status -9" in caplog.text
 
     def test_after_the_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
