@@ -451,13 +451,16 @@ Strings = Mapping[str, str]
 _JSON_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 
-def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 10**20 - 1) -> Any:
+def parse_json(
+    data: bytes, name: str, max_depth: int = 127, max_integer: int = 10**20 - 1, surrogates: str = "strict"
+) -> Any:
     """Return the value of one JSON document.  [RFC8259]
 
     data: at most MAX_JSON bytes of UTF-8 without a byte order mark. No duplicate names, NaN, Infinity or lone
         surrogates; each string has at most 1 MiB as written.
     max_depth: of nested arrays and objects.
     max_integer: the largest absolute value of an integer.
+    surrogates: "surrogatepass" accepts lone ones, which are bytes of file names that are not UTF-8 (PEP 383).
     Raises Malformed.
     """
 
@@ -498,7 +501,7 @@ def parse_json(data: bytes, name: str, max_depth: int = 127, max_integer: int = 
         value = json.loads(
             text, object_pairs_hook=unique, parse_constant=fraction, parse_int=integer, parse_float=fraction
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8", surrogates)
     except UnicodeEncodeError:
         raise Malformed(name, "a lone surrogate is not a character") from None
     except json.JSONDecodeError as e:
@@ -4649,8 +4652,7 @@ def verify_bundle(
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
-# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.  Where there
-# is no /proc, only the process group is killed.
+# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.
 
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
@@ -4693,30 +4695,25 @@ def mount(kind: str, target: str, flags: int, options: str, source: str = "none"
     system_call("mount", *arguments, label=f"mount {target}")
 
 
-def guard_process() -> bool:
-    """Become a child subreaper, and hide memory and environment from other processes of this user, except root.
-
-    Return False on systems without these features."""
-    if sys.platform != "linux":
-        return False
+def guard_process() -> None:
+    """Become a child subreaper, and hide memory and environment from other processes of this user, except root."""
     with suppress(AttributeError):
         _libc().malloc_trim(0)  # return about 10 MB that compiling this file left behind
     system_call("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     system_call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
-    return True
 
 
 def read_processes(name: str) -> Iterator[tuple[int, bytes]]:
-    """Yield (process, contents of the file called name in its folder of /proc); nothing without /proc.
+    """Yield (process, contents of the file called name in its folder of /proc).
 
     Processes that end meanwhile are left out."""
-    for entry in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else ()):
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         with suppress(OSError), open(f"/proc/{entry}/{name}", "rb") as f:
             yield int(entry), f.read()
 
 
 def descendants(root: int, dead: bool = False, without: "frozenset[int] | set[int]" = frozenset()) -> list[int]:
-    """Return the processes below the process root, parents first; none without /proc.
+    """Return the processes below the process root, parents first.
 
     dead: include zombies.
     without: leave out these processes and everything below them."""
@@ -5153,9 +5150,7 @@ def show_workspace(workspace: str, needed: Iterable[str]) -> str:
     workspace itself.
     The caller must have only one thread, and be dumpable: otherwise it may not write its own uid_map.
     """
-    if sys.platform != "linux" or any(
-        (path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))
-    ):
+    if any((path + "/").startswith(WORK + "/") for given in needed for path in (given, realpath(given))):
         return workspace
     trial = os.fork()  # half a change could not be undone
     if trial == 0:
@@ -5211,8 +5206,6 @@ def _trial(sandbox: Sandbox) -> str:
 
 def probe_sandbox() -> tuple[Sandbox, str, str]:
     """Return (usable sandbox, why Landlock cannot be used or "", why seccomp cannot be used or "")."""
-    if sys.platform != "linux":
-        return Sandbox(), "only Linux has Landlock", "only Linux has seccomp"
     abi = 0
     try:
         abi = system_call("syscall", _CREATE_RULESET, None, 0, 1, label="landlock_create_ruleset")
@@ -9866,6 +9859,7 @@ class Job:
 
     record: as job.json holds it; replaced by update().
     log: None if the job has ended or is damaged.
+    afterwards: what its slot does once the end of the job was published, or when that has failed.
     """
 
     position: Any = -1  # the last one announced
@@ -9877,6 +9871,7 @@ class Job:
         self.id = basename(folder)
         self.folder = folder
         self.record = record
+        self.afterwards = ExitStack()
         self.writing = threading.Lock()  # its holder writes job.json or an event about the job itself
         self.deriving = threading.Lock()  # its holder makes a file from the others
         self._halting = threading.Lock()
@@ -10115,7 +10110,8 @@ def _log_end(job: Job, log: EventLog) -> None:
     """Log and count a build that has ended."""
     record = job.record
     times = [record.submitted_at, record.started_at or record.finished_at, record.finished_at]
-    submitted, started, finished = (datetime.fromisoformat(text).timestamp() for text in times)
+    stamps = (datetime.fromisoformat(text).timestamp() for text in times)
+    submitted, started, finished = itertools.accumulate(stamps, max)  # the clock may have been set back
     name = re.sub(r"(\.tar\.gz|\.tgz|\.zip|\.git)$", "", basename(job.request.repo_url or job.request.source_name))
     outcome = (record.failure or {}).get("error_type", "ok")
     toolchain = re.search(rb'"type":"detect","msg":"([a-z]+)"', os.pread(log.fd, 64 * KIB, 0))
@@ -10371,12 +10367,10 @@ class Jobs:
         self._accepting: list[str] = []  # guarded by _changed; the keys of new jobs that are being written
         self._accepted = False  # guarded by _changed; whether there is a job
         self._seq = 0  # guarded by _changed; of the newest job
-        work = {"queue": self._tend, "keeper": lambda: _keep(self, keep_s, keep_bytes)} | {
-            f"slot {number}": self._work for number in range(slots)
-        }
+        work = [("queue", self._tend), ("keeper", lambda: _keep(self, keep_s, keep_bytes))]
+        work += [(f"slot {number}", self._work) for number in range(slots)]
         self._threads = [
-            threading.Thread(target=_repeat, args=(step, self.stopping), name=name, daemon=True)
-            for name, step in work.items()
+            threading.Thread(target=_repeat, args=(step, self.stopping), name=name, daemon=True) for name, step in work
         ]
 
     def start(self) -> None:
@@ -10449,13 +10443,13 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
         with self._changed:
-            found = {"confbuild_queue_jobs": len(self._queue), "confbuild_running_jobs": len(self._running)}
             logs = [job.log for job in (*self._running, *self._ending) if job.log]
-        return {
-            **found,
-            "confbuild_events_appended_total": sum(log.count for log in logs),
-            "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
-        }
+            return {
+                "confbuild_queue_jobs": len(self._queue),
+                "confbuild_running_jobs": len(self._running),
+                "confbuild_events_appended_total": sum(log.count for log in logs),
+                "confbuild_event_bytes_appended_total": sum(log.size for log in logs),
+            }
 
     def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended. Raises OSError if that cannot be recorded; the build stops anyway."""
@@ -10492,11 +10486,12 @@ class Jobs:
             job = self._queue.pop(0)
             self._running.add(job)
             self._changed.notify_all()
-        end = job.run(lambda: self._run(job))
-        with self._changed:
-            self._running.discard(job)
-            self._end_locked(job, end)
-        self._try_to_complete(job)
+        with job.afterwards:
+            end = job.run(lambda: self._run(job))
+            with self._changed:
+                self._running.discard(job)
+                self._end_locked(job, end)
+            self._try_to_complete(job)
 
     def _end_locked(self, job: Job, end: End) -> None:
         """Make end the end of a job, which _complete publishes. Caller must hold _changed."""
@@ -11990,13 +11985,13 @@ def serve_file(request: Request, file: OpenFile, headers: dict[str, str]) -> Res
     Raises Refused 416.
     """
     headers["Accept-Ranges"] = "bytes"
-    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    known = re.findall(r'"[^"]*"|\*', request.headers.get("if-none-match", ""))
     if headers["ETag"] in known or "*" in known:
         return Response(304, headers)
     asked = request.headers.get("range", "")
-    if request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
-        asked = ""
-    size, match = file.size, re.fullmatch("bytes=([0-9]{0,18})-([0-9]{0,18})", asked.replace(" ", ""))
+    if request.method == "HEAD" or request.headers.get("if-range", headers["ETag"]) != headers["ETag"]:
+        asked = ""  # only GET has ranges
+    size, match = file.size, re.fullmatch("(?i)bytes=([0-9]{0,20})-([0-9]{0,20})", asked.replace(" ", ""))
     first, last = match.groups() if match else ("", "")
     if not first + last or first and last and int(first) > int(last):
         return Response(200, headers, source=file)  # a server may ignore what is not one range of bytes
@@ -12537,12 +12532,12 @@ def listen(address: tuple[str, int] | None) -> "socket.socket":
         sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
             sock.bind(address)
             sock.listen(4096)
         except BaseException:
             sock.close()
             raise
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # its connections inherit it
     sock.setblocking(False)
     return sock
 
@@ -13252,7 +13247,8 @@ def read_config(read: Callable[[], bytes]) -> Json:
         line += byte
         if not byte or len(line) > MAX_CONFIGURATION:
             raise Malformed("configuration", f"expected a line of at most {MAX_CONFIGURATION} bytes")
-    return dict(check_schema(parse_json(bytes(line), "configuration", 8), _CONFIG, "configuration"))
+    config = parse_json(bytes(line), "configuration", 8, surrogates="surrogatepass")
+    return dict(check_schema(config, _CONFIG, "configuration"))
 
 
 def _connect(end: Callable[[], None]) -> "socket.socket":
@@ -13330,10 +13326,10 @@ def _start() -> tuple[Json, str, list[str]]:
     readable = (config.get("sandbox") or {}).get("readable", ())
     needed = [sys.executable, sweeper[5], *folders, *local, *readable, config.get("cache") or "/"]
     workspace = show_workspace(outside, needed)
-    if guard_process():
-        # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
-        # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+    guard_process()
+    # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
+    # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
+    system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)
@@ -13751,7 +13747,7 @@ def _bound_to_parent() -> Callable[[], None]:
 
     Everything is looked up here, before the fork: after it, a lock of another thread would stay locked.
     """
-    prctl, set_limit, core = ctypes.CDLL(None, use_errno=True).prctl, resource.setrlimit, resource.RLIMIT_CORE
+    prctl, set_limit, core = _libc().prctl, resource.setrlimit, resource.RLIMIT_CORE
     parent, kill = os.getpid(), int(signal.SIGKILL)
 
     def bind() -> None:
@@ -13809,29 +13805,37 @@ class VmStream:
                 pass
             except ConnectionError:  # it has ended without reading everything
                 break
-            if monotonic() >= self.deadline:
-                raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
-            if monotonic() >= until:  # not if this process was suspended, and there is something to read
-                raise TimeoutError(f"silent for {self._timeout_s:.0f} s")
-            self.wait(min(until, self.deadline))
+            self._await(until, select.POLLIN)
         return 0
 
     def sendall(self, data: Any) -> None:
-        """Send data. Raises OSError."""
-        self._sock.settimeout(max(0.001, min(READ_TIMEOUT_S, self.deadline - monotonic())))
-        try:
-            self._sock.sendall(data)
-        finally:
-            self._sock.settimeout(None)  # with a timeout, recv_into() would wait in spite of MSG_DONTWAIT
+        """Send data. Raises OSError, BuildFailed."""
+        until, rest = monotonic() + READ_TIMEOUT_S, memoryview(data)
+        while rest:
+            with suppress(BlockingIOError):
+                rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+                continue
+            self._await(until, select.POLLOUT)
 
-    def wait(self, until: float, receiving: bool = True) -> None:
+    def _await(self, until: float, events: int) -> None:
+        """Wait as wait() does. Raises TimeoutError after until, and BuildFailed after the deadline.
+
+        Not if this process was suspended, and there was something to read: then this is not called.
+        """
+        if monotonic() >= self.deadline:
+            raise BuildFailed("TimeoutError", f"the build took longer than {self.build_s:g} s")
+        if monotonic() >= until:
+            raise TimeoutError(f"silent for {READ_TIMEOUT_S:.0f} s")
+        self.wait(min(until, self.deadline), events)
+
+    def wait(self, until: float, events: int = 0) -> None:
         """Wait until the time until, or until the console has more, which is read.
 
-        receiving: or until there is something to receive, such as the end of the stream, also by shut().
+        events: of poll(2); or until the stream has one of them. The end of the stream, also by shut(), is any of them.
         """
         poll = select.poll()
-        if receiving:
-            poll.register(self._sock, select.POLLIN)
+        if events:
+            poll.register(self._sock, events)
         if self.errors:
             poll.register(self.errors, select.POLLIN)
         ready = dict(poll.poll(max(0.0, min(until - monotonic(), 1e6)) * 1000))
@@ -13872,6 +13876,7 @@ class Vm:
     """
 
     ready = False
+    used = False  # by a job
     console_log = ""  # the path that gets its console when it is destroyed; empty for none
 
     def __init__(self, kind: VmKind, job: str = "spare") -> None:
@@ -13996,7 +14001,7 @@ class Vm:
         """Read the console of a process that has been killed to its end, for at most a second."""
         until = monotonic() + 1
         while self.stream.errors and monotonic() < until:
-            self.stream.wait(until, receiving=False)
+            self.stream.wait(until)
 
     def kill(self) -> None:
         """End the VM and everything that it has started. For any thread, any number of times."""
@@ -14009,18 +14014,17 @@ class Vm:
                     kill_all(lambda: descendants(pid))
                 os.kill(pid, signal.SIGKILL)
 
-    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
-        """Kill the VM, and remove its workspace. Any number of times, for one thread at a time.
+    def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
+        """End the VM, and remove its workspace. Any number of times, for one thread at a time.
 
-        clean: let it end by itself first.
+        If it lives, it gets some time to end by itself; then it is killed.
         clean_up: is called in between: while there is a workspace, the next server would clean up.
         """
-        if clean and self.kind.grace_s:
-            self.stream.shut(socket.SHUT_WR)
-            until = monotonic() + self.kind.grace_s
-            while self.is_alive() and monotonic() < until:
-                self.stream.wait(0)
-                time.sleep(0.01)
+        self.stream.shut(socket.SHUT_WR)
+        until = monotonic() + self.kind.grace_s
+        while self.is_alive() and monotonic() < until:
+            self.stream.wait(0)
+            time.sleep(0.01)
         self.kill()
         with self._lock:
             child, self._child = self._child, None
@@ -14060,11 +14064,11 @@ class VmPool:
         self._warm = warm  # guarded by _changed
         self._spawning = threading.Lock()
         self._alive: dict[Vm, int] = {}  # guarded by _spawning; VMs, with the ids of their processes or clean-ups
-        self._foreign = frozenset(descendants(os.getpid())) if reap else frozenset()  # of what exec'ed this program
+        self._foreign = frozenset(descendants(os.getpid()))  # of what exec'ed this program
         self._changed = threading.Condition()
         self._spares: list[Vm] = []  # guarded by _changed; ready, and not taken
         self._booting: Vm | None = None  # guarded by _changed; the next spare
-        self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is
+        self._waiting = 0  # guarded by _changed; requests that wait for a spare, whatever warm is, and at most one job
         self._failures = 0  # guarded by _changed; spares that did not boot
         self._failure = ""  # guarded by _changed; why the last one did not
         self._stopping = False  # guarded by _changed
@@ -14083,7 +14087,7 @@ class VmPool:
         if booting:
             booting.kill()
         with concurrent.futures.ThreadPoolExecutor(64) as workers:  # at a time: each may take CLEAN_UP_S
-            list(workers.map(lambda vm: self.destroy(vm, clean=True), spares))
+            list(workers.map(self.destroy, spares))
         with suppress(RuntimeError):  # Ctrl-C came before start()
             self._thread.join(self._boot_timeout_s)
 
@@ -14093,7 +14097,7 @@ class VmPool:
             self._alive[vm] = vm.spawn()
         return vm.greet(timeout_s or self._boot_timeout_s)
 
-    def destroy(self, vm: Vm, clean: bool = False) -> None:
+    def destroy(self, vm: Vm) -> None:
         """Destroy vm, and kill what it has left behind, here and elsewhere."""
 
         @survive("what a VM has left behind elsewhere may live on")
@@ -14104,9 +14108,9 @@ class VmPool:
             finish_cleaning(cleaner)
 
         with survive("a VM is not destroyed"):
-            vm.destroy(clean, clean_up)
+            vm.destroy(clean_up)
         with survive("what a VM has left behind may live on"):
-            if self._reap:
+            if self._reap and vm.used:  # not while a local `build` packs its source: git is no stray
                 self._kill_strays()
         with self._spawning:
             self._alive.pop(vm, None)
@@ -14114,16 +14118,15 @@ class VmPool:
     def _kill_strays(self) -> None:
         """Kill processes that outlived their VM's agent, which happens only if the build has killed the agent."""
 
-        def strays() -> list[int]:
+        def strays(dead: bool = False) -> list[int]:
             with self._spawning:
                 # One look: what a VM starts between two would be taken for a stray. Its processes are not ours.
-                return descendants(os.getpid(), without=set(self._alive.values()) | self._foreign)
+                return descendants(os.getpid(), dead, set(self._alive.values()) | self._foreign)
 
         kill_all(strays)
-        with self._spawning:  # what was killed here, or lost its parent before, is our child now
-            for pid in descendants(os.getpid(), dead=True, without=set(self._alive.values())):
-                with suppress(ChildProcessError):  # its own parent reaps it
-                    os.waitpid(pid, os.WNOHANG)
+        for pid in strays(dead=True):  # what was killed here, or lost its parent before, is our child now
+            with suppress(ChildProcessError):  # its own parent reaps it
+                os.waitpid(pid, os.WNOHANG)
 
     def _lacks_spares_locked(self) -> bool:  # caller must hold _changed
         return len(self._spares) < max(self._warm, min(self._waiting, 1))
@@ -14196,8 +14199,11 @@ class VmPool:
     def take(self, job: str, is_halted: Callable[[], bool] = lambda: False) -> Vm:
         """Return a VM that no other caller gets: one that is ready, or a new one, for this job. Raises BuildFailed."""
         with self._changed:
-            while self._booting and not self._spares and not is_halted():  # it is ready sooner than a new one
-                self._changed.wait(0.05)
+            if not self._waiting:  # else a new one is ready sooner than the spare after this one
+                self._waiting += 1
+                while self._booting and not self._spares and not is_halted():  # it is ready sooner than a new one
+                    self._changed.wait(0.05)
+                self._waiting -= 1
             vm = next((vm for vm in self._spares if vm.is_alive()), None)
             if vm:
                 self._spares.remove(vm)
@@ -14213,10 +14219,8 @@ class VmPool:
             before, limit = self._failures, self._boot_timeout_s + RETRY_S
             self._waiting += 1
             self._changed.notify_all()
-            try:
-                self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
-            finally:
-                self._waiting -= 1
+            self._changed.wait_for(lambda: self._spares or self._failures > before or self._stopping, limit)
+            self._waiting -= 1
             if self._spares and not self._stopping:
                 return self._spares.pop(0)
             raise vm_error(self._failure if self._failures > before else "no VM is ready")
@@ -14247,18 +14251,17 @@ class VmHost(NamedTuple):
 
     make_fetcher: makes the process that fetches a repository (URL, ref) for a VM without a network.
     expected: what every bundle must fulfil, besides the job's nonce.
-    max_log: the bytes of one log.
     """
 
     pool: VmPool
     make_fetcher: Callable[[str, str], Vm]
     build_timeout_s: float = BUILD_TIMEOUT_S
     expected: Expectations = Expectations()
-    max_log: int = MAX_LOG
 
     def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
 
+        job.afterwards destroys the VM: nobody who waits for the end of the build waits for that as well.
         A VM that fails before its first `build` event is replaced, twice at most.
         """
         request, source, log = job.request, job.source, job.live_log()
@@ -14272,49 +14275,42 @@ class VmHost(NamedTuple):
         def use(vm: Vm) -> Vm:
             """Let halt() kill vm, which is not started yet, at any time from now on."""
             current.append(vm)
-            vm.stream.build_s = self.build_timeout_s
+            job.afterwards.callback(self.pool.destroy, vm)
+            vm.used, vm.stream.build_s = True, self.build_timeout_s
             job.when_halted(halt)  # at once if it has been
             return vm
 
         attempt = 0
         job.when_halted(halt)
-        try:
-            while True:
-                attempt += 1
-                vm, built = use(self.pool.take(job.id, halted.is_set)), False
-                try:
-                    if not source and not vm.kind.networked:
-                        self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
-                        fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
-                        deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
-                        with fetcher.explained():
-                            answer = self.pool.boot(fetcher, self.build_timeout_s)
-                        if "name" not in answer:
-                            raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
-                        request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
-                        source = join(fetcher.workspace, "source.tar.gz")
-                    with vm.explained():
-                        vm.console_log = join(job.folder, "console.log")
-                        if not vm.ready:
-                            self._tell(log, vm, "booting")
-                            self.pool.boot(vm)
-                        self._tell(log, vm, "ready")
-                        deadline = vm.stream.deadline = min(deadline, monotonic() + self.build_timeout_s)
-                        path = self._drive(vm, job, request, source)
-                    built = True
-                    return path
-                except BuildFailed as e:
-                    last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
-                    if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
-                        raise
-                    count("confbuild_vms_lost_total")
-                    self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
-                finally:
-                    self.pool.destroy(vm, clean=built)
-        finally:
-            for vm in current:
-                if vm.workspace:
-                    self.pool.destroy(vm)
+        while True:
+            attempt += 1
+            vm = use(self.pool.take(job.id, halted.is_set))
+            try:
+                if not source and not vm.kind.networked:
+                    self._tell(log, vm, f"fetching {request.repo_url}: the guest has no network")
+                    fetcher = use(self.make_fetcher(request.repo_url, request.repo_ref))
+                    deadline = fetcher.stream.deadline = monotonic() + self.build_timeout_s
+                    with fetcher.explained():
+                        answer = self.pool.boot(fetcher, self.build_timeout_s)
+                    if "name" not in answer:
+                        raise BuildFailed(answer.get("error_type", "VmError"), answer["error"])
+                    request = request._replace(repo_url="", repo_ref="", source_name=answer["name"] + ".tar.gz")
+                    source = join(fetcher.workspace, "source.tar.gz")
+                with vm.explained():
+                    vm.console_log = join(job.folder, "console.log")
+                    if not vm.ready:
+                        self._tell(log, vm, "booting")
+                        self.pool.boot(vm)
+                    self._tell(log, vm, "ready")
+                    deadline = vm.stream.deadline = min(deadline, monotonic() + self.build_timeout_s)
+                    return self._drive(vm, job, request, source)
+            except BuildFailed as e:
+                last = halted.is_set() or attempt == MAX_ATTEMPTS or e.error_type != "VmError"
+                if last or PHASES.index(log.last().get("type", "vm")) >= PHASES.index("build"):
+                    raise
+                count("confbuild_vms_lost_total")
+                self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
+                self.pool.destroy(vm)
 
     @staticmethod
     @room_on(STATE)
@@ -14339,7 +14335,7 @@ class VmHost(NamedTuple):
                 raise limit_error(f"the disk of the VM ({TMPDIR} or a guest's memory) is full: {e}") from None
             raise vm_error(f"the VM did not accept the build: {e}") from None
         with agent.open("GET", f"/build/{agent_job}/events") as stream:
-            failure = relay_events(stream, log, self.max_log, job.id)
+            failure = relay_events(stream, log, MAX_LOG, job.id)
             if failure:
                 raise failure
             if stream.read1(BLOCK):  # the next request needs the end of this response
@@ -14355,7 +14351,7 @@ def finish_cleaning(cleaner: "subprocess.Popen[bytes] | None") -> None:
     try:
         output, _ = cleaner.communicate(timeout=CLEAN_UP_S)
     except subprocess.TimeoutExpired:
-        cleaner.kill()
+        Launcher().kill(cleaner)  # with what it has started
         output, _ = b"", cleaner.wait()
     if cleaner.returncode:
         logger().warning(
@@ -16688,8 +16684,8 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     host = address.strip("[]")
     files = _raise_file_limit()
     lock = claim_state(state)
-    reap = guard_process()
-    forks = None if options.vm_command or machine.guest or not reap else fork_server()
+    guard_process()
+    forks = None if options.vm_command or machine.guest else fork_server()
     tls = _tls_context(options)
     sys.setswitchinterval(0.0005)  # lets the streamer run between two blocks of a build's output
     sizes = options.max_archive * MIB, MAX_UNPACKED, options.max_ratio
@@ -16698,7 +16694,7 @@ def start_server(options: "argparse.Namespace", state: str, tokens: Sequence[str
     pool = VmPool(
         functools.partial(Vm, vm_kind(options, state, policy, machine, lambda: int(server.server_address[1]), forks)),
         options.boot_timeout or machine.platform.boot_timeout_s,
-        reap,
+        True,
         options.warm,
     )
     pool.single_use = options.single_use
@@ -17461,7 +17457,7 @@ def _took(job: Json) -> str:
     """Return how long a finished job ran, or "" if its server does not say."""
     try:
         began, ended = (datetime.fromisoformat(job[f"{word}_at"]) for word in ("started", "finished"))
-        return f"{(ended - began).total_seconds():.1f} s"
+        return f"{max(0.0, (ended - began).total_seconds()):.1f} s"  # the clock may have been set back
     except (KeyError, TypeError, ValueError):
         return ""
 
@@ -18801,8 +18797,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
-        with suppress(AttributeError):  # Windows has no SIGCHLD; a parent that ignored it hid every exit status
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with suppress(AttributeError):  # Windows has neither
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it hid every exit status
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())  # one that blocked SIGTERM made `serve` deaf to it
         gc.freeze()  # what exists by now stays: looking at it again would cost a start with 10,000 jobs 0.15 s
         setattr(sys, "stderr", _ErrorStream(sys.stderr))  # noqa: B010  # mypy: it has all that is used of a stream
     try:
@@ -18825,7 +18822,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-_LINUX_ONLY = (cmd_build, cmd_rebuild, cmd_serve, cmd_image)  # without --server
+_LINUX_ONLY = "build rebuild serve image agent".split()  # without --server
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -18838,7 +18835,7 @@ def _run(arguments: Sequence[str]) -> int:
         return EXIT_OK
     try:
         options = parse_arguments(arguments)
-        if sys.platform != "linux" and options.run in _LINUX_ONLY and not getattr(options, "server", ""):
+        if sys.platform != "linux" and arguments[0] in _LINUX_ONLY and not getattr(options, "server", ""):
             raise UsageError(f"{arguments[0]} needs Linux, this is {sys.platform}", "--server URL builds elsewhere")
         if options.run not in (cmd_verify, cmd_measure):
             logging.basicConfig(

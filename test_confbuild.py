@@ -10373,8 +10373,6 @@ class TestSandbox:
             f"this kernel has no Landlock (landlock_create_ruleset: {os.strerror(number)})",
             "the system calls of riscv64 are unknown to confbuild",
         )
-        monkeypatch.setattr(sys, "platform", "darwin")
-        assert confbuild.probe_sandbox() == (confbuild.Sandbox(), "only Linux has Landlock", "only Linux has seccomp")
 
     def test_no_layer_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The trial takes as many layers as a build: one that is left is not enough."""
@@ -19888,6 +19886,16 @@ class TestJobs:
             jobs.check_open()
         assert refused.value.status == 503
 
+    def test_a_clock_that_is_set_back(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No time is negative, which a sum of Prometheus must never see."""
+        seen = list[tuple[str, float]]()
+        monkeypatch.setattr(confbuild, "observe", lambda *row: seen.append(row))
+        first, then, last = (f"2026-11-23T12:0{minute}:00+00:00" for minute in (2, 1, 0))
+        record = confbuild.JobRecord(1, confbuild.BuildRequest(NONCE), 1, "ok", first, then, last)
+        log = confbuild.EventLog(str(tmp_path / "events"))
+        confbuild._log_end(confbuild.Job(str(tmp_path), record), log)
+        assert seen == [("confbuild_wait_seconds", 0), ("confbuild_build_seconds", 0)]
+
     def test_result_before_complete(self, tmp_path: Path) -> None:
         """Whoever sees `complete` can download the archive. The source stays until then. [CONTRACT 1.7, 1.15]
 
@@ -20299,6 +20307,33 @@ class TestService:
         confbuild.notify_systemd("WATCHDOG=1")
         monkeypatch.setattr(socket, "socket", fail)
         confbuild.notify_systemd("WATCHDOG=1")
+
+    def test_no_delay(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Answers leave at once, also over a socket of a systemd unit without NoDelay."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            for inherited in (listener, None):
+                monkeypatch.setattr(confbuild, "inherited_socket", lambda given=inherited: given)
+                with confbuild.listen(("127.0.0.1", 0)) as sock:
+                    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    def test_blocked_signals(self, server: Callable[..., Server]) -> None:
+        """SIGTERM ends a server whose parent blocks it."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            s = server()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+        assert "stopping; running builds have 30 s" in s.stop()
+
+    def test_paths_that_are_not_utf8(self, tmp_path: Path, stub_path: str) -> None:
+        """They may name the state, temporary files and programs."""
+        folder = tmp_path / os.fsdecode(b"\xff")
+        folder.mkdir()
+        s = Server(folder / "state", f"{stub_path}:{folder}", env={"TMPDIR": str(folder)})
+        try:
+            assert s.start().events(s.submit())[-1] == OK_EVENT
+        finally:
+            s.stop()
 
     def test_closed_streams(self, server: Callable[..., Server]) -> None:
         """As a daemon: no file that is opened later takes the number of a closed stream, and passes for it."""
@@ -23090,6 +23125,7 @@ class TestHttp:
             (f"bytes=-{n + 5}", (0, n)),
             (f"bytes=3-{n + 99}", (3, n)),
             (f"bytes={n - 1}-", (n - 1, n)),
+            (f"Bytes=1-{2**64 - 1}", (1, n)),  # names of units have no case [RFC9110 14.1]
         ):
             status, headers, part = s.ask("GET", url, Range=asked)
             assert (status, part) == (206, data[slice(*expected)]) and headers[
@@ -23103,10 +23139,13 @@ class TestHttp:
             assert answer[1]["Content-Range"] == f"bytes */{n}"
         assert s.ask("GET", url, Range="bytes=0-0", If_Range=etag)[0] == 206
         assert s.ask("GET", url, Range="bytes=0-0", If_Range='"x"')[::2] == (200, data)
-        for tag in (etag, "*", f'"x", {etag}', f"W/{etag}"):
+        status, headers, _ = s.ask("HEAD", url, Range="bytes=0-0")
+        assert (status, headers["Content-Length"]) == (200, str(n)), "only GET has ranges [RFC9110 14.2]"
+        for tag in (etag, "*", f'"x", {etag}', f"W/{etag}", f'"a,b",{etag}'):
             status, headers, body = s.ask("GET", url, If_None_Match=tag)
             assert (status, headers["ETag"], body) == (304, etag, b""), tag
-        assert s.ask("GET", url, If_None_Match='"x"')[::2] == (200, data)
+        for tag in ('"x"', '"*"', etag.strip('"'), f'"x{etag[1:]}'):
+            assert s.ask("GET", url, If_None_Match=tag)[::2] == (200, data), tag
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             assert [(m.name, m.mode, m.isdir(), m.mtime, m.uid, m.gid, m.uname, m.gname) for m in archive] == [
                 ("demo", 0o755, True, 0, 0, 0, "", ""),
@@ -24956,7 +24995,7 @@ class TestVm:
         host = vm_host(make, boot_timeout_s=0.3 if "0.3" in fragment else PATIENCE)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        with pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
+        with job.afterwards, pytest.raises(confbuild.BuildFailed, match=fragment) as caught:
             host.run(job)
         assert caught.value.error_type == "VmError" and len(made) == confbuild.MAX_ATTEMPTS
         assert not any(os.path.exists(vm.workspace) for vm in made) and {vm.job for vm in made} == {job.id}
@@ -25026,7 +25065,7 @@ class TestVm:
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
         if where == "tell":
             job.log = types.SimpleNamespace(append=raising(full))  # type: ignore[assignment]
-        with pytest.raises(confbuild.BuildFailed) as caught:
+        with job.afterwards, pytest.raises(confbuild.BuildFailed) as caught:
             host.run(job)
         assert (caught.value.error_type, str(caught.value)) == (
             "LimitError",
@@ -25100,11 +25139,11 @@ class TestVm:
         wait_for(lambda: not any(living(int(pid)) for pid in pids))
         result = s.events(job)[-1]["result"]
         assert result["error_type"] == ("Cancelled" if how == "delete" else "VmError") and len(pids) == 3
-        assert not os.path.exists(workspace)
+        wait_for(lambda: not os.path.exists(workspace))
         assert s.events(s.submit())[-1]["result"] == {"status": "ok"}
         assert s.process is not None
-        children = Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children").read_text()
-        assert len(children.split()) == 1  # no zombie either: this one forks agents
+        children = Path(f"/proc/{s.process.pid}/task/{s.process.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) == 1)  # no zombie either: this one forks agents
         assert "Traceback" not in s.stop()
 
 
@@ -25538,7 +25577,7 @@ class StandInVm(confbuild.Vm):
     def kill(self) -> None:
         self.gone.set()
 
-    def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
+    def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
         self.destroyed = True
         self.kill()
 
@@ -25653,8 +25692,8 @@ class TestStream:
         monkeypatch.setattr(confbuild, "monotonic", lambda: clock[0])
         stream, buffer = confbuild.VmStream(ours), bytearray(8)
 
-        def suspended(until: float) -> None:
-            assert until == 60.0
+        def suspended(until: float, events: int) -> None:
+            assert (until, events) == (60.0, select.POLLIN)
             clock[0] += 1000
             theirs.sendall(comes.pop())
 
@@ -25763,6 +25802,7 @@ esac
         job = s.submit()
         events = s.events(job)
         assert events[-1] == OK_EVENT
+        wait_for(lambda: os.listdir(s.state / "guests") == [])
         told = [event["msg"] for event in events if event["type"] == "vm"]
         assert [re.sub(r": .*", "", text.removeprefix("VM of sh: ")) for text in told] == [
             "booting", "attempt 1 of 3 failed", "booting", "ready", "attempt 2 of 3 failed", "booting", "ready"
@@ -25782,7 +25822,6 @@ esac
         greeting = b": simulated VM: not confidential; the evidence is signed by no hardware\n"
         assert config["notice"] and s.request("GET", f"/build/{job}/events")[2].startswith(greeting)
         assert config["isolation"].startswith("a VM for each build, which a command of the operator starts")
-        assert os.listdir(s.state / "guests") == []
 
     def test_expected_evidence(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """Only evidence decides: a VM without hardware cannot build where that is expected. [CONTRACT 6.4]"""
@@ -25826,10 +25865,26 @@ esac
     def test_a_clean_up_that_hangs(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """[CONTRACT 6.1]"""
         monkeypatch.setattr(confbuild, "CLEAN_UP_S", 0.01)
-        with subprocess.Popen(["sleep", "600"]) as cleaner:
+        with subprocess.Popen(["sh", "-c", "sleep 600; true"], start_new_session=True) as cleaner:
+            [child] = wait_for(confbuild.descendants, cleaner.pid)
             confbuild.finish_cleaning(cleaner)
             assert cleaner.returncode == -signal.SIGKILL
+            wait_for(lambda: not living(child))
         assert "--vm-cleanup ended with status -9" in caplog.text
+
+    def test_after_the_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
+        """Whether a build succeeds or fails, its command may end by itself, and `complete` waits for no clean-up."""
+        command, ended = f"cat | {AGENT} | cat; sleep 0.1; echo {{job}} >> {tmp_path}/ended", tmp_path / "ended"
+        s = server(
+            "--slots", "2", "--vm-command", f"sh -c {shlex.quote(command)}", "--vm-cleanup", f"cat {tmp_path}/pipe"
+        )
+        os.mkfifo(tmp_path / "pipe")
+        jobs = [s.submit(), s.submit(project("exit 1"))]
+        assert [s.events(job)[-1]["result"]["status"] for job in jobs] == ["ok", "failed"]
+        wait_for(lambda: ended.exists() and sorted(ended.read_text().split()) == sorted(jobs))
+        for _ in jobs:
+            (tmp_path / "pipe").write_text("")
+        wait_for(lambda: os.listdir(s.state / "guests") == [])
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """After kill -9 nothing of a VM runs here, and the next server cleans up before it does anything else."""
@@ -25845,6 +25900,13 @@ esac
         s.start()
         assert cleaned.read_text().splitlines()[0] == f"{name} {job}"
         assert s.events(job)[-1] == OK_EVENT
+
+    def test_a_talkative_command(self, server: Callable[..., Server]) -> None:
+        """The console is also read while the source is sent, or a full pipe would stop the command."""
+        script = f"(dd bs=64K count=5 status=none; head -c 99999 /dev/zero | tr '\\0' x >&2; cat) | {AGENT} | cat"
+        s = server("--vm-command", shlex.join(["sh", "-c", script]))
+        large = base64.b64encode(random.Random(1).randbytes(2 << 20)).decode()
+        assert s.events(s.submit(project(large=large)))[-1] == OK_EVENT
 
     def test_cancelled(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """A cancellation ends the command, and cleans up, too."""
@@ -26104,6 +26166,8 @@ class TestSpares:
         taken: list[Any] = []
         thread = threading.Thread(target=lambda: taken.append(host.pool.take("")))
         thread.start()
+        wait_for(lambda: host.pool._waiting)
+        assert not host.pool.take("").ready, "one job gets that VM, and the next one should not wait in vain"
         gate.set()
         thread.join(PATIENCE)
         assert taken == made[:1] and taken[0].ready
@@ -26142,7 +26206,9 @@ class TestSpares:
         dead.ready = True
         host.pool._spares.append(dead)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
-        assert host.run(jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))) == "path"
+        job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+        with job.afterwards:
+            assert host.run(job) == "path"
         assert dead.destroyed and driven[0] is dead and driven[1] is not dead and driven[1].destroyed
 
     def test_crowd(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26244,20 +26310,31 @@ class TestSpares:
         vm.destroy()
         child.wait()
 
+    def test_no_job_no_strays(self) -> None:
+        """The end of a VM that no job has used kills no process, such as git while it packs the source of a build."""
+        pool, vm = confbuild.VmPool(confbuild.Vm, reap=True), confbuild.Vm(confbuild.own_vms("agent", TOLD))
+        with subprocess.Popen(["sleep", "300"]) as stray:
+            pool.destroy(vm)
+            assert living(stray.pid)
+            vm.used = True
+            pool.destroy(vm)
+            assert not living(stray.pid)
+
     def test_timeout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """A silent VM ends with the build's time, and a VM that cannot be destroyed does not keep its slot."""
         monkeypatch.setattr(confbuild, "own_program", lambda: ["sh", "-c", f"{SAY_READY}; exec sleep 300"])
         made = list[confbuild.Vm]()
 
         class Stubborn(confbuild.Vm):
-            def destroy(self, clean: bool = False, clean_up: Callable[[], None] = lambda: None) -> None:
+            def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
                 made.append(self)
                 raise SystemError("it will not go")
 
         host = vm_host(lambda job: Stubborn(confbuild.own_vms("agent", TOLD), job), 30, 0.05)
         jobs = confbuild.Jobs(str(tmp_path), host.run, lambda log: None)
         job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
-        with pytest.raises(confbuild.BuildFailed, match="^the build took longer than 0.05 s$") as caught:
+        took = "^the build took longer than 0.05 s$"
+        with job.afterwards, pytest.raises(confbuild.BuildFailed, match=took) as caught:
             host.run(job)
         assert caught.value.error_type == "TimeoutError" and "a VM is not destroyed" in caplog.text
         assert not host.pool._alive
@@ -27958,7 +28035,7 @@ class TestQemuVm:
             "platform": "qemu",
             "network": "none",
         }
-        one.destroy(clean=True)
+        one.destroy()
         assert not living(pid)
         assert Path(one.console_log).read_text() == said
         os.unlink(one.console_log)
@@ -28050,7 +28127,7 @@ class TestQemuVm:
 
     def test_not_started(self, vm: Callable[..., confbuild.Vm], monkeypatch: pytest.MonkeyPatch) -> None:
         one = vm("")
-        one.destroy(clean=True)
+        one.destroy()
         with pytest.raises(confbuild.BuildFailed, match="the VM was destroyed before it was started"):
             one.spawn()
         two = vm("")
@@ -29905,6 +29982,14 @@ answer(found)""",
 
 
 class TestUsage:
+    def test_took(self) -> None:
+        """How long a job of a list ran: never less than nothing, also if the server's clock was set back."""
+        times = {"started_at": "2026-11-23T12:00:01+00:00", "finished_at": "2026-11-23T12:00:03.5+00:00"}
+        assert confbuild._took(times) == "2.5 s"
+        assert confbuild._took(times | {"finished_at": "2026-11-23T12:00:00+00:00"}) == "0.0 s"
+        for finished_at in (None, 5, "yesterday"):
+            assert confbuild._took(times | {"finished_at": finished_at}) == confbuild._took({}) == ""
+
     def test_sockets_that_systemd_hands_over(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """One listening socket, and no --listen next to it. [sd_listen_fds(3)]"""
         found = confbuild.inherited_socket.__wrapped__  # without its cache
@@ -30610,6 +30695,7 @@ class TestUsage:
             ("completion bash", 0, "_confbuild"),
             ("build b", 2, "error: build needs Linux, this is win32\nconfbuild: hint: --server URL builds elsewhere"),
             ("serve", 2, "error: serve needs Linux, this is win32"),
+            ("agent --stdio", 2, "error: agent needs Linux, this is win32"),
         ):
             done = subprocess.run(
                 [sys.executable, "-c", script.replace("\n        ", "\n"), str(FILE), *command.split()],
@@ -33391,7 +33477,8 @@ if __name__ == "__main__":
         policy, streamer = SourcePolicy(), Streamer()
         expected = SIMULATED_PLATFORM.expectations(None)
         lock = claim_state(state)
-        pool = VmPool(lambda *job: Vm(own_vms("agent", {"policy": policy._asdict()}), *job), reap=guard_process())
+        guard_process()
+        pool = VmPool(lambda *job: Vm(own_vms("agent", {"policy": policy._asdict()}), *job), reap=True)
         vms = VmHost(pool, None, expected=expected)
         jobs = Jobs(state, vms.run, streamer.grown)
         api = Api(jobs, policy, {}, pool.attestation)
