@@ -13302,8 +13302,18 @@ def _kill_and_sweep(sweeper: list[str]) -> NoReturn:
     """Kill every process that this one has started, and become the command sweeper, which removes the workspace."""
     with survive("processes of a build may live on"):
         kill_all(lambda: descendants(os.getpid()))
+    _wake_with_parent()
     # Ends the other threads, which may still write there.
     os.execv(sys.executable, sweeper)
+
+
+def _wake_with_parent() -> None:
+    """Let the kernel continue this process when its parent dies, in case it was stopped.  [prctl(2)]
+
+    Vm.kill stops an agent before it kills it, and the server may die in between. The kernel sends the signal when the
+    *thread* ends that started this process, and keeps this setting for the calling thread alone, and over execve(2).
+    """
+    system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
 
 def _start() -> tuple[Json, str, list[str]]:
@@ -13327,9 +13337,7 @@ def _start() -> tuple[Json, str, list[str]]:
     needed = [sys.executable, sweeper[5], *folders, *local, *readable, config.get("cache") or "/"]
     workspace = show_workspace(outside, needed)
     guard_process()
-    # Vm.kill stops this process before it kills it. If the server dies in between, this signal wakes it, and the
-    # lifeline ends it. The kernel sends it when the *thread* ends that started this process. [prctl(2)]
-    system_call("prctl", _PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
+    _wake_with_parent()  # then the lifeline ends it
     env = build_environment(workspace, os.environ, config.get("env", ()))
     os.environ.clear()
     os.environ.update(env)

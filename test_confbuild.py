@@ -24368,6 +24368,35 @@ class TestAgent:
             os.close(fd)
         assert not os.path.exists(workspace)
 
+    def test_swept_while_its_server_dies(self) -> None:
+        """Nor is an agent left behind that has become its sweeper, in any of its threads: the kernel wakes it."""
+        sweeper = (
+            "import os, signal; signal.signal(signal.SIGCONT, lambda *_: os._exit(0))\n"
+            "print(os.getpid(), flush=True); signal.pause()"
+        )
+        agent = (
+            "import sys, threading; sys.path.insert(0, sys.argv[1]); import confbuild\n"
+            f"thread = threading.Thread(target=confbuild._kill_and_sweep, args=(['python', '-c', {sweeper!r}],))\n"
+            "thread.start()\nthread.join()\n"
+        )
+        server = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+        with subprocess.Popen(
+            [sys.executable, "-c", server, sys.executable, "-c", agent, str(COMPILED.parent)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            pid = int(process.stdout.readline())
+            fd = os.pidfd_open(pid)
+            os.kill(pid, signal.SIGSTOP)
+            process.kill()
+        try:
+            assert select.select([fd], [], [], PATIENCE)[0] == [fd]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            os.close(fd)
+
     FORKS = (
         "import os, select, signal, sys; sys.path.insert(0, sys.argv[1]); import confbuild\n"
         "def boot():\n"
