@@ -6378,6 +6378,7 @@ def fetch_git(
     tags = [f"+{tag}:{tag}" for tag in tags if _REF.fullmatch(tag)]
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
+        _git(["pack-refs", "--all"], root, env)  # archives refuse files whose names differ only in case
     os.unlink(join(git, "FETCH_HEAD"))  # it contains source
     if files:
         _git("checkout -q -f --detach HEAD --".split(), root, env, max_bytes)
@@ -6459,30 +6460,31 @@ def _read_config(folder: str, env: Strings, path: str = "") -> dict[str, str]:
     return {name: value if has_value else "true" for name, has_value, value in rows}
 
 
-# The settings that say how git converts the files of a work tree, and which it ignores; none of them names a program.
-_OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol
-    core.attributesfile core.excludesfile""".split()
+# The settings that say how a repository is stored, how git converts the files of a work tree, and which it ignores;
+# none of them names a program.
+_OBEYED = """extensions.refstorage core.filemode core.ignorecase core.symlinks
+    core.precomposeunicode core.autocrlf core.eol core.attributesfile core.excludesfile""".split()
 
 
 def _borrow_repository(git: str, common: str, own: str, env: Strings, config: Strings) -> tuple[str, bytes]:
-    """Make the empty folder own a repository with the objects, HEAD and refs of another one.
+    """Make the empty folder own a repository with the objects and refs of another one.
 
     git: the folder that holds HEAD.
     common: the folder that holds objects and refs; it differs in a linked work tree.
     config: the other one's. Only _OBEYED is copied, since the rest could name programs.
     Return (the name of the commit of HEAD, which is computed here, its contents), both empty if there is none."""
-    settings = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config)
     algorithm = "sha256" if config.get("extensions.objectformat") == "sha256" else "sha1"
-    fast = "[core]\nbare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # twice as fast a fetch, and hardly larger
-    _init_repository(own, algorithm, fast + "".join(settings))
-    for name in ("HEAD", "refs"):
-        remove_tree(join(own, name))
-    for name in ("refs", "packed-refs"):
+    # Version 1 may have extensions. The last two settings make a fetch twice as fast, and hardly larger.
+    settings = "[core]\nbare = true\nrepositoryformatversion = 1\n[pack]\nwindow = 0\ncompression = 1\n"
+    for name in filter(config.__contains__, _OBEYED):
+        settings += "[" + name.replace(".", "]\n") + f" = {_quoted(config[name])}\n"
+    _init_repository(own, algorithm, settings)
+    os.rmdir(join(own, "refs"))
+    for name in ("refs", "packed-refs", "reftable"):
         os.symlink(abspath(join(common, name)), join(own, name))
     alternate = _quoted(abspath(join(common, "objects"))) + "\n"
     write_file(join(own, "objects", "info", "alternates"), os.fsencode(alternate))
-    with suppress(OSError):  # HEAD is not a file
-        shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
+    env = {**env, "GIT_DIR": git, "GIT_COMMON_DIR": own}  # the configuration is in the latter
     try:
         body = _git("cat-file commit HEAD".split(), own, env, max_output=MAX_COMMIT)
     except BuildFailed as e:
@@ -6553,7 +6555,7 @@ def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
     git, env = join(project, ".git"), git_environment(env, ())
-    if not isdir(join(git, "objects")) or islink(git):
+    if not isfile(join(git, "HEAD")) or islink(git):  # git would wait for a pipe
         raise source_error("there is no history")
     with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
         config = _read_config(own, env, join(git, "config"))

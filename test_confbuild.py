@@ -12720,7 +12720,8 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("link", lambda clone: moved_away(clone).symlink_to("../g"), "there is no history"),
     ("file", lambda clone: moved_away(clone).write_text("gitdir: ../g\n"), "there is no history"),
     ("HEAD", lambda clone: (clone / ".git/HEAD").write_text("x"), "HEAD names no commit"),
-    ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "HEAD names no commit"),
+    ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "there is no history"),
+    ("no objects", lambda clone: shutil.rmtree(clone / ".git/objects"), "error: object directory .* does not exist"),
     ("branch", lambda clone: (clone / ".git/HEAD").write_text("ref: refs/heads/none\n"), "HEAD names no commit"),
     (
         "outside",
@@ -12733,7 +12734,7 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
         "fatal: git cat-file HEAD: bad file",
     ),
     ("of SHA-256", lambda clone: (clone / ".git/HEAD").write_text("1" * 64), "HEAD names no commit"),
-    ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "HEAD names no commit"),
+    ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "there is no history"),
     (
         "a tree",
         lambda clone: (clone / ".git/HEAD").write_text(git(clone, "rev-parse", "HEAD^{tree}")),
@@ -13654,6 +13655,32 @@ class TestSources:
                 out = out / "demo"
             assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
             assert git(out, "status", "--porcelain") == ""
+
+    @pytest.mark.parametrize("names", [["V1", "v1"], ["v\udce9"], ["a/b", "A"], ["e\u0301", "\u00e9"]], ids=ascii)
+    def test_odd_tags(self, tmp_path: Path, names: list[str]) -> None:
+        """Those that no name in an archive can have, or no two names, and a tag that is not UTF-8 is left out."""
+        root = self.repository(tmp_path)
+        for name in names:
+            git(root, "tag", name)
+        assert self.pack(root, tmp_path)[0].commit
+        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path))
+        known = git(Path(source.git).parent, "-c", "core.quotePath=false", "tag").split()
+        assert sorted(known) == sorted(name for name in names if name.isprintable())
+
+    def test_reftable(self, tmp_path: Path) -> None:
+        """Refs that are not files, HEAD among them, and those of a linked work tree."""
+        root, linked = self.repository(tmp_path), tmp_path / "linked"
+        migrate = ["git", "refs", "migrate", "--ref-format=reftable"]
+        if subprocess.run(migrate, cwd=root, env=ORACLE_ENV, stderr=subprocess.DEVNULL).returncode != 0:
+            pytest.skip("git 2.46 is needed")
+        git(root, "tag", "v1")
+        git(root, "worktree", "add", "-q", "-b", "other", str(linked))
+        git(linked, "commit", "-q", "--allow-empty", "-m", "two")
+        git(linked, "tag", "v2")
+        for folder, tag in ((root, "v1"), (linked, "v2")):
+            assert self.pack(folder, tmp_path)[0].commit == git(folder, "rev-parse", "HEAD")
+            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path))
+            assert git(Path(source.git).parent, "describe", "--tags") == tag
 
     def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(confbuild, "MAX_TAGS", 2)
