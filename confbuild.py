@@ -6773,13 +6773,13 @@ def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[b
     attributes = join(checkout.own, "info", "attributes")
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
     os.unlink(dirname(attributes))
-    write_file(attributes, local + b"\n* -filter\n")
-    listed = _git(
-        "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split(),
-        checkout.root,
-        checkout.env,
-    )
-    changed = {row[3:] for row in os.fsdecode(listed).split("\0")[:-1]}
+    status = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
+    changed = {*head}
+    # git itself calls a file modified that has the very bytes of HEAD, if it would convert them when it adds the file.
+    for conversions in (b"", b"-text -ident -working-tree-encoding"):
+        write_file(attributes, local + b"\n* -filter %b\n" % conversions)
+        listed = _git(status, checkout.root, checkout.env)
+        changed &= {row[3:] for row in os.fsdecode(listed).split("\0") if row[1:2] != " "}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
     names = sorted(name if name.isprintable() else ascii(name) for name in changed if found.get(name) != "S")

@@ -13386,6 +13386,13 @@ CONVERSIONS: dict[str, tuple[Mapping[str, str], str]] = {
         {".gitattributes": "u.txt working-tree-encoding=UTF-16\n"},
         r"printf '\376\377\000x\000\n' > u.txt; git add -A; git commit -qm two",
     ),
+    "not normalized": (
+        {"new.txt": "a\nb\n"},
+        'add() { git update-index --add --cacheinfo 100644,$(printf "$2" | git hash-object -w --stdin),$1; }; '
+        "add old.txt 'a\\r\\n'; add id.c '$Id: of another $\\n'; git checkout -q -- old.txt id.c; "
+        "echo '*.txt text eol=crlf\n*.c ident' > .gitattributes; git add .gitattributes; git commit -qm two; again; "
+        'test "$(git status --porcelain)"',
+    ),
     "included": ({}, "printf '[core]\\nautocrlf=true' > .git/more; git config include.path more; again"),
     "of this work tree": (
         {},
