@@ -6663,7 +6663,7 @@ def list_source(
     missing; "?" for one that git does not track but would track. Without a work tree, and in a folder that git
     ignores, these are all files, with "!".
     Bundles, the logs of failed builds, links out of directory, and IGNORED are not source unless git tracks them.
-    own, allow_filters: as in _open_checkout.
+    own, allow_filters: as in _open_checkout. Those of submodules are made beside own.
     submodules: include the files of submodules that are checked out."""
     checkout, found = _open_checkout(directory, own, allow_filters), dict[str, str]()
     letters = checkout.letters if checkout else {}
@@ -6674,8 +6674,7 @@ def list_source(
         path, folder = join(directory, name), dirname(name)
         if isdir(path) and not islink(path):  # a submodule, or a repository that git does not track
             if lexists(join(path, ".git")) and (submodules or letter == "?"):
-                with tempfile.TemporaryDirectory() as scratch:
-                    _, inner = list_source(path, scratch, submodules, allow_filters)
+                _, inner = list_source(path, tempfile.mkdtemp(dir=dirname(own)), submodules, allow_filters)
                 found |= {join(name, below): letter for below in inner}
         elif letter not in "?!" or not (
             # The .git folder of an inner repository may hold credentials.
@@ -6733,20 +6732,18 @@ def read_source(
     submodules: include the submodules that are checked out; otherwise their folders are empty.
     allow_filters: accept files with filters, which are never run.
     Raises BuildFailed."""
-    root, own = realpath(directory), tempfile.mkdtemp(dir=scratch)
-    if commonpath((root, realpath(own))) == root:
-        raise source_error(
-            f"it contains {realpath(scratch)}, the folder of temporary files", "TMPDIR names another folder"
-        )
-    checkout, listed = list_source(root, own, submodules, allow_filters)
+    root, scratch = realpath(directory), realpath(scratch)
+    if commonpath((root, scratch)) == root:
+        raise source_error(f"it contains {scratch}, the folder of temporary files", "TMPDIR names another folder")
+    checkout, listed = list_source(root, tempfile.mkdtemp(dir=scratch), submodules, allow_filters)
     why = "it is not a git work tree"
     # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
     removed = tuple(f"{output}/" for output in outputs)
     found = {name: letter for name, letter in listed.items() if not f"{name}/".startswith(removed)}
     # A folder that has become a link is that link, and what git knows in it is gone.
     is_real = functools.cache(lambda folder: realpath(join(root, folder)) == normpath(join(root, folder)))
-    present = [name for name in found if lexists(join(root, name)) and is_real(dirname(name))]
-    files = [name for name in present if not IGNORED & {*name.split("/")}]
+    present = (name for name in found if not IGNORED & {*name.split("/")} and is_real(dirname(name)))
+    files = [name for name in present if lexists(join(root, name))]
     if checkout:
         why = "git has no commit"
     if checkout and checkout.commit:
@@ -8038,7 +8035,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)
-            # Files as they are may have been packed with or without those of submodules.
+            # Files as they are may have been packed with or without those of submodules, whose changes count only then.
             for submodules in sorted({has_submodules, True}):
                 source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
                 history = source.history
@@ -8046,7 +8043,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     tree = history.tree
                 else:
                     tree = git_tree(source.root, source.files, algorithm)
-                if history or tree.encode("ascii") in provenance:
+                if tree.encode("ascii") in provenance:
                     break
             plan = read_inputs(toolchain, source.root, folder)
     except BuildFailed as e:

@@ -13089,6 +13089,18 @@ class TestCheckout:
         packed = self.pack(root, tmp_path)
         assert sorted(packed.files) == ["a", "dd", "real/f"] and "differs from HEAD in dd, dd/f" in packed.note
 
+    def test_temporary_files_in_the_current_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python before 3.12 then has relative names for them."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        other = write_files(tmp_path / "other", {"b": "b"}, commit=True)
+        git(root, "submodule", "-q", "add", "--", str(other), "out")
+        write_files(root, {}, commit=True)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(tempfile, "tempdir", ".")
+        os.mkdir("scratch")
+        source = confbuild.read_source("demo", "scratch", (), submodules=True)
+        assert source.history and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
+
     def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
         """They would be packed, and differ at each verification."""
         root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
@@ -13751,8 +13763,9 @@ class TestSources:
         assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
         expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), json.dumps(uris[:1]).encode())
         assert expected.dependencies == uris[:1], "as many as the provenance names"
-        (root / "a.txt").write_text("changed")
-        for option in (False, True):  # the provenance tells whether the files of submodules were packed
+        # The provenance tells whether the files of submodules were packed, which only then count as changed.
+        for option, name in ((True, "out/o"), (False, "a.txt"), (True, "a.txt")):
+            (root / name).write_text("changed")
             with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
                 packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, submodules=option)
             said = b'"gitTree": "%s"' % packed.tree.encode()
