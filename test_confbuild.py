@@ -17658,7 +17658,7 @@ class TestPipeline:
         }
         assert told["detect"] == ["cargo"] and told["init"] == [
             "Verifying build inputs",
-            "Commit not recorded: there is no history",
+            "Commit not recorded: HEAD names no commit",
         ]
         assert "GREETING=hi" in told["build"] and not [line for line in told["build"] if "s3cret" in line]
         cwd, *folders = next(line for line in told["build"] if line.startswith("/")).split()
