@@ -6371,6 +6371,7 @@ def fetch_git(
     tags = [f"+{tag}:{tag}" for tag in tags if _REF.fullmatch(tag)]
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
+        _git(["pack-refs", "--all"], root, env)  # archives refuse files whose names differ only in case
     os.unlink(join(git, "FETCH_HEAD"))  # it contains source
     if files:
         _git("checkout -q -f --detach HEAD --".split(), root, env, max_bytes)
@@ -6452,30 +6453,31 @@ def _read_config(folder: str, env: Strings, path: str = "") -> dict[str, str]:
     return {name: value if has_value else "true" for name, has_value, value in rows}
 
 
-# The settings that say how git converts the files of a work tree, and which it ignores; none of them names a program.
-_OBEYED = """core.filemode core.ignorecase core.symlinks core.precomposeunicode core.autocrlf core.eol
-    core.attributesfile core.excludesfile""".split()
+# The settings that say how a repository is stored, how git converts the files of a work tree, and which it ignores;
+# none of them names a program.
+_OBEYED = """extensions.refstorage core.filemode core.ignorecase core.symlinks
+    core.precomposeunicode core.autocrlf core.eol core.attributesfile core.excludesfile""".split()
 
 
 def _borrow_repository(git: str, common: str, own: str, env: Strings, config: Strings) -> tuple[str, bytes]:
-    """Make the empty folder own a repository with the objects, HEAD and refs of another one.
+    """Make the empty folder own a repository with the objects and refs of another one.
 
     git: the folder that holds HEAD.
     common: the folder that holds objects and refs; it differs in a linked work tree.
     config: the other one's. Only _OBEYED is copied, since the rest could name programs.
     Return (the name of the commit of HEAD, which is computed here, its contents), both empty if there is none."""
-    settings = (f"[core]\n{name[5:]} = {_quoted(config[name])}\n" for name in _OBEYED if name in config)
     algorithm = "sha256" if config.get("extensions.objectformat") == "sha256" else "sha1"
-    fast = "[core]\nbare = true\n[pack]\nwindow = 0\ncompression = 1\n"  # twice as fast a fetch, and hardly larger
-    _init_repository(own, algorithm, fast + "".join(settings))
-    for name in ("HEAD", "refs"):
-        remove_tree(join(own, name))
-    for name in ("refs", "packed-refs"):
+    # Version 1 may have extensions. The last two settings make a fetch twice as fast, and hardly larger.
+    settings = "[core]\nbare = true\nrepositoryformatversion = 1\n[pack]\nwindow = 0\ncompression = 1\n"
+    for name in filter(config.__contains__, _OBEYED):
+        settings += "[" + name.replace(".", "]\n") + f" = {_quoted(config[name])}\n"
+    _init_repository(own, algorithm, settings)
+    os.rmdir(join(own, "refs"))
+    for name in ("refs", "packed-refs", "reftable"):
         os.symlink(abspath(join(common, name)), join(own, name))
     alternate = _quoted(abspath(join(common, "objects"))) + "\n"
     write_file(join(own, "objects", "info", "alternates"), os.fsencode(alternate))
-    with suppress(OSError):  # HEAD is not a file
-        shutil.copyfile(join(git, "HEAD"), join(own, "HEAD"))
+    env = {**env, "GIT_DIR": git, "GIT_COMMON_DIR": own}  # the configuration is in the latter
     try:
         body = _git("cat-file commit HEAD".split(), own, env, max_output=MAX_COMMIT)
     except BuildFailed as e:
@@ -6546,7 +6548,7 @@ def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     The files that archives never contain (IGNORED) may be missing.
     Raises BuildFailed SourceError with the reason if the history cannot be believed, or LimitError."""
     git, env = join(project, ".git"), git_environment(env, ())
-    if not isdir(join(git, "objects")) or islink(git):
+    if not isfile(join(git, "HEAD")) or islink(git):  # git would wait for a pipe
         raise source_error("there is no history")
     with tempfile.TemporaryDirectory(dir=dirname(project)) as own:
         config = _read_config(own, env, join(git, "config"))
@@ -6654,7 +6656,7 @@ def list_source(
     missing; "?" for one that git does not track but would track. Without a work tree, and in a folder that git
     ignores, these are all files, with "!".
     Bundles, the logs of failed builds, links out of directory, and IGNORED are not source unless git tracks them.
-    own, allow_filters: as in _open_checkout.
+    own, allow_filters: as in _open_checkout. Those of submodules are made beside own.
     submodules: include the files of submodules that are checked out."""
     checkout, found = _open_checkout(directory, own, allow_filters), dict[str, str]()
     letters = checkout.letters if checkout else {}
@@ -6665,8 +6667,7 @@ def list_source(
         path, folder = join(directory, name), dirname(name)
         if isdir(path) and not islink(path):  # a submodule, or a repository that git does not track
             if lexists(join(path, ".git")) and (submodules or letter == "?"):
-                with tempfile.TemporaryDirectory() as scratch:
-                    _, inner = list_source(path, scratch, submodules, allow_filters)
+                _, inner = list_source(path, tempfile.mkdtemp(dir=dirname(own)), submodules, allow_filters)
                 found |= {join(name, below): letter for below in inner}
         elif letter not in "?!" or not (
             # The .git folder of an inner repository may hold credentials.
@@ -6724,20 +6725,18 @@ def read_source(
     submodules: include the submodules that are checked out; otherwise their folders are empty.
     allow_filters: accept files with filters, which are never run.
     Raises BuildFailed."""
-    root, own = realpath(directory), tempfile.mkdtemp(dir=scratch)
-    if commonpath((root, realpath(own))) == root:
-        raise source_error(
-            f"it contains {realpath(scratch)}, the folder of temporary files", "TMPDIR names another folder"
-        )
-    checkout, listed = list_source(root, own, submodules, allow_filters)
+    root, scratch = realpath(directory), realpath(scratch)
+    if commonpath((root, scratch)) == root:
+        raise source_error(f"it contains {scratch}, the folder of temporary files", "TMPDIR names another folder")
+    checkout, listed = list_source(root, tempfile.mkdtemp(dir=scratch), submodules, allow_filters)
     why = "it is not a git work tree"
     # A build removes its outputs before it hashes the tree, so they are left out even if git tracks them.
     removed = tuple(f"{output}/" for output in outputs)
     found = {name: letter for name, letter in listed.items() if not f"{name}/".startswith(removed)}
     # A folder that has become a link is that link, and what git knows in it is gone.
     is_real = functools.cache(lambda folder: realpath(join(root, folder)) == normpath(join(root, folder)))
-    present = [name for name in found if lexists(join(root, name)) and is_real(dirname(name))]
-    files = [name for name in present if not IGNORED & {*name.split("/")}]
+    present = (name for name in found if not IGNORED & {*name.split("/")} and is_real(dirname(name)))
+    files = [name for name in present if lexists(join(root, name))]
     if checkout:
         why = "git has no commit"
     if checkout and checkout.commit:
@@ -6764,13 +6763,13 @@ def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[b
     attributes = join(checkout.own, "info", "attributes")
     local = read_limited(attributes, MIB) if isfile(attributes) else b""
     os.unlink(dirname(attributes))
-    write_file(attributes, local + b"\n* -filter\n")
-    listed = _git(
-        "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split(),
-        checkout.root,
-        checkout.env,
-    )
-    changed = {row[3:] for row in os.fsdecode(listed).split("\0")[:-1]}
+    status = "status --porcelain -z --no-renames --untracked-files=no --ignore-submodules=all".split()
+    changed = {*head}
+    # git itself calls a file modified that has the very bytes of HEAD, if it would convert them when it adds the file.
+    for conversions in (b"", b"-text -ident -working-tree-encoding"):
+        write_file(attributes, local + b"\n* -filter %b\n" % conversions)
+        listed = _git(status, checkout.root, checkout.env)
+        changed &= {row[3:] for row in os.fsdecode(listed).split("\0") if row[1:2] != " "}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
     names = sorted(name if name.isprintable() else ascii(name) for name in changed if found.get(name) != "S")
@@ -8029,7 +8028,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         toolchain = next(matching, found[0])
         with tempfile.TemporaryDirectory(prefix="confbuild-") as scratch:
             outputs = find_outputs(directory, toolchain.name, folder)
-            # Files as they are may have been packed with or without those of submodules.
+            # Files as they are may have been packed with or without those of submodules, whose changes count only then.
             for submodules in sorted({has_submodules, True}):
                 source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
                 history = source.history
@@ -8037,7 +8036,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     tree = history.tree
                 else:
                     tree = git_tree(source.root, source.files, algorithm)
-                if history or tree.encode("ascii") in provenance:
+                if tree.encode("ascii") in provenance:
                     break
             plan = read_inputs(toolchain, source.root, folder)
     except BuildFailed as e:

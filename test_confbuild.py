@@ -12718,7 +12718,8 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
     ("link", lambda clone: moved_away(clone).symlink_to("../g"), "there is no history"),
     ("file", lambda clone: moved_away(clone).write_text("gitdir: ../g\n"), "there is no history"),
     ("HEAD", lambda clone: (clone / ".git/HEAD").write_text("x"), "HEAD names no commit"),
-    ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "HEAD names no commit"),
+    ("no HEAD", lambda clone: (clone / ".git/HEAD").unlink(), "there is no history"),
+    ("no objects", lambda clone: shutil.rmtree(clone / ".git/objects"), "error: object directory .* does not exist"),
     ("branch", lambda clone: (clone / ".git/HEAD").write_text("ref: refs/heads/none\n"), "HEAD names no commit"),
     (
         "outside",
@@ -12731,7 +12732,7 @@ HISTORIES: list[tuple[str, Callable[[Path], Any], str]] = [
         "fatal: git cat-file HEAD: bad file",
     ),
     ("of SHA-256", lambda clone: (clone / ".git/HEAD").write_text("1" * 64), "HEAD names no commit"),
-    ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "HEAD names no commit"),
+    ("a pipe", lambda clone: os.mkfifo(emptied(clone) / ".git/HEAD"), "there is no history"),
     (
         "a tree",
         lambda clone: (clone / ".git/HEAD").write_text(git(clone, "rev-parse", "HEAD^{tree}")),
@@ -13086,6 +13087,18 @@ class TestCheckout:
         packed = self.pack(root, tmp_path)
         assert sorted(packed.files) == ["a", "dd", "real/f"] and "differs from HEAD in dd, dd/f" in packed.note
 
+    def test_temporary_files_in_the_current_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Python before 3.12 then has relative names for them."""
+        root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
+        other = write_files(tmp_path / "other", {"b": "b"}, commit=True)
+        git(root, "submodule", "-q", "add", "--", str(other), "out")
+        write_files(root, {}, commit=True)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(tempfile, "tempdir", ".")
+        os.mkdir("scratch")
+        source = confbuild.read_source("demo", "scratch", (), submodules=True)
+        assert source.history and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
+
     def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
         """They would be packed, and differ at each verification."""
         root = write_files(tmp_path / "demo", {"a": "a"}, commit=True)
@@ -13383,6 +13396,13 @@ CONVERSIONS: dict[str, tuple[Mapping[str, str], str]] = {
         {".gitattributes": "u.txt working-tree-encoding=UTF-16\n"},
         r"printf '\376\377\000x\000\n' > u.txt; git add -A; git commit -qm two",
     ),
+    "not normalized": (
+        {"new.txt": "a\nb\n"},
+        'add() { git update-index --add --cacheinfo 100644,$(printf "$2" | git hash-object -w --stdin),$1; }; '
+        "add old.txt 'a\\r\\n'; add id.c '$Id: of another $\\n'; git checkout -q -- old.txt id.c; "
+        "echo '*.txt text eol=crlf\n*.c ident' > .gitattributes; git add .gitattributes; git commit -qm two; again; "
+        'test "$(git status --porcelain)"',
+    ),
     "included": ({}, "printf '[core]\\nautocrlf=true' > .git/more; git config include.path more; again"),
     "of this work tree": (
         {},
@@ -13653,6 +13673,32 @@ class TestSources:
             assert git(out, "tag").split() == ["light", "v1"] and git(out, "describe") == "v1"
             assert git(out, "status", "--porcelain") == ""
 
+    @pytest.mark.parametrize("names", [["V1", "v1"], ["v\udce9"], ["a/b", "A"], ["e\u0301", "\u00e9"]], ids=ascii)
+    def test_odd_tags(self, tmp_path: Path, names: list[str]) -> None:
+        """Those that no name in an archive can have, or no two names, and a tag that is not UTF-8 is left out."""
+        root = self.repository(tmp_path)
+        for name in names:
+            git(root, "tag", name)
+        assert self.pack(root, tmp_path)[0].commit
+        source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path))
+        known = git(Path(source.git).parent, "-c", "core.quotePath=false", "tag").split()
+        assert sorted(known) == sorted(name for name in names if name.isprintable())
+
+    def test_reftable(self, tmp_path: Path) -> None:
+        """Refs that are not files, HEAD among them, and those of a linked work tree."""
+        root, linked = self.repository(tmp_path), tmp_path / "linked"
+        migrate = ["git", "refs", "migrate", "--ref-format=reftable"]
+        if subprocess.run(migrate, cwd=root, env=ORACLE_ENV, stderr=subprocess.DEVNULL).returncode != 0:
+            pytest.skip("git 2.46 is needed")
+        git(root, "tag", "v1")
+        git(root, "worktree", "add", "-q", "-b", "other", str(linked))
+        git(linked, "commit", "-q", "--allow-empty", "-m", "two")
+        git(linked, "tag", "v2")
+        for folder, tag in ((root, "v1"), (linked, "v2")):
+            assert self.pack(folder, tmp_path)[0].commit == git(folder, "rev-parse", "HEAD")
+            source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path))
+            assert git(Path(source.git).parent, "describe", "--tags") == tag
+
     def test_many_tags(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(confbuild, "MAX_TAGS", 2)
         root = self.repository(tmp_path)
@@ -13715,8 +13761,9 @@ class TestSources:
         assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
         expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), json.dumps(uris[:1]).encode())
         assert expected.dependencies == uris[:1], "as many as the provenance names"
-        (root / "a.txt").write_text("changed")
-        for option in (False, True):  # the provenance tells whether the files of submodules were packed
+        # The provenance tells whether the files of submodules were packed, which only then count as changed.
+        for option, name in ((True, "out/o"), (False, "a.txt"), (True, "a.txt")):
+            (root / name).write_text("changed")
             with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
                 packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, submodules=option)
             said = b'"gitTree": "%s"' % packed.tree.encode()
@@ -17609,7 +17656,7 @@ class TestPipeline:
         }
         assert told["detect"] == ["cargo"] and told["init"] == [
             "Verifying build inputs",
-            "Commit not recorded: there is no history",
+            "Commit not recorded: HEAD names no commit",
         ]
         assert "GREETING=hi" in told["build"] and not [line for line in told["build"] if "s3cret" in line]
         cwd, *folders = next(line for line in told["build"] if line.startswith("/")).split()
