@@ -14013,13 +14013,13 @@ class Vm:
     def kill(self) -> None:
         """End the VM and everything that it has started. For any thread, any number of times."""
         with self._lock:
-            self.stream.shut(socket.SHUT_RDWR)
             if self._child:
                 pid = self._child.pid  # of no other process until destroy() reaps it
                 with survive("processes of a build may live on"):
-                    os.kill(pid, signal.SIGSTOP)  # so that it starts nothing more
+                    os.kill(pid, signal.SIGSTOP)  # so that it starts nothing more, not even the sweeper
                     kill_all(lambda: descendants(pid))
                 os.kill(pid, signal.SIGKILL)
+            self.stream.shut(socket.SHUT_RDWR)
 
     def destroy(self, clean_up: Callable[[], None] = lambda: None) -> None:
         """End the VM, and remove its workspace. Any number of times, for one thread at a time.
@@ -14027,7 +14027,8 @@ class Vm:
         If it lives, it gets some time to end by itself; then it is killed.
         clean_up: is called in between: while there is a workspace, the next server would clean up.
         """
-        self.stream.shut(socket.SHUT_WR)
+        if self.kind.grace_s:
+            self.stream.shut(socket.SHUT_WR)
         until = monotonic() + self.kind.grace_s
         while self.is_alive() and monotonic() < until:
             self.stream.wait(0)
