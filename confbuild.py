@@ -6381,14 +6381,14 @@ def refuse_filters(directory: str, env: Strings) -> None:
     """Raise BuildFailed SourceError if .gitattributes gives a file of the index a filter, as that of git LFS.
 
     Filters are programs, which are never run, so a build would see other bytes than in a usual checkout."""
-    alias = '!cd "./$GIT_PREFIX" && git ls-files -z | git check-attr --cached -z --stdin filter'
-    words = os.fsdecode(_git(["-c", f"alias.filters={alias}", "filters"], directory, env)).split("\0")
-    for name, value in zip(words[::3], words[2::3], strict=False):
-        if value not in ("unspecified", "unset", "set"):
-            raise source_error(
-                f"{name[:80]!r} has the attribute filter={value[:40]}, and filters are never run",
-                "--allow-filters builds with the bytes that are there, such as the pointers of git LFS",
-            )
+    others = (f":(exclude,attr:{mark}filter)" for mark in ("!", "-", ""))  # unspecified, unset, or set to no value
+    name = os.fsdecode(_git(["ls-files", "-z", "--", ".", *others], directory, env)).partition("\0")[0]
+    if name:
+        _, _, value, _ = os.fsdecode(_git(["check-attr", "-z", "filter", "--", name], directory, env)).split("\0")
+        raise source_error(
+            f"{name[:80]!r} has the attribute filter={value[:40]}, and filters are never run",
+            "--allow-filters builds with the bytes that are there, such as the pointers of git LFS",
+        )
 
 
 def _folder_size(folder: str) -> int:
