@@ -14269,7 +14269,7 @@ class VmHost(NamedTuple):
     def run(self, job: Job) -> str:
         """Build the job in a VM and return the path of its verified archive. Raises BuildFailed.
 
-        job.afterwards destroys the VM: nobody who waits for the end of the build waits for that as well.
+        job.afterwards destroys a VM that gets time to end: nobody who waits for the end of the build waits for that.
         A VM that fails before its first `build` event is replaced, twice at most.
         """
         request, source, log = job.request, job.source, job.live_log()
@@ -14319,6 +14319,9 @@ class VmHost(NamedTuple):
                 count("confbuild_vms_lost_total")
                 self._tell(log, vm, f"attempt {attempt} of {MAX_ATTEMPTS} failed: {e}", always=True)
                 self.pool.destroy(vm)
+            finally:
+                if not vm.kind.grace_s:  # it dies at once
+                    self.pool.destroy(vm)
 
     @staticmethod
     @room_on(STATE)
