@@ -12998,14 +12998,15 @@ _BUILD_EVENT = re.compile(
 
 
 def find_build_messages(frames: str) -> list[str]:
-    """Return the messages of the `build` events in frames, still escaped.  frames: ASCII."""
-    count = frames.count(_BEFORE)
+    """Return the messages of frames, still escaped, if all of them are `build` events, else [].  frames: ASCII."""
     # Nearly every block is nothing but such frames without escapes. Its quotation marks and line ends show that: if
     # they are those of `count` frames, none can stand in a message. This is faster than the regular expression.
-    marks = frames.encode("ascii").translate(None, UNESCAPED)
-    if marks == b'\n""""""""\n\n' * count and frames.count(_AFTER) == count:
-        return [frame.rpartition('"')[2] for frame in frames.split(_AFTER)[:-1]]
-    return _BUILD_EVENT.findall(frames)
+    *parts, rest = frames.split(_AFTER)
+    count, marks = len(parts), frames.encode("ascii").translate(None, UNESCAPED)
+    if not rest and marks == b'\n""""""""\n\n' * count and frames.count(_BEFORE) == count:
+        return [part.rpartition('"')[2] for part in parts]
+    messages = _BUILD_EVENT.findall(frames)
+    return messages if frames.count("\n") == 3 * len(messages) else []
 
 
 class ApiClient:
@@ -14401,8 +14402,7 @@ def relay_events(stream: Any, log: EventLog, max_log: int, name: str = "") -> Bu
             continue
         frames, text = text[:end], text[end:]
         messages = find_build_messages(frames)
-        # Nearly every block has nothing but build events.
-        if reached <= PHASES.index("build") and frames.count("\n") == 3 * len(messages):
+        if messages and reached <= PHASES.index("build"):
             reached = PHASES.index("build")
             log.append(Payloads(messages, BUILD_START, BUILD_END))
             continue
