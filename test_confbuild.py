@@ -21157,6 +21157,7 @@ class TestPage:
             "document.dispatchEvent(new Event('visibilitychange'))"
         )
         assert len(s.streamer.served) == 1
+        s.streamer._keepalive_s = 0.5  # the second comment to a closed connection ends it
         browser.run(hide.format("true"))
         wait_for(lambda: not s.streamer.served)  # of the few connections of a browser
         self.append(s, job, "unseen")
@@ -25951,15 +25952,15 @@ esac
     def test_after_the_build(self, server: Callable[..., Server], tmp_path: Path) -> None:
         """Whether a build succeeds or fails, its command may end by itself, and `complete` waits for no clean-up."""
         command, ended = f"cat | {AGENT} | cat; sleep 0.1; echo {{job}} >> {tmp_path}/ended", tmp_path / "ended"
+        cleanup = f"until [ -e {tmp_path}/go ]; do sleep 0.05; done"
         s = server(
-            "--slots", "2", "--vm-command", f"sh -c {shlex.quote(command)}", "--vm-cleanup", f"cat {tmp_path}/pipe"
+            *("--slots", "2", "--vm-command", shlex.join(["sh", "-c", command])),
+            *("--vm-cleanup", shlex.join(["sh", "-c", cleanup])),
         )
-        os.mkfifo(tmp_path / "pipe")
         jobs = [s.submit(), s.submit(project("exit 1"))]
         assert [s.events(job)[-1]["result"]["status"] for job in jobs] == ["ok", "failed"]
         wait_for(lambda: ended.exists() and sorted(ended.read_text().split()) == sorted(jobs))
-        for _ in jobs:
-            (tmp_path / "pipe").write_text("")
+        (tmp_path / "go").touch()
         wait_for(lambda: os.listdir(s.state / "guests") == [])
 
     def test_killed_server(self, server: Callable[..., Server], tmp_path: Path) -> None:
