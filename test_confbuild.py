@@ -20772,8 +20772,14 @@ class Browser:
     def wait(self, code: str) -> None:
         """Until code, an expression, is true; it may fail before, while a page is being loaded."""
         test = f"(() => {{ try {{ return !!({code}) }} catch {{ return false }} }})()"
+
+        def holds() -> bool:
+            with contextlib.suppress(AssertionError):  # there is no answer if the page is left meanwhile
+                return bool(self.run(test))
+            return False
+
         try:
-            wait_for(lambda: self.run(test))
+            wait_for(holds)
         except AssertionError:
             raise AssertionError(
                 f"never true: {code}; the page says {self.run('document.body.innerText')!r:.3000}"
