@@ -6767,9 +6767,10 @@ def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[b
     changed = {*head}
     # git itself calls a file modified that has the very bytes of HEAD, if it would convert them when it adds the file.
     for conversions in (b"", b"-text -ident -working-tree-encoding"):
-        write_file(attributes, local + b"\n* -filter %b\n" % conversions)
-        listed = _git(status, checkout.root, checkout.env)
-        changed &= {row[3:] for row in os.fsdecode(listed).split("\0") if row[1:2] != " "}
+        if changed:  # each look reads every file
+            write_file(attributes, local + b"\n* -filter %b\n" % conversions)
+            listed = _git(status, checkout.root, checkout.env)
+            changed &= {row[3:] for row in os.fsdecode(listed).split("\0") if row[1:2] != " "}
     links = tuple(f"{name}/" for name, row in head.items() if row[0] == GITLINK)
     changed |= {name for name in found if name not in head and not name.startswith(links)}
     names = sorted(name if name.isprintable() else ascii(name) for name in changed if found.get(name) != "S")
@@ -14283,8 +14284,13 @@ class VmHost(NamedTuple):
 
         def use(vm: Vm) -> Vm:
             """Let halt() kill vm, which is not started yet, at any time from now on."""
+
+            def destroy() -> None:
+                if vm.workspace:  # it may be gone already
+                    self.pool.destroy(vm)
+
             current.append(vm)
-            job.afterwards.callback(self.pool.destroy, vm)
+            job.afterwards.callback(destroy)
             vm.used, vm.stream.build_s = True, self.build_timeout_s
             job.when_halted(halt)  # at once if it has been
             return vm
@@ -17826,9 +17832,8 @@ def cmd_measure(options: "argparse.Namespace") -> int:
         compute_launch_digest(firmware, hashes, options.vcpus, signature, options.guest_features, options.vmm, explain)
     except Malformed as e:
         raise UsageError(str(e)) from None
-    state = (
-        "" if hashes is None else firmware_state(options.firmware)
-    )  # without a kernel, only the firmware is measured
+    # Without a kernel, only the firmware is measured.
+    state = "" if hashes is None else firmware_state(options.firmware)
     if state:
         say(f"warning: firmware: {state}")
         say("warning: this digest proves nothing about the code that ran")
