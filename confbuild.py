@@ -6075,12 +6075,12 @@ def write_source(
 # has a configuration, only its objects are used, through a repository of our own.  The name of a tree or commit counts
 # only after its bytes were hashed here.  [GIT]  Everything runs in the caller's thread.
 
-_REF = re.compile(  # git-check-ref-format(1)
-    r"""(?!-)(?![./])                               # not an option; no component begins with a dot
+# git-check-ref-format(1)
+_REF = r"""(?x)
+    (?!-)(?![./])                                   # not an option; no component begins with a dot
     (?!.*(\.\.|@\{|//|\.lock(/|$)|/\.|\.$|/$))      # no range, reflog, empty component or lock
-    [^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}  # no control character, revision syntax or pattern""",
-    re.VERBOSE,
-)
+    [^\x00-\x20\x7f~^:?*\[\\\ud800-\udfff]{1,255}   # no control character, revision syntax or pattern
+    """
 GITLINK = b"160000"  # the mode of a submodule [GIT]
 MAX_TAGS = 100  # of one commit
 MAX_COMMIT = MIB  # the largest commits in the field have some hundred KiB of parents and signatures
@@ -6199,7 +6199,7 @@ def _git(
 
 def check_ref(ref: str) -> None:
     """Raise Refused InvalidRef unless ref can name a branch, tag, full ref or commit, or is empty. [CONTRACT 1.6]"""
-    if ref and not _REF.fullmatch(ref):
+    if ref and not re.fullmatch(_REF, ref):
         raise Refused(400, "InvalidRef", f"repo_ref: {ref[:80]!r} is not a valid branch, tag or commit name")
 
 
@@ -6240,7 +6240,7 @@ def check_url(url: str, schemes: Sequence[str], loopback: bool) -> None:
         forbid(complaint)
     if ("." + bare).endswith(".localhost") and not loopback:
         forbid("loopback addresses are not accepted by this server")
-    if _METADATA_NAMES.fullmatch(bare):
+    if re.fullmatch(_METADATA_NAMES, bare):
         forbid("metadata services of clouds are not accepted by this server")
 
 
@@ -6255,12 +6255,11 @@ _METADATA_NETWORKS = (
     "fd00:42::/32",  # Scaleway
     "fd00:a9fe:a9fe::/48",  # Akamai
 )
-_METADATA_NAMES = re.compile(
-    r"""metadata|instance-data|rancher-metadata
+_METADATA_NAMES = r"""(?x)
+    metadata|instance-data|rancher-metadata
     |(.+\.)?(metadata\.google\.internal|metadata\.goog|metadata\.azure\.internal|metadata\.tencentyun\.com
-    |metadata\.platformequinix\.com|metadata\.packet\.net|instance-data\.ec2\.internal)""",
-    re.VERBOSE,
-)
+    |metadata\.platformequinix\.com|metadata\.packet\.net|instance-data\.ec2\.internal)
+    """
 # IPv6 addresses that lead to an IPv4 address, in hexadecimal digits.
 _IPV4_INSIDE = (
     r"(?:0{24}|0{20}ffff)(.{8})",  # IPv4-compatible and IPv4-mapped [RFC4291 2.5.5]
@@ -6368,7 +6367,7 @@ def fetch_git(
         shown = _git([*pinned, "ls-remote", "-q", "--tags", "--", url], root, env, watch=watch)
         rows = (row.removesuffix("^{}").split("\t") for row in os.fsdecode(shown).splitlines())
         tags = [tag for name, tag in rows if name == commit]
-    tags = [f"+{tag}:{tag}" for tag in tags if _REF.fullmatch(tag)]
+    tags = [f"+{tag}:{tag}" for tag in tags if re.fullmatch(_REF, tag)]
     if tags:
         _git([*fetch, *tags[:MAX_TAGS]], root, env, max_bytes, watch=watch)
         _git(["pack-refs", "--all"], root, env)  # archives refuse files whose names differ only in case
@@ -6994,15 +6993,12 @@ def _parsing(what: str, error_type: str = "SourceError") -> Iterator[None]:
 
 # Blanks and comments, and what follows them in TOML 1.1: a text with escapes, one without, a mark of inline tables, or
 # the rest. Every alternative matches whatever follows, so nothing is ever tried in two ways.
-_TOML_TOKEN = re.compile(
-    r"""
+_TOML_TOKEN = r"""(?sx)
     ((?:[ \t\r\n] | \#[^\n]*)*)
     ( ""\"(?:[^"\\]+|\\.?|"{1,2}(?!"))*"{0,5} | "(?:[^"\\\n]+|\\.?)*"?
     | '''(?:[^']+|'{1,2}(?!'))*'{0,5} | '[^'\n]*'?
     | [{},] | [^ \t\r\n"'{},\#]+ | \Z )
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+    """
 
 
 def parse_toml(data: bytes) -> Json:
@@ -7011,7 +7007,7 @@ def parse_toml(data: bytes) -> Json:
     Raises ValueError, also for a text of several lines that end with CRLF: cargo keeps them, and Python does not.
     """
     older = [" "]
-    for gap, token in _TOML_TOKEN.findall(data.decode("utf-8-sig")):
+    for gap, token in re.findall(_TOML_TOKEN, data.decode("utf-8-sig")):
         if token.startswith('"'):
             token = re.sub(
                 r"(?s)\\.", lambda escape: {r"\e": r"\u001b", r"\x": r"\u00"}.get(escape[0], escape[0]), token
@@ -7644,10 +7640,10 @@ def collect_nix(_: str, stdout: bytes) -> Artifacts:
 # What pnpm writes of YAML 1.2: nested mappings, lists of texts, and one-line flow collections of texts.
 _YAML_TEXT = r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|(?:[^\s\-?:,\[\]{}#&*!|>'"%%@`]|[-?:](?=[^\s,\[\]{}]))%s*)"""
 _YAML_KEY, _YAML_WORD = _YAML_TEXT % r"(?:(?!:\s|:$|\s\#).)", _YAML_TEXT % r"(?:(?!:\s|\s\#)[^,\[\]{}])"
-_YAML_PAIR = re.compile(f"({_YAML_WORD}): ({_YAML_WORD})")
+_YAML_PAIR = f"({_YAML_WORD}): ({_YAML_WORD})"
 _YAML_LIST = rf"\[(?:{_YAML_WORD}(?:, {_YAML_WORD})*)?\]"
-_YAML_VALUE = rf"{_YAML_KEY}|[|>][+-]?|{_YAML_LIST}|\{{(?:{_YAML_PAIR.pattern}(?:, {_YAML_PAIR.pattern})*)?\}}"
-_YAML_LINE = re.compile(rf"( *)(?:- {_YAML_KEY}|({_YAML_KEY}):(?: ({_YAML_VALUE}))?)")
+_YAML_VALUE = rf"{_YAML_KEY}|[|>][+-]?|{_YAML_LIST}|\{{(?:{_YAML_PAIR}(?:, {_YAML_PAIR})*)?\}}"
+_YAML_LINE = rf"( *)(?:- {_YAML_KEY}|({_YAML_KEY}):(?: ({_YAML_VALUE}))?)"
 
 
 def parse_lock_yaml(data: bytes) -> Json:
@@ -7667,7 +7663,7 @@ def parse_lock_yaml(data: bytes) -> Json:
         depth = len(line) - len(line.lstrip(" "))
         if not line.strip() or depth > folded:
             continue
-        folded, match = MIB, _YAML_LINE.fullmatch(line)
+        folded, match = MIB, re.fullmatch(_YAML_LINE, line)
         if match and match[2] is None:
             continue  # an item of a list
         del open_mappings[depth // 2 + 1 :]
@@ -7678,7 +7674,7 @@ def parse_lock_yaml(data: bytes) -> Json:
         if not value:
             open_mappings.append(value)
         elif value[0] == "{":
-            value = {scalar(key): scalar(word) for key, word in _YAML_PAIR.findall(value)}
+            value = {scalar(key): scalar(word) for key, word in re.findall(_YAML_PAIR, value)}
         elif value[0] in "|>":
             folded = depth
         mapping[scalar(match[2])] = scalar(value) if isinstance(value, str) else value
@@ -7687,11 +7683,11 @@ def parse_lock_yaml(data: bytes) -> Json:
 
 # Settings in pnpm-workspace.yaml, and escapes that may hide one. Lines that are comments do not count, but those with a
 # quotation mark do: what begins like a comment may be the end of a text.
-_PNPM_REFUSED = re.compile(
-    rb"""(?imx) ^ (?! [ \t]* \# [\t\x20!\#-&(-~]* \r? $ ) .*? (
+_PNPM_REFUSED = rb"""(?imx)
+    ^ (?! [ \t]* \# [\t\x20!\#-&(-~]* \r? $ ) .*? (
     lockfile-?dir | branch-?lockfile | workspace-?lockfile | store-?dir | modules-?dir | node-?version
-    | \\[ux] | \\(?=[\r\n]) )"""
-)
+    | \\[ux] | \\(?=[\r\n]) )
+    """
 
 
 def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
@@ -8484,8 +8480,7 @@ def build_environment(workspace: str, environ: Strings, extra: Sequence[str]) ->
 
 
 # The first line of an error.
-_CAUSE = re.compile(
-    r"""
+_CAUSE = r"""(?mx)
     ^[ \t\u2009]* (
         error(\[\w+\])?:              # cargo and rustc, rustup, nix
         | npm\ error\ (?!code|errno|syscall|path|Lifecycle|workspace|location|command\ failed)
@@ -8495,9 +8490,7 @@ _CAUSE = re.compile(
         | make(\[[0-9]+\])?:\ \*\*\*
         | go:\ (?!downloading|warning|no\ module\ dependencies) | \S+\.go:[0-9]+:[0-9]+:
     ) .*
-    """,
-    re.VERBOSE | re.MULTILINE,
-)
+    """
 
 
 # Each cause that a toolchain prints has one of these words; searching a line for one takes 0.05 µs. "": the others.
@@ -8522,7 +8515,7 @@ class BuildLog:
         text = "\n".join([*lines, ""])
         self._digest.update(text.encode("utf-8"))
         if not self.cause and any(word in text for word in self._words):
-            match = _CAUSE.search(re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
+            match = re.search(_CAUSE, re.sub(r"\x1b\[[0-9;]*m", "", text))  # without colours
             self.cause = match[0].strip() if match else ""
         if lines:
             self._emit("build", lines)
@@ -10160,7 +10153,7 @@ def _order(job: Job) -> Order:
 
 
 # The job.json of a job that has ended.  It is only looked at: whoever asks for the job gets all checks.
-_ENDED = re.compile(
+_ENDED = (
     rb'\{"seq":([0-9]{1,18}),"request":\{[^{}]*\},"attempts":[0-9]+,"state":"(?:ok|failed)","submitted_at":"([^"]*)"'
     rb',"started_at":"[^"]*","finished_at":"[^"]+",(?:.*,"key":"([^"]*)"|.*)\}'
 )
@@ -10207,7 +10200,7 @@ class JobTable:
         """Add the job if a look at its files shows that it has ended, and return whether it was added."""
         folder = join(self.folder, job_id)
         with suppress(OSError, ValueError):  # damaged
-            match = _ENDED.fullmatch(read_regular(f"{folder}/job.json", MIB))
+            match = re.fullmatch(_ENDED, read_regular(f"{folder}/job.json", MIB))
             log = OpenFile(f"{folder}/events")
             if match and find_log_end(log.fd, log.size)[2]:
                 with self._lock:
@@ -11899,14 +11892,11 @@ def json_response(value: Any) -> Response:
 
 # The strings and brackets in the first bytes of a JSON document.  A string that the end of the text cuts off counts as
 # well, so that no byte is scanned twice.  All is possessive: re keeps 120 bytes for each step that it could undo.
-_JSON_PART = re.compile(
-    rb"""
+_JSON_PART = rb"""(?sx)
     (?P<name>"source_data"[ \t\r\n]*+:[ \t\r\n]*+(?="))?+   # the name of the member whose value follows
     "[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)
     | [\[\]{}]
-    """,
-    re.VERBOSE | re.DOTALL,
-)
+    """
 
 
 def find_source_data(head: bytes) -> int:
@@ -11915,7 +11905,7 @@ def find_source_data(head: bytes) -> int:
     head: the first bytes of a JSON object. Names with escapes are not found.
     """
     depth = 0
-    for part in _JSON_PART.finditer(head):
+    for part in re.finditer(_JSON_PART, head):
         if part["name"] and depth == 1:
             return part.end("name") + 1
         depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(part[0], 0)
@@ -14501,8 +14491,8 @@ _PARTS = {"firmware": "firmware.fd", "kernel": "vmlinuz", "initrd": "initrd", "t
 _AGENT = "usr/lib/confbuild"  # the folder of this program in the initrd and on the disk of tools
 
 # Files of a root file system that no guest needs. Folders for variable data stay empty: the disk is read-only.
-_DROPPED = re.compile(
-    r"""  (dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+
+_DROPPED = r"""(?x)
+    (dev|proc|sys|run|tmp|media|mnt|srv|home|root|var)/.+
     # documentation, translations and desktop files
     | usr/share/(doc|doc-base|man|locale|info|lintian|zoneinfo|bash-completion|bug|icons|pixmaps|applications|gdb)/.+
     # link-time optimisation and sanitizers of gcc, character sets of glibc
@@ -14510,17 +14500,13 @@ _DROPPED = re.compile(
     | usr/lib/[a-z0-9_]+-linux-gnu/(lib[a-z]+san\.so[.0-9]*|gconv/.+) | usr/lib/gcc/.+/lib[a-z]+san(_preinit)?\.[ao]
     # parts of Python that no build needs
     | usr/lib/python3[.0-9]*/(test|idlelib|ensurepip|pydoc_data|tkinter|turtledemo|lib2to3)/.+ | (.+/)?__pycache__(/.*)?
-    """,
-    re.VERBOSE,
-)
+    """
 # Parts of the standard library that the agent does not need. Extension modules also bring shared libraries along.
-_NOT_IN_INITRD = re.compile(
-    r"""  config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv
+_NOT_IN_INITRD = r"""(?x)
+    config-3|dist-packages|site-packages|unittest|sqlite3|curses|dbm|xmlrpc|wsgiref|venv
     | _pyrepl|pdb|doctest|pydoc|turtle|antigravity
     | lib-dynload/(_?test|_xx|xx|_tkinter|_curses|_sqlite3|_dbm|_gdbm|readline|_ctypes_test)
-    """,
-    re.VERBOSE,
-)
+    """
 # In the order in which ld.so(8) searches them.
 _LIBRARY_FOLDERS = ("lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "lib64", "usr/lib64", "lib", "usr/lib")
 _LOADER = "lib64/ld-linux-x86-64.so.2"  # the program interpreter [ELF, x86-64 supplement 5.2.1]
@@ -14710,7 +14696,7 @@ def unpack_packages(lock: str, debs: str, root: str) -> list[Package]:
                 name = _merged_usr(member.name)
                 # _run_scripts makes the link /bin -> usr/bin and the like.
                 is_merged = re.fullmatch("usr/(bin|sbin|lib|lib64)", name) and member.kind == "symlink"
-                if not is_merged and not _DROPPED.fullmatch(name):
+                if not is_merged and not re.fullmatch(_DROPPED, name):
                     target = _merged_usr(member.target) if member.kind == "hardlink" else member.target
                     tree.add(member._replace(name=name, target=target))
         except ConfbuildError as e:
@@ -14795,7 +14781,7 @@ def scan_tree(root: str) -> _Tree:
         for entry in list(os.scandir(join(root, folder))):
             name = folder + entry.name
             info = entry.stat(follow_symlinks=False)
-            if _DROPPED.fullmatch(name):
+            if re.fullmatch(_DROPPED, name):
                 continue
             if stat.S_ISDIR(info.st_mode):
                 tree[name] = _FOLDER
@@ -15004,7 +14990,7 @@ def _python_files(root: str, tree: _Tree) -> tuple[list[str], str]:
         for name in tree
         if name.startswith(library)
         and name.endswith((".py", ".so"))
-        and not _NOT_IN_INITRD.match(name, len(library))
+        and not re.match(_NOT_IN_INITRD, name.removeprefix(library))
         and stat.S_ISREG(tree[name].mode)
     )
     chosen = list[str]()
