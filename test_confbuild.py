@@ -99,7 +99,10 @@ atexit.register(shutil.rmtree, COMPILED.parent)
 py_compile.compile(str(FILE), str(COMPILED), doraise=True)
 own_program = confbuild.own_program
 # runpy, by which own_program() runs a file of any kind, takes 20 ms.
-CODE = "import marshal, sys; del sys.argv[0]; [__file__] = sys.argv[:1]; exec(marshal.loads(open(__file__, 'rb').read()[16:]))"
+CODE = (
+    "import marshal, sys; del sys.argv[0]; [__file__] = sys.argv[:1]\n"
+    "exec(marshal.loads(open(__file__, 'rb').read()[16:]))"
+)
 PROGRAM = (*own_program()[:-2], CODE, str(COMPILED))
 setattr(confbuild, "own_program", lambda: [*PROGRAM])  # noqa: B010  # for the VMs that tests start in this process
 # Many verdicts are over the same certificates. What holds for a key, a message and a signature, holds again.
