@@ -28919,38 +28919,45 @@ needs_image = pytest.mark.skipif(
 )
 # What the compiler's wrapper finds before the first compilation: it runs as the build, and its output becomes an
 # artifact.
-SPY = """#!/bin/sh
-report=target/release/report
-if [ ! -e $report ]; then
+SPY = r"""#!/bin/sh
+if [ ! -e target/release/report ]; then
   mkdir -p target/release
-  {
-    echo user $(id -u) $(id -G)
-    echo devices $(ls /dev)
-    echo interfaces $(tail -n +3 /proc/net/dev | cut -d: -f1)
-    echo others $(cat /proc/[0-9]*/status 2>/dev/null | grep '^Uid:' | grep -v 1001)
-    for file in /run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow; do
-      [ -r $file ] && echo reads $file
-    done
-    for folder in / /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp; do
-      [ -w $folder ] && echo writes $folder
-    done
-    python3 -c 'import socket
-for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
-    try: socket.create_connection(address, 5); print("reaches", address)
-    except OSError as e: print(e.strerror)'
-    grep -E '^(NoNewPrivs|Seccomp):' /proc/self/status
-    echo io_uring $(cat /proc/sys/kernel/io_uring_disabled)
-    python3 -c 'import ctypes, errno
-libc = ctypes.CDLL(None, use_errno=True)
-print(*(errno.errorcode[ctypes.get_errno()] for n in (154, 250, 323, 425) if libc.syscall(n, -1, -1, -1, -1, -1) < 0))'
-    python3 -c 'import os, time
-[os.fork() for _ in range(3)]
-os.setsid() if os.getpgrp() != os.getpid() else 0
-os.close(1); os.close(2); time.sleep(300)' &
-  } > $report 2>&1
-  chmod +x $report
+  python3 spy.py > target/release/report 2>&1
+  chmod +x target/release/report
 fi
 exec "$@"
+"""
+SPY_PROGRAM = r"""
+import ctypes, errno, glob, os, re, socket, time
+print("user", os.getuid(), *{os.getgid(), *os.getgroups()})
+print("devices", *sorted(os.listdir("/dev")))
+print("interfaces", *re.findall(r"(\w+):", open("/proc/net/dev").read()))
+uids = {pid: os.stat(pid).st_uid for pid in glob.glob("/proc/[0-9]*") if os.access(pid + "/status", os.R_OK)}
+print("others", *(uid for uid in uids.values() if uid != 1001))
+for file in "/run/broker/socket /work/agent /sys/kernel /dev/sev-guest /dev/vda /proc/1/environ /etc/shadow".split():
+    if os.access(file, os.R_OK):
+        print("reads", file)
+for folder in "/ /usr /etc /work /work/agent /work/artifacts /run /dev /work/home /tmp".split():
+    if os.access(folder, os.W_OK):
+        print("writes", folder)
+for address in ("10.0.2.2", 22), ("10.0.2.15", 8080), ("127.0.0.1", 8080):
+    try:
+        socket.create_connection(address, 5)
+        print("reaches", address)
+    except OSError as e:
+        print(e.strerror)
+print(*re.findall(r"(?m)^(?:NoNewPrivs|Seccomp):.*", open("/proc/self/status").read()), sep="\n")
+print("io_uring", open("/proc/sys/kernel/io_uring_disabled").read().strip())
+libc = ctypes.CDLL(None, use_errno=True)
+calls = [n for n in (154, 250, 323, 425) if libc.syscall(n, -1, -1, -1, -1, -1) < 0]
+print(*(errno.errorcode[ctypes.get_errno()] for n in calls), flush=True)
+if os.fork() == 0:
+    [os.fork() for _ in range(3)]
+    if os.getpgrp() != os.getpid():
+        os.setsid()
+    os.close(1)
+    os.close(2)
+    time.sleep(300)
 """
 
 
@@ -29060,7 +29067,13 @@ def guests(
         return
     folder = tmp_path_factory.mktemp("guests")
     origin = write_files(
-        folder / "spy.git", {**project(), ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n', "spy.sh": SPY}
+        folder / "spy.git",
+        {
+            **project(),
+            ".cargo/config.toml": '[build]\nrustc-wrapper = "./spy.sh"\n',
+            "spy.sh": SPY,
+            "spy.py": SPY_PROGRAM,
+        },
     )
     (origin / "spy.sh").chmod(0o755)
     write_files(origin, {}, commit=True)
