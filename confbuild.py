@@ -6929,8 +6929,8 @@ class Toolchain(NamedTuple):
     tools: the names of the programs, in the order of the provenance.
     steps: the argument vectors, each beginning with the name of one of tools or the path of a file of the source; they
         run in the project's directory.
-    read: called with the contents of lock_file, the directory of a source and the project's folder in it; runs nothing
-        and may read any checkout; returns dependencies.
+    read: called with the contents of lock_file, the directory of a source, the project's folder in it and the commit of
+        the source, or ""; runs nothing and may read any checkout; returns dependencies.
     collect: called with the project's real path before the build and the build's stdout; returns the (name, path) of
         each artifact, sorted by name. A directory is packed. Not called if there are patterns.
     adapt: called with a project; returns those of the other fields that depend on it.
@@ -6958,7 +6958,7 @@ class Toolchain(NamedTuple):
     lock_file: str
     tools: Sequence[str] = ()
     steps: Sequence[Sequence[str]] = ()
-    read: Callable[[bytes, str, str], Sequence[Json] | None] = lambda *_: None
+    read: Callable[[bytes, str, str, str], Sequence[Json] | None] = lambda *_: None
     collect: Callable[[str, bytes], Artifacts] = lambda *_: []
     adapt: Callable[[str], Json] = lambda _: {}
     evaluate: "Callable[[Toolchain, str, str], Toolchain] | None" = None
@@ -7123,29 +7123,36 @@ def detect_toolchains(root: str, name: str = "", folder: str = "") -> list[Toolc
     raise failure
 
 
-def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
+def read_inputs(toolchain: Toolchain, root: str, folder: str = "", commit: str = "") -> Toolchain:
     """Return the plan of a project without its programs.
 
     folder: of the project in the source root.
+    commit: of the source, or "".
     Raises BuildFailed.
     """
     project = join(root, folder)
     plan = toolchain.adapted(project)
     lock = read_lockfile(join(project, plan.lock_file))
-    return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
+    return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder, commit))
 
 
 def prepare(
-    toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Emit = lambda phase, messages: None
+    toolchain: Toolchain,
+    root: str,
+    folder: str,
+    env: Strings,
+    emit: Emit = lambda phase, messages: None,
+    commit: str = "",
 ) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
     env: of the build.
     emit: called with a phase and its messages.
+    commit: of the source, or "".
     Raises BuildFailed.
     """
-    plan, project = read_inputs(toolchain, root, folder), normpath(join(root, folder))
+    plan, project = read_inputs(toolchain, root, folder, commit), normpath(join(root, folder))
 
     def own_env() -> dict[str, str]:
         words = {"project": project, "home": env.get("HOME", ""), **programs}
@@ -7296,10 +7303,11 @@ def collect_cargo(project: str, _: bytes) -> Artifacts:
     ]
 
 
-def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
+def cargo_dependencies(lock: bytes, root: str, folder: str = "", commit: str = "") -> list[Json]:
     """Return the resolvedDependencies of a Cargo.lock, sorted by uri.  [CONTRACT 3.5]
 
-    A package without a source must lie inside project, where the tree hash covers it; it has no entry.
+    A package without a source must lie inside root, where the tree hash covers it. It has an entry if it lies outside of
+    the workspace, and commit, the one of the source, is not empty.
     Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
     """
     with _parsing("Cargo.lock"):
@@ -7312,18 +7320,22 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
         ]
         if not all(isinstance(text, str) or text is None for row in rows for text in row):
             raise ValueError("name, version, source and checksum must be strings")
-    found = []
+    found, workspace = [], join("/", _find_workspace(root, folder))
     inside, replaced, outside = _scan_cargo(root, folder, {row[0] for row in rows})
     for name, version, source, checksum in rows:
         if source is None:
-            if name not in inside:
+            if name in outside or name not in inside:
                 why = f": {outside[name][:80]}" if name in outside else ", as far as its files are TOML 1.1, and"
                 raise BuildFailed(
                     "ProvenanceError",
                     f"Cargo.lock: {name[:80]} {version[:80]} has no source and is not a package inside the "
                     f"project{why} {_NOT_SENT}",
                 )
-            continue
+            place, *others = inside[name]
+            place = relpath(join("/", place), workspace)
+            if not commit or others or not place.startswith("../"):
+                continue
+            source = f"git+file:{urllib.parse.quote(place)}#{commit}"
         checksum = checksum or older(f"checksum {name} {version} ({source})")
         dependency = _cargo_dependency(name, version, source, checksum)
         place, vendored = replaced.get((name, "")) or replaced.get((name, version), ("", False))
@@ -7459,12 +7471,12 @@ def _outside_paths(root: str, folder: str, doc: Json) -> dict[str, str]:
 
 def _scan_cargo(
     root: str, folder: str, locked: set[str]
-) -> tuple[set[str], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
-    """Return the names of the packages inside root, the packages that cargo compiles in place of others, and the paths
-    of those outside.
+) -> tuple[dict[str, list[str]], dict[tuple[str, str], tuple[str, bool]], dict[str, str]]:
+    """Return the packages inside root, those that cargo compiles in place of others, and those that a file of cargo's
+    takes from outside of root.
 
-    The first are without those that a file of cargo's takes from outside. The second are (name, version) -> (folder,
-    whether that is a copy of the package by `cargo vendor`), without a version for packages of any version.
+    The first are name -> folders. The second are (name, version) -> (folder, whether that is a copy of the package by
+    `cargo vendor`), without a version for packages of any version. The third are name -> path.
     [CARGO: overriding dependencies, source replacement]
     Raises BuildFailed ProvenanceError if cargo would compile a folder outside of root.
     folder: in which cargo runs.
@@ -7483,7 +7495,9 @@ def _scan_cargo(
     for _, base, doc in settings:
         outside |= _outside_paths(root, base, doc)
     replaced, folders = dict[tuple[str, str], tuple[str, bool]](), _replaced_folders(root, settings)
+    inside = dict[str, list[str]]()
     for name, version, place in packages:
+        inside.setdefault(name, []).append(place)
         # cargo searches the folders of paths, and replaces any version.
         above = _with_above(place)
         kinds = [vendored for where, vendored in folders.items() if where in ([dirname(place)] if vendored else above)]
@@ -7495,7 +7509,7 @@ def _scan_cargo(
             )
         exact = re.fullmatch(r"\d\S*", version)  # cargo strips blanks, and asks the workspace for one that is inherited
         replaced |= {(name, version if vendored and exact else ""): (place, vendored) for vendored in kinds}
-    return {name for name, _, _ in packages} - outside.keys(), replaced, outside
+    return inside, replaced, outside
 
 
 def wider_source(root: str, folder: str) -> tuple[str, str]:
@@ -7690,7 +7704,7 @@ _PNPM_REFUSED = rb"""(?imx)
     """
 
 
-def pnpm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
+def pnpm_dependencies(lock: bytes, root: str, folder: str = "", _: str = "") -> list[Json]:
     """Return the resolvedDependencies of a pnpm-lock.yaml, exactly as [K] writes them.  [CONTRACT 3.5]
 
     Raises BuildFailed SourceError, also if settings of pnpm could name another lock file.
@@ -7751,7 +7765,7 @@ def adapt_npm(project: str) -> Json:
     }
 
 
-def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
+def npm_dependencies(lock: bytes, root: str, folder: str = "", _: str = "") -> list[Json]:
     """Return the resolvedDependencies of a package-lock.json, sorted by uri.  [CONTRACT 3.5]
 
     A package inside project, or inside the tarball of another, has no entry.
@@ -7796,7 +7810,7 @@ def npm_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
     return [found[uri] for uri in sorted(found)]
 
 
-def go_dependencies(lock: bytes, root: str, folder: str = "") -> list[Json]:
+def go_dependencies(lock: bytes, root: str, folder: str = "", _: str = "") -> list[Json]:
     """Return the modules of go.mod that have a hash in go.sum, as resolvedDependencies sorted by uri.  [CONTRACT 3.5]
 
     Before Go 1.17, go.mod does not list every module: then all modules of go.sum.  [GO: go.mod, replace, go.sum]
@@ -7888,7 +7902,7 @@ def adapt_own(project: str) -> Json:
     return {"steps": [command], "tools": [*tools], "artifacts": artifacts, "outputs": outputs}
 
 
-def own_dependencies(_: bytes, root: str, folder: str = "") -> list[Json]:
+def own_dependencies(_: bytes, root: str, folder: str = "", __: str = "") -> list[Json]:
     """Return the files that confbuild.toml names as inputs, as resolvedDependencies.  [CONTRACT 3.5]
 
     Raises BuildFailed SourceError.
@@ -8010,13 +8024,14 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
     """
     if not isdir(directory):
         raise UsageError(f"--source {directory}: not a directory")
-    doc, folder, tools, named = read_statement(provenance), "", list[str](), expected.source_tree
+    doc, folder, tools, named, commit = read_statement(provenance), "", list[str](), expected.source_tree, ""
     if doc:
         definition = doc["predicate"]["buildDefinition"]
         parameters, tools = definition["externalParameters"], [*definition["internalParameters"]["toolchain"]]
         with suppress(ValueError):
             directory, folder, _ = read_command(parameters["buildCommand"], directory)
         folder = _locate(directory, "", folder) or ""
+        commit = parameters["source"]["digest"]["gitCommit"]
         named = named or parameters["source"]["digest"]["gitTree"]
     algorithm, has_submodules = object_format(named or ""), b'"pkg:generic/' in provenance
     try:
@@ -8035,7 +8050,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     tree = git_tree(source.root, source.files, algorithm)
                 if tree.encode("ascii") in provenance:
                     break
-            plan = read_inputs(toolchain, source.root, folder)
+            plan = read_inputs(toolchain, source.root, folder, commit)
     except BuildFailed as e:
         raise UsageError(
             f"--source {directory}: {e}", e.hint or "git submodule update --init --recursive" * has_submodules
@@ -8563,7 +8578,7 @@ def run_pipeline(
     _remove_outputs(found[0], project)
     source, submodules, time_s = _describe_source(root, env, emit)
     env = {"SOURCE_DATE_EPOCH": str(time_s), **env}
-    plan = _choose(found, root, folder, env, emit)
+    plan = _choose(found, root, folder, env, emit, source["digest"]["gitCommit"])
     plan = plan._replace(dependencies=[*(plan.dependencies or ()), *submodules])
     before, log = {*os.listdir(project), *plan.outputs}, BuildLog(emit, plan.name)
     with _cached_crates(plan, cache, own, emit):
@@ -8616,11 +8631,13 @@ def _remove_outputs(toolchain: Toolchain, project: str) -> None:
         remove_tree(join(project, output))
 
 
-def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, emit: Emit) -> Toolchain:
+def _choose(
+    found: Sequence[Toolchain], root: str, folder: str, env: Strings, emit: Emit, commit: str = ""
+) -> Toolchain:
     """Return the plan of the toolchain that builds a project.  [CONTRACT 2.1]
 
     found: the toolchains whose markers exist.
-    root, folder, env: as for prepare.
+    root, folder, env, commit: as for prepare.
     Raises BuildFailed, which names every marker.
     """
     markers = f" (found {', '.join(toolchain.marker for toolchain in found)})" if found[1:] else ""
@@ -8629,7 +8646,7 @@ def _choose(found: Sequence[Toolchain], root: str, folder: str, env: Strings, em
     for toolchain in found:
         try:
             _remove_outputs(toolchain, join(root, folder))
-            return prepare(toolchain, root, folder, env, emit)
+            return prepare(toolchain, root, folder, env, emit, commit)
         except BuildFailed as e:
             if toolchain is found[-1] or not toolchain.evaluate or e.error_type in ("LimitError", "ProvenanceError"):
                 raise BuildFailed(e.error_type, f"{e}{markers}") from None

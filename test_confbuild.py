@@ -14665,6 +14665,18 @@ class TestCargoDependencies:
         write_files(tmp_path / "demo", files)
         lock = (entry("demo", "0.1.0") + entry("b", "1.0.0")).encode()
         assert confbuild.cargo_dependencies(lock, str(tmp_path / "demo"), "a") == []
+        # A source with a commit says where each lies, as [K] does, unless two have that name.  [CONTRACT 3.5]
+        read = functools.partial(confbuild.cargo_dependencies, lock, str(tmp_path / "demo"), "a", SHA[:40])
+        uri = f"pkg:cargo/b@1.0.0?vcs_url=git+file:../b@{SHA[:40]}"
+        assert read() == [{"digest": {"gitCommit": SHA[:40]}, "name": "b", "uri": uri}]
+        write_files(tmp_path / "demo", {"c d/Cargo.toml": '[package]\nname="b"'})
+        assert read() == []
+        shutil.rmtree(tmp_path / "demo/b")
+        assert [row["uri"] for row in read()] == [uri.replace("../b", "../c%20d")]
+        shutil.move(tmp_path / "demo/c d", tmp_path / "demo/b")
+        write_files(tmp_path / "demo", {"Cargo.toml": '[workspace]\nmembers = ["a", "b"]'})
+        assert read() == []  # both are packages of one project
+        (tmp_path / "demo/Cargo.toml").unlink()
         assert failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path / "demo/a"))) == (
             "ProvenanceError",
             "Cargo.lock: b 1.0.0 has no source and is not a package inside the project: ../b is not part of what was "
@@ -18315,8 +18327,13 @@ class TestRealCargo:
         source = built.provenance()["buildDefinition"]["externalParameters"]
         assert source["buildCommand"].startswith("cd a && ")
         assert source["source"]["digest"]["gitTree"] == git(demo, "rev-parse", "HEAD^{tree}")
-        for named in (demo, demo / "a"):
-            assert confbuild.main(["verify", str(tmp_path / "wide"), "--source", str(named)]) == 3
+        uri = f"pkg:cargo/b@1.0.0?vcs_url=git+file:../b@{git(demo, 'rev-parse', 'HEAD')}"
+        assert [row["uri"] for row in built.provenance()["buildDefinition"]["resolvedDependencies"]] == [uri]
+        shutil.copytree(demo, tmp_path / "copy", ignore=lambda *_: [".git"])
+        for named in (demo, demo / "a", tmp_path / "copy"):
+            assert confbuild.main(["verify", str(tmp_path / "wide"), "--source", str(named), "--dep", uri]) == 3
+        capsys.readouterr()
+        assert confbuild.main(["sbom", str(tmp_path / "wide")]) == 0 and uri in capsys.readouterr().out
 
     def test_a_wider_source(self, tmp_path: Path) -> None:
         """A cargo project whose Cargo.toml leads out of it, but not out of the work tree of git. [CONTRACT 5.4]"""
