@@ -7306,8 +7306,8 @@ def collect_cargo(project: str, _: bytes) -> Artifacts:
 def cargo_dependencies(lock: bytes, root: str, folder: str = "", commit: str = "") -> list[Json]:
     """Return the resolvedDependencies of a Cargo.lock, sorted by uri.  [CONTRACT 3.5]
 
-    A package without a source must lie inside root, where the tree hash covers it. It has an entry if it lies outside of
-    the workspace, and commit, the one of the source, is not empty.
+    A package without a source must lie inside root, where the tree hash covers it. It has an entry if it lies outside
+    of the workspace, and commit, the one of the source, is not empty.
     Raises BuildFailed ProvenanceError for an entry that cannot be recorded, SourceError for an invalid file.
     """
     with _parsing("Cargo.lock"):
