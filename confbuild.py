@@ -6060,7 +6060,7 @@ def write_source(
         if git:
             add(git, join(name, ".git"))
         for file in sorted(files):
-            add(join(root, file), join(name, file).rstrip("/"))
+            add(f"{root}/{file}", f"{name}/{file}".rstrip("/"))
         out.write(bytes(1024))
         out.write(bytes(-out.tell() % 10_240))  # the size of a record of tar(1)
 
@@ -6103,7 +6103,7 @@ def git_tree(
     Raises BuildFailed SourceError for a file that git cannot store, such as a pipe."""
     found = {name: (mode, binascii.unhexlify(digest)) for name, (mode, digest) in (absent or {}).items()}
     for name in files:
-        path = join(root, name)
+        path = f"{root}/{name}"
         status = os.lstat(path)
         if stat.S_ISLNK(status.st_mode):
             target = os.fsencode(os.readlink(path))
@@ -8769,7 +8769,7 @@ def _describe_source(project: str, env: Strings, emit: Emit) -> tuple[Json, list
     packed = [row for path, row in history.submodules.items() if lexists(join(project, path, ".git"))]
     for above, folders, files in os.walk(project):
         for entry in (*folders, *files):
-            os.utime(join(above, entry), (history.time, history.time), follow_symlinks=False)
+            os.utime(f"{above}/{entry}", (history.time, history.time), follow_symlinks=False)
     source = {"digest": {"gitCommit": history.commit, "gitTree": history.tree}, "uri": history.uri}
     return source, packed, history.time
 
