@@ -10437,6 +10437,7 @@ class Jobs:
                 with self._changed:
                     self._accepting.remove(key)
                     if accepted:
+                        job.tried_at = monotonic()  # the announcement below, not one of the thread "queue"
                         self._accepted = True
                         self._queue = sorted([*self._queue, job], key=_order)  # a later job may be written sooner
                         self._changed.notify_all()

@@ -20093,6 +20093,25 @@ class TestJobs:
                 jobs.cancel(job)
         assert [told(job) for job in all_jobs[:3]] == [[0], [0], [1]]
 
+    def test_an_entry_is_told_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A position that changes while the first one is told waits for ANNOUNCE_S, like any other."""
+        monkeypatch.setattr(confbuild, "monotonic", lambda: 1000.0)
+        with started(tmp_path, build_quickly, slots=0) as jobs:
+            first, positions = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x")), jobs.positions
+
+            def slow() -> Any:
+                found = positions()
+                if len(found) == 2:
+                    time.sleep(0.1)  # the thread "queue" would wait for the new job by then
+                    jobs.cancel(first)
+                return found
+
+            monkeypatch.setattr(jobs, "positions", slow)
+            job = jobs.submit(confbuild.BuildRequest(NONCE, "http://127.0.0.1/x"))
+            time.sleep(0.1)
+            assert re.findall(rb'"position":(\d)', Path(job.path("events")).read_bytes()) == [b"1"]
+            jobs.cancel(job)
+
     def test_a_stop_that_nobody_announces(self, tmp_path: Path) -> None:
         """The thread "queue" does not wait for changes of jobs that stopped before it began to wait."""
         jobs = confbuild.Jobs(str(tmp_path), build_quickly, lambda log: None)
