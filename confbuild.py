@@ -6347,6 +6347,8 @@ def fetch_git(
             _git([*fetch, "+" + (ref or "HEAD")], root, env, max_bytes, watch=watch)
             break
         except BuildFailed as e:
+            if "remote ref" in str(e) and re.fullmatch("[0-9a-f]{4,39}", ref):
+                raise source_error(f"{e}: a commit needs all of its 40 or 64 digits") from None
             if "mismatched algorithms" not in str(e) or algorithm != object_format(ref):
                 raise
             remove_tree(git)

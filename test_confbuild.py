@@ -12420,6 +12420,7 @@ class TestFetch:
         "url, ref, schemes, fragment",
         [
             ("{http}/demo/.git", "missing", "http", "couldn't find remote ref missing"),
+            ("{http}/demo/.git", "0123abc", "http", "remote ref 0123abc: a commit needs all of its 40 or 64 digits"),
             ("{http}/demo/.git", "0" * 39 + "1", "http", "not our ref"),
             ("{http}/none", "", "http", "repository '{http}/none/' not found"),
             ("{http}/moved/demo/.git", "", "http", "unable to access '{http}/moved/demo/.git/'"),
