@@ -7335,7 +7335,7 @@ def cargo_dependencies(lock: bytes, root: str, folder: str = "", commit: str = "
                 )
             place, *others = inside[name]
             place = relpath(join("/", place), workspace)
-            if not commit or others or not place.startswith("../"):
+            if not commit or others or not f"{place}/".startswith("../"):
                 continue
             source = f"git+file:{urllib.parse.quote(place)}#{commit}"
         checksum = checksum or older(f"checksum {name} {version} ({source})")

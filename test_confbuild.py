@@ -14674,6 +14674,10 @@ class TestCargoDependencies:
         assert read() == []
         shutil.rmtree(tmp_path / "demo/b")
         assert [row["uri"] for row in read()] == [uri.replace("../b", "../c%20d")]
+        (tmp_path / "demo/Cargo.toml").write_bytes((tmp_path / "demo/c d/Cargo.toml").read_bytes())
+        (tmp_path / "demo/c d/Cargo.toml").unlink()
+        assert [row["uri"] for row in read()] == [uri.replace("../b", "..")]
+        write_files(tmp_path / "demo", {"c d/Cargo.toml": '[package]\nname="b"'})
         shutil.move(tmp_path / "demo/c d", tmp_path / "demo/b")
         write_files(tmp_path / "demo", {"Cargo.toml": '[workspace]\nmembers = ["a", "b"]'})
         assert read() == []  # both are packages of one project
