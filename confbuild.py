@@ -1935,6 +1935,7 @@ def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
 
     report_data: 64 bytes.
     measurement: 48 bytes.
+    Raises ValueError if one has another length.
     """
     if (len(report_data), len(measurement)) != (64, 48):  # struct would cut or extend them
         raise ValueError("expected report_data of 64 bytes and measurement of 48 bytes")
@@ -1945,6 +1946,7 @@ def tcb_levels(product: str, tcb: bytes) -> dict[str, int]:
     """Return the security patch levels in a TCB_VERSION.  [SNP-ABI 2.2]
 
     product: a key of TCB_LAYOUTS.
+    tcb: 8 bytes.
     """
     return {name: tcb[offset] for name, offset in TCB_LAYOUTS[product].items()}
 
@@ -1983,7 +1985,10 @@ def tcb_text(levels: Mapping[str, int]) -> str:
 
 
 def vek_url(report: Report, product: str) -> str:
-    """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]"""
+    """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]
+
+    product: a key of TCB_LAYOUTS.
+    """
     short = {"bootloader": "bl", "microcode": "ucode"}  # the others keep their names in the URL
     query = "&".join(
         f"{short.get(name, name)}SPL={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items()
@@ -2064,7 +2069,7 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
         (request, header_version, hash_type) == (HCL_REQUEST, 1, 1), "unknown request, header version or hash type"
     )
     r.require(not any(reserved), "reserved bytes are not zero")
-    r.require(not any(tail), "bytes after the runtime data")
+    r.require(not any(tail), "bytes after the runtime data are not zero")
     # The hash in the hardware report covers the JSON without the NULs that may end it.
     return HclReport(attestation_report, content.rstrip(b"\x00"))
 
@@ -2230,7 +2235,7 @@ def parse_td_quote(data: bytes) -> TdQuote:
     fields[10] = tuple(registers[i : i + 48] for i in range(0, 192, 48))
     signed = data[: r.at]
     inside = Reader(r.take(*r.unpack("<I")), "TDX quote")
-    r.require(not any(data[r.at :]), "bytes after its end")
+    r.require(not any(data[r.at :]), "bytes after its end are not zero")
     signatures = inside.unpack("<64s64s")
     inside = certification(inside, _QE_CERTIFICATION)
     *report, size = inside.unpack("<384s64sH")
@@ -2251,7 +2256,10 @@ def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
 
 
 def raw_pair(data: bytes) -> tuple[int, int]:
-    """Return the two numbers of 32 bytes each in a signature or a public key."""
+    """Return the two big-endian numbers of 32 bytes each in a signature or a public key.
+
+    Raises BadSignature unless data has 64 bytes.
+    """
     # If bytes could follow s, one signature would have several encodings.
     if len(data) != 64:
         raise BadSignature(f"the signature has {len(data)} bytes, expected 64")
@@ -3098,7 +3106,7 @@ def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryvie
     _require_igvm(total == len(data), f"{len(data)} bytes, its header says {total}")
     end = start + size
     inside = reader.at <= start and start % 8 == 0 and end < total and size <= MAX_IGVM_HEADERS
-    _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data behind them")
+    _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data after them")
     # The field itself counts as zero.
     actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + data[start:end])
     _require_igvm(actual == checksum, f"CRC-32 {actual:#010x}, its header says {checksum:#010x}")
@@ -3140,7 +3148,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
             mask, vtl, platform, version, boundary = fields
             known = vtl in (0, 2) and platform <= _SEV_ES and version == 1 and (platform > 1 or not boundary)
             once = mask.bit_count() == 1 and platform not in masks
-            _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or not the first")
+            _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or given twice")
             masks[platform] = mask
         elif kind == 0x301:
             size, index, _ = fields
@@ -3194,7 +3202,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
             vmsa[0x0D1] |= 0x10  # KVM sets EFER.SVME, CR4.MCE and bit 1 of RFLAGS; see VMSA_FIELDS
             vmsa[0x148] |= 0x40
             vmsa[0x170] |= 2
-            _require_igvm(key[0] not in vmsas and key[0] < MAX_VCPUS, f"{name}: not the first, or beyond KVM's limit")
+            _require_igvm(key[0] not in vmsas and key[0] < MAX_VCPUS, f"{name}: given twice, or beyond KVM's limit")
             vmsas[key[0]] = step._replace(data=bytes(vmsa))
             continue
         pages = range(gpa, gpa + size, PAGE_SIZE)
@@ -3246,7 +3254,7 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     raw = reader.take(size)
     # The kernel's stub reads only the first VirtualSize bytes; other readers take all.
     text = raw[:virtual_size].rstrip(b"\0\n")
-    require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text behind its end")
+    require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text after its end")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -4822,9 +4830,10 @@ class LineSplitter:
 # ==============================================================================
 # region 19. Sandbox                                                   [uses 18]
 # ==============================================================================
-# Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service:
+# Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service ("both": Landlock
+# and seccomp):
 #
-# files     Landlock   programs read the system and the toolchain, and write in the workspace; truncate(2) takes ABI 3
+# files     Landlock   programs read the system and the toolchain, and write in the workspace; truncate(2) needs ABI 3
 # ports     both       the port of the service is closed; seccomp refuses MPTCP, SMC and TCP Fast Open: they bypass it
 # signals   both       only the build's own processes are reached; seccomp refuses prlimit(2): RLIMIT_CPU sends a signal
 # sockets   both       no Unix sockets, as Docker and systemd obey clients: Landlock for abstract ones, seccomp for all
@@ -4937,7 +4946,9 @@ def _add_path(ruleset: int, path: str, rights: int) -> None:
 def close_port(closed: int) -> int:
     """Create a ruleset that keeps programs from connecting to one TCP port, or listening on it, on every address.
 
-    It takes 0.1 s: rules can only allow, so every other port gets a rule. Raises OSError."""
+    closed: the port.
+    Return the descriptor of the ruleset. It takes 0.1 s: rules can only allow, so every other port gets a rule.
+    Raises OSError."""
     ruleset, rule = _create_ruleset(1 << 13, 0b11, 0), (ctypes.c_uint64 * 2)(0b11)
     _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders unless it allows them (refer 13)
     # PyDLL keeps the interpreter's lock: these 65,535 calls never wait.
@@ -5263,10 +5274,10 @@ def _run_to_end(
     merged: bool = False,
     watch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run argv and return its exit status.
+    """Run argv and return its exit status, which is negative if a signal ended it.
 
     take: called with (0, block of stdout) or (1, block of stderr) until both are closed. If other processes still hold
-        one PIPE_GRACE_S after the end of the program, the last block is empty.
+        one of them PIPE_GRACE_S after the end of the program, the last block is empty.
     merged: stderr goes where stdout goes.
     watch: called a few times per second.
     If take or watch raises, the program is killed."""
@@ -5318,12 +5329,14 @@ def capture(
     watch: Callable[[], None] = lambda: None,
     what: str = "",
 ) -> tuple[int, bytes, str]:
-    """Run argv and return (exit status, stdout, the end of stderr).
+    """Run argv and return (exit status, stdout, the last 4 KiB of stderr).
 
+    The exit status is negative if a signal ended the program.
+    max_bytes: of stdout and stderr together.
     untrusted: the source can influence the program.
     watch: called a few times per second; if it raises, the program is killed.
-    what: names it in errors; its path by default.
-    Raises BuildFailed LimitError if it prints more than max_bytes."""
+    what: names the program in errors; its path by default.
+    Raises OSError if it cannot be started, BuildFailed LimitError if it prints more than max_bytes."""
     texts, size = [bytearray(), bytearray()], 0
 
     def take(index: int, block: bytes) -> None:
@@ -5389,7 +5402,7 @@ def file_sha256(path: str) -> str:
 
 
 def read_limited(path: str, limit: int) -> bytes:
-    """Return the contents of a file. Raises UsageError if it has more than limit bytes, OSError."""
+    """Return the contents of a file. Raises OSError, and UsageError if it has more than limit bytes."""
     with open(path, "rb") as f:
         data = f.read(limit + 1)
     if len(data) > limit:
@@ -5398,14 +5411,14 @@ def read_limited(path: str, limit: int) -> bytes:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace the contents of path by data. Make its folder if it is missing."""
+    """Replace the contents of path with data. Make its folder if it is missing."""
     os.makedirs(dirname(path), exist_ok=True)
     with open(path, "wb") as f:
         f.write(data)
 
 
 def write_durably(path: str, data: bytes) -> None:
-    """Replace the contents of path by data, durably: a crash leaves either the old contents or the new."""
+    """Replace the contents of path with data, durably: a crash leaves either the old contents or the new."""
     with open(path + ".tmp", "wb") as f:
         f.write(data)
         f.flush()
@@ -5606,7 +5619,7 @@ def own_program() -> list[str]:
 
 
 def reexec_without_ast() -> None:
-    """Replace this process by one that runs this file's compiled code, if it was started as `python FILE ...`.
+    """Replace this process with one that runs this file's compiled code, if it was started as `python FILE ...`.
 
     Python would keep the syntax tree of FILE, 10 MB, as long as the process lives."""
     options = len(sys.orig_argv) - len(sys.argv)
@@ -6541,7 +6554,7 @@ class Checkout(NamedTuple):
 def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
-    Replace `.git` by a repository of our own with that commit and nothing else.
+    Replace `.git` with a repository of our own with that commit and nothing else.
     prefix: of the paths of submodules.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
@@ -9226,11 +9239,11 @@ def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
 class EventLog:
     """The log of one job, in the file at path.
 
-    A torn frame at the end is cut off by the first append.  A crash of the machine can replace bytes by zeros; the log
-    of an unfinished job then ends before them.
+    A torn frame at the end is cut off by the first append.  A crash of the machine can replace bytes with zeros; the
+    log of an unfinished job then ends before them.
     on_append: called with the log after each append, by the thread that appended.
     flags: of open(2); by default a missing file is created.
-    Raises Malformed if the file is not a log, OSError.
+    Raises OSError, and Malformed if the file is not a log.
 
     size, count and finished are written under _lock, in this order; a reader may read them without it.
     phases: the first event of each phase that this object appended -> its time, in seconds since 1970.
@@ -9419,7 +9432,7 @@ class WakeableSelector:
             yield self._notes.popleft()
 
     def set_mask(self, end: Any, mask: int) -> None:
-        """Wait for the events in mask of end.sock from now on; 0 means for none."""
+        """From now on, wait for the events in mask on end.sock; 0 is none."""
         if mask == end.mask:
             return
         if end.mask:
@@ -9450,7 +9463,7 @@ class OpenFile:
         self.size = os.fstat(self.fd).st_size
 
     def offset_of(self, count: int) -> int:
-        """Return count."""
+        """Return count: here, events are bytes."""
         return count
 
 
@@ -9707,9 +9720,9 @@ class Streamer:
 # EventLog's lock; JobTable._lock last.  Memory holds only the order of the jobs that have ended, so that a state of any
 # size costs little.
 #
-# Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
-# announces positions, and completes jobs that a full disk has kept from ending.  All end by Jobs.stop and survive any
-# exception.
+# Threads, which Jobs.start starts and Jobs.stop ends; they survive any exception.  "slot N": runs one job at a time.
+# "queue": announces positions, and completes jobs that a full disk has kept from ending.  "keeper": syncs logs, and
+# removes finished builds that are not kept.
 
 STATE_VERSION = 1
 _STATE_MARKER = "confbuild-state"
@@ -9914,7 +9927,7 @@ class Job:
     def read(self, grown: Callable[[EventLog], None]) -> None:
         """Read the files of an earlier server, without changing them: record, and log if the job has not ended.
 
-        Raises Malformed if the files are invalid or contradict each other, OSError.
+        Raises OSError, and Malformed if the files are invalid or contradict each other.
         """
         record = JobRecord.parse(read_regular(self.path("job.json"), MIB))
         self.record = record._replace(result=None)  # until the archive is there
@@ -9937,14 +9950,14 @@ class Job:
         self.log = log
 
     def check_result(self, size: int) -> OpenFile:
-        """Return the archive. Raises Malformed unless it has size bytes, OSError."""
+        """Return the archive. Raises OSError, and Malformed unless it has size bytes."""
         file = OpenFile(self.path("result.tar.gz"))
         if file.size != size:
             raise Malformed("result.tar.gz", f"not a regular file of {size} bytes")
         return file
 
     def open_log(self) -> EventLog:
-        """Return the log. Raises Refused 404 if it is damaged, OSError."""
+        """Return the log. Raises OSError, and Refused 404 if it is damaged."""
         if self.log:
             return self.log
         with _refuse_damaged():  # the job has ended
@@ -9954,7 +9967,7 @@ class Job:
         raise Refused(404, "Damaged", (self.record.failure or {}).get("error", "the log of this build has no end"))
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, after job.json. Caller must hold writing.
+        """Change fields of the record: first in job.json, then in memory. Caller must hold writing.
 
         Raises ValueError for a step that JOB_STATES lacks; OSError, and then nothing has changed.
         """
@@ -10001,7 +10014,10 @@ class Job:
             stop()
 
     def run(self, build: Callable[[], str]) -> End:
-        """Run the build. Return its failure, or the result after moving the archive, whose path build returns."""
+        """Run the build and return its failure or, once the archive is in the job's folder, its result.
+
+        build: returns the path of the archive.
+        """
         try:
             with self.writing:
                 self.announce(0)
@@ -10047,7 +10063,7 @@ class Job:
 
 
 def open_result(job: Job) -> OpenFile:
-    """Return the archive. Raises Refused 404 if there is none, OSError."""
+    """Return the archive. Raises OSError, and Refused 404 if there is none."""
     record = job.record
     if record.result is None:
         error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
@@ -10058,7 +10074,7 @@ def open_result(job: Job) -> OpenFile:
 
 
 def open_text(job: Job) -> OpenFile:
-    """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
+    """Return the lines of the build so far: log.txt. Raises OSError, and Refused 404 if the log is damaged."""
     log, path = job.open_log(), job.path("log.txt")
     with job.deriving, _refuse_damaged():
         if not exists(path):
@@ -10209,7 +10225,7 @@ class JobTable:
         return False
 
     def add(self, job: Job) -> None:
-        """Add a job that has not ended."""
+        """Add a job that has not ended, or is damaged."""
         with self._lock:
             self._order[job.id] = _order(job)
             self._used[job.id] = job
@@ -10249,7 +10265,10 @@ class JobTable:
         return ids[ids.index(self.get(after).id) + 1 :] if after else ids
 
     def expire(self, keep_s: float, keep_bytes: float) -> None:
-        """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
+        """Remove jobs that ended more than keep_s ago, and the oldest ones while all have more than keep_bytes.
+
+        Jobs in use stay, and so do those that are damaged or ended less than YOUNG_S ago.
+        """
         live = {job.id for job in self.live()}
         sizes = {
             folder: sum(entry.stat().st_size for entry in os.scandir(folder))
@@ -10331,7 +10350,8 @@ class Jobs:
     """All jobs of a server, and the threads that run them.
 
     run: builds a job and returns the path of its archive, which is moved away; appends to job.log; raises BuildFailed.
-    grown: is called with every log after each append. slots: the number of builds at a time.
+    grown: is called with every log after each append.
+    slots: the number of builds at a time.
     keep_s, keep_bytes: how long and how much of finished builds is kept.
     """
 
@@ -10386,7 +10406,7 @@ class Jobs:
             thread.start()
 
     def check_open(self, key: str = "") -> None:
-        """Raise Refused 409, 429 or 503 if no build can be accepted now, or one with this key is just then."""
+        """Raise Refused 409, 429 or 503 if no build can be accepted now, or one with this key is being accepted."""
         with self._changed:
             if key and key in self._accepting:
                 raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
@@ -10429,12 +10449,12 @@ class Jobs:
         return job
 
     def positions(self) -> dict[Job, int]:
-        """Return the places in the queue."""
+        """Return the place in the queue of each job that waits, from 0."""
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
     def gauges(self) -> dict[str, float]:
-        """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
+        """Return metrics of the jobs. Those of events cover unfinished jobs; the caller adds the counts of others."""
         with self._changed:
             logs = [job.log for job in (*self._running, *self._ending) if job.log]
             return {
@@ -10514,7 +10534,7 @@ class Jobs:
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
-        """Accept no more builds, and park those still running after grace_s seconds. Return whether one has ended."""
+        """Accept no more builds, and park those still running after grace_s seconds. Return whether one ended."""
         with self._changed:
             self.stopping.set()
             self._changed.notify_all()
@@ -16589,7 +16609,7 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
 
 def _require_snp(image: str | None) -> None:
     """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
-    checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image DIR is missing", _IMAGE_HINT)]
+    checks = [*preflight(), Check("--image DIR", "passed" if image else "failed", "", "missing", _IMAGE_HINT)]
     missing = [check for check in checks if check.status != "passed"]
     if not missing:
         return
