@@ -570,8 +570,8 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         a function, such as decode_base64: is called with the value and its place, and its result replaces the value
         a type: int, str, dict or list (True is not an int), or object: any value
         a compiled pattern: text that matches from its first to its last character
-        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "..." or "*", any
-            further keys may follow. So keys that a sender chose must never become keys of a schema
+        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "...", any further
+            keys may follow. So keys that a sender chose must never become keys of a schema
         a list of one schema: an array of any length; of n copies of a schema: an array of n items
         a tuple of schemas: one of these alternatives
         anything else: this value
@@ -597,10 +597,7 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         # The alternative that matches deepest is the one that the writer meant.
         raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
     if isinstance(schema, dict) and isinstance(value, dict):
-        others = dict.fromkeys(value, object) if "*" in schema else {}
-        wanted = others | {
-            k.rstrip("?"): v for k, v in schema.items() if k != "*" and (not k.endswith("?") or k[:-1] in value)
-        }
+        wanted = {k.rstrip("?"): v for k, v in schema.items() if not k.endswith("?") or k[:-1] in value}
         is_open = wanted.pop("...", None) is not None
         arrange = list if ordered else sorted
         if arrange(key for key in value if key in wanted or not is_open) != arrange(wanted):
@@ -2336,13 +2333,13 @@ def _hex_of(size: int) -> re.Pattern[str]:
     return re.compile(f"[0-9A-Fa-f]{{{2 * size}}}")
 
 
-# The members that are read. Intel may add others ("*"), and has done so. Only these versions and ids are accepted: in
+# The members that are read. Intel may add others ("..."), and has done so. Only these versions and ids are accepted: in
 # another version of a document, a member could have another meaning.
-_LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "*": object}
+_LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "...": object}
 _ISVSVN = [{**_LEVEL, "tcb": {"isvsvn": int}}]
-_COMPONENTS = [{"svn": int, "*": object}] * 16
-_WINDOW = {"issueDate": _ISO_TIME, "nextUpdate": _ISO_TIME, "*": object}
-_MODULE = {"mrsigner": _hex_of(48), "attributes": _hex_of(8), "attributesMask": _hex_of(8), "*": object}
+_COMPONENTS = [{"svn": int, "...": object}] * 16
+_WINDOW = {"issueDate": _ISO_TIME, "nextUpdate": _ISO_TIME, "...": object}
+_MODULE = {"mrsigner": _hex_of(48), "attributes": _hex_of(8), "attributesMask": _hex_of(8), "...": object}
 DOCUMENT_SCHEMAS = {
     "tcb_info": {
         **_WINDOW,
@@ -2355,7 +2352,7 @@ DOCUMENT_SCHEMAS = {
         "tcbLevels": [
             {
                 **_LEVEL,
-                "tcb": {"sgxtcbcomponents": _COMPONENTS, "pcesvn": int, "tdxtcbcomponents": _COMPONENTS, "*": object},
+                "tcb": {"sgxtcbcomponents": _COMPONENTS, "pcesvn": int, "tdxtcbcomponents": _COMPONENTS, "...": object},
             }
         ],
     },
@@ -2392,7 +2389,9 @@ def parse_collateral(data: bytes) -> Any:
 
     Raises Malformed.
     """
-    return check_schema(parse_json(data, "collateral"), {**dict.fromkeys(_COLLATERAL, str), "*": object}, "collateral")
+    return check_schema(
+        parse_json(data, "collateral"), {**dict.fromkeys(_COLLATERAL, str), "...": object}, "collateral"
+    )
 
 
 def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> Any:
@@ -2593,7 +2592,7 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
         "event": str,
         "event_payload": str,
         "version?": (1, 2),
-        "*": object,
+        "...": object,
     }
     log = check_schema(parse_json(text.encode("utf-8"), "event_log"), [event], "event_log")
     registers, proven = [bytes(48)] * 4, []
@@ -3483,7 +3482,7 @@ def check_statement(doc: Any) -> Any:
     path = ".predicate.buildDefinition.internalParameters.toolchain"
     # [K] has three toolchains, each with fixed programs. Our own toolchains name whatever programs they used: these
     # names become keys of a schema, so they must not have a special meaning there.
-    names = (name for name in toolchain if WORD.fullmatch(name) and not re.search(r"^(\*|\.\.\.)$|\?$", name))
+    names = (name for name in toolchain if WORD.fullmatch(name) and not re.search(r"^\.\.\.$|\?$", name))
     own = {**dict.fromkeys(names, _PROGRAM), "kettle": _PROGRAM}
     check_schema(toolchain, own if build_type == CONFBUILD_TYPE else tuple(_TOOLS), structure, path, ordered=True)
     if build_type not in OLDER_BUILD_TYPES:
@@ -10068,7 +10067,7 @@ def open_result(job: Job) -> OpenFile:
     if record.result is None:
         error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
         reason = (record.failure or {}).get("error", "it has not ended")
-        raise Refused(404, error_type, f"the build is {record.state}: {reason}")
+        raise Refused(404, error_type, f"the build has no result: {reason}")
     with _refuse_damaged():
         return job.check_result(record.result["size"])
 
@@ -12158,7 +12157,7 @@ class Api(NamedTuple):
         length = int(request.headers["content-length"])
         key = re.sub('^"(.*)"$', r"\1", request.headers.get("idempotency-key", ""))
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
+            raise Refused(413, "PayloadTooLarge", f"the archive has more than {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
         job = self.jobs.table.find(key)
