@@ -32,7 +32,7 @@ about the VM that ran the build, with the digest of provenance.json and the nonc
 What PASSED means
 
 Every required check passed and no check failed. Three things require checks: the kind of hardware, the bundle, and each
-option that the caller gives. Together they say:
+option that the caller gives (but --crl, --vek and --collateral only supply documents). Together they say:
 
     - The files in artifacts/ are exactly the subjects of provenance.json, with the same digests.
     - evidence.json contains the digest of this provenance.json.
@@ -54,7 +54,7 @@ What PASSED does not mean
       operating system can claim any --compose-hash. On Azure, without these options, PASSED does not even say that a VM
       signed the digest: anybody can get a report that names a key of their own, which they keep outside of any VM.
     - Without --nonce the evidence may be old.
-    - Without --crl, or --collateral for TDX, the key may have been revoked.
+    - Without --crl and --require-crl, or --collateral for TDX, the key may have been revoked.
     - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
     - Without --source, --source-commit or --source-tree any source may have been built.
     - It never says that the source is harmless.
@@ -708,7 +708,7 @@ class Verdict(NamedTuple):
 
     verdict: "passed", "failed", or "simulated": nothing failed, but no hardware signed the evidence.
     claims: values from the evidence, as trustworthy as the verdict.
-    checks: every comparison, also those that were not asked for ("not checked").
+    checks: every comparison, including those that were not asked for ("not checked").
     """
 
     verdict: str
@@ -1572,7 +1572,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     """Parse an X.509 certificate, version 3.  [RFC5280 4.1]
 
     structure: names the certificate in errors.
-    Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
+    Raises Malformed, even if only the key or the signature algorithm is not one of AMD's or Intel's.
     """
     # Every field is parsed, even if no check uses it: signed bytes that nobody understands must not be skipped.
     tbs, der, signature, algorithm = _parse_signed(data, structure)
@@ -2839,7 +2839,7 @@ def parse_firmware(data: bytes) -> Firmware:
         whole = length and (gpa | length) % PAGE_SIZE == 0
         _require_form(whole, f"section of {length:#x} bytes at {gpa:#x}, expected whole pages")
     total = sum(length for _, length, _ in sections)
-    _require_form(total <= MAX_SECTIONS, f"sections of more than {MAX_SECTIONS} bytes in sum")
+    _require_form(total <= MAX_SECTIONS, f"sections of more than {MAX_SECTIONS} bytes in total")
     return Firmware(data, sections, area, area_size, reset_eip)
 
 
@@ -3385,7 +3385,7 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
 # any section and thread may call them.
 #
 # The schema refuses unknown keys. Hardware has signed the digest of the whole file, so readers will believe everything
-# in it, also a key that this verifier never looked at.
+# in it, even a key that this verifier never looked at.
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, by SHA-1 or SHA-256
@@ -3883,7 +3883,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
         checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
-        if report.version < 3:  # such a report has no CPUID: the issuer tells the product
+        if report.version < 3:  # such a report has no CPUID: the issuer identifies the product
             issuers = {anchor.subject: name for name in known for anchor in checks.anchors[name].values()}
             product = issuers.get(vek.issuer, "")
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
@@ -4659,7 +4659,7 @@ def verify_bundle(
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
-# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.
+# (prctl(2)), so orphans, even those in sessions of their own, become its children and are found in /proc.
 
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
@@ -5587,7 +5587,7 @@ def walk_files(root: str, folder: str = "") -> list[str]:
 
 @functools.cache
 def own_source() -> bytes:
-    """Return the bytes of this file, also if it is inside a zipapp."""
+    """Return the bytes of this file, even if it is inside a zipapp."""
     if isfile(__file__):
         with open(__file__, "rb") as f:
             return f.read()
@@ -18307,7 +18307,7 @@ COMMANDS = (
             ("--require-crl", "fail without --crl of the right key that is valid now"),
             (
                 "--vek FILE",
-                "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
+                "VCEK or VLEK, if the evidence has none: DER, PEM (with or without its chain), or a certificate table",
                 _der,
             ),
             ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON", _contents),

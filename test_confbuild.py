@@ -5349,8 +5349,11 @@ class TestLaunchDigest:
                 "section of 0x1001 bytes at 0x800000, expected whole pages",
             ),
             (toy_firmware(sections=[(0x800000, 0, 1)]), "section of 0x0 bytes at 0x800000, expected whole pages"),
-            (toy_firmware(sections=[(0, 0x1000, 1), (0, 0x1000000, 1)]), "sections of more than 16777216 bytes in sum"),
-            (toy_firmware(sections=[(0, 0xFFFFF000, 1)]), "sections of more than 16777216 bytes in sum"),
+            (
+                toy_firmware(sections=[(0, 0x1000, 1), (0, 0x1000000, 1)]),
+                "sections of more than 16777216 bytes in total",
+            ),
+            (toy_firmware(sections=[(0, 0xFFFFF000, 1)]), "sections of more than 16777216 bytes in total"),
         ],
         ids=short_id,
     )
