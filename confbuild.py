@@ -2846,6 +2846,7 @@ def parse_firmware(data: bytes) -> Firmware:
 def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
     """Return the hashes that QEMU computes for `-kernel`, `-initrd` and `-append`.
 
+    kernel_sha256, initrd_sha256: 32 bytes each.
     initrd_sha256, append: None if the option is absent.
     append: bytes that are not UTF-8 are surrogates, as in sys.argv.
     Raises Malformed if append cannot be a command line.  [QEMU target/i386/sev.c, build_kernel_loader_hashes]
@@ -3320,7 +3321,7 @@ def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
 
 
 def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
-    """Raise Malformed unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
+    """Raise Malformed unless the disk has this root hash, and return how many bytes its tree covers.  [VERITY]
 
     read: called with an offset and a size; returns that many bytes, or fewer at the end of the disk.
     root_hash: 64 lower-case digits.
@@ -4037,6 +4038,7 @@ def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | No
 def _check_chain(checks: _Checks, title: str, pem: str, length: int) -> list[Certificate]:
     """Check that certificates lead to Intel's root and are valid now.
 
+    length: how many there must be, including the root.
     Return them, the root last, or [] if they have another form.
     """
     chain: list[Certificate] = checks.attempt(f"{title} form", parse_pem_chain, pem, length, title) or []
@@ -4696,7 +4698,9 @@ def system_call(name: str, *arguments: Any, label: str = "") -> int:
 
 
 def mount(kind: str, target: str, flags: int, options: str, source: str = "none") -> None:
-    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError."""
+    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError.
+
+    flags, options, source: as for mount(2); the options are its data."""
     os.makedirs(target, exist_ok=True)
     arguments = os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
     system_call("mount", *arguments, label=f"mount {target}")
@@ -5565,6 +5569,7 @@ def remove_workspace(path: str) -> None:
 def walk_files(root: str, folder: str = "") -> list[str]:
     """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
 
+    folder: the folder of root to begin in.
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
     with suppress(PermissionError):
@@ -9280,7 +9285,7 @@ class EventLog:
         return length
 
     def append(self, payloads: Payloads) -> None:
-        """Append events.  Raises OSError; the log is then unchanged."""
+        """Append events.  Raises OSError, and then the log is unchanged; ValueError if the log is complete."""
         if not payloads.parts:
             return
         before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
@@ -9373,7 +9378,7 @@ class EventLog:
 
 KEEPALIVE_S = 15.0  # silence before a comment [CONTRACT 1.7]
 STALL_S = 60.0  # until a client that reads nothing is disconnected [CONTRACT 1.7]
-READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, which would be imported for them
+READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, without importing selectors for them
 _SMALL = 64 * KIB
 # The bytes that one watcher gets before the next one's turn.  A single watcher gets many, for few system calls; several
 # get fewer, so that all of them get a range of the log while it is in the processor's cache (8 readers: 1.3 times the
@@ -9710,7 +9715,7 @@ class Streamer:
 # region 33. Jobs                                  [uses 18, 21, 23, 30, 31, 32]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
-# accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
+# accepted; source, the uploaded archive; events, the log; and finally result.tar.gz.  A job has ended if its log has
 # a `complete`; job.json holds the rest.  If the files of a job are invalid or contradict each other, the job is
 # "damaged": it is listed, its files are left alone, and no other job is affected.  Any thread may call Job and Jobs.
 #
@@ -9728,7 +9733,7 @@ _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_SEQ = 10**18  # jobs with this number are ordered by their times
 BUSY = {"Retry-After": "10"}
-SYNC_S = 5.0  # time between two looks at logs that a crash of the machine could lose, and at builds to remove
+SYNC_S = 5.0  # time between two syncs of the logs of running builds; every 12th time, builds are removed
 YOUNG_S = 60.0  # time that a finished build is kept in any case, for those who waited for it
 RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
 ANNOUNCE_S = 1.0  # minimum time between two positions that a job announces
@@ -10047,7 +10052,7 @@ class Job:
         changes: dict[str, Any] = {"state": "ok", "failure": None, "result": end}
         if isinstance(end, BuildFailed):
             changes = {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
-            if end.error_type == "Parked":  # the next server runs it again, at no cost
+            if end.error_type == "Parked":  # the next server runs it again; this attempt does not count
                 self.update(state="queued", attempts=self.record.attempts - 1)
                 return
         log = self.live_log()
@@ -10077,7 +10082,7 @@ def open_text(job: Job) -> OpenFile:
     log, path = job.open_log(), job.path("log.txt")
     with job.deriving, _refuse_damaged():
         if not exists(path):
-            whole = log.finished  # before its size
+            whole = log.finished  # read before size: a finished log has its final size
             at, job.converted = job.converted, 0  # if this fails, the next request begins the file anew
             with open(path + ".tmp", "ab" if at else "wb") as f:  # "wb": an earlier server has begun it
                 while at < log.size:
@@ -10236,7 +10241,7 @@ class JobTable:
             self._live.remove(job)
 
     def get(self, job_id: str) -> Job:
-        """Return the job with this id, the same object for all who use it. Raises Refused 404."""
+        """Return the job with this id, one object for all who use it. Raises Refused 404, or 410 if it was removed."""
         with self._lock:
             job = self._used.get(job_id)
             known = job_id in self._order
