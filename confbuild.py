@@ -2846,8 +2846,7 @@ def parse_firmware(data: bytes) -> Firmware:
 def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
     """Return the hashes that QEMU computes for `-kernel`, `-initrd` and `-append`.
 
-    kernel_sha256, initrd_sha256: 32 bytes each.
-    initrd_sha256, append: None if the option is absent.
+    kernel_sha256, initrd_sha256: 32 bytes each; initrd_sha256 and append are None if the option is absent.
     append: bytes that are not UTF-8 are surrogates, as in sys.argv.
     Raises Malformed if append cannot be a command line.  [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
