@@ -32,7 +32,7 @@ about the VM that ran the build, with the digest of provenance.json and the nonc
 What PASSED means
 
 Every required check passed and no check failed. Three things require checks: the kind of hardware, the bundle, and each
-option that the caller gives. Together they say:
+option that the caller gives (but --crl, --vek and --collateral only supply documents). Together they say:
 
     - The files in artifacts/ are exactly the subjects of provenance.json, with the same digests.
     - evidence.json contains the digest of this provenance.json.
@@ -54,7 +54,7 @@ What PASSED does not mean
       operating system can claim any --compose-hash. On Azure, without these options, PASSED does not even say that a VM
       signed the digest: anybody can get a report that names a key of their own, which they keep outside of any VM.
     - Without --nonce the evidence may be old.
-    - Without --crl, or --collateral for TDX, the key may have been revoked.
+    - Without --crl and --require-crl, or --collateral for TDX, the key may have been revoked.
     - Without --min-tcb for SEV-SNP, or --collateral for TDX, the firmware may have known vulnerabilities.
     - Without --source, --source-commit or --source-tree any source may have been built.
     - It never says that the source is harmless.
@@ -570,8 +570,8 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         a function, such as decode_base64: is called with the value and its place, and its result replaces the value
         a type: int, str, dict or list (True is not an int), or object: any value
         a compiled pattern: text that matches from its first to its last character
-        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "..." or "*", any
-            further keys may follow. So keys that a sender chose must never become keys of a schema
+        a dict: an object with exactly these keys; a key that ends with "?" is optional; with the key "...", any further
+            keys may follow. So keys that a sender chose must never become keys of a schema
         a list of one schema: an array of any length; of n copies of a schema: an array of n items
         a tuple of schemas: one of these alternatives
         anything else: this value
@@ -597,10 +597,7 @@ def check_schema(value: Any, schema: Any, structure: str, path: str = "", ordere
         # The alternative that matches deepest is the one that the writer meant.
         raise max(errors, key=lambda e: str(e)[len(structure) + 2 :].partition(":")[0].count(".")) from None
     if isinstance(schema, dict) and isinstance(value, dict):
-        others = dict.fromkeys(value, object) if "*" in schema else {}
-        wanted = others | {
-            k.rstrip("?"): v for k, v in schema.items() if k != "*" and (not k.endswith("?") or k[:-1] in value)
-        }
+        wanted = {k.rstrip("?"): v for k, v in schema.items() if not k.endswith("?") or k[:-1] in value}
         is_open = wanted.pop("...", None) is not None
         arrange = list if ordered else sorted
         if arrange(key for key in value if key in wanted or not is_open) != arrange(wanted):
@@ -711,7 +708,7 @@ class Verdict(NamedTuple):
 
     verdict: "passed", "failed", or "simulated": nothing failed, but no hardware signed the evidence.
     claims: values from the evidence, as trustworthy as the verdict.
-    checks: every comparison, also those that were not asked for ("not checked").
+    checks: every comparison, including those that were not asked for ("not checked").
     """
 
     verdict: str
@@ -1575,7 +1572,7 @@ def parse_certificate(data: bytes, structure: str) -> Certificate:
     """Parse an X.509 certificate, version 3.  [RFC5280 4.1]
 
     structure: names the certificate in errors.
-    Raises Malformed, also if the key or the signature algorithm is not one of AMD's or Intel's.
+    Raises Malformed, even if only the key or the signature algorithm is not one of AMD's or Intel's.
     """
     # Every field is parsed, even if no check uses it: signed bytes that nobody understands must not be skipped.
     tbs, der, signature, algorithm = _parse_signed(data, structure)
@@ -1935,6 +1932,7 @@ def simulated_report(report_data: bytes, measurement: bytes) -> bytes:
 
     report_data: 64 bytes.
     measurement: 48 bytes.
+    Raises ValueError if one has another length.
     """
     if (len(report_data), len(measurement)) != (64, 48):  # struct would cut or extend them
         raise ValueError("expected report_data of 64 bytes and measurement of 48 bytes")
@@ -1945,6 +1943,7 @@ def tcb_levels(product: str, tcb: bytes) -> dict[str, int]:
     """Return the security patch levels in a TCB_VERSION.  [SNP-ABI 2.2]
 
     product: a key of TCB_LAYOUTS.
+    tcb: 8 bytes.
     """
     return {name: tcb[offset] for name, offset in TCB_LAYOUTS[product].items()}
 
@@ -1983,7 +1982,10 @@ def tcb_text(levels: Mapping[str, int]) -> str:
 
 
 def vek_url(report: Report, product: str) -> str:
-    """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]"""
+    """Return the URL of the report's VCEK at AMD's key distribution service.  [VCEK 4.1]
+
+    product: a key of TCB_LAYOUTS.
+    """
     short = {"bootloader": "bl", "microcode": "ucode"}  # the others keep their names in the URL
     query = "&".join(
         f"{short.get(name, name)}SPL={level:02d}" for name, level in tcb_levels(product, report.reported_tcb).items()
@@ -2064,7 +2066,7 @@ def parse_hcl_report(data: bytes, expected: int = HCL_SNP) -> HclReport:
         (request, header_version, hash_type) == (HCL_REQUEST, 1, 1), "unknown request, header version or hash type"
     )
     r.require(not any(reserved), "reserved bytes are not zero")
-    r.require(not any(tail), "bytes after the runtime data")
+    r.require(not any(tail), "bytes after the runtime data are not zero")
     # The hash in the hardware report covers the JSON without the NULs that may end it.
     return HclReport(attestation_report, content.rstrip(b"\x00"))
 
@@ -2230,7 +2232,7 @@ def parse_td_quote(data: bytes) -> TdQuote:
     fields[10] = tuple(registers[i : i + 48] for i in range(0, 192, 48))
     signed = data[: r.at]
     inside = Reader(r.take(*r.unpack("<I")), "TDX quote")
-    r.require(not any(data[r.at :]), "bytes after its end")
+    r.require(not any(data[r.at :]), "bytes after its end are not zero")
     signatures = inside.unpack("<64s64s")
     inside = certification(inside, _QE_CERTIFICATION)
     *report, size = inside.unpack("<384s64sH")
@@ -2251,7 +2253,10 @@ def verify_raw(key: PublicKey, message: bytes, signature: bytes) -> None:
 
 
 def raw_pair(data: bytes) -> tuple[int, int]:
-    """Return the two numbers of 32 bytes each in a signature or a public key."""
+    """Return the two big-endian numbers of 32 bytes each in a signature or a public key.
+
+    Raises BadSignature unless data has 64 bytes.
+    """
     # If bytes could follow s, one signature would have several encodings.
     if len(data) != 64:
         raise BadSignature(f"the signature has {len(data)} bytes, expected 64")
@@ -2328,13 +2333,13 @@ def _hex_of(size: int) -> re.Pattern[str]:
     return re.compile(f"[0-9A-Fa-f]{{{2 * size}}}")
 
 
-# The members that are read. Intel may add others ("*"), and has done so. Only these versions and ids are accepted: in
+# The members that are read. Intel may add others ("..."), and has done so. Only these versions and ids are accepted: in
 # another version of a document, a member could have another meaning.
-_LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "*": object}
+_LEVEL = {"tcbDate": _ISO_TIME, "tcbStatus": TCB_STATUSES, "advisoryIDs?": [str], "...": object}
 _ISVSVN = [{**_LEVEL, "tcb": {"isvsvn": int}}]
-_COMPONENTS = [{"svn": int, "*": object}] * 16
-_WINDOW = {"issueDate": _ISO_TIME, "nextUpdate": _ISO_TIME, "*": object}
-_MODULE = {"mrsigner": _hex_of(48), "attributes": _hex_of(8), "attributesMask": _hex_of(8), "*": object}
+_COMPONENTS = [{"svn": int, "...": object}] * 16
+_WINDOW = {"issueDate": _ISO_TIME, "nextUpdate": _ISO_TIME, "...": object}
+_MODULE = {"mrsigner": _hex_of(48), "attributes": _hex_of(8), "attributesMask": _hex_of(8), "...": object}
 DOCUMENT_SCHEMAS = {
     "tcb_info": {
         **_WINDOW,
@@ -2347,7 +2352,7 @@ DOCUMENT_SCHEMAS = {
         "tcbLevels": [
             {
                 **_LEVEL,
-                "tcb": {"sgxtcbcomponents": _COMPONENTS, "pcesvn": int, "tdxtcbcomponents": _COMPONENTS, "*": object},
+                "tcb": {"sgxtcbcomponents": _COMPONENTS, "pcesvn": int, "tdxtcbcomponents": _COMPONENTS, "...": object},
             }
         ],
     },
@@ -2384,7 +2389,9 @@ def parse_collateral(data: bytes) -> Any:
 
     Raises Malformed.
     """
-    return check_schema(parse_json(data, "collateral"), {**dict.fromkeys(_COLLATERAL, str), "*": object}, "collateral")
+    return check_schema(
+        parse_json(data, "collateral"), {**dict.fromkeys(_COLLATERAL, str), "...": object}, "collateral"
+    )
 
 
 def verify_document(name: str, text: str, signature: str, signer: PublicKey) -> Any:
@@ -2585,7 +2592,7 @@ def replay_dstack(text: str) -> tuple[list[bytes], list[tuple[str, str]]]:
         "event": str,
         "event_payload": str,
         "version?": (1, 2),
-        "*": object,
+        "...": object,
     }
     log = check_schema(parse_json(text.encode("utf-8"), "event_log"), [event], "event_log")
     registers, proven = [bytes(48)] * 4, []
@@ -2832,14 +2839,14 @@ def parse_firmware(data: bytes) -> Firmware:
         whole = length and (gpa | length) % PAGE_SIZE == 0
         _require_form(whole, f"section of {length:#x} bytes at {gpa:#x}, expected whole pages")
     total = sum(length for _, length, _ in sections)
-    _require_form(total <= MAX_SECTIONS, f"sections of more than {MAX_SECTIONS} bytes in sum")
+    _require_form(total <= MAX_SECTIONS, f"sections of more than {MAX_SECTIONS} bytes in total")
     return Firmware(data, sections, area, area_size, reset_eip)
 
 
 def boot_hashes(kernel_sha256: bytes, initrd_sha256: bytes | None, append: str | None) -> BootHashes:
     """Return the hashes that QEMU computes for `-kernel`, `-initrd` and `-append`.
 
-    initrd_sha256, append: None if the option is absent.
+    kernel_sha256, initrd_sha256: 32 bytes each; initrd_sha256 and append are None if the option is absent.
     append: bytes that are not UTF-8 are surrogates, as in sys.argv.
     Raises Malformed if append cannot be a command line.  [QEMU target/i386/sev.c, build_kernel_loader_hashes]
     """
@@ -3098,7 +3105,7 @@ def _igvm_headers(data: bytes) -> Iterator[tuple[int, tuple[Any, ...], memoryvie
     _require_igvm(total == len(data), f"{len(data)} bytes, its header says {total}")
     end = start + size
     inside = reader.at <= start and start % 8 == 0 and end < total and size <= MAX_IGVM_HEADERS
-    _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data behind them")
+    _require_igvm(inside, f"it cannot have {size} bytes of headers at {start:#x} and data after them")
     # The field itself counts as zero.
     actual = binascii.crc32(data[:20] + bytes(4) + data[24 : reader.at] + data[start:end])
     _require_igvm(actual == checksum, f"CRC-32 {actual:#010x}, its header says {checksum:#010x}")
@@ -3140,7 +3147,7 @@ def _snp_steps(data: bytes) -> Iterator[tuple[Step, tuple[int, ...]]]:
             mask, vtl, platform, version, boundary = fields
             known = vtl in (0, 2) and platform <= _SEV_ES and version == 1 and (platform > 1 or not boundary)
             once = mask.bit_count() == 1 and platform not in masks
-            _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or not the first")
+            _require_igvm(known and once, f"platform of type {platform}, mask {mask:#x}: unknown, or given twice")
             masks[platform] = mask
         elif kind == 0x301:
             size, index, _ = fields
@@ -3194,7 +3201,7 @@ def parse_igvm(data: bytes) -> tuple[list[Step], dict[int, memoryview]]:
             vmsa[0x0D1] |= 0x10  # KVM sets EFER.SVME, CR4.MCE and bit 1 of RFLAGS; see VMSA_FIELDS
             vmsa[0x148] |= 0x40
             vmsa[0x170] |= 2
-            _require_igvm(key[0] not in vmsas and key[0] < MAX_VCPUS, f"{name}: not the first, or beyond KVM's limit")
+            _require_igvm(key[0] not in vmsas and key[0] < MAX_VCPUS, f"{name}: given twice, or beyond KVM's limit")
             vmsas[key[0]] = step._replace(data=bytes(vmsa))
             continue
         pages = range(gpa, gpa + size, PAGE_SIZE)
@@ -3246,7 +3253,7 @@ def kernel_command_line(measured: Mapping[int, memoryview]) -> str:
     raw = reader.take(size)
     # The kernel's stub reads only the first VirtualSize bytes; other readers take all.
     text = raw[:virtual_size].rstrip(b"\0\n")
-    require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text behind its end")
+    require(not any(raw[virtual_size:]) and 0 not in text, "section .cmdline has more text after its end")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as e:
@@ -3313,7 +3320,7 @@ def _partitions(take: Callable[[int, int], bytes]) -> list[tuple[int, int]]:
 
 
 def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
-    """Raise Malformed unless the disk has this root hash, and return the number of bytes that it covers.  [VERITY]
+    """Raise Malformed unless the disk has this root hash, and return how many bytes its tree covers.  [VERITY]
 
     read: called with an offset and a size; returns that many bytes, or fewer at the end of the disk.
     root_hash: 64 lower-case digits.
@@ -3378,7 +3385,7 @@ def verify_disk(read: Callable[[int, int], bytes], root_hash: str) -> int:
 # any section and thread may call them.
 #
 # The schema refuses unknown keys. Hardware has signed the digest of the whole file, so readers will believe everything
-# in it, also a key that this verifier never looked at.
+# in it, even a key that this verifier never looked at.
 
 _HEX40, _HEX64 = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a git object, by SHA-1 or SHA-256
@@ -3475,7 +3482,7 @@ def check_statement(doc: Any) -> Any:
     path = ".predicate.buildDefinition.internalParameters.toolchain"
     # [K] has three toolchains, each with fixed programs. Our own toolchains name whatever programs they used: these
     # names become keys of a schema, so they must not have a special meaning there.
-    names = (name for name in toolchain if WORD.fullmatch(name) and not re.search(r"^(\*|\.\.\.)$|\?$", name))
+    names = (name for name in toolchain if WORD.fullmatch(name) and not re.search(r"^\.\.\.$|\?$", name))
     own = {**dict.fromkeys(names, _PROGRAM), "kettle": _PROGRAM}
     check_schema(toolchain, own if build_type == CONFBUILD_TYPE else tuple(_TOOLS), structure, path, ordered=True)
     if build_type not in OLDER_BUILD_TYPES:
@@ -3876,7 +3883,7 @@ def _check_report(checks: _Checks, report: Report, certificate: bytes | None, ol
         subject = dict(vek.subject).get("CN", "none")
         holds = subject == f"SEV-{kind}" and kind in SIGNING_KEYS.values()
         checks.hold("signing key", holds, f"SEV-{kind}", subject, "bits 4:2 of the flags, and the certificate's name")
-        if report.version < 3:  # such a report has no CPUID: the issuer tells the product
+        if report.version < 3:  # such a report has no CPUID: the issuer identifies the product
             issuers = {anchor.subject: name for name in known for anchor in checks.anchors[name].values()}
             product = issuers.get(vek.issuer, "")
     detail = "this version of confbuild cannot verify reports of Venice" if product == "Venice" else ""
@@ -4030,6 +4037,7 @@ def _check_tpm(checks: _Checks, evidence: Any, report_data: bytes) -> bytes | No
 def _check_chain(checks: _Checks, title: str, pem: str, length: int) -> list[Certificate]:
     """Check that certificates lead to Intel's root and are valid now.
 
+    length: how many there must be, including the root.
     Return them, the root last, or [] if they have another form.
     """
     chain: list[Certificate] = checks.attempt(f"{title} form", parse_pem_chain, pem, length, title) or []
@@ -4652,7 +4660,7 @@ def verify_bundle(
 # ==============================================================================
 # Finds, starts and kills processes, and splits their output into lines.  Programs that the source can influence are
 # untrusted: only a Launcher starts them.  Whatever they start stays reachable: this process is a child subreaper
-# (prctl(2)), so orphans, also those in sessions of their own, become its children and are found in /proc.
+# (prctl(2)), so orphans, even those in sessions of their own, become its children and are found in /proc.
 
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36  # linux/prctl.h
 
@@ -4689,7 +4697,9 @@ def system_call(name: str, *arguments: Any, label: str = "") -> int:
 
 
 def mount(kind: str, target: str, flags: int, options: str, source: str = "none") -> None:
-    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError."""
+    """Mount a file system of type kind on target, which is made if it is absent. Raises OSError.
+
+    flags, options, source: as for mount(2); the options are its data."""
     os.makedirs(target, exist_ok=True)
     arguments = os.fsencode(source), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), options.encode()
     system_call("mount", *arguments, label=f"mount {target}")
@@ -4822,9 +4832,10 @@ class LineSplitter:
 # ==============================================================================
 # region 19. Sandbox                                                   [uses 18]
 # ==============================================================================
-# Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service:
+# Restricts the untrusted programs of a build in a simulated VM, which run as the user of the service ("both": Landlock
+# and seccomp):
 #
-# files     Landlock   programs read the system and the toolchain, and write in the workspace; truncate(2) takes ABI 3
+# files     Landlock   programs read the system and the toolchain, and write in the workspace; truncate(2) needs ABI 3
 # ports     both       the port of the service is closed; seccomp refuses MPTCP, SMC and TCP Fast Open: they bypass it
 # signals   both       only the build's own processes are reached; seccomp refuses prlimit(2): RLIMIT_CPU sends a signal
 # sockets   both       no Unix sockets, as Docker and systemd obey clients: Landlock for abstract ones, seccomp for all
@@ -4937,7 +4948,9 @@ def _add_path(ruleset: int, path: str, rights: int) -> None:
 def close_port(closed: int) -> int:
     """Create a ruleset that keeps programs from connecting to one TCP port, or listening on it, on every address.
 
-    It takes 0.1 s: rules can only allow, so every other port gets a rule. Raises OSError."""
+    closed: the port.
+    Return the descriptor of the ruleset. It takes 0.1 s: rules can only allow, so every other port gets a rule.
+    Raises OSError."""
     ruleset, rule = _create_ruleset(1 << 13, 0b11, 0), (ctypes.c_uint64 * 2)(0b11)
     _add_path(ruleset, "/", 1 << 13)  # every layer refuses moves between folders unless it allows them (refer 13)
     # PyDLL keeps the interpreter's lock: these 65,535 calls never wait.
@@ -5263,10 +5276,10 @@ def _run_to_end(
     merged: bool = False,
     watch: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run argv and return its exit status.
+    """Run argv and return its exit status, which is negative if a signal ended it.
 
     take: called with (0, block of stdout) or (1, block of stderr) until both are closed. If other processes still hold
-        one PIPE_GRACE_S after the end of the program, the last block is empty.
+        one of them PIPE_GRACE_S after the end of the program, the last block is empty.
     merged: stderr goes where stdout goes.
     watch: called a few times per second.
     If take or watch raises, the program is killed."""
@@ -5318,12 +5331,14 @@ def capture(
     watch: Callable[[], None] = lambda: None,
     what: str = "",
 ) -> tuple[int, bytes, str]:
-    """Run argv and return (exit status, stdout, the end of stderr).
+    """Run argv and return (exit status, stdout, the last 4 KiB of stderr).
 
+    The exit status is negative if a signal ended the program.
+    max_bytes: of stdout and stderr together.
     untrusted: the source can influence the program.
     watch: called a few times per second; if it raises, the program is killed.
-    what: names it in errors; its path by default.
-    Raises BuildFailed LimitError if it prints more than max_bytes."""
+    what: names the program in errors; its path by default.
+    Raises OSError if it cannot be started, BuildFailed LimitError if it prints more than max_bytes."""
     texts, size = [bytearray(), bytearray()], 0
 
     def take(index: int, block: bytes) -> None:
@@ -5389,7 +5404,7 @@ def file_sha256(path: str) -> str:
 
 
 def read_limited(path: str, limit: int) -> bytes:
-    """Return the contents of a file. Raises UsageError if it has more than limit bytes, OSError."""
+    """Return the contents of a file. Raises OSError, and UsageError if it has more than limit bytes."""
     with open(path, "rb") as f:
         data = f.read(limit + 1)
     if len(data) > limit:
@@ -5398,14 +5413,14 @@ def read_limited(path: str, limit: int) -> bytes:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace the contents of path by data. Make its folder if it is missing."""
+    """Replace the contents of path with data. Make its folder if it is missing."""
     os.makedirs(dirname(path), exist_ok=True)
     with open(path, "wb") as f:
         f.write(data)
 
 
 def write_durably(path: str, data: bytes) -> None:
-    """Replace the contents of path by data, durably: a crash leaves either the old contents or the new."""
+    """Replace the contents of path with data, durably: a crash leaves either the old contents or the new."""
     with open(path + ".tmp", "wb") as f:
         f.write(data)
         f.flush()
@@ -5553,6 +5568,7 @@ def remove_workspace(path: str) -> None:
 def walk_files(root: str, folder: str = "") -> list[str]:
     """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
 
+    folder: the folder of root to begin in.
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
     with suppress(PermissionError):
@@ -5575,7 +5591,7 @@ def walk_files(root: str, folder: str = "") -> list[str]:
 
 @functools.cache
 def own_source() -> bytes:
-    """Return the bytes of this file, also if it is inside a zipapp."""
+    """Return the bytes of this file, even if it is inside a zipapp."""
     if isfile(__file__):
         with open(__file__, "rb") as f:
             return f.read()
@@ -5606,7 +5622,7 @@ def own_program() -> list[str]:
 
 
 def reexec_without_ast() -> None:
-    """Replace this process by one that runs this file's compiled code, if it was started as `python FILE ...`.
+    """Replace this process with one that runs this file's compiled code, if it was started as `python FILE ...`.
 
     Python would keep the syntax tree of FILE, 10 MB, as long as the process lives."""
     options = len(sys.orig_argv) - len(sys.argv)
@@ -6543,7 +6559,7 @@ class Checkout(NamedTuple):
 def believe_history(project: str, env: Strings, prefix: str = "") -> History:
     """Return the history in project's own `.git` if the tree of its HEAD is that of project's files. [CONTRACT 3.4]
 
-    Replace `.git` by a repository of our own with that commit and nothing else.
+    Replace `.git` with a repository of our own with that commit and nothing else.
     prefix: of the paths of submodules.
     The commit is hashed here. A submodule is an empty folder, or has a history of its own that can be believed.
     The files that archives never contain (IGNORED) may be missing.
@@ -9245,11 +9261,11 @@ def find_log_end(fd: int, size: int) -> tuple[int, int, bool]:
 class EventLog:
     """The log of one job, in the file at path.
 
-    A torn frame at the end is cut off by the first append.  A crash of the machine can replace bytes by zeros; the log
-    of an unfinished job then ends before them.
+    A torn frame at the end is cut off by the first append.  A crash of the machine can replace bytes with zeros; the
+    log of an unfinished job then ends before them.
     on_append: called with the log after each append, by the thread that appended.
     flags: of open(2); by default a missing file is created.
-    Raises Malformed if the file is not a log, OSError.
+    Raises OSError, and Malformed if the file is not a log.
 
     size, count and finished are written under _lock, in this order; a reader may read them without it.
     phases: the first event of each phase that this object appended -> its time, in seconds since 1970.
@@ -9287,7 +9303,7 @@ class EventLog:
         return length
 
     def append(self, payloads: Payloads) -> None:
-        """Append events.  Raises OSError; the log is then unchanged."""
+        """Append events.  Raises OSError, and then the log is unchanged; ValueError if the log is complete."""
         if not payloads.parts:
             return
         before, after = "\ndata: " + payloads.before, payloads.after + "\n\n"
@@ -9380,7 +9396,7 @@ class EventLog:
 
 KEEPALIVE_S = 15.0  # silence before a comment [CONTRACT 1.7]
 STALL_S = 60.0  # until a client that reads nothing is disconnected [CONTRACT 1.7]
-READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, which would be imported for them
+READ, WRITE = 1, 2  # selectors.EVENT_READ and EVENT_WRITE, without importing selectors for them
 _SMALL = 64 * KIB
 # The bytes that one watcher gets before the next one's turn.  A single watcher gets many, for few system calls; several
 # get fewer, so that all of them get a range of the log while it is in the processor's cache (8 readers: 1.3 times the
@@ -9438,7 +9454,7 @@ class WakeableSelector:
             yield self._notes.popleft()
 
     def set_mask(self, end: Any, mask: int) -> None:
-        """Wait for the events in mask of end.sock from now on; 0 means for none."""
+        """From now on, wait for the events in mask on end.sock; 0 is none."""
         if mask == end.mask:
             return
         if end.mask:
@@ -9469,7 +9485,7 @@ class OpenFile:
         self.size = os.fstat(self.fd).st_size
 
     def offset_of(self, count: int) -> int:
-        """Return count."""
+        """Return count: here, events are bytes."""
         return count
 
 
@@ -9717,7 +9733,7 @@ class Streamer:
 # region 33. Jobs                                  [uses 18, 21, 23, 30, 31, 32]
 # ==============================================================================
 # The jobs of a server, and their files [CONTRACT 1.15]: jobs/<id>/ holds job.json, written durably before the job is
-# accepted; source, the uploaded archive; events, the log; and in the end result.tar.gz.  A job has ended if its log has
+# accepted; source, the uploaded archive; events, the log; and finally result.tar.gz.  A job has ended if its log has
 # a `complete`; job.json holds the rest.  If the files of a job are invalid or contradict each other, the job is
 # "damaged": it is listed, its files are left alone, and no other job is affected.  Any thread may call Job and Jobs.
 #
@@ -9726,16 +9742,16 @@ class Streamer:
 # EventLog's lock; JobTable._lock last.  Memory holds only the order of the jobs that have ended, so that a state of any
 # size costs little.
 #
-# Threads "slot N", started by Jobs.start: each runs one job at a time.  Thread "queue", started by Jobs.start: it
-# announces positions, and completes jobs that a full disk has kept from ending.  All end by Jobs.stop and survive any
-# exception.
+# Threads, which Jobs.start starts and Jobs.stop ends; they survive any exception.  "slot N": runs one job at a time.
+# "queue": announces positions, and completes jobs that a full disk has kept from ending.  "keeper": syncs logs, and
+# removes finished builds that are not kept.
 
 STATE_VERSION = 1
 _STATE_MARKER = "confbuild-state"
 _JOB_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_SEQ = 10**18  # jobs with this number are ordered by their times
 BUSY = {"Retry-After": "10"}
-SYNC_S = 5.0  # time between two looks at logs that a crash of the machine could lose, and at builds to remove
+SYNC_S = 5.0  # time between two syncs of the logs of running builds; every 12th time, builds are removed
 YOUNG_S = 60.0  # time that a finished build is kept in any case, for those who waited for it
 RETRY_S = 5.0  # time until a job that could not end, because the disk is full, tries again
 ANNOUNCE_S = 1.0  # minimum time between two positions that a job announces
@@ -9933,7 +9949,7 @@ class Job:
     def read(self, grown: Callable[[EventLog], None]) -> None:
         """Read the files of an earlier server, without changing them: record, and log if the job has not ended.
 
-        Raises Malformed if the files are invalid or contradict each other, OSError.
+        Raises OSError, and Malformed if the files are invalid or contradict each other.
         """
         record = JobRecord.parse(read_regular(self.path("job.json"), MIB))
         self.record = record._replace(result=None)  # until the archive is there
@@ -9956,14 +9972,14 @@ class Job:
         self.log = log
 
     def check_result(self, size: int) -> OpenFile:
-        """Return the archive. Raises Malformed unless it has size bytes, OSError."""
+        """Return the archive. Raises OSError, and Malformed unless it has size bytes."""
         file = OpenFile(self.path("result.tar.gz"))
         if file.size != size:
             raise Malformed("result.tar.gz", f"not a regular file of {size} bytes")
         return file
 
     def open_log(self) -> EventLog:
-        """Return the log. Raises Refused 404 if it is damaged, OSError."""
+        """Return the log. Raises OSError, and Refused 404 if it is damaged."""
         if self.log:
             return self.log
         with _refuse_damaged():  # the job has ended
@@ -9973,7 +9989,7 @@ class Job:
         raise Refused(404, "Damaged", (self.record.failure or {}).get("error", "the log of this build has no end"))
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the record, after job.json. Caller must hold writing.
+        """Change fields of the record: first in job.json, then in memory. Caller must hold writing.
 
         Raises ValueError for a step that JOB_STATES lacks; OSError, and then nothing has changed.
         """
@@ -10020,7 +10036,10 @@ class Job:
             stop()
 
     def run(self, build: Callable[[], str]) -> End:
-        """Run the build. Return its failure, or the result after moving the archive, whose path build returns."""
+        """Run the build and return its failure or, once the archive is in the job's folder, its result.
+
+        build: returns the path of the archive.
+        """
         try:
             with self.writing:
                 self.announce(0)
@@ -10051,7 +10070,7 @@ class Job:
         changes: dict[str, Any] = {"state": "ok", "failure": None, "result": end}
         if isinstance(end, BuildFailed):
             changes = {"state": "failed", "failure": {"error": str(end), "error_type": end.error_type}}
-            if end.error_type == "Parked":  # the next server runs it again, at no cost
+            if end.error_type == "Parked":  # the next server runs it again; this attempt does not count
                 self.update(state="queued", attempts=self.record.attempts - 1)
                 return
         log = self.live_log()
@@ -10066,22 +10085,22 @@ class Job:
 
 
 def open_result(job: Job) -> OpenFile:
-    """Return the archive. Raises Refused 404 if there is none, OSError."""
+    """Return the archive. Raises OSError, and Refused 404 if there is none."""
     record = job.record
     if record.result is None:
         error_type = {"failed": "BuildFailed", "damaged": "Damaged"}.get(record.state, "NotReady")
         reason = (record.failure or {}).get("error", "it has not ended")
-        raise Refused(404, error_type, f"the build is {record.state}: {reason}")
+        raise Refused(404, error_type, f"the build has no result: {reason}")
     with _refuse_damaged():
         return job.check_result(record.result["size"])
 
 
 def open_text(job: Job) -> OpenFile:
-    """Return the lines of the build so far: log.txt. Raises Refused 404 if the log is damaged, OSError."""
+    """Return the lines of the build so far: log.txt. Raises OSError, and Refused 404 if the log is damaged."""
     log, path = job.open_log(), job.path("log.txt")
     with job.deriving, _refuse_damaged():
         if not exists(path):
-            whole = log.finished  # before its size
+            whole = log.finished  # read before size: a finished log has its final size
             at, job.converted = job.converted, 0  # if this fails, the next request begins the file anew
             with open(path + ".tmp", "ab" if at else "wb") as f:  # "wb": an earlier server has begun it
                 while at < log.size:
@@ -10228,7 +10247,7 @@ class JobTable:
         return False
 
     def add(self, job: Job) -> None:
-        """Add a job that has not ended."""
+        """Add a job that has not ended, or is damaged."""
         with self._lock:
             self._order[job.id] = _order(job)
             self._used[job.id] = job
@@ -10240,7 +10259,7 @@ class JobTable:
             self._live.remove(job)
 
     def get(self, job_id: str) -> Job:
-        """Return the job with this id, the same object for all who use it. Raises Refused 404."""
+        """Return the job with this id, one object for all who use it. Raises Refused 404, or 410 if it was removed."""
         with self._lock:
             job = self._used.get(job_id)
             known = job_id in self._order
@@ -10268,7 +10287,10 @@ class JobTable:
         return ids[ids.index(self.get(after).id) + 1 :] if after else ids
 
     def expire(self, keep_s: float, keep_bytes: float) -> None:
-        """Remove the oldest jobs that have ended, beyond an age in seconds or a number of bytes. Not those in use."""
+        """Remove jobs that ended more than keep_s ago, and the oldest ones while all have more than keep_bytes.
+
+        Jobs in use stay, and so do those that are damaged or ended less than YOUNG_S ago.
+        """
         live = {job.id for job in self.live()}
         sizes = {
             folder: sum(entry.stat().st_size for entry in os.scandir(folder))
@@ -10350,7 +10372,8 @@ class Jobs:
     """All jobs of a server, and the threads that run them.
 
     run: builds a job and returns the path of its archive, which is moved away; appends to job.log; raises BuildFailed.
-    grown: is called with every log after each append. slots: the number of builds at a time.
+    grown: is called with every log after each append.
+    slots: the number of builds at a time.
     keep_s, keep_bytes: how long and how much of finished builds is kept.
     """
 
@@ -10405,7 +10428,7 @@ class Jobs:
             thread.start()
 
     def check_open(self, key: str = "") -> None:
-        """Raise Refused 409, 429 or 503 if no build can be accepted now, or one with this key is just then."""
+        """Raise Refused 409, 429 or 503 if no build can be accepted now, or one with this key is being accepted."""
         with self._changed:
             if key and key in self._accepting:
                 raise Refused(503, "Busy", "a request with this Idempotency-Key is being accepted", BUSY)
@@ -10449,12 +10472,12 @@ class Jobs:
         return job
 
     def positions(self) -> dict[Job, int]:
-        """Return the places in the queue."""
+        """Return the place in the queue of each job that waits, from 0."""
         with self._changed:
             return {job: position for position, job in enumerate(self._queue)}
 
     def gauges(self) -> dict[str, float]:
-        """Return metrics of the jobs. Those of logs are added to the counts of logs that are complete."""
+        """Return metrics of the jobs. Those of events cover unfinished jobs; the caller adds the counts of others."""
         with self._changed:
             logs = [job.log for job in (*self._running, *self._ending) if job.log]
             return {
@@ -10534,7 +10557,7 @@ class Jobs:
                         self._queue.append(job)
 
     def stop(self, grace_s: float) -> bool:
-        """Accept no more builds, and park those still running after grace_s seconds. Return whether one has ended."""
+        """Accept no more builds, and park those still running after grace_s seconds. Return whether one ended."""
         with self._changed:
             self.stopping.set()
             self._changed.notify_all()
@@ -12158,7 +12181,7 @@ class Api(NamedTuple):
         length = int(request.headers["content-length"])
         key = re.sub('^"(.*)"$', r"\1", request.headers.get("idempotency-key", ""))
         if length > (limit if raw else limit * 4 // 3 + MAX_FIELDS):
-            raise Refused(413, "PayloadTooLarge", f"the archive may have {limit} bytes")
+            raise Refused(413, "PayloadTooLarge", f"the archive has more than {limit} bytes")
         if "idempotency-key" in request.headers and not IDEMPOTENCY_KEY.fullmatch(key):
             raise Refused(400, "InvalidKey", _KEY_FORM)
         job = self.jobs.table.find(key)
@@ -16609,7 +16632,7 @@ def _command_platform(options: "argparse.Namespace") -> BuildPlatform:
 
 def _require_snp(image: str | None) -> None:
     """Print a table and raise UsageError if this machine lacks something that an SEV-SNP guest needs."""
-    checks = [*preflight(), Check("image", "passed" if image else "failed", "", "--image DIR is missing", _IMAGE_HINT)]
+    checks = [*preflight(), Check("--image DIR", "passed" if image else "failed", "", "missing", _IMAGE_HINT)]
     missing = [check for check in checks if check.status != "passed"]
     if not missing:
         return
@@ -18308,7 +18331,7 @@ COMMANDS = (
             ("--require-crl", "fail without --crl of the right key that is valid now"),
             (
                 "--vek FILE",
-                "VCEK or VLEK, if the evidence has none: DER, PEM (also with its chain), or a certificate table",
+                "VCEK or VLEK, if the evidence has none: DER, PEM (with or without its chain), or a certificate table",
                 _der,
             ),
             ("--collateral FILE", "Intel's TCB info, QE identity and revocation lists, as JSON", _contents),

@@ -4134,10 +4134,10 @@ class TestTpmQuote:
             ],
             *[(hcl_with((offset, 1)), "reserved bytes are not zero") for offset in range(16, 32, 4)],
             *[
-                (TOY_HCL[:at] + b"\1" + TOY_HCL[at + 1 :], "bytes after the runtime data")
+                (TOY_HCL[:at] + b"\1" + TOY_HCL[at + 1 :], "bytes after the runtime data are not zero")
                 for at in (0x4D4 + len(RUNTIME_DATA), 2599)
             ],
-            (TOY_HCL + b"\1", "bytes after the runtime data"),
+            (TOY_HCL + b"\1", "bytes after the runtime data are not zero"),
         ],
     )
     def test_each_rule_of_an_hcl_report_broken_once(self, data: bytes, message: str) -> None:
@@ -4404,7 +4404,7 @@ class TestTdQuote:
             ({"chain_type": 1}, "certification data of type 1, expected 5"),
             ({"chain_tail": b"\0"}, "1 bytes are left over"),
             ({"outer_tail": b"\0"}, "1 bytes are left over"),
-            ({"tail": b"\0\1"}, "bytes after its end"),
+            ({"tail": b"\0\1"}, "bytes after its end are not zero"),
         ],
     )
     def test_a_bad_form(self, changes: dict[str, Any], message: str) -> None:
@@ -5349,8 +5349,11 @@ class TestLaunchDigest:
                 "section of 0x1001 bytes at 0x800000, expected whole pages",
             ),
             (toy_firmware(sections=[(0x800000, 0, 1)]), "section of 0x0 bytes at 0x800000, expected whole pages"),
-            (toy_firmware(sections=[(0, 0x1000, 1), (0, 0x1000000, 1)]), "sections of more than 16777216 bytes in sum"),
-            (toy_firmware(sections=[(0, 0xFFFFF000, 1)]), "sections of more than 16777216 bytes in sum"),
+            (
+                toy_firmware(sections=[(0, 0x1000, 1), (0, 0x1000000, 1)]),
+                "sections of more than 16777216 bytes in total",
+            ),
+            (toy_firmware(sections=[(0, 0xFFFFF000, 1)]), "sections of more than 16777216 bytes in total"),
         ],
         ids=short_id,
     )
@@ -5839,7 +5842,7 @@ class TestIgvm:
             (with_header(28, size, bytes(4)), "headers at 0x1c"),
             (with_header(24, 0xFFFFFFF8), "headers at 0x18"),
             (with_header(0xFFFFFFF8, size), "headers at 0xfffffff8"),
-            (with_header(24, size, tail=b""), "and data behind them"),
+            (with_header(24, size, tail=b""), "and data after them"),
             (with_header(24, (16 << 20) + 8, headers=bytes((16 << 20) + 8)), "headers at 0x18"),
             (with_header(24, size - 8, headers=body[:-8], tail=body[-8:] + rest), "inside a field"),
             (data[:20] + bytes(4) + data[24:], "CRC-32 0x"),
@@ -5859,7 +5862,7 @@ class TestIgvm:
             (IgvmFile().vmsa(), "VMSA with mask 0x1, expected that of one"),
             (IgvmFile().add(0x101, "QII", 0, 1, 0).platform(), "header of type 0x1 after those of a later stage"),
             (IgvmFile().platform().page(0, A).add(0x101, "QII", 0, 1, 0), "type 0x101 after those of a later stage"),
-            (IgvmFile().platform().platform(2), "platform of type 2, mask 0x2: unknown, or not the first"),
+            (IgvmFile().platform().platform(2), "platform of type 2, mask 0x2: unknown, or given twice"),
             (IgvmFile().platform(3), "platform of type 2, mask 0x3"),
             (IgvmFile().platform(0), "platform of type 2, mask 0x0"),
             (IgvmFile().platform(version=2), "platform of type 2"),
@@ -5870,8 +5873,8 @@ class TestIgvm:
             (IgvmFile().platform().page(0x1000, A), "0 VMSAs"),
             (IgvmFile().platform().vmsa(vcpu=1), "1 VMSAs"),
             (IgvmFile().platform().vmsa().vmsa(vcpu=2), "2 VMSAs"),
-            (IgvmFile().platform().vmsa().vmsa(), "VMSA: vCPU 0: not the first, or beyond KVM's limit"),
-            (IgvmFile().platform().vmsa(vcpu=4096), "VMSA: vCPU 4096: not the first, or beyond KVM's limit"),
+            (IgvmFile().platform().vmsa().vmsa(), "VMSA: vCPU 0: given twice, or beyond KVM's limit"),
+            (IgvmFile().platform().vmsa(vcpu=4096), "VMSA: vCPU 4096: given twice, or beyond KVM's limit"),
             (IgvmFile().platform().vmsa(gpa=0x1000), "VMSA of vCPU 0 at 0x1000: in the wrong place, or not of SNP"),
             (IgvmFile().platform().vmsa(vmsa_of(features=0x20)), "in the wrong place, or not of SNP"),
             (IgvmFile().platform().add(0x304, "QIIHH", VMSA_ADDRESS, 1, 0, 0, 0).page(0, A), "or not of SNP"),
@@ -6029,8 +6032,8 @@ class TestIgvm:
             (booting(pe_of(b"x").replace(b".text\0\0\0", b".cmdline")), "2 sections .cmdline, expected 1"),
             (booting(pe_of(b"x", at=0x201)), "ends at byte 1024"),
             (booting(pe_of(b"x", at=0xFFFFFFFF)), "ends at byte 1024"),
-            (booting(pe_of(b"roothash=1 more", virtual=10)), "section .cmdline has more text behind its end"),
-            (booting(pe_of(b"a\0b")), "section .cmdline has more text behind its end"),
+            (booting(pe_of(b"roothash=1 more", virtual=10)), "section .cmdline has more text after its end"),
+            (booting(pe_of(b"a\0b")), "section .cmdline has more text after its end"),
             (booting(pe_of(b"a\xff")), "command line is not UTF-8 at byte 1"),
         ],
         ids=short_id,
@@ -6410,7 +6413,7 @@ class TestStatement:
             failed,
         )
 
-    @pytest.mark.parametrize("name", ["*", "...", "cargo?", "a\x1b"])
+    @pytest.mark.parametrize("name", ["...", "cargo?", "a\x1b"])
     def test_names_of_programs_are_no_schema(self, name: str) -> None:
         """A key of the sender's choice must not open the schema, which would let the values of all keys through."""
         own = {DEFINITION + "buildType": confbuild.CONFBUILD_TYPE}
@@ -29709,12 +29712,14 @@ class TestMachine:
         status, out, errors = elsewhere[TEE]
         rows = errors.splitlines()
         found = re.findall(
-            r"^confbuild: (ok   |MISS ) (QEMU|KVM|kvm_amd|/dev/sev|processor|image)(?:: .+)?$", errors, re.MULTILINE
+            r"^confbuild: (ok   |MISS ) (QEMU|KVM|kvm_amd|/dev/sev|processor|--image DIR)(?:: .+)?$",
+            errors,
+            re.MULTILINE,
         )
         missing = [name for word, name in found if word == "MISS "]
         assert (
             (status, out, len(found)) == (2, "", 6)
-            and missing[-1] == "image"
+            and missing[-1] == "--image DIR"
             and len(rows) == 6 + len(missing) + 2 < 24
         )
         assert [n for n, row in enumerate(rows) if " MISS " in row] == [
