@@ -9945,6 +9945,7 @@ class Job:
         os.rename(self.folder, join(folder, self.id))
         self.folder = join(folder, self.id)
         sync(folder)
+        self.tried_at = monotonic()  # whoever calls this announces the first position, not the thread "queue"
 
     def read(self, grown: Callable[[EventLog], None]) -> None:
         """Read the files of an earlier server, without changing them: record, and log if the job has not ended.
@@ -10462,7 +10463,6 @@ class Jobs:
                 with self._changed:
                     self._accepting.remove(key)
                     if accepted:
-                        job.tried_at = monotonic()  # the announcement below, not one of the thread "queue"
                         self._accepted = True
                         self._queue = sorted([*self._queue, job], key=_order)  # a later job may be written sooner
                         self._changed.notify_all()
