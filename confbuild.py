@@ -9932,10 +9932,7 @@ class Job:
         return None if self.request.repo_url else self.path("source")
 
     def create(self, folder: str, grown: Callable[[EventLog], None], archive: str) -> None:
-        """Move the job into folder, after its files were written durably. Raises OSError.
-
-        archive: the uploaded archive; is moved, if the request has one.
-        """
+        """Move the job into folder, after its files and the uploaded archive were synced. Raises OSError."""
         os.mkdir(self.folder, 0o700)
         if self.source:
             sync(archive)
