@@ -7419,6 +7419,7 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
     found = dict[str, bool]()
     with _parsing(".cargo/config.toml"):
         used = {str(source.get("replace-with")) for _, _, doc in settings for source in doc.get("source", {}).values()}
+        used |= {"crates-io"}  # a folder of this name takes the place of the registry by itself
         for name, base, doc in settings:
             if "include" in doc or "lockfile-path" in doc.get("resolver", {}):
                 raise BuildFailed(
@@ -7494,7 +7495,12 @@ def _scan_cargo(
                 "known",
             )
         exact = re.fullmatch(r"\d\S*", version)  # cargo strips blanks, and asks the workspace for one that is inherited
-        replaced |= {(name, version if vendored and exact else ""): (place, vendored) for vendored in kinds}
+        for vendored in kinds:
+            other, _ = replaced.setdefault((name, version if vendored and exact else ""), (place, vendored))
+            if other != place and name in locked:  # settings outrank others, and cargo takes any of a folder
+                raise BuildFailed(
+                    "ProvenanceError", f"{other} and {place} are both {name} {version}; remove one of them"
+                )
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 
 

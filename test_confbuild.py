@@ -14490,6 +14490,7 @@ class TestCargoDependencies:
             ('paths = ["v/lib"]\n', {}, True),
             ('[source.v]\ndirectory = "v"\n', {}, True),  # in place of nothing
             ('[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "v"\n', {}, False),
+            ('[source.crates-io]\ndirectory = "v"\n', {}, False),
             ("@", {"files": {}, "package": SHA}, False),  # of `cargo vendor --no-checksums` or somebody's change
             ("@", {"files": CHECKSUMS, "package": SHA}, True),
             ("@", {"files": CHECKSUMS, "package": SHA, "more": 1}, False),
@@ -14552,6 +14553,21 @@ class TestCargoDependencies:
         assert confbuild.cargo_dependencies(lock, str(demo), "b") == [LIBC]
         if '"/' in config:
             assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
+
+    def test_a_crate_in_two_folders(self, tmp_path: Path) -> None:
+        """One of them could be genuine, and the other one compiled. Fixtures of other crates do not matter."""
+        settings_text = '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "@"'
+        lock = entry("libc", "0.2.1", source=REGISTRY, checksum=SHA).encode()
+        crates = {f"{place}/Cargo.toml": self.CRATE["Cargo.toml"] for place in ("a/one", "a/two", "b/one")}
+        write_files(tmp_path, {**crates, ".cargo/config.toml": settings_text.replace("@", "a")})
+        message = failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path)))[1]
+        assert re.fullmatch("a/(one|two) and a/(one|two) are both libc 0.2.1; remove one of them", message)
+        (tmp_path / "a/two/Cargo.toml").write_text('[package]\nname = "other"\n')
+        (tmp_path / "a/three").mkdir()
+        (tmp_path / "a/three/Cargo.toml").write_text('[package]\nname = "other"\n')
+        assert "?path=a/one" in str(confbuild.cargo_dependencies(lock, str(tmp_path)))
+        write_files(tmp_path, {"b/.cargo/config.toml": settings_text.replace("@", ".")})  # it outranks that above
+        assert "are both libc" in failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path), "b"))[1]
 
     def test_settings_count_without_dependencies(self, tmp_path: Path) -> None:
         write_files(tmp_path, {".cargo/config.toml": "include = []"})
