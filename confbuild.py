@@ -5555,13 +5555,12 @@ def walk_files(root: str, folder: str = "") -> list[str]:
 
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
-    with suppress(PermissionError):
-        for entry in list(os.scandir(join(root, folder))):
-            name = join(folder, entry.name)
-            if folder.count(os.sep) >= MAX_DEPTH:
-                raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
-            if name != ".git":
-                found += walk_files(root, name) if entry.is_dir(follow_symlinks=False) else [name]
+    for entry in list(os.scandir(join(root, folder))):
+        name = join(folder, entry.name)
+        if folder.count(os.sep) >= MAX_DEPTH:
+            raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
+        if name != ".git":
+            found += walk_files(root, name) if entry.is_dir(follow_symlinks=False) else [name]
     return found
 
 

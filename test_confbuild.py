@@ -10894,6 +10894,20 @@ class TestFiles:
             == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         )
 
+    def test_a_folder_that_cannot_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What lies in it would be missing from a source that seems to be whole."""
+        (tmp_path / "closed").mkdir()
+        scandir = os.scandir
+
+        def refuse(path: str) -> Any:
+            if path.endswith("closed"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(PermissionError, match="closed"):
+            confbuild.walk_files(str(tmp_path))
+
     def test_remove_tree_follows_no_link(self, tmp_path: Path) -> None:
         kept = tmp_path / "kept"
         kept.mkdir()
