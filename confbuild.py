@@ -219,6 +219,7 @@ from os.path import (
     isdir,
     isfile,
     islink,
+    ismount,
     join,
     lexists,
     normpath,
@@ -17243,6 +17244,8 @@ def _check_target(path: str) -> None:
         raise UsageError(f"{path} is the current directory, which cannot be replaced", hint)
     ours = not lexists(path)
     if isdir(path) and not islink(path):
+        if ismount(path) or not os.access(path, os.W_OK):  # it cannot be moved away
+            raise UsageError(f"{path} cannot be replaced: it is a mount point, or read-only", hint)
         names = set(os.listdir(path))
         ours = not names
         if names == BUNDLE_FILES:

@@ -30523,6 +30523,16 @@ class TestUsage:
         if ours:
             confbuild._check_target(str(path))
 
+    @pytest.mark.parametrize(("call", "result"), [("os.access", False), ("confbuild.ismount", True)])
+    def test_what_cannot_be_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, result: bool
+    ) -> None:
+        """It is noticed before the build: a folder that is read-only, or a volume of a container."""
+        monkeypatch.setattr(call, lambda *_: result)
+        with pytest.raises(confbuild.UsageError, match="cannot be replaced: it is a mount point, or read-only"):
+            confbuild._check_target(str(tmp_path))
+        confbuild._check_target(str(tmp_path / "new"))
+
     @pytest.mark.parametrize("command", ["agent", "fetcher", "sweep FOLDER"])
     def test_inner_commands_of_a_curious_user(self, tmp_path: Path, command: str) -> None:
         """They remove the workspace of a VM, and no other folder in which they are started."""
