@@ -18807,6 +18807,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a name that the locale cannot print must not end a build
             stream.reconfigure(errors="backslashreplace")
     if argv is None:
+        if sys.getfilesystemencoding() != "utf-8":  # archives and provenances have names in UTF-8, whatever the locale
+            os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
         with suppress(AttributeError):  # Windows has neither
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignored it hid every exit status
             signal.pthread_sigmask(signal.SIG_SETMASK, ())  # one that blocked SIGTERM made `serve` deaf to it

@@ -32459,6 +32459,15 @@ class TestBuild:
         calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "AF_NETLINK" not in line]
         assert not [line for line in calls if re.search(r"\b(listen|accept4?|bind)\(", line)]
 
+    def test_a_locale_without_utf8(self, tmp_path: Path) -> None:
+        """Names of files are the same everywhere. In ISO 8859-1, each byte of \u00e9 would be a letter."""
+        recipe = 'command = ["true"]\nartifacts = ["\u00e9"]\ninputs = ["\u00e9"]\n'
+        write_files(tmp_path / "demo", {"confbuild.toml": recipe, "\u00e9": "1"})
+        env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
+        for command in (["build", "demo"], ["verify", "demo-build", "--source", "demo", "--allow-simulated"]):
+            done = subprocess.run([sys.executable, FILE, *command], cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE)
+            assert done.returncode == 0, done.stderr
+
     def test_sigchld_is_ignored(self, tmp_path: Path) -> None:
         """Some parents leave it so: without an exit status, Python would take every child for one that succeeded."""
         write_files(
