@@ -7496,10 +7496,11 @@ def _scan_cargo(
             )
         exact = re.fullmatch(r"\d\S*", version)  # cargo strips blanks, and asks the workspace for one that is inherited
         for vendored in kinds:
-            other, _ = replaced.setdefault((name, version if vendored and exact else ""), (place, vendored))
-            if other != place and name in locked:  # settings outrank others, and cargo takes any of a folder
+            copy = (place or ".", vendored)
+            other = replaced.setdefault((name, version if vendored and exact else ""), copy)
+            if other != copy and name in locked:  # settings outrank others, and cargo takes any of a folder
                 raise BuildFailed(
-                    "ProvenanceError", f"{other} and {place} are both {name} {version}; remove one of them"
+                    "ProvenanceError", f"{other[0]} and {copy[0]} are both {name} {version}; remove one of them"
                 )
     return {name for name, _, _ in packages} - outside.keys(), replaced, outside
 

@@ -14568,6 +14568,11 @@ class TestCargoDependencies:
         if '"/' in config:
             assert fragment in failure(lambda: confbuild.cargo_dependencies(lock, str(demo), "a/deeper"))[1]
 
+    def test_a_crate_in_the_top_folder(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {**self.CRATE, "sub/.cargo/config.toml": 'paths = [".."]'})
+        lock = entry(source=REGISTRY, checksum=SHA).encode()
+        assert "?path=." in str(confbuild.cargo_dependencies(lock, str(tmp_path), "sub"))
+
     def test_a_crate_in_two_folders(self, tmp_path: Path) -> None:
         """One of them could be genuine, and the other one compiled. Fixtures of other crates do not matter."""
         settings_text = '[source.crates-io]\nreplace-with = "v"\n[source.v]\ndirectory = "@"'
@@ -32465,7 +32470,9 @@ class TestBuild:
         write_files(tmp_path / "demo", {"confbuild.toml": recipe, "\u00e9": "1"})
         env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "POSIX"}
         for command in (["build", "demo"], ["verify", "demo-build", "--source", "demo", "--allow-simulated"]):
-            done = subprocess.run([sys.executable, FILE, *command], cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE)
+            done = subprocess.run(
+                [sys.executable, FILE, *command], cwd=tmp_path, env=env, capture_output=True, timeout=PATIENCE
+            )
             assert done.returncode == 0, done.stderr
 
     def test_sigchld_is_ignored(self, tmp_path: Path) -> None:
