@@ -5554,9 +5554,14 @@ def remove_workspace(path: str) -> None:
 def walk_files(root: str, folder: str = "") -> list[str]:
     """Return the paths of everything below root but folders, relative to root, without a top-level `.git`.
 
+    A folder that cannot be read stands for what is in it.
     Raises BuildFailed LimitError if folders are nested deeper than MAX_DEPTH."""
     found = []
-    for entry in list(os.scandir(join(root, folder))):
+    try:
+        entries = list(os.scandir(join(root, folder)))
+    except PermissionError:
+        return [folder]
+    for entry in entries:
         name = join(folder, entry.name)
         if folder.count(os.sep) >= MAX_DEPTH:
             raise limit_error(f"{folder[:80]!r} lies deeper than {MAX_DEPTH} folders")
@@ -6112,7 +6117,7 @@ def git_tree(
             mode = b"100755" if status.st_mode & 0o100 else b"100644"
             found[name] = mode, _git_object(algorithm, b"blob", status.st_size, read_blocks(path, status.st_size))
         else:
-            raise source_error(f"{name!r} is neither a file nor a link")
+            raise source_error(f"{name!r} is neither a file nor a link, or cannot be read")
 
     def tree(entries: list[tuple[list[bytes], bytes, bytes]]) -> bytes:
         rows = []
@@ -8042,7 +8047,13 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
                     tree = git_tree(source.root, source.files, algorithm)
                 if tree.encode("ascii") in provenance:
                     break
-            plan = read_inputs(toolchain, source.root, folder)
+            seen = source.root
+            if {*walk_files(seen)} != {*source.files}:  # a build does not see what git ignores
+                seen = join(scratch, "seen")
+                for name in source.files:
+                    os.makedirs(dirname(join(seen, name)), exist_ok=True)
+                    shutil.copyfile(join(source.root, name), join(seen, name), follow_symlinks=False)
+            plan = read_inputs(toolchain, seen, folder)
     except BuildFailed as e:
         raise UsageError(
             f"--source {directory}: {e}", e.hint or "git submodule update --init --recursive" * has_submodules

@@ -10905,8 +10905,10 @@ class TestFiles:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-        with pytest.raises(PermissionError, match="closed"):
-            confbuild.walk_files(str(tmp_path))
+        assert confbuild.walk_files(str(tmp_path)) == ["closed"]
+        assert failure(lambda: confbuild.git_tree(str(tmp_path), ["closed"]))[1] == (
+            "'closed' is neither a file nor a link, or cannot be read"
+        )
 
     def test_remove_tree_follows_no_link(self, tmp_path: Path) -> None:
         kept = tmp_path / "kept"
@@ -11928,7 +11930,9 @@ class TestGitTree:
         assert caught.value.error_type == "SourceError"
         scratch = tmp_path.parent / f"{tmp_path.name}-scratch"
         scratch.mkdir()
-        with pytest.raises(confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link$"):
+        with pytest.raises(
+            confbuild.UsageError, match=f"^{tmp_path}: 'pipe' is neither a file nor a link, or cannot be read$"
+        ):
             confbuild.pack_directory(str(tmp_path), str(scratch / "a.tar.gz"), str(scratch))
 
     def test_a_deep_repository(self, tmp_path: Path) -> None:
@@ -14602,6 +14606,21 @@ class TestCargoDependencies:
         for checksum, genuine in ((SHA, False), (None, False)):
             files = {"a": hashlib.sha256(b"a").hexdigest()}
             write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": checksum})})
+    @needs("git")
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_files_that_git_ignores(self, tmp_path: Path, changed: bool) -> None:
+        """A build does not see them, and so `verify --source` must not. [CONTRACT 5.4]"""
+        lock = entry(source=REGISTRY, checksum=SHA)
+        files = {"Cargo.lock": lock, "Cargo.toml": MANIFEST, ".gitignore": ".cargo\nv/new\n", "v/x": "x"}
+        demo = write_files(tmp_path / "demo", files, commit=True)
+        (demo / "l").symlink_to("v/x")
+        write_files(demo, {".cargo/config.toml": 'paths = ["/v"]', "v/new/Cargo.toml": "{"})
+        if not changed:
+            git(demo, "add", "-A")
+            git(demo, "commit", "-qm", "two")
+        found, _ = confbuild.source_expectations(str(demo), confbuild.Expectations(), b"")
+        assert found.dependencies == [LIBC["uri"]]
+
             assert confbuild._is_genuine(str(tmp_path / "v"), checksum) is genuine
         (tmp_path / "v/src").unlink()
         assert not confbuild._is_genuine(str(tmp_path / "v"), None)
