@@ -6144,6 +6144,14 @@ def object_format(name: str) -> str:
     return "sha256" if len(name) == 64 else "sha1"
 
 
+_READ_ONLY = "GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C"
+
+
+def variables(text: str) -> dict[str, str]:
+    """Return the environment variables of a text that has NAME=VALUE for each of them."""
+    return dict(word.split("=", 1) for word in text.split())
+
+
 def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     """Return env for a git that reads no configuration of a user or system, never prompts and runs no helpers.
 
@@ -6151,8 +6159,8 @@ def git_environment(env: Strings, schemes: Sequence[str]) -> dict[str, str]:
     schemes: the only URL schemes that git may use."""
     settings = f"""
         GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL={os.devnull} GIT_ATTR_NOSYSTEM=1 GIT_TERMINAL_PROMPT=0 GIT_ASKPASS=true
-        GIT_ALLOW_PROTOCOL={":".join(schemes)} GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 LC_ALL=C"""
-    return {**env, **dict(setting.split("=") for setting in settings.split())}
+        GIT_ALLOW_PROTOCOL={":".join(schemes)} {_READ_ONLY}"""
+    return {**env, **variables(settings)}
 
 
 # The last two lines: little memory, and one pack for all objects, as each file of its own would have a limit of its
@@ -6626,7 +6634,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
         if root == below or os.stat(root).st_dev != os.stat(below).st_dev:
             return None
     plain = {name: value for name, value in os.environ.items() if not re.match("GIT_(?!CONFIG_)", name)}
-    plain |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C"}
+    plain |= variables(_READ_ONLY)
     env = {**plain, "GIT_CEILING_DIRECTORIES": dirname(root)}
     try:
         found = _git(["rev-parse", "--git-dir", "--git-common-dir"], root, env)
@@ -7938,11 +7946,6 @@ _PNPM_SETTINGS = """
 """
 
 
-def _variables(text: str) -> Strings:
-    """Return the environment variables of a text that has NAME=VALUE for each of them."""
-    return dict(word.split("=", 1) for word in text.split())
-
-
 # The first row whose marker exists wins [CONTRACT 2.1].
 # fmt: off
 TOOLCHAINS = (
@@ -7954,12 +7957,12 @@ TOOLCHAINS = (
     Toolchain("cargo", "Cargo.lock", "Cargo.lock", ("cargo", "rustc"), ["cargo build --locked --release".split()],
         cargo_dependencies, collect_cargo, outputs=("target",), folders=_CARGO_FOLDERS,
         # These outrank the project's own .cargo/config.toml, so the compiler that was hashed runs.
-        env=_variables("""
+        env=variables("""
             RUSTC={rustc.path} CARGO_TARGET_DIR={project}/target CARGO_BUILD_BUILD_DIR={project}/target"""),
         locate="cargo locate-project --workspace --message-format plain".split()),
     Toolchain("pnpm", "pnpm-lock.yaml", "pnpm-lock.yaml", ("pnpm", "node"),
         ["pnpm install --frozen-lockfile".split(), ["pnpm", "build"]], pnpm_dependencies,
-        env=_variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
+        env=variables(_PNPM_SETTINGS + _PNPM_SETTINGS.replace("npm_", "pnpm_")
             # Whoever finds COREPACK_ROOT leaves the choice of its version to corepack: pnpm since 9, whatever the
             # source says, and so in scripts. pnpm 11 would still refuse a version that package.json does not name.
             # pnpm 12 locks its store there, or else in /tmp, whatever TMPDIR says.
@@ -7967,7 +7970,7 @@ TOOLCHAINS = (
         fetches=1, outputs=("dist", "node_modules"), artifacts=("dist",)),
     Toolchain("npm", "package-lock.json", "package-lock.json", ("npm", "node"), read=npm_dependencies, adapt=adapt_npm,
         # The last three: whatever the project's .npmrc says, it installs, and here.
-        env=_variables(f"""
+        env=variables(f"""
             CI=true npm_config_audit=false npm_config_fund=false npm_config_update_notifier=false
             npm_config_pack_destination={_OWN_OUTPUT}
             npm_config_dry_run=false npm_config_package_lock_only=false npm_config_global=false"""),
@@ -7976,7 +7979,7 @@ TOOLCHAINS = (
     Toolchain("go", "go.mod", "go.sum", ("go",), ["go mod download".split(),
         f"go build -trimpath -buildvcs=false -mod=readonly -o {_OWN_OUTPUT}/ ./...".split()],
         go_dependencies, evaluate=evaluate_go,
-        env=_variables("GOFLAGS= GOTOOLCHAIN=local GOENV=off GOWORK=off"),
+        env=variables("GOFLAGS= GOTOOLCHAIN=local GOENV=off GOWORK=off"),
         fetches=1, outputs=(_OWN_OUTPUT,), folders=(_OWN_OUTPUT,), build_type=CONFBUILD_TYPE),
 )
 # fmt: on
