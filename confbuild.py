@@ -6428,13 +6428,9 @@ def _check_listing(root: str, env: Strings, max_bytes: int) -> None:
     """Raise BuildFailed unless the tree of FETCH_HEAD may be checked out. Called before any of its files is written.
 
     max_bytes: limit of all files."""
-    many = limit_error(f"the repository has more than {MAX_MEMBERS} files and folders, or very long names")
-    try:
-        rows = _list_tree("FETCH_HEAD", root, env, "-t", "-l")
-    except BuildFailed as e:
-        raise (many if e.error_type == "LimitError" else e) from None
+    rows = _list_tree("FETCH_HEAD", root, env, "-t", "-l")
     if len(rows) > MAX_MEMBERS:
-        raise many
+        raise limit_error(f"the repository has more than {MAX_MEMBERS} files and folders")
     total = 0
     for name, (mode, _, _, size) in rows:
         if name.count("/") > MAX_DEPTH:
@@ -7440,8 +7436,8 @@ def _replaced_folders(root: str, settings: Sequence[tuple[str, str, Json]]) -> d
                     f"{name}: include and resolver.lockfile-path are refused: they name more settings and another lock "
                     "file",
                 )
-            kinds = ("directory", "local-registry")
-            rows = [(k, s[k], title in used) for title, s in doc.get("source", {}).items() for k in kinds if k in s]
+            sources = doc.get("source", {}).items()
+            rows = [(k, s[k], title in used) for title, s in sources for k in ("directory", "local-registry") if k in s]
             for kind, target, is_used in (*rows, *(("paths", target, True) for target in doc.get("paths", ()))):
                 where = _locate(root, base, target)
                 if where is None:

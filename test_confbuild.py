@@ -12588,7 +12588,7 @@ class TestFetch:
             tmp_path,
             f"file://{repository}",
             "LimitError",
-            "the repository has more than 5000 files and folders, or very long names",
+            "git ls-tree -r printed more than 1600000 bytes",
         )
 
     def test_limits_of_a_tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
