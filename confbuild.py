@@ -6513,7 +6513,7 @@ EPOCH = 315532800  # 1980-01-01, the first day that a zip file can name: the tim
 
 
 class History(NamedTuple):
-    """The history of a source, from its `.git`.
+    """The history of a source, from its `.git`; or only the tree of files without one.
 
     commit, tree: their object names, which were computed here.
     uri: of the origin, an unverified claim without credentials.
@@ -6522,9 +6522,9 @@ class History(NamedTuple):
 
     commit: str
     tree: str
-    uri: str
-    submodules: Mapping[str, Json]
-    time: int
+    uri: str = ""
+    submodules: Mapping[str, Json] = {}  # never changed
+    time: int = EPOCH
 
 
 class Checkout(NamedTuple):
@@ -6706,13 +6706,13 @@ class Source(NamedTuple):
 
     root: the folder with its bytes: the directory itself, or a checkout of HEAD of our own.
     files: relative to root.
-    history: of HEAD. None: the files count as they are.
+    history: of HEAD, or without a commit: the files count as they are.
     note: which of the two and why, for the user.
     git: the folder with the history if root's own `.git` is another."""
 
     root: str
     files: Sequence[str]
-    history: History | None
+    history: History
     note: str
     git: str = ""
 
@@ -6758,7 +6758,12 @@ def read_source(
                     e.hint = e.hint or "`git fetch --refetch --no-filter` gets missing objects"
                     raise
     ignored = ", ignored ones too" if "!" in found.values() else ""
-    return Source(root, files, None, f"{len(files)} files as they are{ignored}, without history: {why}")
+    return Source(
+        root,
+        files,
+        History("", git_tree(root, files)),
+        f"{len(files)} files as they are{ignored}, without history: {why}",
+    )
 
 
 def _skipped_files(checkout: Checkout, found: Strings, head: Mapping[str, list[bytes]]) -> set[str]:
@@ -6832,7 +6837,7 @@ def _read_head(
             notes.append(f"without the submodule {link} ({how})")
             continue
         inner = read_source(path, scratch, (), True, allow_filters)
-        if inner.history is None:
+        if not inner.history.commit:
             raise source_error(f"the submodule {link}: {inner.note}")
         notes += [f"{link} {note}" for note in inner.note.split("; ")[1:]]
         os.rmdir(join(root, link))
@@ -6843,21 +6848,6 @@ def _read_head(
     return Source(root, walk_files(root), believe_history(root, env), "; ".join(notes))
 
 
-class Packed(NamedTuple):
-    """A packed source.
-
-    note: what was packed, for the user.
-    tree: its git tree.
-    commit: empty without history.
-    files: relative to the source.
-    """
-
-    note: str
-    tree: str
-    commit: str
-    files: Sequence[str]
-
-
 def pack_directory(
     directory: str,
     archive: str,
@@ -6865,8 +6855,8 @@ def pack_directory(
     outputs: Sequence[str] = (),
     submodules: bool = False,
     allow_filters: bool = False,
-) -> Packed:
-    """Pack the source in directory into the gzip tarball archive. [CONTRACT 5.4]
+) -> Source:
+    """Pack the source in directory into the gzip tarball archive, and return it. [CONTRACT 5.4]
 
     workspace: an empty directory for temporary files.
     outputs, submodules, allow_filters: as in read_source.
@@ -6875,13 +6865,12 @@ def pack_directory(
         source = read_source(directory, workspace, outputs, submodules, allow_filters)
         if not source.files:
             raise UsageError(f"{directory}: there is nothing to build")
-        name, history = safe_name(basename(realpath(directory))), source.history
-        tree = history.tree if history else git_tree(source.root, source.files)
-        whole = history and not source.git  # with the empty folders of submodules
+        name = safe_name(basename(realpath(directory)))
+        whole = source.history.commit and not source.git  # with the empty folders of submodules
         write_source(archive, source.root, name, [""] if whole else source.files, source.git)
     except BuildFailed as e:
         raise UsageError(f"{directory}: {e}", e.hint) from None
-    return Packed(source.note, tree, history.commit if history else "", source.files)
+    return source
 
 
 # endregion 24
@@ -8040,9 +8029,8 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
             for submodules in sorted({has_submodules, True}):
                 source = read_source(directory, scratch, outputs, submodules, allow_filters=True)
                 history = source.history
-                if history and object_format(history.tree) == algorithm:
-                    tree = history.tree
-                else:
+                tree = history.tree
+                if object_format(tree) != algorithm:
                     tree = git_tree(source.root, source.files, algorithm)
                 if tree.encode("ascii") in provenance:
                     break
@@ -8059,7 +8047,7 @@ def source_expectations(directory: str, expected: Expectations, provenance: byte
         ) from None
     if expected.source_tree not in (None, tree):
         raise UsageError(f"--source-tree {expected.source_tree} contradicts --source {directory}, whose tree is {tree}")
-    known = (str(row["uri"]) for row in history.submodules.values()) if history else ()
+    known = (str(row["uri"]) for row in history.submodules.values())
     packed = [uri for uri in known if json.dumps(uri).encode("ascii") in provenance]
     uris = None if plan.dependencies is None else [*(d["uri"] for d in plan.dependencies), *packed]
     expected = expected._replace(source_tree=tree, lockfile_sha256=sha256_hex(plan.lock), dependencies=uris)
@@ -8765,7 +8753,7 @@ def _describe_source(project: str, env: Strings, emit: Emit) -> tuple[Json, list
         if lexists(git):
             emit("init", [f"Commit not recorded: {e}"])
             remove_tree(git)
-        history = History("", git_tree(project, walk_files(project)), "", {}, EPOCH)
+        history = History("", git_tree(project, walk_files(project)))
     packed = [row for path, row in history.submodules.items() if lexists(join(project, path, ".git"))]
     for above, folders, files in os.walk(project):
         for entry in (*folders, *files):
@@ -17129,11 +17117,11 @@ def cmd_build(options: "argparse.Namespace") -> int:
                 f"packed {packed.note}"
                 + f" of {options.source}, since {source} needs folders beside it" * (options.source != source)
             )
-            if options.tree not in ("", packed.tree):
-                raise UsageError(f"{source} has the tree {packed.tree}, the bundle records {options.tree}")
+            if options.tree not in ("", packed.history.tree):
+                raise UsageError(f"{source} has the tree {packed.history.tree}, the bundle records {options.tree}")
             if machine and "Cargo.lock" in map(basename, packed.files):
                 _tell_cargo_settings(display)
-            expected = expected._replace(source_tree=packed.tree, source_commit=packed.commit)
+            expected = expected._replace(source_tree=packed.history.tree, source_commit=packed.history.commit)
         if machine:
             display.note(machine.note)
         if options.tee:
@@ -17194,7 +17182,7 @@ def _check_build_options(options: "argparse.Namespace", is_url: bool) -> None:
         options.source, options.subdir = wider_source(source, options.subdir)
 
 
-def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Packed:
+def _pack(options: "argparse.Namespace", archive: str, scratch: str) -> Source:
     """Pack the directory that is the source into archive. Raises UsageError."""
     workspace, outputs, source, subdir = join(scratch, "pack"), list[str](), options.source, options.subdir
     os.mkdir(workspace)

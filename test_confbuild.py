@@ -12870,7 +12870,7 @@ class TestCheckout:
             return sorted(found), checkout.commit if checkout else ""
 
     @staticmethod
-    def pack(directory: Path, tmp_path: Path) -> confbuild.Packed:
+    def pack(directory: Path, tmp_path: Path) -> confbuild.Source:
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             return confbuild.pack_directory(
                 str(directory), str(tmp_path / "packed.tar.gz"), scratch, outputs_of(directory), allow_filters=True
@@ -12930,17 +12930,17 @@ class TestCheckout:
             assert "`git fetch --refetch --no-filter`" in refused.value.hint and not marker.exists()
             return
         packed = self.pack(root, tmp_path)
-        assert bool(packed.commit) == (state == "clean" and kind != "submodule"), packed.note
+        assert bool(packed.history.commit) == (state == "clean" and kind != "submodule"), packed.note
         found, _ = self.source(root, tmp_path)
         assert {"a.txt", "Cargo.lock"} <= set(found) and "vendor/lib.rs" not in found
         assert (
             confbuild.source_expectations(
-                str(root), confbuild.Expectations(), b'"gitTree": "%s"' % packed.tree.encode()
+                str(root), confbuild.Expectations(), b'"gitTree": "%s"' % packed.history.tree.encode()
             )[0].source_tree
-            == packed.tree
+            == packed.history.tree
         )
         if kind != "submodule":  # a submodule is in the tree, but not among the files
-            assert packed.tree == confbuild.git_tree(str(root), found)
+            assert packed.history.tree == confbuild.git_tree(str(root), found)
         assert confbuild.main(["verify", str(write_bundle(tmp_path / "bundle", bundle())), "--source", str(root)]) == 1
         with contextlib.suppress(confbuild.BuildFailed):
             confbuild.believe_history(str(root), ORACLE_ENV)
@@ -13000,7 +13000,7 @@ class TestCheckout:
             with monkeypatch.context() as patch:
                 patch.chdir(root)
                 packed = self.pack(Path("."), tmp_path)
-            assert (packed.commit, packed.tree, packed.note) == (head, tree, f"commit {head}"), name
+            assert (packed.history.commit, packed.history.tree, packed.note) == (head, tree, f"commit {head}"), name
             assert self.source(root, tmp_path) == ([".gitignore", "a.txt", "sub/b.txt"], head), name
         assert self.source(made["linked"] / "sub", tmp_path) == (["b.txt"], head)
 
@@ -13008,7 +13008,7 @@ class TestCheckout:
         root = tmp_path / "demo"
         git(tmp_path, "init", "-q", "--object-format=sha256", "demo")
         write_files(root, {"a.txt": "a", "Cargo.lock": LOCK, "Cargo.toml": MANIFEST})
-        assert self.pack(root, tmp_path)[1:3] == (
+        assert self.pack(root, tmp_path).history[1::-1] == (
             confbuild.git_tree(str(root), ["a.txt", "Cargo.lock", "Cargo.toml"]),
             "",
         ), "no commit: as elsewhere"
@@ -13019,15 +13019,15 @@ class TestCheckout:
         )
         git(root, "commit", "-qm", "one")
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
-        assert len(head) == 64 and self.pack(root, tmp_path)[1:3] == (tree, head)
+        assert len(head) == 64 and self.pack(root, tmp_path).history[1::-1] == (tree, head)
         source = {"digest": {"gitCommit": "", "gitTree": "0" * 64}, "uri": ""}
         said = json.dumps(statement(predicate__buildDefinition__externalParameters__source=source)).encode()
         assert confbuild.source_expectations(str(root), confbuild.Expectations(), said)[0].source_tree == tree
         (root / "a.txt").write_text("b")
         packed = self.pack(root, tmp_path)
-        assert (len(packed.tree), packed.commit) == (40, "") and confbuild.source_expectations(
+        assert (len(packed.history.tree), packed.history.commit) == (40, "") and confbuild.source_expectations(
             str(root), confbuild.Expectations(), b""
-        )[0].source_tree == packed.tree
+        )[0].source_tree == packed.history.tree
 
     @pytest.mark.parametrize(
         "broken", ["no objects", "link to nothing", "file to nothing", "damaged index", "damaged configuration"]
@@ -13069,7 +13069,7 @@ class TestCheckout:
         monkeypatch.setenv("GIT_LITERAL_PATHSPECS", "1")
         monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git/index"))
         monkeypatch.setenv("GIT_WORK_TREE", str(other))
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit == git(
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit == git(
             root, "rev-parse", "HEAD"
         )
 
@@ -13081,16 +13081,16 @@ class TestCheckout:
         )
         monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
         (root / "a.swp").touch()
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit
         (root / "new").touch()
-        assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a", "new"] and not self.pack(root, tmp_path).history.commit
         (tmp_path / "own").write_text(f"[core]\n\texcludesFile = {tmp_path}/mine\n\tautocrlf = true\n")
         (tmp_path / "mine").write_text("new\n*.swp\n")
         (tmp_path / "gitconfig").write_text(f'[includeIf "gitdir:{root}/"]\n\tpath = {tmp_path}/own\n')
         (root / "a").write_bytes(b"a\r\n")
-        assert not self.pack(root, tmp_path).commit
+        assert not self.pack(root, tmp_path).history.commit
         git(root, "commit", "-qam", "two")
-        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).commit
+        assert self.source(root, tmp_path)[0] == ["a"] and self.pack(root, tmp_path).history.commit
 
     def test_an_embedded_repository_is_a_submodule(self, tmp_path: Path) -> None:
         """git has a commit for it where others have files, whether or not .gitmodules names it: its folder is empty."""
@@ -13099,7 +13099,9 @@ class TestCheckout:
         git(root, "add", "inner")
         git(root, "commit", "-qm", "two")
         packed = self.pack(root, tmp_path)
-        assert packed.commit == git(root, "rev-parse", "HEAD") and packed.tree == git(root, "rev-parse", "HEAD^{tree}")
+        assert packed.history.commit == git(root, "rev-parse", "HEAD") and packed.history.tree == git(
+            root, "rev-parse", "HEAD^{tree}"
+        )
         assert "; without the submodule inner (--submodules packs it if it is checked out)" in packed.note
 
     def test_a_folder_that_has_become_a_link(self, tmp_path: Path) -> None:
@@ -13120,7 +13122,7 @@ class TestCheckout:
         monkeypatch.setattr(tempfile, "tempdir", ".")
         os.mkdir("scratch")
         source = confbuild.read_source("demo", "scratch", (), submodules=True)
-        assert source.history and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
+        assert source.history.commit and os.listdir("scratch") and {*os.listdir(".")} == {"demo", "other", "scratch"}
 
     def test_temporary_files_in_the_source(self, tmp_path: Path) -> None:
         """They would be packed, and differ at each verification."""
@@ -13165,7 +13167,6 @@ class TestCheckout:
             if origin:
                 git(root, "remote", "add", "origin", origin)
             history = confbuild.read_source(str(root), str(tmp_path)).history
-            assert history is not None
             assert f"vcs_url=git+{expected}@" in str(history.submodules["inner"]["uri"]), (origin, url)
 
     def test_a_submodule_as_the_folder_to_build(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -13201,7 +13202,7 @@ class TestPackDirectory:
 
     def pack(
         self, directory: Path, tmp_path: Path, **options: bool
-    ) -> tuple[confbuild.Packed, dict[str, tarfile.TarInfo], bytes]:
+    ) -> tuple[confbuild.Source, dict[str, tarfile.TarInfo], bytes]:
         """What was packed, the members, and all their bytes."""
         scratch = tmp_path / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -13238,7 +13239,8 @@ class TestPackDirectory:
         git(root, "config", "http.extraHeader", "Authorization: hunter2")
         packed, members, everything = self.pack(root, tmp_path)
         head = git(root, "rev-parse", "HEAD")
-        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        tree = git(root, "rev-parse", "HEAD^{tree}")
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
         assert {n for n in members if not n.startswith(".git/") and n != ".git"} - {"", "sub"} == {
             ".gitignore",
             "a.txt",
@@ -13260,7 +13262,7 @@ class TestPackDirectory:
             ).stdout.strip()
             == kept
         )
-        assert confbuild.believe_history(str(out), dict(os.environ))[:4] == (head, packed.tree, kept, {})
+        assert confbuild.believe_history(str(out), dict(os.environ))[:4] == (head, packed.history.tree, kept, {})
 
     @pytest.mark.parametrize(
         "change, why, gone, new",
@@ -13279,17 +13281,17 @@ class TestPackDirectory:
         change(root)
         packed, members, everything = self.pack(root, tmp_path)
         wanted = {".gitignore", "a.txt", "sub/b.txt", "run.sh", "link", new} - {gone, ""}
-        assert (packed.note, packed.commit) == (f"{len(wanted)} files as they are, without history: {why}", "")
+        assert (packed.note, packed.history.commit) == (f"{len(wanted)} files as they are, without history: {why}", "")
         assert set(members) == wanted and b"hunter2" not in everything
         git(root, "add", "-A")
-        assert packed.tree == git(root, "write-tree"), "git is the oracle for what git would track"
+        assert packed.history.tree == git(root, "write-tree"), "git is the oracle for what git would track"
 
     def test_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """[CONTRACT 5.4]"""
         root = self.repository(tmp_path)
         inner = write_files(root / "demo", {"Cargo.toml": "", "target/y": "no"})
         packed, members, _ = self.pack(inner, tmp_path)
-        assert (set(members), packed.commit) == (
+        assert (set(members), packed.history.commit) == (
             {"Cargo.toml"},
             "",
         ) and "a folder inside a git work tree" in packed.note
@@ -13309,7 +13311,7 @@ class TestPackDirectory:
         os.makedirs(tmp_path / "unpacked")
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(tmp_path / "unpacked"))
         project = str(tmp_path / "unpacked/demo")
-        assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.tree
+        assert confbuild.git_tree(project, confbuild.walk_files(project)) == packed.history.tree
 
     def test_the_last_bundle_is_no_source(self, tmp_path: Path) -> None:
         """Neither the bundle of `build .` nor one with another name, an unverified one, or one in a folder.
@@ -13369,10 +13371,11 @@ class TestPackDirectory:
         git(root, "commit", "-qm", "two")
         head, named = git(root, "rev-parse", "HEAD"), git(library, "rev-parse", "HEAD")
         packed, members, _ = self.pack(root, tmp_path)
-        assert (packed.commit, packed.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
+        assert (packed.history.commit, packed.history.tree) == (head, git(root, "rev-parse", "HEAD^{tree}"))
         assert members["vendor"].isdir() and not [name for name in members if name.startswith("vendor/")]
         packed, members, _ = self.pack(root, tmp_path, submodules=True)
-        assert packed[:3] == (f"commit {head}", git(root, "rev-parse", "HEAD^{tree}"), head)
+        tree = git(root, "rev-parse", "HEAD^{tree}")
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
         out = tmp_path / "unpacked"
         out.mkdir()
         confbuild.unpack_archive(str(tmp_path / "packed.tar.gz"), str(out))
@@ -13388,9 +13391,11 @@ class TestPackDirectory:
             confbuild.believe_history(str(out / "demo"), ORACLE_ENV)
         (root / "vendor/lib.rs").write_text("y")
         packed, members, _ = self.pack(root, tmp_path)
-        assert packed.commit == head, "a submodule that is not packed may be in any state"
+        assert packed.history.commit == head, "a submodule that is not packed may be in any state"
         packed, members, _ = self.pack(root, tmp_path, submodules=True)
-        assert packed.commit == "" and "the submodule vendor: " in packed.note and "HEAD in lib.rs" in packed.note
+        assert (
+            packed.history.commit == "" and "the submodule vendor: " in packed.note and "HEAD in lib.rs" in packed.note
+        )
         assert "vendor/lib.rs" in members and "vendor/.git" not in members
 
     def test_nothing(self, tmp_path: Path) -> None:
@@ -13406,7 +13411,7 @@ class TestPackDirectory:
         head = git(root, "rev-parse", "HEAD")
         monkeypatch.setenv("GIT_DIR", str(other / ".git"))
         packed, members, _ = self.pack(root, tmp_path)
-        assert packed.commit == head and "secret" not in members
+        assert packed.history.commit == head and "secret" not in members
 
 
 # Further files, and what then happens, in sh.
@@ -13485,7 +13490,7 @@ class TestSources:
         return write_files(root, {}, commit=True)
 
     @staticmethod
-    def pack(root: Path, tmp_path: Path, **options: bool) -> tuple[confbuild.Packed, str]:
+    def pack(root: Path, tmp_path: Path, **options: bool) -> tuple[confbuild.Source, str]:
         """What `build` packs, and the tree that a builder would record; `verify --source` expects the same."""
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             archive = os.path.join(scratch, "packed.tar.gz")
@@ -13500,7 +13505,10 @@ class TestSources:
             except confbuild.BuildFailed:
                 tree = confbuild.git_tree(project, confbuild.walk_files(project))
         expected, note = confbuild.source_expectations(str(root), confbuild.Expectations(), b"")
-        assert expected.source_tree == tree == packed.tree and note.partition(";")[0] == packed.note.partition(";")[0]
+        assert (
+            expected.source_tree == tree == packed.history.tree
+            and note.partition(";")[0] == packed.note.partition(";")[0]
+        )
         return packed, tree
 
     @pytest.mark.parametrize("name", CONVERSIONS)
@@ -13511,7 +13519,7 @@ class TestSources:
         sh(root, text)
         head, tree = git(root, "rev-parse", "HEAD"), git(root, "rev-parse", "HEAD^{tree}")
         packed, _ = self.pack(root, tmp_path)
-        assert packed[:3] == (f"commit {head}", tree, head)
+        assert (packed.note, *packed.history[:2]) == (f"commit {head}", head, tree)
 
     def test_skipped(self, tmp_path: Path) -> None:
         """git never looks at the file; the note does. [CONTRACT 5.4]"""
@@ -13519,7 +13527,9 @@ class TestSources:
         git(root, "update-index", "--skip-worktree", "a.txt")
         (root / "a.txt").write_text("mine")
         packed, _ = self.pack(root, tmp_path)
-        assert packed.commit and packed.note.endswith("; without the work tree's a.txt: git was told to skip that")
+        assert packed.history.commit and packed.note.endswith(
+            "; without the work tree's a.txt: git was told to skip that"
+        )
 
     @pytest.mark.parametrize("names", DIFFERENCES)
     def test_the_first_five_differences(self, tmp_path: Path, names: str) -> None:
@@ -13527,7 +13537,7 @@ class TestSources:
         root = self.repository(tmp_path)
         sh(root, DIFFERENCES[names])
         packed, _ = self.pack(root, tmp_path)
-        assert packed.commit == "" and packed.note.endswith(f"without history: it differs from HEAD in {names}")
+        assert packed.history.commit == "" and packed.note.endswith(f"without history: it differs from HEAD in {names}")
 
     def test_an_index_that_lies(self, tmp_path: Path) -> None:
         """Sizes and times that match, and a configuration that makes git believe them."""
@@ -13559,7 +13569,7 @@ class TestSources:
                 confbuild.fetch_git(
                     f"file://{root}", "", str(tmp_path / "got"), ORACLE_ENV, confbuild.SourcePolicy(("file",))
                 )
-        assert self.pack(root, tmp_path, allow_filters=True)[0].commit
+        assert self.pack(root, tmp_path, allow_filters=True)[0].history.commit
         (root / "src/b.bin").write_text("what the filter writes")
         packed, _ = self.pack(root, tmp_path, allow_filters=True)
         assert packed.note.endswith("it differs from HEAD in src/b.bin") and not (tmp_path / "ran").exists()
@@ -13596,8 +13606,8 @@ class TestSources:
         root = self.repository(tmp_path)
         git(root, "submodule", "-q", "add", str(library), "vendor")
         git(root, "commit", "-qm", "two")
-        assert self.pack(root, tmp_path)[0].commit
-        assert self.pack(root, tmp_path, submodules=True, allow_filters=True)[0].commit
+        assert self.pack(root, tmp_path)[0].history.commit
+        assert self.pack(root, tmp_path, submodules=True, allow_filters=True)[0].history.commit
         for name in ("a.txt", "new"):
             with pytest.raises(confbuild.UsageError, match="'a.bin' has the attribute filter=lfs"):
                 self.pack(root, tmp_path, submodules=True)
@@ -13622,7 +13632,7 @@ class TestSources:
         for trusted, fits in ((root.parent, False), (root, True), ("*", True)):
             config.write_text(f"[safe]\n\tdirectory = {trusted}\n")
             if fits:
-                assert self.pack(root, tmp_path)[0].commit == head
+                assert self.pack(root, tmp_path)[0].history.commit == head
             else:
                 with pytest.raises(confbuild.UsageError, match=wanted):
                     self.pack(root, tmp_path)
@@ -13637,7 +13647,7 @@ class TestSources:
             f'esac; done\nexec {shutil.which("git")} "$@"\n',
         )
         monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-        assert self.pack(root, tmp_path)[0].commit
+        assert self.pack(root, tmp_path)[0].history.commit
 
     def test_conflicts_are_listed_once(self, tmp_path: Path) -> None:
         root = self.repository(tmp_path)
@@ -13655,7 +13665,7 @@ class TestSources:
         if changed:
             (root / "a.txt").write_text("x")
         packed, tree = self.pack(root, tmp_path)
-        assert bool(packed.commit) != changed and (tree == git(root, "rev-parse", "HEAD^{tree}")) != changed
+        assert bool(packed.history.commit) != changed and (tree == git(root, "rev-parse", "HEAD^{tree}")) != changed
 
     @pytest.mark.parametrize("patterns", ["*\n", "/demo/\n"])
     def test_a_folder_that_git_ignores(self, tmp_path: Path, patterns: str) -> None:
@@ -13702,7 +13712,7 @@ class TestSources:
         root = self.repository(tmp_path)
         for name in names:
             git(root, "tag", name)
-        assert self.pack(root, tmp_path)[0].commit
+        assert self.pack(root, tmp_path)[0].history.commit
         source = confbuild.read_source(str(root), tempfile.mkdtemp(dir=tmp_path))
         known = git(Path(source.git).parent, "-c", "core.quotePath=false", "tag").split()
         assert sorted(known) == sorted(name for name in names if name.isprintable())
@@ -13718,7 +13728,7 @@ class TestSources:
         git(linked, "commit", "-q", "--allow-empty", "-m", "two")
         git(linked, "tag", "v2")
         for folder, tag in ((root, "v1"), (linked, "v2")):
-            assert self.pack(folder, tmp_path)[0].commit == git(folder, "rev-parse", "HEAD")
+            assert self.pack(folder, tmp_path)[0].history.commit == git(folder, "rev-parse", "HEAD")
             source = confbuild.read_source(str(folder), tempfile.mkdtemp(dir=tmp_path))
             assert git(Path(source.git).parent, "describe", "--tags") == tag
 
@@ -13751,14 +13761,18 @@ class TestSources:
             scratch = tmp_path / f"scratch-{in_place}"
             scratch.mkdir()
             source = confbuild.read_source(str(root), str(scratch))
-            assert source.history is not None and (source.root == str(root)) is in_place, source.note
+            assert source.history.commit and (source.root == str(root)) is in_place, source.note
             packed = confbuild.pack_directory(str(root), str(tmp_path / "a.tar.gz"), str(scratch))
             project = tmp_path / f"unpacked-{in_place}" / root.name
             confbuild.unpack_archive(str(tmp_path / "a.tar.gz"), str(project.parent))
             assert (project / "a.txt").read_bytes() == b"a\n"
             assert not {"ignored", "d/.DS_Store"} & {*confbuild.walk_files(str(project))}
             found = confbuild.believe_history(str(project), ORACLE_ENV)
-            assert (found.commit, found.tree) == (packed.commit, packed.tree) == (source.history.commit, packed.tree)
+            assert (
+                (found.commit, found.tree)
+                == (packed.history.commit, packed.history.tree)
+                == (source.history.commit, packed.history.tree)
+            )
             assert git(project, "describe", "--tags") == "v1"
             assert git(project, "status", "--porcelain").split() == ["D", "d/.DS_Store"]
 
@@ -13775,10 +13789,10 @@ class TestSources:
         git(root, "submodule", "-q", "update", "--init", "--recursive")
         write_files(root, {}, commit=True)
         packed, tree = self.pack(root, tmp_path, submodules=True)
-        assert packed.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
+        assert packed.history.commit and tree == git(root, "rev-parse", "HEAD^{tree}")
         with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
             source = confbuild.read_source(str(root), scratch, (), submodules=True)
-            assert source.history is not None and Path(source.root, "out/deep/in/i").read_text() == "i"
+            assert source.history.commit and Path(source.root, "out/deep/in/i").read_text() == "i"
             uris = [row["uri"] for row in source.history.submodules.values()]
         assert uris[0].startswith("pkg:generic/out@") and "?vcs_url=git+https://example.org/o.git@" in uris[0]
         assert uris[1].startswith("pkg:generic/out/deep/in@"), uris
@@ -13789,9 +13803,9 @@ class TestSources:
             (root / name).write_text("changed")
             with tempfile.TemporaryDirectory(dir=tmp_path) as scratch:
                 packed = confbuild.pack_directory(str(root), f"{scratch}/a.tar.gz", scratch, submodules=option)
-            said = b'"gitTree": "%s"' % packed.tree.encode()
+            said = b'"gitTree": "%s"' % packed.history.tree.encode()
             expected, _ = confbuild.source_expectations(str(root), confbuild.Expectations(), said)
-            assert (packed.commit, expected.source_tree) == ("", packed.tree)
+            assert (packed.history.commit, expected.source_tree) == ("", packed.history.tree)
 
     def test_a_hostile_command(self, tmp_path: Path) -> None:
         """The folder in a stranger's buildCommand is looked up in bounded time, and in bounded depth."""
@@ -13841,7 +13855,7 @@ class TestSources:
         before = {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]}
         subprocess.run(["chmod", "-R", "a-w", str(root)], check=True)
         try:
-            assert self.pack(root, tmp_path)[0].commit == git(root, "rev-parse", "HEAD")
+            assert self.pack(root, tmp_path)[0].history.commit == git(root, "rev-parse", "HEAD")
             assert {path: path.stat().st_mtime_ns for path in [root, *root.rglob("*")]} == before
         finally:
             subprocess.run(["chmod", "-R", "u+w", str(root)], check=True)
@@ -14592,20 +14606,6 @@ class TestCargoDependencies:
         write_files(tmp_path, {"b/.cargo/config.toml": settings_text.replace("@", ".")})  # it outranks that above
         assert "are both libc" in failure(lambda: confbuild.cargo_dependencies(lock, str(tmp_path), "b"))[1]
 
-    def test_settings_count_without_dependencies(self, tmp_path: Path) -> None:
-        write_files(tmp_path, {".cargo/config.toml": "include = []"})
-        assert (
-            "include and resolver.lockfile-path"
-            in failure(lambda: confbuild.cargo_dependencies(b"\xef\xbb\xbfversion = 4\n", str(tmp_path)))[1]
-        )
-
-    def test_a_vendored_folder_with_a_link_is_not_genuine(self, tmp_path: Path) -> None:
-        """Nor is one whose checksum is that of no package, as of a git repository."""
-        write_files(tmp_path, {"v/a": "a", "real/b": "b"})
-        (tmp_path / "v/src").symlink_to("../real")
-        for checksum, genuine in ((SHA, False), (None, False)):
-            files = {"a": hashlib.sha256(b"a").hexdigest()}
-            write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": checksum})})
     @needs("git")
     @pytest.mark.parametrize("changed", [False, True])
     def test_files_that_git_ignores(self, tmp_path: Path, changed: bool) -> None:
@@ -14621,6 +14621,20 @@ class TestCargoDependencies:
         found, _ = confbuild.source_expectations(str(demo), confbuild.Expectations(), b"")
         assert found.dependencies == [LIBC["uri"]]
 
+    def test_settings_count_without_dependencies(self, tmp_path: Path) -> None:
+        write_files(tmp_path, {".cargo/config.toml": "include = []"})
+        assert (
+            "include and resolver.lockfile-path"
+            in failure(lambda: confbuild.cargo_dependencies(b"\xef\xbb\xbfversion = 4\n", str(tmp_path)))[1]
+        )
+
+    def test_a_vendored_folder_with_a_link_is_not_genuine(self, tmp_path: Path) -> None:
+        """Nor is one whose checksum is that of no package, as of a git repository."""
+        write_files(tmp_path, {"v/a": "a", "real/b": "b"})
+        (tmp_path / "v/src").symlink_to("../real")
+        for checksum, genuine in ((SHA, False), (None, False)):
+            files = {"a": hashlib.sha256(b"a").hexdigest()}
+            write_files(tmp_path, {"v/.cargo-checksum.json": json.dumps({"files": files, "package": checksum})})
             assert confbuild._is_genuine(str(tmp_path / "v"), checksum) is genuine
         (tmp_path / "v/src").unlink()
         assert not confbuild._is_genuine(str(tmp_path / "v"), None)
