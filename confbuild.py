@@ -6656,7 +6656,7 @@ def _open_checkout(directory: str, own: str, allow_filters: bool) -> Checkout | 
 
 
 def list_source(
-    directory: str, own: str, submodules: bool = False, allow_filters: bool = True
+    directory: str, own: str, submodules: bool, allow_filters: bool
 ) -> tuple[Checkout | None, dict[str, str]]:
     """Return the work tree that contains directory, and the files of directory that are its source, as they are.
 
@@ -7133,9 +7133,7 @@ def read_inputs(toolchain: Toolchain, root: str, folder: str = "") -> Toolchain:
     return plan._replace(lock=lock, dependencies=plan.read(lock, root, folder))
 
 
-def prepare(
-    toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Emit = lambda phase, messages: None
-) -> Toolchain:
+def prepare(toolchain: Toolchain, root: str, folder: str, env: Strings, emit: Emit) -> Toolchain:
     """Return the plan of a project with its programs, their environment and the result of an evaluation.
 
     folder: of the project in the source root.
@@ -7170,7 +7168,7 @@ def prepare(
     return plan.evaluate(plan, root, folder) if plan.evaluate else plan
 
 
-def find_program(name: str, project: str, env: Strings, emit: Emit = lambda phase, messages: None) -> Program:
+def find_program(name: str, project: str, env: Strings, emit: Emit) -> Program:
     """Return the program that runs when name is called in project.  [CONTRACT 2.2]
 
     A rustup shim is replaced by the program that rustup chooses in this directory. If rustup lacks the toolchain that
@@ -7970,7 +7968,7 @@ TOOLCHAINS = (
 # fmt: on
 
 
-def find_outputs(directory: str, name: str = "", subdir: str = "") -> list[str]:
+def find_outputs(directory: str, name: str, subdir: str) -> list[str]:
     """Return the paths, relative to a source, of what its build removes first.
 
     name: of the toolchain, or empty.

@@ -12854,7 +12854,7 @@ def plain_git(monkeypatch: pytest.MonkeyPatch) -> None:
 def outputs_of(directory: Path) -> list[str]:
     """What a build of directory would remove first; nothing if it cannot be built."""
     try:
-        return confbuild.find_outputs(str(directory))
+        return confbuild.find_outputs(str(directory), "", "")
     except confbuild.BuildFailed:
         return []
 
@@ -12866,7 +12866,7 @@ class TestCheckout:
     def source(directory: Path, tmp_path: Path) -> tuple[list[str], str]:
         """The files of a source, and the commit, as `verify --source` reads them."""
         with tempfile.TemporaryDirectory(dir=tmp_path) as own:
-            checkout, found = confbuild.list_source(str(directory), own)
+            checkout, found = confbuild.list_source(str(directory), own, submodules=False, allow_filters=True)
             return sorted(found), checkout.commit if checkout else ""
 
     @staticmethod
@@ -13884,6 +13884,10 @@ def on_path(*folders: Path) -> dict[str, str]:
     return {**os.environ, "PATH": ":".join((*map(str, folders), os.environ["PATH"]))}
 
 
+def silent(_: str, __: Sequence[str]) -> None:
+    """Emit nothing."""
+
+
 def failure(call: Callable[[], Any]) -> tuple[str, str]:
     """The (error_type, message) of the BuildFailed that call raises."""
     with pytest.raises(confbuild.BuildFailed) as caught:
@@ -14055,7 +14059,7 @@ class TestPrograms:
         """[CONTRACT 2.2]"""
         for name in ("old", "new"):
             project_path = str(tmp_path / ("project-" + name))
-            found = confbuild.find_program("cargo", project_path, on_path(rustup))
+            found = confbuild.find_program("cargo", project_path, on_path(rustup), silent)
             path = tmp_path / name / "bin" / "cargo"
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             assert found == confbuild.Program(str(path), f"cargo {name}", digest)
@@ -14068,12 +14072,12 @@ class TestPrograms:
         (tmp_path / "local").mkdir()
         (tmp_path / "local" / "cargo").symlink_to(rustup / "cargo")
         for folder in ("hard", "local"):
-            found = confbuild.find_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder))
+            found = confbuild.find_program("cargo", str(tmp_path / "project-old"), on_path(tmp_path / folder), silent)
             assert found.path == str(tmp_path / "old" / "bin" / "cargo"), folder
 
     def test_a_toolchain_that_rustup_does_not_have(self, tmp_path: Path, rustup: Path) -> None:
         def find() -> confbuild.Program:
-            return confbuild.find_program("cargo", str(tmp_path), on_path(rustup))
+            return confbuild.find_program("cargo", str(tmp_path), on_path(rustup), silent)
 
         assert failure(find) == (
             "UnsupportedToolchainError",
@@ -14089,9 +14093,9 @@ class TestPrograms:
         script(tmp_path / "bin/cargo", "")
         refused = PermissionError(errno.EACCES, "Permission denied")
         monkeypatch.setattr(confbuild, "capture", raising(refused))
-        assert failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin")))[1] == (
-            f"cannot run {tmp_path}/bin/cargo: Permission denied; --readable DIR lets builds read its folder"
-        )
+        assert failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"), silent))[
+            1
+        ] == (f"cannot run {tmp_path}/bin/cargo: Permission denied; --readable DIR lets builds read its folder")
 
     def test_rustup_installs_a_missing_toolchain_for_this_build(self, tmp_path: Path) -> None:
         """It goes below HOME, which is the build's own. RUSTUP_AUTO_INSTALL=0 forbids it. [CONTRACT 2.2]"""
@@ -14134,7 +14138,7 @@ class TestPrograms:
         script(tmp_path / "usr" / "rustc", "echo rustc 1.0\n")
         demo = write_files(tmp_path / "project-new", {"Cargo.toml": MANIFEST, "Cargo.lock": LOCK})
         env = {"PATH": f"{tmp_path}/usr:{rustup}:/usr/bin:/bin"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env, silent)
         assert [program.version for program in plan.programs.values()] == ["cargo new", "rustc new"]
         assert plan.env["PATH"] == f"{tmp_path}/new/bin:{env['PATH']}"
         assert (tmp_path / "asked").read_text() == "cargo\n"
@@ -14149,7 +14153,7 @@ class TestPrograms:
         demo = write_files(tmp_path / "demo", {"package-lock.json": '{"lockfileVersion": 3, "packages": {"": {}}}'})
         write_files(demo, {"package.json": "{}"})
         env = {"PATH": f"{tmp_path}/bin:{tmp_path}/node:/usr/bin:/bin"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(demo))[0], str(demo), "", env, silent)
         assert plan.programs["npm"].path == f"{tmp_path}/bin/npm"
         # Nor is node's folder put first: what scripts call npm is what was hashed, though there may be one beside node.
         assert plan.env["PATH"] == env["PATH"]
@@ -14160,13 +14164,13 @@ class TestPrograms:
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / "cargo").symlink_to(tmp_path / "real")
         script(tmp_path / "bin" / "rustup", "echo /bin/false\n")
-        found = confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"))
+        found = confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path / "bin"), silent)
         digest = hashlib.sha256((tmp_path / "real").read_bytes()).hexdigest()
         assert found == (f"{tmp_path}/bin/cargo", "cargo", digest)
 
     @pytest.mark.parametrize("name", ["cargo", "rustc", "nix"])
     def test_not_installed(self, tmp_path: Path, name: str) -> None:
-        assert failure(lambda: confbuild.find_program(name, str(tmp_path), {"PATH": str(tmp_path)})) == (
+        assert failure(lambda: confbuild.find_program(name, str(tmp_path), {"PATH": str(tmp_path)}, silent)) == (
             "UnsupportedToolchainError",
             f"{name} is not installed on the builder",
         )
@@ -14189,12 +14193,12 @@ class TestPrograms:
         self, tmp_path: Path, body: str, kind: str, fragment: str
     ) -> None:
         script(tmp_path / "cargo", body + "\n")
-        found = failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path)))
+        found = failure(lambda: confbuild.find_program("cargo", str(tmp_path), on_path(tmp_path), silent))
         assert found[0] == kind and fragment in found[1]
 
     def test_the_version_is_the_first_line(self, tmp_path: Path) -> None:
         script(tmp_path / "nix", "pwd; echo nix\n")
-        assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path)).version == str(tmp_path)
+        assert confbuild.find_program("nix", str(tmp_path), on_path(tmp_path), silent).version == str(tmp_path)
 
 
 class TestOutsideInfluence:
@@ -14718,7 +14722,7 @@ class TestCargoDependencies:
         [cargo] = confbuild.detect_toolchains(str(demo), "", "sub")
         env = confbuild.build_environment(str(tmp_path), os.environ, ())
         (tmp_path / "home").mkdir(exist_ok=True)
-        prepare = functools.partial(confbuild.prepare, cargo, str(demo), "sub", env)
+        prepare = functools.partial(confbuild.prepare, cargo, str(demo), "sub", env, silent)
         if used:
             said = f"cargo reads the lock file in {tmp_path}/{used}, not sub/Cargo.lock"
             assert failure(prepare) == ("ProvenanceError", said)
@@ -14938,7 +14942,7 @@ class TestPlanCargo:
         (tmp_path / "Cargo.toml").write_text(MANIFEST)
         stub = stub_path.partition(":")[0]
         env = {"PATH": stub_path, "RUSTC": "/evil", "CARGO_TARGET_DIR": "/evil"}
-        plan = confbuild.prepare(confbuild.detect_toolchains(str(tmp_path))[0], str(tmp_path), "", env)
+        plan = confbuild.prepare(confbuild.detect_toolchains(str(tmp_path))[0], str(tmp_path), "", env, silent)
         assert plan.steps == [["cargo", "build", "--locked", "--release"]]
         assert list(plan.programs.items()) == [
             (
@@ -15088,7 +15092,7 @@ class TestPnpm:
         for name in ("pnpm", "node"):
             script(tmp_path / "bin" / name, "echo 9\n")
         [pnpm] = confbuild.detect_toolchains(str(tmp_path))
-        env = confbuild.prepare(pnpm, str(tmp_path), "", on_path(tmp_path / "bin")).env
+        env = confbuild.prepare(pnpm, str(tmp_path), "", on_path(tmp_path / "bin"), silent).env
         assert env["npm_config_lockfile_dir"] == str(tmp_path)
         assert env["npm_config_git_branch_lockfile"] == "false"
         assert env["npm_config_shared_workspace_lockfile"] == "true"
@@ -15294,7 +15298,7 @@ class TestNpm:
         (tmp_path / "home").mkdir()
         env = confbuild.build_environment(str(tmp_path), os.environ, ())
         [npm] = confbuild.detect_toolchains(str(demo), "", "packages/x")
-        prepare = functools.partial(confbuild.prepare, npm, str(demo), "packages/x", env)
+        prepare = functools.partial(confbuild.prepare, npm, str(demo), "packages/x", env, silent)
         if workspaces == ["packages/x/*"]:
             assert prepare().lock == lock.encode()
         else:
@@ -15476,7 +15480,7 @@ class TestNpm:
         plan = inputs_of(tmp_path)
         assert [" ".join(step) for step in plan.steps] == ["npm ci --ignore-scripts", "npm rebuild", *last]
         assert (plan.tools, plan.fetches, plan.build_type) == (("npm", "node"), 1, "urn:confbuild:build:v1")
-        assert tuple(confbuild.find_outputs(str(tmp_path))) == outputs
+        assert tuple(confbuild.find_outputs(str(tmp_path), "", "")) == outputs
         write_files(tmp_path, {"package.json": "["})
         assert failure(lambda: inputs_of(tmp_path))[0] == "SourceError"
 
@@ -15674,7 +15678,7 @@ class TestOwn:
             {"digest": {"sha256": one}, "name": "a/x y.lock", "uri": f"file:a/x%20y.lock?checksum=sha256:{one}"},
             {"digest": {"sha256": two}, "name": "b.lock", "uri": f"file:b.lock?checksum=sha256:{two}"},
         ]
-        assert confbuild.find_outputs(str(tmp_path)) == ["out", "a/b"]
+        assert confbuild.find_outputs(str(tmp_path), "", "") == ["out", "a/b"]
         write_files(tmp_path, {"confbuild.toml": RECIPE.replace("make", "./build.sh")})
         assert inputs_of(tmp_path).tools == []
 
@@ -16011,7 +16015,7 @@ def nix(tmp_path: Path) -> Path:
 
 def plan_flake(tmp_path: Path, nix: Path) -> confbuild.Toolchain:
     flake = str(tmp_path / "source" / "flake")
-    return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix))
+    return confbuild.prepare(confbuild.detect_toolchains(flake)[0], flake, "", on_path(nix), silent)
 
 
 class TestPlanNix:
